@@ -1,0 +1,69 @@
+"""What a task source is. An environment is built once per process from its config; a session is one episode's single-use view of a task.
+
+    env.tasks("train", seed)  ->  endless (or finite, repeatable) iterator of Task, the same for the same seed
+    session = env.start(task)
+    while (observation := session.observe()) is not None:
+        if observation.wants_action: session.act(text)      # text of the policy, decoded, without the stop token
+    session.outcome()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from actors.types import Flashcard, Outcome, Task
+
+Split = Literal["train", "eval"]
+
+
+class EnvironmentError_(RuntimeError):
+    """The environment failed. Named apart from Python's own EnvironmentError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A user turn for the agent. After one with ``wants_action`` the next call of the session is ``act``."""
+
+    text: str
+    wants_action: bool
+
+
+class Session(Protocol):
+    @property
+    def question(self) -> str:
+        """What the episode is about: shown to the extraction prompt unless the memory is question-blind."""
+        ...
+
+    def observe(self) -> Observation | None:
+        """The next observation, None when the episode is over."""
+        ...
+
+    def act(self, text: str) -> None: ...
+
+    def outcome(self) -> Outcome:
+        """Reward and answers; only after ``observe`` returned None (or the turn limit ended the episode: unanswered questions score 0)."""
+        ...
+
+
+class Environment(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def system_prompt(self) -> str: ...
+
+    def tasks(self, split: Split, seed: int, start: int) -> Iterator[Task]:
+        """Tasks from position ``start`` on; position and seed alone determine a task, so a resumed run goes on where it was."""
+        ...
+
+    def start(self, task: Task) -> Session: ...
+
+
+class Demonstrator(Protocol):
+    """What an environment adds so that a warm start can teach flashcard writing: what an ideal agent would do next."""
+
+    def demonstrate_flashcards(self, task: Task, text_in_context: str, question_blind: bool) -> tuple[Flashcard, ...]:
+        """The gold flashcards for the part of the task that stands in ``text_in_context``."""
+        ...
