@@ -18,8 +18,8 @@ from actors.types import Flashcard, Outcome, Task
 Split = Literal["train", "eval"]
 
 
-class EnvironmentError_(RuntimeError):
-    """The environment failed. Named apart from Python's own EnvironmentError."""
+class TaskError(RuntimeError):
+    """The environment cannot go on with this task; the message names task, item and field."""
 
 
 @dataclass(frozen=True, slots=True)
