@@ -1,0 +1,97 @@
+"""Token F1 and exact match of short answers: the plain scorer (paper's) and LoCoMo's official one. Pure functions, every score in 0..1.
+
+The official rules follow method.md section 6 (LoCoMo, arXiv 2402.17753; behaviour of its public evaluation). A prediction without any token
+scores 0 unless the gold has none either.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nltk.stem import PorterStemmer
+
+MULTI_HOP, TEMPORAL, OPEN_DOMAIN, SINGLE_HOP, ADVERSARIAL = 1, 2, 3, 4, 5
+CATEGORY_NAMES = {MULTI_HOP: "multi-hop", TEMPORAL: "temporal", OPEN_DOMAIN: "open-domain", SINGLE_HOP: "single-hop", ADVERSARIAL: "adversarial"}
+_ASCII_PUNCTUATION = frozenset(string.punctuation)
+_FILLED_WORDS = re.compile(r"\b(?:a|an|the|and)\b")
+_NOT_MENTIONED = ("no information available", "not mentioned")
+
+
+def plain_f1(prediction: str, gold: str) -> float:
+    """Token F1 after lowering and stripping punctuation (unicode's too)."""
+    return _overlap_f1(_plain_tokens(prediction), _plain_tokens(gold))
+
+
+def plain_em(prediction: str, gold: str) -> float:
+    """1.0 when both are the same after lowering and stripping punctuation."""
+    return float(_plain_tokens(prediction) == _plain_tokens(gold))
+
+
+def official_f1(prediction: str, gold: str, category: int) -> float:
+    """LoCoMo's score of one answer. ``gold`` is ignored for category 5, where saying that the text does not tell is right.
+
+    Raises ValueError for a category outside 1..5.
+    """
+    if category == ADVERSARIAL:
+        return float(says_not_mentioned(prediction))
+    if category == MULTI_HOP:
+        parts, guesses = gold.split(","), prediction.split(",")
+        return sum(max(_stemmed_f1(guess, part) for guess in guesses) for part in parts) / len(parts)
+    if category == OPEN_DOMAIN:
+        return _stemmed_f1(prediction, gold.split(";")[0])
+    if category in (TEMPORAL, SINGLE_HOP):
+        return _stemmed_f1(prediction, gold)
+    raise ValueError(f"category={category!r} is not allowed: it must be 1, 2, 3, 4 or 5")
+
+
+def says_not_mentioned(prediction: str) -> bool:
+    """Whether the answer says that the conversation does not tell (LoCoMo's two phrases)."""
+    lowered = prediction.lower()
+    return any(phrase in lowered for phrase in _NOT_MENTIONED)
+
+
+def _plain_tokens(text: str) -> list[str]:
+    return "".join(" " if _is_dash(char) else "" if _is_punctuation(char) else char for char in text.lower()).split()
+
+
+def _is_punctuation(char: str) -> bool:
+    return char in _ASCII_PUNCTUATION or unicodedata.category(char).startswith("P")
+
+
+def _is_dash(char: str) -> bool:
+    # Only the long dashes separate words ("Paris—Rome"); a hyphen joins one ("well-known") and goes like other punctuation.
+    return char in "\u2013\u2014"
+
+
+def _official_tokens(text: str) -> list[str]:
+    kept = "".join(char for char in text.lower() if char not in _ASCII_PUNCTUATION)
+    stem = _stemmer().stem
+    return [stem(word) for word in _FILLED_WORDS.sub(" ", kept).split()]
+
+
+def _stemmed_f1(prediction: str, gold: str) -> float:
+    return _overlap_f1(_official_tokens(prediction), _official_tokens(gold))
+
+
+def _overlap_f1(prediction: Sequence[str], gold: Sequence[str]) -> float:
+    if not prediction or not gold:
+        return float(not prediction and not gold)
+    shared = sum((Counter(prediction) & Counter(gold)).values())
+    if shared == 0:
+        return 0.0
+    precision, recall = shared / len(prediction), shared / len(gold)
+    return 2 * precision * recall / (precision + recall)
+
+
+@cache
+def _stemmer() -> PorterStemmer:
+    from nltk.stem import PorterStemmer  # imported late: it takes a quarter of a second and only conversations need it
+
+    return PorterStemmer()
