@@ -102,9 +102,10 @@ class WriteConfig:
     max_flashcards: int = 32
     max_example_tokens: int = 256
     max_loss_ratio: float = 1.5
+    chunk_tokens: int = 2048  # most padded tokens in one forward and backward pass of the writer: bounds its memory, changes no result
 
     def __post_init__(self) -> None:
-        _positive(self, "learning_rate", "epochs", "batch_size", "max_flashcards", "max_example_tokens")
+        _positive(self, "learning_rate", "epochs", "batch_size", "max_flashcards", "max_example_tokens", "chunk_tokens")
         _require(self.max_loss_ratio >= 1, "max_loss_ratio", self.max_loss_ratio, "1 or more", "1 rolls back every write whose loss rose")
 
 
