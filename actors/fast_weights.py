@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -207,10 +208,9 @@ def check(weights: FastWeights, basis: Basis) -> None:
         wrong = sorted(set(weights.b) ^ set(basis.a))
         raise BasisError(f"fast weights of revision {weights.revision} and basis {basis.id} differ in matrices, first {wrong[0]}")
     for name, matrix in weights.b.items():
-        tensor = torch.from_numpy(matrix)
-        if tensor.shape != (basis.d_out[name], basis.rank):
-            raise BasisError(f"B of {name} has shape {tuple(tensor.shape)}, the basis needs {(basis.d_out[name], basis.rank)}")
-        if not bool(torch.isfinite(tensor).all()):
+        if matrix.shape != (basis.d_out[name], basis.rank):
+            raise BasisError(f"B of {name} has shape {matrix.shape}, the basis needs {(basis.d_out[name], basis.rank)}")
+        if not np.isfinite(matrix).all():
             raise BasisError(f"B of {name} in revision {weights.revision} is not finite: the write that made it diverged")
 
 
@@ -226,11 +226,11 @@ def stack(
             check(one, basis)
     stacked: dict[str, Tensor] = {}
     for name, rows in basis.d_out.items():
-        out = torch.zeros(len(weights), rows, basis.rank)
+        out = np.zeros((len(weights), rows, basis.rank), dtype=np.float32)
         for index, one in enumerate(weights):
             if one is not None and one.revision > 0:
-                out[index] = torch.from_numpy(one.b[name])
-        stacked[name] = out.to(device=device, dtype=dtype)
+                out[index] = one.b[name]
+        stacked[name] = torch.from_numpy(out).to(device=device, dtype=dtype)
     return stacked
 
 
