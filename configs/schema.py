@@ -9,27 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Projection = Literal["gate_proj", "up_proj", "down_proj"]
-
-
-def _require(condition: bool, key: str, value: object, bound: str, cure: str = "") -> None:
-    if not condition:
-        raise ValueError(f"{key}={value!r} is not allowed: it must be {bound}{'; ' + cure if cure else ''}")
-
-
-def _positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value > 0, name, value, "greater than 0")
+from configs.bounds import not_negative, positive, require
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The policy's base model: ``smollm2-135m`` (comes with the install), a local Hugging Face folder, or a hub name."""
 
-    name: str = "smollm2-135m"
+    name: str = "smollm2-135m"  # smollm2-135m, a folder, or a hub name such as Qwen/Qwen3-4B
     dtype: Literal["float32", "bfloat16"] = "float32"
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # runs code that comes with the model
 
 
 @dataclass(frozen=True)
@@ -39,59 +28,64 @@ class RecallConfig:
     sessions: int = 2
     facts_per_session: int = 2
     questions: int = 2
-    filler_sentences: int = 1
+    filler_sentences: int = 1  # small talk between two facts
 
     def __post_init__(self) -> None:
-        _positive(self, "sessions", "facts_per_session", "questions")
-        _require(self.filler_sentences >= 0, "filler_sentences", self.filler_sentences, "0 or more")
+        positive(self, "sessions", "facts_per_session", "questions")
+        not_negative(self, "filler_sentences")
         facts = self.sessions * self.facts_per_session
-        _require(self.questions <= facts, "questions", self.questions, f"at most sessions * facts_per_session = {facts}")
+        require(self.questions <= facts, "questions", self.questions, f"at most sessions * facts_per_session = {facts}")
 
 
 @dataclass(frozen=True)
 class ConversationConfig:
     """Long conversations with questions, in LoCoMo's schema, read from ``path``. ``scorer`` picks what the reward is (both are always reported)."""
 
-    path: str = ""
+    path: str = ""  # required with environment.name=conversation
     scorer: Literal["official", "plain"] = "plain"
-    questions_per_episode: int = 1
+    questions_per_episode: int = 1  # asked after all sessions
     max_sessions: int = 0  # 0: all; otherwise the last n sessions up to the evidence, for quick looks
     categories: tuple[int, ...] = (1, 2, 3, 4, 5)
-    eval_fraction: float = 0.5
+    eval_fraction: float = 0.5  # of the conversations, held out
 
     def __post_init__(self) -> None:
-        _positive(self, "questions_per_episode")
-        _require(self.max_sessions >= 0, "max_sessions", self.max_sessions, "0 (all) or more")
-        _require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded")
-        _require(set(self.categories) <= {1, 2, 3, 4, 5} and len(self.categories) > 0, "categories", self.categories, "a non-empty subset of 1..5")
+        positive(self, "questions_per_episode")
+        not_negative(self, "max_sessions")
+        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded")
+        require(set(self.categories) <= {1, 2, 3, 4, 5} and len(self.categories) > 0, "categories", self.categories, "some of 1, 2, 3, 4, 5")
 
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
+    """Where tasks come from."""
+
     name: Literal["recall", "conversation"] = "recall"
     recall: RecallConfig = field(default_factory=RecallConfig)
     conversation: ConversationConfig = field(default_factory=ConversationConfig)
+
+    def __post_init__(self) -> None:
+        told = self.name != "conversation" or self.conversation.path != ""
+        require(told, "conversation.path", "", "a LoCoMo file where environment.name is conversation")
 
 
 @dataclass(frozen=True)
 class FastWeightsConfig:
     """The adapter that an episode writes (method.md 2). The defaults are the paper's."""
 
-    rank: int = 6
-    last_layers: int = 4
-    projections: tuple[Projection, ...] = ("gate_proj", "up_proj", "down_proj")
-    basis: Literal["svd", "random"] = "svd"
+    rank: int = 6  # of A and B
+    last_layers: int = 4  # how many decoder layers, from the end
+    projections: tuple[Literal["gate_proj", "up_proj", "down_proj"], ...] = ("gate_proj", "up_proj", "down_proj")
+    basis: Literal["svd", "random"] = "svd"  # where A comes from: the top singular directions of W, or a random matrix
 
     def __post_init__(self) -> None:
-        _positive(self, "rank", "last_layers")
-        _require(self.rank <= 64, "rank", self.rank, "at most 64", "the engine's adapter slots are that wide")
-        _require(len(self.projections) > 0, "projections", self.projections, "a non-empty subset of gate_proj, up_proj, down_proj")
+        positive(self, "rank", "last_layers")
+        require(self.rank <= 64, "rank", self.rank, "at most 64", "the engine's adapter slots are that wide")
+        require(len(set(self.projections)) == len(self.projections) > 0, "projections", self.projections, "one projection or more, each once")
 
 
 @dataclass(frozen=True)
 class WriteConfig:
     """The write operator T: a few SFT steps on the flashcards. The defaults are the paper's; the loss mask (answers only) is our choice.
-
     A write whose loss is not finite or ends above ``max_loss_ratio`` times its start is rolled back and counted.
     """
 
@@ -99,14 +93,14 @@ class WriteConfig:
     learning_rate: float = 5e-4
     epochs: int = 5
     batch_size: int = 16
-    max_flashcards: int = 32
+    max_flashcards: int = 32  # more than this in one extraction are dropped and counted
     max_example_tokens: int = 256
     max_loss_ratio: float = 1.5
     chunk_tokens: int = 2048  # most padded tokens in one forward and backward pass of the writer: bounds its memory, changes no result
 
     def __post_init__(self) -> None:
-        _positive(self, "learning_rate", "epochs", "batch_size", "max_flashcards", "max_example_tokens", "chunk_tokens")
-        _require(self.max_loss_ratio >= 1, "max_loss_ratio", self.max_loss_ratio, "1 or more", "1 rolls back every write whose loss rose")
+        positive(self, "learning_rate", "epochs", "batch_size", "max_flashcards", "max_example_tokens", "chunk_tokens")
+        require(self.max_loss_ratio >= 1, "max_loss_ratio", self.max_loss_ratio, "1 or more", "1 rolls back every write whose loss rose")
 
 
 @dataclass(frozen=True)
@@ -115,40 +109,39 @@ class MemoryConfig:
 
     policy: Literal["parametric", "none"] = "parametric"
     max_context_tokens: int = 4096
-    question_blind: bool = False
+    question_blind: bool = False  # hide the question from the memory-writing prompt
     max_extract_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        _positive(self, "max_context_tokens", "max_extract_tokens")
+        positive(self, "max_context_tokens", "max_extract_tokens")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """How training episodes act. Evaluation samples with temperature 0."""
 
-    temperature: float = 1.0
-    max_answer_tokens: int = 64
+    temperature: float = 1.0  # never 0: a group of greedy siblings teaches nothing
+    max_answer_tokens: int = 64  # per act
 
     def __post_init__(self) -> None:
-        _positive(self, "max_answer_tokens")
-        _require(self.temperature > 0, "temperature", self.temperature, "greater than 0", "a group of greedy siblings teaches nothing")
+        positive(self, "temperature", "max_answer_tokens")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """One vLLM engine per rollout worker. ``slots`` is both the adapter slots and the most episodes that run at once on a worker."""
 
-    slots: int = 16
-    max_model_tokens: int = 8192
-    kv_cache_gib: float = 1.0
-    gpu_memory_utilization: float = 0.6
+    slots: int = 16  # episodes at once
+    max_model_tokens: int = 8192  # prompt + answer
+    kv_cache_gib: float = 1.0  # CPU
+    gpu_memory_utilization: float = 0.6  # GPU
     enforce_eager: bool = False
-    receipts: Literal["always", "off"] = "always"
+    receipts: Literal["always", "off"] = "always"  # check every installed revision against the writer's own forward pass
     receipt_tolerance: float = 0.02  # nats per token, float32; bfloat16 needs about 0.3 (the base model's own rounding)
 
     def __post_init__(self) -> None:
-        _positive(self, "slots", "max_model_tokens", "kv_cache_gib", "receipt_tolerance")
-        _require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]")
+        positive(self, "slots", "max_model_tokens", "kv_cache_gib", "receipt_tolerance")
+        require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -159,11 +152,12 @@ class RolloutConfig:
     cpus_per_worker: float = 1
     gpus_per_worker: float = 0
     threads: int = 1
-    max_turns: int = 64
+    max_turns: int = 64  # acts of one episode
     episode_timeout_s: float = 600
 
     def __post_init__(self) -> None:
-        _positive(self, "workers", "threads", "max_turns", "episode_timeout_s")
+        positive(self, "workers", "threads", "max_turns", "episode_timeout_s")
+        not_negative(self, "cpus_per_worker", "gpus_per_worker")
 
 
 @dataclass(frozen=True)
@@ -172,42 +166,43 @@ class ObjectiveConfig:
 
     clip_low: float = 0.2
     clip_high: float = 0.2
-    normalize_by_std: bool = True
+    normalize_by_std: bool = True  # divide advantages by the group's standard deviation
     kl_coefficient: float = 0.0
-    importance: Literal["truncated", "none"] = "truncated"
+    importance: Literal["truncated", "none"] = "truncated"  # correct for engine and learner log-probs that differ
     importance_cap: float = 2.0
-    minibatches: int = 1
-    aggregate: Literal["token", "sequence"] = "token"
+    minibatches: int = 1  # optimizer steps on one batch
+    aggregate: Literal["token", "sequence"] = "token"  # what the loss averages over
 
     def __post_init__(self) -> None:
-        _positive(self, "clip_low", "clip_high", "importance_cap", "minibatches")
-        _require(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "0 (off) or more")
+        positive(self, "clip_low", "clip_high", "importance_cap", "minibatches")
+        not_negative(self, "kl_coefficient")
 
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """The DeepSpeed learner. ``trainable: full`` is the paper's; ``last_layers`` trains the last ``trainable_layers`` decoder layers (cheap on CPU)."""
+    """The DeepSpeed learner. ``trainable: full`` is the paper's; ``last_layers`` trains only the last ``trainable_layers`` (cheap on CPU)."""
 
     learning_rate: float = 1e-6
     warmup_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     adam_beta2: float = 0.999
-    zero_stage: int = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1  # what DeepSpeed shards: nothing, optimizer, + gradients, + parameters
     workers: int = 1
     cpus_per_worker: float = 1
     gpus_per_worker: float = 0
     threads: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
-    microbatch_tokens: int = 2048
+    microbatch_tokens: int = 2048  # of one forward and backward pass
     trainable: Literal["full", "last_layers"] = "full"
-    trainable_layers: int = 8
+    trainable_layers: int = 8  # with trainable=last_layers
     gradient_checkpointing: bool = False
     step_timeout_s: float = 1800
 
     def __post_init__(self) -> None:
-        _positive(self, "learning_rate", "max_grad_norm", "workers", "threads", "microbatch_tokens", "trainable_layers", "step_timeout_s")
-        _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        positive(self, "learning_rate", "max_grad_norm", "workers", "threads", "microbatch_tokens", "trainable_layers", "step_timeout_s")
+        not_negative(self, "warmup_steps", "weight_decay", "cpus_per_worker", "gpus_per_worker")
+        require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -219,8 +214,8 @@ class WarmStartConfig:
     learning_rate: float = 1e-4
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, "steps", self.steps, "0 (off) or more")
-        _positive(self, "tasks_per_step", "learning_rate")
+        not_negative(self, "steps")
+        positive(self, "tasks_per_step", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -228,18 +223,17 @@ class TrainConfig:
     """The loop. A group older than ``max_staleness`` policy versions when the learner takes it is dropped and counted; 0 is strictly on-policy."""
 
     steps: int = 200
-    tasks_per_step: int = 64
-    group_size: int = 8
+    tasks_per_step: int = 64  # groups
+    group_size: int = 8  # sibling episodes of one task
     max_staleness: int = 1
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     group_timeout_s: float = 1200
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, "steps", self.steps, "0 or more")
-        _positive(self, "tasks_per_step", "group_timeout_s", "checkpoint_every", "keep_checkpoints")
-        _require(self.group_size >= 2, "group_size", self.group_size, "2 or more", "advantages compare siblings of one task")
-        _require(self.max_staleness >= 0, "max_staleness", self.max_staleness, "0 (on-policy) or more")
+        not_negative(self, "steps", "max_staleness")
+        positive(self, "tasks_per_step", "group_timeout_s", "checkpoint_every", "keep_checkpoints")
+        require(self.group_size >= 2, "group_size", self.group_size, "2 or more", "advantages compare siblings of one task")
 
 
 @dataclass(frozen=True)
@@ -248,10 +242,10 @@ class EvaluationConfig:
 
     tasks: int = 64
     bootstrap_samples: int = 2000
-    memory_off_row: bool = True
+    memory_off_row: bool = True  # also evaluate with memory.policy=none
 
     def __post_init__(self) -> None:
-        _positive(self, "tasks", "bootstrap_samples")
+        positive(self, "tasks", "bootstrap_samples")
 
 
 @dataclass(frozen=True)
@@ -268,11 +262,11 @@ class RayConfig:
     """``address: ""`` starts a local Ray for this run (also when a cluster runs on the machine); ``auto`` or an address joins a cluster."""
 
     address: str = ""
-    object_store_gib: float = 2.0
+    object_store_gib: float = 2.0  # of a local Ray
     startup_timeout_s: float = 300
 
     def __post_init__(self) -> None:
-        _positive(self, "object_store_gib", "startup_timeout_s")
+        positive(self, "object_store_gib", "startup_timeout_s")
 
 
 @dataclass(frozen=True)
@@ -281,7 +275,7 @@ class RunConfig:
 
     name: str = "engram"
     seed: int = 0
-    output_dir: str = "runs"
+    output_dir: str = "runs"  # checkpoints, tables, plots; one folder a run
     resume: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -300,11 +294,7 @@ class RunConfig:
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
-        longest = self.memory.max_context_tokens + self.memory.max_extract_tokens
-        _require(
-            longest < self.engine.max_model_tokens,
-            "engine.max_model_tokens",
-            self.engine.max_model_tokens,
-            f"more than memory.max_context_tokens + memory.max_extract_tokens = {longest}",
-            "raise it, or lower the two",
-        )
+        not_negative(self, "seed")
+        least, have = 1 + self.memory.max_context_tokens + self.memory.max_extract_tokens, self.engine.max_model_tokens
+        sum_of = "memory.max_context_tokens + memory.max_extract_tokens + 1"
+        require(have >= least, "engine.max_model_tokens", have, f"{least} or more ({sum_of})", "raise it, or lower the two")

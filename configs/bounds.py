@@ -1,0 +1,36 @@
+"""How the schema refuses a value: key, value, bound and cure in one line."""
+
+from __future__ import annotations
+
+import math
+
+
+class BoundError(ValueError):
+    """A setting's value is out of bounds. ``key`` is relative to its section until the loader puts the section in front."""
+
+    def __init__(self, key: str, value: object, bound: str) -> None:
+        super().__init__(key, value, bound)
+        self.key, self.value, self.bound = key, value, bound
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.value!r} is not allowed: it must be {self.bound}"
+
+
+def require(condition: bool, key: str, value: object, bound: str, cure: str = "") -> None:
+    """Raise BoundError unless ``condition`` holds."""
+    if not condition:
+        raise BoundError(key, value, f"{bound}; {cure}" if cure else bound)
+
+
+def positive(config: object, *names: str) -> None:
+    """The named fields must be finite and greater than 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(math.isfinite(value) and value > 0, name, value, "greater than 0")
+
+
+def not_negative(config: object, *names: str) -> None:
+    """The named fields must be finite and 0 or more."""
+    for name in names:
+        value = getattr(config, name)
+        require(math.isfinite(value) and value >= 0, name, value, "0 or more")
