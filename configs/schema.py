@@ -28,7 +28,7 @@ class RecallConfig:
     sessions: int = 2
     facts_per_session: int = 2
     questions: int = 2
-    filler_sentences: int = 1  # small talk between two facts
+    filler_sentences: int = 1  # small talk in each session
 
     def __post_init__(self) -> None:
         positive(self, "sessions", "facts_per_session", "questions")
