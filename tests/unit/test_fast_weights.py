@@ -1,0 +1,311 @@
+"""The basis, the algebra of B, per-sequence Deltas in a Hugging Face model, and PEFT's format. Tiny random models of each supported family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from actors.fast_weights import (
+    Basis,
+    BasisError,
+    DeltaInjector,
+    apply_delta,
+    compute_basis,
+    compute_basis_from_checkpoint,
+    load_basis,
+    save_basis,
+    stack,
+    target_modules,
+    zero,
+)
+from actors.peft_format import export_peft, from_peft, to_peft
+from actors.types import FastWeights
+from configs.schema import FastWeightsConfig
+
+CONFIG = FastWeightsConfig(rank=3, last_layers=2)
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "mistral": (MistralForCausalLM, MistralConfig),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+}
+IDS = torch.tensor([[5, 17, 3, 60, 22, 9], [8, 1, 90, 44, 2, 31], [5, 17, 3, 60, 22, 9]])
+
+
+def tiny_model(family: str = "llama") -> nn.Module:
+    torch.manual_seed(0)
+    model_class, config_class = FAMILIES[family]
+    model: nn.Module = model_class(config_class(**SIZES)).eval()
+    with torch.no_grad():  # the library's tiny initialisation would leave logits flat
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)
+    return model
+
+
+def basis_of(model: nn.Module, config: FastWeightsConfig = CONFIG) -> Basis:
+    weights = dict(model.named_parameters())
+    return compute_basis({name: weights[f"{name}.weight"] for name in target_modules(4, config)}, config, seed=0)
+
+
+def random_weights(basis: Basis, seed: int, revision: int = 1) -> FastWeights:
+    draw = np.random.default_rng(seed)
+    b = {name: draw.normal(0, 0.05, (rows, basis.rank)).astype(np.float32) for name, rows in basis.d_out.items()}
+    return FastWeights(basis.id, revision, b)
+
+
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    out: Tensor = model(ids).logits
+    return out
+
+
+def test_targets_are_the_mlp_of_the_last_layers() -> None:
+    names = target_modules(30, FastWeightsConfig())
+    assert len(names) == 12
+    assert names[0] == "model.layers.26.mlp.gate_proj"
+    assert names[-1] == "model.layers.29.mlp.down_proj"
+    with pytest.raises(BasisError, match="last_layers=4 .* has 3 layers"):
+        target_modules(3, FastWeightsConfig())
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_svd_basis_is_the_top_right_factor(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    basis = compute_basis({"model.layers.0.mlp.up_proj": weight}, FastWeightsConfig(rank=4), seed=0)
+    _, s, vh = torch.linalg.svd(weight.double())
+    wanted = s[:4, None] * vh[:4]
+    got = basis.a["model.layers.0.mlp.up_proj"].double()
+    assert torch.allclose(got * torch.sign((got * wanted).sum(1, keepdim=True)), wanted, atol=1e-5)
+    peaks = got.gather(1, got.abs().argmax(1, keepdim=True))
+    assert bool((peaks > 0).all())  # the sign convention, so that the id does not depend on the solver's choice
+
+
+def test_random_basis_depends_on_the_seed_and_has_pefts_scale() -> None:
+    config = FastWeightsConfig(rank=8, basis="random")
+    weights = {"model.layers.0.mlp.up_proj": torch.zeros(64, 400)}
+    first, again, other = (compute_basis(weights, config, seed) for seed in (1, 1, 2))
+    assert first.id == again.id != other.id
+    a = first.a["model.layers.0.mlp.up_proj"]
+    assert a.abs().max() <= 1 / 20
+    assert abs(a.std().item() - 1 / 20 / 3**0.5) < 0.002
+
+
+def test_rank_above_the_matrix_is_refused() -> None:
+    with pytest.raises(BasisError, match="rank=6 does not fit .*up_proj of shape"):
+        compute_basis({"model.layers.0.mlp.up_proj": torch.zeros(64, 5)}, FastWeightsConfig(), 0)
+
+
+@pytest.mark.parametrize("shard", ["10GB", "20KB"])
+def test_basis_from_checkpoint_single_file_and_shards(tmp_path: Path, shard: str) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size=shard)  # type: ignore[operator]
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
+    assert compute_basis_from_checkpoint(tmp_path, CONFIG, 0).id == basis_of(model).id
+
+
+def test_checkpoint_without_the_matrices_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 4}))
+    safetensors.torch.save_file({"transformer.h.0.mlp.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(BasisError, match="supported are Llama-like"):
+        compute_basis_from_checkpoint(tmp_path, CONFIG, 0)
+    with pytest.raises(BasisError, match=r"no usable config\.json"):
+        compute_basis_from_checkpoint(tmp_path / "nowhere", CONFIG, 0)
+
+
+def test_basis_round_trip(tmp_path: Path) -> None:
+    basis = basis_of(tiny_model())
+    save_basis(basis, tmp_path / "run" / "basis.safetensors")
+    loaded = load_basis(tmp_path / "run" / "basis.safetensors")
+    assert (loaded.id, loaded.kind, loaded.rank, dict(loaded.d_out)) == (basis.id, "svd", 3, dict(basis.d_out))
+    assert all(torch.equal(loaded.a[name], basis.a[name]) for name in basis.modules)
+    assert set(loaded.modules) == set(basis.modules)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["basis.safetensors"]
+
+
+def test_damaged_basis_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    basis, path = basis_of(tiny_model()), tmp_path / "basis.safetensors"
+    save_basis(basis, path)
+    whole = path.read_bytes()
+    altered = bytearray(whole)
+    altered[-2] ^= 1
+    foreign = safetensors.torch.save({"x": torch.zeros(2)})
+    for content, message in (
+        (whole[: len(whole) // 2], "cannot be read as a basis"),
+        (b"", "cannot be read as a basis"),
+        (bytes(altered), "altered|not finite"),
+        (foreign, "not a basis of format"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(BasisError, match=message) as caught:
+            load_basis(path)
+        assert "\n" not in str(caught.value)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_each_row_acts_under_its_own_delta(family: str) -> None:
+    """Row i of a mixed batch gives what a model with W + B_i A merged by hand gives; row 1 is the base model."""
+    model, merged = tiny_model(family), tiny_model(family)
+    basis = basis_of(model)
+    weights = [random_weights(basis, 1), None, random_weights(basis, 2)]
+    injector = DeltaInjector(model, basis)
+    with torch.no_grad(), injector.use(stack(weights, basis, torch.float32, "cpu")):
+        got = logits(model)
+    for row, one in enumerate(weights):
+        merged.load_state_dict(model.state_dict())
+        if one is not None:
+            for name in basis.modules:
+                merged.get_submodule(name).weight.data += torch.from_numpy(one.b[name]) @ basis.a[name]
+        assert torch.allclose(got[row], logits(merged, IDS[row : row + 1])[0], atol=2e-4)
+    assert (got[0] - got[2]).abs().max() > 0.05  # the same tokens under two Deltas: the test can tell them apart
+
+
+def test_delta_zero_is_the_base_model_to_the_bit() -> None:
+    model = tiny_model()
+    base = logits(model)
+    basis = basis_of(model)
+    injector = DeltaInjector(model, basis)
+    assert torch.equal(logits(model), base)
+    with injector.use(stack([random_weights(basis, 1)] * 3, basis, torch.float32, "cpu")):
+        assert not torch.equal(logits(model), base)
+        with injector.use(None):
+            assert torch.equal(logits(model), base)
+        assert not torch.equal(logits(model), base)
+    assert torch.equal(logits(model), base)
+    with injector.use(stack([zero(basis), None, None], basis, torch.float32, "cpu")):
+        assert torch.equal(logits(model), base)
+
+
+def test_gradients_reach_theta_and_never_the_constants() -> None:
+    """theta's gradient under a constant Delta equals that of a model with W + B A merged in; none reaches A or a detached B."""
+    model, merged = tiny_model(), tiny_model()
+    basis = basis_of(model)
+    one = random_weights(basis, 1)
+    stacked = stack([one] * 3, basis, torch.float32, "cpu")
+    with DeltaInjector(model, basis).use(stacked):
+        logits(model).logsumexp(-1).sum().backward()
+    for name in basis.modules:
+        merged.get_submodule(name).weight.data += torch.from_numpy(one.b[name]) @ basis.a[name]
+    logits(merged).logsumexp(-1).sum().backward()
+    for (name, parameter), other in zip(model.named_parameters(), merged.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, other.grad, rtol=1e-3, atol=1e-4 * other.grad.abs().max().item()), name
+    assert all(matrix.grad is None and not matrix.requires_grad for matrix in [*stacked.values(), *basis.a.values()])
+
+
+def test_gradient_reaches_b_when_asked_also_under_checkpointing() -> None:
+    basis = basis_of(tiny_model())
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()  # type: ignore[operator]
+            assert model.is_gradient_checkpointing
+        leaves = {name: b.requires_grad_() for name, b in stack([random_weights(basis, 1)] * 3, basis, torch.float32, "cpu").items()}
+        with DeltaInjector(model, basis).use(leaves):
+            logits(model).logsumexp(-1).sum().backward()
+        gradients.append({name: b.grad for name, b in leaves.items()})
+    for name in basis.modules:
+        plain, again = gradients[0][name], gradients[1][name]
+        assert plain is not None and again is not None and plain.abs().max() > 0
+        assert torch.allclose(plain, again, rtol=1e-4, atol=1e-5)
+
+
+def test_apply_delta_is_batched_per_sequence() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, a, b = (torch.randn(shape, generator=draw) for shape in ((2, 5, 7), (3, 7), (2, 4, 3)))
+    expected = torch.stack([x[i] @ (b[i] @ a).T for i in range(2)])
+    assert torch.allclose(apply_delta(x, a, b), expected, atol=1e-5)
+
+
+def test_unfit_weights_and_models_are_refused() -> None:
+    model = tiny_model()
+    basis = basis_of(model)
+    good = random_weights(basis, 1)
+    name = basis.modules[0]
+    not_finite = {**good.b, name: np.full_like(good.b[name], np.nan)}
+    for weights, message in (
+        (FastWeights("another", 1, good.b), "belong to basis another"),
+        (FastWeights(basis.id, 1, {name: good.b[name]}), "differ in matrices"),
+        (FastWeights(basis.id, 1, {**good.b, name: good.b[name][:, :2]}), "has shape"),
+        (FastWeights(basis.id, 1, not_finite), "not finite"),
+    ):
+        with pytest.raises(BasisError, match=message):
+            stack([weights], basis, torch.float32, "cpu")
+    with pytest.raises(BasisError, match="no such module"):
+        DeltaInjector(nn.Linear(2, 2), basis)
+    wider = compute_basis({name: torch.randn(48, 40)}, CONFIG, 0)
+    with pytest.raises(BasisError, match="another model's basis"):
+        DeltaInjector(model, wider)
+    with DeltaInjector(model, basis).use(stack([good], basis, torch.float32, "cpu")), pytest.raises(BasisError, match="one Delta per batch row"):
+        logits(model)
+
+
+def test_exported_adapter_acts_the_same_in_stock_peft(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = tiny_model()
+    basis = basis_of(model)
+    weights = random_weights(basis, 1, revision=4)
+    export_peft(weights, basis, tmp_path / "adapter", "some/model")
+    injector = DeltaInjector(model, basis)
+    with torch.no_grad(), injector.use(stack([weights] * 3, basis, torch.float32, "cpu")):
+        ours = logits(model).log_softmax(-1)
+    with torch.no_grad():
+        theirs = logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").eval()).log_softmax(-1)
+        base = logits(model).log_softmax(-1)
+    assert (ours - theirs).abs().max() < 1e-4
+    assert (ours - base).abs().max() > 0.05
+    back = from_peft(tmp_path / "adapter", basis)
+    assert back.revision == 4
+    assert all(np.array_equal(back.b[name], weights.b[name]) for name in basis.modules)
+
+
+def test_adapter_of_another_basis_or_damaged_is_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    basis, other = basis_of(model), basis_of(model, FastWeightsConfig(rank=3, last_layers=2, basis="random"))
+    export_peft(random_weights(basis, 1), basis, tmp_path / "adapter", "m")
+    with pytest.raises(BasisError, match="is not that of basis"):
+        from_peft(tmp_path / "adapter", other)
+    with pytest.raises(FileExistsError, match="already holds something"):
+        export_peft(random_weights(basis, 1), basis, tmp_path / "adapter", "m")
+    with pytest.raises(BasisError, match="belong to basis"):
+        export_peft(random_weights(other, 1), basis, tmp_path / "second", "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]  # nothing half-written is left
+    tensors = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:100])
+    with pytest.raises(BasisError, match="cannot be read as an adapter"):
+        from_peft(tmp_path / "adapter", basis)
+
+
+def test_revision_zero_exports_as_zeros(tmp_path: Path) -> None:
+    basis = basis_of(tiny_model())
+    assert all(not bool(tensor.any()) for name, tensor in to_peft(zero(basis), basis).items() if "lora_B" in name)
+    export_peft(zero(basis), basis, tmp_path / "adapter", "m")
+    assert from_peft(tmp_path / "adapter", basis).revision == 0
