@@ -1,0 +1,109 @@
+"""The stop-gradient policy objective as a pure function of one value per sampled token (method.md 4; TMEM, arXiv 2606.04536).
+
+    rho    = pi_{theta + sg(Delta)}(y) / pi_{theta_old + sg(Delta)}(y)            the PPO ratio, learner over learner
+    w      = min(pi_{theta_old + sg(Delta)}(y) / pi_engine(y), cap), detached     truncated importance sampling: engine rounding and staleness
+    policy = -w * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A)
+    kl     = exp(log ref - log pi) - (log ref - log pi) - 1                        the k3 estimate (Schulman 2020), ref under the same Delta
+    loss   = sum over tokens of scale * (policy + kl_coefficient * kl)
+
+Delta is a constant in all of it: the log-probs come from a model whose Delta carries no gradient. Clip, KL and w are unpublished: our choices.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.schema import ObjectiveConfig
+
+_MAX_LOG_RATIO = 20.0  # exp stays finite, so the branch that the clip rejects cannot turn into 0 * inf in the backward
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenBatch:
+    """One value per sampled token, each float32 [K]. Only ``logp`` carries a gradient. ``scale`` see ``learner.types.Row``."""
+
+    logp: Tensor
+    old_logp: Tensor
+    engine_logp: Tensor
+    reference_logp: Tensor | None
+    entropy: Tensor
+    advantage: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStatistics:
+    """Sums and extremes over sampled tokens, so that microbatches and ranks merge exactly. ``policy_loss`` and ``kl`` are sums weighted by scale."""
+
+    tokens: float
+    policy_loss: float
+    kl: float
+    ratio: float
+    clipped: float
+    truncated: float
+    entropy: float
+    difference: float
+    ratio_min: float
+    ratio_max: float
+    difference_max: float
+
+    @staticmethod
+    def none() -> TokenStatistics:
+        return TokenStatistics(0, 0, 0, 0, 0, 0, 0, 0, math.inf, -math.inf, -math.inf)
+
+    @property
+    def sums(self) -> tuple[float, ...]:
+        return (self.tokens, self.policy_loss, self.kl, self.ratio, self.clipped, self.truncated, self.entropy, self.difference)
+
+    @property
+    def maxima(self) -> tuple[float, ...]:
+        return (-self.ratio_min, self.ratio_max, self.difference_max)
+
+    @staticmethod
+    def of(sums: tuple[float, ...], maxima: tuple[float, ...]) -> TokenStatistics:
+        return TokenStatistics(*sums, -maxima[0], maxima[1], maxima[2])
+
+    def merge(self, other: TokenStatistics) -> TokenStatistics:
+        sums = tuple(a + b for a, b in zip(self.sums, other.sums, strict=True))
+        return TokenStatistics.of(sums, tuple(max(a, b) for a, b in zip(self.maxima, other.maxima, strict=True)))
+
+    def mean(self, total: float) -> float:
+        return total / self.tokens if self.tokens else math.nan
+
+
+def policy_objective(batch: TokenBatch, config: ObjectiveConfig) -> tuple[Tensor, TokenStatistics]:
+    """The loss (a scalar with gradient, also for K = 0) and its statistics."""
+    log_ratio = (batch.logp - batch.old_logp).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    rho = log_ratio.exp()
+    clipped_rho = rho.clamp(1 - config.clip_low, 1 + config.clip_high)
+    free, bounded = rho * batch.advantage, clipped_rho * batch.advantage
+    weight, truncated = _importance(batch, config)
+    policy = batch.scale * -(weight * torch.minimum(free, bounded))
+    kl = torch.zeros_like(policy)
+    if batch.reference_logp is not None:
+        gap = (batch.reference_logp - batch.logp).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+        kl = batch.scale * (gap.exp() - gap - 1)
+    loss = policy.sum() + config.kl_coefficient * kl.sum()
+    return loss, _statistics(batch, policy, kl, bounded < free, truncated)
+
+
+def _importance(batch: TokenBatch, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    if config.importance == "none":
+        return torch.ones_like(batch.engine_logp), torch.zeros_like(batch.engine_logp, dtype=torch.bool)
+    ratio = (batch.old_logp - batch.engine_logp).detach().clamp(max=_MAX_LOG_RATIO).exp()
+    return ratio.clamp(max=config.importance_cap), ratio > config.importance_cap
+
+
+@torch.no_grad()
+def _statistics(batch: TokenBatch, policy: Tensor, kl: Tensor, clipped: Tensor, truncated: Tensor) -> TokenStatistics:
+    if len(batch.logp) == 0:
+        return TokenStatistics.none()
+    gap = batch.old_logp - batch.engine_logp  # the weights before the step, also in a later minibatch
+    ratio, difference = gap.clamp(max=_MAX_LOG_RATIO).exp(), gap.abs()
+    columns = (policy, kl, ratio, clipped, truncated, batch.entropy, difference)
+    sums = (float(len(gap)), *(float(column.double().sum()) for column in columns))
+    return TokenStatistics.of(sums, (-float(ratio.min()), float(ratio.max()), float(difference.max())))

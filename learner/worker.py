@@ -1,0 +1,208 @@
+"""The learner under Ray: a thin actor per rank, and the driver's view of all ranks.
+
+Waits: the driver waits for actors under ``learner.step_timeout_s`` and says for which rank; ranks wait for each other inside torch.distributed.
+Ray does not restart a rank: a rank that died ends the group, and the run resumes from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from torch import Tensor
+
+from actors.fast_weights import Basis
+from actors.types import PolicyVersion, Segment, TrajectoryGroup
+from configs.schema import LearnerConfig, ObjectiveConfig
+from learner.types import LearnerError, StepReport, WarmStartReport
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """What every rank is built from."""
+
+    config: LearnerConfig
+    objective: ObjectiveConfig
+    model_path: str
+    basis: Basis
+    seed: int
+    temperature: float
+
+
+class LearnerWorker:
+    """One rank: sets the process up for torch.distributed and holds a Learner."""
+
+    def __init__(self, spec: LearnerSpec, rank: int) -> None:
+        self._spec, self._rank = spec, rank
+        self._learner: Any = None
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a free port for the rendezvous (asked of rank 0)."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, host: str, port: int) -> PolicyVersion:
+        import torch
+
+        from learner.learner import Learner
+
+        spec = self._spec
+        names = {"MASTER_ADDR": host, "MASTER_PORT": port, "RANK": self._rank, "WORLD_SIZE": spec.config.workers, "LOCAL_RANK": 0}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        torch.set_num_threads(spec.config.threads)
+        self._learner = Learner(
+            spec.config, spec.objective, spec.model_path, spec.basis, spec.seed, spec.temperature, self._rank, spec.config.workers
+        )
+        return self._learner.version
+
+    def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
+        return self._learner.step(groups)
+
+    def warm_start_step(self, segments: Sequence[Segment], learning_rate: float) -> WarmStartReport:
+        return self._learner.warm_start_step(segments, learning_rate)
+
+    def weights(self, trainable_only: bool) -> dict[str, Tensor]:
+        """Collective under ZeRO-3; only rank 0 sends the tensors to anyone."""
+        weights = self._learner.weights(trainable_only)
+        return weights if self._rank == 0 else {}
+
+    def save(self, folder: str) -> PolicyVersion:
+        self._learner.save(folder)
+        return self._learner.version
+
+    def load(self, folder: str) -> PolicyVersion:
+        self._learner.load(folder)
+        return self._learner.version
+
+
+@ray.remote(max_restarts=0)
+class LearnerActor:
+    """One-line methods over LearnerWorker."""
+
+    def __init__(self, spec: LearnerSpec, rank: int) -> None:
+        self._worker = LearnerWorker(spec, rank)
+
+    @ray.method
+    def address(self) -> tuple[str, int]:
+        return self._worker.address()
+
+    @ray.method
+    def start(self, host: str, port: int) -> PolicyVersion:
+        return self._worker.start(host, port)
+
+    @ray.method
+    def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
+        return self._worker.step(groups)
+
+    @ray.method
+    def warm_start_step(self, segments: Sequence[Segment], learning_rate: float) -> WarmStartReport:
+        return self._worker.warm_start_step(segments, learning_rate)
+
+    @ray.method
+    def weights(self, trainable_only: bool) -> dict[str, Tensor]:
+        return self._worker.weights(trainable_only)
+
+    @ray.method
+    def save(self, folder: str) -> PolicyVersion:
+        return self._worker.save(folder)
+
+    @ray.method
+    def load(self, folder: str) -> PolicyVersion:
+        return self._worker.load(folder)
+
+
+class LearnerGroup:
+    """All ranks as one learner, for the driver. Every call raises LearnerError with the rank's own message, or after ``config.step_timeout_s``.
+
+    ``folder`` arguments must be on storage that every rank's node sees, when ranks live on several nodes.
+    """
+
+    def __init__(self, spec: LearnerSpec, start_timeout_s: float) -> None:
+        config = spec.config
+        self._timeout = config.step_timeout_s
+        self._resources = f"{config.cpus_per_worker} CPUs and {config.gpus_per_worker} GPUs for each of {config.workers} learner ranks"
+        environment = {"OMP_NUM_THREADS": str(config.threads)}
+        if config.gpus_per_worker == 0:
+            environment["DS_ACCELERATOR"] = "cpu"
+        actor: Any = LearnerActor
+        options = actor.options(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, runtime_env={"env_vars": environment})
+        reference = ray.put(spec)
+        self._actors: list[Any] = [options.remote(reference, rank) for rank in range(config.workers)]
+        try:
+            host, port = self._get([self._actors[0].address.remote()], "start", start_timeout_s)[0]
+            self._version: PolicyVersion = self._get([actor.start.remote(host, port) for actor in self._actors], "start", start_timeout_s)[0]
+        except LearnerError:
+            self.close()
+            raise
+
+    @property
+    def version(self) -> PolicyVersion:
+        return self._version
+
+    def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
+        """See ``Learner.step``. The groups travel once through the object store."""
+        reference = ray.put(tuple(groups))
+        report: StepReport = self._get([actor.step.remote(reference) for actor in self._actors], "step", self._timeout)[0]
+        self._version = report.version
+        return report
+
+    def warm_start_step(self, segments: Sequence[Segment], learning_rate: float) -> WarmStartReport:
+        """See ``Learner.warm_start_step``."""
+        reference = ray.put(tuple(segments))
+        calls = [actor.warm_start_step.remote(reference, learning_rate) for actor in self._actors]
+        report: WarmStartReport = self._get(calls, "warm_start_step", self._timeout)[0]
+        self._version = report.version
+        return report
+
+    def weights_ref(self, trainable_only: bool) -> ray.ObjectRef[dict[str, Tensor]]:
+        """A reference to rank 0's full weights in the object store, ready when this returns; they never pass through the driver."""
+        calls = [actor.weights.remote(trainable_only) for actor in self._actors]
+        self._wait(calls, "weights", self._timeout)
+        reference: ray.ObjectRef[dict[str, Tensor]] = calls[0]
+        return reference
+
+    def save(self, folder: str) -> None:
+        self._get([actor.save.remote(folder) for actor in self._actors], "save", self._timeout)
+
+    def load(self, folder: str) -> PolicyVersion:
+        self._version = self._get([actor.load.remote(folder) for actor in self._actors], "load", self._timeout)[0]
+        return self._version
+
+    def close(self) -> None:
+        """End the ranks' processes. The group cannot be used afterwards."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    def _wait(self, calls: list[Any], verb: str, timeout: float) -> None:
+        _, pending = ray.wait(calls, num_returns=len(calls), timeout=timeout, fetch_local=False)
+        if pending:
+            late = [rank for rank, call in enumerate(calls) if call in pending]
+            raise LearnerError(
+                f"learner {verb}: no answer from rank {late} within {timeout:g} s (asked for {self._resources}; the cluster has "
+                f"{ray.cluster_resources().get('CPU', 0):g} CPUs, {ray.cluster_resources().get('GPU', 0):g} GPUs): "
+                "free resources, or raise the timeout"
+            )
+
+    def _get(self, calls: list[Any], verb: str, timeout: float) -> list[Any]:
+        deadline = time.monotonic() + timeout
+        done, _ = ray.wait(calls, num_returns=1, timeout=timeout, fetch_local=False)
+        self._raise_failure(done, verb)  # a rank that failed leaves the others waiting for it: do not wait out the deadline
+        self._wait(calls, verb, max(0.0, deadline - time.monotonic()))
+        self._raise_failure(calls, verb)
+        return ray.get(calls, timeout=timeout)
+
+    def _raise_failure(self, calls: list[Any], verb: str) -> None:
+        try:
+            ray.get(calls, timeout=self._timeout)
+        except RayActorError as error:
+            raise LearnerError(f"learner {verb}: a rank's process died ({error}); resume from the last checkpoint") from error
+        except GetTimeoutError as error:
+            raise LearnerError(f"learner {verb}: a result could not be fetched within {self._timeout:g} s") from error

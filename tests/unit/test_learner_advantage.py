@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from learner.advantage import grpo, leave_one_out
+
+REWARDS = st.lists(st.floats(-10, 10), min_size=1, max_size=16)
+
+
+def test_grpo_by_hand() -> None:
+    # mean 0.5, population deviation sqrt((0.25 + 0.25 + 0 + 0) / 4) = 0.353553
+    assert grpo([1.0, 0.0, 0.5, 0.5], normalize_by_std=True) == pytest.approx([math.sqrt(2), -math.sqrt(2), 0, 0])
+    assert grpo([1.0, 0.0, 0.5, 0.5], normalize_by_std=False) == pytest.approx([0.5, -0.5, 0, 0])
+
+
+@pytest.mark.parametrize("rewards", [[0.3], [1.0, 1.0, 1.0], [0.1 + 0.2, 0.3], []])
+def test_no_signal_gives_exact_zeros(rewards: list[float]) -> None:
+    assert grpo(rewards, normalize_by_std=True) == [0.0] * len(rewards)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_reward_that_is_no_number_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="reward 1 is"):
+        grpo([0.0, bad], normalize_by_std=True)
+    with pytest.raises(ValueError, match="reward 1 is"):
+        leave_one_out([0.0, bad])
+
+
+def test_leave_one_out_by_hand() -> None:
+    assert leave_one_out([1.0, 0.0, 0.5]) == pytest.approx([0.75, -0.75, 0.0])
+    assert leave_one_out([1.0]) == [0.0]
+
+
+@given(REWARDS)
+def test_grpo_is_centred_and_keeps_the_order(rewards: list[float]) -> None:
+    advantages = grpo(rewards, normalize_by_std=True)
+    assert sum(advantages) == pytest.approx(0, abs=1e-6)
+    for (reward_a, a), (reward_b, b) in zip(zip(rewards, advantages, strict=True), zip(rewards[1:], advantages[1:], strict=True), strict=False):
+        assert (reward_a - reward_b) * (a - b) >= 0

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+
+import numpy as np
+import pytest
+
+from actors.fast_weights import Basis
+from actors.types import ActionSpan, Outcome, Segment, Timings, Trajectory
+from learner.batch import pack, pad, rows_of, split, supervised_rows
+from learner.types import Microbatch, ScoredTrajectory
+from tests.unit.learner_cases import TASK, trajectory, write_model
+
+
+@pytest.fixture(scope="module")
+def basis(tmp_path_factory: pytest.TempPathFactory) -> Basis:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def scored(basis: Basis) -> list[ScoredTrajectory]:
+    return [ScoredTrajectory(trajectory(basis, seed, 0.0), advantage) for seed, advantage in ((1, 1.5), (2, -0.5), (3, 0.0), (4, -1.0))]
+
+
+def share(scored: list[ScoredTrajectory], aggregate: str, skip: bool) -> float:
+    rows = rows_of(scored, aggregate, skip).rows  # type: ignore[arg-type]
+    return sum(row.scale * int(row.segment.action_mask.sum()) for row in rows)
+
+
+def test_shares_of_the_denominator_sum_to_one(scored: list[ScoredTrajectory]) -> None:
+    assert share(scored, "token", False) == pytest.approx(1)
+    assert share(scored, "sequence", False) == pytest.approx(1)
+
+
+def test_skipping_leaves_the_denominator_alone(scored: list[ScoredTrajectory]) -> None:
+    rows = rows_of(scored, "sequence", skip_zero_advantage=True)
+    assert rows.trajectories_skipped == 1
+    assert share(scored, "sequence", True) == pytest.approx(3 / 4)
+    kept = {id(row.segment): row.scale for row in rows.rows}
+    every = {id(row.segment): row.scale for row in rows_of(scored, "sequence", skip_zero_advantage=False).rows}
+    assert kept.items() <= every.items() and len(kept) == len(every) - 3
+
+
+def test_every_span_carries_the_episodes_advantage_and_its_own_revision(scored: list[ScoredTrajectory]) -> None:
+    rows = rows_of(scored[:1], "token", True).rows
+    assert [row.advantage for row in rows] == [1.5] * 3
+    assert [row.segment.spans[0].kind for row in rows] == ["extract", "extract", "act"]
+    assert [None if row.weights is None else row.weights.revision for row in rows] == [None, 1, 2]
+    microbatch = pad(rows, 1.0)
+    assert set(microbatch.advantages[microbatch.row_of_token].tolist()) == {1.5}
+
+
+def test_extraction_tokens_are_counted(scored: list[ScoredTrajectory]) -> None:
+    rows = rows_of(scored[:1], "token", True)
+    assert rows.extract_tokens == sum(int(part.action_mask.sum()) for part in scored[0].trajectory.segments[:2])
+
+
+def test_segments_without_sampled_tokens_are_dropped_and_counted() -> None:
+    silent = Segment(np.arange(5, dtype=np.int32), np.zeros(5, bool), np.zeros(5, np.float32), 0, 0, ())
+    mask = np.array([0, 0, 1], dtype=bool)
+    spoken = Segment(np.arange(3, dtype=np.int32), mask, np.zeros(3, np.float32), 0, 0, (ActionSpan(2, 3, "act"),))
+    episode = Trajectory(TASK, "e", 0, (silent, spoken), (), (), Outcome(1, {}, ()), "done", Timings(0, 0, 0, 0, 0))
+    rows = rows_of([ScoredTrajectory(episode, 1.0)], "token", True)
+    assert (len(rows.rows), rows.segments_without_actions, rows.rows[0].scale) == (1, 1, 1.0)
+    assert len(supervised_rows((silent, spoken))) == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_packing_keeps_every_row_once_and_ranks_in_step(scored: list[ScoredTrajectory], ranks: int, budget: int) -> None:
+    rows = rows_of(scored, "token", False).rows
+    plan = pack(rows, budget, ranks, 1.0)
+    assert len(plan) == ranks and len({len(part) for part in plan}) == 1
+    microbatches = [one for part in plan for one in part]
+    found = sorted(one.token_ids[place][one.attention_mask[place]].tobytes() for one in microbatches for place in range(len(one.scales)) if one.scales[place])
+    assert found == sorted(row.segment.token_ids.astype(np.int64).tobytes() for row in rows)  # the sampled ids themselves, unchanged
+    assert all(one.token_ids.size <= budget or len(one.token_ids) == 1 for one in microbatches)
+    longest = [[one.token_ids.shape[1] for one in part if one.action_tokens] for part in plan]
+    assert all(lengths == sorted(lengths, reverse=True) for lengths in longest)
+
+
+def test_no_rows_still_make_one_empty_microbatch_per_rank() -> None:
+    plan = pack([], 100, 2, 1.0)
+    assert [[one.action_tokens for one in part] for part in plan] == [[0], [0]]
+
+
+def test_minibatches_part_the_trajectories(scored: list[ScoredTrajectory]) -> None:
+    parts = split(scored, 3, (0, 7))
+    assert sorted(len(part) for part in parts) == [1, 1, 2]
+    assert {id(one) for part in parts for one in part} == {id(one) for one in scored}
+    assert [[id(one) for one in part] for part in parts] == [[id(one) for one in part] for part in split(scored, 3, (0, 7))]
+    assert len(split(scored, 99, (0, 0))) == len(scored)
+
+
+def test_a_sampled_first_token_is_refused() -> None:
+    ones = np.ones((1, 2), dtype=bool)
+    zeros = np.zeros((1, 2), dtype=np.float32)
+    with pytest.raises(ValueError, match="needs a token before it"):
+        Microbatch(zeros.astype(np.int64), ones, ones, zeros, zeros[0, :1], zeros[0, :1], (None,), 1.0)
+
+
