@@ -1,0 +1,311 @@
+"""The batched writer against a plain PEFT + torch.optim loop, one episode at a time, on tiny random models of each supported family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from actors.fast_weights import Basis, BasisError, DeltaInjector, compute_basis, stack, target_modules, zero
+from actors.protocols import WriterError
+from actors.types import FastWeights, WriteExample, WriteRequest, WriteResult
+from actors.writer import BatchedWriter
+from configs.schema import FastWeightsConfig, WriteConfig
+
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "mistral": (MistralForCausalLM, MistralConfig),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+}
+VOCABULARY = 97
+SGD = WriteConfig(optimizer="sgd", learning_rate=0.005, epochs=3, batch_size=3)
+ADAM = WriteConfig(optimizer="adam", learning_rate=2e-3, epochs=3, batch_size=3)
+
+
+def tiny_model(family: str = "llama") -> nn.Module:
+    torch.manual_seed(0)
+    model_class, config_class = FAMILIES[family]
+    config = config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+    )
+    model: nn.Module = model_class(config).eval()
+    with torch.no_grad():  # the library's tiny initialisation would leave logits flat
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)
+        model.lm_head.weight.mul_(5)
+    return model
+
+
+def basis_of(model: nn.Module, last_layers: int = 2) -> Basis:
+    config = FastWeightsConfig(rank=3, last_layers=last_layers)
+    weights = dict(model.named_parameters())
+    return compute_basis({name: weights[f"{name}.weight"] for name in target_modules(4, config)}, config, seed=0)
+
+
+def examples(seed: int, count: int, shared_prefix: int = 0) -> tuple[WriteExample, ...]:
+    """Ragged examples: prompts of 2..12 tokens, answers of 1..6, behind a prefix that all of them share."""
+    draw = np.random.default_rng(seed)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        return tuple(int(t) for t in draw.integers(0, VOCABULARY, draw.integers(low, high + 1)))
+
+    prefix = tuple(range(shared_prefix))
+    return tuple(WriteExample(prefix + tokens(2, 12), tokens(1, 6)) for _ in range(count))
+
+
+def random_weights(basis: Basis, seed: int) -> FastWeights:
+    draw = np.random.default_rng(seed)
+    return FastWeights(basis.id, 2, {name: draw.normal(0, 0.01, (rows, basis.rank)).astype(np.float32) for name, rows in basis.d_out.items()})
+
+
+def ragged_requests(basis: Basis) -> list[WriteRequest]:
+    """Three episodes: from zero with three minibatches an epoch, from an earlier revision with one, from zero with one."""
+    return [
+        WriteRequest("a", zero(basis), examples(1, 7)),
+        WriteRequest("b", random_weights(basis, 5), examples(2, 2)),
+        WriteRequest("c", zero(basis), examples(3, 3)),
+    ]
+
+
+def write(requests: Sequence[WriteRequest], config: WriteConfig, family: str = "llama", last_layers: int = 2) -> list[WriteResult]:
+    model = tiny_model(family)
+    return BatchedWriter(model, basis_of(model, last_layers), config, pad_token_id=0).write(requests)
+
+
+def mean_loss(model: nn.Module, batch: Sequence[WriteExample]) -> Tensor:
+    """Mean nats per answer token of whole forwards, one example at a time: no padding, no cut, no cache."""
+    losses = []
+    for example in batch:
+        ids = torch.tensor([example.prompt_ids + example.answer_ids])
+        logits = model(ids).logits[0, len(example.prompt_ids) - 1 : -1]
+        losses.append(functional.cross_entropy(logits, torch.tensor(example.answer_ids), reduction="none"))
+    return torch.cat(losses).mean()
+
+
+def reference(request: WriteRequest, basis: Basis, config: WriteConfig, family: str) -> tuple[dict[str, np.ndarray], float, float]:
+    """B, loss before and loss after of a plain PEFT loop."""
+    lora = LoraConfig(r=basis.rank, lora_alpha=basis.rank, lora_dropout=0.0, bias="none", target_modules=list(basis.modules))
+    model = get_peft_model(tiny_model(family), lora).eval()
+    b: dict[str, nn.Parameter] = {}
+    for name in basis.modules:
+        layer = model.base_model.model.get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(basis.a[name])
+        layer.lora_A["default"].weight.requires_grad_(False)
+        b[name] = layer.lora_B["default"].weight
+        if request.weights.revision:
+            b[name].data.copy_(torch.from_numpy(request.weights.b[name]))
+    optimizer = (torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam)(list(b.values()), lr=config.learning_rate)
+    with torch.no_grad():
+        before = mean_loss(model, request.examples).item()
+    for _ in range(config.epochs):
+        for start in range(0, len(request.examples), config.batch_size):
+            optimizer.zero_grad()
+            mean_loss(model, request.examples[start : start + config.batch_size]).backward()
+            optimizer.step()
+    with torch.no_grad():
+        after = mean_loss(model, request.examples).item()
+    return {name: matrix.detach().numpy() for name, matrix in b.items()}, before, after
+
+
+def largest_difference(left: FastWeights, right: dict[str, np.ndarray]) -> float:
+    return max(float(np.abs(left.b[name] - right[name]).max()) for name in right)
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [(SGD, "llama"), (SGD, "mistral"), (SGD, "qwen2"), (SGD, "qwen3"), (ADAM, "llama")],
+    ids=lambda value: getattr(value, "optimizer", value),
+)
+def test_batched_writes_equal_the_sequential_peft_loop(config: WriteConfig, family: str) -> None:
+    """SGD: |dB| <= 1e-6. Adam's first step is lr * sign(gradient), so rounding of gradients near 0 shows: |dB| <= 1 % of one step (lr)."""
+    basis = basis_of(tiny_model(family))
+    requests = ragged_requests(basis)
+    results = write(requests, config, family)
+    for request, result, steps in zip(requests, results, (9, 3, 3), strict=True):
+        expected, before, after = reference(request, basis, config, family)
+        assert result.outcome == "accepted", result.reason
+        assert (result.steps, result.weights.revision) == (steps, request.weights.revision + 1)
+        assert result.weights.basis_id == basis.id
+        assert largest_difference(result.weights, expected) <= (1e-6 if config is SGD else 0.01 * config.learning_rate)
+        assert max(float(np.abs(matrix).max()) for matrix in expected.values()) > 1e-3  # it moved: the bounds above mean something
+        assert result.loss_before == pytest.approx(before, abs=2e-5)
+        assert result.loss_after == pytest.approx(after, abs=2e-4)
+        assert all(matrix.dtype == np.float32 for matrix in result.weights.b.values())
+
+
+def test_one_adapted_layer_and_small_chunks_change_nothing() -> None:
+    basis = basis_of(tiny_model(), last_layers=1)
+    requests = ragged_requests(basis)
+    small = WriteConfig(optimizer="sgd", learning_rate=0.005, epochs=3, batch_size=3, chunk_tokens=20)
+    for request, result in zip(requests, write(requests, small, last_layers=1), strict=True):
+        assert largest_difference(result.weights, reference(request, basis, SGD, "llama")[0]) <= 1e-6
+
+
+def test_companions_do_not_change_an_episode() -> None:
+    basis = basis_of(tiny_model())
+    requests = ragged_requests(basis)
+    together = write(requests, SGD)
+    for request, result in zip(requests, together, strict=True):
+        alone = write([request], SGD)[0]
+        assert largest_difference(result.weights, dict(alone.weights.b)) <= 1e-7
+    assert write([], SGD) == []
+
+
+def test_a_diverging_companion_does_not_poison_the_others() -> None:
+    """NaN in one episode's B stays there."""
+    basis = basis_of(tiny_model())
+    good = ragged_requests(basis)
+    huge = FastWeights(basis.id, 3, {name: np.full((rows, basis.rank), 1e30, np.float32) for name, rows in basis.d_out.items()})
+    bad = WriteRequest("bad", huge, examples(9, 4))
+    results = write([good[0], bad, good[1]], SGD)
+    assert results[1].outcome == "rolled_back"
+    assert results[1].weights is huge
+    assert largest_difference(results[0].weights, dict(write([good[0]], SGD)[0].weights.b)) <= 1e-7
+    assert largest_difference(results[2].weights, dict(write([good[1]], SGD)[0].weights.b)) <= 1e-7
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_diverged_write_is_rolled_back(optimizer: Literal["sgd", "adam"]) -> None:
+    """A good write, then one with a hopeless lr: the good one stays in force."""
+    basis = basis_of(tiny_model())
+    first = WriteRequest("a", zero(basis), examples(1, 7))
+    good = write([first], WriteConfig(optimizer="adam", learning_rate=0.01, epochs=40))[0]
+    assert good.loss_after < 0.5 * good.loss_before
+    request = WriteRequest("a", good.weights, first.examples)
+    config = WriteConfig(optimizer=optimizer, learning_rate=1e3, batch_size=3)
+    result = write([request], config)[0]
+    assert result.outcome == "rolled_back"
+    assert result.weights is request.weights
+    assert result.probe is None
+    assert "lower write.learning_rate=1000" in result.reason
+    assert "\n" not in result.reason
+    assert math.isfinite(result.loss_before)
+    assert not result.loss_after <= config.max_loss_ratio * result.loss_before
+
+
+def test_probe_holds_the_shortest_example_under_old_and_new_weights() -> None:
+    model = tiny_model()
+    basis = basis_of(model)
+    request = ragged_requests(basis)[1]
+    result = write([request], SGD)[0]
+    assert result.probe is not None
+    shortest = min(request.examples, key=lambda example: len(example.prompt_ids) + len(example.answer_ids))
+    assert result.probe.token_ids == shortest.prompt_ids + shortest.answer_ids
+    injector = DeltaInjector(model, basis)
+    for weights, logprobs in ((request.weights, result.probe.before), (result.weights, result.probe.after)):
+        with torch.no_grad(), injector.use(stack([weights], basis, torch.float32, "cpu")):
+            table = model(torch.tensor([result.probe.token_ids])).logits[0].log_softmax(-1)
+        first = len(shortest.prompt_ids)
+        expected = [table[first + k - 1, token].item() for k, token in enumerate(shortest.answer_ids)]
+        assert logprobs == pytest.approx(expected, abs=1e-4)
+    assert np.abs(np.subtract(result.probe.before, result.probe.after)).max() > 1e-3
+
+
+def test_long_probe_is_cut_but_keeps_an_answer_token() -> None:
+    basis = basis_of(tiny_model())
+    long_answer = WriteExample(tuple(range(50)), tuple(range(30)))
+    long_prompt = WriteExample(tuple(range(80)), (1, 2, 3))
+    for example, size in ((long_answer, 64), (long_prompt, 81)):
+        probe = write([WriteRequest("a", zero(basis), (example,))], SGD)[0].probe
+        assert probe is not None
+        assert len(probe.token_ids) == size
+        assert len(probe.after) == len(probe.before) == size - len(example.prompt_ids)
+
+
+def test_theta_and_basis_stay_as_they_are() -> None:
+    model = tiny_model()
+    basis = basis_of(model)
+    theta = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    a = {name: matrix.clone() for name, matrix in basis.a.items()}
+    requests = ragged_requests(basis)
+    old = {name: matrix.copy() for name, matrix in requests[1].weights.b.items()}
+    BatchedWriter(model, basis, ADAM, pad_token_id=0).write(requests)
+    assert all(torch.equal(parameter, theta[name]) and parameter.grad is None for name, parameter in model.named_parameters())
+    assert all(torch.equal(matrix, a[name]) and matrix.grad is None for name, matrix in basis.a.items())
+    assert all(np.array_equal(requests[1].weights.b[name], matrix) for name, matrix in old.items())
+
+
+def test_refresh_loads_a_new_theta_or_refuses_whole() -> None:
+    model = tiny_model()
+    basis = basis_of(model)
+    writer = BatchedWriter(model, basis, SGD, pad_token_id=0)
+    request = WriteRequest("a", zero(basis), examples(1, 3))
+    before = writer.write([request])[0].loss_before
+    torch.manual_seed(1)
+    theta = {name: parameter + 0.05 * torch.randn_like(parameter) for name, parameter in tiny_model().named_parameters()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    for tensors, message in (
+        ({key: value for key, value in theta.items() if key != name}, f"{name} is missing"),
+        ({**theta, "extra": torch.zeros(1)}, "extra is unknown"),
+        ({**theta, name: torch.zeros(2, 2)}, "has shape"),
+    ):
+        with pytest.raises(WriterError, match=message):
+            writer.refresh(tensors)
+    assert writer.write([request])[0].loss_before == before
+    writer.refresh(theta)
+    fresh = tiny_model()
+    fresh.load_state_dict(theta, strict=False)
+    with torch.no_grad():
+        assert writer.write([request])[0].loss_before == pytest.approx(mean_loss(fresh, request.examples).item(), abs=2e-5)
+    assert abs(mean_loss(fresh, request.examples).item() - before) > 1e-2
+
+
+def test_unusable_requests_are_errors_in_one_line() -> None:
+    model = tiny_model()
+    basis = basis_of(model)
+    writer = BatchedWriter(model, basis, WriteConfig(max_example_tokens=16), pad_token_id=0)
+    for bad, message in (
+        ((WriteExample(tuple(range(15)), (1, 2)),), "example 0 has 17 tokens, at most 16"),
+        ((WriteExample((), (1,)),), "needs a prompt and an answer"),
+        ((WriteExample((1,), ()),), "needs a prompt and an answer"),
+        ((), "no examples"),
+    ):
+        with pytest.raises(WriterError, match=f"write of episode a: .*{message}"):
+            writer.write([WriteRequest("a", zero(basis), bad)])
+    with pytest.raises(BasisError, match="belong to basis"):
+        writer.write([WriteRequest("a", FastWeights("other", 0, {}), examples(1, 1))])
+
+
+def test_unsupported_architecture_is_named() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16))
+    with pytest.raises(WriterError, match="'gpt2' is not supported by the writer: use one of llama, mistral, qwen2, qwen3"):
+        BatchedWriter(model, basis_of(tiny_model()), SGD, pad_token_id=0)
+
+
+def test_bfloat16_model_keeps_b_in_float32() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    basis = basis_of(model)
+    result = BatchedWriter(model, basis, SGD, pad_token_id=0).write([WriteRequest("a", zero(basis), examples(1, 6))])[0]
+    assert result.outcome == "accepted"
+    assert result.loss_after < result.loss_before
+    matrix = torch.from_numpy(result.weights.b[basis.modules[0]])
+    assert matrix.dtype == torch.float32
+    assert not torch.equal(matrix.bfloat16().float(), matrix)
