@@ -1,0 +1,87 @@
+"""Which adapters an engine knows, and under which names vLLM knows them.
+
+    AdapterKey(3, "episode-7", 2)  ->  LoRARequest(name "v3/episode-7@2", a fresh int id, path "mem://v3/episode-7@2")
+
+vLLM picks the weights by the int id and the prefix cache's keys and values by the name: both are fresh for each revision and never come back.
+A request that names an adapter which vLLM cannot load would kill the engine, so unknown keys are refused here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from actors.protocols import EngineError
+from actors.types import AdapterKey, PolicyVersion
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+PATH_PREFIX = "mem://"
+
+
+class AdapterTable:
+    """Installed adapters of one policy version. All methods run on the engine's step thread; ``version`` may be read anywhere."""
+
+    def __init__(self, version: PolicyVersion) -> None:
+        self.version = version
+        self._installed: dict[str, LoRARequest] = {}
+        self._used: set[str] = set()
+        self._leaving: set[str] = set()
+        self._ids = itertools.count(1)
+
+    def find(self, key: AdapterKey) -> LoRARequest | None:
+        """vLLM's request object of ``key``, None for revision 0 (the base model). Raises EngineError when it is not installed."""
+        self._check_version(key)
+        if key.revision == 0:
+            return None
+        if key.name not in self._installed or key.name in self._leaving:
+            state = "was released" if key.name in self._used else "was never installed"
+            raise EngineError(f"adapter {key.name} {state}: install it before generating under it")
+        return self._installed[key.name]
+
+    def put(self, engine: LLMEngine, key: AdapterKey, b: Mapping[str, Tensor]) -> None:
+        """Store a revision in the worker; vLLM reads it into a slot when the first request names it. Raises EngineError for a used name."""
+        from vllm.lora.request import LoRARequest
+
+        self._check_version(key)
+        if key.name in self._used:
+            raise EngineError(
+                f"adapter {key.name} was installed before: names are never reused (the prefix cache is keyed by them); write a new revision"
+            )
+        self._used.add(key.name)
+        path = PATH_PREFIX + key.name
+        engine.collective_rpc("engram_put", args=(path, b))
+        self._installed[key.name] = LoRARequest(lora_name=key.name, lora_int_id=next(self._ids), lora_path=path)
+
+    def drop(self, engine: LLMEngine, keys: Sequence[AdapterKey], running: set[str]) -> None:
+        """Forget adapters. One that a ``running`` request names goes at the first later call that finds it idle: vLLM may still have to read it."""
+        self._leaving.update(key.name for key in keys if key.name in self._installed)
+        for name in self._leaving - running:
+            self._leaving.discard(name)
+            request = self._installed.pop(name)
+            engine.remove_lora(request.lora_int_id)
+            engine.collective_rpc("engram_drop", args=(request.lora_path,))
+
+    def check_successor(self, version: PolicyVersion) -> None:
+        if version < self.version:
+            raise EngineError(
+                f"cannot refresh to version {version}: the engine is at {self.version}, and adapter names of an older version may come back"
+            )
+
+    def start_version(self, engine: LLMEngine, version: PolicyVersion) -> None:
+        """Forget every adapter; vLLM dropped its own copies with the old weights."""
+        engine.collective_rpc("engram_clear")
+        self._installed.clear()
+        self._leaving.clear()
+        if version != self.version:
+            self._used.clear()  # the version is part of a name, so the old names cannot come back
+        self.version = version
+
+    def _check_version(self, key: AdapterKey) -> None:
+        if key.policy_version != self.version:
+            raise EngineError(f"adapter {key.name} belongs to policy version {key.policy_version}, the engine is at {self.version}")

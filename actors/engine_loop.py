@@ -1,0 +1,248 @@
+"""A thread of its own for a stepping engine: callers hand it work, it runs the work between two steps.
+
+    caller (any thread, any event loop)                      step thread
+    call(f)            -> Future of f(engine)       --->     run everything that waits, then one engine.step(), and again
+    request(id, add)   -> Future of the output      --->     add(engine); resolved when step() reports the request finished
+    future.cancel()                                 --->     engine.abort_request([id])
+
+Who waits for whom: the step thread waits (without a deadline) for callers when there is nothing to do; callers wait for the step thread and put their
+own deadline on the future. When the thread dies, every pending future and every later call raises EngineError with the reason.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from actors.protocols import EngineError
+
+T = TypeVar("T")
+
+
+class StepOutput(Protocol):
+    """What ``step`` reports of one request."""
+
+    request_id: str
+    finished: bool
+
+
+class StepEngine(Protocol):
+    """The part of vLLM's LLMEngine that the loop drives."""
+
+    def has_unfinished_requests(self) -> bool: ...
+
+    def step(self) -> Sequence[Any]: ...
+
+    def abort_request(self, request_ids: list[str]) -> None: ...
+
+
+E = TypeVar("E", bound=StepEngine)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopTimes:
+    """Steps taken, seconds inside them, and seconds waiting for work."""
+
+    steps: int
+    busy_s: float
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    done: Future[Any]
+    label: str
+
+
+class StepLoop(Generic[E]):
+    """Owns one engine: built, stepped and taken down on one thread, so that thread-bound settings (OpenMP's thread count) hold for all its work.
+
+    Invariant: ``engine`` is touched by the step thread only. Raises EngineError from the constructor when ``build`` fails or takes longer than
+    ``start_timeout_s`` seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], E],
+        teardown: Callable[[E], None],
+        start_timeout_s: float,
+    ) -> None:
+        self._name = name
+        self._wake = threading.Condition()
+        self._work: deque[tuple[Future[Any], Callable[[E], Any]]] = deque()
+        self._requests: dict[str, _Running] = {}
+        self._closing = False
+        self._failure: str | None = None
+        self._times = LoopTimes(0, 0.0, 0.0)
+        started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(build, teardown, started), name=name, daemon=True)
+        self._thread.start()
+        try:
+            started.result(timeout=start_timeout_s)
+        except FutureTimeoutError as error:
+            raise EngineError(f"{name} did not start within {start_timeout_s:.0f} s: is the machine overloaded or out of memory?") from error
+
+    def call(self, work: Callable[[E], T]) -> Future[T]:
+        """Run ``work`` on the step thread before the next step; all work that waits is run in one go, in order."""
+        future: Future[T] = Future()
+        with self._wake:
+            self._check_alive()
+            self._work.append((future, work))
+            self._wake.notify()
+        return future
+
+    def request(self, request_id: str, label: str, add: Callable[[E], None]) -> Future[Any]:
+        """Add a request; the future gets the engine's finished output, or what ``add`` raised. Cancelling the future aborts the request.
+
+        ``label`` says what the request depends on, see ``running_labels``.
+        """
+        done: Future[Any] = Future()
+
+        def start(engine: E) -> None:
+            if done.cancelled():
+                return
+            try:
+                add(engine)
+            except (
+                ValueError,
+                TypeError,
+            ) as error:  # refused by the engine's validation: this request's own failure
+                self._refuse(
+                    done,
+                    EngineError(f"{self._name} refused a request: {_one_line(error)}"),
+                )
+            except EngineError as error:
+                self._refuse(done, error)
+            else:
+                self._requests[request_id] = _Running(done, label)
+
+        def stop(engine: E) -> None:
+            if self._requests.pop(request_id, None) is not None:
+                engine.abort_request([request_id])
+
+        self.call(start)
+        done.add_done_callback(lambda future: self.post(stop) if future.cancelled() else None)
+        return done
+
+    def post(self, work: Callable[[E], None]) -> None:
+        """As ``call``, for clean-up that nobody waits for: dropped when the loop is closed or dead."""
+        with self._wake:
+            if self._failure is None and not self._closing:
+                self._work.append((Future(), work))
+                self._wake.notify()
+
+    def running_labels(self) -> set[str]:
+        """Labels of the requests inside the engine. For work on the step thread, where the answer cannot change meanwhile."""
+        return {running.label for running in self._requests.values()}
+
+    @property
+    def times(self) -> LoopTimes:
+        return self._times
+
+    def close(self, timeout_s: float) -> None:
+        """End the thread after its running step; what is pending fails. Safe to call twice."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise EngineError(f"{self._name} did not stop within {timeout_s:.0f} s: a step of the engine hangs; end the process")
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineError(f"{self._name} is dead: {self._failure}")
+        if self._closing:
+            raise EngineError(f"{self._name} is closed")
+
+    def _run(
+        self,
+        build: Callable[[], E],
+        teardown: Callable[[E], None],
+        started: Future[None],
+    ) -> None:
+        try:
+            engine = build()
+        except BaseException as error:  # noqa: BLE001  (a thread's boundary: the failure belongs to whoever waits, whatever it is)
+            self._die(_one_line(error))
+            started.set_exception(error if isinstance(error, EngineError) else EngineError(f"{self._name} did not start: {_one_line(error)}"))
+            return
+        started.set_result(None)
+        reason = "closed"
+        try:
+            self._serve(engine)
+        except BaseException as error:  # noqa: BLE001  (as above)
+            reason = f"{type(error).__name__}: {_one_line(error)}"
+        self._die(reason)
+        teardown(engine)
+
+    def _serve(self, engine: E) -> None:
+        while True:
+            with self._wake:
+                idle_since = time.perf_counter()
+                while not (self._work or self._closing or engine.has_unfinished_requests()):
+                    self._wake.wait()
+                idle = time.perf_counter() - idle_since
+                if self._closing:
+                    return
+                work, self._work = self._work, deque()
+            for future, function in work:
+                self._perform(engine, future, function)
+            busy_since = time.perf_counter()
+            stepped = engine.has_unfinished_requests()
+            if stepped:
+                self._deliver(engine.step())
+            before = self._times
+            self._times = LoopTimes(
+                before.steps + stepped,
+                before.busy_s + time.perf_counter() - busy_since,
+                before.idle_s + idle,
+            )
+
+    def _perform(self, engine: E, future: Future[Any], function: Callable[[E], Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = function(engine)
+        except EngineError as error:  # refused: the engine is as it was
+            future.set_exception(error)
+        except BaseException as error:  # broke half-way: the caller learns first, then the thread ends
+            future.set_exception(EngineError(f"{self._name} broke: {type(error).__name__}: {_one_line(error)}"))
+            raise
+        else:
+            future.set_result(result)
+
+    def _deliver(self, outputs: Sequence[StepOutput]) -> None:
+        for output in outputs:
+            if output.finished:
+                running = self._requests.pop(output.request_id, None)
+                if running is not None and running.done.set_running_or_notify_cancel():
+                    running.done.set_result(output)
+
+    @staticmethod
+    def _refuse(done: Future[Any], error: EngineError) -> None:
+        if done.set_running_or_notify_cancel():
+            done.set_exception(error)
+
+    def _die(self, reason: str) -> None:
+        with self._wake:
+            self._failure = reason
+            pending = [
+                *(future for future, _ in self._work),
+                *(running.done for running in self._requests.values()),
+            ]
+            self._work.clear()
+            self._requests.clear()
+        for future in pending:
+            if not future.done() and future.set_running_or_notify_cancel():
+                future.set_exception(EngineError(f"{self._name} is dead: {reason}"))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__

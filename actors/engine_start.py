@@ -1,0 +1,146 @@
+"""Building vLLM's engine, loading new weights into it, taking it down. Everything here runs on the engine's step thread, except the first two.
+
+Environment variables set here before vLLM is imported (vLLM reads most of them then):
+
+    VLLM_ENABLE_V1_MULTIPROCESSING=0   the engine core and its worker live in this process
+    VLLM_CPU_OMP_THREADS_BIND=nobind   several workers share a machine; pinning each to core 0.. would pile them up
+    VLLM_USE_V2_MODEL_RUNNER=0         the runner whose log-probs the tests cover, on CPU and GPU alike
+    VLLM_NO_USAGE_STATS=1, DO_NOT_TRACK=1
+    VLLM_LOGGING_LEVEL=WARNING         unless the user set it
+    OMP_NUM_THREADS                    the worker's threads
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from actors.fast_weights import Basis
+from actors.protocols import EngineError
+from actors.types import PolicyVersion
+from configs.schema import EngineConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The slot widths that vLLM 0.32 accepts; a smaller rank is padded with zeros."""
+
+PACKED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+"""vLLM holds these two as one matrix (Llama, Mistral, Qwen2, Qwen3)."""
+
+
+def prepare_environment(threads: int) -> None:
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_USE_V2_MODEL_RUNNER="0",
+        VLLM_NO_USAGE_STATS="1",
+        DO_NOT_TRACK="1",
+        OMP_NUM_THREADS=str(threads),
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def read_vocabulary(model_path: str | os.PathLike[str], model: ModelConfig, engine: EngineConfig) -> int:
+    """The model's vocabulary size, from its config.json. Raises EngineError when its window is shorter than ``engine.max_model_tokens``."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(model_path), trust_remote_code=model.trust_remote_code)
+    window = getattr(config, "max_position_embeddings", None)
+    if window is not None and engine.max_model_tokens > window:
+        raise EngineError(f"engine.max_model_tokens={engine.max_model_tokens} is more than the model's window of {window}: lower it")
+    return int(config.vocab_size)
+
+
+def slot_width(rank: int) -> int:
+    """The narrowest adapter slot that holds ``rank``."""
+    return next(width for width in LORA_RANKS if width >= rank)
+
+
+def engine_modules(modules: Sequence[str]) -> list[str]:
+    """vLLM's names of the adapted matrices: full names, so that only the last layers are wrapped (wrapping all costs several times the prefill)."""
+    renamed = []
+    for module in modules:
+        parent, _, projection = module.rpartition(".")
+        renamed.append(f"{parent}.{PACKED.get(projection, projection)}")
+    return sorted(set(renamed))
+
+
+def build_engine(
+    model_path: str | os.PathLike[str],
+    model: ModelConfig,
+    engine: EngineConfig,
+    basis: Basis,
+    threads: int,
+    seed: int,
+) -> LLMEngine:
+    """An LLMEngine with ``engine.slots`` adapter slots whose worker knows ``basis``. Raises EngineError, or what vLLM raises."""
+    from vllm import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    on_cpu = current_platform.is_cpu()
+    torch.set_num_threads(threads)
+    set_num_threads = torch.set_num_threads
+    arguments = EngineArgs(
+        model=str(model_path),
+        skip_tokenizer_init=True,
+        trust_remote_code=model.trust_remote_code,
+        dtype=model.dtype,
+        seed=seed,
+        generation_config="vllm",  # never the model's own penalties and temperatures
+        max_model_len=engine.max_model_tokens,
+        max_num_seqs=engine.slots,
+        enforce_eager=engine.enforce_eager or on_cpu,  # compiling takes minutes on CPU, and vLLM turns it off there with adapters anyway
+        enable_prefix_caching=True,
+        kv_cache_memory_bytes=int(engine.kv_cache_gib * 2**30) if on_cpu else None,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        logprobs_mode="processed_logprobs",
+        enable_lora=True,
+        max_loras=engine.slots,
+        max_cpu_loras=2 * engine.slots,
+        max_lora_rank=slot_width(basis.rank),  # type: ignore[arg-type]
+        lora_target_modules=engine_modules(basis.modules),
+        worker_extension_cls="actors.engine_extension.EngramWorker",
+        weight_transfer_config={"backend": "engram"},  # type: ignore[arg-type]
+        disable_log_stats=True,
+    )
+    try:
+        built = LLMEngine.from_engine_args(arguments)
+    finally:
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker turns it into a warning for the whole process
+    built.collective_rpc("engram_setup", args=(dict(basis.a),))
+    return built
+
+
+def load_weights(engine: LLMEngine, version: PolicyVersion, tensors: Mapping[str, torch.Tensor]) -> float:
+    """Replace the base weights and empty the prefix cache; returns seconds. Raises EngineError before touching anything when names do not match."""
+    needed, optional = engine.collective_rpc("engram_parameter_names")[0]
+    missing, unknown = (
+        sorted(needed - set(tensors)),
+        sorted(set(tensors) - needed - optional),
+    )
+    if missing or unknown:
+        faults = [f"{len(names)} {word}, first {names[0]}" for word, names in (("missing", missing), ("unknown", unknown)) if names]
+        raise EngineError(f"cannot refresh to version {version}: of {len(tensors)} tensors {'; '.join(faults)}; hand over the whole model")
+    started = time.perf_counter()
+    engine.collective_rpc("start_weight_update")
+    engine.collective_rpc("update_weights", kwargs={"update_info": {"tensors": tensors}})
+    engine.collective_rpc("finish_weight_update")
+    if not engine.reset_prefix_cache():
+        raise RuntimeError("vLLM did not empty its prefix cache after a refresh although no request runs")
+    engine.set_weight_version(str(version))
+    return time.perf_counter() - started
+
+
+def shut_down(engine: LLMEngine) -> None:
+    """Free the worker, its memory and the process group that vLLM made."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
