@@ -1,6 +1,7 @@
 """Flashcards as text: the memory-writing prompt, a parser that forgives, and the training example of one card (method.md section 3).
 
-Invariant: `parse_flashcards` never raises, whatever the model wrote, and says what was wrong when nothing could be used. The prompt's wording is our own.
+Invariant: `parse_flashcards` never raises, whatever the model wrote, and says what was wrong when nothing could be used. The prompt's wording is our
+own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _QUESTION_KEYS = ("instruction", "question")
 _ANSWER_KEYS = ("output", "answer")
 _MAX_NESTING = 64
 _MAX_ARRAYS = 8
-_ABOUT = "The text above will be erased. Save its useful facts (who, what, when, where, likes, plans, lessons) as short questions and answers, no duplicates."
+_ABOUT = (
+    "The text above will be erased. "
+    "Save its useful facts (who, what, when, where, likes, plans, lessons) as short questions and answers, no duplicates."
+)
 _TASK = "They should help with: {question}"
 _EARLIER = "Already saved: {cards}"
 _FORM = 'Write only a JSON list, [] if nothing is useful: [{"instruction": "question", "output": "answer"}]'

@@ -1,7 +1,6 @@
 """Token F1 and exact match of short answers: the plain scorer (paper's) and LoCoMo's official one. Pure functions, every score in 0..1.
 
-The official rules follow method.md section 6 (LoCoMo, arXiv 2402.17753; behaviour of its public evaluation). A prediction without any token
-scores 0 unless the gold has none either.
+The official rules follow method.md section 6 (LoCoMo, arXiv 2402.17753; behaviour of its public evaluation). A side without any token scores 0.
 """
 
 from __future__ import annotations
@@ -30,8 +29,9 @@ def plain_f1(prediction: str, gold: str) -> float:
 
 
 def plain_em(prediction: str, gold: str) -> float:
-    """1.0 when both are the same after lowering and stripping punctuation."""
-    return float(_plain_tokens(prediction) == _plain_tokens(gold))
+    """1.0 when both are the same, and not nothing, after lowering and stripping punctuation."""
+    tokens = _plain_tokens(gold)
+    return float(bool(tokens) and _plain_tokens(prediction) == tokens)
 
 
 def official_f1(prediction: str, gold: str, category: int) -> float:
@@ -81,8 +81,6 @@ def _stemmed_f1(prediction: str, gold: str) -> float:
 
 
 def _overlap_f1(prediction: Sequence[str], gold: Sequence[str]) -> float:
-    if not prediction or not gold:
-        return float(not prediction and not gold)
     shared = sum((Counter(prediction) & Counter(gold)).values())
     if shared == 0:
         return 0.0

@@ -1,0 +1,161 @@
+"""One episode: observe, act, and when the context is full extract, write, clear, continue (TMEM, arXiv 2606.04536, section 3; method.md 1)."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from actors.chat import ChatFormat
+from actors.environments.base import Environment, Session
+from actors.memory.base import Agent, Memory, is_full, user_turns
+from actors.protocols import AsyncWriter, EngineError, Policy
+from actors.types import (
+    AdapterKey,
+    FastWeights,
+    Generation,
+    PolicyVersion,
+    Sampling,
+    SpanKind,
+    StopReason,
+    Task,
+    Timings,
+    Trajectory,
+    WriteExample,
+    WriteRequest,
+    WriteResult,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeSpec:
+    """What one episode is: its task, its never-reused id, and how it acts. ``temperature`` 0 is greedy."""
+
+    task: Task
+    episode_id: str
+    temperature: float
+    max_answer_tokens: int
+    max_turns: int
+    seed: int
+
+
+class LiveActor:
+    """theta + Delta of one episode. Holds at most one adapter in the engine; revision 0 is shared and needs none."""
+
+    def __init__(self, policy: Policy, writer: AsyncWriter, spec: EpisodeSpec, basis_id: str) -> None:
+        self.version: PolicyVersion = policy.version
+        self.weights = FastWeights(basis_id=basis_id, revision=0, b={})
+        self.revisions: list[FastWeights] = []
+        self.generate_s = 0.0
+        self.write_s = 0.0
+        self.install_s = 0.0
+        self._policy = policy
+        self._writer = writer
+        self._spec = spec
+        self._events = 0
+        self._installed: list[AdapterKey] = []
+
+    async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
+        """Raises EngineError."""
+        if self._policy.version != self.version:
+            raise EngineError(
+                f"episode {self._spec.episode_id} began on policy version {self.version} and the engine is at {self._policy.version}: "
+                "let its episodes end before a refresh"
+            )
+        sampling = Sampling(self._spec.temperature, max_tokens, derived_seed(self._spec.seed, self._events))
+        self._events += 1
+        started = time.perf_counter()
+        generation = await self._policy.generate(prompt_ids, sampling, self._key(self.weights))
+        self.generate_s += time.perf_counter() - started
+        return generation
+
+    async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
+        """Raises WriterError, EngineError, ReceiptError."""
+        started = time.perf_counter()
+        result = await self._writer.write(WriteRequest(self._spec.episode_id, self.weights, tuple(examples)))
+        written = time.perf_counter()
+        self.write_s += written - started
+        if result.outcome == "accepted":
+            await self._install(result)
+            self.install_s += time.perf_counter() - written
+        return result
+
+    async def close(self) -> None:
+        """B back to 0: the engine forgets what this episode wrote."""
+        keys, self._installed = self._installed, []
+        if keys:
+            await self._policy.release(keys)
+
+    async def _install(self, result: WriteResult) -> None:
+        outdated = list(self._installed)
+        key = self._key(result.weights)
+        self._installed.append(key)  # before the install: one that fails half-way must be released too
+        await self._policy.install(key, result.weights, result.probe)
+        self.weights = result.weights
+        self.revisions.append(result.weights)
+        if outdated:
+            await self._policy.release(outdated)
+            self._installed = [key]
+
+    def _key(self, weights: FastWeights) -> AdapterKey:
+        return AdapterKey(self.version, self._spec.episode_id, weights.revision)
+
+
+async def run_episode(
+    spec: EpisodeSpec, environment: Environment, policy: Policy, writer: AsyncWriter, chat: ChatFormat, memory: Memory, basis_id: str
+) -> Trajectory:
+    """Play ``spec.task`` to its end. Raises TaskError, EngineError, ReceiptError, WriterError; the engine keeps nothing of the episode either way."""
+    started = time.perf_counter()
+    actor = LiveActor(policy, writer, spec, basis_id)
+    session = environment.start(spec.task)
+    agent = Agent(actor, chat, environment.system_prompt, session.question)
+    try:
+        stop_reason = await play(agent, session, memory, spec.max_answer_tokens, spec.max_turns)
+    finally:
+        await actor.close()
+    outcome = session.outcome()
+    total = time.perf_counter() - started
+    own = max(0.0, total - actor.generate_s - actor.write_s - actor.install_s)
+    return Trajectory(
+        task=spec.task,
+        episode_id=spec.episode_id,
+        policy_version=actor.version,
+        segments=agent.finish(),
+        revisions=tuple(actor.revisions),
+        writes=tuple(agent.writes),
+        outcome=outcome,
+        stop_reason=stop_reason,
+        timings=Timings(total=total, generate=actor.generate_s, write=actor.write_s, install=actor.install_s, environment=own),
+    )
+
+
+async def play(agent: Agent, session: Session, memory: Memory, max_answer_tokens: int, max_turns: int) -> StopReason:
+    """The loop of the paper's algorithm.
+
+    A turn that wants an answer is never cleared away unanswered: room is made before it. Any other may overfill the context, which is then relieved.
+    An observation longer than L_max comes in pieces that are not.
+    """
+    turns = 0
+    while (observation := session.observe()) is not None:
+        if observation.wants_action:
+            if turns == max_turns:
+                return "max_turns"
+            turn = agent.chat.user(observation.text)
+            if is_full(agent, memory, len(turn)):
+                await memory.relieve(agent, len(turn))
+            agent.context.observe(turn)
+            session.act(await agent.reply("act", max_answer_tokens))
+            turns += 1
+        else:
+            for turn in user_turns(observation.text, agent.chat, memory.max_context_tokens):
+                agent.context.observe(turn)
+                if is_full(agent, memory, 0):
+                    await memory.relieve(agent, 0)
+    return "done"
+
+
+def derived_seed(seed: int, *path: object) -> int:
+    """A seed in [0, 2**31) for one event, the same in every process and unrelated to its neighbours'."""
+    text = "/".join(str(part) for part in (seed, *path))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") & 0x7FFFFFFF

@@ -1,0 +1,162 @@
+"""Many concurrent episodes of one worker: groups of siblings, batched writes, deadlines, failures as data.
+
+    group(request) --> sibling 0..n-1, each: slot -> run_episode (deadline) -> Trajectory | FailedEpisode
+                                                         |
+                                   WriteBatcher: pending writes of all episodes -> writer.write in a thread, one call at a time
+
+Waits: a sibling waits for a slot (freed when an episode ends, at the latest at its deadline) and for the engine and the writer (bounded by its deadline).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from actors.chat import ChatFormat
+from actors.environments.base import Environment, TaskError
+from actors.episode import EpisodeSpec, derived_seed, run_episode
+from actors.memory.build import build_memory
+from actors.protocols import EngineError, FastWeightWriter, Policy, ReceiptError, WriterError
+from actors.types import Boundary, FailedEpisode, Task, Trajectory, TrajectoryGroup, WriteRequest, WriteResult
+from configs.schema import MemoryConfig, RolloutConfig, WriteConfig
+
+_BOUNDARIES: tuple[tuple[type[RuntimeError], Boundary], ...] = (
+    (TaskError, "environment"),
+    (ReceiptError, "receipt"),
+    (EngineError, "engine"),
+    (WriterError, "writer"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One task for ``group_size`` siblings. ``group_id`` is never reused: episode ids are made of it. ``temperature`` 0 is greedy.
+
+    Task, memory, temperature and seed alone decide what is sampled (up to the engine's own rounding), not the group id.
+    """
+
+    task: Task
+    group_id: str
+    group_size: int
+    memory: MemoryConfig
+    temperature: float
+    max_answer_tokens: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1 or self.max_answer_tokens < 1 or self.temperature < 0:
+            raise ValueError(
+                f"rollout request {self.group_id}: group_size={self.group_size} and max_answer_tokens={self.max_answer_tokens} must be at least 1, "
+                f"temperature={self.temperature} at least 0"
+            )
+
+
+class WriteBatcher:
+    """AsyncWriter over a batched writer: what comes in while a write runs is the next batch. Bound to the event loop that it is first used on."""
+
+    def __init__(self, writer: FastWeightWriter) -> None:
+        self._writer = writer
+        self._pending: list[tuple[WriteRequest, asyncio.Future[WriteResult]]] = []
+        self._drain: asyncio.Task[None] | None = None
+
+    async def write(self, request: WriteRequest) -> WriteResult:
+        """Raises WriterError. Giving up the wait drops the result, not the batch."""
+        future: asyncio.Future[WriteResult] = asyncio.get_running_loop().create_future()
+        self._pending.append((request, future))
+        if self._drain is None or self._drain.done():
+            self._drain = asyncio.create_task(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        await asyncio.sleep(0)  # siblings that became ready in the same turn of the loop join the first batch
+        while self._pending:
+            batch = [(request, future) for request, future in self._pending if not future.done()]
+            self._pending.clear()
+            if not batch:
+                return
+            requests = [request for request, _ in batch]
+            (results,) = await asyncio.gather(asyncio.to_thread(self._writer.write, requests), return_exceptions=True)
+            if not isinstance(results, BaseException) and len(results) != len(requests):
+                results = WriterError(f"the writer returned {len(results)} results for {len(requests)} requests")
+            for place, (_, future) in enumerate(batch):
+                if future.done():  # its episode gave up
+                    continue
+                if isinstance(results, BaseException):
+                    future.set_exception(results)
+                else:
+                    future.set_result(results[place])
+
+
+class Rollout:
+    """All the episodes of one worker. Concurrent calls of `group` share ``slots`` places. Built inside the worker, used on one event loop."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        writer: FastWeightWriter,
+        environment: Environment,
+        chat: ChatFormat,
+        write: WriteConfig,
+        rollout: RolloutConfig,
+        slots: int,
+        basis_id: str,
+        worker_name: str,
+    ) -> None:
+        if slots < 1:
+            raise ValueError(f"slots={slots} is not allowed: it must be at least 1, as many as the engine has adapter slots")
+        self._policy = policy
+        self._writer = WriteBatcher(writer)
+        self._environment = environment
+        self._chat = chat
+        self._write = write
+        self._rollout = rollout
+        self._slots = asyncio.Semaphore(slots)
+        self._basis_id = basis_id
+        self._worker_name = worker_name
+
+    async def group(self, request: RolloutRequest) -> TrajectoryGroup:
+        """Play the task ``group_size`` times. An episode that fails becomes data, its siblings go on; a programming error ends the whole group.
+
+        The policy must keep its version until this returns.
+        """
+        version = self._policy.version
+        try:
+            async with asyncio.TaskGroup() as siblings:
+                running = [siblings.create_task(self._sibling(request, number)) for number in range(request.group_size)]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finished = [task.result() for task in running]
+        return TrajectoryGroup(
+            task=request.task,
+            policy_version=version,
+            trajectories=tuple(result for result in finished if isinstance(result, Trajectory)),
+            failed=tuple(result for result in finished if isinstance(result, FailedEpisode)),
+            worker=self._worker_name,
+        )
+
+    async def _sibling(self, request: RolloutRequest, number: int) -> Trajectory | FailedEpisode:
+        spec = EpisodeSpec(
+            task=request.task,
+            episode_id=f"{request.group_id}.{number}",
+            temperature=request.temperature,
+            max_answer_tokens=request.max_answer_tokens,
+            max_turns=self._rollout.max_turns,
+            seed=derived_seed(request.seed, number),
+        )
+        memory = build_memory(request.memory, self._write)
+        limit = self._rollout.episode_timeout_s
+        async with self._slots:
+            deadline = asyncio.timeout(limit)
+            try:
+                async with deadline:
+                    return await run_episode(spec, self._environment, self._policy, self._writer, self._chat, memory, self._basis_id)
+            except TimeoutError as error:
+                if not deadline.expired():
+                    return _failed(spec, "engine", f"a wait inside the episode timed out: {error}")
+                return _failed(spec, "timeout", f"not done after rollout.episode_timeout_s={limit:g}: waiting for the engine or the writer")
+            except tuple(kind for kind, _ in _BOUNDARIES) as error:
+                return _failed(spec, next(boundary for kind, boundary in _BOUNDARIES if isinstance(error, kind)), str(error))
+
+
+def _failed(spec: EpisodeSpec, boundary: Boundary, message: str) -> FailedEpisode:
+    return FailedEpisode(task_id=spec.task.id, episode_id=spec.episode_id, boundary=boundary, message=" ".join(message.split()))
