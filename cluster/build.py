@@ -1,0 +1,123 @@
+"""The composition root: the one place that constructs what runs. Everything else is given its parts.
+
+Preparation --> Ray --> rollout workers and learner, started together --> Cluster --> (run.py) warm start, loop, evaluation
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from actors.fast_weights import load_basis
+from actors.types import PolicyVersion
+from actors.worker import WorkerSpec
+from cluster.broadcast import ObjectStoreChannel
+from cluster.checkpoint import START, TrainState
+from cluster.fleet import RemoteWorker, credits_per_worker
+from cluster.prepare import Preparation
+from cluster.runtime import Demand, all_ready, demand, ray_runtime
+from cluster.stream import GroupStream, Ledger, StreamPlan
+from cluster.tasks import TaskSource
+from cluster.warm_start import Demonstrations, can_demonstrate
+from configs.schema import RunConfig
+from learner.types import LearnerError
+from learner.worker import LearnerGroup, LearnerSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingCluster:
+    """What is up during a training run."""
+
+    workers: tuple[RemoteWorker, ...]
+    learner: LearnerGroup
+    channel: ObjectStoreChannel
+
+
+@asynccontextmanager
+async def training_cluster(preparation: Preparation) -> AsyncIterator[TrainingCluster]:
+    """Ray, workers and learner for the duration of the block; the learner and the workers at the version of the checkpoint, if there is one.
+
+    Raises StartupError or LearnerError; whatever had started is ended.
+    """
+    config = preparation.config
+    needed = demand(config, learner=True)
+    with ray_runtime(config, needed):
+        workers = _workers(preparation)
+        starting = asyncio.create_task(asyncio.to_thread(_learner, preparation))
+        try:
+            await _ready(workers, config, needed)
+            learner = await asyncio.shield(starting)
+            yield TrainingCluster(workers, learner, ObjectStoreChannel(trainable_only=config.learner.trainable == "last_layers"))
+        finally:
+            for worker in workers:
+                worker.kill()
+            await asyncio.wait([starting], timeout=config.ray.startup_timeout_s)  # a learner that is still starting can only be closed once it is up
+            if starting.done() and starting.exception() is None:
+                starting.result().close()
+
+
+@asynccontextmanager
+async def evaluation_cluster(preparation: Preparation) -> AsyncIterator[tuple[RemoteWorker, ...]]:
+    """Ray and workers without a learner."""
+    config = preparation.config
+    needed = demand(config, learner=False)
+    with ray_runtime(config, needed):
+        workers = _workers(preparation)
+        try:
+            await _ready(workers, config, needed)
+            yield workers
+        finally:
+            for worker in workers:
+                worker.kill()
+
+
+def build_stream(preparation: Preparation, workers: tuple[RemoteWorker, ...], state: TrainState) -> GroupStream:
+    config = preparation.config
+    plan = StreamPlan(
+        steps=max(0, config.train.steps - state.step),
+        per_step=config.train.tasks_per_step,
+        max_staleness=config.train.max_staleness,
+        credits=credits_per_worker(config),
+        stall_s=config.train.group_timeout_s,
+    )
+    tasks = TaskSource(preparation.environment, "train", config.seed)
+    return GroupStream(plan, workers, state.version, tasks.at, Ledger(state.ledger))
+
+
+def build_demonstrations(preparation: Preparation) -> Demonstrations | None:
+    """None where there is no warm start: none was asked for, or it lies behind the checkpoint."""
+    if preparation.config.warm_start.steps == 0 or preparation.checkpoint is not None or not can_demonstrate(preparation.environment):
+        return None
+    return Demonstrations(preparation.config, preparation.environment, preparation.model_path)
+
+
+def start_state(preparation: Preparation) -> TrainState:
+    return START if preparation.checkpoint is None else preparation.checkpoint.state
+
+
+def _workers(preparation: Preparation) -> tuple[RemoteWorker, ...]:
+    version: PolicyVersion = start_state(preparation).version
+    model, basis = str(preparation.policy_path), str(preparation.basis_path)
+    count = preparation.config.rollout.workers
+    return tuple(RemoteWorker(WorkerSpec(f"worker-{number}", preparation.config, model, basis, version)) for number in range(count))
+
+
+def _learner(preparation: Preparation) -> LearnerGroup:
+    """Blocks until all ranks are up, and have loaded the checkpoint if there is one."""
+    config = preparation.config
+    spec = LearnerSpec(
+        config.learner, config.objective, str(preparation.model_path), load_basis(preparation.basis_path), config.seed, config.sampling.temperature
+    )
+    learner = LearnerGroup(spec, config.ray.startup_timeout_s)
+    if preparation.checkpoint is not None:
+        learner.load(str(preparation.checkpoint.learner))
+        if learner.version != preparation.checkpoint.state.version:
+            learner.close()
+            raise LearnerError(f"{preparation.checkpoint.folder}: the learner's version {learner.version} is not the run's")
+    return learner
+
+
+async def _ready(workers: tuple[RemoteWorker, ...], config: RunConfig, needed: Demand) -> None:
+    await all_ready({worker.name: worker.ready() for worker in workers}, config.ray.startup_timeout_s, needed)

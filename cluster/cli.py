@@ -1,0 +1,142 @@
+"""``python -m cluster``: parse, load the configuration, run one command. A user's mistake is one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.load import ConfigError, help_table, load_config, to_yaml
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+_TRAIN_EXAMPLES = """examples:
+  python -m cluster train configs/quickstart.yaml
+  python -m cluster train configs/quickstart.yaml train.steps=4 rollout.workers=2
+  python -m cluster train configs/locomo.yaml environment.conversation.path=locomo10.json
+  python -m cluster train configs/quickstart.yaml resume=auto
+  python -m cluster train configs/quickstart.yaml train.steps=4 --print-config
+"""
+_EVALUATE_EXAMPLES = """examples:
+  python -m cluster evaluate configs/quickstart.yaml
+  python -m cluster evaluate configs/quickstart.yaml evaluation.tasks=256
+  python -m cluster evaluate configs/quickstart.yaml checkpoint=runs/quickstart-.../checkpoints/step-000020
+"""
+_EXAMPLES = """examples:
+  python -m cluster train configs/quickstart.yaml                      train on this machine, no service needed
+  python -m cluster evaluate configs/quickstart.yaml                   held-out tasks, memory off and on
+  python -m cluster train --settings                                   every setting with its default and what is allowed
+  python -m cluster COMMAND --help                                     more about a command
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    if options.command is None:
+        _parser().print_help()
+        return EXIT_OK
+    if options.settings:
+        from rich.console import Console
+
+        Console().print(help_table())
+        return EXIT_OK
+    try:
+        return _run(options)
+    except ConfigError as error:
+        return _complain(error, EXIT_USAGE)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (RuntimeError, ValueError) as error:
+        status = _status_of(error)
+        if status is None:
+            raise
+        return _complain(error, status)
+
+
+def _run(options: argparse.Namespace) -> int:
+    overrides = [argument for argument in options.overrides if not argument.startswith("checkpoint=")]
+    checkpoints = [Path(argument.partition("=")[2]) for argument in options.overrides if argument.startswith("checkpoint=")]
+    if checkpoints and options.command != "evaluate":
+        raise ConfigError(f"argument 'checkpoint={checkpoints[0]}': belongs to evaluate; train takes resume=FOLDER")
+    if options.config is None or "=" in options.config:
+        raise ConfigError(f"{options.command} needs a configuration file before the settings, e.g. configs/quickstart.yaml")
+    config = load_config(Path(options.config), overrides)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return EXIT_OK
+
+    from cluster import run
+    from cluster.prepare import prepare_evaluation, prepare_training
+    from cluster.progress import Display
+
+    display = Display()
+    if options.command == "train":
+        _drive(run.train(prepare_training(config), display))
+    else:
+        _drive(run.evaluate(prepare_evaluation(config, checkpoints[-1] if checkpoints else None), display))
+    return EXIT_OK
+
+
+def _drive(story: Coroutine[Any, Any, None]) -> None:
+    """Run to the end. Ctrl-C and a job's stop (SIGTERM) cancel the story, which then says what was saved; a second Ctrl-C ends at once."""
+
+    async def body() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await story
+
+    try:
+        asyncio.run(body())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+def _complain(error: BaseException, status: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def _status_of(error: Exception) -> int | None:
+    """The exit status of an error that has a message for the user; None for a programming error, whose traceback is wanted.
+
+    Imported only when something has been raised, so that --help and a mistyped key answer at once.
+    """
+    from actors.chat import ChatTemplateError
+    from actors.environments.base import TaskError
+    from actors.fast_weights import BasisError
+    from cluster.errors import CheckpointError, ClusterError
+    from configs.models import ModelError
+    from learner.types import LearnerError
+
+    if isinstance(error, TaskError | ModelError | ChatTemplateError | CheckpointError):
+        return EXIT_USAGE
+    return EXIT_FAILED if isinstance(error, ClusterError | BasisError | LearnerError) else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster",
+        description="Train and evaluate agents that write their own weights in mid-episode.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text, examples in (
+        ("train", "evaluate, train, evaluate again, and compare", _TRAIN_EXAMPLES),
+        ("evaluate", "run held-out tasks with memory off and on, from the base model or a checkpoint", _EVALUATE_EXAMPLES),
+    ):
+        command = commands.add_parser(
+            name, help=text, description=text.capitalize() + ".", epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.add_argument("config", nargs="?", default=None, metavar="CONFIG", help="a YAML file, e.g. configs/quickstart.yaml")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file, e.g. train.steps=20")
+        command.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+        command.add_argument("--settings", action="store_true", help="list every setting and stop")
+    return parser

@@ -1,0 +1,98 @@
+"""The driver's view of the rollout workers: each call has a deadline and names the worker in its errors.
+
+    RemoteWorker.group     -> stream.py     RemoteWorker.episode -> evaluate.py     RemoteWorker.refresh -> loop.py
+
+A worker that dies or is late raises WorkerLost here; Ray restarts nothing (a restarted actor would have lost its weights).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import ray
+
+from actors.episode import derived_seed
+from actors.rollout import RolloutRequest
+from actors.types import Task, TrajectoryGroup
+from actors.worker import RolloutActor, WorkerReport, WorkerSpec
+from cluster.broadcast import ObjectStoreWeights
+from cluster.evaluate import EvaluationRow
+from cluster.runtime import answer
+from configs.schema import RunConfig
+
+REFRESH_S = 600.0
+REPORT_S = 60.0
+_CONTROL_CALLS = 8  # concurrent calls of an actor beyond its groups: refresh, report
+
+
+class RemoteWorker:
+    """One rollout worker behind Ray. Created at once, up when ``ready`` resolves."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        config = spec.config
+        self.name = spec.name
+        self._config = config
+        threads = {"OMP_NUM_THREADS": str(config.rollout.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TOKENIZERS_PARALLELISM": "false"}
+        actor: Any = RolloutActor
+        self._actor: Any = actor.options(
+            num_cpus=config.rollout.cpus_per_worker,
+            num_gpus=config.rollout.gpus_per_worker,
+            max_concurrency=config.engine.slots * 2 + credits_per_worker(config) + _CONTROL_CALLS,
+            runtime_env={"env_vars": threads},
+        ).remote(spec)
+
+    def ready(self) -> ray.ObjectRef[str]:
+        reference: ray.ObjectRef[str] = self._actor.ready.remote()
+        return reference
+
+    async def group(self, position: int, task: Task) -> TrajectoryGroup:
+        """The siblings of one training task, sampled with seeds that follow from the run's seed and ``position``."""
+        config = self._config
+        request = RolloutRequest(
+            task=task,
+            group_id=f"train-{position}",
+            group_size=config.train.group_size,
+            memory=config.memory,
+            temperature=config.sampling.temperature,
+            max_answer_tokens=config.sampling.max_answer_tokens,
+            seed=derived_seed(config.seed, "rollout", position),
+        )
+        return await self._group(request)
+
+    async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
+        """One greedy episode of a held-out task."""
+        request = RolloutRequest(
+            task=task,
+            group_id=f"{re.sub('[^a-z0-9]+', '-', row.label.lower())}-{position}",
+            group_size=1,
+            memory=row.memory,
+            temperature=0.0,
+            max_answer_tokens=self._config.sampling.max_answer_tokens,
+            seed=derived_seed(self._config.seed, "evaluation", position),
+        )
+        return await self._group(request)
+
+    async def refresh(self, weights: ObjectStoreWeights) -> None:
+        drain_s = self._config.train.group_timeout_s
+        call = self._actor.refresh.remote(weights, drain_s)
+        await answer(call, drain_s + REFRESH_S, self.name, f"the refresh to version {weights.version}")
+
+    async def report(self) -> WorkerReport:
+        report: WorkerReport = await answer(self._actor.report.remote(), REPORT_S, self.name, "its report")
+        return report
+
+    def kill(self) -> None:
+        """End the process. Engine and episodes go with it."""
+        ray.kill(self._actor)
+
+    async def _group(self, request: RolloutRequest) -> TrajectoryGroup:
+        deadline_s = self._config.train.group_timeout_s
+        group: TrajectoryGroup = await answer(self._actor.group.remote(request), deadline_s, self.name, f"task {request.task.id}")
+        return group
+
+
+def credits_per_worker(config: RunConfig) -> int:
+    """Groups in flight on one worker: enough to fill its slots with siblings."""
+    return math.ceil(config.engine.slots / config.train.group_size)

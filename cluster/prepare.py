@@ -1,0 +1,106 @@
+"""Everything that a user's mistake can break, done before Ray or an engine starts: so it fails in a second, in one line.
+
+RunConfig --> environment (reads its file) --> model (on disk) --> checkpoint --> run folder --> Preparation
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.environments.base import Environment
+from actors.environments.build import build_environment
+from actors.fast_weights import compute_basis_from_checkpoint, load_basis, save_basis
+from actors.types import Task
+from cluster.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from cluster.errors import CheckpointError
+from cluster.tasks import TaskSource
+from cluster.tracking import flatten
+from cluster.warm_start import require_demonstrations
+from configs.load import load_config, to_yaml
+from configs.models import resolve_model
+from configs.schema import RunConfig
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Preparation:
+    """A run that can start. ``model_path`` is the base model; ``policy_path`` the weights to begin with (a checkpoint's when there is one)."""
+
+    config: RunConfig
+    environment: Environment
+    model_path: Path
+    checkpoint: Checkpoint | None
+    run_dir: Path
+    eval_tasks: tuple[Task, ...]
+
+    @property
+    def policy_path(self) -> Path:
+        return self.model_path if self.checkpoint is None else self.checkpoint.model
+
+    @property
+    def basis_path(self) -> Path:
+        return self.run_dir / "basis.safetensors"
+
+    @property
+    def config_path(self) -> Path:
+        return self.run_dir / "config.yaml"
+
+    @property
+    def output_dir(self) -> Path:
+        return self.run_dir.parent
+
+
+def prepare_training(config: RunConfig) -> Preparation:
+    """Raises TaskError, ModelError, CheckpointError, ValueError: one line each. Creates the run folder last, when nothing else can fail."""
+    environment, tasks = _tasks(config)
+    require_demonstrations(config, environment)
+    model = resolve_model(config.model)
+    output_dir = Path(config.output_dir).expanduser().absolute()
+    checkpoint = find_checkpoint(config.resume, output_dir)
+    run_dir = output_dir / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if checkpoint is not None:
+        _check_unchanged(config, checkpoint, ("seed", "model", "fast_weights", "environment"))
+        run_dir = checkpoint.run_dir
+    return _with_files(Preparation(config, environment, model.path, checkpoint, run_dir, tasks))
+
+
+def prepare_evaluation(config: RunConfig, checkpoint_folder: Path | None) -> Preparation:
+    """As ``prepare_training``, for the base model or a checkpoint; its run folder is ``evaluate-<time>``."""
+    environment, tasks = _tasks(config)
+    model = resolve_model(config.model)
+    checkpoint = None if checkpoint_folder is None else load_checkpoint(checkpoint_folder.expanduser().absolute())
+    if checkpoint is not None:
+        _check_unchanged(config, checkpoint, ("model", "fast_weights"))
+    output_dir = Path(config.output_dir).expanduser().absolute()
+    run_dir = output_dir / f"{config.name}-evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+    return _with_files(Preparation(config, environment, model.path, checkpoint, run_dir, tasks))
+
+
+def _tasks(config: RunConfig) -> tuple[Environment, tuple[Task, ...]]:
+    environment = build_environment(config.environment)
+    TaskSource(environment, "train", config.seed).first(1)
+    return environment, tuple(TaskSource(environment, "eval", config.seed).first(config.evaluation.tasks))
+
+
+def _with_files(preparation: Preparation) -> Preparation:
+    """The run folder with config and basis. A basis belongs to the weights that the run started from: a resumed run keeps its own."""
+    preparation.run_dir.mkdir(parents=True, exist_ok=True)
+    preparation.config_path.write_text(to_yaml(preparation.config), encoding="utf-8")
+    if preparation.basis_path.exists():
+        return preparation
+    if preparation.checkpoint is not None:
+        basis = load_basis(preparation.checkpoint.run_dir / "basis.safetensors")
+    else:
+        basis = compute_basis_from_checkpoint(preparation.model_path, preparation.config.fast_weights, preparation.config.seed)
+    save_basis(basis, preparation.basis_path)
+    return preparation
+
+
+def _check_unchanged(config: RunConfig, checkpoint: Checkpoint, keys: tuple[str, ...]) -> None:
+    """What must not change between a checkpoint and what goes on from it: otherwise weights, basis or task positions lose their meaning."""
+    saved, given = flatten(load_config(checkpoint.folder / "config.yaml", [])), flatten(config)
+    changed = [key for key in saved if key.split(".")[0] in keys and saved[key] != given[key]]
+    if changed:
+        key = changed[0]
+        raise CheckpointError(f"{checkpoint.folder} was made with {key}={saved[key]}, not {given[key]}: use that value, or start anew")

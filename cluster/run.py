@@ -1,0 +1,204 @@
+"""The story of one run, told in order: evaluate, warm start, train, evaluate, report.
+
+    memory off | TMEM before --> [warm start --> TMEM after warm start] --> loop --> TMEM after RL --> table, files, tracker
+
+Each row is saved when it is measured, so that a resumed run shows those from before it was interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cluster.build import TrainingCluster, build_demonstrations, build_stream, evaluation_cluster, start_state, training_cluster
+from cluster.checkpoint import TrainState, list_checkpoints, save_checkpoint
+from cluster.evaluate import EvaluationRow, RowResult, evaluate_row, load_row, row_metrics, save_row
+from cluster.fleet import RemoteWorker
+from cluster.loop import LoopParts, run_loop
+from cluster.metrics import StepSummary
+from cluster.prepare import Preparation
+from cluster.progress import Display, step_line
+from cluster.tables import HEADER, Report, rich_table, save_report
+from cluster.tracking import RunStatus, Tracker, start_tracking
+from cluster.warm_start import warm_start
+from configs.load import to_yaml
+from configs.schema import RunConfig
+
+ROW_ORDER = ("memory_off", "before", "after_warm_start", "after_rl")
+COMPARED = (("before", "after_rl"), ("after_warm_start", "after_rl"), ("memory_off", "after_rl"), ("memory_off", "before"))
+
+
+def evaluation_rows(config: RunConfig) -> dict[str, EvaluationRow]:
+    """The rows that this run can have, by key (the name of its file and of its metrics)."""
+    parametric = "TMEM, question-blind" if config.memory.question_blind else "TMEM"
+    name = parametric if config.memory.policy == "parametric" else "no memory"
+    rows = {
+        "before": EvaluationRow(f"{name} before", config.memory),
+        "after_warm_start": EvaluationRow(f"{name} after warm start", config.memory),
+        "after_rl": EvaluationRow(f"{name} after RL", config.memory),
+    }
+    if config.evaluation.memory_off_row and config.memory.policy != "none":
+        rows["memory_off"] = EvaluationRow("memory off", replace(config.memory, policy="none"))
+    return rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scoreboard:
+    """Measures the rows of a run and keeps them in its folder."""
+
+    preparation: Preparation
+    workers: Sequence[RemoteWorker]
+    tracker: Tracker
+    display: Display
+
+    async def measure(self, key: str, step: int) -> None:
+        """Evaluate one row now, unless it is there already or is not wanted."""
+        row = evaluation_rows(self.preparation.config).get(key)
+        if row is None or self._file(key).exists():
+            return
+        tasks, slots = self.preparation.eval_tasks, self.preparation.config.engine.slots
+        with self.display.counting(f"evaluate {row.label}", len(tasks)) as counter:
+            result = await evaluate_row(row, tasks, self.workers, slots, counter.advance)
+        save_row(result, self._file(key))
+        self.tracker.log(row_metrics(result, key), step)
+
+    def forget(self, key: str) -> None:
+        """A row measured before this run was resumed to go further."""
+        self._file(key).unlink(missing_ok=True)
+
+    def report(self, rewards: tuple[float, ...]) -> None:
+        """Show the table and what it means; save and track the same."""
+        config = self.preparation.config
+        rows = {key: load_row(self._file(key)) for key in ROW_ORDER if self._file(key).exists()}
+        report = Report(tuple(rows.values()), rewards, config.evaluation.bootstrap_samples, config.seed)
+        pairs = [(rows[before].label, rows[after].label) for before, after in COMPARED if before in rows and after in rows]
+        comparisons = report.comparisons(pairs)
+        self.display.console.print(rich_table("Held-out evaluation", HEADER, report.cells()))
+        header, by_category = report.category_cells()
+        if by_category:
+            self.display.console.print(rich_table("By category", header, by_category))
+        for comparison in comparisons:
+            self.display.say(comparison.sentence)
+        _show_failures(self.display, list(rows.values()))
+        for path in save_report(report, comparisons, self.preparation.run_dir / "report"):
+            self.tracker.artifact(path)
+        self.display.say(f"report:  {self.preparation.run_dir / 'report'}")
+        self.display.say(f"metrics: {self.tracker.location}")
+
+    def _file(self, key: str) -> Path:
+        return self.preparation.run_dir / "evaluation" / f"{key}.json"
+
+
+async def train(preparation: Preparation, display: Display) -> None:
+    """The whole of ``python -m cluster train``. Raises ClusterError, LearnerError; what was saved and how to go on has been said by then."""
+    config, state = preparation.config, start_state(preparation)
+    tracker = _track(preparation, state)
+    with _ending(tracker, preparation, display):
+        display.say(f"starting {config.rollout.workers} rollout worker(s) and {config.learner.workers} learner rank(s): {preparation.run_dir}")
+        async with training_cluster(preparation) as cluster:
+            scores = Scoreboard(preparation, cluster.workers, tracker, display)
+            if preparation.checkpoint is None:
+                await scores.measure("memory_off", 0)
+                await scores.measure("before", 0)
+                state = await _warm_start(preparation, cluster, tracker, display, replace(state, tracking_run_id=tracker.run_id))
+                await scores.measure("after_warm_start", 0)
+            scores.forget("after_rl")
+            state = await _reinforce(preparation, cluster, tracker, display, state)
+            await scores.measure("after_rl", state.step)
+            scores.report(state.rewards)
+        _next_commands(preparation, display)
+
+
+async def evaluate(preparation: Preparation, display: Display) -> None:
+    """The whole of ``python -m cluster evaluate``: memory off and on, for the base model or a checkpoint, without a learner."""
+    state = start_state(preparation)
+    tracker = _track(preparation, replace(state, tracking_run_id=""))
+    with _ending(tracker, preparation, display):
+        source = "the base model" if preparation.checkpoint is None else str(preparation.checkpoint.folder)
+        display.say(f"starting {preparation.config.rollout.workers} rollout worker(s) to evaluate {source}")
+        async with evaluation_cluster(preparation) as workers:
+            scores = Scoreboard(preparation, workers, tracker, display)
+            await scores.measure("memory_off", state.step)
+            await scores.measure("before" if state.step == 0 else "after_rl", state.step)
+            scores.report(())
+
+
+async def _warm_start(preparation: Preparation, cluster: TrainingCluster, tracker: Tracker, display: Display, state: TrainState) -> TrainState:
+    """The supervised stage and its broadcast; the workers then serve its result."""
+    demonstrations = build_demonstrations(preparation)
+    if demonstrations is None:
+        (preparation.run_dir / "evaluation" / "after_warm_start.json").unlink(missing_ok=True)
+        return state
+    steps = preparation.config.warm_start.steps
+    with display.counting("warm start", steps) as counter:
+        await warm_start(demonstrations, cluster.learner, preparation.config, tracker, counter.advance)
+    weights = await asyncio.to_thread(cluster.channel.publish, cluster.learner)
+    async with asyncio.TaskGroup() as refreshes:
+        for worker in cluster.workers:
+            refreshes.create_task(worker.refresh(weights))
+    state = replace(state, warm_steps=steps, version=cluster.learner.version)
+    await _save(preparation, cluster, state)
+    return state
+
+
+async def _reinforce(preparation: Preparation, cluster: TrainingCluster, tracker: Tracker, display: Display, state: TrainState) -> TrainState:
+    plan = preparation.config.train
+    with display.counting("train step", max(0, plan.steps - state.step)) as counter:
+
+        def on_step(summary: StepSummary) -> None:
+            counter.advance(step_line(summary))
+
+        async def on_checkpoint(reached: TrainState) -> None:
+            await _save(preparation, cluster, reached)
+
+        stream = build_stream(preparation, cluster.workers, state)
+        parts = LoopParts(stream, cluster.learner, cluster.workers, cluster.channel, tracker, on_step, on_checkpoint)
+        return await run_loop(parts, plan, state)
+
+
+async def _save(preparation: Preparation, cluster: TrainingCluster, state: TrainState) -> None:
+    async def save_learner(folder: Path) -> None:
+        await asyncio.to_thread(cluster.learner.save, str(folder))
+
+    config = preparation.config
+    await save_checkpoint(preparation.run_dir, state, to_yaml(config), save_learner, config.train.keep_checkpoints)
+
+
+def _track(preparation: Preparation, state: TrainState) -> Tracker:
+    return start_tracking(preparation.config, preparation.output_dir, preparation.run_dir.name, preparation.config_path, state.tracking_run_id)
+
+
+@contextmanager
+def _ending(tracker: Tracker, preparation: Preparation, display: Display) -> Iterator[None]:
+    """End the tracked run with the right status, and tell an interrupted user what is saved and how to go on."""
+    status: RunStatus = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+        if status != "FINISHED":
+            saved = list_checkpoints(preparation.run_dir)
+            display.say(f"saved: {saved[-1]}" if saved else f"no checkpoint was saved; the rows measured so far are in {preparation.run_dir}")
+            if saved:
+                display.say(f"to go on: python -m cluster train {preparation.config_path} resume={saved[-1]}")
+
+
+def _next_commands(preparation: Preparation, display: Display) -> None:
+    saved, config = list_checkpoints(preparation.run_dir), preparation.config
+    if saved:
+        steps, tasks = max(1, config.train.steps) * 2, config.evaluation.tasks * 4
+        display.say(f"train on: python -m cluster train {preparation.config_path} resume={saved[-1]} train.steps={steps}")
+        display.say(f"evaluate: python -m cluster evaluate {preparation.config_path} checkpoint={saved[-1]} evaluation.tasks={tasks}")
+
+
+def _show_failures(display: Display, rows: Sequence[RowResult]) -> None:
+    for row in rows:
+        for message in sorted(set(row.failed))[:3]:
+            display.say(f"{row.label}: {row.failed.count(message)} episode(s) failed: {message}")

@@ -1,0 +1,269 @@
+"""Tasks out, fresh trajectory groups in, and a ledger that accounts for every task.
+
+      tasks --fill()--> worker.group() ... worker.group()      at most ``credits`` groups per worker
+                               |
+                               v  finished, in any order
+      take() <--gate-- ready groups                             older than max_staleness: dropped, counted, replaced
+
+The invariant: a group leaves ``take`` only if the learner, at that moment, is at most ``max_staleness`` versions ahead of the policy that sampled it.
+Nothing here knows of Ray: a worker is anything with a name and a coroutine ``group``. Called by loop.py; every wait of ``take`` ends because a
+group finishes, a worker raises, or the stall deadline passes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from actors.types import Boundary, PolicyVersion, Task, TrajectoryGroup
+from cluster.errors import StreamError
+
+Fate = Literal["trained", "stale", "failed", "abandoned"]
+
+
+class GroupSource(Protocol):
+    """What the stream sees of a rollout worker."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def group(self, position: int, task: Task) -> TrajectoryGroup:
+        """Run the siblings of ``task``; raises ClusterError when the worker is lost or late. ``position`` is the task's place in the task source."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerSnapshot:
+    """What a checkpoint keeps: settled counts, and the positions that were issued but not settled (to be issued again)."""
+
+    next_position: int = 0
+    pending: tuple[int, ...] = ()
+    settled: Mapping[str, int] = field(default_factory=dict)
+    failures: Mapping[str, int] = field(default_factory=dict)
+
+
+class Ledger:
+    """Every issued task is trained, stale, failed, abandoned or still pending: exactly one of them."""
+
+    def __init__(self, snapshot: LedgerSnapshot) -> None:
+        self._next = snapshot.next_position
+        self._again = deque(snapshot.pending)
+        self._pending: set[int] = set()
+        self.settled: Counter[str] = Counter(dict(snapshot.settled))
+        self.failures: Counter[str] = Counter(dict(snapshot.failures))  # failed episodes by boundary
+        self.issued = sum(self.settled.values())
+
+    def issue(self) -> int:
+        """The position of the task to run next; positions left over by a checkpoint come first."""
+        if self._again:
+            position = self._again.popleft()
+        else:
+            position, self._next = self._next, self._next + 1
+        self._pending.add(position)
+        self.issued += 1
+        return position
+
+    def settle(self, position: int, fate: Fate) -> None:
+        self._pending.remove(position)
+        self.settled[fate] += 1
+
+    def count_failures(self, boundaries: Sequence[Boundary]) -> None:
+        self.failures.update(boundaries)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._pending)
+
+    @property
+    def balanced(self) -> bool:
+        return self.issued == sum(self.settled.values()) + len(self._pending)
+
+    def snapshot(self) -> LedgerSnapshot:
+        pending = tuple(sorted([*self._pending, *self._again]))
+        return LedgerSnapshot(self._next, pending, dict(self.settled), dict(self.failures))
+
+
+def may_issue(learner_version: int, worker_version: int, outstanding: int, per_step: int, max_staleness: int) -> bool:
+    """Whether a group issued now will still be fresh when its turn comes.
+
+    ``learner_version`` is the version the learner will have at its next take; ``outstanding`` groups are ahead in the queue and fill
+    ``outstanding // per_step`` whole steps before this one is consumed.
+    """
+    return learner_version - worker_version + outstanding // per_step <= max_staleness
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPlan:
+    """``steps`` batches of ``per_step`` groups will be taken, so nothing is issued beyond them. ``credits`` is the most groups in flight on one
+    worker; ``stall_s`` the longest time without any event before the stream gives up."""
+
+    steps: int
+    per_step: int
+    max_staleness: int
+    credits: int
+    stall_s: float
+
+    @property
+    def hopeless_groups(self) -> int:
+        """So many unusable groups in a row mean that the next ones will fail too."""
+        return max(3, self.per_step)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """What one step trains on. ``staleness`` has one value per group; ``dropped`` counts the stale groups since the last batch."""
+
+    groups: tuple[TrajectoryGroup, ...]
+    staleness: tuple[int, ...]
+    dropped: int
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """One worker as the stream sees it: the version it serves, whether it takes new groups, how many it has."""
+
+    source: GroupSource
+    version: PolicyVersion
+    admitting: bool = True
+    outstanding: int = 0
+
+
+class GroupStream:
+    """Bounded-staleness stream over the workers. Lives on one asyncio loop; single use: ``close`` ends it."""
+
+    def __init__(
+        self, plan: StreamPlan, workers: Sequence[GroupSource], version: PolicyVersion, task_at: Callable[[int], Task], ledger: Ledger
+    ) -> None:
+        self._plan = plan
+        self._lanes = {worker.name: _Lane(worker, version) for worker in workers}
+        self._version = version
+        self._task_at = task_at
+        self.ledger = ledger
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._ready: deque[tuple[int, TrajectoryGroup]] = deque()
+        self._taken = 0  # of the batch that is being put together
+        self._to_deliver = plan.steps * plan.per_step
+        self._unusable = 0
+        self._messages: Counter[str] = Counter()
+        self._error: Exception | None = None
+        self._changed = asyncio.Event()
+
+    async def take(self) -> Batch:
+        """The next ``per_step`` fresh groups, in task order. Raises StreamError, or what a worker raised."""
+        fresh: list[tuple[int, int, TrajectoryGroup]] = []
+        dropped = 0
+        while True:
+            while self._ready and len(fresh) < self._plan.per_step:
+                position, group = self._ready.popleft()
+                age = self._version - group.policy_version
+                if age > self._plan.max_staleness:
+                    self.ledger.settle(position, "stale")
+                    dropped += 1
+                else:
+                    fresh.append((position, age, group))
+            self._taken = len(fresh)
+            if self._taken == self._plan.per_step:
+                break
+            self._fill()
+            await self._wait_for_change()
+        fresh.sort(key=lambda item: item[0])
+        for position, _, _ in fresh:
+            self.ledger.settle(position, "trained")
+        self._taken = 0
+        self._to_deliver -= len(fresh)
+        self._version += 1
+        self._fill()
+        return Batch(tuple(group for _, _, group in fresh), tuple(age for _, age, _ in fresh), dropped)
+
+    def pause(self, worker: str) -> None:
+        """Give ``worker`` nothing new: it is about to be refreshed."""
+        self._lanes[worker].admitting = False
+
+    def resume(self, worker: str, version: PolicyVersion) -> None:
+        """``worker`` serves ``version`` and takes groups again."""
+        lane = self._lanes[worker]
+        lane.admitting, lane.version = True, version
+        self._fill()
+        self._changed.set()
+
+    def fail(self, error: Exception) -> None:
+        """Something that the stream depends on broke: ``take`` raises it."""
+        self._error = self._error or error
+        self._changed.set()
+
+    def raise_failure(self) -> None:
+        """Raise what broke in the background, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    async def close(self) -> None:
+        """Stop: what is in flight or unread is settled as abandoned, so that the ledger still balances."""
+        running = list(self._running.values())
+        for lane in self._lanes.values():
+            lane.admitting = False
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        for position in [*self._running, *(position for position, _ in self._ready)]:
+            self.ledger.settle(position, "abandoned")
+        self._running.clear()
+        self._ready.clear()
+
+    def _fill(self) -> None:
+        """Issue tasks while some worker has a credit and the result would be fresh; the least loaded worker first."""
+        while self._error is None:
+            outstanding = len(self._running) + len(self._ready) + self._taken
+            lanes = [lane for lane in self._lanes.values() if self._may_use(lane, outstanding)]
+            if not lanes or outstanding >= self._to_deliver:
+                return
+            lane = min(lanes, key=lambda candidate: candidate.outstanding)
+            position = self.ledger.issue()
+            lane.outstanding += 1
+            self._running[position] = asyncio.create_task(self._run(lane, position))
+
+    def _may_use(self, lane: _Lane, outstanding: int) -> bool:
+        fresh = may_issue(self._version, lane.version, outstanding, self._plan.per_step, self._plan.max_staleness)
+        return lane.admitting and lane.outstanding < self._plan.credits and fresh
+
+    async def _run(self, lane: _Lane, position: int) -> None:
+        """One group on one worker. Its failure wakes ``take``, which raises it in the loop."""
+        try:
+            group = await lane.source.group(position, self._task_at(position))
+        except Exception as error:  # a background failure of any kind must reach the loop, not die with its task
+            self.fail(error)
+            return
+        finally:
+            lane.outstanding -= 1
+        del self._running[position]
+        self._sort_in(position, group)
+        self._fill()
+        self._changed.set()
+
+    def _sort_in(self, position: int, group: TrajectoryGroup) -> None:
+        """Fewer than two finished siblings cannot be compared: counted as failed, replaced by the next task."""
+        self.ledger.count_failures([failure.boundary for failure in group.failed])
+        if len(group.trajectories) >= 2:
+            self._ready.append((position, group))
+            self._unusable = 0
+            self._messages.clear()
+            return
+        self.ledger.settle(position, "failed")
+        self._unusable += 1
+        self._messages.update(f"{failure.boundary}: {failure.message}" for failure in group.failed)
+        if self._unusable >= self._plan.hopeless_groups and self._error is None:
+            common = "; ".join(f"{message} ({count} episodes)" for message, count in self._messages.most_common(3))
+            self._error = StreamError(f"the last {self._unusable} groups had fewer than two finished episodes each: {common}")
+
+    async def _wait_for_change(self) -> None:
+        """Unblocked by a finished group, a worker's error or a refreshed worker; the deadline names whom we waited for."""
+        self.raise_failure()
+        self._changed.clear()
+        try:
+            await asyncio.wait_for(self._changed.wait(), self._plan.stall_s)
+        except TimeoutError:
+            lanes = ", ".join(f"{name} ({lane.outstanding} groups{'' if lane.admitting else ', refreshing'})" for name, lane in self._lanes.items())
+            raise StreamError(f"nothing arrived for {self._plan.stall_s:.0f} s; waited for {lanes}") from None
+        self.raise_failure()
