@@ -85,7 +85,7 @@ def _walk(prefix: str, cls: type[Any]) -> Iterator[Section]:
     defaults = cls()
     for field in fields(cls):
         key, kind = f"{prefix}{field.name}", hints[field.name]
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             nested.append((f"{key}.", kind))
         else:
             leaves.append(Setting(key, kind, _allowed(kind), getattr(defaults, field.name), notes.get(field.name, "")))

@@ -44,9 +44,7 @@ def load_config(path: Path | None, overrides: Sequence[str]) -> RunConfig:
     """The configuration of one run from a YAML file (None: the defaults) and ``key=value`` overrides. Raises ConfigError."""
     assignments = [*_from_file(path)] if path is not None else []
     assignments += [_from_argument(argument) for argument in overrides]
-    merged = OmegaConf.structured(RunConfig)
-    for assignment in assignments:
-        merged = _assign(merged, assignment)
+    merged = _merge(assignments)
     for assignment in assignments:
         _check_resolves(merged, assignment)
     try:
@@ -147,17 +145,28 @@ def _similar(key: str) -> list[str]:
     return list(dict.fromkeys([*close, *by_name]))[:3] or difflib.get_close_matches(key, settings(), n=1, cutoff=0.5)
 
 
-def _assign(merged: Any, assignment: _Assignment) -> Any:
-    """``merged`` with one leaf set. One merge a leaf (10 ms) so that the message can name the leaf: OmegaConf names none inside a list."""
-    nested: object = assignment.value
+def _merge(assignments: Sequence[_Assignment]) -> Any:
+    schema = OmegaConf.structured(RunConfig)
+    for assignment in assignments:
+        if assignment.value == MISSING:  # merging it would keep the value below, silently
+            raise _refused(assignment)
+    try:
+        return OmegaConf.merge(schema, *map(_overlay, assignments))
+    except (OmegaConfBaseException, ValueError):
+        # Which leaf was it? OmegaConf names none inside a list, so each is tried alone.
+        for assignment in assignments:
+            try:
+                OmegaConf.merge(schema, _overlay(assignment))
+            except (OmegaConfBaseException, ValueError):
+                raise _refused(assignment) from None
+        raise
+
+
+def _overlay(assignment: _Assignment) -> DictConfig:
+    nested: Any = assignment.value
     for name in reversed(assignment.key.split(".")):
         nested = {name: nested}
-    if assignment.value == MISSING:  # merging it would keep the value below, silently
-        raise _refused(assignment)
-    try:
-        return OmegaConf.merge(merged, OmegaConf.create(nested))
-    except (OmegaConfBaseException, ValueError):
-        raise _refused(assignment) from None
+    return OmegaConf.create(nested)
 
 
 def _check_resolves(merged: Any, assignment: _Assignment) -> None:
@@ -177,10 +186,9 @@ def _refused(assignment: _Assignment) -> ConfigError:
 
 def _construct(node: Any, prefix: str) -> object:
     """The frozen dataclass of ``node``; its sections first, so that a bound's error can be given the section it happened in."""
-    for field in fields(OmegaConf.get_type(node)):
-        child = node[field.name]
-        if OmegaConf.is_config(child) and is_dataclass(OmegaConf.get_type(child)):
-            _construct(child, f"{prefix}{field.name}.")
+    for name, child in node.items():
+        if isinstance(child, DictConfig):
+            _construct(child, f"{prefix}{name}.")
     try:
         return OmegaConf.to_object(node)
     except BoundError as error:

@@ -19,6 +19,8 @@ from typing import Any
 from configs.embedded import EMBEDDED_NAME, ModelError, embedded_folder
 from configs.schema import ModelConfig
 
+__all__ = ["EMBEDDED_NAME", "ModelError", "ResolvedModel", "check_supported", "fingerprint", "resolve_model"]
+
 # Decoders whose layers hold model.layers.{i}.mlp.{gate,up,down}_proj as plain linear layers: what fast weights attach to.
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")

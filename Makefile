@@ -1,0 +1,63 @@
+# Everything starts here: `make train` and `make test` set up .venv by themselves, once for each content of the lock file.
+
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+VARIANT ?= cpu
+CONFIG  ?= configs/quickstart.yaml
+ARGS    ?=
+
+UV_VERSION  := 0.13.9
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+LOCK  := infra/locks/$(VARIANT).lock
+STAMP := .venv/.set-up-$(VARIANT)-$(firstword $(shell cksum < $(LOCK)))
+BIN   := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables: CONFIG=configs/x.yaml  ARGS='key=value ...'  VARIANT=cpu|gpu  PYTHON=python3.11"
+
+setup: $(STAMP) ## install what the lock names into .venv (VARIANT=gpu for CUDA)
+
+train: $(STAMP) ## run the quickstart: evaluate, train, evaluate (CONFIG, ARGS)
+	@$(BIN)/python -m cluster train $(CONFIG) $(ARGS)
+
+test: $(STAMP) ## run the tests (ARGS='-k name' for some)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) ## format, lint, types, and who imports whom
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+# pip, not uv, fetches torch: of several indexes pip only warns about one that cannot be reached, and it heeds PIP_FIND_LINKS; uv gives up.
+# So torch is left out of what uv gets. --no-deps everywhere: the lock is complete, and what it excludes (infra/locks/exclude*.txt) must
+# not come back through a dependency. Compiled bytecode halves the time of `import vllm`.
+$(STAMP): $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "Engram needs Python 3.11 to 3.13 (the locks are made for 3.11); give one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "setting up .venv from $(LOCK) (once; a few minutes, 3 GB on CPU)"
+	@$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
+	@rm -f .venv/.set-up-*
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION)
+	@awk '/^[^ #]/ {torch = /^torch==/} !($(if $(filter cpu,$(VARIANT)),torch,0))' $(LOCK) > .venv/requirements.txt
+	@$(if $(filter cpu,$(VARIANT)),$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --retries 0 \
+		--extra-index-url $(TORCH_INDEX) $$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK)))
+	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --compile-bytecode -r .venv/requirements.txt
+	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+# The CPU lock sees torch's CPU wheels, the GPU lock must not: it would take them silently.
+COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml -q --extra dev --python-version 3.11 \
+	--generate-hashes --no-emit-find-links --no-emit-index-url
+lock: $(STAMP) ## recompile both locks after a change of dependencies (ARGS=--upgrade for newer ones)
+	@$(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)",UV_EXTRA_INDEX_URL=$(TORCH_INDEX) UV_INDEX_STRATEGY=unsafe-best-match) \
+		$(COMPILE) --extra cpu --excludes infra/locks/exclude.txt -o infra/locks/cpu.lock $(ARGS)
+	@env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(COMPILE) --extra gpu --python-platform x86_64-manylinux_2_28 \
+		--excludes infra/locks/exclude-gpu.txt -o infra/locks/gpu.lock $(ARGS)
+
+clean: ## remove .venv and caches (runs/ and the model cache stay)
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,192 @@
+"""The configuration: every shipped file loads, what is written loads back equal, and each mistake is one line that helps."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.describe import help_table
+from configs.describe import settings as all_settings
+from configs.load import ConfigError, describe, load_config, to_yaml
+from configs.schema import EnvironmentConfig, LearnerConfig, RunConfig
+
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def refused(path: Path | None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Path:
+    return tmp_path / "mine.yaml"
+
+
+# --- what loads ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_files_are_the_expected_ones() -> None:
+    assert {file.stem for file in SHIPPED} >= {"quickstart", "one_gpu", "node_8gpu", "paper", "locomo"}
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_every_shipped_file_loads_and_round_trips(file: Path, yaml_file: Path) -> None:
+    needs_data = ["environment.conversation.path=locomo.json"] if file.stem in ("locomo", "paper") else []
+    config = load_config(file, needs_data)
+    yaml_file.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(yaml_file, []) == config
+    assert config.name == file.stem
+
+
+def test_the_paper_preset_is_the_papers() -> None:
+    paper = load_config(next(file for file in SHIPPED if file.stem == "paper"), ["environment.conversation.path=locomo.json"])
+    assert (paper.train.steps, paper.train.tasks_per_step, paper.train.group_size, paper.learner.learning_rate) == (200, 64, 8, 1e-6)
+    assert (paper.write.optimizer, paper.write.learning_rate, paper.write.epochs, paper.write.batch_size) == ("sgd", 5e-4, 5, 16)
+    assert (paper.fast_weights.rank, paper.fast_weights.last_layers, paper.fast_weights.basis) == (6, 4, "svd")
+    assert (paper.memory.max_context_tokens, paper.sampling.max_answer_tokens, paper.learner.trainable) == (4096, 1024, "full")
+
+
+def test_no_file_and_no_override_is_the_schema() -> None:
+    assert load_config(None, []) == RunConfig()
+
+
+def test_overrides_win_over_the_file_and_later_over_earlier(yaml_file: Path) -> None:
+    yaml_file.write_text("train:\n  steps: 3\n  group_size: 5\n")
+    config = load_config(yaml_file, ["train.steps=4", "train.steps=6", "fast_weights.projections=[up_proj]", "learner.learning_rate=1e-4"])
+    assert (config.train.steps, config.train.group_size) == (6, 5)
+    assert config.fast_weights.projections == ("up_proj",)
+    assert config.learner.learning_rate == 1e-4
+
+
+def test_text_is_taken_as_typed_and_references_resolve() -> None:
+    config = load_config(None, ["environment.conversation.path=a b=c #1.json", "name=", "train.steps=${train.group_size}"])
+    assert config.environment.conversation.path == "a b=c #1.json"
+    assert config.name == ""
+    assert config.train.steps == config.train.group_size
+
+
+def test_an_empty_section_changes_nothing(yaml_file: Path) -> None:
+    yaml_file.write_text("train:\n  # steps: 3\n")
+    assert load_config(yaml_file, []) == RunConfig()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.text(st.characters(exclude_categories=("Cs", "Cc"))).filter(lambda text: text != "???"))
+def test_any_text_round_trips(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    file = tmp_path_factory.mktemp("round") / "x.yaml"
+    config = RunConfig(name=text, output_dir=f"\\${{{text}}}")
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(file, []) == config
+
+
+def test_the_configuration_is_frozen_all_the_way() -> None:
+    with pytest.raises(FrozenInstanceError):
+        load_config(None, ["train.steps=3"]).train.steps = 4  # type: ignore[misc]
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.stepz=3", "did you mean train.steps?"),
+        ("group_size=3", "did you mean train.group_size?"),
+        ("--train.steps=3", "did you mean train.steps"),
+        ("xyzzy=1", "--help"),
+        ("train.steps", "write key=value, e.g. train.steps=..."),
+        ("train=3", "train is a section"),
+        ("train.steps=abc", "train.steps='abc' is not allowed: it must be a whole number"),
+        ("train.steps=1.5", "a whole number"),
+        ("train.steps=true", "a whole number"),
+        ("train.steps=", "a whole number"),
+        ("train.steps=null", "a whole number"),
+        ("train.steps=???", "a whole number"),
+        ("train.steps=[1", "cannot be read"),
+        ("train.steps=${nope}", "nope"),
+        ("model.trust_remote_code=maybe", "true or false"),
+        ("environment.name=chess", "one of recall, conversation"),
+        ("learner.zero_stage=4", "one of 0, 1, 2, 3"),
+        ("fast_weights.projections=[q_proj]", "one of gate_proj, up_proj, down_proj"),
+        ("fast_weights.projections=[up_proj,up_proj]", "fast_weights.projections=('up_proj', 'up_proj') is not allowed"),
+        ("environment.conversation.categories=[1,9]", "environment.conversation.categories=(1, 9) is not allowed"),
+        ("train.steps=-1", "train.steps=-1 is not allowed: it must be 0 or more"),
+        ("learner.learning_rate=.nan", "learner.learning_rate=nan is not allowed"),
+        ("train.group_size=1", "train.group_size=1 is not allowed: it must be 2 or more; advantages compare"),
+        ("memory.max_context_tokens=9000", "engine.max_model_tokens=8192 is not allowed"),
+        ("environment.name=conversation", "environment.conversation.path='' is not allowed"),
+    ],
+)
+def test_a_bad_override_is_one_line_that_names_it(override: str, expected: str) -> None:
+    message = refused(None, override)
+    assert message.startswith(f"argument {override!r}: ")
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"train:\n  steps: 3\n  stepz: 4\n", ": 'train.stepz' is no setting; did you mean train.steps?"),
+        (b"train: 4\n", ": train is a section"),
+        (b"train:\n  steps: {a: 1}\n", ": train.steps={'a': 1} is not allowed"),
+        (b"train:\n  steps: -2\n", ": train.steps=-2 is not allowed: it must be 0 or more"),
+        (b"name: a\nname: b\n", ", line 2, column 1: while constructing a mapping, found duplicate key name"),
+        (b"train: [1\n", ", line 2, column 1: "),
+        (b"\ttrain: 1\n", ", line 1, column 1: "),
+        (b"- train\n", ": holds a list"),
+        (b"3\n", ": holds no mapping"),
+        (b"name: \xff\n", ": is not UTF-8 text (byte 6)"),
+        (b"name: \x00\n", ": character 7 is 0"),
+        (b"name: !!python/name:os.system x\n", ", line 1, column 7: "),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_the_place(yaml_file: Path, content: bytes, expected: str) -> None:
+    yaml_file.write_bytes(content)
+    message = refused(yaml_file)
+    assert message.startswith(f"{yaml_file}{expected}")
+
+
+def test_a_missing_file_lists_the_shipped_ones(tmp_path: Path) -> None:
+    assert "no such file; shipped are configs/locomo.yaml" in refused(tmp_path / "none.yaml")
+    assert "is a folder" in refused(tmp_path)
+
+
+def test_a_bound_names_the_argument_that_broke_it_and_not_the_file(yaml_file: Path) -> None:
+    yaml_file.write_text("train: {steps: 3}\n")
+    assert refused(yaml_file, "train.steps=-3").startswith("argument 'train.steps=-3': train.steps=-3")
+
+
+def test_bounds_hold_without_the_loader() -> None:
+    with pytest.raises(ValueError, match="adam_beta2=1 is not allowed"):
+        LearnerConfig(adam_beta2=1)
+    with pytest.raises(ValueError, match=r"conversation\.path"):
+        EnvironmentConfig(name="conversation")
+
+
+# --- help ----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_help_has_every_setting_with_its_default_and_allowed_values() -> None:
+    from rich.console import Console
+
+    console = Console(width=200, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(help_table())
+    text = captured.get()
+    rows = describe()
+    assert len(rows) == len(all_settings()) > 80
+    for key, allowed, _, _ in rows:
+        assert f" {key} " in text
+        assert allowed
+    assert "one of recall, conversation" in text
+    assert "nats per token" in text  # a field's comment
+    assert "dropped and counted" in text  # a section's docstring
