@@ -194,5 +194,3 @@ def _text(state: Tensor) -> str:
 
 def _bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-

@@ -47,16 +47,16 @@ class TrainingEngine:
 
     def __init__(self, model: nn.Module, config: LearnerConfig, rank: int, world_size: int) -> None:
         if config.zero_stage == 0 and config.dtype != "float32":
-            raise LearnerError(f"learner.zero_stage=0 trains in float32 only, got dtype={config.dtype!r}: use zero_stage 1 (it keeps float32 masters)")
+            raise LearnerError(
+                f"learner.zero_stage=0 trains in float32 only, got dtype={config.dtype!r}: use zero_stage 1 (it keeps float32 masters)"
+            )
         self.device = torch.device("cuda", 0) if config.gpus_per_worker > 0 else torch.device("cpu")
         self.rank, self.world_size = rank, world_size
         self.model = model
         self.zero_stage = config.zero_stage
         _join(rank, world_size, self.device)
         self.optimizer = GuardedAdamW((param for param in model.parameters() if param.requires_grad), config)
-        self.engine: Any = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=False
-        )[0]
+        self.engine: Any = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=False)[0]
         self._materialize()
 
     def forward(self, token_ids: Tensor, loss_mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

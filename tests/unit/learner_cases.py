@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from actors.fast_weights import Basis, compute_basis_from_checkpoint
 from actors.types import ActionSpan, FastWeights, Outcome, Segment, SpanKind, Task, Timings, Trajectory, TrajectoryGroup
 from configs.schema import FastWeightsConfig, LearnerConfig, ObjectiveConfig
+from learner.advantage import grpo
 from learner.learner import Learner
 
 VOCABULARY = 256
@@ -20,12 +21,12 @@ TASK = Task("task-0", "recall", {}, 0)
 
 
 def write_model(folder: Path) -> Basis:
-    """A random Llama of four layers in ``folder`` (float32, tied head) and a basis of rank 3 for its last two layers."""
+    """A random Llama of three layers in ``folder`` (float32, tied head) and a basis of rank 3 for its last two layers."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=1,
         tie_word_embeddings=True,
@@ -119,3 +120,34 @@ def largest_relative_difference(found: dict[str, torch.Tensor], expected: dict[s
     """Over tensors: norm of the difference over norm of the expected."""
     assert found.keys() == expected.keys()
     return max(float((found[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-12)) for name in expected)
+
+
+def reference_steps(folder: Path, basis: Basis, groups: list[TrajectoryGroup], config: LearnerConfig, steps: int) -> dict[str, torch.Tensor]:
+    """The same steps in plain torch: one model, Delta added to and taken from the weights around each sequence, clipped AdamW."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
+    advantages = grpo([one.outcome.reward for one in groups[0].trajectories], True)
+    by_episode = {one.episode_id: advantage for one, advantage in zip(groups[0].trajectories, advantages, strict=True)}
+    tokens = sum(int(part.action_mask.sum()) for _, part in segments_of(groups))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for episode, part in segments_of(groups):
+            weights = episode.weights_of(part)
+            saved = {name: model.get_submodule(name).weight.detach().clone() for name in (weights.b if weights else {})}
+            for name in saved:
+                model.get_submodule(name).weight.data += torch.from_numpy(weights.b[name]) @ basis.a[name]  # type: ignore[union-attr]
+            (-by_episode[episode.episode_id] * sampled_logprobs(model, part).sum() / tokens).backward()
+            for name, value in saved.items():
+                model.get_submodule(name).weight.data.copy_(value)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_equal_updates(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], start: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Weights within ``tolerance`` (relative, per tensor), and the updates themselves within 100 times that: Adam divides by |gradient|, so an
+    element whose gradient is rounding may move either way, and only norms can be compared."""
+    assert largest_relative_difference(found, expected) < tolerance
+    updates = [{name: (weights[name] - start[name]) for name in expected} for weights in (found, expected)]
+    assert min(float(update.norm()) for update in updates[1].values()) > 0
+    assert largest_relative_difference(*updates) < 100 * tolerance

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 
@@ -71,7 +70,9 @@ def test_packing_keeps_every_row_once_and_ranks_in_step(scored: list[ScoredTraje
     plan = pack(rows, budget, ranks, 1.0)
     assert len(plan) == ranks and len({len(part) for part in plan}) == 1
     microbatches = [one for part in plan for one in part]
-    found = sorted(one.token_ids[place][one.attention_mask[place]].tobytes() for one in microbatches for place in range(len(one.scales)) if one.scales[place])
+    found = sorted(
+        one.token_ids[place][one.attention_mask[place]].tobytes() for one in microbatches for place in range(len(one.scales)) if one.scales[place]
+    )
     assert found == sorted(row.segment.token_ids.astype(np.int64).tobytes() for row in rows)  # the sampled ids themselves, unchanged
     assert all(one.token_ids.size <= budget or len(one.token_ids) == 1 for one in microbatches)
     longest = [[one.token_ids.shape[1] for one in part if one.action_tokens] for part in plan]
@@ -96,5 +97,3 @@ def test_a_sampled_first_token_is_refused() -> None:
     zeros = np.zeros((1, 2), dtype=np.float32)
     with pytest.raises(ValueError, match="needs a token before it"):
         Microbatch(zeros.astype(np.int64), ones, ones, zeros, zeros[0, :1], zeros[0, :1], (None,), 1.0)
-
-

@@ -14,7 +14,9 @@ from learner.objective import TokenBatch, TokenStatistics, policy_objective
 
 def batch(logp: Tensor, old: list[float], engine: list[float], advantage: list[float], reference: Tensor | None = None) -> TokenBatch:
     count = len(logp)
-    return TokenBatch(logp, torch.tensor(old), torch.tensor(engine), reference, torch.ones(count), torch.tensor(advantage), torch.full((count,), 0.25))
+    return TokenBatch(
+        logp, torch.tensor(old), torch.tensor(engine), reference, torch.ones(count), torch.tensor(advantage), torch.full((count,), 0.25)
+    )
 
 
 def logs(*values: float) -> list[float]:

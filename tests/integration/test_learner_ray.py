@@ -1,0 +1,75 @@
+"""The learner behind Ray: one rank on a local Ray, its failures and deadlines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from actors.fast_weights import Basis
+from configs.schema import LearnerConfig, ObjectiveConfig
+from learner.types import LearnerError
+from learner.worker import LearnerGroup, LearnerSpec
+from tests.unit.learner_cases import free, group, learner, segments_of, write_model
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=200 * 2**20, namespace="learner-tests", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="module")
+def basis(folder: Path) -> Basis:
+    return write_model(folder)
+
+
+def spec(folder: Path, basis: Basis, config: LearnerConfig) -> LearnerSpec:
+    return LearnerSpec(config, ObjectiveConfig(importance="none"), str(folder), basis, seed=0, temperature=1.0)
+
+
+def test_the_group_trains_like_a_learner_in_this_process(cluster: None, folder: Path, basis: Basis, tmp_path: Path) -> None:
+    config = free(zero_stage=1)
+    remote = LearnerGroup(spec(folder, basis, config), start_timeout_s=120)
+    local = learner(folder, basis, config)
+    groups = [group(basis, (1.0, 0.0, 0.25))]
+    segments = [part for _, part in segments_of(groups)]
+    try:
+        assert remote.version == 0
+        assert remote.warm_start_step(segments, 1e-3).loss == pytest.approx(local.warm_start_step(segments, 1e-3).loss, rel=1e-5)
+        assert remote.step(groups).loss == pytest.approx(local.step(groups).loss, rel=1e-5)
+        assert remote.version == 2
+        weights = ray.get(remote.weights_ref(trainable_only=False), timeout=60)
+        expected = local.weights(trainable_only=False)
+        assert weights.keys() == expected.keys() and all(torch.allclose(weights[name], expected[name], atol=1e-6) for name in weights)
+        remote.save(str(tmp_path / "c"))
+        first = remote.step(groups)
+        assert remote.load(str(tmp_path / "c")) == 2 == remote.version
+        assert replace(remote.step(groups), seconds=0) == replace(first, seconds=0)
+        with pytest.raises(LearnerError, match="nothing to learn from"):
+            remote.step([])
+    finally:
+        remote.close()
+
+
+def test_a_rank_that_cannot_be_placed_is_named(cluster: None, folder: Path, basis: Basis) -> None:
+    with pytest.raises(LearnerError, match=r"no answer from rank \[0\] within 3 s \(asked for 64 CPUs and 0 GPUs for each of 1 learner ranks"):
+        LearnerGroup(spec(folder, basis, free(cpus_per_worker=64)), start_timeout_s=3)
+
+
+def test_a_rank_that_died_is_said_to_have_died(cluster: None, folder: Path, basis: Basis) -> None:
+    remote = LearnerGroup(spec(folder, basis, free()), start_timeout_s=120)
+    ray.kill(remote._actors[0])
+    with pytest.raises(LearnerError, match="a rank's process died"):
+        remote.step([group(basis, (1.0, 0.0))])
+    remote.close()
