@@ -5,140 +5,32 @@ over the answer tokens of a minibatch; the optimizer's state starts fresh at eve
 
 What makes it cheap, without changing the result (each episode gets what a PEFT + torch.optim loop of its own would give):
 
-    trunk      decoder layers below the first adapted MLP do not depend on B: run once per write, their hidden states serve all epochs
     episodes   one pass over all episodes' examples, each row under its own episode's B (batched matmul); losses are summed, so gradients stay apart
-    answers    the last MLP, the final norm and the head run at answer positions only
+    cut model  what does not depend on B runs once per write, and shared prompt tokens once per episode (cut_model.py)
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
-from actors.fast_weights import Basis, DeltaInjector, stack
+from actors.cut_model import CutModel, Row
+from actors.fast_weights import Basis, stack
 from actors.protocols import WriterError
-from actors.types import FastWeights, Probe, WriteExample, WriteRequest, WriteResult
+from actors.types import FastWeights, Probe, WriteRequest, WriteResult
 from configs.schema import WriteConfig
 
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose decoder layer is h += attention(norm(h)); h += mlp(norm(h)): the cut below relies on it."""
 
 _PROBE_TOKENS = 64
-
-
-@dataclass(frozen=True, eq=False)
-class _Row:
-    """One example after the trunk. hidden [T, d]: the stream that enters the first adapted MLP. targets int64 [A]: the answer tokens.
-
-    Position ``first + k`` of ``hidden`` predicts ``targets[k]``. T = first + A: the last answer token is never an input.
-    """
-
-    episode: int
-    hidden: Tensor
-    first: int
-    targets: Tensor
-
-
-class _CutModel:
-    """A causal LM cut where Delta begins to act: in front of the first adapted MLP."""
-
-    def __init__(self, model: Any, basis: Basis, chunk_tokens: int) -> None:
-        self._model = model
-        self._cut = basis.first_layer
-        self._chunk_tokens = chunk_tokens
-        self._injector = DeltaInjector(model, basis)
-
-    @torch.no_grad()
-    def read(self, examples: Sequence[tuple[int, WriteExample]], pad: int) -> list[_Row]:
-        """Run the trunk: (episode, example) -> row."""
-        device = self._model.model.embed_tokens.weight.device
-        inputs = [torch.tensor(example.prompt_ids + example.answer_ids[:-1]) for _, example in examples]
-        rows: dict[int, _Row] = {}
-        for chunk in self._chunks([len(ids) for ids in inputs]):
-            hidden = self._trunk(pad_sequence([inputs[i] for i in chunk], batch_first=True, padding_value=pad).to(device))
-            for place, i in enumerate(chunk):
-                episode, example = examples[i]
-                targets = torch.tensor(example.answer_ids, device=device)
-                rows[i] = _Row(episode, hidden[place, : len(inputs[i])].clone(), len(example.prompt_ids) - 1, targets)
-        return [rows[i] for i in range(len(examples))]
-
-    def score(self, rows: Sequence[_Row], b: Mapping[str, Tensor], loss_weights: Sequence[float] | None) -> list[Tensor]:
-        """Log-probs [A] float32 of each row's answer under its episode's B; b: name -> [episodes, d_out, rank].
-
-        With ``loss_weights``, one a row, adds the gradient of -sum(weight * log-prob) to ``b``.
-        """
-        out: dict[int, Tensor] = {}
-        for chunk in self._chunks([len(row.hidden) for row in rows]):
-            picked = [rows[i] for i in chunk]
-            sizes = [len(row.targets) for row in picked]
-            device = picked[0].hidden.device
-            episodes = torch.tensor([row.episode for row in picked], device=device)
-            with torch.set_grad_enabled(loss_weights is not None), self._injector.use({name: m.index_select(0, episodes) for name, m in b.items()}):
-                logprobs = self._answer_logprobs(picked)
-                if loss_weights is not None:
-                    weights = torch.tensor([loss_weights[i] for i in chunk], device=device).repeat_interleave(torch.tensor(sizes, device=device))
-                    torch.autograd.backward(-(logprobs * weights).sum())
-            out.update(zip(chunk, torch.split(logprobs.detach(), sizes), strict=True))
-        return [out[i] for i in range(len(rows))]
-
-    def _chunks(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices of near-equal lengths, each chunk at most ``chunk_tokens`` padded tokens (a longer row is its own chunk)."""
-        chunk: list[int] = []
-        for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-            if chunk and (len(chunk) + 1) * lengths[i] > self._chunk_tokens:
-                yield chunk
-                chunk = []
-            chunk.append(i)
-        if chunk:
-            yield chunk
-
-    def _context(self, hidden: Tensor) -> dict[str, Any]:
-        """What a decoder layer needs besides the stream. Rows are padded on the right, so the causal mask alone keeps padding from real tokens."""
-        from transformers.masking_utils import create_causal_mask
-
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        mask = create_causal_mask(self._model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions)
-        return {"attention_mask": mask, "position_ids": positions, "position_embeddings": self._model.model.rotary_emb(hidden, positions)}
-
-    def _trunk(self, ids: Tensor) -> Tensor:
-        core = self._model.model
-        hidden = core.embed_tokens(ids)
-        context = self._context(hidden)
-        for layer in core.layers[: self._cut]:
-            hidden = layer(hidden, **context)
-        return self._attend(core.layers[self._cut], hidden, context)
-
-    @staticmethod
-    def _attend(layer: Any, hidden: Tensor, context: Mapping[str, Any]) -> Tensor:
-        attended: Tensor = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **context)[0]
-        return hidden + attended
-
-    def _answer_logprobs(self, rows: Sequence[_Row]) -> Tensor:
-        """Concatenated log-probs of the rows' answers, float32 [sum of A], under the B in use."""
-        core = self._model.model
-        hidden = pad_sequence([row.hidden for row in rows], batch_first=True)
-        context = self._context(hidden)
-        # Answer positions, padded with position 0 to a rectangle [rows, longest A]: the per-row Delta needs one.
-        positions = pad_sequence([row.first + torch.arange(len(row.targets), device=hidden.device) for row in rows], batch_first=True)
-        real = pad_sequence([torch.ones_like(row.targets, dtype=torch.bool) for row in rows], batch_first=True)
-        layers = core.layers[self._cut :]
-        for number, layer in enumerate(layers):
-            if number > 0:
-                hidden = self._attend(layer, hidden, context)
-            if number == len(layers) - 1:
-                hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        logits = self._model.lm_head(core.norm(hidden)[real]).float()
-        return -functional.cross_entropy(logits, torch.cat([row.targets for row in rows]), reduction="none")
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +46,7 @@ class _Run:
     failures: list[str]
 
 
-def _train(model: _CutModel, rows: Sequence[Sequence[_Row]], start: Mapping[str, Tensor], config: WriteConfig) -> _Run:
+def _train(model: CutModel, prefix: Tensor, rows: Sequence[Sequence[Row]], start: Mapping[str, Tensor], config: WriteConfig) -> _Run:
     """All episodes step together; one that has had its epochs, or diverged, is left out of the next steps."""
     leaves = {name: b.clone().requires_grad_() for name, b in start.items()}
     final = {name: b.clone() for name, b in start.items()}
@@ -164,12 +56,12 @@ def _train(model: _CutModel, rows: Sequence[Sequence[_Row]], start: Mapping[str,
     totals = [config.epochs * len(mine) for mine in batches]
     steps, failures = [0] * len(rows), [""] * len(rows)
     several = [e for e in range(len(rows)) if len(batches[e]) > 1]
-    before = dict(zip(several, _score_episodes(model, [rows[e] for e in several], start), strict=True))
+    before = dict(zip(several, _score_episodes(model, prefix, [rows[e] for e in several], start), strict=True))
     for step in range(max(totals)):
         active = [e for e in range(len(rows)) if step < totals[e] and not failures[e]]
         current = [batches[e][step % len(batches[e])] for e in active]
         optimizer.zero_grad()
-        scores = _score_episodes(model, current, leaves, learn=True)
+        scores = _score_episodes(model, prefix, current, leaves, learn=True)
         optimizer.step()
         for e, logprobs in zip(active, scores, strict=True):
             steps[e] += 1
@@ -183,10 +75,12 @@ def _train(model: _CutModel, rows: Sequence[Sequence[_Row]], start: Mapping[str,
     return _Run([before[e] for e in range(len(rows))], final, steps, failures)
 
 
-def _score_episodes(model: _CutModel, rows: Sequence[Sequence[_Row]], b: Mapping[str, Tensor], learn: bool = False) -> list[list[Tensor]]:
+def _score_episodes(
+    model: CutModel, prefix: Tensor, rows: Sequence[Sequence[Row]], b: Mapping[str, Tensor], learn: bool = False
+) -> list[list[Tensor]]:
     """Log-probs by episode and example. With ``learn``, adds to ``b`` the gradient of each episode's mean loss over its answer tokens."""
     weights = [1 / sum(len(row.targets) for row in mine) for mine in rows for _ in mine]
-    flat = iter(model.score([row for mine in rows for row in mine], b, weights if learn else None))
+    flat = iter(model.score(prefix, [row for mine in rows for row in mine], b, weights if learn else None))
     return [[next(flat) for _ in mine] for mine in rows]
 
 
@@ -203,24 +97,26 @@ class BatchedWriter:
     """
 
     def __init__(self, model: Any, basis: Basis, config: WriteConfig, pad_token_id: int) -> None:
-        """``model``: a *ForCausalLM of SUPPORTED_MODELS, which this object now owns: put in eval mode, frozen, hooked. Raises WriterError, BasisError.
+        """``model``: a *ForCausalLM of SUPPORTED_MODELS, which this object now owns: in eval mode, frozen, hooked. Raises WriterError, BasisError.
 
         ``pad_token_id`` fills the right of shorter rows, where no real token looks.
         """
         if model.config.model_type not in SUPPORTED_MODELS:
             raise WriterError(f"model type {model.config.model_type!r} is not supported by the writer: use one of {', '.join(SUPPORTED_MODELS)}")
+        if (attention := model.config._attn_implementation) not in ("sdpa", "eager"):
+            raise WriterError(f"attention {attention!r} is not supported by the writer: load the model with attn_implementation='sdpa'")
         self._model = model.eval().requires_grad_(False)
         self._basis = basis
         self._config = config
         self._pad = pad_token_id
-        self._cut = _CutModel(model, basis, config.chunk_tokens)
+        self._cut = CutModel(model, basis, config.chunk_tokens)
 
     @classmethod
     def from_checkpoint(cls, model_path: str, basis: Basis, config: WriteConfig, dtype: Literal["float32", "bfloat16"]) -> Self:
         """A writer with its own copy of the model, on the CPU."""
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
         return cls(model, basis, config, pad_token_id=model.config.pad_token_id or 0)
 
     def refresh(self, tensors: Mapping[str, Tensor]) -> None:
@@ -252,11 +148,12 @@ class BatchedWriter:
         started = time.perf_counter()
         for request in requests:
             self._check(request)
-        flat = iter(self._cut.read([(e, example) for e, request in enumerate(requests) for example in request.examples], self._pad))
+        reading = self._cut.read([(e, example) for e, request in enumerate(requests) for example in request.examples], self._pad)
+        flat = iter(reading.rows)
         rows = [[next(flat) for _ in request.examples] for request in requests]
-        start = stack([request.weights for request in requests], self._basis, torch.float32, rows[0][0].hidden.device)
-        run = _train(self._cut, rows, start, self._config)
-        after = _score_episodes(self._cut, rows, run.final)
+        start = stack([request.weights for request in requests], self._basis, torch.float32, reading.prefix.device)
+        run = _train(self._cut, reading.prefix, rows, start, self._config)
+        after = _score_episodes(self._cut, reading.prefix, rows, run.final)
         seconds = time.perf_counter() - started
         return [self._result(request, run, e, after[e], seconds) for e, request in enumerate(requests)]
 

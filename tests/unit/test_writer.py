@@ -86,12 +86,12 @@ def random_weights(basis: Basis, seed: int) -> FastWeights:
     return FastWeights(basis.id, 2, {name: draw.normal(0, 0.01, (rows, basis.rank)).astype(np.float32) for name, rows in basis.d_out.items()})
 
 
-def ragged_requests(basis: Basis) -> list[WriteRequest]:
+def ragged_requests(basis: Basis, shared_prefix: int = 0) -> list[WriteRequest]:
     """Three episodes: from zero with three minibatches an epoch, from an earlier revision with one, from zero with one."""
     return [
-        WriteRequest("a", zero(basis), examples(1, 7)),
-        WriteRequest("b", random_weights(basis, 5), examples(2, 2)),
-        WriteRequest("c", zero(basis), examples(3, 3)),
+        WriteRequest("a", zero(basis), examples(1, 7, shared_prefix)),
+        WriteRequest("b", random_weights(basis, 5), examples(2, 2, shared_prefix)),
+        WriteRequest("c", zero(basis), examples(3, 3, shared_prefix)),
     ]
 
 
@@ -144,10 +144,11 @@ def largest_difference(left: FastWeights, right: dict[str, np.ndarray]) -> float
     [(SGD, "llama"), (SGD, "mistral"), (SGD, "qwen2"), (SGD, "qwen3"), (ADAM, "llama")],
     ids=lambda value: getattr(value, "optimizer", value),
 )
-def test_batched_writes_equal_the_sequential_peft_loop(config: WriteConfig, family: str) -> None:
+@pytest.mark.parametrize("shared_prefix", [0, 9])
+def test_batched_writes_equal_the_sequential_peft_loop(config: WriteConfig, family: str, shared_prefix: int) -> None:
     """SGD: |dB| <= 1e-6. Adam's first step is lr * sign(gradient), so rounding of gradients near 0 shows: |dB| <= 1 % of one step (lr)."""
     basis = basis_of(tiny_model(family))
-    requests = ragged_requests(basis)
+    requests = ragged_requests(basis, shared_prefix)
     results = write(requests, config, family)
     for request, result, steps in zip(requests, results, (9, 3, 3), strict=True):
         expected, before, after = reference(request, basis, config, family)
@@ -161,12 +162,27 @@ def test_batched_writes_equal_the_sequential_peft_loop(config: WriteConfig, fami
         assert all(matrix.dtype == np.float32 for matrix in result.weights.b.values())
 
 
-def test_one_adapted_layer_and_small_chunks_change_nothing() -> None:
-    basis = basis_of(tiny_model(), last_layers=1)
-    requests = ragged_requests(basis)
+@pytest.mark.parametrize("last_layers", [1, 3])
+def test_number_of_adapted_layers_and_small_chunks_change_nothing(last_layers: int) -> None:
+    basis = basis_of(tiny_model(), last_layers)
+    requests = ragged_requests(basis, shared_prefix=9)
     small = WriteConfig(optimizer="sgd", learning_rate=0.005, epochs=3, batch_size=3, chunk_tokens=20)
-    for request, result in zip(requests, write(requests, small, last_layers=1), strict=True):
+    for request, result in zip(requests, write(requests, small, last_layers=last_layers), strict=True):
         assert largest_difference(result.weights, reference(request, basis, SGD, "llama")[0]) <= 1e-6
+
+
+def test_prompts_that_are_the_shared_prefix_or_equal() -> None:
+    """The prefix may not swallow the prompt's last token, which predicts an answer: also when one prompt begins another, and for a lone example."""
+    basis = basis_of(tiny_model())
+    prompt = tuple(range(9))
+    cases = (
+        (WriteExample(prompt, (3, 4)), WriteExample((*prompt, 50, 51), (5,)), WriteExample(prompt, (6, 7, 8))),
+        (WriteExample(prompt, (3, 4)),),
+        (WriteExample((7,), (3, 4)), WriteExample((7,), (9,))),
+    )
+    for cards in cases:
+        request = WriteRequest("a", zero(basis), cards)
+        assert largest_difference(write([request], SGD)[0].weights, reference(request, basis, SGD, "llama")[0]) <= 1e-6
 
 
 def test_companions_do_not_change_an_episode() -> None:
