@@ -28,25 +28,11 @@ import torch
 
 from actors.engine_adapters import AdapterTable
 from actors.engine_loop import StepLoop
-from actors.engine_start import (
-    build_engine,
-    load_weights,
-    prepare_environment,
-    read_vocabulary,
-    shut_down,
-)
+from actors.engine_start import build_engine, load_weights, prepare_environment, read_vocabulary, shut_down
 from actors.fast_weights import Basis, BasisError, check
 from actors.protocols import EngineError, ReceiptError
 from actors.receipt import check_receipt
-from actors.types import (
-    AdapterKey,
-    FastWeights,
-    FinishReason,
-    Generation,
-    PolicyVersion,
-    Probe,
-    Sampling,
-)
+from actors.types import AdapterKey, FastWeights, FinishReason, Generation, PolicyVersion, Probe, Sampling
 from configs.schema import EngineConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -121,10 +107,7 @@ class VLLMPolicy:
         prepare_environment(threads)
         self._vocabulary = read_vocabulary(model_path, model, engine)
         self._loop: StepLoop[LLMEngine] = StepLoop(
-            "the vLLM engine",
-            lambda: build_engine(model_path, model, engine, basis, threads, seed),
-            shut_down,
-            START_TIMEOUT_S,
+            "the vLLM engine", lambda: build_engine(model_path, model, engine, basis, threads=threads, seed=seed), shut_down, START_TIMEOUT_S
         )
 
     @property
@@ -240,29 +223,16 @@ class VLLMPolicy:
 
     # --- on the step thread --------------------------------------------------------------------------------------------------------------------
 
-    def _add(
-        self,
-        engine: LLMEngine,
-        request_id: str,
-        ids: list[int],
-        parameters: SamplingParams,
-        adapter: AdapterKey,
-    ) -> None:
+    def _add(self, engine: LLMEngine, request_id: str, ids: list[int], parameters: SamplingParams, adapter: AdapterKey) -> None:
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
 
-        engine.add_request(
-            request_id,
-            tokens_input(ids),
-            params,
-            lora_request=self._table.find(adapter),
-        )
+        try:
+            engine.add_request(request_id, tokens_input(ids), parameters, lora_request=self._table.find(adapter))
+        except (VLLMClientError, ValueError) as error:
+            raise EngineError(f"vLLM refuses the request: {error}") from error
 
-    def _refresh(
-        self,
-        engine: LLMEngine,
-        version: PolicyVersion,
-        tensors: Mapping[str, torch.Tensor],
-    ) -> RefreshReport:
+    def _refresh(self, engine: LLMEngine, version: PolicyVersion, tensors: Mapping[str, torch.Tensor]) -> RefreshReport:
         running = self._loop.running_labels()
         if running:
             raise EngineError(f"cannot refresh to version {version}: requests run under {', '.join(sorted(running)[:3])}; drain the worker first")
@@ -276,17 +246,21 @@ class VLLMPolicy:
 def _parameters(temperature: float, max_tokens: int, seed: int, stop_token_ids: tuple[int, ...], prompt_logprobs: bool) -> SamplingParams:
     """Plain sampling, ids in and ids out. ``prompt_logprobs`` turns the prefix cache off for the request: receipts and tests only."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        temperature=temperature,
-        max_tokens=max_tokens,
-        seed=seed % 2**63,
-        stop_token_ids=list(stop_token_ids),
-        ignore_eos=True,  # the stop tokens are ours alone
-        logprobs=0,
-        prompt_logprobs=0 if prompt_logprobs else None,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    try:
+        return SamplingParams(
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed % 2**63,
+            stop_token_ids=list(stop_token_ids),
+            ignore_eos=True,  # the stop tokens are ours alone
+            logprobs=0,
+            prompt_logprobs=0 if prompt_logprobs else None,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+    except (VLLMClientError, ValueError) as error:
+        raise EngineError(f"vLLM refuses the sampling settings: {error}") from error

@@ -24,11 +24,7 @@ from typing import Any
 import torch
 import vllm
 from torch import Tensor
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
@@ -68,13 +64,7 @@ class AdapterStore:
         if request.lora_path not in self._b:
             raise EngineError(f"adapter {request.lora_path} is not in the store: it was never installed, or released while a request named it")
         layers = {
-            module: LoRALayerWeights(
-                module,
-                rank=self._rank,
-                lora_alpha=self._rank,
-                lora_a=self._a[module],
-                lora_b=matrix,
-            )
+            module: LoRALayerWeights(module, rank=self._rank, lora_alpha=self._rank, lora_a=self._a[module], lora_b=matrix)
             for module, matrix in self._b[request.lora_path].items()
         }
         return LoRAModel(request.lora_int_id, self._rank, layers)
@@ -92,8 +82,9 @@ def add_lora_by_segment(
     buffer: Any = None,
     **unused: Any,
 ) -> None:
-    """y[t] += x[t] A^T B^T for each run of tokens under one adapter; tokens with index -1 are left alone. Stands in for PunicaWrapperCPU.add_lora_linear.
+    """y[t] += x[t] A^T B^T for each run of tokens under one adapter; tokens with index -1 are left alone.
 
+    Stands in for PunicaWrapperCPU.add_lora_linear, whose arguments these are.
     y [tokens, sum(output_slices)] is changed in place. x [tokens, d_in]. Each A [slots, 1, rank, d_in], each B [slots, 1, slice, rank].
     """
     if punica.no_lora:
@@ -150,7 +141,10 @@ class InProcessTransfer(WeightTransferEngine[NoInit, TensorsInProcess]):
 
     def receive_weights(self, update_info: TensorsInProcess) -> None:
         model: Any = self.model
-        model.load_weights(iter(update_info.tensors.items()))
+        tensors = dict(update_info.tensors)
+        if "lm_head.weight" not in tensors and getattr(model.config, "tie_word_embeddings", False):
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # vLLM holds a repacked copy of its own on CPU
+        model.load_weights(iter(tensors.items()))
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload

@@ -5,8 +5,9 @@
     request(id, add)   -> Future of the output      --->     add(engine); resolved when step() reports the request finished
     future.cancel()                                 --->     engine.abort_request([id])
 
-Who waits for whom: the step thread waits (without a deadline) for callers when there is nothing to do; callers wait for the step thread and put their
-own deadline on the future. When the thread dies, every pending future and every later call raises EngineError with the reason.
+Who waits for whom: the step thread waits (without a deadline) for callers when there is nothing to do; callers wait for the step thread and put
+their own deadline on the future. Work refuses by raising EngineError and must then have changed nothing; any other exception ends the thread. When
+the thread dies, every pending future and every later call raises EngineError with the reason.
 """
 
 from __future__ import annotations
@@ -67,13 +68,7 @@ class StepLoop(Generic[E]):
     ``start_timeout_s`` seconds.
     """
 
-    def __init__(
-        self,
-        name: str,
-        build: Callable[[], E],
-        teardown: Callable[[E], None],
-        start_timeout_s: float,
-    ) -> None:
+    def __init__(self, name: str, build: Callable[[], E], teardown: Callable[[E], None], start_timeout_s: float) -> None:
         self._name = name
         self._wake = threading.Condition()
         self._work: deque[tuple[Future[Any], Callable[[E], Any]]] = deque()
@@ -110,16 +105,9 @@ class StepLoop(Generic[E]):
                 return
             try:
                 add(engine)
-            except (
-                ValueError,
-                TypeError,
-            ) as error:  # refused by the engine's validation: this request's own failure
-                self._refuse(
-                    done,
-                    EngineError(f"{self._name} refused a request: {_one_line(error)}"),
-                )
-            except EngineError as error:
-                self._refuse(done, error)
+            except EngineError as error:  # refused: this request's own failure
+                if done.set_running_or_notify_cancel():
+                    done.set_exception(error)
             else:
                 self._requests[request_id] = _Running(done, label)
 
@@ -161,12 +149,7 @@ class StepLoop(Generic[E]):
         if self._closing:
             raise EngineError(f"{self._name} is closed")
 
-    def _run(
-        self,
-        build: Callable[[], E],
-        teardown: Callable[[E], None],
-        started: Future[None],
-    ) -> None:
+    def _run(self, build: Callable[[], E], teardown: Callable[[E], None], started: Future[None]) -> None:
         try:
             engine = build()
         except BaseException as error:  # noqa: BLE001  (a thread's boundary: the failure belongs to whoever waits, whatever it is)
@@ -199,11 +182,7 @@ class StepLoop(Generic[E]):
             if stepped:
                 self._deliver(engine.step())
             before = self._times
-            self._times = LoopTimes(
-                before.steps + stepped,
-                before.busy_s + time.perf_counter() - busy_since,
-                before.idle_s + idle,
-            )
+            self._times = LoopTimes(before.steps + stepped, before.busy_s + time.perf_counter() - busy_since, before.idle_s + idle)
 
     def _perform(self, engine: E, future: Future[Any], function: Callable[[E], Any]) -> None:
         if not future.set_running_or_notify_cancel():
@@ -225,18 +204,10 @@ class StepLoop(Generic[E]):
                 if running is not None and running.done.set_running_or_notify_cancel():
                     running.done.set_result(output)
 
-    @staticmethod
-    def _refuse(done: Future[Any], error: EngineError) -> None:
-        if done.set_running_or_notify_cancel():
-            done.set_exception(error)
-
     def _die(self, reason: str) -> None:
         with self._wake:
             self._failure = reason
-            pending = [
-                *(future for future, _ in self._work),
-                *(running.done for running in self._requests.values()),
-            ]
+            pending = [*(future for future, _ in self._work), *(running.done for running in self._requests.values())]
             self._work.clear()
             self._requests.clear()
         for future in pending:

@@ -71,14 +71,7 @@ def engine_modules(modules: Sequence[str]) -> list[str]:
     return sorted(set(renamed))
 
 
-def build_engine(
-    model_path: str | os.PathLike[str],
-    model: ModelConfig,
-    engine: EngineConfig,
-    basis: Basis,
-    threads: int,
-    seed: int,
-) -> LLMEngine:
+def build_engine(model_path: str | os.PathLike[str], model: ModelConfig, engine: EngineConfig, basis: Basis, *, threads: int, seed: int) -> LLMEngine:
     """An LLMEngine with ``engine.slots`` adapter slots whose worker knows ``basis``. Raises EngineError, or what vLLM raises."""
     from vllm import EngineArgs
     from vllm.platforms import current_platform
@@ -104,10 +97,10 @@ def build_engine(
         enable_lora=True,
         max_loras=engine.slots,
         max_cpu_loras=2 * engine.slots,
-        max_lora_rank=slot_width(basis.rank),  # type: ignore[arg-type]
+        max_lora_rank=slot_width(basis.rank),
         lora_target_modules=engine_modules(basis.modules),
         worker_extension_cls="actors.engine_extension.EngramWorker",
-        weight_transfer_config={"backend": "engram"},  # type: ignore[arg-type]
+        weight_transfer_config={"backend": "engram"},
         disable_log_stats=True,
     )
     try:
@@ -121,10 +114,7 @@ def build_engine(
 def load_weights(engine: LLMEngine, version: PolicyVersion, tensors: Mapping[str, torch.Tensor]) -> float:
     """Replace the base weights and empty the prefix cache; returns seconds. Raises EngineError before touching anything when names do not match."""
     needed, optional = engine.collective_rpc("engram_parameter_names")[0]
-    missing, unknown = (
-        sorted(needed - set(tensors)),
-        sorted(set(tensors) - needed - optional),
-    )
+    missing, unknown = (sorted(needed - set(tensors)), sorted(set(tensors) - needed - optional))
     if missing or unknown:
         faults = [f"{len(names)} {word}, first {names[0]}" for word, names in (("missing", missing), ("unknown", unknown)) if names]
         raise EngineError(f"cannot refresh to version {version}: of {len(tensors)} tensors {'; '.join(faults)}; hand over the whole model")

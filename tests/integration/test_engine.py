@@ -1,0 +1,381 @@
+"""The real engine on the tiny model against transformers: the invariants of the Policy protocol, and what engine_extension.py assumes of vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+
+from actors.engine import VLLMPolicy
+from actors.fast_weights import Basis, compute_basis_from_checkpoint
+from actors.protocols import EngineError, ReceiptError
+from actors.types import AdapterKey, FastWeights, Probe, Sampling
+from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig
+from tests.integration.engine_reference import Reference, distance, prompt, written
+
+T = TypeVar("T")
+SLOTS = 4
+LIMIT = 512
+STOP = 2
+EXACT = 1e-3  # nats, float32: what engine and transformers may differ by
+SIZE = 0.02  # of B: moves the tiny model's log-probs by tenths of a nat
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(asyncio.wait_for(work, timeout=120))
+
+
+@pytest.fixture(scope="module")
+def basis(tiny_model_path: Path) -> Basis:
+    return compute_basis_from_checkpoint(tiny_model_path, FastWeightsConfig(), seed=0)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model_path: Path, basis: Basis) -> Reference:
+    return Reference(tiny_model_path, basis)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model_path: Path, basis: Basis) -> Iterator[VLLMPolicy]:
+    config = EngineConfig(slots=SLOTS, max_model_tokens=LIMIT, kv_cache_gib=0.25)
+    policy = VLLMPolicy(tiny_model_path, ModelConfig(), config, basis, (STOP,), version=0, threads=1, seed=0)
+    yield policy
+    policy.close()
+
+
+def greedy(tokens: int) -> Sampling:
+    return Sampling(temperature=0.0, max_tokens=tokens, seed=0)
+
+
+def base(policy: VLLMPolicy) -> AdapterKey:
+    return AdapterKey(policy.version, "any", 0)
+
+
+def key(policy: VLLMPolicy, episode: str, revision: int = 1) -> AdapterKey:
+    return AdapterKey(policy.version, episode, revision)
+
+
+async def installed(policy: VLLMPolicy, episode: str, weights: FastWeights) -> AdapterKey:
+    name = key(policy, episode, weights.revision)
+    await policy.install(name, weights, None)
+    return name
+
+
+def test_the_base_model_is_transformers(policy: VLLMPolicy, reference: Reference) -> None:
+    ids = prompt(0, 200)
+    assert distance(run(policy.score(ids, base(policy))), reference.logprobs(ids, None)) < 1e-4
+    generation = run(policy.generate(ids, greedy(12), base(policy)))
+    assert distance(generation.logprobs, reference.of_generated(ids, generation.token_ids, None)) < 1e-4
+    table = reference.table([*ids, *generation.token_ids], None)
+    assert table[len(ids) - 1 : -1].argmax(-1).tolist() == list(generation.token_ids)
+
+
+def test_zero_delta_and_reset_are_the_base_model_to_the_bit(policy: VLLMPolicy, basis: Basis) -> None:
+    ids = prompt(1, 90)
+
+    async def story() -> None:
+        before, before_scores = await policy.generate(ids, greedy(16), base(policy)), await policy.score(ids, base(policy))
+        zeros = FastWeights(basis.id, 1, {name: np.zeros((rows, basis.rank), np.float32) for name, rows in basis.d_out.items()})
+        under_zero = await installed(policy, "zero", zeros)
+        assert await policy.generate(ids, greedy(16), under_zero) == before
+        assert await policy.score(ids, under_zero) == before_scores
+        under_delta = await installed(policy, "zero", written(basis, 2, 1, SIZE))
+        assert await policy.score(ids, under_delta) != before_scores
+        await policy.release([under_zero, under_delta])
+        assert await policy.generate(ids, greedy(16), base(policy)) == before
+        assert await policy.score(ids, base(policy)) == before_scores
+
+    run(story())
+
+
+def test_a_written_delta_acts_as_in_transformers_and_in_peft(policy: VLLMPolicy, reference: Reference, basis: Basis, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from actors.peft_format import export_peft
+
+    ids, weights = prompt(2, 150), written(basis, 1, 2, SIZE)
+    scored = run(_score_under(policy, "peft", weights, ids))
+    expected = reference.logprobs(ids, weights)
+    assert distance(scored, expected) < EXACT
+    assert distance(expected, reference.logprobs(ids, None)) > 100 * EXACT, "the Delta is too small for this test to mean anything"
+    export_peft(weights, basis, tmp_path / "adapter", str(reference.model.name_or_path))
+    stock = AutoModelForCausalLM.from_pretrained(reference.model.name_or_path, dtype=torch.float32)
+    peft = PeftModel.from_pretrained(stock, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        table = peft(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert distance(scored, table[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()) < EXACT
+
+
+async def _score_under(policy: VLLMPolicy, episode: str, weights: FastWeights, ids: list[int]) -> list[float]:
+    return await policy.score(ids, await installed(policy, episode, weights))
+
+
+def test_episodes_in_one_batch_never_see_each_others_delta(policy: VLLMPolicy, reference: Reference, basis: Basis) -> None:
+    """Two Deltas and two revision-0 requests decode together, with prompts of different lengths."""
+    weights = {"left": written(basis, 1, 3, SIZE), "right": written(basis, 1, 4, SIZE)}
+    asked = [(prompt(3, 140), "left"), (prompt(4, 60), None), (prompt(3, 140), "right"), (prompt(5, 33), None)]
+
+    async def story() -> None:
+        names = {episode: await installed(policy, episode, one) for episode, one in weights.items()}
+        keys = [base(policy) if episode is None else names[episode] for _, episode in asked]
+        together = await asyncio.gather(*(policy.generate(ids, greedy(24), name) for (ids, _), name in zip(asked, keys, strict=True)))
+        for (ids, episode), name, generation in zip(asked, keys, together, strict=True):
+            right = reference.of_generated(ids, generation.token_ids, None if episode is None else weights[episode])
+            assert distance(generation.logprobs, right) < EXACT
+            assert distance(generation.logprobs, (await policy.generate(ids, greedy(24), name)).logprobs) < EXACT
+            other = reference.of_generated(ids, generation.token_ids, weights["left"] if episode != "left" else weights["right"])
+            assert distance(generation.logprobs, other) > 20 * EXACT, "another episode's Delta would pass this test"
+
+    run(story())
+
+
+def test_a_second_write_does_not_meet_the_first_ones_prefix_cache(policy: VLLMPolicy, reference: Reference, basis: Basis) -> None:
+    ids = prompt(6, 400)  # more than three blocks of the prefix cache
+
+    async def story() -> None:
+        for revision in (1, 2):
+            weights = written(basis, revision, 5 + revision, SIZE)
+            name = await installed(policy, "rewrite", weights)
+            for _ in range(2):  # the second time the prompt comes from the cache
+                generation = await policy.generate(ids, greedy(8), name)
+                assert distance(generation.logprobs, reference.of_generated(ids, generation.token_ids, weights)) < EXACT
+
+    run(story())
+
+
+def test_sampling_returns_the_log_probs_of_the_tempered_distribution(policy: VLLMPolicy, reference: Reference, basis: Basis) -> None:
+    ids, weights = prompt(7, 50), written(basis, 1, 9, SIZE)
+
+    async def story() -> None:
+        name = await installed(policy, "tempered", weights)
+        first = await policy.generate(ids, Sampling(0.7, 20, seed=11), name)
+        assert distance(first.logprobs, reference.of_generated(ids, first.token_ids, weights, temperature=0.7)) < EXACT
+        assert distance(first.logprobs, reference.of_generated(ids, first.token_ids, weights)) > 20 * EXACT
+        assert await policy.generate(ids, Sampling(0.7, 20, seed=11), name) == first
+        assert (await policy.generate(ids, Sampling(0.7, 20, seed=12), name)).token_ids != first.token_ids
+        plain, greedy_too = await asyncio.gather(policy.generate(ids, Sampling(1.0, 20, 13), name), policy.generate(ids, greedy(20), name))
+        assert distance(plain.logprobs, reference.of_generated(ids, plain.token_ids, weights)) < EXACT
+        assert distance(greedy_too.logprobs, reference.of_generated(ids, greedy_too.token_ids, weights)) < EXACT
+
+    run(story())
+
+
+def test_more_episodes_than_slots_queue_and_finish(policy: VLLMPolicy, reference: Reference, basis: Basis) -> None:
+    count = 3 * SLOTS  # also more than vLLM keeps registered (2 x slots): evicted ones are read again from the store
+
+    async def story() -> None:
+        weights = [written(basis, 1, 20 + index, SIZE) for index in range(count)]
+        names = [await installed(policy, f"many-{index}", one) for index, one in enumerate(weights)]
+        for _ in range(2):
+            generations = await asyncio.gather(*(policy.generate(prompt(30 + i, 20 + i), greedy(6), name) for i, name in enumerate(names)))
+            for index, (generation, one) in enumerate(zip(generations, weights, strict=True)):
+                assert distance(generation.logprobs, reference.of_generated(prompt(30 + index, 20 + index), generation.token_ids, one)) < EXACT
+        await policy.release(names)
+
+    run(story())
+
+
+def test_a_receipt_passes_for_the_right_weights_and_fails_for_others(policy: VLLMPolicy, reference: Reference, basis: Basis) -> None:
+    ids = tuple(prompt(8, 40))
+    right, wrong = written(basis, 1, 50, SIZE), written(basis, 1, 51, SIZE)
+    probe = Probe(ids, tuple(reference.logprobs(ids, None)[-12:]), tuple(reference.logprobs(ids, right)[-12:]))
+    before = policy.stats()
+
+    async def story() -> None:
+        await policy.install(key(policy, "receipt"), right, probe)
+        with pytest.raises(ReceiptError, match=r"v0/swapped@1.*largest difference \d.*receipt_tolerance=0.02"):
+            await policy.install(key(policy, "swapped"), wrong, probe)
+        with pytest.raises(EngineError, match="was released"):
+            await policy.generate(ids, greedy(2), key(policy, "swapped"))
+        dead = FastWeights(basis.id, 1, {name: np.zeros_like(matrix) for name, matrix in right.b.items()})
+        with pytest.raises(ReceiptError):
+            await policy.install(key(policy, "dead"), dead, probe)
+
+    run(story())
+    after = policy.stats()
+    assert (after.receipts_passed - before.receipts_passed, after.receipts_failed - before.receipts_failed) == (1, 2)
+    assert after.installs - before.installs == 3 and after.steps > before.steps and after.busy_seconds > before.busy_seconds
+
+
+def test_bad_requests_are_one_line_and_harm_nobody(policy: VLLMPolicy, basis: Basis) -> None:
+    good = written(basis, 1, 60, SIZE)
+
+    async def refused(work: Coroutine[Any, Any, Any], *words: str) -> None:
+        with pytest.raises(EngineError) as caught:
+            await work
+        message = str(caught.value)
+        assert "\n" not in message and all(word in message for word in words), message
+
+    async def story() -> None:
+        await policy.install(key(policy, "good"), good, None)
+        await refused(policy.generate(prompt(9, LIMIT), greedy(4), base(policy)), f"{LIMIT} tokens", f"engine.max_model_tokens={LIMIT}")
+        await refused(policy.generate([], greedy(4), base(policy)), "0 tokens")
+        await refused(policy.generate([5, 49152], greedy(4), base(policy)), "49152", "tokenizer")
+        await refused(policy.generate([5], greedy(0), base(policy)), "max_tokens")
+        await refused(policy.generate([5], greedy(4), key(policy, "ghost")), "v0/ghost@1", "never installed")
+        await refused(policy.generate([5], greedy(4), AdapterKey(7, "good", 0)), "version 7", "at 0")
+        await refused(policy.install(key(policy, "good"), good, None), "v0/good@1", "never reused")
+        await refused(policy.install(key(policy, "good", 2), good, None), "revision 1", "v0/good@2")
+        await refused(policy.install(key(policy, "alien"), FastWeights("other", 1, good.b), None), "v0/alien@1", "basis other")
+        await policy.release([key(policy, "ghost"), base(policy)])
+        await policy.release([key(policy, "good")])
+        await refused(policy.generate([5], greedy(4), key(policy, "good")), "was released")
+        assert len((await policy.generate([5, 6], greedy(4), base(policy))).token_ids) > 0
+
+    run(story())
+
+
+def test_a_prompt_near_the_limit_is_cut_and_says_so(policy: VLLMPolicy) -> None:
+    generation = run(policy.generate(prompt(10, LIMIT - 3), Sampling(1.0, 50, 3), base(policy)))
+    assert generation.finish_reason == "length" and len(generation.token_ids) <= 3
+
+
+def test_a_stop_token_ends_the_generation_and_is_kept(policy: VLLMPolicy, reference: Reference) -> None:
+    """The most likely token is made the stop token by asking for its own continuation: greedy until the model's first stop, or none."""
+    ids = prompt(11, 30)
+    first = run(policy.generate(ids, greedy(1), base(policy))).token_ids[0]
+    stop, policy._stop = policy._stop, (first,)
+    try:
+        generation = run(policy.generate(ids, greedy(8), base(policy)))
+    finally:
+        policy._stop = stop
+    assert generation.token_ids == (first,) and generation.finish_reason == "stop"
+    assert distance(generation.logprobs, reference.of_generated(ids, [first], None)) < EXACT
+
+
+def test_cancelling_aborts_the_request_and_release_while_running_is_safe(policy: VLLMPolicy, basis: Basis) -> None:
+    async def story() -> None:
+        name = await installed(policy, "cancelled", written(basis, 1, 70, SIZE))
+        task = asyncio.create_task(policy.generate(prompt(12, 20), Sampling(1.0, 450, 1), name))
+        await asyncio.sleep(0.2)
+        await policy.release([name])  # still running under it
+        await asyncio.sleep(0.1)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(task, timeout=0.05)
+        running = await asyncio.wrap_future(policy._loop.call(lambda engine: engine.get_num_unfinished_requests()))
+        assert running == 0
+        assert (await policy.generate([5, 6], greedy(2), base(policy))).token_ids
+
+    run(story())
+
+
+def test_refresh_serves_the_new_weights_and_forgets_the_old_adapters(policy: VLLMPolicy, reference: Reference, basis: Basis) -> None:
+    """Last but one: the reference and the engine move to version 3 together."""
+    ids, weights = prompt(13, 300), written(basis, 1, 80, SIZE)
+    draw = torch.Generator().manual_seed(5)
+    old = {name: tensor.clone() for name, tensor in reference.model.state_dict().items()}
+    new = {name: tensor + 0.05 * tensor.std() * torch.randn(tensor.shape, generator=draw) for name, tensor in old.items() if name != "lm_head.weight"}
+    tied = {**new, "lm_head.weight": new["model.embed_tokens.weight"]}
+
+    async def story() -> None:
+        survivor = await installed(policy, "survivor", weights)
+        before = await policy.generate(ids, greedy(4), base(policy))
+        with pytest.raises(EngineError, match=r"1 missing, first model\.layers\.2\.mlp\.up_proj\.weight"):
+            await policy.refresh(1, {name: tensor for name, tensor in new.items() if name != "model.layers.2.mlp.up_proj.weight"})
+        with pytest.raises(EngineError, match="1 unknown, first extra"):
+            await policy.refresh(1, {**new, "extra": new["model.norm.weight"]})
+        running = asyncio.create_task(policy.generate(prompt(14, 20), Sampling(1.0, 400, 1), base(policy)))
+        await asyncio.sleep(0.1)
+        with pytest.raises(EngineError, match="drain the worker"):
+            await policy.refresh(1, new)
+        running.cancel()
+        assert policy.version == 0 and await policy.generate(ids, greedy(4), base(policy)) == before
+
+        for version, tensors in ((1, new), (3, tied)):
+            report = await policy.refresh(version, tensors)
+            assert policy.version == report.version == version and report.bytes > 0
+            reference.model.load_state_dict(tied)
+            assert distance(await policy.score(ids, base(policy)), reference.logprobs(ids, None)) < 1e-4
+            generation = await policy.generate(ids, greedy(4), base(policy))  # a stale prefix cache would show here
+            assert distance(generation.logprobs, reference.of_generated(ids, generation.token_ids, None)) < 1e-4
+            with pytest.raises(EngineError, match="belongs to policy version 0"):
+                await policy.generate(ids, greedy(4), survivor)
+            again = await installed(policy, "survivor", weights)
+            assert distance(await policy.score(ids, again), reference.logprobs(ids, weights)) < EXACT
+        with pytest.raises(EngineError, match="the engine is at 3"):
+            await policy.refresh(2, new)
+
+    run(story())
+
+
+# --- what engine_extension.py assumes of vLLM 0.32 ---------------------------------------------------------------------------------------------
+
+
+def test_vllm_still_has_what_the_stand_ins_replace() -> None:
+    import vllm
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    from vllm.lora.worker_manager import WorkerLoRAManager
+    from vllm.v1.sample.ops import logprobs
+
+    from actors.engine_extension import CHECKED_VLLM, add_lora_by_segment
+
+    assert vllm.__version__.startswith(f"{CHECKED_VLLM}.")
+    assert list(inspect.signature(WorkerLoRAManager._load_adapter).parameters) == ["self", "lora_request"]
+    theirs = list(inspect.signature(PunicaWrapperCPU.add_lora_linear).parameters)[1:8]
+    assert theirs == ["y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer"]
+    assert list(inspect.signature(add_lora_by_segment).parameters)[1:8] == theirs
+    assert "batched_count_greater_than(" in inspect.getsource(__import__("vllm.v1.sample.sampler", fromlist=["Sampler"]).Sampler)
+    assert list(inspect.signature(logprobs.batched_count_greater_than).parameters) == ["x", "values"]
+
+
+def test_the_workers_own_objects_carry_the_stand_ins(policy: VLLMPolicy) -> None:
+    from actors.engine_extension import AdapterStore, add_lora_by_segment
+
+    def look(engine: Any) -> tuple[Any, Any, list[str]]:
+        manager = engine.model_executor.driver_worker.worker.model_runner.lora_manager
+        adapters = manager._adapter_manager
+        (punica,) = adapters.punica_wrapper_mapping.values()
+        wrapped = next(iter(adapters.modules.values()))
+        assert wrapped.punica_wrapper is punica
+        return manager._load_adapter, punica.add_lora_linear, sorted(adapters.modules)
+
+    load, linear, modules = policy._loop.call(look).result(timeout=30)
+    assert load.__func__ is AdapterStore.load and linear.__func__ is add_lora_by_segment
+    assert modules == sorted(f"model.layers.{layer}.mlp.{name}" for layer in (2, 3, 4, 5) for name in ("gate_up_proj", "down_proj"))
+
+
+def test_the_segment_matmul_is_vllms_own_and_leaves_base_tokens_alone() -> None:
+    """Against vLLM's gather where that is right (all tokens adapted); at index -1 it is wrong, and when that assertion fails, vLLM mended it."""
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from actors.engine_extension import add_lora_by_segment
+
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(7, 12, generator=draw), torch.randn(7, 10, generator=draw)
+    a = tuple(torch.randn(3, 1, 8, 12, generator=draw) for _ in range(2))
+    b = tuple(torch.randn(3, 1, 5, 8, generator=draw) for _ in range(2))
+
+    def outputs(tokens: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        punica = PunicaWrapperCPU(16, 8, "cpu")
+        punica.update_metadata(LoRAMapping(tokens, tokens, is_prefill=True), [11, 22, 33], 4, 100)
+        ours, theirs = y.clone(), y.clone()
+        add_lora_by_segment(punica, ours, x, a, b, 1.0, (5, 5))
+        punica.add_lora_linear(theirs, x, a, b, 1.0, (5, 5))
+        return ours, theirs
+
+    ours, theirs = outputs((22, 22, 11, 33, 33, 33, 22))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours, theirs = outputs((22, 22, 0, 33, 0, 0, 11))
+    base_rows = [2, 4, 5]
+    assert torch.equal(ours[base_rows], y[base_rows]) and not torch.equal(ours[[0, 1, 3, 6]], y[[0, 1, 3, 6]])
+    assert not torch.allclose(theirs[base_rows], y[base_rows]), "vLLM no longer reads index -1 as the last slot: the stand-in has one reason less"
+    ours, _ = outputs((0,) * 7)
+    assert torch.equal(ours, y)
+
+
+def test_the_count_is_vllms_own() -> None:
+    from vllm.v1.sample.ops.logprobs import batched_count_greater_than
+
+    from actors.engine_extension import count_at_least
+
+    x = torch.tensor([[1.0, 2.0, 3.0], [3.0, 3.0, 1.0]])
+    original = batched_count_greater_than._torchdynamo_orig_callable
+    assert count_at_least(x, x[:, 1:2]).tolist() == original(x, x[:, 1:2]).tolist() == [2, 2]
