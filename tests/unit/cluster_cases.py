@@ -1,0 +1,102 @@
+"""Small trajectories and scripted workers for the tests of the cluster room. What is under test there is who gets what and when, not sampling."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from actors.types import (
+    ActionSpan,
+    Answer,
+    FailedEpisode,
+    Outcome,
+    Segment,
+    Task,
+    Timings,
+    Trajectory,
+    TrajectoryGroup,
+    WriteOutcome,
+    WriteRecord,
+)
+
+
+def task_at(position: int) -> Task:
+    return Task(id=f"t{position}", environment="recall", payload={}, seed=position)
+
+
+def trajectory(task: Task, version: int, reward: float, writes: Sequence[WriteOutcome] = (), seconds: float = 1.0) -> Trajectory:
+    """One segment of four tokens, the last two sampled."""
+    mask = np.array([False, False, True, True])
+    segment = Segment(np.arange(4, dtype=np.int32), mask, np.zeros(4, dtype=np.float32), version, 0, (ActionSpan(2, 4, "act"),))
+    records = tuple(WriteRecord(0, (), "[]", 0, 3, 2, 2.0, 1.0, 5, 0.5, outcome, "" if outcome == "accepted" else "no card") for outcome in writes)
+    answer = Answer("Where?", ("here",), "here", "home", {"f1": reward, "em": float(reward == 1.0)})
+    return Trajectory(
+        task=task,
+        episode_id=f"{task.id}.{reward}",
+        policy_version=version,
+        segments=(segment,),
+        revisions=(),
+        writes=records,
+        outcome=Outcome(reward, {"f1": reward}, (answer,)),
+        stop_reason="done",
+        timings=Timings(seconds, 0.5, 0.2, 0.1, 0.1),
+    )
+
+
+def group(task: Task, version: int, finished: int = 2, failed: int = 0, rewards: Sequence[float] = ()) -> TrajectoryGroup:
+    values = rewards or [number / 10 for number in range(finished)]
+    return TrajectoryGroup(
+        task=task,
+        policy_version=version,
+        trajectories=tuple(trajectory(task, version, value) for value in values),
+        failed=tuple(FailedEpisode(task.id, f"{task.id}.f{number}", "engine", "out of memory") for number in range(failed)),
+        worker="worker-0",
+    )
+
+
+class ScriptedWorker:
+    """Finishes groups when told to: ``finish(position)``; samples under ``version``."""
+
+    def __init__(self, name: str, version: int = 0) -> None:
+        self.name = name
+        self.version = version
+        self.asked: list[int] = []
+        self._answers: dict[int, asyncio.Future[TrajectoryGroup]] = {}
+
+    async def group(self, position: int, task: Task) -> TrajectoryGroup:
+        self.asked.append(position)
+        self._answers[position] = asyncio.get_running_loop().create_future()
+        return await self._answers[position]
+
+    def finish(self, position: int, finished: int = 2, failed: int = 0) -> None:
+        self._answers.pop(position).set_result(group(task_at(position), self.version, finished, failed))
+
+    def break_down(self, position: int, error: Exception) -> None:
+        self._answers.pop(position).set_exception(error)
+
+    @property
+    def open(self) -> list[int]:
+        return sorted(self._answers)
+
+
+class EagerWorker:
+    """Finishes every group at once, under the version it was refreshed to last."""
+
+    def __init__(self, name: str, version: int = 0) -> None:
+        self.name = name
+        self.version = version
+        self.positions: list[int] = []
+
+    async def group(self, position: int, task: Task) -> TrajectoryGroup:
+        self.positions.append(position)
+        version = self.version
+        await asyncio.sleep(0)
+        return group(task, version)
+
+
+async def settle() -> None:
+    """Let everything that can run, run."""
+    for _ in range(20):
+        await asyncio.sleep(0)

@@ -1,0 +1,104 @@
+"""The command line: what a user sees, above all after a mistake. No engine, no Ray: a mistake must be found before either starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from configs.load import load_config
+
+QUICKSTART = "configs/quickstart.yaml"
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr of a call that must exit with 2 without starting anything."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    ray = sys.modules.get("ray")
+    assert ray is None or not ray.is_initialized()
+    return captured.err
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"]])
+def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if command:
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--help"])
+        assert stop.value.code == 0
+    else:
+        assert main([]) == 0
+    text = capsys.readouterr().out
+    assert f"python -m cluster {command[0] if command else 'train'} configs/" in text
+
+
+def test_the_examples_of_help_load(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  python -m cluster train")]
+    assert len(lines) >= 4
+    for words in lines:
+        load_config(Path(words[4]), [word for word in words[5:] if not word.startswith("--")])
+
+
+def test_settings_lists_every_section(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--settings"]) == 0
+    text = capsys.readouterr().out
+    assert "max_staleness" in text
+    assert "receipt_tolerance" in text
+
+
+def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", QUICKSTART, "train.steps=3", "--print-config"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(printed, []) == load_config(Path(QUICKSTART), ["train.steps=3"])
+
+
+def test_a_mistyped_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean train.steps" in failure(capsys, "train", QUICKSTART, "trian.steps=3")
+
+
+def test_a_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such file" in failure(capsys, "train", "configs/nothing.yaml")
+
+
+def test_settings_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "needs a configuration file" in failure(capsys, "train", "train.steps=3")
+
+
+def test_a_missing_locomo_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = failure(capsys, "train", "configs/locomo.yaml", "environment.conversation.path=nowhere.json", f"output_dir={tmp_path}")
+    assert "nowhere.json" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_malformed_locomo_file_names_item_and_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "locomo.json"
+    path.write_text(json.dumps([{"sample_id": "c1", "conversation": {"speaker_a": "A", "speaker_b": "B"}, "qa": [{"question": "Who?"}]}]))
+    message = failure(capsys, "train", "configs/locomo.yaml", f"environment.conversation.path={path}", f"output_dir={tmp_path / 'runs'}")
+    assert str(path) in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no-such-model" in failure(capsys, "train", QUICKSTART, "model.name=./no-such-model", f"output_dir={tmp_path}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_checkpoint(tmp_path: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = [f"model.name={tiny_model_path}", f"output_dir={tmp_path}"]
+    assert "is no checkpoint" in failure(capsys, "train", QUICKSTART, f"resume={tmp_path}/gone", *where)
+    assert "is no checkpoint" in failure(capsys, "evaluate", QUICKSTART, f"checkpoint={tmp_path}/gone", *where)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoint_belongs_to_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "train takes resume=FOLDER" in failure(capsys, "train", QUICKSTART, "checkpoint=runs/x")

@@ -1,0 +1,233 @@
+"""The training loop over scripted parts: versions, staleness, checkpoints, and that every failure ends it. The real parts are in tests/integration."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.engine import EngineStats
+from actors.types import PolicyVersion, Task, TrajectoryGroup
+from actors.worker import WorkerReport
+from cluster.broadcast import ObjectStoreWeights
+from cluster.checkpoint import START, TrainState, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from cluster.errors import CheckpointError, WorkerLost
+from cluster.loop import LoopParts, run_loop
+from cluster.metrics import StepSummary
+from cluster.stream import GroupStream, Ledger, LedgerSnapshot, StreamPlan
+from cluster.tracking import RunStatus
+from configs.schema import TrainConfig
+from learner.types import LearnerError, StepReport
+from tests.unit.cluster_cases import EagerWorker, task_at
+
+
+class Worker(EagerWorker):
+    """An eager worker that can be refreshed."""
+
+    refused: Exception | None = None
+
+    async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
+        await asyncio.sleep(0)
+        if self.refused is not None:
+            raise self.refused
+        assert weights.version == self.version + 1, "every version is served once, in order"
+        self.version = weights.version
+        return WorkerReport(self.name, self.version, len(self.positions), 0, 1, 0.1, 0.2, EngineStats(10, 5, 2, 2, 0, 0, 0.1, 1, 9, 3.0, 1.0))
+
+
+class Trainer:
+    """Counts versions as the learner does and remembers what it was given."""
+
+    def __init__(self, version: PolicyVersion = 0) -> None:
+        self.version = version
+        self.batches: list[list[str]] = []
+        self.fail_at = -1
+
+    def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
+        if self.version == self.fail_at:
+            raise LearnerError("learner step: a rank's process died; resume from the last checkpoint")
+        self.batches.append([group.task.id for group in groups])
+        self.version += 1
+        values: dict[str, Any] = {field.name: 0 for field in fields(StepReport)}
+        return StepReport(**(values | {"version": self.version, "tokens": 100}))
+
+    def weights_ref(self, trainable_only: bool) -> Any:
+        return object()
+
+
+class Channel:
+    def publish(self, source: Trainer) -> ObjectStoreWeights:
+        return ObjectStoreWeights(source.version, True, source.weights_ref(False))
+
+
+class Recorder:
+    """A tracker that keeps what it is given."""
+
+    run_id, location = "run", "here"
+
+    def __init__(self) -> None:
+        self.steps: dict[int, Mapping[str, float]] = {}
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.steps[step] = metrics
+
+    def artifact(self, path: Path) -> None: ...
+
+    def finish(self, status: RunStatus) -> None: ...
+
+
+class Bench:
+    """One loop over scripted parts; checkpoints hold the trainer's version as the learner's file."""
+
+    def __init__(self, folder: Path, plan: TrainConfig, state: TrainState = START, workers: int = 2) -> None:
+        self.folder, self.plan, self.state = folder, plan, state
+        self.workers = [Worker(f"worker-{number}", state.version) for number in range(workers)]
+        self.trainer, self.tracker = Trainer(state.version), Recorder()
+        self.summaries: list[StepSummary] = []
+        self.ledger = Ledger(state.ledger)
+
+    def run(self) -> TrainState:
+        async def checkpoint(state: TrainState) -> None:
+            async def save(target: Path) -> None:
+                target.mkdir()
+                (target / "version").write_text(str(self.trainer.version))
+
+            await save_checkpoint(self.folder, state, "name: test\n", save, self.plan.keep_checkpoints)
+
+        async def body() -> TrainState:
+            plan = StreamPlan(self.plan.steps - self.state.step, self.plan.tasks_per_step, self.plan.max_staleness, 2, 5.0)
+            stream = GroupStream(plan, self.workers, self.state.version, self.task_at, self.ledger)
+            parts = LoopParts(stream, self.trainer, self.workers, Channel(), self.tracker, self.summaries.append, checkpoint)
+            return await asyncio.wait_for(run_loop(parts, self.plan, self.state), 20)
+
+        return asyncio.run(body())
+
+    def task_at(self, position: int) -> Task:
+        return task_at(position)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+def test_every_step_makes_a_version_that_all_workers_end_on(tmp_path: Path, max_staleness: int) -> None:
+    bench = Bench(tmp_path, TrainConfig(steps=5, tasks_per_step=3, group_size=2, max_staleness=max_staleness))
+    state = bench.run()
+    assert (state.step, state.version) == (5, 5)
+    assert [worker.version for worker in bench.workers] == [5, 5]
+    assert [summary.version for summary in bench.summaries] == [1, 2, 3, 4, 5]
+    assert all(metrics["staleness/max"] <= max_staleness for metrics in bench.tracker.steps.values())
+    assert bench.ledger.balanced
+    assert bench.ledger.in_flight == 0
+    assert bench.ledger.settled["trained"] == 15
+    assert len(state.rewards) == 5
+
+
+def test_on_policy_trains_on_every_task_once_in_order(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, TrainConfig(steps=3, tasks_per_step=2, group_size=2, max_staleness=0))
+    bench.run()
+    assert bench.trainer.batches == [["t0", "t1"], ["t2", "t3"], ["t4", "t5"]]
+    assert all(metrics["staleness/mean"] == 0 for metrics in bench.tracker.steps.values())
+
+
+def test_metrics_have_the_sections_of_the_dashboard(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, TrainConfig(steps=3, tasks_per_step=2, group_size=2, max_staleness=0))
+    bench.run()
+    sections = {name.partition("/")[0] for name in bench.tracker.steps[3]}
+    assert sections == {"reward", "learner", "rollout", "staleness", "sync", "fast_weights", "timing_s", "perf"}
+    assert bench.tracker.steps[3]["reward/mean"] == pytest.approx(0.05)
+    assert bench.tracker.steps[3]["perf/engine_busy_fraction"] == 0.75
+
+
+def test_two_and_two_resumed_steps_are_four_steps(tmp_path: Path) -> None:
+    plan = TrainConfig(steps=4, tasks_per_step=2, group_size=2, max_staleness=0, checkpoint_every=2)
+    whole = Bench(tmp_path / "whole", plan)
+    whole.run()
+    first = Bench(tmp_path / "halves", replace(plan, steps=2))
+    first.run()
+    checkpoint = load_checkpoint(list_checkpoints(tmp_path / "halves")[-1])
+    assert (checkpoint.learner / "version").read_text() == "2"
+    second = Bench(tmp_path / "halves", plan, checkpoint.state)
+    last = second.run()
+    assert first.trainer.batches + second.trainer.batches == whole.trainer.batches
+    ends = [load_checkpoint(list_checkpoints(tmp_path / name)[-1]).state for name in ("whole", "halves")]
+    assert ends[0] == ends[1] == last
+
+
+def test_a_resumed_run_issues_again_what_was_in_flight(tmp_path: Path) -> None:
+    ledger = LedgerSnapshot(next_position=6, pending=(3, 5), settled={"trained": 4})
+    bench = Bench(tmp_path, TrainConfig(steps=4, tasks_per_step=2, group_size=2, max_staleness=0), replace(START, step=2, version=2, ledger=ledger))
+    bench.run()
+    assert bench.trainer.batches == [["t3", "t5"], ["t6", "t7"]]
+    assert bench.ledger.issued == 8
+
+
+def test_a_failing_learner_ends_the_loop_with_balanced_books(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, TrainConfig(steps=4, tasks_per_step=2, group_size=2, max_staleness=1, checkpoint_every=1))
+    bench.trainer.fail_at = 2
+    with pytest.raises(LearnerError, match="rank's process died"):
+        bench.run()
+    assert bench.ledger.balanced
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_failing_refresh_ends_the_loop(tmp_path: Path, max_staleness: int) -> None:
+    bench = Bench(tmp_path, TrainConfig(steps=4, tasks_per_step=2, group_size=2, max_staleness=max_staleness))
+    bench.workers[1].refused = WorkerLost("worker-1 died during the refresh to version 1")
+    with pytest.raises(WorkerLost, match="worker-1 died during the refresh"):
+        bench.run()
+    assert bench.ledger.balanced
+
+
+def test_no_steps_is_a_run_too(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, TrainConfig(steps=0, tasks_per_step=2, group_size=2))
+    assert bench.run() == START
+    assert bench.ledger.issued == 0
+
+
+# --- checkpoints on disk -------------------------------------------------------------------------------------------------------------------------
+
+
+async def _save(folder: Path, step: int, keep: int = 2, broken: bool = False) -> None:
+    async def learner(target: Path) -> None:
+        target.mkdir()
+        if broken:
+            raise LearnerError("disk full")
+
+    await save_checkpoint(folder, replace(START, step=step), "name: test\n", learner, keep)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_a_broken_one_is_never_seen(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        asyncio.run(_save(tmp_path, step))
+    with pytest.raises(LearnerError):
+        asyncio.run(_save(tmp_path, 4, broken=True))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+
+
+def test_auto_finds_the_newest_of_all_runs(tmp_path: Path) -> None:
+    assert find_checkpoint("", tmp_path) is None
+    assert find_checkpoint("auto", tmp_path / "nothing") is None
+    asyncio.run(_save(tmp_path / "old", 50))
+    asyncio.run(_save(tmp_path / "new", 2))
+    found = find_checkpoint("auto", tmp_path)
+    assert found is not None
+    assert found.folder == tmp_path / "new" / "checkpoints" / "step-000002"
+    assert found.run_dir == tmp_path / "new"
+
+
+def test_naming_the_runs_folder_points_to_its_checkpoint(tmp_path: Path) -> None:
+    asyncio.run(_save(tmp_path / "run", 7))
+    with pytest.raises(CheckpointError, match=r"is no checkpoint: .* did you mean .*step-000007\?"):
+        find_checkpoint(str(tmp_path / "run"), tmp_path)
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        load_checkpoint(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "other"}', '{"format": "engram-run-1", "step": 1}'])
+def test_a_damaged_state_is_one_clear_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(CheckpointError, match="state.json cannot be used"):
+        load_checkpoint(tmp_path)
