@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Ids = tuple[int, ...]
 _MARKS = ("Qsystemq", "Quseraq", "Qreplyaq", "Quserbq", "Qreplybq")
+_WORD = "What"
 _ROLES = ("system", "user", "assistant", "user", "assistant")
 
 
@@ -45,9 +46,9 @@ class ChatFormat:
         self._tokenizer = tokenizer
         text = _cut(tokenizer)
         special = set(tokenizer.all_special_ids)
-        self._system_open = self._encode_template(text.system_open)
+        self._system_open = self._encode_opening(text.system_open)
         self._system_close = self._encode_template(text.system_close)
-        self._user_open = self._encode_template(text.user_open)
+        self._user_open = self._encode_opening(text.user_open)
         self._user_close = self._encode_template(text.user_close)
         self._reply_close = self._encode_template(text.assistant_close)
         self.assistant_open: Ids = self._encode_template(text.assistant_open)
@@ -55,7 +56,7 @@ class ChatFormat:
             raise ChatTemplateError(f"{_name(tokenizer)}: its chat template ends a reply with {text.assistant_close!r}, which is no special token")
         eos = tokenizer.eos_token_id
         self.stop_token_ids: Ids = tuple(dict.fromkeys((self._reply_close[0], eos))) if isinstance(eos, int) else (self._reply_close[0],)
-        self._check(text)
+        self._check(self._encode_opening(text.assistant_open))
 
     def system(self, text: str) -> Ids:
         """The opening of a conversation: the template's beginning (with bos, if it has one) and the system turn."""
@@ -86,12 +87,19 @@ class ChatFormat:
     def _encode_template(self, text: str) -> Ids:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False)) if text else ()
 
-    def _check(self, text: _TemplateText) -> None:
-        messages = [{"role": role, "content": f"What is {mark}?"} for role, mark in zip(_ROLES[:4], _MARKS[:4], strict=True)]
+    def _encode_opening(self, text: str) -> Ids:
+        """Ids of template text that a word will follow: some tokenizers split "\\n\\n" otherwise before a word than at the end of a text."""
+        word = self._encode_template(_WORD)
+        ids = self._encode_template(text + _WORD)
+        return ids[: -len(word)] if ids[-len(word) :] == word else self._encode_template(text)
+
+    def _check(self, opened_before_a_word: Ids) -> None:
+        """Raises ChatTemplateError unless the pieces are the template's tokens: of a prompt, and of a prompt with a reply in it."""
+        messages = [{"role": role, "content": f"{_WORD} is {mark}?"} for role, mark in zip(_ROLES[:4], _MARKS[:4], strict=True)]
         contents = [message["content"] for message in messages]
         short = self.system(contents[0]) + self.user(contents[1])
         reply = self.encode(contents[2]) + self.assistant_close(())
-        long = short + self._encode_template(text.assistant_open) + reply + self.user(contents[3]) + self.assistant_open
+        long = short + opened_before_a_word + reply + self.user(contents[3]) + self.assistant_open
         pairs = [(messages[:2], short + self.assistant_open)]
         if _render(self._tokenizer, messages, True).startswith(_render(self._tokenizer, messages[:2], True)):
             pairs.append((messages, long))  # otherwise the template rewrites earlier replies (hidden thoughts); ours stay as they were sampled

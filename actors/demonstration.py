@@ -1,7 +1,7 @@
 """What an ideal agent would write as flashcards: supervised segments for the warm start.
 
-The demonstration is played by the very loop, trigger, prompt and chat pieces of a real episode (episode.play, ParametricMemory); only the actor differs:
-it extracts the environment's gold flashcards and answers nothing. So what is taught has exactly the form that is later sampled.
+The demonstration is played by the very loop, trigger, prompt and chat pieces of a real episode (episode.play, ParametricMemory). Only the actor
+differs: it extracts the environment's gold flashcards and answers nothing. So what is taught has exactly the form that is later sampled.
 """
 
 from __future__ import annotations

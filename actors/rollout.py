@@ -4,7 +4,8 @@
                                                          |
                                    WriteBatcher: pending writes of all episodes -> writer.write in a thread, one call at a time
 
-Waits: a sibling waits for a slot (freed when an episode ends, at the latest at its deadline) and for the engine and the writer (bounded by its deadline).
+Waits: a sibling waits for a slot (freed when an episode ends, at the latest at its deadline), then for the engine and the writer (bounded by its own
+deadline).
 """
 
 from __future__ import annotations

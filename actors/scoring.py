@@ -9,12 +9,8 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from nltk.stem import PorterStemmer
 
 MULTI_HOP, TEMPORAL, OPEN_DOMAIN, SINGLE_HOP, ADVERSARIAL = 1, 2, 3, 4, 5
 CATEGORY_NAMES = {MULTI_HOP: "multi-hop", TEMPORAL: "temporal", OPEN_DOMAIN: "open-domain", SINGLE_HOP: "single-hop", ADVERSARIAL: "adversarial"}
@@ -45,7 +41,7 @@ def official_f1(prediction: str, gold: str, category: int) -> float:
         parts, guesses = gold.split(","), prediction.split(",")
         return sum(max(_stemmed_f1(guess, part) for guess in guesses) for part in parts) / len(parts)
     if category == OPEN_DOMAIN:
-        return _stemmed_f1(prediction, gold.split(";")[0])
+        return _stemmed_f1(prediction, gold.split(";", maxsplit=1)[0])
     if category in (TEMPORAL, SINGLE_HOP):
         return _stemmed_f1(prediction, gold)
     raise ValueError(f"category={category!r} is not allowed: it must be 1, 2, 3, 4 or 5")
@@ -72,7 +68,7 @@ def _is_dash(char: str) -> bool:
 
 def _official_tokens(text: str) -> list[str]:
     kept = "".join(char for char in text.lower() if char not in _ASCII_PUNCTUATION)
-    stem = _stemmer().stem
+    stem = _stemmer()
     return [stem(word) for word in _FILLED_WORDS.sub(" ", kept).split()]
 
 
@@ -89,7 +85,9 @@ def _overlap_f1(prediction: Sequence[str], gold: Sequence[str]) -> float:
 
 
 @cache
-def _stemmer() -> PorterStemmer:
-    from nltk.stem import PorterStemmer  # imported late: it takes a quarter of a second and only conversations need it
+def _stemmer() -> Callable[[str], str]:
+    # Imported late: it takes a quarter of a second, and only conversations need it.
+    from nltk.stem import PorterStemmer
 
-    return PorterStemmer()
+    stem: Callable[[str], str] = PorterStemmer().stem
+    return stem

@@ -1,0 +1,218 @@
+"""LoCoMo's schema from a file: what is told, asked and scored, and one clear line for whatever is wrong with the file."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.environments.base import TaskError
+from actors.environments.build import build_environment
+from actors.environments.conversation import ConversationEnvironment
+from actors.types import Task
+from configs.schema import ConversationConfig, EnvironmentConfig
+
+SAMPLE = Path(__file__).parents[1] / "data" / "locomo_sample.json"
+
+
+def _environment(**settings: Any) -> ConversationEnvironment:
+    return ConversationEnvironment(ConversationConfig(path=str(SAMPLE), **settings))
+
+
+def _task(conversation: str, *questions: int) -> Task:
+    return Task("t", "conversation", {"conversation": conversation, "questions": list(questions)}, 0)
+
+
+def _told(environment: ConversationEnvironment, task: Task) -> list[str]:
+    session = environment.start(task)
+    texts = []
+    while (observation := session.observe()) is not None:
+        if observation.wants_action:
+            session.act("")
+        else:
+            texts.append(observation.text)
+    return texts
+
+
+def test_sessions_are_told_in_order_under_their_dates_with_captions() -> None:
+    first, second = _told(_environment(), _task("harbour", 0))
+    assert first.splitlines() == [
+        "[9:15 am on 3 March, 2024]",
+        "Ida: I signed the lease for the boathouse yesterday!",
+        "Tomas: Lovely. My sister Vilma could paint the doors.",
+        "Ida: Look at it. [shares an image: a red wooden boathouse by the water]",
+    ]
+    assert second.startswith("[6:40 pm on 17 March, 2024]\nTomas: Vilma")
+
+
+def test_a_long_session_comes_in_pieces_of_whole_turns(tmp_path: Path) -> None:
+    items = json.loads(SAMPLE.read_text())
+    lines = [f"turn {i} " + "word " * 60 for i in range(30)]
+    items[0]["conversation"]["session_1"] = [{"speaker": "Ida", "text": line} for line in lines]
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps(items))
+    pieces = _told(ConversationEnvironment(ConversationConfig(path=str(path))), _task("harbour", 0))[:-1]
+    assert len(pieces) > 3 and all(len(piece) < 2400 for piece in pieces)
+    assert all(piece.startswith("[9:15 am on 3 March, 2024]\n") for piece in pieces)
+    assert [line for piece in pieces for line in piece.splitlines()[1:]] == [f"Ida: {line}" for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("question", "limit", "dates"), [(0, 1, ["3 March"]), (1, 1, ["17 March"]), (1, 2, ["3 March", "17 March"]), (0, 5, ["3 March"])]
+)
+def test_max_sessions_keeps_the_last_ones_up_to_the_evidence(question: int, limit: int, dates: list[str]) -> None:
+    texts = _told(_environment(max_sessions=limit), _task("harbour", question))
+    assert len(texts) == len(dates) and all(date in text for date, text in zip(dates, texts, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "scores"),
+    [
+        (0, "2 March", {"em": 0.0, "official_f1": 0.8, "plain_f1": 0.8}),
+        (1, "door, jar of honey", {"em": 0.0, "official_f1": 1.0, "plain_f1": 0.6666}),
+        (2, "2", {"em": 1.0, "official_f1": 1.0, "plain_f1": 1.0}),
+        (3, "Probably not", {"em": 0.0, "official_f1": 1.0, "plain_f1": 0.5}),
+        (4, "It is not mentioned.", {"em": 1.0, "official_f1": 1.0, "plain_f1": 1.0}),
+        (4, "a lease", {"em": 0.0, "official_f1": 0.0, "plain_f1": 0.0}),
+    ],
+)
+@pytest.mark.parametrize("scorer", ["official", "plain"])
+def test_both_scorers_are_reported_and_one_is_the_reward(scorer: str, question: int, answer: str, scores: dict[str, float]) -> None:
+    session = _environment(scorer=scorer).start(_task("harbour", question))
+    session.act(answer)
+    outcome = session.outcome()
+    (scored,) = outcome.answers
+    assert scored.scores == pytest.approx({**scores, "f1": scores[f"{scorer}_f1"]}, abs=1e-4)
+    assert outcome.reward == scored.scores["f1"]
+    assert scored.category == ("temporal", "multi-hop", "single-hop", "open-domain", "adversarial")[question]
+
+
+def test_several_questions_share_an_episode_and_the_missing_answer_scores_0() -> None:
+    session = _environment(questions_per_episode=2).start(_task("harbour", 2, 4))
+    assert session.question == "How many jars will Ida bring? What did Tomas sign?"
+    session.act("2")
+    assert session.outcome().reward == 0.5
+
+
+def test_splits_are_disjoint_by_conversation_and_cover_all_questions() -> None:
+    environment = _environment()
+    eval_tasks = list(environment.tasks("eval", 0, 0))
+    size = {"harbour": 5, "orchard": 3}[eval_tasks[0].payload["conversation"]]
+    assert len({task.payload["conversation"] for task in eval_tasks}) == 1 and len(eval_tasks) == size
+    train = list(itertools.islice(environment.tasks("train", 0, 0), 2 * (8 - size)))
+    assert {task.payload["conversation"] for task in train} == {"harbour", "orchard"} - {eval_tasks[0].payload["conversation"]}
+    passes = [sorted(task.payload["questions"][0] for task in half) for half in (train[: 8 - size], train[8 - size :])]
+    assert passes[0] == passes[1] == list(range(8 - size))
+
+
+def test_position_and_seed_alone_determine_a_task() -> None:
+    one, other = _environment(), _environment()
+    everything = list(itertools.islice(one.tasks("train", 3, 0), 20))
+    assert list(itertools.islice(other.tasks("train", 3, 6), 14)) == everything[6:]
+    assert len({task.id for task in everything}) == 20
+
+
+def test_categories_are_filtered() -> None:
+    environment = _environment(categories=(4,))
+    tasks = [*environment.tasks("eval", 0, 0), *itertools.islice(environment.tasks("train", 0, 0), 6)]
+    assert {(t.payload["conversation"], t.payload["questions"][0]) for t in tasks} == {("harbour", 2), ("orchard", 0), ("orchard", 1)}
+
+
+def _without(*keys: Any) -> Callable[[Any], None]:
+    def change(items: Any) -> None:
+        for key in keys[:-1]:
+            items = items[key]
+        del items[keys[-1]]
+
+    return change
+
+
+def _with(value: Any, *keys: Any) -> Callable[[Any], None]:
+    def change(items: Any) -> None:
+        for key in keys[:-1]:
+            items = items[key]
+        items[keys[-1]] = value
+
+    return change
+
+
+TALK = (0, "conversation")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_with(3, 0), "item 0: expected an object, got 3"),
+        (_without(0, "qa"), r"item 0 \(harbour\), qa: expected a list, got nothing"),
+        (_without(0, "conversation"), "conversation: expected an object, got nothing"),
+        (_with({}, *TALK), "conversation: expected at least one session_1, session_2, ..., got nothing"),
+        (_without(*TALK, "session_2_date_time"), r"item 0 \(harbour\), conversation.session_2_date_time: expected a text, got nothing"),
+        (_with("hi", *TALK, "session_1"), "conversation.session_1: expected a list, got 'hi'"),
+        (_without(*TALK, "session_1", 1, "speaker"), r"conversation.session_1\[1\].speaker: expected a text, got nothing"),
+        (_with(None, *TALK, "session_1", 0, "text"), r"conversation.session_1\[0\].text: expected a text, got null"),
+        (_without(0, "qa", 2, "question"), r"qa\[2\].question: expected a text, got nothing"),
+        (_without(0, "qa", 1, "answer"), r"qa\[1\].answer: expected a text or a number, got nothing"),
+        (_with(["a"], 0, "qa", 1, "answer"), r"qa\[1\].answer: expected a text or a number, got a list"),
+        (_with(True, 0, "qa", 1, "answer"), r"qa\[1\].answer: expected a text or a number, got True"),
+        (_with(6, 0, "qa", 0, "category"), r"qa\[0\].category: expected a category 1 to 5, got 6"),
+        (_with("2", 0, "qa", 0, "category"), r"qa\[0\].category: expected a category 1 to 5, got '2'"),
+        (_with("D1:1", 0, "qa", 0, "evidence"), r"qa\[0\].evidence: expected a list, got 'D1:1'"),
+        (_with("harbour", 1, "sample_id"), "item 1: sample_id 'harbour' occurs twice"),
+        (_without(1), "it has 1 conversation, and at least 2 are needed"),
+    ],
+)
+def test_a_malformed_file_gives_item_field_and_expectation(tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
+    items = copy.deepcopy(json.loads(SAMPLE.read_text()))
+    change(items)
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(items))
+    _refused(str(path), message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[{]", "not JSON at line 1 column 3"),
+        (b"", "not JSON at line 1 column 1"),
+        (b'{"a": 1}', "expected a list of conversations, got an object"),
+        (b"[\xff]", "not UTF-8 text at byte 1"),
+        (b"[" * 100_000, "nested too deeply|not JSON"),
+    ],
+)
+def test_a_file_that_is_something_else(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_bytes(content)
+    _refused(str(path), message)
+
+
+def test_a_missing_file_or_no_path(tmp_path: Path) -> None:
+    _refused(str(tmp_path / "none.json"), "cannot be read")
+    _refused("", "environment.conversation.path is empty")
+
+
+def _refused(path: str, message: str) -> None:
+    with pytest.raises(TaskError, match=message) as error:
+        ConversationEnvironment(ConversationConfig(path=path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_task_from_another_file_is_refused() -> None:
+    environment = _environment()
+    with pytest.raises(TaskError, match="has no conversation 'x'"):
+        environment.start(_task("x", 0))
+    with pytest.raises(TaskError, match="must be places in harbour's 5 questions"):
+        environment.start(_task("harbour", 5))
+
+
+def test_a_real_file(locomo_path: Path) -> None:
+    config = EnvironmentConfig(name="conversation", conversation=ConversationConfig(path=str(locomo_path)))
+    environment = build_environment(config)
+    tasks = list(environment.tasks("eval", 0, 0))
+    assert len(tasks) > 100
+    for task in tasks:
+        assert environment.start(task).observe() is not None

@@ -1,0 +1,70 @@
+"""Demonstrations have the very form of real episodes, and teach flashcards only."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from actors.chat import ChatFormat
+from actors.demonstration import demonstrate
+from actors.environments.recall import RecallEnvironment
+from actors.episode import EpisodeSpec, run_episode
+from actors.flashcards import parse_flashcards
+from actors.memory.build import build_memory
+from actors.rollout import WriteBatcher
+from actors.types import AdapterKey, Generation, Sampling, Trajectory
+from configs.schema import MemoryConfig, RecallConfig, WriteConfig
+from tests.unit.rollout_fakes import ScriptedPolicy, ScriptedWriter, sampled
+
+ENVIRONMENT = RecallEnvironment(RecallConfig(sessions=2, facts_per_session=4, questions=4, filler_sentences=1))
+TASKS = list(itertools.islice(ENVIRONMENT.tasks("train", 0, 0), 10))
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model_path: Path) -> ChatFormat:
+    from transformers import AutoTokenizer
+
+    return ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_the_mask_covers_the_gold_flashcards_only(chat: ChatFormat, blind: bool) -> None:
+    for task in TASKS:
+        segments = demonstrate(task, ENVIRONMENT, chat, MemoryConfig(max_context_tokens=50, question_blind=blind), WriteConfig())
+        assert len(segments) >= 2
+        for text, segment in zip(task.payload["sessions"], segments[:2], strict=True):
+            gold = ENVIRONMENT.demonstrate_flashcards(task, text, blind)
+            assert [span.kind for span in segment.spans] == ["extract"]
+            taught = segment.token_ids[segment.action_mask]
+            assert taught[-1] == chat.stop_token_ids[0]
+            assert parse_flashcards(chat.decode(taught), 32).cards == gold
+            assert not segment.logprobs.any() and (segment.policy_version, segment.revision) == (0, 0)
+
+
+@pytest.mark.parametrize("window", [50, 90])
+def test_a_real_episode_that_writes_the_gold_sees_the_same_tokens(chat: ChatFormat, window: int) -> None:
+    task, memory = TASKS[0], MemoryConfig(max_context_tokens=window)
+    taught = demonstrate(task, ENVIRONMENT, chat, memory, WriteConfig())
+    replies = iter([tuple(segment.token_ids[segment.action_mask].tolist()) for segment in taught])
+
+    def script(prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
+        return sampled(next(replies) if sampling.max_tokens > 8 else ())
+
+    async def play() -> Trajectory:
+        spec = EpisodeSpec(task, "g.0", temperature=1.0, max_answer_tokens=8, max_turns=9, seed=0)
+        batcher = WriteBatcher(ScriptedWriter())
+        return await run_episode(spec, ENVIRONMENT, ScriptedPolicy(script), batcher, chat, build_memory(memory, WriteConfig()), "basis")
+
+    segments = asyncio.run(play()).segments
+    assert [segment.token_ids.tolist() for segment in segments] == [segment.token_ids.tolist() for segment in taught]
+
+
+def test_it_runs_inside_a_running_event_loop_too(chat: ChatFormat) -> None:
+    async def inside() -> int:
+        return len(demonstrate(TASKS[0], ENVIRONMENT, chat, MemoryConfig(max_context_tokens=50), WriteConfig()))
+
+    assert asyncio.run(inside()) >= 2

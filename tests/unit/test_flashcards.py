@@ -1,0 +1,138 @@
+"""The parser takes whatever a model may write; the prompt stays short; a card becomes the question as it will be asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.chat import ChatFormat
+from actors.flashcards import MAX_SIDE_CHARACTERS, extraction_prompt, parse_flashcards, render_flashcards, write_example
+from actors.types import Flashcard
+
+AB = Flashcard("a", "b")
+OBJECT = '{"instruction": "a", "output": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "cards", "rejected"),
+    [
+        (f"[{OBJECT}]", (AB,), 0),
+        (f"Sure! Here they are:\n```json\n[{OBJECT}]\n```", (AB,), 0),
+        ('[{"question": "a", "answer": "b"}]', (AB,), 0),
+        (f'[{OBJECT}] and [{{"instruction": "c", "output": "d"}}]', (AB,), 0),  # the first array only
+        (f"[1] see: [{OBJECT}]", (AB,), 0),  # an array without cards before it
+        ('[{"instruction": "a ]}, [{", "output": "\\"b\\""}]', (Flashcard("a ]}, [{", '"b"'),), 0),  # brackets and quotes in strings
+        ('[{"instruction": "year?", "output": 2022}]', (Flashcard("year?", "2022"),), 0),
+        ('[{"instruction": "x", "output": ["b"]}]', (), 1),
+        ('[{"instruction": "x", "output": null}]', (), 1),
+        ('[{"instruction": "x", "output": NaN}]', (), 1),
+        ('[{"instruction": "x", "output": true}]', (), 1),
+        ('[{"instruction": "x"}, {"instruction": "", "output": "b"}, {"instruction": "x", "output": " "}]', (), 3),
+        (f'[{OBJECT}, [{OBJECT}], 3, "s", {OBJECT}]', (AB,), 4),  # nested, no object, duplicate
+        ('[{"instruction": "A ", "output": "b"}, {"instruction": "a", "output": "c"}]', (Flashcard("A", "b"),), 1),
+        ('[{"instruction": "a\\u0000\\nb", "output": "c\\u001bd"}]', (Flashcard("a b", "c d"),), 0),
+        ('[{"instruction": "a\nb", "output": "c"}]', (Flashcard("a b", "c"),), 0),  # a raw line break in a string
+        ('[{"instruction": "a", "output": "\\ud800b"}]', (AB,), 0),  # a lone surrogate, which no tokenizer can encode
+        ('[{"instruction": "誰が来た?", "output": "田中さん"}]', (Flashcard("誰が来た?", "田中さん"),), 0),
+        (json.dumps([{"instruction": "x" * (MAX_SIDE_CHARACTERS + 1), "output": "b"}]), (), 1),
+        (f"[{OBJECT}, {{'instruction': 'c'}}]", (AB,), 1),
+        (f"[{OBJECT} {OBJECT}]", (), 1),  # a missing comma spoils the item, never the process
+    ],
+)
+def test_parse(text: str, cards: tuple[Flashcard, ...], rejected: int) -> None:
+    parsed = parse_flashcards(text, limit=32)
+    assert (parsed.cards, parsed.rejected) == (cards, rejected)
+    assert cards or parsed.problem
+
+
+@pytest.mark.parametrize(
+    ("text", "cards"),
+    [
+        (f"[{OBJECT}", (AB,)),
+        (f"[{OBJECT},", (AB,)),
+        (f'[{OBJECT}, {{"instruction": "c", "outp', (AB,)),
+        (f'[{OBJECT}, {{"instruction": "c", "output": "d}}', (AB,)),
+        ("[", ()),
+        ('[{"instruction": "a", "output": "b"', ()),
+    ],
+)
+def test_complete_objects_of_an_array_that_breaks_off_are_kept(text: str, cards: tuple[Flashcard, ...]) -> None:
+    parsed = parse_flashcards(text, limit=32)
+    assert parsed.cards == cards
+    assert parsed.problem == "the JSON array breaks off"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "no JSON array in the text"),
+        ("I cannot do that.", "no JSON array in the text"),
+        (OBJECT, "no JSON array in the text"),
+        ("[]", "the JSON array is empty"),
+        ("[ \n]", "the JSON array is empty"),
+        ("[1, 2]", "none of the array's 2 items is a question with an answer"),
+    ],
+)
+def test_an_empty_extraction_says_why(text: str, problem: str) -> None:
+    parsed = parse_flashcards(text, limit=32)
+    assert (parsed.cards, parsed.problem) == ((), problem)
+
+
+def test_limit() -> None:
+    text = json.dumps([{"instruction": f"q{i}", "output": "a"} for i in range(5)])
+    parsed = parse_flashcards(text, limit=2)
+    assert [card.question for card in parsed.cards] == ["q0", "q1"]
+    assert parsed.rejected == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '[{"a":' * 50_000, "[{" + "[" * 5_000 + "]" * 5_000 + "}]", '["' + "\\" * 100_000, "[" + "9" * 100_000 + "]"]
+)
+def test_deep_or_huge_texts_end_in_an_empty_extraction(text: str) -> None:
+    assert parse_flashcards(text, limit=32).cards == ()
+
+
+@settings(deadline=None)
+@given(
+    st.text(max_size=400)
+    | st.text(alphabet='[]{}",:\\ab1 ', max_size=400)
+    | st.recursive(st.none() | st.text() | st.floats(), st.lists).map(json.dumps)
+)
+def test_never_raises(text: str) -> None:
+    parsed = parse_flashcards(text, limit=4)
+    assert len(parsed.cards) <= 4 and (parsed.cards or parsed.problem)
+
+
+_SIDE = st.text(alphabet=st.characters(exclude_categories=("Cc", "Cs", "Z")), min_size=1, max_size=40)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(_SIDE, _SIDE), max_size=5, unique_by=lambda pair: pair[0].lower()))
+def test_what_is_rendered_is_read_back(pairs: list[tuple[str, str]]) -> None:
+    cards = tuple(Flashcard(question, answer) for question, answer in pairs)
+    assert parse_flashcards(render_flashcards(cards), limit=5).cards == cards
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model_path: Path) -> ChatFormat:
+    from transformers import AutoTokenizer
+
+    return ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
+
+
+def test_the_prompt_is_short_and_shows_question_and_earlier_cards(chat: ChatFormat) -> None:
+    assert len(chat.user(extraction_prompt("", ()))) <= 90
+    prompt = extraction_prompt("Where does Nora live?", [Flashcard("Who came?", "Omar")])
+    assert "Where does Nora live?" in prompt and "Who came? Omar" in prompt
+    assert "Already saved" not in extraction_prompt("Where does Nora live?", ())
+
+
+def test_a_written_example_has_the_form_in_which_the_question_is_asked(chat: ChatFormat) -> None:
+    example = write_example(Flashcard("Where does Nora live?", "Lisbon"), "Be brief.", chat)
+    assert example.prompt_ids == chat.system("Be brief.") + chat.user("Where does Nora live?") + chat.assistant_open
+    assert chat.decode(example.answer_ids) == "Lisbon"
+    assert example.answer_ids[-1] == chat.stop_token_ids[0]

@@ -1,0 +1,214 @@
+"""What happens when the context is full: TMEM's write and clear, truncation, and the splitting of what is longer than the window."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.chat import ChatFormat
+from actors.memory.base import Agent, is_full, split_text, user_turns
+from actors.memory.build import build_memory
+from actors.memory.none import TruncationMemory
+from actors.memory.parametric import ParametricMemory
+from actors.types import FastWeights, Flashcard, Generation, SpanKind, WriteExample, WriteRequest, WriteResult
+from configs.schema import MemoryConfig, WriteConfig
+from tests.unit.rollout_fakes import ScriptedWriter, sampled
+
+PAPER = WriteConfig()
+CARDS = '[{"instruction": "Who moved?", "output": "Nora"}, {"instruction": "Where to?", "output": "Lisbon"}]'
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model_path: Path) -> ChatFormat:
+    from transformers import AutoTokenizer
+
+    return ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
+
+
+class _Actor:
+    """Writes what the test says, in turn."""
+
+    def __init__(self, chat: ChatFormat, texts: Sequence[str], outcome: str = "accepted", stops: bool = True) -> None:
+        self.version = 0
+        self.weights = FastWeights("basis", 0, {})
+        self.prompts: list[tuple[int, ...]] = []
+        self.learned: list[tuple[WriteExample, ...]] = []
+        self._chat = chat
+        self._texts = list(texts)
+        self._outcome = outcome
+        self._stops = stops
+
+    async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
+        self.prompts.append(tuple(prompt_ids))
+        text = self._texts.pop(0)
+        return sampled(self._chat.reply(text)) if self._stops else sampled(self._chat.encode(text), "length")
+
+    async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
+        self.learned.append(tuple(examples))
+        (result,) = ScriptedWriter(lambda request: self._outcome).write([WriteRequest("e", self.weights, tuple(examples))])
+        self.weights = result.weights
+        return result
+
+
+def _agent(chat: ChatFormat, actor: _Actor, text: str = "Nora has moved to Lisbon.") -> Agent:
+    agent = Agent(actor, chat, "Be brief.", "Where does Nora live?")
+    agent.context.observe(chat.user(text))
+    return agent
+
+
+def _relieve(agent: Agent, write: WriteConfig = PAPER, **settings: bool) -> None:
+    asyncio.run(ParametricMemory(MemoryConfig(max_context_tokens=10, **settings), write).relieve(agent, 0))
+
+
+def test_flashcards_are_written_and_the_context_cleared(chat: ChatFormat) -> None:
+    actor = _Actor(chat, [CARDS])
+    agent = _agent(chat, actor)
+    read = agent.context.ids
+    _relieve(agent)
+    (segment,) = agent.segments
+    (record,) = agent.writes
+    assert actor.prompts[0][: len(read)] == read  # the context stands in front of the memory-writing prompt
+    assert "Where does Nora live?" in chat.decode(actor.prompts[0][len(read) :])
+    assert segment.token_ids[segment.action_mask].tolist() == list(chat.reply(CARDS))
+    assert segment.revision == 0 and segment.spans[0].kind == "extract"  # sampled before the write
+    assert agent.context.ids == chat.system("Be brief.")
+    assert record.outcome == "accepted" and record.revision == 1 and record.extraction == CARDS
+    assert record.flashcards == (Flashcard("Who moved?", "Nora"), Flashcard("Where to?", "Lisbon"))
+    assert (record.prompt_tokens, record.answer_tokens) == tuple(
+        sum(len(getattr(example, side)) for example in actor.learned[0]) for side in ("prompt_ids", "answer_ids")
+    )
+
+
+def test_writes_accumulate_and_the_next_prompt_shows_what_is_saved(chat: ChatFormat) -> None:
+    actor = _Actor(chat, [CARDS, '[{"instruction": "What rained?", "output": "cats"}]'])
+    agent = _agent(chat, actor)
+    _relieve(agent)
+    agent.context.observe(chat.user("It rained cats."))
+    _relieve(agent)
+    assert "Who moved? Nora Where to? Lisbon" in chat.decode(actor.prompts[1])
+    assert [record.revision for record in agent.writes] == [1, 2]
+    assert [segment.revision for segment in agent.segments] == [0, 1]
+
+
+def test_question_blind_leaves_the_question_out(chat: ChatFormat) -> None:
+    actor = _Actor(chat, [CARDS])
+    _relieve(_agent(chat, actor), question_blind=True)
+    assert "Where does Nora live?" not in chat.decode(actor.prompts[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("I am sorry.", "no JSON array"), ("[]", "is empty"), ("", "no JSON array"), ('[{"instruction": ""}]', "none of the array's 1")],
+)
+def test_a_failed_extraction_is_an_empty_recorded_write(chat: ChatFormat, text: str, reason: str) -> None:
+    actor = _Actor(chat, [text])
+    agent = _agent(chat, actor)
+    _relieve(agent)
+    (record,) = agent.writes
+    assert (record.outcome, record.revision, record.flashcards, record.extraction) == ("empty", 0, (), text)
+    assert reason in record.reason and math.isnan(record.loss_before)
+    assert actor.learned == [] and actor.weights.revision == 0
+    assert agent.context.is_fresh and len(agent.segments) == 1  # the failed extraction is still an action to learn from
+
+
+def test_an_extraction_cut_by_length_keeps_its_complete_cards(chat: ChatFormat) -> None:
+    actor = _Actor(chat, [CARDS[:60]], stops=False)
+    agent = _agent(chat, actor)
+    _relieve(agent)
+    assert agent.writes[0].flashcards == (Flashcard("Who moved?", "Nora"),)
+    (segment,) = agent.segments
+    assert segment.action_mask.sum() == len(chat.encode(CARDS[:60]))  # the stop token that closes it was not sampled
+
+
+def test_a_rolled_back_write_is_recorded_and_not_shown_as_saved(chat: ChatFormat) -> None:
+    actor = _Actor(chat, [CARDS, "[]"], outcome="rolled_back")
+    agent = _agent(chat, actor)
+    _relieve(agent)
+    agent.context.observe(chat.user("More."))
+    _relieve(agent)
+    assert (agent.writes[0].outcome, agent.writes[0].revision, agent.writes[0].reason) == ("rolled_back", 0, "the loss rose from 2.0 to 9.0")
+    assert "Who moved?" not in chat.decode(actor.prompts[1])
+
+
+def test_cards_over_the_limits_are_rejected_and_counted(chat: ChatFormat) -> None:
+    long = json.dumps([{"instruction": "What?", "output": "word " * 100}, {"instruction": "Who?", "output": "Nora"}])
+    agent = _agent(chat, _Actor(chat, [long]))
+    _relieve(agent, WriteConfig(max_example_tokens=60))
+    assert (agent.writes[0].flashcards, agent.writes[0].rejected_flashcards) == ((Flashcard("Who?", "Nora"),), 1)
+    agent = _agent(chat, _Actor(chat, [CARDS]))
+    _relieve(agent, WriteConfig(max_example_tokens=5))
+    assert (agent.writes[0].outcome, agent.writes[0].rejected_flashcards) == ("empty", 2)
+    assert "write.max_example_tokens=5" in agent.writes[0].reason
+
+
+def test_the_saved_cards_shown_are_bounded_newest_first(chat: ChatFormat) -> None:
+    extractions = [json.dumps([{"instruction": f"Question number {i}?", "output": f"answer {i}"}]) for i in range(8)]
+    actor = _Actor(chat, extractions)
+    agent = _agent(chat, actor)
+    memory = ParametricMemory(MemoryConfig(max_context_tokens=10, max_extract_tokens=32), WriteConfig())
+    for _ in range(8):
+        agent.context.observe(chat.user("More."))
+        asyncio.run(memory.relieve(agent, 0))
+    last = chat.decode(actor.prompts[-1])
+    assert "Question number 6?" in last and "Question number 0?" not in last
+
+
+def test_truncation_keeps_the_system_prompt_and_the_newest_tokens(chat: ChatFormat) -> None:
+    agent = _agent(chat, _Actor(chat, ["Noted."]))
+    asyncio.run(agent.reply("act", 8))
+    agent.context.observe(chat.user("The train left on time."))
+    before = agent.context.ids
+    limit = len(before) - 5
+    asyncio.run(TruncationMemory(MemoryConfig(policy="none", max_context_tokens=limit)).relieve(agent, 4))
+    opening = chat.system("Be brief.")
+    assert agent.context.ids[: len(opening)] == opening
+    assert len(agent.context) + 4 == limit
+    assert agent.context.ids[len(opening) :] == before[len(before) - (limit - 4 - len(opening)) :]
+    (segment,) = agent.segments
+    assert segment.token_ids.tolist() == list(before)
+    assert not agent.context.has_actions  # the reply in what was kept is not trained on twice
+    assert agent.writes == []
+
+
+def test_the_trigger_needs_something_to_move_out(chat: ChatFormat) -> None:
+    memory = build_memory(MemoryConfig(max_context_tokens=40), WriteConfig())
+    agent = Agent(_Actor(chat, []), chat, "Be brief.", "")
+    assert not is_full(agent, memory, 1000)
+    agent.context.observe([5] * (40 - len(agent.context)))
+    assert not is_full(agent, memory, 0) and is_full(agent, memory, 1)
+    agent.context.observe([5])
+    assert is_full(agent, memory, 0)
+
+
+def test_a_long_observation_comes_in_turns_that_fit(chat: ChatFormat) -> None:
+    text = "\n".join(f"Ida: this is line {i}. It has two sentences, and a {'very ' * (i % 7)}long end!" for i in range(60))
+    turns = user_turns(text, chat, 64)
+    assert all(len(turn) <= 64 for turn in turns)
+    assert len(turns) < 1.5 * len(chat.encode(text)) / 50  # and they are well filled
+    frame = chat.user("")
+    bare = "".join(chat.decode(turn).removeprefix(chat.decode(frame[:3])) for turn in turns)
+    assert bare.split() == text.split()
+    assert user_turns("Short.", chat, 64) == [chat.user("Short.")]
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="ab.\n é", max_size=200) | st.text(max_size=60), st.integers(0, 30))
+def test_splitting_loses_nothing_and_ends(text: str, limit: int) -> None:
+    def measure(piece: str) -> int:
+        return 3 + len(piece.encode())  # a frame, and characters of unequal weight
+
+    pieces = split_text(text, measure, limit)
+    assert "".join(pieces) == text
+    assert all(measure(piece) <= limit or len(piece) <= 1 for piece in pieces)
+
+
+def test_the_factory_knows_both_policies() -> None:
+    assert isinstance(build_memory(MemoryConfig(policy="parametric"), WriteConfig()), ParametricMemory)
+    assert isinstance(build_memory(MemoryConfig(policy="none"), WriteConfig()), TruncationMemory)

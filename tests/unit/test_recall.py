@@ -1,0 +1,113 @@
+"""Recall tasks: reproducible, answerable, never shared between training and evaluation."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+
+import pytest
+
+from actors.environments.base import TaskError
+from actors.environments.build import build_environment
+from actors.environments.recall import RecallEnvironment
+from actors.environments.recall_words import FILLERS, PEOPLE, RELATIONS
+from actors.types import Task
+from configs.schema import EnvironmentConfig, RecallConfig
+
+ENVIRONMENT = RecallEnvironment(RecallConfig(sessions=3, facts_per_session=2, questions=4, filler_sentences=1))
+
+
+def _tasks(split: str, count: int, seed: int = 0, start: int = 0) -> list[Task]:
+    assert split in ("train", "eval")
+    return list(itertools.islice(ENVIRONMENT.tasks("train" if split == "train" else "eval", seed, start), count))
+
+
+def test_position_and_seed_alone_determine_a_task() -> None:
+    assert _tasks("train", 5, start=7) == _tasks("train", 12)[7:]
+    assert RecallEnvironment(RecallConfig(3, 2, 4, 1)).tasks("eval", 5, 3).__next__() == _tasks("eval", 1, seed=5, start=3)[0]
+    assert _tasks("train", 3, seed=1) != _tasks("train", 3, seed=2)
+    assert len({task.id for task in _tasks("train", 50)}) == 50
+
+
+def test_a_task_is_the_same_in_another_process() -> None:
+    """Python's own hashing differs by process; what a task holds must not. A change of the word lists changes this, on purpose."""
+    (task,) = _tasks("train", 1)
+    assert task.payload["questions"][0] == PINNED_QUESTION
+    assert json.loads(json.dumps(task.payload)) == task.payload
+
+
+PINNED_QUESTION = {"question": "What is Hugo's hobby?", "answer": "swimming", "relation": "hobby"}
+
+
+def test_train_and_eval_share_no_person_and_no_answer() -> None:
+    assert not set(PEOPLE["train"]) & set(PEOPLE["eval"])
+    for relation in RELATIONS:
+        assert not set(relation.values["train"]) & set(relation.values["eval"]), relation.name
+        assert all(1 <= len(value.split()) <= 3 for values in relation.values.values() for value in values)
+    eval_text = " ".join(sentence for task in _tasks("eval", 200) for sentence in task.payload["sessions"])
+    assert not set(PEOPLE["train"]) & set(re.findall(r"\w+", eval_text))
+
+
+def test_questions_are_asked_otherwise_than_told() -> None:
+    for relation in RELATIONS:
+        told = [telling.replace("{name}", "").replace("{value}", "").strip(" .") for telling in relation.tellings]
+        assert not any(phrase and phrase in question for phrase in told for question in relation.questions), relation.name
+        assert all("{value}" not in question and "{name}" in question for question in relation.questions)
+
+
+def test_every_answer_was_told_before_it_is_asked() -> None:
+    for task in _tasks("train", 100):
+        session = ENVIRONMENT.start(task)
+        told = ""
+        asked = []
+        while (observation := session.observe()) is not None:
+            if observation.wants_action:
+                asked.append(observation.text)
+                session.act("")
+            else:
+                assert not asked
+                told += observation.text
+        assert len(asked) == 4 and " ".join(asked) == session.question
+        assert sum(filler in told for filler in FILLERS) >= 1
+        for question in task.payload["questions"]:
+            assert question["answer"] in told
+
+
+def test_the_reward_is_the_mean_f1_and_a_missing_answer_scores_0() -> None:
+    (task,) = _tasks("train", 1)
+    gold = [question["answer"] for question in task.payload["questions"]]
+    session = ENVIRONMENT.start(task)
+    session.act(gold[0].upper() + ".")
+    session.act(f"{gold[1]} zzz")
+    outcome = session.outcome()
+    f1 = 2 * len(gold[1].split()) / (2 * len(gold[1].split()) + 1)
+    assert outcome.reward == pytest.approx((1 + f1) / 4) == outcome.reward_parts["f1"]
+    assert outcome.reward_parts["em"] == 0.25
+    assert [answer.prediction for answer in outcome.answers] == [gold[0].upper() + ".", f"{gold[1]} zzz", "", ""]
+    assert all(set(answer.scores) == {"f1", "em"} and answer.gold == (right,) for answer, right in zip(outcome.answers, gold, strict=True))
+
+
+def test_gold_flashcards_are_the_facts_in_the_context() -> None:
+    for task in _tasks("train", 30):
+        asked = {question["question"]: question["answer"] for question in task.payload["questions"]}
+        shown: dict[str, str] = {}
+        for text in task.payload["sessions"]:
+            blind = ENVIRONMENT.demonstrate_flashcards(task, text, question_blind=True)
+            assert len(blind) == 2 and all(card.answer in text for card in blind)
+            for card in ENVIRONMENT.demonstrate_flashcards(task, text, question_blind=False):
+                assert card.answer in text
+                shown[card.question] = card.answer
+        assert shown == asked
+        assert ENVIRONMENT.demonstrate_flashcards(task, "nothing of it", question_blind=True) == ()
+
+
+def test_bad_input_is_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match="at most 36"):
+        RecallEnvironment(RecallConfig(sessions=10, facts_per_session=5))
+    with pytest.raises(TaskError, match="task x: its payload has no 'sessions'"):
+        ENVIRONMENT.start(Task("x", "recall", {}, 0))
+
+
+def test_the_factory_builds_it() -> None:
+    assert build_environment(EnvironmentConfig()).name == "recall"

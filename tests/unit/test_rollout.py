@@ -1,0 +1,245 @@
+"""Groups of concurrent episodes: slots, batched writes, deadlines, and failures that stay with the episode they belong to."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from actors.chat import ChatFormat
+from actors.environments.base import TaskError
+from actors.environments.recall import RecallEnvironment, RecallSession
+from actors.protocols import EngineError, FastWeightWriter, ReceiptError, WriterError
+from actors.rollout import Rollout, RolloutRequest, WriteBatcher
+from actors.types import AdapterKey, FastWeights, Generation, Probe, Sampling, Task, WriteExample, WriteRequest, WriteResult
+from configs.schema import MemoryConfig, RecallConfig, RolloutConfig, WriteConfig
+from tests.unit.rollout_fakes import ScriptedPolicy, ScriptedWriter, sampled
+
+CARDS = '[{"instruction": "Who moved?", "output": "Nora"}]'
+ENVIRONMENT = RecallEnvironment(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
+TASK = next(ENVIRONMENT.tasks("train", 0, 0))
+MEMORY = MemoryConfig(max_context_tokens=50)
+EXAMPLE = WriteExample((1,), (2,))
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model_path: Path) -> ChatFormat:
+    from transformers import AutoTokenizer
+
+    return ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
+
+
+Script = Callable[[Sequence[int], Sampling, AdapterKey], Generation]
+
+
+def _talk(chat: ChatFormat) -> Script:
+    return lambda prompt_ids, sampling, adapter: sampled(chat.reply(CARDS if sampling.max_tokens > 8 else "Lisbon"))
+
+
+def _rollout(
+    chat: ChatFormat,
+    policy: ScriptedPolicy,
+    writer: FastWeightWriter,
+    slots: int = 8,
+    timeout_s: float = 30,
+    environment: RecallEnvironment = ENVIRONMENT,
+) -> Rollout:
+    rollout = RolloutConfig(episode_timeout_s=timeout_s)
+    return Rollout(policy, writer, environment, chat, WriteConfig(), rollout, slots=slots, basis_id="basis", worker_name="worker-0")
+
+
+def _request(group_id: str = "g", group_size: int = 4, seed: int = 1) -> RolloutRequest:
+    return RolloutRequest(TASK, group_id, group_size, MEMORY, temperature=1.0, max_answer_tokens=8, seed=seed)
+
+
+def test_a_group(chat: ChatFormat) -> None:
+    policy, writer = ScriptedPolicy(_talk(chat)), ScriptedWriter()
+    group = asyncio.run(_rollout(chat, policy, writer).group(_request()))
+    assert [trajectory.episode_id for trajectory in group.trajectories] == ["g.0", "g.1", "g.2", "g.3"]
+    assert (group.failed, group.policy_version, group.worker, group.task) == ((), 3, "worker-0", TASK)
+    assert all(len(trajectory.revisions) == 2 for trajectory in group.trajectories)
+    assert [len(batch) for batch in writer.batches] == [4, 4]  # siblings write together
+    assert policy.installed == {}
+    copied = copy.deepcopy(group)  # goes through the pickling protocol, as on the way to the learner
+    assert copied.trajectories[0].segments[0].token_ids.tolist() == group.trajectories[0].segments[0].token_ids.tolist()
+
+
+def test_siblings_sample_with_seeds_of_their_own_that_the_group_id_does_not_change(chat: ChatFormat) -> None:
+    def seeds(request: RolloutRequest) -> set[int]:
+        policy = ScriptedPolicy(_talk(chat))
+        asyncio.run(_rollout(chat, policy, ScriptedWriter()).group(request))
+        return {sampling.seed for _, sampling, _ in policy.calls}
+
+    first = seeds(_request())
+    assert len(first) == 16  # 4 siblings of 4 events
+    assert seeds(_request(group_id="again")) == first
+    assert not seeds(_request(seed=2)) & first
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_slots_bound_the_episodes_of_all_groups(chat: ChatFormat, slots: int) -> None:
+    policy = ScriptedPolicy(_talk(chat), delay_s=0.002)
+
+    async def play() -> None:
+        rollout = _rollout(chat, policy, ScriptedWriter(), slots=slots)
+        groups = await asyncio.gather(*(rollout.group(_request(f"g{i}")) for i in range(3)))
+        assert sum(len(group.trajectories) for group in groups) == 12
+
+    asyncio.run(play())
+    assert policy.most_running == slots
+
+
+def _failing(error: Exception, sibling: int, chat: ChatFormat) -> Script:
+    talk, seen = _talk(chat), iter(range(100))
+
+    def script(prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
+        if next(seen) == sibling:
+            raise error
+        return talk(prompt_ids, sampling, adapter)
+
+    return script
+
+
+def test_an_engine_error_fails_one_episode(chat: ChatFormat) -> None:
+    policy = ScriptedPolicy(_failing(EngineError("the prompt has\n 9000 tokens"), 2, chat))
+    group = asyncio.run(_rollout(chat, policy, ScriptedWriter()).group(_request()))
+    (failed,) = group.failed
+    assert (failed.episode_id, failed.boundary, failed.message, failed.task_id) == ("g.2", "engine", "the prompt has 9000 tokens", TASK.id)
+    assert len(group.trajectories) == 3
+
+
+def test_a_failed_receipt_is_its_own_boundary(chat: ChatFormat) -> None:
+    class Doubter(ScriptedPolicy):
+        async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
+            await super().install(key, weights, probe)
+            if key.name == "v3/g.1@2":
+                raise ReceiptError("the adapter does not act")
+
+    policy = Doubter(_talk(chat))
+    group = asyncio.run(_rollout(chat, policy, ScriptedWriter()).group(_request()))
+    assert [(failed.episode_id, failed.boundary) for failed in group.failed] == [("g.1", "receipt")]
+    assert policy.installed == {}
+
+
+def test_a_writer_error_fails_just_the_episodes_of_its_batch(chat: ChatFormat) -> None:
+    class Flaky(ScriptedWriter):
+        def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:
+            if any(request.episode_id.startswith("bad") for request in requests):
+                raise WriterError("out of memory")
+            return super().write(requests)
+
+    async def play() -> None:
+        rollout = _rollout(chat, ScriptedPolicy(_talk(chat)), Flaky(), slots=4)
+        bad = await rollout.group(_request("bad"))
+        good = await rollout.group(_request("good"))
+        assert [failed.boundary for failed in bad.failed] == ["writer"] * 4 and bad.failed[0].message == "out of memory"
+        assert len(good.trajectories) == 4
+
+    asyncio.run(play())
+
+
+def test_an_environment_error_fails_one_episode(chat: ChatFormat) -> None:
+    class Trap(RecallEnvironment):
+        def start(self, task: Task) -> RecallSession:
+            if next(starts) == 0:
+                raise TaskError("task t: field x is missing")
+            return super().start(task)
+
+    starts = iter(range(9))
+    trap = Trap(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
+    group = asyncio.run(_rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=trap).group(_request()))
+    assert [(failed.boundary, failed.message) for failed in group.failed] == [("environment", "task t: field x is missing")]
+
+
+def test_a_late_episode_is_a_timeout_and_its_slot_is_free_again(chat: ChatFormat) -> None:
+    async def play() -> None:
+        policy = ScriptedPolicy(_talk(chat), delay_s=60)
+        rollout = _rollout(chat, policy, ScriptedWriter(), slots=2, timeout_s=0.05)
+        started = time.monotonic()
+        group = await rollout.group(_request())
+        assert [failed.boundary for failed in group.failed] == ["timeout"] * 4
+        assert "rollout.episode_timeout_s=0.05" in group.failed[0].message
+        assert time.monotonic() - started < 5 and policy.running == 0
+        policy._delay_s = 0
+        rollout._rollout = RolloutConfig()
+        assert len((await rollout.group(_request("again"))).trajectories) == 4
+
+    asyncio.run(play())
+
+
+def test_a_programming_error_ends_the_group_and_its_siblings(chat: ChatFormat) -> None:
+    policy = ScriptedPolicy(_failing(KeyError("typo"), 1, chat), delay_s=0.01)
+    with pytest.raises(KeyError, match="typo"):
+        asyncio.run(_rollout(chat, policy, ScriptedWriter()).group(_request()))
+    assert policy.running == 0 and policy.installed == {}
+
+
+def test_cancelling_the_group_cancels_its_episodes(chat: ChatFormat) -> None:
+    async def play() -> None:
+        policy = ScriptedPolicy(_talk(chat), delay_s=60)
+        running = asyncio.create_task(_rollout(chat, policy, ScriptedWriter()).group(_request()))
+        await asyncio.sleep(0.05)
+        assert policy.running == 4
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert policy.running == 0
+
+    asyncio.run(play())
+
+
+def test_what_comes_in_during_a_write_is_the_next_batch() -> None:
+    async def play() -> None:
+        writer = ScriptedWriter()
+        batcher = WriteBatcher(writer)
+        requests = [WriteRequest(f"e{i}", FastWeights("basis", 0, {}), (EXAMPLE,)) for i in range(6)]
+        writer.gate.clear()
+        first = asyncio.create_task(batcher.write(requests[0]))
+        await asyncio.sleep(0.02)
+        later = [asyncio.create_task(batcher.write(request)) for request in requests[1:]]
+        await asyncio.sleep(0.02)
+        later[0].cancel()  # gives up before its batch starts
+        writer.gate.set()
+        results = await asyncio.gather(first, *later[1:])
+        assert [[request.episode_id for request in batch] for batch in writer.batches] == [["e0"], ["e2", "e3", "e4", "e5"]]
+        assert all(result.weights.revision == 1 for result in results)
+        assert (await batcher.write(requests[1])).outcome == "accepted"  # and it starts again after being idle
+
+    asyncio.run(play())
+
+
+def test_giving_up_during_a_write_does_not_disturb_the_batch() -> None:
+    async def play() -> None:
+        writer = ScriptedWriter()
+        batcher = WriteBatcher(writer)
+        writer.gate.clear()
+        tasks = [asyncio.create_task(batcher.write(WriteRequest(f"e{i}", FastWeights("basis", 0, {}), (EXAMPLE,)))) for i in range(2)]
+        await asyncio.sleep(0.02)
+        tasks[0].cancel()
+        writer.gate.set()
+        assert (await tasks[1]).outcome == "accepted"
+
+    asyncio.run(play())
+
+
+def test_a_writer_that_miscounts_is_an_error() -> None:
+    class Short(ScriptedWriter):
+        def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:
+            return super().write(requests)[1:]
+
+    async def play() -> None:
+        with pytest.raises(WriterError, match="0 results for 1 requests"):
+            await WriteBatcher(Short()).write(WriteRequest("e", FastWeights("basis", 0, {}), (EXAMPLE,)))
+
+    asyncio.run(play())
+
+
+def test_bad_requests_are_refused(chat: ChatFormat) -> None:
+    with pytest.raises(ValueError, match="group_size=0"):
+        _request(group_size=0)
+    with pytest.raises(ValueError, match="slots=0"):
+        _rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), slots=0)
