@@ -9,7 +9,7 @@ the tokens that the template itself gives for the same messages (checked at cons
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,7 +80,7 @@ class ChatFormat:
         """Ids of plain text, stripped; "<|im_end|>" and the like in it stay ordinary characters."""
         return tuple(self._tokenizer.encode(text.strip(), add_special_tokens=False, split_special_tokens=True))
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids`` without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 

@@ -63,8 +63,8 @@ def _agent(chat: ChatFormat, actor: _Actor, text: str = "Nora has moved to Lisbo
     return agent
 
 
-def _relieve(agent: Agent, write: WriteConfig = PAPER, **settings: bool) -> None:
-    asyncio.run(ParametricMemory(MemoryConfig(max_context_tokens=10, **settings), write).relieve(agent, 0))
+def _relieve(agent: Agent, write: WriteConfig = PAPER, question_blind: bool = False) -> None:
+    asyncio.run(ParametricMemory(MemoryConfig(max_context_tokens=10, question_blind=question_blind), write).relieve(agent, 0))
 
 
 def test_flashcards_are_written_and_the_context_cleared(chat: ChatFormat) -> None:
@@ -95,6 +95,22 @@ def test_writes_accumulate_and_the_next_prompt_shows_what_is_saved(chat: ChatFor
     assert "Who moved? Nora Where to? Lisbon" in chat.decode(actor.prompts[1])
     assert [record.revision for record in agent.writes] == [1, 2]
     assert [segment.revision for segment in agent.segments] == [0, 1]
+
+
+def test_rehearsal_trains_earlier_cards_again_but_not_outdated_ones(chat: ChatFormat) -> None:
+    moved = '[{"instruction": "Where to?", "output": "Oslo"}]'
+    for rehearsal, cards in ((0, 1), (1, 2), (8, 2)):  # of the two earlier cards one is outdated: "Where to?" is answered anew
+        actor = _Actor(chat, [CARDS, moved])
+        agent = _agent(chat, actor)
+        write = WriteConfig(rehearsal=rehearsal)
+        _relieve(agent, write)
+        agent.context.observe(chat.user("Then she went on to Oslo."))
+        _relieve(agent, write)
+        assert len(actor.learned[1]) == cards
+        assert actor.learned[1][0].answer_ids == chat.reply("Oslo")
+        if rehearsal:
+            assert actor.learned[1][1].answer_ids == chat.reply("Nora")
+        assert agent.writes[1].flashcards == (Flashcard("Where to?", "Oslo"),)  # the log holds what this write brought
 
 
 def test_question_blind_leaves_the_question_out(chat: ChatFormat) -> None:
