@@ -33,8 +33,7 @@ class RecallConfig:
     def __post_init__(self) -> None:
         positive(self, "sessions", "facts_per_session", "questions")
         not_negative(self, "filler_sentences")
-        facts = self.sessions * self.facts_per_session
-        require(self.questions <= facts, "questions", self.questions, f"at most sessions * facts_per_session = {facts}")
+        require(self.questions <= self.sessions * self.facts_per_session, "questions", self.questions, "at most sessions * facts_per_session")
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ class EnvironmentConfig:
     conversation: ConversationConfig = field(default_factory=ConversationConfig)
 
     def __post_init__(self) -> None:
-        told = self.name != "conversation" or self.conversation.path != ""
-        require(told, "conversation.path", "", "a LoCoMo file where environment.name is conversation")
+        require(self.name != "conversation" or self.conversation.path != "", "conversation.path", "", "a LoCoMo file for this environment")
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,7 @@ class WriteConfig:
     learning_rate: float = 5e-4
     epochs: int = 5
     batch_size: int = 16
+    rehearsal: int = 0  # earlier flashcards of the episode mixed into each write, newest first, against forgetting; the paper's has none
     max_flashcards: int = 32  # more than this in one extraction are dropped and counted
     max_example_tokens: int = 256
     max_loss_ratio: float = 1.5
@@ -101,6 +100,7 @@ class WriteConfig:
     def __post_init__(self) -> None:
         positive(self, "learning_rate", "epochs", "batch_size", "max_flashcards", "max_example_tokens", "chunk_tokens")
         require(self.max_loss_ratio >= 1, "max_loss_ratio", self.max_loss_ratio, "1 or more", "1 rolls back every write whose loss rose")
+        require(self.rehearsal >= 0, "rehearsal", self.rehearsal, "0 (off) or more")
 
 
 @dataclass(frozen=True)

@@ -31,20 +31,36 @@ class ParametricMemory:
         cards, examples = self._examples(agent, parsed.cards)
         too_long = len(parsed.cards) - len(cards)
         if examples:
-            agent.writes.append(await _written(agent, text, cards, examples, parsed.rejected + too_long))
+            rehearsed = self._examples(agent, self._to_rehearse(agent, cards))[1]
+            agent.writes.append(await _written(agent, text, cards, examples + rehearsed, parsed.rejected + too_long))
         else:
             reason = parsed.problem or f"all {too_long} flashcards are over write.max_example_tokens={self._write.max_example_tokens}"
             agent.writes.append(_empty(agent, text, parsed, too_long, reason))
 
     def _prompt(self, agent: Agent) -> str:
         question = "" if self._config.question_blind else agent.question
-        known = [card for record in agent.writes if record.outcome == "accepted" for card in record.flashcards]
-        return extraction_prompt(question, _newest(known, agent.chat, self._config.max_extract_tokens))
+        return extraction_prompt(question, _newest(_known(agent), agent.chat, self._config.max_extract_tokens))
+
+    def _to_rehearse(self, agent: Agent, cards: Sequence[Flashcard]) -> list[Flashcard]:
+        """The newest earlier flashcards that this write trains again, unless the same question is answered anew."""
+        if self._write.rehearsal == 0:
+            return []
+        asked = {card.question for card in cards}
+        return [card for card in _known(agent) if card.question not in asked][-self._write.rehearsal :]
 
     def _examples(self, agent: Agent, cards: Iterable[Flashcard]) -> tuple[tuple[Flashcard, ...], tuple[WriteExample, ...]]:
         pairs = [(card, write_example(card, agent.system_prompt, agent.chat)) for card in cards]
         fitting = [pair for pair in pairs if len(pair[1].prompt_ids) + len(pair[1].answer_ids) <= self._write.max_example_tokens]
         return tuple(card for card, _ in fitting), tuple(example for _, example in fitting)
+
+
+def _known(agent: Agent) -> list[Flashcard]:
+    """What the episode has written so far, oldest first; of several cards with one question the newest alone."""
+    latest: dict[str, Flashcard] = {}
+    for card in (card for record in agent.writes if record.outcome == "accepted" for card in record.flashcards):
+        latest.pop(card.question, None)  # a question answered anew moves to the end
+        latest[card.question] = card
+    return list(latest.values())
 
 
 async def _written(agent: Agent, text: str, cards: tuple[Flashcard, ...], examples: tuple[WriteExample, ...], rejected: int) -> WriteRecord:
