@@ -65,7 +65,7 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """Counts since the worker started. ``drain_s`` and ``load_s`` are seconds spent in refreshes."""
+    """Counts since the worker started. ``drain_s`` and ``load_s`` are seconds of the last refresh: groups ending, weights loading."""
 
     name: str
     version: PolicyVersion
@@ -106,7 +106,7 @@ class RolloutWorker:
             if self._running == 0:
                 self._idle.set()
 
-    async def refresh(self, weights: PublishedWeights, drain_s: float) -> PolicyVersion:
+    async def refresh(self, weights: PublishedWeights, drain_s: float) -> WorkerReport:
         """Serve ``weights.version`` from now on. Raises WorkerError, EngineError, WriterError; the gate opens again either way."""
         self._gate.clear()
         try:
@@ -118,9 +118,8 @@ class RolloutWorker:
             await self._policy.refresh(weights.version, tensors)
             await asyncio.to_thread(self._writer.refresh, tensors)
             self._refreshes += 1
-            self._drain_s += drained - began
-            self._load_s += time.perf_counter() - drained
-            return self._policy.version
+            self._drain_s, self._load_s = drained - began, time.perf_counter() - drained
+            return self.report()
         finally:
             self._gate.set()
 
@@ -165,7 +164,7 @@ class _RolloutActor:
     async def group(self, request: RolloutRequest) -> TrajectoryGroup:
         return await self._worker.group(request)
 
-    async def refresh(self, weights: PublishedWeights, drain_s: float) -> PolicyVersion:
+    async def refresh(self, weights: PublishedWeights, drain_s: float) -> WorkerReport:
         return await self._worker.refresh(weights, drain_s)
 
     async def report(self) -> WorkerReport:

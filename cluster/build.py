@@ -15,7 +15,7 @@ from actors.types import PolicyVersion
 from actors.worker import WorkerSpec
 from cluster.broadcast import ObjectStoreChannel
 from cluster.checkpoint import START, TrainState
-from cluster.fleet import RemoteWorker, credits_per_worker
+from cluster.fleet import REFRESH_S, RemoteWorker, credits_per_worker
 from cluster.prepare import Preparation
 from cluster.runtime import Demand, all_ready, demand, ray_runtime
 from cluster.stream import GroupStream, Ledger, StreamPlan
@@ -80,7 +80,7 @@ def build_stream(preparation: Preparation, workers: tuple[RemoteWorker, ...], st
         per_step=config.train.tasks_per_step,
         max_staleness=config.train.max_staleness,
         credits=credits_per_worker(config),
-        stall_s=config.train.group_timeout_s,
+        stall_s=config.train.group_timeout_s + REFRESH_S,
     )
     tasks = TaskSource(preparation.environment, "train", config.seed)
     return GroupStream(plan, workers, state.version, tasks.at, Ledger(state.ledger))

@@ -12,7 +12,6 @@ from the run's seed and the task's position.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
@@ -75,7 +74,7 @@ async def save_checkpoint(
     (partial / "state.json").write_text(json.dumps({"format": _FORMAT, **asdict(state)}, indent=1), encoding="utf-8")
     if folder.exists():  # a run that was resumed from an earlier step writes this one anew
         shutil.rmtree(folder)
-    os.rename(partial, folder)
+    partial.rename(folder)
     for old in list_checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old)
     return Checkpoint(folder, state)

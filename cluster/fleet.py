@@ -74,10 +74,12 @@ class RemoteWorker:
         )
         return await self._group(request)
 
-    async def refresh(self, weights: ObjectStoreWeights) -> None:
+    async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
+        """Drain, load ``weights``, go on."""
         drain_s = self._config.train.group_timeout_s
         call = self._actor.refresh.remote(weights, drain_s)
-        await answer(call, drain_s + REFRESH_S, self.name, f"the refresh to version {weights.version}")
+        report: WorkerReport = await answer(call, drain_s + REFRESH_S, self.name, f"the refresh to version {weights.version}")
+        return report
 
     async def report(self) -> WorkerReport:
         report: WorkerReport = await answer(self._actor.report.remote(), REPORT_S, self.name, "its report")

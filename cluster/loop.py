@@ -26,9 +26,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from actors.types import TrajectoryGroup
+from actors.worker import WorkerReport
 from cluster.broadcast import Channel, ObjectStoreWeights, WeightSource
 from cluster.checkpoint import TrainState
-from cluster.metrics import StepSeconds, StepSummary, step_metrics, summarize
+from cluster.metrics import StepSeconds, StepSummary, step_metrics, summarize, worker_metrics
 from cluster.stream import Batch, GroupSource, GroupStream
 from cluster.tracking import Tracker
 from configs.schema import TrainConfig
@@ -44,7 +45,7 @@ class Trainer(WeightSource, Protocol):
 class RefreshableSource(GroupSource, Protocol):
     """A rollout worker as the loop sees it."""
 
-    async def refresh(self, weights: ObjectStoreWeights) -> None:
+    async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
         """Drain, load, go on. Raises ClusterError when the worker is lost or late."""
         ...
 
@@ -68,7 +69,7 @@ class Refresher:
     def __init__(self, workers: Sequence[RefreshableSource], stream: GroupStream, at_once: int) -> None:
         self._workers, self._stream, self._limit = workers, stream, asyncio.Semaphore(at_once)
         self._running: asyncio.Task[None] | None = None
-        self.seconds = 0.0
+        self.reports: dict[str, WorkerReport] = {}  # of each worker's last refresh
 
     def begin(self, weights: ObjectStoreWeights) -> None:
         assert self._running is None, "finish the roll of the version before first"
@@ -85,17 +86,15 @@ class Refresher:
             self._running.cancel()
 
     async def _roll(self, weights: ObjectStoreWeights) -> None:
-        started = time.monotonic()
         results = await asyncio.gather(*(self._one(worker, weights) for worker in self._workers), return_exceptions=True)
         for result in results:
             if isinstance(result, Exception):
                 self._stream.fail(result)
-        self.seconds = time.monotonic() - started
 
     async def _one(self, worker: RefreshableSource, weights: ObjectStoreWeights) -> None:
         async with self._limit:
             self._stream.pause(worker.name)
-            await worker.refresh(weights)
+            self.reports[worker.name] = await worker.refresh(weights)
             self._stream.resume(worker.name, weights.version)
 
 
@@ -115,9 +114,10 @@ async def run_loop(parts: LoopParts, plan: TrainConfig, state: TrainState) -> Tr
             published = time.monotonic()
             await refresher.finish()
             refresher.begin(weights)
-            seconds = StepSeconds(taken - began, learned - taken, published - learned, refresher.seconds, time.monotonic() - began)
+            seconds = StepSeconds(taken - began, learned - taken, published - learned, time.monotonic() - began)
             summary = summarize(step, report, batch, seconds)
-            parts.tracker.log(step_metrics(report, batch, seconds, stream.ledger), step)
+            figures = step_metrics(report, batch, seconds, stream.ledger) | worker_metrics(list(refresher.reports.values()))
+            parts.tracker.log(figures, step)
             parts.on_step(summary)
             rewards = (*state.rewards, summary.reward)
             state = replace(state, step=step, version=report.version, ledger=stream.ledger.snapshot(), rewards=rewards)

@@ -10,18 +10,18 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from actors.types import Trajectory, TrajectoryGroup, WriteRecord
+from actors.worker import WorkerReport
 from cluster.stream import Batch, Ledger
 from learner.types import StepReport, WarmStartReport
 
 
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
-    """Wall seconds of one loop step. ``refresh`` is the roll of the version before, which ran beside this step's other phases."""
+    """Wall seconds of one loop step: waiting for groups, learner step, weights out of the learner, and all of it."""
 
     wait: float
     learn: float
     publish: float
-    refresh: float
     total: float
 
 
@@ -71,7 +71,6 @@ def step_metrics(report: StepReport, batch: Batch, seconds: StepSeconds, ledger:
         "staleness/max": float(max(batch.staleness, default=0)),
         "staleness/dropped_groups": float(batch.dropped),
         "sync/policy_version": float(report.version),
-        "sync/refresh_s": seconds.refresh,
         "sync/publish_s": seconds.publish,
         "timing_s/step": seconds.total,
         "timing_s/wait_for_groups": seconds.wait,
@@ -132,6 +131,22 @@ def write_metrics(records: Sequence[WriteRecord]) -> dict[str, float]:
         "fast_weights/loss_before": _mean([record.loss_before for record in trained]),
         "fast_weights/loss_after": _mean([record.loss_after for record in trained]),
         "fast_weights/seconds_per_write": _mean([record.seconds for record in trained]),
+    }
+
+
+def worker_metrics(reports: Sequence[WorkerReport]) -> dict[str, float]:
+    """Over the workers' reports after their last refresh; engine counters are totals since the start. Empty before the first refresh."""
+    if not reports:
+        return {}
+    engines = [report.engine for report in reports]
+    running = sum(engine.busy_seconds + engine.idle_seconds for engine in engines)
+    return {
+        "sync/drain_s": max(report.drain_s for report in reports),
+        "sync/load_s": max(report.load_s for report in reports),
+        "fast_weights/receipts_passed": float(sum(engine.receipts_passed for engine in engines)),
+        "fast_weights/receipts_failed": float(sum(engine.receipts_failed for engine in engines)),
+        "fast_weights/receipts_unseen": float(sum(engine.receipts_unseen for engine in engines)),
+        "perf/engine_busy_fraction": sum(engine.busy_seconds for engine in engines) / running if running > 0 else 0.0,
     }
 
 

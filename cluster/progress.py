@@ -12,16 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.metrics import StepSummary
 
+PLAIN_WIDTH = 160  # of tables where there is no terminal
+
 
 class Display:
     """Messages and progress of one run. All output of the cluster room goes through here."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self.console = console or Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
     def say(self, text: str) -> None:
         """One line of plain text; brackets in it are no markup."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def counting(self, title: str, total: int) -> Iterator[StageCounter]:
@@ -53,7 +55,7 @@ class StageCounter:
         if self._bar:
             self._bar.start()
         else:
-            self._console.print(f"{self._title}: {self._total} to do", markup=False)
+            self._console.print(f"{self._title}: {self._total} to do", markup=False, soft_wrap=True)
         return self
 
     def __exit__(self, *_: object) -> None:

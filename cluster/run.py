@@ -21,7 +21,7 @@ from cluster.loop import LoopParts, run_loop
 from cluster.metrics import StepSummary
 from cluster.prepare import Preparation
 from cluster.progress import Display, step_line
-from cluster.tables import HEADER, Report, rich_table, save_report
+from cluster.tables import HEADER, LEGEND, MOST_CATEGORIES, Report, rich_table, save_report
 from cluster.tracking import RunStatus, Tracker, start_tracking
 from cluster.warm_start import warm_start
 from configs.load import to_yaml
@@ -77,8 +77,9 @@ class Scoreboard:
         pairs = [(rows[before].label, rows[after].label) for before, after in COMPARED if before in rows and after in rows]
         comparisons = report.comparisons(pairs)
         self.display.console.print(rich_table("Held-out evaluation", HEADER, report.cells()))
-        header, by_category = report.category_cells()
-        if by_category:
+        self.display.say(LEGEND)
+        header, by_category = report.category_cells("f1")
+        if 0 < len(by_category) <= MOST_CATEGORIES:
             self.display.console.print(rich_table("By category", header, by_category))
         for comparison in comparisons:
             self.display.say(comparison.sentence)
@@ -99,17 +100,24 @@ async def train(preparation: Preparation, display: Display) -> None:
     with _ending(tracker, preparation, display):
         display.say(f"starting {config.rollout.workers} rollout worker(s) and {config.learner.workers} learner rank(s): {preparation.run_dir}")
         async with training_cluster(preparation) as cluster:
-            scores = Scoreboard(preparation, cluster.workers, tracker, display)
-            if preparation.checkpoint is None:
-                await scores.measure("memory_off", 0)
-                await scores.measure("before", 0)
-                state = await _warm_start(preparation, cluster, tracker, display, replace(state, tracking_run_id=tracker.run_id))
-                await scores.measure("after_warm_start", 0)
-            scores.forget("after_rl")
-            state = await _reinforce(preparation, cluster, tracker, display, state)
-            await scores.measure("after_rl", state.step)
-            scores.report(state.rewards)
+            await train_on(cluster, preparation, tracker, display, replace(state, tracking_run_id=tracker.run_id))
         _next_commands(preparation, display)
+
+
+async def train_on(cluster: TrainingCluster, preparation: Preparation, tracker: Tracker, display: Display, state: TrainState) -> TrainState:
+    """All stages on a cluster that is up. Afterwards the workers serve the last version."""
+    scores = Scoreboard(preparation, cluster.workers, tracker, display)
+    if preparation.checkpoint is None:
+        await scores.measure("memory_off", 0)
+        await scores.measure("before", 0)
+        state = await _warm_start(preparation, cluster, tracker, display, state)
+    if state.warm_steps > 0 and state.step == 0:
+        await scores.measure("after_warm_start", 0)
+    scores.forget("after_rl")
+    state = await _reinforce(preparation, cluster, tracker, display, state)
+    await scores.measure("after_rl", state.step)
+    scores.report(state.rewards)
+    return state
 
 
 async def evaluate(preparation: Preparation, display: Display) -> None:
@@ -130,7 +138,6 @@ async def _warm_start(preparation: Preparation, cluster: TrainingCluster, tracke
     """The supervised stage and its broadcast; the workers then serve its result."""
     demonstrations = build_demonstrations(preparation)
     if demonstrations is None:
-        (preparation.run_dir / "evaluation" / "after_warm_start.json").unlink(missing_ok=True)
         return state
     steps = preparation.config.warm_start.steps
     with display.counting("warm start", steps) as counter:

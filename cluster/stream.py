@@ -232,7 +232,7 @@ class GroupStream:
         """One group on one worker. Its failure wakes ``take``, which raises it in the loop."""
         try:
             group = await lane.source.group(position, self._task_at(position))
-        except Exception as error:  # a background failure of any kind must reach the loop, not die with its task
+        except Exception as error:  # noqa: BLE001  a background failure of any kind must reach the loop, not die with its task
             self.fail(error)
             return
         finally:

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from cluster.evaluate import RowResult, compare
 from cluster.statistics import Interval, PairedDifference
 
-HEADER = ("row", "tasks", "F1 [95% CI]", "EM [95% CI]", "writes accepted/empty/rolled back", "tokens read+written", "s/episode")
+HEADER = ("row", "tasks", "F1 % [95% CI]", "EM % [95% CI]", "writes", "tokens", "s/ep")
+LEGEND = "writes: accepted/empty/rolled back · tokens: read+generated per episode · s/ep: seconds per episode · intervals: bootstrap over tasks"
+MOST_CATEGORIES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +34,10 @@ class Comparison:
         d = self.difference
         if d.count == 0:
             return f"{self.after} and {self.before} share no finished task: nothing can be compared."
-        figures = f"{self.score.upper()} {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}], p = {d.p_value:.3f} (paired bootstrap, {d.count} tasks)"
+        interval = f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+        figures = f"{self.score.upper()} {100 * d.mean:+.1f} points {interval}, p = {d.p_value:.3f} (paired bootstrap, {d.count} tasks)"
         if not d.significant:
-            verdict = "NOT significant: this run does not show that the policy changed. More steps or more evaluation.tasks may tell."
+            verdict = "NOT significant: this run shows no difference. More train.steps or more evaluation.tasks may."
         elif d.mean > 0:
             verdict = "a significant gain."
         else:
@@ -60,15 +64,18 @@ class Report:
         """One tuple per row, in the order of HEADER."""
         return [self._cells(row) for row in self.rows]
 
-    def category_cells(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Header and rows of the table by category, every score the environment reports; no rows where there is one category."""
-        names = tuple(dict.fromkeys(name for row in self.rows for name in row.score_names))
+    def category_cells(self, score: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Header and lines of ``score`` by category, a column for each row; no line where there is one category."""
+        categories = sorted({category for row in self.rows for category in row.categories})
         lines = []
-        for row in self.rows:
-            for category in row.categories if len(row.categories) > 1 else ():
-                means = [row.category_mean(category, name)[0] for name in names]
-                lines.append((row.label, category, str(row.category_mean(category, "f1")[1]), *(_number(mean) for mean in means)))
-        return ("row", "category", "questions", *names), lines
+        for category in categories if len(categories) > 1 else ():
+            figures = [row.category_mean(category, score) for row in self.rows]
+            lines.append((category, str(max(count for _, count in figures)), *(_percent(mean) for mean, _ in figures)))
+        return (f"{score} %", "questions", *(row.label for row in self.rows)), lines
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for row in self.rows for name in row.score_names))
 
     def _cells(self, row: RowResult) -> tuple[str, ...]:
         failed = f" ({len(row.failed)} failed)" if row.failed else ""
@@ -87,9 +94,9 @@ class Report:
 
 
 def rich_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     for number, name in enumerate(header):
-        table.add_column(name.replace("[", r"\["), justify="left" if number == 0 else "right", no_wrap=True)
+        table.add_column(name.replace("[", r"\["), justify="left" if number == 0 else "right", no_wrap=number == 0)
     for line in lines:
         table.add_row(*(cell.replace("[", r"\[") for cell in line))
     return table
@@ -105,10 +112,11 @@ def save_report(report: Report, comparisons: Sequence[Comparison], folder: Path)
 
 
 def _save_markdown(report: Report, comparisons: Sequence[Comparison], folder: Path) -> Path:
-    header, by_category = report.category_cells()
-    lines = ["# Held-out evaluation", "", *_markdown_table(HEADER, report.cells()), ""]
-    if by_category:
-        lines += ["## By category", "", *_markdown_table(header, by_category), ""]
+    lines = ["# Held-out evaluation", "", *_markdown_table(HEADER, report.cells()), "", LEGEND, ""]
+    for score in report.score_names:
+        header, by_category = report.category_cells(score)
+        if by_category:
+            lines += [f"## {score} by category", "", *_markdown_table(header, by_category), ""]
     lines += [f"- {comparison.sentence}" for comparison in comparisons]
     path = folder / "report.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -173,11 +181,11 @@ def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> li
 
 
 def _interval(interval: Interval) -> str:
-    return "-" if interval.count == 0 else f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+    return "-" if interval.count == 0 else f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "-"
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}" if math.isfinite(value) else "-"
 
 
 def _plain(values: dict[str, float]) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""The training loop over scripted parts: versions, staleness, checkpoints, and that every failure ends it. The real parts are in tests/integration."""
+"""The training loop over scripted parts: versions, staleness, checkpoints, and every failure ends it. The real parts are in tests/integration."""
 
 from __future__ import annotations
 
@@ -229,5 +229,5 @@ def test_naming_the_runs_folder_points_to_its_checkpoint(tmp_path: Path) -> None
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "other"}', '{"format": "engram-run-1", "step": 1}'])
 def test_a_damaged_state_is_one_clear_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "state.json").write_text(text)
-    with pytest.raises(CheckpointError, match="state.json cannot be used"):
+    with pytest.raises(CheckpointError, match=r"state\.json cannot be used"):
         load_checkpoint(tmp_path)

@@ -22,7 +22,9 @@ def episode(task: int, f1: float, em: float = 0.0, category: str = "home") -> Ep
 
 
 def row(label: str, values: list[float], failed: tuple[str, ...] = ()) -> RowResult:
-    return RowResult(label, 3, tuple(episode(number, value, category="home" if number % 2 else "work") for number, value in enumerate(values)), failed)
+    return RowResult(
+        label, 3, tuple(episode(number, value, category="home" if number % 2 else "work") for number, value in enumerate(values)), failed
+    )
 
 
 def test_interval_holds_the_mean_and_narrows_with_more_tasks() -> None:

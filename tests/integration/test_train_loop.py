@@ -1,0 +1,167 @@
+"""The whole circle on real parts: vLLM, DeepSpeed, Ray and MLflow train a tiny model for two steps; then a checkpoint goes on for one more.
+
+The tiny model is random: it writes no parsable flashcard and earns no reward, so the weights move by the warm start. What is tested is the circle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from actors.types import TrajectoryGroup
+from actors.worker import WorkerReport
+from cluster import run
+from cluster.build import training_cluster
+from cluster.checkpoint import START, Checkpoint, TrainState, list_checkpoints, load_checkpoint
+from cluster.cli import main
+from cluster.prepare import Preparation, prepare_training
+from cluster.progress import Display
+from cluster.tracking import start_tracking
+from configs.load import load_config
+
+SETTINGS = (
+    "train.steps=2",
+    "train.tasks_per_step=2",
+    "train.group_size=2",
+    "train.checkpoint_every=1",
+    "warm_start.steps=1",
+    "warm_start.tasks_per_step=2",
+    "warm_start.learning_rate=1e-2",  # far more than anyone would train with: the new weights must be told from the old ones
+    "evaluation.tasks=2",
+    "evaluation.bootstrap_samples=200",
+    "memory.max_extract_tokens=24",
+    "sampling.max_answer_tokens=8",
+    "learner.trainable_layers=3",
+    "engine.slots=4",
+    "engine.kv_cache_gib=0.2",
+    "ray.object_store_gib=0.5",
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    preparation: Preparation
+    state: TrainState
+    episode: TrajectoryGroup
+    report: WorkerReport
+    checkpoint: Checkpoint
+    output: str
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [*SETTINGS, f"model.name={tiny_model_path}", f"output_dir={tmp_path_factory.mktemp('runs')}"]
+
+
+@pytest.fixture(scope="module")
+def trained(settings: list[str]) -> Iterator[Trained]:
+    """One run, with an episode played on its workers before they are ended."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        output = io.StringIO()
+        yield asyncio.run(_train(prepare_training(load_config(Path("configs/quickstart.yaml"), settings)), output))
+
+
+async def _train(preparation: Preparation, output: io.StringIO) -> Trained:
+    display = Display(Console(file=output, width=160))
+    tracker = start_tracking(preparation.config, preparation.output_dir, "test", preparation.config_path, "")
+    async with training_cluster(preparation) as cluster:
+        state = await run.train_on(cluster, preparation, tracker, display, replace(START, tracking_run_id=tracker.run_id))
+        row = run.evaluation_rows(preparation.config)["memory_off"]
+        episode = await cluster.workers[0].episode(99, preparation.eval_tasks[0], row)
+        report = await cluster.workers[0].report()
+    tracker.finish("FINISHED")
+    checkpoint = load_checkpoint(list_checkpoints(preparation.run_dir)[-1])
+    return Trained(preparation, state, episode, report, checkpoint, output.getvalue())
+
+
+def tracked_run(trained: Trained) -> Run:
+    return MlflowClient(f"sqlite:///{trained.preparation.output_dir}/mlflow.db").get_run(trained.checkpoint.state.tracking_run_id)
+
+
+def test_each_step_makes_a_version_that_the_worker_serves(trained: Trained) -> None:
+    assert (trained.state.step, trained.state.warm_steps, trained.state.version) == (2, 1, 3)
+    assert trained.report.version == 3
+    assert trained.report.refreshes == 3
+    assert trained.episode.policy_version == 3
+
+
+def largest_difference(trajectory_group: TrajectoryGroup, folder: Path) -> float:
+    """Between the engine's log-probs of what it sampled and those of the Hugging Face model in ``folder`` (nats)."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    differences = []
+    for segment in trajectory_group.trajectories[0].segments:
+        assert segment.revision == 0
+        ids = torch.tensor(segment.token_ids, dtype=torch.long)[None]
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(ids).logits[0, :-1], dim=-1)
+        ours = logprobs[torch.arange(ids.shape[1] - 1), ids[0, 1:]].numpy()
+        mask = segment.action_mask[1:]
+        differences.append(np.abs(ours[mask] - segment.logprobs[1:][mask]).max())
+    return float(max(differences))
+
+
+def test_after_the_broadcast_the_engine_has_the_learners_weights(trained: Trained) -> None:
+    assert largest_difference(trained.episode, trained.checkpoint.model) <= 1e-3
+    assert largest_difference(trained.episode, trained.preparation.model_path) > 0.05  # and no longer the base model's
+
+
+def test_the_ledger_balances(trained: Trained) -> None:
+    ledger = trained.checkpoint.state.ledger
+    assert ledger.pending == ()
+    assert ledger.settled == {"trained": 4}
+    assert ledger.next_position == 4
+    assert ledger.failures == {}
+
+
+def test_the_tracked_run_is_complete(trained: Trained) -> None:
+    tracked = tracked_run(trained)
+    assert tracked.data.params["warm_start.steps"] == "1"
+    sections = {name.partition("/")[0] for name in tracked.data.metrics}
+    assert sections == {"reward", "learner", "rollout", "staleness", "sync", "fast_weights", "timing_s", "perf", "eval", "warm_start"}
+    assert tracked.data.metrics["sync/policy_version"] >= 3
+
+
+def test_the_user_sees_rows_progress_and_where_to_look(trained: Trained) -> None:
+    for text in (
+        "memory off",
+        "TMEM before",
+        "TMEM after warm start",
+        "TMEM after RL",
+        "mlflow ui --backend-store-uri sqlite:///",
+        "NOT significant",
+    ):
+        assert text in trained.output
+    assert trained.output.count("train step ") == 2  # one line a step where the output is no terminal
+    report = json.loads((trained.preparation.run_dir / "report" / "report.json").read_text())
+    assert [row["tasks"] for row in report["rows"]] == [2, 2, 2, 2]
+    assert [row["policy_version"] for row in report["rows"]] == [0, 0, 1, 3]
+    assert len(report["rewards"]) == 2
+
+
+def test_a_checkpoint_goes_on_where_it_was(trained: Trained, settings: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [f"resume={trained.checkpoint.folder}", "train.steps=3", "evaluation.tasks=2"]
+    assert main(["train", "configs/quickstart.yaml", *settings, *arguments]) == 0
+    assert "Traceback" not in capfd.readouterr().err
+    newest = load_checkpoint(list_checkpoints(trained.preparation.run_dir)[-1])
+    assert (newest.state.step, newest.state.version) == (3, 4)
+    assert newest.state.ledger.settled == {"trained": 6}
+    assert newest.state.ledger.next_position == 6
+    assert len(newest.state.rewards) == 3
+    tracked = tracked_run(trained)
+    assert tracked.info.status == "FINISHED"
+    assert tracked.info.run_id == newest.state.tracking_run_id
+    history = MlflowClient(f"sqlite:///{trained.preparation.output_dir}/mlflow.db").get_metric_history(tracked.info.run_id, "reward/mean")
+    assert sorted(point.step for point in history) == [1, 2, 3]
