@@ -1,0 +1,117 @@
+"""Waiting for actors on a real Ray: whoever is late, dies, refuses or cannot be placed is named, and nothing hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from cluster.broadcast import ObjectStoreChannel
+from cluster.errors import StartupError, WorkerLost
+from cluster.runtime import Demand, all_ready, answer, cluster_resources, demand, ray_runtime
+from configs.schema import LearnerConfig, RayConfig, RolloutConfig, RunConfig
+
+CONFIG = RunConfig(ray=RayConfig(object_store_gib=0.2))
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class Actor:
+    def value(self, number: int) -> int:
+        return number
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def refuse(self) -> None:
+        raise ValueError("names are missing\nand more")
+
+    def die(self) -> None:
+        os._exit(1)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {"w": torch.arange(4.0)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    with ray_runtime(CONFIG, Demand(cpus=3, gpus=0)):
+        yield
+
+
+def wait(actor: Any, method: str, *arguments: object, deadline_s: float = 30) -> Any:
+    return asyncio.run(answer(getattr(actor, method).remote(*arguments), deadline_s, "worker-3", "task t9"))
+
+
+@pytest.fixture
+def actor() -> Iterator[Any]:
+    handle: Any = Actor.remote()  # type: ignore[attr-defined]
+    yield handle
+    ray.kill(handle)
+
+
+def test_an_answer_in_time(actor: Any) -> None:
+    assert wait(actor, "value", 4) == 4
+
+
+def test_a_late_actor_is_named(actor: Any) -> None:
+    wait(actor, "value", 0)
+    began = time.monotonic()
+    with pytest.raises(WorkerLost, match="worker-3 did not finish task t9 within 1 s"):
+        wait(actor, "sleep", 20, deadline_s=1)
+    assert time.monotonic() - began < 10
+
+
+def test_a_refusal_is_one_line_with_its_cause(actor: Any) -> None:
+    with pytest.raises(WorkerLost) as caught:
+        wait(actor, "refuse")
+    assert str(caught.value) == "worker-3 failed in task t9: ValueError: names are missing"
+
+
+def test_a_dead_actor_is_named(actor: Any) -> None:
+    with pytest.raises(WorkerLost, match="worker-3 died during task t9"):
+        wait(actor, "die")
+
+
+def test_an_actor_that_cannot_be_placed_is_named_with_what_the_cluster_has(actor: Any) -> None:
+    greedy = Actor.options(num_cpus=64).remote()  # type: ignore[attr-defined]
+    needed = Demand(cpus=64, gpus=0)
+    with pytest.raises(StartupError, match=r"worker-1 did not start within .*asks for 64 CPU and 0 GPU, Ray has \d+ CPU, 0 GPU on 1 node"):
+        asyncio.run(all_ready({"worker-0": actor.value.remote(1), "worker-1": greedy.value.remote(1)}, 5, needed))
+    ray.kill(greedy)
+
+
+def test_an_actor_that_fails_to_start_ends_the_wait_at_once(actor: Any) -> None:
+    began = time.monotonic()
+    with pytest.raises(StartupError, match="worker-0 failed in starting: ValueError: names are missing"):
+        asyncio.run(all_ready({"worker-0": actor.refuse.remote(), "worker-1": actor.sleep.remote(20)}, 60, Demand(1, 0)))
+    assert time.monotonic() - began < 15
+
+
+def test_published_weights_are_fetched_by_version(actor: Any) -> None:
+    class Source:
+        version = 7
+
+        def weights_ref(self, trainable_only: bool) -> Any:
+            return actor.weights.remote()
+
+    weights = ObjectStoreChannel(trainable_only=True).publish(Source())
+    assert (weights.version, weights.complete) == (7, False)
+    assert weights.fetch(30)["w"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_small_machine_is_told_of_the_cpus_that_the_run_asks_for() -> None:
+    assert ray.cluster_resources()["CPU"] >= 3
+    assert "on 1 node" in cluster_resources()
+
+
+def test_demand_counts_workers_and_learner() -> None:
+    config = replace(CONFIG, rollout=RolloutConfig(workers=3, cpus_per_worker=2), learner=LearnerConfig(workers=2, gpus_per_worker=1))
+    assert demand(config, learner=True) == Demand(cpus=8, gpus=2)
+    assert demand(config, learner=False) == Demand(cpus=6, gpus=0)
