@@ -102,7 +102,7 @@ def _get(engine: TrainingEngine, param: nn.Parameter, moment: str | None) -> Ten
         value = param.detach() if moment is None else engine.optimizer.state[param][moment]
     else:
         value = safe_get_full_fp32_param(param) if moment is None else safe_get_full_optimizer_state(param, moment)
-    shape = param.ds_shape if engine.zero_stage == 3 else param.shape
+    shape = getattr(param, "ds_shape", param.shape)  # ZeRO-3 empties the parameter and keeps its shape there
     return value.reshape(shape).to("cpu", torch.float32, copy=True).contiguous()
 
 
@@ -158,8 +158,8 @@ def _replace(partial: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        os.rename(target, old)
-    os.rename(partial, target)
+        target.rename(old)
+    partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -17,6 +17,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from configs.schema import LearnerConfig
 from learner.types import LearnerError
@@ -157,7 +158,7 @@ def _join(rank: int, world_size: int, device: torch.device) -> None:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size)
     if dist.get_world_size() != world_size:

@@ -65,7 +65,7 @@ class TokenStatistics:
 
     @staticmethod
     def of(sums: tuple[float, ...], maxima: tuple[float, ...]) -> TokenStatistics:
-        return TokenStatistics(*sums, -maxima[0], maxima[1], maxima[2])
+        return TokenStatistics(*(*sums, -maxima[0], *maxima[1:]))
 
     def merge(self, other: TokenStatistics) -> TokenStatistics:
         sums = tuple(a + b for a, b in zip(self.sums, other.sums, strict=True))

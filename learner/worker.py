@@ -164,7 +164,7 @@ class LearnerGroup:
     def weights_ref(self, trainable_only: bool) -> ray.ObjectRef[dict[str, Tensor]]:
         """A reference to rank 0's full weights in the object store, ready when this returns; they never pass through the driver."""
         calls = [actor.weights.remote(trainable_only) for actor in self._actors]
-        self._wait(calls, "weights", self._timeout)
+        self._wait(calls, "weights", time.monotonic() + self._timeout, self._timeout)
         reference: ray.ObjectRef[dict[str, Tensor]] = calls[0]
         return reference
 
@@ -181,8 +181,8 @@ class LearnerGroup:
             ray.kill(actor)
         self._actors = []
 
-    def _wait(self, calls: list[Any], verb: str, timeout: float) -> None:
-        _, pending = ray.wait(calls, num_returns=len(calls), timeout=timeout, fetch_local=False)
+    def _wait(self, calls: list[Any], verb: str, deadline: float, timeout: float) -> None:
+        _, pending = ray.wait(calls, num_returns=len(calls), timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)
         if pending:
             late = [rank for rank, call in enumerate(calls) if call in pending]
             raise LearnerError(
@@ -195,7 +195,7 @@ class LearnerGroup:
         deadline = time.monotonic() + timeout
         done, _ = ray.wait(calls, num_returns=1, timeout=timeout, fetch_local=False)
         self._raise_failure(done, verb)  # a rank that failed leaves the others waiting for it: do not wait out the deadline
-        self._wait(calls, verb, max(0.0, deadline - time.monotonic()))
+        self._wait(calls, verb, deadline, timeout)
         self._raise_failure(calls, verb)
         return ray.get(calls, timeout=timeout)
 

@@ -1,4 +1,6 @@
-"""One rank of a two-rank learner, as a script: ``learner_rank.py RANK PORT MODEL OUT``. Trains under ZeRO 1 and 3; writes weights and reports to OUT."""
+"""One rank of a two-rank learner, as a script: ``learner_rank.py RANK PORT MODEL OUT``.
+
+Trains under ZeRO 1 and 3; writes weights and reports to OUT."""
 
 from __future__ import annotations
 

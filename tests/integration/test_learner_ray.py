@@ -40,7 +40,7 @@ def spec(folder: Path, basis: Basis, config: LearnerConfig) -> LearnerSpec:
 
 def test_the_group_trains_like_a_learner_in_this_process(cluster: None, folder: Path, basis: Basis, tmp_path: Path) -> None:
     config = free(zero_stage=1)
-    remote = LearnerGroup(spec(folder, basis, config), start_timeout_s=120)
+    remote = LearnerGroup(spec(folder, basis, config), start_timeout_s=300)
     local = learner(folder, basis, config)
     groups = [group(basis, (1.0, 0.0, 0.25))]
     segments = [part for _, part in segments_of(groups)]
@@ -68,7 +68,7 @@ def test_a_rank_that_cannot_be_placed_is_named(cluster: None, folder: Path, basi
 
 
 def test_a_rank_that_died_is_said_to_have_died(cluster: None, folder: Path, basis: Basis) -> None:
-    remote = LearnerGroup(spec(folder, basis, free()), start_timeout_s=120)
+    remote = LearnerGroup(spec(folder, basis, free()), start_timeout_s=300)
     ray.kill(remote._actors[0])
     with pytest.raises(LearnerError, match="a rank's process died"):
         remote.step([group(basis, (1.0, 0.0))])

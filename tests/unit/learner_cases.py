@@ -17,6 +17,7 @@ from learner.advantage import grpo
 from learner.learner import Learner
 
 VOCABULARY = 256
+UNWEIGHTED = ObjectiveConfig(importance="none")
 TASK = Task("task-0", "recall", {}, 0)
 
 
@@ -72,7 +73,7 @@ def learner(
     model_path: Path,
     basis: Basis,
     config: LearnerConfig,
-    objective: ObjectiveConfig = ObjectiveConfig(importance="none"),
+    objective: ObjectiveConfig = UNWEIGHTED,
     temperature: float = 1.0,
     rank: int = 0,
     world_size: int = 1,
