@@ -8,6 +8,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +28,6 @@ from actors.worker import WorkerReport
 from cluster import run
 from cluster.build import training_cluster
 from cluster.checkpoint import START, Checkpoint, TrainState, list_checkpoints, load_checkpoint
-from cluster.cli import main
 from cluster.prepare import Preparation, prepare_training
 from cluster.progress import Display
 from cluster.tracking import start_tracking
@@ -128,6 +130,7 @@ def test_the_ledger_balances(trained: Trained) -> None:
 
 def test_the_tracked_run_is_complete(trained: Trained) -> None:
     tracked = tracked_run(trained)
+    assert tracked.info.status == "FINISHED"
     assert tracked.data.params["warm_start.steps"] == "1"
     sections = {name.partition("/")[0] for name in tracked.data.metrics}
     assert sections == {"reward", "learner", "rollout", "staleness", "sync", "fast_weights", "timing_s", "perf", "eval", "warm_start"}
@@ -151,17 +154,40 @@ def test_the_user_sees_rows_progress_and_where_to_look(trained: Trained) -> None
     assert len(report["rewards"]) == 2
 
 
-def test_a_checkpoint_goes_on_where_it_was(trained: Trained, settings: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = [f"resume={trained.checkpoint.folder}", "train.steps=3", "evaluation.tasks=2"]
-    assert main(["train", "configs/quickstart.yaml", *settings, *arguments]) == 0
-    assert "Traceback" not in capfd.readouterr().err
+def test_a_checkpoint_goes_on_where_it_was_and_an_interrupt_says_how_to_go_on(trained: Trained, settings: list[str]) -> None:
+    """Resume for many more steps, and stop the process as Ctrl-C does once it has made one."""
+    command = [
+        sys.executable,
+        "-m",
+        "cluster",
+        "train",
+        "configs/quickstart.yaml",
+        *settings,
+        f"resume={trained.checkpoint.folder}",
+        "train.steps=500",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("train step 2/498"):  # the checkpoint of the step before is complete
+            process.send_signal(signal.SIGINT)
+            break
+    rest, errors = process.communicate(timeout=300)
+    output = "".join(lines) + rest
+    assert process.returncode == 130, output + errors
+    assert "Traceback" not in errors
     newest = load_checkpoint(list_checkpoints(trained.preparation.run_dir)[-1])
-    assert (newest.state.step, newest.state.version) == (3, 4)
-    assert newest.state.ledger.settled == {"trained": 6}
-    assert newest.state.ledger.next_position == 6
-    assert len(newest.state.rewards) == 3
+    assert f"saved: {newest.folder}" in output
+    assert f"to go on: python -m cluster train {trained.preparation.config_path} resume={newest.folder}" in output
+
+    step = newest.state.step
+    assert step >= 3
+    assert newest.state.version == step + 1  # one warm-start step
+    assert newest.state.ledger.settled == {"trained": 2 * step}
+    assert newest.state.rewards[:2] == trained.state.rewards
     tracked = tracked_run(trained)
-    assert tracked.info.status == "FINISHED"
-    assert tracked.info.run_id == newest.state.tracking_run_id
+    assert tracked.info.status == "KILLED"
     history = MlflowClient(f"sqlite:///{trained.preparation.output_dir}/mlflow.db").get_metric_history(tracked.info.run_id, "reward/mean")
-    assert sorted(point.step for point in history) == [1, 2, 3]
+    assert sorted(point.step for point in history)[:3] == [1, 2, 3]
