@@ -79,7 +79,7 @@ def save(folder: str | os.PathLike[str], engine: TrainingEngine, model: PolicyMo
 
 
 def load(folder: str | os.PathLike[str], engine: TrainingEngine, model: PolicyModel) -> Counters:
-    """Put the checkpoint into ``engine`` and ``model``. Collective. Raises LearnerError, having changed nothing, when it is not one or does not fit."""
+    """Put the checkpoint into ``engine`` and ``model``. Collective. Raises LearnerError, having changed nothing, when it does not fit."""
     source = Path(folder)
     counters = _read_counters(source)
     everything, trained = named_parameters(model, False), named_parameters(model, True)
