@@ -1,6 +1,6 @@
 """Fast weights: the one definition that writer, engine and learner share.
 
-In an adapted matrix W [d_out, d_in] the weight that acts is W + B A (method: TMEM, arXiv 2606.04536, section on the fast weights; no alpha / r factor).
+In an adapted matrix W [d_out, d_in] the weight that acts is W + B A (method: TMEM, arXiv 2606.04536, on fast weights; no alpha / r factor).
 A [r, d_in] is the *basis*: frozen, computed once from the weights the run starts from. B [d_out, r] is all that an episode writes.
 
     injector = DeltaInjector(model, basis)
@@ -107,7 +107,7 @@ def compute_basis(weights: Mapping[str, Tensor], config: FastWeightsConfig, seed
 
 
 def _top_right_factor(weight: Tensor, rank: int) -> Tensor:
-    """S_r V_r^T, exactly, by the eigenvectors of the smaller Gram matrix in float64. The largest entry of each row is positive, so signs are stable."""
+    """S_r V_r^T, exactly, by the eigenvectors of the smaller Gram matrix in float64. Each row's largest entry is positive, so signs are stable."""
     w = weight.detach().to(torch.float64)
     if w.shape[1] <= w.shape[0]:
         squares, vectors = torch.linalg.eigh(w.T @ w)  # ascending; columns are V
@@ -165,7 +165,7 @@ def save_basis(basis: Basis, path: str | os.PathLike[str]) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         safetensors.torch.save_file(dict(basis.a), temporary, metadata=metadata)
-        os.replace(temporary, target)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -67,7 +67,7 @@ def export_peft(weights: FastWeights, basis: Basis, folder: str | os.PathLike[st
         (temporary / _CONFIG).write_text(json.dumps(adapter_config(basis, base_model), indent=2) + "\n")
         temporary.chmod(0o755)
         try:
-            os.rename(temporary, target)  # onto nothing, or onto an empty folder
+            temporary.rename(target)  # onto nothing, or onto an empty folder
         except OSError as error:
             raise FileExistsError(f"{target}: already holds something; export into a new folder") from error
     finally:

@@ -1,8 +1,8 @@
 """The boundaries of the rollout side, each a Protocol of one to three verbs.
 
-    run_episode  --act-->  Policy (vLLM engine)           generate, install, release
-    run_episode  --write-> FastWeightWriter               write
-    run_episode  --step--> Environment / Session          environments/base.py
+run_episode  --act-->  Policy (vLLM engine)           generate, install, release
+run_episode  --write-> FastWeightWriter               write
+run_episode  --step--> Environment / Session          environments/base.py
 """
 
 from __future__ import annotations

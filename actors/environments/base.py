@@ -1,10 +1,10 @@
 """What a task source is. An environment is built once per process from its config; a session is one episode's single-use view of a task.
 
-    env.tasks("train", seed)  ->  endless (or finite, repeatable) iterator of Task, the same for the same seed
-    session = env.start(task)
-    while (observation := session.observe()) is not None:
-        if observation.wants_action: session.act(text)      # text of the policy, decoded, without the stop token
-    session.outcome()
+env.tasks("train", seed)  ->  endless (or finite, repeatable) iterator of Task, the same for the same seed
+session = env.start(task)
+while (observation := session.observe()) is not None:
+    if observation.wants_action: session.act(text)      # text of the policy, decoded, without the stop token
+session.outcome()
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def test_targets_are_the_mlp_of_the_last_layers() -> None:
     assert len(names) == 12
     assert names[0] == "model.layers.26.mlp.gate_proj"
     assert names[-1] == "model.layers.29.mlp.down_proj"
-    with pytest.raises(BasisError, match="last_layers=4 .* has 3 layers"):
+    with pytest.raises(BasisError, match=r"last_layers=4 .* has 3 layers"):
         target_modules(3, FastWeightsConfig())
 
 
@@ -117,7 +117,7 @@ def test_random_basis_depends_on_the_seed_and_has_pefts_scale() -> None:
 
 
 def test_rank_above_the_matrix_is_refused() -> None:
-    with pytest.raises(BasisError, match="rank=6 does not fit .*up_proj of shape"):
+    with pytest.raises(BasisError, match=r"rank=6 does not fit .*up_proj of shape"):
         compute_basis({"model.layers.0.mlp.up_proj": torch.zeros(64, 5)}, FastWeightsConfig(), 0)
 
 
