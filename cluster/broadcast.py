@@ -8,7 +8,6 @@ A published version is a small handle; the tensors never pass through the driver
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -44,12 +43,11 @@ class ObjectStoreWeights:
     complete: bool
     ref: ObjectRef[dict[str, Tensor]]
 
-    def fetch(self, timeout_s: float) -> Mapping[str, Tensor]:
+    def fetch(self, timeout_s: float) -> dict[str, Tensor]:
         """The tensors, read-only views of shared memory. Blocks at most ``timeout_s``; raises TimeoutError (Ray's own) after that."""
         import ray
 
-        tensors: Mapping[str, Tensor] = ray.get(self.ref, timeout=timeout_s)
-        return tensors
+        return ray.get(self.ref, timeout=timeout_s)
 
 
 class ObjectStoreChannel:

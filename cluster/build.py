@@ -17,7 +17,7 @@ from cluster.broadcast import ObjectStoreChannel
 from cluster.checkpoint import START, TrainState
 from cluster.fleet import REFRESH_S, RemoteWorker, credits_per_worker
 from cluster.prepare import Preparation
-from cluster.runtime import Demand, all_ready, demand, ray_runtime
+from cluster.runtime import Demand, all_ready, cancel_on_sigterm, demand, ray_runtime
 from cluster.stream import GroupStream, Ledger, StreamPlan
 from cluster.tasks import TaskSource
 from cluster.warm_start import Demonstrations, can_demonstrate
@@ -44,6 +44,7 @@ async def training_cluster(preparation: Preparation) -> AsyncIterator[TrainingCl
     config = preparation.config
     needed = demand(config, learner=True)
     with ray_runtime(config, needed):
+        cancel_on_sigterm()
         workers = _workers(preparation)
         starting = asyncio.create_task(asyncio.to_thread(_learner, preparation))
         try:
@@ -64,6 +65,7 @@ async def evaluation_cluster(preparation: Preparation) -> AsyncIterator[tuple[Re
     config = preparation.config
     needed = demand(config, learner=False)
     with ray_runtime(config, needed):
+        cancel_on_sigterm()
         workers = _workers(preparation)
         try:
             await _ready(workers, config, needed)

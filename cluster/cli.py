@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 import sys
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -85,21 +84,16 @@ def _run(options: argparse.Namespace) -> int:
 
 def _drive(story: Coroutine[Any, Any, None]) -> None:
     """Run to the end. Ctrl-C and a job's stop (SIGTERM) cancel the story, which then says what was saved; a second Ctrl-C ends at once."""
-
-    async def body() -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        await story
-
     try:
-        asyncio.run(body())
+        asyncio.run(story)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
 
 
-def _complain(error: BaseException, status: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+def _complain(error: Exception, status: int) -> int:
+    """One line. What Ray brings from another process holds that process's traceback: its cause is the error itself."""
+    cause = getattr(error, "cause", None)
+    print(f"error: {' '.join(str(cause or error).split())}", file=sys.stderr)
     return status
 
 

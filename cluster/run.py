@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cluster.build import TrainingCluster, build_demonstrations, build_stream, evaluation_cluster, start_state, training_cluster
 from cluster.checkpoint import TrainState, list_checkpoints, save_checkpoint
+from cluster.errors import TrackingError
 from cluster.evaluate import EvaluationRow, RowResult, evaluate_row, load_row, row_metrics, save_row
 from cluster.fleet import RemoteWorker
 from cluster.loop import LoopParts, run_loop
@@ -27,8 +28,14 @@ from cluster.warm_start import warm_start
 from configs.load import to_yaml
 from configs.schema import RunConfig
 
-ROW_ORDER = ("memory_off", "before", "after_warm_start", "after_rl")
-COMPARED = (("before", "after_rl"), ("after_warm_start", "after_rl"), ("memory_off", "after_rl"), ("memory_off", "before"))
+ROW_ORDER = ("memory_off", "before", "after_warm_start", "after_rl", "policy")
+COMPARED = (
+    ("before", "after_rl"),
+    ("after_warm_start", "after_rl"),
+    ("memory_off", "after_rl"),
+    ("memory_off", "before"),
+    ("memory_off", "policy"),
+)
 
 
 def evaluation_rows(config: RunConfig) -> dict[str, EvaluationRow]:
@@ -39,6 +46,7 @@ def evaluation_rows(config: RunConfig) -> dict[str, EvaluationRow]:
         "before": EvaluationRow(f"{name} before", config.memory),
         "after_warm_start": EvaluationRow(f"{name} after warm start", config.memory),
         "after_rl": EvaluationRow(f"{name} after RL", config.memory),
+        "policy": EvaluationRow(name, config.memory),  # of the command evaluate
     }
     if config.evaluation.memory_off_row and config.memory.policy != "none":
         rows["memory_off"] = EvaluationRow("memory off", replace(config.memory, policy="none"))
@@ -60,6 +68,9 @@ class Scoreboard:
         if row is None or self._file(key).exists():
             return
         tasks, slots = self.preparation.eval_tasks, self.preparation.config.engine.slots
+        wanted = self.preparation.config.evaluation.tasks
+        if len(tasks) < wanted:
+            self.display.say(f"the held-out split has {len(tasks)} tasks, fewer than evaluation.tasks={wanted}: all are used")
         with self.display.counting(f"evaluate {row.label}", len(tasks)) as counter:
             result = await evaluate_row(row, tasks, self.workers, slots, counter.advance)
         save_row(result, self._file(key))
@@ -130,7 +141,7 @@ async def evaluate(preparation: Preparation, display: Display) -> None:
         async with evaluation_cluster(preparation) as workers:
             scores = Scoreboard(preparation, workers, tracker, display)
             await scores.measure("memory_off", state.step)
-            await scores.measure("before" if state.step == 0 else "after_rl", state.step)
+            await scores.measure("policy", state.step)
             scores.report(())
 
 
@@ -189,12 +200,20 @@ def _ending(tracker: Tracker, preparation: Preparation, display: Display) -> Ite
         status = "KILLED"
         raise
     finally:
-        tracker.finish(status)
+        _finish(tracker, status, display)
         if status != "FINISHED":
             saved = list_checkpoints(preparation.run_dir)
             display.say(f"saved: {saved[-1]}" if saved else f"no checkpoint was saved; the rows measured so far are in {preparation.run_dir}")
             if saved:
                 display.say(f"to go on: python -m cluster train {preparation.config_path} resume={saved[-1]}")
+
+
+def _finish(tracker: Tracker, status: RunStatus, display: Display) -> None:
+    """A store that fails at the end is said, and hides neither the run's result nor its own error."""
+    try:
+        tracker.finish(status)
+    except TrackingError as error:
+        display.say(f"warning: {error}")
 
 
 def _next_commands(preparation: Preparation, display: Display) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,6 +87,13 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def cancel_on_sigterm() -> None:
+    """A job's stop ends the current task as Ctrl-C does. Called once Ray is up: Ray puts a handler of its own there, which aborts the process."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 def cluster_resources() -> str:
