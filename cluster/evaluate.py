@@ -96,6 +96,11 @@ class RowResult:
         values = [a.scores[score] for episode in self.episodes for a in episode.answers if a.category == category and score in a.scores]
         return (float(np.mean(values)) if values else float("nan")), len(values)
 
+    def mean_without(self, category: str, score: str) -> tuple[float, int]:
+        """Mean over the answers of all other categories, and how many there are."""
+        values = [a.scores[score] for episode in self.episodes for a in episode.answers if a.category != category and score in a.scores]
+        return (float(np.mean(values)) if values else float("nan")), len(values)
+
     def per_episode(self, field: str) -> float:
         """Mean over episodes of one of reward, prompt_tokens, generated_tokens, seconds."""
         values = [float(getattr(episode, field)) for episode in self.episodes]

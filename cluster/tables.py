@@ -18,6 +18,7 @@ from cluster.statistics import Interval, PairedDifference
 HEADER = ("row", "tasks", "F1 % [95% CI]", "EM % [95% CI]", "writes", "tokens", "s/ep")
 LEGEND = "writes: accepted/empty/rolled back · tokens: read+generated per episode · s/ep: seconds per episode · intervals: bootstrap over tasks"
 MOST_CATEGORIES = 12
+UNANSWERABLE = "adversarial"  # LoCoMo's category 5 has no plain answer: means are reported with and without it (method: section on LoCoMo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,9 @@ class Report:
         lines = []
         for category in categories if len(categories) > 1 else ():
             figures = [row.category_mean(category, score) for row in self.rows]
-            lines.append((category, str(max(count for _, count in figures)), *(_percent(mean) for mean, _ in figures)))
+            lines.append(_category_line(category, figures))
+        if UNANSWERABLE in categories and len(categories) > 1:
+            lines.append(_category_line(f"all but {UNANSWERABLE}", [row.mean_without(UNANSWERABLE, score) for row in self.rows]))
         return (f"{score} %", "questions", *(row.label for row in self.rows)), lines
 
     @property
@@ -178,6 +181,10 @@ def _save_plot(rewards: Sequence[float], folder: Path) -> Path:
 def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     rows = [header, ["---"] * len(header), *lines]
     return ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+
+
+def _category_line(name: str, figures: Sequence[tuple[float, int]]) -> tuple[str, ...]:
+    return (name, str(max(count for _, count in figures)), *(_percent(mean) for mean, _ in figures))
 
 
 def _interval(interval: Interval) -> str:

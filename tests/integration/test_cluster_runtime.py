@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 
 from cluster.broadcast import ObjectStoreChannel
 from cluster.errors import StartupError, WorkerLost
-from cluster.runtime import Demand, all_ready, answer, cluster_resources, demand, ray_runtime
+from cluster.runtime import Demand, all_ready, answer, cancel_on_sigterm, cluster_resources, demand, ray_runtime
 from configs.schema import LearnerConfig, RayConfig, RolloutConfig, RunConfig
 
 CONFIG = RunConfig(ray=RayConfig(object_store_gib=0.2))
@@ -109,6 +110,23 @@ def test_published_weights_are_fetched_by_version(actor: Any) -> None:
 def test_a_small_machine_is_told_of_the_cpus_that_the_run_asks_for() -> None:
     assert ray.cluster_resources()["CPU"] >= 3
     assert "on 1 node" in cluster_resources()
+
+
+def test_a_jobs_stop_cancels_the_run_also_after_ray_has_put_its_own_handler() -> None:
+    async def body() -> str:
+        cancel_on_sigterm()
+        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            await asyncio.sleep(20)
+        except asyncio.CancelledError:
+            return "ended in good order"
+        return "slept"
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert asyncio.run(body()) == "ended in good order"
+    finally:
+        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
 
 
 def test_demand_counts_workers_and_learner() -> None:

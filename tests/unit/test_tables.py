@@ -190,3 +190,10 @@ def test_evaluation_runs_every_task_once_in_order_within_its_lanes() -> None:
     assert len(done) == 8
     assert result.episodes[0].prompt_tokens == 2
     assert result.episodes[0].generated_tokens == 2
+
+
+def test_unanswerable_questions_are_reported_with_and_without() -> None:
+    asked = (episode(0, 0.0, category="adversarial"), episode(1, 0.4, category="temporal"), episode(2, 0.6, category="multi-hop"))
+    _, lines = Report((RowResult("TMEM", 0, asked, ()),), (), 100, 0).category_cells("f1")
+    assert lines[-1] == ("all but adversarial", "2", "50.0")
+    assert ("adversarial", "1", "0.0") in lines
