@@ -153,13 +153,16 @@ class RolloutWorker:
 
 
 class _RolloutActor:
-    """One-line methods over RolloutWorker. All are coroutines, so that they share one event loop and many groups run at once."""
+    """One-line methods over RolloutWorker. All are coroutines, so that they share one event loop and many groups run at once.
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        self._worker = RolloutWorker(spec)
+    The worker is built by ``start``, not by the constructor: what a constructor raises reaches the driver as a traceback in a string.
+    """
 
-    async def ready(self) -> str:
-        return self._worker.report().name
+    _worker: RolloutWorker
+
+    async def start(self, spec: WorkerSpec) -> str:
+        self._worker = await asyncio.to_thread(RolloutWorker, spec)
+        return spec.name
 
     async def group(self, request: RolloutRequest) -> TrajectoryGroup:
         return await self._worker.group(request)

@@ -122,4 +122,4 @@ def _learner(preparation: Preparation) -> LearnerGroup:
 
 
 async def _ready(workers: tuple[RemoteWorker, ...], config: RunConfig, needed: Demand) -> None:
-    await all_ready({worker.name: worker.ready() for worker in workers}, config.ray.startup_timeout_s, needed)
+    await all_ready({worker.name: worker.started for worker in workers}, config.ray.startup_timeout_s, needed)

@@ -28,7 +28,7 @@ _CONTROL_CALLS = 8  # concurrent calls of an actor beyond its groups: refresh, r
 
 
 class RemoteWorker:
-    """One rollout worker behind Ray. Created at once, up when ``ready`` resolves."""
+    """One rollout worker behind Ray. Starts at once; it is up when ``started`` resolves."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         config = spec.config
@@ -41,11 +41,8 @@ class RemoteWorker:
             num_gpus=config.rollout.gpus_per_worker,
             max_concurrency=config.engine.slots * 2 + credits_per_worker(config) + _CONTROL_CALLS,
             runtime_env={"env_vars": threads},
-        ).remote(spec)
-
-    def ready(self) -> ray.ObjectRef[str]:
-        reference: ray.ObjectRef[str] = self._actor.ready.remote()
-        return reference
+        ).remote()
+        self.started: ray.ObjectRef[str] = self._actor.start.remote(spec)
 
     async def group(self, position: int, task: Task) -> TrajectoryGroup:
         """The siblings of one training task, sampled with seeds that follow from the run's seed and ``position``."""

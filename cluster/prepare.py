@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.environments.base import Environment
+from actors.environments.base import Environment, TaskError
 from actors.environments.build import build_environment
 from actors.fast_weights import compute_basis_from_checkpoint, load_basis, save_basis
 from actors.types import Task
@@ -78,7 +78,10 @@ def prepare_evaluation(config: RunConfig, checkpoint_folder: Path | None) -> Pre
 
 
 def _tasks(config: RunConfig) -> tuple[Environment, tuple[Task, ...]]:
-    environment = build_environment(config.environment)
+    try:
+        environment = build_environment(config.environment)
+    except ValueError as error:  # settings that only the environment can judge
+        raise TaskError(str(error)) from error
     TaskSource(environment, "train", config.seed).first(1)
     return environment, tuple(TaskSource(environment, "eval", config.seed).first(config.evaluation.tasks))
 

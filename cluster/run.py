@@ -108,7 +108,7 @@ async def train(preparation: Preparation, display: Display) -> None:
     """The whole of ``python -m cluster train``. Raises ClusterError, LearnerError; what was saved and how to go on has been said by then."""
     config, state = preparation.config, start_state(preparation)
     tracker = _track(preparation, state)
-    with _ending(tracker, preparation, display):
+    with _ending(tracker, display), _resumable(preparation, display):
         display.say(f"starting {config.rollout.workers} rollout worker(s) and {config.learner.workers} learner rank(s): {preparation.run_dir}")
         async with training_cluster(preparation) as cluster:
             await train_on(cluster, preparation, tracker, display, replace(state, tracking_run_id=tracker.run_id))
@@ -135,7 +135,7 @@ async def evaluate(preparation: Preparation, display: Display) -> None:
     """The whole of ``python -m cluster evaluate``: memory off and on, for the base model or a checkpoint, without a learner."""
     state = start_state(preparation)
     tracker = _track(preparation, replace(state, tracking_run_id=""))
-    with _ending(tracker, preparation, display):
+    with _ending(tracker, display):
         source = "the base model" if preparation.checkpoint is None else str(preparation.checkpoint.folder)
         display.say(f"starting {preparation.config.rollout.workers} rollout worker(s) to evaluate {source}")
         async with evaluation_cluster(preparation) as workers:
@@ -190,8 +190,8 @@ def _track(preparation: Preparation, state: TrainState) -> Tracker:
 
 
 @contextmanager
-def _ending(tracker: Tracker, preparation: Preparation, display: Display) -> Iterator[None]:
-    """End the tracked run with the right status, and tell an interrupted user what is saved and how to go on."""
+def _ending(tracker: Tracker, display: Display) -> Iterator[None]:
+    """End the tracked run with the right status, also when it failed or was stopped."""
     status: RunStatus = "FAILED"
     try:
         yield
@@ -201,11 +201,19 @@ def _ending(tracker: Tracker, preparation: Preparation, display: Display) -> Ite
         raise
     finally:
         _finish(tracker, status, display)
-        if status != "FINISHED":
-            saved = list_checkpoints(preparation.run_dir)
-            display.say(f"saved: {saved[-1]}" if saved else f"no checkpoint was saved; the rows measured so far are in {preparation.run_dir}")
-            if saved:
-                display.say(f"to go on: python -m cluster train {preparation.config_path} resume={saved[-1]}")
+
+
+@contextmanager
+def _resumable(preparation: Preparation, display: Display) -> Iterator[None]:
+    """Tell the user of a training run that broke or was stopped what is saved and how to go on."""
+    try:
+        yield
+    except BaseException:
+        saved = list_checkpoints(preparation.run_dir)
+        display.say(f"saved: {saved[-1]}" if saved else f"no checkpoint was saved; the rows measured so far are in {preparation.run_dir}")
+        if saved:
+            display.say(f"to go on: python -m cluster train {preparation.config_path} resume={saved[-1]}")
+        raise
 
 
 def _finish(tracker: Tracker, status: RunStatus, display: Display) -> None:

@@ -161,9 +161,7 @@ def _check_resources(config: RunConfig, needed: Demand) -> None:
 def _cause(error: Exception) -> str:
     """The exception that the actor raised, in one line, without Ray's copy of the traceback."""
     cause = getattr(error, "cause", None)
-    if cause is not None:
-        return f"{type(cause).__name__}: {_first_line(cause)}"
-    return _first_line(error)
+    return _first_line(error) if cause is None else f"{type(cause).__name__}: {' '.join(str(cause).split())}"
 
 
 def _first_line(error: object) -> str:

@@ -72,7 +72,7 @@ def test_a_late_actor_is_named(actor: Any) -> None:
 def test_a_refusal_is_one_line_with_its_cause(actor: Any) -> None:
     with pytest.raises(WorkerLost) as caught:
         wait(actor, "refuse")
-    assert str(caught.value) == "worker-3 failed in task t9: ValueError: names are missing"
+    assert str(caught.value) == "worker-3 failed in task t9: ValueError: names are missing and more"
 
 
 def test_a_dead_actor_is_named(actor: Any) -> None:

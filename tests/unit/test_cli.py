@@ -88,6 +88,11 @@ def test_a_malformed_locomo_file_names_item_and_field(tmp_path: Path, capsys: py
     assert not (tmp_path / "runs").exists()
 
 
+def test_settings_that_only_the_environment_can_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = failure(capsys, "train", QUICKSTART, "environment.recall.sessions=5000", f"output_dir={tmp_path}")
+    assert "recall.sessions" in message
+
+
 def test_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no-such-model" in failure(capsys, "train", QUICKSTART, "model.name=./no-such-model", f"output_dir={tmp_path}")
     assert list(tmp_path.iterdir()) == []
