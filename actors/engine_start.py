@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The slot widths that vLLM 0.32 accepts; a smaller rank is padded with zeros."""
 
+_PREFILL_TOKENS = 64
+"""Tokens of one engine step on CPU, per slot: enough for a good matmul, few enough that running requests go on."""
+
 PACKED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 """vLLM holds these two as one matrix (Llama, Mistral, Qwen2, Qwen3)."""
 
@@ -89,6 +92,9 @@ def build_engine(model_path: str | os.PathLike[str], model: ModelConfig, engine:
         generation_config="vllm",  # never the model's own penalties and temperatures
         max_model_len=engine.max_model_tokens,
         max_num_seqs=engine.slots,
+        # vLLM 0.32 rewinds a seeded request's generator after a partial prefill, which CPU generators cannot do: the engine dies. So no partial ones.
+        enable_chunked_prefill=not on_cpu,
+        max_num_batched_tokens=max(engine.max_model_tokens, _PREFILL_TOKENS * engine.slots) if on_cpu else None,
         enforce_eager=engine.enforce_eager or on_cpu,  # compiling takes minutes on CPU, and vLLM turns it off there with adapters anyway
         enable_prefix_caching=True,
         kv_cache_memory_bytes=int(engine.kv_cache_gib * 2**30) if on_cpu else None,

@@ -76,6 +76,20 @@ def test_the_base_model_is_transformers(policy: VLLMPolicy, reference: Reference
     assert table[len(ids) - 1 : -1].argmax(-1).tolist() == list(generation.token_ids)
 
 
+def test_more_prompt_tokens_than_one_step_takes_with_seeded_sampling(policy: VLLMPolicy) -> None:
+    """Several prompts do not fit into one step together. A partial prefill of a seeded request would kill vLLM's engine on CPU."""
+    prompts = [prompt(30 + place, LIMIT - 20) for place in range(SLOTS)]
+
+    async def sample() -> list[tuple[int, ...]]:
+        sampled = [policy.generate(ids, Sampling(1.0, 4, seed=place), base(policy)) for place, ids in enumerate(prompts)]
+        return [generation.token_ids for generation in await asyncio.gather(*sampled)]
+
+    async def one_by_one() -> list[tuple[int, ...]]:
+        return [(await policy.generate(ids, Sampling(1.0, 4, seed=place), base(policy))).token_ids for place, ids in enumerate(prompts)]
+
+    assert run(sample()) == run(one_by_one())  # and a request's seed alone decides what it samples
+
+
 def test_zero_delta_and_reset_are_the_base_model_to_the_bit(policy: VLLMPolicy, basis: Basis) -> None:
     ids = prompt(1, 90)
 
