@@ -166,7 +166,9 @@ def _overlay(assignment: _Assignment) -> DictConfig:
     nested: Any = assignment.value
     for name in reversed(assignment.key.split(".")):
         nested = {name: nested}
-    return OmegaConf.create(nested)
+    overlay = OmegaConf.create(nested)
+    assert isinstance(overlay, DictConfig)
+    return overlay
 
 
 def _check_resolves(merged: Any, assignment: _Assignment) -> None:

@@ -63,7 +63,8 @@ class EnvironmentConfig:
     conversation: ConversationConfig = field(default_factory=ConversationConfig)
 
     def __post_init__(self) -> None:
-        require(self.name != "conversation" or self.conversation.path != "", "conversation.path", "", "a LoCoMo file for this environment")
+        path = self.conversation.path
+        require(self.name != "conversation" or path != "", "conversation.path", path, "a LoCoMo file where environment.name is conversation")
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,7 @@ class FastWeightsConfig:
 
 @dataclass(frozen=True)
 class WriteConfig:
-    """The write operator T: a few SFT steps on the flashcards. The defaults are the paper's; the loss mask (answers only) is our choice.
-    A write whose loss is not finite or ends above ``max_loss_ratio`` times its start is rolled back and counted.
-    """
+    """The write operator T: SFT on the flashcards' answers. A loss not finite, or over ``max_loss_ratio`` times its start, is rolled back."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
     learning_rate: float = 5e-4

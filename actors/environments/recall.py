@@ -82,7 +82,7 @@ class RecallEnvironment:
             sentences = [fact.sentence for fact in chunk] + rng.sample(FILLERS, min(config.filler_sentences, len(FILLERS)))
             rng.shuffle(sentences)
             sessions.append(" ".join(sentences))
-        asked = rng.sample(facts, config.questions)
+        asked = _asked(rng, chunks, config.questions)
         payload = {
             "sessions": sessions,
             "facts": [fact.as_json() for fact in facts],
@@ -152,6 +152,13 @@ def _facts(rng: random.Random, split: Split, people: list[str]) -> list[_Fact]:
             )
         )
     return facts
+
+
+def _asked(rng: random.Random, chunks: list[list[_Fact]], questions: int) -> list[_Fact]:
+    """The facts to ask about, in random order, spread over the sessions: none is asked about twice before each is asked about once."""
+    shuffled = [rng.sample(chunk, len(chunk)) for chunk in rng.sample(chunks, len(chunks))]
+    dealt = [fact for one_of_each in zip(*shuffled, strict=True) for fact in one_of_each]
+    return rng.sample(dealt[:questions], questions)
 
 
 def _field(task: Task, name: str) -> list[Any]:

@@ -30,6 +30,14 @@ def test_position_and_seed_alone_determine_a_task() -> None:
     assert len({task.id for task in _tasks("train", 50)}) == 50
 
 
+def test_questions_are_spread_over_the_sessions() -> None:
+    for task in _tasks("train", 40):
+        asked = {question["question"] for question in task.payload["questions"]}
+        facts = [fact["question"] in asked for fact in task.payload["facts"]]
+        per_session = [sum(facts[place : place + 2]) for place in range(0, 6, 2)]
+        assert sum(per_session) == 4 and min(per_session) >= 1  # four questions, three sessions
+
+
 def test_a_task_is_the_same_in_another_process() -> None:
     """Python's own hashing differs by process; what a task holds must not. A change of the word lists changes this, on purpose."""
     (task,) = _tasks("train", 1)
@@ -37,7 +45,7 @@ def test_a_task_is_the_same_in_another_process() -> None:
     assert json.loads(json.dumps(task.payload)) == task.payload
 
 
-PINNED_QUESTION = {"question": "What is Hugo's hobby?", "answer": "swimming", "relation": "hobby"}
+PINNED_QUESTION = {"question": "What does Thomas do for a living?", "answer": "judge", "relation": "job"}
 
 
 def test_train_and_eval_share_no_person_and_no_answer() -> None:
