@@ -1,4 +1,4 @@
-"""One episode: observe, act, and when the context is full extract, write, clear, continue (TMEM, arXiv 2606.04536, section 3; method.md 1)."""
+"""One episode: observe, act, and when the context is full extract, write, clear, continue (TMEM, arXiv 2606.04536)."""
 
 from __future__ import annotations
 

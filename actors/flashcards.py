@@ -1,4 +1,4 @@
-"""Flashcards as text: the memory-writing prompt, a parser that forgives, and the training example of one card (method.md section 3).
+"""Flashcards as text: the memory-writing prompt, a parser that forgives, and the training example of one card (TMEM, arXiv 2606.04536).
 
 Invariant: `parse_flashcards` never raises, whatever the model wrote, and says what was wrong when nothing could be used. The prompt's wording is our
 own.

@@ -45,7 +45,7 @@ class Policy(Protocol):
 
 
 class FastWeightWriter(Protocol):
-    """T of method.md 1: examples of many episodes -> the next revision of each, as one batched computation."""
+    """The write operator T of TMEM, arXiv 2606.04536: examples of many episodes -> the next revision of each, as one batched computation."""
 
     def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:
         """One result per request, in order. Episodes never influence each other's result. Raises WriterError."""

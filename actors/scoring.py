@@ -1,6 +1,6 @@
 """Token F1 and exact match of short answers: the plain scorer (paper's) and LoCoMo's official one. Pure functions, every score in 0..1.
 
-The official rules follow method.md section 6 (LoCoMo, arXiv 2402.17753; behaviour of its public evaluation). A side without any token scores 0.
+The official rules are those of LoCoMo's public evaluation (arXiv 2402.17753). A side without any token scores 0.
 """
 
 from __future__ import annotations

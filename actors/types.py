@@ -73,7 +73,7 @@ class AdapterKey:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FastWeights:
-    """The B matrices of one revision (method.md 2): W + B A acts, A is the basis named ``basis_id``.
+    """The B matrices of one revision (TMEM, arXiv 2606.04536): W + B A acts, A is the basis named ``basis_id``.
 
     ``b`` maps a full module name ("model.layers.26.mlp.gate_proj") to float32 [d_out, rank]. Revision 0 is Delta = 0 and has an empty ``b``.
     """

@@ -69,7 +69,7 @@ class EnvironmentConfig:
 
 @dataclass(frozen=True)
 class FastWeightsConfig:
-    """The adapter that an episode writes (method.md 2). The defaults are the paper's."""
+    """The adapter that an episode writes (TMEM, arXiv 2606.04536). The defaults are the paper's."""
 
     rank: int = 6  # of A and B
     last_layers: int = 4  # how many decoder layers, from the end
@@ -161,7 +161,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The stop-gradient GRPO update (method.md 4). Clip, KL, std division and importance correction are unpublished: our choices."""
+    """The stop-gradient GRPO update (TMEM, arXiv 2606.04536). Clip, KL, std division and importance correction are unpublished: our choices."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2

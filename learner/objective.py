@@ -1,4 +1,4 @@
-"""The stop-gradient policy objective as a pure function of one value per sampled token (method.md 4; TMEM, arXiv 2606.04536).
+"""The stop-gradient policy objective as a pure function of one value per sampled token (TMEM, arXiv 2606.04536).
 
     rho    = pi_{theta + sg(Delta)}(y) / pi_{theta_old + sg(Delta)}(y)            the PPO ratio, learner over learner
     w      = min(pi_{theta_old + sg(Delta)}(y) / pi_engine(y), cap), detached     truncated importance sampling: engine rounding and staleness

@@ -21,7 +21,7 @@ class LearnerError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredTrajectory:
-    """An episode and its advantage A_hat: the same for every sampled token of it, extraction tokens included (method.md 4)."""
+    """An episode and its advantage A_hat: the same for every sampled token of it, extraction tokens included (TMEM, arXiv 2606.04536)."""
 
     trajectory: Trajectory
     advantage: float

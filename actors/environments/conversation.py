@@ -1,4 +1,4 @@
-"""Long conversations over many sessions, then questions: LoCoMo's schema (method.md section 6; LoCoMo, arXiv 2402.17753) from a file the user gives.
+"""Long conversations over many sessions, then questions: LoCoMo's schema (arXiv 2402.17753) from a file the user gives.
 
 Every session is told in pieces of whole turns, each piece under its date; then come the question or questions. Train and eval split by conversation.
 Both scorers are always reported in ``Answer.scores``: official_f1, plain_f1, em; ``f1`` is the configured one, and the reward its mean.

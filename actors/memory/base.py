@@ -1,4 +1,4 @@
-"""What happens when the context is full: one policy a file, all of them parts of the same episode loop (method.md sections 1 and 5).
+"""What happens when the context is full: one policy a file, all of them parts of the same episode loop.
 
 run_episode --observes--> Agent.context        when it holds more than max_context_tokens:
                               ^  |
@@ -97,7 +97,7 @@ class Memory(Protocol):
 
 
 def is_full(agent: Agent, memory: Memory, incoming: int) -> bool:
-    """The trigger of method.md 1: more than L_max tokens, and something there to be moved out."""
+    """The trigger (TMEM, arXiv 2606.04536): more than L_max tokens, and something there to be moved out."""
     return len(agent.context) + incoming > memory.max_context_tokens and not agent.context.is_fresh
 
 

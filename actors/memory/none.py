@@ -1,4 +1,4 @@
-"""No memory: the context keeps its last L_max tokens (the rows "no memory", with a large L_max, and "truncation" of method.md 5)."""
+"""No memory: the context keeps its last L_max tokens (the rows "no memory", with a large L_max, and "truncation" of the comparison)."""
 
 from __future__ import annotations
 

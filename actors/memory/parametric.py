@@ -1,6 +1,6 @@
 """Parametric memory: flashcards of the full context are written into the fast weights and the context is cleared.
 
-Method: TMEM, arXiv 2606.04536, method.md sections 1 and 3. Rows: TMEM, and question-blind, where the memory-writing prompt leaves the question out.
+Method: TMEM, arXiv 2606.04536. Rows: TMEM, and question-blind, where the memory-writing prompt leaves the question out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Invariants of the stop-gradient update (method.md 4) on a small model, through the learner's public verbs."""
+"""Invariants of the stop-gradient update (TMEM, arXiv 2606.04536) on a small model, through the learner's public verbs."""
 
 from __future__ import annotations
 
