@@ -42,7 +42,7 @@ class Comparison:
         elif d.mean > 0:
             verdict = "a significant gain."
         else:
-            verdict = "a significant LOSS: the policy got worse."
+            verdict = "a significant LOSS."
         return f"{self.after} against {self.before}: {figures}: {verdict}"
 
 
