@@ -22,7 +22,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``gpu`` where there is none; torch is imported only to find out."""
+    """Skip what is marked ``gpu`` where there is none (torch is imported only to find out), and run vLLM's own tests last.
+
+    An engine that ends takes its process's torch.distributed with it, and DeepSpeed in the same process holds on to groups that are gone.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("engine_in_process") is not None)  # stable
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -19,6 +19,7 @@ from actors.types import AdapterKey, FastWeights, Probe, Sampling
 from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig
 from tests.integration.engine_reference import Reference, distance, prompt, written
 
+pytestmark = pytest.mark.engine_in_process
 T = TypeVar("T")
 SLOTS = 4
 LIMIT = 512

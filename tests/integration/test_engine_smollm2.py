@@ -16,6 +16,7 @@ from actors.types import AdapterKey, Probe, Sampling
 from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig
 from tests.integration.engine_reference import Reference, distance, prompt, written
 
+pytestmark = pytest.mark.engine_in_process
 SIZE = 4e-3  # of B: what a few Adam steps leave on this model
 
 

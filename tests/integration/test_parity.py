@@ -24,6 +24,7 @@ from learner.batch import pad
 from learner.model import PolicyModel, load_model
 from learner.types import Row
 
+pytestmark = pytest.mark.engine_in_process
 STOP = 2
 EXACT = 1e-3  # nats, float32
 SAMPLING = Sampling(temperature=1.0, max_tokens=24, seed=3)
