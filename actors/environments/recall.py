@@ -54,6 +54,8 @@ class RecallEnvironment:
         room = min(len(names) for names in PEOPLE.values())
         if facts > room:
             raise ValueError(f"recall.sessions * recall.facts_per_session={facts} is not allowed: it must be at most {room}, one person a fact")
+        if config.filler_sentences > len(FILLERS):
+            raise ValueError(f"recall.filler_sentences={config.filler_sentences} is not allowed: it must be at most {len(FILLERS)}, lower it")
         self._config = config
 
     def tasks(self, split: Split, seed: int, start: int) -> Iterator[Task]:
@@ -79,7 +81,7 @@ class RecallEnvironment:
         chunks = [facts[i * config.facts_per_session : (i + 1) * config.facts_per_session] for i in range(config.sessions)]
         sessions = []
         for chunk in chunks:
-            sentences = [fact.sentence for fact in chunk] + rng.sample(FILLERS, min(config.filler_sentences, len(FILLERS)))
+            sentences = [fact.sentence for fact in chunk] + rng.sample(FILLERS, config.filler_sentences)
             rng.shuffle(sentences)
             sessions.append(" ".join(sentences))
         asked = _asked(rng, chunks, config.questions)

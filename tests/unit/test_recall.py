@@ -119,3 +119,9 @@ def test_bad_input_is_refused_in_one_line() -> None:
 
 def test_the_factory_builds_it() -> None:
     assert build_environment(EnvironmentConfig()).name == "recall"
+
+
+def test_more_small_talk_than_there_is_is_refused() -> None:
+    RecallEnvironment(RecallConfig(filler_sentences=len(FILLERS)))
+    with pytest.raises(ValueError, match=r"recall\.filler_sentences=\d+ is not allowed: it must be at most"):
+        RecallEnvironment(RecallConfig(filler_sentences=len(FILLERS) + 1))
