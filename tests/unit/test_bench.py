@@ -1,0 +1,98 @@
+"""The harness of `python -m cluster bench`, without any engine: turns, children, ratios, reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.bench.harness import child, in_turns
+from cluster.bench.report import as_json, case_cells, markdown, metrics
+from cluster.bench.suite import SUITE, find
+from cluster.bench.values import BenchError, Case, Goal, Outcome, Table, Timing
+from cluster.cli import EXIT_USAGE, main
+
+
+def case(goal: Goal | None) -> Case:
+    return Case("eight | episodes", "PEFT loop", "writer", "s", (6.0, 12.0, 8.0), (1.0, 2.0, 2.0), "baseline/candidate", goal, "a note")
+
+
+def test_a_ratio_is_the_median_over_pairs_and_a_missed_goal_is_shown() -> None:
+    assert case(None).ratios.median == 6.0
+    assert case_cells(case(Goal("at least", 5)))[-1] == "met"
+    assert case_cells(case(Goal("at least", 7)))[-1] == "MISSED"
+    assert case_cells(case(Goal("at most", 5)))[-1] == "MISSED"
+    assert case_cells(case(None))[-2:] == ("-", "")
+
+
+def test_a_case_without_its_baseline_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 values of the baseline, 0 of the candidate"):
+        Case("x", "a", "b", "s", (1.0,), (), "baseline/candidate", None)
+
+
+def test_turns_alternate_after_a_warm_up_and_swap_their_order() -> None:
+    order: list[str] = []
+
+    def work(name: str) -> Timing:
+        order.append(name)
+        return Timing(1.0, 1.0)
+
+    timings = in_turns({"a": lambda: work("a"), "b": lambda: work("b")}, repeats=3)
+    assert order == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    assert len(timings["a"]) == len(timings["b"]) == 3
+
+
+class Held:
+    def __init__(self, start: int) -> None:
+        if start < 0:
+            raise ValueError(f"start={start} is not allowed")
+        self.number = start
+
+    def add(self, more: int) -> int:
+        self.number += more
+        return self.number
+
+    def nap(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def die(self) -> None:
+        os._exit(3)
+
+
+def test_a_child_holds_its_object_between_calls_and_names_what_failed() -> None:
+    with child("adder", Held, (1,)) as one:
+        assert one.call("add", (2,), 60) == 3
+        assert one.call("add", (2,), 60) == 5
+        with pytest.raises(BenchError, match="adder: add failed: TypeError"):
+            one.call("add", ("x",), 60)
+        with pytest.raises(BenchError, match=r"adder: nap took longer than 0 s"):
+            one.call("nap", (30.0,), 0.2)
+
+
+def test_a_child_that_dies_or_does_not_start_ends_the_wait() -> None:
+    with child("mortal", Held, (1,)) as one, pytest.raises(BenchError, match="mortal died during die"):
+        one.call("die", (), 60)
+    with pytest.raises(BenchError, match="its start failed: ValueError: start=-1 is not allowed"), child("unborn", Held, (-1,)):
+        pass
+
+
+def test_the_report_holds_every_value_and_says_what_it_compared(tmp_path: Path) -> None:
+    outcome = Outcome((case(Goal("at least", 7)),), (Table("Memory", ("rows", "MiB"), (("8", "12"),)),), (tmp_path / "plot.png",), {"rate": 0.5})
+    text = markdown({"machine": "two cores"}, {"writer": outcome}, {"writer": "one against the other"})
+    assert "one against the other." in text
+    assert r"| eight \| episodes | PEFT loop: 8 s | writer: 2 s | baseline/candidate 6 [5, 6] | at least 7 | MISSED |" in text
+    assert "- eight | episodes: a note" in text
+    assert "| 8 | 12 |" in text and "![plot](plot.png)" in text
+    data = json.loads(as_json({}, {"writer": outcome}))["benchmarks"]["writer"]
+    assert data["cases"][0]["baseline_values"] == [6.0, 12.0, 8.0]
+    assert metrics("writer", outcome) == {"bench/writer/eight___episodes": 6.0, "bench/writer/rate": 0.5}
+
+
+def test_benchmarks_are_found_by_name_and_a_wrong_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert find(()) == SUITE
+    assert [entry.name for entry in find(("refresh", "writer"))] == ["writer", "refresh"]
+    assert main(["bench", "writr", "--no-tracking"]) == EXIT_USAGE
+    assert "error: no benchmark 'writr': there are writer, revisions" in capsys.readouterr().err
