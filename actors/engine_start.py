@@ -25,6 +25,7 @@ from actors.types import PolicyVersion
 from configs.schema import EngineConfig, ModelConfig
 
 if TYPE_CHECKING:
+    from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -74,16 +75,13 @@ def engine_modules(modules: Sequence[str]) -> list[str]:
     return sorted(set(renamed))
 
 
-def build_engine(model_path: str | os.PathLike[str], model: ModelConfig, engine: EngineConfig, basis: Basis, *, threads: int, seed: int) -> LLMEngine:
-    """An LLMEngine with ``engine.slots`` adapter slots whose worker knows ``basis``. Raises EngineError, or what vLLM raises."""
+def engine_arguments(model_path: str | os.PathLike[str], model: ModelConfig, engine: EngineConfig, basis: Basis, seed: int) -> EngineArgs:
+    """All that vLLM is told: ``engine.slots`` requests at once, each under an adapter of its own on the matrices of ``basis``."""
     from vllm import EngineArgs
     from vllm.platforms import current_platform
-    from vllm.v1.engine.llm_engine import LLMEngine
 
     on_cpu = current_platform.is_cpu()
-    torch.set_num_threads(threads)
-    set_num_threads = torch.set_num_threads
-    arguments = EngineArgs(
+    return EngineArgs(
         model=str(model_path),
         skip_tokenizer_init=True,
         trust_remote_code=model.trust_remote_code,
@@ -109,10 +107,23 @@ def build_engine(model_path: str | os.PathLike[str], model: ModelConfig, engine:
         weight_transfer_config={"backend": "engram"},
         disable_log_stats=True,
     )
+
+
+def start_engine(arguments: EngineArgs, threads: int) -> LLMEngine:
+    """vLLM's engine as ``arguments`` say, on this thread with ``threads`` CPU threads. Raises what vLLM raises."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    torch.set_num_threads(threads)
+    set_num_threads = torch.set_num_threads
     try:
-        built = LLMEngine.from_engine_args(arguments)
+        return LLMEngine.from_engine_args(arguments)
     finally:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker turns it into a warning for the whole process
+
+
+def build_engine(model_path: str | os.PathLike[str], model: ModelConfig, engine: EngineConfig, basis: Basis, *, threads: int, seed: int) -> LLMEngine:
+    """An LLMEngine with ``engine.slots`` adapter slots whose worker knows ``basis``. Raises EngineError, or what vLLM raises."""
+    built = start_engine(engine_arguments(model_path, model, engine, basis, seed), threads)
     built.collective_rpc("engram_setup", args=(dict(basis.a),))
     return built
 
