@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from actors.engine_adapters import AdapterTable
-from actors.engine_loop import StepLoop
+from actors.engine_loop import Phase, RequestKind, StepLoop
 from actors.engine_start import build_engine, load_weights, prepare_environment, read_vocabulary, shut_down
 from actors.fast_weights import Basis, BasisError, check
 from actors.protocols import EngineError, ReceiptError
@@ -55,7 +55,10 @@ class RefreshReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counted since the engine started. An *unseen* receipt passed, but the write moved the probe by less than the tolerance: it proves little."""
+    """Counted since the engine started. An *unseen* receipt passed, but the write moved the probe by less than the tolerance: it proves little.
+
+    ``seconds`` are the step thread's by phase, see engine_loop.LoopTimes. ``install_seconds`` are the callers', their waits and receipts included.
+    """
 
     prompt_tokens: int
     generated_tokens: int
@@ -66,8 +69,7 @@ class EngineStats:
     install_seconds: float
     refreshes: int
     steps: int
-    busy_seconds: float
-    idle_seconds: float
+    seconds: Mapping[Phase, float]
 
 
 @dataclass(slots=True)
@@ -121,7 +123,7 @@ class VLLMPolicy:
         room in ``engine.max_model_tokens``, or a dead engine. The generation ends with reason "length" where that limit cuts it short.
         """
         parameters = _parameters(sampling.temperature, sampling.max_tokens, sampling.seed, self._stop, prompt_logprobs=False)
-        output = await self._run(prompt_ids, parameters, adapter)
+        output = await self._run(prompt_ids, parameters, adapter, sampling.kind)
         sampled = output.outputs[0]
         reason: FinishReason = "stop" if sampled.finish_reason == "stop" else "length"
         self._counters.generated_tokens += len(sampled.token_ids)
@@ -129,7 +131,7 @@ class VLLMPolicy:
 
     async def score(self, token_ids: Sequence[int], adapter: AdapterKey) -> list[float]:
         """Log-probs (T = 1) of tokens 1..n-1 of ``token_ids``, each given those before it, under ``adapter``. Raises EngineError as ``generate``."""
-        output = await self._run(token_ids, _parameters(0.0, 1, 0, (), prompt_logprobs=True), adapter)
+        output = await self._run(token_ids, _parameters(0.0, 1, 0, (), prompt_logprobs=True), adapter, "receipt")
         return list(output.prompt_logprobs.logprobs)
 
     async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
@@ -147,20 +149,20 @@ class VLLMPolicy:
         except BasisError as error:
             raise EngineError(f"cannot install {key.name}: {error}") from error
         b = {module: torch.tensor(matrix, dtype=torch.float32) for module, matrix in weights.b.items()}
-        await asyncio.wrap_future(self._loop.call(lambda engine: self._table.put(engine, key, b)))
+        await asyncio.wrap_future(self._loop.call(lambda engine: self._table.put(engine, key, b), "install"))
         self._counters.installs += 1
         try:
             if probe is not None and self._config.receipts == "always":
                 await self._demand_receipt(key, probe)
         except BaseException:  # a failed receipt, or the caller went away: the name stays used, the adapter goes
-            self._loop.post(lambda engine: self._table.drop(engine, [key], self._loop.running_labels()))
+            self._loop.post(lambda engine: self._table.drop(engine, [key], self._loop.running_labels()), "install")
             raise
         finally:
             self._counters.install_seconds += time.perf_counter() - started
 
     async def release(self, keys: Sequence[AdapterKey]) -> None:
         """Forget adapters. Unknown ones and revision 0 are passed over; one with unfinished requests goes when the last of them ends."""
-        await asyncio.wrap_future(self._loop.call(lambda engine: self._table.drop(engine, keys, self._loop.running_labels())))
+        await asyncio.wrap_future(self._loop.call(lambda engine: self._table.drop(engine, keys, self._loop.running_labels()), "install"))
 
     async def refresh(self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor]) -> RefreshReport:
         """Replace theta by ``tensors`` (Hugging Face names, all of them; a tied lm_head may be left out) and call it ``version``.
@@ -168,7 +170,7 @@ class VLLMPolicy:
         Afterwards every adapter of the old version is unknown and the prefix cache is empty. Raises EngineError, with the engine as it was, when
         requests run, the version goes backwards, or names are missing or unknown; when loading itself fails the engine is dead.
         """
-        done = self._loop.call(lambda engine: self._refresh(engine, version, tensors))
+        done = self._loop.call(lambda engine: self._refresh(engine, version, tensors), "refresh")
         try:
             return await asyncio.wait_for(asyncio.wrap_future(done), REFRESH_TIMEOUT_S)
         except TimeoutError as error:
@@ -186,8 +188,7 @@ class VLLMPolicy:
             install_seconds=c.install_seconds,
             refreshes=c.refreshes,
             steps=times.steps,
-            busy_seconds=times.busy_s,
-            idle_seconds=times.idle_s,
+            seconds=times.seconds,
         )
 
     def close(self) -> None:
@@ -196,7 +197,7 @@ class VLLMPolicy:
 
     # --- on the caller's event loop ------------------------------------------------------------------------------------------------------------
 
-    async def _run(self, token_ids: Sequence[int], parameters: SamplingParams, adapter: AdapterKey) -> Any:
+    async def _run(self, token_ids: Sequence[int], parameters: SamplingParams, adapter: AdapterKey, kind: RequestKind) -> Any:
         ids = list(token_ids)
         limit = self._config.max_model_tokens
         if not 0 < len(ids) < limit:
@@ -207,7 +208,7 @@ class VLLMPolicy:
             )
         request_id = str(next(self._request_ids))
         add = functools.partial(self._add, request_id=request_id, ids=ids, parameters=parameters, adapter=adapter)
-        output = await asyncio.wrap_future(self._loop.request(request_id, adapter.name, add))
+        output = await asyncio.wrap_future(self._loop.request(request_id, adapter.name, kind, len(ids), add))
         self._counters.prompt_tokens += len(ids)
         return output
 

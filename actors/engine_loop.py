@@ -1,9 +1,10 @@
 """A thread of its own for a stepping engine: callers hand it work, it runs the work between two steps.
 
     caller (any thread, any event loop)                      step thread
-    call(f)            -> Future of f(engine)       --->     run everything that waits, then one engine.step(), and again
+    call(f, kind)      -> Future of f(engine)       --->     run everything that waits, then one engine.step(), and again
     request(id, add)   -> Future of the output      --->     add(engine); resolved when step() reports the request finished
     future.cancel()                                 --->     engine.abort_request([id])
+    times                                           <---     where every second of the step thread went, by phase
 
 Who waits for whom: the step thread waits (without a deadline) for callers when there is nothing to do; callers wait for the step thread and put
 their own deadline on the future. Work refuses by raising EngineError and must then have changed nothing; any other exception ends the thread. When
@@ -15,15 +16,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 
 from actors.protocols import EngineError
 
 T = TypeVar("T")
+
+RequestKind = Literal["act", "extract", "receipt"]
+WorkKind = Literal["write", "install", "refresh", "other"]
+Phase = RequestKind | WorkKind | Literal["idle"]
+PHASES: tuple[Phase, ...] = (*get_args(RequestKind), *get_args(WorkKind), "idle")
 
 
 class StepOutput(Protocol):
@@ -48,17 +54,38 @@ E = TypeVar("E", bound=StepEngine)
 
 @dataclass(frozen=True, slots=True)
 class LoopTimes:
-    """Steps taken, seconds inside them, and seconds waiting for work."""
+    """Steps taken, and the step thread's seconds by phase; all phases are there, and they sum to its wall time up to the work that runs now.
+
+    The phases of requests are the engine's steps: a step's seconds are shared out by the tokens that its running requests of each kind have to
+    compute in it (a prompt in its first step, one token in each later step; what the prefix cache saves is not known here). "idle" is waiting.
+    """
 
     steps: int
-    busy_s: float
-    idle_s: float
+    seconds: Mapping[Phase, float]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Running:
     done: Future[Any]
     label: str
+    kind: RequestKind
+    tokens: int  # to compute in the next step
+
+
+class _Account:
+    """Charges every second since it was made to a phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        self._since = time.perf_counter()
+
+    def charge(self, shares: Mapping[Phase, float]) -> None:
+        """What has passed since the last charge, in proportion to ``shares`` (positive)."""
+        now = time.perf_counter()
+        per_share = (now - self._since) / sum(shares.values())
+        for phase, share in shares.items():
+            self.seconds[phase] += share * per_share
+        self._since = now
 
 
 class StepLoop(Generic[E]):
@@ -71,11 +98,12 @@ class StepLoop(Generic[E]):
     def __init__(self, name: str, build: Callable[[], E], teardown: Callable[[E], None], start_timeout_s: float) -> None:
         self._name = name
         self._wake = threading.Condition()
-        self._work: deque[tuple[Future[Any], Callable[[E], Any]]] = deque()
+        self._work: deque[tuple[Future[Any], Callable[[E], Any], Phase]] = deque()
         self._requests: dict[str, _Running] = {}
         self._closing = False
         self._failure: str | None = None
-        self._times = LoopTimes(0, 0.0, 0.0)
+        self._steps = 0
+        self._account = _Account()
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(build, teardown, started), name=name, daemon=True)
         self._thread.start()
@@ -84,19 +112,14 @@ class StepLoop(Generic[E]):
         except FutureTimeoutError as error:
             raise EngineError(f"{name} did not start within {start_timeout_s:.0f} s: is the machine overloaded or out of memory?") from error
 
-    def call(self, work: Callable[[E], T]) -> Future[T]:
-        """Run ``work`` on the step thread before the next step; all work that waits is run in one go, in order."""
-        future: Future[T] = Future()
-        with self._wake:
-            self._check_alive()
-            self._work.append((future, work))
-            self._wake.notify()
-        return future
+    def call(self, work: Callable[[E], T], kind: WorkKind) -> Future[T]:
+        """Run ``work`` on the step thread before the next step, after all that waits already. ``kind`` is the phase that its seconds count as."""
+        return self._submit(work, kind)
 
-    def request(self, request_id: str, label: str, add: Callable[[E], None]) -> Future[Any]:
+    def request(self, request_id: str, label: str, kind: RequestKind, prompt_tokens: int, add: Callable[[E], None]) -> Future[Any]:
         """Add a request; the future gets the engine's finished output, or what ``add`` raised. Cancelling the future aborts the request.
 
-        ``label`` says what the request depends on, see ``running_labels``.
+        ``label`` says what the request depends on, see ``running_labels``. ``kind`` and ``prompt_tokens`` are for the account of ``times``.
         """
         done: Future[Any] = Future()
 
@@ -109,21 +132,21 @@ class StepLoop(Generic[E]):
                 if done.set_running_or_notify_cancel():
                     done.set_exception(error)
             else:
-                self._requests[request_id] = _Running(done, label)
+                self._requests[request_id] = _Running(done, label, kind, prompt_tokens)
 
         def stop(engine: E) -> None:
             if self._requests.pop(request_id, None) is not None:
                 engine.abort_request([request_id])
 
-        self.call(start)
-        done.add_done_callback(lambda future: self.post(stop) if future.cancelled() else None)
+        self._submit(start, kind)
+        done.add_done_callback(lambda future: self.post(stop, "other") if future.cancelled() else None)
         return done
 
-    def post(self, work: Callable[[E], None]) -> None:
+    def post(self, work: Callable[[E], None], kind: WorkKind) -> None:
         """As ``call``, for clean-up that nobody waits for: dropped when the loop is closed or dead."""
         with self._wake:
             if self._failure is None and not self._closing:
-                self._work.append((Future(), work))
+                self._work.append((Future(), work, kind))
                 self._wake.notify()
 
     def running_labels(self) -> set[str]:
@@ -132,7 +155,8 @@ class StepLoop(Generic[E]):
 
     @property
     def times(self) -> LoopTimes:
-        return self._times
+        """For any thread; a step or work that runs is counted when it ends."""
+        return LoopTimes(self._steps, dict(self._account.seconds))
 
     def close(self, timeout_s: float) -> None:
         """End the thread after its running step; what is pending fails. Safe to call twice."""
@@ -142,6 +166,14 @@ class StepLoop(Generic[E]):
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise EngineError(f"{self._name} did not stop within {timeout_s:.0f} s: a step of the engine hangs; end the process")
+
+    def _submit(self, work: Callable[[E], T], phase: Phase) -> Future[T]:
+        future: Future[T] = Future()
+        with self._wake:
+            self._check_alive()
+            self._work.append((future, work, phase))
+            self._wake.notify()
+        return future
 
     def _check_alive(self) -> None:
         if self._failure is not None:
@@ -156,6 +188,7 @@ class StepLoop(Generic[E]):
             self._die(_one_line(error))
             started.set_exception(error if isinstance(error, EngineError) else EngineError(f"{self._name} did not start: {_one_line(error)}"))
             return
+        self._account = _Account()  # the thread's life as a servant begins
         started.set_result(None)
         reason = "closed"
         try:
@@ -168,33 +201,42 @@ class StepLoop(Generic[E]):
     def _serve(self, engine: E) -> None:
         while True:
             with self._wake:
-                idle_since = time.perf_counter()
                 while not (self._work or self._closing or engine.has_unfinished_requests()):
                     self._wake.wait()
-                idle = time.perf_counter() - idle_since
+                self._account.charge({"idle": 1.0})
                 if self._closing:
                     return
                 work, self._work = self._work, deque()
-            for future, function in work:
-                self._perform(engine, future, function)
-            busy_since = time.perf_counter()
-            stepped = engine.has_unfinished_requests()
-            if stepped:
-                self._deliver(engine.step())
-            before = self._times
-            self._times = LoopTimes(before.steps + stepped, before.busy_s + time.perf_counter() - busy_since, before.idle_s + idle)
+            for future, function, phase in work:
+                self._perform(engine, future, function, phase)
+            if engine.has_unfinished_requests():
+                outputs = engine.step()
+                self._steps += 1
+                self._account.charge(self._shares())
+                self._deliver(outputs)
 
-    def _perform(self, engine: E, future: Future[Any], function: Callable[[E], Any]) -> None:
+    def _shares(self) -> dict[Phase, float]:
+        """Of the step that was just taken."""
+        tokens: dict[Phase, float] = {}
+        for running in self._requests.values():
+            tokens[running.kind] = tokens.get(running.kind, 0.0) + running.tokens
+            running.tokens = 1
+        return tokens or {"other": 1.0}
+
+    def _perform(self, engine: E, future: Future[Any], function: Callable[[E], Any], phase: Phase) -> None:
+        """Run one piece of work. It is charged before its caller hears of it, who may look at ``times``."""
         if not future.set_running_or_notify_cancel():
             return
         try:
             result = function(engine)
         except EngineError as error:  # refused: the engine is as it was
+            self._account.charge({phase: 1.0})
             future.set_exception(error)
         except BaseException as error:  # broke half-way: the caller learns first, then the thread ends
             future.set_exception(EngineError(f"{self._name} broke: {type(error).__name__}: {_one_line(error)}"))
             raise
         else:
+            self._account.charge({phase: 1.0})
             future.set_result(result)
 
     def _deliver(self, outputs: Sequence[StepOutput]) -> None:
@@ -207,7 +249,7 @@ class StepLoop(Generic[E]):
     def _die(self, reason: str) -> None:
         with self._wake:
             self._failure = reason
-            pending = [*(future for future, _ in self._work), *(running.done for running in self._requests.values())]
+            pending = [*(future for future, _, _ in self._work), *(running.done for running in self._requests.values())]
             self._work.clear()
             self._requests.clear()
         for future in pending:

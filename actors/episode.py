@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from actors.chat import ChatFormat
 from actors.environments.base import Environment, Session
@@ -47,9 +48,7 @@ class LiveActor:
         self.version: PolicyVersion = policy.version
         self.weights = FastWeights(basis_id=basis_id, revision=0, b={})
         self.revisions: list[FastWeights] = []
-        self.generate_s = 0.0
-        self.write_s = 0.0
-        self.install_s = 0.0
+        self.seconds: dict[Literal["act", "extract", "write", "install"], float] = {"act": 0.0, "extract": 0.0, "write": 0.0, "install": 0.0}
         self._policy = policy
         self._writer = writer
         self._spec = spec
@@ -63,11 +62,11 @@ class LiveActor:
                 f"episode {self._spec.episode_id} began on policy version {self.version} and the engine is at {self._policy.version}: "
                 "let its episodes end before a refresh"
             )
-        sampling = Sampling(self._spec.temperature, max_tokens, derived_seed(self._spec.seed, self._events))
+        sampling = Sampling(self._spec.temperature, max_tokens, derived_seed(self._spec.seed, self._events), kind)
         self._events += 1
         started = time.perf_counter()
         generation = await self._policy.generate(prompt_ids, sampling, self._key(self.weights))
-        self.generate_s += time.perf_counter() - started
+        self.seconds[kind] += time.perf_counter() - started
         return generation
 
     async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
@@ -75,10 +74,10 @@ class LiveActor:
         started = time.perf_counter()
         result = await self._writer.write(WriteRequest(self._spec.episode_id, self.weights, tuple(examples)))
         written = time.perf_counter()
-        self.write_s += written - started
+        self.seconds["write"] += written - started
         if result.outcome == "accepted":
             await self._install(result)
-            self.install_s += time.perf_counter() - written
+            self.seconds["install"] += time.perf_counter() - written
         return result
 
     async def close(self) -> None:
@@ -116,7 +115,6 @@ async def run_episode(
         await actor.close()
     outcome = session.outcome()
     total = time.perf_counter() - started
-    own = max(0.0, total - actor.generate_s - actor.write_s - actor.install_s)
     return Trajectory(
         task=spec.task,
         episode_id=spec.episode_id,
@@ -126,7 +124,7 @@ async def run_episode(
         writes=tuple(agent.writes),
         outcome=outcome,
         stop_reason=stop_reason,
-        timings=Timings(total=total, generate=actor.generate_s, write=actor.write_s, install=actor.install_s, environment=own),
+        timings=Timings(total=total, **actor.seconds, environment=total - sum(actor.seconds.values())),
     )
 
 

@@ -166,10 +166,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds of an episode by phase. ``total`` is wall time; the phases of concurrent episodes overlap."""
+    """Seconds of an episode by phase, waiting included. ``total`` is wall time; the phases of concurrent episodes overlap.
+
+    ``act`` and ``extract`` are sampling, ``write`` and ``install`` (with its receipt) the way from flashcards to an adapter that acts, and
+    ``environment`` is the rest: the environment's own work, chat templates and contexts. The phases sum to ``total``.
+    """
 
     total: float
-    generate: float
+    act: float
+    extract: float
     write: float
     install: float
     environment: float
@@ -228,11 +233,15 @@ class TrajectoryGroup:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one action is sampled. Temperature 0 is greedy. Log-probs are those of softmax(z / temperature); of softmax(z) when greedy."""
+    """How one action is sampled. Temperature 0 is greedy. Log-probs are those of softmax(z / temperature); of softmax(z) when greedy.
+
+    ``kind`` changes nothing about what is sampled: the engine accounts its time by it.
+    """
 
     temperature: float
     max_tokens: int
     seed: int
+    kind: SpanKind
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from actors.types import Trajectory, TrajectoryGroup, WriteRecord
+from actors.types import Timings, Trajectory, TrajectoryGroup, WriteRecord
 from actors.worker import WorkerReport
 from cluster.stream import Batch, Ledger
 from learner.types import StepReport, WarmStartReport
@@ -113,8 +113,8 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "rollout/sampled_tokens_per_episode": _mean(sampled),
         "rollout/cut_by_max_turns": float(sum(trajectory.stop_reason == "max_turns" for trajectory in trajectories)),
     }
-    for phase in ("total", "generate", "write", "install", "environment"):
-        metrics[f"timing_s/episode_{phase}"] = _mean([float(getattr(trajectory.timings, phase)) for trajectory in trajectories])
+    for field in fields(Timings):
+        metrics[f"timing_s/episode_{field.name}"] = _mean([float(getattr(trajectory.timings, field.name)) for trajectory in trajectories])
     return metrics
 
 
@@ -139,14 +139,14 @@ def worker_metrics(reports: Sequence[WorkerReport]) -> dict[str, float]:
     if not reports:
         return {}
     engines = [report.engine for report in reports]
-    running = sum(engine.busy_seconds + engine.idle_seconds for engine in engines)
+    alive = sum(sum(engine.seconds.values()) for engine in engines)
     return {
         "sync/drain_s": max(report.drain_s for report in reports),
         "sync/load_s": max(report.load_s for report in reports),
         "fast_weights/receipts_passed": float(sum(engine.receipts_passed for engine in engines)),
         "fast_weights/receipts_failed": float(sum(engine.receipts_failed for engine in engines)),
         "fast_weights/receipts_unseen": float(sum(engine.receipts_unseen for engine in engines)),
-        "perf/engine_busy_fraction": sum(engine.busy_seconds for engine in engines) / running if running > 0 else 0.0,
+        "perf/engine_busy_fraction": 1 - sum(engine.seconds["idle"] for engine in engines) / alive if alive > 0 else 0.0,
     }
 
 

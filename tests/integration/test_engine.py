@@ -51,7 +51,7 @@ def policy(tiny_model_path: Path, basis: Basis) -> Iterator[VLLMPolicy]:
 
 
 def greedy(tokens: int) -> Sampling:
-    return Sampling(temperature=0.0, max_tokens=tokens, seed=0)
+    return Sampling(temperature=0.0, max_tokens=tokens, seed=0, kind="act")
 
 
 def base(policy: VLLMPolicy) -> AdapterKey:
@@ -82,11 +82,11 @@ def test_more_prompt_tokens_than_one_step_takes_with_seeded_sampling(policy: VLL
     prompts = [prompt(30 + place, LIMIT - 20) for place in range(SLOTS)]
 
     async def sample() -> list[tuple[int, ...]]:
-        sampled = [policy.generate(ids, Sampling(1.0, 4, seed=place), base(policy)) for place, ids in enumerate(prompts)]
+        sampled = [policy.generate(ids, Sampling(1.0, 4, seed=place, kind="act"), base(policy)) for place, ids in enumerate(prompts)]
         return [generation.token_ids for generation in await asyncio.gather(*sampled)]
 
     async def one_by_one() -> list[tuple[int, ...]]:
-        return [(await policy.generate(ids, Sampling(1.0, 4, seed=place), base(policy))).token_ids for place, ids in enumerate(prompts)]
+        return [(await policy.generate(ids, Sampling(1.0, 4, seed=place, kind="act"), base(policy))).token_ids for place, ids in enumerate(prompts)]
 
     assert run(sample()) == run(one_by_one())  # and a request's seed alone decides what it samples
 
@@ -170,12 +170,14 @@ def test_sampling_returns_the_log_probs_of_the_tempered_distribution(policy: VLL
 
     async def story() -> None:
         name = await installed(policy, "tempered", weights)
-        first = await policy.generate(ids, Sampling(0.7, 20, seed=11), name)
+        first = await policy.generate(ids, Sampling(0.7, 20, seed=11, kind="act"), name)
         assert distance(first.logprobs, reference.of_generated(ids, first.token_ids, weights, temperature=0.7)) < EXACT
         assert distance(first.logprobs, reference.of_generated(ids, first.token_ids, weights)) > 20 * EXACT
-        assert await policy.generate(ids, Sampling(0.7, 20, seed=11), name) == first
-        assert (await policy.generate(ids, Sampling(0.7, 20, seed=12), name)).token_ids != first.token_ids
-        plain, greedy_too = await asyncio.gather(policy.generate(ids, Sampling(1.0, 20, 13), name), policy.generate(ids, greedy(20), name))
+        assert await policy.generate(ids, Sampling(0.7, 20, seed=11, kind="act"), name) == first
+        assert (await policy.generate(ids, Sampling(0.7, 20, seed=12, kind="act"), name)).token_ids != first.token_ids
+        plain, greedy_too = await asyncio.gather(
+            policy.generate(ids, Sampling(1.0, 20, 13, kind="act"), name), policy.generate(ids, greedy(20), name)
+        )
         assert distance(plain.logprobs, reference.of_generated(ids, plain.token_ids, weights)) < EXACT
         assert distance(greedy_too.logprobs, reference.of_generated(ids, greedy_too.token_ids, weights)) < EXACT
 
@@ -216,7 +218,7 @@ def test_a_receipt_passes_for_the_right_weights_and_fails_for_others(policy: VLL
     run(story())
     after = policy.stats()
     assert (after.receipts_passed - before.receipts_passed, after.receipts_failed - before.receipts_failed) == (1, 2)
-    assert after.installs - before.installs == 3 and after.steps > before.steps and after.busy_seconds > before.busy_seconds
+    assert after.installs - before.installs == 3 and after.steps > before.steps and after.seconds["receipt"] > before.seconds["receipt"]
 
 
 def test_bad_requests_are_one_line_and_harm_nobody(policy: VLLMPolicy, basis: Basis) -> None:
@@ -248,7 +250,7 @@ def test_bad_requests_are_one_line_and_harm_nobody(policy: VLLMPolicy, basis: Ba
 
 
 def test_a_prompt_near_the_limit_is_cut_and_says_so(policy: VLLMPolicy) -> None:
-    generation = run(policy.generate(prompt(10, LIMIT - 3), Sampling(1.0, 50, 3), base(policy)))
+    generation = run(policy.generate(prompt(10, LIMIT - 3), Sampling(1.0, 50, 3, kind="act"), base(policy)))
     assert generation.finish_reason == "length" and len(generation.token_ids) <= 3
 
 
@@ -268,13 +270,13 @@ def test_a_stop_token_ends_the_generation_and_is_kept(policy: VLLMPolicy, refere
 def test_cancelling_aborts_the_request_and_release_while_running_is_safe(policy: VLLMPolicy, basis: Basis) -> None:
     async def story() -> None:
         name = await installed(policy, "cancelled", written(basis, 1, 70, SIZE))
-        task = asyncio.create_task(policy.generate(prompt(12, 20), Sampling(1.0, 450, 1), name))
+        task = asyncio.create_task(policy.generate(prompt(12, 20), Sampling(1.0, 450, 1, kind="act"), name))
         await asyncio.sleep(0.2)
         await policy.release([name])  # still running under it
         await asyncio.sleep(0.1)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(task, timeout=0.05)
-        running = await asyncio.wrap_future(policy._loop.call(lambda engine: engine.get_num_unfinished_requests()))
+        running = await asyncio.wrap_future(policy._loop.call(lambda engine: engine.get_num_unfinished_requests(), "other"))
         assert running == 0
         assert (await policy.generate([5, 6], greedy(2), base(policy))).token_ids
 
@@ -296,7 +298,7 @@ def test_refresh_serves_the_new_weights_and_forgets_the_old_adapters(policy: VLL
             await policy.refresh(1, {name: tensor for name, tensor in new.items() if name != "model.layers.2.mlp.up_proj.weight"})
         with pytest.raises(EngineError, match="1 unknown, first extra"):
             await policy.refresh(1, {**new, "extra": new["model.norm.weight"]})
-        running = asyncio.create_task(policy.generate(prompt(14, 20), Sampling(1.0, 400, 1), base(policy)))
+        running = asyncio.create_task(policy.generate(prompt(14, 20), Sampling(1.0, 400, 1, kind="act"), base(policy)))
         await asyncio.sleep(0.1)
         with pytest.raises(EngineError, match="drain the worker"):
             await policy.refresh(1, new)
@@ -351,7 +353,7 @@ def test_the_workers_own_objects_carry_the_stand_ins(policy: VLLMPolicy) -> None
         assert wrapped.punica_wrapper is punica
         return manager._load_adapter, punica.add_lora_linear, sorted(adapters.modules)
 
-    load, linear, modules = policy._loop.call(look).result(timeout=30)
+    load, linear, modules = policy._loop.call(look, "other").result(timeout=30)
     assert load.__func__ is AdapterStore.load and linear.__func__ is add_lora_by_segment
     assert modules == sorted(f"model.layers.{layer}.mlp.{name}" for layer in (2, 3, 4, 5) for name in ("gate_up_proj", "down_proj"))
 

@@ -51,7 +51,7 @@ def test_episodes_with_receipts_act_as_in_transformers(policy: VLLMPolicy, refer
             with pytest.raises(ReceiptError):
                 await policy.install(AdapterKey(5, f"{episode}-swapped", 1), written(basis, 1, 99, SIZE), probe)
         keys = [AdapterKey(5, "e0", 1), AdapterKey(5, "none", 0), AdapterKey(5, "e1", 1)]
-        generations = await asyncio.gather(*(policy.generate(ids, Sampling(1.0, 12, seed), key) for seed, key in enumerate(keys)))
+        generations = await asyncio.gather(*(policy.generate(ids, Sampling(1.0, 12, seed, kind="act"), key) for seed, key in enumerate(keys)))
         for key, generation in zip(keys, generations, strict=True):
             right = reference.of_generated(ids, generation.token_ids, written_by.get(key.episode_id))
             assert distance(generation.logprobs, right) < 1e-3
@@ -73,12 +73,12 @@ def test_the_death_of_the_step_thread_reaches_every_caller(policy: VLLMPolicy) -
         engine.step = step
 
     async def story() -> None:
-        running = [asyncio.create_task(policy.generate(prompt(3, 30), Sampling(1.0, 400, seed), key)) for seed in range(6)]
+        running = [asyncio.create_task(policy.generate(prompt(3, 30), Sampling(1.0, 400, seed, kind="act"), key)) for seed in range(6)]
         await asyncio.sleep(0.3)
-        policy._loop.post(fault)
+        policy._loop.post(fault, "other")
         for error in await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), timeout=60):
             assert isinstance(error, EngineError) and "the device is gone" in str(error)
-        for later in (policy.generate([5, 6], Sampling(0.0, 2, 0), key), policy.release([key]), policy.refresh(6, {})):
+        for later in (policy.generate([5, 6], Sampling(0.0, 2, 0, kind="act"), key), policy.release([key]), policy.refresh(6, {})):
             with pytest.raises(EngineError, match="is dead: RuntimeError: the device is gone"):
                 await later
 

@@ -27,7 +27,7 @@ from learner.types import Row
 pytestmark = pytest.mark.engine_in_process
 STOP = 2
 EXACT = 1e-3  # nats, float32
-SAMPLING = Sampling(temperature=1.0, max_tokens=24, seed=3)
+SAMPLING = Sampling(temperature=1.0, max_tokens=24, seed=3, kind="act")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ async def _episode(seam: Seam, episode: str, seed: int) -> Trajectory:
         segments.append(await _sample(seam, episode, revision, seed + 10 * revision))
     await seam.policy.release([AdapterKey(seam.policy.version, episode, revision) for revision in (1, 2)])
     task = Task("parity", "recall", {}, 0)
-    times = Timings(0, 0, 0, 0, 0)
+    times = Timings(0, 0, 0, 0, 0, 0)
     return Trajectory(task, episode, seam.policy.version, tuple(segments), tuple(revisions), (), Outcome(float(seed % 2), {}, ()), "done", times)
 
 

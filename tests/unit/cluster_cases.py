@@ -41,7 +41,7 @@ def trajectory(task: Task, version: int, reward: float, writes: Sequence[WriteOu
         writes=records,
         outcome=Outcome(reward, {"f1": reward}, (answer,)),
         stop_reason="done",
-        timings=Timings(seconds, 0.5, 0.2, 0.1, 0.1),
+        timings=Timings(seconds, 0.3, 0.2, 0.2, 0.1, 0.1),
     )
 
 

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
-from actors.engine_loop import StepLoop
+from actors.engine_loop import PHASES, StepLoop, WorkKind
 from actors.engine_start import engine_modules, slot_width
 from actors.protocols import EngineError, ReceiptError
 from actors.receipt import check_receipt
@@ -32,6 +33,8 @@ class Countdown:
     aborted: list[str] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
     fault: Exception | None = None
+    pause_s: float = 0.001
+    steps: int = 0
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.left)
@@ -40,7 +43,8 @@ class Countdown:
         self.threads.add(threading.get_ident())
         if self.fault is not None:
             raise self.fault
-        time.sleep(0.001)
+        self.steps += 1
+        time.sleep(self.pause_s)
         self.left = {name: steps - 1 for name, steps in self.left.items()}
         done = [name for name, steps in self.left.items() if steps <= 0]
         for name in done:
@@ -64,16 +68,58 @@ def loop_of(engine: Countdown) -> StepLoop[Countdown]:
 def test_requests_finish_and_work_runs_between_steps_on_one_thread() -> None:
     engine = Countdown()
     loop = loop_of(engine)
-    short, long = loop.request("a", "x", add("a", 3)), loop.request("b", "y", add("b", 30))
+    short, long = loop.request("a", "x", "act", 5, add("a", 3)), loop.request("b", "y", "extract", 5, add("b", 30))
     assert short.result(5).request_id == "a"
-    assert loop.call(lambda e: (threading.get_ident(), loop.running_labels())).result(5) == (next(iter(engine.threads)), {"y"})
+    assert loop.call(lambda e: (threading.get_ident(), loop.running_labels()), "other").result(5) == (next(iter(engine.threads)), {"y"})
     assert long.result(5).request_id == "b" and engine.threads != {threading.get_ident()}
-    times = loop.times
-    assert times.steps >= 30 and times.busy_s > 0
-    time.sleep(0.05)
-    assert loop.call(lambda e: 7).result(5) == 7
+    assert loop.times.steps >= 30
+    assert loop.call(lambda e: 7, "other").result(5) == 7
     loop.close(5)
-    assert loop.times.idle_s > times.idle_s
+
+
+def test_every_second_of_the_step_thread_has_a_phase() -> None:
+    began = time.perf_counter()
+    loop = loop_of(Countdown())
+    started = time.perf_counter()
+    kinds: tuple[WorkKind, ...] = ("write", "install", "install", "refresh", "other")
+    for kind in kinds:
+        loop.call(lambda e: time.sleep(0.03), kind).result(5)
+    with pytest.raises(EngineError):
+        loop.call(refuse_slowly, "write").result(5)
+    assert loop.times.seconds["write"] >= 0.06  # charged by the time the caller hears of it, refused or not
+    time.sleep(0.05)
+    asked = time.perf_counter()
+    loop.close(5)
+    ended = time.perf_counter()
+    seconds = loop.times.seconds
+    assert tuple(seconds) == PHASES
+    assert (seconds["install"] >= 0.06) and min(seconds["refresh"], seconds["other"]) >= 0.03 and seconds["idle"] >= 0.05
+    assert seconds["act"] == seconds["extract"] == seconds["receipt"] == 0
+    assert asked - started <= sum(seconds.values()) <= ended - began
+
+
+def refuse_slowly(engine: Countdown) -> None:
+    time.sleep(0.03)
+    raise EngineError("not now")
+
+
+def test_a_steps_seconds_go_by_the_tokens_that_each_kind_of_request_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 9 + 1 prompt tokens, then of one token of each: 9/10 and 1/10 of the first step, half of each later one."""
+    engine = Countdown(pause_s=0.0)
+    monkeypatch.setattr(
+        "actors.engine_loop.time", SimpleNamespace(perf_counter=lambda: float(engine.steps))
+    )  # a step takes a second, the rest no time
+    loop, gate = loop_of(engine), threading.Event()
+    loop.call(lambda e: gate.wait(5), "other")
+    both = loop.request("a", "x", "extract", 9, add("a", 3)), loop.request("b", "x", "act", 1, add("b", 3))
+    gate.set()
+    for future in both:
+        future.result(5)
+    loop.request("c", "x", "receipt", 30, add("c", 1)).result(5)
+    loop.close(5)
+    seconds = loop.times.seconds
+    assert loop.times.steps == 4 and sum(seconds.values()) == pytest.approx(4.0)
+    assert [seconds[kind] for kind in ("extract", "act", "receipt")] == pytest.approx([0.9 + 0.5 + 0.5, 0.1 + 0.5 + 0.5, 1.0])
 
 
 def test_cancelling_a_coroutine_aborts_its_request() -> None:
@@ -82,8 +128,8 @@ def test_cancelling_a_coroutine_aborts_its_request() -> None:
 
     async def story() -> None:
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(asyncio.wrap_future(loop.request("slow", "x", add("slow", 10**9))), timeout=0.05)
-        assert await asyncio.wrap_future(loop.call(lambda e: (e.aborted, loop.running_labels()))) == (["slow"], set())
+            await asyncio.wait_for(asyncio.wrap_future(loop.request("slow", "x", "act", 5, add("slow", 10**9))), timeout=0.05)
+        assert await asyncio.wrap_future(loop.call(lambda e: (e.aborted, loop.running_labels()), "other")) == (["slow"], set())
 
     asyncio.run(story())
     loop.close(5)
@@ -92,16 +138,16 @@ def test_cancelling_a_coroutine_aborts_its_request() -> None:
 def test_a_step_that_fails_reaches_everyone_who_waits_and_every_later_call() -> None:
     engine = Countdown()
     loop = loop_of(engine)
-    waiting = [loop.request(name, "x", add(name, 10**9)) for name in "abc"]
-    loop.post(lambda e: setattr(e, "fault", RuntimeError("out of\nmemory")))
+    waiting = [loop.request(name, "x", "act", 5, add(name, 10**9)) for name in "abc"]
+    loop.post(lambda e: setattr(e, "fault", RuntimeError("out of\nmemory")), "other")
     for future in waiting:
         with pytest.raises(EngineError, match=r"the engine is dead: RuntimeError: out of memory$"):
             future.result(5)
     with pytest.raises(EngineError, match="out of memory"):
-        loop.call(lambda e: 1)
+        loop.call(lambda e: 1, "other")
     with pytest.raises(EngineError, match="out of memory"):
-        loop.request("d", "x", add("d", 1))
-    loop.post(lambda e: None)
+        loop.request("d", "x", "act", 5, add("d", 1))
+    loop.post(lambda e: None, "other")
     loop.close(5)
 
 
@@ -114,15 +160,15 @@ def test_refused_work_leaves_the_engine_alive_and_broken_work_ends_it() -> None:
 
     loop = loop_of(Countdown())
     with pytest.raises(EngineError, match=r"^not now$"):
-        loop.call(refuse).result(5)
+        loop.call(refuse, "other").result(5)
     with pytest.raises(EngineError, match=r"^not now$"):
-        loop.request("a", "x", refuse).result(5)
-    assert loop.call(lambda e: 1).result(5) == 1
+        loop.request("a", "x", "act", 5, refuse).result(5)
+    assert loop.call(lambda e: 1, "other").result(5) == 1
     with pytest.raises(EngineError, match="the engine broke: KeyError: 'half-written'"):
-        loop.call(broken).result(5)
+        loop.call(broken, "other").result(5)
     with pytest.raises(EngineError, match="is dead: KeyError"):
         for _ in range(100):
-            loop.call(lambda e: 1)
+            loop.call(lambda e: 1, "other")
             time.sleep(0.01)
 
 
@@ -144,21 +190,21 @@ def test_an_engine_that_does_not_start_or_stop_says_so() -> None:
 
     loop = loop_of(Countdown())
     inside = threading.Event()
-    stuck = loop.call(lambda e: (inside.set(), time.sleep(0.5)))
+    stuck = loop.call(lambda e: (inside.set(), time.sleep(0.5)), "other")
     inside.wait(5)
     with pytest.raises(EngineError, match="did not stop within 0 s"):
         loop.close(0.05)
     stuck.result(5)
     loop.close(5)
     with pytest.raises(EngineError, match=r"is dead: closed|is closed"):
-        loop.call(lambda e: 1)
+        loop.call(lambda e: 1, "other")
 
 
 def test_closing_fails_what_is_pending() -> None:
     engine = Countdown()
     loop = loop_of(engine)
-    waiting = loop.request("a", "x", add("a", 10**9))
-    loop.call(lambda e: None).result(5)
+    waiting = loop.request("a", "x", "act", 5, add("a", 10**9))
+    loop.call(lambda e: None, "other").result(5)
     loop.close(5)
     with pytest.raises((EngineError, CancelledError), match="closed"):
         waiting.result(5)

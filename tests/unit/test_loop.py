@@ -36,7 +36,8 @@ class Worker(EagerWorker):
             raise self.refused
         assert weights.version == self.version + 1, "every version is served once, in order"
         self.version = weights.version
-        return WorkerReport(self.name, self.version, len(self.positions), 0, 1, 0.1, 0.2, EngineStats(10, 5, 2, 2, 0, 0, 0.1, 1, 9, 3.0, 1.0))
+        stats = EngineStats(10, 5, 2, 2, 0, 0, 0.1, 1, 9, {"act": 3.0, "idle": 1.0})
+        return WorkerReport(self.name, self.version, len(self.positions), 0, 1, 0.1, 0.2, stats)
 
 
 class Trainer:
