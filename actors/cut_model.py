@@ -1,11 +1,15 @@
-"""A causal LM cut where Delta begins to act, for a writer that runs the same few examples through it many times.
+"""A frozen model cut where Delta begins to act, for a writer that runs the same few examples through it many times.
 
-    tokens --> [decoder layers below the cut, and the cut layer's attention] --> Row --> [MLP, layers above, norm, head] --> log-probs of the answer
-               the trunk: does not depend on B, runs once per write                      runs once per optimizer step
+    tokens --> [layers below the cut, and the cut layer's attention] --> Reading --> prepare --> Chunk --> score: log-probs of the answers,
+               the trunk: does not depend on B, runs once per write                  once per minibatch           gradient of B: once per step
 
-Two more savings that leave every number as it is (up to rounding): tokens that all examples begin with (chat template, system prompt) run once, not
-once per example, in the trunk once in all and above the cut once per episode, whose rows then attend to its keys and values; and the last MLP, the
-norm and the head run at answer positions only.
+What leaves every number as it is (up to rounding) and is not computed again and again:
+
+    shared prefix    tokens that all examples begin with run once in the trunk, and above the cut once per episode (layout.py)
+    no padding       streams are flat; only attention sees rectangles
+    first MLP        its inputs do not depend on B: W x and A x are kept over the epochs, and no gradient goes below it
+    last layer       queries, MLP, norm and head at answer positions only
+    head             the gradient of the cross-entropy is formed beside the log-probs, block by block: no logits are kept (``head_pass``)
 """
 
 from __future__ import annotations
@@ -18,170 +22,264 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
-from actors.fast_weights import Basis, DeltaInjector
+from actors.fast_weights import Basis
+from actors.frozen_model import FrozenLayer, FrozenModel, times_frozen
+from actors.layout import Layout, RowSpan, make_layout
 from actors.types import WriteExample
 
+_HEAD_TOKENS = 256  # logits of one block: 50 MB at a vocabulary of 49k, 155 MB at 152k (float32)
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One example after the trunk, without the shared prefix. hidden [S, d]: the stream that enters the first adapted MLP.
+    """One example after the trunk, without the shared prefix. hidden [T, d]: the stream that enters the first adapted MLP.
 
-    targets int64 [A]: the answer. Position ``first + k`` of ``hidden`` predicts ``targets[k]``; S = first + A, the last answer token is no input.
+    targets int64 [A]: the answer; the last A positions of ``hidden`` predict it (the last answer token is no input).
     """
 
     episode: int
     hidden: Tensor
-    first: int
     targets: Tensor
 
+    @property
+    def span(self) -> RowSpan:
+        return RowSpan(len(self.hidden), len(self.targets))
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Reading:
-    """All examples of a write after the trunk. prefix [1, P, d]: the same stream for the P >= 0 tokens that every example begins with."""
+    """All examples of a write after the trunk. prefix [P, d]: the same stream for the P >= 0 tokens that every example begins with."""
 
     prefix: Tensor
     rows: tuple[Row, ...]
 
 
-class _KeysAndValues:
-    """Stands where attention expects a KV cache. Without ``of_row`` it records; with it, row i attends to entry ``of_row[i]``, then to itself."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Rows that go through the tail together, with all that does not depend on B.
 
-    def __init__(self) -> None:
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self.of_row: Tensor | None = None
+    numbers: the rows' places among those that were prepared; sizes: of their answers. episodes int64 [G]: whose B each group acts under.
+    hidden [n, d], gate_up [n, 2 f], shrunk [n, rank] by projection: the cut MLP's residual stream, W x and A x; n is all tokens, or the answers where
+    the cut layer is the last.
+    """
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        if self.of_row is None:
-            self._kept[layer_idx] = (keys, values)
-            return keys, values
-        if layer_idx not in self._kept:  # no prefix
-            return keys, values
-        before = [kept.index_select(0, self.of_row) for kept in self._kept[layer_idx]]
-        return torch.cat([before[0], keys], dim=-2), torch.cat([before[1], values], dim=-2)
+    numbers: tuple[int, ...]
+    sizes: tuple[int, ...]
+    episodes: Tensor
+    layout: Layout
+    rotary: tuple[Tensor, Tensor]
+    hidden: Tensor
+    gate_up: Tensor
+    shrunk: Mapping[str, Tensor]
+    targets: Tensor
+
+
+class _AddDelta(torch.autograd.Function):
+    """base + (shrunk_g B_g^T for each group g): base [n, d_out], shrunk [n, rank], b [G, d_out, rank], group g at offsets[g]:offsets[g + 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, shrunk: Tensor, b: Tensor, offsets: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(shrunk, b)
+        ctx.offsets = offsets
+        out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+        for group, (start, end) in enumerate(pairwise(offsets)):
+            torch.addmm(base[start:end], shrunk[start:end], b[group].T, out=out[start:end])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        grad, (shrunk, b), offsets = gradients[0], ctx.saved_tensors, ctx.offsets
+        grad_shrunk, grad_b = torch.empty_like(shrunk), torch.empty_like(b)
+        for group, (start, end) in enumerate(pairwise(offsets)):
+            torch.mm(grad[start:end], b[group], out=grad_shrunk[start:end])
+            torch.mm(grad[start:end].T, shrunk[start:end], out=grad_b[group])
+        return grad, grad_shrunk, grad_b, None
 
 
 class CutModel:
-    """See the module's text. ``model``: a frozen Llama-like *ForCausalLM with sdpa or eager attention; its hooks are this object's."""
+    """See the module's text."""
 
-    def __init__(self, model: Any, basis: Basis, chunk_tokens: int) -> None:
-        self._model = model
-        self._cut = basis.first_layer
+    def __init__(self, model: FrozenModel, basis: Basis, chunk_tokens: int) -> None:
+        self.model = model
+        self._cut, self._last = basis.first_layer, len(model.layers) - 1
         self._chunk_tokens = chunk_tokens
-        self._injector = DeltaInjector(model, basis)
+        self._a = {name: matrix.to(model.device, model.dtype) for name, matrix in basis.a.items()}
+        self.rank = basis.rank
+
+    # --- once per write ------------------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def read(self, examples: Sequence[tuple[int, WriteExample]], pad: int) -> Reading:
-        """Run the trunk over (episode, example) pairs, at least one; rows come back in their order. ``pad`` fills shorter rows on the right."""
-        device = self._model.model.embed_tokens.weight.device
-        shared = self._shared_prefix([example.prompt_ids for _, example in examples])
-        inputs = [torch.tensor(example.prompt_ids[len(shared) :] + example.answer_ids[:-1]) for _, example in examples]
-        past = _KeysAndValues()
-        shared_ids = torch.tensor([shared], dtype=torch.long, device=device)
-        prefix = self._trunk(shared_ids, 0, past) if shared else self._model.model.embed_tokens(shared_ids)
+    def read(self, examples: Sequence[tuple[int, WriteExample]]) -> Reading:
+        """Run the trunk over (episode, example) pairs, at least one; rows come back in their order."""
+        shared = _shared_prefix([example.prompt_ids for _, example in examples])
         rows: dict[int, Row] = {}
-        for chunk in self._chunks([len(ids) for ids in inputs], len(shared)):
-            past.of_row = torch.zeros(len(chunk), dtype=torch.long, device=device)
-            hidden = self._trunk(pad_sequence([inputs[i] for i in chunk], batch_first=True, padding_value=pad).to(device), len(shared), past)
-            for place, i in enumerate(chunk):
+        prefix = self.model.embed(torch.tensor(shared, dtype=torch.long, device=self.model.device))
+        lengths = [len(example.prompt_ids) + len(example.answer_ids) - 1 - len(shared) for _, example in examples]
+        for chunk in self._chunks(lengths, [0] * len(examples), len(shared)):
+            layout = make_layout(len(shared), [[RowSpan(lengths[i], len(examples[i][1].answer_ids)) for i in chunk]], self.model.device)
+            ids = [*shared, *(token for i in chunk for token in _inputs(examples[i][1], len(shared)))]
+            stream = self._trunk(torch.tensor(ids, device=self.model.device), layout)
+            prefix, *parts = stream.split([len(shared), *(lengths[i] for i in chunk)])
+            for i, hidden in zip(chunk, parts, strict=True):
                 episode, example = examples[i]
-                targets = torch.tensor(example.answer_ids, device=device)
-                rows[i] = Row(episode, hidden[place, : len(inputs[i])].clone(), len(example.prompt_ids) - len(shared) - 1, targets)
+                rows[i] = Row(episode, hidden, torch.tensor(example.answer_ids, device=self.model.device))
         return Reading(prefix, tuple(rows[i] for i in range(len(examples))))
 
-    def score(self, prefix: Tensor, rows: Sequence[Row], b: Mapping[str, Tensor], loss_weights: Sequence[float] | None) -> list[Tensor]:
-        """Log-probs [A] float32 of each row's answer under its episode's B; b: name -> [episodes, d_out, rank].
+    @torch.no_grad()
+    def prepare(self, reading: Reading, rows: Sequence[Row]) -> tuple[Chunk, ...]:
+        """What ``score`` needs of some ``rows`` of ``reading``, made once for all epochs that use them."""
+        prefix = len(reading.prefix)
+        return tuple(
+            self._prepare_chunk(reading.prefix, rows, chunk)
+            for chunk in self._chunks([len(row.hidden) for row in rows], [row.episode for row in rows], prefix)
+        )
+
+    # --- once per step -------------------------------------------------------------------------------------------------------------------------
+
+    def score(self, chunks: Sequence[Chunk], b: Mapping[str, Tensor], loss_weights: Sequence[float] | None) -> list[Tensor]:
+        """Log-probs [A] float32 of each prepared row's answer under its episode's B; b: name -> [episodes, d_out, rank].
 
         With ``loss_weights``, one a row, adds the gradient of -sum(weight * log-prob) to ``b``.
         """
         out: dict[int, Tensor] = {}
-        for chunk in self._chunks([len(row.hidden) for row in rows], prefix.shape[1]):
-            picked = [rows[i] for i in chunk]
-            sizes = [len(row.targets) for row in picked]
+        for chunk in chunks:
             with torch.set_grad_enabled(loss_weights is not None):
-                logprobs = self._answer_logprobs(prefix, picked, b)
+                states = self._tail(chunk, {name: matrix.index_select(0, chunk.episodes).to(self.model.dtype) for name, matrix in b.items()})
+                weights = None
                 if loss_weights is not None:
-                    weights = [loss_weights[i] for i, size in zip(chunk, sizes, strict=True) for _ in range(size)]
-                    torch.autograd.backward(-(logprobs * torch.tensor(weights, device=logprobs.device)).sum())
-            out.update(zip(chunk, torch.split(logprobs.detach(), sizes), strict=True))
-        return [out[i] for i in range(len(rows))]
+                    weights = torch.tensor([loss_weights[i] for i, size in zip(chunk.numbers, chunk.sizes, strict=True) for _ in range(size)])
+                logprobs, gradient = head_pass(states.detach(), self.model.head, chunk.targets, weights)
+                if gradient is not None:
+                    torch.autograd.backward(states, gradient)
+            out.update(zip(chunk.numbers, torch.split(logprobs, list(chunk.sizes)), strict=True))
+        return [out[i] for i in range(len(out))]
 
-    @staticmethod
-    def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """What all prompts begin with, short of any prompt's last token: that one predicts an answer and belongs to its row."""
-        equal = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))
-        return prompts[0][: min(equal, *(len(prompt) - 1 for prompt in prompts))]
+    # --- the passes ----------------------------------------------------------------------------------------------------------------------------
 
-    def _chunks(self, lengths: Sequence[int], prefix: int) -> Iterator[list[int]]:
-        """Indices of near-equal lengths, each chunk at most ``chunk_tokens`` padded tokens (a longer row is its own chunk)."""
+    def _trunk(self, ids: Tensor, layout: Layout) -> Tensor:
+        model, rotary = self.model, self.model.rotary(layout)
+        hidden = model.embed(ids)
+        for layer in model.layers[: self._cut]:
+            hidden = hidden + model.attention(layer, hidden, layout, rotary)
+            hidden = hidden + model.feed(layer, hidden)
+        return hidden + model.attention(model.layers[self._cut], hidden, layout, rotary)
+
+    def _prepare_chunk(self, prefix: Tensor, rows: Sequence[Row], numbers: Sequence[int]) -> Chunk:
+        episodes = sorted({rows[i].episode for i in numbers})
+        groups = [[i for i in numbers if rows[i].episode == episode] for episode in episodes]
+        layout = make_layout(len(prefix), [[rows[i].span for i in group] for group in groups], self.model.device)
+        hidden = torch.cat([piece for group in groups for piece in (prefix, *(rows[i].hidden for i in group))])
+        if self._cut == self._last:
+            hidden = layout.answers_of(hidden)
+        layer = self.model.layers[self._cut]
+        x = self.model.normed(hidden, layer.post_norm)
+        return Chunk(
+            numbers=tuple(i for group in groups for i in group),
+            sizes=tuple(len(rows[i].targets) for group in groups for i in group),
+            episodes=torch.tensor(episodes, device=self.model.device),
+            layout=layout,
+            rotary=self.model.rotary(layout),
+            hidden=hidden,
+            gate_up=layer.gate_up(x),
+            shrunk={name: x @ self._a[key].T for name in ("gate_proj", "up_proj") if (key := _key(self._cut, name)) in self._a},
+            targets=torch.cat([rows[i].targets for group in groups for i in group]),
+        )
+
+    def _tail(self, chunk: Chunk, b: Mapping[str, Tensor]) -> Tensor:
+        """The normed stream at the answer-predicting positions [sum of A, d]; b: name -> [G, d_out, rank] of this chunk's groups."""
+        model, layout = self.model, chunk.layout
+        hidden = self._mlp(self._cut, chunk.hidden, chunk.gate_up, chunk.shrunk, b, layout)
+        for number in range(self._cut + 1, self._last + 1):
+            layer = model.layers[number]
+            if number < self._last:
+                hidden = hidden + model.attention(layer, hidden, layout, chunk.rotary)
+            else:
+                hidden = layout.answers_of(hidden) + model.answer_attention(layer, hidden, layout, chunk.rotary)
+            x = model.normed(hidden, layer.post_norm)
+            hidden = self._mlp(number, hidden, layer.gate_up(x), self._shrink(number, x), b, layout)
+        return model.final_norm(hidden)
+
+    def _shrink(self, number: int, x: Tensor) -> dict[str, Tensor]:
+        """A x of the gate and up projections, those that are adapted, as one matmul."""
+        names = [name for name in ("gate_proj", "up_proj") if _key(number, name) in self._a]
+        if not names:
+            return {}
+        together = times_frozen(x, torch.cat([self._a[_key(number, name)] for name in names]), None)
+        return dict(zip(names, together.split(self.rank, dim=-1), strict=True))
+
+    def _mlp(self, number: int, hidden: Tensor, gate_up: Tensor, shrunk: Mapping[str, Tensor], b: Mapping[str, Tensor], layout: Layout) -> Tensor:
+        """hidden + MLP under Delta, given W x and A x of its first two projections."""
+        offsets = layout.answer_offsets if number == self._last else layout.offsets
+        layer: FrozenLayer = self.model.layers[number]
+        gate, up = gate_up.chunk(2, dim=-1)
+        if "gate_proj" in shrunk:
+            gate = _add_delta(gate, shrunk["gate_proj"], b[_key(number, "gate_proj")], offsets)
+        if "up_proj" in shrunk:
+            up = _add_delta(up, shrunk["up_proj"], b[_key(number, "up_proj")], offsets)
+        act = functional.silu(gate) * up
+        fed = layer.down(act)
+        if (key := _key(number, "down_proj")) in self._a:
+            fed = _add_delta(fed, times_frozen(act, self._a[key], None), b[key], offsets)
+        return hidden + fed
+
+    def _chunks(self, lengths: Sequence[int], groups: Sequence[int], prefix: int) -> Iterator[list[int]]:
+        """Indices in the order of their groups, each chunk at most ``chunk_tokens`` tokens (a longer row is its own chunk).
+
+        A chunk holds the prefix once per group, so a group is split only where it is too long for one.
+        """
         chunk: list[int] = []
-        for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-            cost = lengths[i] + prefix // 8  # of the prefix a row holds only keys and values
-            if chunk and (len(chunk) + 1) * cost > self._chunk_tokens:
+        tokens = 0
+        for i in sorted(range(len(lengths)), key=lambda i: (groups[i], lengths[i])):
+            cost = lengths[i] + (prefix if not chunk or groups[chunk[-1]] != groups[i] else 0)
+            if chunk and tokens + cost > self._chunk_tokens:
                 yield chunk
-                chunk = []
+                chunk, tokens = [], 0
+                cost = lengths[i] + prefix
             chunk.append(i)
+            tokens += cost
         if chunk:
             yield chunk
 
-    def _context(self, hidden: Tensor, start: int, past: _KeysAndValues) -> dict[str, Any]:
-        """What a decoder layer needs besides the stream, at positions ``start``... Rows are padded on the right, so causality alone hides padding."""
-        length = hidden.shape[1]
-        positions = torch.arange(start, start + length, device=hidden.device)[None]
-        mask = torch.full((1, 1, length, start + length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device).triu(start + 1)
-        embeddings = self._model.model.rotary_emb(hidden, positions)
-        return {"attention_mask": mask, "position_ids": positions, "position_embeddings": embeddings, "past_key_values": past}
 
-    def _trunk(self, ids: Tensor, start: int, past: _KeysAndValues) -> Tensor:
-        core = self._model.model
-        hidden: Tensor = core.embed_tokens(ids)
-        context = self._context(hidden, start, past)
-        for layer in core.layers[: self._cut]:
-            hidden = layer(hidden, **context)
-        return self._attend(core.layers[self._cut], hidden, context)
+@torch.no_grad()
+def head_pass(states: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Log-probs float32 [A] of ``targets`` and, with ``weights`` [A], the gradient [A, d] of -sum(weights * log-probs) with respect to ``states``.
 
-    @staticmethod
-    def _attend(layer: Any, hidden: Tensor, context: Mapping[str, Any]) -> Tensor:
-        attended: Tensor = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **context)[0]
-        return hidden + attended
+    states [A, d], head [V, d]. softmax(z) - onehot is formed in the memory of the logits z, so they exist for one block at a time.
+    """
+    logprobs = torch.empty(len(states), dtype=torch.float32, device=states.device)
+    gradient = torch.empty_like(states) if weights is not None else None
+    for start in range(0, len(states), _HEAD_TOKENS):
+        block = slice(start, min(start + _HEAD_TOKENS, len(states)))
+        picked = targets[block, None]
+        z = (states[block] @ head.T).float()
+        z -= z.amax(dim=-1, keepdim=True)
+        chosen = z.gather(-1, picked)
+        total = z.exp_().sum(dim=-1, keepdim=True)
+        logprobs[block] = (chosen - total.log()).squeeze(-1)
+        if weights is not None and gradient is not None:
+            scale = weights[block, None].to(z.device)
+            z *= scale / total
+            z.scatter_add_(-1, picked, -scale)
+            gradient[block] = z.to(states.dtype) @ head
+    return logprobs, gradient
 
-    @staticmethod
-    def _feed(layer: Any, hidden: Tensor) -> Tensor:
-        fed: Tensor = layer.mlp(layer.post_attention_layernorm(hidden))
-        return hidden + fed
 
-    def _answer_logprobs(self, prefix: Tensor, rows: Sequence[Row], b: Mapping[str, Tensor]) -> Tensor:
-        """Concatenated log-probs of the rows' answers, float32 [sum of A]."""
-        episodes, of_row = torch.unique(torch.tensor([row.episode for row in rows], device=prefix.device), return_inverse=True)
-        mine = {name: matrix.index_select(0, episodes) for name, matrix in b.items()}
-        past = _KeysAndValues()
-        if prefix.shape[1] > 0:
-            with self._injector.use(mine):
-                self._fill_prefix(prefix.expand(len(episodes), -1, -1), past)
-        past.of_row = of_row
-        with self._injector.use({name: matrix.index_select(0, of_row) for name, matrix in mine.items()}):
-            hidden = self._answer_stream(rows, prefix.shape[1], past)
-        return -functional.cross_entropy(self._model.lm_head(hidden).float(), torch.cat([row.targets for row in rows]), reduction="none")
+def _add_delta(base: Tensor, shrunk: Tensor, b: Tensor, offsets: tuple[int, ...]) -> Tensor:
+    added: Tensor = _AddDelta.apply(base, shrunk, b, offsets)
+    return added
 
-    def _fill_prefix(self, hidden: Tensor, past: _KeysAndValues) -> None:
-        """Run the prefix of each episode [episodes, P, d] above the cut, as far as its keys and values."""
-        layers = self._model.model.layers[self._cut :]
-        context = self._context(hidden, 0, past)
-        for lower, layer in pairwise(layers):
-            hidden = self._attend(layer, self._feed(lower, hidden), context)
 
-    def _answer_stream(self, rows: Sequence[Row], start: int, past: _KeysAndValues) -> Tensor:
-        """The normed stream at the answer-predicting positions of all rows [sum of A, d]."""
-        core = self._model.model
-        hidden = pad_sequence([row.hidden for row in rows], batch_first=True)
-        context = self._context(hidden, start, past)
-        layers = core.layers[self._cut :]
-        for lower, layer in pairwise(layers):
-            hidden = self._attend(layer, self._feed(lower, hidden), context)
-        # Padded with position 0 to a rectangle [rows, longest A]: the per-row Delta of the last MLP needs one.
-        positions = pad_sequence([row.first + torch.arange(len(row.targets), device=hidden.device) for row in rows], batch_first=True)
-        real = pad_sequence([torch.ones_like(row.targets, dtype=torch.bool) for row in rows], batch_first=True)
-        hidden = self._feed(layers[-1], hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1])))
-        normed: Tensor = core.norm(hidden)
-        return normed[real]
+def _key(layer: int, projection: str) -> str:
+    return f"model.layers.{layer}.mlp.{projection}"
+
+
+def _inputs(example: WriteExample, shared: int) -> tuple[int, ...]:
+    return example.prompt_ids[shared:] + example.answer_ids[:-1]
+
+
+def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What all prompts begin with, short of any prompt's last token: that one predicts an answer and belongs to its row."""
+    equal = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))
+    return prompts[0][: min(equal, *(len(prompt) - 1 for prompt in prompts))]

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from actors.engine import EngineStats, VLLMPolicy
+    from actors.frozen_model import OwnedWeights
     from actors.rollout import Rollout, RolloutRequest
-    from actors.writer import BatchedWriter
 
 FETCH_S = 300.0
 
@@ -82,7 +82,7 @@ class RolloutWorker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
-        self._policy, self._writer, self._rollout = _build(spec)
+        self._policy, self._owned, self._rollout = _build(spec)
         self._gate = asyncio.Event()
         self._gate.set()
         self._idle = asyncio.Event()
@@ -116,7 +116,7 @@ class RolloutWorker:
             tensors = await fetched
             drained = time.perf_counter()
             await self._policy.refresh(weights.version, tensors)
-            await asyncio.to_thread(self._writer.refresh, tensors)
+            self._owned.refresh(tensors)
             self._refreshes += 1
             self._drain_s, self._load_s = drained - began, time.perf_counter() - drained
             return self.report()
@@ -180,7 +180,7 @@ class _RolloutActor:
 RolloutActor = ray.remote(max_restarts=0)(_RolloutActor)
 
 
-def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, BatchedWriter, Rollout]:
+def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, OwnedWeights, Rollout]:
     import torch
     from transformers import AutoTokenizer
 
@@ -188,6 +188,7 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, BatchedWriter, Rollout]:
     from actors.engine import VLLMPolicy
     from actors.environments.build import build_environment
     from actors.fast_weights import load_basis
+    from actors.frozen_model import OwnedWeights
     from actors.rollout import Rollout
     from actors.writer import BatchedWriter
 
@@ -197,9 +198,10 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, BatchedWriter, Rollout]:
     environment = build_environment(config.environment)
     basis = load_basis(Path(spec.basis_path))
     policy = VLLMPolicy(spec.model_path, config.model, config.engine, basis, chat.stop_token_ids, spec.version, config.rollout.threads, config.seed)
-    writer = BatchedWriter.from_checkpoint(spec.model_path, basis, config.write, config.model.dtype)
+    owned = OwnedWeights.read(spec.model_path, config.model.dtype)
+    writer = BatchedWriter(owned.model, basis, config.write)
     rollout = Rollout(policy, writer, environment, chat, config.write, config.rollout, config.engine.slots, basis.id, spec.name)
-    return policy, writer, rollout
+    return policy, owned, rollout
 
 
 def _checkpoint_tensors(folder: Path) -> dict[str, Tensor]:

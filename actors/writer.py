@@ -6,7 +6,8 @@ over the answer tokens of a minibatch; the optimizer's state starts fresh at eve
 What makes it cheap, without changing the result (each episode gets what a PEFT + torch.optim loop of its own would give):
 
     episodes   one pass over all episodes' examples, each row under its own episode's B (batched matmul); losses are summed, so gradients stay apart
-    cut model  what does not depend on B runs once per write, and shared prompt tokens once per episode (cut_model.py)
+    cut model  what does not depend on B runs once per write, shared prompt tokens once per episode, no token is padding (cut_model.py)
+    no copy    the weights are the engine's own where it shows them (engine_weights.py), else a checkpoint's (frozen_model.py)
 """
 
 from __future__ import annotations
@@ -15,22 +16,21 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from actors.cut_model import CutModel, Row
+from actors.cut_model import Chunk, CutModel, Reading, Row
 from actors.fast_weights import Basis, stack
+from actors.frozen_model import FrozenModel, OwnedWeights
 from actors.protocols import WriterError
-from actors.types import FastWeights, Probe, WriteRequest, WriteResult
+from actors.types import FastWeights, Probe, WriteExample, WriteRequest, WriteResult
 from configs.schema import WriteConfig
 
-SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
-"""Families whose decoder layer is h += attention(norm(h)); h += mlp(norm(h)): the cut below relies on it."""
-
-_PROBE_TOKENS = 64
+PROBE_PROMPT_TOKENS, PROBE_ANSWER_TOKENS = 8, 8
+"""A probe is the end of a prompt and the beginning of its answer: what it must show is that the adapter acts, not what it remembers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,22 +46,43 @@ class _Run:
     failures: list[str]
 
 
-def _train(model: CutModel, prefix: Tensor, rows: Sequence[Sequence[Row]], start: Mapping[str, Tensor], config: WriteConfig) -> _Run:
-    """All episodes step together; one that has had its epochs, or diverged, is left out of the next steps."""
+class _Pass:
+    """The rows of one write; what does not depend on B is prepared once for each selection of them that steps use again and again."""
+
+    def __init__(self, model: CutModel, reading: Reading) -> None:
+        self._model, self._reading = model, reading
+        self._prepared: dict[tuple[tuple[int, ...], ...], tuple[Chunk, ...]] = {}
+
+    def score(self, picked: Sequence[Sequence[int]], b: Mapping[str, Tensor], learn: bool) -> list[list[Tensor]]:
+        """Log-probs of the picked rows, a list for each episode. With ``learn``, adds to ``b`` the gradient of each episode's mean loss over its
+        answer tokens."""
+        rows: list[Row] = [self._reading.rows[i] for mine in picked for i in mine]
+        key = tuple(tuple(mine) for mine in picked)
+        if key not in self._prepared:
+            self._prepared[key] = self._model.prepare(self._reading, rows)
+        weights = [1 / sum(len(self._reading.rows[i].targets) for i in mine) for mine in picked for _ in mine]
+        flat = iter(self._model.score(self._prepared[key], b, weights if learn else None))
+        return [[next(flat) for _ in mine] for mine in picked]
+
+
+def _train(rows: _Pass, places: Sequence[Sequence[int]], start: Mapping[str, Tensor], config: WriteConfig) -> _Run:
+    """All episodes step together; one that has had its epochs, or diverged, is left out of the next steps. ``places``: each episode's rows."""
     leaves = {name: b.clone().requires_grad_() for name, b in start.items()}
     final = {name: b.clone() for name, b in start.items()}
     kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam  # elementwise both: stacked episodes stay apart
     optimizer = kind(list(leaves.values()), lr=config.learning_rate)
-    batches = [[mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)] for mine in rows]
+    batches = [[mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)] for mine in places]
     totals = [config.epochs * len(mine) for mine in batches]
-    steps, failures = [0] * len(rows), [""] * len(rows)
-    several = [e for e in range(len(rows)) if len(batches[e]) > 1]
-    before = dict(zip(several, _score_episodes(model, prefix, [rows[e] for e in several], start), strict=True))
+    steps, failures = [0] * len(places), [""] * len(places)
+    several = [e for e in range(len(places)) if len(batches[e]) > 1]
+    before = dict(zip(several, rows.score([places[e] for e in several], start, learn=False), strict=True)) if several else {}
     for step in range(max(totals)):
-        active = [e for e in range(len(rows)) if step < totals[e] and not failures[e]]
+        active = [e for e in range(len(places)) if step < totals[e] and not failures[e]]
+        if not active:
+            break
         current = [batches[e][step % len(batches[e])] for e in active]
         optimizer.zero_grad()
-        scores = _score_episodes(model, prefix, current, leaves, learn=True)
+        scores = rows.score(current, leaves, learn=True)
         optimizer.step()
         for e, logprobs in zip(active, scores, strict=True):
             steps[e] += 1
@@ -72,16 +93,7 @@ def _train(model: CutModel, prefix: Tensor, rows: Sequence[Sequence[Row]], start
             elif steps[e] == totals[e]:
                 for name, leaf in leaves.items():
                     final[name][e] = leaf.detach()[e]
-    return _Run([before[e] for e in range(len(rows))], final, steps, failures)
-
-
-def _score_episodes(
-    model: CutModel, prefix: Tensor, rows: Sequence[Sequence[Row]], b: Mapping[str, Tensor], learn: bool = False
-) -> list[list[Tensor]]:
-    """Log-probs by episode and example. With ``learn``, adds to ``b`` the gradient of each episode's mean loss over its answer tokens."""
-    weights = [1 / sum(len(row.targets) for row in mine) for mine in rows for _ in mine]
-    flat = iter(model.score(prefix, [row for mine in rows for row in mine], b, weights if learn else None))
-    return [[next(flat) for _ in mine] for mine in rows]
+    return _Run([before[e] for e in range(len(places))], final, steps, failures)
 
 
 def _loss(logprobs: Sequence[Tensor]) -> float:
@@ -90,76 +102,53 @@ def _loss(logprobs: Sequence[Tensor]) -> float:
 
 
 class BatchedWriter:
-    """FastWeightWriter over a frozen Hugging Face causal LM. Not for concurrent threads.
+    """FastWeightWriter over a frozen model, on the model's device. Not for concurrent threads.
 
     An episode's result does not depend on its companions, up to float rounding of differently padded batches. B, its gradient and the optimizer's
     state are float32, whatever the model's dtype.
     """
 
-    def __init__(self, model: Any, basis: Basis, config: WriteConfig, pad_token_id: int) -> None:
-        """``model``: a *ForCausalLM of SUPPORTED_MODELS, which this object now owns: in eval mode, frozen, hooked. Raises WriterError, BasisError.
-
-        ``pad_token_id`` fills the right of shorter rows, where no real token looks.
-        """
-        if model.config.model_type not in SUPPORTED_MODELS:
-            raise WriterError(f"model type {model.config.model_type!r} is not supported by the writer: use one of {', '.join(SUPPORTED_MODELS)}")
-        if (attention := model.config._attn_implementation) not in ("sdpa", "eager"):
-            raise WriterError(f"attention {attention!r} is not supported by the writer: load the model with attn_implementation='sdpa'")
-        self._model = model.eval().requires_grad_(False)
+    def __init__(self, model: FrozenModel, basis: Basis, config: WriteConfig) -> None:
         self._basis = basis
         self._config = config
-        self._pad = pad_token_id
         self._cut = CutModel(model, basis, config.chunk_tokens)
-
-    @classmethod
-    def from_checkpoint(cls, model_path: str, basis: Basis, config: WriteConfig, dtype: Literal["float32", "bfloat16"]) -> Self:
-        """A writer with its own copy of the model, on the CPU."""
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-        return cls(model, basis, config, pad_token_id=model.config.pad_token_id or 0)
-
-    def refresh(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load a new theta by Hugging Face names; of tied tensors one name is enough. All is checked first. Raises WriterError."""
-        named = dict(self._model.named_parameters(remove_duplicate=False))
-        given = {id(named[name]) for name in tensors if name in named}
-        problems = [f"{name} is missing" for name, parameter in named.items() if id(parameter) not in given]
-        problems += [f"{name} is unknown" for name in tensors if name not in named]
-        problems += [
-            f"{name} has shape {tuple(tensor.shape)}, not {tuple(named[name].shape)}"
-            for name, tensor in tensors.items()
-            if name in named and tensor.shape != named[name].shape
-        ]
-        if problems:
-            raise WriterError(f"refresh of the writer's model refused: {problems[0]} ({len(problems)} in all); send the weights of the same model")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                named[name].copy_(tensor)
 
     def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:
         """One result per request, in order; ``seconds`` is the wall time of the whole call. Raises WriterError, BasisError for unusable requests.
 
         Rolled back (the request's own weights, no probe, the reason): a loss or B that is not finite at any time, or loss_after above
         ``max_loss_ratio`` x loss_before. Both are over all examples of the request; loss_after of a diverged run may be inf or nan.
-        The probe is the shortest example (its answer cut where it passes 64 tokens): ``before`` under the request's weights, ``after`` under the new.
+        The probe is taken from the shortest example: ``before`` under the request's weights, ``after`` under the new.
         """
         if not requests:
             return []
         started = time.perf_counter()
         for request in requests:
             self._check(request)
-        reading = self._cut.read([(e, example) for e, request in enumerate(requests) for example in request.examples], self._pad)
-        flat = iter(reading.rows)
-        rows = [[next(flat) for _ in request.examples] for request in requests]
-        start = stack([request.weights for request in requests], self._basis, torch.float32, reading.prefix.device)
-        run = _train(self._cut, reading.prefix, rows, start, self._config)
-        after = _score_episodes(self._cut, reading.prefix, rows, run.final)
+        owners = [(e, example) for e, request in enumerate(requests) for example in request.examples]
+        rows = _Pass(self._cut, self._cut.read(owners))
+        places = [[i for i, (owner, _) in enumerate(owners) if owner == e] for e in range(len(requests))]
+        start = stack([request.weights for request in requests], self._basis, torch.float32, self._cut.model.device)
+        run = _train(rows, places, start, self._config)
+        after = rows.score(places, run.final, learn=False)
+        probes = self._probes(requests, start, run.final)
         seconds = time.perf_counter() - started
-        return [self._result(request, run, e, after[e], seconds) for e, request in enumerate(requests)]
+        return [self._result(request, run, e, after[e], probes[e], seconds) for e, request in enumerate(requests)]
+
+    def _probes(self, requests: Sequence[WriteRequest], start: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> list[Probe]:
+        """One for each request, scored under its weights before and after."""
+        examples = [_probe_of(request.examples) for request in requests]
+        reading = self._cut.read(list(enumerate(examples)))
+        places = [[e] for e in range(len(requests))]
+        rows = _Pass(self._cut, reading)
+        before, after = (rows.score(places, b, learn=False) for b in (start, final))
+        return [
+            Probe(example.prompt_ids + example.answer_ids, tuple(old[0].tolist()), tuple(new[0].tolist()))
+            for example, old, new in zip(examples, before, after, strict=True)
+        ]
 
     def _check(self, request: WriteRequest) -> None:
-        window = getattr(self._model.config, "sliding_window", None) or math.inf
-        longest = min(self._config.max_example_tokens, window)
+        longest = min(self._config.max_example_tokens, self._cut.model.shape.window or math.inf)
         if not request.examples:
             raise WriterError(f"write of episode {request.episode_id}: no examples; an empty write is the caller's to record")
         for number, example in enumerate(request.examples):
@@ -171,7 +160,7 @@ class BatchedWriter:
                     f"write of episode {request.episode_id}: example {number} has {size} tokens, at most {longest} are allowed; drop it"
                 )
 
-    def _result(self, request: WriteRequest, run: _Run, e: int, after: Sequence[Tensor], seconds: float) -> WriteResult:
+    def _result(self, request: WriteRequest, run: _Run, e: int, after: Sequence[Tensor], probe: Probe, seconds: float) -> WriteResult:
         loss_before = _loss(run.before[e])
         loss_after = math.nan if run.failures[e] else _loss(after)
         b = {name: stacked[e].cpu().numpy().copy() for name, stacked in run.final.items()}
@@ -179,7 +168,7 @@ class BatchedWriter:
         if reason := self._refusal(run.failures[e], loss_before, loss_after, finite):
             return WriteResult(request.weights, None, loss_before, loss_after, run.steps[e], seconds, "rolled_back", reason)
         weights = FastWeights(self._basis.id, request.weights.revision + 1, b)
-        return WriteResult(weights, _probe(request, run.before[e], after), loss_before, loss_after, run.steps[e], seconds, "accepted", "")
+        return WriteResult(weights, probe, loss_before, loss_after, run.steps[e], seconds, "accepted", "")
 
     def _refusal(self, failure: str, loss_before: float, loss_after: float, finite: bool) -> str:
         """Why a write is rolled back, in one line, or "" when it is accepted."""
@@ -193,10 +182,12 @@ class BatchedWriter:
         return ""
 
 
-def _probe(request: WriteRequest, before: Sequence[Tensor], after: Sequence[Tensor]) -> Probe:
-    sizes = [len(example.prompt_ids) + len(example.answer_ids) for example in request.examples]
-    shortest = sizes.index(min(sizes))
-    example = request.examples[shortest]
-    kept = min(len(example.answer_ids), max(1, _PROBE_TOKENS - len(example.prompt_ids)))
-    tokens = example.prompt_ids + example.answer_ids[:kept]
-    return Probe(tokens, tuple(before[shortest][:kept].tolist()), tuple(after[shortest][:kept].tolist()))
+def _probe_of(examples: Sequence[WriteExample]) -> WriteExample:
+    """From the shortest example: a receipt costs the engine a prefill."""
+    shortest = min(examples, key=lambda example: len(example.prompt_ids) + len(example.answer_ids))
+    return WriteExample(shortest.prompt_ids[-PROBE_PROMPT_TOKENS:], shortest.answer_ids[:PROBE_ANSWER_TOKENS])
+
+
+def checkpoint_writer(model_path: str, basis: Basis, config: WriteConfig, dtype: Literal["float32", "bfloat16"]) -> BatchedWriter:
+    """A writer with weights of its own, read from a Hugging Face folder: where no engine is at hand."""
+    return BatchedWriter(OwnedWeights.read(model_path, dtype).model, basis, config)

@@ -18,7 +18,7 @@ from actors.context import Context
 from actors.engine import VLLMPolicy
 from actors.fast_weights import Basis, DeltaInjector, compute_basis_from_checkpoint, stack, zero
 from actors.types import AdapterKey, FastWeights, Outcome, Sampling, Segment, Task, Timings, Trajectory, WriteExample, WriteRequest
-from actors.writer import BatchedWriter
+from actors.writer import BatchedWriter, checkpoint_writer
 from configs.schema import EngineConfig, FastWeightsConfig, LearnerConfig, ModelConfig, WriteConfig
 from learner.batch import pad
 from learner.model import PolicyModel, load_model
@@ -44,7 +44,7 @@ def seam(tiny_model_path: Path) -> Iterator[Seam]:
     basis = compute_basis_from_checkpoint(tiny_model_path, FastWeightsConfig(), seed=0)
     engine = EngineConfig(slots=4, max_model_tokens=256, kv_cache_gib=0.25)
     policy = VLLMPolicy(tiny_model_path, ModelConfig(), engine, basis, (STOP,), version=0, threads=1, seed=0)
-    writer = BatchedWriter.from_checkpoint(str(tiny_model_path), basis, WriteConfig(optimizer="adam", learning_rate=1e-2, epochs=6), "float32")
+    writer = checkpoint_writer(str(tiny_model_path), basis, WriteConfig(optimizer="adam", learning_rate=1e-2, epochs=6), "float32")
     learner = load_model(str(tiny_model_path), LearnerConfig())
     yield Seam(basis, policy, writer, learner, DeltaInjector(learner.base, basis))
     policy.close()

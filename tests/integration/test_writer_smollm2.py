@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors.fast_weights import Basis, compute_basis_from_checkpoint, zero
 from actors.peft_format import export_peft
 from actors.types import WriteExample, WriteRequest, WriteResult
-from actors.writer import BatchedWriter
+from actors.writer import checkpoint_writer
 from configs.schema import FastWeightsConfig, WriteConfig
 
 CARDS = (
@@ -51,7 +51,7 @@ def adam(model_path: Path, svd: Basis, cards: tuple[WriteExample, ...]) -> Write
 
 
 def _write(model_path: Path, basis: Basis, config: WriteConfig, cards: tuple[WriteExample, ...]) -> WriteResult:
-    return BatchedWriter.from_checkpoint(str(model_path), basis, config, "float32").write([WriteRequest("a", zero(basis), cards)])[0]
+    return checkpoint_writer(str(model_path), basis, config, "float32").write([WriteRequest("a", zero(basis), cards)])[0]
 
 
 def test_basis_has_the_expected_size(svd: Basis) -> None:
