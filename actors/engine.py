@@ -3,10 +3,11 @@
 One engine in this process, stepped by a thread of its own (engine_loop.py); the part inside vLLM's worker is engine_extension.py.
 
     policy = VLLMPolicy(path, model, engine, basis, stop_token_ids, version=0, threads=1, seed=0)
+    writer = policy.writer(write)                                               # on the engine's own weights, between two of its steps
     await policy.install(AdapterKey(0, "episode-7", 1), weights, probe)         # raises ReceiptError when it does not act as the writer computed
     generation = await policy.generate(prompt_ids, sampling, AdapterKey(0, "episode-7", 1))
     await policy.release([AdapterKey(0, "episode-7", 1)])
-    await policy.refresh(1, tensors)                                            # no request may run; all adapters are forgotten
+    await policy.refresh(1, tensors, complete=True)                             # no request may run; all adapters are forgotten
 
 Revision 0 is the base model itself: no adapter is named, nothing is added (Delta = 0 costs and changes nothing).
 Log-probs are log_softmax(z / T) of the sampled token (of z when greedy); no top-p, top-k or penalty ever touches z.
@@ -22,18 +23,21 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from actors.engine_adapters import AdapterTable
+from actors.engine_adapters import AdapterTable, as_tensors
 from actors.engine_loop import Phase, RequestKind, StepLoop
-from actors.engine_start import build_engine, load_weights, prepare_environment, read_vocabulary, shut_down
+from actors.engine_start import build_engine, load_weights, model_of, prepare_environment, read_vocabulary, shut_down
+from actors.engine_weights import EngineWeights
+from actors.engine_writer import EngineWriter
 from actors.fast_weights import Basis, BasisError, check
 from actors.protocols import EngineError, ReceiptError
 from actors.receipt import check_receipt
 from actors.types import AdapterKey, FastWeights, FinishReason, Generation, PolicyVersion, Probe, Sampling
-from configs.schema import EngineConfig, ModelConfig
+from configs.schema import EngineConfig, ModelConfig, WriteConfig
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -111,10 +115,15 @@ class VLLMPolicy:
         self._loop: StepLoop[LLMEngine] = StepLoop(
             "the vLLM engine", lambda: build_engine(model_path, model, engine, basis, threads=threads, seed=seed), shut_down, START_TIMEOUT_S
         )
+        self._weights = self._loop.call(lambda engine: EngineWeights(model_of(engine), Path(model_path), basis), "other").result(START_TIMEOUT_S)
 
     @property
     def version(self) -> PolicyVersion:
         return self._table.version
+
+    def writer(self, config: WriteConfig) -> EngineWriter:
+        """A writer on this engine's weights, whatever version they are."""
+        return EngineWriter(self._loop, self._weights, self._basis, config)
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
         """Sample a continuation of ``prompt_ids``. Cancelling the coroutine aborts the request.
@@ -148,7 +157,7 @@ class VLLMPolicy:
             check(weights, self._basis)
         except BasisError as error:
             raise EngineError(f"cannot install {key.name}: {error}") from error
-        b = {module: torch.tensor(matrix, dtype=torch.float32) for module, matrix in weights.b.items()}
+        b = as_tensors(weights)
         await asyncio.wrap_future(self._loop.call(lambda engine: self._table.put(engine, key, b), "install"))
         self._counters.installs += 1
         try:
@@ -164,13 +173,14 @@ class VLLMPolicy:
         """Forget adapters. Unknown ones and revision 0 are passed over; one with unfinished requests goes when the last of them ends."""
         await asyncio.wrap_future(self._loop.call(lambda engine: self._table.drop(engine, keys, self._loop.running_labels()), "install"))
 
-    async def refresh(self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor]) -> RefreshReport:
-        """Replace theta by ``tensors`` (Hugging Face names, all of them; a tied lm_head may be left out) and call it ``version``.
+    async def refresh(self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool) -> RefreshReport:
+        """Overwrite theta with ``tensors`` (Hugging Face names; a tied lm_head may be left out) and call it ``version``.
 
-        Afterwards every adapter of the old version is unknown and the prefix cache is empty. Raises EngineError, with the engine as it was, when
-        requests run, the version goes backwards, or names are missing or unknown; when loading itself fails the engine is dead.
+        ``complete`` demands all of the model's tensors; otherwise those that are not there keep the values they have. Afterwards every adapter of
+        the old version is unknown and the prefix cache is empty. Raises EngineError, with the engine as it was, when requests run, the version goes
+        backwards, or a name, a shape or a part of a packed matrix is wrong; when loading itself fails the engine is dead.
         """
-        done = self._loop.call(lambda engine: self._refresh(engine, version, tensors), "refresh")
+        done = self._loop.call(lambda engine: self._refresh(engine, version, tensors, complete), "refresh")
         try:
             return await asyncio.wait_for(asyncio.wrap_future(done), REFRESH_TIMEOUT_S)
         except TimeoutError as error:
@@ -233,12 +243,13 @@ class VLLMPolicy:
         except (VLLMClientError, ValueError) as error:
             raise EngineError(f"vLLM refuses the request: {error}") from error
 
-    def _refresh(self, engine: LLMEngine, version: PolicyVersion, tensors: Mapping[str, torch.Tensor]) -> RefreshReport:
+    def _refresh(self, engine: LLMEngine, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool) -> RefreshReport:
         running = self._loop.running_labels()
         if running:
             raise EngineError(f"cannot refresh to version {version}: requests run under {', '.join(sorted(running)[:3])}; drain the worker first")
         self._table.check_successor(version)
-        seconds = load_weights(engine, version, tensors)
+        seconds = load_weights(engine, version, tensors, complete)
+        self._weights.refresh(tensors)
         self._table.start_version(engine, version)
         self._counters.refreshes += 1
         return RefreshReport(version, seconds, sum(tensor.nbytes for tensor in tensors.values()))

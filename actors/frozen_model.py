@@ -9,10 +9,10 @@ The families are those whose decoder layer is h += attention(norm(h)); h += mlp(
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from actors.layout import Layout
 from actors.protocols import WriterError
 
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class _TimesFrozen(torch.autograd.Function):
@@ -174,44 +173,26 @@ class FrozenModel:
 
 
 class OwnedWeights:
-    """A model's tensors by Hugging Face name, q/k/v and gate/up held as one matrix each; ``refresh`` writes new values into the same memory."""
+    """Tensors by Hugging Face name, q/k/v and gate/up held as one matrix each; ``refresh`` writes new values into the same memory.
 
-    def __init__(self, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Copies ``tensors`` into ``dtype``, unless they have it already and need not be joined. Raises WriterError for a missing one."""
-        Shape.of(config)  # an unsupported model is named as such, not by the tensor that it lacks
+    Of a whole model, or of some of its layers only: it holds what ``layer`` and ``model`` have taken out of ``tensors``.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Tensors are copied into ``dtype``, unless they have it already and need not be joined."""
         self._parts: dict[str, Tensor] = {}
         self._tensors, self._dtype = tensors, dtype
-        count = int(config.num_hidden_layers)
+
+    def model(self, config: Any) -> FrozenModel:
+        """All of it. Raises WriterError for a missing tensor or an unsupported model."""
+        Shape.of(config)  # an unsupported model is named as such, not by the tensor that it lacks
         embed = self._take("model.embed_tokens.weight")
-        layers = [self._layer(f"model.layers.{number}.") for number in range(count)]
-        tied = "lm_head.weight" not in tensors
-        head = embed if tied else self._take("lm_head.weight")
-        self.model = FrozenModel(config, embed, layers, self._take("model.norm.weight"), head)
-        self._tensors = {}
+        layers = [self.layer(number) for number in range(int(config.num_hidden_layers))]
+        tied = "lm_head.weight" not in self._tensors
+        return FrozenModel(config, embed, layers, self._take("model.norm.weight"), embed if tied else self._take("lm_head.weight"))
 
-    @classmethod
-    def read(cls, model_path: str | os.PathLike[str], dtype_name: str) -> OwnedWeights:
-        """From a Hugging Face folder, on the CPU."""
-        from transformers import AutoConfig
-
-        return cls(AutoConfig.from_pretrained(str(model_path)), read_tensors(Path(model_path)), _DTYPES[dtype_name])
-
-    def refresh(self, tensors: Mapping[str, Tensor]) -> None:
-        """New values for some or all tensors. All names and shapes are checked first. Raises WriterError with nothing changed."""
-        problems = [f"{name} is unknown" for name in tensors if name not in self._parts and name != "lm_head.weight"]
-        problems += [
-            f"{name} has shape {tuple(tensor.shape)}, not {tuple(self._parts[name].shape)}"
-            for name, tensor in tensors.items()
-            if name in self._parts and tensor.shape != self._parts[name].shape
-        ]
-        if problems:
-            raise WriterError(f"refresh of the writer's model refused: {problems[0]} ({len(problems)} in all); send the weights of the same model")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                if name in self._parts:
-                    self._parts[name].copy_(tensor)
-
-    def _layer(self, prefix: str) -> FrozenLayer:
+    def layer(self, number: int) -> FrozenLayer:
+        prefix = f"model.layers.{number}."
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         return FrozenLayer(
             input_norm=self._take(f"{prefix}input_layernorm.weight"),
@@ -223,6 +204,17 @@ class OwnedWeights:
             gate_up=self._linear(mlp, ("gate_proj", "up_proj")),
             down=self._linear(mlp, ("down_proj",)),
         )
+
+    def refresh(self, tensors: Mapping[str, Tensor]) -> None:
+        """New values for the held ones among ``tensors``. All shapes are checked first. Raises WriterError with nothing changed."""
+        mine = {name: tensor for name, tensor in tensors.items() if name in self._parts}
+        wrong = [name for name, tensor in mine.items() if tensor.shape != self._parts[name].shape]
+        if wrong:
+            has, needs = tuple(mine[wrong[0]].shape), tuple(self._parts[wrong[0]].shape)
+            raise WriterError(f"refresh of the writer's weights refused: {wrong[0]} has shape {has}, not {needs}; send the weights of the same model")
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                self._parts[name].copy_(tensor)
 
     def _linear(self, prefix: str, names: tuple[str, ...]) -> Linear:
         biased = f"{prefix}{names[0]}.bias" in self._tensors
@@ -253,16 +245,23 @@ class OwnedWeights:
         return self._tensors[name].detach()
 
 
-def read_tensors(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
-    """The tensors of a Hugging Face folder whose names are ``wanted``, read from its safetensors files. Raises WriterError."""
+def read_model(model_path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"]) -> FrozenModel:
+    """The model of a Hugging Face folder, with weights of its own, on the CPU."""
+    from transformers import AutoConfig
+
+    tensors = read_tensors(Path(model_path), "")
+    return OwnedWeights(tensors, getattr(torch, dtype)).model(AutoConfig.from_pretrained(str(model_path)))
+
+
+def read_tensors(folder: Path, *prefixes: str) -> dict[str, Tensor]:
+    """The tensors of a Hugging Face folder whose names begin with one of ``prefixes``, from its safetensors files. Raises WriterError."""
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Tensor] = {}
-    files: Iterable[Path] = sorted(folder.glob("*.safetensors"))
     try:
-        for file in files:
+        for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as reader:
-                tensors.update({name: reader.get_tensor(name) for name in reader.keys() if wanted(name)})  # noqa: SIM118  (not a mapping)
+                tensors.update({name: reader.get_tensor(name) for name in reader.keys() if name.startswith(prefixes)})  # noqa: SIM118  (no mapping)
     except (OSError, SafetensorError) as error:
         raise WriterError(f"{folder}: its safetensors cannot be read ({error}); give a complete Hugging Face model folder") from error
     return tensors

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from actors.cut_model import Chunk, CutModel, Reading, Row
 from actors.fast_weights import Basis, stack
-from actors.frozen_model import FrozenModel, OwnedWeights
+from actors.frozen_model import FrozenModel, read_model
 from actors.protocols import WriterError
 from actors.types import FastWeights, Probe, WriteExample, WriteRequest, WriteResult
 from configs.schema import WriteConfig
@@ -190,4 +190,4 @@ def _probe_of(examples: Sequence[WriteExample]) -> WriteExample:
 
 def checkpoint_writer(model_path: str, basis: Basis, config: WriteConfig, dtype: Literal["float32", "bfloat16"]) -> BatchedWriter:
     """A writer with weights of its own, read from a Hugging Face folder: where no engine is at hand."""
-    return BatchedWriter(OwnedWeights.read(model_path, dtype).model, basis, config)
+    return BatchedWriter(read_model(model_path, dtype), basis, config)

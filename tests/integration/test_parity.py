@@ -17,8 +17,8 @@ import torch
 from actors.context import Context
 from actors.engine import VLLMPolicy
 from actors.fast_weights import Basis, DeltaInjector, compute_basis_from_checkpoint, stack, zero
+from actors.protocols import FastWeightWriter
 from actors.types import AdapterKey, FastWeights, Outcome, Sampling, Segment, Task, Timings, Trajectory, WriteExample, WriteRequest
-from actors.writer import BatchedWriter, checkpoint_writer
 from configs.schema import EngineConfig, FastWeightsConfig, LearnerConfig, ModelConfig, WriteConfig
 from learner.batch import pad
 from learner.model import PolicyModel, load_model
@@ -34,7 +34,7 @@ SAMPLING = Sampling(temperature=1.0, max_tokens=24, seed=3, kind="act")
 class Seam:
     basis: Basis
     policy: VLLMPolicy
-    writer: BatchedWriter
+    writer: FastWeightWriter
     learner: PolicyModel
     injector: DeltaInjector
 
@@ -44,7 +44,7 @@ def seam(tiny_model_path: Path) -> Iterator[Seam]:
     basis = compute_basis_from_checkpoint(tiny_model_path, FastWeightsConfig(), seed=0)
     engine = EngineConfig(slots=4, max_model_tokens=256, kv_cache_gib=0.25)
     policy = VLLMPolicy(tiny_model_path, ModelConfig(), engine, basis, (STOP,), version=0, threads=1, seed=0)
-    writer = checkpoint_writer(str(tiny_model_path), basis, WriteConfig(optimizer="adam", learning_rate=1e-2, epochs=6), "float32")
+    writer = policy.writer(WriteConfig(optimizer="adam", learning_rate=1e-2, epochs=6))
     learner = load_model(str(tiny_model_path), LearnerConfig())
     yield Seam(basis, policy, writer, learner, DeltaInjector(learner.base, basis))
     policy.close()
@@ -100,8 +100,7 @@ def test_the_learner_scores_what_the_engine_sampled_and_a_broadcast_keeps_it_so(
                 parameter += 0.05 * parameter.std() * torch.randn(parameter.shape, generator=draw)
         assert _largest_gap(seam, first) > 50 * EXACT  # theta has moved away from what sampled them
         tensors = {name: tensor.detach().clone() for name, tensor in seam.learner.base.named_parameters()}
-        await seam.policy.refresh(1, tensors)
-        seam.writer.refresh(tensors)
+        await seam.policy.refresh(1, tensors, complete=True)
         assert seam.policy.version == 1
         assert _largest_gap(seam, await _episode(seam, "a", 6)) <= EXACT
         assert seam.policy.stats().receipts_passed == 6

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from actors import worker as worker_module
 from actors.protocols import EngineError
@@ -25,23 +25,19 @@ class Policy:
     def __init__(self) -> None:
         self.version: PolicyVersion = 0
         self.tensors: Mapping[str, torch.Tensor] = {}
+        self.complete = True
         self.refused = False
 
-    async def refresh(self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor]) -> None:
+    async def refresh(self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool) -> None:
         await asyncio.sleep(0.01)
         if self.refused:
             raise EngineError("names are missing")
-        self.version, self.tensors = version, tensors
+        self.version, self.tensors, self.complete = version, tensors, complete
 
     def stats(self) -> SimpleNamespace:
         return SimpleNamespace()
 
     def close(self) -> None: ...
-
-
-class Writer:
-    def refresh(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.tensors = tensors
 
 
 class Rollout:
@@ -72,9 +68,9 @@ class Weights:
 
 class Bench:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model_path: str = "unused") -> None:
-        self.policy, self.writer = Policy(), Writer()
+        self.policy = Policy()
         self.rollout = Rollout(self.policy)
-        parts: Any = (self.policy, self.writer, self.rollout)
+        parts: Any = (self.policy, self.rollout)
         monkeypatch.setattr(worker_module, "_build", lambda spec: parts)
         self.worker = RolloutWorker(WorkerSpec("worker-7", RunConfig(), model_path, "unused", 0))
 
@@ -100,7 +96,6 @@ def test_a_refresh_waits_for_the_running_groups_and_holds_back_new_ones(monkeypa
         assert [result.policy_version for result in results] == [0, 0, 1]
         assert bench.rollout.versions == [(0, 0), (0, 0), (1, 1)]
         assert (report.version, report.refreshes) == (1, 1)
-        assert bench.writer.tensors is bench.policy.tensors  # writer and engine have the same theta
 
     asyncio.run(body())
 
@@ -119,25 +114,100 @@ def test_groups_that_do_not_end_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     asyncio.run(body())
 
 
-def test_the_gate_opens_after_a_refused_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_whose_loading_failed_serves_nobody_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it holds may be half of one version and half of another. Groups that waited at the gate hear of it, and so do later calls."""
+
     async def body() -> None:
         bench = Bench(monkeypatch)
         bench.policy.refused = True
         bench.rollout.end.set()
+        refreshing = asyncio.create_task(bench.worker.refresh(Weights(1), 5))
+        await settle()
+        waiting = bench.begin(0)
         with pytest.raises(EngineError, match="names are missing"):
-            await bench.worker.refresh(Weights(1), 5)
-        assert (await asyncio.wait_for(bench.begin(0), 5)).policy_version == 0
+            await refreshing
+        bench.policy.refused = False
+        broken = r"worker-7 serves nobody any more, loading version 1 failed .EngineError: names are missing.: start another worker"
+        for work in (waiting, bench.begin(1), bench.worker.refresh(Weights(2), 5)):
+            with pytest.raises(WorkerError, match=broken):
+                await asyncio.wait_for(work, 5)
+        assert bench.rollout.versions == []
 
     asyncio.run(body())
 
 
-def test_trained_tensors_alone_are_completed_from_the_start_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_refresh_cut_short_while_loading_breaks_the_worker_too(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
-        save_file({"frozen": torch.zeros(2), "trained": torch.zeros(2)}, tmp_path / "model.safetensors")
-        bench = Bench(monkeypatch, str(tmp_path))
+        bench = Bench(monkeypatch)
+        bench.rollout.end.set()
+        loading = asyncio.Event()
+
+        async def refresh(version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool) -> None:
+            loading.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(bench.policy, "refresh", refresh)
+        refreshing = asyncio.create_task(bench.worker.refresh(Weights(1), 5))
+        await loading.wait()
+        refreshing.cancel()
+        with pytest.raises(WorkerError, match=r"loading version 1 failed .CancelledError"):
+            await asyncio.wait_for(bench.begin(0), 5)
+
+    asyncio.run(body())
+
+
+def test_weights_that_do_not_arrive_leave_the_worker_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lost(Weights):
+        def fetch(self, timeout_s: float) -> Mapping[str, torch.Tensor]:
+            raise TimeoutError("the owner of the object is gone")
+
+    async def body() -> None:
+        bench = Bench(monkeypatch)
+        bench.rollout.end.set()
+        with pytest.raises(TimeoutError, match="the owner"):
+            await bench.worker.refresh(Lost(1), 5)
+        assert (await asyncio.wait_for(bench.begin(0), 5)).policy_version == 0
+        assert (await bench.worker.refresh(Weights(1), 5)).version == 1
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_the_engine_is_given_what_was_published_and_told_whether_it_is_all(monkeypatch: pytest.MonkeyPatch, complete: bool) -> None:
+    async def body() -> None:
+        bench = Bench(monkeypatch)
         weights = Weights(1, {"trained": torch.ones(2)})
-        weights.complete = False
+        weights.complete = complete
         await bench.worker.refresh(weights, 5)
-        assert {name: tensor.tolist() for name, tensor in bench.policy.tensors.items()} == {"frozen": [0, 0], "trained": [1, 1]}
+        assert bench.policy.complete is complete and list(bench.policy.tensors) == ["trained"]
+
+    asyncio.run(body())
+
+
+def test_the_report_tells_the_drain_from_the_wait_for_weights_and_from_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetching goes on while groups end: only what is left of it afterwards counts."""
+
+    class Slow(Weights):
+        def __init__(self, version: int) -> None:
+            super().__init__(version)
+            self.arrived = threading.Event()
+
+        def fetch(self, timeout_s: float) -> Mapping[str, torch.Tensor]:
+            time.sleep(0.2)
+            self.arrived.set()
+            return super().fetch(timeout_s)
+
+    async def body() -> None:
+        bench = Bench(monkeypatch)
+        idle = await bench.worker.refresh(Slow(1), 5)
+        assert idle.drain_s < idle.fetch_s and idle.load_s > 0.0
+        running, weights = bench.begin(0), Slow(2)
+        await settle()
+        refreshing = asyncio.create_task(bench.worker.refresh(weights, 5))
+        await asyncio.to_thread(weights.arrived.wait, 5)
+        bench.rollout.end.set()
+        busy = await refreshing
+        await running
+        assert busy.fetch_s < busy.drain_s and busy.drain_s > 0.15
 
     asyncio.run(body())

@@ -1,0 +1,102 @@
+"""A vLLM model's own tensors as the writer's FrozenModel: the rollout process holds the base weights once.
+
+    weights that can be seen (GPU)      used where they lie, for matmuls and gradients
+    weights packed by vLLM (CPU)        below Delta: vLLM's own matmul, no gradient is needed there
+                                        the layers under Delta: a plain copy of those few (a tenth of SmolLM2), for the gradient with respect to x
+
+Checked on vLLM 0.32; tests/integration/test_engine_writer.py fails when vLLM changes underneath.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from actors.fast_weights import Basis
+from actors.frozen_model import FrozenLayer, FrozenModel, Linear, OwnedWeights, read_tensors
+
+
+class EngineWeights:
+    """``model`` is the engine's theta, now. Lives on the engine's step thread; ``refresh`` makes another ``model``."""
+
+    def __init__(self, vllm_model: Any, model_path: Path, basis: Basis) -> None:
+        """``model_path`` holds the weights that the engine has now: the plain copies are read from there. Raises WriterError."""
+        self._vllm_model, self._first = vllm_model, basis.first_layer
+        self._owned: OwnedWeights | None = None
+        self._copies: tuple[FrozenLayer, ...] = ()
+        layers = vllm_model.model.layers
+        if any(_weight(part) is None for layer in layers[self._first :] for part in _parts(layer)):
+            numbers = range(self._first, len(layers))
+            owned = OwnedWeights(
+                read_tensors(model_path, *(f"model.layers.{number}." for number in numbers)), vllm_model.model.embed_tokens.weight.dtype
+            )
+            self._owned, self._copies = owned, tuple(owned.layer(number) for number in numbers)
+        self.model = self._bind()
+
+    def refresh(self, tensors: Mapping[str, Tensor]) -> None:
+        """vLLM has loaded ``tensors``; the plain copies follow."""
+        if self._owned is not None:
+            self._owned.refresh(tensors)
+        self.model = self._bind()
+
+    @property
+    def copied_bytes(self) -> int:
+        """Of the plain copies."""
+        return sum(
+            part.weight.nbytes for layer in self._copies for part in (layer.qkv, layer.out, layer.gate_up, layer.down) if part.weight is not None
+        )
+
+    def _bind(self) -> FrozenModel:
+        core = self._vllm_model.model
+        below = core.layers if not self._copies else core.layers[: self._first]
+        layers = (*(_layer(layer) for layer in below), *self._copies)
+        return FrozenModel(
+            self._vllm_model.config, core.embed_tokens.weight.data, layers, core.norm.weight.data, self._vllm_model.lm_head.weight.data
+        )
+
+
+def _parts(layer: Any) -> tuple[Any, Any, Any, Any]:
+    """The four linear modules, without the wrapper that adds an adapter."""
+    parts = (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+    qkv, out, gate_up, down = (getattr(part, "base_layer", part) for part in parts)
+    return qkv, out, gate_up, down
+
+
+def _layer(layer: Any) -> FrozenLayer:
+    qkv, out, gate_up, down = (_linear(part) for part in _parts(layer))
+    return FrozenLayer(
+        input_norm=layer.input_layernorm.weight.data,
+        qkv=qkv,
+        q_norm=_norm(layer.self_attn, "q_norm"),
+        k_norm=_norm(layer.self_attn, "k_norm"),
+        out=out,
+        post_norm=layer.post_attention_layernorm.weight.data,
+        gate_up=gate_up,
+        down=down,
+    )
+
+
+def _linear(module: Any) -> Linear:
+    bias = None if module.bias is None else module.bias.data
+    return Linear(weight=_weight(module), bias=bias, forward=functools.partial(_vllm_matmul, module))
+
+
+def _vllm_matmul(module: Any, x: Tensor) -> Tensor:
+    product: Tensor = module.quant_method.apply(module, x, module.bias)
+    return product
+
+
+def _weight(module: Any) -> Tensor | None:
+    """None where vLLM has packed it away."""
+    weight: Tensor = module.weight.data
+    return weight if weight.ndim == 2 and weight.numel() > 0 else None
+
+
+def _norm(attention: Any, name: str) -> Tensor | None:
+    module = getattr(attention, name, None)
+    weight: Tensor | None = None if module is None else module.weight.data
+    return weight

@@ -1,0 +1,123 @@
+"""The writer on a real vLLM engine's own weights equals the writer on a checkpoint, before and after a refresh, and holds no second model."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from actors.engine import VLLMPolicy
+from actors.fast_weights import Basis, compute_basis_from_checkpoint, zero
+from actors.protocols import WriterError
+from actors.types import AdapterKey, Sampling, WriteExample, WriteRequest, WriteResult
+from actors.writer import BatchedWriter, checkpoint_writer
+from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig, WriteConfig
+
+pytestmark = pytest.mark.engine_in_process
+WRITE = WriteConfig(optimizer="sgd", learning_rate=5e-3, epochs=3, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def basis(tiny_model_path: Path) -> Basis:
+    return compute_basis_from_checkpoint(tiny_model_path, FastWeightsConfig(last_layers=2), seed=0)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model_path: Path, basis: Basis) -> Iterator[VLLMPolicy]:
+    engine = EngineConfig(slots=4, max_model_tokens=256, kv_cache_gib=0.25)
+    one = VLLMPolicy(tiny_model_path, ModelConfig(), engine, basis, (2,), version=0, threads=1, seed=0)
+    yield one
+    one.close()
+
+
+def requests(basis: Basis) -> list[WriteRequest]:
+    draw = np.random.default_rng(7)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw.integers(100, 40000, draw.integers(low, high + 1)).tolist())
+
+    prefix = tokens(12, 12)
+    return [WriteRequest(name, zero(basis), tuple(WriteExample(prefix + tokens(3, 9), tokens(2, 7)) for _ in range(6))) for name in ("a", "b")]
+
+
+def largest_difference(left: list[WriteResult], right: list[WriteResult]) -> float:
+    pairs = [(one.weights.b[name], other.weights.b[name]) for one, other in zip(left, right, strict=True) for name in one.weights.b]
+    return max(float(np.abs(mine - theirs).max()) for mine, theirs in pairs)
+
+
+def moved(results: list[WriteResult]) -> float:
+    return max(float(np.abs(matrix).max()) for result in results for matrix in result.weights.b.values())
+
+
+def checked(reference: BatchedWriter, results: list[WriteResult], asked: list[WriteRequest]) -> None:
+    expected = reference.write(asked)
+    assert [result.outcome for result in results] == ["accepted", "accepted"], [result.reason for result in results]
+    assert largest_difference(results, expected) <= 1e-6 < 1e-3 < moved(expected)
+    for mine, theirs in zip(results, expected, strict=True):
+        assert mine.probe is not None and theirs.probe is not None
+        assert mine.loss_after == pytest.approx(theirs.loss_after, abs=1e-4)
+        assert mine.probe.after == pytest.approx(theirs.probe.after, abs=1e-4)
+
+
+async def _install_and_act(policy: VLLMPolicy, result: WriteResult, episode: str) -> None:
+    """The receipt compares the engine's own log-probs with the probe of the write."""
+    key = AdapterKey(policy.version, episode, 1)
+    before = policy.stats().receipts_passed
+    await policy.install(key, result.weights, result.probe)
+    assert policy.stats().receipts_passed == before + 1
+    assert (await policy.generate((5, 6, 7), Sampling(0.0, 4, 0, "act"), key)).token_ids
+    await policy.release([key])
+
+
+def test_writes_on_the_engines_weights_equal_those_on_a_checkpoint_also_after_a_refresh(
+    policy: VLLMPolicy, basis: Basis, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    asked = requests(basis)
+    results = policy.writer(WRITE).write(asked)
+    checked(checkpoint_writer(str(tiny_model_path), basis, WRITE, "float32"), results, asked)
+    asyncio.run(_install_and_act(policy, results[0], "before"))
+
+    draw = torch.Generator().manual_seed(1)
+    theta = {
+        name: tensor + 0.02 * torch.randn(tensor.shape, generator=draw) for name, tensor in load_file(tiny_model_path / "model.safetensors").items()
+    }
+    writer = policy.writer(WRITE)
+    asyncio.run(policy.refresh(1, theta, complete=True))
+    save_file(theta, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((tiny_model_path / "config.json").read_bytes())
+    refreshed = writer.write(asked)
+    checked(checkpoint_writer(str(tmp_path), basis, WRITE, "float32"), refreshed, asked)
+    assert largest_difference(refreshed, results) > 1e-4  # another theta
+    asyncio.run(_install_and_act(policy, refreshed[0], "after"))
+
+
+def test_only_the_layers_under_delta_are_held_a_second_time_and_only_where_vllm_packs(policy: VLLMPolicy, tiny_model_path: Path) -> None:
+    """On a CPU vLLM packs its matmuls' weights: two of six layers are copied. The largest tensor, the embedding, is vLLM's own."""
+    weights = policy._weights
+    layers = load_file(tiny_model_path / "model.safetensors")
+    under = [tensor for name, tensor in layers.items() if name.startswith(("model.layers.4.", "model.layers.5.")) and "_proj" in name]
+    assert weights.copied_bytes == sum(tensor.nbytes for tensor in under)
+    assert weights.model.head.data_ptr() == weights._vllm_model.lm_head.weight.data_ptr()
+    assert all(layer.qkv.weight is None for layer in weights.model.layers[:4]), "vLLM shows the trunk's weights: use them, drop the copies"
+
+
+def test_a_write_runs_on_the_step_thread_and_its_errors_leave_the_engine_alive(
+    policy: VLLMPolicy, basis: Basis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    original = BatchedWriter.write
+    monkeypatch.setattr(BatchedWriter, "write", lambda self, asked: names.append(threading.current_thread().name) or original(self, asked))
+    writer = policy.writer(WRITE)
+    with pytest.raises(WriterError, match="write of episode x: no examples"):
+        writer.write([WriteRequest("x", zero(basis), ())])
+    assert names == ["the vLLM engine"]
+    assert writer.write(requests(basis))[0].outcome == "accepted"
+    key = AdapterKey(policy.version, "none", 0)
+    assert asyncio.run(policy.generate((5, 6, 7), Sampling(0.0, 4, 0, "act"), key)).token_ids
+    assert policy.stats().seconds["write"] > 0
