@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -128,16 +128,22 @@ def build_engine(model_path: str | os.PathLike[str], model: ModelConfig, engine:
     return built
 
 
-def load_weights(engine: LLMEngine, version: PolicyVersion, tensors: Mapping[str, torch.Tensor]) -> float:
-    """Replace the base weights and empty the prefix cache; returns seconds. Raises EngineError before touching anything when names do not match."""
-    needed, optional = engine.collective_rpc("engram_parameter_names")[0]
-    missing, unknown = (sorted(needed - set(tensors)), sorted(set(tensors) - needed - optional))
-    if missing or unknown:
-        faults = [f"{len(names)} {word}, first {names[0]}" for word, names in (("missing", missing), ("unknown", unknown)) if names]
-        raise EngineError(f"cannot refresh to version {version}: of {len(tensors)} tensors {'; '.join(faults)}; hand over the whole model")
+def model_of(engine: LLMEngine) -> Any:
+    """vLLM's model object, in this process."""
+    return engine.collective_rpc("engram_model")[0]
+
+
+def load_weights(engine: LLMEngine, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool) -> float:
+    """Replace the base weights (with ``complete`` all of them) and empty the prefix cache; returns seconds.
+
+    Raises EngineError before touching anything when a name, a shape or a part of a packed matrix is wrong; what else it raises leaves it half-way.
+    """
     started = time.perf_counter()
     engine.collective_rpc("start_weight_update")
-    engine.collective_rpc("update_weights", kwargs={"update_info": {"tensors": tensors}})
+    try:
+        engine.collective_rpc("update_weights", kwargs={"update_info": {"tensors": tensors, "complete": complete}})
+    except EngineError as error:
+        raise EngineError(f"cannot refresh to version {version}: {error}") from error
     engine.collective_rpc("finish_weight_update")
     if not engine.reset_prefix_cache():
         raise RuntimeError("vLLM did not empty its prefix cache after a refresh although no request runs")

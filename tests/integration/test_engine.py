@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from actors.engine import VLLMPolicy
 from actors.fast_weights import Basis, compute_basis_from_checkpoint
@@ -48,6 +49,12 @@ def policy(tiny_model_path: Path, basis: Basis) -> Iterator[VLLMPolicy]:
     policy = VLLMPolicy(tiny_model_path, ModelConfig(), config, basis, (STOP,), version=0, threads=1, seed=0)
     yield policy
     policy.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_scores(policy: VLLMPolicy) -> list[float]:
+    """What the engine says of ``prompt(15, 120)`` with the weights that vLLM itself loaded at its start."""
+    return run(policy.score(prompt(15, 120), base(policy)))
 
 
 def greedy(tokens: int) -> Sampling:
@@ -284,7 +291,7 @@ def test_cancelling_aborts_the_request_and_release_while_running_is_safe(policy:
 
 
 def test_refresh_serves_the_new_weights_and_forgets_the_old_adapters(policy: VLLMPolicy, reference: Reference, basis: Basis) -> None:
-    """Last but one: the reference and the engine move to version 3 together."""
+    """From here on the engine is at other versions, and the reference follows it."""
     ids, weights = prompt(13, 300), written(basis, 1, 80, SIZE)
     draw = torch.Generator().manual_seed(5)
     old = {name: tensor.clone() for name, tensor in reference.model.state_dict().items()}
@@ -295,18 +302,25 @@ def test_refresh_serves_the_new_weights_and_forgets_the_old_adapters(policy: VLL
         survivor = await installed(policy, "survivor", weights)
         before = await policy.generate(ids, greedy(4), base(policy))
         with pytest.raises(EngineError, match=r"1 missing, first model\.layers\.2\.mlp\.up_proj\.weight"):
-            await policy.refresh(1, {name: tensor for name, tensor in new.items() if name != "model.layers.2.mlp.up_proj.weight"})
+            await policy.refresh(1, {name: tensor for name, tensor in new.items() if name != "model.layers.2.mlp.up_proj.weight"}, complete=True)
         with pytest.raises(EngineError, match="1 unknown, first extra"):
-            await policy.refresh(1, {**new, "extra": new["model.norm.weight"]})
+            await policy.refresh(1, {**new, "extra": new["model.norm.weight"]}, complete=True)
+        with pytest.raises(
+            EngineError, match=r"1 of another shape, first model\.layers\.5\.mlp\.down_proj\.weight \[256, 128\] in place of \[128, 256\]"
+        ):
+            await policy.refresh(1, {**new, "model.layers.5.mlp.down_proj.weight": new["model.layers.5.mlp.down_proj.weight"].T}, complete=True)
+        query = "model.layers.3.self_attn.q_proj.weight"
+        with pytest.raises(EngineError, match=r"2 missing, first model\.layers\.3\.self_attn\.k_proj\.weight.*all parts of each packed matrix"):
+            await policy.refresh(1, {query: new[query]}, complete=False)
         running = asyncio.create_task(policy.generate(prompt(14, 20), Sampling(1.0, 400, 1, kind="act"), base(policy)))
         await asyncio.sleep(0.1)
         with pytest.raises(EngineError, match="drain the worker"):
-            await policy.refresh(1, new)
+            await policy.refresh(1, new, complete=True)
         running.cancel()
         assert policy.version == 0 and await policy.generate(ids, greedy(4), base(policy)) == before
 
         for version, tensors in ((1, new), (3, tied)):
-            report = await policy.refresh(version, tensors)
+            report = await policy.refresh(version, tensors, complete=True)
             assert policy.version == report.version == version and report.bytes > 0
             reference.model.load_state_dict(tied)
             assert distance(await policy.score(ids, base(policy)), reference.logprobs(ids, None)) < 1e-4
@@ -317,7 +331,71 @@ def test_refresh_serves_the_new_weights_and_forgets_the_old_adapters(policy: VLL
             again = await installed(policy, "survivor", weights)
             assert distance(await policy.score(ids, again), reference.logprobs(ids, weights)) < EXACT
         with pytest.raises(EngineError, match="the engine is at 3"):
-            await policy.refresh(2, new)
+            await policy.refresh(2, new, complete=True)
+
+    run(story())
+
+
+def test_a_refreshed_engine_is_a_fresh_one_to_the_bit(policy: VLLMPolicy, tiny_model_path: Path, fresh_scores: list[float]) -> None:
+    """Other weights came between (if only those of the first refresh here); vLLM's own loader put the first in place, ours the last."""
+    start = load_file(tiny_model_path / "model.safetensors")
+    other = {name: 1.01 * tensor for name, tensor in start.items()}
+
+    async def story() -> None:
+        for version, tensors in ((11, other), (12, start)):
+            await policy.refresh(version, tensors, complete=True)
+        assert await policy.score(prompt(15, 120), base(policy)) == fresh_scores
+
+    run(story())
+
+
+@pytest.mark.parametrize("head_too", [False, True])
+def test_changed_tensors_alone_are_the_whole_refresh_to_the_bit(
+    policy: VLLMPolicy, reference: Reference, basis: Basis, tiny_model_path: Path, fresh_scores: list[float], head_too: bool
+) -> None:
+    """As with learner.trainable=last_layers; and with the tied embedding, whose packed copy in the head must follow."""
+    start = load_file(tiny_model_path / "model.safetensors")
+    draw = torch.Generator().manual_seed(6)
+    wanted = ("model.layers.4.", "model.layers.5.", "model.norm.", *(("model.embed_tokens.",) if head_too else ()))
+    moved = {
+        name: tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=draw) for name, tensor in start.items() if name.startswith(wanted)
+    }
+    ids, weights, version = prompt(15, 120), written(basis, 1, 90, SIZE), policy.version
+
+    async def story() -> None:
+        await policy.refresh(version + 1, start, complete=True)
+        await installed(policy, "of-the-old-version", weights)
+        report = await policy.refresh(version + 2, moved, complete=False)
+        assert report.bytes == sum(tensor.nbytes for tensor in moved.values())
+        changed = await policy.score(ids, base(policy))
+        await policy.refresh(version + 3, {**start, **moved}, complete=True)
+        assert changed == await policy.score(ids, base(policy)) and distance(changed, fresh_scores) > 100 * EXACT
+        reference.model.load_state_dict({**start, **moved}, strict=False)
+        assert distance(changed, reference.logprobs(ids, None)) < 1e-4
+        assert distance(await policy.score(ids, await installed(policy, "new", weights)), reference.logprobs(ids, weights)) < EXACT
+
+    run(story())
+
+
+def test_a_refresh_takes_other_number_formats_and_keeps_nothing_of_the_senders_memory(policy: VLLMPolicy, tiny_model_path: Path) -> None:
+    """A bfloat16 learner; and one that overwrites what it sent."""
+    start = load_file(tiny_model_path / "model.safetensors")
+    halves = {name: tensor.bfloat16() for name, tensor in start.items()}
+    ids, version = prompt(16, 90), policy.version
+
+    async def story() -> None:
+        await policy.refresh(version + 1, {name: tensor.float() for name, tensor in halves.items()}, complete=True)
+        expected = await policy.score(ids, base(policy))
+        await policy.refresh(version + 2, start, complete=True)
+        assert await policy.score(ids, base(policy)) != expected
+        await policy.refresh(version + 3, halves, complete=True)
+        assert await policy.score(ids, base(policy)) == expected
+        sent = {name: tensor.clone() for name, tensor in start.items()}
+        await policy.refresh(version + 4, sent, complete=True)
+        expected = await policy.score(ids, base(policy))
+        for tensor in sent.values():
+            tensor.zero_()
+        assert await policy.score(ids, base(policy)) == expected
 
     run(story())
 
@@ -396,3 +474,17 @@ def test_the_count_is_vllms_own() -> None:
     x = torch.tensor([[1.0, 2.0, 3.0], [3.0, 3.0, 1.0]])
     original = batched_count_greater_than._torchdynamo_orig_callable
     assert count_at_least(x, x[:, 1:2]).tolist() == original(x, x[:, 1:2]).tolist() == [2, 2]
+
+
+def test_every_tensor_of_the_checkpoint_has_a_place_in_vllms_model(policy: VLLMPolicy, tiny_model_path: Path) -> None:
+    """By name and shape; and vLLM still packs what engine_tensors.py says that it packs."""
+    from actors.engine_tensors import find_places
+
+    def look(engine: Any) -> tuple[dict[str, tuple[int, ...]], int]:
+        places = find_places(engine.model_executor.driver_worker.worker.model_runner.get_model())
+        packed = sum(getattr(place.owners[0], place.leaf).numel() == 0 for place in places)
+        return {name: shape for place in places for name, shape in place.parts.items()}, packed
+
+    found, packed = policy._loop.call(look, "other").result(timeout=30)
+    assert found == {name: tuple(tensor.shape) for name, tensor in load_file(tiny_model_path / "model.safetensors").items()}
+    assert packed == 6 * 4  # qkv, out, gate_up and down of each layer

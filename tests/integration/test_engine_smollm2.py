@@ -78,7 +78,7 @@ def test_the_death_of_the_step_thread_reaches_every_caller(policy: VLLMPolicy) -
         policy._loop.post(fault, "other")
         for error in await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), timeout=60):
             assert isinstance(error, EngineError) and "the device is gone" in str(error)
-        for later in (policy.generate([5, 6], Sampling(0.0, 2, 0, kind="act"), key), policy.release([key]), policy.refresh(6, {})):
+        for later in (policy.generate([5, 6], Sampling(0.0, 2, 0, kind="act"), key), policy.release([key]), policy.refresh(6, {}, True)):
             with pytest.raises(EngineError, match="is dead: RuntimeError: the device is gone"):
                 await later
 
