@@ -219,6 +219,7 @@ def stack(
 ) -> dict[str, Tensor]:
     """The B of n sequences side by side, for ``DeltaInjector.use``: name -> [n, d_out, rank] constants; zeros for None and revision 0.
 
+    In memory each B lies as [rank, d_out]: the products with it, above all the backward's, are several times as quick that way on a CPU.
     When every Delta is 0, ``use(None)`` is the base model itself and costs nothing. Raises BasisError (see ``check``).
     """
     for one in weights:
@@ -226,17 +227,20 @@ def stack(
             check(one, basis)
     stacked: dict[str, Tensor] = {}
     for name, rows in basis.d_out.items():
-        out = np.zeros((len(weights), rows, basis.rank), dtype=np.float32)
+        out = np.zeros((len(weights), basis.rank, rows), dtype=np.float32)
         for index, one in enumerate(weights):
             if one is not None and one.revision > 0:
-                out[index] = one.b[name]
-        stacked[name] = torch.from_numpy(out).to(device=device, dtype=dtype)
+                out[index] = one.b[name].T
+        stacked[name] = torch.from_numpy(out).to(device=device, dtype=dtype).transpose(1, 2)
     return stacked
 
 
-def apply_delta(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """(x A^T) B^T per sequence: x [n, T, d_in], a [r, d_in], b [n, d_out, r] -> [n, T, d_out]."""
-    return torch.bmm(x @ a.T, b.transpose(1, 2))
+def add_delta(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y += (x A^T) B^T per sequence, in place: y [n, T, d_out], x [n, T, d_in], a [r, d_in], b [n, d_out, r]; returns y.
+
+    In place, because a second array of y's size costs more time (page faults) than the product itself.
+    """
+    return y.baddbmm_(x @ a.T, b.transpose(1, 2))
 
 
 class DeltaInjector:
@@ -272,7 +276,7 @@ class DeltaInjector:
             x, b = args[0], self._active[name]
             if x.ndim != 3 or b.shape[0] != x.shape[0]:
                 raise BasisError(f"{name}: fast weights of {b.shape[0]} sequences met activations of shape {tuple(x.shape)}; one Delta per batch row")
-            return output + apply_delta(x, self._constant(name, x), b.to(device=x.device, dtype=x.dtype))
+            return add_delta(output, x, self._constant(name, x), b.to(device=x.device, dtype=x.dtype))
 
         return add
 

@@ -1,6 +1,6 @@
 """Fast weights as a stock PEFT LoRA adapter, and back: for export, for other engines, and for the tests' reference.
 
-scaling = lora_alpha / r is 1, so PEFT computes what ``apply_delta`` computes.
+scaling = lora_alpha / r is 1, so PEFT computes what ``add_delta`` computes.
 """
 
 from __future__ import annotations

@@ -17,6 +17,10 @@ from learner.types import Microbatch, Row, ScoredTrajectory
 
 Aggregate = Literal["token", "sequence"]
 
+_PASS = 16  # one more microbatch costs a sixteenth of a full one, whatever its size: launches, and weights read once more
+_EVEN = 64  # a full microbatch costs a 64th more than its tokens
+_NEVER = np.int64(2**60)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowSet:
@@ -61,19 +65,43 @@ def supervised_rows(segments: Sequence[Segment]) -> tuple[Row, ...]:
 def pack(rows: Sequence[Row], microbatch_tokens: int, ranks: int, temperature: float) -> list[list[Microbatch]]:
     """Microbatches per rank: at most ``microbatch_tokens`` tokens each, padding included (a longer row stands alone).
 
-    Rows are sorted by length, so a microbatch holds neighbours (little padding) and neighbours go to different ranks (equal work at each
-    position). Every rank gets the same number, at least one; empty ones fill up.
+    Every rank gets the same number, at least one. The largest come first and neighbours in size go to different ranks: equal work at each position.
     """
-    batches: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: -len(row.segment.token_ids)):  # stable: the plan is the same on every rank
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0].segment.token_ids) <= microbatch_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
+    ordered = sorted(rows, key=lambda row: -len(row.segment.token_ids))  # stable: the plan is the same on every rank
+    parts = _cut([len(row.segment.token_ids) for row in ordered], microbatch_tokens, ranks)
+    batches = sorted((ordered[start:end] for start, end in parts), key=lambda batch: -len(batch) * len(batch[0].segment.token_ids))
     while len(batches) % ranks or not batches:
         batches.append([])
     microbatches = [pad(batch, temperature) for batch in batches]
     return [microbatches[rank::ranks] for rank in range(ranks)]
+
+
+def _cut(lengths: Sequence[int], budget: int, ranks: int) -> list[tuple[int, int]]:
+    """The cheapest cut of ``lengths`` (descending) into stretches [start, end), their number a multiple of ``ranks`` where that can be.
+
+    A stretch costs its tokens with padding, what one more pass costs whatever its size, and a little for its size squared, so that of two cuts with
+    like padding the more even one is taken. In integers (of 1 / (_EVEN * budget) tokens), so that every rank finds the same cut. Dynamic programming
+    over (rows cut, stretches mod ranks).
+    """
+    count = len(lengths)
+    longest = np.asarray(lengths, dtype=np.int64)
+    best = np.full((count + 1, ranks), _NEVER)
+    came = np.zeros((count + 1, ranks), dtype=np.int64)
+    best[0, 0] = first = 0
+    for end in range(1, count + 1):
+        while first < end - 1 and (end - first) * lengths[first] > budget:
+            first += 1
+        sizes = (end - np.arange(first, end)) * longest[first:end]
+        prices = _EVEN * budget * (sizes + budget // _PASS) + sizes * sizes
+        costs = np.roll(best[first:end], 1, axis=1) + prices[:, None]
+        came[end], best[end] = first + costs.argmin(axis=0), costs.min(axis=0)
+    end, state = count, 0 if best[count, 0] < _NEVER else count % ranks  # one row each is always possible; empty microbatches make up the rest
+    parts = []
+    while end > 0:
+        start = int(came[end, state])
+        parts.append((start, end))
+        end, state = start, (state - 1) % ranks
+    return parts[::-1]
 
 
 def pad(rows: Sequence[Row], temperature: float) -> Microbatch:

@@ -9,13 +9,12 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.schema import LearnerConfig
+from learner.head import TokenHead
 from learner.types import LearnerError
 
-_HEAD_TOKENS = 512  # logits of one chunk: 100 MB at a vocabulary of 49k, 310 MB at 152k (float32), whatever the microbatch
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -24,6 +23,7 @@ class PolicyModel(nn.Module):
 
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__()
+        base.set_output_embeddings(TokenHead(base.get_output_embeddings()))
         self.base = base
 
     def forward(self, token_ids: Tensor, loss_mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -33,23 +33,8 @@ class PolicyModel(nn.Module):
         """
         hidden: Tensor = self.base.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state
         before = hidden[:, :-1][loss_mask[:, 1:]]  # the state that predicted each sampled token
-        targets = token_ids[:, 1:][loss_mask[:, 1:]]
-        chunks = list(zip(before.split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS), strict=True))
-        if len(chunks) == 1:
-            return self._head(before, targets, temperature)
-        # More than one chunk: keep none of the logits, compute them again in the backward.
-        parts = [checkpoint(self._head, states, ids, temperature, use_reentrant=False) for states, ids in chunks]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-
-    def _head(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logits = self.base.get_output_embeddings()(states).float()
-        if temperature != 1:
-            logits = logits / temperature
-        normalizer = logits.logsumexp(dim=-1)
-        logp = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer
-        with torch.no_grad():
-            entropy = normalizer - ((logits - normalizer[:, None]).exp_().mul_(logits)).sum(dim=-1)
-        return logp, entropy
+        result: tuple[Tensor, Tensor] = self.base.get_output_embeddings()(before, token_ids[:, 1:][loss_mask[:, 1:]], temperature)
+        return result
 
 
 def load_model(model_path: str, config: LearnerConfig) -> PolicyModel:

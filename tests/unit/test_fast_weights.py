@@ -25,7 +25,7 @@ from actors.fast_weights import (
     Basis,
     BasisError,
     DeltaInjector,
-    apply_delta,
+    add_delta,
     compute_basis,
     compute_basis_from_checkpoint,
     load_basis,
@@ -237,11 +237,11 @@ def test_gradient_reaches_b_when_asked_also_under_checkpointing() -> None:
         assert torch.allclose(plain, again, rtol=1e-4, atol=1e-5)
 
 
-def test_apply_delta_is_batched_per_sequence() -> None:
+def test_delta_is_added_per_sequence() -> None:
     draw = torch.Generator().manual_seed(0)
-    x, a, b = (torch.randn(shape, generator=draw) for shape in ((2, 5, 7), (3, 7), (2, 4, 3)))
-    expected = torch.stack([x[i] @ (b[i] @ a).T for i in range(2)])
-    assert torch.allclose(apply_delta(x, a, b), expected, atol=1e-5)
+    x, a, b, y = (torch.randn(shape, generator=draw) for shape in ((2, 5, 7), (3, 7), (2, 4, 3), (2, 5, 4)))
+    expected = torch.stack([y[i] + x[i] @ (b[i] @ a).T for i in range(2)])
+    assert torch.allclose(add_delta(y, x, a, b), expected, atol=1e-5)
 
 
 def test_unfit_weights_and_models_are_refused() -> None:

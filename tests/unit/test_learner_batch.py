@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from actors.fast_weights import Basis
 from actors.types import ActionSpan, Outcome, Segment, Timings, Trajectory
-from learner.batch import pack, pad, rows_of, split, supervised_rows
-from learner.types import Microbatch, ScoredTrajectory
+from learner.batch import _cut, pack, pad, rows_of, split, supervised_rows
+from learner.types import Microbatch, Row, ScoredTrajectory
 from tests.unit.learner_cases import TASK, trajectory, write_model
 
 
@@ -75,8 +78,65 @@ def test_packing_keeps_every_row_once_and_ranks_in_step(scored: list[ScoredTraje
     )
     assert found == sorted(row.segment.token_ids.astype(np.int64).tobytes() for row in rows)  # the sampled ids themselves, unchanged
     assert all(one.token_ids.size <= budget or len(one.token_ids) == 1 for one in microbatches)
-    longest = [[one.token_ids.shape[1] for one in part if one.action_tokens] for part in plan]
-    assert all(lengths == sorted(lengths, reverse=True) for lengths in longest)
+    sizes = [[one.token_ids.size for one in part if one.action_tokens] for part in plan]
+    assert all(part == sorted(part, reverse=True) for part in sizes)
+
+
+def rows_of_lengths(lengths: Sequence[int]) -> list[Row]:
+    """One sampled token each, at the end."""
+    rows = []
+    for length in lengths:
+        mask = np.arange(length) == length - 1
+        spans = (ActionSpan(length - 1, length, "act"),)
+        rows.append(Row(Segment(np.zeros(length, np.int32), mask, np.zeros(length, np.float32), 0, 0, spans), None, 1.0, 1.0))
+    return rows
+
+
+def sizes_of(lengths: Sequence[int], budget: int, ranks: int) -> list[list[tuple[int, ...]]]:
+    return [[one.token_ids.shape for one in part] for part in pack(rows_of_lengths(lengths), budget, ranks, 1.0)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_a_few_short_rows_do_not_fill_up_a_microbatch_of_long_ones(ranks: int) -> None:
+    """The recall workload: two extractions of about 180 tokens and one answer of about 56 an episode. Filling from the longest pads a fifth."""
+    lengths = [length for place in range(12) for length in (165 + place, 173 + place, 55 + place % 4)]
+    shapes = [shape for part in sizes_of(lengths, 2048, ranks) for shape in part]
+    assert 1 - sum(lengths) / sum(rows * longest for rows, longest in shapes) < 0.04
+    assert len(shapes) in (4, 6)  # four are the least that 2,048 tokens allow; six are two for each of three ranks
+
+
+def test_equal_rows_are_shared_out_evenly() -> None:
+    assert sizes_of([100] * 24, 1200, 1) == [[(12, 100), (12, 100)]]
+    assert sizes_of([100] * 16, 1200, 1) == [[(8, 100), (8, 100)]]  # not twelve and four
+    assert sizes_of([100] * 8, 1200, 4) == [[(2, 100)]] * 4  # one would hold them all, and three ranks would wait
+    assert sizes_of([100] * 2, 1200, 3) == [[(1, 100)], [(1, 100)], [(1, 2)]]  # the third has nothing to take
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_cut_is_the_cheapest_of_all(ranks: int) -> None:
+    """Against a search through every cut of nine sorted rows."""
+    draw = np.random.default_rng(ranks)
+    for _ in range(20):
+        lengths = sorted((int(length) for length in draw.integers(3, 60, 9)), reverse=True)
+        cuts = [cut for count in range(9) for inner in itertools.combinations(range(1, 9), count) if (cut := checked([0, *inner, 9], lengths, ranks))]
+        found = _cut(lengths, BUDGET, ranks)
+        assert price(found, lengths) == min(price(cut, lengths) for cut in cuts)
+        assert found in cuts
+
+
+BUDGET = 128
+
+
+def checked(edges: list[int], lengths: list[int], ranks: int) -> list[tuple[int, int]] | None:
+    """The cut between ``edges``, or None when it is not allowed."""
+    cut = list(itertools.pairwise(edges))
+    fits = all((end - start) * lengths[start] <= BUDGET or end - start == 1 for start, end in cut)
+    return cut if fits and len(cut) % ranks == 0 else None
+
+
+def price(cut: list[tuple[int, int]], lengths: list[int]) -> int:
+    sizes = [(end - start) * lengths[start] for start, end in cut]
+    return sum(64 * BUDGET * (size + BUDGET // 16) + size * size for size in sizes)
 
 
 def test_no_rows_still_make_one_empty_microbatch_per_rank() -> None:

@@ -12,9 +12,10 @@ import torch
 from actors.fast_weights import Basis
 from actors.types import Trajectory, TrajectoryGroup
 from configs.schema import ObjectiveConfig
-from learner import model as learner_model
+from learner import head
 from learner.advantage import grpo
 from tests.unit.learner_cases import (
+    VOCABULARY,
     fast_weights,
     free,
     gradient_of_step,
@@ -135,7 +136,7 @@ def test_chunked_head_and_checkpointing_do_not_change_the_gradient(
     folder: Path, basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = gradient_of_step(learner(folder, basis, free()), groups, tmp_path / "plain")
-    monkeypatch.setattr(learner_model, "_HEAD_TOKENS", 3)
+    monkeypatch.setattr(head, "_CHUNK", 3 * VOCABULARY)
     chunked = gradient_of_step(learner(folder, basis, free(gradient_checkpointing=True)), groups, tmp_path / "chunked")
     assert largest_relative_difference(chunked, plain) < 1e-5
 

@@ -1,0 +1,80 @@
+"""Log-prob and entropy of chosen tokens from hidden states, without ever holding [tokens x vocabulary].
+
+The gradient of one token's log-prob with respect to its own state, (W[target] - E_p[W]) / temperature, does not depend on what is done with the
+log-prob later. So the forward computes it chunk by chunk, next to the logits, and the backward only scales it by each token's incoming gradient:
+no logits are kept and, under a frozen head, none are computed twice. A head that is trained needs its logits once more in the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+_CHUNK = 2**23  # logits at a time: 32 MiB of float32, twice; more is no quicker on a CPU
+
+
+class TokenHead(nn.Module):
+    """Takes the place of a model's output embedding and holds its very parameter, so names, tying and ZeRO-3's gathering stay as they are."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        if "bias" in dict(head.named_parameters()):
+            raise ValueError("the model's output head has a bias: supported are heads without one")
+        self.weight = head.weight
+
+    def forward(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """states [K, d], targets int64 [K] -> (log-probs of softmax(z / temperature) with gradient, entropies in nats without), float32 [K]."""
+        result: tuple[Tensor, Tensor] = _TokenLogprobs.apply(states, self.weight, targets, temperature, torch.is_grad_enabled())
+        return result
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float, gradients: bool) -> tuple[Tensor, Tensor]:
+        logp, entropy = (torch.empty(len(states), dtype=torch.float32, device=states.device) for _ in range(2))
+        slopes = torch.empty_like(states) if gradients and states.requires_grad else None
+        for part in _chunks(len(states), len(weight)):
+            logs = _log_softmax(states[part], weight, temperature)
+            chosen = logs.gather(-1, targets[part, None])
+            logp[part] = chosen.squeeze(-1)
+            p = logs.exp()
+            entropy[part] = -torch.linalg.vecdot(p, logs)
+            if slopes is not None:
+                slopes[part] = _residual(p, targets[part]).to(weight.dtype) @ weight / temperature
+        ctx.save_for_backward(states, weight, targets, slopes)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, targets, slopes = ctx.saved_tensors
+        for_states = (slopes * incoming[:, None]).to(slopes.dtype) if slopes is not None else None
+        for_weight = None
+        if ctx.needs_input_grad[1]:
+            for_weight = torch.zeros_like(weight)
+            for part in _chunks(len(states), len(weight)):
+                residual = _residual(_log_softmax(states[part], weight, ctx.temperature).exp_(), targets[part])
+                residual.mul_((incoming[part] / ctx.temperature)[:, None])
+                for_weight.addmm_(residual.to(weight.dtype).T, states[part])
+        return for_states, for_weight, None, None, None
+
+
+def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, _CHUNK // vocabulary)
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
+def _log_softmax(states: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = linear(states, weight).float()
+    return (logits if temperature == 1 else logits.div_(temperature)).log_softmax(-1)
+
+
+def _residual(p: Tensor, targets: Tensor) -> Tensor:
+    """One-hot minus ``p``, in place of ``p``."""
+    p.neg_()
+    return p.scatter_add_(-1, targets[:, None], torch.ones_like(targets[:, None], dtype=p.dtype))
