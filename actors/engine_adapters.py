@@ -12,16 +12,23 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from actors.protocols import EngineError
-from actors.types import AdapterKey, PolicyVersion
+from actors.types import AdapterKey, FastWeights, PolicyVersion
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.llm_engine import LLMEngine
 
 PATH_PREFIX = "mem://"
+
+
+def as_tensors(weights: FastWeights) -> dict[str, Tensor]:
+    """A copy of B of its own for the engine: module -> float32 [d_out, rank], with d_out innermost in memory as the CPU's slots have it."""
+    return {module: torch.from_numpy(np.array(matrix.T, dtype=np.float32, order="C")).T for module, matrix in weights.b.items()}
 
 
 class AdapterTable:

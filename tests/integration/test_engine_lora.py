@@ -1,0 +1,123 @@
+"""The CPU's stand-ins for vLLM's LoRA, without an engine: the matmul against a plain loop over tokens and against vLLM's own where that is right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from actors.engine_lora import RUN, AdapterStore, Routes, SharedBasisDelta, StepRoutes, find_routes
+from actors.protocols import EngineError
+
+pytestmark = pytest.mark.engine_in_process
+SLOTS, RANK, D_IN, WIDTHS = 5, 3, 12, (7, 9)
+IDS = [11, 22, 33, 44, None]  # which adapter is in which slot
+EXACT = 1e-5  # float32, sums of a dozen products in another order
+
+DECODE = (33, 11, 44, 22)
+MIXED = (22, *(33,) * RUN, 0, 11, 11, *(0,) * 6, 44, *(22,) * (RUN + 3), 0)  # single tokens, short and long runs, base tokens
+BATCHES = {
+    "decode": DECODE,
+    "one token": (44,),
+    "decode with two of one adapter": (11, 33, 33, 22),
+    "decode with base requests": (33, 0, 11, 0, 0, 44),
+    "prefill": (*(22,) * 20, *(44,) * 9),
+    "prefill, decode and base requests": MIXED,
+    "base requests only": (0,) * 9,
+}
+
+
+class Case:
+    """Random slots in our layout and in vLLM's, and a batch of random activations."""
+
+    def __init__(self, tokens: tuple[int, ...]) -> None:
+        from vllm.lora.layers import LoRAMapping
+        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+        draw = torch.Generator().manual_seed(0)
+        self.tokens = tokens
+        self.x, self.y = torch.randn(len(tokens), D_IN, generator=draw), torch.randn(len(tokens), sum(WIDTHS), generator=draw)
+        self.a = [torch.randn(RANK, D_IN, generator=draw) for _ in WIDTHS]
+        self.b = [torch.randn(SLOTS, width, RANK, generator=draw) for width in WIDTHS]
+        self.punica = PunicaWrapperCPU(64, 16, "cpu")
+        self.routes = StepRoutes(self.punica)
+        self.ours = SharedBasisDelta(self.routes, torch.cat(self.a), WIDTHS, SLOTS)
+        for slot in range(SLOTS):
+            self.ours.set_lora(slot, [], [matrices[slot] for matrices in self.b])
+        self.routes.update_metadata(LoRAMapping(tokens, tokens, is_prefill=True), IDS, SLOTS + 1, 100)
+
+    def added_by_us(self) -> Tensor:
+        y = self.y.clone()
+        self.ours.add_lora_linear(y, self.x, (), (), 1.0, WIDTHS)
+        return y
+
+    def added_by_vllm(self) -> Tensor:
+        y = self.y.clone()
+        a = tuple(matrix.expand(SLOTS, 1, -1, -1).contiguous() for matrix in self.a)
+        self.punica.add_lora_linear(y, self.x, a, tuple(matrices[:, None] for matrices in self.b), 1.0, WIDTHS)
+        return y
+
+    def added_token_by_token(self) -> Tensor:
+        y = self.y.clone()
+        for token, adapter in enumerate(self.tokens):
+            if adapter:
+                slot = IDS.index(adapter)
+                y[token] += torch.cat([b[slot] @ (a @ self.x[token]) for a, b in zip(self.a, self.b, strict=True)])
+        return y
+
+
+@pytest.mark.parametrize("tokens", BATCHES.values(), ids=BATCHES.keys())
+def test_every_token_gets_its_own_adapters_delta_and_base_tokens_none(tokens: tuple[int, ...]) -> None:
+    case = Case(tokens)
+    ours = case.added_by_us()
+    torch.testing.assert_close(ours, case.added_token_by_token(), rtol=EXACT, atol=EXACT)
+    base = torch.tensor([adapter == 0 for adapter in tokens])
+    assert torch.equal(ours[base], case.y[base]), "not the base model to the bit"
+    assert not torch.isclose(ours[~base], case.y[~base]).all(-1).any()
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_the_delta_is_vllms_own_where_every_token_has_an_adapter(name: str) -> None:
+    case = Case(BATCHES[name])
+    torch.testing.assert_close(case.added_by_us(), case.added_by_vllm(), rtol=EXACT, atol=EXACT)
+
+
+def test_vllm_still_gives_base_tokens_the_last_slot() -> None:
+    case = Case(MIXED)
+    base = torch.tensor([adapter == 0 for adapter in MIXED])
+    assert not torch.allclose(case.added_by_vllm()[base], case.y[base]), "vLLM mended index -1: the stand-in has one reason less"
+
+
+def test_a_slot_that_is_written_again_or_reset_holds_nothing_of_the_old_adapter() -> None:
+    case = Case(DECODE)
+    fresh = [torch.ones(width, RANK) for width in WIDTHS]
+    case.ours.set_lora(2, [], fresh)
+    for matrices, matrix in zip(case.b, fresh, strict=True):
+        matrices[2] = matrix
+    torch.testing.assert_close(case.added_by_us(), case.added_token_by_token(), rtol=EXACT, atol=EXACT)
+    case.ours.reset_lora(2)
+    assert torch.equal(case.added_by_us()[0], case.y[0])  # token 0 is under slot 2
+
+
+def test_routes_say_where_each_adapted_token_goes() -> None:
+    assert find_routes(torch.tensor([3, 1, 1, 0])).rows is None
+    routes: Routes = find_routes(torch.tensor([1, -1, *[2] * RUN, 0, 0, -1]))
+    assert routes.runs == ((2, 2, 2 + RUN),)
+    assert routes.rows is not None and routes.rows.tolist() == [0, 2 + RUN, 3 + RUN] and routes.slots.tolist() == [1, 0, 0]
+
+
+def test_the_store_gives_back_what_was_put_and_refuses_what_was_not() -> None:
+    from vllm.lora.request import LoRARequest
+
+    draw = torch.Generator().manual_seed(1)
+    a = {"left": torch.randn(RANK, D_IN, generator=draw), "right": torch.randn(RANK, D_IN, generator=draw)}
+    store = AdapterStore(a, torch.float32)
+    assert torch.equal(store.a_of(["right", "left"]), torch.cat([a["right"], a["left"]]))
+    b = {"left": torch.randn(4, RANK, generator=draw), "right": torch.randn(6, RANK, generator=draw)}
+    store.put("mem://one", b)
+    request = LoRARequest("one", 7, "mem://one")
+    loaded = store.load(request)
+    assert loaded.id == 7 and all(torch.equal(loaded.loras[name].lora_b, b[name]) and loaded.loras[name].scaling == 1 for name in b)
+    store.drop("mem://one")
+    with pytest.raises(EngineError, match="mem://one is not in the store"):
+        store.load(request)
