@@ -31,9 +31,8 @@ class EngineWeights:
         layers = vllm_model.model.layers
         if any(_weight(part) is None for layer in layers[self._first :] for part in _parts(layer)):
             numbers = range(self._first, len(layers))
-            owned = OwnedWeights(
-                read_tensors(model_path, *(f"model.layers.{number}." for number in numbers)), vllm_model.model.embed_tokens.weight.dtype
-            )
+            tensors, embed = read_tensors(model_path, *(f"model.layers.{number}." for number in numbers)), vllm_model.model.embed_tokens.weight
+            owned = OwnedWeights(tensors, embed.dtype, embed.device)
             self._owned, self._copies = owned, tuple(owned.layer(number) for number in numbers)
         self.model = self._bind()
 

@@ -178,10 +178,10 @@ class OwnedWeights:
     Of a whole model, or of some of its layers only: it holds what ``layer`` and ``model`` have taken out of ``tensors``.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Tensors are copied into ``dtype``, unless they have it already and need not be joined."""
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+        """Tensors are copied to ``dtype`` and ``device``, unless they are there already and need not be joined."""
         self._parts: dict[str, Tensor] = {}
-        self._tensors, self._dtype = tensors, dtype
+        self._tensors, self._dtype, self._device = tensors, dtype, device
 
     def model(self, config: Any) -> FrozenModel:
         """All of it. Raises WriterError for a missing tensor or an unsupported model."""
@@ -227,13 +227,13 @@ class OwnedWeights:
     def _joined(self, names: Sequence[str]) -> Tensor:
         if len(names) == 1:
             return self._take(names[0])
-        parts = [self._find(name).to(self._dtype) for name in names]
+        parts = [self._find(name) for name in names]
         whole = torch.cat(parts)
         self._parts.update(zip(names, whole.split([len(part) for part in parts]), strict=True))
         return whole
 
     def _take(self, name: str) -> Tensor:
-        self._parts[name] = self._find(name).to(self._dtype)
+        self._parts[name] = self._find(name)
         return self._parts[name]
 
     def _optional(self, name: str) -> Tensor | None:
@@ -242,15 +242,15 @@ class OwnedWeights:
     def _find(self, name: str) -> Tensor:
         if name not in self._tensors:
             raise WriterError(f"the model's weights lack {name}: supported are models like Llama, Mistral, Qwen2 and Qwen3")
-        return self._tensors[name].detach()
+        return self._tensors[name].detach().to(self._device, self._dtype)
 
 
-def read_model(model_path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"]) -> FrozenModel:
-    """The model of a Hugging Face folder, with weights of its own, on the CPU."""
+def read_model(model_path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"], device: torch.device) -> FrozenModel:
+    """The model of a Hugging Face folder, with weights of its own."""
     from transformers import AutoConfig
 
     tensors = read_tensors(Path(model_path), "")
-    return OwnedWeights(tensors, getattr(torch, dtype)).model(AutoConfig.from_pretrained(str(model_path)))
+    return OwnedWeights(tensors, getattr(torch, dtype), device).model(AutoConfig.from_pretrained(str(model_path)))
 
 
 def read_tensors(folder: Path, *prefixes: str) -> dict[str, Tensor]:

@@ -188,6 +188,8 @@ def _probe_of(examples: Sequence[WriteExample]) -> WriteExample:
     return WriteExample(shortest.prompt_ids[-PROBE_PROMPT_TOKENS:], shortest.answer_ids[:PROBE_ANSWER_TOKENS])
 
 
-def checkpoint_writer(model_path: str, basis: Basis, config: WriteConfig, dtype: Literal["float32", "bfloat16"]) -> BatchedWriter:
+def checkpoint_writer(
+    model_path: str, basis: Basis, config: WriteConfig, dtype: Literal["float32", "bfloat16"], device: torch.device
+) -> BatchedWriter:
     """A writer with weights of its own, read from a Hugging Face folder: where no engine is at hand."""
-    return BatchedWriter(read_model(model_path, dtype), basis, config)
+    return BatchedWriter(read_model(model_path, dtype, device), basis, config)

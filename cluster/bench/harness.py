@@ -16,15 +16,20 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 from cluster.bench.values import BenchError, Timing
 
 START_S = 600.0
 
 
 def timed(work: Callable[[], object]) -> Timing:
-    """Run once. CPU seconds are those of the whole process: only where nothing else runs in it do they belong to ``work``."""
+    """Run once, a GPU's queue included. CPU seconds are the whole process's: only where nothing else runs in it are they ``work``'s."""
+    finish_gpu = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    finish_gpu()
     wall, cpu = time.perf_counter(), time.process_time()
     work()
+    finish_gpu()
     return Timing(time.perf_counter() - wall, time.process_time() - cpu)
 
 

@@ -80,7 +80,7 @@ def test_writes_on_the_engines_weights_equal_those_on_a_checkpoint_also_after_a_
 ) -> None:
     asked = requests(basis)
     results = policy.writer(WRITE).write(asked)
-    checked(checkpoint_writer(str(tiny_model_path), basis, WRITE, "float32"), results, asked)
+    checked(checkpoint_writer(str(tiny_model_path), basis, WRITE, "float32", torch.device("cpu")), results, asked)
     asyncio.run(_install_and_act(policy, results[0], "before"))
 
     draw = torch.Generator().manual_seed(1)
@@ -92,7 +92,7 @@ def test_writes_on_the_engines_weights_equal_those_on_a_checkpoint_also_after_a_
     save_file(theta, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_bytes((tiny_model_path / "config.json").read_bytes())
     refreshed = writer.write(asked)
-    checked(checkpoint_writer(str(tmp_path), basis, WRITE, "float32"), refreshed, asked)
+    checked(checkpoint_writer(str(tmp_path), basis, WRITE, "float32", torch.device("cpu")), refreshed, asked)
     assert largest_difference(refreshed, results) > 1e-4  # another theta
     asyncio.run(_install_and_act(policy, refreshed[0], "after"))
 

@@ -51,7 +51,7 @@ def adam(model_path: Path, svd: Basis, cards: tuple[WriteExample, ...]) -> Write
 
 
 def _write(model_path: Path, basis: Basis, config: WriteConfig, cards: tuple[WriteExample, ...]) -> WriteResult:
-    return checkpoint_writer(str(model_path), basis, config, "float32").write([WriteRequest("a", zero(basis), cards)])[0]
+    return checkpoint_writer(str(model_path), basis, config, "float32", torch.device("cpu")).write([WriteRequest("a", zero(basis), cards)])[0]
 
 
 def test_basis_has_the_expected_size(svd: Basis) -> None:

@@ -39,6 +39,7 @@ FAMILIES = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config),
 }
 VOCABULARY = 97
+CPU = torch.device("cpu")
 SGD = WriteConfig(optimizer="sgd", learning_rate=0.005, epochs=3, batch_size=3)
 ADAM = WriteConfig(optimizer="adam", learning_rate=2e-3, epochs=3, batch_size=3)
 
@@ -102,7 +103,7 @@ def write(requests: Sequence[WriteRequest], config: WriteConfig, family: str = "
 
 
 def frozen(model: nn.Module) -> FrozenModel:
-    return OwnedWeights(model.state_dict(), torch.float32).model(model.config)
+    return OwnedWeights(model.state_dict(), torch.float32, CPU).model(model.config)
 
 
 def mean_loss(model: nn.Module, batch: Sequence[WriteExample]) -> Tensor:
@@ -275,7 +276,7 @@ def test_refresh_loads_new_values_or_refuses_whole() -> None:
     """Some tensors or all; q, k, v and gate, up are held joined."""
     model = tiny_model()
     basis = basis_of(model)
-    owned = OwnedWeights({name: parameter.clone() for name, parameter in model.state_dict().items()}, torch.float32)
+    owned = OwnedWeights({name: parameter.clone() for name, parameter in model.state_dict().items()}, torch.float32, CPU)
     writer = BatchedWriter(owned.model(model.config), basis, SGD)
     request = WriteRequest("a", zero(basis), examples(1, 3))
     before = writer.write([request])[0].loss_before
@@ -314,13 +315,13 @@ def test_unusable_requests_are_errors_in_one_line() -> None:
 def test_unsupported_architecture_is_named() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16))
     with pytest.raises(WriterError, match="'gpt2' is not supported by the writer: use one of llama, mistral, qwen2, qwen3"):
-        OwnedWeights(model.state_dict(), torch.float32).model(model.config)
+        OwnedWeights(model.state_dict(), torch.float32, CPU).model(model.config)
 
 
 def test_bfloat16_model_keeps_b_in_float32() -> None:
     model = tiny_model()
     basis = basis_of(model)
-    result = BatchedWriter(OwnedWeights(model.state_dict(), torch.bfloat16).model(model.config), basis, SGD).write(
+    result = BatchedWriter(OwnedWeights(model.state_dict(), torch.bfloat16, CPU).model(model.config), basis, SGD).write(
         [WriteRequest("a", zero(basis), examples(1, 6))]
     )[0]
     assert result.outcome == "accepted"

@@ -1,0 +1,144 @@
+"""The batched writer against a sequential PEFT + torch.optim loop that gives the same B: seconds, FLOPs, share of the machine's matmul rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from actors.chat import ChatFormat
+from actors.environments.recall import RecallEnvironment
+from actors.fast_weights import Basis, compute_basis_from_checkpoint, zero
+from actors.flashcards import write_example
+from actors.types import WriteRequest, WriteResult
+from actors.writer import BatchedWriter, checkpoint_writer
+from cluster.bench.harness import in_turns, timed
+from cluster.bench.machine import matmul_rate
+from cluster.bench.peft_loop import PeftLoop
+from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Table, Timing
+from configs.schema import FastWeightsConfig, RecallConfig, WriteConfig
+
+CARDS = 8
+EPISODES = ((1, Goal("at least", 5)), (8, Goal("at least", 6)), (32, Goal("at least", 6)))
+MOST_DIFFERENCE = 1e-6  # of B, float32
+LOOP_EPISODES = 2  # the loop's time for more is these, times what is left: its episodes have nothing to do with each other
+MANY, MANY_REPEATS = 32, 3  # a write of so many takes a minute on one core
+_RATE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """The two that are compared, on the same weights, basis and settings (the paper's: SGD 5e-4, 5 epochs)."""
+
+    basis: Basis
+    loop: PeftLoop
+    writer: BatchedWriter
+
+
+def run(context: Context) -> Outcome:
+    cuda = torch.cuda.is_available()
+    device, config = torch.device("cuda" if cuda else "cpu"), WriteConfig()
+    basis = compute_basis_from_checkpoint(context.model_path, FastWeightsConfig(), seed=0)
+    writer = checkpoint_writer(str(context.model_path), basis, config, "bfloat16" if cuda else "float32", device)
+    pair = Pair(basis, PeftLoop(context.model_path, basis, config, torch.bfloat16 if cuda else torch.float32, device), writer)
+    sizes = EPISODES[:1] if context.quick else EPISODES
+    requests = _requests(context, basis, sizes[-1][0])
+    rate = matmul_rate(1024, 576, 1536, _RATE_S)
+    cases: list[Case] = []
+    rows: list[tuple[str, ...]] = []
+    figures: dict[str, float] = {"matmul_gflops": rate / 1e9}
+    for count, goal in sizes:
+        mine = requests[:count]
+        timings = _measure(pair, mine, context.repeats if count < MANY else min(context.repeats, MANY_REPEATS))
+        difference, flops, loop_flops = _compare(pair, mine, strict=not cuda)
+        cases += _cases(count, goal, timings)
+        best = min(timing.wall_s for timing in timings["writer"])
+        figures |= {f"difference_{count}": difference, f"rate_fraction_{count}": flops / best / rate}
+        rows.append(
+            (
+                str(count),
+                f"{difference:.1e}",
+                f"{flops / 1e9:.1f}",
+                f"{loop_flops / 1e9:.1f}",
+                f"{loop_flops / flops:.2f}",
+                f"{flops / best / rate:.2f}",
+            )
+        )
+    header = ("episodes", "largest |dB|", "writer GFLOP", "loop GFLOP", "loop/writer", "writer's share of the matmul rate")
+    return Outcome(tuple(cases), (Table(f"Work (matmul rate of this machine: {rate / 1e9:.1f} GFLOP/s)", header, tuple(rows)),), figures=figures)
+
+
+def _requests(context: Context, basis: Basis, count: int) -> list[WriteRequest]:
+    """Episodes of the recall environment: eight facts each, as the flashcards that would be demonstrated."""
+    from transformers import AutoTokenizer
+
+    chat = ChatFormat(AutoTokenizer.from_pretrained(context.model_path))
+    environment = RecallEnvironment(RecallConfig(sessions=1, facts_per_session=CARDS, questions=CARDS))
+    requests = []
+    for task in islice(environment.tasks("train", 0, 0), count):
+        cards = environment.demonstrate_flashcards(task, " ".join(task.payload["sessions"]), question_blind=False)
+        examples = tuple(write_example(card, environment.system_prompt, chat) for card in cards)
+        requests.append(WriteRequest(task.id, zero(basis), examples))
+    return requests
+
+
+def _measure(pair: Pair, requests: Sequence[WriteRequest], repeats: int) -> dict[str, list[Timing]]:
+    sample = requests[:LOOP_EPISODES]
+    factor = len(requests) / len(sample)
+
+    def loop() -> Timing:
+        once = timed(lambda: pair.loop.write(sample))
+        return Timing(once.wall_s * factor, once.cpu_s * factor)
+
+    return in_turns({"loop": loop, "writer": lambda: timed(lambda: pair.writer.write(requests))}, repeats)
+
+
+def _cases(count: int, goal: Goal, timings: Mapping[str, Sequence[Timing]]) -> list[Case]:
+    tokens = f"{CARDS} flashcards each; the loop's time for more than {LOOP_EPISODES} episodes is that of {LOOP_EPISODES}, scaled"
+    name = f"{count} episode{'s' if count > 1 else ''}"
+    loop, writer = timings["loop"], timings["writer"]
+    wall = Case(
+        name,
+        "PEFT loop",
+        "writer",
+        "s",
+        tuple(timing.wall_s for timing in loop),
+        tuple(timing.wall_s for timing in writer),
+        "baseline/candidate",
+        goal,
+        tokens,
+    )
+    cpu = Case(
+        f"{name}, CPU",
+        "PEFT loop",
+        "writer",
+        "CPU s",
+        tuple(timing.cpu_s for timing in loop),
+        tuple(timing.cpu_s for timing in writer),
+        "baseline/candidate",
+        None,
+    )
+    return [wall, cpu]
+
+
+def _compare(pair: Pair, requests: Sequence[WriteRequest], strict: bool) -> tuple[float, float, float]:
+    """The largest |dB| between the two, and the FLOPs of matrix products of each (the loop's scaled as its time is).
+
+    Raises BenchError where a comparison of speed would compare different results (float32).
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sample = requests[:LOOP_EPISODES]
+    with FlopCounterMode(display=False) as counter:
+        results: list[WriteResult] = pair.writer.write(requests)
+    with FlopCounterMode(display=False) as loop_counter:
+        expected: list[Mapping[str, NDArray[np.float32]]] = pair.loop.write(sample)
+    pairs = [(result.weights.b[name], other[name]) for result, other in zip(results, expected, strict=False) for name in other]
+    largest = max(float(np.abs(mine - theirs).max()) for mine, theirs in pairs)
+    if strict and largest > MOST_DIFFERENCE:
+        raise BenchError(f"the writer's B differs from the loop's by {largest:.1e}, more than {MOST_DIFFERENCE:.0e}: its speed means nothing")
+    return largest, float(counter.get_total_flops()), float(loop_counter.get_total_flops()) * len(requests) / len(sample)

@@ -1,0 +1,67 @@
+"""The parts of the writer's own forward pass against plain references: attention over a flat stream, and the head's gradient beside its log-probs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from actors.cut_model import head_pass
+from actors.layout import Layout, RowSpan, make_layout
+
+CPU = torch.device("cpu")
+GROUPS = ((RowSpan(5, 2), RowSpan(3, 3)), (RowSpan(4, 1),), (RowSpan(1, 1), RowSpan(6, 2), RowSpan(2, 1)))
+HEADS, KV_HEADS, WIDTH = 4, 2, 8
+
+
+def places(layout: Layout, prefix: int) -> list[tuple[list[int], list[int], RowSpan]]:
+    """For each row: where its group's prefix and its own tokens are, counted by hand."""
+    found, start = [], 0
+    for group in GROUPS:
+        own = start + prefix
+        for row in group:
+            found.append((list(range(start, start + prefix)), list(range(own, own + row.length)), row))
+            own += row.length
+        start = own
+    assert start == layout.offsets[-1] == len(layout.positions)
+    return found
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """One sequence [t, heads, d] -> [t, heads * d], causal, in float64."""
+    k, v = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) / WIDTH**0.5
+    scores = scores.masked_fill(torch.ones(len(q), len(q), dtype=torch.bool).triu(1), -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.double()).flatten(1).float()
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_a_row_attends_to_its_groups_prefix_and_to_itself_and_to_nobody_else(prefix: int) -> None:
+    layout = make_layout(prefix, GROUPS, CPU)
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(layout.offsets[-1], heads, WIDTH, generator=draw) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    attended = layout.attend(q, k, v)
+    answered = layout.attend_answers(layout.answers_of(q), k, v)
+    taken = 0
+    for before, own, row in places(layout, prefix):
+        index = torch.tensor(before + own)
+        expected = plain_attention(q[index], k[index], v[index])
+        assert layout.positions[index].tolist() == list(range(prefix + row.length))
+        assert torch.allclose(attended[index], expected, atol=1e-6)  # the prefix too: it comes out the same behind every row of its group
+        assert torch.allclose(answered[taken : taken + row.answers], expected[-row.answers :], atol=1e-6)
+        taken += row.answers
+    assert taken == len(answered) == layout.answer_offsets[-1]
+
+
+@pytest.mark.parametrize("count", [3, 300])  # one block of logits, and two
+def test_the_heads_gradient_is_that_of_the_cross_entropy(count: int) -> None:
+    draw = torch.Generator().manual_seed(1)
+    states, head = torch.randn(count, 16, generator=draw).requires_grad_(), torch.randn(53, 16, generator=draw)
+    targets, weights = torch.randint(0, 53, (count,), generator=draw), torch.rand(count, generator=draw)
+    expected = -functional.cross_entropy(states @ head.T, targets, reduction="none")
+    (-(weights * expected).sum()).backward()
+    logprobs, gradient = head_pass(states.detach(), head, targets, weights)
+    assert torch.allclose(logprobs, expected.detach(), atol=1e-5)
+    assert gradient is not None and states.grad is not None
+    assert torch.allclose(gradient, states.grad, atol=1e-5)
+    assert head_pass(states.detach(), head, targets, None)[1] is None
