@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -405,65 +406,141 @@ def test_a_refresh_takes_other_number_formats_and_keeps_nothing_of_the_senders_m
 
 def test_vllm_still_has_what_the_stand_ins_replace() -> None:
     import vllm
+    from vllm.lora.layers import base_linear
+    from vllm.lora.model_manager import LRUCacheLoRAModelManager
+    from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-    from vllm.lora.worker_manager import WorkerLoRAManager
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+    from vllm.v1.sample import sampler
     from vllm.v1.sample.ops import logprobs
 
-    from actors.engine_extension import CHECKED_VLLM, add_lora_by_segment
+    from actors.engine_extension import CHECKED_VLLM
+    from actors.engine_lora import SharedBasisDelta
+
+    def parameters(function: Any) -> list[str]:
+        return list(inspect.signature(function).parameters)
 
     assert vllm.__version__.startswith(f"{CHECKED_VLLM}.")
-    assert list(inspect.signature(WorkerLoRAManager._load_adapter).parameters) == ["self", "lora_request"]
-    theirs = list(inspect.signature(PunicaWrapperCPU.add_lora_linear).parameters)[1:8]
-    assert theirs == ["y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer"]
-    assert list(inspect.signature(add_lora_by_segment).parameters)[1:8] == theirs
-    assert "batched_count_greater_than(" in inspect.getsource(__import__("vllm.v1.sample.sampler", fromlist=["Sampler"]).Sampler)
-    assert list(inspect.signature(logprobs.batched_count_greater_than).parameters) == ["x", "values"]
+    assert parameters(LRUCacheWorkerLoRAManager._load_adapter) == ["self", "lora_request"]
+    assert parameters(LRUCacheWorkerLoRAManager._apply_adapters) == ["self", "lora_requests"]
+    assert parameters(LRUCacheWorkerLoRAManager.list_adapters) == ["self"]
+    assert "in self.list_adapters()" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
+    assert "_active_adapters" in inspect.getsource(LRUCacheLoRAModelManager.activate_adapter)
+    assert parameters(PunicaWrapperBase.update_metadata)[:5] == ["self", "mapping", "lora_index_to_id", "max_loras", "vocab_size"]
+    linear = base_linear.BaseLinearLayerWithLoRA
+    assert parameters(linear.set_lora) == ["self", "index", "lora_a", "lora_b"] and parameters(linear.reset_lora) == ["self", "index"]
+    called = " ".join(inspect.getsource(linear._apply_lora_to_output).split())
+    assert "punica_wrapper.add_lora_linear( output, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices )" in called
+    assert len(parameters(SharedBasisDelta.add_lora_linear)) == 7 and parameters(PunicaWrapperCPU.add_lora_linear)[7:] == ["buffer", "kwargs"]
+    assert "batched_count_greater_than(" in inspect.getsource(sampler.Sampler)
+    assert parameters(logprobs.batched_count_greater_than) == ["x", "values"]
 
 
 def test_the_workers_own_objects_carry_the_stand_ins(policy: VLLMPolicy) -> None:
-    from actors.engine_extension import AdapterStore, add_lora_by_segment
+    from actors.engine_lora import AdapterStore, SharedBasisDelta, StepAdapters, StepRoutes
 
-    def look(engine: Any) -> tuple[Any, Any, list[str]]:
-        manager = engine.model_executor.driver_worker.worker.model_runner.lora_manager
+    def look(engine: Any) -> None:
+        manager = _adapter_manager(engine)
         adapters = manager._adapter_manager
         (punica,) = adapters.punica_wrapper_mapping.values()
-        wrapped = next(iter(adapters.modules.values()))
-        assert wrapped.punica_wrapper is punica
-        return manager._load_adapter, punica.add_lora_linear, sorted(adapters.modules)
+        assert manager._load_adapter.__func__ is AdapterStore.load
+        assert manager._apply_adapters.__func__ is StepAdapters.apply and manager.list_adapters.__func__ is StepAdapters.list
+        assert punica.update_metadata.__func__ is StepRoutes.update_metadata
+        assert sorted(adapters.modules) == sorted(
+            f"model.layers.{layer}.mlp.{name}" for layer in (2, 3, 4, 5) for name in ("gate_up_proj", "down_proj")
+        )
+        for module in adapters.modules.values():
+            assert isinstance(module.punica_wrapper, SharedBasisDelta)
+            assert module.set_lora.__self__ is module.reset_lora.__self__ is module.punica_wrapper
 
-    load, linear, modules = policy._loop.call(look, "other").result(timeout=30)
-    assert load.__func__ is AdapterStore.load and linear.__func__ is add_lora_by_segment
-    assert modules == sorted(f"model.layers.{layer}.mlp.{name}" for layer in (2, 3, 4, 5) for name in ("gate_up_proj", "down_proj"))
+    policy._loop.call(look, "other").result(timeout=30)
 
 
-def test_the_segment_matmul_is_vllms_own_and_leaves_base_tokens_alone() -> None:
-    """Against vLLM's gather where that is right (all tokens adapted); at index -1 it is wrong, and when that assertion fails, vLLM mended it."""
-    from vllm.lora.layers import LoRAMapping
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+def _adapter_manager(engine: Any) -> Any:
+    return engine.model_executor.driver_worker.worker.model_runner.lora_manager
 
-    from actors.engine_extension import add_lora_by_segment
 
-    draw = torch.Generator().manual_seed(0)
-    x, y = torch.randn(7, 12, generator=draw), torch.randn(7, 10, generator=draw)
-    a = tuple(torch.randn(3, 1, 8, 12, generator=draw) for _ in range(2))
-    b = tuple(torch.randn(3, 1, 5, 8, generator=draw) for _ in range(2))
+def test_the_adapters_of_a_step_get_slots_and_stay_while_they_are_used(policy: VLLMPolicy, basis: Basis) -> None:
+    """On vLLM's own manager, with twice as many known adapters as slots: what is evicted, what is loaded again, and what is refused."""
+    from vllm.lora.request import LoRARequest
 
-    def outputs(tokens: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        punica = PunicaWrapperCPU(16, 8, "cpu")
-        punica.update_metadata(LoRAMapping(tokens, tokens, is_prefill=True), [11, 22, 33], 4, 100)
-        ours, theirs = y.clone(), y.clone()
-        add_lora_by_segment(punica, ours, x, a, b, 1.0, (5, 5))
-        punica.add_lora_linear(theirs, x, a, b, 1.0, (5, 5))
-        return ours, theirs
+    known = 2 * SLOTS
 
-    ours, theirs = outputs((22, 22, 11, 33, 33, 33, 22))
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    ours, theirs = outputs((22, 22, 0, 33, 0, 0, 11))
-    base_rows = [2, 4, 5]
-    assert torch.equal(ours[base_rows], y[base_rows]) and not torch.equal(ours[[0, 1, 3, 6]], y[[0, 1, 3, 6]])
-    assert not torch.allclose(theirs[base_rows], y[base_rows]), "vLLM no longer reads index -1 as the last slot: the stand-in has one reason less"
-    ours, _ = outputs((0,) * 7)
-    assert torch.equal(ours, y)
+    async def names() -> list[AdapterKey]:
+        return [await installed(policy, f"step-{index}", written(basis, 1, 200 + index, SIZE)) for index in range(known + 1)]
+
+    keys = run(names())
+
+    def story(engine: Any) -> None:
+        manager = _adapter_manager(engine)
+        adapters = manager._adapter_manager
+        manager.remove_all_adapters()
+        requests = [policy._table.find(name) for name in keys]
+        numbers = [request.lora_int_id for request in requests if request is not None]
+        loaded: list[str] = []
+        load = manager._load_adapter
+        manager._load_adapter = lambda request: (loaded.append(request.lora_int_id), load(request))[1]
+
+        def apply(*places: int) -> list[int]:
+            loaded.clear()
+            manager._apply_adapters({requests[place] for place in places})
+            assert all(numbers[place] in adapters.lora_index_to_id for place in places), "an adapter of the step has no slot"
+            assert len(set(adapters.lora_index_to_id)) == len(adapters.lora_index_to_id), "an adapter has two slots"
+            return sorted(numbers.index(number) for number in loaded)
+
+        assert apply(0, 1, 2, 3) == [0, 1, 2, 3] and apply(3, 1) == []
+        slots = list(adapters.lora_index_to_id)
+        assert apply(0, 1, 2, 3) == [] and adapters.lora_index_to_id == slots
+        assert apply(4, 5, 6, 7) == [4, 5, 6, 7] and set(manager.list_adapters()) == set(numbers[:known])
+        assert apply(0, 4) == []  # 0 had lost its slot, not its place among the known
+        assert apply(8) == [8]
+        (evicted,) = set(numbers[:known]) - set(manager.list_adapters())
+        assert evicted in numbers[1:4] and len(manager.list_adapters()) == known, "one of the least recently used goes, and no other"
+        with pytest.raises(EngineError, match="5 adapters, the engine has 4 slots"):
+            apply(0, 1, 2, 3, 4)
+        with pytest.raises(EngineError, match=r"mem://ghost is not in the store"):
+            manager._apply_adapters({LoRARequest("ghost", 10**6, "mem://ghost")})
+        manager._load_adapter = load
+
+    policy._loop.call(story, "other").result(timeout=60)
+    run(policy.release(keys))
+
+
+def test_installs_that_wait_are_all_done_between_two_steps(policy: VLLMPolicy, basis: Basis) -> None:
+    """32 installs are asked for while a step runs (here: while something holds the step thread) and requests are under way."""
+    entered, release, count = threading.Event(), threading.Event(), 32
+    weights = [written(basis, 1, 300 + index, SIZE) for index in range(count)]
+    put, steps = policy._table.put, []
+
+    def noting(*arguments: Any) -> None:
+        steps.append(policy._loop.times.steps)
+        put(*arguments)
+
+    def hold(engine: Any) -> bool:
+        entered.set()
+        return release.wait(30)
+
+    async def story() -> None:
+        running = [asyncio.create_task(policy.generate(prompt(40 + i, 20), Sampling(1.0, 200, i, kind="act"), base(policy))) for i in range(2)]
+        await asyncio.sleep(0.1)
+        holding = policy._loop.call(hold, "other")
+        while not entered.is_set():
+            await asyncio.sleep(0.01)
+        installs = [asyncio.create_task(installed(policy, f"waiting-{index}", one)) for index, one in enumerate(weights)]
+        while len(policy._loop._work) < count:
+            await asyncio.sleep(0.01)
+        release.set()
+        names = await asyncio.gather(*installs)
+        await asyncio.gather(*running)
+        assert holding.result(timeout=1) and len(steps) == count and len(set(steps)) == 1, steps
+        assert policy._loop.times.steps > steps[-1], "no step came after: the requests had ended, and the test shows nothing"
+        await policy.release(names)
+
+    policy._table.put = noting  # type: ignore[method-assign]
+    try:
+        run(story())
+    finally:
+        policy._table.put = put  # type: ignore[method-assign]
 
 
 def test_the_count_is_vllms_own() -> None:
