@@ -1,7 +1,7 @@
 """One rollout worker: engine, writer and the episodes of one process; and the thin Ray actor around it.
 
     group(request) ----gate----> Rollout.group        many at once, bounded by engine.slots
-    refresh(weights): gate shut -> groups drain -> engine and writer load -> gate open
+    refresh(weights): gate shut -> groups drain -> engine and writer load -> gate open; a failed load breaks the worker, and all who ask hear of it
 
 The invariant: no episode sees two policy versions. A refresh begins when the last group has ended and ends before the next begins.
 Waits: ``group`` waits at the gate for a running refresh (which has deadlines of its own); ``refresh`` waits for the groups, each of which ends at the
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import ray
 
+from actors.summary import GroupSummary
 from actors.types import PolicyVersion, TrajectoryGroup
 from configs.schema import RunConfig
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from actors.engine import EngineStats, VLLMPolicy
-    from actors.frozen_model import OwnedWeights
     from actors.rollout import Rollout, RolloutRequest
 
 FETCH_S = 300.0
@@ -44,7 +44,7 @@ class PublishedWeights(Protocol):
 
     @property
     def complete(self) -> bool:
-        """Whether ``fetch`` gives every tensor; otherwise those that training changes, and the rest are the start checkpoint's."""
+        """Whether ``fetch`` gives every tensor; otherwise those that training changes: the others are what they were when the worker started."""
         ...
 
     def fetch(self, timeout_s: float) -> Mapping[str, Tensor]:
@@ -65,7 +65,10 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """Counts since the worker started. ``drain_s`` and ``load_s`` are seconds of the last refresh: groups ending, weights loading."""
+    """Counts since the worker started. The seconds are the last refresh's: groups ending, then the wait for weights not there yet, then loading.
+
+    ``load_s`` is the pause that a refresh costs; the weights travel while the groups end, and only what is left of the way counts as ``fetch_s``.
+    """
 
     name: str
     version: PolicyVersion
@@ -73,6 +76,7 @@ class WorkerReport:
     running: int
     refreshes: int
     drain_s: float
+    fetch_s: float
     load_s: float
     engine: EngineStats
 
@@ -82,7 +86,7 @@ class RolloutWorker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
-        self._policy, self._owned, self._rollout = _build(spec)
+        self._policy, self._rollout = _build(spec)
         self._gate = asyncio.Event()
         self._gate.set()
         self._idle = asyncio.Event()
@@ -90,12 +94,14 @@ class RolloutWorker:
         self._running = 0
         self._groups = 0
         self._refreshes = 0
-        self._drain_s = 0.0
-        self._load_s = 0.0
+        self._drain_s = self._fetch_s = self._load_s = 0.0
+        self._broken = ""
 
     async def group(self, request: RolloutRequest) -> TrajectoryGroup:
-        """See Rollout.group; waits first while a refresh runs."""
-        await self._gate.wait()
+        """See Rollout.group; waits first while a refresh runs. Raises WorkerError for good once loading weights has failed."""
+        while not self._gate.is_set():  # not once: the next refresh may have shut it before those who waited wake up
+            await self._gate.wait()
+        self._check_whole()
         self._running += 1
         self._idle.clear()
         try:
@@ -107,21 +113,26 @@ class RolloutWorker:
                 self._idle.set()
 
     async def refresh(self, weights: PublishedWeights, drain_s: float) -> WorkerReport:
-        """Serve ``weights.version`` from now on. Raises WorkerError, EngineError, WriterError; the gate opens again either way."""
+        """Serve ``weights.version`` from now on. Raises WorkerError, EngineError.
+
+        When groups do not end or the weights do not arrive, nothing was touched and the worker goes on as it was. When loading fails it serves nobody
+        any more: what it holds may be half of one version and half of another.
+        """
+        self._check_whole()
         self._gate.clear()
         try:
             began = time.perf_counter()
-            fetched = asyncio.create_task(asyncio.to_thread(self._fetch, weights))  # while the last groups end
+            fetching = asyncio.create_task(asyncio.to_thread(weights.fetch, FETCH_S))  # while the last groups end
             await self._drain(drain_s)
-            tensors = await fetched
             drained = time.perf_counter()
-            await self._policy.refresh(weights.version, tensors)
-            self._owned.refresh(tensors)
+            tensors = await fetching
+            fetched = time.perf_counter()
+            await self._load(weights, tensors)
             self._refreshes += 1
-            self._drain_s, self._load_s = drained - began, time.perf_counter() - drained
+            self._drain_s, self._fetch_s, self._load_s = drained - began, fetched - drained, time.perf_counter() - fetched
             return self.report()
         finally:
-            self._gate.set()
+            self._gate.set()  # also when broken: who waits there must hear of it
 
     def report(self) -> WorkerReport:
         return WorkerReport(
@@ -131,6 +142,7 @@ class RolloutWorker:
             running=self._running,
             refreshes=self._refreshes,
             drain_s=self._drain_s,
+            fetch_s=self._fetch_s,
             load_s=self._load_s,
             engine=self._policy.stats(),
         )
@@ -144,12 +156,16 @@ class RolloutWorker:
         except TimeoutError:
             raise WorkerError(f"{self._spec.name}: {self._running} groups did not end within {drain_s:.0f} s before a refresh") from None
 
-    def _fetch(self, weights: PublishedWeights) -> Mapping[str, Tensor]:
-        """All tensors of the version, in their names on disk."""
-        tensors = weights.fetch(FETCH_S)
-        if weights.complete:
-            return tensors
-        return {**_checkpoint_tensors(Path(self._spec.model_path)), **tensors}
+    async def _load(self, weights: PublishedWeights, tensors: Mapping[str, Tensor]) -> None:
+        try:
+            await self._policy.refresh(weights.version, tensors, weights.complete)
+        except BaseException as error:  # a cancelled call as well: the engine goes on loading without us
+            self._broken = f"loading version {weights.version} failed ({type(error).__name__}: {error})"
+            raise
+
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise WorkerError(f"{self._spec.name} serves nobody any more, {self._broken}: start another worker")
 
 
 class _RolloutActor:
@@ -164,8 +180,11 @@ class _RolloutActor:
         self._worker = await asyncio.to_thread(RolloutWorker, spec)
         return spec.name
 
-    async def group(self, request: RolloutRequest) -> TrajectoryGroup:
-        return await self._worker.group(request)
+    @ray.method(num_returns=2)
+    async def group(self, request: RolloutRequest) -> tuple[GroupSummary, TrajectoryGroup]:
+        """Two results, both owned by the caller: it looks at the first, the second waits in this node's object store for the learner."""
+        group = await self._worker.group(request)
+        return GroupSummary.of(group), group
 
     async def refresh(self, weights: PublishedWeights, drain_s: float) -> WorkerReport:
         return await self._worker.refresh(weights, drain_s)
@@ -180,7 +199,7 @@ class _RolloutActor:
 RolloutActor = ray.remote(max_restarts=0)(_RolloutActor)
 
 
-def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, OwnedWeights, Rollout]:
+def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
     import torch
     from transformers import AutoTokenizer
 
@@ -188,9 +207,7 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, OwnedWeights, Rollout]:
     from actors.engine import VLLMPolicy
     from actors.environments.build import build_environment
     from actors.fast_weights import load_basis
-    from actors.frozen_model import OwnedWeights
     from actors.rollout import Rollout
-    from actors.writer import BatchedWriter
 
     config = spec.config
     torch.set_num_threads(config.rollout.threads)
@@ -198,17 +215,5 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, OwnedWeights, Rollout]:
     environment = build_environment(config.environment)
     basis = load_basis(Path(spec.basis_path))
     policy = VLLMPolicy(spec.model_path, config.model, config.engine, basis, chat.stop_token_ids, spec.version, config.rollout.threads, config.seed)
-    owned = OwnedWeights.read(spec.model_path, config.model.dtype)
-    writer = BatchedWriter(owned.model, basis, config.write)
-    rollout = Rollout(policy, writer, environment, chat, config.write, config.rollout, config.engine.slots, basis.id, spec.name)
-    return policy, owned, rollout
-
-
-def _checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a Hugging Face folder, mapped from disk rather than read."""
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
+    rollout = Rollout(policy, policy.writer(config.write), environment, chat, config.write, config.rollout, config.engine.slots, basis.id, spec.name)
+    return policy, rollout

@@ -15,7 +15,7 @@ from actors.types import PolicyVersion
 from actors.worker import WorkerSpec
 from cluster.broadcast import ObjectStoreChannel
 from cluster.checkpoint import START, TrainState
-from cluster.fleet import REFRESH_S, RemoteWorker, credits_per_worker
+from cluster.fleet import REFRESH_S, RemoteWorker, credits_per_worker, worker_process
 from cluster.prepare import Preparation
 from cluster.runtime import Demand, all_ready, cancel_on_sigterm, demand, ray_runtime
 from cluster.stream import GroupStream, Ledger, StreamPlan
@@ -102,8 +102,9 @@ def start_state(preparation: Preparation) -> TrainState:
 def _workers(preparation: Preparation) -> tuple[RemoteWorker, ...]:
     version: PolicyVersion = start_state(preparation).version
     model, basis = str(preparation.policy_path), str(preparation.basis_path)
-    count = preparation.config.rollout.workers
-    return tuple(RemoteWorker(WorkerSpec(f"worker-{number}", preparation.config, model, basis, version)) for number in range(count))
+    config = preparation.config
+    specs = [WorkerSpec(f"worker-{number}", config, model, basis, version) for number in range(config.rollout.workers)]
+    return tuple(RemoteWorker(spec, worker_process(config)) for spec in specs)
 
 
 def _learner(preparation: Preparation) -> LearnerGroup:

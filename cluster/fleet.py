@@ -19,6 +19,7 @@ from actors.types import Task, TrajectoryGroup
 from actors.worker import RolloutActor, WorkerReport, WorkerSpec
 from cluster.broadcast import ObjectStoreWeights
 from cluster.evaluate import EvaluationRow
+from cluster.lanes import FinishedGroup
 from cluster.runtime import answer
 from configs.schema import RunConfig
 
@@ -27,25 +28,29 @@ REPORT_S = 60.0
 _CONTROL_CALLS = 8  # concurrent calls of an actor beyond its groups: refresh, report
 
 
+def worker_process(config: RunConfig) -> Any:
+    """A process for one rollout worker: the actor that RemoteWorker is given."""
+    threads = {"OMP_NUM_THREADS": str(config.rollout.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TOKENIZERS_PARALLELISM": "false"}
+    actor: Any = RolloutActor
+    return actor.options(
+        num_cpus=config.rollout.cpus_per_worker,
+        num_gpus=config.rollout.gpus_per_worker,
+        max_concurrency=config.engine.slots * 2 + credits_per_worker(config) + _CONTROL_CALLS,
+        runtime_env={"env_vars": threads},
+    ).remote()
+
+
 class RemoteWorker:
-    """One rollout worker behind Ray. Starts at once; it is up when ``started`` resolves."""
+    """One rollout worker behind Ray. ``actor`` has the methods of RolloutActor. Starts at once; it is up when ``started`` resolves."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        config = spec.config
+    def __init__(self, spec: WorkerSpec, actor: Any) -> None:
         self.name = spec.name
-        self._config = config
-        threads = {"OMP_NUM_THREADS": str(config.rollout.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TOKENIZERS_PARALLELISM": "false"}
-        actor: Any = RolloutActor
-        self._actor: Any = actor.options(
-            num_cpus=config.rollout.cpus_per_worker,
-            num_gpus=config.rollout.gpus_per_worker,
-            max_concurrency=config.engine.slots * 2 + credits_per_worker(config) + _CONTROL_CALLS,
-            runtime_env={"env_vars": threads},
-        ).remote()
-        self.started: ray.ObjectRef[str] = self._actor.start.remote(spec)
+        self._config = spec.config
+        self._actor = actor
+        self.started: ray.ObjectRef[str] = actor.start.remote(spec)
 
-    async def group(self, position: int, task: Task) -> TrajectoryGroup:
-        """The siblings of one training task, sampled with seeds that follow from the run's seed and ``position``."""
+    async def group(self, position: int, task: Task) -> FinishedGroup:
+        """The siblings of one training task, sampled with seeds that follow from the run's seed and ``position``. Only the summary comes here."""
         config = self._config
         request = RolloutRequest(
             task=task,
@@ -56,7 +61,8 @@ class RemoteWorker:
             max_answer_tokens=config.sampling.max_answer_tokens,
             seed=derived_seed(config.seed, "rollout", position),
         )
-        return await self._group(request)
+        summary, content = self._actor.group.remote(request)
+        return FinishedGroup(await self._answer(summary, task), content)
 
     async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
         """One greedy episode of a held-out task."""
@@ -69,7 +75,9 @@ class RemoteWorker:
             max_answer_tokens=self._config.sampling.max_answer_tokens,
             seed=derived_seed(self._config.seed, "evaluation", position),
         )
-        return await self._group(request)
+        _, content = self._actor.group.remote(request)
+        group: TrajectoryGroup = await self._answer(content, task)
+        return group
 
     async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
         """Drain, load ``weights``, go on."""
@@ -86,10 +94,8 @@ class RemoteWorker:
         """End the process. Engine and episodes go with it."""
         ray.kill(self._actor)
 
-    async def _group(self, request: RolloutRequest) -> TrajectoryGroup:
-        deadline_s = self._config.train.group_timeout_s
-        group: TrajectoryGroup = await answer(self._actor.group.remote(request), deadline_s, self.name, f"task {request.task.id}")
-        return group
+    async def _answer(self, reference: ray.ObjectRef[Any], task: Task) -> Any:
+        return await answer(reference, self._config.train.group_timeout_s, self.name, f"task {task.id}")
 
 
 def credits_per_worker(config: RunConfig) -> int:

@@ -1,4 +1,11 @@
-"""Pure functions from what a step produced to the figures that the tracker logs. The section before "/" is the chart group in MLflow."""
+"""Pure functions from what a step produced to the figures that the tracker logs. The section before "/" is the chart group in MLflow.
+
+The section ``timeline`` says where a step's time went, as fractions that sum to 1 in each of three views:
+
+    timeline/worker_*    the workers' step threads: act, extract, receipt, write, install, refresh, other, idle
+    timeline/episode_*   the episodes, waiting included: act, extract, write, install, environment
+    timeline/learner_*   the driver and the learner: wait (for groups), learn, publish, other
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from actors.types import Timings, Trajectory, TrajectoryGroup, WriteRecord
+from actors.engine_loop import PHASES
+from actors.summary import EpisodeSummary, GroupSummary
+from actors.types import Timings, WriteRecord
 from actors.worker import WorkerReport
 from cluster.stream import Batch, Ledger
 from learner.types import StepReport, WarmStartReport
@@ -17,7 +26,7 @@ from learner.types import StepReport, WarmStartReport
 
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
-    """Wall seconds of one loop step: waiting for groups, learner step, weights out of the learner, and all of it."""
+    """Wall seconds of one loop step: waiting for groups, learner step, weights out of the learner, and all of it (the rest: the refresh before)."""
 
     wait: float
     learn: float
@@ -27,7 +36,10 @@ class StepSeconds:
 
 @dataclass(frozen=True, slots=True)
 class StepSummary:
-    """One step as the progress line shows it. ``staleness`` is the batch's mean in policy versions."""
+    """One step as the progress line shows it. ``staleness`` is the batch's mean in policy versions.
+
+    ``without_signal``: in every group the siblings' rewards were equal, so that no advantage and no policy gradient came of the step.
+    """
 
     step: int
     version: int
@@ -36,6 +48,7 @@ class StepSummary:
     episodes: int
     writes: int
     failed: int
+    without_signal: bool
     seconds: float
 
     @property
@@ -48,23 +61,27 @@ class StepSummary:
 
 
 def summarize(step: int, report: StepReport, batch: Batch, seconds: StepSeconds) -> StepSummary:
-    trajectories = _trajectories(batch.groups)
+    groups = [group.summary for group in batch.groups]
+    episodes = _episodes(groups)
     return StepSummary(
         step=step,
         version=report.version,
-        reward=_mean([trajectory.outcome.reward for trajectory in trajectories]),
+        reward=_mean([episode.outcome.reward for episode in episodes]),
         staleness=_mean(batch.staleness),
-        episodes=len(trajectories),
-        writes=sum(len(trajectory.writes) for trajectory in trajectories),
-        failed=sum(len(group.failed) for group in batch.groups),
+        episodes=len(episodes),
+        writes=sum(len(episode.writes) for episode in episodes),
+        failed=sum(len(group.failed) for group in groups),
+        without_signal=all(_without_signal(group) for group in groups),
         seconds=seconds.total,
     )
 
 
 def step_metrics(report: StepReport, batch: Batch, seconds: StepSeconds, ledger: Ledger) -> dict[str, float]:
     """Everything logged for one RL step. Values that do not exist in this step (no write, no forward) are left out, never 0."""
-    trajectories = _trajectories(batch.groups)
-    metrics = reward_metrics(batch.groups) | rollout_metrics(trajectories) | write_metrics([r for t in trajectories for r in t.writes])
+    groups = [group.summary for group in batch.groups]
+    episodes = _episodes(groups)
+    metrics = reward_metrics(groups) | rollout_metrics(episodes) | write_metrics([record for episode in episodes for record in episode.writes])
+    metrics |= episode_timeline(episodes) | learner_timeline(seconds)
     metrics |= {f"learner/{field.name}": float(getattr(report, field.name)) for field in fields(report) if field.name not in ("version", "seconds")}
     metrics |= {
         "staleness/mean": _mean(batch.staleness),
@@ -75,9 +92,9 @@ def step_metrics(report: StepReport, batch: Batch, seconds: StepSeconds, ledger:
         "timing_s/step": seconds.total,
         "timing_s/wait_for_groups": seconds.wait,
         "timing_s/learner": seconds.learn,
-        "perf/episodes_per_s": len(trajectories) / seconds.total,
+        "perf/episodes_per_s": len(episodes) / seconds.total,
         "perf/trained_tokens_per_s": report.tokens / seconds.total,
-        "perf/writes_per_s": sum(len(trajectory.writes) for trajectory in trajectories) / seconds.total,
+        "perf/writes_per_s": sum(len(episode.writes) for episode in episodes) / seconds.total,
         "rollout/tasks_issued": float(ledger.issued),
         "rollout/tasks_in_flight": float(ledger.in_flight),
         "rollout/tasks_failed": float(ledger.settled["failed"]),
@@ -87,34 +104,32 @@ def step_metrics(report: StepReport, batch: Batch, seconds: StepSeconds, ledger:
     return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
 
-def reward_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
-    rewards = [[trajectory.outcome.reward for trajectory in group.trajectories] for group in groups]
+def reward_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
+    rewards = [[episode.outcome.reward for episode in group.episodes] for group in groups]
     flat = [reward for group in rewards for reward in group]
     metrics = {
         "reward/mean": _mean(flat),
         "reward/std": float(np.std(flat)) if flat else math.nan,
         "reward/best_sibling": _mean([max(group) for group in rewards if group]),
-        "reward/groups_without_signal": float(sum(max(group) - min(group) < 1e-9 for group in rewards if group)),
+        "reward/groups_without_signal": float(sum(_without_signal(group) for group in groups)),
     }
     parts: dict[str, list[float]] = {}
-    for trajectory in _trajectories(groups):
-        for name, value in trajectory.outcome.reward_parts.items():
+    for episode in _episodes(groups):
+        for name, value in episode.outcome.reward_parts.items():
             parts.setdefault(name, []).append(float(value))
     return metrics | {f"reward/{name}": _mean(values) for name, values in parts.items() if f"reward/{name}" not in metrics}
 
 
-def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    sampled = [sum(int(segment.action_mask.sum()) for segment in trajectory.segments) for trajectory in trajectories]
-    tokens = [sum(len(segment.token_ids) for segment in trajectory.segments) for trajectory in trajectories]
+def rollout_metrics(episodes: Sequence[EpisodeSummary]) -> dict[str, float]:
     metrics = {
-        "rollout/episodes": float(len(trajectories)),
-        "rollout/segments_per_episode": _mean([len(trajectory.segments) for trajectory in trajectories]),
-        "rollout/tokens_per_episode": _mean(tokens),
-        "rollout/sampled_tokens_per_episode": _mean(sampled),
-        "rollout/cut_by_max_turns": float(sum(trajectory.stop_reason == "max_turns" for trajectory in trajectories)),
+        "rollout/episodes": float(len(episodes)),
+        "rollout/segments_per_episode": _mean([episode.segments for episode in episodes]),
+        "rollout/tokens_per_episode": _mean([episode.tokens for episode in episodes]),
+        "rollout/sampled_tokens_per_episode": _mean([episode.sampled_tokens for episode in episodes]),
+        "rollout/cut_by_max_turns": float(sum(episode.stop_reason == "max_turns" for episode in episodes)),
     }
     for field in fields(Timings):
-        metrics[f"timing_s/episode_{field.name}"] = _mean([float(getattr(trajectory.timings, field.name)) for trajectory in trajectories])
+        metrics[f"timing_s/episode_{field.name}"] = _mean([float(getattr(episode.timings, field.name)) for episode in episodes])
     return metrics
 
 
@@ -142,6 +157,7 @@ def worker_metrics(reports: Sequence[WorkerReport]) -> dict[str, float]:
     alive = sum(sum(engine.seconds.values()) for engine in engines)
     return {
         "sync/drain_s": max(report.drain_s for report in reports),
+        "sync/fetch_s": max(report.fetch_s for report in reports),
         "sync/load_s": max(report.load_s for report in reports),
         "fast_weights/receipts_passed": float(sum(engine.receipts_passed for engine in engines)),
         "fast_weights/receipts_failed": float(sum(engine.receipts_failed for engine in engines)),
@@ -150,12 +166,44 @@ def worker_metrics(reports: Sequence[WorkerReport]) -> dict[str, float]:
     }
 
 
+def worker_timeline(before: Mapping[str, WorkerReport], after: Mapping[str, WorkerReport]) -> dict[str, float]:
+    """Between two reports of each worker; one that is new or was replaced counts from its start. Empty when no time has passed."""
+    spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+    for name, report in after.items():
+        earlier = before[name].engine.seconds if name in before else {}
+        restarted = any(seconds > report.engine.seconds.get(phase, 0.0) for phase, seconds in earlier.items())
+        for phase, seconds in report.engine.seconds.items():
+            spent[phase] += seconds if restarted else seconds - earlier.get(phase, 0.0)
+    return _fractions("worker", spent)
+
+
+def episode_timeline(episodes: Sequence[EpisodeSummary]) -> dict[str, float]:
+    phases = [field.name for field in fields(Timings) if field.name != "total"]
+    return _fractions("episode", {phase: sum(getattr(episode.timings, phase) for episode in episodes) for phase in phases})
+
+
+def learner_timeline(seconds: StepSeconds) -> dict[str, float]:
+    other = seconds.total - seconds.wait - seconds.learn - seconds.publish
+    return _fractions("learner", {"wait": seconds.wait, "learn": seconds.learn, "publish": seconds.publish, "other": other})
+
+
 def warm_start_metrics(report: WarmStartReport) -> Mapping[str, float]:
     return {f"warm_start/{field.name}": float(getattr(report, field.name)) for field in fields(report) if field.name != "version"}
 
 
-def _trajectories(groups: Sequence[TrajectoryGroup]) -> list[Trajectory]:
-    return [trajectory for group in groups for trajectory in group.trajectories]
+def _episodes(groups: Sequence[GroupSummary]) -> list[EpisodeSummary]:
+    return [episode for group in groups for episode in group.episodes]
+
+
+def _without_signal(group: GroupSummary) -> bool:
+    """All siblings have one reward."""
+    rewards = [episode.outcome.reward for episode in group.episodes]
+    return bool(rewards) and max(rewards) - min(rewards) < 1e-9
+
+
+def _fractions(view: str, seconds: Mapping[str, float]) -> dict[str, float]:
+    total = sum(seconds.values())
+    return {f"timeline/{view}_{phase}": value / total for phase, value in seconds.items()} if total > 0 else {}
 
 
 def _mean(values: Sequence[float] | Sequence[int]) -> float:

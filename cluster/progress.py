@@ -83,9 +83,10 @@ class StageCounter:
 def step_line(summary: StepSummary) -> str:
     """One training step for people: "reward 0.412  staleness 0.0  1.2 episodes/s  3.6 writes/s"."""
     failed = f"  {summary.failed} failed" if summary.failed else ""
+    idle = "  no signal: the siblings of every group have equal rewards" if summary.without_signal else ""
     return (
         f"version {summary.version}  reward {summary.reward:.3f}  staleness {summary.staleness:.1f}  "
-        f"{summary.episodes_per_second:.2f} episodes/s  {summary.writes_per_second:.2f} writes/s{failed}"
+        f"{summary.episodes_per_second:.2f} episodes/s  {summary.writes_per_second:.2f} writes/s{failed}{idle}"
     )
 
 

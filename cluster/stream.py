@@ -6,8 +6,8 @@
       take() <--gate-- ready groups                             older than max_staleness: dropped, counted, replaced
 
 The invariant: a group leaves ``take`` only if the learner, at that moment, is at most ``max_staleness`` versions ahead of the policy that sampled it.
-Nothing here knows of Ray: a worker is anything with a name and a coroutine ``group``. Called by loop.py; every wait of ``take`` ends because a
-group finishes, a worker raises, or the stall deadline passes.
+Nothing here calls Ray: a worker is anything with a name and a coroutine ``group``, and of what it finished only the summary is looked at. Called by
+loop.py; every wait of ``take`` ends because a group finishes, a worker raises, or the stall deadline passes.
 """
 
 from __future__ import annotations
@@ -16,23 +16,14 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from functools import partial
+from typing import Literal
 
-from actors.types import Boundary, PolicyVersion, Task, TrajectoryGroup
+from actors.types import Boundary, PolicyVersion, Task
 from cluster.errors import StreamError
+from cluster.lanes import FinishedGroup, GroupSource, Lane, Openings
 
 Fate = Literal["trained", "stale", "failed", "abandoned"]
-
-
-class GroupSource(Protocol):
-    """What the stream sees of a rollout worker."""
-
-    @property
-    def name(self) -> str: ...
-
-    async def group(self, position: int, task: Task) -> TrajectoryGroup:
-        """Run the siblings of ``task``; raises ClusterError when the worker is lost or late. ``position`` is the task's place in the task source."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +107,9 @@ class StreamPlan:
 class Batch:
     """What one step trains on. ``staleness`` has one value per group; ``dropped`` counts the stale groups since the last batch."""
 
-    groups: tuple[TrajectoryGroup, ...]
+    groups: tuple[FinishedGroup, ...]
     staleness: tuple[int, ...]
     dropped: int
-
-
-@dataclass(slots=True, eq=False)
-class _Lane:
-    """One worker as the stream sees it: the version it serves, whether it takes new groups, how many it has."""
-
-    source: GroupSource
-    version: PolicyVersion
-    admitting: bool = True
-    outstanding: int = 0
 
 
 class GroupStream:
@@ -138,12 +119,16 @@ class GroupStream:
         self, plan: StreamPlan, workers: Sequence[GroupSource], version: PolicyVersion, task_at: Callable[[int], Task], ledger: Ledger
     ) -> None:
         self._plan = plan
-        self._lanes = {worker.name: _Lane(worker, version) for worker in workers}
+        self._lanes = {worker.name: Lane(worker, version, asyncio.Event()) for worker in workers}
+        self._openings = Openings(plan.credits)
+        for lane in self._lanes.values():
+            lane.idle.set()
+            self._openings.add(lane)
         self._version = version
         self._task_at = task_at
         self.ledger = ledger
         self._running: dict[int, asyncio.Task[None]] = {}
-        self._ready: deque[tuple[int, TrajectoryGroup]] = deque()
+        self._ready: deque[tuple[int, FinishedGroup]] = deque()
         self._taken = 0  # of the batch that is being put together
         self._to_deliver = plan.steps * plan.per_step
         self._unusable = 0
@@ -153,12 +138,12 @@ class GroupStream:
 
     async def take(self) -> Batch:
         """The next ``per_step`` fresh groups, in task order. Raises StreamError, or what a worker raised."""
-        fresh: list[tuple[int, int, TrajectoryGroup]] = []
+        fresh: list[tuple[int, int, FinishedGroup]] = []
         dropped = 0
         while True:
             while self._ready and len(fresh) < self._plan.per_step:
                 position, group = self._ready.popleft()
-                age = self._version - group.policy_version
+                age = self._version - group.summary.policy_version
                 if age > self._plan.max_staleness:
                     self.ledger.settle(position, "stale")
                     dropped += 1
@@ -180,12 +165,19 @@ class GroupStream:
 
     def pause(self, worker: str) -> None:
         """Give ``worker`` nothing new: it is about to be refreshed."""
+        self._openings.remove(self._lanes[worker])
         self._lanes[worker].admitting = False
+
+    async def drained(self, worker: str) -> None:
+        """Until ``worker`` has no group left; each of them ends at the latest with its own deadline."""
+        await self._lanes[worker].idle.wait()
 
     def resume(self, worker: str, version: PolicyVersion) -> None:
         """``worker`` serves ``version`` and takes groups again."""
         lane = self._lanes[worker]
+        self._openings.remove(lane)
         lane.admitting, lane.version = True, version
+        self._openings.add(lane)
         self._fill()
         self._changed.set()
 
@@ -202,8 +194,8 @@ class GroupStream:
     async def close(self) -> None:
         """Stop: what is in flight or unread is settled as abandoned, so that the ledger still balances."""
         running = list(self._running.values())
-        for lane in self._lanes.values():
-            lane.admitting = False
+        for worker in self._lanes:
+            self.pause(worker)
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
@@ -214,21 +206,30 @@ class GroupStream:
 
     def _fill(self) -> None:
         """Issue tasks while some worker has a credit and the result would be fresh; the least loaded worker first."""
+        plan = self._plan
         while self._error is None:
             outstanding = len(self._running) + len(self._ready) + self._taken
-            lanes = [lane for lane in self._lanes.values() if self._may_use(lane, outstanding)]
-            if not lanes or outstanding >= self._to_deliver:
+            if outstanding >= self._to_deliver:
                 return
-            lane = min(lanes, key=lambda candidate: candidate.outstanding)
+            lane = self._openings.least_loaded(
+                partial(may_issue, self._version, outstanding=outstanding, per_step=plan.per_step, max_staleness=plan.max_staleness)
+            )
+            if lane is None:
+                return
             position = self.ledger.issue()
-            lane.outstanding += 1
+            self._load(lane, +1)
             self._running[position] = asyncio.create_task(self._run(lane, position))
 
-    def _may_use(self, lane: _Lane, outstanding: int) -> bool:
-        fresh = may_issue(self._version, lane.version, outstanding, self._plan.per_step, self._plan.max_staleness)
-        return lane.admitting and lane.outstanding < self._plan.credits and fresh
+    def _load(self, lane: Lane, change: int) -> None:
+        self._openings.remove(lane)
+        lane.outstanding += change
+        self._openings.add(lane)
+        if lane.outstanding == 0:
+            lane.idle.set()
+        else:
+            lane.idle.clear()
 
-    async def _run(self, lane: _Lane, position: int) -> None:
+    async def _run(self, lane: Lane, position: int) -> None:
         """One group on one worker. Its failure wakes ``take``, which raises it in the loop."""
         try:
             group = await lane.source.group(position, self._task_at(position))
@@ -236,23 +237,23 @@ class GroupStream:
             self.fail(error)
             return
         finally:
-            lane.outstanding -= 1
+            self._load(lane, -1)
         del self._running[position]
         self._sort_in(position, group)
         self._fill()
         self._changed.set()
 
-    def _sort_in(self, position: int, group: TrajectoryGroup) -> None:
+    def _sort_in(self, position: int, group: FinishedGroup) -> None:
         """Fewer than two finished siblings cannot be compared: counted as failed, replaced by the next task."""
-        self.ledger.count_failures([failure.boundary for failure in group.failed])
-        if len(group.trajectories) >= 2:
+        self.ledger.count_failures([failure.boundary for failure in group.summary.failed])
+        if len(group.summary.episodes) >= 2:
             self._ready.append((position, group))
             self._unusable = 0
             self._messages.clear()
             return
         self.ledger.settle(position, "failed")
         self._unusable += 1
-        self._messages.update(f"{failure.boundary}: {failure.message}" for failure in group.failed)
+        self._messages.update(f"{failure.boundary}: {failure.message}" for failure in group.summary.failed)
         if self._unusable >= self._plan.hopeless_groups and self._error is None:
             common = "; ".join(f"{message} ({count} episodes)" for message, count in self._messages.most_common(3))
             self._error = StreamError(f"the last {self._unusable} groups had fewer than two finished episodes each: {common}")

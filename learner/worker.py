@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from torch import Tensor
 
 from actors.fast_weights import Basis
@@ -98,7 +98,7 @@ class LearnerActor:
         return self._worker.start(host, port)
 
     @ray.method
-    def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
+    def step(self, *groups: TrajectoryGroup) -> StepReport:
         return self._worker.step(groups)
 
     @ray.method
@@ -119,19 +119,20 @@ class LearnerActor:
 
 
 class LearnerGroup:
-    """All ranks as one learner, for the driver. Every call raises LearnerError with the rank's own message, or after ``config.step_timeout_s``.
+    """All ranks as one learner, for the driver. Every call raises LearnerError (ValueError for bad input) with the rank's own message, or after
+    ``config.step_timeout_s``.
 
+    ``actor`` is what a rank runs in: LearnerActor, or another class with its methods.
     ``folder`` arguments must be on storage that every rank's node sees, when ranks live on several nodes.
     """
 
-    def __init__(self, spec: LearnerSpec, start_timeout_s: float) -> None:
+    def __init__(self, spec: LearnerSpec, start_timeout_s: float, actor: Any = LearnerActor) -> None:
         config = spec.config
         self._timeout = config.step_timeout_s
         self._resources = f"{config.cpus_per_worker} CPUs and {config.gpus_per_worker} GPUs for each of {config.workers} learner ranks"
         environment = {"OMP_NUM_THREADS": str(config.threads)}
         if config.gpus_per_worker == 0:
             environment["DS_ACCELERATOR"] = "cpu"
-        actor: Any = LearnerActor
         options = actor.options(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, runtime_env={"env_vars": environment})
         reference = ray.put(spec)
         self._actors: list[Any] = [options.remote(reference, rank) for rank in range(config.workers)]
@@ -146,10 +147,12 @@ class LearnerGroup:
     def version(self) -> PolicyVersion:
         return self._version
 
-    def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
-        """See ``Learner.step``. The groups travel once through the object store."""
-        reference = ray.put(tuple(groups))
-        report: StepReport = self._get([actor.step.remote(reference) for actor in self._actors], "step", self._timeout)[0]
+    def step(self, groups: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> StepReport:
+        """See ``Learner.step``. The groups go from where they are to the ranks' nodes, not through the driver.
+
+        Each is an argument of its own: Ray brings those to the rank before the call, and a list of references would make the rank a co-owner of each.
+        """
+        report: StepReport = self._get([actor.step.remote(*groups) for actor in self._actors], "step", self._timeout)[0]
         self._version = report.version
         return report
 
@@ -202,6 +205,11 @@ class LearnerGroup:
     def _raise_failure(self, calls: list[Any], verb: str) -> None:
         try:
             ray.get(calls, timeout=self._timeout)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, LearnerError | ValueError):
+                raise cause from error
+            raise LearnerError(f"learner {verb}: a rank failed: {type(cause).__name__}: {cause}") from error
         except RayActorError as error:
             raise LearnerError(f"learner {verb}: a rank's process died ({error}); resume from the last checkpoint") from error
         except GetTimeoutError as error:

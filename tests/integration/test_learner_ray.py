@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -47,17 +48,23 @@ def test_the_group_trains_like_a_learner_in_this_process(cluster: None, folder: 
     try:
         assert remote.version == 0
         assert remote.warm_start_step(segments, 1e-3).loss == pytest.approx(local.warm_start_step(segments, 1e-3).loss, rel=1e-5)
-        assert remote.step(groups).loss == pytest.approx(local.step(groups).loss, rel=1e-5)
+        stored = [ray.put(one) for one in groups]
+        assert remote.step(stored).loss == pytest.approx(local.step(groups).loss, rel=1e-5)
         assert remote.version == 2
         weights = ray.get(remote.weights_ref(trainable_only=False), timeout=60)
         expected = local.weights(trainable_only=False)
         assert weights.keys() == expected.keys() and all(torch.allclose(weights[name], expected[name], atol=1e-6) for name in weights)
         remote.save(str(tmp_path / "c"))
-        first = remote.step(groups)
+        first = remote.step(stored)
         assert remote.load(str(tmp_path / "c")) == 2 == remote.version
-        assert replace(remote.step(groups), seconds=0) == replace(first, seconds=0)
-        with pytest.raises(LearnerError, match="nothing to learn from"):
+        assert replace(remote.step(stored), seconds=0) == replace(first, seconds=0)
+        with pytest.raises(LearnerError, match=r"^nothing to learn from: 0 groups hold 0 finished episodes and no sampled token$"):
             remote.step([])
+        with pytest.raises(ValueError, match=r"^task .*reward 0 is nan: a reward must be a finite number") as refused:
+            remote.step([ray.put(group(basis, (math.nan, 1.0)))])
+        assert type(refused.value) is ValueError  # the rank's own, not Ray's wrapping of it
+        with pytest.raises(LearnerError, match=r"^learner step: a rank failed: AttributeError: .*'str'"):
+            remote.step([ray.put("no group")])  # what no rank foresees is named too
     finally:
         remote.close()
 
@@ -71,5 +78,5 @@ def test_a_rank_that_died_is_said_to_have_died(cluster: None, folder: Path, basi
     remote = LearnerGroup(spec(folder, basis, free()), start_timeout_s=300)
     ray.kill(remote._actors[0])
     with pytest.raises(LearnerError, match="a rank's process died"):
-        remote.step([group(basis, (1.0, 0.0))])
+        remote.step([ray.put(group(basis, (1.0, 0.0)))])
     remote.close()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 
+from actors.summary import GroupSummary
 from actors.types import (
     ActionSpan,
     Answer,
@@ -20,6 +22,7 @@ from actors.types import (
     WriteOutcome,
     WriteRecord,
 )
+from cluster.lanes import FinishedGroup
 
 
 def task_at(position: int) -> Task:
@@ -56,6 +59,11 @@ def group(task: Task, version: int, finished: int = 2, failed: int = 0, rewards:
     )
 
 
+def finished_group(content: TrajectoryGroup) -> FinishedGroup:
+    """As a worker gives it back; without Ray the content itself stands for the reference to it."""
+    return FinishedGroup(GroupSummary.of(content), cast("Any", content))
+
+
 class ScriptedWorker:
     """Finishes groups when told to: ``finish(position)``; samples under ``version``."""
 
@@ -63,15 +71,15 @@ class ScriptedWorker:
         self.name = name
         self.version = version
         self.asked: list[int] = []
-        self._answers: dict[int, asyncio.Future[TrajectoryGroup]] = {}
+        self._answers: dict[int, asyncio.Future[FinishedGroup]] = {}
 
-    async def group(self, position: int, task: Task) -> TrajectoryGroup:
+    async def group(self, position: int, task: Task) -> FinishedGroup:
         self.asked.append(position)
         self._answers[position] = asyncio.get_running_loop().create_future()
         return await self._answers[position]
 
     def finish(self, position: int, finished: int = 2, failed: int = 0) -> None:
-        self._answers.pop(position).set_result(group(task_at(position), self.version, finished, failed))
+        self._answers.pop(position).set_result(finished_group(group(task_at(position), self.version, finished, failed)))
 
     def break_down(self, position: int, error: Exception) -> None:
         self._answers.pop(position).set_exception(error)
@@ -89,11 +97,11 @@ class EagerWorker:
         self.version = version
         self.positions: list[int] = []
 
-    async def group(self, position: int, task: Task) -> TrajectoryGroup:
+    async def group(self, position: int, task: Task) -> FinishedGroup:
         self.positions.append(position)
         version = self.version
         await asyncio.sleep(0)
-        return group(task, version)
+        return finished_group(group(task, version))
 
 
 async def settle() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,34 @@ from cluster.broadcast import ObjectStoreWeights
 from cluster.checkpoint import START, TrainState, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from cluster.errors import CheckpointError, WorkerLost
 from cluster.loop import LoopParts, run_loop
-from cluster.metrics import StepSummary
-from cluster.stream import GroupStream, Ledger, LedgerSnapshot, StreamPlan
+from cluster.metrics import StepSeconds, StepSummary, summarize
+from cluster.progress import step_line
+from cluster.stream import Batch, GroupStream, Ledger, LedgerSnapshot, StreamPlan
 from cluster.tracking import RunStatus
 from configs.schema import TrainConfig
 from learner.types import LearnerError, StepReport
-from tests.unit.cluster_cases import EagerWorker, task_at
+from tests.unit.cluster_cases import EagerWorker, finished_group, group, task_at
 
 
 class Worker(EagerWorker):
     """An eager worker that can be refreshed."""
 
     refused: Exception | None = None
+    on_refresh: Callable[[PolicyVersion], None] = staticmethod(lambda version: None)
 
     async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
         await asyncio.sleep(0)
         if self.refused is not None:
             raise self.refused
-        assert weights.version == self.version + 1, "every version is served once, in order"
+        assert weights.version > self.version, "never back, and none twice"
         self.version = weights.version
-        stats = EngineStats(10, 5, 2, 2, 0, 0, 0.1, 1, 9, {"act": 3.0, "idle": 1.0})
-        return WorkerReport(self.name, self.version, len(self.positions), 0, 1, 0.1, 0.2, stats)
+        self.on_refresh(self.version)
+        return await self.report()
+
+    async def report(self) -> WorkerReport:
+        """An engine that acts for 3 s of a version's 4."""
+        stats = EngineStats(10, 5, 2, 2, 0, 0, 0.1, 1, 9, {"act": 3.0 * self.version, "idle": 1.0 * self.version})
+        return WorkerReport(self.name, self.version, len(self.positions), 0, 1, 0.1, 0.0, 0.2, stats)
 
 
 class Trainer:
@@ -74,7 +81,7 @@ class Recorder:
         self.steps: dict[int, Mapping[str, float]] = {}
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self.steps[step] = metrics
+        self.steps[step] = {**self.steps.get(step, {}), **metrics}
 
     def artifact(self, path: Path) -> None: ...
 
@@ -89,6 +96,7 @@ class Bench:
         self.workers = [Worker(f"worker-{number}", state.version) for number in range(workers)]
         self.trainer, self.tracker = Trainer(state.version), Recorder()
         self.summaries: list[StepSummary] = []
+        self.on_summary: Callable[[StepSummary], None] = lambda summary: None
         self.ledger = Ledger(state.ledger)
 
     def run(self) -> TrainState:
@@ -102,10 +110,14 @@ class Bench:
         async def body() -> TrainState:
             plan = StreamPlan(self.plan.steps - self.state.step, self.plan.tasks_per_step, self.plan.max_staleness, 2, 5.0)
             stream = GroupStream(plan, self.workers, self.state.version, self.task_at, self.ledger)
-            parts = LoopParts(stream, self.trainer, self.workers, Channel(), self.tracker, self.summaries.append, checkpoint)
+            parts = LoopParts(stream, self.trainer, self.workers, Channel(), self.tracker, self.show, checkpoint)
             return await asyncio.wait_for(run_loop(parts, self.plan, self.state), 20)
 
         return asyncio.run(body())
+
+    def show(self, summary: StepSummary) -> None:
+        self.summaries.append(summary)
+        self.on_summary(summary)
 
     def task_at(self, position: int) -> Task:
         return task_at(position)
@@ -136,9 +148,19 @@ def test_metrics_have_the_sections_of_the_dashboard(tmp_path: Path) -> None:
     bench = Bench(tmp_path, TrainConfig(steps=3, tasks_per_step=2, group_size=2, max_staleness=0))
     bench.run()
     sections = {name.partition("/")[0] for name in bench.tracker.steps[3]}
-    assert sections == {"reward", "learner", "rollout", "staleness", "sync", "fast_weights", "timing_s", "perf"}
+    assert sections == {"reward", "learner", "rollout", "staleness", "sync", "fast_weights", "timing_s", "timeline", "perf"}
     assert bench.tracker.steps[3]["reward/mean"] == pytest.approx(0.05)
     assert bench.tracker.steps[3]["perf/engine_busy_fraction"] == 0.75
+
+
+def test_each_step_has_a_timeline_whose_views_sum_to_1(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, TrainConfig(steps=3, tasks_per_step=2, group_size=2, max_staleness=0))
+    bench.run()
+    assert sorted(bench.tracker.steps) == [1, 2, 3]
+    for figures in bench.tracker.steps.values():
+        assert figures["timeline/worker_act"] == 0.75 and figures["timeline/worker_idle"] == 0.25
+        for view in ("worker", "episode", "learner"):
+            assert sum(value for name, value in figures.items() if name.startswith(f"timeline/{view}_")) == pytest.approx(1.0)
 
 
 def test_two_and_two_resumed_steps_are_four_steps(tmp_path: Path) -> None:
@@ -180,6 +202,36 @@ def test_a_failing_refresh_ends_the_loop(tmp_path: Path, max_staleness: int) -> 
     with pytest.raises(WorkerLost, match="worker-1 died during the refresh"):
         bench.run()
     assert bench.ledger.balanced
+
+
+def test_a_slow_worker_skips_versions_and_the_others_go_on(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, TrainConfig(steps=6, tasks_per_step=2, group_size=2, max_staleness=2), workers=4)  # two at once
+    served: dict[str, list[PolicyVersion]] = {worker.name: [] for worker in bench.workers}
+    hurried = asyncio.Event()
+
+    class Slow(Worker):
+        async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
+            await hurried.wait()
+            return await super().refresh(weights)
+
+    bench.workers[1] = Slow("worker-1")
+    for worker in bench.workers:
+        worker.on_refresh = served[worker.name].append
+    bench.on_summary = lambda summary: hurried.set() if summary.step == 5 else None
+    state = bench.run()
+    assert state.version == 6 and [worker.version for worker in bench.workers] == [6, 6, 6, 6]
+    assert len(served["worker-0"]) >= 3, "it was refreshed while the other one was not"
+    assert len(served["worker-1"]) < len(served["worker-0"]) and served["worker-1"][-1] == 6
+    assert bench.ledger.balanced
+
+
+@pytest.mark.parametrize(("rewards", "said"), [((0.5, 0.5), True), ((0.5, 0.25), False)])
+def test_a_step_without_signal_is_said(rewards: tuple[float, ...], said: bool) -> None:
+    flat = finished_group(group(task_at(0), 0, rewards=(1.0, 1.0)))
+    batch = Batch((flat, finished_group(group(task_at(1), 0, rewards=rewards))), (0, 0), 0)
+    summary = summarize(1, Trainer().step([]), batch, StepSeconds(1.0, 1.0, 1.0, 3.0))
+    assert summary.without_signal is said
+    assert ("no signal: the siblings of every group have equal rewards" in step_line(summary)) is said
 
 
 def test_no_steps_is_a_run_too(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import StreamError, WorkerLost
+from cluster.lanes import Lane, Openings
 from cluster.stream import GroupStream, Ledger, LedgerSnapshot, StreamPlan, may_issue
 from tests.unit.cluster_cases import ScriptedWorker, settle, task_at
 
@@ -47,7 +48,7 @@ def test_on_policy_issues_nothing_while_the_learner_computes() -> None:
         worker.finish(1)
         worker.finish(0)
         batch = await taking
-        assert [group.task.id for group in batch.groups] == ["t0", "t1"]  # in task order, whoever came first
+        assert [group.summary.task_id for group in batch.groups] == ["t0", "t1"]  # in task order, whoever came first
         assert batch.staleness == (0, 0)
         await settle()
         assert worker.asked == [0, 1]
@@ -118,7 +119,7 @@ def test_a_group_without_two_finished_siblings_is_replaced() -> None:
         worker.finish(1)
         worker.finish(2, finished=2, failed=1)
         batch = await taking
-        assert [group.task.id for group in batch.groups] == ["t1", "t2"]
+        assert [group.summary.task_id for group in batch.groups] == ["t1", "t2"]
         assert stream.ledger.settled["failed"] == 1
         assert stream.ledger.failures["engine"] == 2
         await stream.close()
@@ -254,6 +255,61 @@ def test_settling_a_task_twice_is_an_error() -> None:
         ledger.settle(position, "stale")
 
 
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10_000), credits=st.integers(1, 3))
+def test_the_chosen_lane_is_the_least_loaded_of_those_that_a_plain_search_finds(seed: int, credits: int) -> None:
+    rng = random.Random(seed)
+    openings = Openings(credits)
+    lanes = [Lane(ScriptedWorker(f"w{number}"), 0, asyncio.Event()) for number in range(5)]
+    for lane in lanes:
+        openings.add(lane)
+    for _ in range(60):
+        lane = rng.choice(lanes)
+        openings.remove(lane)
+        lane.outstanding = rng.randint(0, credits)
+        lane.version = rng.randint(0, 3)
+        lane.admitting = rng.random() < 0.8
+        openings.add(lane)
+        oldest = rng.randint(0, 4)
+        found = openings.least_loaded(lambda version, oldest=oldest: version >= oldest)  # type: ignore[misc]
+        usable = [lane for lane in lanes if lane.admitting and lane.outstanding < credits and lane.version >= oldest]
+        assert (found is None) == (not usable)
+        assert found is None or (found in usable and found.outstanding == min(lane.outstanding for lane in usable))
+
+
+def test_equally_loaded_workers_take_turns() -> None:
+    async def body() -> None:
+        workers = [ScriptedWorker(f"w{number}") for number in range(3)]
+        stream = stream_of(workers, per_step=7)
+        taking = asyncio.create_task(stream.take())
+        await settle()
+        assert [worker.asked for worker in workers] == [[0, 3, 6], [1, 4], [2, 5]]
+        taking.cancel()
+        await stream.close()
+
+    asyncio.run(body())
+
+
+def test_a_paused_worker_is_drained_once_its_last_group_has_ended() -> None:
+    async def body() -> None:
+        worker = ScriptedWorker("w")
+        stream = stream_of([worker])
+        await asyncio.wait_for(stream.drained("w"), 5)  # nothing was issued yet
+        taking = asyncio.create_task(stream.take())
+        await settle()
+        stream.pause("w")
+        draining = asyncio.create_task(stream.drained("w"))
+        worker.finish(0)
+        await settle()
+        assert not draining.done()
+        worker.finish(1)
+        await asyncio.wait_for(draining, 5)
+        await taking
+        await stream.close()
+
+    asyncio.run(body())
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), per_step=st.integers(1, 4), max_staleness=st.integers(0, 3), workers=st.integers(1, 3))
 def test_any_interleaving_keeps_the_bound_and_the_balance(seed: int, per_step: int, max_staleness: int, workers: int) -> None:
@@ -281,8 +337,10 @@ def test_any_interleaving_keeps_the_bound_and_the_balance(seed: int, per_step: i
                     stream.resume(worker.name, version)
             batch = await taking
             assert len(batch.groups) == per_step
-            assert all(version - group.policy_version == age <= max_staleness for group, age in zip(batch.groups, batch.staleness, strict=True))
-            trained += [group.task.id for group in batch.groups]
+            assert all(
+                version - group.summary.policy_version == age <= max_staleness for group, age in zip(batch.groups, batch.staleness, strict=True)
+            )
+            trained += [group.summary.task_id for group in batch.groups]
         assert len(trained) == len(set(trained)) == 6 * per_step
         await stream.close()
         assert stream.ledger.balanced

@@ -1,0 +1,283 @@
+"""One controller over 1 to 1,000 virtual rollout workers: the share of their ideal throughput that it keeps up, and what it costs.
+
+    VirtualWorkers (a few actors) --groups--> RemoteWorker, GroupStream, run_loop, LearnerGroup, all real --batches--> VirtualRank
+
+A virtual worker takes GROUP_S for a group and has one group in flight: the ideal is workers / GROUP_S groups a second. With more in flight, the drain
+before each refresh leaves slots idle by design (an episode lives on one version), and that would be measured instead of the controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.environments.build import build_environment
+from actors.fast_weights import Basis
+from actors.summary import GroupSummary
+from actors.types import PolicyVersion, TrajectoryGroup
+from actors.worker import WorkerSpec
+from cluster.bench.controller_actors import EpisodeParts, Template, VirtualHandle, VirtualRank, VirtualWorkers
+from cluster.bench.values import Case, Context, Goal, Outcome, Spread, Table
+from cluster.broadcast import ObjectStoreChannel
+from cluster.checkpoint import START, TrainState
+from cluster.fleet import RemoteWorker
+from cluster.loop import LoopParts, run_loop
+from cluster.metrics import StepSummary
+from cluster.runtime import Demand, all_ready, ray_runtime
+from cluster.stream import GroupStream, Ledger, LedgerSnapshot, StreamPlan
+from cluster.tasks import TaskSource
+from cluster.tracking import NullTracker
+from configs.schema import RayConfig, RunConfig, TrainConfig
+from learner.types import StepReport
+from learner.worker import LearnerGroup, LearnerSpec
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+WORKERS, QUICK_WORKERS = (1, 10, 100, 300, 1000), (1, 12)
+GROUP_S, QUICK_GROUP_S = 20.0, 0.5  # a real one on a GPU takes 30 to 120 s: this asks more of the controller
+SIBLINGS = 4
+PROCESSES = 4  # that the virtual workers share
+STALENESS = 16  # wide: the controller's pace is measured, not the gate's
+START_S = 120.0
+TIGHT_GOAL, CPU_GOAL = Goal("at least", 0.95), Goal("at most", 0.25)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A moment when the learner was given a batch, with CPU seconds so far: of this process, of Ray's own, of the actors (workers and learner)."""
+
+    wall: float
+    controller: float
+    ray: float
+    actors: float
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One size of the fleet. ``throughput`` (groups/s) and ``controller`` (cores) have a value for each window of GROUP_S; ``ray`` and ``actors`` are
+    cores over all windows, ``staleness`` the mean in versions of what the learner was given."""
+
+    workers: int
+    ideal: float
+    throughput: tuple[float, ...]
+    controller: tuple[float, ...]
+    ray: float
+    actors: float
+    staleness: float
+
+    @property
+    def share(self) -> Spread:
+        return Spread.of(tuple(value / self.ideal for value in self.throughput))
+
+
+class MarkedLearner:
+    """A trainer that notes when each of its steps begins."""
+
+    def __init__(self, inner: LearnerGroup) -> None:
+        self._inner = inner
+        self.marks: list[Mark] = []
+
+    @property
+    def version(self) -> PolicyVersion:
+        return self._inner.version
+
+    def step(self, groups: Sequence[ObjectRef[TrajectoryGroup]]) -> StepReport:
+        self.marks.append(_mark())
+        return self._inner.step(groups)
+
+    def weights_ref(self, trainable_only: bool) -> Any:
+        return self._inner.weights_ref(trainable_only)
+
+
+def run(context: Context) -> Outcome:
+    sizes, group_s = (QUICK_WORKERS, QUICK_GROUP_S) if context.quick else (WORKERS, GROUP_S)
+    config = RunConfig()
+    template = Template(tuple(EpisodeParts.draw(context.model_path, config.fast_weights, seed) for seed in range(SIBLINGS)))
+    task = TaskSource(build_environment(config.environment), "train", config.seed).at(0)
+    group = template.group(task, 0, "worker-0")
+    content, summary = _bytes(group), _bytes(GroupSummary.of(group))
+    store = 0.2 + 3 * max(sizes) / 2 * content / 2**30  # a batch being learned, one being collected, and one's worth to spare
+    config = replace(config, ray=RayConfig(object_store_gib=store))
+    with ray_runtime(config, Demand(cpus=1, gpus=0)):
+        points = [asyncio.run(_Fleet(config, template, workers, group_s).measure(context.repeats)) for workers in sizes]
+    largest = points[-1]
+    note = (
+        f"{largest.workers} workers, {group_s:g} s a group (on a GPU a real one takes 30 to 120 s), {largest.ideal:g} groups/s of "
+        f"{content / 2**20:.2f} MiB ({SIBLINGS} episodes), of which the controller sees {summary / 2**10:.1f} KiB; every {group_s / 2:g} s a step "
+        f"and a refresh of the workers. Of the machine's {os.cpu_count()} cores Ray's own processes took {largest.ray:.2f}, the virtual workers and "
+        f"the learner's rank {largest.actors:.2f}. The tracker is off (1 ms a step with MLflow)"
+    )
+    ideal, one_core = (largest.ideal,) * context.repeats, (1.0,) * context.repeats
+    name = f"{largest.workers} workers"
+    cases = (
+        Case(f"throughput, {name}", "ideal", "controller", "groups/s", ideal, largest.throughput, "candidate/baseline", TIGHT_GOAL, note),
+        Case(f"controller CPU, {name}", "one core", "controller", "cores", one_core, largest.controller, "candidate/baseline", CPU_GOAL),
+    )
+    figures = {f"throughput_share_{point.workers}": point.share.median for point in points}
+    figures |= {f"controller_cores_{point.workers}": Spread.of(point.controller).median for point in points}
+    return Outcome(cases, (_table(points),), (_plot(points, context.folder),), figures)
+
+
+class _Fleet:
+    """The real controller over ``workers`` virtual ones."""
+
+    def __init__(self, config: RunConfig, template: Template, workers: int, group_s: float) -> None:
+        self._template, self._workers, self._group_s = template, workers, group_s
+        self._per_step = max(1, workers // 2)  # a step every half group time, where there are workers enough
+        self._steps_per_window = workers // self._per_step
+        train = TrainConfig(tasks_per_step=self._per_step, group_size=SIBLINGS, max_staleness=STALENESS)
+        self._config = replace(config, train=train)
+
+    async def measure(self, windows: int) -> Point:
+        """A ramp of one group time, then ``windows`` of them. Raises ClusterError, LearnerError."""
+        import ray
+
+        every = self._steps_per_window
+        wanted = every * (1 + windows) + 1
+        steps = wanted + 4 * every  # nothing is issued beyond the last step: that must not be seen
+        plan = replace(self._config.train, steps=steps, checkpoint_every=steps + 1)
+        stored = ray.put(self._template)
+        actor: Any = VirtualWorkers
+        actors = [actor.options(max_concurrency=2 * self._workers + 8).remote(stored, self._group_s) for _ in range(min(PROCESSES, self._workers))]
+        learner: LearnerGroup | None = None
+        try:
+            workers = [self._worker(number, actors[number % len(actors)]) for number in range(self._workers)]
+            await all_ready({worker.name: worker.started for worker in workers}, START_S, Demand(0, 0))
+            learner = LearnerGroup(self._learner_spec(), START_S, VirtualRank)
+            trainer = MarkedLearner(learner)
+            staleness = await self._loop(plan, workers, trainer, wanted)
+        finally:
+            if learner is not None:
+                learner.close()
+            for one in actors:
+                ray.kill(one)
+        return self._point(trainer.marks[every::every][: windows + 1], staleness[every:])
+
+    async def _loop(self, plan: TrainConfig, workers: list[RemoteWorker], trainer: MarkedLearner, wanted: int) -> list[float]:
+        """Run the loop until ``wanted`` steps are done; the staleness of each."""
+        tasks = TaskSource(build_environment(self._config.environment), "train", self._config.seed)
+        stream_plan = StreamPlan(plan.steps, self._per_step, STALENESS, credits=1, stall_s=START_S + 2 * self._group_s)
+        stream = GroupStream(stream_plan, workers, 0, tasks.at, Ledger(LedgerSnapshot()))
+        staleness: list[float] = []
+        enough = asyncio.Event()
+
+        def on_step(summary: StepSummary) -> None:
+            staleness.append(summary.staleness)
+            if len(staleness) == wanted:
+                enough.set()
+
+        async def on_checkpoint(state: TrainState) -> None:
+            """There is none before the last step."""
+
+        parts = LoopParts(stream, trainer, workers, ObjectStoreChannel(trainable_only=False), NullTracker(), on_step, on_checkpoint)
+        looping = asyncio.create_task(run_loop(parts, plan, START))
+        waiting = asyncio.create_task(enough.wait())
+        await asyncio.wait([looping, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if looping.done():
+            waiting.cancel()
+            await looping  # raises what ended it
+        looping.cancel()
+        await asyncio.wait([looping])
+        return staleness
+
+    def _worker(self, number: int, actor: Any) -> RemoteWorker:
+        """First groups end evenly spread over one group time, as if the workers had been running for long."""
+        first_s = self._group_s * (number + 1) / self._workers
+        return RemoteWorker(WorkerSpec(f"worker-{number}", self._config, "", "", 0), VirtualHandle(actor, number, first_s))
+
+    def _learner_spec(self) -> LearnerSpec:
+        config = replace(self._config.learner, workers=1, cpus_per_worker=0, gpus_per_worker=0)
+        return LearnerSpec(config, self._config.objective, "", Basis("virtual", "random", 1, {}, {}), 0, 1.0)
+
+    def _point(self, marks: list[Mark], staleness: list[float]) -> Point:
+        groups = self._per_step * self._steps_per_window
+        windows = list(pairwise(marks))
+        wall = marks[-1].wall - marks[0].wall
+        return Point(
+            workers=self._workers,
+            ideal=self._workers / self._group_s,
+            throughput=tuple(groups / (end.wall - begin.wall) for begin, end in windows),
+            controller=tuple((end.controller - begin.controller) / (end.wall - begin.wall) for begin, end in windows),
+            ray=(marks[-1].ray - marks[0].ray) / wall,
+            actors=(marks[-1].actors - marks[0].actors) / wall,
+            staleness=sum(staleness) / len(staleness),
+        )
+
+
+def _table(points: Sequence[Point]) -> Table:
+    shown = ("workers", "ideal groups/s", "throughput / ideal [quartiles]", "controller, cores", "Ray's own, cores", "virtual workers, cores")
+    header = (*shown, "staleness")
+    rows = tuple(
+        (
+            str(point.workers),
+            f"{point.ideal:g}",
+            f"{point.share.median:.3f} [{point.share.low:.3f}, {point.share.high:.3f}]",
+            f"{Spread.of(point.controller).median:.3f}",
+            f"{point.ray:.3f}",
+            f"{point.actors:.3f}",
+            f"{point.staleness:.1f}",
+        )
+        for point in points
+    )
+    return Table("Throughput and CPU against the number of workers", header, rows)
+
+
+def _plot(points: Sequence[Point], folder: Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True)
+    workers = [point.workers for point in points]
+    upper.semilogx(workers, [point.share.median for point in points], marker="o")
+    lower.semilogx(workers, [Spread.of(point.controller).median for point in points], marker="o", label="controller")
+    lower.semilogx(workers, [point.ray for point in points], marker=".", linewidth=0.8, alpha=0.6, label="Ray's own processes")
+    for axes, goal, label in ((upper, TIGHT_GOAL, "throughput / ideal"), (lower, CPU_GOAL, "CPU, cores")):
+        axes.axhline(goal.value, linestyle="--", linewidth=0.8, color="grey", label=f"goal: {goal.sense} {goal.value:g}")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+    lower.set_xlabel("rollout workers")
+    path = folder / "controller.png"
+    FigureCanvasAgg(figure)
+    figure.savefig(path)
+    return path
+
+
+def _bytes(value: object) -> int:
+    """As the value travels."""
+    from ray import cloudpickle
+
+    return len(cloudpickle.dumps(value))
+
+
+def _mark() -> Mark:
+    descendants = _descendants(os.getpid())
+    actors = sum(seconds for name, seconds in descendants if name.startswith("ray::"))
+    return Mark(time.monotonic(), time.process_time(), sum(seconds for _, seconds in descendants) - actors, actors)
+
+
+def _descendants(root: int) -> list[tuple[str, float]]:
+    """Name and CPU seconds of every process below ``root`` (Linux; elsewhere none)."""
+    tick = os.sysconf("SC_CLK_TCK")
+    processes: dict[int, tuple[int, str, float]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = stat.read_text(encoding="utf-8", errors="replace")
+        except OSError:  # it has ended since
+            continue
+        name, values = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
+        processes[int(stat.parent.name)] = (int(values[1]), name, (int(values[11]) + int(values[12])) / tick)
+    found: list[tuple[str, float]] = []
+    parents = {root}
+    while parents:
+        parents = {number for number, (parent, _, _) in processes.items() if parent in parents}
+        found += [processes[number][1:] for number in parents]
+    return found
