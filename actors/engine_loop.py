@@ -1,7 +1,7 @@
 """A thread of its own for a stepping engine: callers hand it work, it runs the work between two steps.
 
     caller (any thread, any event loop)                      step thread
-    call(f, kind)      -> Future of f(engine)       --->     run everything that waits, then one engine.step(), and again
+    call(f, kind)      -> Future of f(engine)       --->     run everything that waits, a moment of patience, one engine.step(), and again
     request(id, add)   -> Future of the output      --->     add(engine); resolved when step() reports the request finished
     future.cancel()                                 --->     engine.abort_request([id])
     times                                           <---     where every second of the step thread went, by phase
@@ -30,6 +30,12 @@ RequestKind = Literal["act", "extract", "receipt"]
 WorkKind = Literal["write", "install", "refresh", "other"]
 Phase = RequestKind | WorkKind | Literal["idle"]
 PHASES: tuple[Phase, ...] = (*get_args(RequestKind), *get_args(WorkKind), "idle")
+
+_ANSWERED: tuple[Phase, ...] = ("write", "install")  # work after which its caller goes on with an episode
+
+PATIENCE = 0.05
+"""How long a step waits for callers who were answered since the step before, as a share of that step's time: the next request of an episode is a
+moment away (its text is parsed, its next turn encoded), and a step takes it along for less than a step of its own costs."""
 
 
 class StepOutput(Protocol):
@@ -199,21 +205,30 @@ class StepLoop(Generic[E]):
         teardown(engine)
 
     def _serve(self, engine: E) -> None:
-        while True:
-            with self._wake:
-                while not (self._work or self._closing or engine.has_unfinished_requests()):
-                    self._wake.wait()
-                self._account.charge({"idle": 1.0})
-                if self._closing:
-                    return
-                work, self._work = self._work, deque()
+        expected, patience_s = 0, 0.0  # callers who were answered and did not come back yet; how long a step waits for them
+        while (work := self._next_work(engine, patience_s if expected > 0 else 0.0)) is not None:
             for future, function, phase in work:
                 self._perform(engine, future, function, phase)
-            if engine.has_unfinished_requests():
+                expected += (phase in _ANSWERED) - 1
+            if not work and engine.has_unfinished_requests():
+                began = time.perf_counter()
                 outputs = engine.step()
                 self._steps += 1
+                patience_s = PATIENCE * (time.perf_counter() - began)
                 self._account.charge(self._shares())
-                self._deliver(outputs)
+                expected = self._deliver(outputs)
+
+    def _next_work(self, engine: E, patience_s: float) -> deque[tuple[Future[Any], Callable[[E], Any], Phase]] | None:
+        """What waits to be run; empty when a step is due instead, None when the loop is closing. Waits as long as there is nothing to do at all."""
+        with self._wake:
+            timeout = patience_s if engine.has_unfinished_requests() else None
+            if timeout != 0.0:
+                self._wake.wait_for(lambda: self._work or self._closing, timeout)
+            self._account.charge({"idle": 1.0})
+            if self._closing:
+                return None
+            work, self._work = self._work, deque()
+            return work
 
     def _shares(self) -> dict[Phase, float]:
         """Of the step that was just taken."""
@@ -239,12 +254,16 @@ class StepLoop(Generic[E]):
             self._account.charge({phase: 1.0})
             future.set_result(result)
 
-    def _deliver(self, outputs: Sequence[StepOutput]) -> None:
+    def _deliver(self, outputs: Sequence[StepOutput]) -> int:
+        """Answer those whose requests are finished; returns how many."""
+        answered = 0
         for output in outputs:
             if output.finished:
                 running = self._requests.pop(output.request_id, None)
                 if running is not None and running.done.set_running_or_notify_cancel():
                     running.done.set_result(output)
+                    answered += 1
+        return answered
 
     def _die(self, reason: str) -> None:
         with self._wake:

@@ -122,6 +122,30 @@ def test_a_steps_seconds_go_by_the_tokens_that_each_kind_of_request_computes(mon
     assert [seconds[kind] for kind in ("extract", "act", "receipt")] == pytest.approx([0.9 + 0.5 + 0.5, 0.1 + 0.5 + 0.5, 1.0])
 
 
+def test_the_next_step_takes_along_callers_who_come_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An episode of ten requests of one step each beside a long one: each of its requests is in the very next step."""
+    monkeypatch.setattr("actors.engine_loop.PATIENCE", 1000.0)  # of a millisecond's step: it waits up to a second
+    engine = Countdown()
+    loop = loop_of(engine)
+    long = loop.request("long", "x", "act", 1, add("long", 10**9))
+    began = loop.call(lambda e: e.steps, "other").result(5)
+    for number in range(10):
+        loop.request(str(number), "x", "act", 1, add(str(number), 1)).result(5)
+    assert engine.steps - began <= 12
+    long.cancel()
+    loop.close(5)
+
+
+def test_a_step_does_not_wait_for_callers_who_stay_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.engine_loop.PATIENCE", 1.0)
+    engine = Countdown(pause_s=0.0)
+    loop = loop_of(engine)
+    short, long = loop.request("a", "x", "act", 1, add("a", 1)), loop.request("b", "x", "act", 1, add("b", 200))
+    assert short.result(5).request_id == "a" and long.result(5).request_id == "b"
+    loop.close(5)
+    assert engine.steps >= 200
+
+
 def test_cancelling_a_coroutine_aborts_its_request() -> None:
     engine = Countdown()
     loop = loop_of(engine)
