@@ -42,7 +42,7 @@ class _TokenLogprobs(torch.autograd.Function):
             chosen = logs.gather(-1, targets[part, None])
             logp[part] = chosen.squeeze(-1)
             p = logs.exp()
-            entropy[part] = -torch.linalg.vecdot(p, logs)
+            entropy[part] = -torch.bmm(p[:, None], logs[:, :, None]).flatten()  # a dot product per row, without an array of products
             if slopes is not None:
                 slopes[part] = _residual(p, targets[part]).to(weight.dtype) @ weight / temperature
         ctx.save_for_backward(states, weight, targets, slopes)

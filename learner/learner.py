@@ -84,7 +84,11 @@ class Learner:
         return self._counters.version
 
     def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
-        """One RL step on ``groups``. Raises LearnerError (weights as before), ValueError for a reward that is not finite."""
+        """One RL step on ``groups``. Raises ValueError for a reward that is not finite, and LearnerError, weights and version as before.
+
+        Except: when minibatch k > 1 has a gradient that is not finite, the k - 1 before it stay applied under the old version. The message says so:
+        the weights are then no version's, and the run must resume from a checkpoint (undoing would need a second copy of theta and Adam).
+        """
         started = time.perf_counter()
         scored_groups = [score(group, self._objective.normalize_by_std) for group in groups]
         scored = [one for group in scored_groups for one in group]
@@ -95,10 +99,9 @@ class Learner:
         rate = self._learning_rate()
         old = [self._old_logprobs(minibatch) if len(minibatches) > 1 else None for minibatch in minibatches]
         norms, statistics = [], TokenStatistics.none()
-        for minibatch, old_logprobs in zip(minibatches, old, strict=True):
+        for place, (minibatch, old_logprobs) in enumerate(zip(minibatches, old, strict=True)):
             statistics = statistics.merge(self._accumulate(minibatch, old_logprobs))
-            norms.append(self._engine.step(rate))
-            self._count(adam_steps=1)
+            norms.append(self._optimize(rate, place, len(minibatches)))
         self._count(version=1, rl_steps=1)
         statistics = TokenStatistics.of(self._engine.sums(statistics.sums), self._engine.maxima(statistics.maxima))
         return self._report(scored_groups, minibatches, statistics, sum(norms) / len(norms), rate, time.perf_counter() - started)
@@ -179,6 +182,17 @@ class Learner:
                 self._engine.backward(loss)
             statistics = statistics.merge(part)
         return statistics
+
+    def _optimize(self, rate: float, place: int, minibatches: int) -> float:
+        try:
+            norm = self._engine.step(rate)
+        except LearnerError as error:
+            if place == 0:
+                raise
+            applied = f"minibatches 1 to {place} of {minibatches} of this batch are already applied, though the version is still {self.version}"
+            raise LearnerError(f"minibatch {place + 1}: {error}. But {applied}: resume from the last checkpoint") from error
+        self._count(adam_steps=1)
+        return norm
 
     @torch.no_grad()
     def _old_logprobs(self, minibatch: Minibatch) -> list[Tensor]:

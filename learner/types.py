@@ -16,7 +16,8 @@ from actors.types import FastWeights, PolicyVersion, Segment, Trajectory
 
 
 class LearnerError(RuntimeError):
-    """The learner cannot go on; the message has the numbers and the cure. Weights and optimizer state are as before the call."""
+    """The learner cannot go on; the message has the numbers and the cure. Weights and optimizer state are as before the call
+    unless it says otherwise (see ``Learner.step``)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from actors.fast_weights import Basis
 from actors.types import TrajectoryGroup
 from configs.schema import LearnerConfig, ObjectiveConfig
-from learner.types import LearnerError
+from learner.batch import split
+from learner.types import LearnerError, ScoredTrajectory
 from tests.unit.learner_cases import assert_equal_updates, free, group, learner, reference_steps, write_model
 
 
@@ -108,6 +109,23 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(folder: Path, ba
     made.step(groups)  # and it goes on
     moved = made.weights(trainable_only=False)
     assert all(torch.isfinite(value).all() for value in moved.values()) and any(not torch.equal(moved[name], start[name]) for name in start)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_bad_later_minibatch_says_what_is_applied(folder: Path, basis: Basis) -> None:
+    """Of several optimizer steps on one batch the good ones before a bad one stay: the message says so, and the version does not move."""
+    siblings = group(basis, (1.0, 0.0, 0.25, 0.5))
+    order = split([ScoredTrajectory(one, 1.0) for one in siblings.trajectories], 2, (0, 0))
+    last = order[1][0].trajectory
+    broken = tuple(replace(part, logprobs=np.where(part.action_mask, np.nan, 0).astype(np.float32)) for part in last.segments)
+    poisoned = tuple(replace(one, segments=broken) if one is last else one for one in siblings.trajectories)
+    made = learner(folder, basis, free(zero_stage=1), ObjectiveConfig(minibatches=2, importance="truncated"))
+    start = made.weights(trainable_only=False)
+    with pytest.raises(LearnerError, match=r"minibatch 2: .*minibatches 1 to 1 of 2 .* version is still 0: resume from the last checkpoint"):
+        made.step([replace(siblings, trajectories=poisoned)])
+    after = made.weights(trainable_only=False)
+    assert made.version == 0 and any(not torch.equal(start[name], after[name]) for name in start)
+    assert all(bool(torch.isfinite(value).all()) for value in after.values())
 
 
 def test_skipping_trajectories_without_advantage_changes_nothing(folder: Path, basis: Basis) -> None:
