@@ -96,7 +96,7 @@ def tracked_run(trained: Trained) -> Run:
 def test_each_step_makes_a_version_that_the_worker_serves(trained: Trained) -> None:
     assert (trained.state.step, trained.state.warm_steps, trained.state.version) == (2, 1, 3)
     assert trained.report.version == 3
-    assert trained.report.refreshes == 3
+    assert trained.report.refreshes in (2, 3)  # the warm start's and the last step's; a worker that is late skips the version between
     assert trained.episode.policy_version == 3
 
 
@@ -133,7 +133,7 @@ def test_the_tracked_run_is_complete(trained: Trained) -> None:
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["warm_start.steps"] == "1"
     sections = {name.partition("/")[0] for name in tracked.data.metrics}
-    assert sections == {"reward", "learner", "rollout", "staleness", "sync", "fast_weights", "timing_s", "perf", "eval", "warm_start"}
+    assert sections == {"reward", "learner", "rollout", "staleness", "sync", "fast_weights", "timing_s", "timeline", "perf", "eval", "warm_start"}
     assert tracked.data.metrics["sync/policy_version"] >= 3
 
 
