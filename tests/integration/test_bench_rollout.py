@@ -1,0 +1,24 @@
+"""The rollout benchmark on a tiny model: real engine, writer and environment on one side, vLLM alone on the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.bench.rollout import STEP_PHASES, run
+from cluster.bench.values import Context
+
+
+def test_both_sides_play_the_quickstarts_episodes(tiny_model_path: Path, tmp_path: Path) -> None:
+    outcome = run(Context(tiny_model_path, repeats=1, threads=1, quick=True, folder=tmp_path))
+    (case,) = outcome.cases
+    assert min(*case.baseline_values, *case.candidate_values) > 0 and case.ratio == "candidate/baseline"
+    timeline, requests = outcome.tables
+    assert [row[0] for row in timeline.rows] == [*STEP_PHASES, "all"]
+    assert sum(outcome.figures[f"{phase}_fraction"] for phase in STEP_PHASES) == pytest.approx(1.0)
+    for phase in ("act", "extract", "receipt", "write", "install"):
+        assert outcome.figures[f"{phase}_fraction"] > 0
+    by_kind = {row[0]: row[1] for row in requests.rows}
+    assert by_kind == {"extract": "2.0", "act": "2.0", "write": "2.0"}  # two told sessions, two questions, every extraction written
+    assert outcome.figures["vllm_steps"] > 0 and outcome.figures["engine_steps"] > 0
