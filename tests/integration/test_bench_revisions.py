@@ -1,0 +1,30 @@
+"""The revisions benchmark from end to end on the tiny model: that it runs and measures what it says, not how quick anything is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.bench.report import markdown
+from cluster.bench.suite import run_one
+from cluster.bench.values import Context
+
+
+def test_the_benchmark_measures_every_part(tiny_model_path: Path, tmp_path: Path) -> None:
+    outcome = run_one("revisions", Context(tiny_model_path, repeats=2, threads=1, quick=True, folder=tmp_path))
+    assert [case.name for case in outcome.cases] == [
+        "install, each of 4",
+        "install and slot load, each of 4",
+        "install and slot load, each of 4, vLLM",
+        "decode, 4 sequences",
+        "prefill, 4 sequences",
+        "adapters of a step, 2 active of 4",
+        "adapters of a step, 2 active of 4, limit",
+        "adapters of a step, 4 active of 8",
+        "adapters of a step, 4 active of 8, limit",
+    ]
+    for case in outcome.cases:
+        assert len(case.candidate_values) == 2 and min(case.baseline_values + case.candidate_values) > 0
+    install, both = (case.candidate_values for case in outcome.cases[:2])
+    assert all(slot_too > alone for alone, slot_too in zip(install, both, strict=True))
+    assert [row[0] for row in outcome.tables[0].rows] == ["decode, 4 sequences", "prefill, 4 sequences"]
+    assert "decode, 4 sequences" in markdown({}, {"revisions": outcome}, {"revisions": "about"})
