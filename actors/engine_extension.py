@@ -83,16 +83,3 @@ class EngramWorker:
 
     def engram_model(self) -> Any:
         return self.model_runner.get_model()
-
-    def engram_parameter_names(self) -> tuple[set[str], set[str]]:
-        """Hugging Face names of the model's tensors: (all that a refresh must bring, those it may leave out because they are tied)."""
-        model = self.model_runner.get_model()
-        packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-        names: set[str] = set()
-        for name, _ in model.named_parameters():
-            module, _, leaf = name.replace(".base_layer", "").rpartition(".")
-            parent, _, last = module.rpartition(".")
-            prefix = f"{parent}." if parent else ""
-            names.update(f"{prefix}{part}.{leaf}" for part in packed.get(last, [last]))
-        tied = bool(getattr(model.config, "tie_word_embeddings", False))
-        return (names - {"lm_head.weight"}, {"lm_head.weight"}) if tied else (names, set())

@@ -7,7 +7,7 @@
 
 Values are overwritten in place wherever they are whole, so whoever holds such a tensor sees the new ones. A packed matrix goes through vLLM's own
 packing, with the same values as at a start: the engine then equals a fresh one to the bit. Checked on vLLM 0.32, tensor parallelism 1;
-tests/integration/test_engine_refresh.py fails when vLLM changes underneath.
+tests/integration/test_engine.py fails when vLLM changes underneath.
 """
 
 from __future__ import annotations

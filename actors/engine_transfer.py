@@ -3,7 +3,7 @@
     engine_start.load_weights --> start_weight_update, update_weights(tensors), finish_weight_update --> engine_tensors: check, then load
 
 vLLM's own backends reload layer by layer through temporary copies of every tensor, twice the seconds of this one on CPU.
-Checked on vLLM 0.32 (CPU build); tests/integration/test_engine_refresh.py fails when vLLM changes underneath.
+Checked on vLLM 0.32 (CPU build); tests/integration/test_engine.py fails when vLLM changes underneath.
 """
 
 from __future__ import annotations

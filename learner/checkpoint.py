@@ -62,7 +62,7 @@ def save(folder: str | os.PathLike[str], engine: TrainingEngine, model: PolicyMo
         (partial / "model").mkdir(parents=True)
         (partial / "optimizer").mkdir()
     engine.barrier()
-    _write(partial / "model" / "model.safetensors", dict(full_tensors(engine, named_parameters(model, False))), first)
+    _write(partial / "model" / "model.safetensors", dict(full_tensors(engine, named_parameters(model, False), copy=False)), first)
     for key, value in (("master", None), *((moment, moment) for moment in _MOMENTS)):
         state = {name: _get(engine, param, value) for name, param in named_parameters(model, True)}
         _write(partial / "optimizer" / f"{key}.safetensors", state, first)

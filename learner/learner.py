@@ -141,9 +141,9 @@ class Learner:
             result.append(values)
         return tuple(result)
 
-    def weights(self, trainable_only: bool) -> dict[str, Tensor]:
-        """Full weights by Hugging Face name, contiguous copies on the CPU in ``config.dtype``. ``trainable_only`` leaves out what never changes."""
-        return dict(full_tensors(self._engine, named_parameters(self._model, trainable_only)))
+    def weights(self, trainable_only: bool, copy: bool = True) -> dict[str, Tensor]:
+        """Full weights by name, on the CPU, in ``config.dtype``; without ``copy`` maybe the learner's own memory, which its next step overwrites."""
+        return dict(full_tensors(self._engine, named_parameters(self._model, trainable_only), copy))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Everything, by rename; see ``learner.checkpoint``."""

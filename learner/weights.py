@@ -17,14 +17,17 @@ def named_parameters(model: PolicyModel, trainable_only: bool) -> list[tuple[str
     return [(name, param) for name, param in model.base.named_parameters() if param.requires_grad or not trainable_only]
 
 
-def full_tensors(engine: TrainingEngine, parameters: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
-    """Copies of the parameters' full values on the CPU, contiguous, in the training dtype. Collective under ZeRO-3: all ranks iterate to the end."""
+def full_tensors(engine: TrainingEngine, parameters: list[tuple[str, nn.Parameter]], copy: bool) -> Iterator[tuple[str, Tensor]]:
+    """The parameters' full values on the CPU, contiguous, in the training dtype. Collective under ZeRO-3: all ranks iterate to the end.
+
+    Without ``copy`` they may be the parameters' own memory, which the next step overwrites: for who writes them out at once.
+    """
     for name, param in parameters:
         if engine.zero_stage == 3:
             with deepspeed.zero.GatheredParameters([param]):
                 tensor = param.detach().to("cpu", copy=True)
         else:
-            tensor = param.detach().to("cpu", copy=True)
+            tensor = param.detach().to("cpu", copy=copy)
         yield name, tensor.contiguous()
 
 

@@ -107,6 +107,38 @@ def test_published_weights_are_fetched_by_version(actor: Any) -> None:
     assert weights.fetch(30)["w"].tolist() == [0, 1, 2, 3]
 
 
+def test_a_published_version_stays_what_it_was_when_the_learner_steps_on() -> None:
+    """The learner hands out its own memory, not a copy: Ray must have written it to the object store before the next call overwrites it."""
+
+    @ray.remote
+    class Holder:
+        def __init__(self) -> None:
+            self.w = torch.zeros(500_000)
+
+        def weights(self) -> dict[str, torch.Tensor]:
+            return {"w": self.w, "part": self.w.view(5, -1)[2]}
+
+        def step(self) -> None:
+            self.w += 1
+
+    holder = Holder.remote()
+
+    class Source:
+        version = 3
+
+        def weights_ref(self, trainable_only: bool) -> Any:
+            return holder.weights.remote()
+
+    first = ObjectStoreChannel(trainable_only=False).publish(Source())
+    ray.get(holder.step.remote(), timeout=30)
+    second = ObjectStoreChannel(trainable_only=False).publish(Source())
+    ray.get(holder.step.remote(), timeout=30)
+    for weights, expected in ((first, 0), (second, 1)):
+        fetched = weights.fetch(30)
+        assert all(bool((tensor == expected).all()) for tensor in fetched.values()) and fetched["part"].shape == (100_000,)
+    ray.kill(holder)
+
+
 def test_a_small_machine_is_told_of_the_cpus_that_the_run_asks_for() -> None:
     assert ray.cluster_resources()["CPU"] >= 3
     assert "on 1 node" in cluster_resources()

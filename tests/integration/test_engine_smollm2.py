@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from actors.engine import VLLMPolicy
 from actors.fast_weights import Basis, compute_basis_from_checkpoint
@@ -62,9 +64,35 @@ def test_episodes_with_receipts_act_as_in_transformers(policy: VLLMPolicy, refer
     assert (stats.installs, stats.receipts_passed, stats.receipts_failed, stats.receipts_unseen) == (4, 2, 2, 0)
 
 
+def test_refreshed_weights_act_as_in_transformers_and_the_way_back_is_a_fresh_engine_to_the_bit(
+    policy: VLLMPolicy, reference: Reference, model_path: Path
+) -> None:
+    """All weights, then those of the last layers alone, then the start checkpoint's."""
+    start = load_file(model_path / "model.safetensors")
+    draw = torch.Generator().manual_seed(7)
+    moved = {name: tensor + 0.02 * tensor.std() * torch.randn(tensor.shape, generator=draw) for name, tensor in start.items()}
+    last = {name: start[name] for name in start if name.startswith(("model.layers.28.", "model.layers.29."))}
+    ids = prompt(4, 80)
+
+    async def scores() -> list[float]:
+        return await policy.score(ids, AdapterKey(policy.version, "any", 0))
+
+    async def story() -> None:
+        fresh = await scores()
+        for version, sent, whole in ((6, moved, moved), (7, last, {**moved, **last})):
+            await policy.refresh(version, sent, complete=sent is whole)
+            reference.model.load_state_dict(whole, strict=False)
+            assert distance(await scores(), reference.logprobs(ids, None)) < 1e-3
+            assert distance(await scores(), fresh) > 0.05
+        await policy.refresh(8, start, complete=True)
+        assert await scores() == fresh
+
+    asyncio.run(story())
+
+
 def test_the_death_of_the_step_thread_reaches_every_caller(policy: VLLMPolicy) -> None:
     """The last of the module: the engine does not come back."""
-    key = AdapterKey(5, "any", 0)
+    key = AdapterKey(policy.version, "any", 0)
 
     def fault(engine: Any) -> None:
         def step() -> None:
@@ -78,7 +106,7 @@ def test_the_death_of_the_step_thread_reaches_every_caller(policy: VLLMPolicy) -
         policy._loop.post(fault, "other")
         for error in await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), timeout=60):
             assert isinstance(error, EngineError) and "the device is gone" in str(error)
-        for later in (policy.generate([5, 6], Sampling(0.0, 2, 0, kind="act"), key), policy.release([key]), policy.refresh(6, {}, True)):
+        for later in (policy.generate([5, 6], Sampling(0.0, 2, 0, kind="act"), key), policy.release([key]), policy.refresh(9, {}, complete=True)):
             with pytest.raises(EngineError, match="is dead: RuntimeError: the device is gone"):
                 await later
 
