@@ -1,4 +1,4 @@
-"""Every supported model family through the real engine, against transformers: act, install, refresh. (test_engine.py does Llama, in depth.)
+"""Every supported model family through the real engine, against transformers: act, write, install, refresh. (test_engine.py does Llama, in depth.)
 
 One process per family, because a vLLM engine that ends takes its process's torch.distributed with it. The child measures, the test judges.
 """
@@ -15,16 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from actors.fast_weights import Basis, compute_basis_from_checkpoint
-from actors.types import AdapterKey, FastWeights, Sampling
+from actors.fast_weights import Basis, compute_basis_from_checkpoint, zero
+from actors.types import AdapterKey, FastWeights, Sampling, WriteExample, WriteRequest
 from cluster.bench.harness import child
-from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig
+from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig, WriteConfig
 from tests.conftest import TOKENIZER_FILES
 from tests.integration.engine_reference import distance, prompt, written
 
-EXACT = 1e-3  # nats, float32: what engine and transformers may differ by
+EXACT = 1e-4  # nats, float32: what engine and transformers may differ by (measured: 1e-5)
 LIMIT = 256
 SIZE = 0.02  # of B: moves these models' log-probs by tenths of a nat
+WRITE = WriteConfig(learning_rate=0.02)
 SHAPE = {
     "vocab_size": 49152,
     "hidden_size": 128,
@@ -64,13 +65,20 @@ def make_model(family: str, folder: Path, tokenizer_from: Path) -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest distance of the engine's log-probs to transformers' (nats), with and without Delta; ``moved``: how far Delta moves transformers'."""
+    """Largest distance of the engine's log-probs to transformers' (nats), with and without Delta; ``moved``: how far Delta moves transformers'.
+
+    write: of B after a write on the engine's weights and a plain SGD loop's, in units of its largest entry; ``answers``: of the write's log-probs to
+    transformers' under the new B, which the engine's receipt then has passed; ``learned``: nats that the write took off the loss.
+    """
 
     base: float
     generated: float
     most_likely: bool
     under_delta: float
     moved: float
+    write: float
+    answers: float
+    learned: float
 
 
 class Merged:
@@ -81,6 +89,22 @@ class Merged:
 
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self._basis = basis
+
+    def write(self, examples: Sequence[WriteExample]) -> dict[str, torch.Tensor]:
+        """B after WRITE's epochs of plain SGD on the mean loss of all answer tokens."""
+        b = {name: torch.zeros(rows, self._basis.rank, requires_grad=True) for name, rows in self._basis.d_out.items()}
+        optimizer = torch.optim.SGD(b.values(), lr=WRITE.learning_rate)
+        for _ in range(WRITE.epochs):
+            optimizer.zero_grad()
+            merged = {f"{name}.weight": self.model.get_parameter(f"{name}.weight").detach() + one @ self._basis.a[name] for name, one in b.items()}
+            losses = []
+            for example in examples:
+                ids = torch.tensor([example.prompt_ids + example.answer_ids])
+                logits = torch.func.functional_call(self.model, merged, (ids,)).logits[0, len(example.prompt_ids) - 1 : -1]
+                losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(example.answer_ids), reduction="none"))
+            torch.cat(losses).mean().backward()
+            optimizer.step()
+        return {name: one.detach() for name, one in b.items()}
 
     def table(self, ids: Sequence[int], weights: FastWeights | None) -> torch.Tensor:
         """log_softmax after each token of ``ids``: [len(ids), vocabulary]."""
@@ -123,7 +147,7 @@ class Served:
             for parameter in model.parameters():
                 parameter += 0.05 * parameter.std() * torch.randn(parameter.shape, generator=draw)
         tensors: Mapping[str, torch.Tensor] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        asyncio.run(self._policy.refresh(self._policy.version + 1, tensors))
+        asyncio.run(self._policy.refresh(self._policy.version + 1, tensors, complete=True))
 
     async def _compare(self, seed: int) -> Difference:
         policy, ids = self._policy, prompt(seed, 150)
@@ -136,17 +160,34 @@ class Served:
         table = self._reference.table(whole, weights)[len(ids) - 1 : -1]
         sampled = table.gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0].tolist()
         expected = self._reference.logprobs(ids, None), self._reference.logprobs(ids, weights)
+        write, answers, learned = await self._write(seed)
         return Difference(
             base=distance(plain, expected[0]),
             generated=distance(generation.logprobs, sampled),
             most_likely=table.argmax(-1).tolist() == list(generation.token_ids),
             under_delta=distance(under_delta, expected[1]),
             moved=distance(*expected),
+            write=write,
+            answers=answers,
+            learned=learned,
         )
+
+    async def _write(self, seed: int) -> tuple[float, float, float]:
+        """``write``, ``answers`` and ``learned`` of Difference."""
+        examples = tuple(WriteExample(tuple(prompt(seed + i, 20 + i)), tuple(prompt(seed + i, 6 + i))) for i in range(10, 14))
+        request = WriteRequest(f"writer-{seed}", zero(self._basis), examples)
+        (result,) = await asyncio.to_thread(self._policy.writer(WRITE).write, [request])
+        assert result.probe is not None, result.reason
+        await self._policy.install(AdapterKey(self._policy.version, request.episode_id, 1), result.weights, result.probe)  # raises ReceiptError
+        expected = self._reference.write(examples)
+        size = max(float(one.abs().max()) for one in expected.values())
+        write = max(float((torch.from_numpy(result.weights.b[name]) - one).abs().max()) for name, one in expected.items()) / size
+        answers = self._reference.logprobs(result.probe.token_ids, result.weights)[-len(result.probe.after) :]
+        return write, distance(answers, result.probe.after), result.loss_before - result.loss_after
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_engine_acts_installs_and_refreshes_as_transformers(family: str, model_path: Path, tmp_path: Path) -> None:
+def test_the_engine_acts_writes_installs_and_refreshes_as_transformers(family: str, model_path: Path, tmp_path: Path) -> None:
     make_model(family, tmp_path, model_path)
     with child(f"the engine of {family}", Served, (tmp_path,)) as served:
         before: Difference = served.call("compare", (1,), 120)
@@ -155,4 +196,7 @@ def test_the_engine_acts_installs_and_refreshes_as_transformers(family: str, mod
     for found in (before, after):
         assert max(found.base, found.generated, found.under_delta) < EXACT, found
         assert found.most_likely, found
-        assert found.moved > 100 * EXACT, "the Delta is too small for this test to mean anything"
+        assert found.moved > 1000 * EXACT, "the Delta is too small for this test to mean anything"
+        assert found.write < 1e-4, found
+        assert found.answers < EXACT, found
+        assert found.learned > 1000 * EXACT, "the write is too small for this test to mean anything"
