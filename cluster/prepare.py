@@ -47,6 +47,10 @@ class Preparation:
         return self.run_dir / "config.yaml"
 
     @property
+    def timeline_path(self) -> Path:
+        return self.run_dir / "timeline.jsonl"
+
+    @property
     def output_dir(self) -> Path:
         return self.run_dir.parent
 

@@ -23,6 +23,7 @@ from cluster.metrics import StepSummary
 from cluster.prepare import Preparation
 from cluster.progress import Display, step_line
 from cluster.tables import HEADER, LEGEND, MOST_CATEGORIES, Report, rich_table, save_report
+from cluster.timeline import KeptTimeline, save_timeline
 from cluster.tracking import RunStatus, Tracker, start_tracking
 from cluster.warm_start import warm_start
 from configs.load import to_yaml
@@ -95,7 +96,8 @@ class Scoreboard:
         for comparison in comparisons:
             self.display.say(comparison.sentence)
         _show_failures(self.display, list(rows.values()))
-        for path in save_report(report, comparisons, self.preparation.run_dir / "report"):
+        folder = self.preparation.run_dir / "report"
+        for path in [*save_report(report, comparisons, folder), *save_timeline(self.preparation.timeline_path, folder)]:
             self.tracker.artifact(path)
         self.display.say(f"report:  {self.preparation.run_dir / 'report'}")
         self.display.say(f"metrics: {self.tracker.location}")
@@ -107,7 +109,7 @@ class Scoreboard:
 async def train(preparation: Preparation, display: Display) -> None:
     """The whole of ``python -m cluster train``. Raises ClusterError, LearnerError; what was saved and how to go on has been said by then."""
     config, state = preparation.config, start_state(preparation)
-    tracker = _track(preparation, state)
+    tracker = KeptTimeline(_track(preparation, state), preparation.timeline_path)
     with _ending(tracker, display), _resumable(preparation, display):
         display.say(f"starting {config.rollout.workers} rollout worker(s) and {config.learner.workers} learner rank(s): {preparation.run_dir}")
         async with training_cluster(preparation) as cluster:
