@@ -4,33 +4,19 @@ decode, prefill: vLLM with each sequence under an adapter of its own, against th
 install: VLLMPolicy.install of revisions that wait together, and the slot load at their first step, against vLLM's own way: a safetensors file (in
 memory, where there is such a folder) and add_lora, which loads the slot too.
 adapters of a step: what the worker does with the adapters of each step, against vLLM's own methods on the same objects.
-
-Sampling is greedy with the log-prob of the sampled token, the end-of-text token is ignored, and no prompt is ever seen twice, so no prefix is cached.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
-import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import safetensors.torch
-import torch
 
-from actors.engine import VLLMPolicy
-from actors.engine_adapters import AdapterTable, as_tensors
-from actors.engine_start import build_engine, engine_arguments, prepare_environment, read_vocabulary, start_engine
-from actors.fast_weights import Basis, compute_basis_from_checkpoint
-from actors.types import AdapterKey, FastWeights
-from cluster.bench.harness import Child, child, in_turns, timed
+from cluster.bench.harness import Child, child, in_turns
+from cluster.bench.revisions_engines import FileEngine, InstallingPolicy, Setup, SteppedEngine, SteppedManager
 from cluster.bench.values import Case, Context, Goal, Outcome, Table, Timing
-from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig
 
 CALL_S = 900.0
 LIMIT_MS = 1.0
@@ -52,214 +38,6 @@ class Sizes:
         if context.quick:
             return Sizes((4,), 24, 8, 6, 4, ((2, 4), (4, 8)), 5)
         return Sizes((16, 32), 64, 16, 32, 32, ((64, 128), (256, 512)), 20)
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What every engine here has in common."""
-
-    model_path: Path
-    threads: int
-    slots: int
-    max_tokens: int
-
-    @property
-    def engine(self) -> EngineConfig:
-        return EngineConfig(slots=self.slots, max_model_tokens=self.max_tokens, kv_cache_gib=0.5, receipts="off")
-
-    @property
-    def model(self) -> ModelConfig:
-        return ModelConfig(dtype="float32")
-
-    def basis(self) -> Basis:
-        return compute_basis_from_checkpoint(self.model_path, FastWeightsConfig(basis="random"), seed=0)  # its values make no difference here
-
-
-class Revisions:
-    """Fresh revisions of random values, and fresh prompts."""
-
-    def __init__(self, basis: Basis, vocabulary: int) -> None:
-        self._basis, self._vocabulary = basis, vocabulary
-        self._draw = np.random.default_rng(0)
-        self._revision = 0
-
-    def weights(self) -> FastWeights:
-        b = {name: self._draw.normal(0, 1e-3, (rows, self._basis.rank)).astype(np.float32) for name, rows in self._basis.d_out.items()}
-        return FastWeights(self._basis.id, 1, b)
-
-    def key(self) -> AdapterKey:
-        self._revision += 1
-        return AdapterKey(0, f"bench-{self._revision}", 1)
-
-    def prompt(self, length: int) -> list[int]:
-        ids: list[int] = self._draw.integers(0, self._vocabulary, length).tolist()
-        return ids
-
-
-class SteppedEngine:
-    """An engine with or without adapters, stepped by hand so that prefill and decode are timed apart."""
-
-    def __init__(self, setup: Setup, adapters: bool) -> None:
-        prepare_environment(setup.threads)
-        basis = setup.basis()
-        self._revisions = Revisions(basis, read_vocabulary(setup.model_path, setup.model, setup.engine))
-        self._adapters, self._requests = adapters, 0
-        self._table = AdapterTable(0)
-        if adapters:
-            self._engine = build_engine(setup.model_path, setup.model, setup.engine, basis, threads=setup.threads, seed=0)
-            return
-        arguments = engine_arguments(setup.model_path, setup.model, setup.engine, basis, 0)
-        self._engine = start_engine(replace(arguments, enable_lora=False, lora_target_modules=None), setup.threads)
-        _use_our_count()
-
-    def prefill(self, sequences: int, length: int) -> Timing:
-        """Seconds of ``sequences`` prompts of ``length`` tokens, one token sampled after each."""
-        return self._run(sequences, length, tokens=1, untimed_steps=0)
-
-    def decode(self, sequences: int, length: int, tokens: int) -> Timing:
-        """Seconds of the steps that give each of ``sequences`` its second to last of ``tokens`` tokens."""
-        return self._run(sequences, length, tokens, untimed_steps=1)
-
-    def _run(self, sequences: int, length: int, tokens: int, untimed_steps: int) -> Timing:
-        from vllm import SamplingParams
-        from vllm.inputs.engine import tokens_input
-        from vllm.sampling_params import RequestOutputKind
-
-        keys = [self._revisions.key() for _ in range(sequences)] if self._adapters else []
-        for key in keys:
-            self._table.put(self._engine, key, as_tensors(self._revisions.weights()))
-        sampling = SamplingParams(
-            temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
-        )
-        for place in range(sequences):
-            self._requests += 1
-            adapter = self._table.find(keys[place]) if keys else None
-            self._engine.add_request(str(self._requests), tokens_input(self._revisions.prompt(length)), sampling, lora_request=adapter)
-        for _ in range(untimed_steps):
-            self._engine.step()
-
-        def step_until_done() -> None:
-            while self._engine.has_unfinished_requests():
-                self._engine.step()
-
-        timing = timed(step_until_done)
-        self._table.drop(self._engine, keys, set())
-        return timing
-
-
-class InstallingPolicy:
-    """Installs through VLLMPolicy, as episodes do."""
-
-    def __init__(self, setup: Setup) -> None:
-        basis = setup.basis()
-        self._revisions = Revisions(basis, 2)
-        self._policy = VLLMPolicy(setup.model_path, setup.model, setup.engine, basis, (), version=0, threads=setup.threads, seed=0)
-
-    def install(self, count: int) -> Timing:
-        """Seconds of ``count`` installs asked for at once."""
-        wanted = [(self._revisions.key(), self._revisions.weights()) for _ in range(count)]
-
-        async def work() -> Timing:
-            wall, cpu = time.perf_counter(), time.process_time()
-            await asyncio.gather(*(self._policy.install(key, weights, None) for key, weights in wanted))
-            return Timing(time.perf_counter() - wall, time.process_time() - cpu)
-
-        self._keys = [key for key, _ in wanted]
-        return asyncio.run(work())
-
-    def load_slots(self) -> Timing:
-        """Seconds in which the adapters of the last ``install`` get their slots, as in the first step that names them all; then they are released."""
-
-        def load(engine: Any) -> Timing:
-            manager = _adapter_manager(engine)
-            requests = {self._policy._table.find(key) for key in self._keys}
-            return timed(lambda: manager._apply_adapters(requests))
-
-        timing = self._policy._loop.call(load, "other").result(CALL_S)
-        asyncio.run(self._policy.release(self._keys))
-        return timing
-
-
-class FileEngine:
-    """vLLM as it comes: an adapter is a folder with a safetensors file."""
-
-    def __init__(self, setup: Setup) -> None:
-        prepare_environment(setup.threads)
-        self._basis = setup.basis()
-        self._revisions = Revisions(self._basis, 2)
-        self._engine = start_engine(engine_arguments(setup.model_path, setup.model, setup.engine, self._basis, 0), setup.threads)
-        shared_memory = Path("/dev/shm")
-        self._folder = tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else None)
-        self._number = 0
-
-    def install(self, count: int) -> Timing:
-        """Seconds of writing ``count`` adapters and having vLLM load each into a slot, one after the other."""
-        from vllm.lora.request import LoRARequest
-
-        wanted = [self._revisions.weights() for _ in range(count)]
-        first = self._number + 1
-
-        def work() -> None:
-            for weights in wanted:
-                self._number += 1
-                path = Path(self._folder.name) / str(self._number)
-                self._write(path, weights)
-                self._engine.add_lora(LoRARequest(lora_name=path.name, lora_int_id=self._number, lora_path=str(path)))
-
-        timing = timed(work)
-        for number in range(first, self._number + 1):
-            self._engine.remove_lora(number)
-        return timing
-
-    def _write(self, path: Path, weights: FastWeights) -> None:
-        path.mkdir()
-        rank = self._basis.rank
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": ["gate_proj", "up_proj", "down_proj"]}
-        (path / "adapter_config.json").write_text(json.dumps(config))
-        tensors = {f"base_model.model.{name}.lora_A.weight": a for name, a in self._basis.a.items()}
-        tensors |= {f"base_model.model.{name}.lora_B.weight": torch.from_numpy(b) for name, b in weights.b.items()}
-        safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
-
-
-class SteppedManager:
-    """The worker's adapter manager with many adapters, to call what each step calls."""
-
-    def __init__(self, setup: Setup) -> None:
-        prepare_environment(setup.threads)
-        basis = setup.basis()
-        self._revisions = Revisions(basis, 2)
-        self._engine = build_engine(setup.model_path, setup.model, setup.engine, basis, threads=setup.threads, seed=0)
-        self._manager = _adapter_manager(self._engine)
-        self._table = AdapterTable(0)
-        self._known: list[Any] = []
-
-    def fill(self, active: int, registered: int) -> None:
-        """Have ``registered`` adapters known to the manager, the last ``active`` of them in slots."""
-        while len(self._known) < registered:
-            key = self._revisions.key()
-            self._table.put(self._engine, key, as_tensors(self._revisions.weights()))
-            self._known.append(self._table.find(key))
-            self._manager.add_adapter(self._known[-1])
-        self._requests = set(self._known[-active:])
-        self._manager._apply_adapters(self._requests)
-
-    def ours(self, calls: int) -> Timing:
-        return self._calls(calls, self._manager._apply_adapters)
-
-    def theirs(self, calls: int) -> Timing:
-        """vLLM's own methods, by taking away for the moment what stands in for them on this object."""
-        mine = {name: self._manager.__dict__.pop(name) for name in ("_apply_adapters", "list_adapters")}
-        try:
-            return self._calls(calls, self._manager._apply_adapters)
-        finally:
-            self._manager.__dict__.update(mine)
-
-    def _calls(self, calls: int, apply: Callable[[set[Any]], None]) -> Timing:
-        def work() -> None:
-            for _ in range(calls):
-                apply(self._requests)
-
-        return timed(work)
 
 
 def run(context: Context) -> Outcome:
@@ -349,17 +127,3 @@ def _call(process: Child, method: str, arguments: tuple[Any, ...]) -> Callable[[
         return timing
 
     return work
-
-
-def _adapter_manager(engine: Any) -> Any:
-    """vLLM's WorkerLoRAManager, in this process."""
-    return engine.model_executor.driver_worker.worker.model_runner.lora_manager
-
-
-def _use_our_count() -> None:
-    """The rank of sampled tokens as Engram's engines count it: vLLM's own would compile for a while, and is no part of the comparison."""
-    from vllm.v1.sample import sampler
-
-    from actors.engine_extension import count_at_least
-
-    sampler.batched_count_greater_than = count_at_least
