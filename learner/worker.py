@@ -130,7 +130,7 @@ class LearnerGroup:
         config = spec.config
         self._timeout = config.step_timeout_s
         self._resources = f"{config.cpus_per_worker} CPUs and {config.gpus_per_worker} GPUs for each of {config.workers} learner ranks"
-        # Without the second, Ray pickles tensors byte by byte, several times as slow on the way out and on the way in. It is read when Ray is imported.
+        # Without the second, Ray pickles tensors, several times as slow on the way out and on the way in. It is read when Ray is imported.
         environment = {"OMP_NUM_THREADS": str(config.threads), "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
         if config.gpus_per_worker == 0:
             environment["DS_ACCELERATOR"] = "cpu"
