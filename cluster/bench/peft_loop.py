@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from actors.fast_weights import Basis
@@ -19,7 +20,7 @@ _IGNORED = -100  # transformers leaves such labels out of the loss
 
 
 class PeftLoop:
-    """Full forward with all logits, loss on the answers by transformers itself, backward, step; A frozen at the basis."""
+    """Full forward with all logits, loss on the answers, backward, step; A frozen at the basis."""
 
     def __init__(self, model_path: Path, basis: Basis, config: WriteConfig, dtype: torch.dtype, device: torch.device) -> None:
         from peft import LoraConfig, get_peft_model
@@ -30,11 +31,13 @@ class PeftLoop:
         self._model: Any = get_peft_model(base, lora).eval()
         self._config, self._device = config, device
         self._b: dict[str, torch.nn.Parameter] = {}
+        wide = torch.promote_types(dtype, torch.float32)  # adapters of a bfloat16 model are float32
         for name in basis.modules:
             layer = self._model.base_model.model.get_submodule(name)
-            layer.lora_A["default"].weight.data.copy_(basis.a[name])
+            layer.lora_A["default"].weight.data = basis.a[name].to(device, wide)
             layer.lora_A["default"].weight.requires_grad_(False)
             self._b[name] = layer.lora_B["default"].weight
+            self._b[name].data = self._b[name].data.to(wide)
 
     def write(self, requests: Sequence[WriteRequest]) -> list[Mapping[str, NDArray[np.float32]]]:
         """The B of each request, which must start from zero."""
@@ -51,9 +54,15 @@ class PeftLoop:
         for _ in range(config.epochs):
             for batch in batches:
                 optimizer.zero_grad()
-                self._model(**batch).loss.backward()
+                self._loss(batch).backward()
                 optimizer.step()
         return {name: parameter.detach().float().cpu().numpy().copy() for name, parameter in self._b.items()}
+
+    def _loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """As transformers' own loss, except that a float64 model's logits stay float64."""
+        logits = self._model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return functional.cross_entropy(wide.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=_IGNORED)
 
     def _batch(self, examples: Sequence[WriteExample]) -> dict[str, torch.Tensor]:
         ids = [torch.tensor(example.prompt_ids + example.answer_ids) for example in examples]
