@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from actors.answer_head import head_pass
 from actors.fast_weights import Basis
 from actors.frozen_model import FrozenLayer, FrozenModel, times_frozen
 from actors.layout import Layout, RowSpan, make_layout
 from actors.types import WriteExample
 
-_HEAD_WORDS = 4096
-_HEAD_TOKENS = 256  # logits of one block: 50 MB at a vocabulary of 49k, 155 MB at 152k (float32)
+_KEPT_TOKENS = 8192  # 19 MB of SmolLM2-135M, 84 MB of a 4B model in float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,25 +107,20 @@ class CutModel:
         self._chunk_tokens = chunk_tokens
         self._a = {name: matrix.to(model.device, model.dtype) for name, matrix in basis.a.items()}
         self.rank = basis.rank
+        self._read: dict[WriteExample, Tensor] = {}  # oldest first
 
     # --- once per write ------------------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def read(self, examples: Sequence[tuple[int, WriteExample]]) -> Reading:
-        """Run the trunk over (episode, example) pairs, at least one; rows come back in their order."""
-        shared = _shared_prefix([example.prompt_ids for _, example in examples])
-        rows: dict[int, Row] = {}
-        prefix = self.model.embed(torch.tensor(shared, dtype=torch.long, device=self.model.device))
-        lengths = [len(example.prompt_ids) + len(example.answer_ids) - 1 - len(shared) for _, example in examples]
-        for chunk in self._chunks(lengths, [0] * len(examples), len(shared)):
-            layout = make_layout(len(shared), [[RowSpan(lengths[i], len(examples[i][1].answer_ids)) for i in chunk]], self.model.device)
-            ids = [*shared, *(token for i in chunk for token in _inputs(examples[i][1], len(shared)))]
-            stream = self._trunk(torch.tensor(ids, device=self.model.device), layout)
-            prefix, *parts = stream.split([len(shared), *(lengths[i] for i in chunk)])
-            for i, hidden in zip(chunk, parts, strict=True):
-                episode, example = examples[i]
-                rows[i] = Row(episode, hidden, torch.tensor(example.answer_ids, device=self.model.device))
-        return Reading(prefix, tuple(rows[i] for i in range(len(examples))))
+        """The trunk's streams of (episode, example) pairs, at least one; rows come back in their order. What was read lately is not run again."""
+        wanted = dict.fromkeys(example for _, example in examples)
+        found = {example: self._read.pop(example) for example in wanted if example in self._read}
+        found |= self._run_trunk([example for example in wanted if example not in found])
+        self._remember(found)
+        shared = len(_shared_prefix([example.prompt_ids for _, example in examples]))
+        rows = [Row(episode, found[example][shared:], torch.tensor(example.answer_ids, device=self.model.device)) for episode, example in examples]
+        return Reading(found[examples[0][1]][:shared], tuple(rows))
 
     @torch.no_grad()
     def prepare(self, reading: Reading, rows: Sequence[Row]) -> tuple[Chunk, ...]:
@@ -155,6 +150,31 @@ class CutModel:
                     torch.autograd.backward(states, gradient)
             out.update(zip(chunk.numbers, torch.split(logprobs, list(chunk.sizes)), strict=True))
         return [out[i] for i in range(len(out))]
+
+    # --- the trunk and what it gave lately -----------------------------------------------------------------------------------------------------
+
+    def _run_trunk(self, examples: Sequence[WriteExample]) -> dict[WriteExample, Tensor]:
+        """The stream [T, d] of each example's inputs, the prefix that all of them share included."""
+        if not examples:
+            return {}
+        shared = _shared_prefix([example.prompt_ids for example in examples])
+        lengths = [len(example.prompt_ids) + len(example.answer_ids) - 1 - len(shared) for example in examples]
+        streams: dict[WriteExample, Tensor] = {}
+        for chunk in self._chunks(lengths, [0] * len(examples), len(shared)):
+            layout = make_layout(len(shared), [[RowSpan(lengths[i], len(examples[i].answer_ids)) for i in chunk]], self.model.device)
+            ids = [*shared, *(token for i in chunk for token in (*examples[i].prompt_ids, *examples[i].answer_ids[:-1])[len(shared) :])]
+            prefix, *parts = self._trunk(torch.tensor(ids, device=self.model.device), layout).split([len(shared), *(lengths[i] for i in chunk)])
+            streams.update({examples[i]: torch.cat([prefix, part]) for i, part in zip(chunk, parts, strict=True)})
+        return streams
+
+    def _remember(self, streams: Mapping[WriteExample, Tensor]) -> None:
+        """Keep the newest ``_KEPT_TOKENS``: a write that rehearses earlier flashcards meets them again, and no B changes what the trunk gives."""
+        self._read.update(streams)
+        kept = sum(len(stream) for stream in self._read.values())
+        for example in list(self._read):
+            if kept <= _KEPT_TOKENS:
+                break
+            kept -= len(self._read.pop(example))
 
     # --- the passes ----------------------------------------------------------------------------------------------------------------------------
 
@@ -243,39 +263,6 @@ class CutModel:
             yield chunk
 
 
-@torch.no_grad()
-def head_pass(states: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Log-probs float32 [A] of ``targets`` and, with ``weights`` [A], the gradient [A, d] of -sum(weights * log-probs) with respect to ``states``.
-
-    states [A, d], head [V, d]. softmax(z) - onehot is formed in the memory of the logits z, so they exist for one block at a time.
-    """
-    logprobs = torch.empty(len(states), dtype=torch.float32, device=states.device)
-    gradient = torch.empty_like(states) if weights is not None else None
-    for start in range(0, len(states), _HEAD_TOKENS):
-        block = slice(start, min(start + _HEAD_TOKENS, len(states)))
-        picked = targets[block, None]
-        z = (states[block] @ head.T).float()
-        z -= z.amax(dim=-1, keepdim=True)
-        chosen = z.gather(-1, picked)
-        total = z.exp_().sum(dim=-1, keepdim=True)
-        logprobs[block] = (chosen - total.log()).squeeze(-1)
-        if weights is not None and gradient is not None:
-            scale = weights[block, None].to(z.device)
-            z *= scale / total
-            z.scatter_add_(-1, picked, -scale)
-            gradient[block] = _summed_by_blocks(z.to(states.dtype), head)
-    return logprobs, gradient
-
-
-def _summed_by_blocks(z: Tensor, head: Tensor) -> Tensor:
-    """z [n, V] @ head [V, d] as a sum over blocks of the vocabulary: one float32 product over 49k terms of few rows is only good to 2e-4."""
-    parts = [z[:, start : start + _HEAD_WORDS] @ head[start : start + _HEAD_WORDS] for start in range(0, head.shape[0], _HEAD_WORDS)]
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    return total
-
-
 def _add_delta(base: Tensor, shrunk: Tensor, b: Tensor, offsets: tuple[int, ...]) -> Tensor:
     added: Tensor = _AddDelta.apply(base, shrunk, b, offsets)
     return added
@@ -283,10 +270,6 @@ def _add_delta(base: Tensor, shrunk: Tensor, b: Tensor, offsets: tuple[int, ...]
 
 def _key(layer: int, projection: str) -> str:
     return f"model.layers.{layer}.mlp.{projection}"
-
-
-def _inputs(example: WriteExample, shared: int) -> tuple[int, ...]:
-    return example.prompt_ids[shared:] + example.answer_ids[:-1]
 
 
 def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from actors.cut_model import head_pass
+from actors.answer_head import head_pass
 from actors.layout import Layout, RowSpan, make_layout
 
 CPU = torch.device("cpu")

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from actors.cut_model import CutModel
 from actors.fast_weights import Basis, BasisError, DeltaInjector, compute_basis, stack, target_modules, zero
 from actors.frozen_model import FrozenModel, OwnedWeights
 from actors.protocols import WriterError
@@ -234,19 +235,19 @@ def test_a_diverged_write_is_rolled_back(optimizer: Literal["sgd", "adam"]) -> N
 
 
 def test_probe_is_the_middle_of_the_shortest_example_under_old_and_new_weights() -> None:
-    """The last 8 tokens of its prompt and the first 8 of its answer, scored on their own by a plain forward."""
+    """The last 3 tokens of its prompt and the first 3 of its answer, scored on their own by a plain forward."""
     model = tiny_model()
     basis = basis_of(model)
     shortest = WriteExample(tuple(range(10, 21)), tuple(range(30, 41)))
     request = WriteRequest("b", random_weights(basis, 5), (WriteExample(tuple(range(20)), (1, 2, 3, 4, 5)), shortest))
     result = write([request, *ragged_requests(basis)], SGD)[0]
     assert result.probe is not None
-    assert result.probe.token_ids == (*range(13, 21), *range(30, 38))
+    assert result.probe.token_ids == (*range(18, 21), *range(30, 33))
     injector = DeltaInjector(model, basis)
     for weights, logprobs in ((request.weights, result.probe.before), (result.weights, result.probe.after)):
         with torch.no_grad(), injector.use(stack([weights], basis, torch.float32, "cpu")):
             table = model(torch.tensor([result.probe.token_ids])).logits[0].log_softmax(-1)
-        expected = [table[7 + k, token].item() for k, token in enumerate(range(30, 38))]
+        expected = [table[2 + k, token].item() for k, token in enumerate(range(30, 33))]
         assert logprobs == pytest.approx(expected, abs=1e-4)
     assert np.abs(np.subtract(result.probe.before, result.probe.after)).max() > 1e-3
 
@@ -277,7 +278,8 @@ def test_refresh_loads_new_values_or_refuses_whole() -> None:
     model = tiny_model()
     basis = basis_of(model)
     owned = OwnedWeights({name: parameter.clone() for name, parameter in model.state_dict().items()}, torch.float32, CPU)
-    writer = BatchedWriter(owned.model(model.config), basis, SGD)
+    theta_view = owned.model(model.config)
+    writer = BatchedWriter(theta_view, basis, SGD)
     request = WriteRequest("a", zero(basis), examples(1, 3))
     before = writer.write([request])[0].loss_before
     torch.manual_seed(1)
@@ -289,11 +291,32 @@ def test_refresh_loads_new_values_or_refuses_whole() -> None:
     changed = {key: value for key, value in theta.items() if ".3." in key}
     for tensors in (changed, theta):
         owned.refresh(tensors)
+        writer = BatchedWriter(theta_view, basis, SGD)
         fresh = tiny_model()
         fresh.load_state_dict({**tiny_model().state_dict(), **tensors}, strict=False)
         with torch.no_grad():
             assert writer.write([request])[0].loss_before == pytest.approx(mean_loss(fresh, request.examples).item(), abs=2e-5)
         assert abs(mean_loss(fresh, request.examples).item() - before) > 1e-2
+
+
+def test_rehearsed_examples_are_not_read_again_and_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second write brings two old examples and one new: the trunk sees the new one only, and B is that of a writer that remembers nothing."""
+    model = tiny_model()
+    basis = basis_of(model)
+    old = examples(1, 2, shared_prefix=5)
+    new = examples(2, 1, shared_prefix=3)
+    writer = BatchedWriter(frozen(model), basis, SGD)
+    first = writer.write([WriteRequest("a", zero(basis), old)])[0]
+    again = WriteRequest("a", first.weights, new + old)
+    ran: list[int] = []
+    trunk = CutModel._trunk
+    monkeypatch.setattr(CutModel, "_trunk", lambda self, ids, layout: ran.append(len(ids)) or trunk(self, ids, layout))
+    second = writer.write([again])[0]
+    assert ran[0] == len(new[0].prompt_ids) + len(new[0].answer_ids) - 1
+    monkeypatch.undo()
+    fresh = BatchedWriter(frozen(model), basis, SGD).write([again])[0]
+    assert largest_difference(second.weights, dict(fresh.weights.b)) <= 1e-7
+    assert second.loss_after == pytest.approx(fresh.loss_after, abs=1e-6)
 
 
 def test_unusable_requests_are_errors_in_one_line() -> None:
