@@ -63,6 +63,8 @@ def run(context: Context) -> Outcome:
 
 def _cases(sizes: Sizes, full: list[Cost], tmem: list[Cost]) -> tuple[Case, ...]:
     first, last = sizes.lengths[0], sizes.lengths[-1]
+    off_growth, growth = full[-1].peak - full[0].peak, tmem[-1].peak - tmem[0].peak
+    kept = (tmem[-1].writes - tmem[0].writes) * tmem[0].adapter
     flat = Case(
         f"peak memory of TMEM, history {last / first:g} times as long",
         f"TMEM, {first} tokens",
@@ -72,9 +74,9 @@ def _cases(sizes: Sizes, full: list[Cost], tmem: list[Cost]) -> tuple[Case, ...]
         (tmem[-1].peak / MIB,),
         "candidate/baseline",
         Goal("at most", FLAT),
-        f"flat means {FLAT:g}: what may grow is the trajectory itself, which keeps each revision's B for the learner "
-        f"({tmem[-1].writes} x {tmem[0].adapter / MIB:.2f} MiB here), and the text of earlier flashcards in the extraction's prompt; "
-        f"memory off grows by {(full[-1].peak - full[0].peak) / MIB:.0f} MiB, TMEM by {(tmem[-1].peak - tmem[0].peak) / MIB:.0f}. "
+        f"flat means {FLAT:g}; memory off grows by {off_growth / MIB:.0f} MiB, TMEM by {growth / MIB:.0f}. "
+        f"Of that the revisions' B, which the trajectory keeps for the learner, are {kept / MIB:.0f}; "
+        "the extraction's prompt also lists earlier flashcards, up to a limit that a first context does not reach; the rest is not traced. "
         "One run a cell, no repeats: the whole takes too long for them",
     )
     memory = Case(
