@@ -133,11 +133,8 @@ def compute_basis_from_checkpoint(model_path: str | os.PathLike[str], config: Fa
         num_layers = int(json.loads((folder / "config.json").read_text())["num_hidden_layers"])
     except (OSError, ValueError, KeyError) as error:
         raise BasisError(f"{folder}: no usable config.json with num_hidden_layers ({error}); give a Hugging Face model folder") from error
-    names = target_modules(num_layers, config)
-    files = _files_of(folder, [f"{name}.weight" for name in names])
     weights: dict[str, Tensor] = {}
-    for name in names:
-        path = files[f"{name}.weight"]
+    for name, path in _files_of(folder, target_modules(num_layers, config)).items():
         try:
             with safetensors.safe_open(path, framework="pt") as reader:
                 weights[name] = reader.get_tensor(f"{name}.weight")
@@ -146,13 +143,14 @@ def compute_basis_from_checkpoint(model_path: str | os.PathLike[str], config: Fa
     return compute_basis(weights, config, seed)
 
 
-def _files_of(folder: Path, tensors: Sequence[str]) -> dict[str, Path]:
+def _files_of(folder: Path, modules: Sequence[str]) -> dict[str, Path]:
+    """By module, in the order given: the file that holds its weight."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        return dict.fromkeys(tensors, folder / "model.safetensors")
+        return dict.fromkeys(modules, folder / "model.safetensors")
     try:
         shards: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        return {name: folder / shards[name] for name in tensors}
+        return {name: folder / shards[f"{name}.weight"] for name in modules}
     except (OSError, ValueError, KeyError) as error:
         raise BasisError(f"{index}: no entry {error}; {_SUPPORTED}") from error
 
@@ -204,9 +202,8 @@ def check(weights: FastWeights, basis: Basis) -> None:
         raise BasisError(f"fast weights of revision {weights.revision} belong to basis {weights.basis_id}, not {basis.id}: use the run's saved basis")
     if weights.revision == 0:
         return
-    if set(weights.b) != set(basis.a):
-        wrong = sorted(set(weights.b) ^ set(basis.a))
-        raise BasisError(f"fast weights of revision {weights.revision} and basis {basis.id} differ in matrices, first {wrong[0]}")
+    if wrong := set(weights.b) ^ set(basis.a):
+        raise BasisError(f"fast weights of revision {weights.revision} and basis {basis.id} differ in matrices, first {min(wrong)}")
     for name, matrix in weights.b.items():
         if matrix.shape != (basis.d_out[name], basis.rank):
             raise BasisError(f"B of {name} has shape {matrix.shape}, the basis needs {(basis.d_out[name], basis.rank)}")
