@@ -15,6 +15,7 @@ from actors.types import TrajectoryGroup
 from cluster.bench.harness import in_turns, timed
 from cluster.bench.learner_groups import recall_groups, shared_prefix_fraction, without_deltas
 from cluster.bench.learner_head import HeadSize, head_plot, head_table
+from cluster.bench.memory import why_unmeasurable
 from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Table, Timing
 from configs.load import load_config
 from configs.schema import RunConfig
@@ -34,24 +35,31 @@ _RANKS = (1, 2, 4)
 def run(context: Context) -> Outcome:
     config = load_config(QUICKSTART, [])
     basis = compute_basis_from_checkpoint(context.model_path, config.fast_weights, config.seed)
-    tasks, siblings = (1, 4) if context.quick else (config.train.tasks_per_step, config.train.group_size)
+    tasks, siblings = (1, 3) if context.quick else (config.train.tasks_per_step, config.train.group_size)
     groups = recall_groups(context.model_path, config, basis, tasks, siblings)
     cases: list[Case] = []
     for trainable in ("last_layers", "full"):
         cases += step_cases(context, config, basis, groups[: max(1, tasks // 2)], trainable)
     padding, padding_table = padding_of(groups, config)
-    sizes = _head_sizes(context.quick)
-    table, costs = head_table(sizes, context.threads)
     shared = shared_prefix_fraction(groups)
     prefixes = Table(
         "A lead: tokens that a sibling's row under revision 0 begins with as well, computed once a group if prefixes were shared",
         ("rows", "share of all tokens"),
         ((f"{sum(len(one.segments) for group in groups for one in group.trajectories)}", f"{shared:.1%}"),),
     )
-    figures = {"shared_prefix_fraction": shared}
-    for (size, way), cost in costs.items():
-        figures[f"head_peak_mib {way} {size.vocabulary} {'trained' if size.trained else 'frozen'}"] = cost.peak / 2**20
-    return Outcome((*cases, padding), (table, padding_table, prefixes), (head_plot(costs, context.folder),), figures)
+    table, plots, figures = head(context)
+    return Outcome((*cases, padding), (table, padding_table, prefixes), plots, {"shared_prefix_fraction": shared, **figures})
+
+
+def head(context: Context) -> tuple[Table, tuple[Path, ...], dict[str, float]]:
+    """Memory of the head; where peaks cannot be measured, a table that says why."""
+    if reason := why_unmeasurable():
+        return Table("Log-probs of many tokens, forward and backward: not measured", ("reason",), ((reason,),)), (), {}
+    table, costs = head_table(_head_sizes(context.quick), context.threads)
+    figures = {
+        f"head_peak_mib {way} {size.vocabulary} {'trained' if size.trained else 'frozen'}": cost.peak / 2**20 for (size, way), cost in costs.items()
+    }
+    return table, (head_plot(costs, context.folder),), figures
 
 
 def step_cases(context: Context, config: RunConfig, basis: Basis, groups: Sequence[TrajectoryGroup], trainable: Trainable) -> tuple[Case, Case]:

@@ -1,4 +1,4 @@
-"""Peak memory and time of many tokens' log-probs, forward and backward, each in a process of its own: full logits, torch's chunked loss, ours."""
+"""Peak memory and time of many tokens' log-probs, forward and backward, a process for each size: full logits, torch's chunked loss, ours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.bench.harness import child
+from cluster.bench.memory import peak_above
 from cluster.bench.values import BenchError, Table
 
 Way = Literal["full logits", "torch's chunked loss", "TokenHead"]
@@ -49,12 +50,18 @@ class Head:
         self._targets = torch.randint(size.vocabulary, (size.tokens,))
 
     def measure(self, way: Way) -> HeadCost:
-        """Forward and backward, once."""
+        """Forward and backward, once after a small warm-up. Raises BenchError where peaks cannot be measured (memory.why_unmeasurable)."""
         self._run(way, slice(0, 2))  # imports, thread pools
         self._layer.weight.grad = self._states.grad = None
-        before, wall, cpu = _peak_resident(), time.perf_counter(), time.process_time()
-        total = self._run(way, slice(None))
-        return HeadCost(_peak_resident() - before, time.perf_counter() - wall, time.process_time() - cpu, total)
+
+        def once() -> tuple[float, float, float]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            total = self._run(way, slice(None))
+            return time.perf_counter() - wall, time.process_time() - cpu, total
+
+        (wall_s, cpu_s, total), peak = peak_above(once)
+        self._layer.weight.grad = self._states.grad = None  # theirs is the next way's memory
+        return HeadCost(peak, wall_s, cpu_s, total)
 
     def _run(self, way: Way, part: slice) -> float:
         import torch
@@ -77,7 +84,10 @@ class Head:
 
 def head_table(sizes: tuple[HeadSize, ...], threads: int) -> tuple[Table, dict[tuple[HeadSize, Way], HeadCost]]:
     """Every way at every size. Raises BenchError when two ways disagree by more than rounding."""
-    costs = {(size, way): _measure(size, way, threads) for size in sizes for way in WAYS}
+    costs: dict[tuple[HeadSize, Way], HeadCost] = {}
+    for size in sizes:
+        with child(f"log-probs at {size.vocabulary}", Head, (size, threads)) as process:
+            costs |= {(size, way): process.call("measure", (way,), _LONGEST_S) for way in WAYS}
     rows = []
     for (size, way), cost in costs.items():
         plain = costs[size, "full logits"]
@@ -110,18 +120,3 @@ def head_plot(costs: dict[tuple[HeadSize, Way], HeadCost], folder: Path) -> Path
     path = folder / "learner-head-memory.png"
     figure.savefig(path)
     return path
-
-
-def _measure(size: HeadSize, way: Way, threads: int) -> HeadCost:
-    with child(f"{way} at {size.vocabulary}", Head, (size, threads)) as process:
-        cost: HeadCost = process.call("measure", (way,), _LONGEST_S)
-    return cost
-
-
-def _peak_resident() -> int:
-    """Bytes: the most that this process ever held. Not rusage's, which a child inherits from its parent."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise BenchError(f"peak memory is read from /proc, which is not here ({error}): run this benchmark on Linux") from error
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

@@ -13,9 +13,11 @@ from transformers import AutoTokenizer
 from actors.chat import ChatFormat
 from actors.fast_weights import Basis, check, compute_basis_from_checkpoint
 from actors.types import TrajectoryGroup
-from cluster.bench.learner import QUICKSTART, padding_of, sort_and_fill
+from cluster.bench import memory
+from cluster.bench.learner import QUICKSTART, head, padding_of, sort_and_fill
 from cluster.bench.learner_groups import recall_groups, shared_prefix_fraction, without_deltas
 from cluster.bench.learner_head import WAYS
+from cluster.bench.values import BenchError, Context
 from cluster.cli import main
 from configs.load import load_config
 from configs.schema import RunConfig
@@ -84,7 +86,21 @@ def test_shared_prefixes_are_counted_by_hand(groups: tuple[TrajectoryGroup, ...]
     assert shared_prefix_fraction([pair]) == pytest.approx(10 / total)
 
 
-def test_quick_benchmark(tiny_model_path: Path, tmp_path: Path) -> None:
+def touch(mib: int) -> int:
+    """Every byte written, then freed."""
+    return np.ones(mib * 2**20, np.uint8).nbytes
+
+
+def test_the_peak_is_that_of_the_work_not_of_what_came_before() -> None:
+    touch(256)
+    result, peak = memory.peak_above(lambda: touch(64))
+    assert result == 64 * 2**20
+    assert 55 * 2**20 < peak < 90 * 2**20
+    assert memory.peak_above(lambda: touch(8))[1] < 30 * 2**20  # the 64 MiB before are forgotten
+
+
+def test_quick_benchmark(tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # nothing here is compiled, yet importing DeepSpeed's optimizers loads torch's compiler: seconds
     arguments = ["bench", "learner", "--quick", "--repeats", "1", "--no-tracking", "--output-dir", str(tmp_path), "--model", str(tiny_model_path)]
     assert main(arguments) == 0
     (report,) = tmp_path.rglob("report.json")
@@ -97,3 +113,12 @@ def test_quick_benchmark(tiny_model_path: Path, tmp_path: Path) -> None:
     plain, ours = (value for name, value in peaks.items() if "torch" not in name)
     assert ours < plain  # full logits are several times what the chunks are, also at this size
     assert [Path(plot).name for plot in found["plots"]] == ["learner-head-memory.png"] and next(tmp_path.rglob("*.png")).stat().st_size > 1000
+
+
+def test_without_proc_the_heads_memory_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "no-proc")
+    table, plots, figures = head(Context(tmp_path, repeats=1, threads=1, quick=True, folder=tmp_path))
+    assert "not measured" in table.title and "no-proc" in table.rows[0][0]
+    assert (plots, figures) == ((), {})
+    with pytest.raises(BenchError, match="/proc"):
+        memory.peak_above(lambda: None)
