@@ -35,7 +35,7 @@ _RANKS = (1, 2, 4)
 def run(context: Context) -> Outcome:
     config = load_config(QUICKSTART, [])
     basis = compute_basis_from_checkpoint(context.model_path, config.fast_weights, config.seed)
-    tasks, siblings = (1, 3) if context.quick else (config.train.tasks_per_step, config.train.group_size)
+    tasks, siblings = (1, 2) if context.quick else (config.train.tasks_per_step, config.train.group_size)
     groups = recall_groups(context.model_path, config, basis, tasks, siblings)
     cases: list[Case] = []
     for trainable in ("last_layers", "full"):

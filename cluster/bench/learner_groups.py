@@ -103,6 +103,7 @@ class _Actor:
         self.revisions: list[FastWeights] = []
         self._task, self._environment, self._chat, self._basis = task, environment, chat, basis
         self._rng = np.random.default_rng([task.seed, number])
+        self._choices = np.random.default_rng([task.seed, number, 1])  # apart, so that rewards do not depend on a model's sizes or tokens
         self._asked = 0
 
     async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
@@ -124,10 +125,10 @@ class _Actor:
         right = questions[self._asked]["answer"]
         wrong = questions[(self._asked + 1) % len(questions)]["answer"]
         self._asked += 1
-        return str(right if self._rng.random() < 0.5 else wrong)
+        return str(right if self._choices.random() < 0.5 else wrong)
 
     def _flashcards(self, prompt_ids: Sequence[int]) -> str:
         cards = self._environment.demonstrate_flashcards(self._task, self._chat.decode(prompt_ids), question_blind=False)
-        if len(cards) > 1 and self._rng.random() < 0.5:
+        if len(cards) > 1 and self._choices.random() < 0.5:
             cards = cards[:-1]
         return render_flashcards(cards)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import configs
@@ -26,11 +26,24 @@ QUICK_TASKS, QUICK_SIBLINGS = 1, 2
 STEP_PHASES = ("act", "extract", "receipt", "write", "install", "other", "idle")
 
 
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The least that the writes of a round can take: their FLOPs in one batch, at the rate of a large matmul."""
+
+    flops: float
+    rate: float
+
+    @property
+    def seconds(self) -> float:
+        return self.flops / self.rate
+
+
 def run(context: Context) -> Outcome:
     from actors.fast_weights import compute_basis_from_checkpoint, save_basis
 
     config = _config(context)
-    tasks, siblings = (QUICK_TASKS, QUICK_SIBLINGS) if context.quick else (config.train.tasks_per_step, config.train.group_size)
+    # A task of its own for each episode: the scripted siblings of one task would all write the same flashcards, which the writer reads only once.
+    tasks, siblings = (QUICK_TASKS, QUICK_SIBLINGS) if context.quick else (config.train.tasks_per_step * config.train.group_size, 1)
     with tempfile.TemporaryDirectory() as folder:
         basis_path = Path(folder) / "basis.safetensors"
         save_basis(compute_basis_from_checkpoint(context.model_path, config.fast_weights, config.seed), basis_path)
@@ -53,7 +66,8 @@ def run(context: Context) -> Outcome:
                 return timing
 
             timings = in_turns({"vllm": replay, "engram": play}, context.repeats)
-    return _outcome(tasks * siblings, timings["vllm"], timings["engram"], rounds[-context.repeats :], steps)
+            flops, rate = engram.call("write_floor", (), ROUND_S)
+    return _outcome(tasks * siblings, timings["vllm"], timings["engram"], rounds[-context.repeats :], steps, Floor(flops, rate))
 
 
 def _config(context: Context) -> RunConfig:
@@ -65,7 +79,7 @@ def _counts(one: Round) -> list[list[tuple[int, int]]]:
     return sorted([(len(asked.prompt_ids), asked.generated) for asked in requests] for requests in one.episodes)
 
 
-def _outcome(episodes: int, vllm: Sequence[Timing], engram: Sequence[Timing], rounds: Sequence[Round], plain_steps: int) -> Outcome:
+def _outcome(episodes: int, vllm: Sequence[Timing], engram: Sequence[Timing], rounds: Sequence[Round], plain_steps: int, floor: Floor) -> Outcome:
     spent = {phase: Spread.of(tuple(one.phases[phase] for one in rounds)).median for phase in STEP_PHASES}
     wall, plain = (Spread.of(tuple(timing.wall_s for timing in timings)).median for timings in (engram, vllm))
     beyond = sum(spent[phase] for phase in ("write", "receipt", "install"))
@@ -79,11 +93,14 @@ def _outcome(episodes: int, vllm: Sequence[Timing], engram: Sequence[Timing], ro
         "candidate/baseline",
         GOAL,
         f"writes, receipts and installs are {beyond / wall:.0%} of Engram's time; were they free, the ratio would be {plain / (wall - beyond):.2f}; "
+        f"the writes' {floor.flops / 1e9:.0f} GFLOP at the {floor.rate / 1e9:.0f} GFLOP/s of a large matmul alone allow "
+        f"{plain / (plain + floor.seconds):.2f}; "
         f"{rounds[-1].steps} engine steps against {plain_steps}",
     )
     figures = {f"{phase}_fraction": seconds / sum(spent.values()) for phase, seconds in spent.items()}
     figures |= {"engine_steps": rounds[-1].steps, "vllm_steps": plain_steps}
     figures["environment_s_per_episode"] = Spread.of(tuple(one.environment_s / episodes for one in rounds)).median
+    figures |= {"write_gflop": floor.flops / 1e9, "write_floor_ratio": plain / (plain + floor.seconds)}
     figures["cpu_ratio"] = Spread.of(tuple(a.cpu_s / b.cpu_s for a, b in zip(vllm, engram, strict=True))).median
     return Outcome((case,), (_timeline(episodes, spent, plain), _requests(rounds[-1])), figures=figures)
 

@@ -8,17 +8,33 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from actors.chat import ChatFormat
 from actors.demonstration import DemonstratingEnvironment
 from actors.flashcards import render_flashcards
-from actors.protocols import Policy
-from actors.types import AdapterKey, FastWeights, Generation, PolicyVersion, Probe, Sampling, SpanKind, Task, TrajectoryGroup, WriteRecord
+from actors.protocols import FastWeightWriter, Policy
+from actors.types import (
+    AdapterKey,
+    FastWeights,
+    Generation,
+    PolicyVersion,
+    Probe,
+    Sampling,
+    SpanKind,
+    Task,
+    TrajectoryGroup,
+    WriteRecord,
+    WriteRequest,
+    WriteResult,
+)
 from cluster.bench.harness import timed
+from cluster.bench.machine import matmul_rate
 from cluster.bench.values import BenchError, Timing
 from configs.schema import RunConfig
 
@@ -26,6 +42,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from actors.engine import EngineStats
+    from actors.rollout import Rollout
 
 VERSION: PolicyVersion = 0
 
@@ -68,7 +85,6 @@ class EngramSide:
     """Held by a child process."""
 
     def __init__(self, setup: Setup) -> None:
-        import torch
         from transformers import AutoTokenizer
 
         from actors.engine import VLLMPolicy
@@ -85,16 +101,23 @@ class EngramSide:
         basis = load_basis(setup.basis_path)
         stop: tuple[int, ...] = ()  # every request samples the number of tokens that it is given
         self._engine = VLLMPolicy(setup.model_path, config.model, config.engine, basis, stop, VERSION, config.rollout.threads, config.seed)
-        writer = self._engine.writer(config.write)
         self._policy = Scripted(self._engine, chat, environment, config.memory.question_blind)
-        self._rollout = Rollout(self._policy, writer, environment, chat, config.write, config.rollout, config.engine.slots, basis.id, "bench")
+        self._basis = basis
+        self._make_rollout: Callable[[FastWeightWriter], Rollout] = lambda writer: Rollout(
+            self._policy, writer, environment, chat, config.write, config.rollout, config.engine.slots, basis.id, "bench"
+        )
         self._tasks = list(_first(environment, config.seed, setup.tasks))
         self._loop = asyncio.new_event_loop()  # a Rollout lives on one
         self._rounds = 0
 
     def play(self) -> Round:
-        """One round on an empty prefix cache. Raises BenchError when an episode failed or a write was rolled back."""
+        """One round on an empty prefix cache and with a new writer, which remembers no flashcard of an earlier round.
+
+        Raises BenchError when an episode failed or a write was rolled back.
+        """
         self._rounds += 1
+        self._writer = Recorder(self._engine.writer(self._setup.config.write))
+        self._rollout = self._make_rollout(self._writer)
         self._engine._loop.call(lambda engine: engine.reset_prefix_cache(), "other").result()
         before, groups = self._engine.stats(), list[TrajectoryGroup]()
         timing = timed(lambda: groups.extend(self._loop.run_until_complete(self._play())))
@@ -114,6 +137,18 @@ class EngramSide:
             writes,
         )
 
+    def write_floor(self) -> tuple[float, float]:
+        """FLOPs of the last round's writes if all were one batch, and the FLOP/s of a large matmul on these threads."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        from actors.writer import checkpoint_writer
+
+        config, cpu = self._setup.config, torch.device("cpu")
+        writer = checkpoint_writer(str(self._setup.model_path), self._basis, config.write, config.model.dtype, cpu)
+        with FlopCounterMode(display=False) as counter:
+            writer.write(self._writer.requests)
+        return float(counter.get_total_flops()), matmul_rate(1024, 576, 3072, 2.0)
+
     async def _play(self) -> list[TrajectoryGroup]:
         from actors.rollout import RolloutRequest
 
@@ -132,6 +167,18 @@ class EngramSide:
         ]
         self._policy.tasks = {request.group_id: request.task for request in requests}
         return await asyncio.gather(*(self._rollout.group(request) for request in requests))
+
+
+class Recorder:
+    """FastWeightWriter: the engine's, and what it was asked."""
+
+    def __init__(self, writer: FastWeightWriter) -> None:
+        self._writer = writer
+        self.requests: list[WriteRequest] = []
+
+    def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:
+        self.requests.extend(requests)
+        return self._writer.write(requests)
 
 
 class Scripted:
