@@ -97,7 +97,7 @@ def head_table(sizes: tuple[HeadSize, ...], threads: int) -> tuple[Table, dict[t
         share, slower = cost.peak / plain.peak, cost.cpu_s / plain.cpu_s
         rows.append((f"{size.vocabulary}", head, way, f"{cost.peak / _MIB:.0f}", f"{share:.2f}", f"{cost.cpu_s:.2f}", f"{slower:.2f}"))
     header = ("vocabulary", "head", "log-probs by", "peak MiB above inputs", "of full logits", "CPU s", "of full logits")
-    title = f"Log-probs of {sizes[0].tokens} tokens at width {sizes[0].width}, forward and backward, float32"
+    title = f"Log-probs of {sizes[0].tokens:,} tokens at width {sizes[0].width}, forward and backward, float32"
     return Table(title, header, tuple(rows)), costs
 
 
