@@ -14,6 +14,7 @@ from cluster.bench.values import BenchError, Table
 Way = Literal["full logits", "torch's chunked loss", "TokenHead"]
 WAYS: tuple[Way, ...] = ("full logits", "torch's chunked loss", "TokenHead")
 _LONGEST_S = 900.0
+_TORCH_CHUNK = 128  # tokens, about TokenHead's; torch's own pick is a few at these vocabularies, and many times as slow on a CPU
 _MIB = 2**20
 
 
@@ -76,7 +77,7 @@ class Head:
         elif way == "full logits":
             logp = self._layer(states).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         else:
-            logp = -linear_cross_entropy(states, weight, targets, reduction="none", options=LinearCrossEntropyOptions())
+            logp = -linear_cross_entropy(states, weight, targets, reduction="none", options=LinearCrossEntropyOptions(batch_chunk_size=_TORCH_CHUNK))
         total: torch.Tensor = logp.sum()
         total.backward()
         return float(total.detach())
