@@ -45,6 +45,7 @@ class _TokenLogprobs(torch.autograd.Function):
             entropy[part] = -torch.bmm(p[:, None], logs[:, :, None]).flatten()  # a dot product per row, without an array of products
             if slopes is not None:
                 slopes[part] = _residual(p, targets[part]).to(weight.dtype) @ weight / temperature
+            del logs, p  # before the next chunk's are made
         ctx.save_for_backward(states, weight, targets, slopes)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -61,6 +62,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 residual = _residual(_log_softmax(states[part], weight, ctx.temperature).exp_(), targets[part])
                 residual.mul_((incoming[part] / ctx.temperature)[:, None])
                 for_weight.addmm_(residual.to(weight.dtype).T, states[part])
+                del residual
         return for_states, for_weight, None, None, None
 
 
