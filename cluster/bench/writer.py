@@ -14,8 +14,9 @@ from actors.chat import ChatFormat
 from actors.environments.recall import RecallEnvironment
 from actors.fast_weights import Basis, compute_basis_from_checkpoint, zero
 from actors.flashcards import write_example
+from actors.frozen_model import FrozenModel, read_model
 from actors.types import WriteRequest, WriteResult
-from actors.writer import BatchedWriter, checkpoint_writer
+from actors.writer import BatchedWriter
 from cluster.bench.harness import in_turns, timed
 from cluster.bench.machine import matmul_rate
 from cluster.bench.peft_loop import PeftLoop
@@ -37,7 +38,12 @@ class Pair:
     basis: Basis
     loop: PeftLoop
     exact: PeftLoop
-    writer: BatchedWriter
+    model: FrozenModel
+    config: WriteConfig
+
+    def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:
+        """By a new writer: one that met these flashcards before would not read them again."""
+        return BatchedWriter(self.model, self.basis, self.config).write(requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +60,9 @@ def run(context: Context) -> Outcome:
     cuda = torch.cuda.is_available()
     device, config = torch.device("cuda" if cuda else "cpu"), WriteConfig()
     basis = compute_basis_from_checkpoint(context.model_path, FastWeightsConfig(), seed=0)
-    writer = checkpoint_writer(str(context.model_path), basis, config, "bfloat16" if cuda else "float32", device)
+    model = read_model(context.model_path, "bfloat16" if cuda else "float32", device)
     loop = PeftLoop(context.model_path, basis, config, torch.bfloat16 if cuda else torch.float32, device)
-    pair = Pair(basis, loop, PeftLoop(context.model_path, basis, config, torch.float64, device), writer)
+    pair = Pair(basis, loop, PeftLoop(context.model_path, basis, config, torch.float64, device), model, config)
     sizes = EPISODES[:1] if context.quick else EPISODES
     requests = _requests(context, basis, sizes[-1][0])
     rate = matmul_rate(1024, 576, 1536, _RATE_S)
@@ -108,7 +114,7 @@ def _measure(pair: Pair, requests: Sequence[WriteRequest], repeats: int) -> dict
         once = timed(lambda: pair.loop.write(sample))
         return Timing(once.wall_s * factor, once.cpu_s * factor)
 
-    return in_turns({"loop": loop, "writer": lambda: timed(lambda: pair.writer.write(requests))}, repeats)
+    return in_turns({"loop": loop, "writer": lambda: timed(lambda: pair.write(requests))}, repeats)
 
 
 def _cases(count: int, goal: Goal, timings: Mapping[str, Sequence[Timing]]) -> list[Case]:
@@ -145,7 +151,7 @@ def _compare(pair: Pair, requests: Sequence[WriteRequest], strict: bool) -> Work
 
     sample = requests[:LOOP_EPISODES]
     with FlopCounterMode(display=False) as counter:
-        results: list[WriteResult] = pair.writer.write(requests)
+        results = pair.write(requests)
     with FlopCounterMode(display=False) as loop_counter:
         by_loop = pair.loop.write(sample)
     exact = pair.exact.write(sample)
