@@ -26,7 +26,7 @@ _EVALUATE_EXAMPLES = """examples:
   python -m cluster evaluate configs/quickstart.yaml checkpoint=runs/quickstart-.../checkpoints/step-000020
 """
 _BENCH_EXAMPLES = """examples:
-  python -m cluster bench                          every benchmark, about an hour on two cores
+  python -m cluster bench                          every benchmark, an hour and a half on two cores
   python -m cluster bench writer learner           some of them
   python -m cluster bench rollout --repeats 9 --threads 1
   python -m cluster bench --quick                  only whether they run; the figures mean nothing
