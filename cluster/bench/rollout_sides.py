@@ -147,7 +147,8 @@ class EngramSide:
         writer = checkpoint_writer(str(self._setup.model_path), self._basis, config.write, config.model.dtype, cpu)
         with FlopCounterMode(display=False) as counter:
             writer.write(self._writer.requests)
-        return float(counter.get_total_flops()), matmul_rate(1024, 576, 3072, 2.0)
+        where = torch.device("cuda") if torch.cuda.is_available() else cpu
+        return float(counter.get_total_flops()), matmul_rate(1024, 576, 3072, getattr(torch, config.model.dtype), where)
 
     async def _play(self) -> list[TrajectoryGroup]:
         from actors.rollout import RolloutRequest
