@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import gc
 import math
 import random
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from actors.types import AdapterKey, FastWeights, Flashcard, Generation, PolicyVersion, Probe, Sampling, Task, Trajectory
+from cluster.bench import memory as resident_memory
 from cluster.bench.values import BenchError
 from configs.schema import EngineConfig, EnvironmentConfig, FastWeightsConfig, MemoryConfig, ModelConfig, RolloutConfig, WriteConfig
 
@@ -108,24 +105,16 @@ class PeakMemory:
 
         What the start freed and the C library kept goes back to the system first: it differs by hundreds of MiB from run to run.
         """
-        gc.collect()
         if self._cuda is not None:
             self._cuda.reset_peak_memory_stats()
-            return
-        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc's
-            trim(0)
-        try:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        except OSError as error:
-            raise BenchError(f"the peak of resident memory cannot be reset ({error}): this benchmark needs Linux's /proc/self/clear_refs") from None
+        else:
+            resident_memory.reset_peak()
 
     def read(self) -> int:
         """Bytes since the last reset."""
         if self._cuda is not None:
             return int(self._cuda.max_memory_allocated())
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-        assert found is not None
-        return int(found[1]) * 1024
+        return resident_memory.peak()
 
 
 class ScriptedExtractions:

@@ -17,7 +17,7 @@ _Result = TypeVar("_Result")
 def why_unmeasurable() -> str:
     """Empty where ``peak_above`` works, else the reason, for a note in the place of the figures."""
     try:
-        _reset()
+        reset_peak()
     except BenchError as error:
         return str(error)
     return ""
@@ -29,19 +29,25 @@ def peak_above(work: Callable[[], _Result]) -> tuple[_Result, int]:
     The system's peak is that of the whole life: without the reset a high import or warm-up of earlier hides that much of the work's own. What earlier
     work freed and the C library kept goes back to the system first, as it would be used again without showing.
     """
+    reset_peak()
+    before = _bytes_of("VmRSS")
+    result = work()
+    return result, peak() - before
+
+
+def peak() -> int:
+    """Bytes held at the worst since ``reset_peak``."""
+    return _bytes_of("VmHWM")
+
+
+def reset_peak() -> None:
+    """Give back what is free, then forget the peak so far. Raises BenchError where the system does not allow it."""
     gc.collect()
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc's
         trim(0)
-    _reset()
-    before = _bytes_of("VmRSS")
-    result = work()
-    return result, _bytes_of("VmHWM") - before
-
-
-def _reset() -> None:
     try:
         (_PROC / "clear_refs").write_text("5", encoding="ascii")  # VmHWM becomes VmRSS
-        _bytes_of("VmHWM")
+        peak()
     except OSError as error:
         raise BenchError(f"peak memory is read from Linux's /proc, which does not allow it here ({error})") from error
 
