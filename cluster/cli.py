@@ -134,9 +134,9 @@ def _status_of(error: Exception) -> int | None:
     from configs.models import ModelError
     from learner.types import LearnerError
 
-    if isinstance(error, TaskError | ModelError | ChatTemplateError | CheckpointError | BenchError):
+    if isinstance(error, TaskError | ModelError | ChatTemplateError | CheckpointError):
         return EXIT_USAGE
-    return EXIT_FAILED if isinstance(error, ClusterError | BasisError | LearnerError) else None
+    return EXIT_FAILED if isinstance(error, ClusterError | BasisError | LearnerError | BenchError) else None
 
 
 def _parser() -> argparse.ArgumentParser:

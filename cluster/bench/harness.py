@@ -58,7 +58,10 @@ class Child:
 
     def call(self, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
         """What ``method`` of the held object returns. Raises BenchError: what it raised, a child that died, or ``timeout_s`` passed."""
-        self._pipe.send((method, arguments))
+        try:
+            self._pipe.send((method, arguments))
+        except BrokenPipeError:
+            raise BenchError(f"{self._name} died before {method}: out of memory? Its own messages are above") from None
         return self.wait(method, timeout_s)
 
     def wait(self, what: str, timeout_s: float) -> Any:
@@ -109,5 +112,6 @@ def _answer(pipe: Connection, work: Callable[[], Any]) -> None:
     try:
         pipe.send(("", work()))
     except Exception as error:  # noqa: BLE001  (a process's boundary: the failure belongs to whoever waits, whatever it is)
-        traceback.print_exc()
+        if not isinstance(error, BenchError):  # that one is a sentence for the user
+            traceback.print_exc()
         pipe.send((f"{type(error).__name__}: {error}", None))

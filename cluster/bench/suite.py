@@ -6,7 +6,8 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.bench.values import BenchError, Context, Outcome
+from cluster.bench.values import Context, Outcome
+from configs.load import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,11 @@ SUITE = (
 
 
 def find(names: Sequence[str]) -> tuple[Entry, ...]:
-    """The entries of ``names`` in the suite's order; all of them when none is named. Raises BenchError."""
+    """The entries of ``names`` in the suite's order; all of them when none is named. Raises ConfigError."""
     known = {entry.name: entry for entry in SUITE}
     for name in names:
         if name not in known:
-            raise BenchError(f"no benchmark {name!r}: there are {', '.join(known)}")
+            raise ConfigError(f"no benchmark {name!r}: there are {', '.join(known)}")
     return tuple(entry for entry in SUITE if not names or entry.name in names)
 
 

@@ -13,7 +13,7 @@ RatioOf = Literal["baseline/candidate", "candidate/baseline"]
 
 
 class BenchError(RuntimeError):
-    """A benchmark cannot run or was asked for by a wrong name. One line with the cure."""
+    """A benchmark cannot run, or would compare different results. One line with the cause."""
 
 
 @dataclass(frozen=True, slots=True)
