@@ -104,7 +104,7 @@ def _loss(logprobs: Sequence[Tensor]) -> float:
 class BatchedWriter:
     """FastWeightWriter over a frozen model, on the model's device. Not for concurrent threads; for one theta: after a refresh make another.
 
-    An episode's result does not depend on its companions, up to float rounding of differently padded batches. B, its gradient and the optimizer's
+    An episode's result does not depend on its companions, up to float rounding of differently grouped matmuls. B, its gradient and the optimizer's
     state are float32, whatever the model's dtype.
     """
 

@@ -94,7 +94,7 @@ class WriteConfig:
     max_flashcards: int = 32  # more than this in one extraction are dropped and counted
     max_example_tokens: int = 256
     max_loss_ratio: float = 1.5
-    chunk_tokens: int = 2048  # most padded tokens in one forward and backward pass of the writer: bounds its memory, changes no result
+    chunk_tokens: int = 2048  # most tokens in one forward and backward pass of the writer: bounds its memory, changes no result
 
     def __post_init__(self) -> None:
         positive(self, "learning_rate", "epochs", "batch_size", "max_flashcards", "max_example_tokens", "chunk_tokens")
