@@ -49,8 +49,8 @@ def evaluation_rows(config: RunConfig) -> dict[str, EvaluationRow]:
         "after_rl": EvaluationRow(f"{name} after RL", config.memory),
         "policy": EvaluationRow(name, config.memory),  # of the command evaluate
     }
-    if config.evaluation.memory_off_row and config.memory.policy != "none":
-        rows["memory_off"] = EvaluationRow("memory off", replace(config.memory, policy="none"))
+    if config.evaluation.memory_off_row and config.memory.policy != "truncation":
+        rows["memory_off"] = EvaluationRow("memory off", replace(config.memory, policy="truncation"))
     return rows
 
 

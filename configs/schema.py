@@ -10,6 +10,36 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.bounds import not_negative, positive, require
+from configs.environments import ConversationConfig, EnvironmentConfig, JudgeConfig, RecallConfig, RubricConfig, SearchConfig
+from configs.memory import SUMMARIZING, FastWeightsConfig, MemoryConfig, MemoryPolicy, NotesConfig, PagingConfig, WriteConfig
+
+__all__ = [
+    "ConversationConfig",
+    "EmbedderConfig",
+    "EngineConfig",
+    "EnvironmentConfig",
+    "EvaluationConfig",
+    "FastWeightsConfig",
+    "JudgeConfig",
+    "LearnerConfig",
+    "MemoryConfig",
+    "MemoryPolicy",
+    "ModelConfig",
+    "NotesConfig",
+    "ObjectiveConfig",
+    "PagingConfig",
+    "RayConfig",
+    "RecallConfig",
+    "RolloutConfig",
+    "RubricConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SearchConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "WarmStartConfig",
+    "WriteConfig",
+]
 
 
 @dataclass(frozen=True)
@@ -22,97 +52,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class RecallConfig:
-    """Synthetic facts told over several sessions, then questions. Unlimited tasks; train and eval names never overlap."""
+class EmbedderConfig:
+    """The sentence embedder of dense search and of linked notes: ``minilm`` (comes with the install), a local folder, or a hub name."""
 
-    sessions: int = 2
-    facts_per_session: int = 2
-    questions: int = 2
-    filler_sentences: int = 1  # small talk in each session
-
-    def __post_init__(self) -> None:
-        positive(self, "sessions", "facts_per_session", "questions")
-        not_negative(self, "filler_sentences")
-        require(self.questions <= self.sessions * self.facts_per_session, "questions", self.questions, "at most sessions * facts_per_session")
-
-
-@dataclass(frozen=True)
-class ConversationConfig:
-    """Long conversations with questions, in LoCoMo's schema, read from ``path``. ``scorer`` picks what the reward is (both are always reported)."""
-
-    path: str = ""  # required with environment.name=conversation
-    scorer: Literal["official", "plain"] = "plain"
-    questions_per_episode: int = 1  # asked after all sessions
-    max_sessions: int = 0  # 0: all; otherwise the last n sessions up to the evidence, for quick looks
-    categories: tuple[int, ...] = (1, 2, 3, 4, 5)
-    eval_fraction: float = 0.5  # of the conversations, held out
-
-    def __post_init__(self) -> None:
-        positive(self, "questions_per_episode")
-        not_negative(self, "max_sessions")
-        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded")
-        require(set(self.categories) <= {1, 2, 3, 4, 5} and len(self.categories) > 0, "categories", self.categories, "some of 1, 2, 3, 4, 5")
-
-
-@dataclass(frozen=True)
-class EnvironmentConfig:
-    """Where tasks come from."""
-
-    name: Literal["recall", "conversation"] = "recall"
-    recall: RecallConfig = field(default_factory=RecallConfig)
-    conversation: ConversationConfig = field(default_factory=ConversationConfig)
-
-    def __post_init__(self) -> None:
-        path = self.conversation.path
-        require(self.name != "conversation" or path != "", "conversation.path", path, "a LoCoMo file where environment.name is conversation")
-
-
-@dataclass(frozen=True)
-class FastWeightsConfig:
-    """The adapter that an episode writes (TMEM, arXiv 2606.04536). The defaults are the paper's."""
-
-    rank: int = 6  # of A and B
-    last_layers: int = 4  # how many decoder layers, from the end
-    projections: tuple[Literal["gate_proj", "up_proj", "down_proj"], ...] = ("gate_proj", "up_proj", "down_proj")
-    basis: Literal["svd", "random"] = "svd"  # where A comes from: the top singular directions of W, or a random matrix
-
-    def __post_init__(self) -> None:
-        positive(self, "rank", "last_layers")
-        require(self.rank <= 64, "rank", self.rank, "at most 64", "the engine's adapter slots are that wide")
-        require(len(set(self.projections)) == len(self.projections) > 0, "projections", self.projections, "one projection or more, each once")
-
-
-@dataclass(frozen=True)
-class WriteConfig:
-    """The write operator T: SFT on the flashcards' answers. A loss not finite, or over ``max_loss_ratio`` times its start, is rolled back."""
-
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    learning_rate: float = 5e-4
-    epochs: int = 5
-    batch_size: int = 16
-    rehearsal: int = 0  # earlier flashcards of the episode mixed into each write, newest first, against forgetting; the paper's has none
-    max_flashcards: int = 32  # more than this in one extraction are dropped and counted
-    max_example_tokens: int = 256
-    max_loss_ratio: float = 1.5
-    chunk_tokens: int = 2048  # most tokens in one forward and backward pass of the writer: bounds its memory, changes no result
-
-    def __post_init__(self) -> None:
-        positive(self, "learning_rate", "epochs", "batch_size", "max_flashcards", "max_example_tokens", "chunk_tokens")
-        require(self.max_loss_ratio >= 1, "max_loss_ratio", self.max_loss_ratio, "1 or more", "1 rolls back every write whose loss rose")
-        require(self.rehearsal >= 0, "rehearsal", self.rehearsal, "0 (off) or more")
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """What happens when the context holds more than ``max_context_tokens`` (L_max)."""
-
-    policy: Literal["parametric", "none"] = "parametric"
-    max_context_tokens: int = 4096
-    question_blind: bool = False  # hide the question from the memory-writing prompt
-    max_extract_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        positive(self, "max_context_tokens", "max_extract_tokens")
+    name: str = "minilm"  # minilm, a folder, or a hub name such as BAAI/bge-small-en-v1.5
 
 
 @dataclass(frozen=True)
@@ -241,7 +184,7 @@ class EvaluationConfig:
 
     tasks: int = 64
     bootstrap_samples: int = 2000
-    memory_off_row: bool = True  # also evaluate with memory.policy=none
+    memory_off_row: bool = True  # also evaluate with memory.policy=truncation
 
     def __post_init__(self) -> None:
         positive(self, "tasks", "bootstrap_samples")
@@ -281,6 +224,7 @@ class RunConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     fast_weights: FastWeightsConfig = field(default_factory=FastWeightsConfig)
     write: WriteConfig = field(default_factory=WriteConfig)
+    embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -294,6 +238,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         not_negative(self, "seed")
-        least, have = 1 + self.memory.max_context_tokens + self.memory.max_extract_tokens, self.engine.max_model_tokens
-        sum_of = "memory.max_context_tokens + memory.max_extract_tokens + 1"
-        require(have >= least, "engine.max_model_tokens", have, f"{least} or more ({sum_of})", "raise it, or lower the two")
+        memory, have = self.memory, self.engine.max_model_tokens
+        summary = memory.max_summary_tokens if memory.policy in SUMMARIZING else 0
+        least = 1 + memory.max_context_tokens + memory.max_extract_tokens + summary
+        sum_of = f"memory.max_context_tokens + memory.max_extract_tokens{' + memory.max_summary_tokens' if summary else ''} + 1"
+        require(have >= least, "engine.max_model_tokens", have, f"{least} or more ({sum_of})", "raise it, or lower the others")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from actors.memory.base import Memory
-from actors.memory.none import TruncationMemory
 from actors.memory.parametric import ParametricMemory
+from actors.memory.truncation import TruncationMemory
 from configs.schema import MemoryConfig, WriteConfig
 
 

@@ -247,7 +247,7 @@ def _memory(cell: Cell, chat: ChatFormat, system_prompt: str) -> tuple[MemoryCon
     opening = len(chat.system(system_prompt)) + len(chat.assistant_open)
     if cell.memory == "none":
         needed = opening + cell.length + len(chat.user(QUESTION)) + sizes.answer
-        return MemoryConfig(policy="none", max_context_tokens=needed), needed
+        return MemoryConfig(policy="truncation", max_context_tokens=needed), needed
     # A context is relieved once it is over L_max: by a turn at most. The extraction lists earlier flashcards, ``extraction`` tokens at most.
     asking = len(chat.user(extraction_prompt(QUESTION, [Flashcard("q", "a")]))) + len(chat.assistant_open)
     config = MemoryConfig(policy="parametric", max_context_tokens=sizes.limit, max_extract_tokens=sizes.extraction)

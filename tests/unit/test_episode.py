@@ -124,14 +124,14 @@ def test_a_question_is_answered_from_a_context_that_holds_it(chat: ChatFormat) -
 
 def test_without_memory_nothing_is_written_and_a_large_window_is_the_full_context(chat: ChatFormat) -> None:
     policy, writer = _talker(chat), ScriptedWriter()
-    (segment,) = _run(chat, policy, writer, MemoryConfig(policy="none", max_context_tokens=4096)).segments
+    (segment,) = _run(chat, policy, writer, MemoryConfig(policy="truncation", max_context_tokens=4096)).segments
     assert all(text in chat.decode(segment.token_ids) for text in TASK.payload["sessions"])
     assert writer.batches == [] and segment.revision == 0
 
 
 def test_truncation_keeps_every_prompt_in_the_window(chat: ChatFormat) -> None:
     policy = _talker(chat)
-    trajectory = _run(chat, policy, ScriptedWriter(), MemoryConfig(policy="none", max_context_tokens=40))
+    trajectory = _run(chat, policy, ScriptedWriter(), MemoryConfig(policy="truncation", max_context_tokens=40))
     assert all(len(prompt) <= 40 + len(chat.assistant_open) for prompt, _, _ in policy.calls)
     assert [len(segment.spans) for segment in trajectory.segments] == [1, 1]
 

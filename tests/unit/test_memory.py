@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from actors.chat import ChatFormat
 from actors.memory.base import Agent, is_full, split_text, user_turns
 from actors.memory.build import build_memory
-from actors.memory.none import TruncationMemory
 from actors.memory.parametric import ParametricMemory
+from actors.memory.truncation import TruncationMemory
 from actors.types import FastWeights, Flashcard, Generation, SpanKind, WriteExample, WriteRequest, WriteResult
 from configs.schema import MemoryConfig, WriteConfig
 from tests.unit.rollout_fakes import ScriptedWriter, sampled
@@ -182,7 +182,7 @@ def test_truncation_keeps_the_system_prompt_and_the_newest_tokens(chat: ChatForm
     agent.context.observe(chat.user("The train left on time."))
     before = agent.context.ids
     limit = len(before) - 5
-    asyncio.run(TruncationMemory(MemoryConfig(policy="none", max_context_tokens=limit)).relieve(agent, 4))
+    asyncio.run(TruncationMemory(MemoryConfig(policy="truncation", max_context_tokens=limit)).relieve(agent, 4))
     opening = chat.system("Be brief.")
     assert agent.context.ids[: len(opening)] == opening
     assert len(agent.context) + 4 == limit
@@ -227,4 +227,4 @@ def test_splitting_loses_nothing_and_ends(text: str, limit: int) -> None:
 
 def test_the_factory_knows_both_policies() -> None:
     assert isinstance(build_memory(MemoryConfig(policy="parametric"), WriteConfig()), ParametricMemory)
-    assert isinstance(build_memory(MemoryConfig(policy="none"), WriteConfig()), TruncationMemory)
+    assert isinstance(build_memory(MemoryConfig(policy="truncation"), WriteConfig()), TruncationMemory)

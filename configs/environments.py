@@ -1,0 +1,116 @@
+"""Settings of the task sources; `configs.schema` puts them into a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from configs.bounds import not_negative, positive, require
+
+
+@dataclass(frozen=True)
+class RecallConfig:
+    """Synthetic facts told over several sessions, then questions. Unlimited tasks; train and eval names never overlap."""
+
+    sessions: int = 2
+    facts_per_session: int = 2
+    questions: int = 2
+    filler_sentences: int = 1  # small talk in each session
+
+    def __post_init__(self) -> None:
+        positive(self, "sessions", "facts_per_session", "questions")
+        not_negative(self, "filler_sentences")
+        require(self.questions <= self.sessions * self.facts_per_session, "questions", self.questions, "at most sessions * facts_per_session")
+
+
+@dataclass(frozen=True)
+class ConversationConfig:
+    """Long conversations with questions, read from ``path``. ``scorer`` picks what the reward is (both are always reported)."""
+
+    path: str = ""  # required with environment.name=conversation
+    format: Literal["locomo", "longmemeval"] = "locomo"  # the file's schema
+    scorer: Literal["official", "plain"] = "plain"
+    questions_per_episode: int = 1  # asked after all sessions
+    max_sessions: int = 0  # 0: all; otherwise the last n sessions up to the evidence, for quick looks
+    categories: tuple[int, ...] = (1, 2, 3, 4, 5)  # LoCoMo's question categories
+    eval_fraction: float = 0.5  # of the conversations, held out
+
+    def __post_init__(self) -> None:
+        positive(self, "questions_per_episode")
+        not_negative(self, "max_sessions")
+        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded")
+        require(set(self.categories) <= {1, 2, 3, 4, 5} and len(self.categories) > 0, "categories", self.categories, "some of 1, 2, 3, 4, 5")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Multi-objective search (MEM1, arXiv 2506.15841): ``objectives`` questions joined by "; ", answered with a search tool over ``corpus_path``."""
+
+    questions_path: str = ""  # required with environment.name=search: HotpotQA's JSON list, or JSON lines of question and answer
+    corpus_path: str = ""  # required with environment.name=search: a JSON object of title to sentences, or JSON lines of title and text
+    objectives: int = 4  # questions of one task
+    results: int = 3  # passages that a search shows
+    max_turns: int = 10  # searches and the answer of one episode
+    retriever: Literal["bm25", "dense"] = "bm25"  # words, or the sentence embedder
+    eval_fraction: float = 0.5  # of the tasks, held out
+
+    def __post_init__(self) -> None:
+        positive(self, "objectives", "results", "max_turns")
+        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded")
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """An LLM behind an OpenAI-compatible endpoint. The key is read from the environment variable ``api_key_env``, and never logged."""
+
+    url: str = ""  # e.g. http://127.0.0.1:8000/v1
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    timeout_s: float = 60
+    retries: int = 3
+    max_concurrent: int = 8
+    cache_dir: str = ""  # verdicts are kept here and asked for once; empty: no cache
+    usd_per_million_prompt_tokens: float = 0.0  # for the cost column
+    usd_per_million_generated_tokens: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive(self, "timeout_s", "max_concurrent")
+        not_negative(self, "retries", "usd_per_million_prompt_tokens", "usd_per_million_generated_tokens")
+
+
+@dataclass(frozen=True)
+class RubricConfig:
+    """Context learning judged by rubrics (CL-Bench, arXiv 2602.03587): all of an item's rubrics met scores 1, anything less 0."""
+
+    path: str = ""  # required with environment.name=rubric: JSON lines of messages, rubrics and metadata
+    checker: Literal["judge", "rules"] = "judge"  # an LLM judge, or the rule that each rubric states (a file with another rubric is refused)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    eval_fraction: float = 0.5  # of the items, held out
+
+    def __post_init__(self) -> None:
+        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded")
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """Where tasks come from."""
+
+    name: Literal["recall", "conversation", "search", "rubric"] = "recall"
+    recall: RecallConfig = field(default_factory=RecallConfig)
+    conversation: ConversationConfig = field(default_factory=ConversationConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    rubric: RubricConfig = field(default_factory=RubricConfig)
+
+    def __post_init__(self) -> None:
+        path = self.conversation.path
+        require(
+            self.name != "conversation" or path != "", "conversation.path", path, "a file of conversations where environment.name is conversation"
+        )
+        for key in ("questions_path", "corpus_path"):
+            path = getattr(self.search, key)
+            require(self.name != "search" or path != "", f"search.{key}", path, "a file where environment.name is search")
+        path, judge = self.rubric.path, self.rubric.judge
+        require(self.name != "rubric" or path != "", "rubric.path", path, "a JSON lines file where environment.name is rubric")
+        for key, value in (("url", judge.url), ("model", judge.model)):
+            judged = self.name == "rubric" and self.rubric.checker == "judge"
+            require(not judged or value != "", f"rubric.judge.{key}", value, "given where environment.rubric.checker is judge", "or checker=rules")
