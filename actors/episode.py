@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Literal
 
 from actors.chat import ChatFormat
 from actors.environments.base import Environment, Session
-from actors.memory.base import Agent, Memory, is_full, user_turns
+from actors.memory.base import Agent, Memory
 from actors.protocols import AsyncWriter, EngineError, Policy
 from actors.types import (
     AdapterKey,
@@ -113,7 +114,7 @@ async def run_episode(
         stop_reason = await play(agent, session, memory, spec.max_answer_tokens, spec.max_turns)
     finally:
         await actor.close()
-    outcome = session.outcome()
+    outcome = await asyncio.to_thread(session.outcome)  # a judge may take its time, and other episodes run on this loop
     total = time.perf_counter() - started
     return Trajectory(
         task=spec.task,
@@ -122,6 +123,7 @@ async def run_episode(
         segments=agent.finish(),
         revisions=tuple(actor.revisions),
         writes=tuple(agent.writes),
+        memory_events=dict(memory.events),
         outcome=outcome,
         stop_reason=stop_reason,
         timings=Timings(total=total, **actor.seconds, environment=total - sum(actor.seconds.values())),
@@ -129,27 +131,16 @@ async def run_episode(
 
 
 async def play(agent: Agent, session: Session, memory: Memory, max_answer_tokens: int, max_turns: int) -> StopReason:
-    """The loop of the paper's algorithm.
-
-    A turn that wants an answer is never cleared away unanswered: room is made before it. Any other may overfill the context, which is then relieved.
-    An observation longer than L_max comes in pieces that are not.
-    """
+    """The loop of the paper's algorithm; how a text is taken in and what happens when the context is full is the memory's."""
     turns = 0
     while (observation := session.observe()) is not None:
-        if observation.wants_action:
-            if turns == max_turns:
-                return "max_turns"
-            turn = agent.chat.user(observation.text)
-            if is_full(agent, memory, len(turn)):
-                await memory.relieve(agent, len(turn))
-            agent.context.observe(turn)
-            session.act(await agent.reply("act", max_answer_tokens))
-            turns += 1
-        else:
-            for turn in user_turns(observation.text, agent.chat, memory.max_context_tokens):
-                agent.context.observe(turn)
-                if is_full(agent, memory, 0):
-                    await memory.relieve(agent, 0)
+        if not observation.wants_action:
+            await memory.read(agent, observation.text)
+            continue
+        if turns == max_turns:
+            return "max_turns"
+        session.act(await memory.answer(agent, observation.text, max_answer_tokens))
+        turns += 1
     return "done"
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from actors.chat import ChatFormat
 from actors.environments.base import Environment, TaskError
 from actors.episode import EpisodeSpec, derived_seed, run_episode
-from actors.memory.build import build_memory
+from actors.memory.build import Surroundings, build_memory
 from actors.protocols import EngineError, FastWeightWriter, Policy, ReceiptError, WriterError
 from actors.types import Boundary, FailedEpisode, Task, Trajectory, TrajectoryGroup, WriteRequest, WriteResult
 from configs.schema import MemoryConfig, RolloutConfig, WriteConfig
@@ -105,6 +105,7 @@ class Rollout:
         write: WriteConfig,
         rollout: RolloutConfig,
         slots: int,
+        surroundings: Surroundings,
         basis_id: str,
         worker_name: str,
     ) -> None:
@@ -116,6 +117,7 @@ class Rollout:
         self._chat = chat
         self._write = write
         self._rollout = rollout
+        self._surroundings = surroundings
         self._slots = asyncio.Semaphore(slots)
         self._basis_id = basis_id
         self._worker_name = worker_name
@@ -149,7 +151,7 @@ class Rollout:
             max_turns=self._rollout.max_turns,
             seed=derived_seed(request.seed, number),
         )
-        memory = build_memory(request.memory, self._write)
+        memory = build_memory(request.memory, self._write, self._surroundings)
         limit = self._rollout.episode_timeout_s
         async with self._slots:
             deadline = asyncio.timeout(limit)

@@ -23,9 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-PolicyVersion = int
-"""Optimizer steps behind the policy's weights theta. Version 0 is what the run started from."""
-
+PolicyVersion = int  # optimizer steps behind the policy's weights theta; version 0 is what the run started from
 SpanKind = Literal["act", "extract"]
 WriteOutcome = Literal["accepted", "empty", "rolled_back"]
 FinishReason = Literal["stop", "length"]
@@ -89,13 +87,15 @@ class FastWeights:
 
 @dataclass(frozen=True, slots=True)
 class WriteRecord:
-    """One line of an episode's write log. Replaying ``flashcards`` of the accepted records on the same base rebuilds Delta.
+    """One line of an episode's write log. Replaying ``examples`` of the accepted records on the same base rebuilds Delta.
 
-    ``revision`` is the revision in force after the write (unchanged when it was empty or rolled back). Losses are mean nats per answer token.
-    ``reason`` is empty for an accepted write, else says why not. ``extraction`` is the text that the agent wrote.
+    ``examples`` is what was trained on, to the token; ``flashcards`` those that it was made of (none where a memory writes other text) without the
+    rehearsed ones. ``revision`` is the one in force after the write (unchanged when it was empty or rolled back). Losses are mean nats per answer
+    token. ``reason`` is empty for an accepted write, else says why not. ``extraction`` is the text that the agent wrote.
     """
 
     revision: int
+    examples: tuple[WriteExample, ...]
     flashcards: tuple[Flashcard, ...]
     extraction: str
     rejected_flashcards: int
@@ -182,7 +182,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """A finished episode. ``revisions`` holds each written revision once: revision k >= 1 is ``revisions[k - 1]``."""
+    """A finished episode. ``revisions`` holds each written revision once: revision k >= 1 is ``revisions[k - 1]``.
+
+    ``memory_events`` counts what the memory policy did (summaries, searches, malformed calls, ...), by its own names.
+    """
 
     task: Task
     episode_id: str
@@ -190,6 +193,7 @@ class Trajectory:
     segments: tuple[Segment, ...]
     revisions: tuple[FastWeights, ...]
     writes: tuple[WriteRecord, ...]
+    memory_events: Mapping[str, int]
     outcome: Outcome
     stop_reason: StopReason
     timings: Timings
@@ -226,9 +230,6 @@ class TrajectoryGroup:
     trajectories: tuple[Trajectory, ...]
     failed: tuple[FailedEpisode, ...]
     worker: str
-
-
-# --- what the agent asks of an engine and of a writer ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,6 +207,7 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
     from actors.engine import VLLMPolicy
     from actors.environments.build import build_environment
     from actors.fast_weights import load_basis
+    from actors.memory.build import surroundings
     from actors.rollout import Rollout
 
     config = spec.config
@@ -215,5 +216,7 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
     environment = build_environment(config.environment)
     basis = load_basis(Path(spec.basis_path))
     policy = VLLMPolicy(spec.model_path, config.model, config.engine, basis, chat.stop_token_ids, spec.version, config.rollout.threads, config.seed)
-    rollout = Rollout(policy, policy.writer(config.write), environment, chat, config.write, config.rollout, config.engine.slots, basis.id, spec.name)
+    around = surroundings(config.engine.max_model_tokens, config.sampling.max_answer_tokens, config.embedder)
+    writer = policy.writer(config.write)
+    rollout = Rollout(policy, writer, environment, chat, config.write, config.rollout, config.engine.slots, around, basis.id, spec.name)
     return policy, rollout

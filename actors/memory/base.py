@@ -1,15 +1,18 @@
-"""What happens when the context is full: one policy a file, all of them parts of the same episode loop.
+"""How an agent reads, remembers and answers: one memory policy a file, all of them parts of the same episode loop.
 
-run_episode --observes--> Agent.context        when it holds more than max_context_tokens:
-                              ^  |
-                              |  v
-               Memory.relieve(agent, incoming)  --extract, write--> Actor (theta + Delta, or a demonstration)
+play --text--> Memory.read / Memory.answer --> Agent: its running context, asides, segments, write log
+                                                 |
+                                                 +--sample, learn--> Actor (theta + Delta, or a demonstration)
+
+Most policies keep one running context and only differ in what they do when it holds more than L_max tokens: they are a ``ContextMemory``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from actors.chat import ChatFormat, Ids
@@ -47,7 +50,7 @@ class Agent:
         self.chat = chat
         self.system_prompt = system_prompt
         self.question = question
-        self.context = self._fresh_context()
+        self.context = self._fresh_context("")
         self.segments: list[Segment] = []
         self.writes: list[WriteRecord] = []
 
@@ -59,10 +62,20 @@ class Agent:
         self.context.observe(self.chat.assistant_close(generation.token_ids))
         return self.chat.decode(generation.token_ids)
 
-    def clear(self) -> None:
-        """End the segment and begin the next with the system prompt alone."""
+    async def aside(self, prompt: str, kind: SpanKind, max_tokens: int) -> str:
+        """Sample a reply to ``prompt`` in a context of its own, which is a segment like any other; the running context does not see it."""
+        running, self.context = self.context, self._fresh_context("")
+        self.context.observe(self.chat.user(prompt))
+        try:
+            return await self.reply(kind, max_tokens)
+        finally:
+            self._end_segment()
+            self.context = running
+
+    def clear(self, remembered: str = "") -> None:
+        """End the segment and begin the next with the system prompt and, unless it is empty, ``remembered`` as a first user turn."""
         self._end_segment()
-        self.context = self._fresh_context()
+        self.context = self._fresh_context(remembered)
 
     def truncate(self, limit: int) -> None:
         """End the segment and begin the next with the newest tokens of this one, ``limit`` in all."""
@@ -79,26 +92,59 @@ class Agent:
         if self.context.has_actions:
             self.segments.append(self.context.close(self.actor.version, self.actor.weights.revision))
 
-    def _fresh_context(self) -> Context:
-        return Context(self.chat.system(self.system_prompt))
+    def _fresh_context(self, remembered: str) -> Context:
+        opening = self.chat.system(self.system_prompt)
+        return Context(opening + self.chat.user(remembered) if remembered else opening)
 
 
 class Memory(Protocol):
-    """Stateless: what it must remember of an episode stands in the agent's write log."""
+    """One episode's memory: built for it, so it may hold what it remembers. Single-use."""
 
     @property
-    def max_context_tokens(self) -> int:
-        """L_max."""
+    def events(self) -> Mapping[str, int]:
+        """What it did so far, counted by names of its own; failures of the model to keep to a form above all."""
         ...
 
+    async def read(self, agent: Agent, text: str) -> None:
+        """Take in what needs no answer."""
+        ...
+
+    async def answer(self, agent: Agent, text: str, max_tokens: int) -> str:
+        """The agent's reply, at most ``max_tokens`` long, to a turn that wants one."""
+        ...
+
+
+class ContextMemory(ABC):
+    """One running context that is relieved when it holds more than ``max_context_tokens`` (L_max).
+
+    A turn that wants an answer is never cleared away unanswered: room is made before it. Any other may overfill the context, which is then relieved.
+    A text longer than L_max comes in pieces that are not.
+    """
+
+    def __init__(self, max_context_tokens: int) -> None:
+        self.max_context_tokens = max_context_tokens
+        self.events: Counter[str] = Counter()
+
+    async def read(self, agent: Agent, text: str) -> None:
+        for turn in user_turns(text, agent.chat, self.max_context_tokens):
+            agent.context.observe(turn)
+            if self.is_full(agent, 0):
+                await self.relieve(agent, 0)
+
+    async def answer(self, agent: Agent, text: str, max_tokens: int) -> str:
+        turn = agent.chat.user(text)
+        if self.is_full(agent, len(turn)):
+            await self.relieve(agent, len(turn))
+        agent.context.observe(turn)
+        return await agent.reply("act", max_tokens)
+
+    def is_full(self, agent: Agent, incoming: int) -> bool:
+        """The trigger (TMEM, arXiv 2606.04536): more than L_max tokens, and something there to be moved out."""
+        return len(agent.context) + incoming > self.max_context_tokens and not agent.context.is_fresh
+
+    @abstractmethod
     async def relieve(self, agent: Agent, incoming: int) -> None:
         """Make room: the context is over L_max, or would be with the ``incoming`` tokens of a turn that must be answered from the next context."""
-        ...
-
-
-def is_full(agent: Agent, memory: Memory, incoming: int) -> bool:
-    """The trigger (TMEM, arXiv 2606.04536): more than L_max tokens, and something there to be moved out."""
-    return len(agent.context) + incoming > memory.max_context_tokens and not agent.context.is_fresh
 
 
 def user_turns(text: str, chat: ChatFormat, limit: int) -> list[Ids]:

@@ -5,21 +5,21 @@ Method: TMEM, arXiv 2606.04536. Rows: TMEM, and question-blind, where the memory
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 from actors.chat import ChatFormat
-from actors.flashcards import ParsedFlashcards, extraction_prompt, parse_flashcards, write_example
-from actors.memory.base import Agent
-from actors.types import Flashcard, WriteExample, WriteRecord
+from actors.flashcards import extraction_prompt, parse_flashcards, write_example
+from actors.memory.base import Agent, ContextMemory
+from actors.memory.write_log import record_nothing, record_write
+from actors.types import Flashcard, WriteExample
 from configs.schema import MemoryConfig, WriteConfig
 
 
-class ParametricMemory:
+class ParametricMemory(ContextMemory):
     """Invariant: a relief ends with one more write record and an empty context, whatever the model wrote."""
 
     def __init__(self, config: MemoryConfig, write: WriteConfig) -> None:
-        self.max_context_tokens = config.max_context_tokens
+        super().__init__(config.max_context_tokens)
         self._config = config
         self._write = write
 
@@ -32,10 +32,10 @@ class ParametricMemory:
         too_long = len(parsed.cards) - len(cards)
         if examples:
             rehearsed = self._examples(agent, self._to_rehearse(agent, cards))[1]
-            agent.writes.append(await _written(agent, text, cards, examples + rehearsed, parsed.rejected + too_long))
+            await record_write(agent, text, cards, examples + rehearsed, parsed.rejected + too_long)
         else:
             reason = parsed.problem or f"all {too_long} flashcards are over write.max_example_tokens={self._write.max_example_tokens}"
-            agent.writes.append(_empty(agent, text, parsed, too_long, reason))
+            record_nothing(agent, text, parsed.rejected + too_long, reason)
 
     def _prompt(self, agent: Agent) -> str:
         question = "" if self._config.question_blind else agent.question
@@ -61,41 +61,6 @@ def _known(agent: Agent) -> list[Flashcard]:
         latest.pop(card.question, None)  # a question answered anew moves to the end
         latest[card.question] = card
     return list(latest.values())
-
-
-async def _written(agent: Agent, text: str, cards: tuple[Flashcard, ...], examples: tuple[WriteExample, ...], rejected: int) -> WriteRecord:
-    result = await agent.actor.learn(examples)
-    return WriteRecord(
-        revision=agent.actor.weights.revision,
-        flashcards=cards,
-        extraction=text,
-        rejected_flashcards=rejected,
-        prompt_tokens=sum(len(example.prompt_ids) for example in examples),
-        answer_tokens=sum(len(example.answer_ids) for example in examples),
-        loss_before=result.loss_before,
-        loss_after=result.loss_after,
-        steps=result.steps,
-        seconds=result.seconds,
-        outcome=result.outcome,
-        reason=result.reason,
-    )
-
-
-def _empty(agent: Agent, text: str, parsed: ParsedFlashcards, too_long: int, reason: str) -> WriteRecord:
-    return WriteRecord(
-        revision=agent.actor.weights.revision,
-        flashcards=(),
-        extraction=text,
-        rejected_flashcards=parsed.rejected + too_long,
-        prompt_tokens=0,
-        answer_tokens=0,
-        loss_before=math.nan,  # nothing was written, so there is no loss; an average that forgets this shows it
-        loss_after=math.nan,
-        steps=0,
-        seconds=0.0,
-        outcome="empty",
-        reason=reason,
-    )
 
 
 def _newest(cards: Sequence[Flashcard], chat: ChatFormat, limit: int) -> list[Flashcard]:

@@ -1,16 +1,13 @@
-"""No memory: the context keeps its last L_max tokens (the rows "no memory", with a large L_max, and "truncation" of the comparison)."""
+"""No memory: the context keeps its newest tokens (the rows "truncation", and "full context" with the engine's window as the limit)."""
 
 from __future__ import annotations
 
-from actors.memory.base import Agent
-from configs.schema import MemoryConfig
+from actors.memory.base import Agent, ContextMemory
 
 
-class TruncationMemory:
+class TruncationMemory(ContextMemory):
     """Keeps the system prompt and drops the oldest tokens. What remains opens a new segment, so that each segment is what the engine saw."""
 
-    def __init__(self, config: MemoryConfig) -> None:
-        self.max_context_tokens = config.max_context_tokens
-
     async def relieve(self, agent: Agent, incoming: int) -> None:
+        self.events["truncations"] += 1
         agent.truncate(self.max_context_tokens - incoming)

@@ -90,7 +90,7 @@ class Template:
 def _trajectory(task: Task, version: PolicyVersion, number: int, parts: EpisodeParts) -> Trajectory:
     cards = tuple(Flashcard(f"Where does the person number {one} of {task.id}.{number} live?", "in Lisbon") for one in range(2))
     extraction = " ".join(f"Q: {card.question} A: {card.answer}" for card in cards)
-    writes = tuple(WriteRecord(weights.revision, cards, extraction, 0, 40, 8, 2.0, 1.0, 3, 0.5, "accepted", "") for weights in parts.revisions)
+    writes = tuple(WriteRecord(weights.revision, (), cards, extraction, 0, 40, 8, 2.0, 1.0, 3, 0.5, "accepted", "") for weights in parts.revisions)
     reward = 1 / (1 + number)
     answers = tuple(Answer(f"Where does number {one} live?", ("Lisbon",), "Lisbon", "home", {"f1": reward, "em": reward}) for one in range(2))
     return Trajectory(
@@ -100,6 +100,7 @@ def _trajectory(task: Task, version: PolicyVersion, number: int, parts: EpisodeP
         segments=tuple(replace(segment, policy_version=version) for segment in parts.segments),
         revisions=parts.revisions,
         writes=writes,
+        memory_events={},
         outcome=Outcome(reward, {"f1": reward, "em": reward}, answers),
         stop_reason="done",
         timings=Timings(**{field.name: 1.0 for field in fields(Timings)}),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from actors.types import AdapterKey, FastWeights, Flashcard, Generation, PolicyVersion, Probe, Sampling, Task, Trajectory
 from cluster.bench import memory as resident_memory
 from cluster.bench.values import BenchError
-from configs.schema import EngineConfig, EnvironmentConfig, FastWeightsConfig, MemoryConfig, ModelConfig, RolloutConfig, WriteConfig
+from configs.schema import EmbedderConfig, EngineConfig, EnvironmentConfig, FastWeightsConfig, MemoryConfig, ModelConfig, RolloutConfig, WriteConfig
 
 if TYPE_CHECKING:
     from actors.chat import ChatFormat
@@ -160,6 +160,7 @@ class Episode:
         from actors.engine import VLLMPolicy
         from actors.environments.build import build_environment
         from actors.fast_weights import compute_basis_from_checkpoint
+        from actors.memory.build import surroundings
         from actors.rollout import Rollout
 
         torch.set_num_threads(cell.threads)
@@ -176,7 +177,8 @@ class Episode:
         write, writer = WriteConfig(), self._policy.writer(WriteConfig())
         rollout = RolloutConfig(threads=cell.threads, episode_timeout_s=EPISODE_S)
         policy = ScriptedExtractions(self._policy, self._chat)
-        self._rollout = Rollout(policy, writer, environment, self._chat, write, rollout, engine.slots, basis.id, "cost")
+        around = surroundings(self._context, cell.sizes.answer, EmbedderConfig())
+        self._rollout = Rollout(policy, writer, environment, self._chat, write, rollout, engine.slots, around, basis.id, "cost")
 
     def cache_tokens(self) -> tuple[int, int]:
         """That the KV cache admits: as computed here, and as vLLM made it."""

@@ -90,7 +90,7 @@ def _trajectory(task: Task, number: int, environment: RecallEnvironment, chat: C
     memory = ParametricMemory(config.memory, config.write)
     stop = asyncio.run(play(agent, session, memory, config.sampling.max_answer_tokens, max_turns=len(task.payload["questions"])))
     segments, revisions = agent.finish(), tuple(actor.revisions)
-    return Trajectory(task, f"{task.id}/{number}", 0, segments, revisions, tuple(agent.writes), session.outcome(), stop, _NO_TIMES)
+    return Trajectory(task, f"{task.id}/{number}", 0, segments, revisions, tuple(agent.writes), {}, session.outcome(), stop, _NO_TIMES)
 
 
 class _Actor:

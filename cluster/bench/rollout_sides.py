@@ -90,6 +90,7 @@ class EngramSide:
         from actors.engine import VLLMPolicy
         from actors.environments.build import build_environment
         from actors.fast_weights import load_basis
+        from actors.memory.build import surroundings
         from actors.rollout import Rollout
         from cluster.warm_start import can_demonstrate
 
@@ -103,8 +104,9 @@ class EngramSide:
         self._engine = VLLMPolicy(setup.model_path, config.model, config.engine, basis, stop, VERSION, config.rollout.threads, config.seed)
         self._policy = Scripted(self._engine, chat, environment, config.memory.question_blind)
         self._basis = basis
+        around = surroundings(config.engine.max_model_tokens, config.sampling.max_answer_tokens, config.embedder)
         self._make_rollout: Callable[[FastWeightWriter], Rollout] = lambda writer: Rollout(
-            self._policy, writer, environment, chat, config.write, config.rollout, config.engine.slots, basis.id, "bench"
+            self._policy, writer, environment, chat, config.write, config.rollout, config.engine.slots, around, basis.id, "bench"
         )
         self._tasks = list(_first(environment, config.seed, setup.tasks))
         self._loop = asyncio.new_event_loop()  # a Rollout lives on one

@@ -75,7 +75,7 @@ async def _episode(seam: Seam, episode: str, seed: int) -> Trajectory:
     await seam.policy.release([AdapterKey(seam.policy.version, episode, revision) for revision in (1, 2)])
     task = Task("parity", "recall", {}, 0)
     times = Timings(0, 0, 0, 0, 0, 0)
-    return Trajectory(task, episode, seam.policy.version, tuple(segments), tuple(revisions), (), Outcome(float(seed % 2), {}, ()), "done", times)
+    return Trajectory(task, episode, seam.policy.version, tuple(segments), tuple(revisions), (), {}, Outcome(float(seed % 2), {}, ()), "done", times)
 
 
 def _largest_gap(seam: Seam, trajectory: Trajectory) -> float:

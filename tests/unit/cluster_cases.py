@@ -33,7 +33,9 @@ def trajectory(task: Task, version: int, reward: float, writes: Sequence[WriteOu
     """One segment of four tokens, the last two sampled."""
     mask = np.array([False, False, True, True])
     segment = Segment(np.arange(4, dtype=np.int32), mask, np.zeros(4, dtype=np.float32), version, 0, (ActionSpan(2, 4, "act"),))
-    records = tuple(WriteRecord(0, (), "[]", 0, 3, 2, 2.0, 1.0, 5, 0.5, outcome, "" if outcome == "accepted" else "no card") for outcome in writes)
+    records = tuple(
+        WriteRecord(0, (), (), "[]", 0, 3, 2, 2.0, 1.0, 5, 0.5, outcome, "" if outcome == "accepted" else "no card") for outcome in writes
+    )
     answer = Answer("Where?", ("here",), "here", "home", {"f1": reward, "em": float(reward == 1.0)})
     return Trajectory(
         task=task,
@@ -42,6 +44,7 @@ def trajectory(task: Task, version: int, reward: float, writes: Sequence[WriteOu
         segments=(segment,),
         revisions=(),
         writes=records,
+        memory_events={},
         outcome=Outcome(reward, {"f1": reward}, (answer,)),
         stop_reason="done",
         timings=Timings(seconds, 0.3, 0.2, 0.2, 0.1, 0.1),

@@ -62,7 +62,7 @@ def trajectory(basis: Basis, seed: int, reward: float, lengths: Sequence[int] = 
     last = len(lengths) - 1
     segments = tuple(segment(rng, length + seed % 3, place, "act" if place == last else "extract") for place, length in enumerate(lengths))
     revisions = tuple(fast_weights(basis, revision, seed) for revision in range(1, len(lengths)))
-    return Trajectory(TASK, f"episode-{seed}", 0, segments, revisions, (), Outcome(reward, {}, ()), "done", Timings(0, 0, 0, 0, 0, 0))
+    return Trajectory(TASK, f"episode-{seed}", 0, segments, revisions, (), {}, Outcome(reward, {}, ()), "done", Timings(0, 0, 0, 0, 0, 0))
 
 
 def group(basis: Basis, rewards: Sequence[float], first_seed: int = 1) -> TrajectoryGroup:

@@ -8,8 +8,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from actors.memory.build import Surroundings
+from actors.retrieval import Embedder
 from actors.types import AdapterKey, FastWeights, Generation, Probe, Sampling, WriteRequest, WriteResult
 
+
+def _no_embedder() -> Embedder:
+    raise AssertionError("this test has no embedder")
+
+
+SURROUNDINGS = Surroundings(window_tokens=4096, answer_tokens=64, embedder=_no_embedder)
 MODULE = "model.layers.5.mlp.down_proj"
 
 

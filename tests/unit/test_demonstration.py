@@ -18,7 +18,7 @@ from actors.memory.build import build_memory
 from actors.rollout import WriteBatcher
 from actors.types import AdapterKey, Generation, Sampling, Trajectory
 from configs.schema import MemoryConfig, RecallConfig, WriteConfig
-from tests.unit.rollout_fakes import ScriptedPolicy, ScriptedWriter, sampled
+from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
 ENVIRONMENT = RecallEnvironment(RecallConfig(sessions=2, facts_per_session=4, questions=4, filler_sentences=1))
 TASKS = list(itertools.islice(ENVIRONMENT.tasks("train", 0, 0), 10))
@@ -57,7 +57,7 @@ def test_a_real_episode_that_writes_the_gold_sees_the_same_tokens(chat: ChatForm
     async def play() -> Trajectory:
         spec = EpisodeSpec(task, "g.0", temperature=1.0, max_answer_tokens=8, max_turns=9, seed=0)
         batcher = WriteBatcher(ScriptedWriter())
-        return await run_episode(spec, ENVIRONMENT, ScriptedPolicy(script), batcher, chat, build_memory(memory, WriteConfig()), "basis")
+        return await run_episode(spec, ENVIRONMENT, ScriptedPolicy(script), batcher, chat, build_memory(memory, WriteConfig(), SURROUNDINGS), "basis")
 
     segments = asyncio.run(play()).segments
     assert [segment.token_ids.tolist() for segment in segments] == [segment.token_ids.tolist() for segment in taught]

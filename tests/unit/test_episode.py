@@ -18,7 +18,7 @@ from actors.protocols import EngineError, ReceiptError
 from actors.rollout import WriteBatcher
 from actors.types import AdapterKey, FastWeights, Generation, Outcome, Probe, Sampling, Task, Trajectory
 from configs.schema import MemoryConfig, RecallConfig, WriteConfig
-from tests.unit.rollout_fakes import MODULE, ScriptedPolicy, ScriptedWriter, sampled
+from tests.unit.rollout_fakes import MODULE, SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}]'
 EACH_SESSION = MemoryConfig(max_context_tokens=50)  # system prompt 18 tokens, session about 45, question about 12
@@ -47,7 +47,7 @@ def _talker(chat: ChatFormat, extraction: str = CARDS, answer: str = "Lisbon") -
 
 def _run(chat: ChatFormat, policy: ScriptedPolicy, writer: ScriptedWriter, memory: MemoryConfig = EACH_SESSION, **changes: object) -> Trajectory:
     async def play() -> Trajectory:
-        policy_of_memory = build_memory(memory, WriteConfig())
+        policy_of_memory = build_memory(memory, WriteConfig(), SURROUNDINGS)
         return await run_episode(_spec(**changes), ENVIRONMENT, policy, WriteBatcher(writer), chat, policy_of_memory, "basis")
 
     return asyncio.run(play())
@@ -219,7 +219,7 @@ def test_an_observation_longer_than_the_window_is_read_in_pieces_and_all_of_it(c
     policy = _talker(chat)
 
     async def play() -> Trajectory:
-        memory = build_memory(MemoryConfig(max_context_tokens=120), WriteConfig())
+        memory = build_memory(MemoryConfig(max_context_tokens=120), WriteConfig(), SURROUNDINGS)
         return await run_episode(_spec(), _Reader(), policy, WriteBatcher(ScriptedWriter()), chat, memory, "basis")  # type: ignore[arg-type]
 
     trajectory = asyncio.run(play())

@@ -60,7 +60,7 @@ def test_segments_without_sampled_tokens_are_dropped_and_counted() -> None:
     silent = Segment(np.arange(5, dtype=np.int32), np.zeros(5, bool), np.zeros(5, np.float32), 0, 0, ())
     mask = np.array([0, 0, 1], dtype=bool)
     spoken = Segment(np.arange(3, dtype=np.int32), mask, np.zeros(3, np.float32), 0, 0, (ActionSpan(2, 3, "act"),))
-    episode = Trajectory(TASK, "e", 0, (silent, spoken), (), (), Outcome(1, {}, ()), "done", Timings(0, 0, 0, 0, 0, 0))
+    episode = Trajectory(TASK, "e", 0, (silent, spoken), (), (), {}, Outcome(1, {}, ()), "done", Timings(0, 0, 0, 0, 0, 0))
     rows = rows_of([ScoredTrajectory(episode, 1.0)], "token", True)
     assert (len(rows.rows), rows.segments_without_actions, rows.rows[0].scale) == (1, 1, 1.0)
     assert len(supervised_rows((silent, spoken))) == 1

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.chat import ChatFormat
-from actors.memory.base import Agent, is_full, split_text, user_turns
+from actors.memory.base import Agent, split_text, user_turns
 from actors.memory.build import build_memory
 from actors.memory.parametric import ParametricMemory
 from actors.memory.truncation import TruncationMemory
 from actors.types import FastWeights, Flashcard, Generation, SpanKind, WriteExample, WriteRequest, WriteResult
 from configs.schema import MemoryConfig, WriteConfig
-from tests.unit.rollout_fakes import ScriptedWriter, sampled
+from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedWriter, sampled
 
 PAPER = WriteConfig()
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}, {"instruction": "Where to?", "output": "Lisbon"}]'
@@ -182,7 +182,7 @@ def test_truncation_keeps_the_system_prompt_and_the_newest_tokens(chat: ChatForm
     agent.context.observe(chat.user("The train left on time."))
     before = agent.context.ids
     limit = len(before) - 5
-    asyncio.run(TruncationMemory(MemoryConfig(policy="truncation", max_context_tokens=limit)).relieve(agent, 4))
+    asyncio.run(TruncationMemory(limit).relieve(agent, 4))
     opening = chat.system("Be brief.")
     assert agent.context.ids[: len(opening)] == opening
     assert len(agent.context) + 4 == limit
@@ -194,13 +194,13 @@ def test_truncation_keeps_the_system_prompt_and_the_newest_tokens(chat: ChatForm
 
 
 def test_the_trigger_needs_something_to_move_out(chat: ChatFormat) -> None:
-    memory = build_memory(MemoryConfig(max_context_tokens=40), WriteConfig())
+    memory = build_memory(MemoryConfig(max_context_tokens=40), WriteConfig(), SURROUNDINGS)
     agent = Agent(_Actor(chat, []), chat, "Be brief.", "")
-    assert not is_full(agent, memory, 1000)
+    assert not memory.is_full(agent, 1000)
     agent.context.observe([5] * (40 - len(agent.context)))
-    assert not is_full(agent, memory, 0) and is_full(agent, memory, 1)
+    assert not memory.is_full(agent, 0) and memory.is_full(agent, 1)
     agent.context.observe([5])
-    assert is_full(agent, memory, 0)
+    assert memory.is_full(agent, 0)
 
 
 def test_a_long_observation_comes_in_turns_that_fit(chat: ChatFormat) -> None:
@@ -226,5 +226,5 @@ def test_splitting_loses_nothing_and_ends(text: str, limit: int) -> None:
 
 
 def test_the_factory_knows_both_policies() -> None:
-    assert isinstance(build_memory(MemoryConfig(policy="parametric"), WriteConfig()), ParametricMemory)
-    assert isinstance(build_memory(MemoryConfig(policy="truncation"), WriteConfig()), TruncationMemory)
+    assert isinstance(build_memory(MemoryConfig(policy="parametric"), WriteConfig(), SURROUNDINGS), ParametricMemory)
+    assert isinstance(build_memory(MemoryConfig(policy="truncation"), WriteConfig(), SURROUNDINGS), TruncationMemory)

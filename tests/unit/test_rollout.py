@@ -17,7 +17,7 @@ from actors.protocols import EngineError, FastWeightWriter, ReceiptError, Writer
 from actors.rollout import Rollout, RolloutRequest, WriteBatcher
 from actors.types import AdapterKey, FastWeights, Generation, Probe, Sampling, Task, WriteExample, WriteRequest, WriteResult
 from configs.schema import MemoryConfig, RecallConfig, RolloutConfig, WriteConfig
-from tests.unit.rollout_fakes import ScriptedPolicy, ScriptedWriter, sampled
+from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}]'
 ENVIRONMENT = RecallEnvironment(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
@@ -49,7 +49,9 @@ def _rollout(
     environment: RecallEnvironment = ENVIRONMENT,
 ) -> Rollout:
     rollout = RolloutConfig(episode_timeout_s=timeout_s)
-    return Rollout(policy, writer, environment, chat, WriteConfig(), rollout, slots=slots, basis_id="basis", worker_name="worker-0")
+    return Rollout(
+        policy, writer, environment, chat, WriteConfig(), rollout, slots=slots, surroundings=SURROUNDINGS, basis_id="basis", worker_name="worker-0"
+    )
 
 
 def _request(group_id: str = "g", group_size: int = 4, seed: int = 1) -> RolloutRequest:
