@@ -203,10 +203,10 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
     import torch
     from transformers import AutoTokenizer
 
+    from actors.basis import load_basis
     from actors.chat import ChatFormat
     from actors.engine import VLLMPolicy
     from actors.environments.build import build_environment
-    from actors.fast_weights import load_basis
     from actors.memory.build import surroundings
     from actors.rollout import Rollout
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from actors.fast_weights import load_basis
+from actors.basis import load_basis
 from actors.types import PolicyVersion
 from actors.worker import WorkerSpec
 from cluster.broadcast import ObjectStoreChannel

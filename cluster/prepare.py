@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from actors.basis import compute_basis_from_checkpoint, load_basis, save_basis
 from actors.environments.base import Environment, TaskError
 from actors.environments.build import build_environment
-from actors.fast_weights import compute_basis_from_checkpoint, load_basis, save_basis
 from actors.types import Task
 from cluster.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from cluster.errors import CheckpointError

@@ -156,10 +156,10 @@ class Episode:
         import torch
         from transformers import AutoConfig, AutoTokenizer
 
+        from actors.basis import compute_basis_from_checkpoint
         from actors.chat import ChatFormat
         from actors.engine import VLLMPolicy
         from actors.environments.build import build_environment
-        from actors.fast_weights import compute_basis_from_checkpoint
         from actors.memory.build import surroundings
         from actors.rollout import Rollout
 

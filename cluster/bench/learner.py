@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from actors.fast_weights import Basis, compute_basis_from_checkpoint
+from actors.basis import compute_basis_from_checkpoint
+from actors.fast_weights import Basis
 from actors.types import TrajectoryGroup
 from cluster.bench.harness import in_turns, timed
 from cluster.bench.learner_groups import recall_groups, shared_prefix_fraction, without_deltas

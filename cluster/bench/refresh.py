@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actors.basis import compute_basis_from_checkpoint
 from actors.engine import VLLMPolicy
 from actors.engine_start import model_of
-from actors.fast_weights import compute_basis_from_checkpoint
 from actors.types import AdapterKey, Sampling
 from cluster.bench.harness import in_turns, timed
 from cluster.bench.values import Case, Context, Goal, Outcome, Table, Timing

@@ -18,10 +18,11 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from actors.basis import compute_basis_from_checkpoint
 from actors.engine import VLLMPolicy
 from actors.engine_adapters import AdapterTable, as_tensors
 from actors.engine_start import build_engine, engine_arguments, prepare_environment, read_vocabulary, start_engine
-from actors.fast_weights import Basis, compute_basis_from_checkpoint
+from actors.fast_weights import Basis
 from actors.types import AdapterKey, FastWeights
 from cluster.bench.harness import timed
 from cluster.bench.values import Timing

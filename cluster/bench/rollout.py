@@ -39,7 +39,7 @@ class Floor:
 
 
 def run(context: Context) -> Outcome:
-    from actors.fast_weights import compute_basis_from_checkpoint, save_basis
+    from actors.basis import compute_basis_from_checkpoint, save_basis
 
     config = _config(context)
     # A task of its own for each episode: the scripted siblings of one task would all write the same flashcards, which the writer reads only once.

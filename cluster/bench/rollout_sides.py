@@ -87,9 +87,9 @@ class EngramSide:
     def __init__(self, setup: Setup) -> None:
         from transformers import AutoTokenizer
 
+        from actors.basis import load_basis
         from actors.engine import VLLMPolicy
         from actors.environments.build import build_environment
-        from actors.fast_weights import load_basis
         from actors.memory.build import surroundings
         from actors.rollout import Rollout
         from cluster.warm_start import can_demonstrate
@@ -225,8 +225,8 @@ class VLLMSide:
     """Held by a child process: vLLM without adapters and without writes, on the settings of Engram's engine."""
 
     def __init__(self, setup: Setup) -> None:
+        from actors.basis import load_basis
         from actors.engine_start import engine_arguments, prepare_environment, start_engine
-        from actors.fast_weights import load_basis
 
         config = setup.config
         prepare_environment(config.rollout.threads)

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from actors.basis import compute_basis_from_checkpoint
 from actors.chat import ChatFormat
 from actors.environments.recall import RecallEnvironment
-from actors.fast_weights import Basis, compute_basis_from_checkpoint, zero
+from actors.fast_weights import Basis, zero
 from actors.flashcards import write_example
 from actors.frozen_model import FrozenModel, read_model
 from actors.types import WriteRequest, WriteResult

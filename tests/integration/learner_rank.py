@@ -12,7 +12,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from actors.fast_weights import compute_basis_from_checkpoint
+from actors.basis import compute_basis_from_checkpoint
 from configs.schema import FastWeightsConfig
 from tests.unit.learner_cases import free, group, learner
 

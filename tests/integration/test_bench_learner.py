@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from actors.basis import compute_basis_from_checkpoint
 from actors.chat import ChatFormat
-from actors.fast_weights import Basis, check, compute_basis_from_checkpoint
+from actors.fast_weights import Basis, check
 from actors.types import TrajectoryGroup
 from cluster.bench import memory
 from cluster.bench.learner import QUICKSTART, head, padding_of, sort_and_fill

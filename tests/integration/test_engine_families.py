@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from actors.fast_weights import Basis, compute_basis_from_checkpoint, zero
+from actors.basis import compute_basis_from_checkpoint
+from actors.fast_weights import Basis, zero
 from actors.types import AdapterKey, FastWeights, Sampling, WriteExample, WriteRequest
 from cluster.bench.harness import child
 from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig, WriteConfig

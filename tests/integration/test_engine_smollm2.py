@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from actors.basis import compute_basis_from_checkpoint
 from actors.engine import VLLMPolicy
-from actors.fast_weights import Basis, compute_basis_from_checkpoint
+from actors.fast_weights import Basis
 from actors.protocols import EngineError, ReceiptError
 from actors.types import AdapterKey, Probe, Sampling
 from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from actors.basis import compute_basis_from_checkpoint
 from actors.engine import VLLMPolicy
-from actors.fast_weights import Basis, compute_basis_from_checkpoint, zero
+from actors.fast_weights import Basis, zero
 from actors.protocols import WriterError
 from actors.types import AdapterKey, Sampling, WriteExample, WriteRequest, WriteResult
 from actors.writer import BatchedWriter, checkpoint_writer

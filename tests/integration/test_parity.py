@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from actors.basis import compute_basis_from_checkpoint
 from actors.context import Context
 from actors.engine import VLLMPolicy
-from actors.fast_weights import Basis, DeltaInjector, compute_basis_from_checkpoint, stack, zero
+from actors.fast_weights import Basis, DeltaInjector, stack, zero
 from actors.protocols import FastWeightWriter
 from actors.types import AdapterKey, FastWeights, Outcome, Sampling, Segment, Task, Timings, Trajectory, WriteExample, WriteRequest
 from configs.schema import EngineConfig, FastWeightsConfig, LearnerConfig, ModelConfig, WriteConfig

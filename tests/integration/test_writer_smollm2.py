@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.fast_weights import Basis, compute_basis_from_checkpoint, zero
+from actors.basis import compute_basis_from_checkpoint
+from actors.fast_weights import Basis, zero
 from actors.peft_format import export_peft
 from actors.types import WriteExample, WriteRequest, WriteResult
 from actors.writer import checkpoint_writer

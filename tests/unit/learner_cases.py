@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from actors.fast_weights import Basis, compute_basis_from_checkpoint
+from actors.basis import compute_basis_from_checkpoint
+from actors.fast_weights import Basis
 from actors.types import ActionSpan, FastWeights, Outcome, Segment, SpanKind, Task, Timings, Trajectory, TrajectoryGroup
 from configs.schema import FastWeightsConfig, LearnerConfig, ObjectiveConfig
 from learner.advantage import grpo

@@ -21,19 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from actors.fast_weights import (
-    Basis,
-    BasisError,
-    DeltaInjector,
-    add_delta,
-    compute_basis,
-    compute_basis_from_checkpoint,
-    load_basis,
-    save_basis,
-    stack,
-    target_modules,
-    zero,
-)
+from actors.basis import compute_basis, compute_basis_from_checkpoint, load_basis, save_basis, target_modules
+from actors.fast_weights import Basis, BasisError, DeltaInjector, add_delta, stack, zero
 from actors.peft_format import export_peft, from_peft, to_peft
 from actors.types import FastWeights
 from configs.schema import FastWeightsConfig

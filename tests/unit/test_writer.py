@@ -25,8 +25,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from actors.basis import compute_basis, target_modules
 from actors.cut_model import CutModel
-from actors.fast_weights import Basis, BasisError, DeltaInjector, compute_basis, stack, target_modules, zero
+from actors.fast_weights import Basis, BasisError, DeltaInjector, stack, zero
 from actors.frozen_model import FrozenModel, OwnedWeights
 from actors.protocols import WriterError
 from actors.types import FastWeights, WriteExample, WriteRequest, WriteResult
