@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -99,6 +99,19 @@ class Shape:
         )
 
 
+class Tokens(Protocol):
+    """What attention needs to know about the N tokens of a stream: a Layout, or one of whoever keeps keys and values from pass to pass."""
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [N]: of each token within its text."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [N, heads, head_dim]; k, v [N, kv heads, head_dim] -> [N, heads * head_dim]."""
+        ...
+
+
 class FrozenModel:
     """See the module's text. Streams are flat: [N, d] for the N tokens of a Layout; dtype and device are the weights'."""
 
@@ -123,7 +136,7 @@ class FrozenModel:
     def embed(self, ids: Tensor) -> Tensor:
         return functional.embedding(ids, self._embed)
 
-    def rotary(self, layout: Layout) -> tuple[Tensor, Tensor]:
+    def rotary(self, layout: Tokens) -> tuple[Tensor, Tensor]:
         """cos and sin [N, 1, head_dim] of the layout's positions."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         cos, sin = self._rotary(like, layout.positions[None])
@@ -136,7 +149,7 @@ class FrozenModel:
     def final_norm(self, h: Tensor) -> Tensor:
         return self.normed(h, self._norm)
 
-    def attention(self, layer: FrozenLayer, h: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def attention(self, layer: FrozenLayer, h: Tensor, layout: Tokens, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """What attention adds to every token of the stream: [N, d]."""
         shape = self.shape
         q, k, v = layer.qkv(self.normed(h, layer.input_norm)).split(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +46,9 @@ class _Run:
     failures: list[str]
 
 
+_Watch = Callable[[Mapping[str, Tensor]], None]
+
+
 class _Pass:
     """The rows of one write; what does not depend on B is prepared once for each selection of them that steps use again and again."""
 
@@ -65,8 +68,11 @@ class _Pass:
         return [[next(flat) for _ in mine] for mine in picked]
 
 
-def _train(rows: _Pass, places: Sequence[Sequence[int]], start: Mapping[str, Tensor], config: WriteConfig) -> _Run:
-    """All episodes step together; one that has had its epochs, or diverged, is left out of the next steps. ``places``: each episode's rows."""
+def _train(rows: _Pass, places: Sequence[Sequence[int]], start: Mapping[str, Tensor], config: WriteConfig, watch: _Watch) -> _Run:
+    """All episodes step together; one that has had its epochs, or diverged, is left out of the next steps. ``places``: each episode's rows.
+
+    ``watch`` is shown the B of all episodes after each step: it must copy what it keeps.
+    """
     leaves = {name: b.clone().requires_grad_() for name, b in start.items()}
     final = {name: b.clone() for name, b in start.items()}
     kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam  # elementwise both: stacked episodes stay apart
@@ -84,6 +90,7 @@ def _train(rows: _Pass, places: Sequence[Sequence[int]], start: Mapping[str, Ten
         optimizer.zero_grad()
         scores = rows.score(current, leaves, learn=True)
         optimizer.step()
+        watch({name: leaf.detach() for name, leaf in leaves.items()})
         for e, logprobs in zip(active, scores, strict=True):
             steps[e] += 1
             if step == 0:
@@ -120,8 +127,20 @@ class BatchedWriter:
         ``max_loss_ratio`` x loss_before. Both are over all examples of the request; loss_after of a diverged run may be inf or nan.
         The probe is taken from the shortest example: ``before`` under the request's weights, ``after`` under the new.
         """
-        if not requests:
-            return []
+        return self._write(requests, lambda b: None) if requests else []
+
+    def trace(self, request: WriteRequest) -> tuple[WriteResult, tuple[FastWeights, ...]]:
+        """``write`` of one request, and the weights after each of its steps, the diverged ones too: the last are the result's if it is accepted."""
+        steps: list[FastWeights] = []
+
+        def keep(b: Mapping[str, Tensor]) -> None:
+            matrices = {name: stacked[0].cpu().numpy().copy() for name, stacked in b.items()}
+            steps.append(FastWeights(self._basis.id, request.weights.revision + 1, matrices))
+
+        (result,) = self._write([request], keep)
+        return result, tuple(steps)
+
+    def _write(self, requests: Sequence[WriteRequest], watch: _Watch) -> list[WriteResult]:
         started = time.perf_counter()
         for request in requests:
             self._check(request)
@@ -129,7 +148,7 @@ class BatchedWriter:
         rows = _Pass(self._cut, self._cut.read(owners))
         places = [[i for i, (owner, _) in enumerate(owners) if owner == e] for e in range(len(requests))]
         start = stack([request.weights for request in requests], self._basis, torch.float32, self._cut.model.device)
-        run = _train(rows, places, start, self._config)
+        run = _train(rows, places, start, self._config, watch)
         after = rows.score(places, run.final, learn=False)
         probes = self._probes(requests, start, run.final)
         seconds = time.perf_counter() - started
