@@ -13,7 +13,8 @@ from actors.types import ActionSpan, Generation, PolicyVersion, Segment, SpanKin
 
 
 class Context:
-    """Grows by observations (mask 0) and generations (mask 1). ``opening`` is the part that truncation never drops: the system prompt."""
+    """Grows by observations (mask 0) and generations (mask 1). ``opening`` is what truncation never drops: the system prompt, and what is
+    remembered in front of all else."""
 
     def __init__(self, opening: Sequence[int]) -> None:
         self._opening = len(opening)
@@ -28,6 +29,11 @@ class Context:
     @property
     def ids(self) -> tuple[int, ...]:
         return tuple(self._ids)
+
+    @property
+    def after_opening(self) -> tuple[int, ...]:
+        """The tokens that the opening does not hold: what was read and said."""
+        return tuple(self._ids[self._opening :])
 
     @property
     def is_fresh(self) -> bool:

@@ -33,7 +33,7 @@ class SentenceEmbedder:
             raise TaskError(
                 f"embedder.name={folder_or_name}: cannot be loaded ({line}): give minilm, a sentence-transformers folder or a hub name"
             ) from None
-        self.dimensions = int(self._model.get_embedding_dimension())
+        self.dimensions = int(self._model.get_embedding_dimension() or 0)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         vectors = self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True)

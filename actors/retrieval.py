@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +52,7 @@ class VectorIndex:
         """The text at ``place`` is now another one."""
         if not 0 <= place < self._count:
             raise IndexError(f"place {place} of {self._count} texts")
-        ids = np.asarray([place], dtype=np.int64)
+        ids: Any = np.asarray([place], dtype=np.int64)  # faiss's stubs know only its own selectors
         self._index.remove_ids(ids)
         self._index.add_with_ids(self._embedder.embed([text]), ids)
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from actors.embedder import load_embedder
 from actors.memory.base import Memory
+from actors.memory.hybrid import HybridMemory
 from actors.memory.parametric import ParametricMemory
+from actors.memory.state import StateMemory
+from actors.memory.summary import SummaryMemory
+from actors.memory.supervised import ImplicationsMemory, RawMemory, SummaryWriteMemory
 from actors.memory.truncation import TruncationMemory
 from actors.retrieval import Embedder
-from configs.schema import EmbedderConfig, MemoryConfig, WriteConfig
+from configs.schema import EmbedderConfig, MemoryConfig, MemoryPolicy, WriteConfig
 
 _REPLY_OPENING = 16  # the chat template's tokens in front of a reply, with room to spare
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a memory may need of the worker it runs on: the engine's window, the longest answer (tokens), and the sentence embedder, loaded when asked for."""
+    """What a memory may need of its worker: the engine's window, the longest answer (tokens), and the sentence embedder, loaded when asked for."""
 
     window_tokens: int
     answer_tokens: int
@@ -29,10 +33,19 @@ def surroundings(window_tokens: int, answer_tokens: int, embedder: EmbedderConfi
     return Surroundings(window_tokens, answer_tokens, partial(load_embedder, embedder))
 
 
-def build_memory(config: MemoryConfig, write: WriteConfig, surroundings: Surroundings) -> Memory:
+def build_memory(config: MemoryConfig, write: WriteConfig, around: Surroundings) -> Memory:
     """The memory of one episode, as ``config.policy`` says."""
-    if config.policy == "full":
-        return TruncationMemory(surroundings.window_tokens - surroundings.answer_tokens - _REPLY_OPENING)
-    if config.policy == "truncation":
-        return TruncationMemory(config.max_context_tokens)
-    return ParametricMemory(config, write)
+    return _BUILDERS[config.policy](config, write, around)
+
+
+_BUILDERS: Mapping[MemoryPolicy, Callable[[MemoryConfig, WriteConfig, Surroundings], Memory]] = {
+    "full": lambda config, write, around: TruncationMemory(around.window_tokens - around.answer_tokens - _REPLY_OPENING),
+    "truncation": lambda config, write, around: TruncationMemory(config.max_context_tokens),
+    "summary": lambda config, write, around: SummaryMemory(config),
+    "state": lambda config, write, around: StateMemory(config),
+    "raw": lambda config, write, around: RawMemory(config, write),
+    "summary_write": lambda config, write, around: SummaryWriteMemory(config, write),
+    "implications": lambda config, write, around: ImplicationsMemory(config, write),
+    "parametric": lambda config, write, around: ParametricMemory(config, write),
+    "hybrid": lambda config, write, around: HybridMemory(config, write),
+}

@@ -16,17 +16,40 @@ from configs.schema import MemoryConfig, WriteConfig
 
 
 class ParametricMemory(ContextMemory):
-    """Invariant: a relief ends with one more write record and an empty context, whatever the model wrote."""
+    """Invariant: a relief ends with one more write record and an empty context, whatever the model wrote.
+
+    With T the identity (write.epochs=0) nothing can be moved out of the context, so it is truncated: Delta = 0 is the truncation agent, to
+    the token.
+    """
 
     def __init__(self, config: MemoryConfig, write: WriteConfig) -> None:
         super().__init__(config.max_context_tokens)
+        self._flashcards = None if write.epochs == 0 else Flashcards(config, write)
+
+    async def relieve(self, agent: Agent, incoming: int) -> None:
+        if self._flashcards is None:
+            self.events["truncations"] += 1
+            agent.truncate(self.max_context_tokens - incoming)
+            return
+        text = await self._flashcards.extract(agent)
+        agent.clear()  # before the write: the segment was sampled under the revision that the write replaces
+        await self._flashcards.write(agent, text)
+
+
+class Flashcards:
+    """From a full context to a write: extraction at its end, parsing, and the examples of the write with those rehearsed."""
+
+    def __init__(self, config: MemoryConfig, write: WriteConfig) -> None:
         self._config = config
         self._write = write
 
-    async def relieve(self, agent: Agent, incoming: int) -> None:
+    async def extract(self, agent: Agent) -> str:
+        """The agent's flashcards as it wrote them, at the end of the running context."""
         agent.context.observe(agent.chat.user(self._prompt(agent)))
-        text = await agent.reply("extract", self._config.max_extract_tokens)
-        agent.clear()  # before the write: the segment was sampled under the revision that the write replaces
+        return await agent.reply("extract", self._config.max_extract_tokens)
+
+    async def write(self, agent: Agent, text: str) -> None:
+        """Exactly one more record in the agent's write log."""
         parsed = parse_flashcards(text, self._write.max_flashcards)
         cards, examples = self._examples(agent, parsed.cards)
         too_long = len(parsed.cards) - len(cards)

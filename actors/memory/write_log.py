@@ -10,7 +10,7 @@ from actors.types import Flashcard, WriteExample, WriteRecord
 
 
 async def record_write(agent: Agent, text: str, cards: Sequence[Flashcard], examples: Sequence[WriteExample], rejected: int) -> None:
-    """Write ``examples`` (at least one) into the fast weights and log it. ``text`` is what the agent said, ``rejected`` counts what of it was unusable."""
+    """Write ``examples`` (at least one) into the fast weights and log it. ``text`` is what the agent said, ``rejected`` what of it was unusable."""
     result = await agent.actor.learn(examples)
     record = WriteRecord(
         revision=agent.actor.weights.revision,

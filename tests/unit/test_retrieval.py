@@ -32,7 +32,7 @@ def test_what_means_the_same_is_nearest(embedder: Embedder) -> None:
     assert index.search("anything", 3) == []
     index.add(TEXTS[:2])
     index.add(TEXTS[2:])
-    assert [hit.place for hit in index.search("A cat naps on a couch", 3)][0] == 0
+    assert index.search("A cat naps on a couch", 3)[0].place == 0
     assert [hit.place for hit in index.search("the stock market", 1)] == [1]
     scores = [hit.score for hit in index.search("a loaf", 10)]
     assert len(scores) == len(index) == 3 and scores == sorted(scores, reverse=True)

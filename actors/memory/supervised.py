@@ -1,0 +1,102 @@
+"""Other texts than flashcards as the supervision of a write, each cleared from the context by it.
+
+raw            the transcript itself, next token by next token (test-time training, after arXiv 2407.04620)
+summary_write  the agent's own summary of the context
+implications   what follows from each document that is read, a line each (after SEAL, arXiv 2506.10943, without its outer loop of RL over edits)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from actors.chat import Ids
+from actors.memory.base import Agent, ContextMemory, split_text
+from actors.memory.summary import Summary
+from actors.memory.write_log import record_nothing, record_write
+from actors.types import WriteExample
+from configs.schema import MemoryConfig, WriteConfig
+
+_RECALL = "What do you remember of what you have read?"
+_IMPLY = (
+    "The text above will be erased. List what it says and what follows from it, directly or indirectly: one short, complete sentence on each line, "
+    "each understandable without the text."
+)
+_MARKS = " \t-*\u2022"
+
+
+class RawMemory(ContextMemory):
+    """The row "raw next-token": the tokens of the context as they stand, each piece of write.max_example_tokens after the system prompt."""
+
+    def __init__(self, config: MemoryConfig, write: WriteConfig) -> None:
+        super().__init__(config.max_context_tokens)
+        self._write = write
+
+    async def relieve(self, agent: Agent, incoming: int) -> None:
+        read = agent.context.after_opening
+        agent.clear()
+        opening = agent.chat.system(agent.system_prompt)
+        await _learn(agent, "", _texts(opening, [read], self._write), self._write)
+
+
+class SummaryWriteMemory(ContextMemory):
+    """The row "summary SFT": the summary is written into the weights and not kept in the context."""
+
+    def __init__(self, config: MemoryConfig, write: WriteConfig) -> None:
+        super().__init__(config.max_context_tokens)
+        self._config = config
+        self._write = write
+
+    async def relieve(self, agent: Agent, incoming: int) -> None:
+        summary = Summary(self._config)
+        self.events[await summary.rewrite(agent)] += 1
+        agent.clear()
+        prompt = agent.chat.system(agent.system_prompt) + agent.chat.user(_RECALL) + agent.chat.assistant_open
+        room = _room(prompt, self._write)
+        pieces = split_text(summary.text, lambda piece: len(agent.chat.reply(piece)), room) if summary.text and room > 1 else []
+        examples = [WriteExample(prompt, agent.chat.reply(piece)) for piece in pieces if piece.strip()]
+        await _learn(agent, summary.text, examples, self._write)
+
+
+class ImplicationsMemory(ContextMemory):
+    """The row "SEAL-like": every text read is a document with a write of its own; what is answered stays until the context is full."""
+
+    def __init__(self, config: MemoryConfig, write: WriteConfig) -> None:
+        super().__init__(config.max_context_tokens)
+        self._config = config
+        self._write = write
+
+    async def read(self, agent: Agent, text: str) -> None:
+        await super().read(agent, text)
+        if not agent.context.is_fresh:
+            await self.relieve(agent, 0)
+
+    async def relieve(self, agent: Agent, incoming: int) -> None:
+        agent.context.observe(agent.chat.user(_IMPLY))
+        text = await agent.reply("extract", self._config.max_extract_tokens)
+        agent.clear()
+        lines = [line.strip(_MARKS) for line in text.splitlines()]
+        told = [agent.chat.user(line) for line in dict.fromkeys(lines) if line]  # as a text that is read
+        self.events["implications"] += len(told)
+        await _learn(agent, text, _texts(agent.chat.system(agent.system_prompt), told, self._write), self._write)
+
+
+def _texts(opening: Ids, texts: Sequence[Ids], write: WriteConfig) -> list[WriteExample]:
+    """Loss on every token of ``texts``, each in pieces that fit with ``opening`` in front."""
+    room = _room(opening, write)
+    if room < 1:
+        return []
+    return [WriteExample(opening, ids[start : start + room]) for ids in texts for start in range(0, len(ids), room)]
+
+
+def _room(prompt: Ids, write: WriteConfig) -> int:
+    return write.max_example_tokens - len(prompt)
+
+
+async def _learn(agent: Agent, text: str, examples: Sequence[WriteExample], write: WriteConfig) -> None:
+    if write.epochs == 0:
+        record_nothing(agent, text, 0, "write.epochs=0: T is the identity")
+    elif examples:
+        await record_write(agent, text, (), examples, 0)
+    else:
+        reason = "the model wrote nothing" if not text.strip() else f"nothing fits write.max_example_tokens={write.max_example_tokens}"
+        record_nothing(agent, text, 0, reason)
