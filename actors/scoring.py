@@ -17,6 +17,10 @@ CATEGORY_NAMES = {MULTI_HOP: "multi-hop", TEMPORAL: "temporal", OPEN_DOMAIN: "op
 _ASCII_PUNCTUATION = frozenset(string.punctuation)
 _FILLED_WORDS = re.compile(r"\b(?:a|an|the|and)\b")
 _NOT_MENTIONED = ("no information available", "not mentioned")
+_UNKNOWN = re.compile(
+    r"\b(?:unknown|(?:no|insufficient|not enough) information|not (?:known|stated|specified|provided)|never mentioned"
+    r"|(?:do|does|did)(?: not|n't) (?:know|say|tell|mention|state|specify)|(?:can ?not|can't) be determined)\b|n't enough information\b"
+)
 
 
 def plain_f1(prediction: str, gold: str) -> float:
@@ -51,6 +55,14 @@ def says_not_mentioned(prediction: str) -> bool:
     """Whether the answer says that the conversation does not tell (LoCoMo's two phrases)."""
     lowered = prediction.lower()
     return any(phrase in lowered for phrase in _NOT_MENTIONED)
+
+
+def says_unknown(prediction: str) -> bool:
+    """Whether the answer says that it cannot be known, in LoCoMo's phrases or the other usual ones.
+
+    Our stand-in for the LLM judge of LongMemEval (arXiv 2410.10813), which takes any wording of "unanswerable".
+    """
+    return says_not_mentioned(prediction) or _UNKNOWN.search(prediction.lower().replace("\u2019", "'")) is not None
 
 
 def _plain_tokens(text: str) -> list[str]:

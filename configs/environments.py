@@ -25,14 +25,14 @@ class RecallConfig:
 
 @dataclass(frozen=True)
 class ConversationConfig:
-    """Long conversations with questions, read from ``path``. ``scorer`` picks what the reward is (both are always reported)."""
+    """Long conversations with questions, read from ``path``. ``scorer`` picks what the reward is (LoCoMo's two are always both reported)."""
 
     path: str = ""  # required with environment.name=conversation
     format: Literal["locomo", "longmemeval"] = "locomo"  # the file's schema
-    scorer: Literal["official", "plain"] = "plain"
-    questions_per_episode: int = 1  # asked after all sessions
+    scorer: Literal["official", "plain"] = "plain"  # official: LoCoMo's own
+    questions_per_episode: int = 1  # asked after all sessions; LongMemEval has one a conversation
     max_sessions: int = 0  # 0: all; otherwise the last n sessions up to the evidence, for quick looks
-    categories: tuple[int, ...] = (1, 2, 3, 4, 5)  # LoCoMo's question categories
+    categories: tuple[int, ...] = (1, 2, 3, 4, 5)  # of LoCoMo's questions; of no effect on another format
     eval_fraction: float = 0.5  # of the conversations, held out
 
     def __post_init__(self) -> None:
@@ -40,6 +40,8 @@ class ConversationConfig:
         not_negative(self, "max_sessions")
         require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded")
         require(set(self.categories) <= {1, 2, 3, 4, 5} and len(self.categories) > 0, "categories", self.categories, "some of 1, 2, 3, 4, 5")
+        scored = self.format == "locomo" or self.scorer == "plain"
+        require(scored, "scorer", self.scorer, f"plain where format is {self.format}", "the official rules are LoCoMo's")
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,10 @@ class JudgeConfig:
 
     url: str = ""  # e.g. http://127.0.0.1:8000/v1
     model: str = ""
-    api_key_env: str = "OPENAI_API_KEY"
-    timeout_s: float = 60
+    api_key_env: str = "OPENAI_API_KEY"  # empty: no key is sent
+    timeout_s: float = 60  # of one request; a verdict takes at most (retries + 1) times as long
     retries: int = 3
-    max_concurrent: int = 8
+    max_concurrent: int = 8  # requests at once, of each rollout worker
     cache_dir: str = ""  # verdicts are kept here and asked for once; empty: no cache
     usd_per_million_prompt_tokens: float = 0.0  # for the cost column
     usd_per_million_generated_tokens: float = 0.0
@@ -85,7 +87,7 @@ class RubricConfig:
     path: str = ""  # required with environment.name=rubric: JSON lines of messages, rubrics and metadata
     checker: Literal["judge", "rules"] = "judge"  # an LLM judge, or the rule that each rubric states (a file with another rubric is refused)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-    eval_fraction: float = 0.5  # of the items, held out
+    eval_fraction: float = 0.5  # of the contexts, held out; items that share one stay together
 
     def __post_init__(self) -> None:
         require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded")

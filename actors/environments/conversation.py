@@ -1,22 +1,26 @@
-"""Long conversations over many sessions, then questions: LoCoMo's schema (arXiv 2402.17753) from a file the user gives.
+"""Long conversations over many sessions, then questions: LoCoMo (arXiv 2402.17753) or LongMemEval (2410.10813), from a file the user gives.
 
-Every session is told in pieces of whole turns, each piece under its date; then come the question or questions. Train and eval split by conversation.
-Both scorers are always reported in ``Answer.scores``: official_f1, plain_f1, em; ``f1`` is the configured one, and the reward its mean.
+Every session is told in pieces of whole turns, each piece under its date; then come the question or questions. Train and eval split by conversation;
+in LongMemEval each question has one of its own. ``f1`` is the configured scorer's, and the reward its mean.
 
-Our choices: category 5 (adversarial, no answer in the conversation) is asked like any other question and right when the answer says "not mentioned";
-the plain scorer judges it the same way. The system prompt says so to the agent.
+LoCoMo has two scorers, and both are always reported: official_f1, plain_f1, em. LongMemEval is scored plainly, as in TMEM's tables (2606.04536): its
+own metric is an LLM judge, and LoCoMo's official rules are not made for it.
+
+Our choices: a question that the conversation does not answer (LoCoMo's category 5, LongMemEval's "_abs") is asked like any other; the system prompt
+says what to answer then. It is right when the answer says so: by LoCoMo's two phrases there, by `scoring.says_unknown` in LongMemEval. That counts as
+f1 and em, and in LongMemEval once more as ``abstention``, a score that only these questions have.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import random
 from collections.abc import Iterator, Sequence
 
 from actors.environments.base import Observation, Split, TaskError
-from actors.environments.locomo_file import Conversation, Question, Told, read_locomo
-from actors.scoring import ADVERSARIAL, CATEGORY_NAMES, official_f1, plain_em, plain_f1, says_not_mentioned
+from actors.environments.conversation_types import Conversation, Question, Told
+from actors.environments.locomo_file import read_locomo
+from actors.environments.longmemeval_file import read_longmemeval
+from actors.environments.splits import held_out, passes, task_seed
+from actors.scoring import official_f1, plain_em, plain_f1, says_not_mentioned, says_unknown
 from actors.types import Answer, Outcome, Task
 from configs.schema import ConversationConfig
 
@@ -36,35 +40,28 @@ class ConversationEnvironment:
     def __init__(self, config: ConversationConfig) -> None:
         """Raises TaskError, one line, when the file is missing, malformed, or has too little for both splits."""
         self._config = config
-        conversations = read_locomo(config.path)
+        conversations = read_longmemeval(config.path) if config.format == "longmemeval" else read_locomo(config.path)
         if len(conversations) < 2:
             raise TaskError(f"{config.path}: it has {len(conversations)} conversation, and at least 2 are needed: one to train on, one held out")
         self._conversations = {conversation.id: conversation for conversation in conversations}
         self._chunks: dict[Split, list[tuple[str, tuple[int, ...]]]] = {"train": [], "eval": []}
-        held_out = _held_out([conversation.id for conversation in conversations], config.eval_fraction)
+        for_eval = held_out([conversation.id for conversation in conversations], config.eval_fraction)
         for conversation in conversations:
-            self._chunks["eval" if conversation.id in held_out else "train"] += self._chunked(conversation)
+            self._chunks["eval" if conversation.id in for_eval else "train"] += self._chunked(conversation)
         for split, chunks in self._chunks.items():
             if not chunks:
                 raise TaskError(f"{config.path}: the {split} conversations have no question of categories {list(config.categories)}")
 
     def tasks(self, split: Split, seed: int, start: int) -> Iterator[Task]:
         """Endless for train, in a new order every pass; one pass for eval."""
-        size = len(self._chunks[split])
-        positions = itertools.count(start) if split == "train" else range(start, size)
-        order: list[int] = []
-        ordered_pass = -1
-        for position in positions:
-            if position // size != ordered_pass:
-                ordered_pass, order = position // size, list(range(size))
-                random.Random(f"conversation/{split}/{seed}/{ordered_pass}").shuffle(order)
-            conversation, questions = self._chunks[split][order[position % size]]
+        for position, place in passes(self.name, len(self._chunks[split]), split, seed, start):
+            conversation, questions = self._chunks[split][place]
             payload = {"conversation": conversation, "questions": list(questions)}
             yield Task(
                 id=f"{conversation}-q{questions[0]}-{split}-{seed}-{position}",
                 environment=self.name,
                 payload=payload,
-                seed=random.Random(f"task/{split}/{seed}/{position}").getrandbits(31),
+                seed=task_seed(split, seed, position),
             )
 
     def start(self, task: Task) -> ConversationSession:
@@ -78,7 +75,8 @@ class ConversationEnvironment:
         return ConversationSession(_shown(conversation, questions, self._config.max_sessions), questions, self._config)
 
     def _chunked(self, conversation: Conversation) -> list[tuple[str, tuple[int, ...]]]:
-        wanted = [number for number, question in enumerate(conversation.questions) if question.category in self._config.categories]
+        categories = (*self._config.categories, None)  # None: not LoCoMo's, nothing to choose by
+        wanted = [number for number, question in enumerate(conversation.questions) if question.locomo_category in categories]
         size = self._config.questions_per_episode
         return [(conversation.id, tuple(wanted[place : place + size])) for place in range(0, len(wanted), size)]
 
@@ -115,33 +113,31 @@ class ConversationSession:
         return Outcome(reward=parts["f1"], reward_parts=parts, answers=answers)
 
     def _answer(self, question: Question, prediction: str) -> Answer:
-        official = official_f1(prediction, question.answer, question.category)
-        if question.category == ADVERSARIAL:
-            plain = exact = float(says_not_mentioned(prediction))
+        if question.answer:
+            scores = {"plain_f1": plain_f1(prediction, question.answer), "em": plain_em(prediction, question.answer)}
+        elif question.locomo_category is None:
+            scores = dict.fromkeys(("plain_f1", "em", "abstention"), float(says_unknown(prediction)))
         else:
-            plain, exact = plain_f1(prediction, question.answer), plain_em(prediction, question.answer)
+            scores = dict.fromkeys(("plain_f1", "em"), float(says_not_mentioned(prediction)))
+        if question.locomo_category is not None:
+            scores["official_f1"] = official_f1(prediction, question.answer, question.locomo_category)
         return Answer(
             question=question.text,
-            gold=("Not mentioned",) if question.category == ADVERSARIAL else (question.answer,),
+            gold=(question.answer or "Not mentioned",),
             prediction=prediction,
-            category=CATEGORY_NAMES[question.category],
-            scores={"f1": official if self._scorer == "official" else plain, "em": exact, "official_f1": official, "plain_f1": plain},
+            category=question.category,
+            scores={"f1": scores[f"{self._scorer}_f1"], **scores},
         )
-
-
-def _held_out(ids: Sequence[str], fraction: float) -> set[str]:
-    """The same conversations in every process and for every order of the file; at least one on either side."""
-    ranked = sorted(ids, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    return set(ranked[: min(len(ids) - 1, max(1, round(len(ids) * fraction)))])
 
 
 def _shown(conversation: Conversation, questions: Sequence[Question], max_sessions: int) -> Sequence[Told]:
     """All sessions, or the last ``max_sessions`` up to the newest evidence of the questions."""
+    sessions = conversation.sessions()
     if max_sessions == 0:
-        return conversation.sessions
+        return sessions
     evidence = [number for question in questions for number in question.evidence_sessions]
-    newest = max(evidence, default=conversation.sessions[-1].number)
-    return [told for told in conversation.sessions if told.number <= newest][-max_sessions:] or conversation.sessions[-max_sessions:]
+    newest = max(evidence, default=sessions[-1].number)
+    return [told for told in sessions if told.number <= newest][-max_sessions:] or sessions[-max_sessions:]
 
 
 def _pieces(told: Told) -> list[str]:

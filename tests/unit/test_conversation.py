@@ -150,7 +150,7 @@ TALK = (0, "conversation")
         (_with(3, 0), "item 0: expected an object, got 3"),
         (_without(0, "qa"), r"item 0 \(harbour\), qa: expected a list, got nothing"),
         (_without(0, "conversation"), "conversation: expected an object, got nothing"),
-        (_with({}, *TALK), "conversation: expected at least one session_1, session_2, ..., got nothing"),
+        (_with({}, *TALK), "conversation.session_1: expected at least one session_1, session_2, ..., got nothing"),
         (_without(*TALK, "session_2_date_time"), r"item 0 \(harbour\), conversation.session_2_date_time: expected a text, got nothing"),
         (_with("hi", *TALK, "session_1"), "conversation.session_1: expected a list, got 'hi'"),
         (_without(*TALK, "session_1", 1, "speaker"), r"conversation.session_1\[1\].speaker: expected a text, got nothing"),
