@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import ray
 
+from actors.peak_memory import PeakMemory, take_peak
 from actors.summary import GroupSummary
 from actors.types import PolicyVersion, TrajectoryGroup
 from configs.schema import RunConfig
@@ -192,6 +193,10 @@ class _RolloutActor:
     async def report(self) -> WorkerReport:
         return self._worker.report()
 
+    async def measure(self) -> PeakMemory:
+        """The most memory that this process held since the last call."""
+        return await asyncio.to_thread(take_peak)  # it collects garbage first
+
     async def close(self) -> None:
         self._worker.close()
 
@@ -213,7 +218,7 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
     config = spec.config
     torch.set_num_threads(config.rollout.threads)
     chat = ChatFormat(AutoTokenizer.from_pretrained(spec.model_path))
-    environment = build_environment(config.environment)
+    environment = build_environment(config.environment, config.embedder)
     basis = load_basis(Path(spec.basis_path))
     policy = VLLMPolicy(spec.model_path, config.model, config.engine, basis, chat.stop_token_ids, spec.version, config.rollout.threads, config.seed)
     around = surroundings(config.engine.max_model_tokens, config.sampling.max_answer_tokens, config.embedder)

@@ -6,19 +6,22 @@ Preparation --> Ray --> rollout workers and learner, started together --> Cluste
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from actors.basis import load_basis
 from actors.types import PolicyVersion
 from actors.worker import WorkerSpec
-from cluster.broadcast import ObjectStoreChannel
+from cluster.broadcast import ObjectStoreChannel, ObjectStoreWeights
 from cluster.checkpoint import START, TrainState
+from cluster.elastic import ElasticFleet, FleetPlan
 from cluster.fleet import REFRESH_S, RemoteWorker, credits_per_worker, worker_process
+from cluster.ledger import Ledger
 from cluster.prepare import Preparation
 from cluster.runtime import Demand, all_ready, cancel_on_sigterm, demand, ray_runtime
-from cluster.stream import GroupStream, Ledger, StreamPlan
+from cluster.stream import GroupStream, StreamPlan
 from cluster.tasks import TaskSource
 from cluster.warm_start import Demonstrations, can_demonstrate
 from configs.schema import RunConfig
@@ -28,9 +31,10 @@ from learner.worker import LearnerGroup, LearnerSpec
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingCluster:
-    """What is up during a training run."""
+    """What is up during a training run. ``workers`` are those that serve now; ``launched`` are all that were ever started, to be ended."""
 
-    workers: tuple[RemoteWorker, ...]
+    workers: list[RemoteWorker]
+    launched: list[RemoteWorker]
     learner: LearnerGroup
     channel: ObjectStoreChannel
 
@@ -45,14 +49,15 @@ async def training_cluster(preparation: Preparation) -> AsyncIterator[TrainingCl
     needed = demand(config, learner=True)
     with ray_runtime(config, needed):
         cancel_on_sigterm()
-        workers = _workers(preparation)
+        workers = list(_workers(preparation))
+        launched = list(workers)
         starting = asyncio.create_task(asyncio.to_thread(_learner, preparation))
         try:
             await _ready(workers, config, needed)
             learner = await asyncio.shield(starting)
-            yield TrainingCluster(workers, learner, ObjectStoreChannel(trainable_only=config.learner.trainable == "last_layers"))
+            yield TrainingCluster(workers, launched, learner, ObjectStoreChannel(trainable_only=config.learner.trainable == "last_layers"))
         finally:
-            for worker in workers:
+            for worker in launched:
                 worker.kill()
             await asyncio.wait([starting], timeout=config.ray.startup_timeout_s)  # a learner that is still starting can only be closed once it is up
             if starting.done() and starting.exception() is None:
@@ -60,29 +65,47 @@ async def training_cluster(preparation: Preparation) -> AsyncIterator[TrainingCl
 
 
 @asynccontextmanager
-async def evaluation_cluster(preparation: Preparation) -> AsyncIterator[tuple[RemoteWorker, ...]]:
-    """Ray and workers without a learner."""
-    config = preparation.config
-    needed = demand(config, learner=False)
-    with ray_runtime(config, needed):
-        cancel_on_sigterm()
-        workers = _workers(preparation)
-        try:
-            await _ready(workers, config, needed)
-            yield workers
-        finally:
-            for worker in workers:
-                worker.kill()
+async def worker_set(specs: Sequence[WorkerSpec]) -> AsyncIterator[tuple[RemoteWorker, ...]]:
+    """Rollout workers of one configuration, without a learner, for the duration of the block; Ray is up. Raises StartupError."""
+    config = specs[0].config
+    workers = tuple(RemoteWorker(spec, worker_process(config)) for spec in specs)
+    try:
+        await _ready(workers, config, demand(config, learner=False))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.kill()
 
 
-def build_stream(preparation: Preparation, workers: tuple[RemoteWorker, ...], state: TrainState) -> GroupStream:
+def worker_specs(config: RunConfig, policy_path: Path, basis_path: Path, version: PolicyVersion) -> list[WorkerSpec]:
+    """What each of ``rollout.workers`` is built from."""
+    return [WorkerSpec(f"worker-{number}", config, str(policy_path), str(basis_path), version) for number in range(config.rollout.workers)]
+
+
+def build_fleet(
+    preparation: Preparation, cluster: TrainingCluster, newest: ObjectStoreWeights | None, wanted: Callable[[], int], say: Callable[[str], None]
+) -> ElasticFleet:
+    """The workers of ``cluster``, all at ``newest`` (None: what they started from), and the way to start more."""
+    config, version = preparation.config, start_state(preparation).version
+
+    def launch(name: str) -> RemoteWorker:
+        spec = WorkerSpec(name, config, str(preparation.policy_path), str(preparation.basis_path), version)
+        worker = RemoteWorker(spec, worker_process(config))
+        cluster.launched.append(worker)
+        return worker
+
+    at_once = len(cluster.workers) if config.train.max_staleness == 0 else max(1, len(cluster.workers) // 2)
+    return ElasticFleet(cluster.workers, FleetPlan(launch, wanted, version, at_once, config.rollout.health_s, say), newest)
+
+
+def build_stream(preparation: Preparation, workers: Sequence[RemoteWorker], state: TrainState) -> GroupStream:
     config = preparation.config
     plan = StreamPlan(
         steps=max(0, config.train.steps - state.step),
         per_step=config.train.tasks_per_step,
         max_staleness=config.train.max_staleness,
         credits=credits_per_worker(config),
-        stall_s=config.train.group_timeout_s + REFRESH_S,
+        stall_s=config.train.group_timeout_s + REFRESH_S + config.ray.startup_timeout_s,  # a replacement may have to start in between
     )
     tasks = TaskSource(preparation.environment, "train", config.seed)
     return GroupStream(plan, workers, state.version, tasks.at, Ledger(state.ledger))
@@ -100,10 +123,8 @@ def start_state(preparation: Preparation) -> TrainState:
 
 
 def _workers(preparation: Preparation) -> tuple[RemoteWorker, ...]:
-    version: PolicyVersion = start_state(preparation).version
-    model, basis = str(preparation.policy_path), str(preparation.basis_path)
-    config = preparation.config
-    specs = [WorkerSpec(f"worker-{number}", config, model, basis, version) for number in range(config.rollout.workers)]
+    config, version = preparation.config, start_state(preparation).version
+    specs = worker_specs(config, preparation.policy_path, preparation.basis_path, version)
     return tuple(RemoteWorker(spec, worker_process(config)) for spec in specs)
 
 
@@ -122,5 +143,5 @@ def _learner(preparation: Preparation) -> LearnerGroup:
     return learner
 
 
-async def _ready(workers: tuple[RemoteWorker, ...], config: RunConfig, needed: Demand) -> None:
+async def _ready(workers: Sequence[RemoteWorker], config: RunConfig, needed: Demand) -> None:
     await all_ready({worker.name: worker.started for worker in workers}, config.ray.startup_timeout_s, needed)

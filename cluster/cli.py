@@ -21,9 +21,12 @@ _TRAIN_EXAMPLES = """examples:
   python -m cluster train configs/quickstart.yaml train.steps=4 --print-config
 """
 _EVALUATE_EXAMPLES = """examples:
-  python -m cluster evaluate configs/quickstart.yaml
-  python -m cluster evaluate configs/quickstart.yaml evaluation.tasks=256
-  python -m cluster evaluate configs/quickstart.yaml checkpoint=runs/quickstart-.../checkpoints/step-000020
+  python -m cluster evaluate configs/quickstart.yaml                                     memory off and on
+  python -m cluster evaluate configs/quickstart.yaml --rows truncation,tmem,hybrid --seeds 0,1,2
+  python -m cluster evaluate configs/quickstart.yaml --rows truncation,tmem --sweep fast_weights.basis=svd,random --sweep write.epochs=1,5
+  python -m cluster evaluate configs/locomo.yaml environment.conversation.path=locomo10.json --rows full_context,truncation,memagent,tmem
+  python -m cluster evaluate configs/quickstart.yaml checkpoint=runs/quickstart-.../checkpoints/step-000020 evaluation.tasks=256
+  python -m cluster evaluate --resume runs/quickstart-evaluate-...                       run what is missing
 """
 _BENCH_EXAMPLES = """examples:
   python -m cluster bench                          every benchmark, an hour and a half on two cores
@@ -34,6 +37,7 @@ _BENCH_EXAMPLES = """examples:
 _EXAMPLES = """examples:
   python -m cluster train configs/quickstart.yaml                      train on this machine, no service needed
   python -m cluster evaluate configs/quickstart.yaml                   held-out tasks, memory off and on
+  python -m cluster probe configs/quickstart.yaml --cards recall:12    what a write is worth: recall, paraphrases, damage
   python -m cluster bench                                              every seam against a named baseline
   python -m cluster train --settings                                   every setting with its default and what is allowed
   python -m cluster COMMAND --help                                     more about a command
@@ -42,9 +46,15 @@ _EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    settable = options.command in ("train", "evaluate", "probe")
+    if unknown := [argument for argument in rest if argument.startswith("-") or "=" not in argument or not settable]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:  # settings behind an option, which argparse does not join with those before it
+        options.overrides = [*options.overrides, *rest]
     if options.command is None:
-        _parser().print_help()
+        parser.print_help()
         return EXIT_OK
     if options.command != "bench" and options.settings:
         from rich.console import Console
@@ -52,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console().print(help_table())
         return EXIT_OK
     try:
-        return _bench(options) if options.command == "bench" else _run(options)
+        return {"bench": _bench, "train": _train, "evaluate": _evaluate, "probe": _probe}[options.command](options)
     except ConfigError as error:
         return _complain(error, EXIT_USAGE)
     except KeyboardInterrupt:
@@ -65,28 +75,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error, status)
 
 
-def _run(options: argparse.Namespace) -> int:
-    overrides = [argument for argument in options.overrides if not argument.startswith("checkpoint=")]
-    checkpoints = [Path(argument.partition("=")[2]) for argument in options.overrides if argument.startswith("checkpoint=")]
-    if checkpoints and options.command != "evaluate":
-        raise ConfigError(f"argument 'checkpoint={checkpoints[0]}': belongs to evaluate; train takes resume=FOLDER")
-    if options.config is None or "=" in options.config:
-        raise ConfigError(f"{options.command} needs a configuration file before the settings, e.g. configs/quickstart.yaml")
-    config = load_config(Path(options.config), overrides)
+def _train(options: argparse.Namespace) -> int:
+    misplaced = next((argument for argument in options.overrides if argument.startswith("checkpoint=")), None)
+    if misplaced is not None:
+        raise ConfigError(f"argument {misplaced!r}: belongs to evaluate; train takes resume=FOLDER")
+    config = load_config(_config_file(options), options.overrides)
     if options.print_config:
         print(to_yaml(config), end="")
         return EXIT_OK
 
-    from cluster import run
-    from cluster.prepare import prepare_evaluation, prepare_training
+    from cluster.prepare import prepare_training
+    from cluster.progress import Display
+    from cluster.run import train
+
+    _drive(train(prepare_training(config), Display()))
+    return EXIT_OK
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from cluster.comparison.arguments import request_of
+
+    request = request_of(options)
+    if options.print_config:
+        from cluster.comparison.plan import plan_cells
+
+        print(to_yaml(plan_cells(request).base), end="")
+        return EXIT_OK
+
+    from cluster.comparison.prepare import prepare_comparison
+    from cluster.comparison.run import evaluate
     from cluster.progress import Display
 
-    display = Display()
-    if options.command == "train":
-        _drive(run.train(prepare_training(config), display))
-    else:
-        _drive(run.evaluate(prepare_evaluation(config, checkpoints[-1] if checkpoints else None), display))
+    _drive(evaluate(prepare_comparison(request), Display()))
     return EXIT_OK
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from cluster.probe.command import run_probe
+
+    run_probe(options)
+    return EXIT_OK
+
+
+def _config_file(options: argparse.Namespace) -> Path:
+    if options.config is None or "=" in options.config:
+        raise ConfigError(f"{options.command} needs a configuration file before the settings, e.g. configs/quickstart.yaml")
+    return Path(options.config)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -131,10 +165,11 @@ def _status_of(error: Exception) -> int | None:
     from actors.fast_weights import BasisError
     from cluster.bench.values import BenchError
     from cluster.errors import CheckpointError, ClusterError
+    from cluster.probe.values import ProbeError
     from configs.models import ModelError
     from learner.types import LearnerError
 
-    if isinstance(error, TaskError | ModelError | ChatTemplateError | CheckpointError):
+    if isinstance(error, TaskError | ModelError | ChatTemplateError | CheckpointError | ProbeError):
         return EXIT_USAGE
     return EXIT_FAILED if isinstance(error, ClusterError | BasisError | LearnerError | BenchError) else None
 
@@ -146,10 +181,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    from cluster.comparison.arguments import add_options
+    from cluster.probe.command import add_probe
+
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text, examples in (
         ("train", "evaluate, train, evaluate again, and compare", _TRAIN_EXAMPLES),
-        ("evaluate", "run held-out tasks with memory off and on, from the base model or a checkpoint", _EVALUATE_EXAMPLES),
+        ("evaluate", "compare memories on held-out tasks: rows x benchmarks x seeds, of the base model or a checkpoint", _EVALUATE_EXAMPLES),
     ):
         command = commands.add_parser(
             name, help=text, description=text.capitalize() + ".", epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,6 +196,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file, e.g. train.steps=20")
         command.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
         command.add_argument("--settings", action="store_true", help="list every setting and stop")
+        if name == "evaluate":
+            add_options(command)
+    add_probe(commands)
     _add_bench(commands)
     return parser
 

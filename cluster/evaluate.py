@@ -1,6 +1,8 @@
 """Held-out tasks, greedy, over the rollout workers: one row of the final table per (policy, memory) pair.
 
-    tasks --> lanes (engine.slots per worker) --> one episode each --> EpisodeScore --> RowResult --> summary with bootstrap intervals
+    tasks --> run_episodes: lanes (engine.slots per worker), one episode each --> EpisodeScore --> RowResult --> summary with bootstrap intervals
+
+``evaluate_row`` measures a training's rows; the command evaluate keeps episodes as they finish (comparison/drive.py). Both read the same values here.
 
 An episode that failed is counted and left out of the means; a paired comparison takes only the tasks that both rows finished.
 """
@@ -8,25 +10,28 @@ An episode that failed is counted and left out of the means; a paired comparison
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from actors.types import PolicyVersion, Task, Trajectory, TrajectoryGroup, WriteOutcome
+from actors.types import Answer, FailedEpisode, PolicyVersion, Task, Trajectory, TrajectoryGroup, WriteOutcome
+from cluster.errors import CheckpointError
 from cluster.statistics import Interval, PairedDifference, bootstrap_interval, paired_difference
 from configs.schema import MemoryConfig
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRow:
-    """What to run: ``memory`` may differ from the memory the policy trains with ("memory off")."""
+    """What to run: ``memory`` may differ from the memory the policy trains with ("memory off"). A worker is never given a ``label`` twice."""
 
     label: str
     memory: MemoryConfig
+    seed: int
 
 
 class EpisodeSource(Protocol):
@@ -41,23 +46,23 @@ class EpisodeSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerScore:
-    """One question's scores (at least f1 and em, each in 0..1) and its category."""
-
-    category: str
-    scores: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
 class EpisodeScore:
-    """One finished episode. ``prompt_tokens`` and ``generated_tokens`` are sums over its segments; ``seconds`` its wall time."""
+    """One finished episode without its tokens: what was answered and what it cost.
+
+    ``item`` names what the task asks, the same under every seed: the same question asked twice is one item, not two. ``prompt_tokens`` and
+    ``generated_tokens`` are sums over the segments, ``peak_context`` the tokens of the longest; ``seconds`` is wall time.
+    """
 
     task_id: str
+    item: str
     reward: float
-    answers: tuple[AnswerScore, ...]
+    reward_parts: Mapping[str, float]
+    answers: tuple[Answer, ...]
     writes: Mapping[str, int]
+    memory_events: Mapping[str, int]
     prompt_tokens: int
     generated_tokens: int
+    peak_context: int
     seconds: float
 
     def mean(self, score: str) -> float:
@@ -110,14 +115,36 @@ class RowResult:
 async def evaluate_row(
     row: EvaluationRow, tasks: Sequence[Task], workers: Sequence[EpisodeSource], lanes_per_worker: int, on_episode: Callable[[], None]
 ) -> RowResult:
-    """Run every task once. Raises what a worker raises; each episode has the worker's own deadline, so the gather ends."""
-    queue: Iterator[tuple[int, Task]] = iter(enumerate(tasks))
+    """Run every task once. Raises what a worker raises; each episode has the worker's own deadline, so this ends."""
     groups: dict[int, TrajectoryGroup] = {}
+
+    def keep(position: int, group: TrajectoryGroup) -> None:
+        groups[position] = group
+        on_episode()
+
+    await run_episodes(row, list(enumerate(tasks)), workers, lanes_per_worker, keep)
+    ordered = [groups[position] for position in sorted(groups)]
+    return RowResult(
+        label=row.label,
+        policy_version=max((group.policy_version for group in ordered), default=0),
+        episodes=tuple(score_episode(trajectory) for group in ordered for trajectory in group.trajectories),
+        failed=tuple(failure_text(failure) for group in ordered for failure in group.failed),
+    )
+
+
+async def run_episodes(
+    row: EvaluationRow,
+    tasks: Sequence[tuple[int, Task]],
+    workers: Sequence[EpisodeSource],
+    lanes_per_worker: int,
+    on_group: Callable[[int, TrajectoryGroup], None],
+) -> None:
+    """One episode of each (position, task); ``on_group`` is called as each finishes. The first worker that raises ends the others' lanes."""
+    queue: Iterator[tuple[int, Task]] = iter(tasks)
 
     async def lane(worker: EpisodeSource) -> None:
         for position, task in queue:
-            groups[position] = await worker.episode(position, task, row)
-            on_episode()
+            on_group(position, await worker.episode(position, task, row))
 
     try:
         async with asyncio.TaskGroup() as lanes:
@@ -126,13 +153,10 @@ async def evaluate_row(
                     lanes.create_task(lane(worker))
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None  # the first failure cancelled the other lanes: it is the message
-    ordered = [groups[position] for position in sorted(groups)]
-    return RowResult(
-        label=row.label,
-        policy_version=max((group.policy_version for group in ordered), default=0),
-        episodes=tuple(score_episode(trajectory) for group in ordered for trajectory in group.trajectories),
-        failed=tuple(f"{failure.boundary}: {failure.message}" for group in ordered for failure in group.failed),
-    )
+
+
+def failure_text(failure: FailedEpisode) -> str:
+    return f"{failure.boundary}: {failure.message}"
 
 
 def score_episode(trajectory: Trajectory) -> EpisodeScore:
@@ -142,11 +166,15 @@ def score_episode(trajectory: Trajectory) -> EpisodeScore:
     generated = sum(int(segment.action_mask.sum()) for segment in trajectory.segments)
     return EpisodeScore(
         task_id=trajectory.task.id,
+        item=_item(trajectory.task),
         reward=trajectory.outcome.reward,
-        answers=tuple(AnswerScore(answer.category, dict(answer.scores)) for answer in trajectory.outcome.answers),
+        reward_parts=dict(trajectory.outcome.reward_parts),
+        answers=trajectory.outcome.answers,
         writes=writes,
+        memory_events=dict(trajectory.memory_events),
         prompt_tokens=sum(len(segment.token_ids) for segment in trajectory.segments) - generated,
         generated_tokens=generated,
+        peak_context=max((len(segment.token_ids) for segment in trajectory.segments), default=0),
         seconds=trajectory.timings.total,
     )
 
@@ -178,12 +206,26 @@ def save_row(result: RowResult, path: Path) -> None:
 
 
 def load_row(path: Path) -> RowResult:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    episodes = []
-    for item in data["episodes"]:
-        answers = tuple(AnswerScore(answer["category"], answer["scores"]) for answer in item.pop("answers"))
-        episodes.append(EpisodeScore(answers=answers, **item))
-    return RowResult(data["label"], data["policy_version"], tuple(episodes), tuple(data["failed"]))
+    """Raises CheckpointError for a file that another version of Engram wrote."""
+    try:
+        return row_from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: is not a row as this version of Engram saves it ({type(error).__name__}: {error}); delete it") from error
+
+
+def row_from_json(data: Mapping[str, Any]) -> RowResult:
+    """What ``dataclasses.asdict`` and JSON made of a row. Raises KeyError or TypeError where it is none."""
+    return RowResult(data["label"], data["policy_version"], tuple(map(episode_from_json, data["episodes"])), tuple(data["failed"]))
+
+
+def episode_from_json(data: Mapping[str, Any]) -> EpisodeScore:
+    answers = tuple(Answer(**{**answer, "gold": tuple(answer["gold"])}) for answer in data["answers"])
+    return EpisodeScore(**{**data, "answers": answers})
+
+
+def _item(task: Task) -> str:
+    text = json.dumps([task.environment, task.payload], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def _score_values(result: RowResult, score: str) -> list[float]:

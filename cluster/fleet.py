@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from actors.episode import derived_seed
+from actors.peak_memory import PeakMemory
 from actors.rollout import RolloutRequest
 from actors.types import Task, TrajectoryGroup
 from actors.worker import RolloutActor, WorkerReport, WorkerSpec
@@ -25,6 +26,7 @@ from configs.schema import RunConfig
 
 REFRESH_S = 600.0
 REPORT_S = 60.0
+EPISODE_GRACE_S = 600.0  # beyond an episode's own deadline: the judge's verdict and the way back
 _CONTROL_CALLS = 8  # concurrent calls of an actor beyond its groups: refresh, report
 
 
@@ -49,6 +51,10 @@ class RemoteWorker:
         self._actor = actor
         self.started: ray.ObjectRef[str] = actor.start.remote(spec)
 
+    async def ready(self) -> None:
+        """Until engine and writer are up. Raises WorkerLost."""
+        await answer(self.started, self._config.ray.startup_timeout_s, self.name, "starting")
+
     async def group(self, position: int, task: Task) -> FinishedGroup:
         """The siblings of one training task, sampled with seeds that follow from the run's seed and ``position``. Only the summary comes here."""
         config = self._config
@@ -65,7 +71,7 @@ class RemoteWorker:
         return FinishedGroup(await self._answer(summary, task), content)
 
     async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
-        """One greedy episode of a held-out task."""
+        """One greedy episode of a held-out task; only its own deadline, and no queue, stands before its end."""
         request = RolloutRequest(
             task=task,
             group_id=f"{re.sub('[^a-z0-9]+', '-', row.label.lower())}-{position}",
@@ -73,10 +79,10 @@ class RemoteWorker:
             memory=row.memory,
             temperature=0.0,
             max_answer_tokens=self._config.sampling.max_answer_tokens,
-            seed=derived_seed(self._config.seed, "evaluation", position),
+            seed=derived_seed(row.seed, "evaluation", position),
         )
         _, content = self._actor.group.remote(request)
-        group: TrajectoryGroup = await self._answer(content, task)
+        group: TrajectoryGroup = await answer(content, self._config.rollout.episode_timeout_s + EPISODE_GRACE_S, self.name, f"task {task.id}")
         return group
 
     async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
@@ -89,6 +95,11 @@ class RemoteWorker:
     async def report(self) -> WorkerReport:
         report: WorkerReport = await answer(self._actor.report.remote(), REPORT_S, self.name, "its report")
         return report
+
+    async def measure(self) -> PeakMemory:
+        """The most memory held since the last call, or since the worker started."""
+        peak: PeakMemory = await answer(self._actor.measure.remote(), REPORT_S, self.name, "measuring its memory")
+        return peak
 
     def kill(self) -> None:
         """End the process. Engine and episodes go with it."""

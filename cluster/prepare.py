@@ -12,8 +12,9 @@ from pathlib import Path
 from actors.basis import compute_basis_from_checkpoint, load_basis, save_basis
 from actors.environments.base import Environment, TaskError
 from actors.environments.build import build_environment
+from actors.fast_weights import Basis
 from actors.types import Task
-from cluster.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from cluster.checkpoint import Checkpoint, find_checkpoint
 from cluster.errors import CheckpointError
 from cluster.tasks import TaskSource
 from cluster.tracking import flatten
@@ -64,30 +65,33 @@ def prepare_training(config: RunConfig) -> Preparation:
     checkpoint = find_checkpoint(config.resume, output_dir)
     run_dir = output_dir / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if checkpoint is not None:
-        _check_unchanged(config, checkpoint, ("seed", "model", "fast_weights", "environment"))
+        check_unchanged(config, checkpoint, ("seed", "model", "fast_weights", "environment"))
         run_dir = checkpoint.run_dir
     return _with_files(Preparation(config, environment, model.path, checkpoint, run_dir, tasks))
 
 
-def prepare_evaluation(config: RunConfig, checkpoint_folder: Path | None) -> Preparation:
-    """As ``prepare_training``, for the base model or a checkpoint; its run folder is ``evaluate-<time>``."""
-    environment, tasks = _tasks(config)
-    model = resolve_model(config.model)
-    checkpoint = None if checkpoint_folder is None else load_checkpoint(checkpoint_folder.expanduser().absolute())
-    if checkpoint is not None:
-        _check_unchanged(config, checkpoint, ("model", "fast_weights"))
-    output_dir = Path(config.output_dir).expanduser().absolute()
-    run_dir = output_dir / f"{config.name}-evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
-    return _with_files(Preparation(config, environment, model.path, checkpoint, run_dir, tasks))
+def open_environment(config: RunConfig) -> Environment:
+    """The environment with its files read. Raises TaskError."""
+    try:
+        return build_environment(config.environment, config.embedder)
+    except ValueError as error:  # settings that only the environment can judge
+        raise TaskError(str(error)) from error
+
+
+def held_out(environment: Environment, config: RunConfig) -> tuple[Task, ...]:
+    """The first ``evaluation.tasks`` of the eval split, fewer when it has fewer. Raises TaskError."""
+    return tuple(TaskSource(environment, "eval", config.seed).first(config.evaluation.tasks))
+
+
+def run_basis(model_path: Path, config: RunConfig) -> Basis:
+    """The basis of a run that starts from the weights in ``model_path``. Raises BasisError."""
+    return compute_basis_from_checkpoint(model_path, config.fast_weights, config.seed)
 
 
 def _tasks(config: RunConfig) -> tuple[Environment, tuple[Task, ...]]:
-    try:
-        environment = build_environment(config.environment)
-    except ValueError as error:  # settings that only the environment can judge
-        raise TaskError(str(error)) from error
+    environment = open_environment(config)
     TaskSource(environment, "train", config.seed).first(1)
-    return environment, tuple(TaskSource(environment, "eval", config.seed).first(config.evaluation.tasks))
+    return environment, held_out(environment, config)
 
 
 def _with_files(preparation: Preparation) -> Preparation:
@@ -99,12 +103,12 @@ def _with_files(preparation: Preparation) -> Preparation:
     if preparation.checkpoint is not None:
         basis = load_basis(preparation.checkpoint.run_dir / "basis.safetensors")
     else:
-        basis = compute_basis_from_checkpoint(preparation.model_path, preparation.config.fast_weights, preparation.config.seed)
+        basis = run_basis(preparation.model_path, preparation.config)
     save_basis(basis, preparation.basis_path)
     return preparation
 
 
-def _check_unchanged(config: RunConfig, checkpoint: Checkpoint, keys: tuple[str, ...]) -> None:
+def check_unchanged(config: RunConfig, checkpoint: Checkpoint, keys: tuple[str, ...]) -> None:
     """What must not change between a checkpoint and what goes on from it: otherwise weights, basis or task positions lose their meaning."""
     saved, given = flatten(load_config(checkpoint.folder / "config.yaml", [])), flatten(config)
     changed = [key for key in saved if key.split(".")[0] in keys and saved[key] != given[key]]

@@ -13,15 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.build import TrainingCluster, build_demonstrations, build_stream, evaluation_cluster, start_state, training_cluster
+from cluster.broadcast import ObjectStoreWeights
+from cluster.build import TrainingCluster, build_demonstrations, build_fleet, build_stream, start_state, training_cluster
 from cluster.checkpoint import TrainState, list_checkpoints, save_checkpoint
 from cluster.errors import TrackingError
 from cluster.evaluate import EvaluationRow, RowResult, evaluate_row, load_row, row_metrics, save_row
 from cluster.fleet import RemoteWorker
+from cluster.ledger import ledger_line
 from cluster.loop import LoopParts, run_loop
 from cluster.metrics import StepSummary
 from cluster.prepare import Preparation
 from cluster.progress import Display, step_line
+from cluster.scaling import WantedWorkers
 from cluster.tables import HEADER, LEGEND, MOST_CATEGORIES, Report, rich_table, save_report
 from cluster.timeline import KeptTimeline, save_timeline
 from cluster.tracking import RunStatus, Tracker, start_tracking
@@ -29,13 +32,12 @@ from cluster.warm_start import warm_start
 from configs.load import to_yaml
 from configs.schema import RunConfig
 
-ROW_ORDER = ("memory_off", "before", "after_warm_start", "after_rl", "policy")
+ROW_ORDER = ("memory_off", "before", "after_warm_start", "after_rl")
 COMPARED = (
     ("before", "after_rl"),
     ("after_warm_start", "after_rl"),
     ("memory_off", "after_rl"),
     ("memory_off", "before"),
-    ("memory_off", "policy"),
 )
 
 
@@ -44,13 +46,12 @@ def evaluation_rows(config: RunConfig) -> dict[str, EvaluationRow]:
     parametric = "TMEM, question-blind" if config.memory.question_blind else "TMEM"
     name = parametric if config.memory.policy == "parametric" else "no memory"
     rows = {
-        "before": EvaluationRow(f"{name} before", config.memory),
-        "after_warm_start": EvaluationRow(f"{name} after warm start", config.memory),
-        "after_rl": EvaluationRow(f"{name} after RL", config.memory),
-        "policy": EvaluationRow(name, config.memory),  # of the command evaluate
+        "before": EvaluationRow(f"{name} before", config.memory, config.seed),
+        "after_warm_start": EvaluationRow(f"{name} after warm start", config.memory, config.seed),
+        "after_rl": EvaluationRow(f"{name} after RL", config.memory, config.seed),
     }
     if config.evaluation.memory_off_row and config.memory.policy != "truncation":
-        rows["memory_off"] = EvaluationRow("memory off", replace(config.memory, policy="truncation"))
+        rows["memory_off"] = EvaluationRow("memory off", replace(config.memory, policy="truncation"), config.seed)
     return rows
 
 
@@ -110,7 +111,7 @@ async def train(preparation: Preparation, display: Display) -> None:
     """The whole of ``python -m cluster train``. Raises ClusterError, LearnerError; what was saved and how to go on has been said by then."""
     config, state = preparation.config, start_state(preparation)
     tracker = KeptTimeline(_track(preparation, state), preparation.timeline_path)
-    with _ending(tracker, display), _resumable(preparation, display):
+    with ending(tracker, display), _resumable(preparation, display):
         display.say(f"starting {config.rollout.workers} rollout worker(s) and {config.learner.workers} learner rank(s): {preparation.run_dir}")
         async with training_cluster(preparation) as cluster:
             await train_on(cluster, preparation, tracker, display, replace(state, tracking_run_id=tracker.run_id))
@@ -119,39 +120,28 @@ async def train(preparation: Preparation, display: Display) -> None:
 
 async def train_on(cluster: TrainingCluster, preparation: Preparation, tracker: Tracker, display: Display, state: TrainState) -> TrainState:
     """All stages on a cluster that is up. Afterwards the workers serve the last version."""
+    newest: ObjectStoreWeights | None = None
     scores = Scoreboard(preparation, cluster.workers, tracker, display)
     if preparation.checkpoint is None:
         await scores.measure("memory_off", 0)
         await scores.measure("before", 0)
-        state = await _warm_start(preparation, cluster, tracker, display, state)
+        state, newest = await _warm_start(preparation, cluster, tracker, display, state)
     if state.warm_steps > 0 and state.step == 0:
         await scores.measure("after_warm_start", 0)
     scores.forget("after_rl")
-    state = await _reinforce(preparation, cluster, tracker, display, state)
+    state = await _reinforce(preparation, cluster, tracker, display, state, newest)
     await scores.measure("after_rl", state.step)
     scores.report(state.rewards)
     return state
 
 
-async def evaluate(preparation: Preparation, display: Display) -> None:
-    """The whole of ``python -m cluster evaluate``: memory off and on, for the base model or a checkpoint, without a learner."""
-    state = start_state(preparation)
-    tracker = _track(preparation, replace(state, tracking_run_id=""))
-    with _ending(tracker, display):
-        source = "the base model" if preparation.checkpoint is None else str(preparation.checkpoint.folder)
-        display.say(f"starting {preparation.config.rollout.workers} rollout worker(s) to evaluate {source}")
-        async with evaluation_cluster(preparation) as workers:
-            scores = Scoreboard(preparation, workers, tracker, display)
-            await scores.measure("memory_off", state.step)
-            await scores.measure("policy", state.step)
-            scores.report(())
-
-
-async def _warm_start(preparation: Preparation, cluster: TrainingCluster, tracker: Tracker, display: Display, state: TrainState) -> TrainState:
+async def _warm_start(
+    preparation: Preparation, cluster: TrainingCluster, tracker: Tracker, display: Display, state: TrainState
+) -> tuple[TrainState, ObjectStoreWeights | None]:
     """The supervised stage and its broadcast; the workers then serve its result."""
     demonstrations = build_demonstrations(preparation)
     if demonstrations is None:
-        return state
+        return state, None
     steps = preparation.config.warm_start.steps
     with display.counting("warm start", steps) as counter:
         await warm_start(demonstrations, cluster.learner, preparation.config, tracker, counter.advance)
@@ -161,22 +151,31 @@ async def _warm_start(preparation: Preparation, cluster: TrainingCluster, tracke
             refreshes.create_task(worker.refresh(weights))
     state = replace(state, warm_steps=steps, version=cluster.learner.version)
     await _save(preparation, cluster, state)
-    return state
+    return state, weights
 
 
-async def _reinforce(preparation: Preparation, cluster: TrainingCluster, tracker: Tracker, display: Display, state: TrainState) -> TrainState:
-    plan = preparation.config.train
+async def _reinforce(
+    preparation: Preparation, cluster: TrainingCluster, tracker: Tracker, display: Display, state: TrainState, newest: ObjectStoreWeights | None
+) -> TrainState:
+    """The RL stage. Afterwards ``cluster.workers`` are those that are left: some may have been replaced."""
+    plan, rollout = preparation.config.train, preparation.config.rollout
+    wanted = WantedWorkers(rollout.workers, rollout.schedule, preparation.run_dir, state.step)
     with display.counting("train step", max(0, plan.steps - state.step)) as counter:
 
         def on_step(summary: StepSummary) -> None:
+            wanted.step = summary.step
             counter.advance(step_line(summary))
 
         async def on_checkpoint(reached: TrainState) -> None:
             await _save(preparation, cluster, reached)
 
         stream = build_stream(preparation, cluster.workers, state)
-        parts = LoopParts(stream, cluster.learner, cluster.workers, cluster.channel, tracker, on_step, on_checkpoint)
-        return await run_loop(parts, plan, state)
+        fleet = build_fleet(preparation, cluster, newest, wanted, display.say)
+        parts = LoopParts(stream, cluster.learner, fleet, cluster.channel, tracker, on_step, on_checkpoint)
+        state = await run_loop(parts, plan, state)
+        cluster.workers[:] = [worker for worker in cluster.launched if worker in fleet.workers]
+        display.say(ledger_line(stream.ledger))
+        return state
 
 
 async def _save(preparation: Preparation, cluster: TrainingCluster, state: TrainState) -> None:
@@ -192,7 +191,7 @@ def _track(preparation: Preparation, state: TrainState) -> Tracker:
 
 
 @contextmanager
-def _ending(tracker: Tracker, display: Display) -> Iterator[None]:
+def ending(tracker: Tracker, display: Display) -> Iterator[None]:
     """End the tracked run with the right status, also when it failed or was stopped."""
     status: RunStatus = "FAILED"
     try:

@@ -88,8 +88,8 @@ class Report:
         return (
             row.label,
             f"{len(row.episodes)}{failed}",
-            _interval(row.interval("f1", self.samples, self.seed)),
-            _interval(row.interval("em", self.samples, self.seed)),
+            interval_text(row.interval("f1", self.samples, self.seed)),
+            interval_text(row.interval("em", self.samples, self.seed)),
             f"{row.writes('accepted')}/{row.writes('empty')}/{row.writes('rolled_back')}",
             tokens,
             f"{row.per_episode('seconds'):.1f}",
@@ -115,11 +115,11 @@ def save_report(report: Report, comparisons: Sequence[Comparison], folder: Path)
 
 
 def _save_markdown(report: Report, comparisons: Sequence[Comparison], folder: Path) -> Path:
-    lines = ["# Held-out evaluation", "", *_markdown_table(HEADER, report.cells()), "", LEGEND, ""]
+    lines = ["# Held-out evaluation", "", *markdown_table(HEADER, report.cells()), "", LEGEND, ""]
     for score in report.score_names:
         header, by_category = report.category_cells(score)
         if by_category:
-            lines += [f"## {score} by category", "", *_markdown_table(header, by_category), ""]
+            lines += [f"## {score} by category", "", *markdown_table(header, by_category), ""]
     lines += [f"- {comparison.sentence}" for comparison in comparisons]
     path = folder / "report.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -147,12 +147,12 @@ def _save_json(report: Report, comparisons: Sequence[Comparison], folder: Path) 
             "policy_version": row.policy_version,
             "tasks": len(row.episodes),
             "failed": list(row.failed),
-            "scores": {name: _plain(asdict(row.interval(name, report.samples, report.seed))) for name in row.score_names},
+            "scores": {name: plain_json(asdict(row.interval(name, report.samples, report.seed))) for name in row.score_names},
             "writes": {outcome: row.writes(outcome) for outcome in ("accepted", "empty", "rolled_back")},
         }
         for row in report.rows
     ]
-    compared = [{**_plain(asdict(comparison.difference)), "before": comparison.before, "after": comparison.after} for comparison in comparisons]
+    compared = [{**plain_json(asdict(comparison.difference)), "before": comparison.before, "after": comparison.after} for comparison in comparisons]
     path = folder / "report.json"
     path.write_text(json.dumps({"rows": rows, "comparisons": compared, "rewards": list(report.rewards)}, indent=1), encoding="utf-8")
     return path
@@ -178,23 +178,23 @@ def _save_plot(rewards: Sequence[float], folder: Path) -> Path:
     return path
 
 
-def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     rows = [header, ["---"] * len(header), *lines]
     return ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
 
 
 def _category_line(name: str, figures: Sequence[tuple[float, int]]) -> tuple[str, ...]:
-    return (name, str(max(count for _, count in figures)), *(_percent(mean) for mean, _ in figures))
+    return (name, str(max(count for _, count in figures)), *(percent(mean) for mean, _ in figures))
 
 
-def _interval(interval: Interval) -> str:
+def interval_text(interval: Interval) -> str:
     return "-" if interval.count == 0 else f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
     return f"{100 * value:.1f}" if math.isfinite(value) else "-"
 
 
-def _plain(values: dict[str, float]) -> dict[str, float | None]:
+def plain_json(values: dict[str, float]) -> dict[str, float | None]:
     """JSON has no NaN."""
     return {key: value if math.isfinite(value) else None for key, value in values.items()}

@@ -1,6 +1,6 @@
 """YAML file and ``key=value`` arguments -> RunConfig, once.
 
-    defaults of the schema  <-  file (only what differs)  <-  arguments, left to right  ->  frozen RunConfig
+    defaults of the schema  <-  file (only what differs)  <-  layers (a benchmark, a row)  <-  arguments, left to right  ->  frozen RunConfig
 
 Keys are checked against the schema here; types, Literals and ``${...}`` by OmegaConf; bounds by the dataclasses. Whatever fails raises
 ``ConfigError`` with one line: the file or argument, the key, what is allowed.
@@ -24,7 +24,7 @@ from configs.bounds import BoundError
 from configs.describe import describe, help_table, settings
 from configs.schema import RunConfig
 
-__all__ = ["ConfigError", "describe", "help_table", "load_config", "to_yaml"]
+__all__ = ["ConfigError", "Layer", "describe", "help_table", "load_config", "to_yaml"]
 
 
 class ConfigError(ValueError):
@@ -40,9 +40,20 @@ class _Assignment:
     value: object
 
 
-def load_config(path: Path | None, overrides: Sequence[str]) -> RunConfig:
-    """The configuration of one run from a YAML file (None: the defaults) and ``key=value`` overrides. Raises ConfigError."""
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A file that is laid over the run's own. It may set what begins with one of ``allowed`` ("memory."), and is called ``kind`` in messages."""
+
+    path: Path
+    kind: str
+    allowed: tuple[str, ...]
+
+
+def load_config(path: Path | None, overrides: Sequence[str], layers: Sequence[Layer] = ()) -> RunConfig:
+    """The configuration of one run from a YAML file (None: the defaults), layers and ``key=value`` overrides. Raises ConfigError."""
     assignments = [*_from_file(path)] if path is not None else []
+    for layer in layers:
+        assignments += _from_layer(layer)
     assignments += [_from_argument(argument) for argument in overrides]
     merged = _merge(assignments)
     for assignment in assignments:
@@ -89,6 +100,14 @@ def _from_file(path: Path) -> Iterator[_Assignment]:
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path}: holds a list, not a mapping; write 'section:' and indented 'key: value' lines")
     yield from _leaves(str(path), "", OmegaConf.to_container(content, resolve=False))
+
+
+def _from_layer(layer: Layer) -> Iterator[_Assignment]:
+    for assignment in _from_file(layer.path):
+        if not assignment.key.startswith(layer.allowed):
+            allowed = ", ".join(f"{prefix}*" if prefix.endswith((".", "_")) else prefix for prefix in layer.allowed)
+            raise ConfigError(f"{layer.path}: {assignment.key} is not a setting of a {layer.kind}, which may set {allowed} only")
+        yield assignment
 
 
 def _leaves(source: str, prefix: str, content: Any) -> Iterator[_Assignment]:

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.evaluate import AnswerScore, EpisodeScore, EvaluationRow, RowResult, compare, evaluate_row, load_row, row_metrics, save_row
+from actors.types import Answer
+from cluster.errors import CheckpointError
+from cluster.evaluate import EpisodeScore, EvaluationRow, RowResult, compare, evaluate_row, load_row, row_metrics, save_row
 from cluster.statistics import bootstrap_interval, paired_difference
 from cluster.tables import HEADER, Comparison, Report, rich_table, save_report
 from configs.schema import MemoryConfig
@@ -18,7 +20,8 @@ from configs.schema import MemoryConfig
 
 def episode(task: int, f1: float, em: float = 0.0, category: str = "home") -> EpisodeScore:
     writes = {"accepted": 1, "empty": 2, "rolled_back": 0}
-    return EpisodeScore(f"t{task}", f1, (AnswerScore(category, {"f1": f1, "em": em, "official": f1 / 2}),), writes, 100, 20, 1.5)
+    answer = Answer("Where?", ("here", "there"), "here", category, {"f1": f1, "em": em, "official": f1 / 2})
+    return EpisodeScore(f"t{task}", f"item{task}", f1, {"f1": f1}, (answer,), writes, {"summaries": 1}, 100, 20, 60, 1.5)
 
 
 def row(label: str, values: list[float], failed: tuple[str, ...] = ()) -> RowResult:
@@ -142,6 +145,13 @@ def test_a_row_survives_its_file(tmp_path: Path) -> None:
     assert load_row(tmp_path / "evaluation" / "before.json") == measured
 
 
+def test_a_row_of_another_version_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "before.json"
+    path.write_text('{"label": "TMEM", "policy_version": 0, "episodes": [{"task_id": "t0"}], "failed": []}')
+    with pytest.raises(CheckpointError, match=r"before\.json: is not a row as this version .* delete it"):
+        load_row(path)
+
+
 def test_row_metrics_by_category_and_write_outcome() -> None:
     metrics = row_metrics(row("TMEM", [0.25, 0.75]), "before")
     assert metrics["eval/before/f1"] == 0.5
@@ -181,7 +191,7 @@ def test_evaluation_runs_every_task_once_in_order_within_its_lanes() -> None:
 
     worker, done = _Worker(), []
     tasks = [task_at(position) for position in range(8)]
-    result = asyncio.run(evaluate_row(EvaluationRow("TMEM", MemoryConfig()), tasks, [worker], 3, lambda: done.append(1)))  # type: ignore[list-item]
+    result = asyncio.run(evaluate_row(EvaluationRow("TMEM", MemoryConfig(), 0), tasks, [worker], 3, lambda: done.append(1)))  # type: ignore[list-item]
     assert [episode.task_id for episode in result.episodes] == [f"t{position}" for position in range(8) if position != 3]
     assert result.episodes[4].mean("f1") == 0.5
     assert result.failed == ("engine: out of memory",)

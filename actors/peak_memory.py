@@ -1,0 +1,78 @@
+"""The most memory that this process held: resident, through Linux's /proc, and on the GPU, through torch.
+
+The system's peak is that of the whole life, so it is reset first: without that a high import or warm-up of earlier hides what comes later.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_PROC = Path("/proc/self")
+
+
+class UnmeasurableError(RuntimeError):
+    """The system does not let this process read or reset its peak; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeakMemory:
+    """Bytes held at the worst. ``resident_bytes`` is None where it cannot be measured, which ``problem`` then explains; ``device_bytes`` 0: no GPU.
+
+    Both hold what the engine reserves ahead (its key-value cache), used or not: compare rows that ran on engines of one configuration.
+    """
+
+    resident_bytes: int | None
+    device_bytes: int
+    problem: str
+
+
+def take_peak() -> PeakMemory:
+    """The peaks since the last call (or the process's start), then forget them."""
+    device = 0
+    torch = sys.modules.get("torch")  # what has not been imported holds nothing
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        device = int(torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        resident = resident_peak()
+        reset_resident_peak()
+    except UnmeasurableError as error:
+        return PeakMemory(None, device, str(error))
+    return PeakMemory(resident, device, "")
+
+
+def resident_peak() -> int:
+    """Bytes resident at the worst since ``reset_resident_peak``, else since the process started. Raises UnmeasurableError."""
+    return _bytes_of("VmHWM")
+
+
+def resident() -> int:
+    """Bytes resident now. Raises UnmeasurableError."""
+    return _bytes_of("VmRSS")
+
+
+def reset_resident_peak() -> None:
+    """Give back what is free, then forget the peak so far. Raises UnmeasurableError where the system does not allow it."""
+    gc.collect()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc's
+        trim(0)
+    try:
+        (_PROC / "clear_refs").write_text("5", encoding="ascii")  # VmHWM becomes VmRSS
+    except OSError as error:
+        raise UnmeasurableError(f"peak memory is read from Linux's /proc, which does not allow it here ({error})") from error
+    resident_peak()
+
+
+def _bytes_of(field: str) -> int:
+    try:
+        lines = (_PROC / "status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError as error:
+        raise UnmeasurableError(f"peak memory is read from Linux's /proc, which does not allow it here ({error})") from error
+    for line in lines:
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise UnmeasurableError(f"peak memory is read from Linux's /proc, whose status has no {field} here")

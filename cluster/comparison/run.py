@@ -1,0 +1,151 @@
+"""The story of ``python -m cluster evaluate``: what is there already, what is missing, run it, show all of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.comparison.drive import Hooks, run_cells
+from cluster.comparison.plan import Cell
+from cluster.comparison.plots import save_plots
+from cluster.comparison.prepare import Comparison
+from cluster.comparison.report import COST_LEGEND, ComparisonReport, Table, save_comparison
+from cluster.comparison.summary import PRIMARY, Bootstrap, compare_rows, summarize
+from cluster.errors import ClusterError
+from cluster.progress import Display
+from cluster.run import ending
+from cluster.tables import MOST_CATEGORIES, rich_table
+from cluster.tracking import Tracker, git_commit, start_tracking
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+async def evaluate(comparison: Comparison, display: Display) -> None:
+    """Raises ClusterError when Ray does not start, or at the end, the report being written, when a cell was given up."""
+    tracker = _track(comparison)
+    with ending(tracker, display), _resumable(comparison, display):
+        found = {cell.key for cell in comparison.plan.cells if comparison.store.finished(cell) is not None}
+        missing = [cell for cell in comparison.plan.cells if cell.key not in found]
+        display.say(f"{_overview(comparison)}; {len(found)} done before: {comparison.folder}")
+        given_up = await _measure(comparison, missing, display)
+        _report(comparison, given_up, tracker, display)
+        if given_up:
+            raise ClusterError(f"{len(given_up)} of {len(comparison.plan.cells)} cells were given up, first {next(iter(given_up.items()))}")
+
+
+async def _measure(comparison: Comparison, missing: list[Cell], display: Display) -> dict[str, str]:
+    """Run the missing cells with progress over their episodes; returns why some were given up."""
+    total = sum(len(comparison.tasks[cell.key]) - len(comparison.store.begun(cell)) for cell in missing)
+    if total == 0 and not missing:
+        return {}
+    for cell in missing:
+        wanted, there = cell.config.evaluation.tasks, len(comparison.tasks[cell.key])
+        if there < wanted:
+            display.say(f"{cell.benchmark}: its held-out split has {there} tasks, fewer than evaluation.tasks={wanted}: all are used")
+            break
+    with display.counting("evaluate", total) as counter:
+        numbers = {cell.key: number for number, cell in enumerate(missing, start=1)}
+
+        def begins(cell: Cell, left: int) -> None:
+            display.say(f"cell {numbers[cell.key]} of {len(missing)}: {_named(cell)}, {left} episodes, left in all {counter.time_left}")
+
+        def finished(cell: Cell) -> None:
+            done = comparison.store.finished(cell)
+            assert done is not None
+            scores = [value for episode in done.result.episodes if (value := episode.mean(PRIMARY)) == value]
+            mean = f"{PRIMARY.upper()} {100 * sum(scores) / len(scores):.1f} %" if scores else "no score"
+            display.say(f"  {_named(cell)}: {mean}, {len(done.result.episodes)} finished, {len(done.result.failed)} failed")
+
+        def retries(cell: Cell, why: str) -> None:
+            display.say(f"  {_named(cell)}: {why}; once more on new workers")
+
+        return await run_cells(comparison, missing, Hooks(begins, counter.advance, finished, retries))
+
+
+def build_report(comparison: Comparison, given_up: Mapping[str, str]) -> ComparisonReport:
+    """Of whatever is finished."""
+    plan, base = comparison.plan, comparison.plan.base
+    found = {cell.key: result for cell in plan.cells if (result := comparison.store.finished(cell)) is not None}
+    bootstrap = Bootstrap(base.evaluation.bootstrap_samples, base.seed)
+    rows = summarize(plan.cells, found, given_up)
+    return ComparisonReport(
+        facts=_facts(comparison),
+        rows=rows,
+        costs=tuple(row.cost(comparison.model, _BYTES[base.model.dtype]) for row in rows),
+        differences=compare_rows(rows, plan.baselines, bootstrap),
+        bootstrap=bootstrap,
+    )
+
+
+def _report(comparison: Comparison, given_up: Mapping[str, str], tracker: Tracker, display: Display) -> None:
+    report = build_report(comparison, given_up)
+    folder = comparison.folder / "report"
+    folder.mkdir(exist_ok=True)
+    plots: list[Path] = []
+    for benchmark in report.benchmarks:
+        _show(report.scores(benchmark), display)
+        by_category = report.categories(benchmark, PRIMARY)
+        if 0 < len(by_category.lines) <= MOST_CATEGORIES:
+            _show(by_category, display)
+        _show(report.cost(benchmark), display)
+        for event in report.events(benchmark):
+            display.say(event)
+        pairs = report.of(benchmark)
+        plots += save_plots([row for row, _ in pairs], [cost for _, cost in pairs], report.bootstrap, folder)
+    for line in (report.scores_legend, COST_LEGEND, *report.verdicts(), *report.problems()):
+        display.say(line)
+    for path in [*save_comparison(report, plots, folder), *plots]:
+        tracker.artifact(path)
+    tracker.log(report.metrics(), comparison.step)
+    display.say(f"report:  {folder}")
+    display.say(f"metrics: {tracker.location}")
+
+
+def _show(table: Table, display: Display) -> None:
+    display.console.print(rich_table(table.title, table.header, table.lines))
+
+
+def _track(comparison: Comparison) -> Tracker:
+    """The run in MLflow; a resumed evaluation goes on with its own."""
+    path = comparison.folder / "tracking-run"
+    config = comparison.plan.base
+    before = path.read_text(encoding="utf-8") if path.exists() and config.tracking.enabled else ""
+    tracker = start_tracking(config, comparison.folder.parent, comparison.folder.name, comparison.config_path, before)
+    if tracker.run_id:
+        path.write_text(tracker.run_id, encoding="utf-8")
+    return tracker
+
+
+@contextmanager
+def _resumable(comparison: Comparison, display: Display) -> Iterator[None]:
+    """Tell the user of an evaluation that broke or was stopped how to go on."""
+    try:
+        yield
+    except (ClusterError, KeyboardInterrupt, asyncio.CancelledError):
+        display.say(f"what was measured is in {comparison.folder}")
+        display.say(f"to run what is missing: python -m cluster evaluate --resume {comparison.folder}")
+        raise
+
+
+def _overview(comparison: Comparison) -> str:
+    plan = comparison.plan
+    seeds = len({cell.config.seed for cell in plan.cells})
+    parts = (f"{len(plan.labels)} row(s)", f"{len(plan.benchmarks)} benchmark(s)", f"{seeds} seed(s)")
+    return f"{' x '.join(parts)} = {len(plan.cells)} cells"
+
+
+def _named(cell: Cell) -> str:
+    return f"{cell.benchmark}, {cell.variant.label}, seed {cell.config.seed}"
+
+
+def _facts(comparison: Comparison) -> dict[str, str]:
+    config, checkpoint = comparison.plan.base, comparison.checkpoint
+    seeds = sorted({cell.config.seed for cell in comparison.plan.cells})
+    return {
+        "policy": "the base model" if checkpoint is None else f"{checkpoint.run_dir.name}/{checkpoint.folder.name}",
+        "model": f"{config.model.name} ({config.model.dtype}, weights {comparison.model.fingerprint[:12]})",
+        "configuration": f"{config.name}, seeds {', '.join(map(str, seeds))}",
+        "commit": git_commit(Path(__file__).parent) or "unknown",
+    }
