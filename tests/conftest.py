@@ -84,9 +84,25 @@ def tiny_model_path(model_path: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def locomo_path() -> Path:
     """The LoCoMo file named by ENGRAM_LOCOMO_PATH; tests that need it are skipped where there is none."""
-    name = os.environ.get("ENGRAM_LOCOMO_PATH")
+    return _data("ENGRAM_LOCOMO_PATH", "a LoCoMo file, e.g. locomo10.json")
+
+
+@pytest.fixture(scope="session")
+def longmemeval_path() -> Path:
+    """The LongMemEval file named by ENGRAM_LONGMEMEVAL_PATH; tests that need it are skipped where there is none."""
+    return _data("ENGRAM_LONGMEMEVAL_PATH", "a LongMemEval file, e.g. longmemeval_s.json")
+
+
+@pytest.fixture(scope="session")
+def hotpotqa_path() -> Path:
+    """The folder named by ENGRAM_HOTPOTQA_PATH, with questions.json and corpus.json; tests that need it are skipped where there is none."""
+    return _data("ENGRAM_HOTPOTQA_PATH", "a folder with HotpotQA's questions.json and their corpus.json")
+
+
+def _data(variable: str, what: str) -> Path:
+    name = os.environ.get(variable)
     if not name:
-        pytest.skip("ENGRAM_LOCOMO_PATH is not set (a LoCoMo file, e.g. locomo10.json)")
-    if not Path(name).is_file():
-        pytest.fail(f"ENGRAM_LOCOMO_PATH={name} is no file")
+        pytest.skip(f"{variable} is not set ({what})")
+    if not Path(name).exists():
+        pytest.fail(f"{variable}={name} does not exist")
     return Path(name)

@@ -33,7 +33,7 @@ def read_longmemeval(path: str) -> list[Conversation]:
         if not any(told.lines for told, _ in sessions):
             raise item["haystack_sessions"].error("at least one turn")
         evidence = tuple(told.number for told, holds_answer in sessions if holds_answer)
-        conversations[name] = Conversation(name, (_question(item, name, evidence),), _Haystack(source, start, size, item.item))
+        conversations[name] = Conversation(name, (_question(item, name, evidence),), _Haystack(source, start, size, item.item, name))
     return list(conversations.values())
 
 
@@ -45,13 +45,17 @@ class _Haystack:
     start: int  # byte
     size: int  # bytes
     item: str
+    name: str
 
     def __call__(self) -> Sequence[Told]:
         try:
             value = json.loads(self.source.read_bytes(self.start, self.size))
-        except ValueError as error:
-            raise TaskError(f"{self.source.path}: {self.item}: the file was changed after it was first read: start the run again") from error
-        return [told for told, _ in _sessions(Field(self.source.path, self.item, value))]
+        except ValueError:
+            value = {}
+        item = Field(self.source.path, self.item, value)
+        if item.get("question_id", "").value != self.name:
+            raise TaskError(f"{self.source.path}: {self.item}: the file was changed after it was first read: start the run again")
+        return [told for told, _ in _sessions(item)]
 
 
 def _question(item: Field, name: str, evidence: tuple[int, ...]) -> Question:

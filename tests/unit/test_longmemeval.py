@@ -1,0 +1,207 @@
+"""LongMemEval's schema from a file: what is told in which order, how abstention counts, and that a large file is neither kept nor misread."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.environments import json_list
+from actors.environments.base import TaskError
+from actors.environments.conversation import ConversationEnvironment
+from actors.environments.fields import Source
+from actors.environments.json_list import stream_list
+from actors.environments.longmemeval_file import read_longmemeval
+from actors.scoring import says_unknown
+from actors.types import Outcome, Task
+from configs.bounds import BoundError
+from configs.schema import ConversationConfig
+
+SAMPLE = Path(__file__).parents[1] / "data" / "longmemeval_sample.json"
+SOURCE = Source(str(SAMPLE), "environment.conversation.path", "a LongMemEval file")
+
+
+def _environment(path: Path = SAMPLE, **settings: Any) -> ConversationEnvironment:
+    return ConversationEnvironment(ConversationConfig(path=str(path), format="longmemeval", **settings))
+
+
+def _told(name: str, **settings: Any) -> list[str]:
+    session = _environment(**settings).start(Task("t", "conversation", {"conversation": name, "questions": [0]}, 0))
+    texts = []
+    while (observation := session.observe()) is not None and not observation.wants_action:
+        texts.append(observation.text)
+    return texts
+
+
+def _answered(name: str, answer: str) -> Outcome:
+    session = _environment().start(Task("t", "conversation", {"conversation": name, "questions": [0]}, 0))
+    session.act(answer)
+    return session.outcome()
+
+
+def test_sessions_are_told_under_their_dates_and_the_question_under_its_own() -> None:
+    first, second, third = _told("q_boat")
+    assert first == "[2023/04/02 (Sun) 10:15]\nuser: How do I boil eggs?\nassistant: Seven minutes.\nThen cold water."
+    assert second.splitlines()[1:] == ["user: I painted the name on my boat today: Sea Lark ⛵!", "assistant: A lovely name."]
+    assert third.splitlines()[1:] == ["user: Which moss grows on roofs?"]  # nothing is said in the other turn
+    session = _environment().start(Task("t", "conversation", {"conversation": "q_boat", "questions": [0]}, 0))
+    assert session.question == "[2023/06/01 (Thu) 09:00] What did I name my boat?"
+
+
+def test_sessions_come_in_order_of_time_and_evidence_keeps_its_session() -> None:
+    assert [text.splitlines()[1] for text in _told("q_count")] == ["user: I bought three lamps.", "user: I bought two more lamps."]
+    (boat, count, dog) = read_longmemeval(str(SAMPLE))
+    assert [c.questions[0].evidence_sessions for c in (boat, count, dog)] == [(2,), (1, 2), (1,)]
+
+
+def test_dates_in_another_form_leave_the_order_alone(tmp_path: Path) -> None:
+    path = _changed(tmp_path, lambda items: items[1].update(haystack_dates=["20 June", "28 June", "2 May"]))
+    told = {conversation.id: conversation.sessions() for conversation in read_longmemeval(str(path))}["q_count"]
+    assert [session.date for session in told] == ["20 June", "28 June", "2 May"]
+
+
+def test_max_sessions_keeps_the_last_ones_up_to_the_evidence() -> None:
+    assert [text.split("]")[0] for text in _told("q_boat", max_sessions=1)] == ["[2023/04/20 (Thu) 18:40"]
+    assert len(_told("q_boat", max_sessions=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "f1", "em", "category"),
+    [
+        ("q_boat", "sea lark.", 1.0, 1.0, "single-session-user"),
+        ("q_boat", "The Sea Lark", 0.8, 0.0, "single-session-user"),
+        ("q_boat", "Not mentioned", 0.0, 0.0, "single-session-user"),
+        ("q_count", "5", 1.0, 1.0, "multi-session"),
+        ("q_dog_abs", "Not mentioned", 1.0, 1.0, "single-session-user"),
+        ("q_dog_abs", "You didn\u2019t mention a dog.", 1.0, 1.0, "single-session-user"),
+        ("q_dog_abs", "Sea Lark", 0.0, 0.0, "single-session-user"),
+        ("q_dog_abs", "", 0.0, 0.0, "single-session-user"),
+    ],
+)
+def test_answers_are_scored_plainly_and_abstention_by_saying_so(name: str, answer: str, f1: float, em: float, category: str) -> None:
+    outcome = _answered(name, answer)
+    (scored,) = outcome.answers
+    expected = {"f1": f1, "plain_f1": f1, "em": em} | ({"abstention": f1} if name.endswith("_abs") else {})
+    assert scored.scores == pytest.approx(expected)
+    assert (outcome.reward, scored.category) == (pytest.approx(f1), category)
+
+
+@pytest.mark.parametrize(
+    ("answer", "unknown"),
+    [
+        ("The information is not mentioned.", True),
+        ("Unknown", True),
+        ("I do not know.", True),
+        ("There isn't enough information to tell", True),
+        ("That was never mentioned", True),
+        ("It cannot be determined", True),
+        ("There is enough information: Sea Lark", False),
+        ("I know the well-known one", False),
+        ("", False),
+    ],
+)
+def test_ways_of_saying_that_it_is_unknown(answer: str, unknown: bool) -> None:
+    assert says_unknown(answer) is unknown
+
+
+def test_locomos_settings_do_not_reach_it() -> None:
+    assert len(list(_environment(categories=(5,), eval_fraction=0.6).tasks("eval", 0, 0))) == 2
+    with pytest.raises(BoundError, match="scorer='official' is not allowed: it must be plain where format is longmemeval"):
+        _environment(scorer="official")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100, 1 << 20])
+@pytest.mark.parametrize("form", [{"indent": 1}, {"ensure_ascii": False}, {"separators": (",", ":")}])
+def test_a_list_comes_item_by_item_wherever_it_is_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chunk: int, form: dict[str, Any]) -> None:
+    monkeypatch.setattr(json_list, "_CHUNK", chunk)
+    values = [{"text": "⛵ naïve", "of": [1, {"a": 'b\\"]'}]}, {}, {"x": "é" * 20}]
+    source = Source(str(tmp_path / "list.json"), "path", "a list")
+    Path(source.path).write_text(f" {json.dumps(values, **form)}\n", encoding="utf-8")
+    items = list(stream_list(source))
+    assert [value for _, _, value in items] == values
+    assert [json.loads(source.read_bytes(start, size)) for start, size, _ in items] == values
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected a list, got something else"),
+        (b'{"a": 1}', "expected a list, got something else: give environment.conversation.path the path of"),
+        (b'["\xc3\xa9", {"b": ]', "item 1: not JSON at byte 13: Expecting value"),
+        (b"[1 2]", "not JSON after item 0: expected ',' or ']', got '2'"),
+        (b"[1", "not JSON after item 0: expected ',' or ']', got 'the end of the file'"),
+        (b'["\xff"]', "not UTF-8 text near byte 2"),
+        (b"[" * 100_000, "item 0: nested too deeply|item 0: not JSON"),
+    ],
+)
+def test_a_file_that_is_something_else(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_bytes(content)
+    with pytest.raises(TaskError, match=message) as error:
+        list(stream_list(Source(str(path), SOURCE.setting, SOURCE.what)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_or_no_path(tmp_path: Path) -> None:
+    _refused(tmp_path / "none.json", "none.json: cannot be read .*: give environment.conversation.path the path of a LongMemEval file")
+    with pytest.raises(TaskError, match=r"environment.conversation.path is empty"):
+        read_longmemeval("")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda items: items.__setitem__(0, 3), "item 0: expected an object, got 3"),
+        (lambda items: items[1].pop("question_id"), "item 1, question_id: expected a text, got nothing"),
+        (lambda items: items[1].update(question_id="q_boat"), "item 1: question_id 'q_boat' occurs twice"),
+        (lambda items: items[0].pop("question_type"), r"item 0 \(q_boat\), question_type: expected a text, got nothing"),
+        (lambda items: items[0].update(answer=None), r"item 0 \(q_boat\), answer: expected a text or a number, got null"),
+        (lambda items: items[0].pop("haystack_sessions"), "haystack_sessions: expected a list, got nothing"),
+        (lambda items: items[0].update(haystack_sessions=[[], [], []]), "haystack_sessions: expected at least one turn, got a list"),
+        (lambda items: items[0]["haystack_dates"].pop(), "haystack_dates: expected as many as the 3 haystack_sessions, got a list"),
+        (lambda items: items[0]["haystack_sessions"][1].append("x"), r"haystack_sessions\[1\]\[2\]: expected an object, got 'x'"),
+        (
+            lambda items: items[0]["haystack_sessions"][1][0].update(role="bot"),
+            r"haystack_sessions\[1\]\[0\].role: expected user or assistant, got 'bot'",
+        ),
+        (lambda items: items[0]["haystack_sessions"][1][0].pop("content"), r"haystack_sessions\[1\]\[0\].content: expected a text, got nothing"),
+        (lambda items: items.__delitem__(slice(1, 3)), "it has 1 conversation, and at least 2 are needed"),
+    ],
+)
+def test_a_malformed_file_gives_item_field_and_expectation(tmp_path: Path, change: Callable[[Any], object], message: str) -> None:
+    _refused(_changed(tmp_path, change), message)
+
+
+@pytest.mark.parametrize("shifted", [lambda text: f"      {text}", lambda text: text.replace("q_boat", "q_boot")])
+def test_a_file_that_changes_under_a_run_is_noticed(tmp_path: Path, shifted: Callable[[str], str]) -> None:
+    path = _changed(tmp_path, lambda items: None)
+    environment = _environment(path)
+    path.write_text(shifted(path.read_text()))
+    with pytest.raises(TaskError, match="the file was changed after it was first read"):
+        environment.start(Task("t", "conversation", {"conversation": "q_boat", "questions": [0]}, 0))
+
+
+def test_a_real_file(longmemeval_path: Path) -> None:
+    environment = _environment(longmemeval_path)
+    tasks = list(environment.tasks("eval", 0, 0))
+    assert len(tasks) > 100
+    for task in tasks[:20]:
+        assert environment.start(task).observe() is not None
+
+
+def _changed(tmp_path: Path, change: Callable[[Any], object]) -> Path:
+    items = copy.deepcopy(json.loads(SAMPLE.read_text()))
+    change(items)
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(items))
+    return path
+
+
+def _refused(path: Path, message: str) -> None:
+    with pytest.raises(TaskError, match=message) as error:
+        _environment(path)
+    assert "\n" not in str(error.value)
