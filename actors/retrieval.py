@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 class Embedder(Protocol):
-    """Texts to vectors of unit length, so that a dot product is a cosine."""
+    """Texts to vectors of unit length, so that a dot product is a cosine. Safe to share between threads."""
 
     @property
     def dimensions(self) -> int: ...
