@@ -53,13 +53,14 @@ class PagingConfig:
     """MemGPT (arXiv 2310.08560): core memory in the prompt, a recursive summary of what was evicted, and recall and archival storage with search."""
 
     warn_fraction: float = 0.75  # of max_context_tokens: the agent is told to save what matters
-    flush_fraction: float = 0.5  # of max_context_tokens: what stays of the newest turns when the context is full
+    flush_fraction: float = 0.5  # of the room for turns: what stays of the newest when the context is full
     core_characters: int = 1000  # of each block of core memory
     max_calls: int = 4  # tool calls before a reply is taken as it is
+    max_call_tokens: int = 128  # of a reply that may be a tool call; of an answer sampling.max_answer_tokens count
     results: int = 3  # that a search shows
 
     def __post_init__(self) -> None:
-        positive(self, "core_characters", "max_calls", "results")
+        positive(self, "core_characters", "max_calls", "max_call_tokens", "results")
         require(0 < self.warn_fraction <= 1, "warn_fraction", self.warn_fraction, "in (0, 1]")
         require(0 < self.flush_fraction < 1, "flush_fraction", self.flush_fraction, "between 0 and 1, both excluded")
 
