@@ -30,19 +30,20 @@ def target_modules(num_layers: int, config: FastWeightsConfig) -> tuple[str, ...
     return tuple(f"model.layers.{layer}.mlp.{projection}" for layer in range(first, num_layers) for projection in config.projections)
 
 
-def make_basis(kind: BasisKind, a: Mapping[str, Tensor], d_out: Mapping[str, int]) -> Basis:
+def make_basis(kind: BasisKind, a: Mapping[str, Tensor], d_out: Mapping[str, int], train_a: bool) -> Basis:
     """A basis from its matrices (float32 [rank, d_in], one rank for all); derives rank and id. Raises BasisError."""
     frozen = {name: matrix.detach().to("cpu", torch.float32).contiguous() for name, matrix in a.items()}
     ranks = sorted({matrix.shape[0] for matrix in frozen.values()})
     if len(ranks) != 1 or set(a) != set(d_out):
         raise BasisError(f"a basis needs matrices of one rank, each with its d_out: got ranks {ranks}, {len(a)} matrices, {len(d_out)} sizes")
-    digest = hashlib.sha256(f"{kind}:{ranks[0]}".encode())
+    digest = hashlib.sha256(f"{kind}:{ranks[0]}{':train_a' if train_a else ''}".encode())
     for name in sorted(frozen):
         if not bool(torch.isfinite(frozen[name]).all()):
             raise BasisError(f"the basis of {name} is not finite: the base weights hold NaN or infinity; use an undamaged checkpoint")
         digest.update(f"|{name}:{d_out[name]}:{tuple(frozen[name].shape)}|".encode())
         digest.update(frozen[name].numpy().tobytes())
-    return Basis(id=digest.hexdigest()[:16], kind=kind, rank=ranks[0], a=frozen, d_out={name: int(d_out[name]) for name in frozen})
+    sizes = {name: int(d_out[name]) for name in frozen}
+    return Basis(id=digest.hexdigest()[:16], kind=kind, rank=ranks[0], a=frozen, d_out=sizes, train_a=train_a)
 
 
 def compute_basis(weights: Mapping[str, Tensor], config: FastWeightsConfig, seed: int) -> Basis:
@@ -62,7 +63,7 @@ def compute_basis(weights: Mapping[str, Tensor], config: FastWeightsConfig, seed
             a = {name: functional.normalize(matrix, dim=1) for name, matrix in a.items()}
     else:
         a = {name: _random_factor(name, weight.shape[1], config.rank, seed) for name, weight in weights.items()}
-    return make_basis(config.basis, a, {name: weight.shape[0] for name, weight in weights.items()})
+    return make_basis(config.basis, a, {name: weight.shape[0] for name, weight in weights.items()}, config.train_a)
 
 
 def _top_right_factor(weight: Tensor, rank: int) -> Tensor:
@@ -119,6 +120,7 @@ def save_basis(basis: Basis, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": _FORMAT, "id": basis.id, "kind": basis.kind, "rank": str(basis.rank), "d_out": json.dumps(dict(basis.d_out))}
+    metadata["train_a"] = json.dumps(basis.train_a)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         safetensors.torch.save_file(dict(basis.a), temporary, metadata=metadata)
@@ -143,7 +145,7 @@ def load_basis(path: str | os.PathLike[str]) -> Basis:
         known: dict[str, BasisKind] = {one: one for one in get_args(BasisKind)}
         if kind not in known or set(d_out) != set(a) or any(matrix.ndim != 2 for matrix in a.values()):
             raise ValueError("kind, d_out and matrices do not fit each other")
-        basis = make_basis(known[kind], {name: a[name] for name in d_out}, d_out)
+        basis = make_basis(known[kind], {name: a[name] for name in d_out}, d_out, train_a=metadata.get("train_a") == "true")
     except (KeyError, ValueError, AttributeError) as error:
         raise BasisError(f"{path}: damaged basis ({error}); {cure}") from error
     if basis.id != metadata.get("id"):

@@ -16,16 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
-from typing import Any
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from actors.answer_head import head_pass
-from actors.fast_weights import Basis
+from actors.fast_weights import Basis, StackedWeights
 from actors.frozen_model import FrozenLayer, FrozenModel, times_frozen
+from actors.group_delta import add_grouped, shrink_grouped
 from actors.layout import Layout, RowSpan, make_layout
 from actors.types import WriteExample
 
@@ -62,7 +62,7 @@ class Chunk:
 
     numbers: the rows' places among those that were prepared; sizes: of their answers. episodes int64 [G]: whose B each group acts under.
     hidden [n, d], gate_up [n, 2 f], shrunk [n, rank] by projection: the cut MLP's residual stream, W x and A x; n is all tokens, or the answers where
-    the cut layer is the last.
+    the cut layer is the last. Where the write moves A too there is no A x to keep, but its x [n, d].
     """
 
     numbers: tuple[int, ...]
@@ -73,29 +73,8 @@ class Chunk:
     hidden: Tensor
     gate_up: Tensor
     shrunk: Mapping[str, Tensor]
+    x: Tensor | None
     targets: Tensor
-
-
-class _AddDelta(torch.autograd.Function):
-    """base + (shrunk_g B_g^T for each group g): base [n, d_out], shrunk [n, rank], b [G, d_out, rank], group g at offsets[g]:offsets[g + 1]."""
-
-    @staticmethod
-    def forward(ctx: Any, base: Tensor, shrunk: Tensor, b: Tensor, offsets: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(shrunk, b)
-        ctx.offsets = offsets
-        out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
-        for group, (start, end) in enumerate(pairwise(offsets)):
-            torch.addmm(base[start:end], shrunk[start:end], b[group].T, out=out[start:end])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        grad, (shrunk, b), offsets = gradients[0], ctx.saved_tensors, ctx.offsets
-        grad_shrunk, grad_b = torch.empty_like(shrunk), torch.empty_like(b)
-        for group, (start, end) in enumerate(pairwise(offsets)):
-            torch.mm(grad[start:end], b[group], out=grad_shrunk[start:end])
-            torch.mm(grad[start:end].T, shrunk[start:end], out=grad_b[group])
-        return grad, grad_shrunk, grad_b, None
 
 
 class CutModel:
@@ -106,7 +85,7 @@ class CutModel:
         self._cut, self._last = basis.first_layer, len(model.layers) - 1
         self._chunk_tokens = chunk_tokens
         self._a = {name: matrix.to(model.device, model.dtype) for name, matrix in basis.a.items()}
-        self.rank = basis.rank
+        self.rank, self._train_a = basis.rank, basis.train_a
         self._read: dict[WriteExample, Tensor] = {}  # oldest first
 
     # --- once per write ------------------------------------------------------------------------------------------------------------------------
@@ -133,23 +112,28 @@ class CutModel:
 
     # --- once per step -------------------------------------------------------------------------------------------------------------------------
 
-    def score(self, chunks: Sequence[Chunk], b: Mapping[str, Tensor], loss_weights: Sequence[float] | None) -> list[Tensor]:
-        """Log-probs [A] float32 of each prepared row's answer under its episode's B; b: name -> [episodes, d_out, rank].
+    def score(self, chunks: Sequence[Chunk], weights: StackedWeights, loss_weights: Sequence[float] | None) -> list[Tensor]:
+        """Log-probs [A] float32 of each prepared row's answer under its episode's fast weights.
 
-        With ``loss_weights``, one a row, adds the gradient of -sum(weight * log-prob) to ``b``.
+        With ``loss_weights``, one a row, adds the gradient of -sum(weight * log-prob) to the tensors of ``weights``.
         """
         out: dict[int, Tensor] = {}
         for chunk in chunks:
             with torch.set_grad_enabled(loss_weights is not None):
-                states = self._tail(chunk, {name: matrix.index_select(0, chunk.episodes).to(self.model.dtype) for name, matrix in b.items()})
-                weights = None
+                states = self._tail(chunk, self._of_groups(weights, chunk))
+                shares = None
                 if loss_weights is not None:
-                    weights = torch.tensor([loss_weights[i] for i, size in zip(chunk.numbers, chunk.sizes, strict=True) for _ in range(size)])
-                logprobs, gradient = head_pass(states.detach(), self.model.head, chunk.targets, weights)
+                    shares = torch.tensor([loss_weights[i] for i, size in zip(chunk.numbers, chunk.sizes, strict=True) for _ in range(size)])
+                logprobs, gradient = head_pass(states.detach(), self.model.head, chunk.targets, shares)
                 if gradient is not None:
                     torch.autograd.backward(states, gradient)
             out.update(zip(chunk.numbers, torch.split(logprobs, list(chunk.sizes)), strict=True))
         return [out[i] for i in range(len(out))]
+
+    def _of_groups(self, weights: StackedWeights, chunk: Chunk) -> StackedWeights:
+        """Those of the chunk's groups, in the model's dtype."""
+        b, a = ({name: x.index_select(0, chunk.episodes).to(self.model.dtype) for name, x in side.items()} for side in (weights.b, weights.a))
+        return StackedWeights(b, a)
 
     # --- the trunk and what it gave lately -----------------------------------------------------------------------------------------------------
 
@@ -195,6 +179,7 @@ class CutModel:
             hidden = layout.answers_of(hidden)
         layer = self.model.layers[self._cut]
         x = self.model.normed(hidden, layer.post_norm)
+        adapted = [name for name in ("gate_proj", "up_proj") if _key(self._cut, name) in self._a]
         return Chunk(
             numbers=tuple(i for group in groups for i in group),
             sizes=tuple(len(rows[i].targets) for group in groups for i in group),
@@ -203,14 +188,16 @@ class CutModel:
             rotary=self.model.rotary(layout),
             hidden=hidden,
             gate_up=layer.gate_up(x),
-            shrunk={name: x @ self._a[key].T for name in ("gate_proj", "up_proj") if (key := _key(self._cut, name)) in self._a},
+            shrunk={} if self._train_a else {name: x @ self._a[_key(self._cut, name)].T for name in adapted},
+            x=x if self._train_a else None,
             targets=torch.cat([rows[i].targets for group in groups for i in group]),
         )
 
-    def _tail(self, chunk: Chunk, b: Mapping[str, Tensor]) -> Tensor:
-        """The normed stream at the answer-predicting positions [sum of A, d]; b: name -> [G, d_out, rank] of this chunk's groups."""
+    def _tail(self, chunk: Chunk, weights: StackedWeights) -> Tensor:
+        """The normed stream at the answer-predicting positions [sum of A, d]; ``weights``: of this chunk's groups."""
         model, layout = self.model, chunk.layout
-        hidden = self._mlp(self._cut, chunk.hidden, chunk.gate_up, chunk.shrunk, b, layout)
+        shrunk = chunk.shrunk if chunk.x is None else self._shrink(self._cut, chunk.x, weights.a, layout)
+        hidden = self._mlp(self._cut, chunk.hidden, chunk.gate_up, shrunk, weights, layout)
         for number in range(self._cut + 1, self._last + 1):
             layer = model.layers[number]
             if number < self._last:
@@ -218,30 +205,36 @@ class CutModel:
             else:
                 hidden = layout.answers_of(hidden) + model.answer_attention(layer, hidden, layout, chunk.rotary)
             x = model.normed(hidden, layer.post_norm)
-            hidden = self._mlp(number, hidden, layer.gate_up(x), self._shrink(number, x), b, layout)
+            hidden = self._mlp(number, hidden, layer.gate_up(x), self._shrink(number, x, weights.a, layout), weights, layout)
         return model.final_norm(hidden)
 
-    def _shrink(self, number: int, x: Tensor) -> dict[str, Tensor]:
-        """A x of the gate and up projections, those that are adapted, as one matmul."""
+    def _shrink(self, number: int, x: Tensor, a: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+        """A x of the gate and up projections, those that are adapted, as one matmul where all groups share A."""
         names = [name for name in ("gate_proj", "up_proj") if _key(number, name) in self._a]
         if not names:
             return {}
+        if a:
+            return {name: shrink_grouped(x, a[_key(number, name)], self._offsets(number, layout)) for name in names}
         together = times_frozen(x, torch.cat([self._a[_key(number, name)] for name in names]), None)
         return dict(zip(names, together.split(self.rank, dim=-1), strict=True))
 
-    def _mlp(self, number: int, hidden: Tensor, gate_up: Tensor, shrunk: Mapping[str, Tensor], b: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    def _offsets(self, number: int, layout: Layout) -> tuple[int, ...]:
+        return layout.answer_offsets if number == self._last else layout.offsets
+
+    def _mlp(self, number: int, hidden: Tensor, gate_up: Tensor, shrunk: Mapping[str, Tensor], weights: StackedWeights, layout: Layout) -> Tensor:
         """hidden + MLP under Delta, given W x and A x of its first two projections."""
-        offsets = layout.answer_offsets if number == self._last else layout.offsets
+        offsets, b = self._offsets(number, layout), weights.b
         layer: FrozenLayer = self.model.layers[number]
         gate, up = gate_up.chunk(2, dim=-1)
         if "gate_proj" in shrunk:
-            gate = _add_delta(gate, shrunk["gate_proj"], b[_key(number, "gate_proj")], offsets)
+            gate = add_grouped(gate, shrunk["gate_proj"], b[_key(number, "gate_proj")], offsets)
         if "up_proj" in shrunk:
-            up = _add_delta(up, shrunk["up_proj"], b[_key(number, "up_proj")], offsets)
+            up = add_grouped(up, shrunk["up_proj"], b[_key(number, "up_proj")], offsets)
         act = functional.silu(gate) * up
         fed = layer.down(act)
         if (key := _key(number, "down_proj")) in self._a:
-            fed = _add_delta(fed, times_frozen(act, self._a[key], None), b[key], offsets)
+            small = shrink_grouped(act, weights.a[key], offsets) if weights.a else times_frozen(act, self._a[key], None)
+            fed = add_grouped(fed, small, b[key], offsets)
         return hidden + fed
 
     def _chunks(self, lengths: Sequence[int], groups: Sequence[int], prefix: int) -> Iterator[list[int]]:
@@ -261,11 +254,6 @@ class CutModel:
             tokens += cost
         if chunk:
             yield chunk
-
-
-def _add_delta(base: Tensor, shrunk: Tensor, b: Tensor, offsets: tuple[int, ...]) -> Tensor:
-    added: Tensor = _AddDelta.apply(base, shrunk, b, offsets)
-    return added
 
 
 def _key(layer: int, projection: str) -> str:

@@ -157,8 +157,8 @@ class VLLMPolicy:
             check(weights, self._basis)
         except BasisError as error:
             raise EngineError(f"cannot install {key.name}: {error}") from error
-        b = as_tensors(weights)
-        await asyncio.wrap_future(self._loop.call(lambda engine: self._table.put(engine, key, b), "install"))
+        tensors = as_tensors(weights)
+        await asyncio.wrap_future(self._loop.call(lambda engine: self._table.put(engine, key, tensors), "install"))
         self._counters.installs += 1
         try:
             if probe is not None and self._config.receipts == "always":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,9 +27,21 @@ if TYPE_CHECKING:
 PATH_PREFIX = "mem://"
 
 
-def as_tensors(weights: FastWeights) -> dict[str, Tensor]:
-    """A copy of B of its own for the engine: module -> float32 [d_out, rank], with d_out innermost in memory as the CPU's slots have it."""
-    return {module: torch.from_numpy(np.array(matrix.T, dtype=np.float32, order="C")).T for module, matrix in weights.b.items()}
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterTensors:
+    """A revision for the engine, by module. b: float32 [d_out, rank], with d_out innermost in memory as the CPU's slots have it.
+
+    a: float32 [rank, d_in], empty where A is the basis'.
+    """
+
+    b: Mapping[str, Tensor]
+    a: Mapping[str, Tensor]
+
+
+def as_tensors(weights: FastWeights) -> AdapterTensors:
+    """Copies of the engine's own."""
+    b = {module: torch.from_numpy(np.array(matrix.T, dtype=np.float32, order="C")).T for module, matrix in weights.b.items()}
+    return AdapterTensors(b, {module: torch.tensor(matrix) for module, matrix in weights.a.items()})
 
 
 class AdapterTable:
@@ -51,7 +64,7 @@ class AdapterTable:
             raise EngineError(f"adapter {key.name} {state}: install it before generating under it")
         return self._installed[key.name]
 
-    def put(self, engine: LLMEngine, key: AdapterKey, b: Mapping[str, Tensor]) -> None:
+    def put(self, engine: LLMEngine, key: AdapterKey, tensors: AdapterTensors) -> None:
         """Store a revision in the worker; vLLM reads it into a slot when the first request names it. Raises EngineError for a used name."""
         from vllm.lora.request import LoRARequest
 
@@ -62,7 +75,7 @@ class AdapterTable:
             )
         self._used.add(key.name)
         path = PATH_PREFIX + key.name
-        engine.collective_rpc("engram_put", args=(path, b))
+        engine.collective_rpc("engram_put", args=(path, tensors.b, tensors.a))
         self._installed[key.name] = LoRARequest(lora_name=key.name, lora_int_id=next(self._ids), lora_path=path)
 
     def drop(self, engine: LLMEngine, keys: Sequence[AdapterKey], running: set[str]) -> None:

@@ -9,6 +9,7 @@ Checked on vLLM 0.32 (CPU build); each reach has a test in tests/integration/tes
 3. ``SharedBasisDelta`` stands in for the CPU's LoRA matmul and for the slots of each adapted module, ``StepRoutes`` goes before vLLM's reading of the
    batch. Why: vLLM's matmul gathers a copy of A and B for every token (prefill is many times slower), and reads index -1 ("no adapter") as the last
    slot, so a base request batched with others would act under another episode's Delta; and it cannot know that A is the same in all slots.
+   Where a write moves A (fast_weights.train_a), ``OwnBasisDelta`` does the same with an A in each slot.
 4. ``count_at_least`` stands in for the sampler's rank of the sampled token. Why: vLLM compiles that one function at the first request, which takes
    twenty seconds and a C++ compiler on CPU, for a rank that nobody here reads.
 
@@ -28,7 +29,7 @@ from vllm.platforms import current_platform
 from vllm.v1.sample import sampler
 
 from actors import engine_transfer
-from actors.engine_lora import AdapterStore, StepAdapters, share_basis
+from actors.engine_lora import AdapterStore, StepAdapters, replace_matmuls
 from actors.protocols import EngineError
 
 CHECKED_VLLM = "0.32"
@@ -50,8 +51,11 @@ class EngramWorker:
 
     model_runner: Any
 
-    def engram_setup(self, a: Mapping[str, Tensor]) -> None:
-        """Give the worker the basis and put the stand-ins in place. Raises EngineError when this vLLM or this model is not one we know."""
+    def engram_setup(self, a: Mapping[str, Tensor], train_a: bool) -> None:
+        """Give the worker the basis and put the stand-ins in place; ``train_a``: each revision brings its own A.
+
+        Raises EngineError when this vLLM or this model is not one we know.
+        """
         if not vllm.__version__.startswith(f"{CHECKED_VLLM}."):
             raise EngineError(f"vLLM {vllm.__version__} is not supported: actors/engine_extension.py was checked on {CHECKED_VLLM}; install that")
         manager = self.model_runner.lora_manager
@@ -69,11 +73,11 @@ class EngramWorker:
         manager._apply_adapters, manager.list_adapters = step.apply, step.list
         if current_platform.is_cpu():
             sampler.batched_count_greater_than = count_at_least
-            share_basis(adapters, self._engram_store)
+            replace_matmuls(adapters, self._engram_store, train_a)
 
-    def engram_put(self, path: str, b: Mapping[str, Tensor]) -> None:
-        """Store a revision; vLLM loads it into a slot when the first request names it."""
-        self._engram_store.put(path, b)
+    def engram_put(self, path: str, b: Mapping[str, Tensor], a: Mapping[str, Tensor]) -> None:
+        """Store a revision, ``a`` empty where A is the basis'; vLLM loads it into a slot when the first request names it."""
+        self._engram_store.put(path, b, a)
 
     def engram_drop(self, path: str) -> None:
         self._engram_store.drop(path)

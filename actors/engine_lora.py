@@ -2,7 +2,7 @@
 with its reason, in ``engine_extension``, which puts these stand-ins in place.
 
 All adapters of an engine share one A (the basis) and differ in B. So x A^T is computed once for all tokens of a step, whoever they belong to, and
-only the product with B is taken per token (decode: one token each) or per run of tokens (prefill).
+only the product with B is taken per token (decode: one token each) or per run of tokens (prefill). Where writes move A both products are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RUN = 4
 
 
 class AdapterStore:
-    """The revisions that this worker can act under, by path. A of the basis is held once; each revision holds its B.
+    """The revisions that this worker can act under, by path. A of the basis is held once; each revision holds its B, and its A where writes move it.
 
     a: module -> [rank, d_in]; b of a revision: module -> [d_out, rank], quickest with d_out innermost in memory (see ``SharedBasisDelta``).
     Both in ``dtype`` on the CPU; W + B A acts (no alpha / rank factor).
@@ -36,26 +36,33 @@ class AdapterStore:
         self._a = {module: matrix.to(dtype).contiguous() for module, matrix in a.items()}
         self.rank = next(iter(self._a.values())).shape[0]
         self._b: dict[str, dict[str, Tensor]] = {}
+        self._own_a: dict[str, dict[str, Tensor]] = {}
 
     def a_of(self, modules: Sequence[str]) -> Tensor:
         """A of ``modules`` one below the other: [len(modules) * rank, d_in]."""
         return torch.cat([self._a[module] for module in modules])
 
-    def put(self, path: str, b: Mapping[str, Tensor]) -> None:
+    def put(self, path: str, b: Mapping[str, Tensor], a: Mapping[str, Tensor]) -> None:
+        """``a`` is empty where A is the basis'."""
         self._b[path] = {module: matrix.to(self._dtype) for module, matrix in b.items()}
+        if a:
+            self._own_a[path] = {module: matrix.to(self._dtype) for module, matrix in a.items()}
 
     def drop(self, path: str) -> None:
         self._b.pop(path, None)
+        self._own_a.pop(path, None)
 
     def clear(self) -> None:
         self._b.clear()
+        self._own_a.clear()
 
     def load(self, request: LoRARequest) -> LoRAModel:
         """vLLM's view of a stored revision; stands in for WorkerLoRAManager._load_adapter. vLLM pads the rank up to the slot's width with zeros."""
         if request.lora_path not in self._b:
             raise EngineError(f"adapter {request.lora_path} is not in the store: it was never installed, or released while a request named it")
+        a = self._own_a.get(request.lora_path, self._a)
         layers = {
-            module: LoRALayerWeights(module, rank=self.rank, lora_alpha=self.rank, lora_a=self._a[module], lora_b=matrix)
+            module: LoRALayerWeights(module, rank=self.rank, lora_alpha=self.rank, lora_a=a[module], lora_b=matrix)
             for module, matrix in self._b[request.lora_path].items()
         }
         return LoRAModel(request.lora_int_id, self.rank, layers)
@@ -172,7 +179,7 @@ class SharedBasisDelta:
         routes = self._routes.current
         if not routes.runs and not len(routes.slots):
             return
-        hidden = x @ self._a.T
+        hidden = self._shrunk(x, routes)
         left = 0
         for place, slots in enumerate(self._b):
             columns, mine = y[:, left : left + slots.shape[2]], hidden[:, place * self._rank : (place + 1) * self._rank]
@@ -184,14 +191,41 @@ class SharedBasisDelta:
                 columns.index_add_(0, routes.rows, torch.bmm(mine[routes.rows, None], slots.index_select(0, routes.slots))[:, 0])
             left += slots.shape[2]
 
+    def _shrunk(self, x: Tensor, routes: Routes) -> Tensor:
+        """x A^T [tokens, slices * rank]; rows of tokens without adapter are not read."""
+        return x @ self._a.T
 
-def share_basis(adapters: Any, store: AdapterStore) -> None:
+
+class OwnBasisDelta(SharedBasisDelta):
+    """The same where every revision has its own A: the slots hold that too, as [slots, slices * rank, d_in]."""
+
+    def __init__(self, routes: StepRoutes, a: Tensor, widths: Sequence[int], slots: int) -> None:
+        super().__init__(routes, a, widths, slots)
+        self._own = a.expand(slots, *a.shape).clone()
+
+    def set_lora(self, index: int, lora_a: Tensor | list[Tensor], lora_b: Tensor | list[Tensor]) -> None:
+        """As of the base class, ``lora_a`` [rank, d_in] included."""
+        super().set_lora(index, lora_a, lora_b)
+        self._own[index].copy_(torch.cat(lora_a) if isinstance(lora_a, list) else lora_a)
+
+    def _shrunk(self, x: Tensor, routes: Routes) -> Tensor:
+        hidden = x.new_zeros(x.shape[0], self._own.shape[1])
+        for slot, start, end in routes.runs:
+            torch.mm(x[start:end], self._own[slot].T, out=hidden[start:end])
+        rows = slice(None) if routes.rows is None else routes.rows
+        if len(routes.slots):
+            hidden[rows] = torch.bmm(self._own.index_select(0, routes.slots), x[rows, :, None])[:, :, 0]
+        return hidden
+
+
+def replace_matmuls(adapters: Any, store: AdapterStore, train_a: bool) -> None:
     """Put the CPU's stand-ins in place. ``adapters`` is vLLM's LoRAModelManager; its own slots are given up."""
+    kind = OwnBasisDelta if train_a else SharedBasisDelta
     (punica,) = adapters.punica_wrapper_mapping.values()
     routes = StepRoutes(punica)
     punica.update_metadata = routes.update_metadata
     for name, module in adapters.modules.items():
-        delta = SharedBasisDelta(routes, store.a_of(adapters.packed_modules.get(name, [name])), module.output_slices, adapters.lora_slots)
+        delta = kind(routes, store.a_of(adapters.packed_modules.get(name, [name])), module.output_slices, adapters.lora_slots)
         module.set_mapping(delta)
         module.set_lora, module.reset_lora = delta.set_lora, delta.reset_lora
         module.lora_a_stacked = module.lora_b_stacked = ()

@@ -124,7 +124,7 @@ def start_engine(arguments: EngineArgs, threads: int) -> LLMEngine:
 def build_engine(model_path: str | os.PathLike[str], model: ModelConfig, engine: EngineConfig, basis: Basis, *, threads: int, seed: int) -> LLMEngine:
     """An LLMEngine with ``engine.slots`` adapter slots whose worker knows ``basis``. Raises EngineError, or what vLLM raises."""
     built = start_engine(engine_arguments(model_path, model, engine, basis, seed), threads)
-    built.collective_rpc("engram_setup", args=(dict(basis.a),))
+    built.collective_rpc("engram_setup", args=(dict(basis.a), basis.train_a))
     return built
 
 

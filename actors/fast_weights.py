@@ -2,6 +2,7 @@
 
 In an adapted matrix W [d_out, d_in] the weight that acts is W + B A (method: TMEM, arXiv 2606.04536, on fast weights; no alpha / r factor).
 A [r, d_in] is the *basis*: frozen, computed once from the weights the run starts from. B [d_out, r] is all that an episode writes.
+(fast_weights.train_a, an ablation: writes move A too, from the basis on, and each revision carries its own.)
 
     injector = DeltaInjector(model, basis)
     with injector.use(stack([weights_1, None, weights_3], basis, model.dtype, model.device)):
@@ -33,8 +34,8 @@ class BasisError(ValueError):
 class Basis:
     """The frozen side A of every adapted matrix, by full module name ("model.layers.26.mlp.gate_proj").
 
-    a: float32 [rank, d_in] on the CPU, never requiring grad. d_out: rows of each W. id: hash of kind, rank, names, d_out and the bytes of A; two
-    bases with one id are the same basis.
+    a: float32 [rank, d_in] on the CPU, never requiring grad. d_out: rows of each W. train_a: a write moves A too, so that every revision but 0 has
+    its own. id: hash of kind, rank, train_a, names, d_out and the bytes of A; two bases with one id are the same basis.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Basis:
     rank: int
     a: Mapping[str, Tensor]
     d_out: Mapping[str, int]
+    train_a: bool
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -55,7 +57,16 @@ class Basis:
     @property
     def parameters(self) -> int:
         """Numbers in one revision (528,384 for Qwen3-4B at rank 6 and four layers)."""
-        return self.rank * sum(self.d_out.values())
+        own = sum(matrix.shape[1] for matrix in self.a.values()) if self.train_a else 0
+        return self.rank * (sum(self.d_out.values()) + own)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StackedWeights:
+    """The fast weights of n sequences side by side, by module. b: [n, d_out, rank]. a: [n, rank, d_in]; empty where A is the basis' for all."""
+
+    b: Mapping[str, Tensor]
+    a: Mapping[str, Tensor]
 
 
 def zero(basis: Basis) -> FastWeights:
@@ -64,24 +75,29 @@ def zero(basis: Basis) -> FastWeights:
 
 
 def check(weights: FastWeights, basis: Basis) -> None:
-    """Raise BasisError unless ``weights`` belong to ``basis``: same id, every matrix there with shape [d_out, rank], all finite."""
+    """Raise BasisError unless ``weights`` belong to ``basis``: same id, every matrix there with its shape, all finite, A where writes move it."""
     if weights.basis_id != basis.id:
         raise BasisError(f"fast weights of revision {weights.revision} belong to basis {weights.basis_id}, not {basis.id}: use the run's saved basis")
     if weights.revision == 0:
         return
     if wrong := set(weights.b) ^ set(basis.a):
         raise BasisError(f"fast weights of revision {weights.revision} and basis {basis.id} differ in matrices, first {min(wrong)}")
-    for name, matrix in weights.b.items():
-        if matrix.shape != (basis.d_out[name], basis.rank):
-            raise BasisError(f"B of {name} has shape {matrix.shape}, the basis needs {(basis.d_out[name], basis.rank)}")
-        if not np.isfinite(matrix).all():
-            raise BasisError(f"B of {name} in revision {weights.revision} is not finite: the write that made it diverged")
+    if (len(weights.a) > 0) != basis.train_a:
+        has, wants = ("its own A", "frozen") if weights.a else ("no A of its own", "moved by writes")
+        raise BasisError(f"fast weights of revision {weights.revision} have {has}, A of basis {basis.id} is {wants} (fast_weights.train_a)")
+    for side, matrices in (("B", weights.b), ("A", weights.a)):
+        for name, matrix in matrices.items():
+            needed = (basis.d_out[name], basis.rank) if side == "B" else tuple(basis.a[name].shape)
+            if matrix.shape != needed:
+                raise BasisError(f"{side} of {name} has shape {matrix.shape}, the basis needs {needed}")
+            if not np.isfinite(matrix).all():
+                raise BasisError(f"{side} of {name} in revision {weights.revision} is not finite: the write that made it diverged")
 
 
 def stack(
     weights: Sequence[FastWeights | None], basis: Basis, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
-    """The B of n sequences side by side, for ``DeltaInjector.use``: name -> [n, d_out, rank] constants; zeros for None and revision 0.
+) -> StackedWeights:
+    """The fast weights of n sequences as constants, for ``DeltaInjector.use``. None and revision 0: B is zero, A the basis' (where writes move A).
 
     In memory each B lies as [rank, d_out]: the products with it, above all the backward's, are several times as quick that way on a CPU.
     When every Delta is 0, ``use(None)`` is the base model itself and costs nothing. Raises BasisError (see ``check``).
@@ -89,29 +105,33 @@ def stack(
     for one in weights:
         if one is not None:
             check(one, basis)
-    stacked: dict[str, Tensor] = {}
+    b: dict[str, Tensor] = {}
     for name, rows in basis.d_out.items():
         out = np.zeros((len(weights), basis.rank, rows), dtype=np.float32)
         for index, one in enumerate(weights):
             if one is not None and one.revision > 0:
                 out[index] = one.b[name].T
-        stacked[name] = torch.from_numpy(out).to(device=device, dtype=dtype).transpose(1, 2)
-    return stacked
+        b[name] = torch.from_numpy(out).to(device=device, dtype=dtype).transpose(1, 2)
+    a: dict[str, Tensor] = {}
+    for name, shared in basis.a.items() if basis.train_a else ():
+        own = [shared if one is None or one.revision == 0 else torch.tensor(one.a[name]) for one in weights]
+        a[name] = torch.stack(own).to(device=device, dtype=dtype)
+    return StackedWeights(b, a)
 
 
 def add_delta(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """y += (x A^T) B^T per sequence, in place: y [n, T, d_out], x [n, T, d_in], a [r, d_in], b [n, d_out, r]; returns y.
+    """y += (x A^T) B^T per sequence, in place: y [n, T, d_out], x [n, T, d_in], a [r, d_in] or [n, r, d_in], b [n, d_out, r]; returns y.
 
     In place, because a second array of y's size costs more time (page faults) than the product itself.
     """
-    return y.baddbmm_(x @ a.T, b.transpose(1, 2))
+    return y.baddbmm_(x @ a.mT, b.transpose(1, 2))
 
 
 class DeltaInjector:
     """Adds each sequence's Delta inside a Hugging Face causal LM (Llama, Mistral, Qwen2, Qwen3: any with ``basis``' modules as nn.Linear).
 
-    Invariant: without ``use``, and with ``use(None)``, the model is the base model bit for bit (nothing is added). No gradient reaches A; B gets
-    one only if the caller's tensors require it; gradients of theta and of the activations are exact.
+    Invariant: without ``use``, and with ``use(None)``, the model is the base model bit for bit (nothing is added). No gradient reaches the basis; B
+    (and an A of its own) gets one only if the caller's tensors require it; gradients of theta and of the activations are exact.
 
     Forward hooks on the target modules read the B in force when they run. So with gradient checkpointing, whose backward runs the layers again,
     ``backward()`` must be called inside the ``with``. The hooks never touch the weights, so ZeRO-3's partitioned parameters are fine. One ``use`` at
@@ -120,7 +140,7 @@ class DeltaInjector:
 
     def __init__(self, model: nn.Module, basis: Basis) -> None:
         self._basis = basis
-        self._active: Mapping[str, Tensor] | None = None
+        self._active: StackedWeights | None = None
         self._a: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         modules = dict(model.named_modules())
         for name in basis.modules:
@@ -137,10 +157,12 @@ class DeltaInjector:
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if self._active is None:
                 return None
-            x, b = args[0], self._active[name]
+            x, b = args[0], self._active.b[name]
             if x.ndim != 3 or b.shape[0] != x.shape[0]:
                 raise BasisError(f"{name}: fast weights of {b.shape[0]} sequences met activations of shape {tuple(x.shape)}; one Delta per batch row")
-            return add_delta(output, x, self._constant(name, x), b.to(device=x.device, dtype=x.dtype))
+            own = self._active.a.get(name)
+            a = self._constant(name, x) if own is None else own.to(device=x.device, dtype=x.dtype)
+            return add_delta(output, x, a, b.to(device=x.device, dtype=x.dtype))
 
         return add
 
@@ -151,10 +173,13 @@ class DeltaInjector:
         return self._a[key]
 
     @contextmanager
-    def use(self, stacked: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """Inside, batch row i acts under ``stacked``[:, i] (name -> [n, d_out, rank]); None is the base model. May be nested: the inner one acts."""
-        if stacked is not None and set(stacked) != set(self._basis.a):
-            raise BasisError(f"stacked fast weights hold {len(stacked)} matrices, basis {self._basis.id} has {len(self._basis.a)}")
+    def use(self, stacked: StackedWeights | None) -> Iterator[None]:
+        """Inside, batch row i acts under row i of ``stacked``; None is the base model. May be nested: the inner one acts."""
+        if stacked is not None and (set(stacked.b) != set(self._basis.a) or set(stacked.a) != (set(self._basis.a) if self._basis.train_a else set())):
+            raise BasisError(
+                f"stacked fast weights hold {len(stacked.b)} B and {len(stacked.a)} A, basis {self._basis.id} has {len(self._basis.a)} matrices, "
+                f"train_a={self._basis.train_a}"
+            )
         before, self._active = self._active, stacked
         try:
             yield

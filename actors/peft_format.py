@@ -27,12 +27,15 @@ _REVISION = "engram_revision"
 
 
 def to_peft(weights: FastWeights, basis: Basis) -> dict[str, Tensor]:
-    """PEFT's names -> float32 tensors: lora_A [rank, d_in] is the basis, lora_B [d_out, rank]; revision 0 gives zeros. Raises BasisError."""
+    """PEFT's names -> float32 tensors: lora_A [rank, d_in] is the revision's own A, else the basis; lora_B [d_out, rank], zeros for revision 0.
+
+    Raises BasisError.
+    """
     check(weights, basis)
     tensors: dict[str, Tensor] = {}
     for name, a in basis.a.items():
         b = torch.tensor(weights.b[name]) if weights.revision > 0 else torch.zeros(basis.d_out[name], basis.rank)
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = torch.tensor(weights.a[name]) if name in weights.a else a
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous()
     return tensors
 
@@ -75,7 +78,7 @@ def export_peft(weights: FastWeights, basis: Basis, folder: str | os.PathLike[st
 
 
 def from_peft(folder: str | os.PathLike[str], basis: Basis) -> FastWeights:
-    """Read fast weights that ``export_peft`` wrote. Raises BasisError when the folder is damaged or its A is not ``basis``."""
+    """Read fast weights that ``export_peft`` wrote. Raises BasisError when the folder is damaged, or has an A that it cannot have."""
     path = Path(folder) / _TENSORS
     try:
         with safetensors.safe_open(path, framework="pt") as reader:
@@ -95,12 +98,14 @@ def _unpack(tensors: Mapping[str, Tensor], revision: int, basis: Basis, folder: 
     if set(tensors) != expected:
         first = min(set(tensors) ^ expected)
         raise BasisError(f"{folder}: its matrices are not those of basis {basis.id}, first {first}; use the basis it was written with")
-    for name, a in basis.a.items():
-        if not torch.equal(tensors[f"{_PREFIX}{name}.lora_A.weight"].float(), a):
+    a = {name: tensors[f"{_PREFIX}{name}.lora_A.weight"].float() for name in basis.modules}
+    moved = basis.train_a and revision > 0
+    for name, own in a.items():
+        if not moved and not torch.equal(own, basis.a[name]):
             raise BasisError(f"{folder}: A of {name} is not that of basis {basis.id}; use the basis it was written with")
     if revision == 0:
         return FastWeights(basis.id, 0, {})
     b = {name: tensors[f"{_PREFIX}{name}.lora_B.weight"].float().numpy() for name in basis.modules}
-    weights = FastWeights(basis.id, revision, b)
+    weights = FastWeights(basis.id, revision, b, {name: own.numpy() for name, own in a.items()} if moved else {})
     check(weights, basis)
     return weights

@@ -17,7 +17,7 @@ Values are frozen and complete at construction, and picklable. This module impor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -74,11 +74,13 @@ class FastWeights:
     """The B matrices of one revision (TMEM, arXiv 2606.04536): W + B A acts, A is the basis named ``basis_id``.
 
     ``b`` maps a full module name ("model.layers.26.mlp.gate_proj") to float32 [d_out, rank]. Revision 0 is Delta = 0 and has an empty ``b``.
+    ``a`` is empty where A is the basis, as in the paper; where a write trains A too it is the float32 [rank, d_in] of each module instead.
     """
 
     basis_id: str
     revision: int
     b: Mapping[str, NDArray[np.float32]]
+    a: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.revision == 0) != (len(self.b) == 0):

@@ -1,7 +1,8 @@
 """The write operator T: flashcards of many episodes -> the next B of each, as one batched computation.
 
 Method: TMEM, arXiv 2606.04536: a few SFT steps on B alone, A and theta frozen, each write starting from the episode's current B. The loss is the mean
-over the answer tokens of a minibatch; the optimizer's state starts fresh at every write (both unpublished: our choices).
+over the answer tokens of a minibatch; the optimizer's state starts fresh at every write (both unpublished: our choices). With a basis of
+``train_a`` (an ablation: what LoRA usually does) the same steps move A too, with the same optimizer and learning rate.
 
 What makes it cheap, without changing the result (each episode gets what a PEFT + torch.optim loop of its own would give):
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from actors.cut_model import Chunk, CutModel, Reading, Row
-from actors.fast_weights import Basis, stack
+from actors.fast_weights import Basis, StackedWeights, stack
 from actors.frozen_model import FrozenModel, read_model
 from actors.protocols import WriterError
 from actors.types import FastWeights, Probe, WriteExample, WriteRequest, WriteResult
@@ -35,18 +36,18 @@ PROBE_PROMPT_TOKENS, PROBE_ANSWER_TOKENS = 3, 3
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """What the steps did, by episode. before: log-probs of each example under the request's weights. final: name -> [episodes, d_out, rank].
+    """What the steps did, by episode. before: log-probs of each example under the request's weights. final: the new fast weights.
 
     failures: "" or why the run of that episode was stopped; its ``final`` is then what it started from.
     """
 
     before: list[list[Tensor]]
-    final: dict[str, Tensor]
+    final: StackedWeights
     steps: list[int]
     failures: list[str]
 
 
-_Watch = Callable[[Mapping[str, Tensor]], None]
+_Watch = Callable[[StackedWeights], None]
 
 
 class _Pass:
@@ -56,27 +57,27 @@ class _Pass:
         self._model, self._reading = model, reading
         self._prepared: dict[tuple[tuple[int, ...], ...], tuple[Chunk, ...]] = {}
 
-    def score(self, picked: Sequence[Sequence[int]], b: Mapping[str, Tensor], learn: bool) -> list[list[Tensor]]:
-        """Log-probs of the picked rows, a list for each episode. With ``learn``, adds to ``b`` the gradient of each episode's mean loss over its
-        answer tokens."""
+    def score(self, picked: Sequence[Sequence[int]], weights: StackedWeights, learn: bool) -> list[list[Tensor]]:
+        """Log-probs of the picked rows, a list for each episode. With ``learn``, adds to ``weights`` the gradient of each episode's mean loss over
+        its answer tokens."""
         rows: list[Row] = [self._reading.rows[i] for mine in picked for i in mine]
         key = tuple(tuple(mine) for mine in picked)
         if key not in self._prepared:
             self._prepared[key] = self._model.prepare(self._reading, rows)
-        weights = [1 / sum(len(self._reading.rows[i].targets) for i in mine) for mine in picked for _ in mine]
-        flat = iter(self._model.score(self._prepared[key], b, weights if learn else None))
+        shares = [1 / sum(len(self._reading.rows[i].targets) for i in mine) for mine in picked for _ in mine]
+        flat = iter(self._model.score(self._prepared[key], weights, shares if learn else None))
         return [[next(flat) for _ in mine] for mine in picked]
 
 
-def _train(rows: _Pass, places: Sequence[Sequence[int]], start: Mapping[str, Tensor], config: WriteConfig, watch: _Watch) -> _Run:
+def _train(rows: _Pass, places: Sequence[Sequence[int]], start: StackedWeights, config: WriteConfig, watch: _Watch) -> _Run:
     """All episodes step together; one that has had its epochs, or diverged, is left out of the next steps. ``places``: each episode's rows.
 
-    ``watch`` is shown the B of all episodes after each step: it must copy what it keeps.
+    ``watch`` is shown the fast weights of all episodes after each step: it must copy what it keeps.
     """
-    leaves = {name: b.clone().requires_grad_() for name, b in start.items()}
-    final = {name: b.clone() for name, b in start.items()}
+    trained, final = _copy(start), _copy(start)
+    leaves, results = ([*one.b.values(), *one.a.values()] for one in (trained, final))
     kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam  # elementwise both: stacked episodes stay apart
-    optimizer = kind(list(leaves.values()), lr=config.learning_rate)
+    optimizer = kind([leaf.requires_grad_() for leaf in leaves], lr=config.learning_rate)
     batches = [[mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)] for mine in places]
     totals = [config.epochs * len(mine) for mine in batches]
     steps, failures = [0] * len(places), [""] * len(places)
@@ -88,9 +89,9 @@ def _train(rows: _Pass, places: Sequence[Sequence[int]], start: Mapping[str, Ten
             break
         current = [batches[e][step % len(batches[e])] for e in active]
         optimizer.zero_grad()
-        scores = rows.score(current, leaves, learn=True)
+        scores = rows.score(current, trained, learn=True)
         optimizer.step()
-        watch({name: leaf.detach() for name, leaf in leaves.items()})
+        watch(trained)
         for e, logprobs in zip(active, scores, strict=True):
             steps[e] += 1
             if step == 0:
@@ -98,9 +99,14 @@ def _train(rows: _Pass, places: Sequence[Sequence[int]], start: Mapping[str, Ten
             if not math.isfinite(loss := _loss(logprobs)):
                 failures[e] = f"the loss became {loss} at step {steps[e]} of {totals[e]}"
             elif steps[e] == totals[e]:
-                for name, leaf in leaves.items():
-                    final[name][e] = leaf.detach()[e]
+                for result, leaf in zip(results, leaves, strict=True):
+                    result[e] = leaf.detach()[e]
     return _Run([before[e] for e in range(len(places))], final, steps, failures)
+
+
+def _copy(weights: StackedWeights) -> StackedWeights:
+    b, a = ({name: matrix.clone() for name, matrix in side.items()} for side in (weights.b, weights.a))
+    return StackedWeights(b, a)
 
 
 def _loss(logprobs: Sequence[Tensor]) -> float:
@@ -121,21 +127,21 @@ class BatchedWriter:
         self._cut = CutModel(model, basis, config.chunk_tokens)
 
     def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:
-        """One result per request, in order; ``seconds`` is the wall time of the whole call. Raises WriterError, BasisError for unusable requests.
+        """One result per request, in order; ``seconds`` is the wall time of the whole call. Raises WriterError, BasisError for unusable requests,
+        which includes any request where ``write.epochs`` is 0: T is the identity then, there is no next revision to ask for.
 
         Rolled back (the request's own weights, no probe, the reason): a loss or B that is not finite at any time, or loss_after above
         ``max_loss_ratio`` x loss_before. Both are over all examples of the request; loss_after of a diverged run may be inf or nan.
         The probe is taken from the shortest example: ``before`` under the request's weights, ``after`` under the new.
         """
-        return self._write(requests, lambda b: None) if requests else []
+        return self._write(requests, lambda weights: None) if requests else []
 
     def trace(self, request: WriteRequest) -> tuple[WriteResult, tuple[FastWeights, ...]]:
         """``write`` of one request, and the weights after each of its steps, the diverged ones too: the last are the result's if it is accepted."""
         steps: list[FastWeights] = []
 
-        def keep(b: Mapping[str, Tensor]) -> None:
-            matrices = {name: stacked[0].cpu().numpy().copy() for name, stacked in b.items()}
-            steps.append(FastWeights(self._basis.id, request.weights.revision + 1, matrices))
+        def keep(now: StackedWeights) -> None:
+            steps.append(self._weights_of(now, 0, request.weights.revision + 1))
 
         (result,) = self._write([request], keep)
         return result, tuple(steps)
@@ -154,19 +160,23 @@ class BatchedWriter:
         seconds = time.perf_counter() - started
         return [self._result(request, run, e, after[e], probes[e], seconds) for e, request in enumerate(requests)]
 
-    def _probes(self, requests: Sequence[WriteRequest], start: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> list[Probe]:
+    def _probes(self, requests: Sequence[WriteRequest], start: StackedWeights, final: StackedWeights) -> list[Probe]:
         """One for each request, scored under its weights before and after."""
         examples = [_probe_of(request.examples) for request in requests]
         reading = self._cut.read(list(enumerate(examples)))
         places = [[e] for e in range(len(requests))]
         rows = _Pass(self._cut, reading)
-        before, after = (rows.score(places, b, learn=False) for b in (start, final))
+        before, after = (rows.score(places, weights, learn=False) for weights in (start, final))
         return [
             Probe(example.prompt_ids + example.answer_ids, tuple(old[0].tolist()), tuple(new[0].tolist()))
             for example, old, new in zip(examples, before, after, strict=True)
         ]
 
     def _check(self, request: WriteRequest) -> None:
+        if self._config.epochs == 0:
+            raise WriterError(
+                f"write of episode {request.episode_id}: write.epochs=0 makes every write the identity: nothing may be asked of the writer"
+            )
         longest = min(self._config.max_example_tokens, self._cut.model.shape.window or math.inf)
         if not request.examples:
             raise WriterError(f"write of episode {request.episode_id}: no examples; an empty write is the caller's to record")
@@ -182,12 +192,15 @@ class BatchedWriter:
     def _result(self, request: WriteRequest, run: _Run, e: int, after: Sequence[Tensor], probe: Probe, seconds: float) -> WriteResult:
         loss_before = _loss(run.before[e])
         loss_after = math.nan if run.failures[e] else _loss(after)
-        b = {name: stacked[e].cpu().numpy().copy() for name, stacked in run.final.items()}
-        finite = all(bool(np.isfinite(matrix).all()) for matrix in b.values())
+        weights = self._weights_of(run.final, e, request.weights.revision + 1)
+        finite = all(bool(np.isfinite(matrix).all()) for matrix in (*weights.b.values(), *weights.a.values()))
         if reason := self._refusal(run.failures[e], loss_before, loss_after, finite):
             return WriteResult(request.weights, None, loss_before, loss_after, run.steps[e], seconds, "rolled_back", reason)
-        weights = FastWeights(self._basis.id, request.weights.revision + 1, b)
         return WriteResult(weights, probe, loss_before, loss_after, run.steps[e], seconds, "accepted", "")
+
+    def _weights_of(self, stacked: StackedWeights, e: int, revision: int) -> FastWeights:
+        b, a = ({name: matrix[e].detach().cpu().numpy().copy() for name, matrix in side.items()} for side in (stacked.b, stacked.a))
+        return FastWeights(self._basis.id, revision, b, a)
 
     def _refusal(self, failure: str, loss_before: float, loss_after: float, finite: bool) -> str:
         """Why a write is rolled back, in one line, or "" when it is accepted."""
@@ -195,7 +208,7 @@ class BatchedWriter:
         if failure:
             return f"{failure}; {cure}"
         if not (finite and math.isfinite(loss_before) and math.isfinite(loss_after)):
-            return f"B or the loss is not finite after the last step (loss {loss_before:.4g} -> {loss_after:.4g}); {cure}"
+            return f"the fast weights or the loss are not finite after the last step (loss {loss_before:.4g} -> {loss_after:.4g}); {cure}"
         if loss_after > self._config.max_loss_ratio * loss_before:
             return f"the loss rose from {loss_before:.4g} to {loss_after:.4g}, past write.max_loss_ratio={self._config.max_loss_ratio:g}; {cure}"
         return ""

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actors.fast_weights import Basis, DeltaInjector, stack
+from actors.fast_weights import Basis, DeltaInjector, StackedWeights, stack
 from actors.types import PolicyVersion, Segment, Trajectory, TrajectoryGroup
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner import checkpoint
@@ -218,7 +218,7 @@ class Learner:
         with self._injector.use(self._stacked(microbatch)):
             yield
 
-    def _stacked(self, microbatch: Microbatch) -> dict[str, Tensor] | None:
+    def _stacked(self, microbatch: Microbatch) -> StackedWeights | None:
         if all(one is None or one.revision == 0 for one in microbatch.weights):
             return None
         return stack(microbatch.weights, self._basis, self._model.base.dtype, self._engine.device)

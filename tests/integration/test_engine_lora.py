@@ -114,7 +114,7 @@ def test_the_store_gives_back_what_was_put_and_refuses_what_was_not() -> None:
     store = AdapterStore(a, torch.float32)
     assert torch.equal(store.a_of(["right", "left"]), torch.cat([a["right"], a["left"]]))
     b = {"left": torch.randn(4, RANK, generator=draw), "right": torch.randn(6, RANK, generator=draw)}
-    store.put("mem://one", b)
+    store.put("mem://one", b, {})
     request = LoRARequest("one", 7, "mem://one")
     loaded = store.load(request)
     assert loaded.id == 7 and all(torch.equal(loaded.loras[name].lora_b, b[name]) and loaded.loras[name].scaling == 1 for name in b)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from actors.basis import compute_basis, compute_basis_from_checkpoint, load_basis, save_basis, target_modules
-from actors.fast_weights import Basis, BasisError, DeltaInjector, add_delta, stack, zero
+from actors.fast_weights import Basis, BasisError, DeltaInjector, StackedWeights, add_delta, stack, zero
 from actors.peft_format import export_peft, from_peft, to_peft
 from actors.types import FastWeights
 from configs.schema import FastWeightsConfig
@@ -205,7 +205,7 @@ def test_gradients_reach_theta_and_never_the_constants() -> None:
     for (name, parameter), other in zip(model.named_parameters(), merged.parameters(), strict=True):
         assert parameter.grad is not None
         assert torch.allclose(parameter.grad, other.grad, rtol=1e-3, atol=1e-4 * other.grad.abs().max().item()), name
-    assert all(matrix.grad is None and not matrix.requires_grad for matrix in [*stacked.values(), *basis.a.values()])
+    assert all(matrix.grad is None and not matrix.requires_grad for matrix in [*stacked.b.values(), *basis.a.values()])
 
 
 def test_gradient_reaches_b_when_asked_also_under_checkpointing() -> None:
@@ -216,8 +216,8 @@ def test_gradient_reaches_b_when_asked_also_under_checkpointing() -> None:
         if checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
             assert model.is_gradient_checkpointing
-        leaves = {name: b.requires_grad_() for name, b in stack([random_weights(basis, 1)] * 3, basis, torch.float32, "cpu").items()}
-        with DeltaInjector(model, basis).use(leaves):
+        leaves = {name: b.requires_grad_() for name, b in stack([random_weights(basis, 1)] * 3, basis, torch.float32, "cpu").b.items()}
+        with DeltaInjector(model, basis).use(StackedWeights(leaves, {})):
             logits(model).logsumexp(-1).sum().backward()
         gradients.append({name: b.grad for name, b in leaves.items()})
     for name in basis.modules:
