@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from actors.environments.base import Environment
-from configs.schema import EnvironmentConfig
+from configs.schema import EmbedderConfig, EnvironmentConfig
 
 
-def build_environment(config: EnvironmentConfig) -> Environment:
-    """The environment that ``config.name`` says. Raises TaskError or ValueError, one line, when its settings or its file cannot be used."""
+def build_environment(config: EnvironmentConfig, embedder: EmbedderConfig) -> Environment:
+    """The environment that ``config.name`` says; ``embedder`` is loaded only where it searches by meaning.
+
+    Raises TaskError or ValueError, one line, when its settings or its files cannot be used.
+    """
     if config.name == "recall":
         from actors.environments.recall import RecallEnvironment
 
         return RecallEnvironment(config.recall)
+    if config.name == "rubric":
+        from actors.environments.rubric import RubricEnvironment
+
+        return RubricEnvironment(config.rubric)
+    if config.name == "search":
+        from actors.embedder import load_embedder
+        from actors.environments.search import SearchEnvironment
+
+        return SearchEnvironment(config.search, partial(load_embedder, embedder))
     from actors.environments.conversation import ConversationEnvironment
 
     return ConversationEnvironment(config.conversation)

@@ -7,7 +7,7 @@ item["turns"].items()[0]["speaker"].text()   ->   "Ida", or TaskError "talks.jso
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,14 @@ class Field:
         fields = self.object()
         return Field(self.path, self.item, fields.get(key, default), f"{self.name}.{key}" if self.name else key)
 
+    def either(self, keys: Sequence[str], default: object) -> Field:
+        """The first of these fields that the object has."""
+        fields = self.object()
+        return self.get(next((key for key in keys if key in fields), keys[0]), default)
+
     def called(self, item: str) -> Field:
         """The same under a better name of its item."""
         return replace(self, item=item)
-
-    @property
-    def is_missing(self) -> bool:
-        return self.value is _MISSING
 
     def object(self) -> dict[str, Any]:
         if not isinstance(self.value, dict):

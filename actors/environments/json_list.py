@@ -72,9 +72,9 @@ class _Text:
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
+                place = self._byte + _bytes(self._text[self._at : error.pos])
                 if self._read_more():
                     continue
-                place = self._byte + _bytes(self._text[self._at : error.pos])
                 raise TaskError(f"{self._source.path}: item {number}: not JSON at byte {place}: {error.msg}") from error
             except RecursionError as error:
                 raise TaskError(f"{self._source.path}: item {number}: nested too deeply for {self._source.what}") from error

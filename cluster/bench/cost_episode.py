@@ -166,7 +166,7 @@ class Episode:
         torch.set_num_threads(cell.threads)
         self._cell = cell
         self._chat = ChatFormat(AutoTokenizer.from_pretrained(cell.model_path))
-        environment = build_environment(EnvironmentConfig())
+        environment = build_environment(EnvironmentConfig(), EmbedderConfig())
         self._memory, self._context = _memory(cell, self._chat, environment.system_prompt)
         model = ModelConfig()
         self._token_bytes = _token_bytes(AutoConfig.from_pretrained(cell.model_path), getattr(torch, model.dtype).itemsize)

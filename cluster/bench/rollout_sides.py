@@ -97,7 +97,7 @@ class EngramSide:
         self._setup, config = setup, setup.config
         torch.set_num_threads(config.rollout.threads)
         chat = ChatFormat(AutoTokenizer.from_pretrained(setup.model_path))
-        environment = build_environment(config.environment)
+        environment = build_environment(config.environment, config.embedder)
         assert can_demonstrate(environment)
         basis = load_basis(setup.basis_path)
         stop: tuple[int, ...] = ()  # every request samples the number of tokens that it is given

@@ -40,8 +40,10 @@ def test_the_shipped_files_are_the_expected_ones() -> None:
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_every_shipped_file_loads_and_round_trips(file: Path, yaml_file: Path) -> None:
-    needs_data = ["environment.conversation.path=locomo.json"] if file.stem in ("locomo", "paper") else []
-    config = load_config(file, needs_data)
+    talks, rubrics = ["environment.conversation.path=locomo.json"], ["environment.rubric.path=items.jsonl"]
+    search = ["environment.search.questions_path=questions.json", "environment.search.corpus_path=corpus.json"]
+    needs_data = {"locomo": talks, "longmemeval": talks, "paper": talks, "rubric": rubrics, "search": search}
+    config = load_config(file, needs_data.get(file.stem, []))
     yaml_file.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(yaml_file, []) == config
     assert config.name == file.stem

@@ -15,7 +15,7 @@ from actors.environments.base import TaskError
 from actors.environments.build import build_environment
 from actors.environments.conversation import ConversationEnvironment
 from actors.types import Task
-from configs.schema import ConversationConfig, EnvironmentConfig
+from configs.schema import ConversationConfig, EmbedderConfig, EnvironmentConfig
 
 SAMPLE = Path(__file__).parents[1] / "data" / "locomo_sample.json"
 
@@ -211,7 +211,7 @@ def test_a_task_from_another_file_is_refused() -> None:
 
 def test_a_real_file(locomo_path: Path) -> None:
     config = EnvironmentConfig(name="conversation", conversation=ConversationConfig(path=str(locomo_path)))
-    environment = build_environment(config)
+    environment = build_environment(config, EmbedderConfig())
     tasks = list(environment.tasks("eval", 0, 0))
     assert len(tasks) > 100
     for task in tasks:

@@ -13,7 +13,7 @@ from actors.environments.build import build_environment
 from actors.environments.recall import RecallEnvironment
 from actors.environments.recall_words import FILLERS, PEOPLE, RELATIONS
 from actors.types import Task
-from configs.schema import EnvironmentConfig, RecallConfig
+from configs.schema import EmbedderConfig, EnvironmentConfig, RecallConfig
 
 ENVIRONMENT = RecallEnvironment(RecallConfig(sessions=3, facts_per_session=2, questions=4, filler_sentences=1))
 
@@ -118,7 +118,7 @@ def test_bad_input_is_refused_in_one_line() -> None:
 
 
 def test_the_factory_builds_it() -> None:
-    assert build_environment(EnvironmentConfig()).name == "recall"
+    assert build_environment(EnvironmentConfig(), EmbedderConfig()).name == "recall"
 
 
 def test_more_small_talk_than_there_is_is_refused() -> None:

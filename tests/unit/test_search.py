@@ -1,0 +1,262 @@
+"""Multi-objective search: what a turn shows, how replies are understood and scored, and which questions make a task."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.embedder import load_embedder
+from actors.environments.base import TaskError
+from actors.environments.build import build_environment
+from actors.environments.search import SearchEnvironment, SearchSession
+from actors.environments.search_file import read_corpus, read_questions
+from actors.retrieval import Embedder
+from actors.types import Outcome, Task
+from configs.schema import EmbedderConfig, EnvironmentConfig, SearchConfig
+
+DATA = Path(__file__).parents[1] / "data"
+QUESTIONS, CORPUS = DATA / "search_questions.json", DATA / "search_corpus.json"
+
+
+def _no_embedder() -> Embedder:
+    raise AssertionError("searching by words needs no embedder")
+
+
+def _environment(embedder: Callable[[], Embedder] = _no_embedder, **settings: Any) -> SearchEnvironment:
+    paths = {"questions_path": str(QUESTIONS), "corpus_path": str(CORPUS)}
+    return SearchEnvironment(SearchConfig(**(paths | {"objectives": 2} | settings)), embedder)
+
+
+def _session(*questions: int, **settings: Any) -> SearchSession:
+    return _environment(**settings).start(Task("t", "search", {"questions": list(questions)}, 0))
+
+
+def _turn(session: SearchSession) -> str:
+    observation = session.observe()
+    assert observation is not None and observation.wants_action
+    return observation.text
+
+
+def _ended(session: SearchSession, *replies: str) -> Outcome:
+    for reply in replies:
+        _turn(session)
+        session.act(reply)
+    assert session.observe() is None
+    return session.outcome()
+
+
+def test_a_turn_says_what_is_asked_and_how_to_reply() -> None:
+    session = _session(0, 3)
+    assert session.question == "In which town was the painter of Grey Harbour born?; How many arches does the bridge at Orsa have?"
+    assert _turn(session) == (
+        f"Questions: {session.question}\nTurns left: 10. Reply with <search>...</search> or <answer>...; ...</answer> with 2 answers."
+    )
+
+
+def test_a_search_comes_back_with_passages_and_again_with_all_that_is_needed_to_go_on() -> None:
+    session = _session(0, 3, results=2)
+    session.act("I look it up. <search>painter of Grey Harbour</search> and then <answer>too early; 1</answer>")
+    lines = _turn(session).splitlines()
+    assert lines[0] == "Passages found for: painter of Grey Harbour"
+    assert lines[1] == "[1] Grey Harbour: Grey Harbour is a painting by Ida Holm. It shows boats in winter."
+    assert lines[2].startswith("[2] ") and lines[3:5] == ["", f"Questions: {session.question}"]
+    assert lines[5].startswith("Turns left: 9. Reply with <search>")
+    session.act("<search>zyzzyva</search>")
+    assert _turn(session).startswith("No passage was found for: zyzzyva\n\nQuestions: ")
+
+
+def test_the_last_turn_says_so_and_an_episode_without_an_answer_scores_0() -> None:
+    session = _session(0, 3, max_turns=2)
+    session.act("<search>Orsa</search>")
+    assert _turn(session).splitlines()[-1] == "Turns left: 1. This is the last turn: reply with <answer>...; ...</answer> with 2 answers."
+    outcome = _ended(session, "<search>Skagnes</search>")
+    assert outcome.reward == 0 and [answer.prediction for answer in outcome.answers] == ["", ""]
+    assert outcome.reward_parts == {"f1": 0, "em": 0, "count_mismatch": 0, "unanswered": 1, "searches": 2, "malformed": 0}
+
+
+@pytest.mark.parametrize("reply", ["", "Skagnes; 7", "<search>Orsa", "<answer>Skagnes; 7", "<search> </search>", "<search>Orsa</answer>"])
+def test_a_reply_in_neither_form_is_told_so_counted_and_takes_a_turn(reply: str) -> None:
+    session = _session(0, 3, max_turns=3)
+    session.act(reply)
+    text = _turn(session)
+    assert text.startswith("Your last reply was neither a search nor an answer in the form that is asked for.\n\nQuestions: ")
+    assert "Turns left: 2. Reply with <search>" in text
+    outcome = _ended(session, "<answer>Skagnes; 7</answer>")
+    assert outcome.reward == 1 and (outcome.reward_parts["malformed"], outcome.reward_parts["searches"]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "f1", "em"),
+    [
+        ("Skagnes; 7", [1, 1], [1, 1]),
+        (" skagnes ;\n7. ", [1, 1], [1, 1]),
+        ("the town of Skagnes; 7", [0.4, 1], [0, 1]),
+        ("7; Skagnes", [0, 0], [0, 0]),  # positions count
+        ("; 7", [0, 1], [0, 1]),
+    ],
+)
+def test_the_score_is_the_mean_over_positions(answer: str, f1: list[float], em: list[float]) -> None:
+    outcome = _ended(_session(0, 3), f"<answer>{answer}</answer>")
+    assert [scored.scores["f1"] for scored in outcome.answers] == pytest.approx(f1)
+    assert [scored.scores["em"] for scored in outcome.answers] == em
+    assert outcome.reward == outcome.reward_parts["f1"] == pytest.approx(sum(f1) / 2) and outcome.reward_parts["em"] == sum(em) / 2
+    assert [(scored.gold, scored.category) for scored in outcome.answers] == [(("Skagnes",), "bridge"), (("7",), "bridge")]
+
+
+@pytest.mark.parametrize("answer", ["Skagnes", "Skagnes; 7; 7", "Skagnes; 7;", ""])
+def test_another_number_of_answers_than_questions_scores_0(answer: str) -> None:
+    outcome = _ended(_session(0, 3), f"<answer>{answer}</answer>")
+    assert outcome.reward == 0 and (outcome.reward_parts["count_mismatch"], outcome.reward_parts["unanswered"]) == (1, 0)
+    assert [scored.prediction for scored in outcome.answers] == [answer, answer]
+
+
+def test_one_question_is_a_task_too() -> None:
+    session = _session(4, objectives=1)
+    assert "Question: Are Ida Holm" in _turn(session) and "<answer>...</answer> with 1 answer." in _turn(session)
+    assert _ended(session, "<answer>No</answer>").reward == 1
+
+
+def test_a_semicolon_inside_a_question_or_a_gold_answer_does_no_harm(tmp_path: Path) -> None:
+    path = _questions(tmp_path, lambda items: items[0].update(answer="Skagnes; Orsa"))
+    session = _session(0, 7, questions_path=str(path))
+    assert _ended(session, "<answer>Skagnes, Orsa; Skagnes Library</answer>").reward_parts["em"] == 1
+
+
+def test_tasks_are_consecutive_questions_of_one_side_and_the_sides_are_disjoint() -> None:
+    environment = _environment()
+    evaluated = [task.payload["questions"] for task in environment.tasks("eval", 0, 0)]
+    trained = [task.payload["questions"] for task in itertools.islice(environment.tasks("train", 0, 0), 4)]
+    sides = [sorted(itertools.chain(*chunks)) for chunks in (evaluated, trained[:2])]
+    assert len(evaluated) == 2 and not set(sides[0]) & set(sides[1])
+    assert sorted(trained[:2]) == sorted(trained[2:])  # a pass is over all of them
+    assert all(chunk == sorted(chunk) for chunk in evaluated + trained)
+
+
+def test_a_question_keeps_its_side_when_the_file_is_reordered_or_read_as_lines(tmp_path: Path) -> None:
+    items = json.loads(QUESTIONS.read_text())
+    path = tmp_path / "questions.jsonl"
+    lines = [{"id": item["_id"], "question": item["question"], "answer": [item["answer"], "nothing"]} for item in reversed(items)]
+    path.write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
+
+    def asked(environment: SearchEnvironment) -> set[str]:
+        return {environment.start(task).question for task in environment.tasks("eval", 0, 0)}
+
+    assert asked(_environment(objectives=1)) == asked(_environment(objectives=1, questions_path=str(path)))
+    (first, *_) = read_questions(str(path))
+    assert (first.key, first.answers, first.category) == ("s09", ("1968", "nothing"), "search")
+
+
+def test_position_and_seed_alone_determine_a_task() -> None:
+    everything = list(itertools.islice(_environment().tasks("train", 3, 0), 12))
+    assert list(itertools.islice(_environment().tasks("train", 3, 5), 7)) == everything[5:]
+    assert len({task.id for task in everything}) == 12
+
+
+def test_a_long_text_becomes_passages_under_one_title(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    sentences = [f"Sentence {number} says a little about the sea." for number in range(80)]
+    path.write_text(json.dumps({"title": "Sea", "text": " ".join(sentences)}) + "\n" + json.dumps({"title": "Land", "text": "Dry."}))
+    passages = read_corpus(str(path))
+    assert len(passages) > 3 and all(len(passage.text) <= 1000 for passage in passages)
+    assert [passage.title for passage in passages] == ["Sea"] * (len(passages) - 1) + ["Land"]
+    assert " ".join(passage.text for passage in passages[:-1]) == " ".join(sentences)
+
+
+def test_search_by_meaning_finds_what_shares_no_word() -> None:
+    config = EnvironmentConfig(
+        name="search", search=SearchConfig(questions_path=str(QUESTIONS), corpus_path=str(CORPUS), objectives=1, results=1, retriever="dense")
+    )
+    environment = build_environment(config, EmbedderConfig())
+    session = environment.start(Task("t", "search", {"questions": [8]}, 0))
+    session.act("<search>trains and tracks</search>")
+    observation = session.observe()
+    assert observation is not None and "[1] Velde Line: " in observation.text
+    assert load_embedder(EmbedderConfig()) is environment._embedder  # type: ignore[attr-defined]  # one for the whole process
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda items: items.__setitem__(2, "x"), "item 2: expected an object, got 'x'"),
+        (lambda items: items[2].pop("question"), "item 2, question: expected a text, got nothing"),
+        (lambda items: items[2].pop("answer"), "item 2, answer: expected a text or a number, got nothing"),
+        (lambda items: items[2].update(answer=[]), "item 2, answer: expected at least one answer, got a list"),
+        (lambda items: items[2].update(answer=["a", None]), r"item 2, answer\[1\]: expected a text or a number, got null"),
+        (lambda items: items[2].update(type=3), "item 2, type: expected a text, got 3"),
+        (lambda items: items.__delitem__(slice(3, 9)), "questions are for .*, and a task takes environment.search.objectives=2: lower it"),
+        (lambda items: items.clear(), "0 of its 0 questions are for train"),
+    ],
+)
+def test_a_malformed_file_of_questions(tmp_path: Path, change: Callable[[Any], object], message: str) -> None:
+    _refused(message, questions_path=str(_questions(tmp_path, change)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.json", "[]", "the file: expected an object, got a list"),
+        ("c.json", "{}", "it has no passage: give environment.search.corpus_path the path of"),
+        ("c.json", '{"Sea": 3}', "title 'Sea': expected a text, got 3"),
+        ("c.json", '{"Sea": ["a", 3]}', r"title 'Sea', \[1\]: expected a text, got 3"),
+        ("c.json", '{"title": "a"}\n{"title": "b"}', r"not JSON at line 2 column 1"),
+        ("c.jsonl", '{"title": "a", "text": "b"}\n\n{"title": "b"}', "line 3, text: expected a text, got nothing"),
+        ("c.jsonl", '{"title": "a", "text": "b"}\n{"title', "line 2: not JSON at column 2"),
+    ],
+)
+def test_a_malformed_corpus(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    _refused(message, corpus_path=str(tmp_path / name))
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    _refused(
+        r"none.json: cannot be read \(No such file or directory\): give environment.search.questions_path", questions_path=str(tmp_path / "none.json")
+    )
+    _refused("environment.search.corpus_path is empty: give the path of a file of passages", corpus_path="")
+
+
+def test_a_task_from_another_file_is_refused() -> None:
+    for questions in ([9], [], ["s01"]):
+        with pytest.raises(TaskError, match="must be places in the 9 questions of"):
+            _environment().start(Task("t", "search", {"questions": questions}, 0))
+
+
+def test_real_questions(hotpotqa_path: Path) -> None:
+    paths = {"questions_path": str(hotpotqa_path / "questions.json"), "corpus_path": str(hotpotqa_path / "corpus.json")}
+    environment = _environment(**paths, objectives=4)
+    tasks = list(environment.tasks("eval", 0, 0))
+    assert len(tasks) > 10
+    gold = {
+        item["question"].strip(): {title for title, _ in item["supporting_facts"]} for item in json.loads(Path(paths["questions_path"]).read_text())
+    }
+    found = wanted = 0
+    for task in tasks:
+        session = environment.start(task)
+        for question in session._questions:
+            session.act(f"<search>{question.text}</search>")
+            shown = set(re.findall(r"^\[\d\] (.+?): ", _turn(session), flags=re.MULTILINE))
+            found, wanted = found + len(gold[question.text] & shown), wanted + len(gold[question.text])
+        session.act(f"<answer>{'; '.join(question.answers[0] for question in session._questions)}</answer>")
+        assert session.outcome().reward_parts["em"] == 1
+    assert found / wanted > 0.5  # asking the index the question itself finds most of the passages that answer it
+
+
+def _questions(tmp_path: Path, change: Callable[[Any], object]) -> Path:
+    items = copy.deepcopy(json.loads(QUESTIONS.read_text()))
+    change(items)
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(items))
+    return path
+
+
+def _refused(message: str, **settings: Any) -> None:
+    with pytest.raises(TaskError, match=message) as error:
+        _environment(**settings)
+    assert "\n" not in str(error.value)
