@@ -1,0 +1,163 @@
+"""Rubrics that a rule decides, without a language model: a rubric's text is one rule of this grammar (our own; CL-Bench's rubrics are prose).
+
+    contains: TEXT                contains any of: TEXT | TEXT | ...      starts with: TEXT        matches: REGEX
+    not contains: TEXT            equals: TEXT                            ends with: TEXT          not matches: REGEX
+    at most N UNIT                at least N UNIT                         exactly N UNIT           valid JSON
+                                                                          (UNIT: words, lines, characters)
+
+Texts are compared without case, with white space of any kind and length as one space; the answer's ends are trimmed. A regular expression is searched
+for in the answer as it is, with case (``(?i)`` at its front: without). The ``regex`` library runs it, which can stop: files come from outside, and a
+pattern such as ``(a|aa)+$`` may take longer than anyone waits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import regex
+
+from actors.environments.base import TaskError
+from actors.judge import NO_COST, Verdict
+
+Rule = Callable[[str], bool]
+
+GRAMMAR = (
+    "contains: TEXT, not contains: TEXT, contains any of: A | B, equals: TEXT, starts with: TEXT, ends with: TEXT, matches: REGEX, "
+    "not matches: REGEX, at most | at least | exactly N words | lines | characters, valid JSON"
+)
+_REGEX_SECONDS = 1.0
+_MAX_PATTERN_CHARACTERS = 1000
+_COUNT = re.compile(r"(at most|at least|exactly)\s+(\d{1,7})\s+(word|line|character)s?", re.IGNORECASE)
+_KEYED = re.compile(r"([a-z ]+?)\s*:\s*(.*)", re.IGNORECASE | re.DOTALL)
+
+
+class RuleError(ValueError):
+    """A rubric is no rule, or its rule could not be decided for an answer in time."""
+
+
+class RuleChecker:
+    """The `rules` checker: a Judge whose every rubric states its rule."""
+
+    def verdict(self, question: str, answer: str, rubrics: Sequence[str]) -> Verdict:
+        """Decide every rubric by its rule; the question has no part in it. Raises TaskError where a rule cannot be decided in time."""
+        met = []
+        for number, rubric in enumerate(rubrics):
+            try:
+                met.append(parse_rule(rubric)(answer))
+            except RuleError as error:
+                raise TaskError(f"rubrics[{number}] {rubric!r} {error}") from None
+        return Verdict(met=tuple(met), reasons=tuple("" for _ in rubrics), cost=NO_COST)
+
+
+@lru_cache(maxsize=4096)
+def parse_rule(rubric: str) -> Rule:
+    """The rule that ``rubric`` states, as a test of an answer. Raises RuleError; so does the test when a regular expression takes too long."""
+    text = rubric.strip()
+    if " ".join(text.lower().split()) == "valid json":
+        return _is_json
+    if (count := _COUNT.fullmatch(text)) is not None:
+        return _count_rule(count[1].lower(), int(count[2]), count[3].lower())
+    keyed = _KEYED.fullmatch(text)
+    build = _KEYED_RULES.get(" ".join(keyed[1].lower().split())) if keyed else None
+    if keyed is None or build is None:
+        raise RuleError(f"is no rule; one of: {GRAMMAR}")
+    if not keyed[2].strip():
+        raise RuleError(f"says nothing after {keyed[1].strip()!r}; one of: {GRAMMAR}")
+    return build(keyed[2])
+
+
+def _contains(text: str) -> Rule:
+    wanted = _plain(text)
+    return lambda answer: wanted in _plain(answer)
+
+
+def _contains_any(text: str) -> Rule:
+    wanted = [_plain(part) for part in text.split("|")]
+    if not all(wanted):
+        raise RuleError(f"has an empty alternative, which every answer would contain; one of: {GRAMMAR}")
+    return lambda answer: any(part in _plain(answer) for part in wanted)
+
+
+def _equals(text: str) -> Rule:
+    wanted = _plain(text)
+    return lambda answer: _plain(answer) == wanted
+
+
+def _starts(text: str) -> Rule:
+    wanted = _plain(text)
+    return lambda answer: _plain(answer).startswith(wanted)
+
+
+def _ends(text: str) -> Rule:
+    wanted = _plain(text)
+    return lambda answer: _plain(answer).endswith(wanted)
+
+
+def _matches(text: str) -> Rule:
+    source = text.strip()
+    if len(source) > _MAX_PATTERN_CHARACTERS:
+        raise RuleError(f"has a regular expression of {len(source)} characters, and {_MAX_PATTERN_CHARACTERS} are the most")
+    try:
+        pattern = regex.compile(source)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise RuleError(f"has a regular expression that does not compile: {' '.join(str(error).split())}") from None
+
+    def search(answer: str) -> bool:
+        try:
+            return pattern.search(answer, timeout=_REGEX_SECONDS, concurrent=True) is not None  # concurrent: other threads run meanwhile
+        except TimeoutError:
+            raise RuleError(f"has a regular expression that was not done after {_REGEX_SECONDS:g} s on this answer: write a simpler one") from None
+
+    return search
+
+
+def _negated(build: Callable[[str], Rule]) -> Callable[[str], Rule]:
+    def build_negated(text: str) -> Rule:
+        rule = build(text)
+        return lambda answer: not rule(answer)
+
+    return build_negated
+
+
+_KEYED_RULES: dict[str, Callable[[str], Rule]] = {
+    "contains": _contains,
+    "not contains": _negated(_contains),
+    "contains any of": _contains_any,
+    "equals": _equals,
+    "starts with": _starts,
+    "ends with": _ends,
+    "matches": _matches,
+    "not matches": _negated(_matches),
+}
+
+
+def _count_rule(bound: str, number: int, unit: str) -> Rule:
+    def measure(answer: str) -> int:
+        if unit == "word":
+            return len(answer.split())
+        return sum(bool(line.strip()) for line in answer.splitlines()) if unit == "line" else len(answer.strip())
+
+    if bound == "at most":
+        return lambda answer: measure(answer) <= number
+    if bound == "at least":
+        return lambda answer: measure(answer) >= number
+    return lambda answer: measure(answer) == number
+
+
+def _is_json(answer: str) -> bool:
+    try:
+        json.loads(answer, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):  # also the integer that is longer than Python converts
+        return False
+    return True
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
