@@ -32,7 +32,8 @@ async def evaluate(comparison: Comparison, display: Display) -> None:
         given_up = await _measure(comparison, missing, display)
         _report(comparison, given_up, tracker, display)
         if given_up:
-            raise ClusterError(f"{len(given_up)} of {len(comparison.plan.cells)} cells were given up, first {next(iter(given_up.items()))}")
+            key, why = next(iter(given_up.items()))
+            raise ClusterError(f"{len(given_up)} of {len(comparison.plan.cells)} cells were given up, the first {key}: {why}")
 
 
 async def _measure(comparison: Comparison, missing: list[Cell], display: Display) -> dict[str, str]:
@@ -49,7 +50,7 @@ async def _measure(comparison: Comparison, missing: list[Cell], display: Display
         numbers = {cell.key: number for number, cell in enumerate(missing, start=1)}
 
         def begins(cell: Cell, left: int) -> None:
-            display.say(f"cell {numbers[cell.key]} of {len(missing)}: {_named(cell)}, {left} episodes, left in all {counter.time_left}")
+            display.say(f"cell {numbers[cell.key]} of {len(missing)}: {_named(cell)}, {left} episodes; all in {counter.time_left}")
 
         def finished(cell: Cell) -> None:
             done = comparison.store.finished(cell)

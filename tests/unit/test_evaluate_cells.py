@@ -1,0 +1,225 @@
+"""What is run, kept and run again: cells on disk, a killed one, a changed configuration, workers that die. The workers are scripted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from actors.peak_memory import PeakMemory
+from actors.types import Task, TrajectoryGroup
+from actors.worker import WorkerSpec
+from cluster.comparison import drive
+from cluster.comparison.drive import Hooks, run_cells, worst
+from cluster.comparison.plan import Cell
+from cluster.comparison.store import CellStore, Done
+from cluster.errors import CheckpointError, StartupError, WorkerLost
+from cluster.evaluate import EvaluationRow
+from tests.unit.cluster_cases import group, task_at
+from tests.unit.comparison_cases import any_worker, comparison, plan
+
+PEAK = PeakMemory(100, 0, "")
+
+
+def done(position: int, f1: float = 0.5) -> Done:
+    return Done.of(position, group(task_at(position), 0, rewards=[f1]))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CellStore:
+    return CellStore(tmp_path / "cells", {"policy": "the base model"})
+
+
+@pytest.fixture(scope="module")
+def cells() -> tuple[Cell, ...]:
+    return plan("truncation", "tmem", seeds=(0,)).cells
+
+
+def test_a_cell_survives_its_files(store: CellStore, cells: tuple[Cell, ...], tmp_path: Path) -> None:
+    cell = cells[0]
+    assert (store.finished(cell), store.begun(cell)) == (None, [])
+    with store.journal(cell, []) as journal:
+        journal.add(done(1, 0.25))
+        journal.add(Done.of(0, group(task_at(0), 0, finished=0, failed=1)))
+    assert store.begun(cell) == journal.done
+    store.finish(cell, journal.done, PEAK)
+    saved = store.finished(cell)
+    assert saved is not None
+    assert [episode.task_id for episode in saved.result.episodes] == ["t1"]
+    assert saved.result.failed == ("engine: out of memory",)
+    assert saved.result.episodes[0].answers[0].prediction == "here"
+    assert saved.peak == PEAK
+    assert [path.name for path in (tmp_path / "cells").iterdir()] == [f"{cell.key}.json"]
+
+
+def test_a_line_that_was_cut_off_is_run_again(store: CellStore, cells: tuple[Cell, ...], tmp_path: Path) -> None:
+    cell = cells[0]
+    with store.journal(cell, []) as journal:
+        journal.add(done(0))
+        journal.add(done(1))
+    path = tmp_path / "cells" / f"{cell.key}.jsonl"
+    path.write_text(path.read_text()[:-20])
+    begun = store.begun(cell)
+    assert [one.position for one in begun] == [0]
+    with store.journal(cell, begun) as again:
+        again.add(done(1))
+    assert [one.position for one in store.begun(cell)] == [0, 1]
+    path.write_text(path.read_text()[:10])  # killed while the settings were written
+    assert store.begun(cell) == []
+
+
+def test_other_settings_are_refused_in_one_line(store: CellStore, cells: tuple[Cell, ...], tmp_path: Path) -> None:
+    cell = cells[0]
+    with store.journal(cell, []):
+        pass
+    changed = plan("truncation", seeds=(0,), sweep=()).cells[0]
+    assert store.begun(changed) == []  # the same settings, planned anew
+    other = CellStore(tmp_path / "cells", {"policy": "run/step-000002 version 2"})
+    with pytest.raises(CheckpointError, match=r"was measured with policy=the base model, not run/step-000002 version 2: use that value, or evaluate"):
+        other.begun(cell)
+    store.finish(cell, [done(0)], PEAK)
+    with pytest.raises(CheckpointError, match="was measured with policy="):
+        other.finished(cell)
+    (tmp_path / "cells" / f"{cell.key}.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is no cell as this version of Engram saves it"):
+        store.finished(cell)
+
+
+def test_the_content_of_a_data_file_is_part_of_the_settings(store: CellStore, tmp_path: Path) -> None:
+    data = tmp_path / "talks.json"
+    data.write_text("[1]")
+    benchmark = tmp_path / "talks.yaml"
+    benchmark.write_text(f"environment: {{name: conversation, conversation: {{path: {data}}}}}\n")
+    from cluster.comparison.plan import Request, plan_cells
+
+    cell = plan_cells(Request(Path("configs/quickstart.yaml"), (), None, ("truncation",), (str(benchmark),), (), "", (), "")).cells[0]
+    settings = store.settings(cell)
+    assert len(settings["file environment.conversation.path"]) == 16
+    assert settings["policy"] == "the base model"
+    assert "output_dir" not in settings
+    assert "rollout.workers" not in settings  # another machine may go on
+
+
+def test_the_worst_of_several_workers() -> None:
+    assert worst([PeakMemory(5, 7, ""), PeakMemory(9, 2, "")]) == PeakMemory(9, 7, "")
+    assert worst([PeakMemory(5, 0, ""), PeakMemory(None, 0, "no /proc")]) == PeakMemory(None, 0, "no /proc")
+
+
+class Worker:
+    """Plays every task; dies at those of ``fatal`` as long as its count lasts."""
+
+    name = "worker-0"
+
+    def __init__(self, fatal: dict[tuple[str, int], int], log: list[tuple[str, int]]) -> None:
+        self._fatal, self._log = fatal, log
+
+    async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
+        await asyncio.sleep(0)
+        if self._fatal.get((row.label, position), 0) > 0:
+            self._fatal[row.label, position] -= 1
+            raise WorkerLost(f"worker-0 died during task {task.id}")
+        self._log.append((row.label, position))
+        return group(task, 0, rewards=[0.5])
+
+    async def measure(self) -> PeakMemory:
+        return PEAK
+
+
+class Stage:
+    """Ray and workers for the time of a test: what was started, what was played."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fatal: dict[tuple[str, int], int], broken_starts: int = 0) -> None:
+        self.played: list[tuple[str, int]] = []
+        self.starts = 0
+        self.told: list[str] = []
+        self._fatal, self._broken = fatal, broken_starts
+        monkeypatch.setattr(drive, "worker_set", self._workers)
+        monkeypatch.setattr(drive, "ray_runtime", _no_ray)
+        monkeypatch.setattr(drive, "cancel_on_sigterm", lambda: None)
+
+    @asynccontextmanager
+    async def _workers(self, specs: Sequence[WorkerSpec]) -> AsyncIterator[tuple[object, ...]]:
+        self.starts += 1
+        if self.starts <= self._broken:
+            raise StartupError("worker-0 did not start")
+        yield (any_worker(Worker(self._fatal, self.played)),)
+
+    @property
+    def hooks(self) -> Hooks:
+        return Hooks(
+            lambda cell, left: self.told.append(f"begins {cell.variant.label} {left}"),
+            lambda: None,
+            lambda cell: self.told.append(f"finished {cell.variant.label}"),
+            lambda cell, why: self.told.append(f"retries {cell.variant.label}: {why}"),
+        )
+
+
+@contextmanager
+def _no_ray(config: object, needed: object) -> Iterator[None]:
+    yield
+
+
+def test_cells_of_one_configuration_run_on_one_set_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan("truncation", "tmem", "seal", seeds=(0,))
+    stage = Stage(monkeypatch, {})
+    found = comparison(tmp_path, planned)
+    assert asyncio.run(run_cells(found, planned.cells, stage.hooks)) == {}
+    assert stage.starts == 2  # seal writes with another rank and T
+    assert len(stage.played) == 9
+    assert stage.told == [word for row in ("truncation", "tmem", "seal") for word in (f"begins {row} 3", f"finished {row}")]
+    assert all(found.store.finished(cell) is not None for cell in planned.cells)
+
+
+def test_a_worker_that_dies_costs_its_running_episodes_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan("truncation", "tmem", seeds=(0,))
+    first, second = (cell.key for cell in planned.cells)
+    lanes_of_one = plan_with_one_lane(planned.cells)
+    stage = Stage(monkeypatch, {(first, 2): 1})
+    found = comparison(tmp_path, planned)
+    assert asyncio.run(run_cells(found, lanes_of_one, stage.hooks)) == {}
+    assert stage.starts == 2
+    assert stage.told[:3] == ["begins truncation 3", "retries truncation: worker-0 died during task t2", "begins truncation 1"]
+    assert sorted(stage.played) == [(key, position) for key in sorted((first, second)) for position in range(3)]  # none of them twice
+
+
+def plan_with_one_lane(cells: Sequence[Cell]) -> list[Cell]:
+    from dataclasses import replace
+
+    return [Cell(cell.benchmark, cell.variant, replace(cell.config, engine=replace(cell.config.engine, slots=1))) for cell in cells]
+
+
+def test_a_cell_that_kills_its_workers_twice_is_given_up_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan("truncation", "tmem", seeds=(0,))
+    first, second = planned.cells
+    stage = Stage(monkeypatch, {(first.key, 1): 9})
+    found = comparison(tmp_path, planned)
+    assert asyncio.run(run_cells(found, planned.cells, stage.hooks)) == {first.key: "worker-0 died during task t1"}
+    assert found.store.finished(first) is None
+    assert found.store.finished(second) is not None
+    assert stage.starts == 3
+
+
+def test_workers_that_never_start_give_up_their_cells_after_two_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan("truncation", "tmem", seeds=(0,))
+    stage = Stage(monkeypatch, {}, broken_starts=9)
+    given_up = asyncio.run(run_cells(comparison(tmp_path, planned), planned.cells, stage.hooks))
+    assert given_up == dict.fromkeys((cell.key for cell in planned.cells), "worker-0 did not start")
+    assert stage.starts == 2
+
+
+def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan("truncation", seeds=(0,))
+    cell = planned.cells[0]
+    found = comparison(tmp_path, planned)
+    with found.store.journal(cell, []) as journal:
+        journal.add(done(0))
+        journal.add(done(2))
+    stage = Stage(monkeypatch, {})
+    asyncio.run(run_cells(found, planned.cells, stage.hooks))
+    assert stage.played == [(cell.key, 1)]
+    saved = json.loads((tmp_path / "cells" / f"{cell.key}.json").read_text())
+    assert [episode["task_id"] for episode in saved["result"]["episodes"]] == ["t0", "t1", "t2"]
