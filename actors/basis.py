@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from actors.calibration import input_moments
 from actors.fast_weights import SUPPORTED, Basis, BasisError, BasisKind
 from configs.schema import FastWeightsConfig
 
@@ -46,18 +47,22 @@ def make_basis(kind: BasisKind, a: Mapping[str, Tensor], d_out: Mapping[str, int
     return Basis(id=digest.hexdigest()[:16], kind=kind, rank=ranks[0], a=frozen, d_out=sizes, train_a=train_a)
 
 
-def compute_basis(weights: Mapping[str, Tensor], config: FastWeightsConfig, seed: int) -> Basis:
+def compute_basis(weights: Mapping[str, Tensor], config: FastWeightsConfig, seed: int, moments: Mapping[str, Tensor] | None = None) -> Basis:
     """The basis of the matrices ``weights`` (full module name -> W [d_out, d_in], any float dtype).
 
-    "svd": A = S_r V_r^T of W = U S V^T (the paper's); "unit_svd": V_r^T. "random": uniform in +-1/sqrt(d_in), PEFT's default initialisation, from
-    ``seed`` and the module's name. Raises BasisError when the rank exceeds a matrix.
+    "svd": A = S_r V_r^T of W = U S V^T (the paper's); "unit_svd": V_r^T, which shows what S does. "random": uniform in +-1/sqrt(d_in), PEFT's default
+    initialisation, from ``seed`` and the module's name. "data": the top directions of the layers' inputs (EVA, arXiv 2410.07170, without its
+    redistribution of ranks: all matrices keep ``config.rank``), from ``moments``, see ``calibration.input_moments``. Raises BasisError when the rank
+    exceeds a matrix, or "data" has no moments.
     """
     for name, weight in weights.items():
         if weight.ndim != 2 or config.rank > min(weight.shape):
             raise BasisError(f"fast_weights.rank={config.rank} does not fit {name} of shape {tuple(weight.shape)}: lower the rank")
     if config.basis == "data":
-        raise BasisError("fast_weights.basis=data is not built yet: use svd, unit_svd or random")
-    if config.basis in ("svd", "unit_svd"):
+        if moments is None:
+            raise BasisError("fast_weights.basis=data needs a model that reads fast_weights.calibration_path: weights alone do not do")
+        a = {name: _data_factor(moments[name], _top_right_factor(weight, config.rank)) for name, weight in weights.items()}
+    elif config.basis in ("svd", "unit_svd"):
         a = {name: _top_right_factor(weight, config.rank) for name, weight in weights.items()}
         if config.basis == "unit_svd":
             a = {name: functional.normalize(matrix, dim=1) for name, matrix in a.items()}
@@ -75,10 +80,26 @@ def _top_right_factor(weight: Tensor, rank: int) -> Tensor:
     else:
         _, vectors = torch.linalg.eigh(w @ w.T)  # columns are U, and U_r^T W = S_r V_r^T
         a = vectors[:, -rank:].T @ w
-    a = a.flip(0)  # largest singular value first
+    return _signed(a.flip(0)).float()  # largest singular value first
+
+
+def _signed(a: Tensor) -> Tensor:
     peaks = a.gather(1, a.abs().argmax(dim=1, keepdim=True))
     signed: Tensor = a * torch.where(peaks < 0, -1.0, 1.0)
-    return signed.float()
+    return signed
+
+
+def _data_factor(moment: Tensor, svd: Tensor) -> Tensor:
+    """c V_r^T, V_r the top eigenvectors of the inputs' second moment [d_in, d_in]; c makes the sum of |A x|^2 over the inputs that of ``svd``, the
+    paper's A.
+
+    A step of SGD on B adds -lr g |A x|^2 to what the layer gives for x, so with this c one learning rate fits both bases (our choice; EVA leaves the
+    directions at unit length, for which the paper's rate is far too low). Exact, by a float64 eigh: minutes where d_in is near 10,000.
+    """
+    _, vectors = torch.linalg.eigh(moment)  # ascending
+    directions = vectors[:, -svd.shape[0] :].T.flip(0)
+    energy, wanted = ((a @ moment * a).sum() for a in (directions, svd.double()))
+    return (_signed(directions) * (wanted / energy).sqrt()).float()
 
 
 def _random_factor(name: str, d_in: int, rank: int, seed: int) -> Tensor:
@@ -87,7 +108,8 @@ def _random_factor(name: str, d_in: int, rank: int, seed: int) -> Tensor:
 
 
 def compute_basis_from_checkpoint(model_path: str | os.PathLike[str], config: FastWeightsConfig, seed: int) -> Basis:
-    """The basis from a Hugging Face folder. Reads config.json and only the adapted matrices from its safetensors (one file, or shards and index)."""
+    """The basis from a Hugging Face folder. Reads config.json and only the adapted matrices from its safetensors (one file, or shards and index);
+    the whole model only for basis=data, which must read the calibration text. Raises BasisError."""
     folder = Path(model_path)
     try:
         num_layers = int(json.loads((folder / "config.json").read_text())["num_hidden_layers"])
@@ -100,7 +122,8 @@ def compute_basis_from_checkpoint(model_path: str | os.PathLike[str], config: Fa
                 weights[name] = reader.get_tensor(f"{name}.weight")
         except (OSError, safetensors.SafetensorError) as error:
             raise BasisError(f"{path}: cannot read {name}.weight ({error}); {SUPPORTED}") from error
-    return compute_basis(weights, config, seed)
+    moments = input_moments(folder, tuple(weights), config.calibration_path) if config.basis == "data" else None
+    return compute_basis(weights, config, seed, moments)
 
 
 def _files_of(folder: Path, modules: Sequence[str]) -> dict[str, Path]:

@@ -96,15 +96,16 @@ def _tasks(config: RunConfig) -> tuple[Environment, tuple[Task, ...]]:
 
 def _with_files(preparation: Preparation) -> Preparation:
     """The run folder with config and basis. A basis belongs to the weights that the run started from: a resumed run keeps its own."""
-    preparation.run_dir.mkdir(parents=True, exist_ok=True)
-    preparation.config_path.write_text(to_yaml(preparation.config), encoding="utf-8")
     if preparation.basis_path.exists():
-        return preparation
-    if preparation.checkpoint is not None:
+        basis = None
+    elif preparation.checkpoint is not None:
         basis = load_basis(preparation.checkpoint.run_dir / "basis.safetensors")
     else:
-        basis = run_basis(preparation.model_path, preparation.config)
-    save_basis(basis, preparation.basis_path)
+        basis = run_basis(preparation.model_path, preparation.config)  # before the folder: a calibration text may be missing
+    preparation.run_dir.mkdir(parents=True, exist_ok=True)
+    preparation.config_path.write_text(to_yaml(preparation.config), encoding="utf-8")
+    if basis is not None:
+        save_basis(basis, preparation.basis_path)
     return preparation
 
 

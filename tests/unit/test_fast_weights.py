@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from actors.basis import compute_basis, compute_basis_from_checkpoint, load_basis, save_basis, target_modules
+from actors.basis import compute_basis, compute_basis_from_checkpoint, load_basis, make_basis, save_basis, target_modules
+from actors.calibration import moments_of
 from actors.fast_weights import Basis, BasisError, DeltaInjector, StackedWeights, add_delta, stack, zero
 from actors.peft_format import export_peft, from_peft, to_peft
 from actors.types import FastWeights
@@ -103,6 +105,58 @@ def test_random_basis_depends_on_the_seed_and_has_pefts_scale() -> None:
     a = first.a["model.layers.0.mlp.up_proj"]
     assert a.abs().max() <= 1 / 20
     assert abs(a.std().item() - 1 / 20 / 3**0.5) < 0.002
+
+
+def test_unit_svd_is_svd_at_unit_length() -> None:
+    model = tiny_model()
+    svd, unit = basis_of(model), basis_of(model, replace(CONFIG, basis="unit_svd"))
+    assert svd.id != unit.id
+    for name in svd.modules:
+        assert torch.allclose(unit.a[name].norm(dim=1), torch.ones(3))
+        assert torch.allclose(unit.a[name] * svd.a[name].norm(dim=1, keepdim=True), svd.a[name], atol=1e-6)
+
+
+def test_data_basis_spans_what_the_layers_read() -> None:
+    """Against a plain SVD of the inputs that hooks of the test's own gathered, the first token of each window left out; c by its definition."""
+    model, windows = tiny_model(), [IDS[0].tolist(), IDS[1].tolist(), IDS[1].flip(0).tolist()]
+    svd = basis_of(model)
+    config = replace(CONFIG, basis="data", calibration_path="text")
+    weights = {name: model.get_parameter(f"{name}.weight") for name in svd.modules}
+    basis = compute_basis(weights, config, 0, moments_of(model, svd.modules, windows))
+    seen: dict[str, list[Tensor]] = {name: [] for name in svd.modules}
+    for name, inputs in seen.items():
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0][0, 1:].double()))
+    with torch.no_grad():
+        for window in windows:
+            model(torch.tensor([window]))
+    for name, inputs in seen.items():
+        x, a = torch.cat(inputs), basis.a[name].double()
+        _, _, vh = torch.linalg.svd(x)
+        directions = a / a.norm(dim=1, keepdim=True)
+        assert torch.allclose((directions * vh[:3]).sum(1).abs(), torch.ones(3, dtype=torch.float64), atol=1e-5)
+        assert torch.allclose((x @ a.T).square().sum(), (x @ svd.a[name].double().T).square().sum(), rtol=1e-4)
+        assert torch.allclose(a.norm(dim=1), a.norm(dim=1)[0].expand(3), rtol=1e-5)
+    other = compute_basis(weights, config, 0, moments_of(model, svd.modules, windows[:2]))
+    assert basis.id != other.id  # another text, another basis
+    with pytest.raises(BasisError, match="needs a model that reads"):
+        compute_basis(weights, config, 0)
+
+
+def test_data_basis_of_a_folder_reads_its_text_or_says_in_one_line_why_not(tiny_model_path: Path, tmp_path: Path) -> None:
+    def made(text: Path) -> Basis:
+        return compute_basis_from_checkpoint(tiny_model_path, FastWeightsConfig(basis="data", calibration_path=str(text)), 0)
+
+    path = tmp_path / "text.txt"
+    path.write_text("The ferry to Ostra leaves at nine, and Vera keeps the spare key in the blue tin. " * 60, encoding="utf-8")
+    first = made(path)
+    assert (first.kind, first.id) == ("data", made(path).id)
+    for content, message in ((None, "cannot be read"), (b"\xff\xfe\x00", "is no UTF-8 text"), (b"A few words.", "holds . tokens, at least 512")):
+        bad = tmp_path / "bad.txt"
+        if content is not None:
+            bad.write_bytes(content)
+        with pytest.raises(BasisError, match=rf"fast_weights.calibration_path=.*bad.txt {message}") as caught:
+            made(bad)
+        assert "\n" not in str(caught.value)
 
 
 def test_rank_above_the_matrix_is_refused() -> None:
@@ -231,6 +285,55 @@ def test_delta_is_added_per_sequence() -> None:
     x, a, b, y = (torch.randn(shape, generator=draw) for shape in ((2, 5, 7), (3, 7), (2, 4, 3), (2, 5, 4)))
     expected = torch.stack([y[i] + x[i] @ (b[i] @ a).T for i in range(2)])
     assert torch.allclose(add_delta(y, x, a, b), expected, atol=1e-5)
+
+
+def moving(basis: Basis) -> Basis:
+    return make_basis(basis.kind, basis.a, basis.d_out, train_a=True)
+
+
+def with_own_a(basis: Basis, seed: int) -> FastWeights:
+    draw = np.random.default_rng([seed, 1])
+    a = {name: matrix.numpy() + draw.normal(0, 0.3, matrix.shape).astype(np.float32) for name, matrix in basis.a.items()}
+    return replace(random_weights(basis, seed), a=a)
+
+
+def test_rows_with_an_a_of_their_own_act_under_it(tmp_path: Path) -> None:
+    """Where writes move A: each row under W + B_i A_i merged by hand, in PEFT too; both are constants to theta's gradient."""
+    from peft import PeftModel
+
+    model, merged = tiny_model(), tiny_model()
+    frozen, basis = basis_of(model), moving(basis_of(model))
+    assert basis.id != frozen.id and basis.parameters > frozen.parameters
+    weights = [with_own_a(basis, 1), None, with_own_a(basis, 2)]
+    stacked = stack(weights, basis)
+    with DeltaInjector(model, basis).use(stacked):
+        got = logits(model)
+        got[0].logsumexp(-1).sum().backward()
+    for row, one in enumerate(weights):
+        merged.load_state_dict(model.state_dict())
+        for name, b in one.b.items() if one is not None else ():
+            merged.get_submodule(name).weight.data += torch.from_numpy(b) @ torch.from_numpy(one.a[name])  # type: ignore[union-attr]
+        expected = logits(merged)
+        assert torch.allclose(got[row], expected[row], atol=2e-4)
+        if row == 0:
+            expected[0].logsumexp(-1).sum().backward()
+    for parameter, other in zip(model.parameters(), merged.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, other.grad, rtol=1e-3, atol=1e-4 * other.grad.abs().max().item())
+    assert all(not matrix.requires_grad for matrix in [*stacked.a.values(), *stacked.b.values()])
+    assert weights[0] is not None
+    with torch.no_grad(), DeltaInjector(tiny_model(), basis).use(None):
+        export_peft(weights[0], basis, tmp_path / "adapter", "m")
+        theirs = logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").eval())[0].log_softmax(-1)
+    assert torch.allclose(theirs, got[0].detach().log_softmax(-1), atol=1e-3)
+    back = from_peft(tmp_path / "adapter", basis)
+    assert all(np.array_equal(back.a[name], weights[0].a[name]) for name in basis.modules)
+    save_basis(basis, tmp_path / "basis.safetensors")
+    assert load_basis(tmp_path / "basis.safetensors").train_a
+    shared = replace(weights[0], a={})
+    for bad, of, message in ((shared, basis, "no A of its own"), (replace(weights[0], basis_id=frozen.id), frozen, "its own A, A of basis")):
+        with pytest.raises(BasisError, match=message):
+            stack([bad], of)
 
 
 def test_unfit_weights_and_models_are_refused() -> None:
