@@ -19,7 +19,7 @@ from pathlib import Path
 
 from actors.types import PolicyVersion
 from cluster.errors import CheckpointError
-from cluster.stream import LedgerSnapshot
+from cluster.ledger import LedgerSnapshot
 
 _FORMAT = "engram-run-1"
 _FOLDER = "checkpoints"

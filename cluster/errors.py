@@ -15,6 +15,10 @@ class WorkerLost(ClusterError):
     """A rollout worker died or did not answer within its deadline."""
 
 
+class FleetError(ClusterError):
+    """Rollout workers die as fast as they are started; the message holds the last causes."""
+
+
 class StreamError(ClusterError):
     """No usable group arrives any more; the message holds the failures of the last groups."""
 

@@ -10,7 +10,7 @@
 The groups themselves (tokens, fast weights) go from the workers' object store straight to the learner: here they are references.
 
 Every wait, and who unblocks it:
-    stream.take       a worker that finishes a group; a worker or refresh that fails (it raises here); train.group_timeout_s without any event
+    stream.take       a worker that finishes a group; a fleet that cannot be kept up (it raises here); train.group_timeout_s without any event
     learner.step      the learner, or learner.step_timeout_s
     channel.publish   the learner handing out its weights, or learner.step_timeout_s
     refreshing        in the background, awaited after the last step: each worker drains and loads under train.group_timeout_s + refresh deadline
@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Protocol
 from actors.types import TrajectoryGroup
 from cluster.broadcast import Channel, WeightSource
 from cluster.checkpoint import TrainState
+from cluster.elastic import ElasticFleet
 from cluster.metrics import StepSeconds, StepSummary, step_metrics, summarize, worker_metrics
-from cluster.refresh import RefreshableSource, Refresher
 from cluster.stream import Batch, GroupStream
 from cluster.tracking import Tracker
 from configs.schema import TrainConfig
@@ -53,7 +53,7 @@ class LoopParts:
 
     stream: GroupStream
     trainer: Trainer
-    workers: Sequence[RefreshableSource]
+    fleet: ElasticFleet
     channel: Channel
     tracker: Tracker
     on_step: Callable[[StepSummary], None]
@@ -61,36 +61,64 @@ class LoopParts:
 
 
 async def run_loop(parts: LoopParts, plan: TrainConfig, state: TrainState) -> TrainState:
-    """Train from ``state`` to ``plan.steps``; returns the last state. The workers then serve its version."""
-    stream = parts.stream
-    at_once = len(parts.workers) if plan.max_staleness == 0 else max(1, len(parts.workers) // 2)
-    refresher = Refresher(parts.workers, stream, at_once)
+    """Train from ``state`` to ``plan.steps``; returns the last state. The workers then serve its version.
+
+    Cancelled (Ctrl-C, SIGTERM), it ends the learner step that is running, saves what no checkpoint holds yet, and goes on being cancelled.
+    """
+    stream, fleet, saved = parts.stream, parts.fleet, state.step
     try:
-        await refresher.start()
-        for step in range(state.step + 1, plan.steps + 1):
-            began = time.monotonic()
-            batch: Batch = await stream.take()
-            taken = time.monotonic()
-            refresher.log_timeline(parts.tracker, step - 1)  # a step's time on a worker ends when the worker has its weights
-            report = await asyncio.to_thread(parts.trainer.step, [group.content for group in batch.groups])
-            learned = time.monotonic()
-            weights = await asyncio.to_thread(parts.channel.publish, parts.trainer)
-            published = time.monotonic()
-            refresher.begin(weights)
-            seconds = StepSeconds(taken - began, learned - taken, published - learned, time.monotonic() - began)
-            summary = summarize(step, report, batch, seconds)
-            figures = step_metrics(report, batch, seconds, stream.ledger) | worker_metrics(list(refresher.reports.values()))
-            parts.tracker.log(figures, step)
-            parts.on_step(summary)
-            del batch  # its groups leave the object store while the next ones come
-            rewards = (*state.rewards, summary.reward)
-            state = replace(state, step=step, version=report.version, ledger=stream.ledger.snapshot(), rewards=rewards)
-            if step % plan.checkpoint_every == 0 or step == plan.steps:
+        await fleet.start(stream)
+        while state.step < plan.steps:
+            state = await _one_step(parts, state)
+            if state.step % plan.checkpoint_every == 0 or state.step == plan.steps:
                 await parts.on_checkpoint(state)
-        await refresher.finish()
-        refresher.log_timeline(parts.tracker, state.step)
+                saved = state.step
+        await fleet.finish()
+        fleet.log_timeline(parts.tracker, state.step)
         stream.raise_failure()
         return state
+    except asyncio.CancelledError as stop:
+        state = stop.state if isinstance(stop, _StoppedAfterStep) else state
+        if state.step > saved:
+            await parts.on_checkpoint(state)
+        raise asyncio.CancelledError from None
     finally:
-        refresher.cancel()
+        await fleet.close()
         await stream.close()
+
+
+class _StoppedAfterStep(asyncio.CancelledError):
+    """The loop was cancelled while the learner computed; ``state`` is what its step led to."""
+
+    def __init__(self, state: TrainState) -> None:
+        super().__init__()
+        self.state = state
+
+
+async def _one_step(parts: LoopParts, state: TrainState) -> TrainState:
+    """Take a batch, learn, publish. The learner is never left in the middle: its weights would be of no known step."""
+    began = time.monotonic()
+    batch = await parts.stream.take()
+    learning = asyncio.create_task(_learn(parts, state, batch, began))
+    try:
+        return await asyncio.shield(learning)
+    except asyncio.CancelledError:
+        raise _StoppedAfterStep(await learning) from None
+
+
+async def _learn(parts: LoopParts, state: TrainState, batch: Batch, began: float) -> TrainState:
+    stream, fleet, step = parts.stream, parts.fleet, state.step + 1
+    taken = time.monotonic()
+    fleet.log_timeline(parts.tracker, state.step)  # a step's time on a worker ends when the worker has its weights
+    report = await asyncio.to_thread(parts.trainer.step, [group.content for group in batch.groups])
+    learned = time.monotonic()
+    weights = await asyncio.to_thread(parts.channel.publish, parts.trainer)
+    published = time.monotonic()
+    fleet.begin(weights)
+    seconds = StepSeconds(taken - began, learned - taken, published - learned, time.monotonic() - began)
+    summary = summarize(step, report, batch, seconds)
+    figures = step_metrics(report, batch, seconds, stream.ledger) | worker_metrics(list(fleet.reports.values())) | fleet.metrics()
+    parts.tracker.log(figures, step)
+    parts.on_step(summary)
+    rewards = (*state.rewards, summary.reward)
+    return replace(state, step=step, version=report.version, ledger=stream.ledger.snapshot(), rewards=rewards)

@@ -20,7 +20,8 @@ from actors.engine_loop import PHASES
 from actors.summary import EpisodeSummary, GroupSummary
 from actors.types import Timings, WriteRecord
 from actors.worker import WorkerReport
-from cluster.stream import Batch, Ledger
+from cluster.ledger import Ledger
+from cluster.stream import Batch
 from learner.types import StepReport, WarmStartReport
 
 
@@ -99,6 +100,7 @@ def step_metrics(report: StepReport, batch: Batch, seconds: StepSeconds, ledger:
         "rollout/tasks_in_flight": float(ledger.in_flight),
         "rollout/tasks_failed": float(ledger.settled["failed"]),
         "rollout/tasks_stale": float(ledger.settled["stale"]),
+        "rollout/tasks_reissued": float(ledger.reissued),
     }
     metrics |= {f"rollout/failed_episodes_{boundary}": float(count) for boundary, count in ledger.failures.items()}
     return {key: value for key, value in metrics.items() if math.isfinite(value)}

@@ -14,67 +14,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
-from actors.types import Boundary, PolicyVersion, Task
-from cluster.errors import StreamError
+from actors.types import PolicyVersion, Task
+from cluster.errors import ClusterError, StreamError
 from cluster.lanes import FinishedGroup, GroupSource, Lane, Openings
-
-Fate = Literal["trained", "stale", "failed", "abandoned"]
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerSnapshot:
-    """What a checkpoint keeps: settled counts, and the positions that were issued but not settled (to be issued again)."""
-
-    next_position: int = 0
-    pending: tuple[int, ...] = ()
-    settled: Mapping[str, int] = field(default_factory=dict)
-    failures: Mapping[str, int] = field(default_factory=dict)
-
-
-class Ledger:
-    """Every issued task is trained, stale, failed, abandoned or still pending: exactly one of them."""
-
-    def __init__(self, snapshot: LedgerSnapshot) -> None:
-        self._next = snapshot.next_position
-        self._again = deque(snapshot.pending)
-        self._pending: set[int] = set()
-        self.settled: Counter[str] = Counter(dict(snapshot.settled))
-        self.failures: Counter[str] = Counter(dict(snapshot.failures))  # failed episodes by boundary
-        self.issued = sum(self.settled.values())
-
-    def issue(self) -> int:
-        """The position of the task to run next; positions left over by a checkpoint come first."""
-        if self._again:
-            position = self._again.popleft()
-        else:
-            position, self._next = self._next, self._next + 1
-        self._pending.add(position)
-        self.issued += 1
-        return position
-
-    def settle(self, position: int, fate: Fate) -> None:
-        self._pending.remove(position)
-        self.settled[fate] += 1
-
-    def count_failures(self, boundaries: Sequence[Boundary]) -> None:
-        self.failures.update(boundaries)
-
-    @property
-    def in_flight(self) -> int:
-        return len(self._pending)
-
-    @property
-    def balanced(self) -> bool:
-        return self.issued == sum(self.settled.values()) + len(self._pending)
-
-    def snapshot(self) -> LedgerSnapshot:
-        pending = tuple(sorted([*self._pending, *self._again]))
-        return LedgerSnapshot(self._next, pending, dict(self.settled), dict(self.failures))
+from cluster.ledger import Ledger
 
 
 def may_issue(learner_version: int, worker_version: int, outstanding: int, per_step: int, max_staleness: int) -> bool:
@@ -135,6 +82,27 @@ class GroupStream:
         self._messages: Counter[str] = Counter()
         self._error: Exception | None = None
         self._changed = asyncio.Event()
+        self._on_lost: Callable[[str, Exception], None] | None = None
+        self._on_group: Callable[[], None] = lambda: None
+
+    def listen(self, on_lost: Callable[[str, Exception], None], on_group: Callable[[], None]) -> None:
+        """``on_lost`` is told of a worker whose call failed (without it that ends the stream), ``on_group`` of every group that arrives."""
+        self._on_lost, self._on_group = on_lost, on_group
+
+    def add(self, worker: GroupSource, version: PolicyVersion) -> None:
+        """``worker`` serves ``version`` and takes groups from now on."""
+        lane = self._lanes[worker.name] = Lane(worker, version, asyncio.Event())
+        lane.idle.set()
+        self._openings.add(lane)
+        self._fill()
+        self._changed.set()
+
+    def remove(self, worker: str) -> None:
+        """``worker`` is gone, or about to be; what it had is issued again when its calls fail."""
+        if (lane := self._lanes.pop(worker, None)) is not None:
+            self._openings.remove(lane)
+            lane.admitting = False
+            lane.idle.set()  # who waits for it to drain need not wait any longer
 
     async def take(self) -> Batch:
         """The next ``per_step`` fresh groups, in task order. Raises StreamError, or what a worker raised."""
@@ -164,13 +132,15 @@ class GroupStream:
         return Batch(tuple(group for _, _, group in fresh), tuple(age for _, age, _ in fresh), dropped)
 
     def pause(self, worker: str) -> None:
-        """Give ``worker`` nothing new: it is about to be refreshed."""
-        self._openings.remove(self._lanes[worker])
-        self._lanes[worker].admitting = False
+        """Give ``worker`` nothing new: it is about to be refreshed, or ended."""
+        if (lane := self._lanes.get(worker)) is not None:
+            self._openings.remove(lane)
+            lane.admitting = False
 
     async def drained(self, worker: str) -> None:
-        """Until ``worker`` has no group left; each of them ends at the latest with its own deadline."""
-        await self._lanes[worker].idle.wait()
+        """Until ``worker`` has no group left, or is gone; each of them ends at the latest with its own deadline."""
+        if (lane := self._lanes.get(worker)) is not None:
+            await lane.idle.wait()
 
     def resume(self, worker: str, version: PolicyVersion) -> None:
         """``worker`` serves ``version`` and takes groups again."""
@@ -194,7 +164,7 @@ class GroupStream:
     async def close(self) -> None:
         """Stop: what is in flight or unread is settled as abandoned, so that the ledger still balances."""
         running = list(self._running.values())
-        for worker in self._lanes:
+        for worker in list(self._lanes):
             self.pause(worker)
         for task in running:
             task.cancel()
@@ -230,16 +200,34 @@ class GroupStream:
             lane.idle.clear()
 
     async def _run(self, lane: Lane, position: int) -> None:
-        """One group on one worker. Its failure wakes ``take``, which raises it in the loop."""
+        """One group on one worker. A lost worker's task goes to another; any other failure wakes ``take``, which raises it in the loop."""
         try:
             group = await lane.source.group(position, self._task_at(position))
+        except ClusterError as error:
+            self._give_back(lane, position, error)
+            return
         except Exception as error:  # noqa: BLE001  a background failure of any kind must reach the loop, not die with its task
             self.fail(error)
             return
         finally:
             self._load(lane, -1)
         del self._running[position]
+        self._on_group()
         self._sort_in(position, group)
+        self._fill()
+        self._changed.set()
+
+    def _give_back(self, lane: Lane, position: int, error: ClusterError) -> None:
+        if self._on_lost is None:
+            self.fail(error)
+            return
+        del self._running[position]
+        self._openings.remove(lane)
+        lane.admitting = False
+        if not self.ledger.give_back(position):
+            self.ledger.count_failures(["worker"])
+            self._messages[f"worker: {error}"] += 1
+        self._on_lost(lane.source.name, error)
         self._fill()
         self._changed.set()
 

@@ -1,6 +1,6 @@
 """MLflow behind three verbs: log, artifact, finish. One run per training; workers are aggregated metrics, not nested runs.
 
-The part of a metric name before "/" is its chart section: reward, learner, rollout, staleness, sync, fast_weights, timing_s, timeline, perf, eval,
+The part of a metric name before "/" is its chart section: reward, learner, rollout, fleet, staleness, sync, fast_weights, timing_s, timeline, perf, eval,
 warm_start.
 Metrics are logged in the background (about 1 ms for the caller); ``finish`` waits for them, so a finished run is complete.
 """

@@ -6,6 +6,7 @@ constructed: the message has the value, the bound and the cure. Settings that th
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -96,9 +97,14 @@ class RolloutConfig:
     threads: int = 1
     max_turns: int = 64  # acts of one episode
     episode_timeout_s: float = 600
+    schedule: tuple[str, ...] = ()  # "step:workers", e.g. [10:4,50:2]: how many workers from a training step on; `scale` overrules it
+    health_s: float = 30  # between health checks; a worker that misses two is replaced
 
     def __post_init__(self) -> None:
-        positive(self, "workers", "threads", "max_turns", "episode_timeout_s")
+        positive(self, "workers", "threads", "max_turns", "episode_timeout_s", "health_s")
+        for entry in self.schedule:
+            known = re.fullmatch(r"\d+:[1-9]\d*", entry) is not None
+            require(known, "schedule", entry, "step:workers, two whole numbers", "e.g. rollout.schedule=[10:4,50:2]")
         not_negative(self, "cpus_per_worker", "gpus_per_worker")
 
 

@@ -26,11 +26,13 @@ from cluster.bench.controller_actors import EpisodeParts, Template, VirtualHandl
 from cluster.bench.values import Case, Context, Goal, Outcome, Spread, Table
 from cluster.broadcast import ObjectStoreChannel
 from cluster.checkpoint import START, TrainState
+from cluster.elastic import ElasticFleet, FleetPlan
 from cluster.fleet import RemoteWorker
+from cluster.ledger import Ledger, LedgerSnapshot
 from cluster.loop import LoopParts, run_loop
 from cluster.metrics import StepSummary
 from cluster.runtime import Demand, all_ready, ray_runtime
-from cluster.stream import GroupStream, Ledger, LedgerSnapshot, StreamPlan
+from cluster.stream import GroupStream, StreamPlan
 from cluster.tasks import TaskSource
 from cluster.tracking import NullTracker
 from configs.schema import RayConfig, RunConfig, TrainConfig
@@ -100,7 +102,7 @@ def run(context: Context) -> Outcome:
     sizes, group_s = (QUICK_WORKERS, QUICK_GROUP_S) if context.quick else (WORKERS, GROUP_S)
     config = RunConfig()
     template = Template(tuple(EpisodeParts.draw(context.model_path, config.fast_weights, seed) for seed in range(SIBLINGS)))
-    task = TaskSource(build_environment(config.environment), "train", config.seed).at(0)
+    task = TaskSource(build_environment(config.environment, config.embedder), "train", config.seed).at(0)
     group = template.group(task, 0, "worker-0")
     content, summary = _bytes(group), _bytes(GroupSummary.of(group))
     store = 0.2 + 3 * max(sizes) / 2 * content / 2**30  # a batch being learned, one being collected, and one's worth to spare
@@ -162,7 +164,7 @@ class _Fleet:
 
     async def _loop(self, plan: TrainConfig, workers: list[RemoteWorker], trainer: MarkedLearner, wanted: int) -> list[float]:
         """Run the loop until ``wanted`` steps are done; the staleness of each."""
-        tasks = TaskSource(build_environment(self._config.environment), "train", self._config.seed)
+        tasks = TaskSource(build_environment(self._config.environment, self._config.embedder), "train", self._config.seed)
         stream_plan = StreamPlan(plan.steps, self._per_step, STALENESS, credits=1, stall_s=START_S + 2 * self._group_s)
         stream = GroupStream(stream_plan, workers, 0, tasks.at, Ledger(LedgerSnapshot()))
         staleness: list[float] = []
@@ -176,7 +178,9 @@ class _Fleet:
         async def on_checkpoint(state: TrainState) -> None:
             """There is none before the last step."""
 
-        parts = LoopParts(stream, trainer, workers, ObjectStoreChannel(trainable_only=False), NullTracker(), on_step, on_checkpoint)
+        fleet_plan = FleetPlan(None, lambda: len(workers), version=0, at_once=max(1, len(workers) // 2), health_s=START_S, say=lambda text: None)
+        fleet = ElasticFleet(workers, fleet_plan, newest=None)
+        parts = LoopParts(stream, trainer, fleet, ObjectStoreChannel(trainable_only=False), NullTracker(), on_step, on_checkpoint)
         looping = asyncio.create_task(run_loop(parts, plan, START))
         waiting = asyncio.create_task(enough.wait())
         await asyncio.wait([looping, waiting], return_when=asyncio.FIRST_COMPLETED)
@@ -194,7 +198,7 @@ class _Fleet:
 
     def _learner_spec(self) -> LearnerSpec:
         config = replace(self._config.learner, workers=1, cpus_per_worker=0, gpus_per_worker=0)
-        return LearnerSpec(config, self._config.objective, "", Basis("virtual", "random", 1, {}, {}), 0, 1.0)
+        return LearnerSpec(config, self._config.objective, "", Basis("virtual", "random", 1, {}, {}, train_a=False), 0, 1.0)
 
     def _point(self, marks: list[Mark], staleness: list[float]) -> Point:
         groups = self._per_step * self._steps_per_window

@@ -15,11 +15,13 @@ from actors.types import PolicyVersion, Task, TrajectoryGroup
 from actors.worker import WorkerReport
 from cluster.broadcast import ObjectStoreWeights
 from cluster.checkpoint import START, TrainState, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from cluster.elastic import ElasticFleet, FleetPlan
 from cluster.errors import CheckpointError, WorkerLost
+from cluster.ledger import Ledger, LedgerSnapshot
 from cluster.loop import LoopParts, run_loop
 from cluster.metrics import StepSeconds, StepSummary, summarize
 from cluster.progress import step_line
-from cluster.stream import Batch, GroupStream, Ledger, LedgerSnapshot, StreamPlan
+from cluster.stream import Batch, GroupStream, StreamPlan
 from cluster.tracking import RunStatus
 from configs.schema import TrainConfig
 from learner.types import LearnerError, StepReport
@@ -40,6 +42,10 @@ class Worker(EagerWorker):
         self.version = weights.version
         self.on_refresh(self.version)
         return await self.report()
+
+    async def ready(self) -> None: ...
+
+    def kill(self) -> None: ...
 
     async def report(self) -> WorkerReport:
         """An engine that acts for 3 s of a version's 4."""
@@ -110,7 +116,10 @@ class Bench:
         async def body() -> TrainState:
             plan = StreamPlan(self.plan.steps - self.state.step, self.plan.tasks_per_step, self.plan.max_staleness, 2, 5.0)
             stream = GroupStream(plan, self.workers, self.state.version, self.task_at, self.ledger)
-            parts = LoopParts(stream, self.trainer, self.workers, Channel(), self.tracker, self.show, checkpoint)
+            at_once = len(self.workers) if self.plan.max_staleness == 0 else max(1, len(self.workers) // 2)
+            fleet_plan = FleetPlan(None, lambda: len(self.workers), self.state.version, at_once, 60.0, lambda text: None)
+            fleet = ElasticFleet(self.workers, fleet_plan, newest=None)
+            parts = LoopParts(stream, self.trainer, fleet, Channel(), self.tracker, self.show, checkpoint)
             return await asyncio.wait_for(run_loop(parts, self.plan, self.state), 20)
 
         return asyncio.run(body())
@@ -148,7 +157,7 @@ def test_metrics_have_the_sections_of_the_dashboard(tmp_path: Path) -> None:
     bench = Bench(tmp_path, TrainConfig(steps=3, tasks_per_step=2, group_size=2, max_staleness=0))
     bench.run()
     sections = {name.partition("/")[0] for name in bench.tracker.steps[3]}
-    assert sections == {"reward", "learner", "rollout", "staleness", "sync", "fast_weights", "timing_s", "timeline", "perf"}
+    assert sections == {"reward", "learner", "rollout", "staleness", "sync", "fast_weights", "timing_s", "timeline", "perf", "fleet"}
     assert bench.tracker.steps[3]["reward/mean"] == pytest.approx(0.05)
     assert bench.tracker.steps[3]["perf/engine_busy_fraction"] == 0.75
 

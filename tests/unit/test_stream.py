@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from cluster.errors import StreamError, WorkerLost
 from cluster.lanes import Lane, Openings
-from cluster.stream import GroupStream, Ledger, LedgerSnapshot, StreamPlan, may_issue
+from cluster.ledger import Ledger, LedgerSnapshot
+from cluster.stream import GroupStream, StreamPlan, may_issue
 from tests.unit.cluster_cases import ScriptedWorker, settle, task_at
 
 

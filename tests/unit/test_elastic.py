@@ -1,0 +1,245 @@
+"""Workers that die, hang, come and go while the loop trains: every task is still accounted for, and no newcomer serves old weights."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from actors.types import PolicyVersion, Task, TrajectoryGroup
+from actors.worker import WorkerReport
+from cluster.checkpoint import START, TrainState
+from cluster.elastic import ElasticFleet, FleetPlan
+from cluster.errors import ClusterError, FleetError, StreamError, WorkerLost
+from cluster.lanes import FinishedGroup
+from cluster.ledger import MOST_LOSSES, Ledger, LedgerSnapshot, ledger_line
+from cluster.loop import LoopParts, run_loop
+from cluster.scaling import ScaleError, WantedWorkers, ask_for, newest_run, read_wanted, scheduled
+from cluster.stream import GroupStream, StreamPlan
+from configs.schema import TrainConfig
+from learner.types import StepReport
+from tests.unit.cluster_cases import task_at
+from tests.unit.test_loop import Channel, Recorder, Trainer, Worker
+
+
+class Mortal(Worker):
+    """Dies when ``dies`` says so of a task's position; then every call fails."""
+
+    def __init__(self, name: str, version: PolicyVersion, dies: Callable[[str, int], bool]) -> None:
+        super().__init__(name, version)
+        self.dead = self.killed = self.hung = False
+        self.gone = asyncio.Event()
+        self.start_fails = self.asked = False
+        self.served: list[tuple[PolicyVersion, int]] = []
+        self._dies = dies
+
+    async def ready(self) -> None:
+        await asyncio.sleep(0.01)
+        if self.start_fails:
+            raise WorkerLost(f"{self.name} died during starting: out of memory")
+
+    async def group(self, position: int, task: Task) -> FinishedGroup:
+        self.served.append((self.version, position))
+        await (self.gone.wait() if self.hung else asyncio.sleep(0.001))
+        self.dead = self.dead or self._dies(self.name, position)
+        self._check()
+        return await super().group(position, task)
+
+    async def report(self) -> WorkerReport:
+        if self.hung and self.asked:
+            await self.gone.wait()
+        self.asked = True  # the first is the fleet's own, before the loop begins
+        self._check()
+        return await super().report()
+
+    def kill(self) -> None:
+        self.dead = self.killed = True
+        self.gone.set()
+
+    def _check(self) -> None:
+        if self.dead:
+            raise WorkerLost(f"{self.name} died during a task: SIGKILL")
+
+
+class Lab:
+    """A run of the loop whose fleet can launch."""
+
+    def __init__(self, workers: int, steps: int = 6, staleness: int = 1, dies: Callable[[str, int], bool] = lambda name, position: False) -> None:
+        self.dies, self.wanted, self.said = dies, workers, list[str]()
+        self.all: dict[str, Mortal] = {}
+        self.plan = TrainConfig(steps=steps, tasks_per_step=2, group_size=2, max_staleness=staleness, checkpoint_every=100)
+        self.trainer, self.tracker, self.ledger = Trainer(), Recorder(), Ledger(LedgerSnapshot())
+        self.saved: list[TrainState] = []
+        self.settled: set[str] = set()
+        self.health_s = 60.0
+        self.prepare: Callable[[Mortal], None] = lambda worker: None
+        self.on_step: Callable[[int], None] = lambda step: None
+        step = self.trainer.step
+
+        def unhurried(groups: Sequence[TrajectoryGroup]) -> StepReport:
+            time.sleep(0.01)  # so that a worker is not always between two versions
+            return step(groups)
+
+        self.trainer.step = unhurried  # type: ignore[method-assign]
+        for number in range(workers):
+            self.launch(f"worker-{number}")
+
+    def launch(self, name: str) -> Mortal:
+        worker = self.all[name] = Mortal(name, 0, self.dies)
+        self.prepare(worker)
+        return worker
+
+    async def run(self) -> TrainState:
+        plan = StreamPlan(self.plan.steps, self.plan.tasks_per_step, self.plan.max_staleness, 2, 5.0)
+        first = list(self.all.values())
+        self.stream = GroupStream(plan, first, 0, task_at, self.ledger)
+        self.fleet = ElasticFleet(first, FleetPlan(self.launch, lambda: self.wanted, 0, 2, self.health_s, self.said.append), newest=None)
+
+        async def save(state: TrainState) -> None:
+            self.saved.append(state)
+
+        parts = LoopParts(self.stream, self.trainer, self.fleet, Channel(), self.tracker, lambda summary: self.on_step(summary.step), save)
+        return await asyncio.wait_for(run_loop(parts, self.plan, START), 20)
+
+    def serving(self) -> set[str]:
+        """Those that serve, or are taking newer weights."""
+        return {name for name, member in self.fleet.state.members.items() if member.state in ("healthy", "suspect", "refreshing")}
+
+
+def test_tasks_of_a_lost_worker_go_to_others_and_a_replacement_serves_current_weights_only() -> None:
+    lab = Lab(2, steps=8, staleness=0, dies=lambda name, position: name == "worker-0" and position == 5)
+    state = asyncio.run(lab.run())
+    assert state.step == 8 and lab.ledger.balanced and lab.ledger.settled["trained"] == 16 and lab.ledger.reissued >= 1
+    assert sorted(task for batch in lab.trainer.batches for task in batch) == sorted(f"t{position}" for position in range(16))
+    assert lab.all["worker-0"].killed and "worker-2" in lab.all
+    newcomer = lab.all["worker-2"]
+    assert newcomer.served == [] or min(version for version, _ in newcomer.served) >= 2  # it died while version 2 was current
+    assert lab.tracker.steps[8]["fleet/lost"] == lab.tracker.steps[8]["fleet/replaced"] == 1
+    assert any("worker-0 is lost" in line and "SIGKILL" in line for line in lab.said)
+    assert "re-issued after a loss" in ledger_line(lab.ledger) and "NOT BALANCE" not in ledger_line(lab.ledger)
+
+
+def test_the_only_worker_may_die_and_the_run_goes_on() -> None:
+    lab = Lab(1, steps=4, dies=lambda name, position: name == "worker-0" and position == 3)
+    assert asyncio.run(lab.run()).step == 4
+    assert lab.ledger.balanced and lab.serving() == {"worker-1"}
+
+
+def test_a_task_that_takes_its_workers_with_it_is_given_up() -> None:
+    lab = Lab(2, steps=6, dies=lambda name, position: position == 4)
+    assert asyncio.run(lab.run()).step == 6
+    given_up = lab.ledger.settled["failed"]  # a task that ran beside it each time cannot be told from it
+    assert 1 <= given_up <= 2 and lab.ledger.failures["worker"] == given_up and lab.ledger.balanced
+    assert len([name for name, worker in lab.all.items() if worker.killed]) >= MOST_LOSSES
+    assert "t4" not in {task for batch in lab.trainer.batches for task in batch}
+
+
+def test_workers_that_die_as_fast_as_they_start_end_the_run_with_the_cause() -> None:
+    lab = Lab(1, dies=lambda name, position: name == "worker-0")
+    lab.prepare = lambda worker: setattr(worker, "start_fails", True)
+    with pytest.raises(FleetError, match=r"rollout workers died and no group arrived in between.*worker-3: .*out of memory"):
+        asyncio.run(lab.run())
+    assert lab.ledger.balanced
+
+
+def test_a_worker_that_hangs_is_found_by_its_health_checks() -> None:
+    """In the middle of its groups, which would otherwise be waited for until their own deadline."""
+    lab = Lab(2, steps=6)
+    lab.health_s = 0.2
+    lab.all["worker-0"].hung = True
+    assert asyncio.run(lab.run()).step == 6
+    assert lab.all["worker-0"].killed and lab.ledger.reissued >= 1 and lab.ledger.balanced
+    assert any("did not answer two health checks" in line for line in lab.said)
+
+
+def test_more_and_fewer_workers_while_training() -> None:
+    lab = Lab(1, steps=100_000)
+    lab.plan = replace(lab.plan, tasks_per_step=8)  # enough for all of them to have something to do
+
+    async def body() -> None:
+        running = asyncio.create_task(lab.run())
+        for wanted in (4, 2):
+            lab.wanted = wanted
+            await asyncio.sleep(0.1)
+            while len(lab.serving()) != wanted or lab.fleet.state.counts()["draining"] or not all(worker.served for worker in lab.all.values()):
+                assert not running.done()
+                await asyncio.sleep(0.01)
+            lab.settled = lab.serving()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(body(), 20))
+    assert len(lab.settled) == 2 and lab.fleet.state.lost == 0
+    assert {name for name, worker in lab.all.items() if worker.killed} == set(lab.all) - lab.settled
+    assert lab.ledger.balanced
+
+
+def test_without_a_way_to_launch_a_lost_worker_ends_the_run() -> None:
+    lab = Lab(1, dies=lambda name, position: True)
+
+    async def body() -> None:
+        plan = StreamPlan(2, 2, 0, 2, 5.0)
+        stream = GroupStream(plan, list(lab.all.values()), 0, task_at, lab.ledger)
+        fleet = ElasticFleet(list(lab.all.values()), FleetPlan(None, lambda: 1, 0, 1, 60.0, lab.said.append), newest=None)
+
+        async def save(state: TrainState) -> None: ...
+
+        await run_loop(LoopParts(stream, lab.trainer, fleet, Channel(), lab.tracker, lambda summary: None, save), lab.plan, START)
+
+    with pytest.raises((ClusterError, StreamError), match="SIGKILL"):
+        asyncio.run(asyncio.wait_for(body(), 10))
+    assert lab.ledger.balanced
+
+
+def test_a_cancelled_run_ends_its_learner_step_and_saves_it() -> None:
+    lab = Lab(1, steps=1000)
+    learning, cancelled = asyncio.Event(), []
+    step = lab.trainer.step
+
+    async def body() -> None:
+        loop = asyncio.get_running_loop()
+
+        def slow(groups: list[object]) -> object:
+            if lab.trainer.version == 3:
+                loop.call_soon_threadsafe(learning.set)
+                time.sleep(0.3)
+            return step(groups)  # type: ignore[arg-type]
+
+        lab.trainer.step = slow  # type: ignore[assignment, method-assign]
+        running = asyncio.create_task(lab.run())
+        await learning.wait()
+        running.cancel()
+        cancelled.append((await asyncio.gather(running, return_exceptions=True))[0])
+
+    asyncio.run(asyncio.wait_for(body(), 20))
+    assert isinstance(cancelled[0], asyncio.CancelledError)
+    (saved,) = lab.saved
+    assert (saved.step, saved.version, len(saved.rewards)) == (4, 4, 4) and lab.trainer.version == 4
+    assert lab.ledger.balanced
+
+
+def test_the_number_of_workers_follows_config_schedule_and_person(tmp_path: Path) -> None:
+    assert [scheduled(2, ("10:4", "5:3"), step) for step in (0, 5, 9, 10, 50)] == [2, 3, 3, 4, 4]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: x\n")
+    wanted = WantedWorkers(2, ("10:4",), tmp_path / "run")
+    assert wanted() == 2
+    wanted.step = 10
+    assert wanted() == 4
+    ask_for(newest_run(tmp_path), 7)
+    assert wanted() == read_wanted(tmp_path / "run") == 7
+    (tmp_path / "run" / "workers.json").write_text("{")
+    assert wanted() == 4
+
+
+def test_asking_for_what_cannot_be_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ScaleError, match="is no run folder"):
+        ask_for(tmp_path, 2)
+    with pytest.raises(ScaleError, match="0 workers is not allowed"):
+        ask_for(tmp_path, 0)
+    with pytest.raises(ScaleError, match="holds no run: give the run's folder with --run"):
+        newest_run(tmp_path)
