@@ -17,6 +17,7 @@ core memory begins with the episode's question, unless question-blind.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ class _Pager:
                 if kind == "act":
                     self._queue[-1] = _Turn(self._queue[-1].ids, f"You replied: {text}")
                 return text
-            self._tell(self._storage.run(call))
+            self._tell(await asyncio.to_thread(self._storage.run, call))  # an embedder computes; other episodes run on this loop
         return None
 
     async def _reply(self, kind: SpanKind, max_tokens: int) -> str:
