@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.engine_lora import RUN, AdapterStore, Routes, SharedBasisDelta, StepRoutes, find_routes
+from actors.engine_lora import RUN, AdapterStore, OwnBasisDelta, Routes, SharedBasisDelta, StepRoutes, find_routes
 from actors.protocols import EngineError
 
 pytestmark = pytest.mark.engine_in_process
@@ -30,20 +30,23 @@ BATCHES = {
 class Case:
     """Random slots in our layout and in vLLM's, and a batch of random activations."""
 
-    def __init__(self, tokens: tuple[int, ...]) -> None:
+    def __init__(self, tokens: tuple[int, ...], own_a: bool = False) -> None:
         from vllm.lora.layers import LoRAMapping
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
         draw = torch.Generator().manual_seed(0)
         self.tokens = tokens
         self.x, self.y = torch.randn(len(tokens), D_IN, generator=draw), torch.randn(len(tokens), sum(WIDTHS), generator=draw)
-        self.a = [torch.randn(RANK, D_IN, generator=draw) for _ in WIDTHS]
+        self.a = [torch.randn(RANK, D_IN, generator=draw).expand(SLOTS, -1, -1).clone() for _ in WIDTHS]
+        shared = torch.cat([matrices[0] for matrices in self.a])
         self.b = [torch.randn(SLOTS, width, RANK, generator=draw) for width in WIDTHS]
         self.punica = PunicaWrapperCPU(64, 16, "cpu")
         self.routes = StepRoutes(self.punica)
-        self.ours = SharedBasisDelta(self.routes, torch.cat(self.a), WIDTHS, SLOTS)
+        if own_a:
+            self.a = [torch.randn(SLOTS, RANK, D_IN, generator=draw) for _ in WIDTHS]
+        self.ours = (OwnBasisDelta if own_a else SharedBasisDelta)(self.routes, shared, WIDTHS, SLOTS)
         for slot in range(SLOTS):
-            self.ours.set_lora(slot, [], [matrices[slot] for matrices in self.b])
+            self.ours.set_lora(slot, [matrices[slot] for matrices in self.a], [matrices[slot] for matrices in self.b])
         self.routes.update_metadata(LoRAMapping(tokens, tokens, is_prefill=True), IDS, SLOTS + 1, 100)
 
     def added_by_us(self) -> Tensor:
@@ -53,7 +56,7 @@ class Case:
 
     def added_by_vllm(self) -> Tensor:
         y = self.y.clone()
-        a = tuple(matrix.expand(SLOTS, 1, -1, -1).contiguous() for matrix in self.a)
+        a = tuple(matrices[:, None].contiguous() for matrices in self.a)
         self.punica.add_lora_linear(y, self.x, a, tuple(matrices[:, None] for matrices in self.b), 1.0, WIDTHS)
         return y
 
@@ -62,13 +65,14 @@ class Case:
         for token, adapter in enumerate(self.tokens):
             if adapter:
                 slot = IDS.index(adapter)
-                y[token] += torch.cat([b[slot] @ (a @ self.x[token]) for a, b in zip(self.a, self.b, strict=True)])
+                y[token] += torch.cat([b[slot] @ (a[slot] @ self.x[token]) for a, b in zip(self.a, self.b, strict=True)])
         return y
 
 
+@pytest.mark.parametrize("own_a", [False, True], ids=["shared A", "own A"])
 @pytest.mark.parametrize("tokens", BATCHES.values(), ids=BATCHES.keys())
-def test_every_token_gets_its_own_adapters_delta_and_base_tokens_none(tokens: tuple[int, ...]) -> None:
-    case = Case(tokens)
+def test_every_token_gets_its_own_adapters_delta_and_base_tokens_none(tokens: tuple[int, ...], own_a: bool) -> None:
+    case = Case(tokens, own_a)
     ours = case.added_by_us()
     torch.testing.assert_close(ours, case.added_token_by_token(), rtol=EXACT, atol=EXACT)
     base = torch.tensor([adapter == 0 for adapter in tokens])
@@ -76,9 +80,10 @@ def test_every_token_gets_its_own_adapters_delta_and_base_tokens_none(tokens: tu
     assert not torch.isclose(ours[~base], case.y[~base]).all(-1).any()
 
 
+@pytest.mark.parametrize("own_a", [False, True], ids=["shared A", "own A"])
 @pytest.mark.parametrize("name", ["decode", "prefill"])
-def test_the_delta_is_vllms_own_where_every_token_has_an_adapter(name: str) -> None:
-    case = Case(BATCHES[name])
+def test_the_delta_is_vllms_own_where_every_token_has_an_adapter(name: str, own_a: bool) -> None:
+    case = Case(BATCHES[name], own_a)
     torch.testing.assert_close(case.added_by_us(), case.added_by_vllm(), rtol=EXACT, atol=EXACT)
 
 
@@ -118,6 +123,10 @@ def test_the_store_gives_back_what_was_put_and_refuses_what_was_not() -> None:
     request = LoRARequest("one", 7, "mem://one")
     loaded = store.load(request)
     assert loaded.id == 7 and all(torch.equal(loaded.loras[name].lora_b, b[name]) and loaded.loras[name].scaling == 1 for name in b)
+    own = {name: torch.randn(RANK, D_IN, generator=draw) for name in a}
+    store.put("mem://two", b, own)
+    again = store.load(LoRARequest("two", 8, "mem://two"))
+    assert all(torch.equal(loaded.loras[name].lora_a, a[name]) and torch.equal(again.loras[name].lora_a, own[name]) for name in a)
     store.drop("mem://one")
     with pytest.raises(EngineError, match="mem://one is not in the store"):
         store.load(request)

@@ -100,7 +100,8 @@ def merged_model(model_path: Path, basis: Basis, weights: FastWeights | None) ->
     if weights is not None:
         with torch.no_grad():
             for name, b in weights.b.items():
-                model.get_submodule(name).weight += torch.from_numpy(b) @ basis.a[name]
+                a = torch.from_numpy(weights.a[name]) if weights.a else basis.a[name]
+                model.get_submodule(name).weight += torch.from_numpy(b) @ a
     return model
 
 

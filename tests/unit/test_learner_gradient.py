@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from actors.basis import make_basis
 from actors.fast_weights import Basis
-from actors.types import Trajectory, TrajectoryGroup
+from actors.types import FastWeights, Trajectory, TrajectoryGroup
 from configs.schema import ObjectiveConfig
 from learner import head
 from learner.advantage import grpo
@@ -77,6 +78,25 @@ def test_neglecting_delta_would_not_pass_the_comparison(folder: Path, basis: Bas
     bare = [replace(groups[0], trajectories=tuple(without_delta(one) for one in groups[0].trajectories))]
     found = gradient_of_step(learner(folder, basis, free()), bare, tmp_path / "c")
     assert largest_relative_difference(found, reference_gradient(folder, basis, groups)) > 1e-2
+
+
+def test_an_a_of_each_revisions_own_is_a_constant_of_the_gradient(folder: Path, basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path) -> None:
+    """Where writes move A too: theta's gradient is that of models with W + B_k A_k merged by hand, and neglecting A_k would be seen."""
+    moving = make_basis(basis.kind, basis.a, basis.d_out, train_a=True)
+    own = [replace(groups[0], trajectories=tuple(with_own_a(one, moving) for one in groups[0].trajectories))]
+    expected = reference_gradient(folder, moving, own)
+    found = gradient_of_step(learner(folder, moving, free()), own, tmp_path / "c")
+    assert largest_relative_difference(found, expected) < 1e-4
+    assert largest_relative_difference(expected, reference_gradient(folder, basis, groups)) > 1e-2
+
+
+def with_own_a(one: Trajectory, basis: Basis) -> Trajectory:
+    def moved(weights: FastWeights) -> FastWeights:
+        draw = np.random.default_rng(weights.revision)
+        a = {name: matrix.numpy() + draw.normal(0, 0.3, matrix.shape).astype(np.float32) for name, matrix in basis.a.items()}
+        return replace(weights, basis_id=basis.id, a=a)
+
+    return replace(one, revisions=tuple(moved(weights) for weights in one.revisions))
 
 
 def without_delta(one: Trajectory) -> Trajectory:
