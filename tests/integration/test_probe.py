@@ -1,0 +1,118 @@
+"""The write quality report on SmolLM2-135M: a strong write is remembered, nothing written is nothing damaged, and the engine says the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from actors.basis import compute_basis_from_checkpoint
+from actors.chat import ChatFormat
+from actors.engine import VLLMPolicy
+from actors.environments.recall import SYSTEM_PROMPT
+from actors.fast_weights import Basis, zero
+from actors.flashcards import write_example
+from actors.frozen_model import FrozenModel, read_model
+from actors.types import AdapterKey, Flashcard, Sampling, WriteRequest, WriteResult
+from actors.writer import BatchedWriter
+from cluster.probe.cards import recall_cards
+from cluster.probe.examiner import RUN_ON, Examiner
+from cluster.probe.reading import Reader
+from cluster.probe.unrelated import unrelated_pieces
+from cluster.probe.values import Card, Point
+from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig, WriteConfig
+
+pytestmark = pytest.mark.engine_in_process
+CARDS = 3
+STEPS = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Probed:
+    """Three facts written by Adam 1e-3, and what was measured before and after."""
+
+    basis: Basis
+    chat: ChatFormat
+    cards: tuple[Card, ...]
+    result: WriteResult
+    before: Point
+    after: Point
+    last_step: Point
+
+
+@pytest.fixture(scope="module")
+def probed(model_path: Path) -> Probed:
+    model: FrozenModel = read_model(str(model_path), "float32", torch.device("cpu"))
+    basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(), seed=0)
+    chat = ChatFormat(AutoTokenizer.from_pretrained(model_path))
+    cards = tuple(Card(card.question, card.answer, card.paraphrases[:1]) for card in recall_cards(CARDS, "eval", 0))
+    pieces = [piece for kind in ("text", "reply") for piece in [piece for piece in unrelated_pieces(None) if piece.kind == kind][:1]]
+    examiner = Examiner(Reader(model, chat.stop_token_ids), chat, SYSTEM_PROMPT, [cards], pieces)
+    write = WriteConfig(optimizer="adam", learning_rate=1e-3, epochs=STEPS)
+    result, steps = BatchedWriter(model, basis, write).trace(WriteRequest("probe", zero(basis), examiner.written(1)))
+    assert len(steps) == STEPS
+    return Probed(
+        basis,
+        chat,
+        cards,
+        result,
+        before=examiner.examine(basis, zero(basis), 0, 0),
+        after=examiner.examine(basis, result.weights, 1, STEPS),
+        last_step=examiner.examine(basis, steps[-1], 1, STEPS),
+    )
+
+
+def test_a_strong_write_is_remembered_and_costs_something(probed: Probed) -> None:
+    assert probed.result.outcome == "accepted"
+    assert sum(probed.before.recall(False, "em")) == 0
+    assert sum(probed.after.recall(False, "em")) >= 2
+    assert probed.after.loss(False) < 0.3 * probed.before.loss(False)
+    assert probed.after.loss(True) < probed.before.loss(True)
+    assert probed.result.loss_before == pytest.approx(probed.before.loss(False), abs=1e-3)
+    assert probed.result.loss_after == pytest.approx(probed.after.loss(False), abs=1e-3)
+    assert probed.after.text("text", "kl") > 1e-3
+
+
+def test_nothing_written_is_no_damage_exactly(probed: Probed) -> None:
+    assert [(text.damage, text.kl) for text in probed.before.texts] == [(0.0, 0.0)] * 2
+
+
+def test_the_last_step_is_the_write_to_the_bit(probed: Probed) -> None:
+    assert probed.last_step == probed.after
+
+
+@pytest.fixture(scope="module")
+def policy(model_path: Path, probed: Probed) -> Iterator[VLLMPolicy]:
+    config = EngineConfig(slots=8, max_model_tokens=256, kv_cache_gib=0.25)
+    one = VLLMPolicy(model_path, ModelConfig(), config, probed.basis, probed.chat.stop_token_ids, version=0, threads=1, seed=0)
+    yield one
+    one.close()
+
+
+def test_the_engine_says_what_the_merged_model_says(policy: VLLMPolicy, probed: Probed) -> None:
+    chat, written = probed.chat, AdapterKey(0, "probe", 1)
+    examples = [
+        [write_example(Flashcard(question, card.answer), SYSTEM_PROMPT, chat) for question in (card.question, *card.paraphrases)]
+        for card in probed.cards
+    ]
+    most = max(len(ways[0].answer_ids) for ways in examples) + RUN_ON
+
+    async def answers(key: AdapterKey) -> list[list[str]]:
+        async def ask(prompt: tuple[int, ...]) -> str:
+            return chat.decode((await policy.generate(prompt, Sampling(0.0, most, 0, "act"), key)).token_ids).strip()
+
+        return [list(await asyncio.gather(*(ask(example.prompt_ids) for example in ways))) for ways in examples]
+
+    async def story() -> tuple[list[list[str]], list[list[str]]]:
+        await policy.install(written, probed.result.weights, probed.result.probe)
+        return await answers(AdapterKey(0, "probe", 0)), await answers(written)
+
+    before, after = asyncio.run(story())
+    assert before == [[asked.said for asked in (card.written, *card.paraphrased)] for card in probed.before.cards]
+    assert after == [[asked.said for asked in (card.written, *card.paraphrased)] for card in probed.after.cards]
+    assert before != after
