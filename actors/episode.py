@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +29,9 @@ from actors.types import (
     WriteRequest,
     WriteResult,
 )
+
+_OUTCOMES = ThreadPoolExecutor(max_workers=256, thread_name_prefix="outcome")
+"""A judge may take its time: other episodes run on the event loop meanwhile, and the loop's own few threads are the writer's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +118,7 @@ async def run_episode(
         stop_reason = await play(agent, session, memory, spec.max_answer_tokens, spec.max_turns)
     finally:
         await actor.close()
-    outcome = await asyncio.to_thread(session.outcome)  # a judge may take its time, and other episodes run on this loop
+    outcome = await asyncio.get_running_loop().run_in_executor(_OUTCOMES, session.outcome)
     total = time.perf_counter() - started
     return Trajectory(
         task=spec.task,

@@ -9,6 +9,8 @@ from functools import partial
 from actors.embedder import load_embedder
 from actors.memory.base import Memory
 from actors.memory.hybrid import HybridMemory
+from actors.memory.notes import NotesMemory
+from actors.memory.paging import PagingMemory
 from actors.memory.parametric import ParametricMemory
 from actors.memory.state import StateMemory
 from actors.memory.summary import SummaryMemory
@@ -43,6 +45,8 @@ _BUILDERS: Mapping[MemoryPolicy, Callable[[MemoryConfig, WriteConfig, Surroundin
     "truncation": lambda config, write, around: TruncationMemory(config.max_context_tokens),
     "summary": lambda config, write, around: SummaryMemory(config),
     "state": lambda config, write, around: StateMemory(config),
+    "paging": lambda config, write, around: PagingMemory(config, around.embedder),
+    "notes": lambda config, write, around: NotesMemory(config, around.embedder),
     "raw": lambda config, write, around: RawMemory(config, write),
     "summary_write": lambda config, write, around: SummaryWriteMemory(config, write),
     "implications": lambda config, write, around: ImplicationsMemory(config, write),
