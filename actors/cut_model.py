@@ -1,7 +1,7 @@
 """A frozen model cut where Delta begins to act, for a writer that runs the same few examples through it many times.
 
     tokens --> [layers below the cut, and the cut layer's attention] --> Reading --> prepare --> Chunk --> score: log-probs of the answers,
-               the trunk: does not depend on B, runs once per write                  once per minibatch           gradient of B: once per step
+               the trunk (trunk.py): does not depend on B, once per write            once per minibatch           gradient of B: once per step
 
 What leaves every number as it is (up to rounding) and is not computed again and again:
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -27,9 +26,8 @@ from actors.fast_weights import Basis, StackedWeights
 from actors.frozen_model import FrozenLayer, FrozenModel, times_frozen
 from actors.group_delta import add_grouped, shrink_grouped
 from actors.layout import Layout, RowSpan, make_layout
+from actors.trunk import Trunk, chunks_of, shared_prefix
 from actors.types import WriteExample
-
-_KEPT_TOKENS = 8192  # 19 MB of SmolLM2-135M, 84 MB of a 4B model in float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,18 +84,21 @@ class CutModel:
         self._chunk_tokens = chunk_tokens
         self._a = {name: matrix.to(model.device, model.dtype) for name, matrix in basis.a.items()}
         self.rank, self._train_a = basis.rank, basis.train_a
-        self._read: dict[WriteExample, Tensor] = {}  # oldest first
+        self._trunk = Trunk(model, self._cut, chunk_tokens)
 
     # --- once per write ------------------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def read(self, examples: Sequence[tuple[int, WriteExample]]) -> Reading:
-        """The trunk's streams of (episode, example) pairs, at least one; rows come back in their order. What was read lately is not run again."""
-        wanted = dict.fromkeys(example for _, example in examples)
-        found = {example: self._read.pop(example) for example in wanted if example in self._read}
-        found |= self._run_trunk([example for example in wanted if example not in found])
-        self._remember(found)
-        shared = len(_shared_prefix([example.prompt_ids for _, example in examples]))
+    def read(self, *parts: Sequence[tuple[int, WriteExample]]) -> tuple[Reading, ...]:
+        """The trunk's streams of (episode, example) pairs, at least one in each part; rows come back in their order.
+
+        Each part has a shared prefix of its own; their matmuls are done together. What was read lately is not run again.
+        """
+        found = self._trunk.read([[example for _, example in part] for part in parts])
+        return tuple(self._reading(part, found) for part in parts)
+
+    def _reading(self, examples: Sequence[tuple[int, WriteExample]], found: Mapping[WriteExample, Tensor]) -> Reading:
+        shared = len(shared_prefix([example.prompt_ids for _, example in examples]))
         rows = [Row(episode, found[example][shared:], torch.tensor(example.answer_ids, device=self.model.device)) for episode, example in examples]
         return Reading(found[examples[0][1]][:shared], tuple(rows))
 
@@ -107,68 +108,42 @@ class CutModel:
         prefix = len(reading.prefix)
         return tuple(
             self._prepare_chunk(reading.prefix, rows, chunk)
-            for chunk in self._chunks([len(row.hidden) for row in rows], [row.episode for row in rows], prefix)
+            for chunk in chunks_of([len(row.hidden) for row in rows], [row.episode for row in rows], prefix, self._chunk_tokens)
         )
 
     # --- once per step -------------------------------------------------------------------------------------------------------------------------
 
-    def score(self, chunks: Sequence[Chunk], weights: StackedWeights, loss_weights: Sequence[float] | None) -> list[Tensor]:
+    def score(self, chunks: Sequence[Chunk], weights: StackedWeights, loss_weights: Sequence[float]) -> list[Tensor]:
         """Log-probs [A] float32 of each prepared row's answer under its episode's fast weights.
 
-        With ``loss_weights``, one a row, adds the gradient of -sum(weight * log-prob) to the tensors of ``weights``.
+        Adds the gradient of -sum(loss weight * log-prob) to the tensors of ``weights``; one of ``loss_weights`` a row.
         """
         out: dict[int, Tensor] = {}
         for chunk in chunks:
-            with torch.set_grad_enabled(loss_weights is not None):
+            with torch.enable_grad():
                 states = self._tail(chunk, self._of_groups(weights, chunk))
-                shares = None
-                if loss_weights is not None:
-                    shares = torch.tensor([loss_weights[i] for i, size in zip(chunk.numbers, chunk.sizes, strict=True) for _ in range(size)])
-                logprobs, gradient = head_pass(states.detach(), self.model.head, chunk.targets, shares)
-                if gradient is not None:
-                    torch.autograd.backward(states, gradient)
-            out.update(zip(chunk.numbers, torch.split(logprobs, list(chunk.sizes)), strict=True))
+            shares = torch.tensor([loss_weights[i] for i, size in zip(chunk.numbers, chunk.sizes, strict=True) for _ in range(size)])
+            logprobs, gradient = head_pass(states.detach(), self.model.head, chunk.targets, shares)
+            torch.autograd.backward(states, gradient)
+            out.update(_by_row(chunk, logprobs))
         return [out[i] for i in range(len(out))]
+
+    @torch.no_grad()
+    def measure(self, *parts: tuple[Sequence[Chunk], StackedWeights]) -> list[list[Tensor]]:
+        """The log-probs alone, for several sets of chunks, each under fast weights of its own; the head runs once for all."""
+        states = [self._tail(chunk, self._of_groups(weights, chunk)) for chunks, weights in parts for chunk in chunks]
+        targets = [chunk.targets for chunks, _ in parts for chunk in chunks]
+        logprobs, _ = head_pass(torch.cat(states), self.model.head, torch.cat(targets), None)
+        pieces = iter(logprobs.split([len(one) for one in targets]))
+        scored = [dict(pair for chunk in chunks for pair in _by_row(chunk, next(pieces))) for chunks, _ in parts]
+        return [[rows[i] for i in range(len(rows))] for rows in scored]
 
     def _of_groups(self, weights: StackedWeights, chunk: Chunk) -> StackedWeights:
         """Those of the chunk's groups, in the model's dtype."""
         b, a = ({name: x.index_select(0, chunk.episodes).to(self.model.dtype) for name, x in side.items()} for side in (weights.b, weights.a))
         return StackedWeights(b, a)
 
-    # --- the trunk and what it gave lately -----------------------------------------------------------------------------------------------------
-
-    def _run_trunk(self, examples: Sequence[WriteExample]) -> dict[WriteExample, Tensor]:
-        """The stream [T, d] of each example's inputs, the prefix that all of them share included."""
-        if not examples:
-            return {}
-        shared = _shared_prefix([example.prompt_ids for example in examples])
-        lengths = [len(example.prompt_ids) + len(example.answer_ids) - 1 - len(shared) for example in examples]
-        streams: dict[WriteExample, Tensor] = {}
-        for chunk in self._chunks(lengths, [0] * len(examples), len(shared)):
-            layout = make_layout(len(shared), [[RowSpan(lengths[i], len(examples[i].answer_ids)) for i in chunk]], self.model.device)
-            ids = [*shared, *(token for i in chunk for token in (*examples[i].prompt_ids, *examples[i].answer_ids[:-1])[len(shared) :])]
-            prefix, *parts = self._trunk(torch.tensor(ids, device=self.model.device), layout).split([len(shared), *(lengths[i] for i in chunk)])
-            streams.update({examples[i]: torch.cat([prefix, part]) for i, part in zip(chunk, parts, strict=True)})
-        return streams
-
-    def _remember(self, streams: Mapping[WriteExample, Tensor]) -> None:
-        """Keep the newest ``_KEPT_TOKENS``: a write that rehearses earlier flashcards meets them again, and no B changes what the trunk gives."""
-        self._read.update(streams)
-        kept = sum(len(stream) for stream in self._read.values())
-        for example in list(self._read):
-            if kept <= _KEPT_TOKENS:
-                break
-            kept -= len(self._read.pop(example))
-
     # --- the passes ----------------------------------------------------------------------------------------------------------------------------
-
-    def _trunk(self, ids: Tensor, layout: Layout) -> Tensor:
-        model, rotary = self.model, self.model.rotary(layout)
-        hidden = model.embed(ids)
-        for layer in model.layers[: self._cut]:
-            hidden = hidden + model.attention(layer, hidden, layout, rotary)
-            hidden = hidden + model.feed(layer, hidden)
-        return hidden + model.attention(model.layers[self._cut], hidden, layout, rotary)
 
     def _prepare_chunk(self, prefix: Tensor, rows: Sequence[Row], numbers: Sequence[int]) -> Chunk:
         episodes = sorted({rows[i].episode for i in numbers})
@@ -237,30 +212,10 @@ class CutModel:
             fed = add_grouped(fed, small, b[key], offsets)
         return hidden + fed
 
-    def _chunks(self, lengths: Sequence[int], groups: Sequence[int], prefix: int) -> Iterator[list[int]]:
-        """Indices in the order of their groups, each chunk at most ``chunk_tokens`` tokens (a longer row is its own chunk).
 
-        A chunk holds the prefix once per group, so a group is split only where it is too long for one.
-        """
-        chunk: list[int] = []
-        tokens = 0
-        for i in sorted(range(len(lengths)), key=lambda i: (groups[i], lengths[i])):
-            cost = lengths[i] + (prefix if not chunk or groups[chunk[-1]] != groups[i] else 0)
-            if chunk and tokens + cost > self._chunk_tokens:
-                yield chunk
-                chunk, tokens = [], 0
-                cost = lengths[i] + prefix
-            chunk.append(i)
-            tokens += cost
-        if chunk:
-            yield chunk
+def _by_row(chunk: Chunk, logprobs: Tensor) -> Iterator[tuple[int, Tensor]]:
+    return zip(chunk.numbers, torch.split(logprobs, list(chunk.sizes)), strict=True)
 
 
 def _key(layer: int, projection: str) -> str:
     return f"model.layers.{layer}.mlp.{projection}"
-
-
-def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """What all prompts begin with, short of any prompt's last token: that one predicts an answer and belongs to its row."""
-    equal = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))
-    return prompts[0][: min(equal, *(len(prompt) - 1 for prompt in prompts))]

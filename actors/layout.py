@@ -77,6 +77,27 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return attended.transpose(1, 2).flatten(2)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Beside:
+    """Streams one behind the other that do not see each other, as one: matmuls of few tokens read as much as those of many."""
+
+    layouts: tuple[Layout, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each stream."""
+        return [layout.offsets[-1] for layout in self.layouts]
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.cat([layout.positions for layout in self.layouts])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As Layout.attend, for all of them."""
+        parts = zip(self.layouts, *(x.split(self.sizes) for x in (q, k, v)), strict=True)
+        return torch.cat([layout.attend(*parts_of) for layout, *parts_of in parts])
+
+
 def make_layout(prefix: int, groups: Sequence[Sequence[RowSpan]], device: torch.device) -> Layout:
     """The layout of ``groups``, each one row or more, behind a shared prefix of ``prefix`` tokens."""
     spans = [row for group in groups for row in group]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +47,7 @@ class _Run:
     failures: list[str]
 
 
+_Picked = Sequence[Sequence[int]]  # rows, a list for each episode
 _Watch = Callable[[StackedWeights], None]
 
 
@@ -57,19 +58,31 @@ class _Pass:
         self._model, self._reading = model, reading
         self._prepared: dict[tuple[tuple[int, ...], ...], tuple[Chunk, ...]] = {}
 
-    def score(self, picked: Sequence[Sequence[int]], weights: StackedWeights, learn: bool) -> list[list[Tensor]]:
-        """Log-probs of the picked rows, a list for each episode. With ``learn``, adds to ``weights`` the gradient of each episode's mean loss over
-        its answer tokens."""
-        rows: list[Row] = [self._reading.rows[i] for mine in picked for i in mine]
+    def score(self, picked: _Picked, weights: StackedWeights) -> list[list[Tensor]]:
+        """Log-probs of the picked rows, a list for each episode. Adds to ``weights`` the gradient of each episode's mean loss over its answer
+        tokens."""
+        shares = [1 / sum(len(self._reading.rows[i].targets) for i in mine) for mine in picked for _ in mine]
+        return _by_episode(self._model.score(self.prepared(picked), weights, shares), picked)
+
+    def measure(self, picked: _Picked, weights: StackedWeights) -> list[list[Tensor]]:
+        """The log-probs alone."""
+        (flat,) = self._model.measure((self.prepared(picked), weights))
+        return _by_episode(flat, picked)
+
+    def prepared(self, picked: _Picked) -> tuple[Chunk, ...]:
         key = tuple(tuple(mine) for mine in picked)
         if key not in self._prepared:
+            rows: list[Row] = [self._reading.rows[i] for mine in picked for i in mine]
             self._prepared[key] = self._model.prepare(self._reading, rows)
-        shares = [1 / sum(len(self._reading.rows[i].targets) for i in mine) for mine in picked for _ in mine]
-        flat = iter(self._model.score(self._prepared[key], weights, shares if learn else None))
-        return [[next(flat) for _ in mine] for mine in picked]
+        return self._prepared[key]
 
 
-def _train(rows: _Pass, places: Sequence[Sequence[int]], start: StackedWeights, config: WriteConfig, watch: _Watch) -> _Run:
+def _by_episode(flat: Iterable[Tensor], picked: _Picked) -> list[list[Tensor]]:
+    each = iter(flat)
+    return [[next(each) for _ in mine] for mine in picked]
+
+
+def _train(rows: _Pass, places: _Picked, start: StackedWeights, config: WriteConfig, watch: _Watch) -> _Run:
     """All episodes step together; one that has had its epochs, or diverged, is left out of the next steps. ``places``: each episode's rows.
 
     ``watch`` is shown the fast weights of all episodes after each step: it must copy what it keeps.
@@ -82,14 +95,14 @@ def _train(rows: _Pass, places: Sequence[Sequence[int]], start: StackedWeights, 
     totals = [config.epochs * len(mine) for mine in batches]
     steps, failures = [0] * len(places), [""] * len(places)
     several = [e for e in range(len(places)) if len(batches[e]) > 1]
-    before = dict(zip(several, rows.score([places[e] for e in several], start, learn=False), strict=True)) if several else {}
+    before = dict(zip(several, rows.measure([places[e] for e in several], start), strict=True)) if several else {}
     for step in range(max(totals)):
         active = [e for e in range(len(places)) if step < totals[e] and not failures[e]]
         if not active:
             break
         current = [batches[e][step % len(batches[e])] for e in active]
         optimizer.zero_grad()
-        scores = rows.score(current, trained, learn=True)
+        scores = rows.score(current, trained)
         optimizer.step()
         watch(trained)
         for e, logprobs in zip(active, scores, strict=True):
@@ -106,6 +119,12 @@ def _train(rows: _Pass, places: Sequence[Sequence[int]], start: StackedWeights, 
 
 def _copy(weights: StackedWeights) -> StackedWeights:
     b, a = ({name: matrix.clone() for name, matrix in side.items()} for side in (weights.b, weights.a))
+    return StackedWeights(b, a)
+
+
+def _behind(first: StackedWeights, second: StackedWeights) -> StackedWeights:
+    """Those of n episodes, then those of n more."""
+    b, a = ({name: torch.cat([one[name], other[name]]) for name in one} for one, other in ((first.b, second.b), (first.a, second.a)))
     return StackedWeights(b, a)
 
 
@@ -151,26 +170,19 @@ class BatchedWriter:
         for request in requests:
             self._check(request)
         owners = [(e, example) for e, request in enumerate(requests) for example in request.examples]
-        rows = _Pass(self._cut, self._cut.read(owners))
+        probed = [_probe_of(request.examples) for request in requests]
+        reading, probing = self._cut.read(owners, [*enumerate(probed), *enumerate(probed, len(probed))])
+        rows = _Pass(self._cut, reading)
         places = [[i for i, (owner, _) in enumerate(owners) if owner == e] for e in range(len(requests))]
         start = stack([request.weights for request in requests], self._basis, torch.float32, self._cut.model.device)
         run = _train(rows, places, start, self._config, watch)
-        after = rows.score(places, run.final, learn=False)
-        probes = self._probes(requests, start, run.final)
+        under = (rows.prepared(places), run.final), (self._cut.prepare(probing, probing.rows), _behind(start, run.final))
+        scored, probes = self._cut.measure(*under)
+        after = _by_episode(scored, places)
         seconds = time.perf_counter() - started
-        return [self._result(request, run, e, after[e], probes[e], seconds) for e, request in enumerate(requests)]
-
-    def _probes(self, requests: Sequence[WriteRequest], start: StackedWeights, final: StackedWeights) -> list[Probe]:
-        """One for each request, scored under its weights before and after."""
-        examples = [_probe_of(request.examples) for request in requests]
-        reading = self._cut.read(list(enumerate(examples)))
-        places = [[e] for e in range(len(requests))]
-        rows = _Pass(self._cut, reading)
-        before, after = (rows.score(places, weights, learn=False) for weights in (start, final))
-        return [
-            Probe(example.prompt_ids + example.answer_ids, tuple(old[0].tolist()), tuple(new[0].tolist()))
-            for example, old, new in zip(examples, before, after, strict=True)
-        ]
+        pairs = zip(probed, probes[: len(probed)], probes[len(probed) :], strict=True)
+        proofs = [Probe(one.prompt_ids + one.answer_ids, tuple(old.tolist()), tuple(new.tolist())) for one, old, new in pairs]
+        return [self._result(request, run, e, after[e], proofs[e], seconds) for e, request in enumerate(requests)]
 
     def _check(self, request: WriteRequest) -> None:
         if self._config.epochs == 0:
