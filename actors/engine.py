@@ -121,6 +121,11 @@ class VLLMPolicy:
     def version(self) -> PolicyVersion:
         return self._table.version
 
+    @property
+    def failure(self) -> str:
+        """Why the engine is dead; "" while it serves."""
+        return self._loop.failure
+
     def writer(self, config: WriteConfig) -> EngineWriter:
         """A writer on this engine's weights, whatever version they are."""
         return EngineWriter(self._loop, self._weights, self._basis, config)

@@ -173,6 +173,11 @@ class StepLoop(Generic[E]):
         if self._thread.is_alive():
             raise EngineError(f"{self._name} did not stop within {timeout_s:.0f} s: a step of the engine hangs; end the process")
 
+    @property
+    def failure(self) -> str:
+        """Why the thread has ended, "" while it works or when it was closed."""
+        return "" if self._closing else self._failure or ""
+
     def _submit(self, work: Callable[[E], T], phase: Phase) -> Future[T]:
         future: Future[T] = Future()
         with self._wake:

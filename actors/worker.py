@@ -99,14 +99,18 @@ class RolloutWorker:
         self._broken = ""
 
     async def group(self, request: RolloutRequest) -> TrajectoryGroup:
-        """See Rollout.group; waits first while a refresh runs. Raises WorkerError for good once loading weights has failed."""
+        """See Rollout.group; waits first while a refresh runs. Raises WorkerError for good once loading weights has failed, or the engine is dead."""
         while not self._gate.is_set():  # not once: the next refresh may have shut it before those who waited wake up
             await self._gate.wait()
         self._check_whole()
         self._running += 1
         self._idle.clear()
         try:
-            return await self._rollout.group(request)
+            group = await self._rollout.group(request)
+            if self._policy.failure:  # its episodes' failures are the worker's own: another worker may play them
+                self._broken = f"its engine is dead ({self._policy.failure})"
+                self._check_whole()
+            return group
         finally:
             self._running -= 1
             self._groups += 1

@@ -34,10 +34,18 @@ _BENCH_EXAMPLES = """examples:
   python -m cluster bench rollout --repeats 9 --threads 1
   python -m cluster bench --quick                  only whether they run; the figures mean nothing
 """
+_SCALE_EXAMPLES = """examples:
+  python -m cluster scale 4                                   the newest run in runs/ gets four rollout workers
+  python -m cluster scale 2 --run /shared/runs/paper-20260101-120000
+
+New workers load the current weights before they get a task; those that go finish what they have. The run's folder must be the one that the driver
+writes to (on a cluster: a shared one). rollout.schedule=[10:4,50:2] does the same by training step.
+"""
 _EXAMPLES = """examples:
   python -m cluster train configs/quickstart.yaml                      train on this machine, no service needed
   python -m cluster evaluate configs/quickstart.yaml                   held-out tasks, memory off and on
   python -m cluster probe configs/quickstart.yaml --cards recall:12    what a write is worth: recall, paraphrases, damage
+  python -m cluster scale 4                                            more or fewer rollout workers while a run goes on
   python -m cluster bench                                              every seam against a named baseline
   python -m cluster train --settings                                   every setting with its default and what is allowed
   python -m cluster COMMAND --help                                     more about a command
@@ -56,13 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return EXIT_OK
-    if options.command != "bench" and options.settings:
+    if options.command not in ("bench", "scale") and options.settings:
         from rich.console import Console
 
         Console().print(help_table())
         return EXIT_OK
     try:
-        return {"bench": _bench, "train": _train, "evaluate": _evaluate, "probe": _probe}[options.command](options)
+        return {"bench": _bench, "train": _train, "evaluate": _evaluate, "probe": _probe, "scale": _scale}[options.command](options)
     except ConfigError as error:
         return _complain(error, EXIT_USAGE)
     except KeyboardInterrupt:
@@ -117,6 +125,15 @@ def _probe(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _scale(options: argparse.Namespace) -> int:
+    from cluster.scaling import ask_for, newest_run
+
+    run_dir = Path(options.run) if options.run else newest_run(Path(options.output_dir))
+    ask_for(run_dir, options.workers)
+    print(f"{run_dir}: asked for {options.workers} rollout worker(s); the run says when they serve")
+    return EXIT_OK
+
+
 def _config_file(options: argparse.Namespace) -> Path:
     if options.config is None or "=" in options.config:
         raise ConfigError(f"{options.command} needs a configuration file before the settings, e.g. configs/quickstart.yaml")
@@ -166,10 +183,11 @@ def _status_of(error: Exception) -> int | None:
     from cluster.bench.values import BenchError
     from cluster.errors import CheckpointError, ClusterError
     from cluster.probe.values import ProbeError
+    from cluster.scaling import ScaleError
     from configs.models import ModelError
     from learner.types import LearnerError
 
-    if isinstance(error, TaskError | ModelError | ChatTemplateError | CheckpointError | ProbeError):
+    if isinstance(error, TaskError | ModelError | ChatTemplateError | CheckpointError | ProbeError | ScaleError):
         return EXIT_USAGE
     return EXIT_FAILED if isinstance(error, ClusterError | BasisError | LearnerError | BenchError) else None
 
@@ -199,8 +217,19 @@ def _parser() -> argparse.ArgumentParser:
         if name == "evaluate":
             add_options(command)
     add_probe(commands)
+    _add_scale(commands)
     _add_bench(commands)
     return parser
+
+
+def _add_scale(commands: Any) -> None:
+    text = "add or remove rollout workers of a training run while it goes on"
+    command = commands.add_parser(
+        "scale", help=text, description=f"{text.capitalize()}.", epilog=_SCALE_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_argument("workers", type=_count, metavar="N", help="how many there should be")
+    command.add_argument("--run", default="", metavar="FOLDER", help="the run's folder; the one written to last when not given")
+    command.add_argument("--output-dir", default="runs", metavar="DIR", help="where to look for it (default runs)")
 
 
 def _add_bench(commands: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -107,3 +108,56 @@ def test_a_missing_checkpoint(tmp_path: Path, tiny_model_path: Path, capsys: pyt
 
 def test_checkpoint_belongs_to_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train takes resume=FOLDER" in failure(capsys, "train", QUICKSTART, "checkpoint=runs/x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--rows", "tmen"), "--rows tmen: no such row; shipped are amem"),
+        (("--benchmarks", "locomo"), "environment.conversation.path"),
+        (("--resume", "runs/gone"), "runs/gone: is no folder of an evaluation"),
+        (("--rows", "tmem", "memory.policy=full"), "with --rows it would turn every row into the same memory"),
+        (("--sweep", "write.epochs=1,many", "seed=3"), "write.epochs='many' is not allowed"),
+    ],
+)
+def test_a_mistake_in_what_to_compare(arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in failure(capsys, "evaluate", QUICKSTART, f"output_dir={tmp_path}", *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_to_go_on_with_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "or --resume FOLDER alone" in failure(capsys, "evaluate")
+    assert "or --resume FOLDER alone" in failure(capsys, "evaluate", "--resume", "runs/x", "--rows", "tmem")
+
+
+def test_settings_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", QUICKSTART, "write.epochs=2", "--seeds", "1,2", "evaluation.tasks=7", "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert "tasks: 7" in text
+    assert "epochs: 2" in text
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", QUICKSTART, "--rwos", "tmem"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --rwos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [("--seeds", "one"), ("--seeds", "-1"), ("--rows", "tmem,,raw")])
+def test_lists_are_checked(arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", QUICKSTART, *arguments])
+    assert stop.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_scale_asks_the_newest_run_and_refuses_what_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("old", "new", "new-evaluate-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("name: x\n")
+    os.utime(tmp_path / "old" / "config.yaml", (1, 1))
+    assert main(["scale", "3", "--output-dir", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "new" / "workers.json").read_text()) == {"workers": 3}
+    assert "asked for 3 rollout worker(s)" in capsys.readouterr().out
+    assert "is no run folder" in failure(capsys, "scale", "3", "--run", str(tmp_path / "nothing"))
+    with pytest.raises(SystemExit):
+        main(["scale", "0"])
+    assert "'0' is not allowed: give a whole number, 1 or more" in capsys.readouterr().err

@@ -27,6 +27,7 @@ class Policy:
         self.tensors: Mapping[str, torch.Tensor] = {}
         self.complete = True
         self.refused = False
+        self.failure = ""
 
     async def refresh(self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool) -> None:
         await asyncio.sleep(0.01)
@@ -96,6 +97,21 @@ def test_a_refresh_waits_for_the_running_groups_and_holds_back_new_ones(monkeypa
         assert [result.policy_version for result in results] == [0, 0, 1]
         assert bench.rollout.versions == [(0, 0), (0, 0), (1, 1)]
         assert (report.version, report.refreshes) == (1, 1)
+
+    asyncio.run(body())
+
+
+def test_a_worker_whose_engine_died_gives_its_groups_back_and_serves_nobody_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        bench = Bench(monkeypatch)
+        running = bench.begin(0)
+        await settle()
+        bench.policy.failure = "MemoryError: cannot allocate"
+        bench.rollout.end.set()
+        with pytest.raises(WorkerError, match=r"worker-7 serves nobody any more, its engine is dead.*cannot allocate"):
+            await running
+        with pytest.raises(WorkerError, match="start another worker"):
+            await bench.begin(1)
 
     asyncio.run(body())
 
