@@ -15,17 +15,17 @@ _MAX_CHARACTERS = 400  # of a context; a longer one, or a keyword of that kind, 
 _STRING = r'"(?:[^"\\]|\\.)*"'
 _STRINGS = re.compile(_STRING, re.DOTALL)
 _LIST = re.compile(rf'\[(?:[^\[\]{{}}"]|{_STRING})*', re.DOTALL)
-_OBJECTS = re.compile(rf'\{{(?:[^{{}}"]|{_STRING})*\}}', re.DOTALL)
-_NAME = re.compile(r'"?[a-zA-Z #]*(\d{1,9})')  # of a note: 3, "3", "Note 3"
-_NUMBERS = re.compile(r"-?\d{1,9}")
+_ID = re.compile(r'"id"\s*:\s*')
+_NUMBER = re.compile(r'"?[a-zA-Z #]*(\d{1,9})')  # of a note: 3, "3", "Note 3"
+_EMPTY = re.compile(r"\[\s*\]")
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")  # control characters, and lone surrogates, which no tokenizer can encode
 _WRITE = (
-    'Write a JSON object about the text above, with the keys "context" (one sentence that sums it up), '
-    '"keywords" (the names, places and things in it) and "tags" (its topics).'
+    'Write a JSON object about the text above, with the keys "context" (one sentence that sums it up), "tags" (its topics, three at most) and '
+    '"keywords" (the names, places and things in it, six at most).'  # last: a small model likes to go on with this list until it is cut off
 )
 _CONNECT = (
-    'Write a JSON object with the keys "links" (a list with the numbers of the earlier notes that belong with the new note) and "updates" (a list '
-    'with an object for each earlier note that the new note changes, with its number as "note", its new "tags" and its new "context").'
+    'Which earlier notes belong with the new note? Write them as a JSON list of objects with "id", "context" and "tags", '
+    "with context and tags brought up to date by the new note."
 )
 _RECALL = "Your notes on what you have read:"
 
@@ -56,21 +56,12 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
-    """What shall change of a note: new tags, a new context sentence, or both (at least one is not empty)."""
+class Mention:
+    """A note that the model names as belonging with a new one, with what it says of it now: tags and a context, either of them perhaps empty."""
 
     number: int
     tags: tuple[str, ...]
     context: str
-
-
-@dataclass(frozen=True, slots=True)
-class Connections:
-    """What the model says of a new note's neighbours. ``refused`` counts its updates that name no note or nothing to change."""
-
-    links: tuple[int, ...]
-    updates: tuple[Update, ...]
-    refused: int
 
 
 def writing_prompt(content: str) -> str:
@@ -79,13 +70,19 @@ def writing_prompt(content: str) -> str:
 
 
 def connecting_prompt(new: str, neighbours: Sequence[str]) -> str:
-    """Asks which of the rendered ``neighbours`` the rendered note ``new`` belongs with, and which of them it changes."""
+    """Asks which of the ``neighbours`` the note ``new`` belongs with, and what is to be said of them now. All are given by `as_json`."""
     listed = "\n".join(neighbours)
     return f"Earlier notes:\n{listed}\n\nNew note:\n{new}\n\n{_CONNECT}"
 
 
+def as_json(note: Note, content: str) -> str:
+    """The note with ``content`` of its content, in the form of the answer: a small model goes on with the form that it sees."""
+    said = note.attributes
+    return json.dumps({"id": note.number, "context": said.context, "tags": list(said.tags), "text": content}, ensure_ascii=False)
+
+
 def render(note: Note, content: str) -> str:
-    """The note as the model sees it, with ``content`` of its content."""
+    """The note as a turn is answered from it, with ``content`` of its content."""
     said = note.attributes
     lists = (("keywords", ", ".join(said.keywords)), ("tags", ", ".join(said.tags)))
     about = " ".join(filter(None, (said.context, *(f"({name}: {items})" for name, items in lists if items))))
@@ -107,22 +104,18 @@ def parse_attributes(text: str) -> Attributes:
     return Attributes(_texts(text, "keywords"), _texts(text, "tags"), _sentence(text))
 
 
-def parse_connections(text: str) -> Connections | None:
-    """None when ``text`` names neither links nor updates in the form of JSON."""
-    links, updates = _value(text, "links"), _value(text, "updates")
-    if links is None and updates is None:
-        return None
-    listed = re.split(r'\]|"updates"', links or "")[0]
-    numbers = [int(number) for number in _NUMBERS.findall(listed)]
-    parsed = [_update(item) for item in _OBJECTS.findall(updates or "")]
-    kept = tuple(update for update in parsed if update is not None)
-    return Connections(tuple(dict.fromkeys(numbers)), kept, len(parsed) - len(kept))
+def parse_mentions(text: str) -> tuple[Mention, ...] | None:
+    """The notes that ``text`` names by "id", each once, also when the list around them is broken or breaks off.
 
-
-def _update(item: str) -> Update | None:
-    number = _NAME.match(_value(item, "note") or "")
-    tags, context = _texts(item, "tags"), _sentence(item)
-    return Update(int(number[1]), tags, context) if number and (tags or context) else None
+    An empty list names none. None is an answer that is not in the form, or names notes by something else than their numbers.
+    """
+    parts = _ID.split(text)[1:]
+    mentions: dict[int, Mention] = {}
+    for part in parts:
+        if found := _NUMBER.match(part):
+            number = int(found[1])
+            mentions.setdefault(number, Mention(number, _texts(part, "tags"), _sentence(part)))
+    return tuple(mentions.values()) if mentions or (not parts and _EMPTY.search(text)) else None
 
 
 def _value(text: str, key: str) -> str | None:

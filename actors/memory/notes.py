@@ -5,7 +5,8 @@ paper is silent:
 
 - A note is a text as the environment tells it (a few turns of a conversation) where the paper's is one turn. The number of a note is its time; dates
   stand in the texts.
-- Links and evolution are asked for in one prompt about all neighbours, not one for each. It shows a note by at most ``max_note_tokens`` tokens.
+- Links and evolution are asked for in one prompt about all neighbours (as the paper's code does it), and only a note that is linked may change. The
+  prompt shows a note by at most ``max_note_tokens`` tokens. Links go both ways.
 - The embedded text has keywords, tags and context in front of the content: an embedder reads only so far (MiniLM 256 tokens), and what the model
   wrote must count.
 - An action turn and its reply become a note when the next text comes, and so does what that turn observed (the results of a search, say): nothing
@@ -25,12 +26,13 @@ from actors.chat import ChatFormat
 from actors.memory.base import Agent, split_text
 from actors.memory.note_text import (
     Attributes,
+    Mention,
     Note,
-    Update,
+    as_json,
     connecting_prompt,
     exchange,
     parse_attributes,
-    parse_connections,
+    parse_mentions,
     recollection,
     render,
     writing_prompt,
@@ -45,8 +47,8 @@ class NotesMemory:
     """The row "A-MEM". Between two texts the context is empty, but for a turn just answered; all that was read is in the notes.
 
     events: notes; plain_notes (the model named no keyword, tag or context) and partial_notes (not all three); links; evolved; malformed_links (an
-    answer not in the form), refused_links and refused_updates (they name the note itself, one that was not shown, or nothing to change); recalls,
-    retrieved and linked (notes shown with a turn: near to it, or linked to one that is), cut and left_out (near or linked, but over L_max).
+    answer not in the form) and refused_links (to the note itself or one that was not shown); recalls, retrieved and linked (notes shown with a turn:
+    near to it, or linked to one that is), cut and left_out (near or linked, but over L_max).
     """
 
     def __init__(self, config: MemoryConfig, embedder: Callable[[], Embedder]) -> None:
@@ -99,21 +101,19 @@ class NotesMemory:
     async def _connect(self, agent: Agent, note: Note, neighbours: Sequence[Note]) -> None:
         room = min(self._config.max_note_tokens, self._limit // (1 + len(neighbours)))
         shown = [
-            render(other, _beginning(other.content, room - len(agent.chat.encode(render(other, ""))), agent.chat)) for other in [note, *neighbours]
+            as_json(other, _beginning(other.content, room - len(agent.chat.encode(as_json(other, ""))), agent.chat)) for other in (note, *neighbours)
         ]
-        found = parse_connections(await agent.aside(connecting_prompt(shown[0], shown[1:]), "extract", self._config.max_note_tokens))
-        if found is None:
+        mentions = parse_mentions(await agent.aside(connecting_prompt(shown[0], shown[1:]), "extract", self._config.max_note_tokens))
+        if mentions is None:
             self.events["malformed_links"] += 1
             return
         known = {other.number for other in neighbours}
-        for number in found.links:
-            if number in known:
-                self._link(note.number, number)
-        for update in found.updates:
-            if update.number in known:
-                await self._evolve(update)
-        self.events["refused_links"] += sum(number not in known for number in found.links)
-        self.events["refused_updates"] += found.refused + sum(update.number not in known for update in found.updates)
+        for mention in mentions:
+            if mention.number in known:
+                self._link(note.number, mention.number)
+                await self._evolve(mention)
+            else:
+                self.events["refused_links"] += 1
 
     def _link(self, one: int, other: int) -> None:
         """Both ways."""
@@ -122,15 +122,14 @@ class NotesMemory:
             self._notes[number - 1] = replace(note, links=(*note.links, target))
         self.events["links"] += 1
 
-    async def _evolve(self, update: Update) -> None:
+    async def _evolve(self, mention: Mention) -> None:
         """The note's new tags and context, where there are any, replace the old ones, and it is found by them from now on."""
-        old = self._notes[update.number - 1]
-        attributes = replace(old.attributes, tags=update.tags or old.attributes.tags, context=update.context or old.attributes.context)
-        note = replace(old, attributes=attributes)
-        if note == old:
-            self.events["refused_updates"] += 1
+        old = self._notes[mention.number - 1]
+        attributes = replace(old.attributes, tags=mention.tags or old.attributes.tags, context=mention.context or old.attributes.context)
+        if attributes == old.attributes:
             return
-        self._notes[update.number - 1] = note
+        note = replace(old, attributes=attributes)
+        self._notes[mention.number - 1] = note
         await self._use_index(lambda index: index.replace(note.number - 1, note.embedded))
         self.events["evolved"] += 1
 

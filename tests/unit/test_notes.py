@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from actors.chat import ChatFormat
 from actors.embedder import load_embedder
 from actors.memory.base import Agent
-from actors.memory.note_text import Attributes, Connections, Note, Update, parse_attributes, parse_connections, writing_prompt
+from actors.memory.note_text import Attributes, Mention, Note, parse_attributes, parse_mentions, writing_prompt
 from actors.memory.notes import NotesMemory
 from actors.retrieval import Embedder
 from actors.types import FastWeights, Generation, SpanKind, WriteExample, WriteResult
 from configs.schema import EmbedderConfig, MemoryConfig, NotesConfig
 from tests.unit.rollout_fakes import sampled
 
-NONE = '{"links": [], "updates": []}'
+NONE = "[]"
 BREAD = "Ida: I baked rye bread and a plum cake on Sunday."
 CAKE = "Tomas: Your cake was delicious, the best I ever had."
 BOAT = "Ida: The engine of our boat is broken again."
@@ -68,7 +68,7 @@ class _Actor:
         written = [saying for content, saying in self._sayings.items() if writing_prompt(content) in text]
         if written:
             return written[0]
-        return self._links.pop(0) if self._links and '"links"' in text else NONE if '"links"' in text else "{}"
+        return "{}" if "New note:" not in text else self._links.pop(0) if self._links else NONE
 
     async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
         raise AssertionError("notes write no weights")
@@ -106,8 +106,8 @@ def test_each_text_becomes_a_note_that_the_model_describes_without_the_question(
     assert all("What is the task?" not in prompt for _, prompt, _ in actor.asked)
     assert {most for _, _, most in actor.asked} == {NotesConfig().max_note_tokens}
     shown = actor.asked[2][1]
-    assert "Note 1" in shown and "rye bread" in shown and "Ida bakes." in shown and "Note 2" in shown
-    assert memory.events == {"notes": 2, "plain_notes": 0, "partial_notes": 0, "refused_links": 0, "refused_updates": 0}
+    assert f'{{"id": 1, "context": "Ida bakes.", "tags": ["baking"], "text": "{BREAD}"}}' in shown and '{"id": 2' in shown
+    assert memory.events == {"notes": 2, "plain_notes": 0, "partial_notes": 0}
     assert len(agent.segments) == 3
     for segment, ids in zip(agent.segments, actor.prompts, strict=True):
         assert tuple(segment.token_ids[: len(ids)]) == ids  # what the engine saw
@@ -118,7 +118,7 @@ def test_each_text_becomes_a_note_that_the_model_describes_without_the_question(
 def test_links_go_both_ways_and_are_brought_along(chat: ChatFormat) -> None:
     """The question is about the boat; that the bread note comes too is the link's doing, in whichever direction it was made."""
     for texts, question in (([BREAD, BOAT], "Which engine?"), ([BOAT, BREAD], "Which engine?")):
-        for answer, linked in (('{"links": [1]}', 1), (NONE, 0)):
+        for answer, linked in (('[{"id": 1}]', 1), (NONE, 0)):
             actor = _Actor(chat, [answer])
             memory, agent = _told(actor, chat, texts, retrieved=1)
             prompt = _answered(memory, agent, actor, question)
@@ -128,12 +128,13 @@ def test_links_go_both_ways_and_are_brought_along(chat: ChatFormat) -> None:
 
 def test_a_neighbour_evolves_and_is_found_by_its_new_description(chat: ChatFormat) -> None:
     question = "Who studies astrophysics at the observatory in Chile?"
-    update = '{"links": [], "updates": [{"note": 1, "tags": ["observatory in Chile"], "context": "Ida studies astrophysics at an observatory."}]}'
+    update = '[{"id": 1, "tags": ["observatory in Chile"], "context": "Ida studies astrophysics at an observatory."}]'
     for answer, found in ((NONE, STARS), (update, BREAD)):
         actor = _Actor(chat, [answer, NONE])
         memory, agent = _told(actor, chat, [BREAD, CAKE, STARS], retrieved=1)
         prompt = _answered(memory, agent, actor, question)
         assert found in prompt and (STARS in prompt) == (found == STARS)
+        assert (CAKE in prompt) == (found == BREAD)  # which the update has linked
         assert ("Ida studies astrophysics" in prompt) == (found == BREAD) and "Ida bakes." not in prompt
         assert memory.events["evolved"] == (found == BREAD)
         if found == BREAD:
@@ -141,7 +142,7 @@ def test_a_neighbour_evolves_and_is_found_by_its_new_description(chat: ChatForma
 
 
 def test_an_update_may_change_the_tags_alone(chat: ChatFormat) -> None:
-    actor = _Actor(chat, ['{"updates": [{"note": "1", "tags": ["friendship"]}]}'])
+    actor = _Actor(chat, ['{"id": "Note 1", "tags": ["friendship"], "context": "Ida bakes."}'])
     memory, agent = _told(actor, chat, [BREAD, CAKE])
     prompt = _answered(memory, agent, actor, "And then?")
     assert "(tags: friendship)" in prompt and "(tags: baking)" not in prompt and "Ida bakes." in prompt
@@ -151,15 +152,16 @@ def test_an_update_may_change_the_tags_alone(chat: ChatFormat) -> None:
 def test_only_the_near_notes_are_shown_for_linking(chat: ChatFormat) -> None:
     actor = _Actor(chat)
     _told(actor, chat, [STARS, BREAD, BOAT, CAKE], neighbours=1)
-    assert "Note 2" in actor.asked[-1][1] and "Note 1" not in actor.asked[-1][1] and "Note 3" not in actor.asked[-1][1]
+    shown = actor.asked[-1][1]
+    assert '"id": 2,' in shown and '"id": 1,' not in shown and '"id": 3,' not in shown
 
 
 def test_what_the_model_gets_wrong_is_counted_and_leaves_a_plain_note(chat: ChatFormat) -> None:
     sayings = {BREAD: "I am sorry, I cannot.", CAKE: '{"keywords": ["cake"]', BOAT: SAYINGS[BOAT], STARS: SAYINGS[STARS]}
     wrong_links = [
         "There are no links.",
-        '{"links": [3, 9, -1, 1], "updates": [{"note": 3, "context": "Me."}, {"note": 1}, {"note": 2, "tags": "cake, party"}]}',
-        '{"links": [1], "updates": [{"note": 1, "tags": [], "context": ""}]}',
+        '[{"id": 3, "context": "Me."}, {"id": 9}, {"id": "x"}, {"id": 2, "tags": "cake, party"}, {"id": 2, "tags": ["again"]}',
+        '[{"id": "Ida"}]',
     ]
     actor = _Actor(chat, wrong_links, sayings)
     memory, agent = _told(actor, chat, [BREAD, CAKE, BOAT, STARS])
@@ -167,11 +169,10 @@ def test_what_the_model_gets_wrong_is_counted_and_leaves_a_plain_note(chat: Chat
         "notes": 4,
         "plain_notes": 1,
         "partial_notes": 1,
-        "malformed_links": 1,
-        "links": 2,
-        "refused_links": 3,  # itself, one that does not exist, and no number of a note
+        "malformed_links": 2,
+        "links": 1,
+        "refused_links": 2,  # itself, and one that does not exist
         "evolved": 1,
-        "refused_updates": 3,  # of itself, and two that change nothing
     }
     prompt = _answered(memory, agent, actor, "And then?")
     assert f"Note 1\n{BREAD}" in prompt and "(keywords: cake) (tags: cake, party)" in prompt
@@ -272,28 +273,30 @@ def test_attributes_are_taken_as_far_as_they_are_in_form(text: str, attributes: 
 
 
 @pytest.mark.parametrize(
-    ("text", "connections"),
+    ("text", "mentions"),
     [
-        ('{"links": [2, 2, 1], "updates": [{"note": 2, "tags": ["x"], "context": "y"}]}', Connections((2, 1), (Update(2, ("x",), "y"),), 0)),
-        ('{"links": ["Note 2", "3"], "updates": []}', Connections((2, 3), (), 0)),
-        ('{"links": [4], "updates": [{"note": "Note 4", "tags": "x"}, {"tags": ["y"]}, {"note":', Connections((4,), (Update(4, ("x",), ""),), 1)),
-        ('{"updates": [{"note": 1, "context": "a {brace}"}]}', Connections((), (Update(1, (), "a {brace}"),), 0)),
-        ('{"links": [{"note": 2}, {"note": 3}], "updates": "2"}', Connections((2, 3), (), 0)),
-        ('{"links": none}', Connections((), (), 0)),
-        ("links: 1, 2", None),
+        ('[{"id": 2, "context": "y", "tags": ["x"]}, {"id": 1}, {"id": 2}]', (Mention(2, ("x",), "y"), Mention(1, (), ""))),
+        (
+            '```json\n{"id": "Note 4", "tags": "x"}\n{"id": "5", "context": "a {brace}", "text": "cut',
+            (Mention(4, ("x",), ""), Mention(5, (), "a {brace}")),
+        ),
+        ('{"notes": [{"tags": ["y"]}, {"id":', None),
+        ('[{"id": "Ida", "tags": []}]', None),
+        ("None of them: [ ]", ()),
+        ("id: 1, 2", None),
         ("", None),
     ],
 )
-def test_connections_are_taken_as_far_as_they_are_in_form(text: str, connections: Connections | None) -> None:
-    assert parse_connections(text) == connections
+def test_mentions_are_taken_as_far_as_they_are_in_form(text: str, mentions: tuple[Mention, ...] | None) -> None:
+    assert parse_mentions(text) == mentions
 
 
 @settings(deadline=None)
 @given(st.text(alphabet='{}[]",:\\ 1au', max_size=80) | st.text(max_size=60))
 def test_no_answer_raises(text: str) -> None:
-    for form in (text, f'{{"keywords": {text}', f'{{"links": {text}', f'{{"updates": [{{"note": {text}', f'{{"links": [1], "updates": {text}'):
+    for form in (text, f'{{"keywords": {text}', f'[{{"id": {text}', f'[{{"id": 1, "tags": {text}', f'[{{"id": 1, "context": {text}'):
         parse_attributes(form)
-        parse_connections(form)
+        parse_mentions(form)
 
 
 def test_the_embedded_text_has_what_the_model_wrote_in_front() -> None:
