@@ -23,6 +23,8 @@ from configs.load import load_config, to_yaml
 from configs.models import resolve_model
 from configs.schema import RunConfig
 
+BASIS_FILE = "basis.safetensors"  # in the folder of a run
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Preparation:
@@ -41,7 +43,7 @@ class Preparation:
 
     @property
     def basis_path(self) -> Path:
-        return self.run_dir / "basis.safetensors"
+        return self.run_dir / BASIS_FILE
 
     @property
     def config_path(self) -> Path:
@@ -99,7 +101,7 @@ def _with_files(preparation: Preparation) -> Preparation:
     if preparation.basis_path.exists():
         basis = None
     elif preparation.checkpoint is not None:
-        basis = load_basis(preparation.checkpoint.run_dir / "basis.safetensors")
+        basis = load_basis(preparation.checkpoint.run_dir / BASIS_FILE)
     else:
         basis = run_basis(preparation.model_path, preparation.config)  # before the folder: a calibration text may be missing
     preparation.run_dir.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import configs
@@ -106,8 +106,9 @@ def plan_cells(request: Request) -> Plan:
     for benchmark in _benchmarks(request):
         for row in rows:
             for variant in _variants(row, benchmark, request, sweep):
-                name, seeds = benchmark.name or base.environment.name, request.seeds or (base.seed,)
-                cells += [Cell(name, variant, _load(request, benchmark, row, variant.swept, seed)) for seed in seeds]
+                config = _load(request, benchmark, row, variant.swept)
+                name, seeds = benchmark.name or config.environment.name, request.seeds or (base.seed,)
+                cells += [Cell(name, variant, replace(config, seed=seed)) for seed in seeds]
     _check_unique([cell.key for cell in cells])
     variants = list(dict.fromkeys(cell.variant for cell in cells))
     return Plan(base, tuple(cells), tuple(_baselines(variants, request.baseline)))
@@ -157,7 +158,9 @@ def _part(name: str, folder: str, kind: str, allowed: tuple[str, ...]) -> _Part:
 
 def _variants(row: _Part, benchmark: _Part, request: Request, sweep: Sequence[tuple[str, list[str]]]) -> list[Variant]:
     """One per combination of the swept settings that this row's memory looks at: others would run the same cell again under another name."""
-    policy = _load(request, benchmark, row, (), None).memory.policy
+    if not sweep:
+        return [Variant(row.name, ())]
+    policy = _load(request, benchmark, row, ()).memory.policy
     axes = [[(key, value) for value in values] for key, values in sweep if _matters(key, policy)]
     return [Variant(row.name, combination) for combination in itertools.product(*axes)]
 
@@ -187,9 +190,9 @@ def _swept(argument: str, request: Request) -> tuple[str, list[str]]:
     return key, values
 
 
-def _load(request: Request, benchmark: _Part, row: _Part, swept: Sequence[tuple[str, str]], seed: int | None) -> RunConfig:
+def _load(request: Request, benchmark: _Part, row: _Part, swept: Sequence[tuple[str, str]]) -> RunConfig:
     arguments = [*(f"{key}={value}" for key, value in swept), *request.overrides, *row.arguments]
-    return load_config(request.config, arguments if seed is None else [*arguments, f"seed={seed}"], [*benchmark.layers, *row.layers])
+    return load_config(request.config, arguments, [*benchmark.layers, *row.layers])
 
 
 # --- checks, and what is compared with what -----------------------------------------------------------------------------------------------------

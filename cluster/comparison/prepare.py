@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.basis import load_basis, save_basis
+from actors.fast_weights import Basis
 from actors.types import PolicyVersion, Task
 from cluster.checkpoint import Checkpoint, load_checkpoint
 from cluster.comparison.arguments import REQUEST_FILE, save_request, saved_request
-from cluster.comparison.plan import Cell, Plan, Request, plan_cells
+from cluster.comparison.plan import WRITING, Cell, Plan, Request, plan_cells
 from cluster.comparison.store import CellStore
-from cluster.prepare import check_unchanged, held_out, open_environment, run_basis
+from cluster.prepare import BASIS_FILE, check_unchanged, held_out, open_environment, run_basis
 from configs.load import load_config, to_yaml
 from configs.models import ResolvedModel, resolve_model
-from configs.schema import RunConfig
+from configs.schema import FastWeightsConfig, RunConfig
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +30,6 @@ class Comparison:
     model: ResolvedModel
     checkpoint: Checkpoint | None
     folder: Path
-    resumed: bool
     store: CellStore
     tasks: dict[str, tuple[Task, ...]]  # by the cell's key
     bases: dict[str, Path]  # by the cell's key
@@ -53,7 +53,7 @@ class Comparison:
 
 
 def prepare_comparison(request: Request) -> Comparison:
-    """Raises ConfigError, TaskError, ModelError, CheckpointError: one line each. Creates the folder last, when little else can fail."""
+    """Raises ConfigError, TaskError, ModelError, CheckpointError, BasisError: one line each. Creates the folder last, when little else can fail."""
     plan = plan_cells(request)
     config = plan.base
     tasks = _tasks(plan)
@@ -61,14 +61,13 @@ def prepare_comparison(request: Request) -> Comparison:
     checkpoint = None if request.checkpoint is None else load_checkpoint(request.checkpoint.expanduser().absolute())
     if checkpoint is not None:
         check_unchanged(config, checkpoint, ("model",))
-    resumed = _resumed_folder(request, config)
-    folder = resumed or _output_dir(config) / f"{config.name}-evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = _resumed_folder(request, config) or _output_dir(config) / f"{config.name}-evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
     store = CellStore(folder / "cells", _identity(model, checkpoint))
     for cell in plan.cells:  # a changed configuration is refused now, not after hours
         store.finished(cell)
         store.begun(cell)
-    folder.mkdir(parents=True, exist_ok=True)
-    comparison = Comparison(plan, model, checkpoint, folder, resumed is not None, store, tasks, _bases(plan, model.path, checkpoint, folder))
+    bases = _bases(plan, model.path, checkpoint, folder)
+    comparison = Comparison(plan, model, checkpoint, folder, store, tasks, bases)
     comparison.config_path.write_text(to_yaml(config), encoding="utf-8")
     save_request(request, folder)
     return comparison
@@ -111,22 +110,22 @@ def _bases(plan: Plan, model: Path, checkpoint: Checkpoint | None, folder: Path)
     """
     trained = None if checkpoint is None else load_config(checkpoint.folder / "config.yaml", []).fast_weights
     files: dict[str, Path] = {}
-    made: dict[tuple[object, int], Path] = {}
+    made: dict[tuple[FastWeightsConfig, int], tuple[Path, Basis]] = {}
     for cell in plan.cells:
         if checkpoint is not None and cell.config.fast_weights == trained:
-            files[cell.key] = checkpoint.run_dir / "basis.safetensors"
+            files[cell.key] = checkpoint.run_dir / BASIS_FILE
+            load_basis(files[cell.key])  # a damaged one is found now
             continue
         kind = (cell.config.fast_weights, _basis_seed(cell))
         if kind not in made:
-            made[kind] = folder / "bases" / f"{len(made)}.safetensors"
-            made[kind].parent.mkdir(exist_ok=True)
-            save_basis(run_basis(model, cell.config), made[kind])
-        files[cell.key] = made[kind]
-    for path in set(files.values()):
-        load_basis(path)
+            made[kind] = folder / "bases" / f"{len(made)}.safetensors", run_basis(model, cell.config)
+        files[cell.key] = made[kind][0]
+    (folder / "bases").mkdir(parents=True, exist_ok=True)  # only now that every basis could be computed
+    for path, basis in made.values():
+        save_basis(basis, path)
     return files
 
 
 def _basis_seed(cell: Cell) -> int:
-    """Only a random A differs by seed; the others are the weights' own, and are shared by all seeds."""
-    return cell.config.seed if cell.config.fast_weights.basis == "random" else 0
+    """Only a random A differs by seed, and only to who writes: all else shares one basis, and so its workers, over the seeds."""
+    return cell.config.seed if cell.config.fast_weights.basis == "random" and cell.config.memory.policy in WRITING else 0

@@ -104,18 +104,26 @@ class ComparisonReport:
 
     def metrics(self) -> dict[str, float]:
         """For the tracker, flat: eval/<benchmark>/<row>/<measure>; what is unknown is left out."""
-        found = {f"eval/{slug(b)}/{slug(label)}/{slug(name)}": value.mean for b, label, name, group, value in self.figures() if group == ""}
+        found = {
+            f"eval/{slug(row.benchmark)}/{slug(row.label)}/{slug(name)}": value.mean
+            for row, cost in zip(self.rows, self.costs, strict=True)
+            for name, value in self._overall(row, cost).items()
+        }
         return {key: value for key, value in found.items() if math.isfinite(value)}
 
     def figures(self) -> Iterator[tuple[str, str, str, str, Interval]]:
         """(benchmark, row, measure, category or "", value) of every figure; a cost has no interval."""
         for row, cost in zip(self.rows, self.costs, strict=True):
-            for name in score_names([row]):
-                yield row.benchmark, row.label, name, "", row.interval(name, self.bootstrap)
-                for group, chosen in groups([row]):
+            for name, value in self._overall(row, cost).items():
+                yield row.benchmark, row.label, name, "", value
+            for group, chosen in groups([row]):
+                for name in score_names([row]):
                     yield row.benchmark, row.label, name, group, row.interval(name, self.bootstrap, chosen)
-            for name, value in {**row.reward_parts(), **_flat(cost), "failed_episodes": float(len(row.failed))}.items():
-                yield row.benchmark, row.label, name, "", Interval(value, math.nan, math.nan, len(row.episodes))
+
+    def _overall(self, row: RowSummary, cost: Cost) -> dict[str, Interval]:
+        scores = {name: row.interval(name, self.bootstrap) for name in score_names([row])}
+        plain = {**row.reward_parts(), **_flat(cost), "failed_episodes": float(len(row.failed))}
+        return {**scores, **{name: Interval(value, math.nan, math.nan, len(row.episodes)) for name, value in plain.items()}}
 
 
 def score_names(rows: Sequence[RowSummary]) -> tuple[str, ...]:
@@ -138,13 +146,14 @@ def groups(rows: Sequence[RowSummary]) -> list[tuple[str, Chosen]]:
 def save_comparison(report: ComparisonReport, plots: Sequence[Path], folder: Path) -> list[Path]:
     """report.md, report.csv and report.json; returns their paths."""
     paths = [folder / name for name in ("report.md", "report.csv", "report.json")]
+    found = list(report.figures())
     paths[0].write_text(markdown(report, plots), encoding="utf-8")
     with paths[1].open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("benchmark", "row", "measure", "category", "value", "low", "high", "items"))
-        for benchmark, label, name, group, value in report.figures():
+        for benchmark, label, name, group, value in found:
             writer.writerow((benchmark, label, name, group, *(_blank(number) for number in (value.mean, value.low, value.high)), value.count))
-    figures = [{"benchmark": b, "row": r, "measure": m, "category": c, **plain_json(asdict(value))} for b, r, m, c, value in report.figures()]
+    figures = [{"benchmark": b, "row": r, "measure": m, "category": c, **plain_json(asdict(value))} for b, r, m, c, value in found]
     compared = [
         {"benchmark": d.benchmark, "row": d.label, "baseline": d.baseline, **plain_json({**asdict(d.difference), "adjusted_p": d.adjusted_p})}
         for d in report.differences

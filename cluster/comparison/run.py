@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.comparison.arguments import REQUEST_FILE
 from cluster.comparison.drive import Hooks, run_cells
 from cluster.comparison.plan import Cell
 from cluster.comparison.plots import save_plots
@@ -38,14 +40,12 @@ async def evaluate(comparison: Comparison, display: Display) -> None:
 
 async def _measure(comparison: Comparison, missing: list[Cell], display: Display) -> dict[str, str]:
     """Run the missing cells with progress over their episodes; returns why some were given up."""
-    total = sum(len(comparison.tasks[cell.key]) - len(comparison.store.begun(cell)) for cell in missing)
-    if total == 0 and not missing:
+    if not missing:
         return {}
-    for cell in missing:
-        wanted, there = cell.config.evaluation.tasks, len(comparison.tasks[cell.key])
+    for benchmark, (there, wanted) in {cell.benchmark: (len(comparison.tasks[cell.key]), cell.config.evaluation.tasks) for cell in missing}.items():
         if there < wanted:
-            display.say(f"{cell.benchmark}: its held-out split has {there} tasks, fewer than evaluation.tasks={wanted}: all are used")
-            break
+            display.say(f"{benchmark}: its held-out split has {there} tasks, fewer than evaluation.tasks={wanted}: all are used")
+    total = sum(len(comparison.tasks[cell.key]) - len(comparison.store.begun(cell)) for cell in missing)
     with display.counting("evaluate", total) as counter:
         numbers = {cell.key: number for number, cell in enumerate(missing, start=1)}
 
@@ -55,7 +55,7 @@ async def _measure(comparison: Comparison, missing: list[Cell], display: Display
         def finished(cell: Cell) -> None:
             done = comparison.store.finished(cell)
             assert done is not None
-            scores = [value for episode in done.result.episodes if (value := episode.mean(PRIMARY)) == value]
+            scores = [value for episode in done.result.episodes if math.isfinite(value := episode.mean(PRIMARY))]
             mean = f"{PRIMARY.upper()} {100 * sum(scores) / len(scores):.1f} %" if scores else "no score"
             display.say(f"  {_named(cell)}: {mean}, {len(done.result.episodes)} finished, {len(done.result.failed)} failed")
 
@@ -97,7 +97,7 @@ def _report(comparison: Comparison, given_up: Mapping[str, str], tracker: Tracke
         plots += save_plots([row for row, _ in pairs], [cost for _, cost in pairs], report.bootstrap, folder)
     for line in (report.scores_legend, COST_LEGEND, *report.verdicts(), *report.problems()):
         display.say(line)
-    for path in [*save_comparison(report, plots, folder), *plots]:
+    for path in [*save_comparison(report, plots, folder), *plots, comparison.folder / REQUEST_FILE]:
         tracker.artifact(path)
     tracker.log(report.metrics(), comparison.step)
     display.say(f"report:  {folder}")

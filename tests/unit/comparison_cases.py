@@ -26,7 +26,7 @@ def comparison(folder: Path, planned: Plan, tasks: int = 3) -> Comparison:
     store = CellStore(folder / "cells", {"policy": "the base model"})
     listed = tuple(task_at(position) for position in range(tasks))
     keys = [cell.key for cell in planned.cells]
-    return Comparison(planned, MODEL, None, folder, False, store, dict.fromkeys(keys, listed), dict.fromkeys(keys, folder / "basis"))
+    return Comparison(planned, MODEL, None, folder, store, dict.fromkeys(keys, listed), dict.fromkeys(keys, folder / "basis"))
 
 
 def scored(task: str, item: str, f1: float, category: str = "work", tokens: int = 100, context: int = 60, **parts: float) -> EpisodeScore:
