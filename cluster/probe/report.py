@@ -22,23 +22,23 @@ from cluster.tables import markdown_table
 
 HEADER = (
     "cell",
-    "loss written",
-    "loss paraphrased",
-    "recall % [95% CI]",
-    "paraphrased % [95% CI]",
+    "loss",
+    "reworded",
+    "recall %",
+    "reworded %",
     "damage",
     "KL",
-    "damage, replies",
-    "KL, replies",
+    "replies",
+    "KL",
     "s/write",
     "writes",
 )
 LEGEND = (
-    "loss: nats per answer token, before -> after the last write · recall: greedy answers that match exactly (plain EM), written questions and "
-    "paraphrases · damage: rise of the loss on unrelated text, nats per token; KL(base || now); replies: unrelated questions in the chat format · "
-    "writes: accepted/empty/rolled back"
+    "loss: nats per answer token, before→after the last write · recall: greedy answers that match exactly (plain EM) [95 % CI] · reworded: the same "
+    "for paraphrases, which were not written · damage: rise of the loss on unrelated text, nats per token, with KL(base || now); replies: the same "
+    "for unrelated questions in the chat format · writes: accepted/empty/rolled back"
 )
-FORGETTING = ("cell", "after write", "cards", "newest %", "earlier %", "all %", "all, paraphrased %", "damage", "KL", "rolled back")
+FORGETTING = ("cell", "after write", "cards", "newest %", "earlier %", "all %", "all, reworded %", "damage", "KL", "rolled back")
 FIGURES: tuple[tuple[str, bool, Literal["em", "f1"]], ...] = (
     ("em_written", False, "em"),
     ("em_paraphrased", True, "em"),
@@ -88,8 +88,8 @@ class ProbeReport:
         outcomes = [sum(line.outcome == outcome for line in writes) for outcome in ("accepted", "empty", "rolled_back")]
         return (
             label,
-            f"{_loss(first, False):.2f} -> {_loss(last, False):.2f}",
-            f"{_loss(first, True):.2f} -> {_loss(last, True):.2f}",
+            f"{_loss(first, False):.2f}→{_loss(last, False):.2f}",
+            f"{_loss(first, True):.2f}→{_loss(last, True):.2f}",
             self._percent(_pooled(last, False, "em")),
             self._percent(_pooled(last, True, "em")),
             *(_short(_mean([point.text(kind, figure) for point in last])) for kind, figure in _TEXT_FIGURES),
@@ -204,7 +204,7 @@ def _bare(values: Sequence[float]) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "-"
+    return f"{round(value, 3) + 0.0:.3f}" if math.isfinite(value) else "-"  # + 0.0: no "-0.000"
 
 
 def _no_nan(value: Any) -> Any:
