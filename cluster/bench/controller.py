@@ -90,6 +90,9 @@ class MarkedLearner:
     def version(self) -> PolicyVersion:
         return self._inner.version
 
+    def missing(self, groups: Sequence[ObjectRef[TrajectoryGroup]]) -> list[int]:
+        return self._inner.missing(groups)
+
     def step(self, groups: Sequence[ObjectRef[TrajectoryGroup]]) -> StepReport:
         self.marks.append(_mark())
         return self._inner.step(groups)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -53,12 +55,19 @@ def measure(cell: Cell) -> Cost:
 def run(context: Context) -> Outcome:
     sizes = QUICK if context.quick else SIZES
     with model_with_window(context.model_path, sizes.lengths[-1] + 2 * sizes.limit) as model:
-        costs = {
-            (memory, length): measure(Cell(memory, length, sizes, str(model), context.threads)) for length in sizes.lengths for memory in MEMORIES
-        }
+        costs: dict[tuple[MemoryKind, int], Cost] = {}
+        for memory, length in product(MEMORIES[::-1], sizes.lengths):  # the costliest cell, full context at the greatest length, comes last
+            costs[memory, length] = measure(Cell(memory, length, sizes, str(model), context.threads))
+            _keep(context.folder / "cost-cells.jsonl", memory, length, costs[memory, length])
     full = [costs["none", length] for length in sizes.lengths]
     tmem = [costs["parametric", length] for length in sizes.lengths]
     return Outcome(_cases(sizes, full, tmem), (_table(sizes, full, tmem),), (_plot(sizes, full, tmem, context.folder),), _figures(sizes, full, tmem))
+
+
+def _keep(path: Path, memory: MemoryKind, length: int, cost: Cost) -> None:
+    """Cells take minutes: one that fails must not take the others with it."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"memory": memory, "length": length, **asdict(cost)}) + "\n")
 
 
 def _cases(sizes: Sizes, full: list[Cost], tmem: list[Cost]) -> tuple[Case, ...]:

@@ -41,7 +41,8 @@ class Runner:
 
 
 def bench(options: BenchOptions, display: Display) -> dict[str, Outcome]:
-    """Run, show, save, track. Raises BenchError, ModelError, TrackingError; what was measured by then is in the folder."""
+    """Run, show, save, track. A benchmark that fails does not keep the others from running; BenchError at the end names it. Raises ModelError,
+    TrackingError; what was measured by then is in the folder."""
     entries = find(options.names)
     model = resolve_model(ModelConfig(name=options.model))
     folder = (options.output_dir / f"bench-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
@@ -55,18 +56,27 @@ def bench(options: BenchOptions, display: Display) -> dict[str, Outcome]:
     )
     status: RunStatus = "FAILED"
     outcomes: dict[str, Outcome] = {}
+    paths: list[Path] = []
+    failed: list[str] = []
     try:
         for entry in entries:
-            outcomes[entry.name] = _run_child(entry, context, display)
+            try:
+                outcomes[entry.name] = _run_child(entry, context, display)
+            except BenchError as error:
+                failed.append(f"{entry.name}: {error}")
+                display.say(f"FAILED {failed[-1]}")
+                continue
             paths = save(folder, facts, outcomes, {one.name: one.about for one in entries})
             tracker.log(metrics(entry.name, outcomes[entry.name]), step=0)
         for path in [*paths, *(plot for outcome in outcomes.values() for plot in outcome.plots)]:
             tracker.artifact(path)
-        status = "FINISHED"
+        status = "FAILED" if failed else "FINISHED"
     finally:
         tracker.finish(status)
     display.say(f"report:  {folder / 'report.md'}")
     display.say(f"metrics: {tracker.location}")
+    if failed:
+        raise BenchError("; ".join(failed))
     return outcomes
 
 

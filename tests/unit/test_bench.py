@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from cluster.bench import run as bench_run
 from cluster.bench.harness import child, in_turns
 from cluster.bench.report import as_json, case_cells, markdown, metrics
-from cluster.bench.suite import SUITE, find
-from cluster.bench.values import BenchError, Case, Goal, Outcome, Table, Timing
+from cluster.bench.suite import SUITE, Entry, find
+from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Table, Timing
 from cluster.cli import EXIT_USAGE, main
+from cluster.progress import Display
 
 
 def case(goal: Goal | None) -> Case:
@@ -96,3 +100,18 @@ def test_benchmarks_are_found_by_name_and_a_wrong_name_is_one_line(capsys: pytes
     assert [entry.name for entry in find(("refresh", "writer"))] == ["writer", "refresh"]
     assert main(["bench", "writr", "--no-tracking"]) == EXIT_USAGE
     assert "error: no benchmark 'writr': there are writer, revisions" in capsys.readouterr().err
+
+
+def test_a_benchmark_that_fails_does_not_keep_the_others_from_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_path: Path) -> None:
+    def measured(entry: Entry, context: Context, display: Display) -> Outcome:
+        if entry.name == "writer":
+            raise BenchError("writer died before run: out of memory?")
+        return Outcome((case(None),), (), (), {})
+
+    monkeypatch.setattr(bench_run, "_run_child", measured)
+    options = bench_run.BenchOptions(("writer", "cost"), str(tiny_model_path), 1, 1, True, tmp_path, tracking=False)
+    said = io.StringIO()
+    with pytest.raises(BenchError, match="writer: writer died before run"):
+        bench_run.bench(options, Display(Console(file=said)))
+    (report,) = tmp_path.glob("bench-*/report.json")
+    assert list(json.loads(report.read_text())["benchmarks"]) == ["cost"] and "FAILED writer" in said.getvalue()
