@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from actors.chat import ChatFormat
-from actors.environments.base import Environment, Session
+from actors.environments.base import Environment, Session, TaskError
 from actors.memory.base import Agent, Memory
 from actors.protocols import AsyncWriter, EngineError, Policy
 from actors.types import (
@@ -119,6 +120,8 @@ async def run_episode(
     finally:
         await actor.close()
     outcome = await asyncio.get_running_loop().run_in_executor(_OUTCOMES, session.outcome)
+    if not math.isfinite(outcome.reward):  # never trained on, and never a 0: the siblings would be compared with it
+        raise TaskError(f"task {spec.task.id}: the environment {environment.name} gave the reward {outcome.reward}, it must be a finite number")
     total = time.perf_counter() - started
     return Trajectory(
         task=spec.task,

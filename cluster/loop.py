@@ -10,7 +10,8 @@
 The groups themselves (tokens, fast weights) go from the workers' object store straight to the learner: here they are references.
 
 Every wait, and who unblocks it:
-    stream.take       a worker that finishes a group; a fleet that cannot be kept up (it raises here); train.group_timeout_s without any event
+    stream.take       a worker that finishes a group; a fleet that cannot be kept up (it raises here); train.group_timeout_s without any event;
+                      then the learner's nodes having the groups, or learner.step_timeout_s
     learner.step      the learner, or learner.step_timeout_s
     channel.publish   the learner handing out its weights, or learner.step_timeout_s
     refreshing        in the background, awaited after the last step: each worker drains and loads under train.group_timeout_s + refresh deadline
@@ -31,6 +32,7 @@ from actors.types import TrajectoryGroup
 from cluster.broadcast import Channel, WeightSource
 from cluster.checkpoint import TrainState
 from cluster.elastic import ElasticFleet
+from cluster.lanes import FinishedGroup
 from cluster.metrics import StepSeconds, StepSummary, step_metrics, summarize, worker_metrics
 from cluster.stream import Batch, GroupStream
 from cluster.tracking import Tracker
@@ -43,6 +45,10 @@ if TYPE_CHECKING:
 
 class Trainer(WeightSource, Protocol):
     """What the loop asks of the learner. Blocking calls with their own deadlines: the loop runs them in a thread."""
+
+    def missing(self, groups: Sequence[ObjectRef[TrajectoryGroup]]) -> list[int]:
+        """Bring ``groups`` to the learner; the places of those that are lost, with the node that held them."""
+        ...
 
     def step(self, groups: Sequence[ObjectRef[TrajectoryGroup]]) -> StepReport: ...
 
@@ -66,6 +72,11 @@ async def run_loop(parts: LoopParts, plan: TrainConfig, state: TrainState) -> Tr
     Cancelled (Ctrl-C, SIGTERM), it ends the learner step that is running, saves what no checkpoint holds yet, and goes on being cancelled.
     """
     stream, fleet, saved = parts.stream, parts.fleet, state.step
+
+    async def missing(groups: Sequence[FinishedGroup]) -> list[int]:
+        return await asyncio.to_thread(parts.trainer.missing, [group.content for group in groups])
+
+    stream.deliver(missing)
     try:
         await fleet.start(stream)
         while state.step < plan.steps:

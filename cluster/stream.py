@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -84,10 +84,16 @@ class GroupStream:
         self._changed = asyncio.Event()
         self._on_lost: Callable[[str, Exception], None] | None = None
         self._on_group: Callable[[], None] = lambda: None
+        self._held = False
+        self._missing: Callable[[Sequence[FinishedGroup]], Awaitable[Sequence[int]]] | None = None
 
     def listen(self, on_lost: Callable[[str, Exception], None], on_group: Callable[[], None]) -> None:
         """``on_lost`` is told of a worker whose call failed (without it that ends the stream), ``on_group`` of every group that arrives."""
         self._on_lost, self._on_group = on_lost, on_group
+
+    def deliver(self, missing: Callable[[Sequence[FinishedGroup]], Awaitable[Sequence[int]]]) -> None:
+        """``missing`` brings a batch to the learner before ``take`` returns it, and says which places are lost: those tasks are issued again."""
+        self._missing = missing
 
     def add(self, worker: GroupSource, version: PolicyVersion) -> None:
         """``worker`` serves ``version`` and takes groups from now on."""
@@ -119,7 +125,14 @@ class GroupStream:
                     fresh.append((position, age, group))
             self._taken = len(fresh)
             if self._taken == self._plan.per_step:
-                break
+                lost = [] if self._missing is None else await self._missing([group for _, _, group in fresh])
+                if not lost:
+                    break
+                for place in lost:
+                    self._reissue(fresh[place][0], f"{fresh[place][2].summary.worker}'s node was lost with a finished group in it")
+                fresh = [kept for place, kept in enumerate(fresh) if place not in lost]
+                self._taken = len(fresh)
+                continue
             self._fill()
             await self._wait_for_change()
         fresh.sort(key=lambda item: item[0])
@@ -136,6 +149,15 @@ class GroupStream:
         if (lane := self._lanes.get(worker)) is not None:
             self._openings.remove(lane)
             lane.admitting = False
+
+    def hold(self) -> None:
+        """Issue nothing until ``release``, whichever workers are refreshed or added meanwhile: they are wanted for something else."""
+        self._held = True
+
+    def release(self) -> None:
+        self._held = False
+        self._fill()
+        self._changed.set()
 
     async def drained(self, worker: str) -> None:
         """Until ``worker`` has no group left, or is gone; each of them ends at the latest with its own deadline."""
@@ -177,7 +199,7 @@ class GroupStream:
     def _fill(self) -> None:
         """Issue tasks while some worker has a credit and the result would be fresh; the least loaded worker first."""
         plan = self._plan
-        while self._error is None:
+        while self._error is None and not self._held:
             outstanding = len(self._running) + len(self._ready) + self._taken
             if outstanding >= self._to_deliver:
                 return
@@ -224,12 +246,15 @@ class GroupStream:
         del self._running[position]
         self._openings.remove(lane)
         lane.admitting = False
-        if not self.ledger.give_back(position):
-            self.ledger.count_failures(["worker"])
-            self._messages[f"worker: {error}"] += 1
+        self._reissue(position, str(error))
         self._on_lost(lane.source.name, error)
         self._fill()
         self._changed.set()
+
+    def _reissue(self, position: int, reason: str) -> None:
+        if not self.ledger.give_back(position):
+            self.ledger.count_failures(["worker"])
+            self._messages[f"worker: {reason}"] += 1
 
     def _sort_in(self, position: int, group: FinishedGroup) -> None:
         """Fewer than two finished siblings cannot be compared: counted as failed, replaced by the next task."""

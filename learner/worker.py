@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 from torch import Tensor
 
 from actors.fast_weights import Basis
@@ -98,6 +98,10 @@ class LearnerActor:
         return self._worker.start(host, port)
 
     @ray.method
+    def hold(self, *groups: TrajectoryGroup) -> None:
+        """For its arguments alone: Ray brings them to this rank's node before the call."""
+
+    @ray.method
     def step(self, *groups: TrajectoryGroup) -> StepReport:
         return self._worker.step(groups)
 
@@ -148,6 +152,13 @@ class LearnerGroup:
     def version(self) -> PolicyVersion:
         return self._version
 
+    def missing(self, groups: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> list[int]:
+        """Bring ``groups`` to the ranks' nodes; the places of those that were lost with the node that held them.
+
+        To be asked before ``step``: there, a rank that cannot be given its groups leaves the others waiting for it.
+        """
+        return [place for place, group in enumerate(groups) if self._lost([group])] if self._lost(groups) else []
+
     def step(self, groups: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> StepReport:
         """See ``Learner.step``. The groups go from where they are to the ranks' nodes, not through the driver.
 
@@ -184,6 +195,20 @@ class LearnerGroup:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
+
+    def _lost(self, groups: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> bool:
+        """Whether one of ``groups`` is."""
+        calls = [actor.hold.remote(*groups) for actor in self._actors]
+        self._wait(calls, "hold", time.monotonic() + self._timeout, self._timeout)
+        try:
+            ray.get(calls, timeout=self._timeout)
+        except RayTaskError as error:
+            if isinstance(error.cause, ObjectLostError):
+                return True
+            self._raise_failure(calls, "hold")
+        except RayActorError:
+            self._raise_failure(calls, "hold")
+        return False
 
     def _wait(self, calls: list[Any], verb: str, deadline: float, timeout: float) -> None:
         _, pending = ray.wait(calls, num_returns=len(calls), timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)

@@ -61,6 +61,9 @@ class Trainer:
         self.batches: list[list[str]] = []
         self.fail_at = -1
 
+    def missing(self, groups: Sequence[TrajectoryGroup]) -> list[int]:
+        return []
+
     def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
         if self.version == self.fail_at:
             raise LearnerError("learner step: a rank's process died; resume from the last checkpoint")

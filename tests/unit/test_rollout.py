@@ -6,6 +6,7 @@ import asyncio
 import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from actors.environments.base import TaskError
 from actors.environments.recall import RecallEnvironment, RecallSession
 from actors.protocols import EngineError, FastWeightWriter, ReceiptError, WriterError
 from actors.rollout import Rollout, RolloutRequest, WriteBatcher
-from actors.types import AdapterKey, FastWeights, Generation, Probe, Sampling, Task, WriteExample, WriteRequest, WriteResult
+from actors.types import AdapterKey, FastWeights, Generation, Outcome, Probe, Sampling, Task, WriteExample, WriteRequest, WriteResult
 from configs.schema import MemoryConfig, RecallConfig, RolloutConfig, WriteConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
@@ -155,6 +156,24 @@ def test_an_environment_error_fails_one_episode(chat: ChatFormat) -> None:
     trap = Trap(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
     group = asyncio.run(_rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=trap).group(_request()))
     assert [(failed.boundary, failed.message) for failed in group.failed] == [("environment", "task t: field x is missing")]
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_fails_the_episode(chat: ChatFormat, reward: float) -> None:
+    class Broken(RecallSession):
+        def outcome(self) -> Outcome:
+            return replace(super().outcome(), reward=reward)
+
+    class Trap(RecallEnvironment):
+        def start(self, task: Task) -> RecallSession:
+            return Broken(task) if next(starts) == 0 else super().start(task)
+
+    starts = iter(range(9))
+    trap = Trap(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
+    group = asyncio.run(_rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=trap).group(_request()))
+    message = f"task {TASK.id}: the environment recall gave the reward {reward}, it must be a finite number"
+    assert [(failed.boundary, failed.message) for failed in group.failed] == [("environment", message)]
+    assert len(group.trajectories) == _request().group_size - 1
 
 
 def test_a_late_episode_is_a_timeout_and_its_slot_is_free_again(chat: ChatFormat) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import StreamError, WorkerLost
-from cluster.lanes import Lane, Openings
-from cluster.ledger import Ledger, LedgerSnapshot
+from cluster.lanes import FinishedGroup, Lane, Openings
+from cluster.ledger import MOST_LOSSES, Ledger, LedgerSnapshot
 from cluster.stream import GroupStream, StreamPlan, may_issue
 from tests.unit.cluster_cases import ScriptedWorker, settle, task_at
 
@@ -348,3 +349,55 @@ def test_any_interleaving_keeps_the_bound_and_the_balance(seed: int, per_step: i
         assert stream.ledger.in_flight == 0
 
     asyncio.run(body())
+
+
+def test_a_finished_group_whose_content_is_lost_is_issued_again_and_replaced() -> None:
+    """As when a node dies with groups that wait in it for the learner."""
+
+    async def body() -> None:
+        worker, asked = ScriptedWorker("w"), list[list[str]]()
+        stream = stream_of([worker], steps=1, per_step=3)
+
+        async def missing(groups: Sequence[FinishedGroup]) -> list[int]:
+            asked.append([group.summary.task_id for group in groups])
+            return [0, 2] if len(asked) == 1 else []
+
+        stream.deliver(missing)
+        taking = asyncio.create_task(stream.take())
+        await settle()
+        for position in (0, 1, 2):
+            worker.finish(position)
+        await settle()
+        assert worker.open == [0, 2] and stream.ledger.in_flight == 3 and stream.ledger.balanced
+        worker.finish(2)
+        worker.finish(0)
+        batch = await taking
+        assert [group.summary.task_id for group in batch.groups] == ["t0", "t1", "t2"]
+        assert asked == [["t0", "t1", "t2"], ["t1", "t2", "t0"]]
+        ledger = stream.ledger
+        assert (ledger.issued, ledger.reissued, ledger.settled["trained"], ledger.in_flight) == (3, 2, 3, 0) and ledger.balanced
+        await stream.close()
+
+    asyncio.run(asyncio.wait_for(body(), 10))
+
+
+def test_a_group_that_is_lost_each_time_it_is_finished_ends_as_failed() -> None:
+    async def body() -> None:
+        worker = ScriptedWorker("w")
+        stream = stream_of([worker], steps=1, per_step=1)
+
+        async def missing(groups: Sequence[FinishedGroup]) -> list[int]:
+            return [0] if groups[0].summary.task_id == "t0" else []
+
+        stream.deliver(missing)
+        taking = asyncio.create_task(stream.take())
+        for _ in range(MOST_LOSSES):
+            await settle()
+            worker.finish(0)
+        await settle()
+        worker.finish(1)
+        assert [group.summary.task_id for group in (await taking).groups] == ["t1"]
+        assert dict(stream.ledger.settled) == {"failed": 1, "trained": 1} and stream.ledger.balanced
+        await stream.close()
+
+    asyncio.run(asyncio.wait_for(body(), 10))
