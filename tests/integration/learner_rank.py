@@ -1,6 +1,6 @@
 """One rank of a two-rank learner, as a script: ``learner_rank.py RANK PORT MODEL OUT``.
 
-Trains under ZeRO 1 and 3; writes weights and reports to OUT."""
+Trains under each ZeRO stage N, goes on from the checkpoint of one rank in OUT/one-N, and writes weights and reports to OUT."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main() -> None:
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
     basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(rank=3, last_layers=2), 0)
     groups = [group(basis, (1.0, 0.0, 0.25))]
-    for zero_stage in (1, 3):
+    for zero_stage in (0, 1, 2, 3):
         made = learner(model_path, basis, free(zero_stage=zero_stage), rank=rank, world_size=2)
         reports = [made.step(groups)]
         made.save(out / f"checkpoint-{zero_stage}")
@@ -31,6 +31,10 @@ def main() -> None:
         reports.append(made.step(groups))
         safetensors.torch.save_file(made.weights(trainable_only=False), out / f"weights-{zero_stage}-{rank}.safetensors")
         (out / f"reports-{zero_stage}-{rank}.json").write_text(json.dumps([asdict(report) for report in reports]))
+        made.load(out / f"one-{zero_stage}")
+        made.save(out / f"again-{zero_stage}")
+        made.step(groups)
+        safetensors.torch.save_file(made.weights(trainable_only=False), out / f"grown-{zero_stage}-{rank}.safetensors")
 
 
 if __name__ == "__main__":
