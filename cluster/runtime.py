@@ -79,7 +79,7 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    except Exception as error:  # noqa: BLE001  (Ray raises the plain class, too: for a node that is slow to start, say)
+    except Exception as error:  # Ray raises the plain class, too: for a node that is slow to start, say
         where = f"join Ray at ray.address={config.ray.address!r}" if config.ray.address else "start a local Ray"
         raise StartupError(f"cannot {where}: {_first_line(error)}") from error
     try:
