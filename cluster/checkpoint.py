@@ -1,28 +1,36 @@
 """Everything a run needs to go on, in one folder that is complete or absent.
 
     <run>/checkpoints/step-000050/
-        learner/       theta (a Hugging Face folder), optimizer, RNG of every rank          written by the learner
-        state.json     step, policy version, task ledger, MLflow run id, rewards so far
-        config.yaml    the resolved configuration
+        learner/          theta (a Hugging Face folder), optimizer, RNG of every rank          written by the learner
+        state.json        step, policy version, task ledger, MLflow run id, rewards so far, when it was written
+        config.yaml       the resolved configuration
+        evaluation.json   mean held-out F1, where train.evaluate_every measured it
 
-A checkpoint is written into a hidden folder and renamed: one that can be seen is complete. Episodes need no RNG state: task and sampling seeds follow
-from the run's seed and the task's position.
+A checkpoint is written into a hidden folder, brought to the disk and renamed: one that can be seen is complete. Kept are the newest
+``train.keep_checkpoints`` and the best. Which is best is read off the checkpoints themselves: an index or a link beside them could be out of date.
+Episodes need no RNG state: task and sampling seeds follow from the run's seed and the task's position.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from actors.types import PolicyVersion
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, SaveError
 from cluster.ledger import LedgerSnapshot
+from learner.types import LearnerError
 
 _FORMAT = "engram-run-1"
 _FOLDER = "checkpoints"
+_SCORE = "evaluation.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +72,47 @@ class Checkpoint:
 async def save_checkpoint(
     run_dir: Path, state: TrainState, config_yaml: str, save_learner: Callable[[Path], Awaitable[None]], keep: int
 ) -> Checkpoint:
-    """Write, rename, and delete all but the newest ``keep``. A crash on the way leaves the earlier checkpoints as they were."""
+    """Write, rename, and delete all but the newest ``keep`` and the best. A crash on the way leaves the earlier checkpoints as they were.
+
+    Raises SaveError (a full disk), with nothing half-written left behind.
+    """
     folder = run_dir / _FOLDER / f"step-{state.step:06d}"
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    await save_learner(partial / "learner")
-    (partial / "config.yaml").write_text(config_yaml, encoding="utf-8")
-    (partial / "state.json").write_text(json.dumps({"format": _FORMAT, **asdict(state)}, indent=1), encoding="utf-8")
-    if folder.exists():  # a run that was resumed from an earlier step writes this one anew
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    for old in list_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    try:
+        _bring_back(run_dir)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        await save_learner(partial / "learner")
+        (partial / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        content = {"format": _FORMAT, "written": time.time(), **asdict(state)}
+        (partial / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        _to_disk(partial)
+        if folder.exists():  # a run that was resumed from an earlier step writes this one anew
+            folder.rename(old)
+        partial.rename(folder)
+        _sync(folder.parent)
+    except (OSError, LearnerError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        cause = " ".join(str(error).split())
+        raise SaveError(f"step {state.step} could not be saved in {folder.parent}{_room(run_dir)}: {cause}; earlier checkpoints are whole") from error
+    shutil.rmtree(old, ignore_errors=True)
+    _prune(run_dir, keep)
     return Checkpoint(folder, state)
+
+
+def score_checkpoint(run_dir: Path, step: int, f1: float, tasks: int, keep: int) -> bool:
+    """Note the mean held-out F1 of a saved step, and prune; whether it is the best so far. Raises SaveError."""
+    folder = run_dir / _FOLDER / f"step-{step:06d}"
+    partial = folder / f".{_SCORE}.partial"
+    try:
+        partial.write_text(json.dumps({"f1": f1, "tasks": tasks}), encoding="utf-8")
+        _sync(partial)
+        partial.rename(folder / _SCORE)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise SaveError(f"the evaluation of step {step} could not be saved in {folder}{_room(run_dir)}: {error}") from error
+    _prune(run_dir, keep)
+    return best_checkpoint(run_dir) == folder
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -87,6 +122,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.pop("format") != _FORMAT:
             raise ValueError(f"its format is not {_FORMAT}")
+        data.pop("written", None)
         ledger = data.pop("ledger")
         ledger["pending"] = tuple(ledger["pending"])
         state = TrainState(ledger=LedgerSnapshot(**ledger), rewards=tuple(data.pop("rewards")), **data)
@@ -103,15 +139,85 @@ def find_checkpoint(resume: str, output_dir: Path) -> Checkpoint | None:
     if not resume:
         return None
     if resume == "auto":
-        folders = [folder for run in sorted(output_dir.glob("*/")) for folder in list_checkpoints(run)]
-        newest = max(folders, key=lambda folder: (folder / "state.json").stat().st_mtime_ns, default=None)
+        for run in output_dir.glob("*/"):
+            _bring_back(run)
+        folders = [folder for run in output_dir.glob("*/") for folder in list_checkpoints(run)]
+        newest = max(folders, key=_written, default=None)
         return None if newest is None else load_checkpoint(newest)
-    return load_checkpoint(Path(resume).expanduser().absolute())
+    folder = Path(resume).expanduser().absolute()
+    _bring_back(folder.parent.parent)
+    return load_checkpoint(folder)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in (run_dir / _FOLDER).glob("step-*/state.json"))
+    """The complete checkpoints of a run, in the order in which they were written: after a resume from an earlier step not that of the steps."""
+    return sorted((path.parent for path in (run_dir / _FOLDER).glob("step-*/state.json")), key=_written)
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """The evaluated checkpoint with the highest mean held-out F1; of equal ones the earliest. None where none was evaluated."""
+    scored = [(score, folder) for folder in list_checkpoints(run_dir) if (score := score_of(folder)) is not None]
+    return max(scored, key=lambda one: one[0], default=(0.0, None))[1]
+
+
+def score_of(folder: Path) -> float | None:
+    """Mean held-out F1 (0..1) of the checkpoint in ``folder``; None where it was not evaluated."""
+    score = _json(folder / _SCORE).get("f1")
+    return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
+
+
+def _prune(run_dir: Path, keep: int) -> None:
+    best = best_checkpoint(run_dir)
+    for old in list_checkpoints(run_dir)[:-keep]:
+        if old != best:
+            shutil.rmtree(old)
+
+
+def _written(folder: Path) -> tuple[float, str]:
+    """When, as it says itself: file times do not survive a copy."""
+    written = _json(folder / "state.json").get("written")
+    return (float(written) if isinstance(written, int | float) else 0.0, folder.name)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Empty for a file that is missing or damaged: who needs it says so (load_checkpoint)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _bring_back(run_dir: Path) -> None:
+    """A checkpoint that was about to be replaced when the process died is put back."""
+    for old in (run_dir / _FOLDER).glob(".step-*.old"):
+        folder = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(folder)
+
+
+def _to_disk(folder: Path) -> None:
+    """All below ``folder`` survives a power cut from here on, so that the rename cannot come before what it renames."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _room(run_dir: Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(run_dir).free / 2**20:.0f} MiB free)"
+    except OSError:
+        return ""
 
 
 def _newest_below(folder: Path) -> Path | None:

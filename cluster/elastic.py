@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -102,9 +103,20 @@ class ElasticFleet:
             self._roll_out(name)
 
     async def finish(self) -> None:
-        """Until every worker that serves has the newest version, or is lost. Raises nothing: failures have been handed to the stream."""
+        """Until every worker that serves has the newest version, or is lost; and where none is left, until a new one serves: an evaluation may follow.
+
+        Raises nothing: failures have been handed to the stream, and a start has its own deadline.
+        """
         while rolls := [roll for roll in self._rolls.values() if not roll.done()]:
             await asyncio.gather(*rolls, return_exceptions=True)
+        while not self.workers and self.state.counts() & Counter(("starting", "refreshing")):
+            await asyncio.sleep(0.1)
+
+    async def load_again(self) -> None:
+        """Every worker that serves loads the newest weights once more: its caches are then those of one that has just started with them."""
+        if self._newest is not None:
+            self.begin(self._newest)
+        await self.finish()
 
     async def close(self) -> None:
         """Stop watching and refreshing. The workers stay up."""

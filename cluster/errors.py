@@ -27,5 +27,9 @@ class CheckpointError(ClusterError):
     """A checkpoint is missing, incomplete, or belongs to another configuration."""
 
 
+class SaveError(ClusterError):
+    """A checkpoint could not be written (a full disk). What was saved before is whole."""
+
+
 class TrackingError(ClusterError):
     """The MLflow store cannot be reached or written."""

@@ -8,6 +8,7 @@ Each row is saved when it is measured, so that a resumed run shows those from be
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,10 +16,10 @@ from pathlib import Path
 
 from cluster.broadcast import ObjectStoreWeights
 from cluster.build import TrainingCluster, build_demonstrations, build_fleet, build_stream, start_state, training_cluster
-from cluster.checkpoint import TrainState, list_checkpoints, save_checkpoint
-from cluster.errors import TrackingError
+from cluster.checkpoint import TrainState, best_checkpoint, list_checkpoints, score_of
 from cluster.evaluate import EvaluationRow, RowResult, evaluate_row, load_row, row_metrics, save_row
 from cluster.fleet import RemoteWorker
+from cluster.keeper import Keeper, save_state
 from cluster.ledger import ledger_line
 from cluster.loop import LoopParts, run_loop
 from cluster.metrics import StepSummary
@@ -29,7 +30,6 @@ from cluster.tables import HEADER, LEGEND, MOST_CATEGORIES, Report, rich_table, 
 from cluster.timeline import KeptTimeline, save_timeline
 from cluster.tracking import RunStatus, Tracker, start_tracking
 from cluster.warm_start import warm_start
-from configs.load import to_yaml
 from configs.schema import RunConfig
 
 ROW_ORDER = ("memory_off", "before", "after_warm_start", "after_rl")
@@ -128,6 +128,7 @@ async def train_on(cluster: TrainingCluster, preparation: Preparation, tracker: 
         state, newest = await _warm_start(preparation, cluster, tracker, display, state)
     if state.warm_steps > 0 and state.step == 0:
         await scores.measure("after_warm_start", 0)
+        newest = await _serve(cluster)  # empty caches: a run that is resumed here, with its row measured, finds them so
     scores.forget("after_rl")
     state = await _reinforce(preparation, cluster, tracker, display, state, newest)
     await scores.measure("after_rl", state.step)
@@ -145,13 +146,19 @@ async def _warm_start(
     steps = preparation.config.warm_start.steps
     with display.counting("warm start", steps) as counter:
         await warm_start(demonstrations, cluster.learner, preparation.config, tracker, counter.advance)
+    weights = await _serve(cluster)
+    state = replace(state, warm_steps=steps, version=cluster.learner.version)
+    await save_state(preparation, cluster.learner, state)
+    return state, weights
+
+
+async def _serve(cluster: TrainingCluster) -> ObjectStoreWeights:
+    """Every worker loads the learner's present weights."""
     weights = await asyncio.to_thread(cluster.channel.publish, cluster.learner)
     async with asyncio.TaskGroup() as refreshes:
         for worker in cluster.workers:
             refreshes.create_task(worker.refresh(weights))
-    state = replace(state, warm_steps=steps, version=cluster.learner.version)
-    await _save(preparation, cluster, state)
-    return state, weights
+    return weights
 
 
 async def _reinforce(
@@ -164,26 +171,21 @@ async def _reinforce(
 
         def on_step(summary: StepSummary) -> None:
             wanted.step = summary.step
+            keeper.on_step(summary.step)
             counter.advance(step_line(summary))
 
-        async def on_checkpoint(reached: TrainState) -> None:
-            await _save(preparation, cluster, reached)
+        def serving() -> list[RemoteWorker]:
+            return [worker for worker in cluster.launched if worker in fleet.workers]
 
         stream = build_stream(preparation, cluster.workers, state)
         fleet = build_fleet(preparation, cluster, newest, wanted, display.say)
-        parts = LoopParts(stream, cluster.learner, fleet, cluster.channel, tracker, on_step, on_checkpoint)
+        row = evaluation_rows(preparation.config)["after_rl"]
+        keeper = Keeper(preparation, cluster.learner, stream, fleet, tracker, display, row, serving)
+        parts = LoopParts(stream, cluster.learner, fleet, cluster.channel, tracker, on_step, keeper.on_checkpoint)
         state = await run_loop(parts, plan, state)
-        cluster.workers[:] = [worker for worker in cluster.launched if worker in fleet.workers]
+        cluster.workers[:] = serving()
         display.say(ledger_line(stream.ledger))
         return state
-
-
-async def _save(preparation: Preparation, cluster: TrainingCluster, state: TrainState) -> None:
-    async def save_learner(folder: Path) -> None:
-        await asyncio.to_thread(cluster.learner.save, str(folder))
-
-    config = preparation.config
-    await save_checkpoint(preparation.run_dir, state, to_yaml(config), save_learner, config.train.keep_checkpoints)
 
 
 def _track(preparation: Preparation, state: TrainState) -> Tracker:
@@ -192,8 +194,10 @@ def _track(preparation: Preparation, state: TrainState) -> Tracker:
 
 @contextmanager
 def ending(tracker: Tracker, display: Display) -> Iterator[None]:
-    """End the tracked run with the right status, also when it failed or was stopped."""
+    """End the tracked run with the right status, also when it failed or was stopped. What the tracker warns of goes to the user's display."""
     status: RunStatus = "FAILED"
+    handler = _Say(display)
+    logging.getLogger("cluster").addHandler(handler)
     try:
         yield
         status = "FINISHED"
@@ -201,7 +205,20 @@ def ending(tracker: Tracker, display: Display) -> Iterator[None]:
         status = "KILLED"
         raise
     finally:
-        _finish(tracker, status, display)
+        tracker.finish(status)
+        logging.getLogger("cluster").removeHandler(handler)
+
+
+class _Say(logging.Handler):
+    def __init__(self, display: Display) -> None:
+        super().__init__(logging.WARNING)
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._display.say(record.getMessage())
+        except OSError:  # the terminal is gone; who warns need not know
+            self.handleError(record)
 
 
 @contextmanager
@@ -217,16 +234,10 @@ def _resumable(preparation: Preparation, display: Display) -> Iterator[None]:
         raise
 
 
-def _finish(tracker: Tracker, status: RunStatus, display: Display) -> None:
-    """A store that fails at the end is said, and hides neither the run's result nor its own error."""
-    try:
-        tracker.finish(status)
-    except TrackingError as error:
-        display.say(f"warning: {error}")
-
-
 def _next_commands(preparation: Preparation, display: Display) -> None:
     saved, config = list_checkpoints(preparation.run_dir), preparation.config
+    if (best := best_checkpoint(preparation.run_dir)) is not None:
+        display.say(f"best:     {best} (held-out F1 {100 * (score_of(best) or 0.0):.1f} %)")
     if saved:
         steps, tasks = max(1, config.train.steps) * 2, config.evaluation.tasks * 4
         display.say(f"train on: python -m cluster train {preparation.config_path} resume={saved[-1]} train.steps={steps}")

@@ -175,12 +175,17 @@ class TrainConfig:
     group_size: int = 8  # sibling episodes of one task
     max_staleness: int = 1
     checkpoint_every: int = 50
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest; the best by evaluate_every is kept besides
+    evaluate_every: int = 0  # steps between held-out evaluations, each at a checkpoint; 0 is none
+    evaluate_tasks: int = 16  # of each: the first of the eval split
     group_timeout_s: float = 1200
 
     def __post_init__(self) -> None:
-        not_negative(self, "steps", "max_staleness")
-        positive(self, "tasks_per_step", "group_timeout_s", "checkpoint_every", "keep_checkpoints")
+        not_negative(self, "steps", "max_staleness", "evaluate_every")
+        positive(self, "tasks_per_step", "group_timeout_s", "checkpoint_every", "keep_checkpoints", "evaluate_tasks")
+        at_checkpoints = self.evaluate_every % self.checkpoint_every == 0
+        allowed = f"0 or a multiple of train.checkpoint_every={self.checkpoint_every}"
+        require(at_checkpoints, "evaluate_every", self.evaluate_every, allowed, "only what is saved can be kept as the best")
         require(self.group_size >= 2, "group_size", self.group_size, "2 or more", "advantages compare siblings of one task")
 
 
@@ -203,6 +208,8 @@ class TrackingConfig:
     enabled: bool = True
     uri: str = ""
     experiment: str = "engram"
+    timeout_s: float = 20.0  # of one request to a server
+    finish_timeout_s: float = 30.0  # the end of a run waits so long for a store that is away; what is left by then stays in the run's folder
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,18 @@ class Counters:
 
 
 def save(folder: str | os.PathLike[str], engine: TrainingEngine, model: PolicyModel, counters: Counters, model_path: str) -> None:
-    """Write the checkpoint beside ``folder`` and rename it into place, replacing an older one. Collective: every rank calls it."""
+    """Write the checkpoint beside ``folder`` and rename it into place, replacing an older one. Collective: every rank calls it.
+
+    Raises LearnerError when the disk refuses; an older checkpoint in ``folder`` is then as it was.
+    """
     target = Path(folder)
+    try:
+        _save(target, engine, model, counters, Path(model_path))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise LearnerError(f"{target}: cannot be written ({error})") from error
+
+
+def _save(target: Path, engine: TrainingEngine, model: PolicyModel, counters: Counters, model_path: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     first = engine.rank == 0
     if first:
@@ -70,7 +80,7 @@ def save(folder: str | os.PathLike[str], engine: TrainingEngine, model: PolicyMo
     (partial / f"rng-{engine.rank}.json").write_text(json.dumps(_rng_state(engine.device)))
     if first:
         model.base.config.save_pretrained(partial / "model")
-        _copy_companions(Path(model_path), partial / "model")
+        _copy_companions(model_path, partial / "model")
         (partial / "learner.json").write_text(json.dumps({"format": _FORMAT, "ranks": engine.world_size, **asdict(counters)}, indent=1))
     engine.barrier()
     if first:

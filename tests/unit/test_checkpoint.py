@@ -1,0 +1,165 @@
+"""Checkpoints of a run on disk: kept by count and by score, whole or absent whatever happens while they are written."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from actors.fast_weights import Basis
+from cluster.checkpoint import START, best_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint, score_checkpoint, score_of
+from cluster.errors import SaveError
+from configs.load import ConfigError, load_config
+from learner.learner import Learner
+from tests.unit.learner_cases import free, group, learner, write_model
+
+QUICKSTART = Path("configs/quickstart.yaml")
+
+
+def save(run_dir: Path, step: int, keep: int = 2, content: str = "theta") -> None:
+    async def write(target: Path) -> None:
+        target.mkdir()
+        (target / "theta").write_text(content)
+
+    asyncio.run(save_checkpoint(run_dir, replace(START, step=step), "name: test\n", write, keep))
+
+
+def names(run_dir: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(run_dir)]
+
+
+def hidden(run_dir: Path) -> list[str]:
+    return [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_the_best_is_kept_besides_the_newest(tmp_path: Path) -> None:
+    scores = {1: 0.1, 2: 0.4, 3: 0.4, 4: 0.2, 5: 0.3}
+    best = []
+    for step, score in scores.items():
+        save(tmp_path, step)
+        best.append(score_checkpoint(tmp_path, step, score, tasks=16, keep=2))
+    assert best == [True, True, False, False, False]  # of equal ones the earlier stays: nothing says that the later is better
+    assert names(tmp_path) == ["step-000002", "step-000004", "step-000005"]
+    assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000002"
+    save(tmp_path, 6)
+    assert score_of(tmp_path / "checkpoints" / "step-000006") is None
+    score_checkpoint(tmp_path, 6, 0.9, tasks=16, keep=2)
+    assert names(tmp_path) == ["step-000005", "step-000006"]  # the old best is one of many again
+    copy = shutil.copytree(tmp_path / "checkpoints", tmp_path / "elsewhere" / "checkpoints").parent
+    assert best_checkpoint(copy) == copy / "checkpoints" / "step-000006"  # it lies in the checkpoints themselves
+    assert hidden(tmp_path) == []
+
+
+def test_without_an_evaluation_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert names(tmp_path) == ["step-000002", "step-000003"] and best_checkpoint(tmp_path) is None
+
+
+def test_a_run_resumed_from_an_earlier_step_keeps_what_it_writes(tmp_path: Path) -> None:
+    """Newest is what was written last, not the highest step: the steps of the life that was left behind go first."""
+    for step in (2, 4, 6):
+        save(tmp_path, step, keep=3)
+    save(tmp_path, 3, keep=2)
+    assert names(tmp_path) == ["step-000006", "step-000003"]
+    found = find_checkpoint("auto", tmp_path.parent)
+    assert found is not None and found.state.step == 3
+    save(tmp_path, 6, keep=2, content="anew")
+    assert names(tmp_path) == ["step-000003", "step-000006"]
+    assert (tmp_path / "checkpoints" / "step-000006" / "learner" / "theta").read_text() == "anew"
+
+
+def test_a_death_while_a_checkpoint_is_replaced_loses_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    save(run, 6, content="first")
+    rename = Path.rename
+
+    def die(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", die)
+    with pytest.raises(KeyboardInterrupt):
+        save(run, 6, content="second")
+    monkeypatch.undo()
+    assert names(run) == []  # between the two renames
+    found = find_checkpoint("auto", tmp_path)
+    assert found is not None and (found.learner / "theta").read_text() == "first"
+    save(run, 6, content="third")
+    assert (found.learner / "theta").read_text() == "third" and hidden(run) == []
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"f1": "good"}', '{"f1": NaN}', "{"])
+def test_a_damaged_score_is_no_score(tmp_path: Path, content: str) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / "step-000001" / "evaluation.json").write_text(content)
+    assert best_checkpoint(tmp_path) is None
+    assert load_checkpoint(tmp_path / "checkpoints" / "step-000001").state.step == 1
+
+
+def test_evaluations_are_at_checkpoints() -> None:
+    with pytest.raises(ConfigError, match=r"evaluate_every=3 is not allowed: it must be 0 or a multiple of train.checkpoint_every=2"):
+        load_config(QUICKSTART, ["train.evaluate_every=3", "train.checkpoint_every=2"])
+
+
+# --- a full disk ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file of this process grows beyond ``size`` bytes: what a full disk does to whoever writes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Learner:
+    folder = tmp_path_factory.mktemp("model")
+    basis: Basis = write_model(folder)
+    made = learner(folder, basis, free())
+    made.step([group(basis, (1.0, 0.0, 0.25))])
+    return made
+
+
+@pytest.mark.parametrize("room", [200, 4096, 300_000], ids=["nothing", "no tensor", "theta but no more"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint_whole(trained: Learner, tmp_path: Path, room: int) -> None:
+    async def write(target: Path) -> None:
+        trained.save(target)
+
+    asyncio.run(save_checkpoint(tmp_path, replace(START, step=1), "name: test\n", write, 2))
+    whole = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    sizes = sorted(len(content) for path, content in whole.items() if path.suffix == ".safetensors")
+    assert sizes[0] > room
+    with files_up_to(room), pytest.raises(SaveError) as raised:
+        asyncio.run(save_checkpoint(tmp_path, replace(START, step=2), "name: test\n", write, 2))
+    message = str(raised.value)
+    assert "\n" not in message and message.startswith(f"step 2 could not be saved in {tmp_path / 'checkpoints'} (")
+    assert "File too large" in message and message.endswith("; earlier checkpoints are whole")
+    assert names(tmp_path) == ["step-000001"] and hidden(tmp_path) == []
+    assert all(path.read_bytes() == content for path, content in whole.items())
+    trained.load(load_checkpoint(tmp_path / "checkpoints" / "step-000001").learner)
+    asyncio.run(save_checkpoint(tmp_path, replace(START, step=2), "name: test\n", write, 2))  # there is room again
+    assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+def test_a_score_that_cannot_be_written_leaves_the_checkpoint_whole(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with files_up_to(4), pytest.raises(SaveError, match=r"^the evaluation of step 1 could not be saved in .*File too large"):
+        score_checkpoint(tmp_path, 1, 0.5, tasks=16, keep=2)
+    folder = tmp_path / "checkpoints" / "step-000001"
+    assert score_of(folder) is None and load_checkpoint(folder).state.step == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "learner", "state.json"]
+    assert json.loads((folder / "state.json").read_text())["written"] > 0
