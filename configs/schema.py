@@ -211,6 +211,10 @@ class TrackingConfig:
     timeout_s: float = 20.0  # of one request to a server
     finish_timeout_s: float = 30.0  # the end of a run waits so long for a store that is away; what is left by then stays in the run's folder
 
+    def __post_init__(self) -> None:
+        positive(self, "timeout_s")
+        not_negative(self, "finish_timeout_s")
+
 
 @dataclass(frozen=True)
 class RayConfig:

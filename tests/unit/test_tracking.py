@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
+from cluster.backfill import MlflowRun, first_line
 from cluster.errors import TrackingError
+from cluster.spool import Batch, Record
 from cluster.tracking import NullTracker, flatten, git_commit, start_tracking
 from configs.schema import RunConfig, TrackingConfig, TrainConfig
 
@@ -63,6 +72,114 @@ def test_a_resumed_run_goes_on_in_the_same_run(output_dir: Path) -> None:
     run = client(output_dir).get_run(first.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["reward/mean"] == 0.2
+
+
+def test_an_artifact_that_is_gone_and_a_name_that_is_not_allowed_hold_up_nothing(output_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = start_tracking(RunConfig(), output_dir, "refused", output_dir / "config.yaml", "")
+    tracker.artifact(output_dir / "never-written.txt")
+    tracker.log({"reward/mean": 0.5, "reward/50%?": 1.0}, 1)
+    tracker.finish("FINISHED")
+    run = client(output_dir).get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"reward/mean": 0.5})
+    refused = [record.getMessage() for record in caplog.records if "refuses" in record.getMessage()]
+    assert len(refused) == 2
+    assert "never-written.txt is gone" in refused[0]
+    assert "reward/50%?" in refused[1]
+
+
+def test_a_locked_database_neither_stops_nor_slows_the_training(output_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = client(output_dir)
+    tracker = start_tracking(RunConfig(tracking=TrackingConfig(finish_timeout_s=0.5)), output_dir, "locked", output_dir / "config.yaml", "")
+    deadline = time.monotonic() + 30
+    while len(store.list_artifacts(tracker.run_id)) == 0 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    lock = sqlite3.connect(output_dir / "mlflow.db")
+    lock.execute("BEGIN EXCLUSIVE")
+    try:
+        before = time.monotonic()
+        for step in range(1, 6):
+            tracker.log({"reward/mean": step / 10}, step)
+        tracker.finish("FINISHED")
+        assert time.monotonic() - before < 10  # MLflow itself waits 20 s for such a lock, several times
+    finally:
+        lock.rollback()
+        lock.close()
+    assert "did not take the last 6 calls within 0.5 s" in caplog.text
+    again = start_tracking(RunConfig(), output_dir, "locked", output_dir / "config.yaml", tracker.run_id)
+    again.finish("FINISHED")
+    assert [point.step for point in store.get_metric_history(tracker.run_id, "reward/mean")] == [1, 2, 3, 4, 5]
+    assert store.get_run(tracker.run_id).info.status == "FINISHED"
+
+
+KILLED_DRIVER = """
+import os, signal, sys, time
+from pathlib import Path
+from cluster.tracking import start_tracking
+from configs.schema import RunConfig
+folder = Path(sys.argv[1])
+tracker = start_tracking(RunConfig(), folder, "driver", folder / "config.yaml", "")
+for step in range(1, 201):
+    tracker.log({"reward/mean": float(step)}, step)
+print(tracker.run_id, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_driver_loses_no_point(output_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    settings = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", KILLED_DRIVER, str(output_dir)]
+    killed = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run_id = killed.stdout.strip()
+    assert client(output_dir).get_run(run_id).info.status == "RUNNING"
+    resumed = start_tracking(RunConfig(), output_dir, "driver", output_dir / "config.yaml", run_id)
+    resumed.log({"reward/mean": 201.0}, 201)
+    resumed.finish("FINISHED")
+    store = client(output_dir)
+    assert [point.step for point in store.get_metric_history(run_id, "reward/mean")] == list(range(1, 202))
+    assert store.get_run(run_id).info.status == "FINISHED"
+    assert store.get_run(run_id).data.params["seed"] == "0"
+    assert "that MLflow at sqlite" in caplog.text
+
+
+class CountingClient(MlflowClient):
+    """The real client, and what it was asked to append."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.appended: list[int] = []
+
+    def log_batch(self, run_id, metrics=(), params=(), tags=(), synchronous=None):  # type: ignore[no-untyped-def]
+        self.appended += [metric.step for metric in metrics]
+        return super().log_batch(run_id, metrics, params, tags, synchronous)
+
+
+def test_points_in_doubt_are_compared_with_the_store_and_sent_once(output_dir: Path) -> None:
+    counting = CountingClient(f"sqlite:///{output_dir}/mlflow.db")
+    run = MlflowRun(counting, counting.create_run("0").info.run_id)
+    points: tuple[Record, ...] = tuple({"kind": "metrics", "time": 1000 + step, "step": step, "metrics": {"loss": 0.5}} for step in range(4))
+    run.take(Batch(points[:2], (1, 1), doubtful=False))
+    run.take(Batch(points, (1, 1, 1, 1), doubtful=True))
+    assert counting.appended == [0, 1, 2, 3]
+    assert [point.timestamp for point in counting.get_metric_history(run.run_id, "loss")] == [1000, 1001, 1002, 1003]
+
+
+def test_an_unreachable_server_is_one_clear_error_within_seconds(output_dir: Path) -> None:
+    config = RunConfig(tracking=TrackingConfig(uri="http://somebody:secret@127.0.0.1:9"))
+    before = time.monotonic()
+    with pytest.raises(TrackingError, match=r"cannot use MLflow at http://\*\*\*@127.0.0.1:9: .*Connection refused; set tracking.uri") as caught:
+        start_tracking(config, output_dir, "x", output_dir / "config.yaml", "")
+    assert time.monotonic() - before < 20
+    assert "secret" not in str(caught.value)
+    assert len(str(caught.value)) < 250
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_an_error_is_one_line_of_bearable_length() -> None:
+    assert first_line(RuntimeError("a\nb")) == "a"
+    assert first_line(RuntimeError()) == "RuntimeError"
+    assert len(first_line(RuntimeError("x" * 1000))) == 303
 
 
 def test_an_unusable_store_is_one_clear_error(output_dir: Path) -> None:
