@@ -25,6 +25,7 @@ BENCHMARK_SETTINGS = ("environment.", "sampling.", "rollout.", "engine.", "evalu
 WRITING = ("raw", "summary_write", "implications", "parametric", "hybrid")  # policies with fast weights other than 0
 OWN = "config"  # the row that is the configuration's own memory
 BASELINE = "truncation"
+L_MAX_KEY, L_MAX = "memory.max_context_tokens", "L_max"  # the setting, and the paper's name for it in labels and plots
 _LIST = re.compile(r",(?![^\[]*\])")  # commas outside brackets
 
 
@@ -52,7 +53,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        return " ".join([self.row, *(f"{key.rpartition('.')[2]}={value}" for key, value in self.swept)])
+        return " ".join([self.row, *(f"{L_MAX if key == L_MAX_KEY else key.rpartition('.')[2]}={value}" for key, value in self.swept)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ def _variants(row: _Part, benchmark: _Part, request: Request, sweep: Sequence[tu
 def _matters(key: str, policy: str) -> bool:
     if key.startswith(("write.", "fast_weights.")):
         return policy in WRITING
-    if key == "memory.max_context_tokens":
+    if key == L_MAX_KEY:
         return policy != "full"
     if key == "memory.max_summary_tokens":
         return policy in SUMMARIZING

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.comparison.plan import slug
+from cluster.comparison.plan import L_MAX, slug
 from cluster.comparison.summary import PRIMARY, Bootstrap, Cost, RowSummary
 
 _SIZE = (7, 4.5)
+_COLOURS, _MARKERS = 10, "os^D"  # after so many rows the colours come again, with another marker
 
 
 def save_plots(rows: Sequence[RowSummary], costs: Sequence[Cost], bootstrap: Bootstrap, folder: Path) -> list[Path]:
@@ -31,17 +32,17 @@ def context_lines(rows: Sequence[RowSummary]) -> dict[str, list[RowSummary]]:
     """Rows that differ in L_max alone, by their label without it, in the order of L_max; single points are left out."""
     lines: dict[str, list[RowSummary]] = {}
     for row in rows:
-        words = [word for word in row.label.split() if not word.startswith("max_context_tokens=")]
+        words = [word for word in row.label.split() if not word.startswith(f"{L_MAX}=")]
         lines.setdefault(" ".join(words), []).append(row)
     return {name: sorted(line, key=lambda row: row.max_context_tokens) for name, line in lines.items() if len(line) > 1}
 
 
 def _scatter(drawn: Sequence[tuple[RowSummary, Cost]], costs: Sequence[float], label: str, bootstrap: Bootstrap, path: Path) -> Path:
     figure, axes = _figure(f"{drawn[0][0].benchmark}: {PRIMARY.upper()} against cost", label)
-    for (row, _), cost in zip(drawn, costs, strict=True):
+    for place, ((row, _), cost) in enumerate(zip(drawn, costs, strict=True)):
         interval = row.interval(PRIMARY, bootstrap)
         spread = [[100 * (interval.mean - interval.low)], [100 * (interval.high - interval.mean)]]
-        axes.errorbar([cost], [100 * interval.mean], yerr=spread, fmt="o", capsize=3, label=row.label)
+        axes.errorbar([cost], [100 * interval.mean], yerr=spread, fmt=_MARKERS[place // _COLOURS % len(_MARKERS)], capsize=3, label=row.label)
     if min(costs) > 0 and max(costs) > 10 * min(costs):
         axes.set_xscale("log")
     return _save(figure, axes, path)

@@ -72,13 +72,12 @@ class ComparisonReport:
         return Table(f"{benchmark}: scores", tuple(header), tuple(lines))
 
     def categories(self, benchmark: str, score: str) -> Table:
-        """A line for each category, and one without the questions that have no answer; no line where there is one category."""
+        """A column for each category, and one without the questions that have no answer; no line where there is one category."""
         rows = [row for row, _ in self.of(benchmark)]
-        lines = []
-        for name, chosen in groups(rows):
-            intervals = [row.interval(score, self.bootstrap, chosen) for row in rows]
-            lines.append((name, str(max(interval.count for interval in intervals)), *(percent(interval.mean) for interval in intervals)))
-        return Table(f"{benchmark}: {_shown(score)} % by category", ("category", "tasks", *(row.label for row in rows)), tuple(lines))
+        columns = [(name, [row.interval(score, self.bootstrap, chosen) for row in rows]) for name, chosen in groups(rows)]
+        header = [f"{name} ({max(interval.count for interval in intervals)})" for name, intervals in columns]
+        lines = [(row.label, *(percent(intervals[place].mean) for _, intervals in columns)) for place, row in enumerate(rows) if columns]
+        return Table(f"{benchmark}: {_shown(score)} % by category (tasks)", ("row", *header), tuple(lines))
 
     def cost(self, benchmark: str) -> Table:
         return Table(f"{benchmark}: cost", COST_HEADER, tuple(_cost_cells(row, cost) for row, cost in self.of(benchmark)))
@@ -169,7 +168,7 @@ def markdown(report: ComparisonReport, plots: Sequence[Path]) -> str:
         lines += ["", f"## {benchmark}", "", *_markdown(report.scores(benchmark)), "", report.scores_legend]
         for score in score_names([row for row, _ in report.of(benchmark)]):
             table = report.categories(benchmark, score)
-            lines += ["", f"### {_shown(score)} % by category", "", *_markdown(table)] if table.lines else []
+            lines += ["", f"### {_shown(score)} % by category (tasks)", "", *_markdown(table)] if table.lines else []
         lines += ["", "### Cost", "", *_markdown(report.cost(benchmark)), "", COST_LEGEND]
         events = report.events(benchmark)
         lines += ["", "### What the memories did", "", *(f"- {event}" for event in events)] if events else []

@@ -88,7 +88,7 @@ def _report(comparison: Comparison, given_up: Mapping[str, str], tracker: Tracke
     for benchmark in report.benchmarks:
         _show(report.scores(benchmark), display)
         by_category = report.categories(benchmark, PRIMARY)
-        if 0 < len(by_category.lines) <= MOST_CATEGORIES:
+        if by_category.lines and len(by_category.header) <= 1 + MOST_CATEGORIES:
             _show(by_category, display)
         _show(report.cost(benchmark), display)
         for event in report.events(benchmark):

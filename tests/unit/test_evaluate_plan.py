@@ -121,11 +121,11 @@ def test_a_sweep_multiplies_the_rows_that_it_matters_to() -> None:
         rows=("full_context", "truncation", "tmem"), sweep=("fast_weights.basis=svd,random", "memory.max_context_tokens=54,100", "write.epochs=1,5")
     )
     found = labels(asked)
-    assert found[:3] == ["full_context", "truncation max_context_tokens=54", "truncation max_context_tokens=100"]
+    assert found[:3] == ["full_context", "truncation L_max=54", "truncation L_max=100"]
     assert len(found) == 3 + 8
-    assert "tmem basis=random max_context_tokens=100 epochs=5" in found
+    assert "tmem basis=random L_max=100 epochs=5" in found
     pairs = dict(plan_cells(asked).baselines)
-    assert pairs["tmem basis=random max_context_tokens=100 epochs=5"] == "truncation max_context_tokens=100"
+    assert pairs["tmem basis=random L_max=100 epochs=5"] == "truncation L_max=100"
     assert "full_context" not in pairs  # two truncations, and no reason to take one of them
 
 

@@ -31,13 +31,13 @@ GOLDEN = """\
 Intervals: 95 % bootstrap over different questions, seeds pooled. p: paired bootstrap against the baseline, adjusted for all 2 comparison(s) of this \
 report (Holm).
 
-### F1 % by category
+### F1 % by category (tasks)
 
-| category | tasks | truncation | tmem | hybrid |
-| --- | --- | --- | --- | --- |
-| adversarial | 2 | 0.0 | 50.0 | 0.0 |
-| work | 2 | 0.0 | 50.0 | 0.0 |
-| all but adversarial | 2 | 0.0 | 50.0 | 0.0 |
+| row | adversarial (2) | work (2) | all but adversarial (2) |
+| --- | --- | --- | --- |
+| truncation | 0.0 | 0.0 | 0.0 |
+| tmem | 50.0 | 50.0 | 50.0 |
+| hybrid | 0.0 | 0.0 | 0.0 |
 """
 
 
