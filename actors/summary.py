@@ -6,14 +6,14 @@ each is 4 x 2 x 350 KB of B (SmolLM2-135M), and a summary of 5 KB.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from actors.types import FailedEpisode, Outcome, PolicyVersion, StopReason, Timings, Trajectory, TrajectoryGroup, WriteRecord
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSummary:
-    """A trajectory by its counts. ``tokens`` are those of all segments, ``sampled_tokens`` of them were sampled."""
+    """A trajectory by its counts. ``tokens`` are those of all segments, ``sampled_tokens`` of them were sampled; the writes are without examples."""
 
     episode_id: str
     outcome: Outcome
@@ -29,7 +29,7 @@ class EpisodeSummary:
         return EpisodeSummary(
             episode_id=trajectory.episode_id,
             outcome=trajectory.outcome,
-            writes=trajectory.writes,
+            writes=tuple(replace(record, examples=()) for record in trajectory.writes),
             stop_reason=trajectory.stop_reason,
             timings=trajectory.timings,
             segments=len(trajectory.segments),

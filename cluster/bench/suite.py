@@ -25,6 +25,7 @@ SUITE = (
     Entry("learner", "a step with per-segment Deltas against the same step without; memory of the head; padding"),
     Entry("rollout", "the rollout side of the quickstart against raw vLLM emitting the same tokens without writes; where its time goes"),
     Entry("controller", "one controller over 1 to 1,000 virtual rollout workers, against their ideal throughput"),
+    Entry("overlap", "rollouts and learning at once (staleness 1 and 2) against taking turns (0), with workers and a learner that only take time"),
     Entry("cost", "memory and seconds per episode against the length of the history: full context beside TMEM"),
 )
 
