@@ -45,6 +45,10 @@ def model_path() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model_path(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(model_path, tmp_path_factory.mktemp("tiny-llama"))
+
+
+def write_tiny_model(model_path: Path, folder: Path) -> Path:
     """A random Llama with SmolLM2's tokenizer: 6 layers, hidden 128, 2 heads of 64 over 1 key-value head, float32; the same on every machine.
 
     Its weights are drawn wide enough that the next-token distribution is far from flat, so a wrong adapter or mask shows in the log-probs.
@@ -52,7 +56,6 @@ def tiny_model_path(model_path: Path, tmp_path_factory: pytest.TempPathFactory) 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=128,

@@ -178,6 +178,18 @@ def test_more_and_fewer_workers_while_training() -> None:
     assert lab.ledger.balanced
 
 
+def test_a_fleet_that_is_lost_at_the_very_end_is_replaced_before_the_run_goes_on_to_evaluate() -> None:
+    lab = Lab(1, steps=3)
+
+    def on_step(step: int) -> None:
+        if step == 3:
+            lab.all["worker-0"].refused = WorkerLost("worker-0 died during the refresh to version 3: SIGKILL")
+
+    lab.on_step = on_step
+    assert asyncio.run(lab.run()).step == 3
+    assert [(worker.name, lab.all[worker.name].version) for worker in lab.fleet.workers] == [("worker-1", 3)]
+
+
 def test_without_a_way_to_launch_a_lost_worker_ends_the_run() -> None:
     lab = Lab(1, dies=lambda name, position: True)
 
