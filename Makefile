@@ -12,7 +12,7 @@ STAMP := .venv/.set-up-$(VARIANT)-$(firstword $(shell cksum < $(LOCK)))
 BIN   := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check bench lock clean
+.PHONY: help setup train test check fuzz bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ check: $(STAMP) ## format, lint, types, and who imports whom
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+fuzz: $(STAMP) ## 10,000 damaged files and flashcards of every kind (ENGRAM_FUZZ=1000 of each)
+	@ENGRAM_FUZZ=$${ENGRAM_FUZZ:-1000} $(BIN)/python -m pytest tests/fuzz --timeout 3600 $(ARGS)
 
 bench: $(STAMP) ## measure every seam against its baseline (ARGS='writer --repeats 9')
 	@$(BIN)/python -m cluster bench $(ARGS)

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,19 +119,49 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Read ``folder``'s state. Raises CheckpointError when it is no checkpoint."""
     path = folder / "state.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.pop("format") != _FORMAT:
-            raise ValueError(f"its format is not {_FORMAT}")
-        data.pop("written", None)
-        ledger = data.pop("ledger")
-        ledger["pending"] = tuple(ledger["pending"])
-        state = TrainState(ledger=LedgerSnapshot(**ledger), rewards=tuple(data.pop("rewards")), **data)
+        state = _state_of(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         hint = f"; did you mean {newest}?" if (newest := _newest_below(folder)) else ""
         raise CheckpointError(f"{folder} is no checkpoint: it has no state.json{hint}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be used: {' '.join(str(error).split())[:300]}") from None
     return Checkpoint(folder, state)
+
+
+def _state_of(data: Any) -> TrainState:
+    """Raises ValueError, naming the field."""
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise ValueError(f"it is no record of format {_FORMAT}")
+    ledger, rewards, run_id = data.get("ledger"), data.get("rewards"), data.get("tracking_run_id")
+    if not isinstance(ledger, dict) or not isinstance(ledger.get("pending"), list):
+        raise ValueError("ledger must be an object with a list of pending tasks")
+    if not isinstance(rewards, list) or not all(isinstance(reward, int | float) and not isinstance(reward, bool) for reward in rewards):
+        raise ValueError("rewards must be a list of numbers")
+    if not isinstance(run_id, str):
+        raise ValueError("tracking_run_id must be a text")
+    pending = tuple(_count({"ledger.pending": position}, "ledger.pending") for position in ledger["pending"])
+    books = LedgerSnapshot(
+        next_position=_count(ledger, "next_position"),
+        pending=pending,
+        settled=_counts(ledger, "settled"),
+        failures=_counts(ledger, "failures"),
+        reissued=_count({"reissued": 0, **ledger}, "reissued"),
+    )
+    return TrainState(_count(data, "step"), _count(data, "warm_steps"), _count(data, "version"), books, run_id, tuple(map(float, rewards)))
+
+
+def _count(values: Mapping[str, Any], key: str) -> int:
+    value = values.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{key} must be a whole number, 0 or more")
+    return value
+
+
+def _counts(values: Mapping[str, Any], key: str) -> dict[str, int]:
+    counts = values.get(key, {})
+    if not isinstance(counts, dict):
+        raise ValueError(f"{key} must be an object of counts")
+    return {name: _count(counts, name) for name in counts}
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> Checkpoint | None:
