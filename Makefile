@@ -12,7 +12,7 @@ STAMP := .venv/.set-up-$(VARIANT)-$(firstword $(shell cksum < $(LOCK)))
 BIN   := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check fuzz bench lock clean
+.PHONY: help setup train test check fuzz bench chaos lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ fuzz: $(STAMP) ## 10,000 damaged files and flashcards of every kind (ENGRAM_FUZZ
 
 bench: $(STAMP) ## measure every seam against its baseline (ARGS='writer --repeats 9')
 	@$(BIN)/python -m cluster bench $(ARGS)
+
+chaos: $(STAMP) ## strike 20 training runs at random times, and print what became of them (ARGS='--trials 5 --seed 1')
+	@$(BIN)/python -m tests.chaos.trials $(ARGS)
 
 # pip, not uv, fetches torch: of several indexes pip only warns about one that cannot be reached, and it heeds PIP_FIND_LINKS; uv gives up.
 # So torch is left out of what uv gets. --no-deps everywhere: the lock is complete, and what it excludes (infra/locks/exclude*.txt) must

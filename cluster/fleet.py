@@ -35,7 +35,7 @@ def worker_process(config: RunConfig) -> Any:
     threads = {"OMP_NUM_THREADS": str(config.rollout.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TOKENIZERS_PARALLELISM": "false"}
     actor: Any = RolloutActor
     return actor.options(
-        num_cpus=config.rollout.cpus_per_worker,
+        num_cpus=config.rollout.cpus_per_worker if config.ray.address else 0,  # on one machine they share its cores, however many `scale` asks for
         num_gpus=config.rollout.gpus_per_worker,
         max_concurrency=config.engine.slots * 2 + credits_per_worker(config) + _CONTROL_CALLS,
         runtime_env={"env_vars": threads},

@@ -32,6 +32,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TQDM": "0",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of a call with two results one is waited for; the other's failure would come as a traceback
 }
 
 

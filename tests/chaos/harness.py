@@ -1,0 +1,270 @@
+"""One run of `python -m cluster train` under faults: its processes, its lines, its books. Faults inside its processes: inject/sitecustomize.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).parents[2]
+WORKER, LEARNER = "ray::_RolloutActor", "ray::LearnerActor"
+WAIT_S = float(os.environ.get("ENGRAM_CHAOS_WAIT_S", "300"))
+"""The longest that anything a trial waits for may take; only a very busy machine needs more."""
+
+Fault = Literal["engine", "refresh", "nan_reward", "nan_write"]
+
+SETTINGS = (
+    "train.tasks_per_step=2",
+    "train.group_size=2",
+    "train.checkpoint_every=2",
+    "train.group_timeout_s=120",
+    "warm_start.steps=0",
+    "evaluation.tasks=1",
+    "evaluation.bootstrap_samples=100",
+    "evaluation.memory_off_row=false",
+    "memory.max_extract_tokens=24",
+    "sampling.max_answer_tokens=8",
+    "learner.trainable_layers=3",
+    "learner.threads=1",
+    "rollout.threads=1",
+    "engine.slots=4",
+    "engine.kv_cache_gib=0.2",
+    "ray.object_store_gib=0.3",
+)
+
+
+class ChaosError(AssertionError):
+    """A promise was broken; the message says which, with the run's last lines."""
+
+
+class Run:
+    """One process of the run, in the folder ``folder``: its MLflow store, checkpoints and audit are there. Read line by line while it lives."""
+
+    def __init__(self, folder: Path, settings: Sequence[str], environment: Mapping[str, str] = {}) -> None:
+        self.folder = folder
+        self.lines: list[str] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(folder.glob("*.err"))) + 1
+        self._errors, self._output = folder / f"{number}.err", folder / f"{number}.out"
+        command = [sys.executable, "-m", "cluster", "train", "configs/quickstart.yaml", *SETTINGS, *settings, f"output_dir={folder / 'runs'}"]
+        surroundings = {**os.environ, **chaos_environment(folder), **environment}
+        surroundings.pop("MLFLOW_TRACKING_URI", None)
+        with self._errors.open("w") as errors:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=surroundings)
+        self.seen: set[tuple[int, str]] = set()
+        self._more = threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self._output.open("w") as output:
+            for line in self.process.stdout:
+                output.write(line)
+                output.flush()
+                with self._more:
+                    self.lines.append(line.rstrip("\n"))
+                    self._more.notify_all()
+        with self._more:
+            self._more.notify_all()
+
+    def wait_for(self, pattern: str, after: int = 0) -> int:
+        """Until a line from place ``after`` on matches; the place behind it."""
+        end = time.monotonic() + WAIT_S
+        with self._more:
+            while True:
+                for place in range(after, len(self.lines)):
+                    if re.search(pattern, self.lines[place]):
+                        return place + 1
+                over = self.process.poll() is not None
+                if not self._more.wait(min(1.0, max(0.0, end - time.monotonic()))) and (over or time.monotonic() > end):
+                    raise ChaosError(f"no line like {pattern!r} {'before the run ended' if over else f'within {WAIT_S:g} s'}: {self.tail()}")
+
+    def wait_until(self, reached: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + WAIT_S
+        while not reached():
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise ChaosError(f"{what}: did not happen: {self.tail()}")
+            time.sleep(0.05)
+
+    def processes(self, title: str) -> list[int]:
+        """Those of this run whose title begins so, oldest first."""
+        self.look()
+        return [pid for pid in descendants([self.process.pid]) if command_line(pid).startswith(title)]
+
+    def look(self) -> None:
+        """Remember which processes the run has."""
+        self.seen |= {(pid, start) for pid in descendants([self.process.pid]) if (start := started(pid))}
+
+    def kill(self, title: str, number: int = 0) -> int:
+        """SIGKILL the run's process of that title; its pid."""
+        self.wait_until(lambda: len(self.processes(title)) > number, f"a process {title}")
+        pid = self.processes(title)[number]
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def inflict(self, fault: Fault) -> None:
+        """Until a process has taken it."""
+        (self.folder / f"fault.{fault}").touch()
+        self.wait_until(lambda: any(self.folder.glob(f"done.{fault}.*")), f"the fault {fault}")
+
+    def end(self) -> int:
+        """Until it has ended, and all of its processes with it; the exit status."""
+        end = time.monotonic() + WAIT_S
+        while self.process.poll() is None:
+            if time.monotonic() > end:
+                self.destroy()
+                raise ChaosError(f"the run did not end within {WAIT_S:g} s: {self.tail()}")
+            self.look()
+            time.sleep(0.2)
+        while left := self.left():
+            if time.monotonic() > end:
+                self.destroy()
+                raise ChaosError(f"processes outlive the run: {left}")
+            time.sleep(0.2)
+        return self.process.returncode
+
+    def left(self) -> list[str]:
+        return [f"{pid} {command_line(pid)[:60]}" for pid, start in self.seen if started(pid) == start]
+
+    def destroy(self) -> None:
+        """Whatever is left of it."""
+        self.look()
+        for pid, start in self.seen | {(self.process.pid, started(self.process.pid))}:
+            if start and started(pid) == start:
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def errors(self) -> str:
+        return self._errors.read_text()
+
+    def one_line(self) -> str:
+        """What it said of its end. One line, for a person."""
+        said = [line for line in self.errors.splitlines() if line.startswith("error: ")]
+        if len(said) != 1 or "Traceback" in self.errors or "Unhandled error" in self.errors:
+            raise ChaosError(f"the run did not end with one line: {self.errors[-3000:]}")
+        return said[0]
+
+    def tail(self) -> str:
+        return " | ".join([*self.lines[-6:], *self.errors.splitlines()[-4:]])
+
+
+@dataclass(frozen=True)
+class Books:
+    """The last ledger line of a run's output."""
+
+    issued: int
+    settled: Mapping[str, int]
+    in_flight: int
+    reissued: int
+    failed: Mapping[str, int]
+
+    @staticmethod
+    def of(lines: Iterable[str]) -> Books:
+        line = next((line for line in reversed(list(lines)) if line.startswith("tasks: ")), "")
+        if not line or "DOES NOT BALANCE" in line:
+            raise ChaosError(f"the ledger does not balance, or was not shown: {line!r}")
+        tasks, _, episodes = line.partition("; failed episodes: ")
+        settled = {fate: int(count) for count, fate in re.findall(r"(\d+) (trained|stale|failed|abandoned)", tasks)}
+        failed = {boundary: int(count) for count, boundary in re.findall(r"(\d+) (\w+)", episodes)}
+        found = [int(re.search(pattern, tasks)[1]) for pattern in (r"(\d+) issued", r"(\d+) in flight", r"(\d+) re-issued")]  # type: ignore[index]
+        books = Books(found[0], settled, found[1], found[2], failed)
+        if books.issued != sum(settled.values()) + books.in_flight:
+            raise ChaosError(f"the ledger's line does not add up: {line}")
+        return books
+
+
+def checkpoint_state(folder: Path) -> dict[str, object]:
+    """Of the newest checkpoint; {} without one."""
+    found = sorted((folder / "runs").glob("*/checkpoints/step-*/state.json"))
+    return json.loads(found[-1].read_text()) if found else {}
+
+
+def check_finished(run: Run, steps: int, database: Path | None = None, max_staleness: int = 1, writes: bool = True) -> Books:
+    """The promises to a run that has ended well: nothing lost, nothing wrong trained on, no generation under a wrong adapter, one MLflow run."""
+    promise(run.process.returncode == 0, f"it finishes: status {run.process.returncode}, {run.tail()}")
+    books, state = Books.of(run.lines), checkpoint_state(run.folder)
+    ledger = state["ledger"]
+    promise((state["step"], len(state["rewards"])) == (steps, steps), f"all steps are made: {state}")  # type: ignore[arg-type]
+    promise(books.settled.get("trained") == 2 * steps and books.in_flight == 0, f"each task is settled: {books}")
+    promise(ledger["settled"] == books.settled and not ledger["pending"], f"the checkpoint has the same books: {ledger}")  # type: ignore[index]
+
+    audit = [json.loads(line) for line in (run.folder / "audit.jsonl").read_text().splitlines()]
+    promise(len(audit) >= 2 * steps, f"every group was audited: {len(audit)}")
+    for group in audit:
+        promise(group["episodes"] == group["segments"] == [group["version"]], f"a group is of one version: {group}")
+        promise(group["finite"], f"every reward is a number: {group}")
+        promise(0 <= group["learner"] - group["version"] <= max_staleness, f"a group is fresh: {group}")
+    promise(not writes or sum(group["revisions"] for group in audit) > 0, "episodes wrote")
+
+    figures, runs = stored(database or run.folder / "runs" / "mlflow.db")
+    promise(max(figures["fast_weights/receipts_failed"]) == 0, "no generation was under a wrong adapter")
+    promise(not writes or max(figures["fast_weights/receipts_passed"]) > 0, "and receipts were checked")
+    promise([status for _, status in runs] == ["FINISHED"], f"there is one MLflow run, and it is ended: {runs}")
+    return books
+
+
+def stored(database: Path) -> tuple[dict[str, list[float]], list[tuple[str, str]]]:
+    """All metrics of an MLflow store by name, and its runs with their status."""
+    figures: dict[str, list[float]] = {}
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as store:
+        for key, value in store.execute("select key, value from metrics order by step"):
+            figures.setdefault(key, []).append(value)
+        runs = list(store.execute("select run_uuid, status from runs"))
+    return figures, runs
+
+
+def promise(kept: bool, what: str) -> None:
+    if not kept:
+        raise ChaosError(what)
+
+
+def chaos_environment(folder: Path) -> dict[str, str]:
+    """For the run and for nodes that it joins: faults, and no buffering of lines."""
+    path = [str(Path(__file__).parent / "inject"), *filter(None, [os.environ.get("PYTHONPATH", "")])]
+    return {"ENGRAM_CHAOS": str(folder), "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+
+
+def descendants(roots: Sequence[int]) -> list[int]:
+    """Of the processes ``roots``, by pid."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdecimal() and (fields := _stat(int(path.name))):
+            children.setdefault(int(fields[1]), []).append(int(path.name))
+    found, queue = [], list(roots)
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return sorted(found)
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def started(pid: int) -> str:
+    """When the process began, in the kernel's ticks: with the pid its identity. "" when it is gone, or a zombie."""
+    fields = _stat(pid)
+    return "" if not fields or fields[0] == "Z" else fields[19]
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent, ... (proc_pid_stat(5), from the third field on)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
