@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+_LONGEST = 200
+
 
 class BoundError(ValueError):
     """A setting's value is out of bounds. ``key`` is relative to its section until the loader puts the section in front."""
@@ -13,7 +15,13 @@ class BoundError(ValueError):
         self.key, self.value, self.bound = key, value, bound
 
     def __str__(self) -> str:
-        return f"{self.key}={self.value!r} is not allowed: it must be {self.bound}"
+        return f"{self.key}={shown(self.value)} is not allowed: it must be {self.bound}"
+
+
+def shown(value: object) -> str:
+    """``value`` for a message: as Python writes it, cut where it would fill a screen."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def require(condition: bool, key: str, value: object, bound: str, cure: str = "") -> None:

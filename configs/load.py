@@ -20,7 +20,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.bounds import BoundError
+from configs.bounds import BoundError, shown
 from configs.describe import describe, help_table, settings
 from configs.schema import RunConfig
 
@@ -95,6 +95,8 @@ def _from_file(path: Path) -> Iterator[_Assignment]:
         raise ConfigError(f"{path}: character {error.position + 1} is {error.character!r}; {error.reason}") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; a nesting of thousands
+        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
     except OSError:
         raise ConfigError(f"{path}: holds no mapping; write 'section:' and indented 'key: value' lines") from None
     if not isinstance(content, DictConfig):
@@ -132,8 +134,8 @@ def _from_argument(argument: str) -> _Assignment:
         return _Assignment(source, key, text)  # as typed: a path may hold anything that YAML reads as something else
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException):
-        raise ConfigError(f"{source}: {text!r} cannot be read; {key} must be {settings()[key].allowed}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError):
+        raise ConfigError(f"argument {argument[:200]!r}: {text[:100]!r} cannot be read; {key} must be {settings()[key].allowed}") from None
     assert isinstance(value, dict)
     return _Assignment(source, key, value["value"])
 
@@ -153,7 +155,7 @@ def _check_key(source: str, key: str) -> None:
         raise ConfigError(f"{source}: {key} is a section, not a setting; set one of {', '.join(inside)}")
     guesses = _similar(key)
     hint = f"did you mean {' or '.join(guesses)}?" if guesses else "run with --help for all settings"
-    raise ConfigError(f"{source}: {key!r} is no setting; {hint}")
+    raise ConfigError(f"{source}: {shown(key)} is no setting; {hint}")
 
 
 def _similar(key: str) -> list[str]:
@@ -202,7 +204,7 @@ def _check_resolves(merged: Any, assignment: _Assignment) -> None:
 
 def _refused(assignment: _Assignment) -> ConfigError:
     allowed = settings()[assignment.key].allowed
-    return ConfigError(f"{assignment.source}: {assignment.key}={assignment.value!r} is not allowed: it must be {allowed}")
+    return ConfigError(f"{assignment.source}: {assignment.key}={shown(assignment.value)} is not allowed: it must be {allowed}")
 
 
 def _construct(node: Any, prefix: str) -> object:

@@ -15,6 +15,7 @@ from typing import Any
 from actors.environments.base import TaskError
 
 _MISSING = object()
+_LONGEST_ITEM = 80  # characters of a file's own name for an item, in messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,8 @@ class Field:
         return str(self.value)
 
     def error(self, expected: str) -> TaskError:
-        where = f"{self.item}, {self.name}" if self.name else self.item
+        item = self.item if len(self.item) <= _LONGEST_ITEM else f"{self.item[:_LONGEST_ITEM]}..."
+        where = f"{item}, {self.name}" if self.name else item
         return TaskError(f"{self.path}: {where}: expected {expected}, got {_kind(self.value)}")
 
 
@@ -119,6 +121,8 @@ class Source:
             raise TaskError(f"{self.path}: not JSON at line {error.lineno} column {error.colno}: {error.msg}") from error
         except RecursionError as error:
             raise TaskError(f"{self.path}: nested too deeply for {self.what}") from error
+        except ValueError as error:  # a number of thousands of digits
+            raise TaskError(f"{self.path}: not JSON: {error}") from error
 
     def json_list(self, of: str) -> list[Field]:
         """The items of a JSON list of ``of`` ("conversations"), called "item 0", "item 1", ... Raises TaskError."""
@@ -138,3 +142,5 @@ class Source:
                 raise TaskError(f"{self.path}: line {number}: not JSON at column {error.colno}: {error.msg}") from error
             except RecursionError as error:
                 raise TaskError(f"{self.path}: line {number}: nested too deeply for {self.what}") from error
+            except ValueError as error:  # a number of thousands of digits
+                raise TaskError(f"{self.path}: line {number}: not JSON: {error}") from error

@@ -76,6 +76,8 @@ class _Text:
                 if self._read_more():
                     continue
                 raise TaskError(f"{self._source.path}: item {number}: not JSON at byte {place}: {error.msg}") from error
+            except ValueError as error:  # a number of thousands of digits
+                raise TaskError(f"{self._source.path}: item {number}: not JSON: {error}") from error
             except RecursionError as error:
                 raise TaskError(f"{self._source.path}: item {number}: nested too deeply for {self._source.what}") from error
             start, size = self._byte, _bytes(self._text[self._at : end])

@@ -50,7 +50,7 @@ class _Haystack:
     def __call__(self) -> Sequence[Told]:
         try:
             value = json.loads(self.source.read_bytes(self.start, self.size))
-        except ValueError:
+        except (ValueError, RecursionError):
             value = {}
         item = Field(self.source.path, self.item, value)
         if item.get("question_id", "").value != self.name:

@@ -86,6 +86,8 @@ def _items(path: Path) -> Iterator[tuple[str, Any]]:
             items = json.loads(text)
         except json.JSONDecodeError as error:
             raise ProbeError(f"{path}, line {error.lineno}: is not JSON ({error.msg}); give a list, or one object a line") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; a nesting of thousands
+            raise ProbeError(f"{path}: cannot be read ({error}); give a list, or one object a line") from None
         yield from ((f"{path}, item {number}", item) for number, item in enumerate(items, start=1))
         return
     for number, line in enumerate(text.splitlines(), start=1):
@@ -95,6 +97,8 @@ def _items(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}, line {number}", json.loads(line)
         except json.JSONDecodeError as error:
             raise ProbeError(f"{path}, line {number}: is not JSON ({error.msg}); each line must be {_FORM}") from None
+        except (ValueError, RecursionError) as error:
+            raise ProbeError(f"{path}, line {number}: cannot be read ({error}); each line must be {_FORM}") from None
 
 
 def _card(where: str, item: Any) -> Card:

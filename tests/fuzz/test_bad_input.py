@@ -176,7 +176,9 @@ def _damaged_bytes(content: bytes, rng: random.Random) -> bytes:
     if not content:
         return b"\x00"
     where = rng.randrange(len(content))
-    match rng.randrange(5):
+    match rng.randrange(6):
+        case 5:
+            return content[:where] + b"7" * 5000 + content[where:]  # Python refuses to read numbers of so many digits
         case 0:
             return content[:where]
         case 1:
