@@ -103,7 +103,7 @@ class ElasticFleet:
             self._roll_out(name)
 
     async def finish(self) -> None:
-        """Until every worker that serves has the newest version, or is lost; and where none is left, until a new one serves: an evaluation may follow.
+        """Until every worker that serves has the newest version, or is lost; where none is left, until a new one serves: an evaluation may follow.
 
         Raises nothing: failures have been handed to the stream, and a start has its own deadline.
         """
