@@ -96,7 +96,7 @@ def tracked_run(trained: Trained) -> Run:
 def test_each_step_makes_a_version_that_the_worker_serves(trained: Trained) -> None:
     assert (trained.state.step, trained.state.warm_steps, trained.state.version) == (2, 1, 3)
     assert trained.report.version == 3
-    assert trained.report.refreshes in (3, 4)  # the warm start's, one more after its row, the last step's; a worker that is late skips the version between
+    assert trained.report.refreshes in (3, 4)  # the warm start's, one after its row, the last step's; one that is late skips the version between
     assert trained.episode.policy_version == 3
 
 
