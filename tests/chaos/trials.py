@@ -221,6 +221,12 @@ def _failed(boundary: str) -> Callable[[Run, Books], None]:
     return lambda run, books: promise(books.failed.get(boundary, 0) >= 1, f"episodes failed by their {boundary}: {books.failed}")
 
 
+def _judged(run: Run, books: Books) -> None:
+    """Episodes failed; when three groups in a row did, the run ended and said why."""
+    said = run.errors if run.process.returncode else f"failed episodes: {books.failed.get('environment', 0)}"
+    promise("gave no answer in 2 s" in said or books.failed.get("environment", 0) >= 1, f"episodes failed by their deadline: {said}")
+
+
 def _reissued(run: Run, books: Books) -> None:
     promise(any(" is lost (" in line for line in run.lines), "the loss is said")
 
@@ -245,7 +251,7 @@ KINDS: dict[str, Kind] = {
     "small_object_store": Kind(lambda run, scene: None, settings=("rollout.workers=2", "ray.object_store_gib=0.08", "learner.trainable=full")),
     "nan_reward": Kind(_inflict("nan_reward"), settings=(), after=_failed("environment")),
     "nan_write": Kind(_inflict("nan_write"), settings=()),
-    "judge_hangs": Kind(_act, around=_judge, settings=(), after=_failed("environment"), writes=False),
+    "judge_hangs": Kind(_act, ends=None, around=_judge, settings=(), after=_judged, writes=False),
 }
 
 
