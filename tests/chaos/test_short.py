@@ -33,7 +33,7 @@ def story(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     settings = [f"model.name={tiny_model_path}"]
     struck = resumed = None
     try:
-        struck = Run(folder, [*settings, "train.steps=1000", "train.checkpoint_every=5"])
+        struck = Run(folder, [*settings, "train.steps=1000", "train.checkpoint_every=1"])
         status = _strike(struck)
         steps = int(str(checkpoint_state(folder)["step"])) + 2
         resumed = Run(folder, [*settings, f"train.steps={steps}", "resume=auto"])
@@ -59,7 +59,7 @@ def _strike(run: Run) -> int:
         run.wait_for(f"^{worker} serves version", served)
     assert main(["scale", "1", "--output-dir", str(run.folder / "runs")]) == 0
     ended = run.wait_for("has ended: 1 workers are wanted", served)
-    ended = run.wait_for("^train step", ended)
+    run.wait_for("^train step", run.wait_for("^train step", ended))  # then the checkpoint of the first of them is complete, losses included
     run.kill(LEARNER)
     return run.end()
 
