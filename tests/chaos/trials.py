@@ -261,7 +261,7 @@ def _none(value: object) -> None:
 
 def play(number: int, name: str, draw: random.Random, model: Path, folder: Path) -> Row:
     kind, began = KINDS[name], time.monotonic()
-    at, delay = draw.randint(1, STEPS - 3), round(draw.uniform(0, 1.5), 1)
+    at, delay = draw.randint(3, STEPS - 3), round(draw.uniform(0, 1.5), 1)  # the first checkpoint is of step 2; before it a run starts anew
     scene, ended, resumed, books, verdict = Scene(folder), "-", "-", Books(0, {}, 0, 0, {}), "ok"
     folder.mkdir(parents=True)
     runs: list[Run] = []
