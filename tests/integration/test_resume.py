@@ -1,8 +1,9 @@
 """Deterministic mode: a run that was killed and stopped in between ends with the weights of one that never was, to the bit.
 
-The mode: one worker, one thread each, train.max_staleness=0, float32 and engine.slots=1. With more slots the episodes that share an engine step are a
-matter of timing, and matrix products of other sizes round differently. Four real runs of vLLM, DeepSpeed, Ray and MLflow on the tiny model; it earns
-no reward, so a KL term against the base model gives the gradient, through what was sampled and through every bit of the fast weights in force.
+The mode: one worker, one thread each, train.max_staleness=0, float32 and engine.slots=1. With more slots timing decides who shares an engine
+step, and matrix products of other sizes may round differently: runs may then agree to the bit, but nothing promises it. Four real runs of vLLM,
+DeepSpeed, Ray and MLflow on the tiny model; it earns no reward, so a KL term against the base model gives the gradient, through what was sampled and
+through every bit of the fast weights in force.
 """
 
 from __future__ import annotations
