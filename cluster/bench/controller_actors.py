@@ -209,6 +209,10 @@ class VirtualRank:
         return self._version
 
     @ray.method
+    def hold(self, *groups: TrajectoryGroup) -> None:
+        """The groups are here: nothing else is asked."""
+
+    @ray.method
     def step(self, *groups: TrajectoryGroup) -> StepReport:
         self._version += 1
         values = {field.name: 0 for field in fields(StepReport)}
