@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from actors import peak_memory
 from actors.basis import compute_basis_from_checkpoint
 from actors.chat import ChatFormat
 from actors.fast_weights import Basis, check
@@ -117,7 +118,7 @@ def test_quick_benchmark(tiny_model_path: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_without_proc_the_heads_memory_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "_PROC", tmp_path / "no-proc")
+    monkeypatch.setattr(peak_memory, "_PROC", tmp_path / "no-proc")
     table, plots, figures = head(Context(tmp_path, repeats=1, threads=1, quick=True, folder=tmp_path))
     assert "not measured" in table.title and "no-proc" in table.rows[0][0]
     assert (plots, figures) == ((), {})
