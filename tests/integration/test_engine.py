@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import subprocess
+import sys
 import threading
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
@@ -566,3 +568,23 @@ def test_every_tensor_of_the_checkpoint_has_a_place_in_vllms_model(policy: VLLMP
     found, packed = policy._loop.call(look, "other").result(timeout=30)
     assert found == {name: tuple(tensor.shape) for name, tensor in load_file(tiny_model_path / "model.safetensors").items()}
     assert packed == 6 * 4  # qkv, out, gate_up and down of each layer
+
+
+_AFTER_NUMBA = """
+import sys
+import bm25s  # imports numba
+from pathlib import Path
+from actors.basis import compute_basis_from_checkpoint
+from actors.engine import VLLMPolicy
+from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig
+
+model = Path(sys.argv[1])
+engine = EngineConfig(slots=1, max_model_tokens=64, kv_cache_gib=0.1)
+VLLMPolicy(model, ModelConfig(), engine, compute_basis_from_checkpoint(model, FastWeightsConfig(), seed=0), (2,), 0, threads=1, seed=0).close()
+"""
+
+
+def test_the_engine_starts_where_numba_was_imported_before_it(tiny_model_path: Path) -> None:
+    """In a process of its own: vLLM looks through the imported modules at its first start only."""
+    ended = subprocess.run([sys.executable, "-c", _AFTER_NUMBA, str(tiny_model_path)], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-2000:]
