@@ -173,7 +173,10 @@ class ElasticFleet:
             while self._newest is not served:
                 served = self._newest
                 assert served is not None
-                self.reports[name] = await worker.refresh(served)
+                report = await worker.refresh(served)
+                if self._workers.get(name) is not worker:  # a health check declared it lost meanwhile
+                    return
+                self.reports[name] = report
         except ClusterError as error:
             self.lost(name, error)
             return

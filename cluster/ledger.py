@@ -52,6 +52,11 @@ class Ledger:
         self._pending.remove(position)
         self.settled[fate] += 1
 
+    def abandon(self) -> None:
+        """The run ends here: nothing more comes of what is pending."""
+        for position in tuple(self._pending):
+            self.settle(position, "abandoned")
+
     def give_back(self, position: int) -> bool:
         """The worker of this task was lost: it is issued again. False, and settled as failed, when it took ``MOST_LOSSES`` workers with it."""
         self._given_back[position] += 1

@@ -122,6 +122,7 @@ async def _learn(parts: LoopParts, state: TrainState, batch: Batch, began: float
     taken = time.monotonic()
     fleet.log_timeline(parts.tracker, state.step)  # a step's time on a worker ends when the worker has its weights
     report = await asyncio.to_thread(parts.trainer.step, [group.content for group in batch.groups])
+    stream.trained(batch)
     learned = time.monotonic()
     weights = await asyncio.to_thread(parts.channel.publish, parts.trainer)
     published = time.monotonic()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,8 +30,21 @@ from cluster.tables import HEADER, LEGEND, MOST_CATEGORIES, Report, rich_table, 
 from cluster.timeline import KeptTimeline, save_timeline
 from cluster.tracking import RunStatus, Tracker, start_tracking
 from cluster.warm_start import warm_start
-from configs.schema import RunConfig
+from configs.schema import MemoryPolicy, RunConfig
 
+_MEMORY_NAMES: Mapping[MemoryPolicy, str] = {
+    "full": "full context",
+    "truncation": "no memory",
+    "paging": "MemGPT",
+    "summary": "MemAgent",
+    "state": "MEM1",
+    "notes": "A-MEM",
+    "raw": "raw writes",
+    "summary_write": "summary SFT",
+    "implications": "SEAL",
+    "parametric": "TMEM",
+    "hybrid": "summary + TMEM",
+}
 ROW_ORDER = ("memory_off", "before", "after_warm_start", "after_rl")
 COMPARED = (
     ("before", "after_rl"),
@@ -43,8 +56,9 @@ COMPARED = (
 
 def evaluation_rows(config: RunConfig) -> dict[str, EvaluationRow]:
     """The rows that this run can have, by key (the name of its file and of its metrics)."""
-    parametric = "TMEM, question-blind" if config.memory.question_blind else "TMEM"
-    name = parametric if config.memory.policy == "parametric" else "no memory"
+    name = _MEMORY_NAMES[config.memory.policy]
+    if config.memory.policy == "parametric" and config.memory.question_blind:
+        name = f"{name}, question-blind"
     rows = {
         "before": EvaluationRow(f"{name} before", config.memory, config.seed),
         "after_warm_start": EvaluationRow(f"{name} after warm start", config.memory, config.seed),
@@ -182,9 +196,11 @@ async def _reinforce(
         row = evaluation_rows(preparation.config)["after_rl"]
         keeper = Keeper(preparation, cluster.learner, stream, fleet, tracker, display, row, serving)
         parts = LoopParts(stream, cluster.learner, fleet, cluster.channel, tracker, on_step, keeper.on_checkpoint)
-        state = await run_loop(parts, plan, state)
+        try:
+            state = await run_loop(parts, plan, state)
+        finally:
+            display.say(ledger_line(stream.ledger))
         cluster.workers[:] = serving()
-        display.say(ledger_line(stream.ledger))
         return state
 
 

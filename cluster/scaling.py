@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +65,3 @@ def newest_run(output_dir: Path) -> Path:
     if not runs:
         raise ScaleError(f"{output_dir} holds no run: give the run's folder with --run")
     return max(runs, key=lambda run: max(file.stat().st_mtime_ns for file in run.iterdir()))
-
-
-Wanted = Callable[[], int]

@@ -52,8 +52,9 @@ class StreamPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """What one step trains on. ``staleness`` has one value per group; ``dropped`` counts the stale groups since the last batch."""
+    """What one step trains on. ``positions`` and ``staleness`` have one value per group; ``dropped`` counts the stale groups since the last batch."""
 
+    positions: tuple[int, ...]
     groups: tuple[FinishedGroup, ...]
     staleness: tuple[int, ...]
     dropped: int
@@ -111,7 +112,7 @@ class GroupStream:
             lane.idle.set()  # who waits for it to drain need not wait any longer
 
     async def take(self) -> Batch:
-        """The next ``per_step`` fresh groups, in task order. Raises StreamError, or what a worker raised."""
+        """The next ``per_step`` fresh groups, in task order; ``trained`` settles them. Raises StreamError, or what a worker raised."""
         fresh: list[tuple[int, int, FinishedGroup]] = []
         dropped = 0
         while True:
@@ -136,13 +137,17 @@ class GroupStream:
             self._fill()
             await self._wait_for_change()
         fresh.sort(key=lambda item: item[0])
-        for position, _, _ in fresh:
-            self.ledger.settle(position, "trained")
         self._taken = 0
         self._to_deliver -= len(fresh)
         self._version += 1
         self._fill()
-        return Batch(tuple(group for _, _, group in fresh), tuple(age for _, age, _ in fresh), dropped)
+        positions, ages, groups = zip(*fresh, strict=True)
+        return Batch(positions, groups, ages, dropped)
+
+    def trained(self, batch: Batch) -> None:
+        """The learner's step on ``batch`` is done."""
+        for position in batch.positions:
+            self.ledger.settle(position, "trained")
 
     def pause(self, worker: str) -> None:
         """Give ``worker`` nothing new: it is about to be refreshed, or ended."""
@@ -184,15 +189,14 @@ class GroupStream:
             raise self._error
 
     async def close(self) -> None:
-        """Stop: what is in flight or unread is settled as abandoned, so that the ledger still balances."""
+        """Stop: what is in flight, unread or not learned from yet is settled as abandoned."""
         running = list(self._running.values())
         for worker in list(self._lanes):
             self.pause(worker)
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        for position in [*self._running, *(position for position, _ in self._ready)]:
-            self.ledger.settle(position, "abandoned")
+        self.ledger.abandon()
         self._running.clear()
         self._ready.clear()
 

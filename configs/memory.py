@@ -71,7 +71,7 @@ class NotesConfig:
 
     retrieved: int = 10  # notes shown with a question, their links besides
     neighbours: int = 5  # near notes that a new one may be linked to, and may change
-    max_note_tokens: int = 192  # of each answer about a note
+    max_note_tokens: int = 192  # of each answer about a note, and of each near note that is shown for linking
 
     def __post_init__(self) -> None:
         positive(self, "retrieved", "neighbours", "max_note_tokens")

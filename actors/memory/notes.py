@@ -165,7 +165,7 @@ class NotesMemory:
         return await self._use_index(lambda index: index.search(text, count))
 
     async def _use_index(self, work: Callable[[VectorIndex], _T]) -> _T:
-        """In a thread: an embedding takes 10 to 20 ms (its model seconds to load), and other episodes run on this loop."""
+        """In a thread: an embedding takes 10 to 80 ms (its model seconds to load), and other episodes run on this loop."""
 
         def use() -> _T:
             if self._index is None:

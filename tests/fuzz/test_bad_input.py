@@ -131,7 +131,9 @@ def test_a_whole_file_is_read(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_damaged_file_is_read_or_refused_in_one_line(name: str, tmp_path: Path) -> None:
     kind, refused = KINDS[name], 0
-    original = kind.make(tmp_path / "whole" if (tmp_path / "whole").mkdir() is None else tmp_path)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    original = kind.make(whole)
     for case in range(CASES):
         place = tmp_path / f"{case}" / original.name
         place.parent.mkdir()

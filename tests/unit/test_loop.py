@@ -240,7 +240,7 @@ def test_a_slow_worker_skips_versions_and_the_others_go_on(tmp_path: Path) -> No
 @pytest.mark.parametrize(("rewards", "said"), [((0.5, 0.5), True), ((0.5, 0.25), False)])
 def test_a_step_without_signal_is_said(rewards: tuple[float, ...], said: bool) -> None:
     flat = finished_group(group(task_at(0), 0, rewards=(1.0, 1.0)))
-    batch = Batch((flat, finished_group(group(task_at(1), 0, rewards=rewards))), (0, 0), 0)
+    batch = Batch((0, 1), (flat, finished_group(group(task_at(1), 0, rewards=rewards))), (0, 0), 0)
     summary = summarize(1, Trainer().step([]), batch, StepSeconds(1.0, 1.0, 1.0, 3.0))
     assert summary.without_signal is said
     assert ("no signal: the siblings of every group have equal rewards" in step_line(summary)) is said

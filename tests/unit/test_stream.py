@@ -373,6 +373,8 @@ def test_a_finished_group_whose_content_is_lost_is_issued_again_and_replaced() -
         worker.finish(0)
         batch = await taking
         assert [group.summary.task_id for group in batch.groups] == ["t0", "t1", "t2"]
+        assert stream.ledger.in_flight == 3, "nothing was learned from them yet"
+        stream.trained(batch)
         assert asked == [["t0", "t1", "t2"], ["t1", "t2", "t0"]]
         ledger = stream.ledger
         assert (ledger.issued, ledger.reissued, ledger.settled["trained"], ledger.in_flight) == (3, 2, 3, 0) and ledger.balanced
@@ -396,8 +398,9 @@ def test_a_group_that_is_lost_each_time_it_is_finished_ends_as_failed() -> None:
             worker.finish(0)
         await settle()
         worker.finish(1)
-        assert [group.summary.task_id for group in (await taking).groups] == ["t1"]
-        assert dict(stream.ledger.settled) == {"failed": 1, "trained": 1} and stream.ledger.balanced
-        await stream.close()
+        batch = await taking
+        assert [group.summary.task_id for group in batch.groups] == ["t1"]
+        await stream.close()  # before the learner's step on it
+        assert dict(stream.ledger.settled) == {"failed": 1, "abandoned": 1} and stream.ledger.balanced
 
     asyncio.run(asyncio.wait_for(body(), 10))
