@@ -37,6 +37,7 @@ def worker_process(config: RunConfig) -> Any:
     return actor.options(
         num_cpus=config.rollout.cpus_per_worker if config.ray.address else 0,  # on one machine they share its cores, however many `scale` asks for
         num_gpus=config.rollout.gpus_per_worker,
+        resources={config.rollout.resource: 1} if config.rollout.resource else {},
         max_concurrency=config.engine.slots * 2 + credits_per_worker(config) + _CONTROL_CALLS,
         runtime_env={"env_vars": threads},
     ).remote()

@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _GIB = 1024**3
+_PLENTY = 1_000_000
 
 # Read by Ray when it starts, in the driver and in every process that it starts.
 _ENVIRONMENT = {
@@ -42,9 +44,11 @@ class Demand:
 
     cpus: float
     gpus: float
+    custom: tuple[tuple[str, int], ...] = ()  # by name, sorted
 
     def __str__(self) -> str:
-        return f"{self.cpus:g} CPU and {self.gpus:g} GPU"
+        listed = [f"{self.cpus:g} CPU", f"{self.gpus:g} GPU", *(f"{count} {name}" for name, count in self.custom)]
+        return f"{', '.join(listed[:-1])} and {listed[-1]}"
 
 
 def demand(config: RunConfig, learner: bool) -> Demand:
@@ -52,14 +56,18 @@ def demand(config: RunConfig, learner: bool) -> Demand:
     rollout, trainer = config.rollout, config.learner
     cpus = rollout.workers * rollout.cpus_per_worker + (trainer.workers * trainer.cpus_per_worker if learner else 0)
     gpus = rollout.workers * rollout.gpus_per_worker + (trainer.workers * trainer.gpus_per_worker if learner else 0)
-    return Demand(cpus, gpus)
+    custom = Counter({rollout.resource: rollout.workers})
+    if learner:
+        custom[trainer.resource] += trainer.workers
+    return Demand(cpus, gpus, tuple(sorted((name, count) for name, count in custom.items() if name)))
 
 
 @contextmanager
 def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
     """Ray, started or joined, for the duration of the block. Raises StartupError.
 
-    A local Ray is told of at least as many CPUs as the actors ask for: on a smaller machine they share the cores, slower but running.
+    A local Ray is told of at least as many CPUs as the actors ask for: on a smaller machine they share the cores, slower but running. Of custom
+    resources, which say what kind of node is wanted, it has plenty.
     """
     import ray
 
@@ -75,6 +83,7 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
                 address="local",
                 namespace=namespace,
                 num_cpus=max(os.cpu_count() or 1, math.ceil(needed.cpus)),
+                resources=dict.fromkeys((name for name, _ in needed.custom), _PLENTY),
                 object_store_memory=int(config.ray.object_store_gib * _GIB),
                 include_dashboard=False,
                 log_to_driver=False,
@@ -103,7 +112,8 @@ def cluster_resources() -> str:
 
     total, free = ray.cluster_resources(), ray.available_resources()
     nodes = sum(node["Alive"] for node in ray.nodes())
-    figures = [f"{values.get('CPU', 0):g} CPU, {values.get('GPU', 0):g} GPU" for values in (total, free)]
+    custom = sorted(name for name in total if ":" not in name and name not in ("CPU", "GPU", "memory", "object_store_memory"))
+    figures = [", ".join(f"{values.get(name, 0):g} {name}" for name in ("CPU", "GPU", *custom)) for values in (total, free)]
     return f"{figures[0]} on {nodes} node{'s' if nodes != 1 else ''} (free: {figures[1]})"
 
 

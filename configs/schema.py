@@ -19,6 +19,7 @@ __all__ = [
     "EmbedderConfig",
     "EngineConfig",
     "EnvironmentConfig",
+    "EpisodesConfig",
     "EvaluationConfig",
     "FastWeightsConfig",
     "JudgeConfig",
@@ -94,6 +95,7 @@ class RolloutConfig:
     workers: int = 1
     cpus_per_worker: float = 1
     gpus_per_worker: float = 0
+    resource: str = ""  # of a cluster: one unit of this custom resource a worker, so that an autoscaler adds the right kind of node
     threads: int = 1
     max_turns: int = 64  # acts of one episode
     episode_timeout_s: float = 600
@@ -105,7 +107,15 @@ class RolloutConfig:
         for entry in self.schedule:
             known = re.fullmatch(r"\d+:[1-9]\d*", entry) is not None
             require(known, "schedule", entry, "step:workers, two whole numbers", "e.g. rollout.schedule=[10:4,50:2]")
+        _custom_resource(self)
         not_negative(self, "cpus_per_worker", "gpus_per_worker")
+
+
+def _custom_resource(part: RolloutConfig | LearnerConfig) -> None:
+    own = re.fullmatch(r"[A-Za-z][\w-]*", part.resource) is not None and part.resource.lower() not in ("cpu", "gpu", "memory", "object_store_memory")
+    require(
+        part.resource == "" or own, "resource", part.resource, "a name of letters, digits, _ and -", "CPU, GPU and memory have settings of their own"
+    )
 
 
 @dataclass(frozen=True)
@@ -139,6 +149,7 @@ class LearnerConfig:
     workers: int = 1
     cpus_per_worker: float = 1
     gpus_per_worker: float = 0
+    resource: str = ""  # of a cluster: one unit of this custom resource a rank
     threads: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     microbatch_tokens: int = 2048  # of one forward and backward pass
@@ -150,6 +161,7 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         positive(self, "learning_rate", "max_grad_norm", "workers", "threads", "microbatch_tokens", "trainable_layers", "step_timeout_s")
         not_negative(self, "warmup_steps", "weight_decay", "cpus_per_worker", "gpus_per_worker")
+        _custom_resource(self)
         require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
 
 
@@ -202,6 +214,19 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class EpisodesConfig:
+    """Which episodes are kept to be looked into (``python -m cluster inspect``): a file each in the run's folder."""
+
+    per_step: int = 1  # of the episodes that a training step learned from, drawn by lot
+    per_evaluation: int = 2  # of each held-out evaluation: its first tasks, so that rows show the same ones
+    failed: int = 100  # of a run; those that fail after them are only counted
+    traces: bool = True  # the same as MLflow traces of the run
+
+    def __post_init__(self) -> None:
+        not_negative(self, "per_step", "per_evaluation", "failed")
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """MLflow. An empty ``uri`` means MLFLOW_TRACKING_URI, else sqlite in the output folder."""
 
@@ -210,15 +235,20 @@ class TrackingConfig:
     experiment: str = "engram"
     timeout_s: float = 20.0  # of one request to a server
     finish_timeout_s: float = 30.0  # the end of a run waits so long for a store that is away; what is left by then stays in the run's folder
+    system_metrics_s: float = 10.0  # between looks at the driver's machine (processor, memory, disk, network, GPUs); 0 is never
+    models: Literal["reference", "upload", "off"] = "reference"  # kept checkpoints as registered models: where they lie, or all their files
 
     def __post_init__(self) -> None:
         positive(self, "timeout_s")
-        not_negative(self, "finish_timeout_s")
+        not_negative(self, "finish_timeout_s", "system_metrics_s")
 
 
 @dataclass(frozen=True)
 class RayConfig:
-    """``address: ""`` starts a local Ray for this run (also when a cluster runs on the machine); ``auto`` or an address joins a cluster."""
+    """``address: ""`` starts a local Ray for this run (also when a cluster runs on the machine); ``auto`` or an address joins a cluster.
+
+    In a Ray job it is ``auto`` unless an argument says otherwise.
+    """
 
     address: str = ""
     object_store_gib: float = 2.0  # of a local Ray

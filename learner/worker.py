@@ -133,12 +133,18 @@ class LearnerGroup:
     def __init__(self, spec: LearnerSpec, start_timeout_s: float, actor: Any = LearnerActor) -> None:
         config = spec.config
         self._timeout = config.step_timeout_s
-        self._resources = f"{config.cpus_per_worker} CPUs and {config.gpus_per_worker} GPUs for each of {config.workers} learner ranks"
+        named = {config.resource: 1} if config.resource else {}
+        asked = (
+            f"{config.cpus_per_worker} CPUs{', ' if named else ' and '}{config.gpus_per_worker} GPUs{f' and 1 {config.resource}' if named else ''}"
+        )
+        self._resources = f"{asked} for each of {config.workers} learner ranks"
         # Without the second, Ray pickles tensors, several times as slow on the way out and on the way in. It is read when Ray is imported.
         environment = {"OMP_NUM_THREADS": str(config.threads), "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
         if config.gpus_per_worker == 0:
             environment["DS_ACCELERATOR"] = "cpu"
-        options = actor.options(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, runtime_env={"env_vars": environment})
+        options = actor.options(
+            num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, resources=named, runtime_env={"env_vars": environment}
+        )
         reference = ray.put(spec)
         self._actors: list[Any] = [options.remote(reference, rank) for rank in range(config.workers)]
         try:

@@ -165,3 +165,10 @@ def test_demand_counts_workers_and_learner() -> None:
     config = replace(CONFIG, rollout=RolloutConfig(workers=3, cpus_per_worker=2), learner=LearnerConfig(workers=2, gpus_per_worker=1))
     assert demand(config, learner=True) == Demand(cpus=8, gpus=2)
     assert demand(config, learner=False) == Demand(cpus=6, gpus=0)
+
+
+def test_demand_counts_custom_resources() -> None:
+    shared = replace(CONFIG, rollout=RolloutConfig(workers=3, resource="big"), learner=LearnerConfig(workers=2, resource="big"))
+    assert demand(shared, learner=True).custom == (("big", 5),)
+    apart = replace(CONFIG, rollout=RolloutConfig(workers=3, resource="rollout"), learner=LearnerConfig(workers=2, resource="learner"))
+    assert str(demand(apart, learner=True)) == "5 CPU, 0 GPU, 2 learner and 3 rollout"
