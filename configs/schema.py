@@ -1,0 +1,292 @@
+"""The configuration, and the only place with defaults: one frozen dataclass per part.
+
+`configs.load` builds a `RunConfig` from YAML and ``key=value`` overrides, once; nothing changes it afterwards. A value is checked where it is
+constructed: the message has the value, the bound and the cure. Settings that the paper leaves unpublished say so; their default is our choice.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from configs.bounds import not_negative, positive, require
+from configs.environments import ConversationConfig, EnvironmentConfig, JudgeConfig, RecallConfig, RubricConfig, SearchConfig
+from configs.memory import SUMMARIZING, FastWeightsConfig, MemoryConfig, MemoryPolicy, NotesConfig, PagingConfig, WriteConfig
+
+__all__ = [
+    "ConversationConfig",
+    "EmbedderConfig",
+    "EngineConfig",
+    "EnvironmentConfig",
+    "EpisodesConfig",
+    "EvaluationConfig",
+    "FastWeightsConfig",
+    "JudgeConfig",
+    "LearnerConfig",
+    "MemoryConfig",
+    "MemoryPolicy",
+    "ModelConfig",
+    "NotesConfig",
+    "ObjectiveConfig",
+    "PagingConfig",
+    "RayConfig",
+    "RecallConfig",
+    "RolloutConfig",
+    "RubricConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SearchConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "WarmStartConfig",
+    "WriteConfig",
+]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy's base model: ``smollm2-135m`` (comes with the install), a local Hugging Face folder, or a hub name."""
+
+    name: str = "smollm2-135m"  # smollm2-135m, a folder, or a hub name such as Qwen/Qwen3-4B
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    trust_remote_code: bool = False  # runs code that comes with the model
+
+
+@dataclass(frozen=True)
+class EmbedderConfig:
+    """The sentence embedder of dense search and of linked notes: ``minilm`` (comes with the install), a local folder, or a hub name."""
+
+    name: str = "minilm"  # minilm, a folder, or a hub name such as BAAI/bge-small-en-v1.5
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How training episodes act. Evaluation samples with temperature 0."""
+
+    temperature: float = 1.0  # never 0: a group of greedy siblings teaches nothing
+    max_answer_tokens: int = 64  # per act
+
+    def __post_init__(self) -> None:
+        positive(self, "temperature", "max_answer_tokens")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One vLLM engine per rollout worker. ``slots`` is both the adapter slots and the most episodes that run at once on a worker."""
+
+    slots: int = 16  # episodes at once
+    max_model_tokens: int = 8192  # prompt + answer
+    kv_cache_gib: float = 1.0  # CPU
+    gpu_memory_utilization: float = 0.6  # GPU
+    enforce_eager: bool = False
+    receipts: Literal["always", "off"] = "always"  # check every installed revision against the writer's own forward pass
+    receipt_tolerance: float = 0.02  # nats per token, float32; bfloat16 needs about 0.3 (the base model's own rounding)
+
+    def __post_init__(self) -> None:
+        positive(self, "slots", "max_model_tokens", "kv_cache_gib", "receipt_tolerance")
+        require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Rollout workers. A worker is one process: engine, writer and up to ``engine.slots`` concurrent episodes."""
+
+    workers: int = 1
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+    resource: str = ""  # of a cluster: one unit of this custom resource a worker, so that an autoscaler adds the right kind of node
+    threads: int = 1
+    max_turns: int = 64  # acts of one episode
+    episode_timeout_s: float = 600
+    schedule: tuple[str, ...] = ()  # "step:workers", e.g. [10:4,50:2]: how many workers from a training step on; `scale` overrules it
+    health_s: float = 30  # between health checks; a worker that misses two is replaced
+
+    def __post_init__(self) -> None:
+        positive(self, "workers", "threads", "max_turns", "episode_timeout_s", "health_s")
+        for entry in self.schedule:
+            known = re.fullmatch(r"\d+:[1-9]\d*", entry) is not None
+            require(known, "schedule", entry, "step:workers, two whole numbers", "e.g. rollout.schedule=[10:4,50:2]")
+        _custom_resource(self)
+        not_negative(self, "cpus_per_worker", "gpus_per_worker")
+
+
+def _custom_resource(part: RolloutConfig | LearnerConfig) -> None:
+    own = re.fullmatch(r"[A-Za-z][\w-]*", part.resource) is not None and part.resource.lower() not in ("cpu", "gpu", "memory", "object_store_memory")
+    require(
+        part.resource == "" or own, "resource", part.resource, "a name of letters, digits, _ and -", "CPU, GPU and memory have settings of their own"
+    )
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The stop-gradient GRPO update (TMEM, arXiv 2606.04536). Clip, KL, std division and importance correction are unpublished: our choices."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    normalize_by_std: bool = True  # divide advantages by the group's standard deviation
+    kl_coefficient: float = 0.0
+    importance: Literal["truncated", "none"] = "truncated"  # correct for engine and learner log-probs that differ
+    importance_cap: float = 2.0
+    minibatches: int = 1  # optimizer steps on one batch
+    aggregate: Literal["token", "sequence"] = "token"  # what the loss averages over
+
+    def __post_init__(self) -> None:
+        positive(self, "clip_low", "clip_high", "importance_cap", "minibatches")
+        not_negative(self, "kl_coefficient")
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """The DeepSpeed learner. ``trainable: full`` is the paper's; ``last_layers`` trains only the last ``trainable_layers`` (cheap on CPU)."""
+
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    adam_beta2: float = 0.999
+    zero_stage: Literal[0, 1, 2, 3] = 1  # what DeepSpeed shards: nothing, optimizer, + gradients, + parameters
+    workers: int = 1
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+    resource: str = ""  # of a cluster: one unit of this custom resource a rank
+    threads: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    microbatch_tokens: int = 2048  # of one forward and backward pass
+    trainable: Literal["full", "last_layers"] = "full"
+    trainable_layers: int = 8  # with trainable=last_layers
+    gradient_checkpointing: bool = False
+    step_timeout_s: float = 1800
+
+    def __post_init__(self) -> None:
+        positive(self, "learning_rate", "max_grad_norm", "workers", "threads", "microbatch_tokens", "trainable_layers", "step_timeout_s")
+        not_negative(self, "warmup_steps", "weight_decay", "cpus_per_worker", "gpus_per_worker")
+        _custom_resource(self)
+        require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """A short supervised stage that teaches a small model to write parsable flashcards. ``steps: 0`` leaves it out."""
+
+    steps: int = 0
+    tasks_per_step: int = 8
+    learning_rate: float = 1e-4
+
+    def __post_init__(self) -> None:
+        not_negative(self, "steps")
+        positive(self, "tasks_per_step", "learning_rate")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. A group older than ``max_staleness`` policy versions when the learner takes it is dropped and counted; 0 is strictly on-policy."""
+
+    steps: int = 200
+    tasks_per_step: int = 64  # groups
+    group_size: int = 8  # sibling episodes of one task
+    max_staleness: int = 1
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2  # the newest; the best by evaluate_every is kept besides
+    evaluate_every: int = 0  # steps between held-out evaluations, each at a checkpoint; 0 is none
+    evaluate_tasks: int = 16  # of each: the first of the eval split
+    group_timeout_s: float = 1200
+
+    def __post_init__(self) -> None:
+        not_negative(self, "steps", "max_staleness", "evaluate_every")
+        positive(self, "tasks_per_step", "group_timeout_s", "checkpoint_every", "keep_checkpoints", "evaluate_tasks")
+        at_checkpoints = self.evaluate_every % self.checkpoint_every == 0
+        allowed = f"0 or a multiple of train.checkpoint_every={self.checkpoint_every}"
+        require(at_checkpoints, "evaluate_every", self.evaluate_every, allowed, "only what is saved can be kept as the best")
+        require(self.group_size >= 2, "group_size", self.group_size, "2 or more", "advantages compare siblings of one task")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out tasks, greedy, before and after training."""
+
+    tasks: int = 64
+    bootstrap_samples: int = 2000
+    memory_off_row: bool = True  # also evaluate with memory.policy=truncation
+
+    def __post_init__(self) -> None:
+        positive(self, "tasks", "bootstrap_samples")
+
+
+@dataclass(frozen=True)
+class EpisodesConfig:
+    """Which episodes are kept to be looked into (``python -m cluster inspect``): a file each in the run's folder."""
+
+    per_step: int = 1  # of the episodes that a training step learned from, drawn by lot
+    per_evaluation: int = 2  # of each held-out evaluation: its first tasks, so that rows show the same ones
+    failed: int = 100  # of a run; those that fail after them are only counted
+    traces: bool = True  # the same as MLflow traces of the run
+
+    def __post_init__(self) -> None:
+        not_negative(self, "per_step", "per_evaluation", "failed")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """MLflow. An empty ``uri`` means MLFLOW_TRACKING_URI, else sqlite in the output folder."""
+
+    enabled: bool = True
+    uri: str = ""
+    experiment: str = "engram"
+    timeout_s: float = 20.0  # of one request to a server
+    finish_timeout_s: float = 30.0  # the end of a run waits so long for a store that is away; what is left by then stays in the run's folder
+    system_metrics_s: float = 10.0  # between looks at the driver's machine (processor, memory, disk, network, GPUs); 0 is never
+    models: Literal["reference", "upload", "off"] = "reference"  # kept checkpoints as registered models: where they lie, or all their files
+
+    def __post_init__(self) -> None:
+        positive(self, "timeout_s")
+        not_negative(self, "finish_timeout_s", "system_metrics_s")
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """``address: ""`` starts a local Ray for this run (also when a cluster runs on the machine); ``auto`` or an address joins a cluster.
+
+    In a Ray job it is ``auto`` unless an argument says otherwise.
+    """
+
+    address: str = ""
+    object_store_gib: float = 2.0  # of a local Ray
+    startup_timeout_s: float = 300
+
+    def __post_init__(self) -> None:
+        positive(self, "object_store_gib", "startup_timeout_s")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. ``resume`` is a checkpoint folder, "auto" (the newest in ``output_dir``) or "" (start anew)."""
+
+    name: str = "engram"
+    seed: int = 0
+    output_dir: str = "runs"  # checkpoints, tables, plots; one folder a run
+    resume: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    fast_weights: FastWeightsConfig = field(default_factory=FastWeightsConfig)
+    write: WriteConfig = field(default_factory=WriteConfig)
+    embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        not_negative(self, "seed")
+        memory, have = self.memory, self.engine.max_model_tokens
+        summary = memory.max_summary_tokens if memory.policy in SUMMARIZING else 0
+        least = 1 + memory.max_context_tokens + memory.max_extract_tokens + summary
+        sum_of = f"memory.max_context_tokens + memory.max_extract_tokens{' + memory.max_summary_tokens' if summary else ''} + 1"
+        require(have >= least, "engine.max_model_tokens", have, f"{least} or more ({sum_of})", "raise it, or lower the others")
