@@ -20,6 +20,7 @@ from actors.types import (
     FastWeights,
     Generation,
     PolicyVersion,
+    Probe,
     Sampling,
     SpanKind,
     StopReason,
@@ -82,26 +83,27 @@ class LiveActor:
         written = time.perf_counter()
         self.seconds["write"] += written - started
         if result.outcome == "accepted":
-            await self._install(result)
+            await self.adopt(result.weights, result.probe)
             self.seconds["install"] += time.perf_counter() - written
         return result
+
+    async def adopt(self, weights: FastWeights, probe: Probe | None) -> None:
+        """Act under ``weights`` (not revision 0) from now on: those of a write, or of an earlier conversation. Raises EngineError, ReceiptError."""
+        outdated = list(self._installed)
+        key = self._key(weights)
+        self._installed.append(key)  # before the install: one that fails half-way must be released too
+        await self._policy.install(key, weights, probe)
+        self.weights = weights
+        self.revisions.append(weights)
+        if outdated:
+            await self._policy.release(outdated)
+            self._installed = [key]
 
     async def close(self) -> None:
         """B back to 0: the engine forgets what this episode wrote."""
         keys, self._installed = self._installed, []
         if keys:
             await self._policy.release(keys)
-
-    async def _install(self, result: WriteResult) -> None:
-        outdated = list(self._installed)
-        key = self._key(result.weights)
-        self._installed.append(key)  # before the install: one that fails half-way must be released too
-        await self._policy.install(key, result.weights, result.probe)
-        self.weights = result.weights
-        self.revisions.append(result.weights)
-        if outdated:
-            await self._policy.release(outdated)
-            self._installed = [key]
 
     def _key(self, weights: FastWeights) -> AdapterKey:
         return AdapterKey(self.version, self._spec.episode_id, weights.revision)

@@ -10,11 +10,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.assistant import AssistantConfig
 from configs.bounds import not_negative, positive, require
 from configs.environments import ConversationConfig, EnvironmentConfig, JudgeConfig, RecallConfig, RubricConfig, SearchConfig
 from configs.memory import SUMMARIZING, FastWeightsConfig, MemoryConfig, MemoryPolicy, NotesConfig, PagingConfig, WriteConfig
 
 __all__ = [
+    "AssistantConfig",
     "ConversationConfig",
     "EmbedderConfig",
     "EngineConfig",
@@ -101,6 +103,7 @@ class RolloutConfig:
     episode_timeout_s: float = 600
     schedule: tuple[str, ...] = ()  # "step:workers", e.g. [10:4,50:2]: how many workers from a training step on; `scale` overrules it
     health_s: float = 30  # between health checks; a worker that misses two is replaced
+    recover_episodes: bool = False  # after a loss, go on from each episode's last write on a worker with the same weights (elsewhere: from the start)
 
     def __post_init__(self) -> None:
         positive(self, "workers", "threads", "max_turns", "episode_timeout_s", "health_s")
@@ -280,8 +283,10 @@ class RunConfig:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    episodes: EpisodesConfig = field(default_factory=EpisodesConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    assistant: AssistantConfig = field(default_factory=AssistantConfig)
 
     def __post_init__(self) -> None:
         not_negative(self, "seed")

@@ -158,7 +158,7 @@ def test_a_bad_file_is_one_line_that_names_the_place(yaml_file: Path, content: b
 
 
 def test_a_missing_file_lists_the_shipped_ones(tmp_path: Path) -> None:
-    assert "no such file; shipped are configs/locomo.yaml" in refused(tmp_path / "none.yaml")
+    assert "no such file; shipped are configs/chat.yaml" in refused(tmp_path / "none.yaml")
     assert "is a folder" in refused(tmp_path)
 
 
