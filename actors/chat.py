@@ -27,6 +27,16 @@ class ChatTemplateError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """The tokens [start, end) of a conversation and their text. ``role``: system, user, assistant or text."""
+
+    role: str
+    start: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class _TemplateText:
     """The template's own text around the contents of a conversation."""
 
@@ -83,6 +93,20 @@ class ChatFormat:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids`` without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def turns(self, ids: Sequence[int]) -> list[Turn]:
+        """``ids`` of a conversation by its turns, for people to read; what stands outside of any (a turn cut by truncation) has the role "text"."""
+        opens = [(self._system_open, "system"), (self._user_open, "user"), (self.assistant_open, "assistant")]
+        marks = [*opens, (self._system_close, "text"), (self._user_close, "text"), (self._reply_close, "text")]
+        found: list[Turn] = []
+        role, start, place = "text", 0, 0
+        while place <= len(ids):
+            mark, follows = next(((mark, name) for mark, name in marks if mark and tuple(ids[place : place + len(mark)]) == mark), ((), ""))
+            if mark or place == len(ids):
+                found.append(Turn(role, start, place, self.decode(ids[start:place])))
+                role, start = follows, place + len(mark)
+            place += max(1, len(mark))
+        return [turn for turn in found if turn.text.strip()]
 
     def _encode_template(self, text: str) -> Ids:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False)) if text else ()

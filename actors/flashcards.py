@@ -79,6 +79,25 @@ def parse_flashcards(text: str, limit: int) -> ParsedFlashcards:
     return first or ParsedFlashcards((), 0, "no JSON array in the text")
 
 
+def unused_items(text: str, cards: Sequence[Flashcard]) -> tuple[str, ...]:
+    """The raw items of the arrays in ``text`` that became none of ``cards``: no card at all, one twice, or one too many. For people to read."""
+    left = list(cards)
+    unused: list[str] = []
+    start = text.find("[")
+    for _ in range(_MAX_ARRAYS):
+        if start < 0:
+            break
+        items, end, _ = _array_items(text, start)
+        for item in items:
+            card = _card(item)
+            if card in left:
+                left.remove(card)
+            else:
+                unused.append(item)
+        start = text.find("[", end)
+    return tuple(unused)
+
+
 def _parse_items(items: Sequence[str], ended: bool, limit: int) -> ParsedFlashcards:
     cards: list[Flashcard] = []
     seen: set[str] = set()

@@ -55,14 +55,14 @@ class Trainer(WeightSource, Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoopParts:
-    """What build.py wires together. ``on_step`` shows a step to the user; ``on_checkpoint`` saves everything."""
+    """What build.py wires together. ``on_step`` shows a step and what it was made of; ``on_checkpoint`` saves everything."""
 
     stream: GroupStream
     trainer: Trainer
     fleet: ElasticFleet
     channel: Channel
     tracker: Tracker
-    on_step: Callable[[StepSummary], None]
+    on_step: Callable[[StepSummary, Batch], None]
     on_checkpoint: Callable[[TrainState], Awaitable[None]]
 
 
@@ -131,6 +131,6 @@ async def _learn(parts: LoopParts, state: TrainState, batch: Batch, began: float
     summary = summarize(step, report, batch, seconds)
     figures = step_metrics(report, batch, seconds, stream.ledger) | worker_metrics(list(fleet.reports.values())) | fleet.metrics()
     parts.tracker.log(figures, step)
-    parts.on_step(summary)
+    parts.on_step(summary, batch)
     rewards = (*state.rewards, summary.reward)
     return replace(state, step=step, version=report.version, ledger=stream.ledger.snapshot(), rewards=rewards)

@@ -17,8 +17,10 @@ from pathlib import Path
 from cluster.broadcast import ObjectStoreWeights
 from cluster.build import TrainingCluster, build_demonstrations, build_fleet, build_stream, start_state, training_cluster
 from cluster.checkpoint import TrainState, best_checkpoint, list_checkpoints, score_of
-from cluster.evaluate import EvaluationRow, RowResult, evaluate_row, load_row, row_metrics, save_row
+from cluster.evaluate import EpisodeSource, EvaluationRow, RowResult, evaluate_row, load_row, row_metrics, save_row
 from cluster.fleet import RemoteWorker
+from cluster.inspection.recorder import EpisodeRecorder
+from cluster.inspection.start import recording
 from cluster.keeper import Keeper, save_state
 from cluster.ledger import ledger_line
 from cluster.loop import LoopParts, run_loop
@@ -26,6 +28,7 @@ from cluster.metrics import StepSummary
 from cluster.prepare import Preparation
 from cluster.progress import Display, step_line
 from cluster.scaling import WantedWorkers
+from cluster.stream import Batch
 from cluster.tables import HEADER, LEGEND, MOST_CATEGORIES, Report, rich_table, save_report
 from cluster.timeline import KeptTimeline, save_timeline
 from cluster.tracking import RunStatus, Tracker, start_tracking
@@ -77,6 +80,7 @@ class Scoreboard:
     workers: Sequence[RemoteWorker]
     tracker: Tracker
     display: Display
+    recorder: EpisodeRecorder
 
     async def measure(self, key: str, step: int) -> None:
         """Evaluate one row now, unless it is there already or is not wanted."""
@@ -88,7 +92,8 @@ class Scoreboard:
         if len(tasks) < wanted:
             self.display.say(f"the held-out split has {len(tasks)} tasks, fewer than evaluation.tasks={wanted}: all are used")
         with self.display.counting(f"evaluate {row.label}", len(tasks)) as counter:
-            result = await evaluate_row(row, tasks, self.workers, slots, counter.advance)
+            workers = self.recorder.watch(self.workers, self.preparation.config, step)
+            result = await evaluate_row(row, tasks, workers, slots, counter.advance)
         save_row(result, self._file(key))
         self.tracker.log(row_metrics(result, key), step)
 
@@ -134,8 +139,15 @@ async def train(preparation: Preparation, display: Display) -> None:
 
 async def train_on(cluster: TrainingCluster, preparation: Preparation, tracker: Tracker, display: Display, state: TrainState) -> TrainState:
     """All stages on a cluster that is up. Afterwards the workers serve the last version."""
+    with recording(preparation.config, preparation.run_dir, preparation.model_path, tracker.run_id) as recorder:
+        return await _stages(cluster, preparation, tracker, display, state, recorder)
+
+
+async def _stages(
+    cluster: TrainingCluster, preparation: Preparation, tracker: Tracker, display: Display, state: TrainState, recorder: EpisodeRecorder
+) -> TrainState:
     newest: ObjectStoreWeights | None = None
-    scores = Scoreboard(preparation, cluster.workers, tracker, display)
+    scores = Scoreboard(preparation, cluster.workers, tracker, display, recorder)
     if preparation.checkpoint is None:
         await scores.measure("memory_off", 0)
         await scores.measure("before", 0)
@@ -144,7 +156,7 @@ async def train_on(cluster: TrainingCluster, preparation: Preparation, tracker: 
         await scores.measure("after_warm_start", 0)
         newest = await _serve(cluster)  # empty caches: a run that is resumed here, with its row measured, finds them so
     scores.forget("after_rl")
-    state = await _reinforce(preparation, cluster, tracker, display, state, newest)
+    state = await _reinforce(preparation, cluster, tracker, display, state, newest, recorder)
     await scores.measure("after_rl", state.step)
     scores.report(state.rewards)
     return state
@@ -176,25 +188,36 @@ async def _serve(cluster: TrainingCluster) -> ObjectStoreWeights:
 
 
 async def _reinforce(
-    preparation: Preparation, cluster: TrainingCluster, tracker: Tracker, display: Display, state: TrainState, newest: ObjectStoreWeights | None
+    preparation: Preparation,
+    cluster: TrainingCluster,
+    tracker: Tracker,
+    display: Display,
+    state: TrainState,
+    newest: ObjectStoreWeights | None,
+    recorder: EpisodeRecorder,
 ) -> TrainState:
     """The RL stage. Afterwards ``cluster.workers`` are those that are left: some may have been replaced."""
     plan, rollout = preparation.config.train, preparation.config.rollout
     wanted = WantedWorkers(rollout.workers, rollout.schedule, preparation.run_dir, state.step)
     with display.counting("train step", max(0, plan.steps - state.step)) as counter:
 
-        def on_step(summary: StepSummary) -> None:
+        def on_step(summary: StepSummary, batch: Batch) -> None:
             wanted.step = summary.step
+            recorder.on_batch(preparation.config, summary.step, batch)
             keeper.on_step(summary.step)
             counter.advance(step_line(summary))
 
         def serving() -> list[RemoteWorker]:
             return [worker for worker in cluster.launched if worker in fleet.workers]
 
+        def evaluating() -> list[EpisodeSource]:
+            return recorder.watch(serving(), preparation.config, wanted.step)
+
         stream = build_stream(preparation, cluster.workers, state)
+        stream.watch(lambda summary: recorder.on_failures(preparation.config, wanted.step + 1, summary))
         fleet = build_fleet(preparation, cluster, newest, wanted, display.say)
         row = evaluation_rows(preparation.config)["after_rl"]
-        keeper = Keeper(preparation, cluster.learner, stream, fleet, tracker, display, row, serving)
+        keeper = Keeper(preparation, cluster.learner, stream, fleet, tracker, display, row, evaluating)
         parts = LoopParts(stream, cluster.learner, fleet, cluster.channel, tracker, on_step, keeper.on_checkpoint)
         try:
             state = await run_loop(parts, plan, state)

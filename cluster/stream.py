@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from actors.summary import GroupSummary
 from actors.types import PolicyVersion, Task
 from cluster.errors import ClusterError, StreamError
 from cluster.lanes import FinishedGroup, GroupSource, Lane, Openings
@@ -85,6 +86,7 @@ class GroupStream:
         self._changed = asyncio.Event()
         self._on_lost: Callable[[str, Exception], None] | None = None
         self._on_group: Callable[[], None] = lambda: None
+        self._on_failures: Callable[[GroupSummary], None] = lambda summary: None
         self._held = False
         self._missing: Callable[[Sequence[FinishedGroup]], Awaitable[Sequence[int]]] | None = None
 
@@ -95,6 +97,10 @@ class GroupStream:
     def deliver(self, missing: Callable[[Sequence[FinishedGroup]], Awaitable[Sequence[int]]]) -> None:
         """``missing`` brings a batch to the learner before ``take`` returns it, and says which places are lost: those tasks are issued again."""
         self._missing = missing
+
+    def watch(self, on_failures: Callable[[GroupSummary], None]) -> None:
+        """``on_failures`` is told of every group in which episodes failed."""
+        self._on_failures = on_failures
 
     def add(self, worker: GroupSource, version: PolicyVersion) -> None:
         """``worker`` serves ``version`` and takes groups from now on."""
@@ -263,6 +269,8 @@ class GroupStream:
     def _sort_in(self, position: int, group: FinishedGroup) -> None:
         """Fewer than two finished siblings cannot be compared: counted as failed, replaced by the next task."""
         self.ledger.count_failures([failure.boundary for failure in group.summary.failed])
+        if group.summary.failed:
+            self._on_failures(group.summary)
         if len(group.summary.episodes) >= 2:
             self._ready.append((position, group))
             self._unusable = 0

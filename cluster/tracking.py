@@ -139,9 +139,8 @@ def open_run(tracking: TrackingConfig, output_dir: Path, run_name: str, params: 
     if not tracking.enabled:
         return NullTracker()
     _quiet(tracking.timeout_s)
-    local = output_dir / "mlflow.db"
-    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local}"
-    artifacts = (output_dir / "mlflow-artifacts").as_uri() if uri == f"sqlite:///{local}" else None
+    uri = store_uri(tracking, output_dir)
+    artifacts = (output_dir / "mlflow-artifacts").as_uri() if uri == f"sqlite:///{output_dir / 'mlflow.db'}" else None
     run = _in_store(uri, tracking.experiment, artifacts, run_name, resumed_run_id)
     path = output_dir / run_name / f"mlflow-{run.run_id}.jsonl"
     try:
@@ -175,6 +174,11 @@ def _in_store(uri: str, experiment: str, artifacts: str | None, run_name: str, r
         raise TrackingError(
             f"cannot use MLflow at {shown(uri)}: {first_line(error)}; set tracking.uri, or tracking.enabled=false to run without it"
         ) from error
+
+
+def store_uri(tracking: TrackingConfig, output_dir: Path) -> str:
+    """Where the runs of ``output_dir`` are tracked."""
+    return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output_dir / 'mlflow.db'}"
 
 
 def flatten(config: object, prefix: str = "") -> dict[str, str]:

@@ -32,7 +32,7 @@ from cluster.ledger import Ledger, LedgerSnapshot
 from cluster.loop import LoopParts, run_loop
 from cluster.metrics import StepSummary
 from cluster.runtime import Demand, all_ready, ray_runtime
-from cluster.stream import GroupStream, StreamPlan
+from cluster.stream import Batch, GroupStream, StreamPlan
 from cluster.tasks import TaskSource
 from cluster.tracking import NullTracker
 from configs.schema import RayConfig, RunConfig, TrainConfig
@@ -173,7 +173,7 @@ class _Fleet:
         staleness: list[float] = []
         enough = asyncio.Event()
 
-        def on_step(summary: StepSummary) -> None:
+        def on_step(summary: StepSummary, _: Batch) -> None:
             staleness.append(summary.staleness)
             if len(staleness) == wanted:
                 enough.set()

@@ -26,7 +26,7 @@ from cluster.lanes import FinishedGroup
 from cluster.ledger import Ledger, LedgerSnapshot
 from cluster.loop import LoopParts, run_loop
 from cluster.metrics import StepSummary
-from cluster.stream import GroupStream, StreamPlan
+from cluster.stream import Batch, GroupStream, StreamPlan
 from cluster.tracking import RunStatus
 from configs.schema import TrainConfig
 from learner.types import StepReport
@@ -153,7 +153,7 @@ async def _run(pace: Pace, staleness: int, tracker: WaitingTimes) -> float:
     fleet = ElasticFleet(workers, FleetPlan(None, lambda: WORKERS, 0, at_once, 60.0, lambda text: None), newest=None)
     learner = TimedLearner(pace)
 
-    def on_step(summary: StepSummary) -> None: ...
+    def on_step(summary: StepSummary, batch: Batch) -> None: ...
 
     async def on_checkpoint(state: TrainState) -> None: ...
 

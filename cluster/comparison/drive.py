@@ -19,7 +19,7 @@ from cluster.comparison.plan import Cell
 from cluster.comparison.prepare import Comparison
 from cluster.comparison.store import CellStore, Done
 from cluster.errors import ClusterError, StartupError
-from cluster.evaluate import EvaluationRow, run_episodes
+from cluster.evaluate import EpisodeSource, EvaluationRow, run_episodes
 from cluster.fleet import RemoteWorker
 from cluster.runtime import Demand, cancel_on_sigterm, demand, ray_runtime
 
@@ -28,12 +28,15 @@ ATTEMPTS = 2
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """Who wants to know: a cell begins (how many of its tasks are left), a task of it is over, it is finished."""
+    """Who wants to know: a cell begins (how many of its tasks are left), a task of it is over, it is finished, it
+    is run again. ``watch`` puts somebody between a cell and its workers.
+    """
 
     begins: Callable[[Cell, int], None]
     advances: Callable[[], None]
     finished: Callable[[Cell], None]
     retries: Callable[[Cell, str], None]
+    watch: Callable[[Cell, Sequence[EpisodeSource]], Sequence[EpisodeSource]]
 
 
 def batches(cells: Sequence[Cell], basis_of: Callable[[Cell], object]) -> list[list[Cell]]:
@@ -105,7 +108,7 @@ async def _run_cell(comparison: Comparison, cell: Cell, workers: Sequence[Remote
             hooks.advances()
 
         row = EvaluationRow(cell.key, cell.config.memory, cell.config.seed)
-        await run_episodes(row, left, workers, cell.config.engine.slots, keep)
+        await run_episodes(row, left, hooks.watch(cell, workers), cell.config.engine.slots, keep)
     peaks = [await worker.measure() for worker in workers]
     store.finish(cell, journal.done, worst(peaks))
     hooks.finished(cell)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from cluster.comparison.prepare import Comparison
 from cluster.comparison.report import COST_LEGEND, ComparisonReport, Table, save_comparison
 from cluster.comparison.summary import PRIMARY, Bootstrap, compare_rows, summarize
 from cluster.errors import ClusterError
+from cluster.evaluate import EpisodeSource
+from cluster.inspection.recorder import EpisodeRecorder
+from cluster.inspection.start import recording
 from cluster.progress import Display
 from cluster.run import ending
 from cluster.tables import MOST_CATEGORIES, rich_table
@@ -31,14 +34,15 @@ async def evaluate(comparison: Comparison, display: Display) -> None:
         found = {cell.key for cell in comparison.plan.cells if comparison.store.finished(cell) is not None}
         missing = [cell for cell in comparison.plan.cells if cell.key not in found]
         display.say(f"{_overview(comparison)}; {len(found)} done before: {comparison.folder}")
-        given_up = await _measure(comparison, missing, display)
+        with recording(comparison.plan.base, comparison.folder, comparison.model.path, tracker.run_id) as recorder:
+            given_up = await _measure(comparison, missing, display, recorder)
         _report(comparison, given_up, tracker, display)
         if given_up:
             key, why = next(iter(given_up.items()))
             raise ClusterError(f"{len(given_up)} of {len(comparison.plan.cells)} cells were given up, the first {key}: {why}")
 
 
-async def _measure(comparison: Comparison, missing: list[Cell], display: Display) -> dict[str, str]:
+async def _measure(comparison: Comparison, missing: list[Cell], display: Display, recorder: EpisodeRecorder) -> dict[str, str]:
     """Run the missing cells with progress over their episodes; returns why some were given up."""
     if not missing:
         return {}
@@ -62,7 +66,10 @@ async def _measure(comparison: Comparison, missing: list[Cell], display: Display
         def retries(cell: Cell, why: str) -> None:
             display.say(f"  {_named(cell)}: {why}; once more on new workers")
 
-        return await run_cells(comparison, missing, Hooks(begins, counter.advance, finished, retries))
+        def watch(cell: Cell, workers: Sequence[EpisodeSource]) -> Sequence[EpisodeSource]:
+            return recorder.watch(workers, cell.config, comparison.step)
+
+        return await run_cells(comparison, missing, Hooks(begins, counter.advance, finished, retries, watch))
 
 
 def build_report(comparison: Comparison, given_up: Mapping[str, str]) -> ComparisonReport:

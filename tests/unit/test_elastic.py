@@ -102,7 +102,7 @@ class Lab:
         async def save(state: TrainState) -> None:
             self.saved.append(state)
 
-        parts = LoopParts(self.stream, self.trainer, self.fleet, Channel(), self.tracker, lambda summary: self.on_step(summary.step), save)
+        parts = LoopParts(self.stream, self.trainer, self.fleet, Channel(), self.tracker, lambda summary, batch: self.on_step(summary.step), save)
         return await asyncio.wait_for(run_loop(parts, self.plan, START), 20)
 
     def serving(self) -> set[str]:
@@ -200,7 +200,7 @@ def test_without_a_way_to_launch_a_lost_worker_ends_the_run() -> None:
 
         async def save(state: TrainState) -> None: ...
 
-        await run_loop(LoopParts(stream, lab.trainer, fleet, Channel(), lab.tracker, lambda summary: None, save), lab.plan, START)
+        await run_loop(LoopParts(stream, lab.trainer, fleet, Channel(), lab.tracker, lambda summary, batch: None, save), lab.plan, START)
 
     with pytest.raises((ClusterError, StreamError), match="SIGKILL"):
         asyncio.run(asyncio.wait_for(body(), 10))

@@ -155,6 +155,7 @@ class Stage:
             lambda: None,
             lambda cell: self.told.append(f"finished {cell.variant.label}"),
             lambda cell, why: self.told.append(f"retries {cell.variant.label}: {why}"),
+            lambda cell, workers: workers,
         )
 
 

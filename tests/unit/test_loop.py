@@ -127,7 +127,8 @@ class Bench:
 
         return asyncio.run(body())
 
-    def show(self, summary: StepSummary) -> None:
+    def show(self, summary: StepSummary, batch: Batch) -> None:
+        assert len(batch.groups) == len(batch.staleness)
         self.summaries.append(summary)
         self.on_summary(summary)
 

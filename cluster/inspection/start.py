@@ -1,0 +1,29 @@
+"""Puts a run's recorder together: its folder, the model's chat format, and the traces of its MLflow run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from cluster.inspection.recorder import EpisodeRecorder, NoSink, chat_of, from_object_store
+from cluster.inspection.traces import EpisodeTraces
+from cluster.tracking import store_uri
+from configs.schema import RunConfig
+
+_TRACES_S = 10.0
+
+
+@contextmanager
+def recording(config: RunConfig, run_dir: Path, model_path: Path, run_id: str) -> Iterator[EpisodeRecorder]:
+    """The recorder of a run for the duration of the block, at the end of which everything is written. ``run_id`` "": no traces."""
+    wanted = config.episodes.traces and run_id
+    traces = EpisodeTraces(store_uri(config.tracking, run_dir.parent), run_id) if wanted else None
+    recorder = EpisodeRecorder(config.episodes, run_dir, partial(chat_of, model_path), from_object_store, traces or NoSink())
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+        if traces is not None:
+            traces.close(min(_TRACES_S, config.tracking.finish_timeout_s))
