@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 from actors.protocols import FastWeightWriter, WriterError
 from actors.types import FastWeights, WriteRecord, WriteRequest, WriteResult
@@ -17,6 +18,19 @@ from actors.types import FastWeights, WriteRecord, WriteRequest, WriteResult
 
 class ReplayError(WriterError):
     """The log does not lead to the weights that it speaks of: another base, basis or write settings, or a record is missing."""
+
+
+class LoggedWrite(Protocol):
+    """What a log keeps of an accepted write's result."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def loss_before(self) -> float: ...
+
+    @property
+    def loss_after(self) -> float: ...
 
 
 def replay(writer: FastWeightWriter, episode_id: str, basis_id: str, records: Sequence[WriteRecord], tolerance: float) -> tuple[FastWeights, ...]:
@@ -35,13 +49,14 @@ def replay(writer: FastWeightWriter, episode_id: str, basis_id: str, records: Se
             raise ReplayError(f"{where} left revision {record.revision} in force, the replay is at {expected}: an earlier record is missing")
         if record.outcome == "accepted":
             (result,) = writer.write([WriteRequest(episode_id, weights, record.examples)])
-            _check(where, record, result, tolerance)
+            check_replay(where, record, result, tolerance)
             weights = result.weights
             revisions.append(weights)
     return tuple(revisions)
 
 
-def _check(where: str, record: WriteRecord, result: WriteResult, tolerance: float) -> None:
+def check_replay(where: str, record: LoggedWrite, result: WriteResult, tolerance: float) -> None:
+    """Whether ``result`` is what an accepted write led to before. Raises ReplayError, ``where`` in front."""
     cure = "replay on the policy version, basis and write settings that it was written with"
     if result.outcome != "accepted":
         raise ReplayError(f"{where} was accepted and its replay is {result.outcome} ({result.reason}): {cure}")

@@ -11,15 +11,21 @@ deadline).
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 from actors.chat import ChatFormat
 from actors.environments.base import Environment, TaskError
 from actors.episode import EpisodeSpec, derived_seed, run_episode
 from actors.memory.build import Surroundings, build_memory
 from actors.protocols import EngineError, FastWeightWriter, Policy, ReceiptError, WriterError
+from actors.recovery import NO_RECOVERY, EpisodeLog, Event, LostTrack, RecordedPolicy, RecordedWriter, Recovered, Recovery
 from actors.types import Boundary, FailedEpisode, Task, Trajectory, TrajectoryGroup, WriteRequest, WriteResult
 from configs.schema import MemoryConfig, RolloutConfig, WriteConfig
+
+_log = logging.getLogger(__name__)
 
 _BOUNDARIES: tuple[tuple[type[RuntimeError], Boundary], ...] = (
     (TaskError, "environment"),
@@ -127,22 +133,29 @@ class Rollout:
 
         The policy must keep its version until this returns.
         """
+        return (await self.recoverable_group(request, NO_RECOVERY))[0]
+
+    async def recoverable_group(self, request: RolloutRequest, recovery: Recovery) -> tuple[TrajectoryGroup, Recovered]:
+        """As ``group``, and progress goes to ``recovery.journal``; an episode that is known there on the present version is continued."""
         version = self._policy.version
+        continued: Counter[bool] = Counter()
         try:
             async with asyncio.TaskGroup() as siblings:
-                running = [siblings.create_task(self._sibling(request, number)) for number in range(request.group_size)]
+                running = [siblings.create_task(self._sibling(request, number, recovery, continued)) for number in range(request.group_size)]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finished = [task.result() for task in running]
-        return TrajectoryGroup(
+        group = TrajectoryGroup(
             task=request.task,
             policy_version=version,
             trajectories=tuple(result for result in finished if isinstance(result, Trajectory)),
             failed=tuple(result for result in finished if isinstance(result, FailedEpisode)),
             worker=self._worker_name,
         )
+        return group, Recovered(continued[True], continued[False])
 
-    async def _sibling(self, request: RolloutRequest, number: int) -> Trajectory | FailedEpisode:
+    async def _sibling(self, request: RolloutRequest, number: int, recovery: Recovery, continued: Counter[bool]) -> Trajectory | FailedEpisode:
+        """``continued`` counts the finished episodes of a group that was issued again: True for those that went on from their progress."""
         spec = EpisodeSpec(
             task=request.task,
             episode_id=f"{request.group_id}.{number}",
@@ -151,19 +164,41 @@ class Rollout:
             max_turns=self._rollout.max_turns,
             seed=derived_seed(request.seed, number),
         )
-        memory = build_memory(request.memory, self._write, self._surroundings)
         limit = self._rollout.episode_timeout_s
         async with self._slots:
             deadline = asyncio.timeout(limit)
             try:
                 async with deadline:
-                    return await run_episode(spec, self._environment, self._policy, self._writer, self._chat, memory, self._basis_id)
+                    return await self._play(spec, request, number, recovery, continued)
             except TimeoutError as error:
                 if not deadline.expired():
                     return _failed(spec, "engine", f"a wait inside the episode timed out: {error}")
                 return _failed(spec, "timeout", f"not done after rollout.episode_timeout_s={limit:g}: waiting for the engine or the writer")
             except tuple(kind for kind, _ in _BOUNDARIES) as error:
                 return _failed(spec, next(boundary for kind, boundary in _BOUNDARIES if isinstance(error, kind)), str(error))
+
+    async def _play(self, spec: EpisodeSpec, request: RolloutRequest, number: int, recovery: Recovery, continued: Counter[bool]) -> Trajectory:
+        """From the progress that is known, or else, and where the episode does not follow it, from the start."""
+        progress = recovery.progress.get(number)
+        if progress is not None and progress.version == self._policy.version:
+            try:
+                trajectory = await self._play_from(spec, request, number, recovery, progress.events)
+            except LostTrack as error:
+                _log.warning("%s: episode %s starts anew: %s", self._worker_name, spec.episode_id, error)
+            else:
+                continued[True] += 1
+                return trajectory
+        trajectory = await self._play_from(spec, request, number, recovery, ())
+        continued[False] += recovery.reissued
+        return trajectory
+
+    async def _play_from(self, spec: EpisodeSpec, request: RolloutRequest, number: int, recovery: Recovery, past: tuple[Event, ...]) -> Trajectory:
+        log = EpisodeLog(partial(recovery.journal.note, request.group_id, number, self._policy.version), past)
+        policy, writer = RecordedPolicy(self._policy, log), RecordedWriter(self._writer, log)
+        memory = build_memory(request.memory, self._write, self._surroundings)
+        trajectory = await run_episode(spec, self._environment, policy, writer, self._chat, memory, self._basis_id)
+        log.flush()
+        return trajectory
 
 
 def _failed(spec: EpisodeSpec, boundary: Boundary, message: str) -> FailedEpisode:

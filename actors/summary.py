@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from actors.recovery import Recovered
 from actors.types import FailedEpisode, Outcome, PolicyVersion, StopReason, Timings, Trajectory, TrajectoryGroup, WriteRecord
 
 
@@ -40,15 +41,16 @@ class EpisodeSummary:
 
 @dataclass(frozen=True, slots=True)
 class GroupSummary:
-    """A trajectory group by its episodes' summaries."""
+    """A trajectory group by its episodes' summaries. ``recovered`` counts those that a lost worker began, see actors/recovery.py."""
 
     task_id: str
     policy_version: PolicyVersion
     episodes: tuple[EpisodeSummary, ...]
     failed: tuple[FailedEpisode, ...]
     worker: str
+    recovered: Recovered
 
     @staticmethod
     def of(group: TrajectoryGroup) -> GroupSummary:
         episodes = tuple(EpisodeSummary.of(trajectory) for trajectory in group.trajectories)
-        return GroupSummary(group.task.id, group.policy_version, episodes, group.failed, group.worker)
+        return GroupSummary(group.task.id, group.policy_version, episodes, group.failed, group.worker, Recovered(0, 0))

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import ray
 
 from actors.peak_memory import PeakMemory, take_peak
+from actors.recovery import Recovered, Recovery
 from actors.summary import GroupSummary
 from actors.types import PolicyVersion, TrajectoryGroup
 from configs.schema import RunConfig
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from actors.rollout import Rollout, RolloutRequest
 
 FETCH_S = 300.0
+T = TypeVar("T")
 
 
 class WorkerError(RuntimeError):
@@ -100,17 +102,24 @@ class RolloutWorker:
 
     async def group(self, request: RolloutRequest) -> TrajectoryGroup:
         """See Rollout.group; waits first while a refresh runs. Raises WorkerError for good once loading weights has failed, or the engine is dead."""
+        return await self._gated(lambda: self._rollout.group(request))
+
+    async def recoverable_group(self, request: RolloutRequest, recovery: Recovery) -> tuple[TrajectoryGroup, Recovered]:
+        """As ``group``, see Rollout.recoverable_group."""
+        return await self._gated(lambda: self._rollout.recoverable_group(request, recovery))
+
+    async def _gated(self, play: Callable[[], Awaitable[T]]) -> T:
         while not self._gate.is_set():  # not once: the next refresh may have shut it before those who waited wake up
             await self._gate.wait()
         self._check_whole()
         self._running += 1
         self._idle.clear()
         try:
-            group = await self._rollout.group(request)
+            played = await play()
             if self._policy.failure:  # its episodes' failures are the worker's own: another worker may play them
                 self._broken = f"its engine is dead ({self._policy.failure})"
                 self._check_whole()
-            return group
+            return played
         finally:
             self._running -= 1
             self._groups += 1
@@ -190,6 +199,12 @@ class _RolloutActor:
         """Two results, both owned by the caller: it looks at the first, the second waits in this node's object store for the learner."""
         group = await self._worker.group(request)
         return GroupSummary.of(group), group
+
+    @ray.method(num_returns=2)
+    async def recoverable_group(self, request: RolloutRequest, recovery: Recovery) -> tuple[GroupSummary, TrajectoryGroup]:
+        """As ``group``; the summary says what became of the episodes that a lost worker had begun."""
+        group, recovered = await self._worker.recoverable_group(request, recovery)
+        return replace(GroupSummary.of(group), recovered=recovered), group
 
     async def refresh(self, weights: PublishedWeights, drain_s: float) -> WorkerReport:
         return await self._worker.refresh(weights, drain_s)

@@ -18,6 +18,7 @@ from cluster.broadcast import ObjectStoreChannel, ObjectStoreWeights
 from cluster.checkpoint import START, TrainState
 from cluster.elastic import ElasticFleet, FleetPlan
 from cluster.fleet import REFRESH_S, RemoteWorker, credits_per_worker, worker_process
+from cluster.journal import EpisodeJournal, start_journal
 from cluster.ledger import Ledger
 from cluster.prepare import Preparation
 from cluster.runtime import Demand, all_ready, cancel_on_sigterm, demand, ray_runtime
@@ -37,6 +38,7 @@ class TrainingCluster:
     launched: list[RemoteWorker]
     learner: LearnerGroup
     channel: ObjectStoreChannel
+    journal: EpisodeJournal | None
 
 
 @asynccontextmanager
@@ -49,13 +51,15 @@ async def training_cluster(preparation: Preparation) -> AsyncIterator[TrainingCl
     needed = demand(config, learner=True)
     with ray_runtime(config, needed):
         cancel_on_sigterm()
-        workers = list(_workers(preparation))
+        journal = start_journal() if config.rollout.recover_episodes else None
+        workers = list(_workers(preparation, journal))
         launched = list(workers)
         starting = asyncio.create_task(asyncio.to_thread(_learner, preparation))
         try:
             await _ready(workers, config, needed)
             learner = await asyncio.shield(starting)
-            yield TrainingCluster(workers, launched, learner, ObjectStoreChannel(trainable_only=config.learner.trainable == "last_layers"))
+            channel = ObjectStoreChannel(trainable_only=config.learner.trainable == "last_layers")
+            yield TrainingCluster(workers, launched, learner, channel, journal)
         finally:
             for worker in launched:
                 worker.kill()
@@ -68,7 +72,7 @@ async def training_cluster(preparation: Preparation) -> AsyncIterator[TrainingCl
 async def worker_set(specs: Sequence[WorkerSpec]) -> AsyncIterator[tuple[RemoteWorker, ...]]:
     """Rollout workers of one configuration, without a learner, for the duration of the block; Ray is up. Raises StartupError."""
     config = specs[0].config
-    workers = tuple(RemoteWorker(spec, worker_process(config)) for spec in specs)
+    workers = tuple(RemoteWorker(spec, worker_process(config), journal=None) for spec in specs)
     try:
         await _ready(workers, config, demand(config, learner=False))
         yield workers
@@ -90,7 +94,7 @@ def build_fleet(
 
     def launch(name: str) -> RemoteWorker:
         spec = WorkerSpec(name, config, str(preparation.policy_path), str(preparation.basis_path), version)
-        worker = RemoteWorker(spec, worker_process(config))
+        worker = RemoteWorker(spec, worker_process(config), cluster.journal)
         cluster.launched.append(worker)
         return worker
 
@@ -122,10 +126,10 @@ def start_state(preparation: Preparation) -> TrainState:
     return START if preparation.checkpoint is None else preparation.checkpoint.state
 
 
-def _workers(preparation: Preparation) -> tuple[RemoteWorker, ...]:
+def _workers(preparation: Preparation, journal: EpisodeJournal | None) -> tuple[RemoteWorker, ...]:
     config, version = preparation.config, start_state(preparation).version
     specs = worker_specs(config, preparation.policy_path, preparation.basis_path, version)
-    return tuple(RemoteWorker(spec, worker_process(config)) for spec in specs)
+    return tuple(RemoteWorker(spec, worker_process(config), journal) for spec in specs)
 
 
 def _learner(preparation: Preparation) -> LearnerGroup:

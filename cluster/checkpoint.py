@@ -146,6 +146,7 @@ def _state_of(data: Any) -> TrainState:
         settled=_counts(ledger, "settled"),
         failures=_counts(ledger, "failures"),
         reissued=_count({"reissued": 0, **ledger}, "reissued"),
+        recovered=_counts(ledger, "recovered"),
     )
     return TrainState(_count(data, "step"), _count(data, "warm_steps"), _count(data, "version"), books, run_id, tuple(map(float, rewards)))
 

@@ -20,6 +20,7 @@ from actors.types import Task, TrajectoryGroup
 from actors.worker import RolloutActor, WorkerReport, WorkerSpec
 from cluster.broadcast import ObjectStoreWeights
 from cluster.evaluate import EvaluationRow
+from cluster.journal import EpisodeJournal
 from cluster.lanes import FinishedGroup
 from cluster.runtime import answer
 from configs.schema import RunConfig
@@ -44,10 +45,14 @@ def worker_process(config: RunConfig) -> Any:
 
 
 class RemoteWorker:
-    """One rollout worker behind Ray. ``actor`` has the methods of RolloutActor. Starts at once; it is up when ``started`` resolves."""
+    """One rollout worker behind Ray. ``actor`` has the methods of RolloutActor. Starts at once; it is up when ``started`` resolves.
 
-    def __init__(self, spec: WorkerSpec, actor: Any) -> None:
+    ``journal`` keeps the progress of its episodes for the worker that may have to go on with them; None: they would start anew.
+    """
+
+    def __init__(self, spec: WorkerSpec, actor: Any, journal: EpisodeJournal | None) -> None:
         self.name = spec.name
+        self._journal = journal
         self._config = spec.config
         self._actor = actor
         self.started: ray.ObjectRef[str] = actor.start.remote(spec)
@@ -68,8 +73,13 @@ class RemoteWorker:
             max_answer_tokens=config.sampling.max_answer_tokens,
             seed=derived_seed(config.seed, "rollout", position),
         )
-        summary, content = self._actor.group.remote(request)
-        return FinishedGroup(await self._answer(summary, task), content)
+        if self._journal is None:
+            summary, content = self._actor.group.remote(request)
+            return FinishedGroup(await self._answer(summary, task), content)
+        summary, content = self._actor.recoverable_group.remote(request, await self._journal.open(request.group_id))
+        finished = FinishedGroup(await self._answer(summary, task), content)
+        self._journal.close(request.group_id)
+        return finished
 
     async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
         """One greedy episode of a held-out task; only its own deadline, and no queue, stands before its end."""

@@ -23,6 +23,7 @@ class LedgerSnapshot:
     settled: Mapping[str, int] = field(default_factory=dict)
     failures: Mapping[str, int] = field(default_factory=dict)
     reissued: int = 0
+    recovered: Mapping[str, int] = field(default_factory=dict)
 
 
 class Ledger:
@@ -36,6 +37,7 @@ class Ledger:
         self.failures: Counter[str] = Counter(dict(snapshot.failures))  # failed episodes by boundary
         self.issued = sum(self.settled.values())
         self.reissued = snapshot.reissued  # times that a task went back because its worker was lost
+        self.recovered: Counter[str] = Counter(dict(snapshot.recovered))  # of their finished episodes: continued from their progress, or restarted
         self._given_back: Counter[int] = Counter()
 
     def issue(self) -> int:
@@ -72,6 +74,10 @@ class Ledger:
     def count_failures(self, boundaries: Sequence[Boundary]) -> None:
         self.failures.update(boundaries)
 
+    def count_recovered(self, continued: int, restarted: int) -> None:
+        """Of a finished group: its episodes that a lost worker had begun."""
+        self.recovered.update(continued=continued, restarted=restarted)
+
     @property
     def in_flight(self) -> int:
         return len(self._pending)
@@ -82,7 +88,7 @@ class Ledger:
 
     def snapshot(self) -> LedgerSnapshot:
         pending = tuple(sorted([*self._pending, *self._again]))
-        return LedgerSnapshot(self._next, pending, dict(self.settled), dict(self.failures), self.reissued)
+        return LedgerSnapshot(self._next, pending, dict(self.settled), dict(self.failures), self.reissued, dict(self.recovered))
 
 
 def ledger_line(ledger: Ledger) -> str:
@@ -91,4 +97,6 @@ def ledger_line(ledger: Ledger) -> str:
     books = "" if ledger.balanced else " THE LEDGER DOES NOT BALANCE: a task was lost or counted twice"
     failed = ", ".join(f"{count} {boundary}" for boundary, count in sorted(ledger.failures.items()))
     episodes = f"; failed episodes: {failed}" if failed else ""
-    return f"tasks: {ledger.issued} issued: {settled}, {ledger.in_flight} in flight; {ledger.reissued} re-issued after a loss{episodes}{books}"
+    began = ledger.recovered
+    again = f" ({began['continued']} episodes recovered, {began['restarted']} restarted)" if began.total() else ""
+    return f"tasks: {ledger.issued} issued: {settled}, {ledger.in_flight} in flight; {ledger.reissued} re-issued after a loss{again}{episodes}{books}"

@@ -271,6 +271,7 @@ class GroupStream:
         self.ledger.count_failures([failure.boundary for failure in group.summary.failed])
         if group.summary.failed:
             self._on_failures(group.summary)
+        self.ledger.count_recovered(group.summary.recovered.continued, group.summary.recovered.restarted)
         if len(group.summary.episodes) >= 2:
             self._ready.append((position, group))
             self._unusable = 0

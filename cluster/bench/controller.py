@@ -197,7 +197,7 @@ class _Fleet:
     def _worker(self, number: int, actor: Any) -> RemoteWorker:
         """First groups end evenly spread over one group time, as if the workers had been running for long."""
         first_s = self._group_s * (number + 1) / self._workers
-        return RemoteWorker(WorkerSpec(f"worker-{number}", self._config, "", "", 0), VirtualHandle(actor, number, first_s))
+        return RemoteWorker(WorkerSpec(f"worker-{number}", self._config, "", "", 0), VirtualHandle(actor, number, first_s), journal=None)
 
     def _learner_spec(self) -> LearnerSpec:
         config = replace(self._config.learner, workers=1, cpus_per_worker=0, gpus_per_worker=0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from actors.engine import EngineStats
+from actors.recovery import Recovered
 from actors.summary import EpisodeSummary, GroupSummary
 from actors.types import Outcome as EpisodeOutcome
 from actors.types import PolicyVersion, Task, Timings
@@ -64,7 +65,7 @@ class TimedWorker:
             version = self._version
             await asyncio.sleep(self._pace.group_s)
         episodes = tuple(_episode(f"{task.id}.{number}", float(number)) for number in range(2))
-        return FinishedGroup(GroupSummary(task.id, version, episodes, (), self.name), cast("Any", None))
+        return FinishedGroup(GroupSummary(task.id, version, episodes, (), self.name, Recovered(0, 0)), cast("Any", None))
 
     async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
         await asyncio.sleep(self._pace.load_s)

@@ -34,7 +34,7 @@ def test_only_the_summary_comes_to_the_controller_and_the_group_outlives_its_wor
     async def body() -> None:
         actor: Any = VirtualWorkers
         process = actor.options(max_concurrency=4).remote(template, 0.01)
-        worker = RemoteWorker(WorkerSpec("worker-0", CONFIG, "", "", 3), VirtualHandle(process, 0, 0.01))
+        worker = RemoteWorker(WorkerSpec("worker-0", CONFIG, "", "", 3), VirtualHandle(process, 0, 0.01), journal=None)
         assert await worker.started == "worker-0"
         finished = await worker.group(5, task_at(5))
         assert isinstance(finished.content, ray.ObjectRef)
