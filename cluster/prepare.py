@@ -13,6 +13,7 @@ from actors.basis import compute_basis_from_checkpoint, load_basis, save_basis
 from actors.environments.base import Environment, TaskError
 from actors.environments.build import build_environment
 from actors.fast_weights import Basis
+from actors.memory.build import custom_memory
 from actors.types import Task
 from cluster.checkpoint import Checkpoint, find_checkpoint
 from cluster.errors import CheckpointError
@@ -22,6 +23,7 @@ from cluster.warm_start import require_demonstrations
 from configs.load import load_config, to_yaml
 from configs.models import resolve_model
 from configs.schema import RunConfig
+from learner.advantage import estimator
 
 BASIS_FILE = "basis.safetensors"  # in the folder of a run
 
@@ -60,6 +62,7 @@ class Preparation:
 
 def prepare_training(config: RunConfig) -> Preparation:
     """Raises TaskError, ModelError, CheckpointError, ValueError: one line each. Creates the run folder last, when nothing else can fail."""
+    estimator(config.objective)  # the user's own are found now, not by a worker
     environment, tasks = _tasks(config)
     require_demonstrations(config, environment)
     model = resolve_model(config.model)
@@ -73,7 +76,9 @@ def prepare_training(config: RunConfig) -> Preparation:
 
 
 def open_environment(config: RunConfig) -> Environment:
-    """The environment with its files read. Raises TaskError."""
+    """The environment with its files read, and the memory if it is the user's own. Raises TaskError, ExtensionError."""
+    if config.memory.policy == "custom":
+        custom_memory(config.memory)
     try:
         return build_environment(config.environment, config.embedder)
     except ValueError as error:  # settings that only the environment can judge

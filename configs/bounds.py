@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 _LONGEST = 200
 
@@ -42,3 +43,9 @@ def not_negative(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(math.isfinite(value) and value >= 0, name, value, "0 or more")
+
+
+def custom_resource(name: str) -> None:
+    """``name`` is empty, or can be a custom resource of a Ray cluster."""
+    own = re.fullmatch(r"[A-Za-z][\w-]*", name) is not None and name.lower() not in ("cpu", "gpu", "memory", "object_store_memory")
+    require(name == "" or own, "resource", name, "a name of letters, digits, _ and -", "CPU, GPU and memory have settings of their own")

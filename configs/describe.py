@@ -102,10 +102,14 @@ def _allowed(kind: Any) -> str:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is tuple:
         return f"a list [...], each item {_allowed(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return "a mapping {key: value, ...}"
     raise TypeError(f"the schema has a field of type {kind}, for which describe.py has no words")
 
 
 def _shown(default: object) -> str:
     if isinstance(default, tuple):
         return f"[{','.join(map(str, default))}]"
+    if isinstance(default, dict):
+        return "{}" if not default else str(default)
     return str(default).lower() if isinstance(default, bool) else '""' if default == "" else str(default)

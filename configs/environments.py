@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from configs.bounds import not_negative, positive, require
+from configs.extensions import FORM, is_path
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,40 @@ class RubricConfig:
 
 
 @dataclass(frozen=True)
+class RecordsConfig:
+    """One task a record of a JSON Lines or Parquet file (the hub's data sets are Parquet): texts to read, then a question."""
+
+    path: str = ""  # required with environment.name=records: a file whose name ends in .jsonl or .parquet
+    texts_field: str = "texts"  # a text, or a list of texts that are read one after another
+    question_field: str = "question"
+    answer_field: str = "answer"  # a text or a number, or a list of them that are all right
+    category_field: str = ""  # scores are also shown by its values; empty: all in one
+    eval_fraction: float = 0.1  # of the records, held out; records with the same texts stay together
+
+    def __post_init__(self) -> None:
+        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded")
+
+
+@dataclass(frozen=True)
 class EnvironmentConfig:
     """Where tasks come from."""
 
-    name: Literal["recall", "conversation", "search", "rubric"] = "recall"
+    name: Literal["recall", "conversation", "search", "rubric", "records", "custom"] = "recall"
+    custom: str = ""  # with environment.name=custom: package.module:name of a function from options to an Environment
+    options: dict[str, Any] = field(default_factory=dict)  # what the custom environment is called with
+    reward: str = ""  # package.module:name of a function from Task and Outcome to the reward, instead of the environment's own
     recall: RecallConfig = field(default_factory=RecallConfig)
     conversation: ConversationConfig = field(default_factory=ConversationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     rubric: RubricConfig = field(default_factory=RubricConfig)
+    records: RecordsConfig = field(default_factory=RecordsConfig)
 
     def __post_init__(self) -> None:
+        require(self.name != "custom" or is_path(self.custom), "custom", self.custom, f"{FORM} where environment.name is custom")
+        require(self.reward == "" or is_path(self.reward), "reward", self.reward, f"{FORM}, or empty")
+        path = self.records.path
+        readable = path.endswith((".jsonl", ".parquet"))
+        require(self.name != "records" or readable, "records.path", path, "a .jsonl or .parquet file where environment.name is records")
         path = self.conversation.path
         require(
             self.name != "conversation" or path != "", "conversation.path", path, "a file of conversations where environment.name is conversation"

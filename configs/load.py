@@ -233,7 +233,9 @@ def _blame(error: BoundError, assignments: Sequence[_Assignment], path: Path | N
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, tuple):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     # A value is final: "${" in it is text, not a reference to resolve again. OmegaConf's escape: \${, and \\ for a backslash before it.
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

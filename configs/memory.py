@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from configs.bounds import positive, require
+from configs.extensions import FORM, is_path
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class NotesConfig:
         positive(self, "retrieved", "neighbours", "max_note_tokens")
 
 
-MemoryPolicy = Literal["full", "truncation", "paging", "summary", "state", "notes", "raw", "summary_write", "implications", "parametric", "hybrid"]
+MemoryPolicy = Literal[
+    "full", "truncation", "paging", "summary", "state", "notes", "raw", "summary_write", "implications", "parametric", "hybrid", "custom"
+]
 SUMMARIZING = ("paging", "summary", "state", "summary_write", "hybrid")
 
 
@@ -90,10 +93,13 @@ class MemoryConfig:
     question_blind: bool = False  # hide the question from the memory-writing prompts
     max_extract_tokens: int = 1024  # flashcards or implications of one extraction
     max_summary_tokens: int = 1024  # a summary or a state
+    custom: str = ""  # with memory.policy=custom: package.module:name of a function from MemoryConfig, WriteConfig and Surroundings to a Memory
+    options: dict[str, Any] = field(default_factory=dict)  # for the custom memory to read
     paging: PagingConfig = field(default_factory=PagingConfig)
     notes: NotesConfig = field(default_factory=NotesConfig)
 
     def __post_init__(self) -> None:
         positive(self, "max_context_tokens", "max_extract_tokens", "max_summary_tokens")
+        require(self.policy != "custom" or is_path(self.custom), "custom", self.custom, f"{FORM} where memory.policy is custom")
         fits = self.policy not in SUMMARIZING or self.max_summary_tokens < self.max_context_tokens
         require(fits, "max_summary_tokens", self.max_summary_tokens, f"less than memory.max_context_tokens={self.max_context_tokens}")

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.assistant import AssistantConfig
-from configs.bounds import not_negative, positive, require
-from configs.environments import ConversationConfig, EnvironmentConfig, JudgeConfig, RecallConfig, RubricConfig, SearchConfig
+from configs.bounds import custom_resource, not_negative, positive, require
+from configs.environments import ConversationConfig, EnvironmentConfig, JudgeConfig, RecallConfig, RecordsConfig, RubricConfig, SearchConfig
+from configs.learning import LearnerConfig, ObjectiveConfig, WarmStartConfig
 from configs.memory import SUMMARIZING, FastWeightsConfig, MemoryConfig, MemoryPolicy, NotesConfig, PagingConfig, WriteConfig
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "PagingConfig",
     "RayConfig",
     "RecallConfig",
+    "RecordsConfig",
     "RolloutConfig",
     "RubricConfig",
     "RunConfig",
@@ -110,75 +112,8 @@ class RolloutConfig:
         for entry in self.schedule:
             known = re.fullmatch(r"\d+:[1-9]\d*", entry) is not None
             require(known, "schedule", entry, "step:workers, two whole numbers", "e.g. rollout.schedule=[10:4,50:2]")
-        _custom_resource(self)
+        custom_resource(self.resource)
         not_negative(self, "cpus_per_worker", "gpus_per_worker")
-
-
-def _custom_resource(part: RolloutConfig | LearnerConfig) -> None:
-    own = re.fullmatch(r"[A-Za-z][\w-]*", part.resource) is not None and part.resource.lower() not in ("cpu", "gpu", "memory", "object_store_memory")
-    require(
-        part.resource == "" or own, "resource", part.resource, "a name of letters, digits, _ and -", "CPU, GPU and memory have settings of their own"
-    )
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """The stop-gradient GRPO update (TMEM, arXiv 2606.04536). Clip, KL, std division and importance correction are unpublished: our choices."""
-
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    normalize_by_std: bool = True  # divide advantages by the group's standard deviation
-    kl_coefficient: float = 0.0
-    importance: Literal["truncated", "none"] = "truncated"  # correct for engine and learner log-probs that differ
-    importance_cap: float = 2.0
-    minibatches: int = 1  # optimizer steps on one batch
-    aggregate: Literal["token", "sequence"] = "token"  # what the loss averages over
-
-    def __post_init__(self) -> None:
-        positive(self, "clip_low", "clip_high", "importance_cap", "minibatches")
-        not_negative(self, "kl_coefficient")
-
-
-@dataclass(frozen=True)
-class LearnerConfig:
-    """The DeepSpeed learner. ``trainable: full`` is the paper's; ``last_layers`` trains only the last ``trainable_layers`` (cheap on CPU)."""
-
-    learning_rate: float = 1e-6
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    adam_beta2: float = 0.999
-    zero_stage: Literal[0, 1, 2, 3] = 1  # what DeepSpeed shards: nothing, optimizer, + gradients, + parameters
-    workers: int = 1
-    cpus_per_worker: float = 1
-    gpus_per_worker: float = 0
-    resource: str = ""  # of a cluster: one unit of this custom resource a rank
-    threads: int = 1
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    microbatch_tokens: int = 2048  # of one forward and backward pass
-    trainable: Literal["full", "last_layers"] = "full"
-    trainable_layers: int = 8  # with trainable=last_layers
-    gradient_checkpointing: bool = False
-    step_timeout_s: float = 1800
-
-    def __post_init__(self) -> None:
-        positive(self, "learning_rate", "max_grad_norm", "workers", "threads", "microbatch_tokens", "trainable_layers", "step_timeout_s")
-        not_negative(self, "warmup_steps", "weight_decay", "cpus_per_worker", "gpus_per_worker")
-        _custom_resource(self)
-        require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
-
-
-@dataclass(frozen=True)
-class WarmStartConfig:
-    """A short supervised stage that teaches a small model to write parsable flashcards. ``steps: 0`` leaves it out."""
-
-    steps: int = 0
-    tasks_per_step: int = 8
-    learning_rate: float = 1e-4
-
-    def __post_init__(self) -> None:
-        not_negative(self, "steps")
-        positive(self, "tasks_per_step", "learning_rate")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,21 @@
-"""Advantages of the siblings of one task: pure functions of their rewards."""
+"""Advantages of the siblings of one task: pure functions of their rewards.
+
+objective.advantage --estimator()--> rewards of the finished siblings, in order -> one advantage each
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from actors.types import TrajectoryGroup
-from learner.types import ScoredTrajectory
+from configs.extensions import load_extension
+from configs.schema import ObjectiveConfig
+from learner.types import LearnerError, ScoredTrajectory
+
+Estimator = Callable[[Sequence[float]], Sequence[float]]
+"""Rewards of a group's finished siblings (finite) to their advantages (as many, finite)."""
 
 _EQUAL = 1e-8  # rewards whose spread is rounding only carry no signal; dividing by that spread would invent one
 
@@ -35,13 +44,26 @@ def leave_one_out(rewards: Sequence[float]) -> list[float]:
     return [reward - (total - reward) / (len(rewards) - 1) for reward in rewards]
 
 
-def score(group: TrajectoryGroup, normalize_by_std: bool) -> tuple[ScoredTrajectory, ...]:
-    """The group's trajectories with their GRPO advantages. Failed siblings take no part: they are no reward of 0."""
+def estimator(config: ObjectiveConfig) -> Estimator:
+    """What ``config.advantage`` names. Raises ExtensionError."""
+    if config.advantage == "grpo":
+        return partial(grpo, normalize_by_std=config.normalize_by_std)
+    return leave_one_out if config.advantage == "rloo" else load_extension("objective.advantage", config.advantage)
+
+
+def score(group: TrajectoryGroup, estimate: Estimator) -> tuple[ScoredTrajectory, ...]:
+    """The group's trajectories with their advantages. Failed siblings take no part: they are no reward of 0.
+
+    Raises ValueError for a reward that is not finite, LearnerError for an estimator that does not give one finite advantage for each.
+    """
     rewards = [trajectory.outcome.reward for trajectory in group.trajectories]
     try:
-        advantages = grpo(rewards, normalize_by_std)
+        _check(rewards)
     except ValueError as error:
         raise ValueError(f"task {group.task.id}: {error}") from error
+    advantages = [float(advantage) for advantage in estimate(rewards)]
+    if len(advantages) != len(rewards) or not all(map(math.isfinite, advantages)):
+        raise LearnerError(f"objective.advantage gave {advantages} for the rewards {rewards} of task {group.task.id}: one finite number for each")
     return tuple(ScoredTrajectory(trajectory, advantage) for trajectory, advantage in zip(group.trajectories, advantages, strict=True))
 
 

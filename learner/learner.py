@@ -26,7 +26,7 @@ from actors.fast_weights import Basis, DeltaInjector, StackedWeights, stack
 from actors.types import PolicyVersion, Segment, Trajectory, TrajectoryGroup
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner import checkpoint
-from learner.advantage import score
+from learner.advantage import estimator, score
 from learner.batch import RowSet, pack, pad, rows_of, split, supervised_rows
 from learner.engine import TrainingEngine
 from learner.model import PolicyModel, load_model, load_reference
@@ -68,6 +68,7 @@ class Learner:
         world_size: int,
     ) -> None:
         self._config, self._objective, self._basis = config, objective, basis
+        self._estimate = estimator(objective)
         self._model_path, self._seed, self._temperature = model_path, seed, temperature
         self._model = load_model(model_path, config)
         self._injector = DeltaInjector(self._model.base, basis)
@@ -90,7 +91,7 @@ class Learner:
         the weights are then no version's, and the run must resume from a checkpoint (undoing would need a second copy of theta and Adam).
         """
         started = time.perf_counter()
-        scored_groups = [score(group, self._objective.normalize_by_std) for group in groups]
+        scored_groups = [score(group, self._estimate) for group in groups]
         scored = [one for group in scored_groups for one in group]
         if not any(segment.action_mask.any() for one in scored for segment in one.trajectory.segments):
             raise LearnerError(f"nothing to learn from: {len(groups)} groups hold {len(scored)} finished episodes and no sampled token")

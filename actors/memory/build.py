@@ -17,6 +17,7 @@ from actors.memory.summary import SummaryMemory
 from actors.memory.supervised import ImplicationsMemory, RawMemory, SummaryWriteMemory
 from actors.memory.truncation import TruncationMemory
 from actors.retrieval import Embedder
+from configs.extensions import load_extension
 from configs.schema import EmbedderConfig, MemoryConfig, MemoryPolicy, WriteConfig
 
 _REPLY_OPENING = 16  # the chat template's tokens in front of a reply, with room to spare
@@ -37,7 +38,14 @@ def surroundings(window_tokens: int, answer_tokens: int, embedder: EmbedderConfi
 
 def build_memory(config: MemoryConfig, write: WriteConfig, around: Surroundings) -> Memory:
     """The memory of one episode, as ``config.policy`` says."""
+    if config.policy == "custom":
+        return custom_memory(config)(config, write, around)
     return _BUILDERS[config.policy](config, write, around)
+
+
+def custom_memory(config: MemoryConfig) -> Callable[[MemoryConfig, WriteConfig, Surroundings], Memory]:
+    """The user's own function that makes an episode's memory. Raises ExtensionError."""
+    return load_extension("memory.custom", config.custom)
 
 
 _BUILDERS: Mapping[MemoryPolicy, Callable[[MemoryConfig, WriteConfig, Surroundings], Memory]] = {

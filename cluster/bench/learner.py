@@ -20,7 +20,7 @@ from cluster.bench.memory import why_unmeasurable
 from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Table, Timing
 from configs.load import load_config
 from configs.schema import RunConfig
-from learner.advantage import score
+from learner.advantage import estimator, score
 from learner.batch import pack, rows_of
 from learner.learner import Learner
 from learner.types import Row
@@ -84,7 +84,8 @@ def step_cases(context: Context, config: RunConfig, basis: Basis, groups: Sequen
 
 def padding_of(groups: Sequence[TrajectoryGroup], config: RunConfig) -> tuple[Case, Table]:
     """Of one quickstart step: as packed, beside sorting by length and filling up each microbatch."""
-    scored = [one for group in groups for one in score(group, config.objective.normalize_by_std)]
+    estimate = estimator(config.objective)
+    scored = [one for group in groups for one in score(group, estimate)]
     rows = rows_of(scored, config.objective.aggregate, skip_zero_advantage=True).rows
     budget = config.learner.microbatch_tokens
     tokens = sum(len(row.segment.token_ids) for row in rows)

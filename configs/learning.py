@@ -1,0 +1,72 @@
+"""Settings of what a policy learns by: the objective, the learner, the warm start. `configs.schema` puts them into a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.bounds import custom_resource, not_negative, positive, require
+from configs.extensions import FORM, is_path
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The stop-gradient GRPO update (TMEM, arXiv 2606.04536). Clip, KL, std division and importance correction are unpublished: our choices."""
+
+    advantage: str = "grpo"  # grpo, rloo (leave one out), or package.module:name of a function from siblings' rewards to their advantages
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    normalize_by_std: bool = True  # grpo: divide advantages by the group's standard deviation
+    kl_coefficient: float = 0.0
+    importance: Literal["truncated", "none"] = "truncated"  # correct for engine and learner log-probs that differ
+    importance_cap: float = 2.0
+    minibatches: int = 1  # optimizer steps on one batch
+    aggregate: Literal["token", "sequence"] = "token"  # what the loss averages over
+
+    def __post_init__(self) -> None:
+        known = self.advantage in ("grpo", "rloo") or is_path(self.advantage)
+        require(known, "advantage", self.advantage, f"grpo, rloo or {FORM}")
+        positive(self, "clip_low", "clip_high", "importance_cap", "minibatches")
+        not_negative(self, "kl_coefficient")
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """The DeepSpeed learner. ``trainable: full`` is the paper's; ``last_layers`` trains only the last ``trainable_layers`` (cheap on CPU)."""
+
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    adam_beta2: float = 0.999
+    zero_stage: Literal[0, 1, 2, 3] = 1  # what DeepSpeed shards: nothing, optimizer, + gradients, + parameters
+    workers: int = 1
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+    resource: str = ""  # of a cluster: one unit of this custom resource a rank
+    threads: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    microbatch_tokens: int = 2048  # of one forward and backward pass
+    trainable: Literal["full", "last_layers"] = "full"
+    trainable_layers: int = 8  # with trainable=last_layers
+    gradient_checkpointing: bool = False
+    step_timeout_s: float = 1800
+
+    def __post_init__(self) -> None:
+        positive(self, "learning_rate", "max_grad_norm", "workers", "threads", "microbatch_tokens", "trainable_layers", "step_timeout_s")
+        not_negative(self, "warmup_steps", "weight_decay", "cpus_per_worker", "gpus_per_worker")
+        custom_resource(self.resource)
+        require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """A short supervised stage that teaches a small model to write parsable flashcards. ``steps: 0`` leaves it out."""
+
+    steps: int = 0
+    tasks_per_step: int = 8
+    learning_rate: float = 1e-4
+
+    def __post_init__(self) -> None:
+        not_negative(self, "steps")
+        positive(self, "tasks_per_step", "learning_rate")
