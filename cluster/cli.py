@@ -45,6 +45,7 @@ _EXAMPLES = """examples:
   python -m cluster train configs/quickstart.yaml                      train on this machine, no service needed
   python -m cluster evaluate configs/quickstart.yaml                   held-out tasks, memory off and on
   python -m cluster probe configs/quickstart.yaml --cards recall:12    what a write is worth: recall, paraphrases, damage
+  python -m cluster inspect runs/quickstart-...                        what an agent read, wrote into its weights, and answered
   python -m cluster scale 4                                            more or fewer rollout workers while a run goes on
   python -m cluster bench                                              every seam against a named baseline
   python -m cluster train --settings                                   every setting with its default and what is allowed
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console().print(help_table())
         return EXIT_OK
     try:
-        return {"bench": _bench, "train": _train, "evaluate": _evaluate, "probe": _probe, "scale": _scale}[options.command](options)
+        return {"bench": _bench, "train": _train, "evaluate": _evaluate, "probe": _probe, "scale": _scale, "inspect": _inspect}[options.command](options)
     except ConfigError as error:
         return _complain(error, EXIT_USAGE)
     except KeyboardInterrupt:
@@ -122,6 +123,13 @@ def _probe(options: argparse.Namespace) -> int:
     from cluster.probe.command import run_probe
 
     run_probe(options)
+    return EXIT_OK
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from cluster.inspection.command import run_inspect
+
+    run_inspect(options)
     return EXIT_OK
 
 
@@ -182,12 +190,13 @@ def _status_of(error: Exception) -> int | None:
     from actors.fast_weights import BasisError
     from cluster.bench.values import BenchError
     from cluster.errors import CheckpointError, ClusterError
+    from cluster.inspection.record import RecordError
     from cluster.probe.values import ProbeError
     from cluster.scaling import ScaleError
     from configs.models import ModelError
     from learner.types import LearnerError
 
-    if isinstance(error, TaskError | ModelError | ChatTemplateError | CheckpointError | ProbeError | ScaleError):
+    if isinstance(error, TaskError | ModelError | ChatTemplateError | CheckpointError | ProbeError | RecordError | ScaleError):
         return EXIT_USAGE
     return EXIT_FAILED if isinstance(error, ClusterError | BasisError | LearnerError | BenchError) else None
 
@@ -200,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     from cluster.comparison.arguments import add_options
+    from cluster.inspection.command import add_inspect
     from cluster.probe.command import add_probe
 
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -217,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "evaluate":
             add_options(command)
     add_probe(commands)
+    add_inspect(commands)
     _add_scale(commands)
     _add_bench(commands)
     return parser
