@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console().print(help_table())
         return EXIT_OK
     try:
-        return {"bench": _bench, "train": _train, "evaluate": _evaluate, "probe": _probe, "scale": _scale, "inspect": _inspect}[options.command](options)
+        run = {"bench": _bench, "train": _train, "evaluate": _evaluate, "probe": _probe, "scale": _scale, "inspect": _inspect}[options.command]
+        return run(options)
     except ConfigError as error:
         return _complain(error, EXIT_USAGE)
     except KeyboardInterrupt:
