@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.jobs.commands import COMMANDS as JOB_COMMANDS
+from cluster.jobs.commands import add_jobs, run_jobs
+from cluster.jobs.inside import job_overrides
 from configs.load import ConfigError, help_table, load_config, to_yaml
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -47,6 +51,7 @@ _EXAMPLES = """examples:
   python -m cluster probe configs/quickstart.yaml --cards recall:12    what a write is worth: recall, paraphrases, damage
   python -m cluster inspect runs/quickstart-...                        what an agent read, wrote into its weights, and answered
   python -m cluster scale 4                                            more or fewer rollout workers while a run goes on
+  python -m cluster submit train configs/quickstart.yaml output_dir=/shared/runs     the same as a job on a Ray cluster
   python -m cluster bench                                              every seam against a named baseline
   python -m cluster train --settings                                   every setting with its default and what is allowed
   python -m cluster COMMAND --help                                     more about a command
@@ -65,12 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return EXIT_OK
-    if options.command not in ("bench", "scale") and options.settings:
+    if getattr(options, "settings", False):
         from rich.console import Console
 
         Console().print(help_table())
         return EXIT_OK
     try:
+        if settable:
+            options.overrides = job_overrides(Path(options.config) if options.config else None, options.overrides, os.environ)
+        if options.command in JOB_COMMANDS:
+            return run_jobs(options)
         run = {"bench": _bench, "train": _train, "evaluate": _evaluate, "probe": _probe, "scale": _scale, "inspect": _inspect}[options.command]
         return run(options)
     except ConfigError as error:
@@ -230,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     add_probe(commands)
     add_inspect(commands)
     _add_scale(commands)
+    add_jobs(commands)
     _add_bench(commands)
     return parser
 

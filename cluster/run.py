@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from cluster.evaluate import EpisodeSource, EvaluationRow, RowResult, evaluate_r
 from cluster.fleet import RemoteWorker
 from cluster.inspection.recorder import EpisodeRecorder
 from cluster.inspection.start import recording
+from cluster.jobs.inside import current_job, note_run
 from cluster.keeper import Keeper, save_state
 from cluster.ledger import ledger_line
 from cluster.loop import LoopParts, run_loop
@@ -133,6 +135,7 @@ async def train(preparation: Preparation, display: Display) -> None:
     with ending(tracker, display), _resumable(preparation, display):
         display.say(f"starting {config.rollout.workers} rollout worker(s) and {config.learner.workers} learner rank(s): {preparation.run_dir}")
         async with training_cluster(preparation) as cluster:
+            await note_run(current_job(os.environ), tracker.run_id)
             await train_on(cluster, preparation, tracker, display, replace(state, tracking_run_id=tracker.run_id))
         _next_commands(preparation, display)
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cluster.backfill import MOST_METRICS, MOST_PARAMS, MlflowRun, Sender, first_line, shown
 from cluster.errors import TrackingError
+from cluster.jobs.inside import current_job
 from cluster.spool import Spool
 from configs.schema import RunConfig, TrackingConfig
 
@@ -211,8 +212,11 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
 
 
 def _tags() -> dict[str, str]:
-    commit = git_commit(Path(__file__).parent)
-    return {"mlflow.source.name": "python -m cluster", "mlflow.source.type": "LOCAL", **({"mlflow.source.git.commit": commit} if commit else {})}
+    """In a Ray job the working directory is a copy without its repository: the commit is then what the submission says."""
+    job = current_job(os.environ)
+    commit = git_commit(Path(__file__).parent) or (job.commit if job is not None else "")
+    tags = {"mlflow.source.name": "python -m cluster", "mlflow.source.type": "LOCAL" if job is None else "JOB"}
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {}) | ({"ray.job": job.submission_id} if job is not None else {})
 
 
 def _now_ms() -> int:
