@@ -170,7 +170,7 @@ def load(path: Path) -> Record:
         raise RecordError(f"{path} does not exist; python -m cluster inspect RUN lists the episodes of a run") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("kind") not in _KINDS:
+    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("kind") not in list(_KINDS):
         raise RecordError(f"{path}: is no episode record of format {FORMAT}; python -m cluster inspect RUN lists those of a run")
     try:
         record: Record = decode(_KINDS[data.pop("kind")], {key: value for key, value in data.items() if key != "format"}, "")

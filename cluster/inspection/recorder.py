@@ -62,6 +62,7 @@ class EpisodeRecorder:
         self._settings, self._run_dir = settings, run_dir
         self._load_chat, self._fetch, self._sink = load_chat, fetch, sink
         self._chat: ChatFormat | None = None
+        self._named: dict[str, str] = {}  # the settings' files
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(_MOST_WAITING)
         self._thread = threading.Thread(target=self._run, name="episode-recorder", daemon=True)
         self._failures = 0  # records of failed episodes
@@ -146,10 +147,12 @@ class EpisodeRecorder:
 
     def _origin(self, scene: _Scene, worker: str) -> Origin:
         """Puts the settings beside the records, once for each that differs."""
-        text = to_yaml(scene.config)
-        name = f"settings-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}.yaml"
-        if not (path := self._run_dir / FOLDER / name).exists():
-            save_text(text, path)
+        name = self._named.get(repr(scene.config), "")
+        if not name:
+            text = to_yaml(scene.config)
+            name = f"settings-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}.yaml"
+            save_text(text, self._run_dir / FOLDER / name)
+            self._named[repr(scene.config)] = name
         return Origin(
             run=self._run_dir.name,
             source=scene.source,

@@ -11,7 +11,7 @@ from cluster.inspection.record import EpisodeRecord, FailureRecord, Passage, Rec
 
 NAMES = {"system": "system prompt", "user": "told", "assistant": "reply (not its own)", "text": "what was left of an earlier turn"}
 NAMES |= {"act": "agent", "extract": "agent, to its memory"}
-_STRETCH = 24  # tokens that two contexts do not begin with by chance
+_STRETCH = 8  # tokens that one context does not end and the next begin with by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,15 @@ def context_line(number: int, segment: SegmentRecord) -> str:
 
 
 def cleared_line(record: EpisodeRecord, number: int) -> str:
-    """A context that goes on with a stretch of the one before it was cut, not cleared."""
-    before, after = record.segments[number], record.segments[number + 1]
+    """A context that begins, behind the system prompt, with the end of the one before it was cut; any other was cleared."""
+    before, after = record.segments[number].token_ids, record.segments[number + 1]
     opening = next((passage.end for passage in after.passages if passage.kind == "system"), 0)
-    kept = after.token_ids[opening : opening + _STRETCH]
-    goes_on = len(kept) == _STRETCH and any(before.token_ids[place : place + _STRETCH] == kept for place in range(len(before.token_ids)))
-    return "context cut: its newest tokens stay" if goes_on else "context cleared"
+    for start in range(opening, opening + _STRETCH):  # the system turn's own closing lies between
+        kept = after.token_ids[start : start + _STRETCH]
+        for place in range(len(before) - _STRETCH + 1):
+            if before[place : place + _STRETCH] == kept and before[place:] == after.token_ids[start : start + len(before) - place]:
+                return "context cut: its newest tokens stay"
+    return "context cleared"
 
 
 def write_line(write: WriteEntry) -> str:

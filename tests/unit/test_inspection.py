@@ -1,0 +1,378 @@
+"""What is kept of an episode and how it is shown: the record of a scripted episode, its file, its two views, and hostile text in all of it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from actors.chat import ChatFormat
+from actors.environments.recall import RecallEnvironment
+from actors.episode import EpisodeSpec, run_episode
+from actors.memory.build import build_memory
+from actors.rollout import WriteBatcher
+from actors.summary import GroupSummary
+from actors.types import AdapterKey, Answer, FailedEpisode, Flashcard, Generation, Sampling, Trajectory, TrajectoryGroup
+from cluster import cli
+from cluster.evaluate import EvaluationRow
+from cluster.inspection.compare import Compared
+from cluster.inspection.describe import describe, describe_failure
+from cluster.inspection.page import render
+from cluster.inspection.record import FOLDER, EpisodeRecord, Origin, Record, RecordError, list_records, load, save
+from cluster.inspection.recorder import EpisodeRecorder, NoSink
+from cluster.inspection.terminal import show
+from cluster.lanes import FinishedGroup
+from cluster.stream import Batch
+from configs.schema import EpisodesConfig, MemoryConfig, MemoryPolicy, RecallConfig, RunConfig, WriteConfig
+from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
+
+ENVIRONMENT = RecallEnvironment(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
+TASK = next(ENVIRONMENT.tasks("train", 0, 0))
+ORIGIN = Origin("quickstart-1", "train", "", 12, "worker-0", "smollm2-135m", "parametric", "settings-0.yaml")
+SAID = 'Cards: [{"instruction": "Who moved?", "output": "Nora"}, {"instruction": "no answer"}, "what?"]'
+HOSTILE = "</pre></style><script>alert(1)</script>\"'><img src=x onerror=alert(2)>\x1b[2J\x00\u202e[red]&lt; ]]>"
+
+
+@pytest.fixture(scope="module")
+def chat(model_path: Path) -> ChatFormat:
+    from transformers import AutoTokenizer
+
+    return ChatFormat(AutoTokenizer.from_pretrained(model_path))
+
+
+@pytest.fixture(scope="module")
+def play(chat: ChatFormat) -> Callable[..., Trajectory]:
+    def run(policy: MemoryPolicy = "parametric", said: str = SAID, answer: str = "Lisbon", episode_id: str = "train-4.0") -> Trajectory:
+        def script(prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
+            return sampled(chat.reply(said if sampling.max_tokens > 8 else answer))
+
+        async def episode() -> Trajectory:
+            memory = build_memory(MemoryConfig(policy=policy, max_context_tokens=50), WriteConfig(), SURROUNDINGS)
+            spec = EpisodeSpec(task=TASK, episode_id=episode_id, temperature=1.0, max_answer_tokens=8, max_turns=9, seed=5)
+            return await run_episode(spec, ENVIRONMENT, ScriptedPolicy(script), WriteBatcher(ScriptedWriter()), chat, memory, "basis")
+
+        return asyncio.run(episode())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def record(play: Callable[..., Trajectory], chat: ChatFormat) -> EpisodeRecord:
+    return describe(play(), chat, ORIGIN, receipts=True, siblings=(0.0, 0.5))
+
+
+@pytest.fixture(scope="module")
+def hostile(record: EpisodeRecord) -> EpisodeRecord:
+    """The same with an attack in every text that a model, a data file or a user can put there."""
+    segments = tuple(replace(segment, passages=tuple(replace(passage, text=HOSTILE) for passage in segment.passages)) for segment in record.segments)
+    writes = tuple(
+        replace(
+            write,
+            unused=(HOSTILE,),
+            log=replace(write.log, extraction=HOSTILE, reason=HOSTILE, flashcards=(Flashcard(HOSTILE, HOSTILE),), outcome=kind),
+        )
+        for write, kind in zip(record.writes, ("accepted", "rolled_back"), strict=True)
+    )
+    answer = Answer(HOSTILE, (HOSTILE,), HOSTILE, HOSTILE, {HOSTILE: 1.0})
+    outcome = replace(record.outcome, answers=(answer,), reward_parts={HOSTILE: 0.5})
+    origin = replace(ORIGIN, run=HOSTILE, label=HOSTILE, worker=HOSTILE, model=HOSTILE, source="evaluation")
+    changes = {"segments": segments, "writes": writes, "outcome": outcome, "origin": origin, "memory_events": {HOSTILE: 1}}
+    return replace(record, task_id=HOSTILE, environment=HOSTILE, **changes)  # type: ignore[arg-type]
+
+
+def test_the_record_tells_the_episode_as_the_agent_saw_it(record: EpisodeRecord) -> None:
+    kinds = [[passage.kind for passage in segment.passages] for segment in record.segments]
+    assert kinds == [["system", "user", "user", "extract"]] * 2 + [["system", "user", "act", "user", "act"]]
+    first, _, last = record.segments
+    assert first.passages[1].text == TASK.payload["sessions"][0]
+    assert first.passages[3].text == SAID
+    assert [passage.text for passage in last.passages if passage.kind == "act"] == ["Lisbon", "Lisbon"]
+    assert [segment.revision for segment in record.segments] == [0, 1, 2]
+    assert [(write.after, write.log.revision, write.receipt) for write in record.writes] == [(0, 1, "passed"), (1, 2, "passed")]
+    assert record.writes[0].log.flashcards == (Flashcard("Who moved?", "Nora"),)
+    assert record.writes[0].unused == ('{"instruction": "no answer"}', '"what?"')
+    assert (record.writes[0].log.loss_before, record.writes[0].log.loss_after) == (2.0, 1.0)
+    assert record.siblings == (0.0, 0.5)
+
+
+def test_passages_are_the_tokens_themselves(record: EpisodeRecord, chat: ChatFormat) -> None:
+    for segment in record.segments:
+        for passage in segment.passages:
+            assert chat.decode(segment.token_ids[passage.start : passage.end]) == passage.text
+
+
+def test_a_truncated_context_is_said_to_be_cut(play: Callable[..., Trajectory], chat: ChatFormat) -> None:
+    trajectory = play("truncation")
+    shown = render(describe(trajectory, chat, replace(ORIGIN, memory="truncation"), True, ()), ())
+    assert shown.count("context cut") == len(trajectory.segments) - 1
+    assert "context cleared" not in shown
+    assert "Contexts in which the agent said nothing are not recorded" in shown
+
+
+def test_an_empty_write_stands_behind_the_context_that_it_came_from(play: Callable[..., Trajectory], chat: ChatFormat) -> None:
+    record = describe(play(said="I know nothing."), chat, ORIGIN, True, ())
+    assert [(write.after, write.log.outcome, write.receipt) for write in record.writes] == [(0, "empty", "none"), (1, "empty", "none")]
+    assert render(record, ()).count("Nothing was written: no JSON array in the text") == 2
+
+
+def test_a_file_gives_the_record_back(record: EpisodeRecord, tmp_path: Path) -> None:
+    nan = replace(record.writes[0], log=replace(record.writes[0].log, loss_after=math.nan))
+    path = save(replace(record, writes=(nan, record.writes[1])), tmp_path)
+    assert path.name == "step-000012--train-4.0.json"
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]  # nothing beside it
+    again = load(path)
+    assert isinstance(again, EpisodeRecord)
+    assert math.isnan(again.writes[0].log.loss_after)
+    assert replace(again, writes=record.writes) == record
+    failure = describe_failure(FailedEpisode("t1", "train-4.1", "engine", "it died"), 3, ORIGIN)
+    assert load(save(failure, tmp_path)) == failure
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("[]", "is no episode record of format engram-episode-1"),
+        ('{"format": "engram-run-1"}', "is no episode record of format engram-episode-1"),
+        ('{"format": "engram-episode-1", "kind": "episode"}', "origin: is missing"),
+        ('{"format": "engram-episode-1", "kind": []}', "is no episode record"),
+    ],
+)
+def test_a_foreign_file_is_one_line(tmp_path: Path, content: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    assert cli.main(["inspect", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"error: {path}: " in error
+    assert says in error
+
+
+@pytest.fixture(scope="module")
+def whole(record: EpisodeRecord, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(record, tmp_path_factory.mktemp("whole"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_record_with_one_wrong_value_is_refused_by_its_field_or_harmless(whole: Path, data: st.DataObject) -> None:
+    content = json.loads(whole.read_text())
+    parent, name = content, data.draw(st.sampled_from(sorted(content)))
+    while isinstance(node := parent[name], dict | list) and node:
+        parent, name = node, data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+    parent[name] = data.draw(st.sampled_from([None, -7, 2.5, "", "x", [], {}, True, 10**9]))
+    path = whole.with_name("changed.json")
+    path.write_text(json.dumps(content))
+    try:
+        changed = load(path)
+    except RecordError as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+    else:
+        well_formed(render(changed, ()))
+
+
+class Page(HTMLParser):
+    """Everything that the page consists of; a tag that is not closed in order is an error."""
+
+    VOID = ("meta", "br", "img", "link", "input")
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def well_formed(html: str) -> Page:
+    page = Page()
+    page.feed(html)
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_the_page_needs_nothing_else_and_holds_all_parts(record: EpisodeRecord) -> None:
+    compared = [Compared(2, "Lisbon", "Lisbon!", "I don't know")]
+    html = render(record, compared)
+    page = well_formed(html)
+    assert html.startswith("<!DOCTYPE html>")
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "img", "iframe", "object", "embed", "form", "base", "a", "svg"}
+    attributes = {name for _, attrs in page.tags for name in attrs}
+    assert not {name for name in attributes if name.startswith("on") or name in ("src", "href", "srcset", "action")}
+    assert "http://" not in html and "https://" not in html and "url(" not in html and "@import" not in html
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None and policy.startswith("default-src 'none';")
+    text = "\n".join(page.texts)
+    for part in (*TASK.payload["sessions"], "Who moved?", "Nora", "not a flashcard: ", "loss 2 -> 1", "receipt passed", "context cleared"):
+        assert part in text
+    for part in ("no fast weights (Delta = 0)", "fast weights of revision 2", "policy version", "I don't know", "reward", "write 2, after"):
+        assert part in text
+    assert text.count("context cleared") == 2
+
+
+def test_hostile_text_stays_text_on_the_page(hostile: EpisodeRecord, record: EpisodeRecord) -> None:
+    html = render(hostile, [Compared(0, HOSTILE, HOSTILE, HOSTILE)])
+    page = well_formed(html)
+    clean = well_formed(render(record, [Compared(0, "a", "b", "c")]))
+    assert {tag for tag, _ in page.tags} == {tag for tag, _ in clean.tags}
+    assert {name for _, attrs in page.tags for name in attrs} == {name for _, attrs in clean.tags for name in attrs}
+    assert html.count("<style") == html.count("</style>") == 1
+    assert "<script" not in html and "<img" not in html
+    assert not any(char in html for char in "\x1b\x00\u202e")
+    assert sum("<script>alert(1)</script>" in text for text in page.texts) > 20  # shown as what it is
+
+
+def test_hostile_text_cannot_steer_the_terminal(hostile: EpisodeRecord) -> None:
+    output = io.StringIO()
+    show(hostile, [Compared(0, HOSTILE, HOSTILE, HOSTILE)], Console(file=output, width=4000, force_terminal=True, color_system=None))
+    text = output.getvalue()
+    assert "\x1b" not in text and "\x00" not in text and "\u202e" not in text
+    assert text.count("\\x1b[2J") > 20
+    assert "[red]" in text  # no markup either
+
+
+def test_the_terminal_shows_the_same(record: EpisodeRecord) -> None:
+    output = io.StringIO()
+    show(record, [], Console(file=output, width=200))
+    text = output.getvalue()
+    for part in ("Context 1", "no fast weights (Delta = 0)", "Who moved?", "Write: revision 1", "context cleared", "Lisbon", "reward", "siblings"):
+        assert part in text
+    failed = io.StringIO()
+    show(describe_failure(FailedEpisode("t1", "train-4.1", "engine", "it died"), 3, ORIGIN), [], Console(file=failed, width=200))
+    assert "failed at" in failed.getvalue() and "it died" in failed.getvalue()
+
+
+@pytest.fixture
+def run_dir(record: EpisodeRecord, tmp_path: Path) -> Path:
+    save(record, tmp_path / FOLDER)
+    save(replace(record, episode_id="train-5.1", origin=replace(ORIGIN, step=13)), tmp_path / FOLDER)
+    return tmp_path
+
+
+def test_the_command_lists_picks_and_writes_a_page(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(run_dir)]) == 0
+    assert "2 kept episodes" in capsys.readouterr().out
+    for wanted in ("2", "train-5.1"):
+        assert cli.main(["inspect", str(run_dir), "--episode", wanted]) == 0
+        assert "step 13" in capsys.readouterr().out
+    page = run_dir / "pages" / "episode.html"
+    assert cli.main(["inspect", str(list_records(run_dir)[0]), "--html", str(page)]) == 0
+    well_formed(page.read_text())
+    assert [file.name for file in page.parent.iterdir()] == ["episode.html"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["RUN/nowhere"], "does not exist: give the folder of a run"),
+        (["RUN/pages"], "holds no episode"),
+        (["RUN", "--episode", "9"], "0 of the 2 episodes fit; give a number from 1 to 2, or one of step-000012--train-4.0"),
+        (["RUN", "--episode", "train"], "2 of the 2 episodes fit"),
+        (["RUN", "--html", "x.html"], "need one episode: choose it with --episode N"),
+        (["RUN", "--policy", "x"], "belongs to --compare"),
+        (["RUN", "--episode", "1", "--compare"], "its settings 'settings-0.yaml' are not beside it"),
+        (["RUN", "--episode", "1", "--html", "RUN/episodes"], "cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_line(run_dir: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "pages").mkdir()
+    assert cli.main(["inspect", *(argument.replace("RUN", str(run_dir)) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1 and error.startswith("error: ")
+
+
+def recorder(folder: Path, chat: ChatFormat, settings: EpisodesConfig) -> EpisodeRecorder:
+    def fetch(content: object) -> TrajectoryGroup:
+        if isinstance(content, str):
+            raise RuntimeError(content)
+        return content  # type: ignore[return-value]
+
+    return EpisodeRecorder(settings, folder, lambda: chat, fetch, NoSink())
+
+
+def group_of(play: Callable[..., Trajectory], position: int) -> TrajectoryGroup:
+    siblings = tuple(play(episode_id=f"train-{position}.{number}") for number in range(2))
+    failed = (FailedEpisode(TASK.id, f"train-{position}.2", "receipt", "no"),)
+    return TrajectoryGroup(TASK, 3, siblings, failed, "worker-0")
+
+
+def test_the_recorder_keeps_what_the_settings_say(play: Callable[..., Trajectory], chat: ChatFormat, tmp_path: Path) -> None:
+    group = group_of(play, 4)
+    batch = Batch((4, 5), (FinishedGroup(GroupSummary.of(group), group),) * 2, (0, 0), 0)  # type: ignore[arg-type]
+    keeping, config = recorder(tmp_path, chat, EpisodesConfig(per_step=1, per_evaluation=1, failed=2)), RunConfig()
+    for step in (1, 2):
+        keeping.on_batch(config, step, batch)
+    for _ in range(4):
+        keeping.on_failures(config, 2, GroupSummary.of(group))
+    row = EvaluationRow("TMEM before", MemoryConfig(question_blind=True), 7)
+    for position in range(3):
+        keeping.on_evaluated(config, 0, position, row, replace(group, failed=()))
+    keeping.close()
+    assert keeping.lost == 0
+    kept: list[Record] = [load(path) for path in list_records(tmp_path)]
+    assert sorted((one.origin.source, one.origin.step) for one in kept if isinstance(one, EpisodeRecord)) == [
+        ("evaluation", 0),
+        ("evaluation", 0),
+        ("train", 1),
+        ("train", 2),
+    ]
+    assert len([path for path in list_records(tmp_path) if "failed" in path.name]) == 1  # the same one, twice
+    assert {one.siblings for one in kept if isinstance(one, EpisodeRecord)} == {(0.0, 0.0)}
+    configs = {one.origin.config for one in kept}
+    assert len(configs) == 2 and all((tmp_path / FOLDER / name).exists() for name in configs)  # the row has settings of its own
+
+
+def test_what_cannot_be_kept_is_counted_and_said_once(
+    play: Callable[..., Trajectory], chat: ChatFormat, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = group_of(play, 4)
+    (tmp_path / FOLDER).write_text("a file where the folder should be")
+    keeping = recorder(tmp_path, chat, EpisodesConfig(per_step=1))
+    keeping.on_batch(RunConfig(), 1, Batch((4,), (FinishedGroup(GroupSummary.of(group), "the object is lost"),), (0,), 0))  # type: ignore[arg-type]
+    keeping.on_batch(RunConfig(), 2, Batch((4,), (FinishedGroup(GroupSummary.of(group), group),), (0,), 0))  # type: ignore[arg-type]
+    keeping.close()
+    assert keeping.lost == 2
+    assert [line.getMessage() for line in caplog.records if "to be kept" in line.getMessage()] == [
+        f"warning: 2 episodes that were to be kept in {tmp_path / FOLDER} are not (RuntimeError: the object is lost)"
+    ]
+
+
+BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on the PATH: the page was checked by a parser, not in a browser")
+def test_a_real_browser_shows_the_page_and_runs_nothing(hostile: EpisodeRecord, tmp_path: Path) -> None:
+    page = tmp_path / "episode.html"
+    page.write_text(render(hostile, ()), encoding="utf-8")
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = well_formed(done.stdout)
+    assert not {tag for tag, _ in shown.tags} & {"script", "img"}
+    assert any("<script>alert(1)</script>" in text for text in shown.texts)
