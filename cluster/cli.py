@@ -10,6 +10,8 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.assistant.command import COMMANDS as ASSISTANT_COMMANDS
+from cluster.assistant.command import add_assistant, run_assistant
 from cluster.jobs.commands import COMMANDS as JOB_COMMANDS
 from cluster.jobs.commands import add_jobs, run_jobs
 from cluster.jobs.inside import job_overrides
@@ -52,6 +54,9 @@ _EXAMPLES = """examples:
   python -m cluster inspect runs/quickstart-...                        what an agent read, wrote into its weights, and answered
   python -m cluster scale 4                                            more or fewer rollout workers while a run goes on
   python -m cluster submit train configs/quickstart.yaml output_dir=/shared/runs     the same as a job on a Ray cluster
+  python -m cluster chat runs/quickstart-...                           talk to what was trained; it learns in the conversation
+  python -m cluster serve runs/quickstart-...                          the same behind an OpenAI-compatible endpoint
+  python -m cluster export runs/quickstart-... exported                as a plain Hugging Face folder, or a memory as a PEFT adapter
   python -m cluster bench                                              every seam against a named baseline
   python -m cluster train --settings                                   every setting with its default and what is allowed
   python -m cluster COMMAND --help                                     more about a command
@@ -63,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     settable = options.command in ("train", "evaluate", "probe")
-    if unknown := [argument for argument in rest if argument.startswith("-") or "=" not in argument or not settable]:
+    if unknown := [one for one in rest if one.startswith("-") or "=" not in one or not (settable or options.command in ("chat", "serve"))]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:  # settings behind an option, which argparse does not join with those before it
         options.overrides = [*options.overrides, *rest]
@@ -80,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.overrides = job_overrides(Path(options.config) if options.config else None, options.overrides, os.environ)
         if options.command in JOB_COMMANDS:
             return run_jobs(options)
+        if options.command in ASSISTANT_COMMANDS:
+            return run_assistant(options)
         run = {"bench": _bench, "train": _train, "evaluate": _evaluate, "probe": _probe, "scale": _scale, "inspect": _inspect}[options.command]
         return run(options)
     except ConfigError as error:
@@ -198,17 +205,21 @@ def _status_of(error: Exception) -> int | None:
     from actors.chat import ChatTemplateError
     from actors.environments.base import TaskError
     from actors.fast_weights import BasisError
+    from actors.protocols import EngineError
+    from cluster.assistant.values import AssistantError
     from cluster.bench.values import BenchError
     from cluster.errors import CheckpointError, ClusterError
     from cluster.inspection.record import RecordError
     from cluster.probe.values import ProbeError
     from cluster.scaling import ScaleError
+    from configs.extensions import ExtensionError
     from configs.models import ModelError
     from learner.types import LearnerError
 
-    if isinstance(error, TaskError | ModelError | ChatTemplateError | CheckpointError | ProbeError | RecordError | ScaleError):
+    mistakes = TaskError | ModelError | ChatTemplateError | AssistantError | CheckpointError | ExtensionError | ProbeError | RecordError | ScaleError
+    if isinstance(error, mistakes):
         return EXIT_USAGE
-    return EXIT_FAILED if isinstance(error, ClusterError | BasisError | LearnerError | BenchError) else None
+    return EXIT_FAILED if isinstance(error, ClusterError | BasisError | EngineError | LearnerError | BenchError) else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -239,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     add_probe(commands)
     add_inspect(commands)
     _add_scale(commands)
+    add_assistant(commands)
     add_jobs(commands)
     _add_bench(commands)
     return parser

@@ -22,6 +22,7 @@ from actors.memory.parametric import ParametricMemory
 from actors.types import (
     AdapterKey,
     FastWeights,
+    FinishReason,
     Flashcard,
     Generation,
     PolicyVersion,
@@ -46,7 +47,7 @@ class _Speaker:
     def __init__(self, parts: Parts, name: str) -> None:
         self.delta = True
         self.temperature = parts.opening.config.assistant.temperature
-        self.last: tuple[int, Generation] = (0, Generation((), (), "stop"))  # prompt tokens, and what was sampled last
+        self.last: tuple[int, int, FinishReason] = (0, 0, "stop")  # of what was sampled last: tokens of the prompt, of the reply, how it ended
         self.probe: Probe | None = None
         self._parts = parts
         self._name = name
@@ -69,7 +70,7 @@ class _Speaker:
         self._events += 1
         sampling = Sampling(self.temperature, max_tokens, derived_seed(self._parts.opening.config.seed, self._name, self._events), kind)
         generation = await self._parts.policy.generate(prompt_ids, sampling, AdapterKey(self.version, self._life, self.revision_for(kind)))
-        self.last = (len(prompt_ids), generation)
+        self.last = (len(prompt_ids), len(generation.token_ids), generation.finish_reason)
         return generation
 
     async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
@@ -129,6 +130,15 @@ class Conversation:
     @delta.setter
     def delta(self, on: bool) -> None:
         self._speaker.delta = on
+
+    @property
+    def temperature(self) -> float:
+        """Of answers and extractions; 0 is greedy."""
+        return self._speaker.temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._speaker.temperature = value
 
     @property
     def revision(self) -> int:
@@ -234,9 +244,8 @@ class Conversation:
         return len(self._parts.chat.user(text))
 
     def _reply(self, text: str, before: int) -> Reply:
-        prompt_tokens, generation = self._speaker.last
-        revision = self._speaker.revision_for("act")
-        return Reply(text, generation.finish_reason, revision, prompt_tokens, len(generation.token_ids), tuple(self._agent.writes[before:]))
+        prompt_tokens, reply_tokens, reason = self._speaker.last
+        return Reply(text, reason, self._speaker.revision_for("act"), prompt_tokens, reply_tokens, tuple(self._agent.writes[before:]))
 
     @asynccontextmanager
     async def _whole(self) -> AsyncIterator[None]:

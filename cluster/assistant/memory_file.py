@@ -12,38 +12,58 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
 
 from actors.fast_weights import BasisError
 from actors.peft_format import export_peft, from_peft
-from actors.types import Flashcard, Probe, WriteOutcome, WriteRecord
-from cluster.assistant.values import MEMORY_FILE, AssistantError, Opening, SavedMemory
+from actors.types import Probe, WriteRecord
+from cluster.assistant.values import AssistantError, Opening, SavedMemory
+from cluster.inspection.decode import DecodeError, decode
+from cluster.inspection.record import plain
 
+MEMORY_FILE = "memory.json"
 _FORMAT = "engram-memory-1"
 _MAX_BYTES = 64 * 2**20
+_CURE = "give a folder that /save, serve or export wrote"
 
 
-def save_memory(memory: SavedMemory, opening: Opening, folder: Path, replace: bool) -> None:
-    """Raises AssistantError where the folder holds something (without ``replace``) or cannot be written."""
-    content = {
-        "format": _FORMAT,
-        "model": {"name": opening.title, "fingerprint": opening.model.fingerprint},
-        "basis_id": opening.basis.id,
-        "revision": memory.weights.revision,
-        "system_prompt": memory.system_prompt,
-        "context_ids": list(memory.context_ids),
-        "writes": [_record_to_json(record) for record in memory.writes],
-        "probe": None if memory.probe is None else asdict(memory.probe),
-    }
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """memory.json. ``model``: its name, for people; ``fingerprint``: of its weights. ``probe``: none or one."""
+
+    format: str
+    model: str
+    fingerprint: str
+    basis_id: str
+    revision: int
+    system_prompt: str
+    context_ids: tuple[int, ...]
+    writes: tuple[WriteRecord, ...]
+    probe: tuple[Probe, ...]
+
+
+def save_memory(memory: SavedMemory, opening: Opening, folder: Path, overwrite: bool) -> None:
+    """Raises AssistantError where the folder holds something (without ``overwrite``) or cannot be written."""
+    content = _Content(
+        format=_FORMAT,
+        model=opening.title,
+        fingerprint=opening.model.fingerprint,
+        basis_id=opening.basis.id,
+        revision=memory.weights.revision,
+        system_prompt=memory.system_prompt,
+        context_ids=memory.context_ids,
+        writes=memory.writes,
+        probe=() if memory.probe is None else (memory.probe,),
+    )
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        if folder.exists() and not replace and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
             raise AssistantError(f"{folder}: already holds something; name a new folder")
         shutil.rmtree(partial, ignore_errors=True)
         export_peft(memory.weights, opening.basis, partial, opening.base_model)
-        (partial / MEMORY_FILE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (partial / MEMORY_FILE).write_text(json.dumps(plain(asdict(content)), allow_nan=False) + "\n", encoding="utf-8", errors="replace")
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -55,131 +75,65 @@ def save_memory(memory: SavedMemory, opening: Opening, folder: Path, replace: bo
 def load_memory(folder: Path, opening: Opening) -> SavedMemory:
     """Raises AssistantError: no memory, a damaged one, another model's, or on another basis."""
     if not folder.is_dir():
-        raise AssistantError(f"{folder}: no such folder; give one that /save, serve or export wrote")
-    content = _read(folder / MEMORY_FILE)
-    if content is not None:
-        _check_owner(folder, content, opening)
+        raise AssistantError(f"{folder}: no such folder; {_CURE}")
+    content = _read(folder / MEMORY_FILE, opening)
     try:
         weights = from_peft(folder, opening.basis)
     except BasisError as error:
         raise AssistantError(str(error)) from error
     if content is None:
         return SavedMemory(weights, opening.system_prompt, (), (), None)
-    try:
-        saved = SavedMemory(
-            weights,
-            _text(content, "system_prompt"),
-            _ids(content, "context_ids", opening),
-            tuple(_record_from_json(item) for item in _list(content, "writes")),
-            _probe(content.get("probe"), opening),
-        )
-        if content.get("revision") != weights.revision:
-            raise ValueError(f"revision is {content.get('revision')!r}, the adapter beside it has {weights.revision}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise AssistantError(f"{folder / MEMORY_FILE}: damaged: {' '.join(str(error).split())[:200]}; restore the file") from error
-    return saved
+    if content.revision != weights.revision:
+        raise AssistantError(f"{folder}: {MEMORY_FILE} is of revision {content.revision}, the adapter of {weights.revision}; {_CURE}")
+    return SavedMemory(weights, content.system_prompt, content.context_ids, content.writes, *(content.probe or (None,)))
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, opening: Opening) -> _Content | None:
     """None where there is no such file."""
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise AssistantError(f"{path}: has {path.stat().st_size} bytes, at most {_MAX_BYTES} are read")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise AssistantError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); restore the file") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise AssistantError(f"{path}: is no record of format {_FORMAT}; give a folder that /save, serve or export wrote")
+        raise AssistantError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); {_CURE}") from error
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise AssistantError(f"{path}: is no record of format {_FORMAT}; {_CURE}")
+    try:
+        content: _Content = decode(_Content, data, "")
+        _check_values(content, opening)
+    except DecodeError as error:
+        raise AssistantError(f"{path}: damaged: {error}; {_CURE}") from error
+    _check_owner(path.parent, content, opening)
     return content
 
 
-def _check_owner(folder: Path, content: dict[str, Any], opening: Opening) -> None:
+def _check_owner(folder: Path, content: _Content, opening: Opening) -> None:
     """The same theta and the same basis: a checkpoint of a run shares its basis with the model that the run began with, but not its weights."""
-    model = content.get("model")
-    if not isinstance(model, dict) or model.get("fingerprint") != opening.model.fingerprint:
-        name = model.get("name") if isinstance(model, dict) else None
-        raise AssistantError(f"{folder}: is a memory of the model {name!r}, whose weights are not those of {opening.title!r}: load it there")
-    if content.get("basis_id") != opening.basis.id:
-        raise AssistantError(
-            f"{folder}: is on the basis {content.get('basis_id')!r}, here it is {opening.basis.id!r}: load it with its own fast_weights.*"
-        )
+    if content.fingerprint != opening.model.fingerprint:
+        raise AssistantError(f"{folder}: is a memory of the model {content.model!r}, whose weights are not those of {opening.title!r}: load it there")
+    if content.basis_id != opening.basis.id:
+        own, here = content.basis_id, opening.basis.id
+        raise AssistantError(f"{folder}: is on the basis {own!r}, here it is {here!r}: load it under the fast_weights.* that it was made with")
 
 
-def _record_to_json(record: WriteRecord) -> dict[str, Any]:
-    content = asdict(record)
-    del content["examples"]
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in content.items()}
+def _check_values(content: _Content, opening: Opening) -> None:
+    """What the types do not say, and an engine that is asked would refuse."""
+    window = opening.config.engine.max_model_tokens
+    if len(content.context_ids) >= window:
+        raise DecodeError(f"context_ids: {len(content.context_ids)} tokens do not fit into engine.max_model_tokens={window}")
+    if len(content.probe) > 1:
+        raise DecodeError(f"probe: expected one at most, got {len(content.probe)}")
+    _check_ids("context_ids", content.context_ids, opening)
+    for probe in content.probe:
+        _check_ids("probe.token_ids", probe.token_ids, opening)
+        finite = all(math.isfinite(value) for value in (*probe.before, *probe.after))
+        if not (0 < len(probe.after) == len(probe.before) < len(probe.token_ids) < window and finite):
+            raise DecodeError("probe: expected a finite log-prob before and after of each of its last tokens")
 
 
-def _record_from_json(item: Any) -> WriteRecord:
-    if not isinstance(item, dict):
-        raise ValueError("an item of writes is no object")
-    outcomes: tuple[WriteOutcome, ...] = get_args(WriteOutcome)
-    found = [outcome for outcome in outcomes if outcome == item["outcome"]]
-    if not found:
-        raise ValueError(f"outcome {item['outcome']!r} must be one of {', '.join(outcomes)}")
-    return WriteRecord(
-        revision=_count(item, "revision"),
-        examples=(),
-        flashcards=tuple(Flashcard(_text(card, "question"), _text(card, "answer")) for card in _list(item, "flashcards")),
-        extraction=_text(item, "extraction"),
-        rejected_flashcards=_count(item, "rejected_flashcards"),
-        prompt_tokens=_count(item, "prompt_tokens"),
-        answer_tokens=_count(item, "answer_tokens"),
-        loss_before=_number(item, "loss_before"),
-        loss_after=_number(item, "loss_after"),
-        steps=_count(item, "steps"),
-        seconds=_number(item, "seconds"),
-        outcome=found[0],
-        reason=_text(item, "reason"),
-    )
-
-
-def _probe(content: Any, opening: Opening) -> Probe | None:
-    if content is None:
-        return None
-    before, after = (tuple(_finite(value) for value in _list(content, side)) for side in ("before", "after"))
-    ids = _ids(content, "token_ids", opening)
-    if not 0 < len(after) < len(ids) or len(before) != len(after):
-        raise ValueError(f"probe has {len(ids)} tokens with {len(before)} and {len(after)} log-probs")
-    return Probe(ids, before, after)
-
-
-def _ids(content: dict[str, Any], key: str, opening: Opening) -> tuple[int, ...]:
-    ids, most = _list(content, key), opening.model.vocab_size
-    if not all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < most for one in ids):
-        raise ValueError(f"{key} must be token ids, 0 to {most - 1}")
-    if len(ids) >= (window := opening.config.engine.max_model_tokens):
-        raise ValueError(f"{key} has {len(ids)} tokens, more than engine.max_model_tokens={window} takes")
-    return tuple(ids)
-
-
-def _text(content: dict[str, Any], key: str) -> str:
-    if not isinstance(value := content[key], str):
-        raise ValueError(f"{key} must be a text")
-    return value
-
-
-def _list(content: dict[str, Any], key: str) -> list[Any]:
-    if not isinstance(value := content[key], list):
-        raise ValueError(f"{key} must be a list")
-    return value
-
-
-def _count(content: dict[str, Any], key: str) -> int:
-    value = content[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{key} must be a whole number, 0 or more")
-    return value
-
-
-def _number(content: dict[str, Any], key: str) -> float:
-    return math.nan if content[key] is None else _finite(content[key])
-
-
-def _finite(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{value!r} must be a finite number")
-    return float(value)
+def _check_ids(key: str, ids: Sequence[int], opening: Opening) -> None:
+    most = opening.model.vocab_size - 1
+    if any(not 0 <= one <= most for one in ids):
+        raise DecodeError(f"{key}: expected token ids, 0 to {most}")

@@ -7,6 +7,7 @@ a folder that ``export`` wrote              those that export put into it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,8 +39,8 @@ def find_checkpoint_of(folder: Path) -> Checkpoint | None:
     """The checkpoint that ``folder`` is, or the newest of the run that it is; None where it is neither. Raises CheckpointError for a damaged one."""
     if (folder / "state.json").exists():
         return load_checkpoint(folder)
-    inside = list_checkpoints(folder) or list_checkpoints(folder.parent)
-    return load_checkpoint(inside[-1]) if inside and (folder / "config.json").exists() is False else None
+    inside = list_checkpoints(folder)
+    return load_checkpoint(inside[-1]) if inside else None
 
 
 def locate(model: str) -> Source:
@@ -55,11 +56,15 @@ def locate(model: str) -> Source:
 
 def prepare_opening(model: str, config_path: Path | None, overrides: Sequence[str]) -> Opening:
     """Raises ConfigError, ModelError, CheckpointError, BasisError, AssistantError: one line each. No engine is started."""
-    source = locate(model)
+    return open_source(model, locate(model), config_path, overrides)
+
+
+def open_source(title: str, source: Source, config_path: Path | None, overrides: Sequence[str]) -> Opening:
+    """``config_path`` takes the place of the source's own settings. Raises as ``prepare_opening``."""
     config = load_config(config_path or source.config_path, [*overrides, f"model.name={source.model}"])
     _check(config, source, overrides)
     resolved = resolve_model(config.model)
-    return Opening(model, config, resolved, _basis(source, resolved.path, config), config.assistant.system_prompt or _environments_prompt(config))
+    return Opening(title, config, resolved, _basis(source, resolved.path, config), config.assistant.system_prompt or _environments_prompt(config))
 
 
 @contextmanager
@@ -73,12 +78,13 @@ def parts_of(opening: Opening, slots: int) -> Iterator[Parts]:
     from actors.rollout import WriteBatcher
 
     config, path = opening.config, opening.model.path
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a dozen warnings about the machine would stand between a person and the agent
     torch.set_num_threads(config.rollout.threads)
     chat = ChatFormat(AutoTokenizer.from_pretrained(path))
     engine = replace(config.engine, slots=slots)
     policy = VLLMPolicy(path, config.model, engine, opening.basis, chat.stop_token_ids, 0, config.rollout.threads, config.seed)
     try:
-        yield Parts(opening, policy, WriteBatcher(policy.writer(config.write)), chat)
+        yield Parts(opening, policy, WriteBatcher(policy.writer(config.write)), chat, lambda: policy.failure)
     finally:
         policy.close()
 

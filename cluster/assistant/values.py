@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,12 +37,13 @@ class Opening:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parts:
-    """What conversations share. ``policy`` keeps its version as long as they live."""
+    """What conversations share. ``policy`` keeps its version as long as they live; ``failure`` says why it is dead, "" while it serves."""
 
     opening: Opening
     policy: Policy
     writer: AsyncWriter
     chat: ChatFormat
+    failure: Callable[[], str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,5 +79,4 @@ class Reply:
     writes: tuple[WriteRecord, ...]
 
 
-MEMORY_FILE = "memory.json"  # beside the adapter in the folder of a saved conversation
 COMPANION = Path("engram")  # inside an exported model: a subfolder, because vLLM takes every safetensors file beside config.json for weights
