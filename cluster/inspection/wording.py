@@ -50,10 +50,12 @@ def context_line(number: int, segment: SegmentRecord) -> str:
 
 
 def cleared_line(record: EpisodeRecord, number: int) -> str:
-    """A context that begins, behind the system prompt, with the end of the one before it was cut; any other was cleared."""
+    """A context that begins, right behind the system turn, with the end of the one before it was cut; any other was cleared."""
     before, after = record.segments[number].token_ids, record.segments[number + 1]
     opening = next((passage.end for passage in after.passages if passage.kind == "system"), 0)
-    for start in range(opening, opening + _STRETCH):  # the system turn's own closing lies between
+    first = next((passage for passage in after.passages if passage.start >= opening and passage.kind != "system"), None)
+    latest = opening if first is None else first.start + (first.kind == "text")  # a whole turn has its opening in front
+    for start in range(opening, latest):
         kept = after.token_ids[start : start + _STRETCH]
         for place in range(len(before) - _STRETCH + 1):
             if before[place : place + _STRETCH] == kept and before[place:] == after.token_ids[start : start + len(before) - place]:
