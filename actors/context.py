@@ -6,6 +6,8 @@ Invariant: what `ids` returns is what the engine is given, token for token, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 
@@ -54,11 +56,14 @@ class Context:
         start = len(self._ids)
         self._ids += generation.token_ids
         self._logprobs += generation.logprobs
-        if generation.token_ids:
-            self._spans.append(ActionSpan(start, len(self._ids), kind))
+        for version, run in groupby(generation.versions or (None,) * len(generation.token_ids)):
+            end = start + sum(1 for _ in run)
+            self._spans.append(ActionSpan(start, end, kind, version))
+            start = end
 
     def close(self, policy_version: PolicyVersion, revision: int) -> Segment:
-        """The segment up to here, sampled under ``revision``."""
+        """The segment up to here, sampled under ``revision``; by ``policy_version`` where the engine did not say by which."""
+        policy_version = min((policy_version if span.version is None else span.version for span in self._spans), default=policy_version)
         mask = np.zeros(len(self._ids), dtype=np.bool_)
         for span in self._spans:
             mask[span.start : span.end] = True
@@ -68,7 +73,7 @@ class Context:
             logprobs=np.asarray(self._logprobs, dtype=np.float32),
             policy_version=policy_version,
             revision=revision,
-            spans=tuple(self._spans),
+            spans=tuple(replace(span, version=None) if span.version == policy_version else span for span in self._spans),
         )
 
     def truncated(self, limit: int) -> Context:

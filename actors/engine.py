@@ -30,6 +30,7 @@ import torch
 
 from actors.engine_adapters import AdapterTable, as_tensors
 from actors.engine_loop import Phase, RequestKind, StepLoop
+from actors.engine_sampling import sampling_parameters
 from actors.engine_start import build_engine, load_weights, model_of, prepare_environment, read_vocabulary, shut_down
 from actors.engine_weights import EngineWeights
 from actors.engine_writer import EngineWriter
@@ -116,6 +117,7 @@ class VLLMPolicy:
             "the vLLM engine", lambda: build_engine(model_path, model, engine, basis, threads=threads, seed=seed), shut_down, START_TIMEOUT_S
         )
         self._weights = self._loop.call(lambda engine: EngineWeights(model_of(engine), Path(model_path), basis), "other").result(START_TIMEOUT_S)
+        self._loop.call(lambda engine: engine.set_weight_version(str(version)), "other").result(START_TIMEOUT_S)
 
     @property
     def version(self) -> PolicyVersion:
@@ -136,16 +138,17 @@ class VLLMPolicy:
         Raises EngineError for an adapter that is not installed, another policy version, token ids outside the vocabulary, a prompt that leaves no
         room in ``engine.max_model_tokens``, or a dead engine. The generation ends with reason "length" where that limit cuts it short.
         """
-        parameters = _parameters(sampling.temperature, sampling.max_tokens, sampling.seed, self._stop, prompt_logprobs=False)
+        parameters = sampling_parameters(sampling.temperature, sampling.max_tokens, sampling.seed, self._stop, prompt_logprobs=False)
         output = await self._run(prompt_ids, parameters, adapter, sampling.kind)
         sampled = output.outputs[0]
         reason: FinishReason = "stop" if sampled.finish_reason == "stop" else "length"
         self._counters.generated_tokens += len(sampled.token_ids)
-        return Generation(tuple(sampled.token_ids), tuple(sampled.logprobs.logprobs), reason)
+        versions = tuple(int(span.version) for span in sampled.weight_versions for _ in range(span.start, span.end))
+        return Generation(tuple(sampled.token_ids), tuple(sampled.logprobs.logprobs), reason, versions)
 
     async def score(self, token_ids: Sequence[int], adapter: AdapterKey) -> list[float]:
         """Log-probs (T = 1) of tokens 1..n-1 of ``token_ids``, each given those before it, under ``adapter``. Raises EngineError as ``generate``."""
-        output = await self._run(token_ids, _parameters(0.0, 1, 0, (), prompt_logprobs=True), adapter, "receipt")
+        output = await self._run(token_ids, sampling_parameters(0.0, 1, 0, (), prompt_logprobs=True), adapter, "receipt")
         return list(output.prompt_logprobs.logprobs)
 
     async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
@@ -162,12 +165,12 @@ class VLLMPolicy:
             check(weights, self._basis)
         except BasisError as error:
             raise EngineError(f"cannot install {key.name}: {error}") from error
-        tensors = as_tensors(weights)
+        tensors, version = as_tensors(weights), self.version
         await asyncio.wrap_future(self._loop.call(lambda engine: self._table.put(engine, key, tensors), "install"))
         self._counters.installs += 1
         try:
             if probe is not None and self._config.receipts == "always":
-                await self._demand_receipt(key, probe)
+                await self._demand_receipt(key, probe, version)
         except BaseException:  # a failed receipt, or the caller went away: the name stays used, the adapter goes
             self._loop.post(lambda engine: self._table.drop(engine, [key], self._loop.running_labels()), "install")
             raise
@@ -185,7 +188,18 @@ class VLLMPolicy:
         the old version is unknown and the prefix cache is empty. Raises EngineError, with the engine as it was, when requests run, the version goes
         backwards, or a name, a shape or a part of a packed matrix is wrong; when loading itself fails the engine is dead.
         """
-        done = self._loop.call(lambda engine: self._refresh(engine, version, tensors, complete), "refresh")
+        return await self._refreshed(version, tensors, complete, in_flight=False)
+
+    async def refresh_in_flight(self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool) -> RefreshReport:
+        """As ``refresh`` between two steps of running requests, which sample on under the new weights; the adapters stay, under their names.
+
+        The keys and values of running requests are computed again, so that each token's log-prob is that of one theta. Generation.versions tells
+        which. A receipt that a refresh overtakes proves nothing and is left out.
+        """
+        return await self._refreshed(version, tensors, complete, in_flight=True)
+
+    async def _refreshed(self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool, in_flight: bool) -> RefreshReport:
+        done = self._loop.call(lambda engine: self._refresh(engine, version, tensors, complete, in_flight), "refresh")
         try:
             return await asyncio.wait_for(asyncio.wrap_future(done), REFRESH_TIMEOUT_S)
         except TimeoutError as error:
@@ -227,8 +241,10 @@ class VLLMPolicy:
         self._counters.prompt_tokens += len(ids)
         return output
 
-    async def _demand_receipt(self, key: AdapterKey, probe: Probe) -> None:
+    async def _demand_receipt(self, key: AdapterKey, probe: Probe, version: PolicyVersion) -> None:
         scored = await self.score(probe.token_ids, key)
+        if self.version != version:
+            return  # overtaken by a refresh in flight: the probe is of the weights before it
         try:
             seen = check_receipt(scored[-len(probe.after) :], probe, self._config.receipt_tolerance)
         except ReceiptError as error:
@@ -248,36 +264,18 @@ class VLLMPolicy:
         except (VLLMClientError, ValueError) as error:
             raise EngineError(f"vLLM refuses the request: {error}") from error
 
-    def _refresh(self, engine: LLMEngine, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool) -> RefreshReport:
+    def _refresh(
+        self, engine: LLMEngine, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool, in_flight: bool
+    ) -> RefreshReport:
         running = self._loop.running_labels()
-        if running:
+        if running and not in_flight:
             raise EngineError(f"cannot refresh to version {version}: requests run under {', '.join(sorted(running)[:3])}; drain the worker first")
         self._table.check_successor(version)
-        seconds = load_weights(engine, version, tensors, complete)
+        seconds = load_weights(engine, version, tensors, complete, in_flight)
         self._weights.refresh(tensors)
-        self._table.start_version(engine, version)
+        if in_flight:
+            self._table.follow_on(version)
+        else:
+            self._table.start_version(engine, version)
         self._counters.refreshes += 1
         return RefreshReport(version, seconds, sum(tensor.nbytes for tensor in tensors.values()))
-
-
-def _parameters(temperature: float, max_tokens: int, seed: int, stop_token_ids: tuple[int, ...], prompt_logprobs: bool) -> SamplingParams:
-    """Plain sampling, ids in and ids out. ``prompt_logprobs`` turns the prefix cache off for the request: receipts and tests only."""
-    from vllm import SamplingParams
-    from vllm.exceptions import VLLMClientError
-    from vllm.sampling_params import RequestOutputKind
-
-    try:
-        return SamplingParams(
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seed=seed % 2**63,
-            stop_token_ids=list(stop_token_ids),
-            ignore_eos=True,  # the stop tokens are ours alone
-            logprobs=0,
-            prompt_logprobs=0 if prompt_logprobs else None,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-    except (VLLMClientError, ValueError) as error:
-        raise EngineError(f"vLLM refuses the sampling settings: {error}") from error

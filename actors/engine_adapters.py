@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 PATH_PREFIX = "mem://"
+OLDEST_KEY = 100
+"""Refreshes that an adapter may live through (``follow_on``): the names that were used are remembered for so long."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,12 +47,13 @@ def as_tensors(weights: FastWeights) -> AdapterTensors:
 
 
 class AdapterTable:
-    """Installed adapters of one policy version. All methods run on the engine's step thread; ``version`` may be read anywhere."""
+    """Installed adapters of one policy version, or, with ``follow_on``, of those since ``start_version``. All methods run on the engine's step
+    thread; ``version`` may be read anywhere."""
 
     def __init__(self, version: PolicyVersion) -> None:
-        self.version = version
+        self.version = self._oldest = version
         self._installed: dict[str, LoRARequest] = {}
-        self._used: set[str] = set()
+        self._used: dict[str, PolicyVersion] = {}
         self._leaving: set[str] = set()
         self._ids = itertools.count(1)
 
@@ -73,7 +76,7 @@ class AdapterTable:
             raise EngineError(
                 f"adapter {key.name} was installed before: names are never reused (the prefix cache is keyed by them); write a new revision"
             )
-        self._used.add(key.name)
+        self._used[key.name] = key.policy_version
         path = PATH_PREFIX + key.name
         engine.collective_rpc("engram_put", args=(path, tensors.b, tensors.a))
         self._installed[key.name] = LoRARequest(lora_name=key.name, lora_int_id=next(self._ids), lora_path=path)
@@ -100,8 +103,16 @@ class AdapterTable:
         self._leaving.clear()
         if version != self.version:
             self._used.clear()  # the version is part of a name, so the old names cannot come back
-        self.version = version
+        self.version = self._oldest = version
+
+    def follow_on(self, version: PolicyVersion) -> None:
+        """New weights under the same adapters: every key stays valid, and more of the episodes that have them may be installed.
+
+        vLLM dropped its own copies with the old weights and loads them again from the worker's store.
+        """
+        self.version, self._oldest = version, max(self._oldest, version - OLDEST_KEY)
+        self._used = {name: begun for name, begun in self._used.items() if begun >= self._oldest}
 
     def _check_version(self, key: AdapterKey) -> None:
-        if key.policy_version != self.version:
+        if not self._oldest <= key.policy_version <= self.version:
             raise EngineError(f"adapter {key.name} belongs to policy version {key.policy_version}, the engine is at {self.version}")

@@ -111,8 +111,8 @@ def engine_arguments(model_path: str | os.PathLike[str], model: ModelConfig, eng
 
 
 def _let_vllm_look_past_llvmlite() -> None:
-    """vLLM 0.32 asks everything in every imported module for its ``__dict__`` when it starts on CPU. llvmlite's handle of its library answers with a C
-    function, and the engine does not start where numba was imported before it (bm25s does, and so may a user's environment): give it an empty one."""
+    """vLLM 0.32 asks everything in every imported module for its ``__dict__`` when it starts on CPU. llvmlite's handle of its library answers with
+    a C function, and the engine does not start where numba was imported before it (bm25s does, a user's environment may): give it an empty one."""
     ffi = sys.modules.get("llvmlite.binding.ffi")
     if ffi is not None:
         ffi.lib._fntab.setdefault("__dict__", {})
@@ -143,8 +143,10 @@ def model_of(engine: LLMEngine) -> Any:
     return engine.collective_rpc("engram_model")[0]
 
 
-def load_weights(engine: LLMEngine, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool) -> float:
+def load_weights(engine: LLMEngine, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool, in_flight: bool) -> float:
     """Replace the base weights (with ``complete`` all of them) and empty the prefix cache; returns seconds.
+
+    ``in_flight``: requests may run; vLLM computes their keys and values again under the new weights, from their tokens so far, and samples on.
 
     Raises EngineError before touching anything when a name, a shape or a part of a packed matrix is wrong; what else it raises leaves it half-way.
     """
@@ -155,7 +157,7 @@ def load_weights(engine: LLMEngine, version: PolicyVersion, tensors: Mapping[str
     except EngineError as error:
         raise EngineError(f"cannot refresh to version {version}: {error}") from error
     engine.collective_rpc("finish_weight_update")
-    if not engine.reset_prefix_cache():
+    if not engine.reset_prefix_cache(reset_running_requests=in_flight):
         raise RuntimeError("vLLM did not empty its prefix cache after a refresh although no request runs")
     engine.set_weight_version(str(version))
     return time.perf_counter() - started

@@ -19,6 +19,7 @@ from functools import partial
 from actors.chat import ChatFormat
 from actors.environments.base import Environment, TaskError
 from actors.episode import EpisodeSpec, derived_seed, run_episode
+from actors.in_flight import InFlightPolicy, dated
 from actors.memory.build import Surroundings, build_memory
 from actors.protocols import EngineError, FastWeightWriter, Policy, ReceiptError, WriterError
 from actors.recovery import NO_RECOVERY, EpisodeLog, Event, LostTrack, RecordedPolicy, RecordedWriter, Recovered, Recovery
@@ -131,7 +132,7 @@ class Rollout:
     async def group(self, request: RolloutRequest) -> TrajectoryGroup:
         """Play the task ``group_size`` times. An episode that fails becomes data, its siblings go on; a programming error ends the whole group.
 
-        The policy must keep its version until this returns.
+        The policy must keep its version until this returns, unless ``rollout.refresh`` is in_flight.
         """
         return (await self.recoverable_group(request, NO_RECOVERY))[0]
 
@@ -145,10 +146,11 @@ class Rollout:
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finished = [task.result() for task in running]
+        trajectories = tuple(result for result in finished if isinstance(result, Trajectory))
         group = TrajectoryGroup(
             task=request.task,
-            policy_version=version,
-            trajectories=tuple(result for result in finished if isinstance(result, Trajectory)),
+            policy_version=min((trajectory.policy_version for trajectory in trajectories), default=version),
+            trajectories=trajectories,
             failed=tuple(result for result in finished if isinstance(result, FailedEpisode)),
             worker=self._worker_name,
         )
@@ -193,9 +195,12 @@ class Rollout:
         return trajectory
 
     async def _play_from(self, spec: EpisodeSpec, request: RolloutRequest, number: int, recovery: Recovery, past: tuple[Event, ...]) -> Trajectory:
+        memory = build_memory(request.memory, self._write, self._surroundings)
+        if self._rollout.refresh == "in_flight":
+            living = InFlightPolicy(self._policy, self._writer)
+            return dated(await run_episode(spec, self._environment, living, living, self._chat, memory, self._basis_id))
         log = EpisodeLog(partial(recovery.journal.note, request.group_id, number, self._policy.version), past)
         policy, writer = RecordedPolicy(self._policy, log), RecordedWriter(self._writer, log)
-        memory = build_memory(request.memory, self._write, self._surroundings)
         trajectory = await run_episode(spec, self._environment, policy, writer, self._chat, memory, self._basis_id)
         log.flush()
         return trajectory

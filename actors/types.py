@@ -113,16 +113,17 @@ class WriteRecord:
 
 @dataclass(frozen=True, slots=True)
 class ActionSpan:
-    """Sampled tokens [start, end) of a segment."""
+    """Sampled tokens [start, end) of a segment. ``version``: of the policy that sampled them, None for the segment's own (in_flight.py)."""
 
     start: int
     end: int
     kind: SpanKind
+    version: PolicyVersion | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """One stretch of context under one revision of the fast weights. The three arrays have one length T.
+    """One stretch of context under one revision of the fast weights, dated by its oldest sampled token. The three arrays have one length T.
 
     token_ids int32 [T]: what the engine saw and sampled, never re-tokenised. action_mask bool [T]: True where the engine sampled the token.
     logprobs float32 [T]: the engine's log-probability of each sampled token under theta + Delta at sampling temperature, 0 elsewhere.
@@ -168,11 +169,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds of an episode by phase, waiting included. ``total`` is wall time; the phases of concurrent episodes overlap.
-
-    ``act`` and ``extract`` are sampling, ``write`` and ``install`` (with its receipt) the way from flashcards to an adapter that acts, and
-    ``environment`` is the rest: the environment's own work, chat templates and contexts. The phases sum to ``total``.
-    """
+    """Seconds of an episode by phase, waiting included; they sum to ``total``, wall time. ``act`` and ``extract`` are sampling, ``write`` and
+    ``install`` (with its receipt) the way from flashcards to an adapter that acts, ``environment`` the rest: its work, chat templates, contexts."""
 
     total: float
     act: float
@@ -249,15 +247,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What the engine sampled. ``token_ids`` includes the stop token when ``finish_reason`` is "stop"; one log-prob per token."""
+    """What the engine sampled. ``token_ids`` includes the stop token when ``finish_reason`` is "stop"; one log-prob per token, and one policy version
+    (or none at all: then it was the episode's)."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
+    versions: tuple[PolicyVersion, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.token_ids) != len(self.logprobs):
-            raise ValueError(f"{len(self.token_ids)} tokens came with {len(self.logprobs)} log-probs")
+        if len(self.token_ids) != len(self.logprobs) or len(self.versions) not in (0, len(self.token_ids)):
+            raise ValueError(f"{len(self.token_ids)} tokens came with {len(self.logprobs)} log-probs and {len(self.versions)} versions")
 
 
 @dataclass(frozen=True, slots=True)

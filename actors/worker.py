@@ -3,7 +3,8 @@
     group(request) ----gate----> Rollout.group        many at once, bounded by engine.slots
     refresh(weights): gate shut -> groups drain -> engine and writer load -> gate open; a failed load breaks the worker, and all who ask hear of it
 
-The invariant: no episode sees two policy versions. A refresh begins when the last group has ended and ends before the next begins.
+The invariant: no episode sees two policy versions. A refresh begins when the last group has ended and ends before the next begins. With
+``rollout.refresh: in_flight`` there is no gate: episodes go on under the new weights between two steps of the engine (actors/in_flight.py).
 Waits: ``group`` waits at the gate for a running refresh (which has deadlines of its own); ``refresh`` waits for the groups, each of which ends at the
 latest with its episodes' deadlines, and says how many were left when ``drain_s`` passes.
 """
@@ -99,6 +100,7 @@ class RolloutWorker:
         self._refreshes = 0
         self._drain_s = self._fetch_s = self._load_s = 0.0
         self._broken = ""
+        self._in_flight = spec.config.rollout.refresh == "in_flight"
 
     async def group(self, request: RolloutRequest) -> TrajectoryGroup:
         """See Rollout.group; waits first while a refresh runs. Raises WorkerError for good once loading weights has failed, or the engine is dead."""
@@ -133,11 +135,13 @@ class RolloutWorker:
         any more: what it holds may be half of one version and half of another.
         """
         self._check_whole()
-        self._gate.clear()
+        if not self._in_flight:
+            self._gate.clear()
         try:
             began = time.perf_counter()
             fetching = asyncio.create_task(asyncio.to_thread(weights.fetch, FETCH_S))  # while the last groups end
-            await self._drain(drain_s)
+            if not self._in_flight:
+                await self._drain(drain_s)
             drained = time.perf_counter()
             tensors = await fetching
             fetched = time.perf_counter()
@@ -172,7 +176,8 @@ class RolloutWorker:
 
     async def _load(self, weights: PublishedWeights, tensors: Mapping[str, Tensor]) -> None:
         try:
-            await self._policy.refresh(weights.version, tensors, weights.complete)
+            refresh = self._policy.refresh_in_flight if self._in_flight else self._policy.refresh
+            await refresh(weights.version, tensors, weights.complete)
         except BaseException as error:  # a cancelled call as well: the engine goes on loading without us
             self._broken = f"loading version {weights.version} failed ({type(error).__name__}: {error})"
             raise

@@ -99,7 +99,8 @@ def build_fleet(
         return worker
 
     at_once = len(cluster.workers) if config.train.max_staleness == 0 else max(1, len(cluster.workers) // 2)
-    return ElasticFleet(cluster.workers, FleetPlan(launch, wanted, version, at_once, config.rollout.health_s, say), newest)
+    in_flight = config.rollout.refresh == "in_flight"
+    return ElasticFleet(cluster.workers, FleetPlan(launch, wanted, version, at_once, config.rollout.health_s, say, in_flight), newest)
 
 
 def build_stream(preparation: Preparation, workers: Sequence[RemoteWorker], state: TrainState) -> GroupStream:

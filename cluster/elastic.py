@@ -1,6 +1,6 @@
 """The rollout workers of a running training: refreshed, watched, replaced, added and removed while the loop goes on.
 
-    begin(weights) --> each healthy worker in turn: pause, drain, refresh, resume          (rolling: the others work on)
+    begin(weights) --> each healthy worker in turn: pause, drain, refresh, resume          (rolling: the others work on; in flight: all do)
     lost(name)     --> kill it; its tasks go to others; a new one: start, refresh to the newest weights, only then serve
     wanted()       --> more workers are started, or the newest are drained and ended
 
@@ -47,7 +47,8 @@ class ElasticWorker(GroupSource, Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class FleetPlan:
     """``launch`` starts a worker of that name, without waiting (None: a lost worker ends the run). ``wanted`` says after each step and each second
-    how many there should be. ``version`` is what a worker serves that was just started; ``at_once`` how many refresh together."""
+    how many there should be. ``version`` is what a worker serves that was just started; ``at_once`` how many refresh together, ``in_flight`` whether
+    they go on with their groups meanwhile."""
 
     launch: Callable[[str], ElasticWorker] | None
     wanted: Callable[[], int]
@@ -55,6 +56,7 @@ class FleetPlan:
     at_once: int
     health_s: float
     say: Callable[[str], None]
+    in_flight: bool
 
 
 class ElasticFleet:
@@ -220,9 +222,10 @@ class ElasticFleet:
 
     async def _refresh(self, worker: ElasticWorker) -> ObjectStoreWeights:
         self.state.refresh(worker.name)
-        self._stream.pause(worker.name)
         began = time.monotonic()
-        await self._stream.drained(worker.name)
+        if not self._plan.in_flight:
+            self._stream.pause(worker.name)
+            await self._stream.drained(worker.name)
         waited = time.monotonic() - began
         weights = self._newest
         assert weights is not None, "begin was called"

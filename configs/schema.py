@@ -94,7 +94,12 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Rollout workers. A worker is one process: engine, writer and up to ``engine.slots`` concurrent episodes."""
+    """Rollout workers. A worker is one process: engine, writer and up to ``engine.slots`` concurrent episodes.
+
+    ``refresh: in_flight`` pauses no worker: its episodes go on under the new weights, between two engine steps. Each token keeps its version and
+    log-prob, so its ratio is right, and an episode is as stale as its oldest token. Given up: the paper fixes theta within a rollout, and here A and
+    the B of earlier writes were made for older weights. The prefix cache is emptied and what runs is read again by the new weights.
+    """
 
     workers: int = 1
     cpus_per_worker: float = 1
@@ -105,6 +110,7 @@ class RolloutConfig:
     episode_timeout_s: float = 600
     schedule: tuple[str, ...] = ()  # "step:workers", e.g. [10:4,50:2]: how many workers from a training step on; `scale` overrules it
     health_s: float = 30  # between health checks; a worker that misses two is replaced
+    refresh: Literal["drain", "in_flight"] = "drain"  # new weights: end the episodes first, or go on with them (see above)
     recover_episodes: bool = False  # after a loss, go on from each episode's last write on a worker with the same weights (elsewhere: from the start)
 
     def __post_init__(self) -> None:
@@ -114,6 +120,8 @@ class RolloutConfig:
             require(known, "schedule", entry, "step:workers, two whole numbers", "e.g. rollout.schedule=[10:4,50:2]")
         custom_resource(self.resource)
         not_negative(self, "cpus_per_worker", "gpus_per_worker")
+        one = self.refresh == "drain" or not self.recover_episodes
+        require(one, "recover_episodes", True, "false with rollout.refresh=in_flight", "a write log is replayed on one policy version")
 
 
 @dataclass(frozen=True)
@@ -225,6 +233,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         not_negative(self, "seed")
+        corrected = self.rollout.refresh == "drain" or self.objective.importance == "truncated"
+        cure = "tokens of older weights need their ratio corrected"
+        require(corrected, "objective.importance", self.objective.importance, "truncated with rollout.refresh=in_flight", cure)
         memory, have = self.memory, self.engine.max_model_tokens
         summary = memory.max_summary_tokens if memory.policy in SUMMARIZING else 0
         least = 1 + memory.max_context_tokens + memory.max_extract_tokens + summary

@@ -181,7 +181,9 @@ class _Fleet:
         async def on_checkpoint(state: TrainState) -> None:
             """There is none before the last step."""
 
-        fleet_plan = FleetPlan(None, lambda: len(workers), version=0, at_once=max(1, len(workers) // 2), health_s=START_S, say=lambda text: None)
+        fleet_plan = FleetPlan(
+            None, lambda: len(workers), version=0, at_once=max(1, len(workers) // 2), health_s=START_S, say=lambda text: None, in_flight=False
+        )
         fleet = ElasticFleet(workers, fleet_plan, newest=None)
         parts = LoopParts(stream, trainer, fleet, ObjectStoreChannel(trainable_only=False), NullTracker(), on_step, on_checkpoint)
         looping = asyncio.create_task(run_loop(parts, plan, START))

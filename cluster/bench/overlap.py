@@ -151,7 +151,7 @@ async def _run(pace: Pace, staleness: int, tracker: WaitingTimes) -> float:
     stream_plan = StreamPlan(pace.steps, PER_STEP, staleness, credits=2, stall_s=60.0)
     stream = GroupStream(stream_plan, workers, 0, lambda position: Task(f"t{position}", "none", {}, position), Ledger(LedgerSnapshot()))
     at_once = WORKERS if staleness == 0 else WORKERS // 2
-    fleet = ElasticFleet(workers, FleetPlan(None, lambda: WORKERS, 0, at_once, 60.0, lambda text: None), newest=None)
+    fleet = ElasticFleet(workers, FleetPlan(None, lambda: WORKERS, 0, at_once, 60.0, lambda text: None, in_flight=False), newest=None)
     learner = TimedLearner(pace)
 
     def on_step(summary: StepSummary, batch: Batch) -> None: ...

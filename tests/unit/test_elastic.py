@@ -77,6 +77,7 @@ class Lab:
         self.settled: set[str] = set()
         self.health_s = 60.0
         self.prepare: Callable[[Mortal], None] = lambda worker: None
+        self.in_flight = False
         self.on_step: Callable[[int], None] = lambda step: None
         step = self.trainer.step
 
@@ -97,7 +98,9 @@ class Lab:
         plan = StreamPlan(self.plan.steps, self.plan.tasks_per_step, self.plan.max_staleness, 2, 5.0)
         first = list(self.all.values())
         self.stream = GroupStream(plan, first, 0, task_at, self.ledger)
-        self.fleet = ElasticFleet(first, FleetPlan(self.launch, lambda: self.wanted, 0, 2, self.health_s, self.said.append), newest=None)
+        self.fleet = ElasticFleet(
+            first, FleetPlan(self.launch, lambda: self.wanted, 0, 2, self.health_s, self.said.append, self.in_flight), newest=None
+        )
 
         async def save(state: TrainState) -> None:
             self.saved.append(state)
@@ -178,6 +181,23 @@ def test_more_and_fewer_workers_while_training() -> None:
     assert lab.ledger.balanced
 
 
+def test_in_flight_a_worker_takes_new_weights_while_its_groups_run() -> None:
+    """The third group ends only under version 1, which a worker that drains first would never come to."""
+    lab = Lab(1, steps=4, staleness=1)
+    lab.in_flight = True
+    worker = lab.all["worker-0"]
+    group = worker.group
+
+    async def long(position: int, task: Task) -> FinishedGroup:
+        while position == 2 and worker.version < 1:
+            await asyncio.sleep(0.001)
+        return await group(position, task)
+
+    worker.group = long  # type: ignore[method-assign]
+    assert asyncio.run(lab.run()).step == 4
+    assert lab.ledger.balanced and lab.ledger.settled["trained"] == 8
+
+
 def test_a_fleet_that_is_lost_at_the_very_end_is_replaced_before_the_run_goes_on_to_evaluate() -> None:
     lab = Lab(1, steps=3)
 
@@ -196,7 +216,7 @@ def test_without_a_way_to_launch_a_lost_worker_ends_the_run() -> None:
     async def body() -> None:
         plan = StreamPlan(2, 2, 0, 2, 5.0)
         stream = GroupStream(plan, list(lab.all.values()), 0, task_at, lab.ledger)
-        fleet = ElasticFleet(list(lab.all.values()), FleetPlan(None, lambda: 1, 0, 1, 60.0, lab.said.append), newest=None)
+        fleet = ElasticFleet(list(lab.all.values()), FleetPlan(None, lambda: 1, 0, 1, 60.0, lab.said.append, in_flight=False), newest=None)
 
         async def save(state: TrainState) -> None: ...
 

@@ -120,7 +120,7 @@ class Bench:
             plan = StreamPlan(self.plan.steps - self.state.step, self.plan.tasks_per_step, self.plan.max_staleness, 2, 5.0)
             stream = GroupStream(plan, self.workers, self.state.version, self.task_at, self.ledger)
             at_once = len(self.workers) if self.plan.max_staleness == 0 else max(1, len(self.workers) // 2)
-            fleet_plan = FleetPlan(None, lambda: len(self.workers), self.state.version, at_once, 60.0, lambda text: None)
+            fleet_plan = FleetPlan(None, lambda: len(self.workers), self.state.version, at_once, 60.0, lambda text: None, in_flight=False)
             fleet = ElasticFleet(self.workers, fleet_plan, newest=None)
             parts = LoopParts(stream, self.trainer, fleet, Channel(), self.tracker, self.show, checkpoint)
             return await asyncio.wait_for(run_loop(parts, self.plan, self.state), 20)
