@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from cluster.entities import take_dataset, take_model
 from cluster.spool import Batch, Record, Spool
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value", "Metric", "Param")
 MOST_METRICS, MOST_PARAMS = 1000, 100  # in one call: MLflow's limits
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 15.0
-_ARTIFACT_ATTEMPTS = 3  # where the store itself answers: an artifact store that is broken must not hold up the metrics
+_ARTIFACT_ATTEMPTS = 3  # where the store itself answers: an artifact store or a model registry that is broken must not hold up the metrics
 _log = logging.getLogger(__name__)
 
 
@@ -43,6 +44,10 @@ class MlflowRun:
             return False
         return True
 
+    def began(self) -> float:
+        """Seconds since 1970."""
+        return float(self._client.get_run(self.run_id).info.start_time) / 1000
+
     def take(self, batch: Batch) -> list[str]:
         """Hold ``batch``; what the store refuses for good, in words."""
         records, kind = batch.records, batch.records[0].get("kind")
@@ -52,7 +57,11 @@ class MlflowRun:
             return self._params(records)
         if kind == "artifact":
             return self._artifact(Path(records[0]["path"]))
-        if kind == "status":
+        if kind == "dataset":
+            take_dataset(self._client, self.run_id, records[0]["entity"])
+        elif kind == "model":
+            take_model(self._client, self.run_id, records[0]["entity"])
+        elif kind == "status":
             self._status(records[0])
         return []
 
@@ -118,7 +127,7 @@ class Sender(threading.Thread):
         self._changed = threading.Condition()
         self._draining = self._stopped = False
         self._failures = 0  # attempts in a row without an answer
-        self._artifact_failures = 0  # in a row, of an artifact while the store itself answers
+        self._artifact_failures = 0  # in a row, of an artifact, dataset or model while the store itself answers
         self.problem = ""  # the last of them, empty while the store answers
 
     def wake(self) -> None:
@@ -158,12 +167,12 @@ class Sender(threading.Thread):
             refused = self._run.take(batch)
         except Exception as error:  # noqa: BLE001  MLflow, a database driver, any artifact store: none may end the thread, all mean "not taken"
             self._failures += 1
-            is_artifact = batch.records[0].get("kind") == "artifact"
+            is_artifact = batch.records[0].get("kind") in ("artifact", "dataset", "model")
             self._artifact_failures += is_artifact and self._run.answers()
             if not is_artifact or self._artifact_failures < _ARTIFACT_ATTEMPTS:
                 self._not_taken(batch, first_line(error))
                 return
-            refused = [f"{record['path']}: {first_line(error)}" for record in batch.records]
+            refused = [f"{record.get('path') or record['entity']['name']}: {first_line(error)}" for record in batch.records]
         self._spool.taken(batch)
         for text in refused:
             _log.warning("warning: MLflow at %s refuses %s; the run goes on without it", self._uri, text)

@@ -18,6 +18,7 @@ from pathlib import Path
 from cluster.broadcast import ObjectStoreWeights
 from cluster.build import TrainingCluster, build_demonstrations, build_fleet, build_stream, start_state, training_cluster
 from cluster.checkpoint import TrainState, best_checkpoint, list_checkpoints, score_of
+from cluster.entities import dataset_values, kept_models
 from cluster.evaluate import EpisodeSource, EvaluationRow, RowResult, evaluate_row, load_row, row_metrics, save_row
 from cluster.fleet import RemoteWorker
 from cluster.inspection.recorder import EpisodeRecorder
@@ -132,7 +133,7 @@ async def train(preparation: Preparation, display: Display) -> None:
     """The whole of ``python -m cluster train``. Raises ClusterError, LearnerError; what was saved and how to go on has been said by then."""
     config, state = preparation.config, start_state(preparation)
     tracker = KeptTimeline(_track(preparation, state), preparation.timeline_path)
-    with ending(tracker, display), _resumable(preparation, display):
+    with ending(tracker, display), _registered(tracker, preparation), _resumable(preparation, display):
         display.say(f"starting {config.rollout.workers} rollout worker(s) and {config.learner.workers} learner rank(s): {preparation.run_dir}")
         async with training_cluster(preparation) as cluster:
             await note_run(current_job(os.environ), tracker.run_id)
@@ -231,7 +232,21 @@ async def _reinforce(
 
 
 def _track(preparation: Preparation, state: TrainState) -> Tracker:
-    return start_tracking(preparation.config, preparation.output_dir, preparation.run_dir.name, preparation.config_path, state.tracking_run_id)
+    config = preparation.config
+    tracker = start_tracking(config, preparation.output_dir, preparation.run_dir.name, preparation.config_path, state.tracking_run_id)
+    tracker.dataset(dataset_values(config.environment, "training"))
+    tracker.dataset(dataset_values(config.environment, "evaluation"))
+    return tracker
+
+
+@contextmanager
+def _registered(tracker: Tracker, preparation: Preparation) -> Iterator[None]:
+    """However the run ends, what it has kept by then is registered."""
+    try:
+        yield
+    finally:
+        for values in kept_models(preparation.config, preparation.run_dir):
+            tracker.model(values)
 
 
 @contextmanager

@@ -21,24 +21,32 @@ from typing import Literal, TypedDict
 _HEADER_BYTES = 32
 _MOST_IN_MEMORY = 2000  # records; a few MB
 _PARTIAL_READ = 1 << 20  # bytes looked at for one batch
-_CONTENT = {"metrics": ("metrics", "time", "step"), "params": ("params",), "artifact": ("path",), "status": ("status", "time")}
+_CONTENT = {
+    "metrics": ("metrics", "time", "step"),
+    "params": ("params",),
+    "artifact": ("path",),
+    "dataset": ("entity",),
+    "model": ("entity",),
+    "status": ("status", "time"),
+}
 
 
 class Record(TypedDict, total=False):
     """One call of the tracker. ``time`` is when it was made (ms since 1970): a back-filled point keeps it."""
 
-    kind: Literal["metrics", "params", "artifact", "status"]
+    kind: Literal["metrics", "params", "artifact", "dataset", "model", "status"]
     time: int
     step: int
     metrics: dict[str, float]
     params: dict[str, str]
     path: str
+    entity: dict[str, str]
     status: str
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The oldest records that are of one kind; artifacts and states come alone. ``sizes``: of their lines (bytes)."""
+    """The oldest records that are of one kind; what is neither metrics nor params comes alone. ``sizes``: of their lines (bytes)."""
 
     records: tuple[Record, ...]
     sizes: tuple[int, ...]

@@ -36,6 +36,12 @@ class KeptTimeline:
     def artifact(self, path: Path) -> None:
         self._inner.artifact(path)
 
+    def dataset(self, values: Mapping[str, str]) -> None:
+        self._inner.dataset(values)
+
+    def model(self, values: Mapping[str, str]) -> None:
+        self._inner.model(values)
+
     def finish(self, status: RunStatus) -> None:
         self._inner.finish(status)
 

@@ -1,9 +1,9 @@
-"""MLflow behind three verbs: log, artifact, finish. One run per training; workers are aggregated metrics, not nested runs.
+"""MLflow behind a few verbs: log, artifact, dataset, model, finish. One run per training; workers are aggregated metrics, not nested runs.
 
 The part of a metric name before "/" is its chart section: reward, learner, rollout, fleet, staleness, sync, fast_weights, timing_s, timeline, perf,
-eval, warm_start, tracking.
+eval, warm_start, tracking, system.
 
-    log, artifact --0.1 ms--> spool.py: a file in the run's folder --backfill.py: a thread--> the store
+    log, artifact, ... --0.1 ms--> spool.py: a file in the run's folder --backfill.py: a thread--> the store
 
 So a store that goes away costs the training nothing: once a run is open, no verb raises, and only ``finish`` waits for the store, within bounds. What
 the store has not taken when the run ends stays in the file, the run's status included; a run that resumes this one sends it first.
@@ -25,6 +25,7 @@ from cluster.backfill import MOST_METRICS, MOST_PARAMS, MlflowRun, Sender, first
 from cluster.errors import TrackingError
 from cluster.jobs.inside import current_job
 from cluster.spool import Spool
+from cluster.system_metrics import SystemMetrics
 from configs.schema import RunConfig, TrackingConfig
 
 if TYPE_CHECKING:
@@ -51,6 +52,14 @@ class Tracker(Protocol):
 
     def artifact(self, path: Path) -> None: ...
 
+    def dataset(self, values: Mapping[str, str]) -> None:
+        """What the run reads, as ``entities.dataset_values`` names it."""
+        ...
+
+    def model(self, values: Mapping[str, str]) -> None:
+        """A kept checkpoint, as ``entities.kept_models`` names it."""
+        ...
+
     def finish(self, status: RunStatus) -> None:
         """End the run with ``status``: the last call."""
         ...
@@ -68,20 +77,32 @@ class NullTracker:
     def artifact(self, path: Path) -> None:
         pass
 
+    def dataset(self, values: Mapping[str, str]) -> None:
+        pass
+
+    def model(self, values: Mapping[str, str]) -> None:
+        pass
+
     def finish(self, status: RunStatus) -> None:
         pass
 
 
 class MlflowTracker:
-    """One MLflow run, opened by ``open_run``. ``wait_s`` bounds how long ``finish`` waits for the store."""
+    """One MLflow run, opened by ``open_run``. ``wait_s`` bounds how long ``finish`` waits for the store.
 
-    def __init__(self, run: MlflowRun, spool: Spool, uri: str, wait_s: float) -> None:
+    ``system_metrics_s``: between looks at this machine, 0 for none.
+    """
+
+    def __init__(self, run: MlflowRun, spool: Spool, uri: str, wait_s: float, system_metrics_s: float) -> None:
         self.run_id = run.run_id
         self._spool, self._uri, self._wait_s = spool, shown(uri), wait_s
         self._sender = Sender(spool, run, uri)
         self._sender.start()
         self._step_in_outage = -1
         self._lost = 0
+        self._system = SystemMetrics(self.log, system_metrics_s, run.began()) if system_metrics_s > 0 else None
+        if self._system is not None:
+            self._system.start()
 
     @property
     def location(self) -> str:
@@ -110,8 +131,18 @@ class MlflowTracker:
         self._spool.append({"kind": "artifact", "path": str(path.absolute())})
         self._sender.wake()
 
+    def dataset(self, values: Mapping[str, str]) -> None:
+        self._spool.append({"kind": "dataset", "entity": dict(values)})
+        self._sender.wake()
+
+    def model(self, values: Mapping[str, str]) -> None:
+        self._spool.append({"kind": "model", "entity": dict(values)})
+        self._sender.wake()
+
     def finish(self, status: RunStatus) -> None:
         """The run's status, after all that came before. Waits for the store within bounds: what it does not take is kept, and said in one line."""
+        if self._system is not None:
+            self._system.end()
         self._spool.append({"kind": "status", "status": status, "time": _now_ms()})
         wait = min(self._wait_s, _STOPPED_WAIT_S) if status == "KILLED" else self._wait_s
         if not self._sender.drain(wait):
@@ -155,7 +186,7 @@ def open_run(tracking: TrackingConfig, output_dir: Path, run_name: str, params: 
         listed = [(key, value[:_LONGEST_PARAM]) for key, value in params.items()]
         for start in range(0, len(listed), MOST_PARAMS):
             spool.append({"kind": "params", "params": dict(listed[start : start + MOST_PARAMS])})
-    return MlflowTracker(run, spool, uri, tracking.finish_timeout_s)
+    return MlflowTracker(run, spool, uri, tracking.finish_timeout_s, tracking.system_metrics_s)
 
 
 def _in_store(uri: str, experiment: str, artifacts: str | None, run_name: str, resumed_run_id: str) -> MlflowRun:

@@ -15,6 +15,7 @@ from cluster.comparison.plots import save_plots
 from cluster.comparison.prepare import Comparison
 from cluster.comparison.report import COST_LEGEND, ComparisonReport, Table, save_comparison
 from cluster.comparison.summary import PRIMARY, Bootstrap, compare_rows, summarize
+from cluster.entities import dataset_values
 from cluster.errors import ClusterError
 from cluster.evaluate import EpisodeSource
 from cluster.inspection.recorder import EpisodeRecorder
@@ -121,6 +122,8 @@ def _track(comparison: Comparison) -> Tracker:
     config = comparison.plan.base
     before = path.read_text(encoding="utf-8") if path.exists() and config.tracking.enabled else ""
     tracker = start_tracking(config, comparison.folder.parent, comparison.folder.name, comparison.config_path, before)
+    for environment in {repr(cell.config.environment): cell.config.environment for cell in comparison.plan.cells}.values():
+        tracker.dataset(dataset_values(environment, "evaluation"))
     if tracker.run_id:
         path.write_text(tracker.run_id, encoding="utf-8")
     return tracker
