@@ -12,7 +12,7 @@ STAMP := .venv/.set-up-$(VARIANT)-$(firstword $(shell cksum < $(LOCK)))
 BIN   := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check fuzz bench chaos lock clean
+.PHONY: help setup train test check fuzz bench chaos reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ $(STAMP): $(LOCK)
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --compile-bytecode -r .venv/requirements.txt
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	@touch $@
+
+reference: $(STAMP) ## write configs/REFERENCE.md from the schema
+	@$(BIN)/python -m configs.reference
 
 # The CPU lock sees torch's CPU wheels, the GPU lock must not: it would take them silently.
 COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml -q --extra dev --python-version 3.11 \

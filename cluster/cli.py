@@ -65,7 +65,7 @@ _EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted."""
-    parser = _parser()
+    parser = command_line()
     options, rest = parser.parse_known_args(arguments)
     settable = options.command in ("train", "evaluate", "probe")
     if unknown := [one for one in rest if one.startswith("-") or "=" not in one or not (settable or options.command in ("chat", "serve"))]:
@@ -222,7 +222,8 @@ def _status_of(error: Exception) -> int | None:
     return EXIT_FAILED if isinstance(error, ClusterError | BasisError | EngineError | LearnerError | BenchError) else None
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="python -m cluster",
         description="Train and evaluate agents that write their own weights in mid-episode.",

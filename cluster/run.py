@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cluster.begun import note_run_id
 from cluster.broadcast import ObjectStoreWeights
 from cluster.build import TrainingCluster, build_demonstrations, build_fleet, build_stream, start_state, training_cluster
 from cluster.checkpoint import TrainState, best_checkpoint, list_checkpoints, score_of
@@ -50,6 +51,7 @@ _MEMORY_NAMES: Mapping[MemoryPolicy, str] = {
     "implications": "SEAL",
     "parametric": "TMEM",
     "hybrid": "summary + TMEM",
+    "custom": "custom memory",
 }
 ROW_ORDER = ("memory_off", "before", "after_warm_start", "after_rl")
 COMPARED = (
@@ -131,8 +133,14 @@ class Scoreboard:
 
 async def train(preparation: Preparation, display: Display) -> None:
     """The whole of ``python -m cluster train``. Raises ClusterError, LearnerError; what was saved and how to go on has been said by then."""
+    with held(preparation.run_dir):
+        await _train(preparation, display)
+
+
+async def _train(preparation: Preparation, display: Display) -> None:
     config, state = preparation.config, start_state(preparation)
-    tracker = KeptTimeline(_track(preparation, state), preparation.timeline_path)
+    tracker = KeptTimeline(_track(preparation), preparation.timeline_path)
+    note_run_id(preparation.run_dir, tracker.run_id)  # now: the first checkpoint may be hours away
     with ending(tracker, display), _registered(tracker, preparation), _resumable(preparation, display):
         display.say(f"starting {config.rollout.workers} rollout worker(s) and {config.learner.workers} learner rank(s): {preparation.run_dir}")
         async with training_cluster(preparation) as cluster:

@@ -72,7 +72,7 @@ def help_table() -> RenderableType:
         table.add_column()
         for setting in section.settings:
             note = f"{setting.allowed}; {setting.help}" if setting.help else setting.allowed
-            table.add_row(Text(setting.key), Text(_shown(setting.default)), Text(note))
+            table.add_row(Text(setting.key), Text(shown_default(setting.default)), Text(note))
         parts += [Text(section.key or "the run", style="bold"), Text(section.title, style="dim"), Padding(table, (0, 0, 1, 2))]
     return Group(*parts)
 
@@ -107,7 +107,8 @@ def _allowed(kind: Any) -> str:
     raise TypeError(f"the schema has a field of type {kind}, for which describe.py has no words")
 
 
-def _shown(default: object) -> str:
+def shown_default(default: object) -> str:
+    """As it is written on the command line."""
     if isinstance(default, tuple):
         return f"[{','.join(map(str, default))}]"
     if isinstance(default, dict):

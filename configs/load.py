@@ -129,15 +129,34 @@ def _from_argument(argument: str) -> _Assignment:
     if not equals:
         guess = _similar(key)
         raise ConfigError(f"{source}: write key=value{f', e.g. {guess[0]}=...' if guess else ''}")
+    if (mapping := _mapping_of(key)) is not None:  # environment.options.days=3 is environment.options={days: 3}
+        return _Assignment(source, mapping, _nested(key.removeprefix(f"{mapping}."), _value(text, mapping, argument)))
     _check_key(source, key)
     if settings()[key].kind is str and text[:1] not in ("'", '"'):
         return _Assignment(source, key, text)  # as typed: a path may hold anything that YAML reads as something else
+    return _Assignment(source, key, _value(text, key, argument))
+
+
+def _value(text: str, key: str, argument: str) -> object:
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError):
         raise ConfigError(f"argument {argument[:200]!r}: {text[:100]!r} cannot be read; {key} must be {settings()[key].allowed}") from None
     assert isinstance(value, dict)
-    return _Assignment(source, key, value["value"])
+    return value["value"]
+
+
+def _mapping_of(key: str) -> str | None:
+    """The setting that is a mapping and has ``key`` inside it."""
+    return next((known for known, setting in settings().items() if isinstance(setting.default, dict) and key.startswith(f"{known}.")), None)
+
+
+def _nested(key: str, value: object) -> dict[str, object]:
+    *sections, name = key.split(".")
+    nested = {name: value}
+    for section in reversed(sections):
+        nested = {section: nested}
+    return nested
 
 
 # --- checks --------------------------------------------------------------------------------------------------------------------------------------
@@ -184,10 +203,7 @@ def _merge(assignments: Sequence[_Assignment]) -> Any:
 
 
 def _overlay(assignment: _Assignment) -> DictConfig:
-    nested: Any = assignment.value
-    for name in reversed(assignment.key.split(".")):
-        nested = {name: nested}
-    overlay = OmegaConf.create(nested)
+    overlay = OmegaConf.create(_nested(assignment.key, assignment.value))
     assert isinstance(overlay, DictConfig)
     return overlay
 

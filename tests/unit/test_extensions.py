@@ -120,7 +120,11 @@ def test_options_are_a_mapping_in_files_and_arguments(tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(again, []) == config
+    assert load_config(file, ["environment.options.days=5", "environment.options.deep.er=[1]"]).environment.options["days"] == 5
+    assert load_config(file, ["environment.options.deep.er=[1]"]).environment.options["deep"] == {"er": [1]}
     with pytest.raises(ConfigError, match=r"environment\.options=3 is not allowed: it must be a mapping"):
         load_config(file, ["environment.options=3"])
-    with pytest.raises(ConfigError, match=r"environment\.custom='' is not allowed: it must be package\.module:name where environment\.name is custom"):
+    with pytest.raises(
+        ConfigError, match=r"environment\.custom='' is not allowed: it must be package\.module:name where environment\.name is custom"
+    ):
         load_config(None, ["environment.name=custom"])
