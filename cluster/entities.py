@@ -1,8 +1,8 @@
 """What MLflow holds of a run beside figures and files: the data that it read, and its kept checkpoints as models with a name and aliases.
 
-    Tracker.dataset, Tracker.model --spool--> backfill.py --> take_dataset, take_model      (each may be repeated: what is there is found, not doubled)
+    Tracker.dataset, Tracker.model --spool--> backfill.py --> take_dataset, take_model      (may be repeated: what is there is found)
 
-A checkpoint stays where it is: its model says in tags where that is. With tracking.models=upload its Hugging Face folder is copied into the store too.
+A checkpoint stays where it is: its model says in tags where that is. With tracking.models=upload its Hugging Face folder goes into the store too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cluster.checkpoint import best_checkpoint, list_checkpoints, load_checkpoin
 from configs.schema import EnvironmentConfig, RunConfig
 
 if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
     from mlflow.tracking import MlflowClient
 
 Values = Mapping[str, str]
@@ -28,7 +29,9 @@ DataContext = Literal["training", "evaluation"]
 def dataset_values(environment: EnvironmentConfig, context: DataContext) -> dict[str, str]:
     """A task source as MLflow names data: its files by name and content, or where it makes its tasks up the settings that it does so by."""
     part = getattr(environment, environment.name)
-    settings: dict[str, Any] = asdict(part) if is_dataclass(part) and not isinstance(part, type) else {"custom": environment.custom, "options": environment.options}
+    settings: dict[str, Any] = (
+        asdict(part) if is_dataclass(part) and not isinstance(part, type) else {"custom": environment.custom, "options": environment.options}
+    )
     files = [Path(value).expanduser() for key, value in settings.items() if key.endswith("path") and isinstance(value, str) and value]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for file in files:
@@ -80,13 +83,13 @@ def kept_models(config: RunConfig, run_dir: Path) -> list[dict[str, str]]:
 
 def take_model(client: MlflowClient, run_id: str, values: Values) -> None:
     """A LoggedModel of the run, a version of the registered model that points to it, and the aliases on that version."""
-    model_id = _logged_model(client, run_id, values)
-    version = _version(client, run_id, model_id, values)
+    model = _logged_model(client, run_id, values)
+    version = _version(client, run_id, model, values)
     for alias in values["aliases"].split():
         client.set_registered_model_alias(values["registered"], alias, version)
 
 
-def _logged_model(client: MlflowClient, run_id: str, values: Values) -> str:
+def _logged_model(client: MlflowClient, run_id: str, values: Values) -> LoggedModel:
     experiment = client.get_run(run_id).info.experiment_id
     found = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}' AND name = '{values['name']}'")
     model = found[0] if found else None
@@ -98,13 +101,14 @@ def _logged_model(client: MlflowClient, run_id: str, values: Values) -> str:
         if values["upload"] == "True":
             client.log_model_artifacts(model.model_id, values["weights"])
         client.finalize_logged_model(model.model_id, "READY")
-    return str(model.model_id)
+    return model
 
 
-def _version(client: MlflowClient, run_id: str, model_id: str, values: Values) -> str:
+def _version(client: MlflowClient, run_id: str, model: LoggedModel, values: Values) -> str:
+    """Its source is where the model's artifacts would be: a URI models:/ID is looked up in the process's default store, not in the client's."""
     from mlflow.exceptions import MlflowException
 
-    name, source = values["registered"], f"models:/{model_id}"
+    name, model_id = values["registered"], str(model.model_id)
     try:
         client.get_registered_model(name)
     except MlflowException as error:
@@ -115,4 +119,4 @@ def _version(client: MlflowClient, run_id: str, model_id: str, values: Values) -
     if held:
         return str(held[0].version)
     tags = {"engram.model_id": model_id, "engram.folder": values["folder"], "engram.step": values["step"]}
-    return str(client.create_model_version(name, source, run_id, tags, model_id=model_id).version)
+    return str(client.create_model_version(name, model.artifact_location, run_id, tags, model_id=model_id).version)

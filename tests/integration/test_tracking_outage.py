@@ -77,7 +77,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def config(server: Server, tmp_path: Path) -> RunConfig:
     (tmp_path / "config.yaml").write_text("seed: 0\n")
-    return RunConfig(tracking=TrackingConfig(uri=server.uri, timeout_s=30, finish_timeout_s=90))
+    return RunConfig(tracking=TrackingConfig(uri=server.uri, timeout_s=30, finish_timeout_s=90, system_metrics_s=0))
 
 
 def figures(step: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from cluster.errors import TrackingError
 from cluster.spool import Batch, Record
 from cluster.tracking import NullTracker, flatten, git_commit, start_tracking
 from configs.schema import RunConfig, TrackingConfig, TrainConfig
+
+QUIET = RunConfig(tracking=TrackingConfig(system_metrics_s=0))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def client(output_dir: Path) -> MlflowClient:
 
 
 def test_a_run_holds_config_metrics_artifacts_and_its_end(output_dir: Path) -> None:
-    config = RunConfig(train=TrainConfig(steps=3))
+    config = replace(QUIET, train=TrainConfig(steps=3))
     tracker = start_tracking(config, output_dir, "first", output_dir / "config.yaml", "")
     for step in (1, 2):
         tracker.log({"reward/mean": step / 10, "learner/loss": 1.0}, step)
@@ -60,11 +63,11 @@ def test_a_run_holds_config_metrics_artifacts_and_its_end(output_dir: Path) -> N
 
 
 def test_a_resumed_run_goes_on_in_the_same_run(output_dir: Path) -> None:
-    first = start_tracking(RunConfig(), output_dir, "killed", output_dir / "config.yaml", "")
+    first = start_tracking(QUIET, output_dir, "killed", output_dir / "config.yaml", "")
     first.log({"reward/mean": 0.1}, 1)
     first.finish("KILLED")
     assert client(output_dir).get_run(first.run_id).info.status == "KILLED"
-    second = start_tracking(RunConfig(), output_dir, "another name", output_dir / "config.yaml", first.run_id)
+    second = start_tracking(QUIET, output_dir, "another name", output_dir / "config.yaml", first.run_id)
     assert second.run_id == first.run_id
     assert client(output_dir).get_run(first.run_id).info.status == "RUNNING"
     second.log({"reward/mean": 0.2}, 2)
@@ -75,7 +78,7 @@ def test_a_resumed_run_goes_on_in_the_same_run(output_dir: Path) -> None:
 
 
 def test_an_artifact_that_is_gone_and_a_name_that_is_not_allowed_hold_up_nothing(output_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = start_tracking(RunConfig(), output_dir, "refused", output_dir / "config.yaml", "")
+    tracker = start_tracking(QUIET, output_dir, "refused", output_dir / "config.yaml", "")
     tracker.artifact(output_dir / "never-written.txt")
     tracker.log({"reward/mean": 0.5, "reward/50%?": 1.0}, 1)
     tracker.finish("FINISHED")
@@ -89,7 +92,9 @@ def test_an_artifact_that_is_gone_and_a_name_that_is_not_allowed_hold_up_nothing
 
 def test_a_locked_database_neither_stops_nor_slows_the_training(output_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = client(output_dir)
-    tracker = start_tracking(RunConfig(tracking=TrackingConfig(finish_timeout_s=0.5)), output_dir, "locked", output_dir / "config.yaml", "")
+    tracker = start_tracking(
+        RunConfig(tracking=TrackingConfig(finish_timeout_s=0.5, system_metrics_s=0)), output_dir, "locked", output_dir / "config.yaml", ""
+    )
     deadline = time.monotonic() + 30
     while len(store.list_artifacts(tracker.run_id)) == 0 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -105,7 +110,7 @@ def test_a_locked_database_neither_stops_nor_slows_the_training(output_dir: Path
         lock.rollback()
         lock.close()
     assert "did not take the last 6 calls within 0.5 s" in caplog.text
-    again = start_tracking(RunConfig(), output_dir, "locked", output_dir / "config.yaml", tracker.run_id)
+    again = start_tracking(QUIET, output_dir, "locked", output_dir / "config.yaml", tracker.run_id)
     again.finish("FINISHED")
     assert [point.step for point in store.get_metric_history(tracker.run_id, "reward/mean")] == [1, 2, 3, 4, 5]
     assert store.get_run(tracker.run_id).info.status == "FINISHED"
@@ -133,7 +138,7 @@ def test_a_killed_driver_loses_no_point(output_dir: Path, caplog: pytest.LogCapt
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run_id = killed.stdout.strip()
     assert client(output_dir).get_run(run_id).info.status == "RUNNING"
-    resumed = start_tracking(RunConfig(), output_dir, "driver", output_dir / "config.yaml", run_id)
+    resumed = start_tracking(QUIET, output_dir, "driver", output_dir / "config.yaml", run_id)
     resumed.log({"reward/mean": 201.0}, 201)
     resumed.finish("FINISHED")
     store = client(output_dir)
@@ -190,7 +195,7 @@ def test_an_unusable_store_is_one_clear_error(output_dir: Path) -> None:
 
 def test_a_lost_run_id_is_one_clear_error(output_dir: Path) -> None:
     with pytest.raises(TrackingError, match="cannot use MLflow at sqlite"):
-        start_tracking(RunConfig(), output_dir, "x", output_dir / "config.yaml", "0" * 32)
+        start_tracking(QUIET, output_dir, "x", output_dir / "config.yaml", "0" * 32)
 
 
 def test_tracking_can_be_off(output_dir: Path) -> None:
