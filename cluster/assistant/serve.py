@@ -11,9 +11,10 @@ import asyncio
 import hmac
 import ipaddress
 import os
+import signal
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -55,7 +56,10 @@ def serve(opening: Opening, host: str, port: int, display: Display) -> None:
         display.say(f"serving {model_name(opening)} on http://{_shown(host)}:{listening.getsockname()[1]}/v1 (Ctrl-C ends)")
         if not key and not _is_loopback(host):
             display.say(f"warning: {host} is reached from other machines and {KEY_VARIABLE} is not set: whoever reaches it can read conversations")
-        server.run(sockets=[listening])
+        with _signals_end_quietly():
+            server.run(sockets=[listening])
+    for problem in app.state.unsaved:
+        display.say(f"error: a conversation is lost: {problem}")
     display.say("ended" + (f"; conversations are in {opening.config.assistant.save_dir}" if opening.config.assistant.save_dir else ""))
 
 
@@ -71,8 +75,9 @@ def build_app(parts: Parts, sessions: Sessions, key: str) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.unsaved = []
         yield
-        await sessions.close()
+        app.state.unsaved = await sessions.close()
 
     app = FastAPI(title="Engram", openapi_url=None, lifespan=lifespan)
 
@@ -194,6 +199,17 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         raise AssistantError(f"cannot listen on {host}:{port} ({error.strerror or error}); choose another --port or --host") from error
+
+
+@contextmanager
+def _signals_end_quietly() -> Iterator[None]:
+    """uvicorn ends at SIGINT and SIGTERM, and then raises them again: by then everything is put away, and nobody needs to be killed."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _is_loopback(host: str) -> bool:

@@ -96,17 +96,17 @@ class Sessions:
             await self._drop(name)
         return entry is not None or saved is not None
 
-    async def close(self) -> None:
-        """Put all away. Raises AssistantError for the first that cannot be saved, when the others are."""
-        problems: list[AssistantError] = []
+    async def close(self) -> list[str]:
+        """Put all away; returns why some could not be saved."""
+        problems: list[str] = []
         while self._entries:
+            name = next(iter(self._entries))
             try:
-                await self._put_away(next(iter(self._entries)))
+                await self._put_away(name)
             except AssistantError as error:
-                problems.append(error)
-                await self._drop(next(iter(self._entries)))
-        if problems:
-            raise problems[0]
+                problems.append(str(error))
+                await self._drop(name)
+        return problems
 
     def _open(self, name: str, system_prompt: str | None) -> Conversation:
         return Conversation(self._parts, name, self._parts.opening.system_prompt if system_prompt is None else system_prompt)

@@ -1,0 +1,177 @@
+"""What is exported acts elsewhere as it does here: a run's checkpoint and a conversation's memory, in stock PEFT and in stock vLLM.
+
+One real run folder of the tiny model, one real conversation with two writes on Engram's engine (the agent's text is given: a random model writes no
+flashcards), and then, when that engine is gone, tools that know nothing of Engram.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.basis import compute_basis_from_checkpoint, save_basis
+from actors.flashcards import render_flashcards
+from actors.memory.base import Agent
+from actors.memory.parametric import Flashcards
+from actors.types import AdapterKey, Flashcard, Sampling
+from cluster.assistant.conversation import Conversation
+from cluster.assistant.export import export
+from cluster.assistant.opening import parts_of, prepare_opening
+from cluster.checkpoint import START, save_checkpoint
+from configs.load import load_config, to_yaml
+from configs.schema import RunConfig
+
+pytestmark = pytest.mark.engine_in_process
+EXACT = 1e-3  # nats, float32
+TOKENS = 12
+CARDS = (Flashcard("Where does Nora live?", "in Lisbon"), Flashcard("What does Omar do?", "he bakes"))
+OVERRIDES = (
+    *("engine.max_model_tokens=512", "engine.kv_cache_gib=0.25", "memory.max_context_tokens=128", "memory.max_extract_tokens=64"),
+    *("write.optimizer=adam", "write.learning_rate=0.02", "write.epochs=4", "sampling.max_answer_tokens=12"),
+)
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """What Engram's engine said to one prompt, without and with the memory that lies in ``memory``; and the run that the model is of."""
+
+    prompt: tuple[int, ...]
+    base: tuple[tuple[int, ...], tuple[float, ...]]
+    written: tuple[tuple[int, ...], tuple[float, ...]]
+    memory: Path
+    run: Path
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one checkpoint, saved as runs save them; its theta is not the model's that the basis is of."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny-20260101-000000"
+    config = load_config(None, [f"model.name={tiny_model_path}", *OVERRIDES])
+    save_basis(compute_basis_from_checkpoint(tiny_model_path, config.fast_weights, 0), folder / "basis.safetensors")
+
+    async def save_learner(target: Path) -> None:
+        shutil.copytree(tiny_model_path, target / "model")
+        theta = load_file(target / "model" / "model.safetensors")
+        save_file({name: 1.02 * tensor for name, tensor in theta.items()}, target / "model" / "model.safetensors", metadata={"format": "pt"})
+
+    asyncio.run(save_checkpoint(folder, START, to_yaml(config), save_learner, keep=2))
+    return folder
+
+
+def give_cards(patch: pytest.MonkeyPatch, cards: Sequence[Flashcard]) -> None:
+    """A random model writes no flashcards: its text is given. All else is real."""
+
+    async def extract(self: Flashcards, agent: Agent) -> str:
+        return render_flashcards(cards)
+
+    patch.setattr(Flashcards, "extract", extract)
+
+
+@pytest.fixture(scope="module")
+def spoken(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Spoken:
+    memory = tmp_path_factory.mktemp("memory") / "saved"
+    with pytest.MonkeyPatch.context() as patch, parts_of(prepare_opening(str(run_dir), None, ()), slots=1) as parts:
+        give_cards(patch, CARDS)
+
+        async def story() -> Spoken:
+            talk = Conversation(parts, "c", parts.opening.system_prompt)
+            for _ in range(2):
+                await talk.read("Nora lives in Lisbon. Omar bakes.")
+                record = await talk.write()
+                assert record is not None and record.outcome == "accepted", record
+                assert record.loss_after < 0.7 * record.loss_before
+            talk.save(memory, overwrite=False)
+            prompt = parts.chat.system(talk.system_prompt) + parts.chat.user("Where does Nora live?") + parts.chat.assistant_open
+            sampling = Sampling(0.0, TOKENS, 0, "act")
+            said = [await parts.policy.generate(prompt, sampling, AdapterKey(0, talk._speaker._life, revision)) for revision in (0, 2)]
+            await talk.close()
+            base, written = ((one.token_ids, one.logprobs) for one in said)
+            return Spoken(prompt, base, written, memory, run_dir)
+
+        result = asyncio.run(story())
+    assert result.base[0] != result.written[0], "the Delta is too small for this test to mean anything"
+    return result
+
+
+@pytest.fixture(scope="module")
+def exported(spoken: Spoken, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The Hugging Face folder and the PEFT folder."""
+    folder = tmp_path_factory.mktemp("exported")
+    assert "a Hugging Face model: theta after 0 RL steps" in export(spoken.run, folder / "model", "")
+    assert "a PEFT adapter" in export(spoken.memory, folder / "adapter", "")
+    assert {path.name for path in (folder / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    return folder / "model", folder / "adapter"
+
+
+def test_stock_peft_answers_as_engram_does(spoken: Spoken, exported: tuple[Path, Path]) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model, adapter = exported
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter).eval()
+
+    def check(expected: tuple[tuple[int, ...], tuple[float, ...]]) -> None:
+        ids = torch.tensor([spoken.prompt + expected[0]])
+        with torch.no_grad():
+            table = peft(ids).logits[0, len(spoken.prompt) - 1 : -1].log_softmax(-1)
+        assert table.argmax(-1).tolist() == list(expected[0])
+        assert table.max(-1).values.tolist() == pytest.approx(list(expected[1]), abs=EXACT)
+
+    check(spoken.written)
+    with peft.disable_adapter():
+        check(spoken.base)
+
+
+def test_stock_vllm_answers_as_engram_does(spoken: Spoken, exported: tuple[Path, Path]) -> None:
+    """A plain engine: no worker extension, no basis, its own LoRA, the adapter read from its folder."""
+    from vllm import EngineArgs, SamplingParams
+    from vllm.inputs.engine import tokens_input
+    from vllm.lora.request import LoRARequest
+
+    from actors.engine_start import prepare_environment, shut_down, start_engine
+
+    prepare_environment(1)
+    model, adapter = exported
+    arguments = EngineArgs(
+        model=str(model),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=2,
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=256,
+        enforce_eager=True,
+        kv_cache_memory_bytes=2**28,
+        enable_lora=True,
+        max_loras=1,
+        max_lora_rank=8,
+    )
+    engine = start_engine(arguments, 1)
+    try:
+        for name, lora, expected in (("base", None, spoken.base), ("written", LoRARequest("memory", 1, str(adapter)), spoken.written)):
+            sampling = SamplingParams(temperature=0.0, max_tokens=len(expected[0]), ignore_eos=True, logprobs=0, detokenize=False)
+            engine.add_request(name, tokens_input(list(spoken.prompt)), sampling, lora_request=lora)
+            outputs = []
+            while engine.has_unfinished_requests():
+                outputs += [output for output in engine.step() if output.finished]
+            said = outputs[0].outputs[0]
+            assert tuple(said.token_ids) == expected[0], name
+            logprobs = [place[token].logprob for place, token in zip(said.logprobs, said.token_ids, strict=True)]
+            assert logprobs == pytest.approx(list(expected[1]), abs=EXACT)
+    finally:
+        shut_down(engine)
+
+
+def test_an_exported_model_opens_with_the_runs_own_basis_and_settings(spoken: Spoken, exported: tuple[Path, Path]) -> None:
+    here, there = prepare_opening(str(spoken.run), None, ()), prepare_opening(str(exported[0]), None, ())
+    assert here.basis.id == there.basis.id != compute_basis_from_checkpoint(exported[0], RunConfig().fast_weights, 0).id
+    assert here.model.fingerprint == there.model.fingerprint
+    assert here.config.write == there.config.write and here.system_prompt == there.system_prompt
