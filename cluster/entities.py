@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, score_of
+from cluster.errors import CheckpointError
 from configs.schema import EnvironmentConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -63,13 +64,17 @@ def kept_models(config: RunConfig, run_dir: Path) -> list[dict[str, str]]:
     folders, best = list_checkpoints(run_dir), best_checkpoint(run_dir)
     models: list[dict[str, str]] = []
     for folder in folders:
-        state, score = load_checkpoint(folder).state, score_of(folder)
+        try:
+            checkpoint = load_checkpoint(folder)
+        except CheckpointError:  # who resumes or evaluates it hears why
+            continue
+        state, score = checkpoint.state, score_of(folder)
         aliases = [alias for alias, holder in (("newest", folders[-1]), ("best", best)) if holder == folder]
         values = {
             "registered": f"engram-{config.name}",
             "name": f"{run_dir.name}-{folder.name}",
             "folder": str(folder),
-            "weights": str(load_checkpoint(folder).model),
+            "weights": str(checkpoint.model),
             "host": socket.gethostname(),
             "base": config.model.name,
             "step": str(state.step),

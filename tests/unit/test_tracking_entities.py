@@ -189,6 +189,9 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_kept_checkpoints_are_models_with_aliases_and_come_once(tracker: MlflowTracker, uri: str, run_dir: Path) -> None:
+    damaged = run_dir / "checkpoints" / "step-000007" / "state.json"
+    damaged.parent.mkdir()
+    damaged.write_text("{")
     models = kept_models(CONFIG, run_dir)
     for values in models:
         tracker.model(values)
