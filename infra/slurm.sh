@@ -41,7 +41,8 @@ export RAY_ENABLE_ZERO_COPY_TORCH_TENSORS=1 # read when Ray starts
 export RAY_USAGE_STATS_ENABLED=0
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT="${RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT:-300}"
 
-head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+head="${hosts%%$'\n'*}"
 port=$((20000 + SLURM_JOB_ID % 20000))
 temporary="/tmp/ray-$SLURM_JOB_ID" # short: sockets lie below it, whose paths may have 107 bytes
 driver="$PWD/.engram-$SLURM_JOB_ID.pid"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -196,31 +197,42 @@ def test_the_slurm_script_refuses_in_one_line(arguments: list[str], said: str) -
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_the_slurm_script_starts_the_training_under_symmetric_run(tmp_path: Path) -> None:
-    """With stand-ins for Slurm's two commands and for ray: what they are given, what the driver is given, and the exit status on the way back."""
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of an allocation of two nodes, with stand-ins for Slurm's two commands and for ray, which say what they are given."""
     write(tmp_path / "scontrol", "printf 'node-a\\nnode-b\\n'")
     write(tmp_path / "srun", 'while [ "$1" != ray ]; do echo "srun $1"; shift; done; exec "$@"')
     write(
         tmp_path / "venv/bin/ray",
         'echo "mode $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}"; while [ "$1" != -- ]; do echo "ray $1"; shift; done; shift; exec "$@"',
     )
+    allocation = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]"}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, **allocation, "PATH": path, "ENGRAM_VENV": str(tmp_path / "venv")}
+
+
+TRAINING = ("bash", str(INFRA / "slurm.sh"), "configs/node_8gpu.yaml", "output_dir=/shared/runs")
+
+
+def test_the_slurm_script_starts_the_training_under_symmetric_run(slurm: dict[str, str], tmp_path: Path) -> None:
     write(tmp_path / "venv/bin/python", 'echo "python $*"; exit 7')
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
-        "ENGRAM_VENV": str(tmp_path / "venv"),
-        "SLURM_SUBMIT_DIR": str(tmp_path),
-        "SLURM_JOB_ID": "42",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "node-[a-b]",
-    }
-    command = ["bash", INFRA / "slurm.sh", "configs/node_8gpu.yaml", "output_dir=/shared/runs"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(TRAINING, env=slurm, capture_output=True, text=True, timeout=60, check=False)
     lines = done.stdout.splitlines()
-    assert done.returncode == 7, done.stderr
+    assert done.returncode == 7, done.stderr  # the training's own
     assert "python -m cluster train configs/node_8gpu.yaml output_dir=/shared/runs ray.address=auto resume=auto" in lines
     assert "mode token 64" in lines and "ray node-a:20042" in lines and "srun --ntasks=2" in lines
     assert list(tmp_path.glob(".engram-*")) == []
+
+
+def test_the_slurm_script_tells_the_training_to_save_before_the_time_limit(slurm: dict[str, str], tmp_path: Path) -> None:
+    write(tmp_path / "venv/bin/python", "trap 'echo saved; exit 130' TERM; echo trains; while :; do sleep 0.05; done")
+    with subprocess.Popen(TRAINING, env=slurm, stdout=subprocess.PIPE, text=True) as batch:
+        assert batch.stdout is not None
+        while "trains" not in batch.stdout.readline():
+            assert batch.poll() is None
+        batch.send_signal(signal.SIGUSR1)  # what Slurm sends
+        assert batch.communicate(timeout=30)[0].splitlines() == ["saved"]
+    assert batch.returncode == 130
 
 
 def write(path: Path, body: str) -> None:
