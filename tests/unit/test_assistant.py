@@ -1,0 +1,446 @@
+"""Conversations without an engine: what a turn leaves behind when it fails, how memories are kept apart, saved and refused, and the two faces."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from rich.console import Console
+
+from actors.basis import make_basis
+from actors.chat import ChatFormat
+from actors.fast_weights import Basis
+from actors.flashcards import render_flashcards
+from actors.protocols import EngineError
+from actors.rollout import WriteBatcher
+from actors.types import AdapterKey, FastWeights, Flashcard, Generation, Probe, Sampling, WriteRequest
+from cluster.assistant.chat import ChatFace
+from cluster.assistant.conversation import Conversation
+from cluster.assistant.openai_format import RequestError, parse_request
+from cluster.assistant.serve import build_app
+from cluster.assistant.sessions import BusyError, Sessions
+from cluster.assistant.values import AssistantError, Opening, Parts
+from cluster.progress import Display
+from configs.load import load_config
+from configs.models import resolve_model
+from configs.schema import AssistantConfig, ModelConfig
+from tests.unit.rollout_fakes import MODULE, ScriptedPolicy, ScriptedWriter, sampled
+
+CARD = Flashcard("Who lives in Lisbon?", "Nora")
+SETTINGS = ("memory.max_context_tokens=60", "engine.max_model_tokens=1500", "sampling.max_answer_tokens=8")
+
+
+@pytest.fixture(scope="module")
+def opening(tiny_model_path: Path) -> Opening:
+    config = load_config(None, [f"model.name={tiny_model_path}", *SETTINGS])
+    return Opening("tiny", config, resolve_model(ModelConfig(name=str(tiny_model_path))), basis(), "Be brief.")
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model_path: Path) -> ChatFormat:
+    from transformers import AutoTokenizer
+
+    return ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
+
+
+def basis(first: float = 0.0) -> Basis:
+    return make_basis("random", {MODULE: torch.arange(6.0).reshape(2, 3) + first}, {MODULE: 4}, False)
+
+
+class Engine(ScriptedPolicy):
+    """Answers with the revision that it acts under; ``broken`` makes the next install or answer fail."""
+
+    def __init__(self, chat: ChatFormat, cards: Sequence[Flashcard] = (CARD,)) -> None:
+        self.broken = ""
+
+        def script(prompt: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
+            if self.broken == sampling.kind:
+                raise EngineError("the engine is ill")
+            text = render_flashcards(cards) if sampling.kind == "extract" else f"under {adapter.revision}"
+            return sampled(chat.reply(text))
+
+        super().__init__(script)
+
+    async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
+        await super().install(key, weights, probe)
+        if self.broken == "install":
+            self.installed.pop(key.name)
+            self.released.append(key.name)
+            raise EngineError("no slot")
+
+
+@pytest.fixture
+def engine(chat: ChatFormat) -> Engine:
+    return Engine(chat)
+
+
+@pytest.fixture
+def parts(opening: Opening, engine: Engine, chat: ChatFormat) -> Parts:
+    return parts_with(opening, engine, chat)
+
+
+def parts_with(opening: Opening, engine: Engine, chat: ChatFormat) -> Parts:
+    return Parts(opening, engine, WriteBatcher(ScriptedWriter()), chat, lambda: "")
+
+
+def run(story: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(story)
+
+
+def talk_of(parts: Parts) -> Conversation:
+    return Conversation(parts, "a", parts.opening.system_prompt)
+
+
+# --- the conversation ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_it_answers_from_its_context_and_writes_when_that_is_full(parts: Parts, engine: Engine) -> None:
+    async def story() -> None:
+        talk = talk_of(parts)
+        first = await talk.say("Nora lives in Lisbon, and she likes it.", 8)
+        assert (first.text, first.writes, talk.will_write("Where does she live? Say it in one word, please.")) == ("under 0", (), False)
+        while not talk.will_write("And who is that?"):
+            await talk.say("Go on.", 8)
+        reply = await talk.say("And who is that?", 8)
+        assert [record.outcome for record in reply.writes] == ["accepted"] and reply.revision == 1 and reply.text == "under 1"
+        assert talk.cards == (CARD,) and talk.writes[0].examples == ()
+        talk.delta = False
+        assert (await talk.say("Again?", 8)).text == "under 0" and talk.revision == 1
+        record = await talk.write()  # without Delta it answers only: what it writes goes on from what it wrote
+        assert record is not None and record.revision == 2
+        assert [call[2].revision for call in engine.calls if call[1].kind == "extract"] == [0, 1]
+        await talk.close()
+        assert engine.installed == {}
+
+    run(story())
+
+
+def test_a_text_longer_than_the_context_is_written_in_pieces_and_its_end_is_answered(parts: Parts, chat: ChatFormat, engine: Engine) -> None:
+    async def story() -> None:
+        talk = talk_of(parts)
+        reply = await talk.say(" ".join(f"Person {number} lives in house {number}." for number in range(40)), 8)
+        assert len(reply.writes) > 2 and reply.text == f"under {len(reply.writes)}"
+        assert "house 39" in chat.decode(engine.calls[-1][0])
+
+    run(story())
+
+
+@pytest.mark.parametrize("broken", ["act", "extract", "install"])
+def test_a_turn_that_fails_never_was_and_the_next_one_succeeds(parts: Parts, engine: Engine, broken: str) -> None:
+    async def story() -> None:
+        talk = talk_of(parts)
+        await talk.say("Nora lives in Lisbon.", 8)
+        await talk.write()
+        await talk.read("She likes figs, and she has a brother.")
+        before = (talk.context_tokens, talk.revision, talk.writes)
+        engine.broken = broken
+        with pytest.raises(EngineError):
+            await (talk.say("And?", 8) if broken == "act" else talk.write())
+        assert (talk.context_tokens, talk.revision, talk.writes) == before
+        engine.broken = ""
+        assert (await talk.say("And?", 8)).text == "under 1"
+        record = await talk.write()
+        assert record is not None and record.revision == 2  # under another name than the one that broke: the fake refuses a name that comes back
+
+    run(story())
+
+
+def test_a_question_from_an_empty_context_leaves_no_trace(parts: Parts, chat: ChatFormat, engine: Engine) -> None:
+    async def story() -> None:
+        talk = talk_of(parts)
+        await talk.say("Nora lives in Lisbon.", 8)
+        before = talk.context_tokens
+        await talk.ask("Who?", 8)
+        assert talk.context_tokens == before and "Lisbon" not in chat.decode(engine.calls[-1][0])
+
+    run(story())
+
+
+# --- on disk -------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_memory_goes_on_where_it_was(parts: Parts, opening: Opening, chat: ChatFormat, tmp_path: Path) -> None:
+    async def story() -> None:
+        talk = talk_of(parts)
+        await talk.say("Nora lives in Lisbon.", 8)
+        await talk.write()
+        await talk.read("She likes figs.")
+        talk.save(tmp_path / "nora", overwrite=False)
+        with pytest.raises(AssistantError, match="already holds something"):
+            talk.save(tmp_path / "nora", overwrite=False)
+        other_engine = Engine(chat)
+        other = talk_of(parts_with(opening, other_engine, chat))
+        await other.load(tmp_path / "nora")
+        assert (other.revision, other.context_tokens, other.cards) == (talk.revision, talk.context_tokens, talk.cards)
+        assert [weights.b[MODULE].tolist() for weights in other_engine.installed.values()] == [[[1.0, 1.0]] * 4]
+        assert (await other.say("And?", 8)).text == "under 1"
+        await other.reset()
+        assert (other.revision, other.cards, other.unwritten_tokens, other_engine.installed) == (0, (), 0, {})
+
+    run(story())
+
+
+def _without_adapter(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def _changed(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "memory.json").read_text())
+        (folder / "memory.json").write_text(json.dumps({**content, **changes}))
+
+    return change
+
+
+def _cut(folder: Path) -> None:
+    text = (folder / "memory.json").read_text()
+    (folder / "memory.json").write_text(text[: len(text) // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (_without_adapter, "cannot be read as an adapter"),
+        (_cut, "memory.json: cannot be read"),
+        (_changed(format="other"), "is no record of format engram-memory-1"),
+        (_changed(fingerprint="0"), "is a memory of the model 'tiny', whose weights are not those of 'tiny'"),
+        (_changed(basis_id="0"), "is on the basis '0', here it is"),
+        (_changed(revision=7), "is of revision 7, the adapter of 1"),
+        (_changed(context_ids=[1, 10**6]), "context_ids: expected token ids, 0 to 49151"),
+        (_changed(context_ids=[1] * 5000), "context_ids: 5000 tokens do not fit"),
+        (_changed(probe=[{"token_ids": [1], "before": [0.0], "after": [0.0]}]), "probe: expected a finite log-prob"),
+        (_changed(writes=[{}]), "writes[0].revision: is missing"),
+    ],
+)
+def test_a_memory_that_cannot_be_loaded_is_one_line_and_changes_nothing(
+    parts: Parts, tmp_path: Path, damage: Callable[[Path], None], expected: str
+) -> None:
+    async def story() -> None:
+        talk = talk_of(parts)
+        await talk.say("Nora lives in Lisbon.", 8)
+        await talk.write()
+        talk.save(tmp_path / "m", overwrite=False)
+        damage(tmp_path / "m")
+        with pytest.raises(AssistantError) as caught:
+            await talk.load(tmp_path / "m")
+        assert expected in str(caught.value) and "\n" not in str(caught.value)
+        assert (await talk.say("Who?", 8)).text == "under 1"
+
+    run(story())
+
+
+def test_an_adapter_of_another_basis_is_refused_without_memory_json_too(parts: Parts, opening: Opening, tmp_path: Path) -> None:
+    async def story() -> None:
+        talk = talk_of(parts)
+        await talk.read("Nora lives in Lisbon.")
+        await talk.write()
+        talk.save(tmp_path / "m", overwrite=False)
+        (tmp_path / "m" / "memory.json").unlink()
+        await talk.load(tmp_path / "m")
+        assert talk.revision == 1 and talk.cards == ()
+        other = talk_of(replace(parts, opening=replace(opening, basis=basis(first=1.0))))
+        with pytest.raises(AssistantError, match="is not that of basis"):
+            await other.load(tmp_path / "m")
+
+    run(story())
+
+
+# --- many of them --------------------------------------------------------------------------------------------------------------------------------
+
+
+def with_limits(parts: Parts, **limits: Any) -> Parts:
+    config = replace(parts.opening.config, assistant=AssistantConfig(**limits))
+    return replace(parts, opening=replace(parts.opening, config=config))
+
+
+def test_the_longest_idle_is_put_away_saved_and_found_again(parts: Parts, tmp_path: Path) -> None:
+    async def story() -> None:
+        sessions = Sessions(with_limits(parts, max_conversations=2, save_dir=str(tmp_path)), slots=2)
+        for name in ("a", "b", "a", "c"):
+            async with sessions.turn(name, None) as (talk, _):
+                await talk.read(f"This is {name}.")
+        assert sessions.look("b") is None and sessions.look("a") is not None and (tmp_path / "b" / "memory.json").exists()
+        async with sessions.turn("b", None) as (talk, new):
+            assert not new and talk.unwritten_tokens > 0
+        assert not (tmp_path / "c").exists() and (tmp_path / "a").exists()
+        assert await sessions.close() == [] and {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
+
+    run(story())
+
+
+def test_nobody_is_put_away_in_the_middle_of_a_turn_and_a_first_turn_that_fails_leaves_nothing(parts: Parts) -> None:
+    async def story() -> None:
+        sessions = Sessions(with_limits(parts, max_conversations=1), slots=2)
+        async with sessions.turn("a", None):
+            with pytest.raises(BusyError, match="all 1 conversations"):
+                async with sessions.turn("b", None):
+                    pass
+            with pytest.raises(BusyError, match="in the middle of a turn"):
+                await sessions.forget("a")
+        async with sessions.turn("b", None):  # idle now, and with no folder to be saved in: dropped
+            assert sessions.look("a") is None
+        with pytest.raises(RuntimeError, match="broke"):
+            async with sessions.turn("c", None):
+                raise RuntimeError("broke")
+        async with sessions.turn(None, None) as (_, new):
+            assert new
+        assert len(sessions) == 0
+
+    run(story())
+
+
+def test_idle_ones_are_put_away_when_any_request_comes(parts: Parts) -> None:
+    async def story() -> None:
+        sessions = Sessions(with_limits(parts, idle_s=0.01), slots=2)
+        async with sessions.turn("a", None):
+            pass
+        await asyncio.sleep(0.02)
+        async with sessions.turn("b", None):
+            assert sessions.look("a") is None
+
+    run(story())
+
+
+# --- behind HTTP ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def body(**changes: object) -> dict[str, object]:
+    return {"model": "tiny", "messages": [{"role": "user", "content": "Nora lives in Lisbon."}], **changes}
+
+
+def test_the_endpoint_speaks_openai(parts: Parts) -> None:
+    with TestClient(build_app(parts, Sessions(parts, 2), "")) as client:
+        assert client.get("/health").json() == {"status": "ok", "model": "tiny", "conversations": 0}
+        assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+        first = client.post("/v1/chat/completions", json=body(conversation="a")).json()
+        assert first["choices"][0]["message"] == {"role": "assistant", "content": "under 0"} and first["engram"]["new"]
+        history = [{"role": "user", "content": "old " * 60}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "new?"}]
+        second = client.post("/v1/chat/completions", json=body(messages=history), headers={"X-Conversation-Id": "a"}).json()
+        assert second["engram"] == {"conversation": "a", "new": False, "revision": 0, "writes": []}  # the old turns are its own: not read again
+        fresh = client.post("/v1/chat/completions", json=body(messages=history)).json()["engram"]  # nobody's: they are read, and written
+        assert fresh["new"] and fresh["revision"] > 0 and fresh["writes"][0]["flashcards"] == [{"question": CARD.question, "answer": CARD.answer}]
+        lines = client.post("/v1/chat/completions", json=body(stream=True, conversation="a")).text.split("\n\n")
+        assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["delta"]["content"] == "under 0" and lines[-2] == "data: [DONE]"
+        assert client.get("/v1/conversations/a").json()["revision"] == 0
+        assert client.delete("/v1/conversations/a").json()["deleted"] and client.get("/v1/conversations/a").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "expected"),
+    [
+        ({"model": "other"}, 404, "'tiny' is"),
+        ({"messages": []}, 400, "messages must be a list"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, 400, "the last message must be the user's"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role must be"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content must be text"),
+        ({"conversation": "../etc"}, 400, "conversation must be 1 to 64 letters"),
+        ({"max_tokens": 0}, 400, "max_tokens must be"),
+        ({"temperature": 3}, 400, "temperature must be"),
+        ({"n": 2}, 400, "n is not supported"),
+        ({"tools": [{}]}, 400, "tools is not supported"),
+        ({"messages": [{"role": "user", "content": "x" * 2000}]}, 413, "the body is over 1024 bytes"),
+    ],
+)
+def test_a_bad_request_is_an_openai_error(parts: Parts, given: dict[str, object], status: int, expected: str) -> None:
+    limited = with_limits(parts, max_body_kib=1)
+    with TestClient(build_app(limited, Sessions(limited, 2), "")) as client:
+        answer = client.post("/v1/chat/completions", json=body(**given))
+    assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert expected in answer.json()["error"]["message"]
+
+
+def test_a_key_a_content_type_and_a_deadline_are_kept(parts: Parts, engine: Engine) -> None:
+    limited = with_limits(parts, request_timeout_s=0.05)
+    with TestClient(build_app(limited, Sessions(limited, 2), "secret")) as client:
+        assert client.get("/health").status_code == 200
+        assert client.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
+        client.headers["Authorization"] = "Bearer secret"
+        assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
+        assert client.post("/v1/chat/completions", content=json.dumps(body())).status_code == 415
+        engine._delay_s = 5.0
+        late = client.post("/v1/chat/completions", json=body(conversation="a"))
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        assert client.get("/health").json()["conversations"] == 0
+
+
+def test_numbers_that_are_bounds_are_cut_to_what_the_engine_has(opening: Opening) -> None:
+    asked = parse_request(json.dumps(body(max_tokens=10**6)).encode(), None, opening.config)
+    assert (asked.max_tokens, asked.temperature, asked.turns, asked.history) == (8, 0.0, ("Nora lives in Lisbon.",), ())
+    with pytest.raises(RequestError, match="differ"):
+        parse_request(json.dumps(body(conversation="a")).encode(), "b", opening.config)
+
+
+# --- in the terminal -----------------------------------------------------------------------------------------------------------------------------
+
+
+def transcript(parts: Parts, *lines: str) -> tuple[str, int]:
+    out = io.StringIO()
+    with asyncio.Runner() as runner:
+        face = ChatFace(talk_of(parts), parts.opening, runner, Display(Console(file=out, width=200)))
+        face.converse(io.StringIO("\n".join(lines)))
+    return out.getvalue(), face.failures
+
+
+def test_a_script_talks_writes_compares_saves_and_loads(parts: Parts, tmp_path: Path) -> None:
+    folder = tmp_path / "nora"
+    text, failures = transcript(
+        parts,
+        "Nora lives in Lisbon.",
+        "/write",
+        "/cards",
+        "/compare Who?",
+        "/delta off",
+        "Who?",
+        f"/save {folder}",
+        "/new",
+        f"/load {folder}",
+        "/quit",
+        "x",
+    )
+    assert failures == 0, text
+    shown = [
+        "agent> under 0",
+        "  ~ wrote 1 flashcard into revision 1: loss 2.00 -> 1.00 nats a token in 5 steps, 0.0 s; the context is empty now",
+        "  ~   Who lives in Lisbon? -> Nora",
+        "  ~ without Delta: under 0",
+        "  ~ with Delta   : under 1",
+        f"  ~ loaded {folder}: 1 flashcard, revision 1",
+    ]
+    places = [text.find(line) for line in shown]
+    assert -1 not in places and places == sorted(places), text
+    assert text.rstrip().endswith("you> /quit")
+
+
+def test_what_cannot_be_done_is_one_line_and_the_conversation_goes_on(parts: Parts, engine: Engine, tmp_path: Path) -> None:
+    text, failures = transcript(parts, "/foo", "/write", "/delta perhaps", f"/load {tmp_path}/none", "/read none.txt", "/save", "Who?")
+    assert failures == 6 and text.count("error: ") == 6 and "Traceback" not in text
+    assert text.rstrip().endswith("agent> under 0")
+
+
+def test_a_model_that_writes_no_flashcards_is_shown_as_such(opening: Opening, chat: ChatFormat) -> None:
+    text, failures = transcript(parts_with(opening, Engine(chat, cards=()), chat), "Nora lives in Lisbon.", "/write")
+    assert failures == 0 and "nothing written: the JSON array is empty; asked for flashcards the agent said: []" in text
+
+
+def test_a_write_request_reaches_the_writer_with_the_conversations_own_weights(opening: Opening, engine: Engine, chat: ChatFormat) -> None:
+    seen: list[WriteRequest] = []
+    writer = ScriptedWriter(lambda request: seen.append(request) or "accepted")
+
+    async def story() -> None:
+        mine = Parts(opening, engine, WriteBatcher(writer), chat, lambda: "")
+        one, two = Conversation(mine, "one", "s"), Conversation(mine, "two", "s")
+        for talk in (one, one, two):
+            await talk.read("Nora lives in Lisbon.")
+            await talk.write()
+        assert [request.weights.revision for request in seen] == [0, 1, 0]
+        assert len(engine.installed) == 2
+
+    run(story())
