@@ -115,7 +115,7 @@ class EnvironmentConfig:
 
     name: Literal["recall", "conversation", "search", "rubric", "records", "custom"] = "recall"
     custom: str = ""  # with environment.name=custom: package.module:name of a function from options to an Environment
-    options: dict[str, Any] = field(default_factory=dict)  # what the custom environment is called with
+    options: dict[str, Any] = field(default_factory=dict, hash=False)  # what the custom environment is called with
     reward: str = ""  # package.module:name of a function from Task and Outcome to the reward, instead of the environment's own
     recall: RecallConfig = field(default_factory=RecallConfig)
     conversation: ConversationConfig = field(default_factory=ConversationConfig)
