@@ -94,7 +94,7 @@ class MemoryConfig:
     max_extract_tokens: int = 1024  # flashcards or implications of one extraction
     max_summary_tokens: int = 1024  # a summary or a state
     custom: str = ""  # with memory.policy=custom: package.module:name of a function from MemoryConfig, WriteConfig and Surroundings to a Memory
-    options: dict[str, Any] = field(default_factory=dict)  # for the custom memory to read
+    options: dict[str, Any] = field(default_factory=dict, hash=False)  # for the custom memory to read
     paging: PagingConfig = field(default_factory=PagingConfig)
     notes: NotesConfig = field(default_factory=NotesConfig)
 
