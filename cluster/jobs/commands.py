@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 COMMANDS = ("submit", "status", "logs", "stop")
 _RUNNABLE = ("train", "evaluate", "probe")
 _FORWARDED = ("MLFLOW_TRACKING_URI",)
+_SAVED = ("saved: ", "no checkpoint was saved")  # what a run that was stopped says (cluster/run.py)
 _CONNECTION = """
 A cluster with a token (RAY_AUTH_MODE=token) wants --auth token, and the token in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in
 ~/.ray/auth_token. Never put it on the command line."""
@@ -45,7 +46,7 @@ _LOGS_EXAMPLES = f"""examples:
   python -m cluster logs monday --follow                  until the job ends; Ctrl-C leaves the job running
 {_CONNECTION}"""
 _STOP_EXAMPLES = f"""examples:
-  python -m cluster stop monday                           SIGTERM: the running step ends and is saved
+  python -m cluster stop monday                           SIGTERM: the running step ends and is saved; submit it again to go on
   python -m cluster stop monday --timeout 1200
 {_CONNECTION}"""
 
@@ -94,6 +95,7 @@ def run_jobs(options: argparse.Namespace) -> int:
         return 0
     elif options.command == "stop":
         console.print(job_table(jobs.stop(name, options.timeout), time.time()))
+        _write("".join(f"{line}\n" for line in jobs.logs(name).splitlines() if line.startswith(_SAVED)))
         return 0
     if getattr(options, "follow", False):
         return _follow(jobs, name, console)

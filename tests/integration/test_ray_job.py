@@ -67,7 +67,7 @@ def story(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> St
 
 
 def test_a_job_is_stopped_in_good_order_and_the_same_submission_goes_on(story: Story) -> None:
-    assert story.said["stop"][0] == 0 and "STOPPED" in story.text("stop")
+    assert story.said["stop"][0] == 0 and "STOPPED" in story.text("stop") and f"saved: {story.run_dir}/checkpoints/step-" in story.text("stop")
     log = story.text("first_log")
     assert "saved: " in log and "Traceback" not in log and f"train step {STEPS}/{STEPS}" not in log
     assert story.said["second"][0] == 0, story.text("second")

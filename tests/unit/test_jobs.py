@@ -163,8 +163,10 @@ def test_logs(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_stop_waits_for_the_end(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     fake.statuses = ["RUNNING"]
+    fake.pieces.append("saved: /shared/runs/x/checkpoints/step-000002\n")
     assert cli.main(["stop", "monday"]) == 0
-    assert "STOPPED" in capsys.readouterr().out and fake.stops == 1
+    said = capsys.readouterr().out
+    assert "STOPPED" in said and said.endswith("\nsaved: /shared/runs/x/checkpoints/step-000002\n") and fake.stops == 1
     assert cli.main(["stop", "monday"]) == 0
     assert fake.stops == 1  # it is over: nobody is asked again
 
