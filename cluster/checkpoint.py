@@ -2,7 +2,7 @@
 
     <run>/checkpoints/step-000050/
         learner/          theta (a Hugging Face folder), optimizer, RNG of every rank          written by the learner
-        state.json        step, policy version, task ledger, MLflow run id, rewards so far, when it was written
+        state.json        step, policy version, task ledger, MLflow run id, rewards so far, when it was written, the other files' sizes
         config.yaml       the resolved configuration
         evaluation.json   mean held-out F1, where train.evaluate_every measured it
 
@@ -14,6 +14,7 @@ Episodes need no RNG state: task and sampling seeds follow from the run's seed a
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -31,6 +32,7 @@ from learner.types import LearnerError
 _FORMAT = "engram-run-1"
 _FOLDER = "checkpoints"
 _SCORE = "evaluation.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ async def save_checkpoint(
         partial.mkdir(parents=True)
         await save_learner(partial / "learner")
         (partial / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        content = {"format": _FORMAT, "written": time.time(), **asdict(state)}
+        content = {"format": _FORMAT, "written": time.time(), "files": _sizes(partial), **asdict(state)}
         (partial / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         _to_disk(partial)
         if folder.exists():  # a run that was resumed from an earlier step writes this one anew
@@ -170,14 +172,45 @@ def find_checkpoint(resume: str, output_dir: Path) -> Checkpoint | None:
     if not resume:
         return None
     if resume == "auto":
-        for run in output_dir.glob("*/"):
-            _bring_back(run)
-        folders = [folder for run in output_dir.glob("*/") for folder in list_checkpoints(run)]
-        newest = max(folders, key=_written, default=None)
-        return None if newest is None else load_checkpoint(newest)
+        return _newest_whole(output_dir)
     folder = Path(resume).expanduser().absolute()
     _bring_back(folder.parent.parent)
-    return load_checkpoint(folder)
+    return _whole(folder)
+
+
+def _newest_whole(output_dir: Path) -> Checkpoint | None:
+    """One that was damaged after it was written is passed over, and said to be. Raises CheckpointError when there are some and none is whole."""
+    for run in output_dir.glob("*/"):
+        _bring_back(run)
+    folders = [folder for run in output_dir.glob("*/") for folder in (run / _FOLDER).glob("step-*/")]
+    for folder in sorted(folders, key=_written, reverse=True):
+        try:
+            return _whole(folder)
+        except CheckpointError as error:
+            _log.warning("resume=auto passes over a damaged checkpoint: %s", error)
+    if folders:
+        raise CheckpointError(f"no checkpoint in {output_dir} is whole: start anew (resume=), or put one back from a copy")
+    return None
+
+
+def _whole(folder: Path) -> Checkpoint:
+    """As ``load_checkpoint``, all its files being there in full. What was written before sizes were kept is believed."""
+    checkpoint, sizes = load_checkpoint(folder), _json(folder / "state.json").get("files", {})
+    if not isinstance(sizes, dict):
+        raise CheckpointError(f"{folder / 'state.json'} cannot be used: files must be an object of sizes")
+    for name, size in sizes.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            raise CheckpointError(f"{folder} is incomplete: {name} is missing") from None
+        if found != size:
+            raise CheckpointError(f"{folder} is incomplete: {name} has {found} bytes, {size} were written")
+    return checkpoint
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below ``folder``."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -204,10 +237,14 @@ def _prune(run_dir: Path, keep: int) -> None:
             shutil.rmtree(old)
 
 
+def written(folder: Path) -> float:
+    """When the checkpoint was, as it says itself: file times do not survive a copy. Of a damaged one the folder's."""
+    when = _json(folder / "state.json").get("written")
+    return float(when) if isinstance(when, int | float) else folder.stat().st_mtime
+
+
 def _written(folder: Path) -> tuple[float, str]:
-    """When, as it says itself: file times do not survive a copy."""
-    written = _json(folder / "state.json").get("written")
-    return (float(written) if isinstance(written, int | float) else 0.0, folder.name)
+    return written(folder), folder.name
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -27,6 +27,10 @@ class CheckpointError(ClusterError):
     """A checkpoint is missing, incomplete, or belongs to another configuration."""
 
 
+class InUseError(ClusterError):
+    """Another process works in the run's folder."""
+
+
 class SaveError(ClusterError):
     """A checkpoint could not be written (a full disk). What was saved before is whole."""
 

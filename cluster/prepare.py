@@ -5,7 +5,6 @@ RunConfig --> environment (reads its file) --> model (on disk) --> checkpoint --
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,10 @@ from actors.environments.build import build_environment
 from actors.fast_weights import Basis
 from actors.memory.build import custom_memory
 from actors.types import Task
+from cluster.begun import begun_run, new_run, run_id_of
 from cluster.checkpoint import Checkpoint, find_checkpoint
 from cluster.errors import CheckpointError
+from cluster.run_lock import require_free
 from cluster.tasks import TaskSource
 from cluster.tracking import flatten
 from cluster.warm_start import require_demonstrations
@@ -38,6 +39,7 @@ class Preparation:
     checkpoint: Checkpoint | None
     run_dir: Path
     eval_tasks: tuple[Task, ...]
+    tracking_run_id: str  # of the MLflow run that goes on; empty for a new one
 
     @property
     def policy_path(self) -> Path:
@@ -68,11 +70,16 @@ def prepare_training(config: RunConfig) -> Preparation:
     model = resolve_model(config.model)
     output_dir = Path(config.output_dir).expanduser().absolute()
     checkpoint = find_checkpoint(config.resume, output_dir)
-    run_dir = output_dir / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if checkpoint is not None:
+    begun = begun_run(output_dir, config, checkpoint) if config.resume == "auto" else None
+    if begun is not None:
+        run_dir, run_id, checkpoint = begun, run_id_of(begun), None
+    elif checkpoint is not None:
         check_unchanged(config, checkpoint, ("seed", "model", "fast_weights", "environment"))
-        run_dir = checkpoint.run_dir
-    return _with_files(Preparation(config, environment, model.path, checkpoint, run_dir, tasks))
+        run_dir, run_id = checkpoint.run_dir, checkpoint.state.tracking_run_id
+    else:
+        run_dir, run_id = new_run(output_dir, config.name), ""
+    require_free(run_dir)
+    return _with_files(Preparation(config, environment, model.path, checkpoint, run_dir, tasks, run_id))
 
 
 def open_environment(config: RunConfig) -> Environment:

@@ -8,20 +8,17 @@ Each row is saved when it is measured, so that a resumed run shows those from be
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.begun import note_run_id
 from cluster.broadcast import ObjectStoreWeights
 from cluster.build import TrainingCluster, build_demonstrations, build_fleet, build_stream, start_state, training_cluster
-from cluster.checkpoint import TrainState, best_checkpoint, list_checkpoints, score_of
-from cluster.entities import dataset_values, kept_models
+from cluster.checkpoint import TrainState
 from cluster.evaluate import EpisodeSource, EvaluationRow, RowResult, evaluate_row, load_row, row_metrics, save_row
 from cluster.fleet import RemoteWorker
+from cluster.framing import ending, registered, resumable, say_next, track
 from cluster.inspection.recorder import EpisodeRecorder
 from cluster.inspection.start import recording
 from cluster.jobs.inside import current_job, note_run
@@ -31,11 +28,12 @@ from cluster.loop import LoopParts, run_loop
 from cluster.metrics import StepSummary
 from cluster.prepare import Preparation
 from cluster.progress import Display, step_line
+from cluster.run_lock import held
 from cluster.scaling import WantedWorkers
 from cluster.stream import Batch
 from cluster.tables import HEADER, LEGEND, MOST_CATEGORIES, Report, rich_table, save_report
 from cluster.timeline import KeptTimeline, save_timeline
-from cluster.tracking import RunStatus, Tracker, start_tracking
+from cluster.tracking import Tracker
 from cluster.warm_start import warm_start
 from configs.schema import MemoryPolicy, RunConfig
 
@@ -139,14 +137,13 @@ async def train(preparation: Preparation, display: Display) -> None:
 
 async def _train(preparation: Preparation, display: Display) -> None:
     config, state = preparation.config, start_state(preparation)
-    tracker = KeptTimeline(_track(preparation), preparation.timeline_path)
-    note_run_id(preparation.run_dir, tracker.run_id)  # now: the first checkpoint may be hours away
-    with ending(tracker, display), _registered(tracker, preparation), _resumable(preparation, display):
+    tracker = KeptTimeline(track(preparation), preparation.timeline_path)
+    with ending(tracker, display), registered(tracker, preparation), resumable(preparation, display):
         display.say(f"starting {config.rollout.workers} rollout worker(s) and {config.learner.workers} learner rank(s): {preparation.run_dir}")
         async with training_cluster(preparation) as cluster:
             await note_run(current_job(os.environ), tracker.run_id)
             await train_on(cluster, preparation, tracker, display, replace(state, tracking_run_id=tracker.run_id))
-        _next_commands(preparation, display)
+        say_next(preparation, display)
 
 
 async def train_on(cluster: TrainingCluster, preparation: Preparation, tracker: Tracker, display: Display, state: TrainState) -> TrainState:
@@ -237,76 +234,6 @@ async def _reinforce(
             display.say(ledger_line(stream.ledger))
         cluster.workers[:] = serving()
         return state
-
-
-def _track(preparation: Preparation, state: TrainState) -> Tracker:
-    config = preparation.config
-    tracker = start_tracking(config, preparation.output_dir, preparation.run_dir.name, preparation.config_path, state.tracking_run_id)
-    tracker.dataset(dataset_values(config.environment, "training"))
-    tracker.dataset(dataset_values(config.environment, "evaluation"))
-    return tracker
-
-
-@contextmanager
-def _registered(tracker: Tracker, preparation: Preparation) -> Iterator[None]:
-    """However the run ends, what it has kept by then is registered."""
-    try:
-        yield
-    finally:
-        for values in kept_models(preparation.config, preparation.run_dir):
-            tracker.model(values)
-
-
-@contextmanager
-def ending(tracker: Tracker, display: Display) -> Iterator[None]:
-    """End the tracked run with the right status, also when it failed or was stopped. What the tracker warns of goes to the user's display."""
-    status: RunStatus = "FAILED"
-    handler = _Say(display)
-    logging.getLogger("cluster").addHandler(handler)
-    try:
-        yield
-        status = "FINISHED"
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        status = "KILLED"
-        raise
-    finally:
-        tracker.finish(status)
-        logging.getLogger("cluster").removeHandler(handler)
-
-
-class _Say(logging.Handler):
-    def __init__(self, display: Display) -> None:
-        super().__init__(logging.WARNING)
-        self._display = display
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._display.say(record.getMessage())
-        except OSError:  # the terminal is gone; who warns need not know
-            self.handleError(record)
-
-
-@contextmanager
-def _resumable(preparation: Preparation, display: Display) -> Iterator[None]:
-    """Tell the user of a training run that broke or was stopped what is saved and how to go on."""
-    try:
-        yield
-    except BaseException:
-        saved = list_checkpoints(preparation.run_dir)
-        display.say(f"saved: {saved[-1]}" if saved else f"no checkpoint was saved; the rows measured so far are in {preparation.run_dir}")
-        if saved:
-            display.say(f"to go on: python -m cluster train {preparation.config_path} resume={saved[-1]}")
-        raise
-
-
-def _next_commands(preparation: Preparation, display: Display) -> None:
-    saved, config = list_checkpoints(preparation.run_dir), preparation.config
-    if (best := best_checkpoint(preparation.run_dir)) is not None:
-        display.say(f"best:     {best} (held-out F1 {100 * (score_of(best) or 0.0):.1f} %)")
-    if saved:
-        steps, tasks = max(1, config.train.steps) * 2, config.evaluation.tasks * 4
-        display.say(f"train on: python -m cluster train {preparation.config_path} resume={saved[-1]} train.steps={steps}")
-        display.say(f"evaluate: python -m cluster evaluate {preparation.config_path} checkpoint={saved[-1]} evaluation.tasks={tasks}")
 
 
 def _show_failures(display: Display, rows: Sequence[RowResult]) -> None:

@@ -18,10 +18,11 @@ from cluster.comparison.summary import PRIMARY, Bootstrap, compare_rows, summari
 from cluster.entities import dataset_values
 from cluster.errors import ClusterError
 from cluster.evaluate import EpisodeSource
+from cluster.framing import ending
 from cluster.inspection.recorder import EpisodeRecorder
 from cluster.inspection.start import recording
 from cluster.progress import Display
-from cluster.run import ending
+from cluster.run_lock import held
 from cluster.tables import MOST_CATEGORIES, rich_table
 from cluster.tracking import Tracker, git_commit, start_tracking
 
@@ -30,6 +31,11 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 
 async def evaluate(comparison: Comparison, display: Display) -> None:
     """Raises ClusterError when Ray does not start, or at the end, the report being written, when a cell was given up."""
+    with held(comparison.folder):
+        await _evaluate(comparison, display)
+
+
+async def _evaluate(comparison: Comparison, display: Display) -> None:
     tracker = _track(comparison)
     with ending(tracker, display), _resumable(comparison, display):
         found = {cell.key for cell in comparison.plan.cells if comparison.store.finished(cell) is not None}
