@@ -7,34 +7,32 @@ flashcards), and then, when that engine is gone, tools that know nothing of Engr
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from actors.basis import compute_basis_from_checkpoint, save_basis
+from actors.basis import compute_basis_from_checkpoint
 from actors.flashcards import render_flashcards
 from actors.memory.base import Agent
 from actors.memory.parametric import Flashcards
-from actors.types import AdapterKey, Flashcard, Sampling
+from actors.peft_format import from_peft
+from actors.types import AdapterKey, Flashcard, Outcome, Sampling, Timings, WriteRecord
 from cluster.assistant.conversation import Conversation
 from cluster.assistant.export import export
 from cluster.assistant.opening import parts_of, prepare_opening
-from cluster.checkpoint import START, save_checkpoint
-from configs.load import load_config, to_yaml
+from cluster.assistant.values import AssistantError
+from cluster.inspection.record import EpisodeRecord, Origin, WriteEntry, save
 from configs.schema import RunConfig
+from tests.integration.assistant_cases import write_cards, write_run
 
 pytestmark = pytest.mark.engine_in_process
 EXACT = 1e-3  # nats, float32
 TOKENS = 12
 CARDS = (Flashcard("Where does Nora live?", "in Lisbon"), Flashcard("What does Omar do?", "he bakes"))
-OVERRIDES = (
-    *("engine.max_model_tokens=512", "engine.kv_cache_gib=0.25", "memory.max_context_tokens=128", "memory.max_extract_tokens=64"),
-    *("write.optimizer=adam", "write.learning_rate=0.02", "write.epochs=4", "sampling.max_answer_tokens=12"),
-)
 
 
 @dataclass(frozen=True)
@@ -50,20 +48,7 @@ class Spoken:
 
 @pytest.fixture(scope="module")
 def run_dir(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one checkpoint, saved as runs save them; its theta is not the model's that the basis is of."""
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path_factory.mktemp("runs") / "tiny-20260101-000000"
-    config = load_config(None, [f"model.name={tiny_model_path}", *OVERRIDES])
-    save_basis(compute_basis_from_checkpoint(tiny_model_path, config.fast_weights, 0), folder / "basis.safetensors")
-
-    async def save_learner(target: Path) -> None:
-        shutil.copytree(tiny_model_path, target / "model")
-        theta = load_file(target / "model" / "model.safetensors")
-        save_file({name: 1.02 * tensor for name, tensor in theta.items()}, target / "model" / "model.safetensors", metadata={"format": "pt"})
-
-    asyncio.run(save_checkpoint(folder, START, to_yaml(config), save_learner, keep=2))
-    return folder
+    return write_run(tiny_model_path, tmp_path_factory.mktemp("runs") / "tiny-20260101-000000")
 
 
 def give_cards(patch: pytest.MonkeyPatch, cards: Sequence[Flashcard]) -> None:
@@ -175,3 +160,26 @@ def test_an_exported_model_opens_with_the_runs_own_basis_and_settings(spoken: Sp
     assert here.basis.id == there.basis.id != compute_basis_from_checkpoint(exported[0], RunConfig().fast_weights, 0).id
     assert here.model.fingerprint == there.model.fingerprint
     assert here.config.write == there.config.write and here.system_prompt == there.system_prompt
+
+
+def episode_record(log: Sequence[WriteRecord], basis_id: str, version: int, config: str) -> EpisodeRecord:
+    entries = tuple(WriteEntry(0, record, (), "passed") for record in log)
+    origin = Origin("tiny", "train", "", 1, "worker-0", "tiny", "parametric", config)
+    times = Timings(1, 1, 0, 0, 0, 0)
+    return EpisodeRecord(origin, "t", "recall", "train-0.1", version, basis_id, (), entries, {}, Outcome(1.0, {}, ()), (1.0, 0.0), "done", times, 0.0)
+
+
+def test_an_episodes_memory_is_rebuilt_from_its_record_as_an_adapter(run_dir: Path, tmp_path: Path) -> None:
+    opening = prepare_opening(str(run_dir), None, ())
+    weights, log = write_cards(opening, [CARDS, CARDS[:1]])
+    config = Path("..") / "checkpoints" / "step-000000" / "config.yaml"
+    path = save(episode_record(log, opening.basis.id, 0, str(config)), run_dir / "episodes")
+    assert "the memory of episode train-0.1 after 2 writes" in export(path, tmp_path / "adapter", "")
+    rebuilt = from_peft(tmp_path / "adapter", opening.basis)
+    assert rebuilt.revision == 2 and all(np.array_equal(rebuilt.b[name], weights.b[name]) for name in weights.b)
+
+    elsewhere = save(episode_record(log, opening.basis.id, 9, str(config)), tmp_path / "run" / "episodes")
+    with pytest.raises(AssistantError, match=r"was played on policy version 9 and .* has no checkpoint; give --model"):
+        export(elsewhere, tmp_path / "other", "")
+    with pytest.raises(AssistantError, match="already holds something"):
+        export(path, tmp_path / "adapter", "")

@@ -28,6 +28,7 @@ from cluster.assistant.openai_format import RequestError, parse_request
 from cluster.assistant.serve import build_app
 from cluster.assistant.sessions import BusyError, Sessions
 from cluster.assistant.values import AssistantError, Opening, Parts
+from cluster.cli import main
 from cluster.progress import Display
 from configs.load import load_config
 from configs.models import resolve_model
@@ -444,3 +445,30 @@ def test_a_write_request_reaches_the_writer_with_the_conversations_own_weights(o
         assert len(engine.installed) == 2
 
     run(story())
+
+
+# --- on the command line -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["chat", "serve", "export"])
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and f"  python -m cluster {command} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["chat", "./nowhere"], "model './nowhere' is no folder here"),
+        (["chat", "write.epochs=0"], "write.epochs=0 writes nothing"),
+        (["chat", "memory.policy=full"], "a conversation needs memory.policy=parametric"),
+        (["chat", "model.name=x"], "name the model without it, e.g. chat x"),
+        (["serve", "writ.epochs=1"], "writ.epochs' is no setting; did you mean write.epochs"),
+        (["export", "configs", "somewhere"], "configs: is no run, checkpoint, saved conversation or episode's record"),
+    ],
+)
+def test_a_mistake_is_one_line_before_an_engine_starts(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and expected in error
