@@ -247,7 +247,7 @@ def _tags() -> dict[str, str]:
     job = current_job(os.environ)
     commit = git_commit(Path(__file__).parent) or (job.commit if job is not None else "")
     tags = {"mlflow.source.name": "python -m cluster", "mlflow.source.type": "LOCAL" if job is None else "JOB"}
-    return tags | ({"mlflow.source.git.commit": commit} if commit else {}) | ({"ray.job": job.submission_id} if job is not None else {})
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {}) | ({"ray_job": job.submission_id} if job is not None else {})
 
 
 def _now_ms() -> int:

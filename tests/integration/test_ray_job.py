@@ -80,7 +80,7 @@ def test_outputs_and_figures_of_both_jobs_are_where_they_were_wanted(story: Stor
     run_id = story.newest.state.tracking_run_id
     run = MlflowClient(f"sqlite:///{story.folder}/elsewhere.db").get_run(run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.tags["mlflow.source.git.commit"] == "0123456789" and run.data.tags["ray.job"] == "first"
+    assert run.data.tags["mlflow.source.git.commit"] == "0123456789" and run.data.tags["ray_job"] == "first"
     assert run.data.params["ray.address"] == "auto" and run.data.params["rollout.resource"] == "rollout"
 
 
