@@ -113,6 +113,8 @@ def test_a_group_without_two_finished_siblings_is_replaced() -> None:
     async def body() -> None:
         worker = ScriptedWorker("w")
         stream = stream_of([worker])
+        told: list[tuple[str, int]] = []
+        stream.watch(lambda summary: told.append((summary.task_id, len(summary.failed))))
         taking = asyncio.create_task(stream.take())
         await settle()
         worker.finish(0, finished=1, failed=1)
@@ -124,6 +126,7 @@ def test_a_group_without_two_finished_siblings_is_replaced() -> None:
         assert [group.summary.task_id for group in batch.groups] == ["t1", "t2"]
         assert stream.ledger.settled["failed"] == 1
         assert stream.ledger.failures["engine"] == 2
+        assert told == [("t0", 1), ("t2", 1)]  # of every group with failures, also of one that is not used
         await stream.close()
 
     asyncio.run(body())
