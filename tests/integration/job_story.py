@@ -49,7 +49,7 @@ def main() -> None:
     command = ["train", "configs/quickstart.yaml", *SETTINGS, f"model.name={model}", f"output_dir={folder}/runs"]
     story: dict[str, object] = {}
     try:
-        start_ray(folder)
+        start_ray()
         submit_plainly(command)
         story["refused"] = without_token()
         story["left"] = wait_for_checkpoint(folder / "runs").name
@@ -78,7 +78,7 @@ def prepare_environment(folder: Path) -> None:
         os.environ.pop(name, None)
 
 
-def start_ray(folder: Path) -> None:
+def start_ray() -> None:
     command = ["ray", "start", "--head", "--num-cpus=3", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
     resources = ["--object-store-memory=200000000", '--resources={"rollout": 1, "learner": 1}', f"--temp-dir={os.environ['RAY_STORY_TEMP']}"]
     for _ in range(3):  # Ray gives its own processes 30 s to come up, which is not enough where other things run, too
