@@ -25,6 +25,7 @@ _HELP = """/write             write what is in the context now, and clear it
 /delta off|on      answer without, or with, what was written (the comparison)
 /compare QUESTION  both answers side by side, from an empty context: what the weights alone know
 /cards             all flashcards written so far
+/tell TEXT         something that wants no answer
 /read FILE         read a text file; it is written in pieces where it is longer than the context
 /save DIR          the memory as a PEFT adapter (safetensors), with all that is needed to go on
 /load DIR          go on from a saved memory
@@ -59,6 +60,7 @@ class ChatFace:
             "delta": self._delta,
             "compare": self._compare,
             "cards": self._cards,
+            "tell": self._tell,
             "read": self._read,
             "save": self._save,
             "load": self.load,
@@ -133,6 +135,11 @@ class ChatFace:
             self._note("nothing written yet")
         for card in cards:
             self._note(f"  {card.question} -> {card.answer}")
+
+    def _tell(self, rest: str) -> None:
+        if not rest:
+            raise AssistantError("/tell needs a text")
+        self._show_writes(self._wait(self._talk.read(rest)))
 
     def _read(self, rest: str) -> None:
         path = Path(rest).expanduser()

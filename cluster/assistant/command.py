@@ -21,7 +21,7 @@ examples:
   python -m cluster chat runs/quickstart-20260101-120000
   python -m cluster chat runs/quickstart-20260101-120000/checkpoints/step-000005 memory.max_context_tokens=256 sampling.max_answer_tokens=64
   python -m cluster chat Qwen/Qwen3-1.7B model.dtype=bfloat16 --memory ada
-  printf '%s\\n' 'My name is Ada.' /write '/compare What is my name?' '/save ada' | python -m cluster chat runs/quickstart-20260101-120000
+  printf '%s\\n' '/tell Ada moved to Oslo.' /write '/compare Where is Ada?' '/save ada' | python -m cluster chat runs/quickstart-20260101-120000
 """
 _SERVE = """MODEL: as for chat. Endpoints: GET /v1/models, POST /v1/chat/completions (with stream: true the answer comes in one piece when it
 is there), GET /health, GET and DELETE /v1/conversations/ID (what it has written; forget it).

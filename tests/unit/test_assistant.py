@@ -395,6 +395,7 @@ def test_a_script_talks_writes_compares_saves_and_loads(parts: Parts, tmp_path: 
     text, failures = transcript(
         parts,
         "Nora lives in Lisbon.",
+        "/tell She likes figs.",
         "/write",
         "/cards",
         "/compare Who?",
