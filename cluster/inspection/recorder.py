@@ -14,7 +14,9 @@ import hashlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +35,6 @@ from configs.load import to_yaml
 from configs.schema import EpisodesConfig, RunConfig
 
 _MOST_WAITING = 64  # jobs; each may hold a group in memory
-_CLOSE_S = 30.0
 _log = logging.getLogger(__name__)
 
 
@@ -98,14 +99,16 @@ class EpisodeRecorder:
         if position < self._settings.per_evaluation and group.trajectories:
             self._submit(lambda: self._keep_finished(scene, group, group.trajectories))
 
-    def close(self) -> None:
-        """After the last call: waits for what is still to be written, within bounds."""
+    def close(self, seconds: float) -> None:
+        """After the last call: wait at most ``seconds`` for what is still to be written."""
         if self._thread.is_alive():
-            try:
-                self._jobs.put(None, timeout=_CLOSE_S)
-                self._thread.join(_CLOSE_S)
-            except queue.Full:
-                self._problem = self._problem or "the disk is slow"
+            deadline, left = time.monotonic() + seconds, self._jobs.qsize()
+            with suppress(queue.Full):
+                self._jobs.put(None, timeout=seconds)
+                self._thread.join(max(0.0, deadline - time.monotonic()))
+            if self._thread.is_alive():
+                self.lost += left
+                self._problem = self._problem or "the run ended first"
         if self.lost:
             _log.warning("warning: %d episodes that were to be kept in %s are not (%s)", self.lost, self._run_dir / FOLDER, self._problem)
 

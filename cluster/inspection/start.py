@@ -12,7 +12,8 @@ from cluster.inspection.traces import EpisodeTraces
 from cluster.tracking import store_uri
 from configs.schema import RunConfig
 
-_TRACES_S = 10.0
+_WAIT_S, _TRACES_S = 30.0, 10.0
+_STOPPED_WAIT_S = 2.0  # of a run that was told to stop, or failed: what is left of its grace time is not for this
 
 
 @contextmanager
@@ -21,9 +22,13 @@ def recording(config: RunConfig, run_dir: Path, model_path: Path, run_id: str) -
     wanted = config.episodes.traces and run_id
     traces = EpisodeTraces(store_uri(config.tracking, run_dir.parent), run_id) if wanted else None
     recorder = EpisodeRecorder(config.episodes, run_dir, partial(chat_of, model_path), from_object_store, traces or NoSink())
+    most = _WAIT_S
     try:
         yield recorder
+    except BaseException:
+        most = _STOPPED_WAIT_S
+        raise
     finally:
-        recorder.close()
+        recorder.close(most)
         if traces is not None:
-            traces.close(min(_TRACES_S, config.tracking.finish_timeout_s))
+            traces.close(min(most, _TRACES_S, config.tracking.finish_timeout_s))

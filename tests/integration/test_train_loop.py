@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow.entities import Run
+from mlflow.tracing.client import TracingClient
 from mlflow.tracking import MlflowClient
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -28,6 +29,7 @@ from actors.worker import WorkerReport
 from cluster import run
 from cluster.build import training_cluster
 from cluster.checkpoint import START, Checkpoint, TrainState, list_checkpoints, load_checkpoint
+from cluster.inspection.record import EpisodeRecord, list_records, load
 from cluster.prepare import Preparation, prepare_training
 from cluster.progress import Display
 from cluster.tracking import start_tracking
@@ -134,8 +136,28 @@ def test_the_tracked_run_is_complete(trained: Trained) -> None:
     assert tracked.data.params["warm_start.steps"] == "1"
     sections = {name.partition("/")[0] for name in tracked.data.metrics}
     of_training = {"reward", "learner", "rollout", "fleet", "staleness", "sync", "fast_weights", "timing_s", "timeline", "perf"}
-    assert sections == of_training | {"eval", "warm_start"}
+    assert sections - {"system"} == of_training | {"eval", "warm_start"}  # the machine is looked at every 10 s
     assert tracked.data.metrics["sync/policy_version"] >= 3
+
+
+def test_episodes_of_every_step_and_row_are_kept_and_traced(trained: Trained) -> None:
+    kept = [load(path) for path in list_records(trained.preparation.run_dir)]
+    assert sorted((record.origin.step, record.origin.label) for record in kept if isinstance(record, EpisodeRecord)) == [
+        *[(0, "TMEM after warm start")] * 2,
+        *[(0, "TMEM before")] * 2,
+        *[(0, "memory off")] * 2,
+        (1, ""),
+        (2, ""),
+        *[(2, "TMEM after RL")] * 2,
+    ]
+    for record in kept:
+        assert isinstance(record, EpisodeRecord)
+        first = {"": 1, "TMEM after warm start": 1, "TMEM after RL": 3}.get(record.origin.label, 0)
+        assert first <= record.policy_version <= max(first, record.origin.step)  # a step may learn from what the version before sampled
+        assert "".join(passage.text for segment in record.segments for passage in segment.passages if passage.kind == "act")
+    run, uri = tracked_run(trained), f"sqlite:///{trained.preparation.output_dir}/mlflow.db"
+    found = TracingClient(uri).search_traces([run.info.experiment_id], filter_string=f"metadata.`mlflow.sourceRun` = '{run.info.run_id}'")
+    assert len(found) == len(kept)
 
 
 def test_the_user_sees_rows_progress_and_where_to_look(trained: Trained) -> None:

@@ -333,7 +333,7 @@ def test_the_recorder_keeps_what_the_settings_say(play: Callable[..., Trajectory
     row = EvaluationRow("TMEM before", MemoryConfig(question_blind=True), 7)
     for position in range(3):
         keeping.on_evaluated(config, 0, position, row, replace(group, failed=()))
-    keeping.close()
+    keeping.close(30)
     assert keeping.lost == 0
     kept: list[Record] = [load(path) for path in list_records(tmp_path)]
     assert sorted((one.origin.source, one.origin.step) for one in kept if isinstance(one, EpisodeRecord)) == [
@@ -356,7 +356,7 @@ def test_what_cannot_be_kept_is_counted_and_said_once(
     keeping = recorder(tmp_path, chat, EpisodesConfig(per_step=1))
     keeping.on_batch(RunConfig(), 1, Batch((4,), (FinishedGroup(GroupSummary.of(group), "the object is lost"),), (0,), 0))  # type: ignore[arg-type]
     keeping.on_batch(RunConfig(), 2, Batch((4,), (FinishedGroup(GroupSummary.of(group), group),), (0,), 0))  # type: ignore[arg-type]
-    keeping.close()
+    keeping.close(30)
     assert keeping.lost == 2
     assert [line.getMessage() for line in caplog.records if "to be kept" in line.getMessage()] == [
         f"warning: 2 episodes that were to be kept in {tmp_path / FOLDER} are not (RuntimeError: the object is lost)"
