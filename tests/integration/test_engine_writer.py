@@ -13,12 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actors.basis import compute_basis_from_checkpoint
+from actors.chat import ChatFormat
 from actors.engine import VLLMPolicy
+from actors.environments.recall import RecallEnvironment
 from actors.fast_weights import Basis, zero
+from actors.memory.build import surroundings
 from actors.protocols import WriterError
-from actors.types import AdapterKey, Sampling, WriteExample, WriteRequest, WriteResult
+from actors.recovery import Event, Progress, Recovered, Recovery, Sampled, Written
+from actors.rollout import Rollout, RolloutRequest
+from actors.types import AdapterKey, Sampling, Trajectory, WriteExample, WriteRequest, WriteResult
 from actors.writer import BatchedWriter, checkpoint_writer
-from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig, WriteConfig
+from cluster.journal import GroupJournal
+from configs.schema import EmbedderConfig, EngineConfig, FastWeightsConfig, MemoryConfig, ModelConfig, RecallConfig, RolloutConfig, WriteConfig
 
 pytestmark = pytest.mark.engine_in_process
 WRITE = WriteConfig(optimizer="sgd", learning_rate=5e-3, epochs=3, batch_size=4)
@@ -122,3 +128,40 @@ def test_a_write_runs_on_the_step_thread_and_its_errors_leave_the_engine_alive(
     key = AdapterKey(policy.version, "none", 0)
     assert asyncio.run(policy.generate((5, 6, 7), Sampling(0.0, 4, 0, "act"), key)).token_ids
     assert policy.stats().seconds["write"] > 0
+
+
+def test_an_episode_cut_after_any_write_goes_on_from_its_log_to_the_bit(policy: VLLMPolicy, basis: Basis, tiny_model_path: Path) -> None:
+    """The real engine and writer: the tokens and the B of the episode that was not cut, the past not sampled again, a receipt at its end"""
+    from transformers import AutoTokenizer
+
+    environment = RecallEnvironment(RecallConfig(sessions=7, facts_per_session=3, questions=1, filler_sentences=1))
+    memory = MemoryConfig(policy="summary_write", max_context_tokens=110, max_extract_tokens=16, max_summary_tokens=16)
+    rollout = Rollout(
+        policy, policy.writer(WRITE), environment, ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path)), WRITE, RolloutConfig(), 4,
+        surroundings(256, 8, EmbedderConfig()), basis.id, "worker-0",
+    )  # fmt: skip
+    task = next(environment.tasks("train", 0, 0))
+
+    def play(name: str, past: tuple[Event, ...]) -> tuple[Trajectory, Recovered, GroupJournal]:
+        journal = GroupJournal(10**6)
+        recovery = Recovery(journal, bool(past), {0: Progress(policy.version, past)} if past else {})
+        request = RolloutRequest(task, name, 1, memory, 1.0, 8, seed=3)
+        group, recovered = asyncio.run(asyncio.wait_for(rollout.recoverable_group(request, recovery), 120))
+        assert not group.failed, group.failed
+        return group.trajectories[0], recovered, journal
+
+    uncut, _, journal = play("uncut", ())
+    events = journal.progress("uncut")[0].events
+    cuts = [place + 1 for place, event in enumerate(events) if isinstance(event, Written)]
+    assert len(cuts) >= 2 and [record.outcome for record in uncut.writes] == ["accepted"] * len(cuts)
+    for number, cut in enumerate(cuts):
+        before = policy.stats()
+        trajectory, recovered, _ = play(f"cut-{number}", events[:cut])
+        after = policy.stats()
+        assert recovered == Recovered(1, 0)
+        assert after.generated_tokens - before.generated_tokens == sum(len(one.token_ids) for one in events[cut:] if isinstance(one, Sampled))
+        assert after.installs - before.installs == after.receipts_passed - before.receipts_passed == len(cuts) - number
+        for ours, theirs in zip(trajectory.segments, uncut.segments, strict=True):
+            assert ours.token_ids.tolist() == theirs.token_ids.tolist() and ours.revision == theirs.revision
+        for mine, lost in zip(trajectory.revisions, uncut.revisions, strict=True):
+            assert all(np.array_equal(mine.b[name], lost.b[name]) for name in lost.b)
