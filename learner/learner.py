@@ -67,8 +67,7 @@ class Learner:
         rank: int,
         world_size: int,
     ) -> None:
-        self._config, self._objective, self._basis = config, objective, basis
-        self._estimate = estimator(objective)
+        self._config, self._objective, self._basis, self._estimate = config, objective, basis, estimator(objective)
         self._model_path, self._seed, self._temperature = model_path, seed, temperature
         self._model = load_model(model_path, config)
         self._injector = DeltaInjector(self._model.base, basis)

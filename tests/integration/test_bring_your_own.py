@@ -10,10 +10,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SMALL = (
-    "learner.trainable_layers=3 train.steps=1 train.tasks_per_step=2 train.group_size=2 warm_start.steps=0 evaluation.tasks=2 evaluation.bootstrap_samples=50 "
-    "memory.max_extract_tokens=24 sampling.max_answer_tokens=8 engine.slots=4 engine.kv_cache_gib=0.2 ray.object_store_gib=0.5"
-).split()
+SMALL = [
+    "learner.trainable_layers=3",
+    "train.steps=1",
+    "train.tasks_per_step=2",
+    "train.group_size=2",
+    "warm_start.steps=0",
+    "evaluation.tasks=2",
+    "evaluation.bootstrap_samples=50",
+    "memory.max_extract_tokens=24",
+    "sampling.max_answer_tokens=8",
+    "engine.slots=4",
+    "engine.kv_cache_gib=0.2",
+    "ray.object_store_gib=0.5",
+]
 
 
 def _example() -> tuple[str, list[str]]:
