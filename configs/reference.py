@@ -9,9 +9,10 @@ from configs.describe import Section, sections, shown_default
 PATH = Path(__file__).with_name("REFERENCE.md")
 _HEAD = """# Settings
 
-Made from `configs/schema.py` by `make reference`; do not edit. A run's settings are these defaults, then its file, then `key=value` arguments; the same
-list in the terminal: `python -m cluster train --settings`. Files: `quickstart.yaml` (two CPU cores), `locomo.yaml`, `search.yaml`, `longmemeval.yaml`,
-`rubric.yaml`, `chat.yaml`, `one_gpu.yaml`, `node_8gpu.yaml`, `paper.yaml`; `rows/` and `benchmarks/` are what `evaluate` lays over them.
+Made from `configs/schema.py` by `make reference`; do not edit. A run's settings are these defaults, then its file, then `key=value` arguments.
+The same list in the terminal: `python -m cluster train --settings`. Files: `quickstart.yaml` (two CPU cores), `locomo.yaml`, `search.yaml`,
+`longmemeval.yaml`, `rubric.yaml`, `chat.yaml`, `one_gpu.yaml`, `node_8gpu.yaml`, `paper.yaml`; `rows/` and `benchmarks/` are what `evaluate` lays
+over them.
 """
 
 
