@@ -120,6 +120,7 @@ def _leaves(source: str, prefix: str, content: Any) -> Iterator[_Assignment]:
             yield from _leaves(source, f"{key}.", value or {})
         else:
             _check_key(source, key)
+            _check_texts(source, key, value)
             yield _Assignment(source, key, value)
 
 
@@ -134,6 +135,8 @@ def _from_argument(argument: str) -> _Assignment:
     _check_key(source, key)
     if settings()[key].kind is str and text[:1] not in ("'", '"'):
         return _Assignment(source, key, text)  # as typed: a path may hold anything that YAML reads as something else
+    if settings()[key].kind == tuple[str, ...] and (listed := re.fullmatch(r"\[([^\[\]]*)\]", text)):
+        return _Assignment(source, key, [item.strip().strip("'\"") for item in listed[1].split(",") if item.strip()])  # as typed, see _check_texts
     return _Assignment(source, key, _value(text, key, argument))
 
 
@@ -160,6 +163,13 @@ def _nested(key: str, value: object) -> dict[str, object]:
 
 
 # --- checks --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _check_texts(source: str, key: str, value: object) -> None:
+    """YAML reads 10:4 as a number in base 60, so a text that looks like one must be quoted in a file."""
+    if settings()[key].kind == tuple[str, ...] and isinstance(value, list) and not all(isinstance(item, str) for item in value):
+        number = next(item for item in value if not isinstance(item, str))
+        raise ConfigError(f'{source}: {key} has {number}, which YAML read as no text: quote each item, e.g. ["10:4"]')
 
 
 def _in_section(key: str) -> bool:

@@ -108,7 +108,7 @@ class RolloutConfig:
     threads: int = 1
     max_turns: int = 64  # acts of one episode
     episode_timeout_s: float = 600
-    schedule: tuple[str, ...] = ()  # "step:workers", e.g. [10:4,50:2]: how many workers from a training step on; `scale` overrules it
+    schedule: tuple[str, ...] = ()  # "step:workers", e.g. ["10:4","50:2"]: how many workers from a training step on; `scale` overrules it
     health_s: float = 30  # between health checks; a worker that misses two is replaced
     refresh: Literal["drain", "in_flight"] = "drain"  # new weights: end the episodes first, or go on with them (see above)
     recover_episodes: bool = False  # after a loss, go on from each episode's last write on a worker with the same weights (elsewhere: from the start)

@@ -192,3 +192,16 @@ def test_help_has_every_setting_with_its_default_and_allowed_values() -> None:
     assert "one of recall, conversation" in text
     assert "nats per token" in text  # a field's comment
     assert "dropped and counted" in text  # a section's docstring
+
+
+def test_a_schedule_is_taken_as_typed(tmp_path: Path) -> None:
+    """YAML reads 10:4 as 604, in base 60."""
+    assert load_config(None, ["rollout.schedule=[10:4,50:2]"]).rollout.schedule == ("10:4", "50:2")
+    assert load_config(None, ["rollout.schedule=['10:4', \"50:2\"]"]).rollout.schedule == ("10:4", "50:2")
+    assert load_config(None, ["rollout.schedule=[]"]).rollout.schedule == ()
+    file = tmp_path / "run.yaml"
+    file.write_text('rollout: {schedule: ["10:4"]}', encoding="utf-8")
+    assert load_config(file, []).rollout.schedule == ("10:4",)
+    file.write_text("rollout: {schedule: [10:4]}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"rollout\.schedule has 604, which YAML read as no text: quote each item"):
+        load_config(file, [])
