@@ -17,7 +17,7 @@ from cluster.tracking import RunStatus, open_run
 from configs.models import resolve_model
 from configs.schema import ModelConfig, TrackingConfig
 
-LONGEST_S = 3600.0
+LONGEST_S = 7200.0
 
 
 @dataclass(frozen=True, slots=True)
