@@ -239,7 +239,8 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    return str(client.create_experiment(name, artifact_location=artifacts))
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # or MLflow's UI takes it for an LLM application, because of the traces
+    return str(client.create_experiment(name, artifact_location=artifacts, tags=kind))
 
 
 def _tags() -> dict[str, str]:
