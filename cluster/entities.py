@@ -15,7 +15,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cluster.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, score_of
+from cluster.checkpoint import Checkpoint, best_checkpoint, list_checkpoints, load_checkpoint, score_of
 from cluster.errors import CheckpointError
 from configs.schema import EnvironmentConfig, RunConfig
 
@@ -58,18 +58,20 @@ def take_dataset(client: MlflowClient, run_id: str, values: Values) -> None:
 
 
 def kept_models(config: RunConfig, run_dir: Path) -> list[dict[str, str]]:
-    """The checkpoints that a run has kept, oldest first. The newest and the best (by held-out F1, where it was measured) have these aliases."""
+    """The whole checkpoints that a run has kept, oldest first. The newest and the best (by held-out F1, where it was measured) have these aliases."""
     if config.tracking.models == "off":
         return []
-    folders, best = list_checkpoints(run_dir), best_checkpoint(run_dir)
-    models: list[dict[str, str]] = []
-    for folder in folders:
+    whole: list[Checkpoint] = []
+    for folder in list_checkpoints(run_dir):
         try:
-            checkpoint = load_checkpoint(folder)
+            whole.append(load_checkpoint(folder))
         except CheckpointError:  # who resumes or evaluates it hears why
             continue
-        state, score = checkpoint.state, score_of(folder)
-        aliases = [alias for alias, holder in (("newest", folders[-1]), ("best", best)) if holder == folder]
+    best = best_checkpoint(run_dir)
+    models: list[dict[str, str]] = []
+    for checkpoint in whole:
+        folder, state, score = checkpoint.folder, checkpoint.state, score_of(checkpoint.folder)
+        aliases = [alias for alias, holder in (("newest", whole[-1].folder), ("best", best)) if holder == folder]
         values = {
             "registered": f"engram-{config.name}",
             "name": f"{run_dir.name}-{folder.name}",
