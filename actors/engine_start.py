@@ -13,13 +13,13 @@ Environment variables set here before vLLM is imported (vLLM reads most of them 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from actors.engine_kernels import search_with_care
 from actors.fast_weights import Basis
 from actors.protocols import EngineError
 from actors.types import PolicyVersion
@@ -110,19 +110,11 @@ def engine_arguments(model_path: str | os.PathLike[str], model: ModelConfig, eng
     )
 
 
-def _let_vllm_look_past_llvmlite() -> None:
-    """vLLM 0.32 asks everything in every imported module for its ``__dict__`` when it starts on CPU. llvmlite's handle of its library answers with
-    a C function, and the engine does not start where numba was imported before it (bm25s does, a user's environment may): give it an empty one."""
-    ffi = sys.modules.get("llvmlite.binding.ffi")
-    if ffi is not None:
-        ffi.lib._fntab.setdefault("__dict__", {})
-
-
 def start_engine(arguments: EngineArgs, threads: int) -> LLMEngine:
     """vLLM's engine as ``arguments`` say, on this thread with ``threads`` CPU threads. Raises what vLLM raises."""
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    _let_vllm_look_past_llvmlite()
+    search_with_care()
     torch.set_num_threads(threads)
     set_num_threads = torch.set_num_threads
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from cluster.inspection.recorder import EpisodeRecorder, NoSink, chat_of, from_object_store
@@ -21,7 +20,8 @@ def recording(config: RunConfig, run_dir: Path, model_path: Path, run_id: str) -
     """The recorder of a run for the duration of the block, at the end of which everything is written. ``run_id`` "": no traces."""
     wanted = config.episodes.traces and run_id
     traces = EpisodeTraces(store_uri(config.tracking, run_dir.parent), run_id) if wanted else None
-    recorder = EpisodeRecorder(config.episodes, run_dir, partial(chat_of, model_path), from_object_store, traces or NoSink())
+    chat = chat_of(model_path)  # here: two threads that import transformers at once meet it half imported
+    recorder = EpisodeRecorder(config.episodes, run_dir, lambda: chat, from_object_store, traces or NoSink())
     most = _WAIT_S
     try:
         yield recorder

@@ -570,9 +570,10 @@ def test_every_tensor_of_the_checkpoint_has_a_place_in_vllms_model(policy: VLLMP
     assert packed == 6 * 4  # qkv, out, gate_up and down of each layer
 
 
-_AFTER_NUMBA = """
+_AFTER_ODD_MODULES = """
 import sys
 import bm25s  # imports numba
+import flask
 from pathlib import Path
 from actors.basis import compute_basis_from_checkpoint
 from actors.engine import VLLMPolicy
@@ -584,7 +585,7 @@ VLLMPolicy(model, ModelConfig(), engine, compute_basis_from_checkpoint(model, Fa
 """
 
 
-def test_the_engine_starts_where_numba_was_imported_before_it(tiny_model_path: Path) -> None:
+def test_the_engine_starts_after_modules_that_answer_oddly(tiny_model_path: Path) -> None:
     """In a process of its own: vLLM looks through the imported modules at its first start only."""
-    ended = subprocess.run([sys.executable, "-c", _AFTER_NUMBA, str(tiny_model_path)], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", _AFTER_ODD_MODULES, str(tiny_model_path)], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr[-2000:]

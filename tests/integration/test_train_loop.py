@@ -190,6 +190,7 @@ def test_a_checkpoint_goes_on_where_it_was_and_an_interrupt_says_how_to_go_on(tr
         f"resume={trained.checkpoint.folder}",
         "train.steps=500",
     ]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored, and so it would be by the process
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = []
