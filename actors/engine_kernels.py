@@ -1,8 +1,8 @@
 """vLLM's CPU platform puts its own functions where Triton's kernels stand, when the first engine of a process starts.
 
-It looks for them in everything that any imported module holds, and stumbles over objects that answer oddly when they are asked for their ``__dict__``:
-llvmlite's handle of its library (numba, so bm25s) gives a C function, Flask's ``request`` (MLflow's server) raises. The engine then does not start. Here
-is that search, without the stumbling.
+It looks for them in everything that any imported module holds, and stumbles over objects that answer oddly when asked for their ``__dict__``:
+llvmlite's handle of its library (numba, so bm25s) gives a C function, Flask's ``request`` (MLflow's server) raises. The engine then does not
+start. Here is that search, without the stumbling.
 
 Checked against vLLM 0.32 (vllm/triton_utils/dispatcher.py); tests/integration/test_engine.py starts an engine after both imports.
 """
