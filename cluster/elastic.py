@@ -83,7 +83,7 @@ class ElasticFleet:
         stream.listen(self.lost, self.state.progress)
         reports = await asyncio.gather(*(worker.report() for worker in self._workers.values()))
         self._counted = {report.name: report for report in reports}
-        self._spawn(self._watch())
+        self._spawn(self._watch)
 
     def log_timeline(self, tracker: Tracker, step: int) -> None:
         """Where the workers' time went up to their last refresh, since the call before. Nothing without a refresh in between."""
@@ -155,14 +155,14 @@ class ElasticFleet:
         for _ in range(change.launch):
             name = self.state.next_name()
             self.state.launch(name)
-            self._spawn(self._bring_up(name))
+            self._spawn(self._bring_up, name)
         for name in change.drain:
             if name not in self._rolls or self._rolls[name].done():  # one that awaits its refresh is drained in its place
                 self._end(name)
 
     def _end(self, name: str) -> None:
         self.state.drain(name)
-        self._spawn(self._drain(name))
+        self._spawn(self._drain, name)
 
     async def _bring_up(self, name: str) -> None:
         """Start, load the newest weights (and those that came meanwhile), then serve."""
@@ -202,7 +202,7 @@ class ElasticFleet:
         """Starting and draining workers are left alone: the first take the newest weights before they serve, the second end."""
         running = name in self._rolls and not self._rolls[name].done()
         if not running and self.state.members[name].state in ("healthy", "suspect"):
-            self._rolls[name] = asyncio.create_task(self._guarded(self._roll(self._workers[name])))
+            self._rolls[name] = asyncio.create_task(self._guarded(self._roll, self._workers[name]))
 
     async def _roll(self, worker: ElasticWorker) -> None:
         """The version is chosen after the drain: no old one is kept for a worker with long episodes, and none is loaded that is old already."""
@@ -265,13 +265,13 @@ class ElasticFleet:
             if worker.name in self._workers:
                 self.state.answered(worker.name)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(self._guarded(work))
+    def _spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: str) -> None:
+        task = asyncio.create_task(self._guarded(work, *arguments))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: str | ElasticWorker) -> None:
         try:
-            await work
+            await work(*arguments)  # called here: a coroutine made by the caller would never be awaited when its task is cancelled before it starts
         except Exception as error:  # noqa: BLE001  a background failure of any kind must reach the loop, not die with its task
             self._stream.fail(error)

@@ -275,3 +275,18 @@ def test_asking_for_what_cannot_be_is_one_line(tmp_path: Path) -> None:
         ask_for(tmp_path, 0)
     with pytest.raises(ScaleError, match="holds no run: give the run's folder with --run"):
         newest_run(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_fleet_that_is_closed_at_once_leaves_nothing_unawaited() -> None:
+    lab = Lab(2)
+
+    async def closed_at_once() -> None:
+        workers = list(lab.all.values())
+        fleet = ElasticFleet(workers, FleetPlan(lab.launch, lambda: 2, 0, 2, 60.0, lab.said.append, in_flight=False), newest=None)
+        await fleet.start(GroupStream(StreamPlan(1, 2, 1, 2, 5.0), workers, 0, task_at, lab.ledger))
+        fleet.begin(Channel().publish(lab.trainer))
+        await fleet.close()  # the watch and both refreshes are cancelled before they begin
+
+    asyncio.run(closed_at_once())
+    assert lab.trainer.version == 0 and all(worker.version == 0 for worker in lab.all.values())
