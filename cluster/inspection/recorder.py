@@ -55,14 +55,11 @@ class _Scene:
 
 
 class EpisodeRecorder:
-    """One of a run. ``load_chat`` and ``fetch`` (what a FinishedGroup leads to) are called on its thread; they may block and raise."""
+    """One of a run. ``fetch`` (what a FinishedGroup leads to) is called on its thread; it may block and raise."""
 
-    def __init__(
-        self, settings: EpisodesConfig, run_dir: Path, load_chat: Callable[[], ChatFormat], fetch: Callable[[Any], TrajectoryGroup], sink: Sink
-    ) -> None:
+    def __init__(self, settings: EpisodesConfig, run_dir: Path, chat: ChatFormat, fetch: Callable[[Any], TrajectoryGroup], sink: Sink) -> None:
         self._settings, self._run_dir = settings, run_dir
-        self._load_chat, self._fetch, self._sink = load_chat, fetch, sink
-        self._chat: ChatFormat | None = None
+        self._chat, self._fetch, self._sink = chat, fetch, sink
         self._named: dict[str, str] = {}  # the settings' files
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(_MOST_WAITING)
         self._thread = threading.Thread(target=self._run, name="episode-recorder", daemon=True)
@@ -130,7 +127,7 @@ class EpisodeRecorder:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
-            except Exception as error:  # noqa: BLE001  a lost object, a full disk, a tokenizer that does not load: none may reach the run
+            except Exception as error:  # noqa: BLE001  a lost object, a full disk, a damaged group: none may reach the run
                 self._lose(" ".join(f"{type(error).__name__}: {error}".split())[:300])
 
     def _lose(self, problem: str) -> None:
@@ -138,10 +135,9 @@ class EpisodeRecorder:
         self._problem = self._problem or problem
 
     def _keep_finished(self, scene: _Scene, group: TrajectoryGroup, trajectories: Sequence[Trajectory]) -> None:
-        self._chat = self._chat or self._load_chat()
-        chat, receipts = self._chat, scene.config.engine.receipts == "always"
+        receipts = scene.config.engine.receipts == "always"
         siblings = [trajectory.outcome.reward for trajectory in group.trajectories]
-        self._keep([describe(one, chat, self._origin(scene, group.worker), receipts, siblings) for one in trajectories])
+        self._keep([describe(one, self._chat, self._origin(scene, group.worker), receipts, siblings) for one in trajectories])
 
     def _keep(self, records: Sequence[Record]) -> None:
         for record in records:

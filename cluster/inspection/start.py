@@ -21,7 +21,7 @@ def recording(config: RunConfig, run_dir: Path, model_path: Path, run_id: str) -
     wanted = config.episodes.traces and run_id
     traces = EpisodeTraces(store_uri(config.tracking, run_dir.parent), run_id) if wanted else None
     chat = chat_of(model_path)  # here: two threads that import transformers at once meet it half imported
-    recorder = EpisodeRecorder(config.episodes, run_dir, lambda: chat, from_object_store, traces or NoSink())
+    recorder = EpisodeRecorder(config.episodes, run_dir, chat, from_object_store, traces or NoSink())
     most = _WAIT_S
     try:
         yield recorder

@@ -314,7 +314,7 @@ def recorder(folder: Path, chat: ChatFormat, settings: EpisodesConfig) -> Episod
             raise RuntimeError(content)
         return content  # type: ignore[return-value]
 
-    return EpisodeRecorder(settings, folder, lambda: chat, fetch, NoSink())
+    return EpisodeRecorder(settings, folder, chat, fetch, NoSink())
 
 
 def group_of(play: Callable[..., Trajectory], position: int) -> TrajectoryGroup:
