@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from actors.calibration import input_moments
+from actors.calibration import input_moments, own_sensitivity
 from actors.fast_weights import SUPPORTED, Basis, BasisError, BasisKind
+from actors.sensitivity import Sensitivity
 from configs.schema import FastWeightsConfig
 
 _FORMAT = "engram-basis-1"
+_SENSITIVITY = "sensitivity."
 
 
 def target_modules(num_layers: int, config: FastWeightsConfig) -> tuple[str, ...]:
@@ -123,7 +126,23 @@ def compute_basis_from_checkpoint(model_path: str | os.PathLike[str], config: Fa
         except (OSError, safetensors.SafetensorError) as error:
             raise BasisError(f"{path}: cannot read {name}.weight ({error}); {SUPPORTED}") from error
     moments = input_moments(folder, tuple(weights), config.calibration_path) if config.basis == "data" else None
-    return compute_basis(weights, config, seed, moments)
+    basis = compute_basis(weights, config, seed, moments)
+    return basis if config.sensitivity_rank == 0 else with_sensitivity(basis, own_sensitivity(folder, basis, config.sensitivity_rank, seed))
+
+
+def with_sensitivity(basis: Basis, sensitivity: Mapping[str, Sensitivity]) -> Basis:
+    """The same A, and how a write should go about it: a basis of its own id. Raises BasisError for shapes that do not fit, or numbers not finite."""
+    digest = hashlib.sha256(basis.id.encode())
+    for name, rows in basis.d_out.items():
+        one = sensitivity[name]
+        kept = one.directions.shape[-1]
+        if one.directions.shape != (rows, kept) or one.inverse.shape != (kept + 1,) or one.read.shape != (basis.rank, basis.rank):
+            raise BasisError(f"the sensitivity of {name} does not fit its matrix: shapes {[tuple(part.shape) for part in one.parts().values()]}")
+        for part in one.parts().values():
+            if not bool(torch.isfinite(part).all()):
+                raise BasisError(f"the sensitivity of {name} is not finite: the base model gives NaN or infinity; use an undamaged checkpoint")
+            digest.update(part.numpy().tobytes())
+    return replace(basis, id=digest.hexdigest()[:16], sensitivity=dict(sensitivity))
 
 
 def _files_of(folder: Path, modules: Sequence[str]) -> dict[str, Path]:
@@ -146,7 +165,8 @@ def save_basis(basis: Basis, path: str | os.PathLike[str]) -> None:
     metadata["train_a"] = json.dumps(basis.train_a)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        safetensors.torch.save_file(dict(basis.a), temporary, metadata=metadata)
+        parts = {f"{_SENSITIVITY}{part}.{name}": tensor for name, one in basis.sensitivity.items() for part, tensor in one.parts().items()}
+        safetensors.torch.save_file({**basis.a, **parts}, temporary, metadata=metadata)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -158,17 +178,21 @@ def load_basis(path: str | os.PathLike[str]) -> Basis:
     try:
         with safetensors.safe_open(path, framework="pt") as reader:
             metadata: dict[str, str] = reader.metadata() or {}
-            a = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118  (not a mapping)
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118  (not a mapping)
     except (OSError, safetensors.SafetensorError) as error:
         raise BasisError(f"{path}: cannot be read as a basis ({error}); {cure}") from error
     if metadata.get("format") != _FORMAT:
         raise BasisError(f"{path}: is not a basis of format {_FORMAT} (format {metadata.get('format')!r}); {cure}")
+    a = {name: tensor for name, tensor in tensors.items() if not name.startswith(_SENSITIVITY)}
     try:
         kind, d_out = metadata["kind"], {str(name): int(size) for name, size in json.loads(metadata["d_out"]).items()}
         known: dict[str, BasisKind] = {one: one for one in get_args(BasisKind)}
         if kind not in known or set(d_out) != set(a) or any(matrix.ndim != 2 for matrix in a.values()):
             raise ValueError("kind, d_out and matrices do not fit each other")
         basis = make_basis(known[kind], {name: a[name] for name in d_out}, d_out, train_a=metadata.get("train_a") == "true")
+        if len(tensors) > len(a):
+            parts = ("directions", "inverse", "read")
+            basis = with_sensitivity(basis, {name: Sensitivity(*(tensors[f"{_SENSITIVITY}{part}.{name}"] for part in parts)) for name in a})
     except (KeyError, ValueError, AttributeError) as error:
         raise BasisError(f"{path}: damaged basis ({error}); {cure}") from error
     if basis.id != metadata.get("id"):

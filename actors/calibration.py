@@ -1,7 +1,9 @@
-"""What the adapted layers read: second moments of their inputs over a calibration text, for the data-driven basis.
+"""What the adapted layers read: second moments of their inputs over a calibration text, for the data-driven basis; and over the model's own text, how
+sensitive it is to their change, for the natural write.
 
-Method: EVA, arXiv 2410.07170: A spans the top right singular directions of a layer's inputs, which are the top eigenvectors of sum x x^T. Summed up
-window by window in float64, so memory does not grow with the text: [d_in, d_in] for each distinct input (gate_proj and up_proj read the same one).
+Method of the first: EVA, arXiv 2410.07170: A spans the top right singular directions of a layer's inputs, which are the top eigenvectors of
+sum x x^T. Summed up window by window in float64, so memory does not grow with the text: [d_in, d_in] for each distinct input (gate_proj and up_proj
+read the same one).
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actors.fast_weights import SUPPORTED, BasisError
+from actors.chat import ChatFormat
+from actors.fast_weights import SUPPORTED, Basis, BasisError
+from actors.sensitivity import Sensitivity, measure, own_samples
 
 WINDOW = 512
 """Tokens that the model reads at once; a text needs as many at least, for a second moment that is more than a few sentences' (our choices)."""
 MAX_TOKENS = 16 * WINDOW
+_ASSISTANT = "You are a helpful assistant."
 _CHARACTERS = 16 * MAX_TOKENS  # more than so many tokens have in any language; the rest of a large file is not read
 
 
@@ -27,18 +32,31 @@ def input_moments(model_path: Path, modules: Sequence[str], text_path: str) -> d
     The first token of each window is left out: decoders keep an attention sink there, of a norm that would drown all others. Modules with one input
     share one tensor. Deterministic for one machine and number of threads. Raises BasisError: no such text, no UTF-8, too short, no usable model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     text = _read(text_path)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
-        model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto").eval()
-    except (OSError, ValueError) as error:
-        raise BasisError(f"{model_path}: cannot be loaded to read fast_weights.calibration_path ({str(error).splitlines()[0]})") from error
+    model, tokenizer = _load(model_path, "auto", "to read fast_weights.calibration_path")
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_TOKENS]
     if len(ids) < WINDOW:
         raise BasisError(f"fast_weights.calibration_path={text_path} holds {len(ids)} tokens, at least {WINDOW} are needed: give a longer text")
     return moments_of(model, modules, [ids[i : i + WINDOW] for i in range(0, len(ids) - 1, WINDOW)])
+
+
+def own_sensitivity(model_path: Path, basis: Basis, rank: int, seed: int) -> dict[str, Sensitivity]:
+    """By module of the basis, over the model's own text (see ``sensitivity``), in float32. Raises BasisError, ChatTemplateError: no usable model."""
+    model, tokenizer = _load(model_path, torch.float32, "to measure fast_weights.sensitivity_rank")
+    chat = ChatFormat(tokenizer)
+    free = (tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,)
+    texts = own_samples(model, (free, (*chat.system(_ASSISTANT), *chat.user_open)), seed)
+    return measure(model, basis.a, basis.first_layer, texts, rank, seed)
+
+
+def _load(model_path: Path, dtype: Any, wanted: str) -> tuple[Any, Any]:
+    """Model and tokenizer of the folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).eval(), AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        raise BasisError(f"{model_path}: cannot be loaded {wanted} ({str(error).splitlines()[0]})") from error
 
 
 def _read(text_path: str) -> str:

@@ -58,7 +58,7 @@ class ChatFormat:
         special = set(tokenizer.all_special_ids)
         self._system_open = self._encode_opening(text.system_open)
         self._system_close = self._encode_template(text.system_close)
-        self._user_open = self._encode_opening(text.user_open)
+        self.user_open: Ids = self._encode_opening(text.user_open)
         self._user_close = self._encode_template(text.user_close)
         self._reply_close = self._encode_template(text.assistant_close)
         self.assistant_open: Ids = self._encode_template(text.assistant_open)
@@ -74,7 +74,7 @@ class ChatFormat:
 
     def user(self, text: str) -> Ids:
         """A whole user turn."""
-        return self._user_open + self.encode(text) + self._user_close
+        return self.user_open + self.encode(text) + self._user_close
 
     def assistant_close(self, sampled: Sequence[int]) -> Ids:
         """What follows a sampled reply: the rest of the template's closing if it ended with the stop token, else (cut by length) all of it."""
@@ -96,7 +96,7 @@ class ChatFormat:
 
     def turns(self, ids: Sequence[int]) -> list[Turn]:
         """``ids`` of a conversation by its turns, for people to read; what stands outside of any (a turn cut by truncation) has the role "text"."""
-        opens = [(self._system_open, "system"), (self._user_open, "user"), (self.assistant_open, "assistant")]
+        opens = [(self._system_open, "system"), (self.user_open, "user"), (self.assistant_open, "assistant")]
         marks = [*opens, (self._system_close, "text"), (self._user_close, "text"), (self._reply_close, "text")]
         found: list[Turn] = []
         role, start, place = "text", 0, 0

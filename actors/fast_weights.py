@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actors.sensitivity import Sensitivity
 from actors.types import FastWeights
 
 BasisKind = Literal["svd", "unit_svd", "random", "data"]
@@ -35,7 +36,8 @@ class Basis:
     """The frozen side A of every adapted matrix, by full module name ("model.layers.26.mlp.gate_proj").
 
     a: float32 [rank, d_in] on the CPU, never requiring grad. d_out: rows of each W. train_a: a write moves A too, so that every revision but 0 has
-    its own. id: hash of kind, rank, train_a, names, d_out and the bytes of A; two bases with one id are the same basis.
+    its own. id: hash of kind, rank, train_a, names, d_out and the bytes of A, and of the sensitivity where it was measured; two bases with one id are
+    the same basis. sensitivity: of every matrix, for write.optimizer=natural, or empty.
     """
 
     id: str
@@ -44,6 +46,7 @@ class Basis:
     a: Mapping[str, Tensor]
     d_out: Mapping[str, int]
     train_a: bool
+    sensitivity: Mapping[str, Sensitivity] = field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 Method: TMEM, arXiv 2606.04536: a few SFT steps on B alone, A and theta frozen, each write starting from the episode's current B. The loss is the mean
 over the answer tokens of a minibatch; the optimizer's state starts fresh at every write (both unpublished: our choices). With a basis of
-``train_a`` (an ablation: what LoRA usually does) the same steps move A too, with the same optimizer and learning rate.
+``train_a`` (an ablation: what LoRA usually does) the same steps move A too, with the same optimizer and learning rate. Optimizers: write_steps.py.
 
 What makes it cheap, without changing the result (each episode gets what a PEFT + torch.optim loop of its own would give):
 
@@ -28,6 +28,7 @@ from actors.fast_weights import Basis, StackedWeights, stack
 from actors.frozen_model import FrozenModel, read_model
 from actors.protocols import WriterError
 from actors.types import FastWeights, Probe, WriteExample, WriteRequest, WriteResult
+from actors.write_steps import steps_of
 from configs.schema import WriteConfig
 
 PROBE_PROMPT_TOKENS, PROBE_ANSWER_TOKENS = 3, 3
@@ -82,17 +83,16 @@ def _by_episode(flat: Iterable[Tensor], picked: _Picked) -> list[list[Tensor]]:
     return [[next(each) for _ in mine] for mine in picked]
 
 
-def _train(rows: _Pass, places: _Picked, start: StackedWeights, config: WriteConfig, watch: _Watch) -> _Run:
+def _train(rows: _Pass, places: _Picked, start: StackedWeights, basis: Basis, config: WriteConfig, watch: _Watch) -> _Run:
     """All episodes step together; one that has had its epochs, or diverged, is left out of the next steps. ``places``: each episode's rows.
 
     ``watch`` is shown the fast weights of all episodes after each step: it must copy what it keeps.
     """
     trained, final = _copy(start), _copy(start)
     leaves, results = ([*one.b.values(), *one.a.values()] for one in (trained, final))
-    kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam  # elementwise both: stacked episodes stay apart
-    optimizer = kind([leaf.requires_grad_() for leaf in leaves], lr=config.learning_rate)
     batches = [[mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)] for mine in places]
     totals = [config.epochs * len(mine) for mine in batches]
+    optimizer = steps_of(trained, basis, config, totals)
     steps, failures = [0] * len(places), [""] * len(places)
     several = [e for e in range(len(places)) if len(batches[e]) > 1]
     before = dict(zip(several, rows.measure([places[e] for e in several], start), strict=True)) if several else {}
@@ -175,7 +175,7 @@ class BatchedWriter:
         rows = _Pass(self._cut, reading)
         places = [[i for i, (owner, _) in enumerate(owners) if owner == e] for e in range(len(requests))]
         start = stack([request.weights for request in requests], self._basis, torch.float32, self._cut.model.device)
-        run = _train(rows, places, start, self._config, watch)
+        run = _train(rows, places, start, self._basis, self._config, watch)
         under = (rows.prepared(places), run.final), (self._cut.prepare(probing, probing.rows), _behind(start, run.final))
         scored, probes = self._cut.measure(*under)
         after = _by_episode(scored, places)
@@ -216,7 +216,8 @@ class BatchedWriter:
 
     def _refusal(self, failure: str, loss_before: float, loss_after: float, finite: bool) -> str:
         """Why a write is rolled back, in one line, or "" when it is accepted."""
-        cure = f"lower write.learning_rate={self._config.learning_rate:g}"
+        key = "first_kl" if self._config.optimizer == "natural" else "learning_rate"
+        cure = f"lower write.{key}={getattr(self._config, key):g}"
         if failure:
             return f"{failure}; {cure}"
         if not (finite and math.isfinite(loss_before) and math.isfinite(loss_after)):

@@ -19,10 +19,13 @@ class FastWeightsConfig:
     basis: Literal["svd", "unit_svd", "random", "data"] = "svd"  # A: W's top singular directions, the same at unit length, random, or the inputs' own
     calibration_path: str = ""  # a text file, needed by basis=data: A spans what the layers read when the model reads it
     train_a: bool = False  # a write also moves A (an ablation: the paper's A is frozen)
+    sensitivity_rank: int = 0  # for write.optimizer=natural: directions of each matrix' output measured on the model's own text at a run's start
 
     def __post_init__(self) -> None:
         positive(self, "rank", "last_layers")
         require(self.rank <= 64, "rank", self.rank, "at most 64", "the engine's adapter slots are that wide")
+        require(self.sensitivity_rank >= 0, "sensitivity_rank", self.sensitivity_rank, "0 (not measured) or more", "64 is a good value")
+        require(not (self.sensitivity_rank and self.train_a), "train_a", self.train_a, "false where fast_weights.sensitivity_rank is above 0")
         wants_text = self.basis == "data" and not self.calibration_path
         require(not wants_text, "calibration_path", self.calibration_path, "a text file where fast_weights.basis is data")
         require(len(set(self.projections)) == len(self.projections) > 0, "projections", self.projections, "one projection or more, each once")
@@ -32,8 +35,10 @@ class FastWeightsConfig:
 class WriteConfig:
     """The write operator T: SFT on the flashcards' answers. A loss not finite, or over ``max_loss_ratio`` times its start, is rolled back."""
 
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    learning_rate: float = 5e-4
+    optimizer: Literal["sgd", "adam", "natural"] = "sgd"  # natural: the natural gradient of B, each step of a given predicted harm (Engram's own)
+    learning_rate: float = 5e-4  # of sgd and adam
+    first_kl: float = 0.02  # of natural: the harm of the first step to the model's own text, predicted, in nats per token
+    last_kl: float = 1e-3  # of natural: of the last step; between them it falls geometrically
     epochs: int = 5  # 0: T is the identity, nothing is asked for and nothing written
     batch_size: int = 16
     rehearsal: int = 0  # earlier flashcards of the episode mixed into each write, newest first, against forgetting; the paper's has none
@@ -43,7 +48,8 @@ class WriteConfig:
     chunk_tokens: int = 2048  # most tokens in one forward and backward pass of the writer: bounds its memory, changes no result
 
     def __post_init__(self) -> None:
-        positive(self, "learning_rate", "batch_size", "max_flashcards", "max_example_tokens", "chunk_tokens")
+        positive(self, "learning_rate", "first_kl", "last_kl", "batch_size", "max_flashcards", "max_example_tokens", "chunk_tokens")
+        require(self.last_kl <= self.first_kl, "last_kl", self.last_kl, f"at most write.first_kl={self.first_kl:g}")
         require(self.max_loss_ratio >= 1, "max_loss_ratio", self.max_loss_ratio, "1 or more", "1 rolls back every write whose loss rose")
         require(self.epochs >= 0, "epochs", self.epochs, "0 (T is the identity) or more")
         require(self.rehearsal >= 0, "rehearsal", self.rehearsal, "0 (off) or more")

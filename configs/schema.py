@@ -236,6 +236,9 @@ class RunConfig:
         corrected = self.rollout.refresh == "drain" or self.objective.importance == "truncated"
         cure = "tokens of older weights need their ratio corrected"
         require(corrected, "objective.importance", self.objective.importance, "truncated with rollout.refresh=in_flight", cure)
+        measured = self.write.optimizer != "natural" or self.fast_weights.sensitivity_rank > 0
+        rank = self.fast_weights.sensitivity_rank
+        require(measured, "fast_weights.sensitivity_rank", rank, "1 or more with write.optimizer=natural", "64 is a good value")
         memory, have = self.memory, self.engine.max_model_tokens
         summary = memory.max_summary_tokens if memory.policy in SUMMARIZING else 0
         least = 1 + memory.max_context_tokens + memory.max_extract_tokens + summary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +84,28 @@ def test_nothing_written_is_no_damage_exactly(probed: Probed) -> None:
 
 def test_the_last_step_is_the_write_to_the_bit(probed: Probed) -> None:
     assert probed.last_step == probed.after
+
+
+def test_the_natural_write_remembers_more_wordings_and_harms_less(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six facts in ten steps each, of half the text that a run measures: Adam at a rate that suits it, and the preset of rows/tmem_natural.yaml."""
+    monkeypatch.setattr("actors.sensitivity.SAMPLES", 16)
+    model: FrozenModel = read_model(str(model_path), "float32", torch.device("cpu"))
+    basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(sensitivity_rank=64), seed=0)
+    chat = ChatFormat(AutoTokenizer.from_pretrained(model_path))
+    cards = [replace(card, paraphrases=card.paraphrases[:2]) for card in recall_cards(6, "eval", 0)]
+    examiner = Examiner(Reader(model, chat.stop_token_ids), chat, SYSTEM_PROMPT, [cards], unrelated_pieces(None))
+
+    def after(write: WriteConfig) -> Point:
+        (result,) = BatchedWriter(model, basis, write).write([WriteRequest("probe", zero(basis), examiner.written(1))])
+        assert result.outcome == "accepted"
+        return examiner.examine(basis, result.weights, 1, write.epochs)
+
+    adam = after(WriteConfig(optimizer="adam", learning_rate=1e-3, epochs=10))
+    natural = after(WriteConfig(optimizer="natural", epochs=10, first_kl=0.02, last_kl=1e-3))
+    assert natural.loss(True) < adam.loss(True)
+    assert sum(natural.recall(True, "em")) >= sum(adam.recall(True, "em"))
+    assert natural.text("text", "kl") < 0.5 * adam.text("text", "kl")
+    assert natural.text("reply", "kl") < 0.5 * adam.text("reply", "kl")
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ SHIPPED_ROWS = (
     "seal",
     "tmem",
     "tmem_blind",
+    "tmem_natural",
     "hybrid",
 )
 
@@ -66,23 +67,25 @@ def test_without_rows_it_is_truncation_and_the_configurations_own() -> None:
 
 @pytest.mark.parametrize("row", SHIPPED_ROWS)
 def test_every_shipped_row_is_a_memory_at_the_scale_of_the_base(row: str) -> None:
-    """L_max and token limits are the base's in every row, and T is in all rows but SEAL's: otherwise rows would differ in more than their name."""
+    """L_max and token limits are the base's in every row, and T is in all but those that are another T: rows would differ in more than their name."""
     plan = plan_cells(request(rows=("truncation", row) if row != "truncation" else (row,)))
     base, config = plan.base, plan.cells[-1].config
     limits = ("max_context_tokens", "max_extract_tokens", "max_summary_tokens")
     assert [getattr(config.memory, name) for name in limits] == [getattr(base.memory, name) for name in limits]
     if row == "seal":
         assert (config.fast_weights.rank, config.write.learning_rate, config.write.epochs) == (32, 1e-3, 10)
+    elif row == "tmem_natural":
+        assert (config.fast_weights.rank, config.write.optimizer, config.write.epochs) == (base.fast_weights.rank, "natural", 10)
     else:
         assert config.write == base.write
         assert config.fast_weights.rank == base.fast_weights.rank
     assert (config.environment, config.sampling, config.engine, config.model) == (base.environment, base.sampling, base.engine, base.model)
 
 
-def test_the_shipped_rows_are_the_papers_table() -> None:
+def test_the_shipped_rows_are_the_papers_table_and_engrams_own_write() -> None:
     assert set(shipped("rows")) == set(SHIPPED_ROWS)
     plan = plan_cells(request(rows=SHIPPED_ROWS))
-    memories = [(cell.config.memory.policy, cell.config.memory.question_blind) for cell in plan.cells]
+    memories = [(cell.config.memory.policy, cell.config.memory.question_blind, cell.config.write.optimizer == "natural") for cell in plan.cells]
     assert len(set(memories)) == len(SHIPPED_ROWS)
 
 

@@ -1,0 +1,181 @@
+"""The natural write: sensitivity as its formula says, steps of the predicted harm, and less real harm for the same learning than the paper's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from actors.basis import load_basis, save_basis, with_sensitivity
+from actors.calibration import own_sensitivity
+from actors.fast_weights import Basis, BasisError, DeltaInjector, stack, zero
+from actors.frozen_model import OwnedWeights
+from actors.sensitivity import DAMPING, Sensitivity, measure, own_samples, sensitivity_of
+from actors.types import FastWeights, WriteRequest
+from actors.write_steps import Natural
+from actors.writer import BatchedWriter
+from configs.bounds import BoundError
+from configs.schema import FastWeightsConfig, RunConfig, WriteConfig
+from tests.unit.test_writer import VOCABULARY, basis_of, examples, ragged_requests, tiny_model
+
+NATURAL = WriteConfig(optimizer="natural", epochs=3, batch_size=3, first_kl=0.02, last_kl=1e-3)
+
+
+@pytest.fixture
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.sensitivity.SAMPLES", 4)
+    monkeypatch.setattr("actors.sensitivity.SAMPLE_TOKENS", 16)
+
+
+def texts(count: int = 24) -> list[tuple[int, ...]]:
+    draw = torch.Generator().manual_seed(3)
+    return [tuple(torch.randint(0, VOCABULARY, (24,), generator=draw).tolist()) for _ in range(count)]
+
+
+def sensitive(model: nn.Module, rank: int = 8) -> Basis:
+    basis = basis_of(model)
+    return with_sensitivity(basis, measure(model, basis.a, basis.first_layer, texts(), rank, 0))
+
+
+@pytest.mark.parametrize("shape", [(200, 12), (8, 12)])
+def test_the_direction_is_that_of_the_formula(shape: tuple[int, int]) -> None:
+    """Every eigenvector kept that there is: G is exact but for the damping of what is left."""
+    draw = torch.Generator().manual_seed(0)
+    g, z = (torch.randn(shape[0], width, generator=draw, dtype=torch.float64) for width in (shape[1], 3))
+    rank = min(shape) - 2
+    one = sensitivity_of(z, g, rank)
+    values, vectors = torch.linalg.eigh(g.T @ g / shape[0])
+    rest = values[:-rank].mean()
+    full = (vectors * torch.cat([rest.expand(shape[1] - rank), values[-rank:]])) @ vectors.T + DAMPING * rest * torch.eye(
+        shape[1], dtype=torch.float64
+    )
+    gradient = torch.randn(2, shape[1], 3, generator=draw)
+    wanted = torch.linalg.solve(full, gradient.double()) @ torch.linalg.inv(z.T @ z / shape[0])
+    assert torch.allclose(one.natural(gradient).double(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_a_step_is_as_long_as_the_harm_it_may_do() -> None:
+    draw = torch.Generator().manual_seed(0)
+    ones = [sensitivity_of(torch.randn(50, 3, generator=draw), torch.randn(50, rows, generator=draw), 4) for rows in (5, 7)]
+    b = [torch.zeros(2, rows, 3, requires_grad=True) for rows in (5, 7)]
+    steps = Natural(b, ones, 0.02, 0.005, torch.tensor([3, 1]))
+    for taken, kl in enumerate((0.02, 0.01, 0.005)):
+        before = [matrix.detach().clone() for matrix in b]
+        for matrix in b:
+            matrix.grad = torch.randn(matrix.shape, generator=draw)
+            matrix.grad[1] *= taken == 0  # the second episode has had its one step: no gradient, no movement
+        steps.step()
+        moved = [now.detach() - then for now, then in zip(b, before, strict=True)]
+        assert sum(harm(one, change[0]) for one, change in zip(ones, moved, strict=True)) == pytest.approx(kl, rel=1e-3)
+        assert (sum(harm(one, change[1]) for one, change in zip(ones, moved, strict=True)) > 0) == (taken == 0)
+        steps.zero_grad()
+        assert all(matrix.grad is None for matrix in b)
+
+
+def harm(one: Sensitivity, change: Tensor) -> float:
+    """1/2 tr(dB^T G dB C), with G and C as they were kept."""
+    rows = len(one.directions)
+    inverse = one.inverse[-1] * torch.eye(rows) + (one.directions * (one.inverse[:-1] - one.inverse[-1])) @ one.directions.T
+    g, c = torch.linalg.inv(inverse.double()), torch.linalg.inv(one.read.double())
+    return float((change.double().T @ g @ change.double() @ c).trace() / 2)
+
+
+def test_episodes_written_together_get_what_each_would_get_alone() -> None:
+    model = tiny_model()
+    basis = sensitive(model)
+    weights = OwnedWeights(model.state_dict(), torch.float32, torch.device("cpu"))
+    writer = BatchedWriter(weights.model(model.config), basis, NATURAL)
+    requests = [replace(one, weights=replace(one.weights, basis_id=basis.id)) for one in ragged_requests(basis)]
+    together = writer.write(requests)
+    assert [result.outcome for result in together] == ["accepted"] * 3
+    for request, result in zip(requests, together, strict=True):
+        (alone,) = writer.write([request])
+        assert result.loss_after < result.loss_before
+        for name, matrix in alone.weights.b.items():
+            assert abs(matrix - result.weights.b[name]).max() <= 2e-5 * max(1.0, abs(matrix).max())
+
+
+def test_it_does_less_harm_than_the_papers_step_that_learns_as_much() -> None:
+    """On the texts that it was measured on and on fresh ones: KL(base || written) at the same loss of the flashcards."""
+    model = tiny_model()
+    basis = sensitive(model)
+    frozen = OwnedWeights(model.state_dict(), torch.float32, torch.device("cpu")).model(model.config)
+    request = WriteRequest("a", zero(basis), examples(1, 3))
+    (natural,) = BatchedWriter(frozen, basis, replace(NATURAL, epochs=2, first_kl=0.01, last_kl=0.01)).write([request])
+    rates = (10**exponent for exponent in range(-5, 0) for exponent in (exponent, exponent + 0.25, exponent + 0.5, exponent + 0.75))
+    plain = (BatchedWriter(frozen, basis, WriteConfig(epochs=2, learning_rate=rate, batch_size=3)).write([request])[0] for rate in rates)
+    as_good = next(result for result in plain if result.loss_after <= natural.loss_after)
+    assert kl(model, basis, natural.weights) < 0.5 * kl(model, basis, as_good.weights)
+
+
+@torch.no_grad()
+def kl(model: nn.Module, basis: Basis, weights: FastWeights) -> float:
+    ids = torch.tensor(texts(48)[24:])
+    base = model(ids).logits.log_softmax(-1)
+    with DeltaInjector(model, basis).use(stack([weights] * len(ids), basis)):
+        now = model(ids).logits.log_softmax(-1)
+    return float((base.exp() * (base - now)).sum(-1).mean())
+
+
+def test_a_basis_keeps_its_sensitivity_in_its_file(tmp_path: Path) -> None:
+    model = tiny_model()
+    basis, path = sensitive(model), tmp_path / "basis.safetensors"
+    assert basis.id != basis_of(model).id
+    save_basis(basis, path)
+    loaded = load_basis(path)
+    assert loaded.id == basis.id
+    for name, one in basis.sensitivity.items():
+        assert all(torch.equal(part, loaded.sensitivity[name].parts()[key]) for key, part in one.parts().items())
+    with safetensors.safe_open(path, framework="pt") as reader:
+        metadata, tensors = reader.metadata(), {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118  (no mapping)
+    for damage, message in (
+        ({f"sensitivity.read.{basis.modules[0]}": torch.zeros(2, 2)}, "does not fit"),
+        ({f"sensitivity.read.{basis.modules[0]}": torch.full((3, 3), torch.nan)}, "not finite"),
+        ({f"sensitivity.read.{basis.modules[0]}": torch.eye(3)}, "altered"),
+    ):
+        safetensors.torch.save_file({**tensors, **damage}, path, metadata=metadata)
+        with pytest.raises(BasisError, match=message) as caught:
+            load_basis(path)
+        assert "\n" not in str(caught.value)
+    del tensors[f"sensitivity.inverse.{basis.modules[0]}"]
+    safetensors.torch.save_file(tensors, path, metadata=metadata)
+    with pytest.raises(BasisError, match="damaged"):
+        load_basis(path)
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_a_models_own_text_is_the_same_every_time_and_leaves_the_generator_alone(tiny_model_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    torch.manual_seed(5)
+    untouched = torch.get_rng_state()
+    first, again, other = (own_samples(model, ((1,), (1, 2, 3)), seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), untouched)
+    assert first == again != other
+    assert {text[:1] for text in first} == {(1,)} and len({text for text in first}) > 1
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_a_folder_is_enough_and_trains_nothing(tiny_model_path: Path, tmp_path: Path) -> None:
+    from actors.basis import compute_basis_from_checkpoint
+
+    plain = compute_basis_from_checkpoint(tiny_model_path, FastWeightsConfig(), 0)
+    first, again = (compute_basis_from_checkpoint(tiny_model_path, FastWeightsConfig(sensitivity_rank=8), 0) for _ in range(2))
+    assert first.id == again.id != plain.id
+    assert all(torch.equal(first.a[name], plain.a[name]) for name in plain.modules)
+    with pytest.raises(BasisError, match=r"cannot be loaded to measure fast_weights\.sensitivity_rank"):
+        own_sensitivity(tmp_path, plain, 8, 0)
+
+
+def test_what_the_natural_write_needs_is_asked_for() -> None:
+    with pytest.raises(BoundError, match=r"fast_weights\.sensitivity_rank=0 is not allowed: it must be 1 or more with write\.optimizer=natural"):
+        RunConfig(write=NATURAL)
+    with pytest.raises(BoundError, match=r"train_a=True is not allowed"):
+        FastWeightsConfig(sensitivity_rank=8, train_a=True)
+    with pytest.raises(BoundError, match=r"last_kl=0\.5 is not allowed: it must be at most write\.first_kl=0\.02"):
+        WriteConfig(last_kl=0.5)
