@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from cluster.probe.study import Study, load_study, shipped
 from configs.load import ConfigError, to_yaml
 
 _EXAMPLES = """cards: a JSON or JSONL file of {"question", "answer"[, "paraphrases": [...]]}, or recall:N for N made-up facts with paraphrases
@@ -18,6 +19,7 @@ examples:
   python -m cluster probe configs/quickstart.yaml --cards recall:12 --sweep fast_weights.basis=svd,random write.learning_rate=5e-4,2e-3 --seeds 0,1,2
   python -m cluster probe configs/quickstart.yaml --cards recall:12 --cell write.optimizer=sgd write.epochs=5 \\
       --cell write.optimizer=adam write.learning_rate=1e-3 write.epochs=20
+  python -m cluster probe configs/quickstart.yaml --study write
   python -m cluster probe configs/quickstart.yaml --cards recall:64 --writes 16 --sweep write.rehearsal=0,4
 """
 
@@ -29,6 +31,7 @@ def add_probe(commands: Any) -> None:
     )
     command.add_argument("config", nargs="?", default=None, metavar="CONFIG", help="a YAML file, e.g. configs/quickstart.yaml")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all cells that differ from the file")
+    command.add_argument("--study", metavar="NAME|FILE", help=f"cards, seeds, writes and grid from a file; shipped: {', '.join(shipped())}")
     command.add_argument("--cards", metavar="FILE|recall:N", help="what is written and asked")
     command.add_argument(
         "--unrelated", type=Path, metavar="FILE", help="text to measure damage on: running text, or .jsonl of questions (shipped text)"
@@ -36,8 +39,8 @@ def add_probe(commands: Any) -> None:
     command.add_argument("--sweep", nargs="+", action="append", default=[], metavar="key=v1,v2", help="the grid: every value with every other")
     command.add_argument("--cell", nargs="+", action="append", default=[], metavar="key=value", help="settings that belong together, one cell")
     command.add_argument("--each-step", action="store_true", help="measure after each optimizer step of a write, too")
-    command.add_argument("--writes", type=_count, default=1, metavar="N", help="the cards come as N successive writes (default 1)")
-    command.add_argument("--seeds", type=_seeds, default=(0,), metavar="0,1,2", help="of the cards and of a random basis (default 0)")
+    command.add_argument("--writes", type=_count, metavar="N", help="the cards come as N successive writes (default 1)")
+    command.add_argument("--seeds", type=_seeds, metavar="0,1,2", help="of the cards and of a random basis (default 0)")
     command.add_argument("--resume", type=Path, metavar="FOLDER", help="go on in the folder of an earlier run: its finished cells are not run again")
     command.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     command.add_argument("--settings", action="store_true", help="list every setting and stop")
@@ -49,17 +52,21 @@ def run_probe(options: argparse.Namespace) -> None:
 
     if options.config is None or "=" in options.config:
         raise ConfigError("probe needs a configuration file before the settings, e.g. configs/quickstart.yaml")
-    config, cells = load_grid(Path(options.config), options.overrides, options.cell, list(itertools.chain.from_iterable(options.sweep)))
+    study = Study() if options.study is None else load_study(options.study)
+    sweep = list(itertools.chain.from_iterable(options.sweep))
+    config, cells = load_grid(Path(options.config), options.overrides, options.cell or study.cells, sweep or study.sweep)
     if options.print_config:
         print(to_yaml(config), end="")  # noqa: T201  (what was asked for)
         return
-    if options.cards is None:
+    cards = options.cards or study.cards
+    if not cards:
         raise ConfigError("probe needs --cards: a file of questions and answers, or recall:N for N made-up facts")
 
     from cluster.probe.run import ProbeOptions, probe
     from cluster.progress import Display
 
-    chosen = ProbeOptions(options.cards, options.unrelated, options.each_step, options.writes, options.seeds, options.resume)
+    each_step, writes, seeds = options.each_step or study.each_step, options.writes or study.writes, options.seeds or study.seeds
+    chosen = ProbeOptions(cards, options.unrelated, each_step, writes, seeds, options.resume)
     probe(config, cells, chosen, Display())
 
 

@@ -1,0 +1,61 @@
+"""A probe's study files: the shipped ones are grids that load, a mistake in one of a user's is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from cluster.probe.grid import load_grid
+from cluster.probe.study import Study, load_study, shipped
+from cluster.probe.values import ProbeError
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_study_is_a_grid_over_the_quickstart(name: str) -> None:
+    study = load_study(name)
+    _, cells = load_grid(QUICKSTART, [], study.cells, study.sweep)
+    assert len(cells) >= max(2, len(study.cells))
+    assert study.cards.startswith("recall:")
+    assert study.cards.startswith("recall:train:") == (name == "tuning"), "nothing is tuned on what it is then measured on"
+
+
+def test_a_file_says_what_the_command_line_leaves_out(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "cards: cards.jsonl\nseeds: [3, 4]\nwrites: 2\neach_step: true\ncells:\n  - write.epochs=2 write.learning_rate=1e-3\nsweep:\n  - write.rehearsal=0,4\n"
+    )
+    cells = (("write.epochs=2", "write.learning_rate=1e-3"),)
+    assert load_study(str(path)) == Study("cards.jsonl", (3, 4), 2, True, cells, ("write.rehearsal=0,4",))
+    path.write_text("cards: recall:4\n")
+    assert load_study(str(path)) == Study(cards="recall:4")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("- a list", "list is not allowed; its keys are cards, seeds, writes"),
+        ("card: x", r"\['card'\] is not allowed"),
+        ("writes: 0", "writes=0 is not allowed; it must be a int of 1 or more"),
+        ("writes: true", "writes=True is not allowed"),
+        ("cards: 5", "cards=5 is not allowed; it must be a str"),
+        ("seeds: [a]", r"seeds=\['a'\] is not allowed; it must be a list of int"),
+        ("cells: write.epochs=2", "cells='write.epochs=2' is not allowed; it must be a list of str"),
+        ("cards: [", "is not YAML"),
+    ],
+)
+def test_a_mistake_in_a_study_is_one_line(text: str, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ProbeError, match=part) as caught:
+        load_study(str(path))
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_study_that_is_not_there_is_said_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", str(QUICKSTART), "--study", "nope"]) == 2
+    assert "--study nope: no such file; shipped are" in capsys.readouterr().err
