@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from cluster.bench.values import Table
 from cluster.probe.plots import save_plots
 from cluster.probe.values import CellRun, Point
-from cluster.statistics import bootstrap_interval
+from cluster.statistics import PairedDifference, bootstrap_interval, holm, paired_difference
 from cluster.tables import markdown_table
 
 HEADER = (
@@ -36,9 +36,11 @@ HEADER = (
 LEGEND = (
     "loss: nats per answer token, before→after the last write · recall: greedy answers that match exactly (plain EM) [95 % CI] · reworded: the same "
     "for paraphrases, which were not written · damage: rise of the loss on unrelated text, nats per token, with KL(base || now); replies: the same "
-    "for unrelated questions in the chat format · writes: accepted/empty/rolled back"
+    "for unrelated questions in the chat format · writes: accepted/empty/rolled back · against: the last cell minus (or divided by) "
+    "the other, paired over cards, p for paraphrases after Holm"
 )
 FORGETTING = ("cell", "after write", "cards", "newest %", "earlier %", "all %", "all, reworded %", "damage", "KL", "rolled back")
+VERSUS = ("against", "recall, points", "reworded, points", "p", "KL, times", "replies' KL, times", "time, times")
 FIGURES: tuple[tuple[str, bool, Literal["em", "f1"]], ...] = (
     ("em_written", False, "em"),
     ("em_paraphrased", True, "em"),
@@ -70,6 +72,9 @@ class ProbeReport:
         if any(len(run.writes) > 1 for run in self.runs):
             lines = [line for label, runs in self.cells.items() for line in self._forgetting(label, runs)]
             made.append(Table("Successive writes: what was written is asked again", FORGETTING, tuple(lines)))
+        if len(self.cells) > 1:
+            *others, last = self.cells
+            made.append(Table(f"{last}, against each other cell", VERSUS, tuple(self._versus(others, last))))
         return made
 
     def notes(self) -> list[str]:
@@ -115,11 +120,28 @@ class ProbeReport:
                 str(refused),
             )
 
+    def _versus(self, others: Sequence[str], last: str) -> Iterator[tuple[str, ...]]:
+        """Paired over cards, all seeds together; p of the paraphrases, adjusted for the number of cells (Holm)."""
+        mine = [run.after[-1] for run in self.cells[last]]
+        points = [[run.after[-1] for run in self.cells[label]] for label in others]
+        found = [[self._difference(theirs, mine, paraphrased) for paraphrased in (False, True)] for theirs in points]
+        adjusted = holm([reworded.p_value for _, reworded in found])
+        for label, theirs, pair, p in zip(others, points, found, adjusted, strict=True):
+            spans = [f"{100 * one.mean:+.0f} [{100 * one.low:+.0f}, {100 * one.high:+.0f}]" if one.count else "-" for one in pair]
+            times = [_ratio(_mean([point.text(kind, "kl") for point in side]) for side in (mine, theirs)) for kind in _KINDS]
+            seconds = _ratio(_mean([line.seconds for run in self.cells[name] for line in run.writes]) for name in (last, label))
+            yield (label, *spans, f"{p:.3g}", *times, seconds)
+
+    def _difference(self, theirs: Sequence[Point], mine: Sequence[Point], paraphrased: bool) -> PairedDifference:
+        before, after = (_pooled(points, paraphrased, "em") for points in (theirs, mine))
+        return paired_difference(before, after, self.samples, self.seed)
+
     def _percent(self, values: Sequence[float]) -> str:
         interval = bootstrap_interval(values, self.samples, self.seed)
         return "-" if interval.count == 0 else f"{100 * interval.mean:.0f} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
 
 
+_KINDS: tuple[Literal["text", "reply"], ...] = ("text", "reply")
 _TEXT_FIGURES: tuple[tuple[Literal["text", "reply"], Literal["damage", "kl"]], ...] = (
     ("text", "damage"),
     ("text", "kl"),
@@ -193,6 +215,11 @@ def _loss(points: Sequence[Point], paraphrased: bool) -> float:
 
 def _pooled(points: Sequence[Point], paraphrased: bool, score: Literal["em", "f1"]) -> list[float]:
     return [value for point in points for value in point.recall(paraphrased, score)]
+
+
+def _ratio(pair: Iterable[float]) -> str:
+    mine, theirs = pair
+    return f"{mine / theirs:.2f}" if theirs > 0 and math.isfinite(mine / theirs) else "-"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -360,7 +360,8 @@ def test_from_the_command_line_to_the_report_and_on(
     assert len([line for line in lines if line["phase"] == "step"]) == 8
     data = json.loads((folder / "report.json").read_text())
     assert len(data["runs"][1]["after"][2]["cards"]) == 4
-    assert "reworded" in (folder / "report.md").read_text()
+    assert "reworded" in (report := (folder / "report.md").read_text())
+    assert "## optimizer=adam, against each other cell" in report
     _check_mlflow(tmp_path, "probe/optimizer_adam/seed_0/em_written", points=3)
 
     def refuse(*_: object) -> None:
