@@ -92,7 +92,7 @@ def _train(rows: _Pass, places: _Picked, start: StackedWeights, basis: Basis, co
     leaves, results = ([*one.b.values(), *one.a.values()] for one in (trained, final))
     batches = [[mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)] for mine in places]
     totals = [config.epochs * len(mine) for mine in batches]
-    optimizer = steps_of(trained, basis, config, totals)
+    optimizer = steps_of(trained, basis, config)
     steps, failures = [0] * len(places), [""] * len(places)
     several = [e for e in range(len(places)) if len(batches[e]) > 1]
     before = dict(zip(several, rows.measure([places[e] for e in several], start), strict=True)) if several else {}
@@ -102,15 +102,16 @@ def _train(rows: _Pass, places: _Picked, start: StackedWeights, basis: Basis, co
             break
         current = [batches[e][step % len(batches[e])] for e in active]
         optimizer.zero_grad()
-        scores = rows.score(current, trained)
-        optimizer.step()
+        scores = dict(zip(active, rows.score(current, trained), strict=True))
+        losses = [_loss(scores[e]) if e in scores else 0.0 for e in range(len(places))]
+        optimizer.step(torch.tensor(losses, device=leaves[0].device))
         watch(trained)
-        for e, logprobs in zip(active, scores, strict=True):
+        for e, logprobs in scores.items():
             steps[e] += 1
             if step == 0:
                 before.setdefault(e, logprobs)  # one minibatch holds all examples: its first forward is the measurement
-            if not math.isfinite(loss := _loss(logprobs)):
-                failures[e] = f"the loss became {loss} at step {steps[e]} of {totals[e]}"
+            if not math.isfinite(losses[e]):
+                failures[e] = f"the loss became {losses[e]} at step {steps[e]} of {totals[e]}"
             elif steps[e] == totals[e]:
                 for result, leaf in zip(results, leaves, strict=True):
                     result[e] = leaf.detach()[e]
@@ -216,7 +217,7 @@ class BatchedWriter:
 
     def _refusal(self, failure: str, loss_before: float, loss_after: float, finite: bool) -> str:
         """Why a write is rolled back, in one line, or "" when it is accepted."""
-        key = "first_kl" if self._config.optimizer == "natural" else "learning_rate"
+        key = "step_kl" if self._config.optimizer == "natural" else "learning_rate"
         cure = f"lower write.{key}={getattr(self._config, key):g}"
         if failure:
             return f"{failure}; {cure}"

@@ -37,8 +37,7 @@ class WriteConfig:
 
     optimizer: Literal["sgd", "adam", "natural"] = "sgd"  # natural: the natural gradient of B, each step of a given predicted harm (Engram's own)
     learning_rate: float = 5e-4  # of sgd and adam
-    first_kl: float = 0.02  # of natural: the harm of the first step to the model's own text, predicted, in nats per token
-    last_kl: float = 1e-3  # of natural: of the last step; between them it falls geometrically
+    step_kl: float = 0.02  # of natural: most harm of a step to the model's own text, predicted, in nats per token
     epochs: int = 5  # 0: T is the identity, nothing is asked for and nothing written
     batch_size: int = 16
     rehearsal: int = 0  # earlier flashcards of the episode mixed into each write, newest first, against forgetting; the paper's has none
@@ -48,8 +47,7 @@ class WriteConfig:
     chunk_tokens: int = 2048  # most tokens in one forward and backward pass of the writer: bounds its memory, changes no result
 
     def __post_init__(self) -> None:
-        positive(self, "learning_rate", "first_kl", "last_kl", "batch_size", "max_flashcards", "max_example_tokens", "chunk_tokens")
-        require(self.last_kl <= self.first_kl, "last_kl", self.last_kl, f"at most write.first_kl={self.first_kl:g}")
+        positive(self, "learning_rate", "step_kl", "batch_size", "max_flashcards", "max_example_tokens", "chunk_tokens")
         require(self.max_loss_ratio >= 1, "max_loss_ratio", self.max_loss_ratio, "1 or more", "1 rolls back every write whose loss rose")
         require(self.epochs >= 0, "epochs", self.epochs, "0 (T is the identity) or more")
         require(self.rehearsal >= 0, "rehearsal", self.rehearsal, "0 (off) or more")

@@ -25,9 +25,8 @@ def test_a_shipped_study_is_a_grid_over_the_quickstart(name: str) -> None:
 
 def test_a_file_says_what_the_command_line_leaves_out(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(
-        "cards: cards.jsonl\nseeds: [3, 4]\nwrites: 2\neach_step: true\ncells:\n  - write.epochs=2 write.learning_rate=1e-3\nsweep:\n  - write.rehearsal=0,4\n"
-    )
+    grid = "cells:\n  - write.epochs=2 write.learning_rate=1e-3\nsweep:\n  - write.rehearsal=0,4\n"
+    path.write_text(f"cards: cards.jsonl\nseeds: [3, 4]\nwrites: 2\neach_step: true\n{grid}")
     cells = (("write.epochs=2", "write.learning_rate=1e-3"),)
     assert load_study(str(path)) == Study("cards.jsonl", (3, 4), 2, True, cells, ("write.rehearsal=0,4",))
     path.write_text("cards: recall:4\n")
