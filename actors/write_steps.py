@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from actors.fast_weights import Basis, StackedWeights
+from actors.fast_weights import StackedWeights
 from actors.sensitivity import Sensitivity
 from configs.schema import WriteConfig
 
@@ -42,14 +42,14 @@ class _Plain:
         self._optimizer.step()
 
 
-def steps_of(weights: StackedWeights, basis: Basis, config: WriteConfig) -> Steps:
-    """The optimizer that moves ``weights`` in place. None of them mixes episodes: companions stay apart."""
+def steps_of(weights: StackedWeights, guard: Sequence[Sensitivity], config: WriteConfig) -> Steps:
+    """The optimizer that moves ``weights`` in place; guard: of each matrix, for the natural one. None mixes episodes: companions stay apart."""
     leaves = [leaf.requires_grad_() for leaf in (*weights.b.values(), *weights.a.values())]
     if config.optimizer == "sgd":
         return _Plain(torch.optim.SGD(leaves, lr=config.learning_rate))
     if config.optimizer == "adam":
         return _Plain(torch.optim.Adam(leaves, lr=config.learning_rate))
-    return Natural(leaves, [basis.sensitivity[name].to(leaves[0].device) for name in weights.b], config.step_kl)
+    return Natural(leaves, guard, config.step_kl)
 
 
 class Natural:

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from actors.cut_model import Chunk, CutModel, Reading, Row
-from actors.fast_weights import Basis, StackedWeights, stack
+from actors.fast_weights import Basis, BasisError, StackedWeights, stack
 from actors.frozen_model import FrozenModel, read_model
 from actors.protocols import WriterError
+from actors.sensitivity import Sensitivity
 from actors.types import FastWeights, Probe, WriteExample, WriteRequest, WriteResult
 from actors.write_steps import steps_of
 from configs.schema import WriteConfig
@@ -83,7 +84,7 @@ def _by_episode(flat: Iterable[Tensor], picked: _Picked) -> list[list[Tensor]]:
     return [[next(each) for _ in mine] for mine in picked]
 
 
-def _train(rows: _Pass, places: _Picked, start: StackedWeights, basis: Basis, config: WriteConfig, watch: _Watch) -> _Run:
+def _train(rows: _Pass, places: _Picked, start: StackedWeights, guard: Sequence[Sensitivity], config: WriteConfig, watch: _Watch) -> _Run:
     """All episodes step together; one that has had its epochs, or diverged, is left out of the next steps. ``places``: each episode's rows.
 
     ``watch`` is shown the fast weights of all episodes after each step: it must copy what it keeps.
@@ -92,7 +93,7 @@ def _train(rows: _Pass, places: _Picked, start: StackedWeights, basis: Basis, co
     leaves, results = ([*one.b.values(), *one.a.values()] for one in (trained, final))
     batches = [[mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)] for mine in places]
     totals = [config.epochs * len(mine) for mine in batches]
-    optimizer = steps_of(trained, basis, config)
+    optimizer = steps_of(trained, guard, config)
     steps, failures = [0] * len(places), [""] * len(places)
     several = [e for e in range(len(places)) if len(batches[e]) > 1]
     before = dict(zip(several, rows.measure([places[e] for e in several], start), strict=True)) if several else {}
@@ -144,6 +145,11 @@ class BatchedWriter:
     def __init__(self, model: FrozenModel, basis: Basis, config: WriteConfig) -> None:
         self._basis = basis
         self._config = config
+        if config.optimizer == "natural" and not basis.sensitivity:
+            raise BasisError(
+                f"basis {basis.id} was made without fast_weights.sensitivity_rank, which write.optimizer=natural needs: start a run with it"
+            )
+        self._guard = [basis.sensitivity[name].to(model.device) for name in basis.d_out if basis.sensitivity]
         self._cut = CutModel(model, basis, config.chunk_tokens)
 
     def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:
@@ -176,7 +182,7 @@ class BatchedWriter:
         rows = _Pass(self._cut, reading)
         places = [[i for i, (owner, _) in enumerate(owners) if owner == e] for e in range(len(requests))]
         start = stack([request.weights for request in requests], self._basis, torch.float32, self._cut.model.device)
-        run = _train(rows, places, start, self._basis, self._config, watch)
+        run = _train(rows, places, start, self._guard, self._config, watch)
         under = (rows.prepared(places), run.final), (self._cut.prepare(probing, probing.rows), _behind(start, run.final))
         scored, probes = self._cut.measure(*under)
         after = _by_episode(scored, places)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.basis import load_basis, make_basis, save_basis
+from actors.basis import load_basis, make_basis, save_basis, with_sensitivity
 from actors.environments.base import TaskError
 from actors.environments.locomo_file import read_locomo
 from actors.environments.longmemeval_file import read_longmemeval
@@ -28,6 +28,7 @@ from actors.environments.search_file import read_corpus, read_questions
 from actors.fast_weights import BasisError
 from actors.flashcards import parse_flashcards, render_flashcards
 from actors.peft_format import export_peft, from_peft
+from actors.sensitivity import Sensitivity
 from actors.types import FastWeights, Flashcard
 from cluster.checkpoint import load_checkpoint
 from cluster.errors import CheckpointError
@@ -107,7 +108,8 @@ def _checkpoint(folder: Path) -> Path:
     return folder / "step-000005"
 
 
-_BASIS = make_basis("svd", {MODULE: torch.ones(2, 4)}, {MODULE: 8}, train_a=False)
+_GUARD = Sensitivity(torch.eye(8)[:, :3].contiguous(), torch.ones(4), torch.eye(2))
+_BASIS = with_sensitivity(make_basis("svd", {MODULE: torch.ones(2, 4)}, {MODULE: 8}, train_a=False), {MODULE: _GUARD})
 KINDS = {
     "configuration": Kind(_config, lambda path: load_config(path, []), (ConfigError,)),
     "LoCoMo": Kind(_copy("locomo_sample.json"), lambda path: read_locomo(str(path)), (TaskError,)),

@@ -185,6 +185,9 @@ def test_a_folder_is_enough_and_trains_nothing(tiny_model_path: Path, tmp_path: 
 
 
 def test_what_the_natural_write_needs_is_asked_for() -> None:
+    model = tiny_model()
+    with pytest.raises(BasisError, match=r"was made without fast_weights\.sensitivity_rank"):
+        BatchedWriter(OwnedWeights(model.state_dict(), torch.float32, torch.device("cpu")).model(model.config), basis_of(model), NATURAL)
     with pytest.raises(BoundError, match=r"fast_weights\.sensitivity_rank=0 is not allowed: it must be 1 or more with write\.optimizer=natural"):
         RunConfig(write=NATURAL)
     with pytest.raises(BoundError, match=r"train_a=True is not allowed"):
