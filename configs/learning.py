@@ -22,6 +22,8 @@ class ObjectiveConfig:
     importance_cap: float = 2.0
     minibatches: int = 1  # optimizer steps on one batch
     aggregate: Literal["token", "sequence"] = "token"  # what the loss averages over
+    credit: Literal["all", "actions"] = "all"  # sampled tokens that carry the episode's advantage; actions: not the flashcards (an ablation)
+    snapshot: Literal["own", "final"] = "own"  # the Delta a segment is scored under: its own, or the episode's last (an ablation, biased)
 
     def __post_init__(self) -> None:
         known = self.advantage in ("grpo", "rloo") or is_path(self.advantage)

@@ -26,6 +26,7 @@ from actors.fast_weights import Basis, DeltaInjector, StackedWeights, stack
 from actors.types import PolicyVersion, Segment, Trajectory, TrajectoryGroup
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner import checkpoint
+from learner.ablation import as_objective_sees
 from learner.advantage import estimator, score
 from learner.batch import RowSet, pack, pad, rows_of, split, supervised_rows
 from learner.engine import TrainingEngine
@@ -159,7 +160,7 @@ class Learner:
         objective, config = self._objective, self._config
         plan = []
         for part in split(scored, objective.minibatches, (self._seed, self.version)):
-            rows = rows_of(part, objective.aggregate, skip_zero_advantage=objective.kl_coefficient == 0)
+            rows = rows_of(as_objective_sees(part, objective), objective.aggregate, skip_zero_advantage=objective.kl_coefficient == 0)
             plan.append(Minibatch(rows, pack(rows.rows, config.microbatch_tokens, self._engine.world_size, self._temperature)))
         return plan
 
