@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import os
 import sys
 from collections.abc import Coroutine, Sequence
@@ -52,6 +53,7 @@ _EXAMPLES = """examples:
   python -m cluster evaluate configs/quickstart.yaml                   held-out tasks, memory off and on
   python -m cluster probe configs/quickstart.yaml --cards recall:12    what a write is worth: recall, paraphrases, damage
   python -m cluster inspect runs/quickstart-...                        what an agent read, wrote into its weights, and answered
+  python -m cluster pool runs/tmem-* runs/memory-off-*                 training runs over seeds, side by side
   python -m cluster scale 4                                            more or fewer rollout workers while a run goes on
   python -m cluster submit train configs/quickstart.yaml output_dir=/shared/runs     the same as a job on a Ray cluster
   python -m cluster chat runs/quickstart-...                           talk to what was trained; it learns in the conversation
@@ -87,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_jobs(options)
         if options.command in ASSISTANT_COMMANDS:
             return run_assistant(options)
-        run = {"bench": _bench, "train": _train, "evaluate": _evaluate, "probe": _probe, "scale": _scale, "inspect": _inspect}[options.command]
+        run = {"bench": _bench, "train": _train, "evaluate": _evaluate, "scale": _scale}.get(options.command, _elsewhere)
         return run(options)
     except ConfigError as error:
         return _complain(error, EXIT_USAGE)
@@ -136,17 +138,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _probe(options: argparse.Namespace) -> int:
-    from cluster.probe.command import run_probe
-
-    run_probe(options)
-    return EXIT_OK
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from cluster.inspection.command import run_inspect
-
-    run_inspect(options)
+def _elsewhere(options: argparse.Namespace) -> int:
+    """A command of a room of its own: ``run_<command>`` there."""
+    room = {"probe": "probe", "inspect": "inspection", "pool": "pooling"}[options.command]
+    getattr(importlib.import_module(f"cluster.{room}.command"), f"run_{options.command}")(options)
     return EXIT_OK
 
 
@@ -232,6 +227,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     from cluster.comparison.arguments import add_options
     from cluster.inspection.command import add_inspect
+    from cluster.pooling.command import add_pool
     from cluster.probe.command import add_probe
 
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -250,6 +246,7 @@ def command_line() -> argparse.ArgumentParser:
             add_options(command)
     add_probe(commands)
     add_inspect(commands)
+    add_pool(commands)
     _add_scale(commands)
     add_assistant(commands)
     add_jobs(commands)
