@@ -157,8 +157,7 @@ class Learner:
     # --- one step --------------------------------------------------------------------------------------------------------------------------------
 
     def _plan(self, scored: Sequence[ScoredTrajectory]) -> list[Minibatch]:
-        objective, config = self._objective, self._config
-        plan = []
+        objective, config, plan = self._objective, self._config, list[Minibatch]()
         for part in split(scored, objective.minibatches, (self._seed, self.version)):
             rows = rows_of(as_objective_sees(part, objective), objective.aggregate, skip_zero_advantage=objective.kl_coefficient == 0)
             plan.append(Minibatch(rows, pack(rows.rows, config.microbatch_tokens, self._engine.world_size, self._temperature)))
