@@ -87,7 +87,7 @@ def test_the_last_step_is_the_write_to_the_bit(probed: Probed) -> None:
 
 
 def test_the_natural_write_remembers_more_wordings_and_harms_less(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six facts, ten steps of Adam at a rate that suits it and as many of the natural write, its sensitivity of half the text that a run measures."""
+    """Six facts: ten steps of Adam at the rate the study tuned for it, fifteen of the natural write (its row's), its sensitivity of half a run's text."""
     monkeypatch.setattr("actors.sensitivity.SAMPLES", 16)
     model: FrozenModel = read_model(str(model_path), "float32", torch.device("cpu"))
     basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(sensitivity_rank=64), seed=0)
@@ -101,10 +101,10 @@ def test_the_natural_write_remembers_more_wordings_and_harms_less(model_path: Pa
         return examiner.examine(basis, result.weights, 1, write.epochs)
 
     adam = after(WriteConfig(optimizer="adam", learning_rate=1e-3, epochs=10))
-    natural = after(WriteConfig(optimizer="natural", epochs=10, step_kl=0.02))
-    assert natural.loss(True) < adam.loss(True)
-    assert sum(natural.recall(True, "em")) >= sum(adam.recall(True, "em"))
-    assert natural.text("text", "kl") < 0.5 * adam.text("text", "kl")
+    natural = after(WriteConfig(optimizer="natural", epochs=15, step_kl=0.02))
+    assert sum(natural.recall(False, "em")) >= sum(adam.recall(False, "em")) > 0
+    assert sum(natural.recall(True, "em")) >= sum(adam.recall(True, "em")) > 0
+    assert natural.text("text", "kl") < 0.2 * adam.text("text", "kl")
     assert natural.text("reply", "kl") < 0.5 * adam.text("reply", "kl")
 
 
