@@ -87,7 +87,7 @@ def test_the_last_step_is_the_write_to_the_bit(probed: Probed) -> None:
 
 
 def test_the_natural_write_remembers_more_wordings_and_harms_less(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six facts: ten steps of Adam at the rate the study tuned for it, fifteen of the natural write (its row's), its sensitivity of half a run's text."""
+    """Six facts: ten steps of Adam at the rate the study tuned for it, fifteen of the natural write (its row's), measured on half a run's text."""
     monkeypatch.setattr("actors.sensitivity.SAMPLES", 16)
     model: FrozenModel = read_model(str(model_path), "float32", torch.device("cpu"))
     basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(sensitivity_rank=64), seed=0)
