@@ -20,8 +20,8 @@ from cluster.tracking import flatten
 from configs.load import load_config
 from configs.schema import RunConfig
 
-FREE = ("seed", "output_dir", "resume", "tracking.", "ray.", "episodes.")
-"""Settings that may differ inside a group: they change no result, or are what is varied."""
+FREE = ("seed", "output_dir", "resume", "model.name", "tracking.", "ray.", "episodes.")
+"""Settings that may differ inside a group: they change no result, or are what is varied (a seed may start from a policy of its own)."""
 
 Task = tuple[int, str]
 """A seed and the task's id: two seeds may have the same task."""
