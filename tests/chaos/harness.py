@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 ROOT = Path(__file__).parents[2]
 WORKER, LEARNER = "ray::_RolloutActor", "ray::LearnerActor"
@@ -168,6 +168,8 @@ class Books:
     in_flight: int
     reissued: int
     failed: Mapping[str, int]
+    recovered: int
+    restarted: int
 
     @staticmethod
     def of(lines: Iterable[str]) -> Books:
@@ -178,7 +180,9 @@ class Books:
         settled = {fate: int(count) for count, fate in re.findall(r"(\d+) (trained|stale|failed|abandoned)", tasks)}
         failed = {boundary: int(count) for count, boundary in re.findall(r"(\d+) (\w+)", episodes)}
         found = [int(re.search(pattern, tasks)[1]) for pattern in (r"(\d+) issued", r"(\d+) in flight", r"(\d+) re-issued")]  # type: ignore[index]
-        books = Books(found[0], settled, found[1], found[2], failed)
+        again = re.search(r"\((\d+) episodes recovered, (\d+) restarted\)", tasks)
+        recovered, restarted = (int(again[1]), int(again[2])) if again else (0, 0)
+        books = Books(found[0], settled, found[1], found[2], failed, recovered, restarted)
         if books.issued != sum(settled.values()) + books.in_flight:
             raise ChaosError(f"the ledger's line does not add up: {line}")
         return books
@@ -190,8 +194,11 @@ def checkpoint_state(folder: Path) -> dict[str, object]:
     return json.loads(found[-1].read_text()) if found else {}
 
 
-def check_finished(run: Run, steps: int, database: Path | None = None, max_staleness: int = 1, writes: bool = True) -> Books:
-    """The promises to a run that has ended well: nothing lost, nothing wrong trained on, no generation under a wrong adapter, one MLflow run."""
+def check_finished(run: Run, steps: int, database: Path | None = None, max_staleness: int = 1, writes: bool = True, in_flight: bool = False) -> Books:
+    """The promises to a run that has ended well: nothing lost, nothing wrong trained on, no generation under a wrong adapter, one MLflow run.
+
+    ``in_flight``: episodes live through refreshes, so a group is as old as its oldest token instead of being of one version.
+    """
     promise(run.process.returncode == 0, f"it finishes: status {run.process.returncode}, {run.tail()}")
     books, state = Books.of(run.lines), checkpoint_state(run.folder)
     ledger = state["ledger"]
@@ -199,10 +206,15 @@ def check_finished(run: Run, steps: int, database: Path | None = None, max_stale
     promise(books.settled.get("trained") == 2 * steps and books.in_flight == 0, f"each task is settled: {books}")
     promise(ledger["settled"] == books.settled and not ledger["pending"], f"the checkpoint has the same books: {ledger}")  # type: ignore[index]
 
-    audit = [json.loads(line) for line in (run.folder / "audit.jsonl").read_text().splitlines()]
+    audit = audited(run.folder)
     promise(len(audit) >= 2 * steps, f"every group was audited: {len(audit)}")
     for group in audit:
-        promise(group["episodes"] == group["segments"] == [group["version"]], f"a group is of one version: {group}")
+        if in_flight:
+            promise(
+                group["tokens"][0] == group["version"] and group["tokens"][-1] <= group["learner"], f"a group is as old as its oldest token: {group}"
+            )
+        else:
+            promise(group["episodes"] == group["segments"] == group["tokens"] == [group["version"]], f"a group is of one version: {group}")
         promise(group["finite"], f"every reward is a number: {group}")
         promise(0 <= group["learner"] - group["version"] <= max_staleness, f"a group is fresh: {group}")
     promise(not writes or sum(group["revisions"] for group in audit) > 0, "episodes wrote")
@@ -212,6 +224,11 @@ def check_finished(run: Run, steps: int, database: Path | None = None, max_stale
     promise(not writes or max(figures["fast_weights/receipts_passed"]) > 0, "and receipts were checked")
     promise([status for _, status in runs] == ["FINISHED"], f"there is one MLflow run, and it is ended: {runs}")
     return books
+
+
+def audited(folder: Path) -> list[dict[str, Any]]:
+    """What the learner trained on, a group a line."""
+    return [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
 
 
 def stored(database: Path) -> tuple[dict[str, list[float]], list[tuple[str, str]]]:

@@ -30,7 +30,7 @@ class Story:
 @pytest.fixture(scope="module")
 def story(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("chaos")
-    settings = [f"model.name={tiny_model_path}"]
+    settings = [f"model.name={tiny_model_path}", "rollout.recover_episodes=true"]
     struck = resumed = None
     try:
         struck = Run(folder, [*settings, "train.steps=1000", "train.checkpoint_every=1"])
@@ -71,6 +71,7 @@ def test_workers_that_are_killed_and_whose_engine_fails_are_replaced_and_the_fle
     assert "2 rollout workers are wanted, there were 1" in said and "1 rollout workers are wanted, there were 2" in said
     assert sum(" serves version" in line for line in said) == 3
     assert story.books.reissued >= 2
+    assert story.books.recovered + story.books.restarted >= 2, "the siblings of a lost group"
 
 
 def test_a_learner_that_is_killed_ends_the_run_with_one_line_that_says_how_to_go_on(story: Story) -> None:

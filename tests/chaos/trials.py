@@ -31,9 +31,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.harness import LEARNER, ROOT, WAIT_S, WORKER, Books, ChaosError, Fault, Run, chaos_environment, check_finished, promise, stored
+from tests.chaos.harness import (
+    LEARNER,
+    ROOT,
+    WAIT_S,
+    WORKER,
+    Books,
+    ChaosError,
+    Fault,
+    Run,
+    audited,
+    chaos_environment,
+    check_finished,
+    promise,
+    stored,
+)
 
 STEPS = 8
+IN_FLIGHT = ("rollout.refresh=in_flight", "objective.importance=truncated")
 
 
 @dataclass(eq=False)
@@ -57,6 +72,7 @@ class Kind:
     around: Callable[[Scene], AbstractContextManager[object]] = nullcontext
     after: Callable[[Run, Books], None] = lambda run, books: None
     writes: bool = True
+    in_flight: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,12 +247,28 @@ def _reissued(run: Run, books: Books) -> None:
     promise(any(" is lost (" in line for line in run.lines), "the loss is said")
 
 
+def _recovered(run: Run, books: Books) -> None:
+    _reissued(run, books)
+    promise(books.recovered + books.restarted >= 1, f"episodes that the lost worker had begun are gone on with: {books}")
+
+
+def _lived_through(run: Run, books: Books) -> None:
+    _reissued(run, books)
+    promise(any(len(group["tokens"]) > 1 for group in audited(run.folder)), "an episode lives through a refresh")
+
+
 def _act(run: Run, scene: Scene) -> None:
     scene.act()
 
 
 KINDS: dict[str, Kind] = {
     "worker_killed": Kind(lambda run, scene: _none(run.kill(WORKER)), after=_reissued),
+    "worker_killed_recovering": Kind(
+        lambda run, scene: _none(run.kill(WORKER)), settings=("rollout.workers=2", "rollout.recover_episodes=true"), after=_recovered
+    ),
+    "worker_killed_in_flight": Kind(
+        lambda run, scene: _none(run.kill(WORKER)), settings=("rollout.workers=2", *IN_FLIGHT), after=_lived_through, in_flight=True
+    ),
     "all_workers_killed": Kind(_kill_both, after=_reissued),
     "engine_fails": Kind(_inflict("engine"), after=_reissued),
     "worker_hangs": Kind(_stop, settings=("rollout.workers=2", "rollout.health_s=3"), after=_reissued),
@@ -262,7 +294,7 @@ def _none(value: object) -> None:
 def play(number: int, name: str, draw: random.Random, model: Path, folder: Path) -> Row:
     kind, began = KINDS[name], time.monotonic()
     at, delay = draw.randint(3, STEPS - 3), round(draw.uniform(0, 1.5), 1)  # the first checkpoint is of step 2; before it a run starts anew
-    scene, ended, resumed, books, verdict = Scene(folder), "-", "-", Books(0, {}, 0, 0, {}), "ok"
+    scene, ended, resumed, books, verdict = Scene(folder), "-", "-", Books(0, {}, 0, 0, {}, 0, 0), "ok"
     folder.mkdir(parents=True)
     runs: list[Run] = []
     try:
@@ -283,7 +315,7 @@ def play(number: int, name: str, draw: random.Random, model: Path, folder: Path)
                 run = Run(folder, [*settings, "resume=auto"], scene.environment)
                 runs.append(run)
                 resumed = "finished" if run.end() == 0 else "failed"
-            books = check_finished(run, STEPS, scene.database, writes=kind.writes)
+            books = check_finished(run, STEPS, scene.database, writes=kind.writes, in_flight=kind.in_flight)
             kind.after(runs[0], books)
     except (ChaosError, OSError, KeyError, ValueError) as error:
         verdict = f"{type(error).__name__}: {error}"
@@ -306,7 +338,8 @@ def markdown(rows: list[Row], seed: int) -> str:
     good = sum(row.verdict == "ok" for row in rows)
     lines = [f"# Chaos: {good} of {len(rows)} runs finish or resume (seed {seed})", "", f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
     lines += [f"| {' | '.join(cell.replace('|', '/') for cell in cells(row))} |" for row in rows]
-    lines += ["", "Each finished with all tasks accounted for, groups of one version each, no failed receipt and one MLflow run."] if good else []
+    promises = "all tasks accounted for, groups of one version each (in flight: as old as their oldest token), no failed receipt and one MLflow run"
+    lines += ["", f"Each finished with {promises}."] if good else []
     return "\n".join(lines) + "\n"
 
 

@@ -117,12 +117,14 @@ def audit_training(module: ModuleType) -> None:
 
 def _of(group: Any, learner_version: int) -> dict[str, Any]:
     trajectories = group.trajectories
+    segments = [segment for trajectory in trajectories for segment in trajectory.segments]
     return {
         "task": group.task.id,
         "learner": learner_version,
         "version": group.policy_version,
         "episodes": sorted({trajectory.policy_version for trajectory in trajectories}),
-        "segments": sorted({segment.policy_version for trajectory in trajectories for segment in trajectory.segments}),
+        "segments": sorted({segment.policy_version for segment in segments}),
+        "tokens": sorted({segment.policy_version if span.version is None else span.version for segment in segments for span in segment.spans}),
         "revisions": sum(len(trajectory.revisions) for trajectory in trajectories),
         "finite": all(math.isfinite(trajectory.outcome.reward) for trajectory in trajectories),
     }
