@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.chat import Ids
+from actors.chat import ChatFormat, Ids
 from actors.memory.base import Agent, ContextMemory, split_text
 from actors.memory.summary import Summary
 from actors.memory.write_log import record_nothing, record_write
@@ -35,7 +35,7 @@ class RawMemory(ContextMemory):
         read = agent.context.after_opening
         agent.clear()
         opening = agent.chat.system(agent.system_prompt)
-        await _learn(agent, "", _texts(opening, [read], self._write), self._write)
+        await _learn(agent, "", text_examples(opening, [read], self._write), self._write)
 
 
 class SummaryWriteMemory(ContextMemory):
@@ -50,11 +50,7 @@ class SummaryWriteMemory(ContextMemory):
         summary = Summary(self._config)
         self.events[await summary.rewrite(agent)] += 1
         agent.clear()
-        prompt = agent.chat.system(agent.system_prompt) + agent.chat.user(_RECALL) + agent.chat.assistant_open
-        room = _room(prompt, self._write)
-        pieces = split_text(summary.text, lambda piece: len(agent.chat.reply(piece)), room) if summary.text and room > 1 else []
-        examples = [WriteExample(prompt, agent.chat.reply(piece)) for piece in pieces if piece.strip()]
-        await _learn(agent, summary.text, examples, self._write)
+        await _learn(agent, summary.text, summary_examples(agent.chat, agent.system_prompt, summary.text, self._write), self._write)
 
 
 class ImplicationsMemory(ContextMemory):
@@ -77,10 +73,18 @@ class ImplicationsMemory(ContextMemory):
         lines = [line.strip(_MARKS) for line in text.splitlines()]
         told = [agent.chat.user(line) for line in dict.fromkeys(lines) if line]  # as a text that is read
         self.events["implications"] += len(told)
-        await _learn(agent, text, _texts(agent.chat.system(agent.system_prompt), told, self._write), self._write)
+        await _learn(agent, text, text_examples(agent.chat.system(agent.system_prompt), told, self._write), self._write)
 
 
-def _texts(opening: Ids, texts: Sequence[Ids], write: WriteConfig) -> list[WriteExample]:
+def summary_examples(chat: ChatFormat, system_prompt: str, summary: str, write: WriteConfig) -> list[WriteExample]:
+    """A summary as the agent's reply when it is asked what it remembers, in pieces that fit."""
+    prompt = chat.system(system_prompt) + chat.user(_RECALL) + chat.assistant_open
+    room = _room(prompt, write)
+    pieces = split_text(summary, lambda piece: len(chat.reply(piece)), room) if summary and room > 1 else []
+    return [WriteExample(prompt, chat.reply(piece)) for piece in pieces if piece.strip()]
+
+
+def text_examples(opening: Ids, texts: Sequence[Ids], write: WriteConfig) -> list[WriteExample]:
     """Loss on every token of ``texts``, each in pieces that fit with ``opening`` in front."""
     room = _room(opening, write)
     if room < 1:

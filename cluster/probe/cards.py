@@ -1,6 +1,7 @@
 """The cards of a probe: a user's file, or facts made up from the recall environment's words with wordings of their own.
 
-A file is JSON (a list) or JSONL of {"question", "answer"[, "paraphrases": [...]]}; "instruction" and "output" are read as flashcards have them.
+A file is JSON (a list) or JSONL of {"question", "answer"[, "paraphrases": [...]][, "telling"]}; "instruction" and "output" are read as flashcards
+have them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def recall_cards(count: int, split: Split, seed: int) -> tuple[Card, ...]:
     pairs = list(itertools.product(PEOPLE[split], RELATIONS))
     if count > len(pairs):
         raise ProbeError(f"--cards asks for {count} facts, the {split} words make {len(pairs)}: lower it, or give a file")
-    rng = random.Random(f"probe/recall/{split}/{seed}")
+    rng, telling = random.Random(f"probe/recall/{split}/{seed}"), random.Random(f"probe/recall/{split}/{seed}/telling")
     used: set[str] = set()
     cards = []
     for person, relation in rng.sample(pairs, count):
@@ -61,7 +62,7 @@ def recall_cards(count: int, split: Split, seed: int) -> tuple[Card, ...]:
         used.add(value)
         wordings = (*relation.questions, *PARAPHRASES[relation.name])
         question, *others = (wording.format(name=person) for wording in wordings)
-        cards.append(Card(question, value, tuple(others)))
+        cards.append(Card(question, value, tuple(others), telling.choice(relation.tellings).format(name=person, value=value)))
     return tuple(cards)
 
 
@@ -108,7 +109,8 @@ def _card(where: str, item: Any) -> Card:
     if not isinstance(paraphrases, list):
         raise ProbeError(f"{where}: 'paraphrases' is a {type(paraphrases).__name__}; it must be a list of texts")
     others = tuple(_text(where, f"paraphrases[{number}]", text) for number, text in enumerate(paraphrases))
-    return Card(_side(where, item, _QUESTION_KEYS), _side(where, item, _ANSWER_KEYS), others)
+    telling = _text(where, "telling", item["telling"]) if "telling" in item else ""
+    return Card(_side(where, item, _QUESTION_KEYS), _side(where, item, _ANSWER_KEYS), others, telling)
 
 
 def _side(where: str, item: dict[str, Any], keys: tuple[str, str]) -> str:

@@ -46,7 +46,7 @@ def run_cell(
     after, steps = [untouched], []
     accepted: list[WriteExample] = []
     for number in range(1, writes + 1):
-        fresh = examiner.written(number)
+        fresh = examiner.written(number, cell.supervision, cell.write)
         rehearsed = tuple(accepted[-cell.write.rehearsal :]) if cell.write.rehearsal else ()  # as actors/memory/parametric.py: the newest
         line, weights_now, trace = _write(cell, writer, WriteRequest(f"probe-{seed}", weights, fresh + rehearsed), each_step)
         lines.append(line)

@@ -10,8 +10,9 @@ from typing import Any
 from cluster.probe.study import Study, load_study, shipped
 from configs.load import ConfigError, to_yaml
 
-_EXAMPLES = """cards: a JSON or JSONL file of {"question", "answer"[, "paraphrases": [...]]}, or recall:N for N made-up facts with paraphrases
-       (recall:train:N: other people and answers, to tune on)
+_EXAMPLES = """cards: a JSON or JSONL file of {"question", "answer"[, "paraphrases": [...]][, "telling"]}, or recall:N for N made-up facts with
+       paraphrases (recall:train:N: other people and answers, to tune on)
+grid:  settings of write.* and fast_weights.*, and supervision=flashcards|summary|raw: what of the facts a write trains on
 
 examples:
   python -m cluster probe configs/quickstart.yaml --cards recall:12
@@ -19,6 +20,7 @@ examples:
   python -m cluster probe configs/quickstart.yaml --cards recall:12 --sweep fast_weights.basis=svd,random write.learning_rate=5e-4,2e-3 --seeds 0,1,2
   python -m cluster probe configs/quickstart.yaml --cards recall:12 --cell write.optimizer=sgd write.epochs=5 \\
       --cell write.optimizer=adam write.learning_rate=1e-3 write.epochs=20
+  python -m cluster probe configs/quickstart.yaml --cards recall:12 --sweep supervision=raw,summary,flashcards
   python -m cluster probe configs/quickstart.yaml --study write
   python -m cluster probe configs/quickstart.yaml --cards recall:64 --writes 16 --sweep write.rehearsal=0,4
 """

@@ -22,7 +22,9 @@ from actors.frozen_model import FrozenLayer
 from actors.scoring import plain_em, plain_f1
 from actors.types import FastWeights, Flashcard, WriteExample
 from cluster.probe.reading import Block, Reader, merged_layers
-from cluster.probe.values import Asked, Card, CardScore, Point, TextPiece, TextScore
+from cluster.probe.supervision import examples_of
+from cluster.probe.values import Asked, Card, CardScore, Point, Supervision, TextPiece, TextScore
+from configs.schema import WriteConfig
 
 RUN_ON = 2
 """An answer is cut this many tokens after the longest written one of its write: what runs on is wrong however it ends."""
@@ -65,7 +67,7 @@ class Examiner:
     SmolLM2-135M), and a float32 table [tokens, vocabulary] of the unrelated text."""
 
     def __init__(self, reader: Reader, chat: ChatFormat, system_prompt: str, groups: Sequence[Sequence[Card]], pieces: Sequence[TextPiece]) -> None:
-        self._reader, self._chat = reader, chat
+        self._reader, self._chat, self._system_prompt = reader, chat, system_prompt
         self._groups = _grouped(groups, system_prompt, chat)
         self._pieces = tuple(pieces)
         self._texts = [_text_example(piece, system_prompt, chat) for piece in pieces]
@@ -79,9 +81,9 @@ class Examiner:
         cards = tuple(score for number, group in groups for score in self._ask(group, number, prepared.cards[number - 1], layers))
         return Point(writes, step, cards, self._read_texts(prepared, layers))
 
-    def written(self, write: int) -> tuple[WriteExample, ...]:
-        """The examples of write ``write`` (from 1), as a writer wants them."""
-        return tuple(way.example for way in self._groups[write - 1].ways if way.written)
+    def written(self, number: int, supervision: Supervision, write: WriteConfig) -> tuple[WriteExample, ...]:
+        """The examples of write ``number`` (from 1), as a writer wants them."""
+        return examples_of(supervision, self._groups[number - 1].cards, self._system_prompt, self._chat, write)
 
     def _prepare(self, basis: Basis) -> _Prepared:
         """What does not depend on B; made again only where another layer is the first that Delta touches."""

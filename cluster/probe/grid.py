@@ -1,4 +1,4 @@
-"""The grid: which settings differ from cell to cell. Any write.* or fast_weights.* may.
+"""The grid: which settings differ from cell to cell. Any write.* or fast_weights.* may, and what the writes train on: supervision=raw.
 
 --cell write.optimizer=adam write.learning_rate=1e-3      one more column of settings that belong together (several --cell: one after the other)
 --sweep write.epochs=5,10,20 fast_weights.basis=svd,random     every value with every other, for each --cell
@@ -10,11 +10,11 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.probe.values import Cell
+from cluster.probe.values import SUPERVISIONS, Cell, Supervision
 from configs.load import ConfigError, load_config
 from configs.schema import RunConfig
 
-SECTIONS = ("write.", "fast_weights.")
+SECTIONS = ("write.", "fast_weights.", "supervision=")
 
 
 def load_grid(path: Path, overrides: Sequence[str], cells: Sequence[Sequence[str]], sweeps: Sequence[str]) -> tuple[RunConfig, tuple[Cell, ...]]:
@@ -23,16 +23,24 @@ def load_grid(path: Path, overrides: Sequence[str], cells: Sequence[Sequence[str
     for argument in (*itertools.chain.from_iterable(cells), *sweeps):
         if not argument.startswith(SECTIONS):
             raise ConfigError(
-                f"argument {argument!r}: a probe's cells differ in write.* and fast_weights.* only; set it for all of them before --sweep"
+                f"argument {argument!r}: a probe's cells differ in write.*, fast_weights.* and supervision; set it for all of them before --sweep"
             )
     axes = [[f"{key}={value}" for value in values] for key, values in map(_axis, sweeps)]
     grid: dict[tuple[str, ...], Cell] = {}
     for own in cells or [()]:
         for chosen in itertools.product(*axes):
             settings = (*own, *chosen)
-            config = load_config(path, [*overrides, *settings])
-            grid[settings] = Cell(settings, config.fast_weights, config.write)
+            config = load_config(path, [*overrides, *(one for one in settings if not one.startswith("supervision="))])
+            grid[settings] = Cell(settings, config.fast_weights, config.write, _supervision(settings))
     return base, tuple(grid.values())
+
+
+def _supervision(settings: Sequence[str]) -> Supervision:
+    named = [setting.partition("=")[2] for setting in settings if setting.startswith("supervision=")] or ["flashcards"]
+    for known in SUPERVISIONS:
+        if named[-1] == known:
+            return known
+    raise ConfigError(f"argument 'supervision={named[-1]}': must be one of {', '.join(SUPERVISIONS)}")
 
 
 def _axis(argument: str) -> tuple[str, list[str]]:

@@ -69,7 +69,7 @@ class _Prepared:
         return [[cards[place] for place in places] for places in in_writes(len(cards), self.options.writes)]
 
     def path_of(self, cell: Cell, seed: int) -> Path:
-        key = json.dumps([asdict(cell.fast_weights), asdict(cell.write)], sort_keys=True)
+        key = json.dumps([asdict(cell.fast_weights), asdict(cell.write), cell.supervision], sort_keys=True)
         return self.folder / "cells" / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}-{seed}.json"
 
 
@@ -103,6 +103,7 @@ def _prepare(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions) ->
     model = resolve_model(config.model)
     chat = ChatFormat(AutoTokenizer.from_pretrained(str(model.path), trust_remote_code=config.model.trust_remote_code))
     _check_lengths(cards, cells, chat)
+    _check_tellings(options.cards, cards, cells)
     plan = _plan(config, options, cards, pieces, model)
     folder = options.resume
     if folder is not None:
@@ -122,6 +123,13 @@ def _check_lengths(cards: Mapping[int, Sequence[Card]], cells: Sequence[Cell], c
             raise ProbeError(
                 f"the card {card.question[:60]!r} has {size} tokens, write.max_example_tokens={limit} are allowed: shorten it or raise that"
             )
+
+
+def _check_tellings(source: str, cards: Mapping[int, Sequence[Card]], cells: Sequence[Cell]) -> None:
+    other = next((cell.supervision for cell in cells if cell.supervision != "flashcards"), "")
+    untold = next((card for mine in cards.values() for card in mine if not card.telling), None)
+    if other and untold:
+        raise ProbeError(f"--cards {source}: the card {untold.question[:60]!r} has no 'telling', which supervision={other} trains on; give it one")
 
 
 def _plan(

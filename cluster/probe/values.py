@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from actors.types import WriteOutcome
 from configs.schema import FastWeightsConfig, WriteConfig
 
 TextKind = Literal["text", "reply"]
+Supervision = Literal["flashcards", "summary", "raw"]
+"""What a write trains on: the cards, a summary of what was told, or the transcript itself (as the rows tmem, summary_sft and raw)."""
+SUPERVISIONS: tuple[Supervision, ...] = get_args(Supervision)
 
 
 class ProbeError(RuntimeError):
@@ -24,11 +27,12 @@ class ProbeError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A flashcard that is written, and other wordings of its question that never are."""
+    """A flashcard that is written, and other wordings of its question that never are. ``telling``: the sentence that told it, "" if unknown."""
 
     question: str
     answer: str
     paraphrases: tuple[str, ...]
+    telling: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +121,13 @@ class Cell:
     settings: tuple[str, ...]
     fast_weights: FastWeightsConfig
     write: WriteConfig
+    supervision: Supervision = "flashcards"
 
     @property
     def label(self) -> str:
         """Settings without their section: short enough for a table's first column."""
-        return " ".join(setting.partition(".")[2] for setting in self.settings) or "as configured"
+        parts = [setting.partition("=") for setting in self.settings]
+        return " ".join(f"{key.partition('.')[2] or key}={value}" for key, _, value in parts) or "as configured"
 
 
 @dataclass(frozen=True, slots=True)

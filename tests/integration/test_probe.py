@@ -54,7 +54,7 @@ def probed(model_path: Path) -> Probed:
     pieces = [piece for kind in ("text", "reply") for piece in [piece for piece in unrelated_pieces(None) if piece.kind == kind][:1]]
     examiner = Examiner(Reader(model, chat.stop_token_ids), chat, SYSTEM_PROMPT, [cards], pieces)
     write = WriteConfig(optimizer="adam", learning_rate=1e-3, epochs=STEPS)
-    result, steps = BatchedWriter(model, basis, write).trace(WriteRequest("probe", zero(basis), examiner.written(1)))
+    result, steps = BatchedWriter(model, basis, write).trace(WriteRequest("probe", zero(basis), examiner.written(1, "flashcards", write)))
     assert len(steps) == STEPS
     return Probed(
         basis,
@@ -96,7 +96,7 @@ def test_the_natural_write_remembers_more_wordings_and_harms_less(model_path: Pa
     examiner = Examiner(Reader(model, chat.stop_token_ids), chat, SYSTEM_PROMPT, [cards], unrelated_pieces(None))
 
     def after(write: WriteConfig) -> Point:
-        (result,) = BatchedWriter(model, basis, write).write([WriteRequest("probe", zero(basis), examiner.written(1))])
+        (result,) = BatchedWriter(model, basis, write).write([WriteRequest("probe", zero(basis), examiner.written(1, "flashcards", write))])
         assert result.outcome == "accepted"
         return examiner.examine(basis, result.weights, 1, write.epochs)
 

@@ -32,6 +32,7 @@ from cluster.probe.examiner import RUN_ON, Examiner
 from cluster.probe.grid import load_grid
 from cluster.probe.reading import Reader, merged_layers
 from cluster.probe.report import ProbeReport, metrics, save_report
+from cluster.probe.supervision import examples_of
 from cluster.probe.unrelated import unrelated_pieces
 from cluster.probe.values import Cell, CellRun, Point, ProbeError, TextPiece
 from configs.load import ConfigError
@@ -151,7 +152,8 @@ def test_the_grid_is_every_value_with_every_other_for_each_cell() -> None:
 @pytest.mark.parametrize(
     ("sweep", "part"),
     [
-        ("train.steps=1,2", "write.* and fast_weights.*"),
+        ("train.steps=1,2", "write.*, fast_weights.* and supervision"),
+        ("supervision=raw,all", "'supervision=all': must be one of flashcards, summary, raw"),
         ("write.epochs", "key=value1,value2"),
         ("write.epochs=2,x", "whole number"),
         ("write.epoch=2", "write.epochs"),
@@ -160,6 +162,26 @@ def test_the_grid_is_every_value_with_every_other_for_each_cell() -> None:
 def test_a_bad_sweep_is_a_config_error(sweep: str, part: str) -> None:
     with pytest.raises(ConfigError, match=part.replace("*", r"\*")):
         load_grid(QUICKSTART, [], [], [sweep])
+
+
+def test_what_is_written_of_the_same_facts_is_a_setting_of_the_grid(tiny: SimpleNamespace) -> None:
+    _, grid = load_grid(QUICKSTART, [], [], ["supervision=flashcards,summary,raw"])
+    assert [cell.label for cell in grid] == ["supervision=flashcards", "supervision=summary", "supervision=raw"]
+    cards, chat = recall_cards(4, "eval", 0), tiny.chat
+    cards_of_form = {cell.supervision: examples_of(cell.supervision, cards, SYSTEM_PROMPT, chat, cell.write) for cell in grid}
+    opening = chat.system(SYSTEM_PROMPT)
+
+    assert [chat.decode(example.answer_ids).strip() for example in cards_of_form["flashcards"]] == [card.answer for card in cards]
+    (summary,) = cards_of_form["summary"]
+    assert chat.decode(summary.answer_ids).strip() == " ".join(card.telling for card in cards)
+    (raw,) = cards_of_form["raw"]
+    text = chat.decode(raw.answer_ids)
+    assert raw.prompt_ids == opening and all(card.telling in text for card in cards) and text.count(".") == 8, "as many sentences about nothing"
+    assert not any(card.question in text for card in cards)
+
+    small = WriteConfig(max_example_tokens=len(opening) + 20)
+    pieces = examples_of("raw", cards, SYSTEM_PROMPT, chat, small)
+    assert len(pieces) > 1 and sum((piece.answer_ids for piece in pieces), ()) == raw.answer_ids
 
 
 def test_cards_are_dealt_to_writes_and_measurements_counted() -> None:
@@ -283,7 +305,9 @@ def cell_run(tiny: SimpleNamespace, write: WriteConfig, writes: int, each_step: 
 
 def test_the_steps_are_the_writers_own(tiny: SimpleNamespace) -> None:
     """Three batches an epoch: a step is no epoch. A write with fewer epochs is the same write stopped earlier."""
-    request = WriteRequest("probe", zero(tiny.basis), (*tiny.examiner.written(1), *tiny.examiner.written(2)))
+    request = WriteRequest(
+        "probe", zero(tiny.basis), tuple(example for number in (1, 2) for example in tiny.examiner.written(number, "flashcards", ADAM))
+    )
     config = replace(ADAM, batch_size=2)
     result, trace = BatchedWriter(tiny.model, tiny.basis, config).trace(request)
     assert len(trace) == result.steps == 6
@@ -399,6 +423,7 @@ def _check_mlflow(folder: Path, key: str, points: int) -> None:
         (["--cards", str(DATA), "--resume", "tests"], "no probe ran there"),
         (["--cards", str(DATA), "--unrelated", "nowhere.txt"], "no such file"),
         (["--cards", str(DATA), "--sweep", "write.max_example_tokens=300,20"], "write.max_example_tokens=20"),
+        (["--cards", str(DATA), "--sweep", "supervision=raw"], "has no 'telling', which supervision=raw trains on"),
     ],
 )
 def test_a_mistake_is_one_line(more: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
