@@ -34,6 +34,8 @@ from configs.schema import WriteConfig
 
 PROBE_PROMPT_TOKENS, PROBE_ANSWER_TOKENS = 3, 3
 """A probe is the end of a prompt and the beginning of its answer: it shows that the adapter acts, not what it remembers, and costs little."""
+KNOWN = 0.01
+"""Nats per token: what is written is known below it, and a loss that rises to less than this has not diverged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +159,7 @@ class BatchedWriter:
         which includes any request where ``write.epochs`` is 0: T is the identity then, there is no next revision to ask for.
 
         Rolled back (the request's own weights, no probe, the reason): a loss or B that is not finite at any time, or loss_after above
-        ``max_loss_ratio`` x loss_before. Both are over all examples of the request; loss_after of a diverged run may be inf or nan.
+        ``max_loss_ratio`` x loss_before and ``KNOWN``. Both are over all examples of the request; loss_after of a diverged run may be inf or nan.
         The probe is taken from the shortest example: ``before`` under the request's weights, ``after`` under the new.
         """
         return self._write(requests, lambda weights: None) if requests else []
@@ -229,7 +231,7 @@ class BatchedWriter:
             return f"{failure}; {cure}"
         if not (finite and math.isfinite(loss_before) and math.isfinite(loss_after)):
             return f"the fast weights or the loss are not finite after the last step (loss {loss_before:.4g} -> {loss_after:.4g}); {cure}"
-        if loss_after > self._config.max_loss_ratio * loss_before:
+        if loss_after > max(self._config.max_loss_ratio * loss_before, KNOWN):
             return f"the loss rose from {loss_before:.4g} to {loss_after:.4g}, past write.max_loss_ratio={self._config.max_loss_ratio:g}; {cure}"
         return ""
 

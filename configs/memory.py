@@ -33,7 +33,8 @@ class FastWeightsConfig:
 
 @dataclass(frozen=True)
 class WriteConfig:
-    """The write operator T: SFT on the flashcards' answers. A loss not finite, or over ``max_loss_ratio`` times its start, is rolled back."""
+    """The write operator T: SFT on the flashcards' answers. A loss not finite, or over ``max_loss_ratio`` times its start (and 0.01 nats), is rolled
+    back."""
 
     optimizer: Literal["sgd", "adam", "natural"] = "sgd"  # natural: the natural gradient of B, each step of a given predicted harm (Engram's own)
     learning_rate: float = 5e-4  # of sgd and adam

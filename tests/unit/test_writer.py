@@ -286,6 +286,19 @@ def test_a_diverged_write_is_rolled_back(optimizer: Literal["sgd", "adam"]) -> N
     assert not result.loss_after <= config.max_loss_ratio * result.loss_before
 
 
+def test_a_loss_that_rises_and_stays_small_is_no_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rise itself is past ``max_loss_ratio``: it is refused where that little is not yet known."""
+    basis = basis_of(tiny_model())
+    config = WriteConfig(optimizer="adam", learning_rate=10.0, epochs=1)
+    known = write([WriteRequest("a", zero(basis), examples(1, 7))], WriteConfig(optimizer="adam", learning_rate=0.01, epochs=40))[0]
+    request = WriteRequest("a", known.weights, examples(1, 7))
+    refused = write([request], config)[0]
+    assert refused.outcome == "rolled_back" and refused.loss_after > config.max_loss_ratio * refused.loss_before
+    monkeypatch.setattr("actors.writer.KNOWN", refused.loss_after + 1)
+    accepted = write([request], config)[0]
+    assert accepted.outcome == "accepted" and accepted.loss_after == refused.loss_after
+
+
 def test_probe_is_the_middle_of_the_shortest_example_under_old_and_new_weights() -> None:
     """The last 3 tokens of its prompt and the first 3 of its answer, scored on their own by a plain forward."""
     model = tiny_model()
