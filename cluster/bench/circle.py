@@ -68,7 +68,6 @@ def _config(context: Context, folder: Path, staleness: int, steps: int) -> RunCo
         f"train.max_staleness={staleness}",
         f"rollout.threads={context.threads}",
         f"learner.threads={context.threads}",
-        "learner.trainable=full",
         "environment.reward=cluster.bench.circle:lottery",
         "warm_start.steps=0",
         "evaluation.tasks=1",
