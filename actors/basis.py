@@ -135,10 +135,12 @@ def with_sensitivity(basis: Basis, sensitivity: Mapping[str, Sensitivity]) -> Ba
     digest = hashlib.sha256(basis.id.encode())
     for name, rows in basis.d_out.items():
         one = sensitivity[name]
-        kept = one.directions.shape[-1]
+        kept = one.directions.shape[-1] if one.directions.ndim else 0
         if one.directions.shape != (rows, kept) or one.inverse.shape != (kept + 1,) or one.read.shape != (basis.rank, basis.rank):
             raise BasisError(f"the sensitivity of {name} does not fit its matrix: shapes {[tuple(part.shape) for part in one.parts().values()]}")
         for part in one.parts().values():
+            if part.dtype != torch.float32:
+                raise BasisError(f"the sensitivity of {name} is {str(part.dtype).removeprefix('torch.')}; it must be float32")
             if not bool(torch.isfinite(part).all()):
                 raise BasisError(f"the sensitivity of {name} is not finite: the base model gives NaN or infinity; use an undamaged checkpoint")
             digest.update(part.numpy().tobytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from actors.basis import load_basis, save_basis, with_sensitivity
 from actors.calibration import own_sensitivity
 from actors.fast_weights import Basis, BasisError, DeltaInjector, stack, zero
 from actors.frozen_model import OwnedWeights
-from actors.sensitivity import DAMPING, Sensitivity, measure, own_samples, sensitivity_of
+from actors.sensitivity import DAMPING, FLOOR, Sensitivity, measure, own_samples, sensitivity_of
 from actors.types import FastWeights, WriteRequest
 from actors.write_steps import Natural
 from actors.writer import BatchedWriter
@@ -56,6 +57,19 @@ def test_the_direction_is_that_of_the_formula(shape: tuple[int, int]) -> None:
     gradient = torch.randn(2, shape[1], 3, generator=draw)
     wanted = torch.linalg.solve(full, gradient.double()) @ torch.linalg.inv(z.T @ z / shape[0])
     assert torch.allclose(one.natural(gradient).double(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_every_direction_may_be_kept() -> None:
+    """Then nothing is left to measure the damping by: the direction is that of G with its floor, not of rounding."""
+    draw = torch.Generator().manual_seed(0)
+    g, z = (torch.randn(200, width, generator=draw, dtype=torch.float64) for width in (16, 3))
+    gradient = torch.randn(2, 16, 3, generator=draw)
+    whole = g.T @ g / 200
+    floored = whole + FLOOR * torch.linalg.eigvalsh(whole)[-1] * torch.eye(16, dtype=torch.float64)
+    wanted = torch.linalg.solve(floored, gradient.double()) @ torch.linalg.inv(z.T @ z / 200)
+    for rank in (16, 64):
+        found = sensitivity_of(z, g, rank).natural(gradient).double()
+        assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
 def test_a_step_is_as_long_as_the_harm_it_may_do() -> None:
@@ -111,7 +125,7 @@ def test_episodes_written_together_get_what_each_would_get_alone() -> None:
 
 
 def test_it_does_less_harm_than_the_papers_step_that_learns_as_much() -> None:
-    """On the texts that it was measured on and on fresh ones: KL(base || written) at the same loss of the flashcards."""
+    """On texts that it was not measured on: KL(base || written) at the same loss of the flashcards."""
     model = tiny_model()
     basis = sensitive(model)
     frozen = OwnedWeights(model.state_dict(), torch.float32, torch.device("cpu")).model(model.config)
@@ -146,6 +160,8 @@ def test_a_basis_keeps_its_sensitivity_in_its_file(tmp_path: Path) -> None:
     for damage, message in (
         ({f"sensitivity.read.{basis.modules[0]}": torch.zeros(2, 2)}, "does not fit"),
         ({f"sensitivity.read.{basis.modules[0]}": torch.full((3, 3), torch.nan)}, "not finite"),
+        ({f"sensitivity.directions.{basis.modules[0]}": torch.tensor(1.0)}, "does not fit"),
+        ({f"sensitivity.read.{basis.modules[0]}": torch.eye(3, dtype=torch.bfloat16)}, "is bfloat16; it must be float32"),
         ({f"sensitivity.read.{basis.modules[0]}": torch.eye(3)}, "altered"),
     ):
         safetensors.torch.save_file({**tensors, **damage}, path, metadata=metadata)
@@ -182,6 +198,13 @@ def test_a_folder_is_enough_and_trains_nothing(tiny_model_path: Path, tmp_path: 
     assert all(torch.equal(first.a[name], plain.a[name]) for name in plain.modules)
     with pytest.raises(BasisError, match=r"cannot be loaded to measure fast_weights\.sensitivity_rank"):
         own_sensitivity(tmp_path, plain, 8, 0)
+
+    shutil.copytree(tiny_model_path, tmp_path / "damaged")
+    weights = safetensors.torch.load_file(tiny_model_path / "model.safetensors")
+    damaged = {name: torch.full_like(one, torch.nan) if "norm" in name else one for name, one in weights.items()}
+    safetensors.torch.save_file(damaged, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BasisError, match=r"sensitivity_rank cannot be measured .*may be damaged"):
+        own_sensitivity(tmp_path / "damaged", plain, 8, 0)
 
 
 def test_what_the_natural_write_needs_is_asked_for() -> None:
