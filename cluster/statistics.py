@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+Played = tuple[int, str, str]
+"""Seed, task id, item (``EpisodeScore.item``). The item is part of it: an id may stand for other questions where the environment is set otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,27 @@ def paired_difference(before: Sequence[float], after: Sequence[float], samples: 
     low, high = np.quantile(means, [0.025, 0.975])
     p_value = 2 * min(float(np.mean(means <= 0)), float(np.mean(means >= 0)))
     return PairedDifference(float(difference.mean()), float(low), float(high), float(np.clip(p_value, 1 / samples, 1.0)), difference.size)
+
+
+def item_means(values: Mapping[Played, float]) -> dict[str, float]:
+    """What may be resampled: one value for each item. A question that another seed asks again is no new evidence, so its values are averaged."""
+    found: dict[str, list[float]] = {}
+    for (_, _, item), value in values.items():
+        found.setdefault(item, []).append(value)
+    return {item: float(np.mean(some)) for item, some in found.items()}
+
+
+def paired_by_item(before: Mapping[Played, float], after: Mapping[Played, float], samples: int, seed: int) -> PairedDifference:
+    """Paired bootstrap over items: pairs share seed, task and item, and those of one item are averaged. ``count`` is of items."""
+    shared = [played for played in after if played in before]
+    first, second = (item_means({played: side[played] for played in shared}) for side in (before, after))
+    return paired_difference(list(first.values()), list(second.values()), samples, seed)
+
+
+def adjusted_p_values(differences: Sequence[PairedDifference]) -> list[float]:
+    """Holm over the comparisons that compared anything; NaN for the others, which test nothing and so must not dilute the rest."""
+    adjusted = iter(holm([one.p_value for one in differences if one.count > 0]))
+    return [next(adjusted) if one.count > 0 else float("nan") for one in differences]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -16,7 +16,7 @@ from actors.types import Answer
 from cluster.comparison.plan import Cell
 from cluster.comparison.store import CellResult
 from cluster.evaluate import EpisodeScore
-from cluster.statistics import Interval, PairedDifference, bootstrap_interval, holm, paired_difference
+from cluster.statistics import Interval, PairedDifference, Played, adjusted_p_values, bootstrap_interval, paired_by_item
 from configs.models import ResolvedModel
 
 Chosen = Callable[[Answer], bool]
@@ -144,37 +144,26 @@ def summarize(cells: Sequence[Cell], found: Mapping[str, CellResult], reasons: M
 
 
 def compare_rows(rows: Sequence[RowSummary], baselines: Sequence[tuple[str, str]], bootstrap: Bootstrap) -> tuple[Difference, ...]:
-    """Each row against its baseline on each benchmark, by F1. Pairs share seed and task; the pairs of one item are averaged."""
+    """Each row against its baseline on each benchmark, by F1. Pairs share seed, task and item; those of one item are averaged."""
     by_name = {(row.benchmark, row.label): row for row in rows}
     found = []
     for row in rows:
         for label, baseline in baselines:
             if label == row.label and (row.benchmark, baseline) in by_name:
                 other = by_name[row.benchmark, baseline]
-                found.append(Difference(row.benchmark, label, baseline, _paired(other, row, bootstrap), float("nan")))
-    tested = [place for place, one in enumerate(found) if one.difference.count > 0]
-    for place, adjusted in zip(tested, holm([found[place].difference.p_value for place in tested]), strict=True):
-        found[place] = replace(found[place], adjusted_p=adjusted)
-    return tuple(found)
+                difference = paired_by_item(_primary(other), _primary(row), bootstrap.samples, bootstrap.seed)
+                found.append(Difference(row.benchmark, label, baseline, difference, float("nan")))
+    adjusted = adjusted_p_values([one.difference for one in found])
+    return tuple(replace(one, adjusted_p=p) for one, p in zip(found, adjusted, strict=True))
 
 
-def _paired(before: RowSummary, after: RowSummary, bootstrap: Bootstrap) -> PairedDifference:
-    first, second = _by_task(before), _by_task(after)
-    pairs: dict[str, list[tuple[float, float]]] = {}
-    for task, (item, value) in second.items():
-        if task in first:
-            pairs.setdefault(item, []).append((first[task][1], value))
-    means = [np.mean(values, axis=0) for values in pairs.values()]
-    return paired_difference([float(mean[0]) for mean in means], [float(mean[1]) for mean in means], bootstrap.samples, bootstrap.seed)
-
-
-def _by_task(row: RowSummary) -> dict[tuple[int, str], tuple[str, float]]:
-    """(seed, task) -> (item, score) of the episodes that have one."""
+def _primary(row: RowSummary) -> dict[Played, float]:
+    """The score of the episodes that have one."""
     found = {}
     for seed, cell in row.cells:
         for episode in cell.result.episodes:
             if (value := _mean(episode, PRIMARY, lambda _: True)) is not None:
-                found[seed, episode.task_id] = (episode.item, value)
+                found[seed, episode.task_id, episode.item] = value
     return found
 
 

@@ -11,7 +11,8 @@ _EXAMPLES = """examples:
   for seed in 0 1 2; do python -m cluster train configs/quickstart.yaml name=memory-off memory.policy=truncation seed=$seed; done
   python -m cluster pool runs/tmem-* runs/memory-off-* --output runs/pool
 
-Runs of one name= are one group and may differ in their seed only. The first run's group is compared with each other.
+Runs of one name= are one group. They may differ in nothing but seed, model.name (the policy that a seed starts from: a note names them) and what
+changes no result: output_dir, resume, tracking.*, ray.*, episodes.*. The first run's group is compared with each other.
 """
 
 
@@ -26,16 +27,19 @@ def add_pool(commands: Any) -> None:
 
 
 def run_pool(options: argparse.Namespace) -> None:
-    """Raises CheckpointError."""
-    from cluster.pooling.report import Pool, save_pool
+    """Raises CheckpointError, before any table is shown where the output folder cannot be written."""
+    from cluster.pooling.report import Pool, open_output, save_pool
     from cluster.pooling.runs import load_groups
     from cluster.progress import Display
     from cluster.tables import rich_table
 
     groups = load_groups(options.runs)
+    open_output(options.output)
     config = groups[0].runs[0].config
     pool, display = Pool(groups, config.evaluation.bootstrap_samples, config.seed), Display()
     for table in pool.tables():
         display.console.print(rich_table(table.title, table.header, table.rows))
+    for note in pool.notes():
+        display.say(note)
     for path in save_pool(pool, options.output):
         display.say(f"saved: {path}")

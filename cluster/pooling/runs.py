@@ -1,7 +1,7 @@
 """Training runs read back and grouped: runs of one name are one group, told apart by their seeds.
 
 runs/tmem-.../        name=tmem seed=0 --+
-runs/tmem-.../        name=tmem seed=1 --+--> Group("tmem")        rows: before, after_warm_start, after_rl, by (seed, task)
+runs/tmem-.../        name=tmem seed=1 --+--> Group("tmem")        rows: before, after_warm_start, after_rl, by (seed, task, item)
 runs/memory-off-.../  name=memory-off seed=0 --> Group("memory-off")
 """
 
@@ -16,15 +16,16 @@ from pathlib import Path
 from cluster.errors import CheckpointError
 from cluster.evaluate import RowResult, load_row
 from cluster.run import ROW_ORDER
+from cluster.statistics import Played
 from cluster.tracking import flatten
 from configs.load import load_config
 from configs.schema import RunConfig
 
-FREE = ("seed", "output_dir", "resume", "model.name", "tracking.", "ray.", "episodes.")
-"""Settings that may differ inside a group: they change no result, or are what is varied (a seed may start from a policy of its own)."""
+FREE = ("seed", "model.name", "output_dir", "resume", "tracking.", "ray.", "episodes.")
+"""Settings that may differ inside a group: what is varied (a seed may start from a policy of its own), and what changes no result."""
 
-Task = tuple[int, str]
-"""A seed and the task's id: two seeds may have the same task."""
+MAY_DIFFER = "seed, model.name (the policy that a seed starts from) and what changes no result: output_dir, resume, tracking.*, ray.*, episodes.*"
+"""FREE in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +40,29 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Runs that differ in their seed only, by seed."""
+    """Runs that differ in nothing but FREE, by seed."""
 
     name: str
     runs: tuple[Run, ...]
 
-    def scores(self, stage: str, score: str) -> dict[Task, float]:
-        """Of every finished task of all seeds; empty where a run has not got that stage."""
-        if any(stage not in run.rows for run in self.runs):
-            return {}
-        found = {(run.config.seed, one.task_id): one.mean(score) for run in self.runs for one in run.rows[stage].episodes}
-        return {task: value for task, value in found.items() if math.isfinite(value)}
+    def has(self, stage: str) -> bool:
+        """Every run has got that stage, if only with failed episodes."""
+        return all(stage in run.rows for run in self.runs)
+
+    def scores(self, stage: str, score: str) -> dict[Played, float]:
+        """Of every finished task of all seeds. Raises KeyError where a run has not got that stage."""
+        found = {(run.config.seed, one.task_id, one.item): one.mean(score) for run in self.runs for one in run.rows[stage].episodes}
+        return {played: value for played, value in found.items() if math.isfinite(value)}
+
+    def gained(self, since: str, until: str, score: str) -> dict[Played, float]:
+        """The difference of each task that both stages finished."""
+        before, after = self.scores(since, score), self.scores(until, score)
+        return {played: after[played] - before[played] for played in after if played in before}
+
+    @property
+    def models(self) -> dict[int, str]:
+        """By seed: what each run started from."""
+        return {run.config.seed: run.config.model.name for run in self.runs}
 
     def failed(self, stage: str) -> int:
         return sum(len(run.rows[stage].failed) for run in self.runs if stage in run.rows)
@@ -92,6 +105,6 @@ def _check(group: Group) -> None:
         if changed:
             key = changed[0]
             raise CheckpointError(
-                f"{run.folder}: has {key}={mine[key]}, {first.folder} has {theirs.get(key)}: runs of one name may differ in their seed only; "
-                "give each kind of run a name= of its own"
+                f"{run.folder}: has {key}={mine[key]}, {first.folder} has {theirs.get(key)}: give each kind of run a name= of its own; "
+                f"runs of one name may differ in nothing but {MAY_DIFFER}"
             )

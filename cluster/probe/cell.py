@@ -22,10 +22,13 @@ def in_writes(count: int, writes: int) -> list[range]:
 
 
 def points_of(cell: Cell, sizes: Sequence[int], each_step: bool) -> int:
-    """How many measurements the cell takes at most (the untouched model's not counted): for the time left."""
+    """How many measurements ``run_cell`` counts at most, for the time left: fewer where a write stops early, or is rolled back and so not rehearsed.
+
+    ``sizes``: the examples of each write, which are as many as its cards only where supervision is flashcards.
+    """
     if cell.write.epochs == 0 or not each_step:
         return len(sizes)
-    rehearsed = [min(cell.write.rehearsal, sum(sizes[:write])) for write in range(len(sizes))]
+    rehearsed = [min(_rehearsal(cell), sum(sizes[:write])) for write in range(len(sizes))]
     return sum(cell.write.epochs * math.ceil((size + old) / cell.write.batch_size) for size, old in zip(sizes, rehearsed, strict=True))
 
 
@@ -40,14 +43,17 @@ def run_cell(
     each_step: bool,
     on_point: Callable[[], None],
 ) -> CellRun:
-    """``untouched``: the examiner's point under Delta = 0, the same for every cell. Raises WriterError (a card longer than the writer takes)."""
+    """``untouched``: the examiner's point under Delta = 0, the same for every cell. Raises WriterError (a card longer than the writer takes).
+
+    ``on_point``: after each measurement but ``untouched``, and but what is in force after a write that was rolled back when its steps were measured.
+    """
     weights = zero(basis)
     lines: list[WriteLine] = []
     after, steps = [untouched], []
     accepted: list[WriteExample] = []
     for number in range(1, writes + 1):
         fresh = examiner.written(number, cell.supervision, cell.write)
-        rehearsed = tuple(accepted[-cell.write.rehearsal :]) if cell.write.rehearsal else ()  # as actors/memory/parametric.py: the newest
+        rehearsed = tuple(accepted[-_rehearsal(cell) :]) if _rehearsal(cell) else ()  # as actors/memory/parametric.py: the newest
         line, weights_now, trace = _write(cell, writer, WriteRequest(f"probe-{seed}", weights, fresh + rehearsed), each_step)
         lines.append(line)
         if line.outcome == "accepted":
@@ -64,8 +70,14 @@ def run_cell(
             after.append(inside[-1])  # the last step's weights are the write's
         else:
             after.append(examiner.examine(basis, weights, number, line.steps))
-            on_point()
+            if not inside:
+                on_point()
     return CellRun(cell.settings, cell.label, seed, basis.id, basis.parameters, tuple(lines), tuple(after), tuple(steps))
+
+
+def _rehearsal(cell: Cell) -> int:
+    """What is rehearsed are flashcards: no row writes a transcript or a summary again (actors/memory/supervised.py), so a probe of one does not."""
+    return cell.write.rehearsal if cell.supervision == "flashcards" else 0
 
 
 def _write(cell: Cell, writer: BatchedWriter, request: WriteRequest, each_step: bool) -> tuple[WriteLine, FastWeights, tuple[FastWeights, ...]]:

@@ -13,6 +13,7 @@ from configs.load import ConfigError, to_yaml
 _EXAMPLES = """cards: a JSON or JSONL file of {"question", "answer"[, "paraphrases": [...]][, "telling"]}, or recall:N for N made-up facts with
        paraphrases (recall:train:N: other people and answers, to tune on)
 grid:  settings of write.* and fast_weights.*, and supervision=flashcards|summary|raw: what of the facts a write trains on
+       (write.rehearsal is of earlier flashcards: the others have none)
 
 examples:
   python -m cluster probe configs/quickstart.yaml --cards recall:12
@@ -80,6 +81,7 @@ def _count(text: str) -> int:
 
 def _seeds(text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
+    seeds = tuple(int(part) for part in parts if part.isdecimal())
+    if len(set(seeds)) < len(parts):  # one is no number, or there twice, perhaps in other digits: 0,00
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give whole numbers with commas between them, each once, e.g. 0,1,2")
-    return tuple(int(part) for part in parts)
+    return seeds

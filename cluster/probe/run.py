@@ -26,6 +26,7 @@ from cluster.probe.cell import in_writes, points_of, run_cell
 from cluster.probe.examiner import Examiner
 from cluster.probe.reading import Reader
 from cluster.probe.report import ProbeReport, metrics, save_report
+from cluster.probe.supervision import examples_of
 from cluster.probe.unrelated import unrelated_pieces
 from cluster.probe.values import Card, Cell, CellRun, Point, ProbeError, TextPiece
 from cluster.progress import Display
@@ -67,6 +68,10 @@ class _Prepared:
         """The cards of each write."""
         cards = self.cards[seed]
         return [[cards[place] for place in places] for places in in_writes(len(cards), self.options.writes)]
+
+    def sizes(self, cell: Cell, seed: int) -> list[int]:
+        """Examples of each write."""
+        return [len(examples_of(cell.supervision, group, SYSTEM_PROMPT, self.chat, cell.write)) for group in self.groups(seed)]
 
     def path_of(self, cell: Cell, seed: int) -> Path:
         key = json.dumps([asdict(cell.fast_weights), asdict(cell.write), cell.supervision], sort_keys=True)
@@ -188,8 +193,7 @@ def _run_all(prepared: _Prepared, tracker: Tracker, display: Display) -> list[Ce
     if todo:
         torch.set_num_threads(prepared.config.rollout.threads)
         model = read_model(str(prepared.model.path), prepared.config.model.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        sizes = {seed: [len(group) for group in prepared.groups(seed)] for seed in prepared.options.seeds}
-        total = sum(points_of(cell, sizes[seed], prepared.options.each_step) for cell, seed in todo)
+        total = sum(points_of(cell, prepared.sizes(cell, seed), prepared.options.each_step) for cell, seed in todo)
         with display.counting("measurements", total) as counter:
             bench = _Bench(prepared, model)
             for cell, seed in todo:

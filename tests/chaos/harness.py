@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -141,7 +142,8 @@ class Run:
         self.look()
         for pid, start in self.seen | {(self.process.pid, started(self.process.pid))}:
             if start and started(pid) == start:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it ended in between
+                    os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     @property

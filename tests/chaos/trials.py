@@ -37,7 +37,6 @@ from tests.chaos.harness import (
     WAIT_S,
     WORKER,
     Books,
-    ChaosError,
     Fault,
     Run,
     audited,
@@ -237,6 +236,12 @@ def _failed(boundary: str) -> Callable[[Run, Books], None]:
     return lambda run, books: promise(books.failed.get(boundary, 0) >= 1, f"episodes failed by their {boundary}: {books.failed}")
 
 
+def _rolled_back(run: Run, books: Books) -> None:
+    figures, _ = stored(run.folder / "runs" / "mlflow.db")
+    taken_back, writes = figures["fast_weights/rolled_back"], figures["fast_weights/writes"]
+    promise(max(taken_back) >= 1, f"the write whose gradient is no number is rolled back: {sum(taken_back):g} of {sum(writes):g} are")
+
+
 def _judged(run: Run, books: Books) -> None:
     """Episodes failed; when three groups in a row did, the run ended and said why."""
     said = run.errors if run.process.returncode else f"failed episodes: {books.failed.get('environment', 0)}"
@@ -282,7 +287,7 @@ KINDS: dict[str, Kind] = {
     "disk_full": Kind(_fill_disk, ends=None, settings=()),
     "small_object_store": Kind(lambda run, scene: None, settings=("rollout.workers=2", "ray.object_store_gib=0.08", "learner.trainable=full")),
     "nan_reward": Kind(_inflict("nan_reward"), settings=(), after=_failed("environment")),
-    "nan_write": Kind(_inflict("nan_write"), settings=()),
+    "nan_write": Kind(_inflict("nan_write"), settings=(), after=_rolled_back),
     "judge_hangs": Kind(_act, ends=None, around=_judge, settings=(), after=_judged, writes=False),
 }
 
@@ -317,7 +322,7 @@ def play(number: int, name: str, draw: random.Random, model: Path, folder: Path)
                 resumed = "finished" if run.end() == 0 else "failed"
             books = check_finished(run, STEPS, scene.database, writes=kind.writes, in_flight=kind.in_flight)
             kind.after(runs[0], books)
-    except (ChaosError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # whatever it is, it is this trial's verdict: the others of the hour are still to be played
         verdict = f"{type(error).__name__}: {error}"
         traceback.print_exc()
     finally:

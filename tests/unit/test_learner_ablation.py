@@ -1,23 +1,31 @@
-"""Ablations of the update: what they leave out is what is left out, and the gap that a wrong snapshot opens is there to see."""
+"""Ablations of the update: what they leave out is what is left out, a step does so, and the gap that a wrong snapshot opens is there to see."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from actors.fast_weights import Basis
+from actors.types import TrajectoryGroup
 from configs.schema import ObjectiveConfig
 from learner.ablation import as_objective_sees
 from learner.batch import rows_of
+from learner.learner import Learner
 from learner.types import ScoredTrajectory
-from tests.unit.learner_cases import trajectory, write_model
+from tests.unit.learner_cases import UNWEIGHTED, free, gradient_of_step, group, largest_relative_difference, learner, trajectory, write_model
 
 
 @pytest.fixture(scope="module")
-def basis(tmp_path_factory: pytest.TempPathFactory) -> Basis:
-    return write_model(tmp_path_factory.mktemp("model"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="module")
+def basis(folder: Path) -> Basis:
+    return write_model(folder)
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +56,41 @@ def test_the_final_snapshot_is_the_last_revision_for_all(scored: list[ScoredTraj
     nothing_written = replace(scored[0].trajectory, revisions=(), writes=(), segments=(replace(scored[0].trajectory.segments[0], revision=0),))
     (row,) = rows_of(as_objective_sees([ScoredTrajectory(nothing_written, 1.0)], ObjectiveConfig(snapshot="final")), "token", False).rows
     assert row.weights is None
+
+
+# --- a learner's step ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_with_credit_for_actions_has_the_gradient_of_episodes_that_sampled_nothing_else(folder: Path, basis: Basis, tmp_path: Path) -> None:
+    whole = group(basis, (1.0, 0.0, 0.25))
+    acts = [replace(one, segments=tuple(part for part in one.segments if part.spans[0].kind == "act")) for one in whole.trajectories]
+    assert all(0 < len(kept.segments) < len(one.segments) for kept, one in zip(acts, whole.trajectories, strict=True))
+    credit = replace(UNWEIGHTED, credit="actions")
+    found = gradient_of_step(learner(folder, basis, free(), credit), [whole], tmp_path / "credit")
+    alone = gradient_of_step(learner(folder, basis, free()), [replace(whole, trajectories=tuple(acts))], tmp_path / "alone")
+    everything = gradient_of_step(learner(folder, basis, free()), [whole], tmp_path / "everything")
+    assert largest_relative_difference(found, alone) < 1e-4
+    assert largest_relative_difference(found, everything) > 0.1
+
+    report, usual = (learner(folder, basis, free(), objective).step([whole]) for objective in (credit, UNWEIGHTED))
+    assert (report.extract_tokens, report.action_tokens) == (0, usual.action_tokens - usual.extract_tokens)
+    assert 0 < report.action_tokens < usual.action_tokens
+
+
+def test_a_step_under_the_final_snapshot_reports_how_far_it_is_from_what_was_sampled(folder: Path, basis: Basis) -> None:
+    """The engine's log-probs are here those of each segment under its own revision, so that a step as it should be reports no difference."""
+    sampled = truthful(group(basis, (1.0, 0.0, 0.25)), learner(folder, basis, free()))
+    assert {segment.revision for one in sampled.trajectories for segment in one.segments} == {0, 1, 2}
+    own, final = (learner(folder, basis, free(), replace(UNWEIGHTED, snapshot=snapshot)).step([sampled]) for snapshot in ("own", "final"))
+    assert own.engine_logprob_diff_mean < 1e-4
+    assert final.engine_logprob_diff_mean > 0.01
+    assert final.action_tokens == own.action_tokens
+
+
+def truthful(sampled: TrajectoryGroup, made: Learner) -> TrajectoryGroup:
+    """The same episodes with the log-probs that ``made`` gives them."""
+    told = [
+        replace(one, segments=tuple(replace(part, logprobs=values) for part, values in zip(one.segments, made.logprobs(one), strict=True)))
+        for one in sampled.trajectories
+    ]
+    return replace(sampled, trajectories=tuple(told))

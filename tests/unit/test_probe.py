@@ -22,7 +22,7 @@ from actors.environments.recall_words import PEOPLE, RELATIONS
 from actors.fast_weights import Basis, DeltaInjector, stack, zero
 from actors.flashcards import write_example
 from actors.frozen_model import FrozenModel, read_model
-from actors.types import FastWeights, Flashcard, WriteExample, WriteRequest
+from actors.types import FastWeights, Flashcard, WriteExample, WriteRequest, WriteResult
 from actors.writer import BatchedWriter
 from cluster.cli import main
 from cluster.probe import run as probe_run
@@ -34,7 +34,7 @@ from cluster.probe.reading import Reader, merged_layers
 from cluster.probe.report import ProbeReport, metrics, save_report
 from cluster.probe.supervision import examples_of
 from cluster.probe.unrelated import unrelated_pieces
-from cluster.probe.values import Cell, CellRun, Point, ProbeError, TextPiece
+from cluster.probe.values import SUPERVISIONS, Cell, CellRun, Point, ProbeError, Supervision, TextPiece
 from configs.load import ConfigError
 from configs.schema import FastWeightsConfig, WriteConfig
 
@@ -354,6 +354,40 @@ def test_no_epochs_are_no_write(tiny: SimpleNamespace) -> None:
     assert run.after[1].texts == run.after[0].texts
 
 
+@pytest.mark.parametrize("supervision", SUPERVISIONS)
+def test_only_flashcards_are_rehearsed_and_measurements_are_counted_by_examples(tiny: SimpleNamespace, supervision: Supervision) -> None:
+    cards = recall_cards(4, "eval", 0)
+    examiner = Examiner(tiny.reader, tiny.chat, SYSTEM_PROMPT, [cards[:2], cards[2:]], PIECES)
+    write = replace(ADAM, epochs=1, batch_size=1, rehearsal=2, max_example_tokens=len(tiny.chat.system(SYSTEM_PROMPT)) + 40)
+    cell = Cell((), FAST, write, supervision)
+    asked: list[int] = []
+    counted: list[None] = []
+
+    class Recorded(BatchedWriter):
+        def trace(self, request: WriteRequest) -> tuple[WriteResult, tuple[FastWeights, ...]]:
+            asked.append(len(request.examples))
+            return super().trace(request)
+
+    untouched = examiner.examine(tiny.basis, zero(tiny.basis), 0, 0)
+    writer = Recorded(tiny.model, tiny.basis, write)
+    run = run_cell(cell, 0, tiny.basis, writer, examiner, untouched, 2, True, lambda: counted.append(None))
+    sizes = [len(examiner.written(number, supervision, write)) for number in (1, 2)]
+    assert (sizes == [2, 2]) == (supervision == "flashcards"), "a card is an example only there"
+    assert asked == [sizes[0], sizes[1] + (2 if supervision == "flashcards" else 0)]
+    assert [line.outcome for line in run.writes] == ["accepted", "accepted"]
+    assert len(counted) == points_of(cell, sizes, each_step=True) == sum(asked)
+
+
+def test_a_write_that_is_rolled_back_after_its_last_step_counts_no_more_than_was_promised(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BatchedWriter, "_refusal", lambda *_: "the loss rose")
+    run, points = cell_run(tiny, ADAM, 2, each_step=True)
+    assert [(line.outcome, line.steps) for line in run.writes] == [("rolled_back", 3)] * 2
+    assert points == len(run.steps) == points_of(Cell((), FAST, ADAM), [2, 2], each_step=True)
+    assert run.after[-1].loss(False) == pytest.approx(run.after[0].loss(False)), "what is in force is measured all the same"
+
+
 def test_a_run_survives_json(tiny: SimpleNamespace) -> None:
     run, _ = cell_run(tiny, ADAM, 2, each_step=True)
     assert CellRun.from_json(json.loads(json.dumps(run.to_json()))) == run
@@ -402,6 +436,14 @@ def test_from_the_command_line_to_the_report_and_on(
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert part in error
+
+
+def test_the_progress_counts_the_examples_of_a_transcript_not_its_cards(
+    tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--cards", "recall:4", "--cell", "supervision=raw", "write.epochs=1", "write.batch_size=1", "fast_weights.rank=1"]
+    assert main([*arguments(tiny_model_path, tmp_path), *more]) == 0
+    assert "measurements: 2 of 2 in" in capsys.readouterr().out, "the two cards of a write are told in one text"
 
 
 def _check_mlflow(folder: Path, key: str, points: int) -> None:

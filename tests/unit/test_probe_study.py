@@ -42,6 +42,10 @@ def test_a_file_says_what_the_command_line_leaves_out(tmp_path: Path) -> None:
         ("writes: true", "writes=True is not allowed"),
         ("cards: 5", "cards=5 is not allowed; it must be a str"),
         ("seeds: [a]", r"seeds=\['a'\] is not allowed; it must be a list of int"),
+        ("seeds: [0, 0, 1]", r"seeds=\[0, 0, 1\] is not allowed; it must be a list of int of 0 or more, each once"),
+        ("seeds: [2, -1]", r"seeds=\[2, -1\] is not allowed; it must be a list of int of 0 or more, each once"),
+        ("seeds: [2024-13-01]", r"is not YAML that can be read \(month must be"),
+        (f"seeds: {'[' * 3000}", r"is not YAML that can be read \(maximum recursion"),
         ("cells: write.epochs=2", "cells='write.epochs=2' is not allowed; it must be a list of str"),
         ("cards: [", "is not YAML"),
     ],
@@ -53,6 +57,13 @@ def test_a_mistake_in_a_study_is_one_line(text: str, part: str, tmp_path: Path) 
         load_study(str(path))
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("seeds", ["0,0,1", "0,00", "1,2,01", "-1", "0,", "x"])
+def test_a_seed_is_given_once_whatever_its_digits(seeds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["probe", str(QUICKSTART), "--study", "write", f"--seeds={seeds}", "--print-config"])
+    assert f"'{seeds}' is not allowed: give whole numbers" in capsys.readouterr().err
 
 
 def test_a_study_that_is_not_there_is_said_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
