@@ -73,7 +73,8 @@ def _config(context: Context, folder: Path, staleness: int, steps: int) -> RunCo
         "evaluation.tasks=1",
         "tracking.enabled=false",
     ]
-    small = ["train.tasks_per_step=2", "train.group_size=2", "memory.max_extract_tokens=24", "engine.kv_cache_gib=0.2", "ray.object_store_gib=0.5"]
+    small = ["train.tasks_per_step=2", "train.group_size=2", "memory.max_extract_tokens=24", "learner.trainable_layers=1"]
+    small += ["engine.kv_cache_gib=0.2", "ray.object_store_gib=0.5"]
     return load_config(Path(configs.__file__).parent / "quickstart.yaml", settings + (small if context.quick else []))
 
 
