@@ -12,11 +12,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from configs.models import resolve_model
 from configs.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from actors.fast_weights import Basis
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
@@ -46,6 +50,20 @@ def model_path() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model_path(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(model_path, tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that ``llama_basis`` writes the random Llama of the learner tests to."""
+    return tmp_path_factory.mktemp("learner-llama")
+
+
+@pytest.fixture(scope="session")
+def llama_basis(llama: Path) -> Basis:
+    """Writes ``llama`` and gives its basis; no test changes either."""
+    from tests.unit.learner_cases import write_model
+
+    return write_model(llama)
 
 
 def write_tiny_model(model_path: Path, folder: Path) -> Path:

@@ -15,7 +15,7 @@ from actors.fast_weights import Basis
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner.types import LearnerError
 from learner.worker import LearnerGroup, LearnerSpec
-from tests.unit.learner_cases import free, group, learner, segments_of, write_model
+from tests.unit.learner_cases import free, group, learner, segments_of
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +25,15 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
-
-
-@pytest.fixture(scope="module")
-def basis(folder: Path) -> Basis:
-    return write_model(folder)
-
-
 def spec(folder: Path, basis: Basis, config: LearnerConfig) -> LearnerSpec:
     return LearnerSpec(config, ObjectiveConfig(importance="none"), str(folder), basis, seed=0, temperature=1.0)
 
 
-def test_the_group_trains_like_a_learner_in_this_process(cluster: None, folder: Path, basis: Basis, tmp_path: Path) -> None:
+def test_the_group_trains_like_a_learner_in_this_process(cluster: None, llama: Path, llama_basis: Basis, tmp_path: Path) -> None:
     config = free(zero_stage=1)
-    remote = LearnerGroup(spec(folder, basis, config), start_timeout_s=300)
-    local = learner(folder, basis, config)
-    groups = [group(basis, (1.0, 0.0, 0.25))]
+    remote = LearnerGroup(spec(llama, llama_basis, config), start_timeout_s=300)
+    local = learner(llama, llama_basis, config)
+    groups = [group(llama_basis, (1.0, 0.0, 0.25))]
     segments = [part for _, part in segments_of(groups)]
     try:
         assert remote.version == 0
@@ -61,7 +51,7 @@ def test_the_group_trains_like_a_learner_in_this_process(cluster: None, folder: 
         with pytest.raises(LearnerError, match=r"^nothing to learn from: 0 groups hold 0 finished episodes and no sampled token$"):
             remote.step([])
         with pytest.raises(ValueError, match=r"^task .*reward 0 is nan: a reward must be a finite number") as refused:
-            remote.step([ray.put(group(basis, (math.nan, 1.0)))])
+            remote.step([ray.put(group(llama_basis, (math.nan, 1.0)))])
         assert type(refused.value) is ValueError  # the rank's own, not Ray's wrapping of it
         with pytest.raises(LearnerError, match=r"^learner step: a rank failed: AttributeError: .*'str'"):
             remote.step([ray.put("no group")])  # what no rank foresees is named too
@@ -69,14 +59,14 @@ def test_the_group_trains_like_a_learner_in_this_process(cluster: None, folder: 
         remote.close()
 
 
-def test_a_rank_that_cannot_be_placed_is_named(cluster: None, folder: Path, basis: Basis) -> None:
+def test_a_rank_that_cannot_be_placed_is_named(cluster: None, llama: Path, llama_basis: Basis) -> None:
     with pytest.raises(LearnerError, match=r"no answer from rank \[0\] within 3 s \(asked for 64 CPUs and 0 GPUs for each of 1 learner ranks"):
-        LearnerGroup(spec(folder, basis, free(cpus_per_worker=64)), start_timeout_s=3)
+        LearnerGroup(spec(llama, llama_basis, free(cpus_per_worker=64)), start_timeout_s=3)
 
 
-def test_a_rank_that_died_is_said_to_have_died(cluster: None, folder: Path, basis: Basis) -> None:
-    remote = LearnerGroup(spec(folder, basis, free()), start_timeout_s=300)
+def test_a_rank_that_died_is_said_to_have_died(cluster: None, llama: Path, llama_basis: Basis) -> None:
+    remote = LearnerGroup(spec(llama, llama_basis, free()), start_timeout_s=300)
     ray.kill(remote._actors[0])
     with pytest.raises(LearnerError, match="a rank's process died"):
-        remote.step([ray.put(group(basis, (1.0, 0.0)))])
+        remote.step([ray.put(group(llama_basis, (1.0, 0.0)))])
     remote.close()

@@ -15,7 +15,7 @@ from actors.types import TrajectoryGroup
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner.batch import split
 from learner.types import LearnerError, ScoredTrajectory
-from tests.unit.learner_cases import assert_equal_updates, free, group, learner, reference_steps, write_model
+from tests.unit.learner_cases import assert_equal_updates, free, group, learner, reference_steps
 
 
 def start_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -23,29 +23,19 @@ def start_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
-
-
-@pytest.fixture(scope="module")
-def basis(folder: Path) -> Basis:
-    return write_model(folder)
-
-
-@pytest.fixture(scope="module")
-def groups(basis: Basis) -> list[TrajectoryGroup]:
-    return [group(basis, (1.0, 0.0, 0.25))]
+def groups(llama_basis: Basis) -> list[TrajectoryGroup]:
+    return [group(llama_basis, (1.0, 0.0, 0.25))]
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.filterwarnings("ignore")
-def test_every_zero_stage_equals_plain_adamw(folder: Path, basis: Basis, groups: list[TrajectoryGroup], zero_stage: int) -> None:
+def test_every_zero_stage_equals_plain_adamw(llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], zero_stage: int) -> None:
     config = LearnerConfig(learning_rate=1e-3, weight_decay=0.01, max_grad_norm=0.5, zero_stage=zero_stage, microbatch_tokens=50)
-    expected = reference_steps(folder, basis, groups, config, steps=2)
-    made = learner(folder, basis, config)
+    expected = reference_steps(llama, llama_basis, groups, config, steps=2)
+    made = learner(llama, llama_basis, config)
     reports = [made.step(groups) for _ in range(2)]
     found = made.weights(trainable_only=False)
-    start = start_weights(folder)
+    start = start_weights(llama)
     assert found.keys() == expected.keys()
     assert all(found[name].is_contiguous() and found[name].dtype == torch.float32 for name in found)
     assert_equal_updates(found, expected, start, 1e-5)
@@ -55,15 +45,17 @@ def test_every_zero_stage_equals_plain_adamw(folder: Path, basis: Basis, groups:
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.filterwarnings("ignore")
-def test_a_resumed_learner_goes_on_to_the_bit(folder: Path, basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path, zero_stage: int) -> None:
+def test_a_resumed_learner_goes_on_to_the_bit(
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path, zero_stage: int
+) -> None:
     config, objective = free(zero_stage=zero_stage, warmup_steps=4, microbatch_tokens=300), ObjectiveConfig(minibatches=2)
-    made = learner(folder, basis, config, objective)
+    made = learner(llama, llama_basis, config, objective)
     for _ in range(2):
         made.step(groups)
     made.save(tmp_path / "c")
     draws = (np.random.rand(), torch.rand(1).item())
     expected = [made.step(groups) for _ in range(2)]
-    other = learner(folder, basis, config, objective)
+    other = learner(llama, llama_basis, config, objective)
     other.load(tmp_path / "c")
     assert (np.random.rand(), torch.rand(1).item()) == draws
     found = [other.step(groups) for _ in range(2)]
@@ -74,9 +66,9 @@ def test_a_resumed_learner_goes_on_to_the_bit(folder: Path, basis: Basis, groups
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_of_one_stage_resumes_in_another_and_loads_in_transformers(
-    folder: Path, basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path
 ) -> None:
-    made = learner(folder, basis, free(zero_stage=1))
+    made = learner(llama, llama_basis, free(zero_stage=1))
     made.step(groups)
     made.save(tmp_path / "c")
     made.save(tmp_path / "c")  # replaces, leaves nothing behind
@@ -85,7 +77,7 @@ def test_a_checkpoint_of_one_stage_resumes_in_another_and_loads_in_transformers(
     theta = made.weights(trainable_only=False)
     loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "c" / "model").named_parameters())
     assert all(torch.equal(loaded[name], theta[name]) for name in theta)
-    other = learner(folder, basis, free(zero_stage=3))
+    other = learner(llama, llama_basis, free(zero_stage=3))
     other.load(tmp_path / "c")
     expected, found = made.step(groups), other.step(groups)
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
@@ -95,12 +87,14 @@ def test_a_checkpoint_of_one_stage_resumes_in_another_and_loads_in_transformers(
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.filterwarnings("ignore")
-def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(folder: Path, basis: Basis, groups: list[TrajectoryGroup], zero_stage: int) -> None:
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], zero_stage: int
+) -> None:
     poisoned = list(groups[0].trajectories)
     first = poisoned[0].segments[0]
     broken = np.where(first.action_mask, np.nan, 0).astype(np.float32)
     poisoned[0] = replace(poisoned[0], segments=(replace(first, logprobs=broken), *poisoned[0].segments[1:]))
-    made = learner(folder, basis, free(zero_stage=zero_stage), ObjectiveConfig(importance="truncated"))
+    made = learner(llama, llama_basis, free(zero_stage=zero_stage), ObjectiveConfig(importance="truncated"))
     start = made.weights(trainable_only=False)
     with pytest.raises(LearnerError, match="not finite"):
         made.step([replace(groups[0], trajectories=tuple(poisoned))])
@@ -112,14 +106,14 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(folder: Path, ba
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_bad_later_minibatch_says_what_is_applied(folder: Path, basis: Basis) -> None:
+def test_a_bad_later_minibatch_says_what_is_applied(llama: Path, llama_basis: Basis) -> None:
     """Of several optimizer steps on one batch the good ones before a bad one stay: the message says so, and the version does not move."""
-    siblings = group(basis, (1.0, 0.0, 0.25, 0.5))
+    siblings = group(llama_basis, (1.0, 0.0, 0.25, 0.5))
     order = split([ScoredTrajectory(one, 1.0) for one in siblings.trajectories], 2, (0, 0))
     last = order[1][0].trajectory
     broken = tuple(replace(part, logprobs=np.where(part.action_mask, np.nan, 0).astype(np.float32)) for part in last.segments)
     poisoned = tuple(replace(one, segments=broken) if one is last else one for one in siblings.trajectories)
-    made = learner(folder, basis, free(zero_stage=1), ObjectiveConfig(minibatches=2, importance="truncated"))
+    made = learner(llama, llama_basis, free(zero_stage=1), ObjectiveConfig(minibatches=2, importance="truncated"))
     start = made.weights(trainable_only=False)
     with pytest.raises(LearnerError, match=r"minibatch 2: .*minibatches 1 to 1 of 2 .* version is still 0: resume from the last checkpoint"):
         made.step([replace(siblings, trajectories=poisoned)])
@@ -128,23 +122,23 @@ def test_a_bad_later_minibatch_says_what_is_applied(folder: Path, basis: Basis) 
     assert all(bool(torch.isfinite(value).all()) for value in after.values())
 
 
-def test_skipping_trajectories_without_advantage_changes_nothing(folder: Path, basis: Basis) -> None:
-    made = learner(folder, basis, free())
-    mixed = [group(basis, (1.0, 0.0, 0.5))]  # the third has advantage 0
+def test_skipping_trajectories_without_advantage_changes_nothing(llama: Path, llama_basis: Basis) -> None:
+    made = learner(llama, llama_basis, free())
+    mixed = [group(llama_basis, (1.0, 0.0, 0.5))]  # the third has advantage 0
     report = made.step(mixed)
     assert report.trajectories_skipped == 1
-    expected = reference_steps(folder, basis, mixed, free(), steps=1)
+    expected = reference_steps(llama, llama_basis, mixed, free(), steps=1)
     found = made.weights(trainable_only=False)
-    assert_equal_updates(found, expected, start_weights(folder), 1e-5)
+    assert_equal_updates(found, expected, start_weights(llama), 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_bfloat16_keeps_float32_masters(folder: Path, basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path) -> None:
-    made = learner(folder, basis, free(learning_rate=1e-5, dtype="bfloat16", zero_stage=1))
+def test_bfloat16_keeps_float32_masters(llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path) -> None:
+    made = learner(llama, llama_basis, free(learning_rate=1e-5, dtype="bfloat16", zero_stage=1))
     made.step(groups)
     made.save(tmp_path / "c")
     expected = made.step(groups).loss
     assert all(value.dtype == torch.bfloat16 for value in made.weights(trainable_only=False).values())
-    other = learner(folder, basis, free(learning_rate=1e-5, dtype="bfloat16", zero_stage=1))
+    other = learner(llama, llama_basis, free(learning_rate=1e-5, dtype="bfloat16", zero_stage=1))
     other.load(tmp_path / "c")
     assert other.step(groups).loss == expected

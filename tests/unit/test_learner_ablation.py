@@ -15,22 +15,12 @@ from learner.ablation import as_objective_sees
 from learner.batch import rows_of
 from learner.learner import Learner
 from learner.types import ScoredTrajectory
-from tests.unit.learner_cases import UNWEIGHTED, free, gradient_of_step, group, largest_relative_difference, learner, trajectory, write_model
+from tests.unit.learner_cases import UNWEIGHTED, free, gradient_of_step, group, largest_relative_difference, learner, trajectory
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
-
-
-@pytest.fixture(scope="module")
-def basis(folder: Path) -> Basis:
-    return write_model(folder)
-
-
-@pytest.fixture(scope="module")
-def scored(basis: Basis) -> list[ScoredTrajectory]:
-    return [ScoredTrajectory(trajectory(basis, seed, 0.0), advantage) for seed, advantage in ((1, 1.5), (2, -0.5))]
+def scored(llama_basis: Basis) -> list[ScoredTrajectory]:
+    return [ScoredTrajectory(trajectory(llama_basis, seed, 0.0), advantage) for seed, advantage in ((1, 1.5), (2, -0.5))]
 
 
 def test_the_method_as_it_is_sees_what_was_sampled(scored: list[ScoredTrajectory]) -> None:
@@ -61,27 +51,29 @@ def test_the_final_snapshot_is_the_last_revision_for_all(scored: list[ScoredTraj
 # --- a learner's step ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_with_credit_for_actions_has_the_gradient_of_episodes_that_sampled_nothing_else(folder: Path, basis: Basis, tmp_path: Path) -> None:
-    whole = group(basis, (1.0, 0.0, 0.25))
+def test_a_step_with_credit_for_actions_has_the_gradient_of_episodes_that_sampled_nothing_else(
+    llama: Path, llama_basis: Basis, tmp_path: Path
+) -> None:
+    whole = group(llama_basis, (1.0, 0.0, 0.25))
     acts = [replace(one, segments=tuple(part for part in one.segments if part.spans[0].kind == "act")) for one in whole.trajectories]
     assert all(0 < len(kept.segments) < len(one.segments) for kept, one in zip(acts, whole.trajectories, strict=True))
     credit = replace(UNWEIGHTED, credit="actions")
-    found = gradient_of_step(learner(folder, basis, free(), credit), [whole], tmp_path / "credit")
-    alone = gradient_of_step(learner(folder, basis, free()), [replace(whole, trajectories=tuple(acts))], tmp_path / "alone")
-    everything = gradient_of_step(learner(folder, basis, free()), [whole], tmp_path / "everything")
+    found = gradient_of_step(learner(llama, llama_basis, free(), credit), [whole], tmp_path / "credit")
+    alone = gradient_of_step(learner(llama, llama_basis, free()), [replace(whole, trajectories=tuple(acts))], tmp_path / "alone")
+    everything = gradient_of_step(learner(llama, llama_basis, free()), [whole], tmp_path / "everything")
     assert largest_relative_difference(found, alone) < 1e-4
     assert largest_relative_difference(found, everything) > 0.1
 
-    report, usual = (learner(folder, basis, free(), objective).step([whole]) for objective in (credit, UNWEIGHTED))
+    report, usual = (learner(llama, llama_basis, free(), objective).step([whole]) for objective in (credit, UNWEIGHTED))
     assert (report.extract_tokens, report.action_tokens) == (0, usual.action_tokens - usual.extract_tokens)
     assert 0 < report.action_tokens < usual.action_tokens
 
 
-def test_a_step_under_the_final_snapshot_reports_how_far_it_is_from_what_was_sampled(folder: Path, basis: Basis) -> None:
+def test_a_step_under_the_final_snapshot_reports_how_far_it_is_from_what_was_sampled(llama: Path, llama_basis: Basis) -> None:
     """The engine's log-probs are here those of each segment under its own revision, so that a step as it should be reports no difference."""
-    sampled = truthful(group(basis, (1.0, 0.0, 0.25)), learner(folder, basis, free()))
+    sampled = truthful(group(llama_basis, (1.0, 0.0, 0.25)), learner(llama, llama_basis, free()))
     assert {segment.revision for one in sampled.trajectories for segment in one.segments} == {0, 1, 2}
-    own, final = (learner(folder, basis, free(), replace(UNWEIGHTED, snapshot=snapshot)).step([sampled]) for snapshot in ("own", "final"))
+    own, final = (learner(llama, llama_basis, free(), replace(UNWEIGHTED, snapshot=snapshot)).step([sampled]) for snapshot in ("own", "final"))
     assert own.engine_logprob_diff_mean < 1e-4
     assert final.engine_logprob_diff_mean > 0.01
     assert final.action_tokens == own.action_tokens

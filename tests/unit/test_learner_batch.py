@@ -10,17 +10,12 @@ from actors.fast_weights import Basis
 from actors.types import ActionSpan, Outcome, Segment, Timings, Trajectory
 from learner.batch import _cut, pack, pad, rows_of, split, supervised_rows
 from learner.types import Microbatch, Row, ScoredTrajectory
-from tests.unit.learner_cases import TASK, trajectory, write_model
+from tests.unit.learner_cases import TASK, trajectory
 
 
 @pytest.fixture(scope="module")
-def basis(tmp_path_factory: pytest.TempPathFactory) -> Basis:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def scored(basis: Basis) -> list[ScoredTrajectory]:
-    return [ScoredTrajectory(trajectory(basis, seed, 0.0), advantage) for seed, advantage in ((1, 1.5), (2, -0.5), (3, 0.0), (4, -1.0))]
+def scored(llama_basis: Basis) -> list[ScoredTrajectory]:
+    return [ScoredTrajectory(trajectory(llama_basis, seed, 0.0), advantage) for seed, advantage in ((1, 1.5), (2, -0.5), (3, 0.0), (4, -1.0))]
 
 
 def share(scored: list[ScoredTrajectory], aggregate: str, skip: bool) -> float:

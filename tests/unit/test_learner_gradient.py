@@ -27,25 +27,14 @@ from tests.unit.learner_cases import (
     sampled_logprobs,
     segments_of,
     trajectory,
-    write_model,
 )
 
 REWARDS = (1.0, 0.0, 0.25, 0.5)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
-
-
-@pytest.fixture(scope="module")
-def basis(folder: Path) -> Basis:
-    return write_model(folder)
-
-
-@pytest.fixture(scope="module")
-def groups(basis: Basis) -> list[TrajectoryGroup]:
-    return [group(basis, REWARDS)]
+def groups(llama_basis: Basis) -> list[TrajectoryGroup]:
+    return [group(llama_basis, REWARDS)]
 
 
 def reference_gradient(folder: Path, basis: Basis, groups: list[TrajectoryGroup], temperature: float = 1.0) -> dict[str, torch.Tensor]:
@@ -68,26 +57,28 @@ def reference_gradient(folder: Path, basis: Basis, groups: list[TrajectoryGroup]
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_gradient_equals_a_loop_over_merged_models(
-    folder: Path, basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path, temperature: float
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path, temperature: float
 ) -> None:
-    found = gradient_of_step(learner(folder, basis, free(), temperature=temperature), groups, tmp_path / "c")
-    assert largest_relative_difference(found, reference_gradient(folder, basis, groups, temperature)) < 1e-5
+    found = gradient_of_step(learner(llama, llama_basis, free(), temperature=temperature), groups, tmp_path / "c")
+    assert largest_relative_difference(found, reference_gradient(llama, llama_basis, groups, temperature)) < 1e-5
 
 
-def test_neglecting_delta_would_not_pass_the_comparison(folder: Path, basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path) -> None:
+def test_neglecting_delta_would_not_pass_the_comparison(llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path) -> None:
     bare = [replace(groups[0], trajectories=tuple(without_delta(one) for one in groups[0].trajectories))]
-    found = gradient_of_step(learner(folder, basis, free()), bare, tmp_path / "c")
-    assert largest_relative_difference(found, reference_gradient(folder, basis, groups)) > 1e-2
+    found = gradient_of_step(learner(llama, llama_basis, free()), bare, tmp_path / "c")
+    assert largest_relative_difference(found, reference_gradient(llama, llama_basis, groups)) > 1e-2
 
 
-def test_an_a_of_each_revisions_own_is_a_constant_of_the_gradient(folder: Path, basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path) -> None:
+def test_an_a_of_each_revisions_own_is_a_constant_of_the_gradient(
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path
+) -> None:
     """Where writes move A too: theta's gradient is that of models with W + B_k A_k merged by hand, and neglecting A_k would be seen."""
-    moving = make_basis(basis.kind, basis.a, basis.d_out, train_a=True)
+    moving = make_basis(llama_basis.kind, llama_basis.a, llama_basis.d_out, train_a=True)
     own = [replace(groups[0], trajectories=tuple(with_own_a(one, moving) for one in groups[0].trajectories))]
-    expected = reference_gradient(folder, moving, own)
-    found = gradient_of_step(learner(folder, moving, free()), own, tmp_path / "c")
+    expected = reference_gradient(llama, moving, own)
+    found = gradient_of_step(learner(llama, moving, free()), own, tmp_path / "c")
     assert largest_relative_difference(found, expected) < 1e-4
-    assert largest_relative_difference(expected, reference_gradient(folder, basis, groups)) > 1e-2
+    assert largest_relative_difference(expected, reference_gradient(llama, llama_basis, groups)) > 1e-2
 
 
 def with_own_a(one: Trajectory, basis: Basis) -> Trajectory:
@@ -103,25 +94,25 @@ def without_delta(one: Trajectory) -> Trajectory:
     return replace(one, segments=tuple(replace(part, revision=0) for part in one.segments), revisions=())
 
 
-def test_no_gradient_reaches_a_or_b(folder: Path, basis: Basis, groups: list[TrajectoryGroup]) -> None:
+def test_no_gradient_reaches_a_or_b(llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup]) -> None:
     before = [{name: b.copy() for name, b in weights.b.items()} for one in groups[0].trajectories for weights in one.revisions]
-    a_before = {name: a.clone() for name, a in basis.a.items()}
-    made = learner(folder, basis, free())
+    a_before = {name: a.clone() for name, a in llama_basis.a.items()}
+    made = learner(llama, llama_basis, free())
     made.step(groups)
     after = [weights.b for one in groups[0].trajectories for weights in one.revisions]
     assert all(np.array_equal(old[name], new[name]) for old, new in zip(before, after, strict=True) for name in old)
-    assert all(not a.requires_grad and a.grad is None and torch.equal(a, a_before[name]) for name, a in basis.a.items())
+    assert all(not a.requires_grad and a.grad is None and torch.equal(a, a_before[name]) for name, a in llama_basis.a.items())
     assert set(made.weights(trainable_only=True)) == set(made.weights(trainable_only=False))
     assert not any(".a" in name or "lora" in name for name in made.weights(trainable_only=False))
 
 
-def test_each_segment_is_scored_under_its_own_revision(folder: Path, basis: Basis) -> None:
-    episode = trajectory(basis, 5, 1.0)
-    made = learner(folder, basis, free())
+def test_each_segment_is_scored_under_its_own_revision(llama: Path, llama_basis: Basis) -> None:
+    episode = trajectory(llama_basis, 5, 1.0)
+    made = learner(llama, llama_basis, free())
     own = made.logprobs(episode)
     for values, part in zip(own, episode.segments, strict=True):
         with torch.no_grad():
-            expected = sampled_logprobs(merged_model(folder, basis, episode.weights_of(part)), part).numpy()
+            expected = sampled_logprobs(merged_model(llama, llama_basis, episode.weights_of(part)), part).numpy()
         assert np.abs(values[part.action_mask] - expected).max() < 2e-5
         assert not values[~part.action_mask].any()
     shifted = replace(episode, segments=tuple(replace(part, revision=(part.revision + 1) % 3) for part in episode.segments))
@@ -129,7 +120,7 @@ def test_each_segment_is_scored_under_its_own_revision(folder: Path, basis: Basi
         assert np.abs(values - wrong)[part.action_mask].max() > 1e-2  # five hundred times the tolerance above
 
 
-def test_extraction_tokens_carry_the_advantage(folder: Path, basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path) -> None:
+def test_extraction_tokens_carry_the_advantage(llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path) -> None:
     def silence(one: Trajectory) -> Trajectory:
         silent = tuple(
             part if part.spans[0].kind == "act" else replace(part, action_mask=np.zeros_like(part.action_mask), spans=()) for part in one.segments
@@ -137,35 +128,35 @@ def test_extraction_tokens_carry_the_advantage(folder: Path, basis: Basis, group
         return replace(one, segments=silent)
 
     acting = [replace(groups[0], trajectories=tuple(silence(one) for one in groups[0].trajectories))]
-    both = gradient_of_step(learner(folder, basis, free()), groups, tmp_path / "both")
-    only = gradient_of_step(learner(folder, basis, free()), acting, tmp_path / "only")
+    both = gradient_of_step(learner(llama, llama_basis, free()), groups, tmp_path / "both")
+    only = gradient_of_step(learner(llama, llama_basis, free()), acting, tmp_path / "only")
     tokens = [sum(int(part.action_mask.sum()) for _, part in segments_of(each)) for each in (groups, acting)]
     scaled = {name: value * tokens[1] / tokens[0] for name, value in only.items()}  # the same denominator
     assert largest_relative_difference(scaled, both) > 0.1
 
 
 @pytest.mark.parametrize("aggregate", ["token", "sequence"])
-def test_packing_does_not_change_the_gradient(folder: Path, basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path, aggregate: str) -> None:
+def test_packing_does_not_change_the_gradient(llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path, aggregate: str) -> None:
     objective = ObjectiveConfig(aggregate=aggregate)  # type: ignore[arg-type]
-    one = gradient_of_step(learner(folder, basis, free(microbatch_tokens=10_000), objective), groups, tmp_path / "one")
-    many = gradient_of_step(learner(folder, basis, free(microbatch_tokens=1), objective), groups, tmp_path / "many")
+    one = gradient_of_step(learner(llama, llama_basis, free(microbatch_tokens=10_000), objective), groups, tmp_path / "one")
+    many = gradient_of_step(learner(llama, llama_basis, free(microbatch_tokens=1), objective), groups, tmp_path / "many")
     assert largest_relative_difference(many, one) < 1e-5
 
 
 def test_chunked_head_and_checkpointing_do_not_change_the_gradient(
-    folder: Path, basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = gradient_of_step(learner(folder, basis, free()), groups, tmp_path / "plain")
+    plain = gradient_of_step(learner(llama, llama_basis, free()), groups, tmp_path / "plain")
     monkeypatch.setattr(head, "_CHUNK", 3 * VOCABULARY)
-    chunked = gradient_of_step(learner(folder, basis, free(gradient_checkpointing=True)), groups, tmp_path / "chunked")
+    chunked = gradient_of_step(learner(llama, llama_basis, free(gradient_checkpointing=True)), groups, tmp_path / "chunked")
     assert largest_relative_difference(chunked, plain) < 1e-5
 
 
 def test_last_layers_get_the_full_models_gradient_and_nothing_else_moves(
-    folder: Path, basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path
 ) -> None:
-    full = gradient_of_step(learner(folder, basis, free()), groups, tmp_path / "full")
-    made = learner(folder, basis, free(trainable="last_layers", trainable_layers=1))
+    full = gradient_of_step(learner(llama, llama_basis, free()), groups, tmp_path / "full")
+    made = learner(llama, llama_basis, free(trainable="last_layers", trainable_layers=1))
     before = made.weights(trainable_only=False)
     last = gradient_of_step(made, groups, tmp_path / "last")
     assert set(last) == {name for name in full if name.startswith("model.layers.2.") or name == "model.norm.weight"}
@@ -174,14 +165,14 @@ def test_last_layers_get_the_full_models_gradient_and_nothing_else_moves(
     assert {name for name in after if not torch.equal(before[name], after[name])} == set(last) == set(made.weights(trainable_only=True))
 
 
-def test_a_rows_logprobs_do_not_depend_on_its_companions(folder: Path, basis: Basis) -> None:
+def test_a_rows_logprobs_do_not_depend_on_its_companions(llama: Path, llama_basis: Basis) -> None:
     from learner.batch import pad
     from learner.model import load_model
     from learner.types import Row
 
-    episode = trajectory(basis, 7, 1.0, lengths=(9, 30, 21))
+    episode = trajectory(llama_basis, 7, 1.0, lengths=(9, 30, 21))
     rows = [Row(part, None, 1.0, 1.0) for part in episode.segments]
-    policy = load_model(str(folder), free())
+    policy = load_model(str(llama), free())
 
     def logp(chosen: list[Row]) -> torch.Tensor:
         batch = pad(chosen, 1.0)
@@ -193,21 +184,21 @@ def test_a_rows_logprobs_do_not_depend_on_its_companions(folder: Path, basis: Ba
     assert torch.allclose(together, torch.cat([logp([row]) for row in rows]), atol=1e-5, rtol=0)
 
 
-def test_two_episodes_in_one_microbatch_do_not_see_each_others_delta(folder: Path, basis: Basis) -> None:
+def test_two_episodes_in_one_microbatch_do_not_see_each_others_delta(llama: Path, llama_basis: Basis) -> None:
     """Rewriting one episode's fast weights moves its own log-probs only."""
     from actors.fast_weights import DeltaInjector, stack
     from learner.batch import pad
     from learner.model import load_model
     from learner.types import Row
 
-    part = trajectory(basis, 8, 1.0).segments[0]
-    policy = load_model(str(folder), free())
-    injector = DeltaInjector(policy.base, basis)
+    part = trajectory(llama_basis, 8, 1.0).segments[0]
+    policy = load_model(str(llama), free())
+    injector = DeltaInjector(policy.base, llama_basis)
 
     def logp(second: int) -> torch.Tensor:
-        rows = [Row(part, weights, 1.0, 1.0) for weights in (None, fast_weights(basis, 1, 1), fast_weights(basis, 1, second))]
+        rows = [Row(part, weights, 1.0, 1.0) for weights in (None, fast_weights(llama_basis, 1, 1), fast_weights(llama_basis, 1, second))]
         batch = pad(rows, 1.0)
-        with torch.no_grad(), injector.use(stack(batch.weights, basis)):
+        with torch.no_grad(), injector.use(stack(batch.weights, llama_basis)):
             values: torch.Tensor = policy(torch.from_numpy(batch.token_ids), torch.from_numpy(batch.loss_mask), 1.0)[0]
         return values.reshape(3, -1)
 

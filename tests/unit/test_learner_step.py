@@ -17,58 +17,48 @@ from actors.types import ActionSpan, Outcome, Segment, TrajectoryGroup
 from configs.schema import ObjectiveConfig
 from learner.learner import Learner
 from learner.types import LearnerError
-from tests.unit.learner_cases import fast_weights, free, group, learner, sampled_logprobs, segments_of, trajectory, write_model
+from tests.unit.learner_cases import fast_weights, free, group, learner, sampled_logprobs, segments_of, trajectory
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
+def groups(llama_basis: Basis) -> list[TrajectoryGroup]:
+    return [group(llama_basis, (1.0, 0.0, 0.25))]
 
 
-@pytest.fixture(scope="module")
-def basis(folder: Path) -> Basis:
-    return write_model(folder)
-
-
-@pytest.fixture(scope="module")
-def groups(basis: Basis) -> list[TrajectoryGroup]:
-    return [group(basis, (1.0, 0.0, 0.25))]
-
-
-def test_what_is_no_checkpoint_is_refused(folder: Path, basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path) -> None:
-    made = learner(folder, basis, free(trainable="last_layers", trainable_layers=1))
+def test_what_is_no_checkpoint_is_refused(llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path) -> None:
+    made = learner(llama, llama_basis, free(trainable="last_layers", trainable_layers=1))
     with pytest.raises(LearnerError, match="not a learner checkpoint"):
         made.load(tmp_path / "nowhere")
     made.step(groups)
     made.save(tmp_path / "c")
     with pytest.raises(LearnerError, match="holds nothing for model"):
-        learner(folder, basis, free()).load(tmp_path / "c")
+        learner(llama, llama_basis, free()).load(tmp_path / "c")
     label = tmp_path / "c" / "learner.json"
     label.write_text(json.dumps({**json.loads(label.read_text()), "format": "other"}))
     with pytest.raises(LearnerError, match="format 'other'"):
         made.load(tmp_path / "c")
 
 
-def test_equal_rewards_move_nothing_and_are_counted(folder: Path, basis: Basis) -> None:
-    made = learner(folder, basis, free())
+def test_equal_rewards_move_nothing_and_are_counted(llama: Path, llama_basis: Basis) -> None:
+    made = learner(llama, llama_basis, free())
     before = made.weights(trainable_only=False)
-    report = made.step([group(basis, (0.5, 0.5)), group(basis, (1.0,))])
+    report = made.step([group(llama_basis, (0.5, 0.5)), group(llama_basis, (1.0,))])
     assert (report.groups_used, report.groups_without_signal, report.trajectories_skipped, report.action_tokens) == (0, 2, 3, 0)
     assert math.isnan(report.ratio_mean) and report.grad_norm == 0 and report.version == 1
     after = made.weights(trainable_only=False)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_nothing_to_learn_from_is_an_error(folder: Path, basis: Basis) -> None:
-    made = learner(folder, basis, free())
+def test_nothing_to_learn_from_is_an_error(llama: Path, llama_basis: Basis) -> None:
+    made = learner(llama, llama_basis, free())
     with pytest.raises(LearnerError, match="nothing to learn from: 1 groups hold 0 finished episodes"):
-        made.step([group(basis, ())])
+        made.step([group(llama_basis, ())])
     with pytest.raises(LearnerError, match="no target token"):
         made.warm_start_step([], 1e-3)
 
 
-def test_report_of_a_step(folder: Path, basis: Basis, groups: list[TrajectoryGroup]) -> None:
-    made = learner(folder, basis, free(warmup_steps=4))
+def test_report_of_a_step(llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup]) -> None:
+    made = learner(llama, llama_basis, free(warmup_steps=4))
     parts = [part for _, part in segments_of(groups)]
     sampled = np.concatenate([values[part.action_mask] for one in groups[0].trajectories for values, part in pairs(made, one)])
     engine = np.concatenate([part.logprobs[part.action_mask] for part in parts])
@@ -88,22 +78,24 @@ def pairs(made: Learner, one: object) -> list[tuple[np.ndarray, Segment]]:
     return list(zip(made.logprobs(one), one.segments, strict=True))  # type: ignore[arg-type, attr-defined]
 
 
-def test_minibatches_use_the_old_policy_and_kl_pulls_back(folder: Path, basis: Basis, groups: list[TrajectoryGroup]) -> None:
+def test_minibatches_use_the_old_policy_and_kl_pulls_back(llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup]) -> None:
     # A large step makes the second minibatch's ratio leave the clip range: only an old log-prob of *before* the step can see it.
-    report = learner(folder, basis, free(learning_rate=3e-2), ObjectiveConfig(minibatches=3, importance="none")).step(groups)
+    report = learner(llama, llama_basis, free(learning_rate=3e-2), ObjectiveConfig(minibatches=3, importance="none")).step(groups)
     assert report.clip_fraction > 0
-    assert learner(folder, basis, free(learning_rate=3e-2), ObjectiveConfig(importance="none")).step(groups).clip_fraction == 0
-    tied = learner(folder, basis, free(learning_rate=3e-2), ObjectiveConfig(kl_coefficient=1.0, importance="none"))
+    assert learner(llama, llama_basis, free(learning_rate=3e-2), ObjectiveConfig(importance="none")).step(groups).clip_fraction == 0
+    tied = learner(llama, llama_basis, free(learning_rate=3e-2), ObjectiveConfig(kl_coefficient=1.0, importance="none"))
     first, second = tied.step(groups), tied.step(groups)
     assert first.kl == pytest.approx(0, abs=1e-9) and second.kl > 1e-3
     assert second.loss == pytest.approx(second.policy_loss + second.kl)
     assert first.trajectories_skipped == 0
 
 
-def test_warm_start_is_cross_entropy_without_delta_and_leaves_a_fresh_optimizer(folder: Path, basis: Basis, groups: list[TrajectoryGroup]) -> None:
+def test_warm_start_is_cross_entropy_without_delta_and_leaves_a_fresh_optimizer(
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup]
+) -> None:
     segments = [part for _, part in segments_of(groups)]
-    made = learner(folder, basis, free())
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    made = learner(llama, llama_basis, free())
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     with torch.no_grad():
         expected = -float(torch.cat([sampled_logprobs(model, part) for part in segments]).mean())
     reports = [made.warm_start_step(segments, 3e-3) for _ in range(6)]
@@ -118,11 +110,11 @@ def test_warm_start_is_cross_entropy_without_delta_and_leaves_a_fresh_optimizer(
     assert float(steps.max()) < 1.01 and float(steps.quantile(0.5)) > 0.9
 
 
-def test_rewarding_a_token_makes_it_likelier(folder: Path, basis: Basis) -> None:
+def test_rewarding_a_token_makes_it_likelier(llama: Path, llama_basis: Basis) -> None:
     """Policy improvement: under a written Delta, the token that earns the reward gains probability at the others' cost."""
     prompt, good, bad = [5, 9, 200, 31], 77, 78
-    template = trajectory(basis, 1, 0.0, lengths=(6, 5))
-    weights = fast_weights(basis, 1, 1)
+    template = trajectory(llama_basis, 1, 0.0, lengths=(6, 5))
+    weights = fast_weights(llama_basis, 1, 1)
 
     def episode(token: int, reward: float) -> object:
         mask = np.array([0, 0, 0, 0, 1], dtype=bool)
@@ -130,7 +122,7 @@ def test_rewarding_a_token_makes_it_likelier(folder: Path, basis: Basis) -> None
         return replace(template, episode_id=f"e{token}", segments=(part,), revisions=(weights,), outcome=Outcome(reward, {}, ()))
 
     both = TrajectoryGroup(template.task, 0, (episode(good, 1.0), episode(bad, 0.0)), (), "worker-0")  # type: ignore[arg-type]
-    made = learner(folder, basis, free(learning_rate=3e-3))
+    made = learner(llama, llama_basis, free(learning_rate=3e-3))
 
     def probability() -> list[float]:
         return [float(np.exp(made.logprobs(one)[0][-1])) for one in both.trajectories]
@@ -142,8 +134,8 @@ def test_rewarding_a_token_makes_it_likelier(folder: Path, basis: Basis) -> None
     assert after[0] > 2 * before[0] and after[1] < before[1]
 
 
-def test_settings_that_do_not_fit_are_refused(folder: Path, basis: Basis) -> None:
+def test_settings_that_do_not_fit_are_refused(llama: Path, llama_basis: Basis) -> None:
     with pytest.raises(LearnerError, match="the model has 3 layers"):
-        learner(folder, basis, free(trainable="last_layers", trainable_layers=9))
+        learner(llama, llama_basis, free(trainable="last_layers", trainable_layers=9))
     with pytest.raises(LearnerError, match="use zero_stage 1"):
-        learner(folder, basis, free(dtype="bfloat16"))
+        learner(llama, llama_basis, free(dtype="bfloat16"))
