@@ -36,7 +36,7 @@ _EVALUATE_EXAMPLES = """examples:
   python -m cluster evaluate --resume runs/quickstart-evaluate-...                       run what is missing
 """
 _BENCH_EXAMPLES = """examples:
-  python -m cluster bench                          every benchmark, two to three hours on two cores
+  python -m cluster bench                          every benchmark: hours on two cores
   python -m cluster bench writer learner           some of them
   python -m cluster bench rollout --repeats 9 --threads 1
   python -m cluster bench --quick                  only whether they run; the figures mean nothing
