@@ -166,7 +166,8 @@ async def _stages(
         newest = await _serve(cluster)  # empty caches: a run that is resumed here, with its row measured, finds them so
     scores.forget("after_rl")
     state = await _reinforce(preparation, cluster, tracker, display, state, newest, recorder)
-    await scores.measure("after_rl", state.step)
+    if state.step > 0:  # with train.steps=0 there was no RL, and a row of that name would measure the same weights again
+        await scores.measure("after_rl", state.step)
     scores.report(state.rewards)
     return state
 
