@@ -1,4 +1,4 @@
-"""Held-out tasks, greedy, over the rollout workers: one row of the final table per (policy, memory) pair.
+"""Held-out tasks over the rollout workers: one row of the final table per (policy, memory) pair.
 
     tasks --> run_episodes: lanes (engine.slots per worker), one episode each --> EpisodeScore --> RowResult --> summary with bootstrap intervals
 
@@ -41,7 +41,7 @@ class EpisodeSource(Protocol):
     def name(self) -> str: ...
 
     async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
-        """One greedy episode (a group of one); raises ClusterError when the worker is lost or late."""
+        """One episode (a group of one); raises ClusterError when the worker is lost or late."""
         ...
 
 

@@ -82,13 +82,13 @@ class RemoteWorker:
         return finished
 
     async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
-        """One greedy episode of a held-out task; only its own deadline, and no queue, stands before its end."""
+        """One episode of a held-out task; only its own deadline, and no queue, stands before its end."""
         request = RolloutRequest(
             task=task,
             group_id=f"{re.sub('[^a-z0-9]+', '-', row.label.lower())}-{position}",
             group_size=1,
             memory=row.memory,
-            temperature=0.0,
+            temperature=self._config.evaluation.temperature,
             max_answer_tokens=self._config.sampling.max_answer_tokens,
             seed=derived_seed(row.seed, "evaluation", position),
         )

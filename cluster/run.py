@@ -108,10 +108,10 @@ class Scoreboard:
         """Show the table and what it means; save and track the same."""
         config = self.preparation.config
         rows = {key: load_row(self._file(key)) for key in ROW_ORDER if self._file(key).exists()}
-        report = Report(tuple(rows.values()), rewards, config.evaluation.bootstrap_samples, config.seed)
+        report = Report(tuple(rows.values()), rewards, config.evaluation.bootstrap_samples, config.seed, config.evaluation.temperature)
         pairs = [(rows[before].label, rows[after].label) for before, after in COMPARED if before in rows and after in rows]
         comparisons = report.comparisons(pairs)
-        self.display.console.print(rich_table("Held-out evaluation", HEADER, report.cells()))
+        self.display.console.print(rich_table(report.title, HEADER, report.cells()))
         self.display.say(LEGEND)
         header, by_category = report.category_cells("f1")
         if 0 < len(by_category) <= MOST_CATEGORIES:

@@ -54,6 +54,11 @@ class Report:
     rewards: tuple[float, ...]
     samples: int
     seed: int
+    temperature: float  # of the evaluation
+
+    @property
+    def title(self) -> str:
+        return f"Held-out evaluation, {decoding(self.temperature)}"
 
     def comparisons(self, pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
         """F1 of each (before, after) pair of labels of which both rows exist."""
@@ -115,7 +120,7 @@ def save_report(report: Report, comparisons: Sequence[Comparison], folder: Path)
 
 
 def _save_markdown(report: Report, comparisons: Sequence[Comparison], folder: Path) -> Path:
-    lines = ["# Held-out evaluation", "", *markdown_table(HEADER, report.cells()), "", LEGEND, ""]
+    lines = [f"# {report.title}", "", *markdown_table(HEADER, report.cells()), "", LEGEND, ""]
     for score in report.score_names:
         header, by_category = report.category_cells(score)
         if by_category:
@@ -189,6 +194,11 @@ def _category_line(name: str, figures: Sequence[tuple[float, int]]) -> tuple[str
 
 def interval_text(interval: Interval) -> str:
     return "-" if interval.count == 0 else f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def decoding(temperature: float) -> str:
+    """How an evaluation's episodes were sampled, in words."""
+    return f"sampled at temperature {temperature:g}" if temperature > 0 else "greedy"
 
 
 def percent(value: float) -> str:

@@ -66,7 +66,7 @@ class EmbedderConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How training episodes act. Evaluation samples with temperature 0."""
+    """How training episodes act. Evaluation has its own temperature."""
 
     temperature: float = 1.0  # never 0: a group of greedy siblings teaches nothing
     max_answer_tokens: int = 64  # per act
@@ -149,14 +149,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out tasks, greedy, before and after training."""
+    """Held-out tasks, before and after training."""
 
     tasks: int = 64
+    temperature: float = 0.0  # 0 is greedy; sampling.temperature: the reward that training raises
     bootstrap_samples: int = 2000
     memory_off_row: bool = True  # also evaluate with memory.policy=truncation
 
     def __post_init__(self) -> None:
         positive(self, "tasks", "bootstrap_samples")
+        not_negative(self, "temperature")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from configs.memory import SUMMARIZING
 from configs.schema import RunConfig
 
 ROW_SETTINGS = ("memory.", "write.", "fast_weights.")
-BENCHMARK_SETTINGS = ("environment.", "sampling.", "rollout.", "engine.", "evaluation.tasks", "memory.max_")
+BENCHMARK_SETTINGS = ("environment.", "sampling.", "rollout.", "engine.", "evaluation.tasks", "evaluation.temperature", "memory.max_")
 WRITING = ("raw", "summary_write", "implications", "parametric", "hybrid")  # policies with fast weights other than 0
 OWN = "config"  # the row that is the configuration's own memory
 BASELINE = "truncation"

@@ -23,7 +23,7 @@ from cluster.inspection.recorder import EpisodeRecorder
 from cluster.inspection.start import recording
 from cluster.progress import Display
 from cluster.run_lock import held
-from cluster.tables import MOST_CATEGORIES, rich_table
+from cluster.tables import MOST_CATEGORIES, decoding, rich_table
 from cluster.tracking import Tracker, git_commit, start_tracking
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -164,5 +164,6 @@ def _facts(comparison: Comparison) -> dict[str, str]:
         "policy": "the base model" if checkpoint is None else f"{checkpoint.run_dir.name}/{checkpoint.folder.name}",
         "model": f"{config.model.name} ({config.model.dtype}, weights {comparison.model.fingerprint[:12]})",
         "configuration": f"{config.name}, seeds {', '.join(map(str, seeds))}",
+        "decoding": ", ".join(sorted({decoding(cell.config.evaluation.temperature) for cell in comparison.plan.cells})),
         "commit": git_commit(Path(__file__).parent) or "unknown",
     }

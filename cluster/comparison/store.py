@@ -26,7 +26,7 @@ from cluster.tracking import flatten
 
 _DECIDING = (
     *("seed", "model.", "environment.", "memory.", "fast_weights.", "write."),
-    *("embedder.", "sampling.", "engine.", "rollout.", "evaluation.tasks"),
+    *("embedder.", "sampling.", "engine.", "rollout.", "evaluation.tasks", "evaluation.temperature"),
 )
 _RESOURCES = (  # what may differ between a killed evaluation and the one that goes on from it
     "engine.slots",

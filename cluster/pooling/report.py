@@ -21,7 +21,7 @@ from cluster.errors import CheckpointError
 from cluster.pooling.runs import Group
 from cluster.run import ROW_ORDER
 from cluster.statistics import PairedDifference, Played, adjusted_p_values, bootstrap_interval, item_means, paired_by_item
-from cluster.tables import interval_text, markdown_table, plain_json
+from cluster.tables import decoding, interval_text, markdown_table, plain_json
 
 STAGES = ("runs", "stage", "tasks", "F1 % [95 % CI]", "EM % [95 % CI]", "failed")
 GAINS = ("runs", "from", "to", "questions", "F1, points [95 % CI]", "p", "by seed")
@@ -80,7 +80,8 @@ class Pool:
         return found
 
     def tables(self) -> list[Table]:
-        made = [Table("Held-out evaluation, all seeds", STAGES, tuple(self._stages()))]
+        how = decoding(self.groups[0].runs[0].config.evaluation.temperature)
+        made = [Table(f"Held-out evaluation, all seeds, {how}", STAGES, tuple(self._stages()))]
         if gains := self.gains():
             cells = _cells([gain.difference for gain in gains])
             lines = [(gain.name, gain.stage, LAST, *figures, _by_seed(gain)) for gain, figures in zip(gains, cells, strict=True)]

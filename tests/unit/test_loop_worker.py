@@ -17,7 +17,9 @@ from actors.protocols import EngineError
 from actors.rollout import RolloutRequest
 from actors.types import PolicyVersion, TrajectoryGroup
 from actors.worker import RolloutWorker, WorkerError, WorkerSpec
-from configs.schema import MemoryConfig, RunConfig
+from cluster.evaluate import EvaluationRow
+from cluster.fleet import RemoteWorker
+from configs.schema import EvaluationConfig, MemoryConfig, RunConfig
 from tests.unit.cluster_cases import group, settle, task_at
 
 
@@ -227,3 +229,32 @@ def test_the_report_tells_the_drain_from_the_wait_for_weights_and_from_the_pause
         assert busy.fetch_s < busy.drain_s and busy.drain_s > 0.15
 
     asyncio.run(body())
+
+
+class Handle:
+    """Stands for the worker's process; keeps what it is asked for."""
+
+    def __init__(self) -> None:
+        self.requests: list[RolloutRequest] = []
+        self.start = SimpleNamespace(remote=lambda spec: None)
+        self.group = SimpleNamespace(remote=self._ask)
+
+    def _ask(self, request: RolloutRequest) -> tuple[None, asyncio.Future[TrajectoryGroup]]:
+        self.requests.append(request)
+        answered: asyncio.Future[TrajectoryGroup] = asyncio.get_running_loop().create_future()
+        answered.set_result(group(task_at(3), version=0))
+        return None, answered
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_held_out_episodes_have_the_evaluations_temperature(temperature: float) -> None:
+    config = RunConfig(evaluation=EvaluationConfig(temperature=temperature))
+
+    async def body() -> list[RolloutRequest]:
+        handle = Handle()
+        worker = RemoteWorker(WorkerSpec("worker-0", config, "", "", 0), handle, journal=None)
+        await worker.episode(3, task_at(3), EvaluationRow("before", config.memory, seed=1))
+        return handle.requests
+
+    (request,) = asyncio.run(body())
+    assert (request.temperature, request.group_size, request.group_id) == (temperature, 1, "before-3")

@@ -108,7 +108,7 @@ def test_no_shared_task_is_said() -> None:
 
 
 def test_table_shows_rows_intervals_writes_and_failures() -> None:
-    report = Report((row("memory off", [0.0, 0.0]), row("TMEM", [0.25, 0.75], ("engine: gone",))), (0.1, 0.2), 200, 0)
+    report = Report((row("memory off", [0.0, 0.0]), row("TMEM", [0.25, 0.75], ("engine: gone",))), (0.1, 0.2), 200, 0, 0.0)
     cells = report.cells()
     assert cells[0][:2] == ("memory off", "2")
     assert cells[1][1] == "2 (1 failed)"
@@ -121,13 +121,14 @@ def test_table_shows_rows_intervals_writes_and_failures() -> None:
 
 
 def test_report_files(tmp_path: Path) -> None:
-    report = Report((row("before", [0.1, 0.2]), row("after", [0.4, 0.6]), RowResult("empty", 0, (), ("engine: gone",))), (0.1, 0.3), 200, 0)
+    report = Report((row("before", [0.1, 0.2]), row("after", [0.4, 0.6]), RowResult("empty", 0, (), ("engine: gone",))), (0.1, 0.3), 200, 0, 0.7)
     comparisons = report.comparisons([("before", "after"), ("before", "never measured")])
     assert [comparison.after for comparison in comparisons] == ["after"]
     paths = {path.name: path for path in save_report(report, comparisons, tmp_path)}
     assert set(paths) == {"report.md", "report.csv", "report.json", "reward.png"}
     text = paths["report.md"].read_text()
     assert "| before | 2 |" in text
+    assert text.startswith("# Held-out evaluation, sampled at temperature 0.7\n")
     assert "## official by category" in text
     with paths["report.csv"].open() as file:
         lines = list(csv.DictReader(file))
@@ -204,6 +205,6 @@ def test_evaluation_runs_every_task_once_in_order_within_its_lanes() -> None:
 
 def test_unanswerable_questions_are_reported_with_and_without() -> None:
     asked = (episode(0, 0.0, category="adversarial"), episode(1, 0.4, category="temporal"), episode(2, 0.6, category="multi-hop"))
-    _, lines = Report((RowResult("TMEM", 0, asked, ()),), (), 100, 0).category_cells("f1")
+    _, lines = Report((RowResult("TMEM", 0, asked, ()),), (), 100, 0, 0.0).category_cells("f1")
     assert lines[-1] == ("all but adversarial", "2", "50.0")
     assert ("adversarial", "1", "0.0") in lines
