@@ -8,15 +8,17 @@ from typing import Literal
 from configs.bounds import custom_resource, not_negative, positive, require
 from configs.extensions import FORM, is_path
 
+ADVANTAGES = ("grpo", "positive", "rloo")
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """The stop-gradient GRPO update (TMEM, arXiv 2606.04536). Clip, KL, std division and importance correction are unpublished: our choices."""
 
-    advantage: str = "grpo"  # grpo, rloo (leave one out), or package.module:name of a function from siblings' rewards to their advantages
+    advantage: str = "grpo"  # grpo, positive (grpo's, none below 0), rloo (leave one out), or package.module:name of a function of siblings' rewards
     clip_low: float = 0.2
     clip_high: float = 0.2
-    normalize_by_std: bool = True  # grpo: divide advantages by the group's standard deviation
+    normalize_by_std: bool = True  # grpo, positive: divide advantages by the group's standard deviation
     kl_coefficient: float = 0.0
     importance: Literal["truncated", "none"] = "truncated"  # correct for engine and learner log-probs that differ
     importance_cap: float = 2.0
@@ -26,8 +28,8 @@ class ObjectiveConfig:
     snapshot: Literal["own", "final"] = "own"  # the Delta a segment is scored under: its own, or the episode's last (an ablation, biased)
 
     def __post_init__(self) -> None:
-        known = self.advantage in ("grpo", "rloo") or is_path(self.advantage)
-        require(known, "advantage", self.advantage, f"grpo, rloo or {FORM}")
+        known = self.advantage in ADVANTAGES or is_path(self.advantage)
+        require(known, "advantage", self.advantage, f"{', '.join(ADVANTAGES)} or {FORM}")
         positive(self, "clip_low", "clip_high", "importance_cap", "minibatches")
         not_negative(self, "kl_coefficient")
 

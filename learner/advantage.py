@@ -6,7 +6,7 @@ objective.advantage --estimator()--> rewards of the finished siblings, in order 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from actors.types import TrajectoryGroup
@@ -35,6 +35,15 @@ def grpo(rewards: Sequence[float], normalize_by_std: bool) -> list[float]:
     return [(reward - mean) / (std if normalize_by_std else 1.0) for reward in rewards]
 
 
+def positive_only(rewards: Sequence[float], normalize_by_std: bool) -> list[float]:
+    """GRPO's advantages where they are positive, 0 elsewhere: only what did better than its siblings is learnt from.
+
+    The rejection of RAFT (arXiv 2304.06767) with GRPO's weights; arXiv 2504.11343 compares the two. It is no policy gradient: nothing is
+    pushed down, so larger steps stay safe, and entropy falls faster.
+    """
+    return [max(0.0, advantage) for advantage in grpo(rewards, normalize_by_std)]
+
+
 def leave_one_out(rewards: Sequence[float]) -> list[float]:
     """Reward minus the mean of the *other* siblings (RLOO, arXiv 2402.14740). A single survivor gives zero."""
     _check(rewards)
@@ -46,9 +55,12 @@ def leave_one_out(rewards: Sequence[float]) -> list[float]:
 
 def estimator(config: ObjectiveConfig) -> Estimator:
     """What ``config.advantage`` names. Raises ExtensionError."""
-    if config.advantage == "grpo":
-        return partial(grpo, normalize_by_std=config.normalize_by_std)
-    return leave_one_out if config.advantage == "rloo" else load_extension("objective.advantage", config.advantage)
+    shipped: Mapping[str, Estimator] = {
+        "grpo": partial(grpo, normalize_by_std=config.normalize_by_std),
+        "positive": partial(positive_only, normalize_by_std=config.normalize_by_std),
+        "rloo": leave_one_out,
+    }
+    return shipped.get(config.advantage) or load_extension("objective.advantage", config.advantage)
 
 
 def score(group: TrajectoryGroup, estimate: Estimator) -> tuple[ScoredTrajectory, ...]:

@@ -12,6 +12,7 @@ from actors.environments.base import TaskError
 from actors.environments.build import build_environment
 from actors.memory.build import build_memory, surroundings
 from configs.extensions import ExtensionError, load_extension
+from configs.learning import ADVANTAGES
 from configs.load import ConfigError, load_config, to_yaml
 from configs.schema import EmbedderConfig, EnvironmentConfig, MemoryConfig, ObjectiveConfig, WriteConfig
 from learner.advantage import estimator, score
@@ -84,9 +85,10 @@ def test_a_memory_of_ones_own() -> None:
 
 def test_advantages() -> None:
     siblings = group(task_at(0), 0, rewards=(1.0, 0.0, 0.5))
-    of = {name: [one.advantage for one in score(siblings, estimator(ObjectiveConfig(advantage=name)))] for name in ("grpo", "rloo", "my_parts:ranks")}
+    of = {name: [one.advantage for one in score(siblings, estimator(ObjectiveConfig(advantage=name)))] for name in (*ADVANTAGES, "my_parts:ranks")}
     assert of["my_parts:ranks"] == [2.0, 0.0, 1.0]
     assert of["rloo"] == pytest.approx([0.75, -0.75, 0.0]) and of["grpo"] == pytest.approx([1.2247, -1.2247, 0.0], abs=1e-4)
+    assert of["positive"] == pytest.approx([1.2247, 0.0, 0.0], abs=1e-4)
     with pytest.raises(LearnerError, match=r"objective\.advantage gave \[0\.0, 0\.5\] for the rewards \[1\.0, 0\.0, 0\.5\] of task t0"):
         score(siblings, estimator(ObjectiveConfig(advantage="my_parts:too_few")))
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.advantage import grpo, leave_one_out
+from learner.advantage import grpo, leave_one_out, positive_only
 
 REWARDS = st.lists(st.floats(-10, 10), min_size=1, max_size=16)
 
@@ -41,3 +41,13 @@ def test_grpo_is_centred_and_keeps_the_order(rewards: list[float]) -> None:
     assert sum(advantages) == pytest.approx(0, abs=1e-6)
     for (reward_a, a), (reward_b, b) in zip(zip(rewards, advantages, strict=True), zip(rewards[1:], advantages[1:], strict=True), strict=False):
         assert (reward_a - reward_b) * (a - b) >= 0
+
+
+@given(REWARDS)
+def test_positive_only_is_grpo_without_what_lies_below_the_mean(rewards: list[float]) -> None:
+    advantages = grpo(rewards, normalize_by_std=True)
+    assert positive_only(rewards, normalize_by_std=True) == [max(advantage, 0.0) for advantage in advantages]
+
+
+def test_positive_only_by_hand() -> None:
+    assert positive_only([1.0, 0.0, 0.5, 0.5], normalize_by_std=False) == pytest.approx([0.5, 0, 0, 0])
