@@ -7,7 +7,7 @@ set -eu
 settings_of() {
     case $1 in
     tmem) echo objective.credit=all ;;
-    memory-off) echo memory.policy=truncation ;;
+    memory-off) echo memory.policy=truncation memory.max_context_tokens=24 ;; # a question and no more: at 54 the end of a session stays
     no-extraction-credit) echo objective.credit=actions ;;
     final-delta) echo objective.snapshot=final ;;
     *) echo "kind $1 is not known: tmem, memory-off, no-extraction-credit or final-delta" >&2 && return 2 ;;
@@ -32,6 +32,6 @@ for seed in $seeds; do
             continue
         fi
         python -m cluster train configs/recall_rl.yaml name="$kind" output_dir="$folder/$kind/seed-$seed" seed="$seed" resume=auto \
-            model.name="$start" warm_start.steps=0 "$(settings_of "$kind")"
+            model.name="$start" warm_start.steps=0 $(settings_of "$kind")
     done
 done
