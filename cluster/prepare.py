@@ -74,7 +74,7 @@ def prepare_training(config: RunConfig) -> Preparation:
     if begun is not None:
         run_dir, run_id, checkpoint = begun, run_id_of(begun), None
     elif checkpoint is not None:
-        check_unchanged(config, checkpoint, ("seed", "model", "fast_weights", "environment"))
+        check_unchanged(config, checkpoint, ("seed", "model", "fast_weights", "environment", "evaluation.temperature"))
         run_dir, run_id = checkpoint.run_dir, checkpoint.state.tracking_run_id
     else:
         run_dir, run_id = new_run(output_dir, config.name), ""
@@ -124,9 +124,12 @@ def _with_files(preparation: Preparation) -> Preparation:
 
 
 def check_unchanged(config: RunConfig, checkpoint: Checkpoint, keys: tuple[str, ...]) -> None:
-    """What must not change between a checkpoint and what goes on from it: otherwise weights, basis or task positions lose their meaning."""
+    """What must not change between a checkpoint and what goes on from it: otherwise weights, basis, task positions or rows lose their meaning.
+
+    ``keys`` are settings, or sections of them.
+    """
     saved, given = flatten(load_config(checkpoint.folder / "config.yaml", [])), flatten(config)
-    changed = [key for key in saved if key.split(".")[0] in keys and saved[key] != given[key]]
+    changed = [key for key in saved if (key in keys or key.split(".")[0] in keys) and saved[key] != given[key]]
     if changed:
         key = changed[0]
         raise CheckpointError(f"{checkpoint.folder} was made with {key}={saved[key]}, not {given[key]}: use that value, or start anew")

@@ -80,7 +80,7 @@ class Pool:
         return found
 
     def tables(self) -> list[Table]:
-        how = decoding(self.groups[0].runs[0].config.evaluation.temperature)
+        how = ", ".join(sorted({decoding(group.runs[0].config.evaluation.temperature) for group in self.groups}))
         made = [Table(f"Held-out evaluation, all seeds, {how}", STAGES, tuple(self._stages()))]
         if gains := self.gains():
             cells = _cells([gain.difference for gain in gains])

@@ -14,9 +14,21 @@ from pathlib import Path
 import pytest
 
 from actors.fast_weights import Basis
-from cluster.checkpoint import START, best_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint, score_checkpoint, score_of
-from cluster.errors import SaveError
-from configs.load import ConfigError, load_config
+from cluster.checkpoint import (
+    START,
+    Checkpoint,
+    best_checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    score_checkpoint,
+    score_of,
+)
+from cluster.errors import CheckpointError, SaveError
+from cluster.prepare import check_unchanged
+from configs.load import ConfigError, load_config, to_yaml
+from configs.schema import RunConfig
 from learner.learner import Learner
 from tests.unit.learner_cases import free, group, learner, write_model
 
@@ -163,3 +175,17 @@ def test_a_score_that_cannot_be_written_leaves_the_checkpoint_whole(tmp_path: Pa
     assert score_of(folder) is None and load_checkpoint(folder).state.step == 1
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "learner", "state.json"]
     assert json.loads((folder / "state.json").read_text())["written"] > 0
+
+
+@pytest.mark.parametrize("changed", ["seed=1", "environment.recall.sessions=5", "evaluation.temperature=0.7"])
+def test_what_gives_a_checkpoint_its_meaning_may_not_change(tmp_path: Path, changed: str) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(RunConfig()), encoding="utf-8")
+    other, key = load_config(tmp_path / "config.yaml", [changed]), changed.partition("=")[0]
+    with pytest.raises(CheckpointError, match=rf"was made with {key}=\S+, not {changed.partition('=')[2]}: use that value, or start anew"):
+        check_unchanged(other, Checkpoint(tmp_path, START), ("seed", "environment", "evaluation.temperature"))
+
+
+def test_what_only_costs_may_change(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(RunConfig()), encoding="utf-8")
+    other = load_config(tmp_path / "config.yaml", ["evaluation.tasks=7", "train.steps=9"])
+    check_unchanged(other, Checkpoint(tmp_path, START), ("seed", "environment", "evaluation.temperature"))
