@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from actors.environments.base import Observation, Split, TaskError
+from actors.environments.recall_wide import MORE_PEOPLE, MORE_VALUES
 from actors.environments.recall_words import FILLERS, PEOPLE, RELATIONS, Relation
 from actors.scoring import plain_em, plain_f1
 from actors.types import Answer, Flashcard, Outcome, Task
@@ -43,6 +44,21 @@ class _Fact:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The people of a split, and the answers to each of its relations."""
+
+    people: tuple[str, ...]
+    values: Mapping[str, tuple[str, ...]]
+
+
+def vocabulary(split: Split, wide: bool) -> Vocabulary:
+    """``wide``: with the words that only training has."""
+    more = MORE_VALUES if wide else {}
+    values = {relation.name: relation.values[split] + more.get(relation.name, ()) for relation in RELATIONS}
+    return Vocabulary(PEOPLE[split] + (MORE_PEOPLE if wide else ()), values)
+
+
 class RecallEnvironment:
     """The `recall` task source. Stateless: it can be shared between threads and rebuilt anywhere from its config."""
 
@@ -57,6 +73,7 @@ class RecallEnvironment:
         if config.filler_sentences > len(FILLERS):
             raise ValueError(f"recall.filler_sentences={config.filler_sentences} is not allowed: it must be at most {len(FILLERS)}, lower it")
         self._config = config
+        self._words = {"train": vocabulary("train", wide=config.vocabulary == "wide"), "eval": vocabulary("eval", wide=False)}
 
     def tasks(self, split: Split, seed: int, start: int) -> Iterator[Task]:
         """Endless; see Environment.tasks."""
@@ -76,8 +93,9 @@ class RecallEnvironment:
     def _task(self, split: Split, seed: int, position: int) -> Task:
         config = self._config
         rng = random.Random(f"recall/{split}/{seed}/{position}")  # a text seed is hashed by Random itself, equally in every process
-        people = rng.sample(PEOPLE[split], config.sessions * config.facts_per_session)
-        facts = _facts(rng, split, people)
+        words = self._words[split]
+        people = rng.sample(words.people, config.sessions * config.facts_per_session)
+        facts = _facts(rng, words, people)
         chunks = [facts[i * config.facts_per_session : (i + 1) * config.facts_per_session] for i in range(config.sessions)]
         sessions = []
         for chunk in chunks:
@@ -135,13 +153,14 @@ def _answer(question: dict[str, str] | str, prediction: dict[str, str] | str) ->
     return Answer(question=question["question"], gold=(gold,), prediction=prediction, category=question["relation"], scores=scores)
 
 
-def _facts(rng: random.Random, split: Split, people: list[str]) -> list[_Fact]:
+def _facts(rng: random.Random, words: Vocabulary, people: list[str]) -> list[_Fact]:
     """One fact a person, so a question has one right answer; answers repeat only when their list is used up."""
     facts: list[_Fact] = []
     used: set[str] = set()
     for person in people:
         relation: Relation = rng.choice(RELATIONS)
-        value = rng.choice([value for value in relation.values[split] if value not in used] or list(relation.values[split]))
+        values = words.values[relation.name]
+        value = rng.choice([value for value in values if value not in used] or values)
         used.add(value)
         fill = {"name": person, "value": value}
         facts.append(

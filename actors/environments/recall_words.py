@@ -17,15 +17,16 @@ class Relation:
 
 
 def _split(train: str, held_out: str) -> dict[str, tuple[str, ...]]:
-    return {"train": _words(train), "eval": _words(held_out)}
+    return {"train": words(train), "eval": words(held_out)}
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
+    """Of a list with commas."""
     return tuple(word.strip() for word in text.split(","))
 
 
 def _dates(months: str) -> tuple[str, ...]:
-    return tuple(f"{month} {day}" for month in _words(months) for day in range(1, 29))
+    return tuple(f"{month} {day}" for month in words(months) for day in range(1, 29))
 
 
 PEOPLE = _split(

@@ -10,7 +10,7 @@ import pytest
 
 from actors.environments.base import TaskError
 from actors.environments.build import build_environment
-from actors.environments.recall import RecallEnvironment
+from actors.environments.recall import RecallEnvironment, vocabulary
 from actors.environments.recall_words import FILLERS, PEOPLE, RELATIONS
 from actors.types import Task
 from configs.schema import EmbedderConfig, EnvironmentConfig, RecallConfig
@@ -55,6 +55,24 @@ def test_train_and_eval_share_no_person_and_no_answer() -> None:
         assert all(1 <= len(value.split()) <= 3 for values in relation.values.values() for value in values)
     eval_text = " ".join(sentence for task in _tasks("eval", 200) for sentence in task.payload["sessions"])
     assert not set(PEOPLE["train"]) & set(re.findall(r"\w+", eval_text))
+
+
+def test_the_wide_words_are_new_and_none_is_held_out() -> None:
+    small, wide, held_out = vocabulary("train", wide=False), vocabulary("train", wide=True), vocabulary("eval", wide=False)
+    assert len(set(wide.people)) == len(wide.people) > 3 * len(small.people)
+    assert not set(wide.people) & set(held_out.people)
+    answers = {word.lower() for values in held_out.values.values() for value in values for word in value.split()}
+    for relation, values in wide.values.items():
+        assert len(set(values)) == len(values) > len(small.values[relation]), relation
+        assert not {word.lower() for value in values[len(small.values[relation]) :] for word in value.split()} & answers, relation
+        assert all(1 <= len(value.split()) <= 3 for value in values), relation
+
+
+def test_a_wide_vocabulary_changes_training_tasks_only() -> None:
+    small, wide = (RecallEnvironment(RecallConfig(vocabulary=name)) for name in ("small", "wide"))
+    assert next(small.tasks("eval", 0, 0)) == next(wide.tasks("eval", 0, 0))
+    told = {fact["answer"] for task in itertools.islice(wide.tasks("train", 0, 0), 300) for fact in task.payload["facts"]}
+    assert len(told) > 500
 
 
 def test_questions_are_asked_otherwise_than_told() -> None:
