@@ -27,6 +27,7 @@ from configs.schema import RunConfig
 from learner.advantage import estimator
 
 BASIS_FILE = "basis.safetensors"  # in the folder of a run
+KEPT = ("seed", "model", "fast_weights", "environment", "evaluation.temperature")  # settings and sections that a training goes on with
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +75,7 @@ def prepare_training(config: RunConfig) -> Preparation:
     if begun is not None:
         run_dir, run_id, checkpoint = begun, run_id_of(begun), None
     elif checkpoint is not None:
-        check_unchanged(config, checkpoint, ("seed", "model", "fast_weights", "environment", "evaluation.temperature"))
+        check_unchanged(config, checkpoint, KEPT)
         run_dir, run_id = checkpoint.run_dir, checkpoint.state.tracking_run_id
     else:
         run_dir, run_id = new_run(output_dir, config.name), ""

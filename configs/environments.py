@@ -17,7 +17,7 @@ class RecallConfig:
     facts_per_session: int = 2
     questions: int = 2
     filler_sentences: int = 1  # small talk in each session
-    vocabulary: Literal["small", "wide"] = "small"  # of training: small, 11 to 22 answers a relation, is learnt by heart in a long one
+    vocabulary: Literal["small", "wide"] = "small"  # of training: small, 11 to 22 answers a relation, can be learnt by heart in a long one
 
     def __post_init__(self) -> None:
         positive(self, "sessions", "facts_per_session", "questions")

@@ -1,4 +1,4 @@
-"""More people and answers for training on recall: with the small lists alone a long training learns the answers by heart instead of reading them."""
+"""More people and answers for training on recall: with the small lists alone a long training may learn the answers by heart."""
 
 from __future__ import annotations
 

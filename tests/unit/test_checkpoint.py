@@ -26,7 +26,7 @@ from cluster.checkpoint import (
     score_of,
 )
 from cluster.errors import CheckpointError, SaveError
-from cluster.prepare import check_unchanged
+from cluster.prepare import KEPT, check_unchanged
 from configs.load import ConfigError, load_config, to_yaml
 from configs.schema import RunConfig
 from learner.learner import Learner
@@ -182,10 +182,10 @@ def test_what_gives_a_checkpoint_its_meaning_may_not_change(tmp_path: Path, chan
     (tmp_path / "config.yaml").write_text(to_yaml(RunConfig()), encoding="utf-8")
     other, key = load_config(tmp_path / "config.yaml", [changed]), changed.partition("=")[0]
     with pytest.raises(CheckpointError, match=rf"was made with {key}=\S+, not {changed.partition('=')[2]}: use that value, or start anew"):
-        check_unchanged(other, Checkpoint(tmp_path, START), ("seed", "environment", "evaluation.temperature"))
+        check_unchanged(other, Checkpoint(tmp_path, START), KEPT)
 
 
 def test_what_only_costs_may_change(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(RunConfig()), encoding="utf-8")
     other = load_config(tmp_path / "config.yaml", ["evaluation.tasks=7", "train.steps=9"])
-    check_unchanged(other, Checkpoint(tmp_path, START), ("seed", "environment", "evaluation.temperature"))
+    check_unchanged(other, Checkpoint(tmp_path, START), KEPT)
