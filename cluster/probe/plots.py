@@ -32,7 +32,7 @@ def _save_recall_damage(cells: Mapping[str, Sequence[CellRun]], path: Path) -> P
                 axes.scatter(
                     last.text("text", "damage"),
                     _percent(last, other),
-                    color=_colour(number),
+                    color=cell_colour(number, len(cells)),
                     marker="x" if refused else "o",
                     label=label if place == 0 else None,
                 )
@@ -46,7 +46,7 @@ def _save_curves(cells: Mapping[str, Sequence[CellRun]], path: Path, unit: str, 
     figure, (recall, damage) = _figure(2, len(cells))
     for number, (label, runs) in enumerate(cells.items()):
         curves = [[run.after[0], *run.steps] if steps else list(run.after) for run in runs]
-        colour = _colour(number)
+        colour = cell_colour(number, len(cells))
         for curve in curves if len(curves) > 1 else []:
             recall.plot([_percent(point, False) for point in curve], color=colour, linewidth=0.5, alpha=0.5)
             damage.plot([point.text("text", "damage") for point in curve], color=colour, linewidth=0.5, alpha=0.5)
@@ -76,8 +76,11 @@ def _save(figure: Any, axes: Any, path: Path) -> Path:
     return path
 
 
-def _colour(number: int) -> str:
-    return f"C{number % 10}"
+def cell_colour(number: int, count: int) -> Any:
+    """Of ``count`` cells, the ``number``-th's own: from ten named colours, or along a scale where they are more."""
+    from matplotlib import colormaps
+
+    return f"C{number}" if count <= 10 else colormaps["turbo"](number / (count - 1))
 
 
 def _percent(point: Point, paraphrased: bool) -> float:

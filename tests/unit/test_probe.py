@@ -30,6 +30,7 @@ from cluster.probe.cards import PARAPHRASES, cards_of, read_cards, recall_cards
 from cluster.probe.cell import in_writes, points_of, run_cell
 from cluster.probe.examiner import RUN_ON, Examiner
 from cluster.probe.grid import load_grid
+from cluster.probe.plots import cell_colour
 from cluster.probe.reading import Reader, merged_layers
 from cluster.probe.report import ProbeReport, metrics, save_report
 from cluster.probe.supervision import examples_of
@@ -386,6 +387,13 @@ def test_a_write_that_is_rolled_back_after_its_last_step_counts_no_more_than_was
     assert [(line.outcome, line.steps) for line in run.writes] == [("rolled_back", 3)] * 2
     assert points == len(run.steps) == points_of(Cell((), FAST, ADAM), [2, 2], each_step=True)
     assert run.after[-1].loss(False) == pytest.approx(run.after[0].loss(False)), "what is in force is measured all the same"
+
+
+@pytest.mark.parametrize("cells", [1, 10, 11, 24])
+def test_no_two_cells_of_a_plot_have_one_colour(cells: int) -> None:
+    from matplotlib.colors import to_rgba
+
+    assert len({to_rgba(cell_colour(number, cells)) for number in range(cells)}) == cells
 
 
 def test_a_run_survives_json(tiny: SimpleNamespace) -> None:
