@@ -76,6 +76,7 @@ def test_every_shipped_row_is_a_memory_at_the_scale_of_the_base(row: str) -> Non
         assert (config.fast_weights.rank, config.write.learning_rate, config.write.epochs) == (32, 1e-3, 10)
     elif row == "tmem_natural":
         assert (config.fast_weights.rank, config.write.optimizer, config.write.epochs) == (base.fast_weights.rank, "natural", 15)
+        assert config.write.rehearsal == 32
     else:
         assert config.write == base.write
         assert config.fast_weights.rank == base.fast_weights.rank
