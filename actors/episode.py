@@ -48,6 +48,20 @@ class EpisodeSpec:
     seed: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Played:
+    """An episode that came to its end and has no score yet. Engine and writer are done with it. ``started`` is of time.perf_counter."""
+
+    spec: EpisodeSpec
+    environment: str
+    session: Session
+    actor: LiveActor
+    agent: Agent
+    memory: Memory
+    stop_reason: StopReason
+    started: float
+
+
 class LiveActor:
     """theta + Delta of one episode. Holds at most one adapter in the engine; revision 0 is shared and needs none."""
 
@@ -112,6 +126,13 @@ class LiveActor:
 async def run_episode(
     spec: EpisodeSpec, environment: Environment, policy: Policy, writer: AsyncWriter, chat: ChatFormat, memory: Memory, basis_id: str
 ) -> Trajectory:
+    """Play ``spec.task`` and score it, with no deadline of its own. Raises what the two halves raise."""
+    return await score_episode(await play_episode(spec, environment, policy, writer, chat, memory, basis_id))
+
+
+async def play_episode(
+    spec: EpisodeSpec, environment: Environment, policy: Policy, writer: AsyncWriter, chat: ChatFormat, memory: Memory, basis_id: str
+) -> Played:
     """Play ``spec.task`` to its end. Raises TaskError, EngineError, ReceiptError, WriterError; the engine keeps nothing of the episode either way."""
     started = time.perf_counter()
     actor = LiveActor(policy, writer, spec, basis_id)
@@ -121,10 +142,16 @@ async def run_episode(
         stop_reason = await play(agent, session, memory, spec.max_answer_tokens, spec.max_turns)
     finally:
         await actor.close()
-    outcome = await asyncio.get_running_loop().run_in_executor(_OUTCOMES, session.outcome)
+    return Played(spec, environment.name, session, actor, agent, memory, stop_reason, started)
+
+
+async def score_episode(played: Played) -> Trajectory:
+    """Ask the session for its outcome, in a thread. Giving up the wait leaves the thread to its end. Raises TaskError."""
+    spec, actor, agent = played.spec, played.actor, played.agent
+    outcome = await asyncio.get_running_loop().run_in_executor(_OUTCOMES, played.session.outcome)
     if not math.isfinite(outcome.reward):  # never trained on, and never a 0: the siblings would be compared with it
-        raise TaskError(f"task {spec.task.id}: the environment {environment.name} gave the reward {outcome.reward}, it must be a finite number")
-    total = time.perf_counter() - started
+        raise TaskError(f"task {spec.task.id}: the environment {played.environment} gave the reward {outcome.reward}, it must be a finite number")
+    total = time.perf_counter() - played.started
     return Trajectory(
         task=spec.task,
         episode_id=spec.episode_id,
@@ -132,9 +159,9 @@ async def run_episode(
         segments=agent.finish(),
         revisions=tuple(actor.revisions),
         writes=tuple(agent.writes),
-        memory_events=dict(memory.events),
+        memory_events=dict(played.memory.events),
         outcome=outcome,
-        stop_reason=stop_reason,
+        stop_reason=played.stop_reason,
         timings=Timings(total=total, **actor.seconds, environment=total - sum(actor.seconds.values())),
     )
 

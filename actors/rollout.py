@@ -1,11 +1,11 @@
 """Many concurrent episodes of one worker: groups of siblings, batched writes, deadlines, failures as data.
 
-    group(request) --> sibling 0..n-1, each: slot -> run_episode (deadline) -> Trajectory | FailedEpisode
+    group(request) --> sibling 0..n-1, each: slot -> play_episode (deadline) -> slot free -> score_episode (deadline) -> Trajectory | FailedEpisode
                                                          |
                                    WriteBatcher: pending writes of all episodes -> writer.write in a thread, one call at a time
 
-Waits: a sibling waits for a slot (freed when an episode ends, at the latest at its deadline), then for the engine and the writer (bounded by its own
-deadline).
+Waits: a sibling waits for a slot (freed when an episode was played, at the latest at its deadline), then for the engine and the writer (bounded by
+``rollout.episode_timeout_s``), then for its score (bounded by SCORING_S): a judge's verdict costs the episode none of its time, and nobody a slot.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from actors.chat import ChatFormat
 from actors.environments.base import Environment, TaskError
-from actors.episode import EpisodeSpec, derived_seed, run_episode
+from actors.episode import EpisodeSpec, Played, derived_seed, play_episode, score_episode
 from actors.in_flight import InFlightPolicy, dated
 from actors.memory.build import Surroundings, build_memory
 from actors.protocols import EngineError, FastWeightWriter, Policy, ReceiptError, WriterError
@@ -27,6 +29,7 @@ from actors.types import Boundary, FailedEpisode, Task, Trajectory, TrajectoryGr
 from configs.schema import MemoryConfig, RolloutConfig, WriteConfig
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _BOUNDARIES: tuple[tuple[type[RuntimeError], Boundary], ...] = (
     (TaskError, "environment"),
@@ -35,6 +38,9 @@ _BOUNDARIES: tuple[tuple[type[RuntimeError], Boundary], ...] = (
     (WriterError, "writer"),
 )
 
+SCORING_S = 540.0
+"""What a session may take for its outcome. Less than the driver's grace beyond an episode's deadline (600 s, cluster/fleet.py): late verdicts fail
+their episodes before the driver takes the whole worker for lost."""
 
 _GATHER_S = 0.003
 """Episodes whose extractions ended in the same engine step come one after the other: a write takes hundreds of milliseconds, and one of eight is
@@ -167,43 +173,54 @@ class Rollout:
             seed=derived_seed(request.seed, number),
         )
         limit = self._rollout.episode_timeout_s
+        late = f"not played after rollout.episode_timeout_s={limit:g}: waiting for the engine or the writer: raise it, or lower engine.slots"
         async with self._slots:
-            deadline = asyncio.timeout(limit)
-            try:
-                async with deadline:
-                    return await self._play(spec, request, number, recovery, continued)
-            except TimeoutError as error:
-                if not deadline.expired():
-                    return _failed(spec, "engine", f"a wait inside the episode timed out: {error}")
-                return _failed(spec, "timeout", f"not done after rollout.episode_timeout_s={limit:g}: waiting for the engine or the writer")
-            except tuple(kind for kind, _ in _BOUNDARIES) as error:
-                return _failed(spec, next(boundary for kind, boundary in _BOUNDARIES if isinstance(error, kind)), str(error))
+            found = await _in_time(spec, self._play(spec, request, number, recovery), limit, late, "engine")
+        if isinstance(found, FailedEpisode):
+            return found
+        played, went_on = found
+        whom = f"the environment {played.environment} and its judge, if it has one"
+        late = f"played, but not scored after {SCORING_S:g} s: waiting for {whom}: lower its judge's timeout_s, or raise its max_concurrent"
+        scored = await _in_time(spec, score_episode(played), SCORING_S, late, "environment")
+        if isinstance(scored, FailedEpisode):
+            return scored
+        continued[went_on] += went_on or recovery.reissued
+        return dated(scored) if self._rollout.refresh == "in_flight" else scored
 
-    async def _play(self, spec: EpisodeSpec, request: RolloutRequest, number: int, recovery: Recovery, continued: Counter[bool]) -> Trajectory:
-        """From the progress that is known, or else, and where the episode does not follow it, from the start."""
+    async def _play(self, spec: EpisodeSpec, request: RolloutRequest, number: int, recovery: Recovery) -> tuple[Played, bool]:
+        """From the progress that is known (then True), or else, and where the episode does not follow it, from the start."""
         progress = recovery.progress.get(number)
         if progress is not None and progress.version == self._policy.version:
             try:
-                trajectory = await self._play_from(spec, request, number, recovery, progress.events)
+                return await self._play_from(spec, request, number, recovery, progress.events), True
             except LostTrack as error:
                 _log.warning("%s: episode %s starts anew: %s", self._worker_name, spec.episode_id, error)
-            else:
-                continued[True] += 1
-                return trajectory
-        trajectory = await self._play_from(spec, request, number, recovery, ())
-        continued[False] += recovery.reissued
-        return trajectory
+        return await self._play_from(spec, request, number, recovery, ()), False
 
-    async def _play_from(self, spec: EpisodeSpec, request: RolloutRequest, number: int, recovery: Recovery, past: tuple[Event, ...]) -> Trajectory:
+    async def _play_from(self, spec: EpisodeSpec, request: RolloutRequest, number: int, recovery: Recovery, past: tuple[Event, ...]) -> Played:
         memory = build_memory(request.memory, self._write, self._surroundings)
         if self._rollout.refresh == "in_flight":
             living = InFlightPolicy(self._policy, self._writer)
-            return dated(await run_episode(spec, self._environment, living, living, self._chat, memory, self._basis_id))
+            return await play_episode(spec, self._environment, living, living, self._chat, memory, self._basis_id)
         log = EpisodeLog(partial(recovery.journal.note, request.group_id, number, self._policy.version), past)
         policy, writer = RecordedPolicy(self._policy, log), RecordedWriter(self._writer, log)
-        trajectory = await run_episode(spec, self._environment, policy, writer, self._chat, memory, self._basis_id)
+        played = await play_episode(spec, self._environment, policy, writer, self._chat, memory, self._basis_id)
         log.flush()
-        return trajectory
+        return played
+
+
+async def _in_time(spec: EpisodeSpec, doing: Awaitable[T], limit_s: float, late: str, waits_for: Boundary) -> T | FailedEpisode:
+    """What ``doing`` gives, or how the episode failed: ``late`` where its deadline passed, at ``waits_for`` where a wait inside gave up by itself."""
+    deadline = asyncio.timeout(limit_s)
+    try:
+        async with deadline:
+            return await doing
+    except TimeoutError as error:
+        if not deadline.expired():
+            return _failed(spec, waits_for, f"a wait inside the episode timed out: {error}")
+        return _failed(spec, "timeout", late)
+    except tuple(kind for kind, _ in _BOUNDARIES) as error:
+        return _failed(spec, next(boundary for kind, boundary in _BOUNDARIES if isinstance(error, kind)), str(error))
 
 
 def _failed(spec: EpisodeSpec, boundary: Boundary, message: str) -> FailedEpisode:

@@ -1,6 +1,7 @@
-"""Token F1 and exact match of short answers: the plain scorer (paper's) and LoCoMo's official one. Pure functions, every score in 0..1.
+"""Token F1 and exact match of short answers: the plain scorer (paper's), LoCoMo's official one and MEM1's. Pure functions, every score in 0..1.
 
-The official rules are those of LoCoMo's public evaluation (arXiv 2402.17753). A side without any token scores 0.
+The official rules are those of LoCoMo's public evaluation (arXiv 2402.17753) and of MEM1's (2506.15841). A side without any token scores 0, but for
+MEM1's exact match.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from functools import cache
 
 import regex
@@ -53,6 +54,16 @@ def official_f1(prediction: str, gold: str, category: int) -> float:
     raise ValueError(f"category={category!r} is not allowed: it must be 1, 2, 3, 4 or 5")
 
 
+def mem1_f1(prediction: str, gold: str) -> float:
+    """MEM1's score of one answer: as F1, but a word that stands twice counts once."""
+    return _overlap_f1(set(_mem1_tokens(prediction)), set(_mem1_tokens(gold)))
+
+
+def mem1_em(prediction: str, gold: str) -> float:
+    """MEM1's exact match: 1.0 when both are the same in its rules, also when nothing is left of both (gold "!!!", prediction "")."""
+    return float(_mem1_tokens(prediction) == _mem1_tokens(gold))
+
+
 def says_not_mentioned(prediction: str) -> bool:
     """Whether the answer says that the conversation does not tell (LoCoMo's two phrases)."""
     lowered = prediction.lower()
@@ -86,11 +97,16 @@ def _official_tokens(text: str) -> list[str]:
     return [stem(word) for word in _FILLED_WORDS.sub(" ", kept).split()]
 
 
+def _mem1_tokens(text: str) -> list[str]:
+    # Punctuation, only ASCII's, parts words: "Jay-Z" is "jay z". Articles stay.
+    return "".join(" " if char in _ASCII_PUNCTUATION else char for char in text.lower()).split()
+
+
 def _stemmed_f1(prediction: str, gold: str) -> float:
     return _overlap_f1(_official_tokens(prediction), _official_tokens(gold))
 
 
-def _overlap_f1(prediction: Sequence[str], gold: Sequence[str]) -> float:
+def _overlap_f1(prediction: Collection[str], gold: Collection[str]) -> float:
     shared = sum((Counter(prediction) & Counter(gold)).values())
     if shared == 0:
         return 0.0

@@ -6,7 +6,7 @@
 The invariant: no episode sees two policy versions. A refresh begins when the last group has ended and ends before the next begins. With
 ``rollout.refresh: in_flight`` there is no gate: episodes go on under the new weights between two steps of the engine (actors/in_flight.py).
 Waits: ``group`` waits at the gate for a running refresh (which has deadlines of its own); ``refresh`` waits for the groups, each of which ends at the
-latest with its episodes' deadlines, and says how many were left when ``drain_s`` passes.
+latest with the deadlines of its episodes and of their scoring, and says how many were left when ``drain_s`` passes.
 """
 
 from __future__ import annotations
@@ -235,6 +235,7 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
     from actors.basis import load_basis
     from actors.chat import ChatFormat
     from actors.engine import VLLMPolicy
+    from actors.environments.base import prepare
     from actors.environments.build import build_environment
     from actors.memory.build import surroundings
     from actors.rollout import Rollout
@@ -243,6 +244,7 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
     torch.set_num_threads(config.rollout.threads)
     chat = ChatFormat(AutoTokenizer.from_pretrained(spec.model_path))
     environment = build_environment(config.environment, config.embedder)
+    prepare(environment)  # here, and not in the first episode: that would stop the others, and count against its deadline
     basis = load_basis(Path(spec.basis_path))
     policy = VLLMPolicy(spec.model_path, config.model, config.engine, basis, chat.stop_token_ids, spec.version, config.rollout.threads, config.seed)
     around = surroundings(config.engine.max_model_tokens, config.sampling.max_answer_tokens, config.embedder)

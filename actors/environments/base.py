@@ -1,5 +1,6 @@
 """What a task source is. An environment is built once per process from its config; a session is one episode's single-use view of a task.
 
+env.prepare()             ->  if it has it: once in every rollout worker, before its first episode; whoever only lists tasks does not call it
 env.tasks("train", seed)  ->  endless (or finite, repeatable) iterator of Task, the same for the same seed
 session = env.start(task)
 while (observation := session.observe()) is not None:
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from actors.types import Flashcard, Outcome, Task
 
@@ -59,6 +60,24 @@ class Environment(Protocol):
         ...
 
     def start(self, task: Task) -> Session: ...
+
+
+@runtime_checkable
+class Preparer(Protocol):
+    """What an environment adds whose first episode needs something that takes long to make, such as an index: an episode has a deadline.
+
+    Optional: an environment without it is started as it is.
+    """
+
+    def prepare(self) -> None:
+        """Make it now. Blocks, under ``ray.startup_timeout_s``. Raises TaskError."""
+        ...
+
+
+def prepare(environment: Environment) -> None:
+    """Raises what its ``prepare`` raises, if it has one."""
+    if isinstance(environment, Preparer):
+        environment.prepare()
 
 
 class Demonstrator(Protocol):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from actors.environments.base import Demonstrator, Environment, Observation, Session, Split, TaskError
+from actors.environments.base import Demonstrator, Environment, Observation, Session, Split, TaskError, prepare
 from actors.types import Flashcard, Outcome, Task
 from configs.extensions import load_extension, require_members
 from configs.schema import EnvironmentConfig
@@ -44,6 +44,9 @@ class _Rewarded:
     @property
     def system_prompt(self) -> str:
         return self.inner.system_prompt
+
+    def prepare(self) -> None:
+        prepare(self.inner)
 
     def tasks(self, split: Split, seed: int, start: int) -> Iterator[Task]:
         return self.inner.tasks(split, seed, start)

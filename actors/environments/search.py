@@ -7,6 +7,10 @@
 A task joins ``objectives`` consecutive questions of its split by "; ". Answers are split at ";": as many as questions, or everything scores 0; else
 the score is the mean over the positions, by the plain F1 and EM (of several right answers the nearest counts). Out of turns, unanswered: 0.
 
+Beside them always official_f1 and official_em, by the rules of MEM1's public evaluation (Mem1/inference/eval.py): its own tokens, and the last
+<answer> of all replies, or 0 where an <answer> stays open. Here too the mean over the positions, in 0..1: MEM1 prints the sum, ``objectives`` times
+as much. The reward is the plain F1.
+
 Our choices. *Every turn repeats the questions and the form*, because a memory may clear the context between any two turns: TMEM (2606.04536) has the
 question in each context, c_t = (q, h_t, m_t), and an agent that forgot what it was asked could only search at random. For four questions of HotpotQA
 that is about 140 tokens a turn, beside 370 of results, and the same for every memory that is compared. They stand below the results, where a
@@ -16,7 +20,7 @@ truncated context still has them. Of a reply's tags the first closed one counts.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -24,7 +28,7 @@ from actors.environments.base import Observation, Split, TaskError
 from actors.environments.search_file import Passage, SearchQuestion, read_corpus, read_questions
 from actors.environments.splits import held_out, passes, task_seed
 from actors.retrieval import Embedder, Hit, VectorIndex, WordIndex
-from actors.scoring import plain_em, plain_f1
+from actors.scoring import mem1_em, mem1_f1, plain_em, plain_f1
 from actors.types import Answer, Outcome, Task
 from configs.schema import SearchConfig
 
@@ -33,8 +37,12 @@ SYSTEM_PROMPT = (
     "Every reply of yours is one search, <search>what to look for</search>, or the end, <answer>first answer; second answer</answer>: "
     "a few words for each question, in the order of the questions."
 )
+Scorer = Callable[[str, str], float]  # of a prediction and a right answer
 _REPLY = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _SHOWN_QUERY = 200  # characters
+_PLAIN: dict[str, Scorer] = {"f1": plain_f1, "em": plain_em}
+_OFFICIAL: dict[str, Scorer] = {"official_f1": mem1_f1, "official_em": mem1_em}
 
 
 class Index(Protocol):
@@ -73,9 +81,13 @@ class SearchEnvironment:
             raise TaskError(f"task {task.id}: questions={numbers!r} must be places in the {len(self._questions)} questions of {path}")
         return SearchSession([self._questions[number] for number in numbers], self._index, self._passages, self._config)
 
+    def prepare(self) -> None:
+        """Build the index: embedding a large corpus takes its time."""
+        _ = self._index
+
     @cached_property
     def _index(self) -> Index:
-        """Built when an episode first starts: whoever only lists tasks needs none, and embedding a large corpus takes its time."""
+        """Not built by the constructor: whoever only lists tasks needs none."""
         texts = [f"{passage.title}: {passage.text}" for passage in self._passages]
         if self._embedder is None:
             return WordIndex(texts)
@@ -110,6 +122,7 @@ class SearchSession:
         self._turns = 0
         self._searches = 0
         self._malformed = 0
+        self._replies: list[str] = []
         self._answer: str | None = None
         self._news = ""  # what the last reply led to
 
@@ -129,6 +142,7 @@ class SearchSession:
 
     def act(self, text: str) -> None:
         self._turns += 1
+        self._replies.append(text)
         found = _REPLY.search(text)
         content = found[2].strip() if found else ""
         if found and found[1] == "answer":
@@ -141,16 +155,23 @@ class SearchSession:
             self._news = "Your last reply was neither a search nor an answer in the form that is asked for."
 
     def outcome(self) -> Outcome:
-        predictions = [part.strip() for part in self._answer.split(";")] if self._answer is not None else []
-        mismatch = self._answer is not None and len(predictions) != len(self._questions)
-        if mismatch or self._answer is None:
-            whole = self._answer or ""
-            answers = tuple(_answer(question, whole, {"f1": 0.0, "em": 0.0}) for question in self._questions)
-        else:
-            answers = tuple(_scored(question, part) for question, part in zip(self._questions, predictions, strict=True))
-        parts = {name: sum(answer.scores[name] for answer in answers) / len(answers) for name in ("f1", "em")}
+        count = len(self._questions)
+        whole = self._answer or ""
+        predictions = _in_places(self._answer, count)
+        official = _in_places(_official_answer(self._replies), count)
+        answers = tuple(
+            Answer(
+                question=question.text,
+                gold=question.answers,
+                prediction=whole if prediction is None else prediction,
+                category=question.category,
+                scores=_nearest(_PLAIN, question, prediction) | _nearest(_OFFICIAL, question, officially),
+            )
+            for question, prediction, officially in zip(self._questions, predictions, official, strict=True)
+        )
+        parts = {name: sum(answer.scores[name] for answer in answers) / count for name in (*_PLAIN, *_OFFICIAL)}
         parts |= {
-            "count_mismatch": float(mismatch),
+            "count_mismatch": float(self._answer is not None and None in predictions),
             "unanswered": float(self._answer is None),
             "searches": float(self._searches),
             "malformed": float(self._malformed),
@@ -166,13 +187,22 @@ class SearchSession:
         return "\n".join([f"Passages found for: {shown}", *lines])
 
 
-def _scored(question: SearchQuestion, prediction: str) -> Answer:
-    scores = {
-        "f1": max(plain_f1(prediction, answer) for answer in question.answers),
-        "em": max(plain_em(prediction, answer) for answer in question.answers),
-    }
-    return _answer(question, prediction, scores)
+def _official_answer(replies: Sequence[str]) -> str | None:
+    """The one that MEM1's evaluation takes: the last of the episode; None without one, or where not every <answer> is closed."""
+    said = "\n".join(replies).lower()
+    opened, closed = "<answer>", "</answer>"
+    if said.count(opened) != said.count(closed) or said.rfind(opened) > said.rfind(closed):
+        return None
+    return next(iter(reversed(_ANSWER.findall(said))), None)
 
 
-def _answer(question: SearchQuestion, prediction: str, scores: dict[str, float]) -> Answer:
-    return Answer(question=question.text, gold=question.answers, prediction=prediction, category=question.category, scores=scores)
+def _in_places(answer: str | None, count: int) -> list[str] | list[None]:
+    """The answer to each of ``count`` questions; None for all of them where there are not as many."""
+    parts = [part.strip() for part in answer.split(";")] if answer is not None else []
+    return parts if len(parts) == count else [None] * count
+
+
+def _nearest(scorers: Mapping[str, Scorer], question: SearchQuestion, prediction: str | None) -> dict[str, float]:
+    if prediction is None:
+        return dict.fromkeys(scorers, 0.0)
+    return {name: max(score(prediction, answer) for answer in question.answers) for name, score in scorers.items()}

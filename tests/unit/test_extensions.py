@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.environments.base import TaskError
+from actors.environments.base import TaskError, prepare
 from actors.environments.build import build_environment
 from actors.memory.build import build_memory, surroundings
 from configs.extensions import ExtensionError, load_extension
@@ -27,6 +27,10 @@ class Shop:
     def __init__(self, options): self.days = options["days"]
     def tasks(self, split, seed, start): return iter(())
     def start(self, task): raise NotImplementedError
+
+class Library(Shop):
+    shelves = 0
+    def prepare(self): self.shelves += self.days
 
 class Half:
     name = "half"
@@ -70,6 +74,15 @@ def test_a_reward_of_ones_own_takes_the_place_of_the_environments() -> None:
     assert environment.demonstrate_flashcards(task, "", False) == ()  # type: ignore[attr-defined]  # still there for a warm start
 
 
+def test_an_environment_of_ones_own_may_have_something_to_prepare() -> None:
+    for reward in ("", "my_parts:length"):
+        library = EnvironmentConfig(name="custom", custom="my_parts:Library", options={"days": 3}, reward=reward)
+        environment = build_environment(library, EmbedderConfig())
+        prepare(environment)
+        assert getattr(environment, "inner", environment).shelves == 3
+        prepare(build_environment(EnvironmentConfig(name="custom", custom="my_parts:Shop", options={"days": 3}, reward=reward), EmbedderConfig()))
+
+
 @pytest.mark.parametrize(("name", "said"), [("broken", "raised KeyError: 'price'"), ("endless", "returned inf: a reward is a finite number")])
 def test_a_reward_that_fails_fails_its_episode(name: str, said: str) -> None:
     environment = build_environment(EnvironmentConfig(reward=f"my_parts:{name}"), EmbedderConfig())
@@ -98,7 +111,7 @@ def test_advantages() -> None:
     [
         ("my_parts.Shop", "is not allowed: write package.module:name"),
         ("no_such:thing", "there is no module no_such: start from the folder that holds it"),
-        ("my_parts:shop", "my_parts has no function or class shop; it has Half, Shop, TruncationMemory"),
+        ("my_parts:shop", "my_parts has no function or class shop; it has Half, Library, Shop, TruncationMemory"),
         ("my_parts:number", "my_parts has no function or class number"),
         ("my_broken:thing", "my_broken imports a_package_that_nobody_has, which is not installed here"),
     ],

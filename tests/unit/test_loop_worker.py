@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +16,11 @@ import torch
 
 from actors import worker as worker_module
 from actors.protocols import EngineError
-from actors.rollout import RolloutRequest
+from actors.rollout import SCORING_S, RolloutRequest
 from actors.types import PolicyVersion, TrajectoryGroup
 from actors.worker import RolloutWorker, WorkerError, WorkerSpec
 from cluster.evaluate import EvaluationRow
-from cluster.fleet import RemoteWorker
+from cluster.fleet import EPISODE_GRACE_S, RemoteWorker
 from configs.schema import EvaluationConfig, MemoryConfig, RunConfig
 from tests.unit.cluster_cases import group, settle, task_at
 
@@ -80,6 +82,28 @@ class Bench:
     def begin(self, position: int) -> asyncio.Task[TrajectoryGroup]:
         request = RolloutRequest(task_at(position), f"train-{position}", 2, MemoryConfig(), 1.0, 8, 0)
         return asyncio.create_task(self.worker.group(request))
+
+
+def test_what_an_environment_prepares_is_there_when_the_worker_is_up(monkeypatch: pytest.MonkeyPatch, tiny_model_path: Path) -> None:
+    made: list[str] = []
+
+    class Engine(Policy):
+        def __init__(self, *settings: object) -> None:
+            super().__init__()
+            made.append("engine")
+
+        def writer(self, config: object) -> None: ...
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setitem(sys.modules, "actors.engine", SimpleNamespace(VLLMPolicy=Engine))  # type: ignore[arg-type]
+    monkeypatch.setattr("actors.basis.load_basis", lambda path: SimpleNamespace(id="basis"))
+    monkeypatch.setattr("actors.environments.build.build_environment", lambda *_: SimpleNamespace(prepare=lambda: made.append("index")))
+    RolloutWorker(WorkerSpec("worker-7", RunConfig(), str(tiny_model_path), "unused", 0))
+    assert made == ["index", "engine"]
+
+
+def test_late_verdicts_fail_their_episodes_before_the_driver_gives_up_the_worker() -> None:
+    assert SCORING_S < EPISODE_GRACE_S
 
 
 def test_a_refresh_waits_for_the_running_groups_and_holds_back_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -190,6 +191,59 @@ def test_a_late_episode_is_a_timeout_and_its_slot_is_free_again(chat: ChatFormat
         assert len((await rollout.group(_request("again"))).trajectories) == 4
 
     asyncio.run(play())
+
+
+def _scored_by(outcome: Callable[[], None]) -> RecallEnvironment:
+    class Judged(RecallSession):
+        def outcome(self) -> Outcome:
+            outcome()
+            return super().outcome()
+
+    class Court(RecallEnvironment):
+        def start(self, task: Task) -> RecallSession:
+            return Judged(task)
+
+    return Court(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
+
+
+def test_a_verdict_counts_against_no_episode_and_holds_no_slot(chat: ChatFormat) -> None:
+    together = threading.Barrier(4, timeout=10)  # passed when all four are being judged
+
+    def judge() -> None:
+        together.wait()
+        time.sleep(1.2)
+
+    rollout = _rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), slots=1, timeout_s=1, environment=_scored_by(judge))
+    group = asyncio.run(rollout.group(_request()))
+    assert group.failed == () and len(group.trajectories) == 4
+    assert all(trajectory.timings.environment > 1.2 for trajectory in group.trajectories)
+
+
+def test_a_verdict_that_does_not_come_is_not_the_engines_fault(chat: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.rollout.SCORING_S", 0.05)
+    given_up = threading.Event()
+    policy = ScriptedPolicy(_talk(chat))
+    group = asyncio.run(_rollout(chat, policy, ScriptedWriter(), environment=_scored_by(lambda: _wait(given_up))).group(_request()))
+    given_up.set()
+    assert group.trajectories == () and {failed.boundary for failed in group.failed} == {"timeout"} and policy.installed == {}
+    assert group.failed[0].message.startswith("played, but not scored after 0.05 s: waiting for the environment recall and its judge")
+
+
+def test_a_wait_that_gives_up_is_told_at_its_boundary(chat: ChatFormat) -> None:
+    def gone() -> None:
+        raise TimeoutError("no answer from the court")
+
+    group = asyncio.run(_rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=_scored_by(gone)).group(_request()))
+    assert {(failed.boundary, failed.message) for failed in group.failed} == {
+        ("environment", "a wait inside the episode timed out: no answer from the court")
+    }
+    policy = ScriptedPolicy(_failing(TimeoutError("no reply"), 0, chat))
+    group = asyncio.run(_rollout(chat, policy, ScriptedWriter()).group(_request()))
+    assert [(failed.boundary, failed.message) for failed in group.failed] == [("engine", "a wait inside the episode timed out: no reply")]
+
+
+def _wait(event: threading.Event) -> None:
+    assert event.wait(10), "the test forgot to end the verdict"
 
 
 def test_a_programming_error_ends_the_group_and_its_siblings(chat: ChatFormat) -> None:

@@ -1,4 +1,4 @@
-"""The two scorers against values worked out by hand."""
+"""The scorers against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.scoring import official_f1, plain_em, plain_f1, says_not_mentioned
+from actors.scoring import mem1_em, mem1_f1, official_f1, plain_em, plain_f1, says_not_mentioned
 
 
 @pytest.mark.parametrize(
@@ -164,6 +164,42 @@ def test_plain_edges(prediction: str, gold: str, f1: float, em: float) -> None:
     assert plain_em(prediction, gold) == em
 
 
+# MEM1's public evaluation (Mem1/inference/eval.py), rule by rule.
+@pytest.mark.parametrize(
+    ("prediction", "gold", "f1", "em"),
+    [
+        # punctuation parts words, and only ASCII's is punctuation
+        ("Jay Z", "Jay-Z", 1.0, 1.0),
+        ("1986 2013", "1986-2013", 1.0, 1.0),
+        ("1986 2013", "1986\u20132013", 0.0, 0.0),
+        ("Annas", "Anna's", 0.0, 0.0),
+        ("1000", "1,000", 0.0, 0.0),
+        ("“Paris”", "Paris", 0.0, 0.0),
+        (" PARIS!\n", "paris", 1.0, 1.0),
+        ("10\u00a0May", "10 May", 1.0, 1.0),
+        # sets: what stands twice counts once, the order is EM's alone
+        ("New York", "New York, New York", 1.0, 0.0),
+        ("a a b", "a b b", 1.0, 0.0),
+        ("York New", "New York", 1.0, 0.0),
+        # articles stay, accents and scripts too, and nothing is stemmed
+        ("the Eiffel Tower", "Eiffel Tower", 0.8, 0.0),
+        ("ZÜRICH", "zürich", 1.0, 1.0),
+        ("naïve", "naive", 0.0, 0.0),
+        ("東京", "東京", 1.0, 1.0),
+        ("cats", "cat", 0.0, 0.0),
+        # nothing to compare
+        ("", "Paris", 0.0, 0.0),
+        ("?!...", "Paris", 0.0, 0.0),
+        ("Paris", "!!!", 0.0, 0.0),
+        ("", "!!!", 0.0, 1.0),
+        ("?", "!!!", 0.0, 1.0),
+    ],
+)
+def test_mem1(prediction: str, gold: str, f1: float, em: float) -> None:
+    assert mem1_f1(prediction, gold) == pytest.approx(f1)
+    assert mem1_em(prediction, gold) == em
+
+
 def test_unknown_category_is_refused() -> None:
     with pytest.raises(ValueError, match="category=6"):
         official_f1("a", "a", 6)
@@ -176,7 +212,8 @@ _ANSWERS = st.one_of(st.text(max_size=30), st.lists(st.sampled_from(_WORDS), max
 @settings(max_examples=200, deadline=None)
 @given(_ANSWERS, _ANSWERS, st.integers(1, 5))
 def test_every_score_is_between_0_and_1(prediction: str, gold: str, category: int) -> None:
-    for score in (plain_f1(prediction, gold), plain_em(prediction, gold), official_f1(prediction, gold, category)):
+    found = [score(prediction, gold) for score in (plain_f1, plain_em, mem1_f1, mem1_em)]
+    for score in (*found, official_f1(prediction, gold, category)):
         assert 0.0 <= score <= 1.0 + 1e-12
 
 
@@ -185,6 +222,7 @@ def test_every_score_is_between_0_and_1(prediction: str, gold: str, category: in
 def test_overlap_is_symmetric_where_no_side_is_cut(one: str, other: str) -> None:
     assert plain_f1(one, other) == pytest.approx(plain_f1(other, one))
     assert plain_em(one, other) == plain_em(other, one)
+    assert (mem1_f1(one, other), mem1_em(one, other)) == (pytest.approx(mem1_f1(other, one)), mem1_em(other, one))
     for category in (2, 4):
         assert official_f1(one, other, category) == pytest.approx(official_f1(other, one, category))
 

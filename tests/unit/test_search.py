@@ -6,14 +6,16 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from actors.embedder import load_embedder
-from actors.environments.base import TaskError
+from actors.environments.base import TaskError, prepare
 from actors.environments.build import build_environment
 from actors.environments.search import SearchEnvironment, SearchSession
 from actors.environments.search_file import read_corpus, read_questions
@@ -78,7 +80,8 @@ def test_the_last_turn_says_so_and_an_episode_without_an_answer_scores_0() -> No
     assert _turn(session).splitlines()[-1] == "Turns left: 1. This is the last turn: reply with <answer>...; ...</answer> with 2 answers."
     outcome = _ended(session, "<search>Skagnes</search>")
     assert outcome.reward == 0 and [answer.prediction for answer in outcome.answers] == ["", ""]
-    assert outcome.reward_parts == {"f1": 0, "em": 0, "count_mismatch": 0, "unanswered": 1, "searches": 2, "malformed": 0}
+    scores = {"f1": 0, "em": 0, "official_f1": 0, "official_em": 0}
+    assert outcome.reward_parts == scores | {"count_mismatch": 0, "unanswered": 1, "searches": 2, "malformed": 0}
 
 
 @pytest.mark.parametrize("reply", ["", "Skagnes; 7", "<search>Orsa", "<answer>Skagnes; 7", "<search> </search>", "<search>Orsa</answer>"])
@@ -108,6 +111,28 @@ def test_the_score_is_the_mean_over_positions(answer: str, f1: list[float], em: 
     assert [scored.scores["em"] for scored in outcome.answers] == em
     assert outcome.reward == outcome.reward_parts["f1"] == pytest.approx(sum(f1) / 2) and outcome.reward_parts["em"] == sum(em) / 2
     assert [(scored.gold, scored.category) for scored in outcome.answers] == [(("Skagnes",), "bridge"), (("7",), "bridge")]
+
+
+@pytest.mark.parametrize(
+    ("replies", "f1", "em"),
+    [
+        (["<answer>Jay Z; New York</answer>"], [1, 1], [1, 0]),
+        (["<answer>; the New York</answer>"], [0, 0.8], [0, 0]),
+        (["<answer>?; New York, New York</answer>"], [0, 1], [0, 1]),
+        (["<answer>Jay-Z</answer>"], [0, 0], [0, 0]),
+        (["<think>as <answer>x</answer></think><answer>Jay-Z; York</answer>"], [1, 2 / 3], [1, 0]),  # the last one; Engram takes the first
+        (["<search>a</search><answer>Jay-Z; Rome</answer>", "<search>b</search>"], [1, 0], [1, 0]),  # Engram takes the search
+        (["<answer>Jay-Z", "<answer>Jay-Z; New York</answer>"], [0, 0], [0, 0]),  # one stays open
+        (["</answer>Jay-Z; New York<answer>", "<search>b</search>"], [0, 0], [0, 0]),
+    ],
+)
+def test_the_scores_of_mem1s_own_evaluation_stand_beside_the_plain_ones(tmp_path: Path, replies: list[str], f1: list[float], em: list[float]) -> None:
+    path = _questions(tmp_path, lambda items: (items[0].update(answer="Jay-Z"), items[3].update(answer="New York, New York")))
+    outcome = _ended(_session(0, 3, questions_path=str(path), max_turns=len(replies)), *replies)
+    assert [answer.scores["official_f1"] for answer in outcome.answers] == pytest.approx(f1)
+    assert [answer.scores["official_em"] for answer in outcome.answers] == em
+    means = outcome.reward_parts["official_f1"], outcome.reward_parts["official_em"]
+    assert means == (pytest.approx(sum(f1) / 2), sum(em) / 2) and outcome.reward == outcome.reward_parts["f1"]
 
 
 @pytest.mark.parametrize("answer", ["Skagnes", "Skagnes; 7; 7", "Skagnes; 7;", ""])
@@ -179,6 +204,25 @@ def test_search_by_meaning_finds_what_shares_no_word() -> None:
     observation = session.observe()
     assert observation is not None and "[1] Velde Line: " in observation.text
     assert load_embedder(EmbedderConfig()) is environment._embedder  # type: ignore[attr-defined]  # one for the whole process
+
+
+def test_a_corpus_is_embedded_by_prepare_and_by_no_episode() -> None:
+    asked: list[int] = []
+
+    class Counted:
+        dimensions = 2
+
+        def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            asked.append(len(texts))
+            return np.ones((len(texts), 2), np.float32)
+
+    environment = _environment(Counted, retriever="dense")
+    task = next(environment.tasks("eval", 0, 0))
+    assert asked == []
+    prepare(environment)
+    assert asked == [len(read_corpus(str(CORPUS)))]
+    environment.start(task)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(
