@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -145,8 +145,8 @@ def write_metrics(records: Sequence[WriteRecord]) -> dict[str, float]:
         "fast_weights/rolled_back": float(outcomes["rolled_back"]),
         "fast_weights/flashcards_per_write": _mean([len(record.flashcards) for record in records]),
         "fast_weights/rejected_flashcards_per_write": _mean([record.rejected_flashcards for record in records]),
-        "fast_weights/loss_before": _mean([record.loss_before for record in trained]),
-        "fast_weights/loss_after": _mean([record.loss_after for record in trained]),
+        "fast_weights/loss_before": _mean(_finite(record.loss_before for record in trained)),
+        "fast_weights/loss_after": _mean(_finite(record.loss_after for record in trained)),
         "fast_weights/seconds_per_write": _mean([record.seconds for record in trained]),
     }
 
@@ -206,6 +206,11 @@ def _without_signal(group: GroupSummary) -> bool:
 def _fractions(view: str, seconds: Mapping[str, float]) -> dict[str, float]:
     total = sum(seconds.values())
     return {f"timeline/{view}_{phase}": value / total for phase, value in seconds.items()} if total > 0 else {}
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    """Of a write that diverged the loss is none; ``rolled_back`` counts it, and it must not hide those of the others."""
+    return [value for value in values if math.isfinite(value)]
 
 
 def _mean(values: Sequence[float] | Sequence[int]) -> float:

@@ -27,7 +27,18 @@ from configs.schema import RunConfig
 from learner.advantage import estimator
 
 BASIS_FILE = "basis.safetensors"  # in the folder of a run
-KEPT = ("seed", "model", "fast_weights", "environment", "evaluation.temperature")  # settings and sections that a training goes on with
+KEPT = (  # settings and sections that a training goes on with: its rows are measured under them, and the report compares the last with the first
+    "seed",
+    "model",
+    "environment",
+    "embedder",
+    "memory",
+    "fast_weights",
+    "write",
+    "sampling.max_answer_tokens",
+    "rollout.max_turns",
+    "evaluation.temperature",
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,22 +13,26 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from cluster.evaluate import RowResult, compare
-from cluster.statistics import Interval, PairedDifference
+from cluster.statistics import Interval, PairedDifference, adjusted_p_values
 
 HEADER = ("row", "tasks", "F1 % [95% CI]", "EM % [95% CI]", "writes", "tokens", "s/ep")
-LEGEND = "writes: accepted/empty/rolled back · tokens: read+generated per episode · s/ep: seconds per episode · intervals: bootstrap over tasks"
+LEGEND = (
+    "writes: accepted/empty/rolled back · tokens: read+generated per episode · s/ep: seconds per episode · intervals: bootstrap over tasks · "
+    "p: sign-flip test over tasks, adjusted for all comparisons of this report (Holm)"
+)
 MOST_CATEGORIES = 12
 UNANSWERABLE = "adversarial"  # LoCoMo's category 5 has no plain answer: means are reported with and without it (method: section on LoCoMo)
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two rows on the same tasks, and what a person should conclude."""
+    """Two rows on the same tasks, and what a person should conclude. ``adjusted_p``: over all of the report (Holm); NaN without a task."""
 
     before: str
     after: str
     score: str
     difference: PairedDifference
+    adjusted_p: float
 
     @property
     def sentence(self) -> str:
@@ -36,8 +40,8 @@ class Comparison:
         if d.count == 0:
             return f"{self.after} and {self.before} share no finished task: nothing can be compared."
         interval = f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-        figures = f"{self.score.upper()} {100 * d.mean:+.1f} points {interval}, p = {d.p_value:.3f} (paired bootstrap, {d.count} tasks)"
-        if not d.significant:
+        figures = f"{self.score.upper()} {100 * d.mean:+.1f} points {interval}, p = {self.adjusted_p:.3f} (paired, {d.count} tasks)"
+        if self.adjusted_p >= 0.05:
             verdict = "NOT significant: this run shows no difference. More train.steps or more evaluation.tasks may."
         elif d.mean > 0:
             verdict = "a significant gain."
@@ -64,7 +68,9 @@ class Report:
         """F1 of each (before, after) pair of labels of which both rows exist."""
         rows = {row.label: row for row in self.rows}
         found = [(rows[before], rows[after]) for before, after in pairs if before in rows and after in rows]
-        return [Comparison(b.label, a.label, "f1", compare(b, a, "f1", self.samples, self.seed)) for b, a in found]
+        differences = [compare(b, a, "f1", self.samples, self.seed) for b, a in found]
+        adjusted = adjusted_p_values(differences)
+        return [Comparison(b.label, a.label, "f1", d, p) for (b, a), d, p in zip(found, differences, adjusted, strict=True)]
 
     def cells(self) -> list[tuple[str, ...]]:
         """One tuple per row, in the order of HEADER."""

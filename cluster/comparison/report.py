@@ -17,8 +17,8 @@ from cluster.statistics import Interval
 from cluster.tables import UNANSWERABLE, interval_text, markdown_table, percent, plain_json
 
 SCORES_LEGEND = (
-    "Intervals: 95 % bootstrap over different questions, seeds pooled. p: paired bootstrap against the baseline, adjusted for all {count} "
-    "comparison(s) of this report (Holm)."
+    "Intervals: 95 % bootstrap over different questions, seeds pooled. p: sign-flip test, paired with the baseline, adjusted for all "
+    "{count} comparison(s) of this report (Holm)."
 )
 COST_LEGEND = (
     "Per episode: tokens read (each context once) + generated, seconds. writes: accepted/empty/rolled back. Memory: the worst of a worker while the "

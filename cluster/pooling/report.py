@@ -1,8 +1,8 @@
 """Pooled over seeds: what each stage scores, what training gained, and whether one kind of run gains more than another.
 
-Intervals and p are of a paired bootstrap over different questions, seeds pooled: they say what other questions would do, not what other seeds would.
-A question that several seeds ask (an environment with a fixed eval set) is one question, with the mean of its values. The gain of each seed stands
-beside them.
+Intervals (paired bootstrap) and p (sign-flip test) are over different questions, seeds pooled: they say what other questions would do, not what
+other seeds would. A question that several seeds ask (an environment with a fixed eval set) is one question, with the mean of its values. The gain of
+each seed stands beside them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ STAGES = ("runs", "stage", "tasks", "F1 % [95 % CI]", "EM % [95 % CI]", "failed"
 GAINS = ("runs", "from", "to", "questions", "F1, points [95 % CI]", "p", "by seed")
 VERSUS = ("gain of", "against that of", "since", "questions", "F1, points [95 % CI]", "p")
 LEGEND = (
-    "Intervals and p: bootstrap over different questions, seeds pooled; a question that several seeds ask counts once, with its mean. "
-    "p: adjusted within its table (Holm)."
+    "Intervals: bootstrap over different questions, seeds pooled; a question that several seeds ask counts once, with its mean. "
+    "p: sign-flip test over the same, adjusted within its table (Holm)."
 )
 LAST = "after_rl"
 STARTS = ("before", "after_warm_start", "memory_off")

@@ -84,6 +84,8 @@ def _write(cell: Cell, writer: BatchedWriter, request: WriteRequest, each_step: 
     """What was written, what is in force now, and, if wanted, the weights after each step."""
     if cell.write.epochs == 0:
         return WriteLine("empty", "write.epochs=0: T is the identity", 0, 0.0, None, None), request.weights, ()
+    if not request.examples:
+        return WriteLine("empty", "no example is short enough for write.max_example_tokens", 0, 0.0, None, None), request.weights, ()
     result, trace = writer.trace(request) if each_step else (writer.write([request])[0], ())
     return _line(result), result.weights, trace
 

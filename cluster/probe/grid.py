@@ -32,6 +32,9 @@ def load_grid(path: Path, overrides: Sequence[str], cells: Sequence[Sequence[str
             settings = (*own, *chosen)
             config = load_config(path, [*overrides, *(one for one in settings if not one.startswith("supervision="))])
             grid[settings] = Cell(settings, config.fast_weights, config.write, _supervision(settings))
+    for one, other in itertools.combinations(grid.values(), 2):
+        if (one.fast_weights, one.write, one.supervision) == (other.fast_weights, other.write, other.supervision):
+            raise ConfigError(f"the cells '{one.label}' and '{other.label}' are the same settings, and would count twice: leave one out")
     return base, tuple(grid.values())
 
 

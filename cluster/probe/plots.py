@@ -84,7 +84,7 @@ def cell_colour(number: int, count: int) -> Any:
 
 
 def _percent(point: Point, paraphrased: bool) -> float:
-    values = point.recall(paraphrased, "em")
+    values = point.recall(paraphrased, "em").values()
     return 100 * sum(values) / len(values) if values else float("nan")
 
 

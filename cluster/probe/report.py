@@ -1,7 +1,8 @@
 """A probe for people and machines: terminal tables, Markdown, CSV (a line a point), JSON (every card), metrics, plots.
 
-Intervals are 95 % bootstrap intervals over cards, the cards of all seeds together. A write that was rolled back stays in: its cell shows the state
-that was in force afterwards, how many were rolled back, and why.
+The cards of a seed share their writes, so they succeed or fail together: intervals are 95 % bootstrap intervals over seeds and the cards of each.
+Where every seed has the same cards (a file), they are over cards, each averaged over its seeds: a card asked again is no new evidence. A write
+that was rolled back stays in: its cell shows the state that was in force afterwards, how many were rolled back, and why.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any, Literal
 
 from cluster.bench.values import Table
 from cluster.probe.plots import save_plots
-from cluster.probe.values import CellRun, Point
-from cluster.statistics import PairedDifference, bootstrap_interval, holm, paired_difference
+from cluster.probe.values import Card, CellRun, Point
+from cluster.statistics import Interval, nested_interval
 from cluster.tables import markdown_table
 
 HEADER = (
@@ -37,10 +38,11 @@ LEGEND = (
     "loss: nats per answer token, before→after the last write · recall: greedy answers that match exactly (plain EM) [95 % CI] · reworded: the same "
     "for paraphrases, which were not written · damage: rise of the loss on unrelated text, nats per token, with KL(base || now); replies: the same "
     "for unrelated questions in the chat format · writes: accepted/empty/rolled back · against: the last cell minus (or divided by) "
-    "the other, paired over cards, p for paraphrases after Holm"
+    "the other, paired over cards; by seed: points of paraphrases (of the written questions, where cards have none) · intervals: over seeds and "
+    "the cards of each; of three seeds or fewer they are too narrow"
 )
 FORGETTING = ("cell", "after write", "cards", "newest %", "earlier %", "all %", "all, reworded %", "damage", "KL", "rolled back")
-VERSUS = ("against", "recall, points", "reworded, points", "p", "KL, times", "replies' KL, times", "time, times")
+VERSUS = ("against", "recall, points", "reworded, points", "by seed", "KL, times", "replies' KL, times", "time, times")
 FIGURES: tuple[tuple[str, bool, Literal["em", "f1"]], ...] = (
     ("em_written", False, "em"),
     ("em_paraphrased", True, "em"),
@@ -51,15 +53,16 @@ FIGURES: tuple[tuple[str, bool, Literal["em", "f1"]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
-    """All cells on all seeds, cell by cell. ``facts``: what was probed. ``samples`` and ``seed`` are the bootstrap's."""
+    """All cells on all seeds, cell by cell. ``cards``: by seed. ``facts``: what was probed. ``samples``, ``seed``: bootstrap."""
 
     runs: tuple[CellRun, ...]
+    cards: Mapping[int, tuple[Card, ...]]
     facts: Mapping[str, str]
     samples: int
     seed: int
 
     @property
-    def cells(self) -> dict[str, list[CellRun]]:
+    def by_label(self) -> dict[str, list[CellRun]]:
         """By label, the runs of all seeds."""
         found: dict[str, list[CellRun]] = {}
         for run in self.runs:
@@ -68,12 +71,12 @@ class ProbeReport:
 
     def tables(self) -> list[Table]:
         """The grid, and where there were several writes the forgetting curve."""
-        made = [Table("Write quality", HEADER, tuple(self._line(label, runs) for label, runs in self.cells.items()))]
+        made = [Table("Write quality", HEADER, tuple(self._line(label, runs) for label, runs in self.by_label.items()))]
         if any(len(run.writes) > 1 for run in self.runs):
-            lines = [line for label, runs in self.cells.items() for line in self._forgetting(label, runs)]
+            lines = [line for label, runs in self.by_label.items() for line in self._forgetting(label, runs)]
             made.append(Table("Successive writes: what was written is asked again", FORGETTING, tuple(lines)))
-        if len(self.cells) > 1:
-            *others, last = self.cells
+        if len(self.by_label) > 1:
+            *others, last = self.by_label
             made.append(Table(f"{last}, against each other cell", VERSUS, tuple(self._versus(others, last))))
         return made
 
@@ -95,8 +98,8 @@ class ProbeReport:
             label,
             f"{_loss(first, False):.2f}→{_loss(last, False):.2f}",
             f"{_loss(first, True):.2f}→{_loss(last, True):.2f}",
-            self._percent(_pooled(last, False, "em")),
-            self._percent(_pooled(last, True, "em")),
+            self._percent(runs, False),
+            self._percent(runs, True),
             *(_short(_mean([point.text(kind, figure) for point in last])) for kind, figure in _TEXT_FIGURES),
             f"{_mean([line.seconds for line in writes]):.1f}",
             "/".join(map(str, outcomes)),
@@ -121,23 +124,31 @@ class ProbeReport:
             )
 
     def _versus(self, others: Sequence[str], last: str) -> Iterator[tuple[str, ...]]:
-        """Paired over cards, all seeds together; p of the paraphrases, adjusted for the number of cells (Holm)."""
-        mine = [run.after[-1] for run in self.cells[last]]
-        points = [[run.after[-1] for run in self.cells[label]] for label in others]
-        found = [[self._difference(theirs, mine, paraphrased) for paraphrased in (False, True)] for theirs in points]
-        adjusted = holm([reworded.p_value for _, reworded in found])
-        for label, theirs, pair, p in zip(others, points, found, adjusted, strict=True):
-            spans = [f"{100 * one.mean:+.0f} [{100 * one.low:+.0f}, {100 * one.high:+.0f}]" if one.count else "-" for one in pair]
-            times = [_ratio(_mean([point.text(kind, "kl") for point in side]) for side in (mine, theirs)) for kind in _KINDS]
-            seconds = _ratio(_mean([line.seconds for run in self.cells[name] for line in run.writes]) for name in (last, label))
-            yield (label, *spans, f"{p:.3g}", *times, seconds)
+        """Paired over the cards of each seed."""
+        for label in others:
+            pair = [self._differences(self.by_label[label], self.by_label[last], paraphrased) for paraphrased in (False, True)]
+            by_seed = [f"{100 * _mean(list(cards.values())):+.0f}" for cards in (pair[1] if any(pair[1]) else pair[0]) if cards]
+            times = [_ratio(_mean([run.after[-1].text(kind, "kl") for run in self.by_label[name]]) for name in (last, label)) for kind in _KINDS]
+            seconds = _ratio(_mean([line.seconds for run in self.by_label[name] for line in run.writes]) for name in (last, label))
+            yield (label, *(_span(self._interval(cards)) for cards in pair), ", ".join(by_seed), *times, seconds)
 
-    def _difference(self, theirs: Sequence[Point], mine: Sequence[Point], paraphrased: bool) -> PairedDifference:
-        before, after = (_pooled(points, paraphrased, "em") for points in (theirs, mine))
-        return paired_difference(before, after, self.samples, self.seed)
+    def _differences(self, theirs: Sequence[CellRun], mine: Sequence[CellRun], paraphrased: bool) -> list[dict[Card, float]]:
+        """By seed, by card: EM of mine minus theirs."""
+        pairs = zip(self._recalled(theirs, paraphrased), self._recalled(mine, paraphrased), strict=True)
+        return [{card: after[card] - before[card] for card in after} for before, after in pairs]
 
-    def _percent(self, values: Sequence[float]) -> str:
-        interval = bootstrap_interval(values, self.samples, self.seed)
+    def _recalled(self, runs: Sequence[CellRun], paraphrased: bool) -> list[dict[Card, float]]:
+        """By seed, by card: EM after the last write."""
+        points = [(self.cards[run.seed], run.after[-1]) for run in sorted(runs, key=lambda run: run.seed)]
+        return [{cards[place]: em for place, em in point.recall(paraphrased, "em").items()} for cards, point in points]
+
+    def _interval(self, by_seed: Sequence[Mapping[Card, float]]) -> Interval:
+        if all(set(cards) == set(by_seed[0]) for cards in by_seed):
+            by_seed = [{card: _mean([cards[card] for cards in by_seed]) for card in by_seed[0]}]
+        return nested_interval([list(cards.values()) for cards in by_seed], self.samples, self.seed)
+
+    def _percent(self, runs: Sequence[CellRun], paraphrased: bool) -> str:
+        interval = self._interval(self._recalled(runs, paraphrased))
         return "-" if interval.count == 0 else f"{100 * interval.mean:.0f} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
 
 
@@ -158,7 +169,7 @@ def recall_by_age(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 def figures(point: Point) -> dict[str, float]:
     """The point in single numbers; NaN where there is nothing to average."""
-    recalled = {name: _mean(point.recall(paraphrased, score)) for name, paraphrased, score in FIGURES}
+    recalled = {name: _mean(list(point.recall(paraphrased, score).values())) for name, paraphrased, score in FIGURES}
     texts = {f"{figure}_{kind}": point.text(kind, figure) for kind, figure in _TEXT_FIGURES}
     return {"loss_written": point.loss(False), "loss_paraphrased": point.loss(True), **recalled, **texts}
 
@@ -178,7 +189,7 @@ def metrics(run: CellRun) -> list[tuple[dict[str, float], int]]:
 
 def save_report(report: ProbeReport, folder: Path) -> list[Path]:
     """report.md, report.csv, report.json and the plots; returns their paths."""
-    plots = save_plots(report.cells, folder)
+    plots = save_plots(report.by_label, folder)
     markdown, table, data = folder / "report.md", folder / "report.csv", folder / "report.json"
     markdown.write_text(_markdown(report, plots), encoding="utf-8")
     with table.open("w", newline="", encoding="utf-8") as file:
@@ -214,7 +225,11 @@ def _loss(points: Sequence[Point], paraphrased: bool) -> float:
 
 
 def _pooled(points: Sequence[Point], paraphrased: bool, score: Literal["em", "f1"]) -> list[float]:
-    return [value for point in points for value in point.recall(paraphrased, score)]
+    return [value for point in points for value in point.recall(paraphrased, score).values()]
+
+
+def _span(points: Interval) -> str:
+    return f"{100 * points.mean:+.0f} [{100 * points.low:+.0f}, {100 * points.high:+.0f}]" if points.count else "-"
 
 
 def _ratio(pair: Iterable[float]) -> str:

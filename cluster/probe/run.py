@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from actors.chat import ChatFormat
 from actors.environments.recall import SYSTEM_PROMPT
 from actors.fast_weights import Basis, zero
 from actors.frozen_model import FrozenModel, read_model
+from actors.protocols import WriterError
 from actors.writer import BatchedWriter
 from cluster.probe.cards import cards_of
 from cluster.probe.cell import in_writes, points_of, run_cell
@@ -85,7 +86,7 @@ def probe(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions, displ
     status: RunStatus = "FAILED"
     try:
         runs = _run_all(prepared, tracker, display)
-        report = ProbeReport(tuple(runs), _facts(prepared), config.evaluation.bootstrap_samples, config.seed)
+        report = ProbeReport(tuple(runs), prepared.cards, _facts(prepared), config.evaluation.bootstrap_samples, config.seed)
         for path in save_report(report, prepared.folder):
             tracker.artifact(path)
         status = "FINISHED"
@@ -185,14 +186,17 @@ def _track(prepared: _Prepared) -> Tracker:
 def _run_all(prepared: _Prepared, tracker: Tracker, display: Display) -> list[CellRun]:
     """Every cell on every seed, in the order of the grid; those whose file is there are read."""
     done = {
-        (cell, seed): _load(path) for cell in prepared.cells for seed in prepared.options.seeds if (path := prepared.path_of(cell, seed)).exists()
+        (cell, seed): _load(path, cell)
+        for cell in prepared.cells
+        for seed in prepared.options.seeds
+        if (path := prepared.path_of(cell, seed)).exists()
     }
     todo = [(cell, seed) for seed in prepared.options.seeds for cell in prepared.cells if (cell, seed) not in done]
     if done:
         display.say(f"{len(done)} of {len(done) + len(todo)} cells are done already")
     if todo:
         torch.set_num_threads(prepared.config.rollout.threads)
-        model = read_model(str(prepared.model.path), prepared.config.model.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        model = _read_model(prepared)
         total = sum(points_of(cell, prepared.sizes(cell, seed), prepared.options.each_step) for cell, seed in todo)
         with display.counting("measurements", total) as counter:
             bench = _Bench(prepared, model)
@@ -208,6 +212,13 @@ def _run_all(prepared: _Prepared, tracker: Tracker, display: Display) -> list[Ce
         for logged, step in metrics(run):
             tracker.log(logged, step)
     return runs
+
+
+def _read_model(prepared: _Prepared) -> FrozenModel:
+    try:
+        return read_model(str(prepared.model.path), prepared.config.model.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except WriterError as error:  # a kind of model that the writer does not know, or a folder that is not whole
+        raise ProbeError(f"model.name={prepared.config.model.name}: {error}") from error
 
 
 class _Bench:
@@ -241,9 +252,10 @@ class _Bench:
         return self._seed[1], self._seed[2]
 
 
-def _load(path: Path) -> CellRun:
+def _load(path: Path, cell: Cell) -> CellRun:
+    """Named as it is asked for now: another command line may have had other words for the same settings. Raises ProbeError."""
     try:
-        return CellRun.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return replace(CellRun.from_json(json.loads(path.read_text(encoding="utf-8"))), settings=cell.settings, label=cell.label)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ProbeError(f"{path}: cannot be read ({error}); delete it to have the cell run again") from None
 
@@ -262,7 +274,8 @@ def _facts(prepared: _Prepared) -> dict[str, str]:
 def _in_short(run: CellRun) -> str:
     last = run.after[-1]
     refused = sum(line.outcome == "rolled_back" for line in run.writes)
-    share = [100 * sum(values) / len(values) if values else float("nan") for values in (last.recall(False, "em"), last.recall(True, "em"))]
+    asked = [last.recall(paraphrased, "em").values() for paraphrased in (False, True)]
+    share = [100 * sum(values) / len(values) if values else float("nan") for values in asked]
     note = f", {refused} of {len(run.writes)} writes ROLLED BACK" if refused else ""
     return f"recall {share[0]:.0f} %, of paraphrases {share[1]:.0f} %, damage {last.text('text', 'damage'):.3f}{note}"
 

@@ -89,11 +89,11 @@ class Point:
         pairs = [(one.loss, card.tokens) for card in self.cards for one in (card.paraphrased if paraphrased else (card.written,))]
         return sum(loss * tokens for loss, tokens in pairs) / sum(tokens for _, tokens in pairs) if pairs else float("nan")
 
-    def recall(self, paraphrased: bool, score: Literal["em", "f1"]) -> list[float]:
-        """One number a card: its score, or the mean over its paraphrases (cards without any are left out)."""
+    def recall(self, paraphrased: bool, score: Literal["em", "f1"]) -> dict[int, float]:
+        """By card's place its score, or the mean over its paraphrases (cards without any are left out)."""
         if not paraphrased:
-            return [getattr(card.written, score) for card in self.cards]
-        return [sum(getattr(one, score) for one in card.paraphrased) / len(card.paraphrased) for card in self.cards if card.paraphrased]
+            return {card.card: getattr(card.written, score) for card in self.cards}
+        return {card.card: sum(getattr(one, score) for one in card.paraphrased) / len(card.paraphrased) for card in self.cards if card.paraphrased}
 
     def text(self, kind: TextKind, figure: Literal["damage", "kl"]) -> float:
         """Nats per token over all pieces of that kind."""

@@ -69,8 +69,8 @@ def probed(model_path: Path) -> Probed:
 
 def test_a_strong_write_is_remembered_and_costs_something(probed: Probed) -> None:
     assert probed.result.outcome == "accepted"
-    assert sum(probed.before.recall(False, "em")) == 0
-    assert sum(probed.after.recall(False, "em")) >= 2
+    assert sum(probed.before.recall(False, "em").values()) == 0
+    assert sum(probed.after.recall(False, "em").values()) >= 2
     assert probed.after.loss(False) < 0.3 * probed.before.loss(False)
     assert probed.after.loss(True) < probed.before.loss(True)
     assert probed.result.loss_before == pytest.approx(probed.before.loss(False), abs=1e-3)
@@ -102,8 +102,8 @@ def test_the_natural_write_remembers_more_wordings_and_harms_less(model_path: Pa
 
     adam = after(WriteConfig(optimizer="adam", learning_rate=1e-3, epochs=10))
     natural = after(WriteConfig(optimizer="natural", epochs=15, step_kl=0.02))
-    assert sum(natural.recall(False, "em")) >= sum(adam.recall(False, "em")) > 0
-    assert sum(natural.recall(True, "em")) >= sum(adam.recall(True, "em")) > 0
+    assert sum(natural.recall(False, "em").values()) >= sum(adam.recall(False, "em").values()) > 0
+    assert sum(natural.recall(True, "em").values()) >= sum(adam.recall(True, "em").values()) > 0
     assert natural.text("text", "kl") < 0.2 * adam.text("text", "kl")
     assert natural.text("reply", "kl") < 0.5 * adam.text("reply", "kl")
 

@@ -177,7 +177,17 @@ def test_a_score_that_cannot_be_written_leaves_the_checkpoint_whole(tmp_path: Pa
     assert json.loads((folder / "state.json").read_text())["written"] > 0
 
 
-@pytest.mark.parametrize("changed", ["seed=1", "environment.recall.sessions=5", "evaluation.temperature=0.7"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "seed=1",
+        "environment.recall.sessions=5",
+        "evaluation.temperature=0.7",
+        "memory.max_context_tokens=99",
+        "write.epochs=3",
+        "sampling.max_answer_tokens=2",
+    ],
+)
 def test_what_gives_a_checkpoint_its_meaning_may_not_change(tmp_path: Path, changed: str) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(RunConfig()), encoding="utf-8")
     other, key = load_config(tmp_path / "config.yaml", [changed]), changed.partition("=")[0]

@@ -340,7 +340,7 @@ def test_a_write_that_is_rolled_back_is_shown_and_leaves_the_state(tiny: SimpleN
     assert [card.written for card in run.after[-1].cards] == [card.written for card in run.after[0].cards]
     assert run.steps and not math.isfinite(run.steps[0].loss(False))
     assert all(math.isfinite(value) for logged, _ in metrics(run) for value in logged.values())
-    report = ProbeReport((run,), {}, 100, 0)
+    report = ProbeReport((run,), {0: tiny.cards}, {}, 100, 0)
     (table, forgetting) = report.tables()
     assert table.rows[0][-1] == "0/0/2"
     assert [row[-1] for row in forgetting.rows] == ["1", "1"]

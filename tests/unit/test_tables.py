@@ -13,7 +13,7 @@ import pytest
 from actors.types import Answer
 from cluster.errors import CheckpointError
 from cluster.evaluate import EpisodeScore, EvaluationRow, RowResult, compare, evaluate_row, load_row, row_metrics, save_row
-from cluster.statistics import bootstrap_interval, paired_difference
+from cluster.statistics import bootstrap_interval, nested_interval, paired_difference
 from cluster.tables import HEADER, Comparison, Report, rich_table, save_report
 from configs.schema import MemoryConfig
 
@@ -55,26 +55,61 @@ def test_paired_comparison_sees_what_the_spread_of_tasks_hides() -> None:
     before = rng.random(40)
     after = before + rng.normal(0.05, 0.02, 40)
     difference = paired_difference(before.tolist(), after.tolist(), 2000, 0)
-    assert difference.significant
+    assert difference.p_value < 0.05
     assert difference.mean == pytest.approx(0.05, abs=0.01)
     assert difference.low > 0
 
 
 def test_paired_comparison_rejects_at_about_its_level_when_nothing_changed() -> None:
     rng = np.random.default_rng(2)
-    rejected = sum(paired_difference(rng.random(30).tolist(), rng.random(30).tolist(), 400, number).significant for number in range(200))
+    rejected = sum(paired_difference(rng.random(30).tolist(), rng.random(30).tolist(), 400, number).p_value < 0.05 for number in range(200))
     assert 1 <= rejected <= 26  # 5 % of 200 is 10
 
 
 @pytest.mark.parametrize("values", [[0.3] * 10, [0.0] * 5])
 def test_equal_rows_are_never_significant(values: list[float]) -> None:
-    difference = paired_difference(values, values, 500, 0)
-    assert difference.p_value == 1.0
-    assert not difference.significant
+    assert paired_difference(values, values, 500, 0).p_value == 1.0
 
 
-def test_p_value_never_claims_more_than_the_resamples_show() -> None:
-    assert paired_difference([0.0] * 10, [1.0] * 10, 500, 0).p_value == pytest.approx(1 / 500)
+def test_p_value_never_claims_more_than_the_flips_show() -> None:
+    assert paired_difference([0.0] * 40, [1.0] * 40, 500, 0).p_value == pytest.approx(1 / 501)
+
+
+@pytest.mark.parametrize(("won", "tied", "exact"), [(1, 0, 1.0), (3, 0, 0.25), (4, 20, 0.125), (8, 0, 2 / 256)])
+def test_p_value_is_the_exact_tests_with_few_tasks(won: int, tied: int, exact: float) -> None:
+    """Two-sided: all signs equal in 2 of 2^won cases. A bootstrap of three wins in three never sees a loss, whatever chance is."""
+    rows = [0.1] * (won + tied), [0.4] * won + [0.1] * tied
+    assert paired_difference(*rows, 20_000, 0).p_value == pytest.approx(exact, abs=0.005)
+
+
+@pytest.mark.parametrize("count", [4, 8, 12])
+def test_paired_comparison_keeps_its_level_with_few_tasks(count: int) -> None:
+    rng = np.random.default_rng(count)
+    differences = rng.normal(0, 1, (400, count))
+    rejected = sum(paired_difference([0.0] * count, row.tolist(), 400, number).p_value < 0.05 for number, row in enumerate(differences))
+    assert rejected <= 34  # 5 % of 400 is 20, its standard error 4.4
+
+
+def test_nested_interval_is_as_wide_as_groups_that_rise_and_fall_together() -> None:
+    """Twelve cards of one write that all succeed or all fail are one piece of evidence, not twelve."""
+    together = [[1.0] * 12, [0.0] * 12, [1.0] * 12, [0.0] * 12]
+    apart = [[1.0, 0.0] * 6] * 4
+    wide, narrow = nested_interval(together, 4000, 0), nested_interval(apart, 4000, 0)
+    assert wide.mean == narrow.mean == 0.5 and wide.count == narrow.count == 48
+    assert (wide.low, wide.high) == (0.0, 1.0)
+    assert narrow.high - narrow.low < 0.4
+
+
+def test_nested_interval_of_one_group_is_the_plain_one() -> None:
+    values = np.random.default_rng(3).random(30).tolist()
+    nested, plain = nested_interval([values], 4000, 0), bootstrap_interval(values, 4000, 0)
+    assert (nested.low, nested.high) == pytest.approx((plain.low, plain.high), abs=0.02)
+    assert nested_interval([[], []], 100, 0).count == 0
+
+
+def test_nested_interval_weighs_values_not_groups() -> None:
+    interval = nested_interval([[1.0] * 30, [0.0] * 10], 2000, 0)
+    assert interval.mean == 0.75 and interval.low <= 0.75 <= interval.high
 
 
 def test_comparison_needs_the_same_tasks() -> None:
@@ -92,9 +127,9 @@ def test_rows_are_compared_on_the_tasks_that_both_finished() -> None:
 
 def test_sentence_says_plainly_what_was_shown() -> None:
     low, high = row("TMEM before", [0.1, 0.2] * 20), row("TMEM after RL", [0.4, 0.6] * 20)
-    gain = Comparison("TMEM before", "TMEM after RL", "f1", compare(low, high, "f1", 500, 0)).sentence
-    loss = Comparison("TMEM after RL", "TMEM before", "f1", compare(high, low, "f1", 500, 0)).sentence
-    nothing = Comparison("TMEM before", "TMEM before", "f1", compare(low, low, "f1", 500, 0)).sentence
+    gain = Comparison("TMEM before", "TMEM after RL", "f1", compare(low, high, "f1", 500, 0), 0.01).sentence
+    loss = Comparison("TMEM after RL", "TMEM before", "f1", compare(high, low, "f1", 500, 0), 0.01).sentence
+    nothing = Comparison("TMEM before", "TMEM before", "f1", compare(low, low, "f1", 500, 0), 1.0).sentence
     assert "+35.0 points" in gain
     assert "a significant gain" in gain
     assert "significant LOSS" in loss
@@ -104,7 +139,7 @@ def test_sentence_says_plainly_what_was_shown() -> None:
 
 def test_no_shared_task_is_said() -> None:
     empty = RowResult("b", 0, (), ("engine: gone",))
-    assert "nothing can be compared" in Comparison("a", "b", "f1", compare(row("a", [0.5]), empty, "f1", 10, 0)).sentence
+    assert "nothing can be compared" in Comparison("a", "b", "f1", compare(row("a", [0.5]), empty, "f1", 10, 0), math.nan).sentence
 
 
 def test_table_shows_rows_intervals_writes_and_failures() -> None:
