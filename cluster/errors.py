@@ -32,7 +32,7 @@ class InUseError(ClusterError):
 
 
 class SaveError(ClusterError):
-    """A checkpoint could not be written (a full disk). What was saved before is whole."""
+    """A checkpoint or a file of an evaluation could not be written (a full disk). What was saved before is whole."""
 
 
 class TrackingError(ClusterError):

@@ -13,7 +13,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -160,6 +160,8 @@ def failure_text(failure: FailedEpisode) -> str:
 
 
 def score_episode(trajectory: Trajectory) -> EpisodeScore:
+    """What is kept of an episode. Figures become plain floats: a custom environment's may be numpy's, which JSON does not take."""
+    outcome = trajectory.outcome
     writes: dict[str, int] = {"accepted": 0, "empty": 0, "rolled_back": 0}
     for record in trajectory.writes:
         writes[record.outcome] += 1
@@ -167,9 +169,9 @@ def score_episode(trajectory: Trajectory) -> EpisodeScore:
     return EpisodeScore(
         task_id=trajectory.task.id,
         item=_item(trajectory.task),
-        reward=trajectory.outcome.reward,
-        reward_parts=dict(trajectory.outcome.reward_parts),
-        answers=trajectory.outcome.answers,
+        reward=float(outcome.reward),
+        reward_parts=_floats(outcome.reward_parts),
+        answers=tuple(replace(answer, scores=_floats(answer.scores)) for answer in outcome.answers),
         writes=writes,
         memory_events=dict(trajectory.memory_events),
         prompt_tokens=sum(len(segment.token_ids) for segment in trajectory.segments) - generated,
@@ -177,6 +179,10 @@ def score_episode(trajectory: Trajectory) -> EpisodeScore:
         peak_context=max((len(segment.token_ids) for segment in trajectory.segments), default=0),
         seconds=trajectory.timings.total,
     )
+
+
+def _floats(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
 
 
 def compare(before: RowResult, after: RowResult, score: str, samples: int, seed: int) -> PairedDifference:

@@ -142,3 +142,14 @@ class EnvironmentConfig:
         for key, value in (("url", judge.url), ("model", judge.model)):
             judged = self.name == "rubric" and self.rubric.checker == "judge"
             require(not judged or value != "", f"rubric.judge.{key}", value, "given where environment.rubric.checker is judge", "or checker=rules")
+
+    @property
+    def acts(self) -> tuple[str, int]:
+        """How often an episode asks for an act at most, and the setting that says so; texts that are only read are none. Unknown of a custom one."""
+        if self.name == "recall":
+            return "recall.questions", self.recall.questions
+        if self.name == "search":
+            return "search.max_turns", self.search.max_turns
+        if self.name == "conversation" and self.conversation.format == "locomo":
+            return "conversation.questions_per_episode", self.conversation.questions_per_episode
+        return "name", 1  # LongMemEval, rubric and records ask once

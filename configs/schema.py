@@ -153,12 +153,13 @@ class EvaluationConfig:
 
     tasks: int = 64
     temperature: float = 0.0  # 0 is greedy; sampling.temperature: the reward that training raises
-    bootstrap_samples: int = 2000
+    bootstrap_samples: int = 2000  # 100 or more
     memory_off_row: bool = True  # also evaluate with memory.policy=truncation
 
     def __post_init__(self) -> None:
-        positive(self, "tasks", "bootstrap_samples")
+        positive(self, "tasks")
         not_negative(self, "temperature")
+        require(self.bootstrap_samples >= 100, "bootstrap_samples", self.bootstrap_samples, "100 or more", "a 95 % interval needs so many resamples")
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,10 @@ class RunConfig:
         measured = self.write.optimizer != "natural" or self.fast_weights.sensitivity_rank > 0
         rank = self.fast_weights.sensitivity_rank
         require(measured, "fast_weights.sensitivity_rank", rank, "1 or more with write.optimizer=natural", "64 is a good value")
+        setting, acts = self.environment.acts
+        most = self.rollout.max_turns
+        cure = "what is asked later would never be answered and score 0: raise that, or lower this"
+        require(acts <= most, f"environment.{setting}", acts, f"at most rollout.max_turns={most}", cure)
         memory, have = self.memory, self.engine.max_model_tokens
         summary = memory.max_summary_tokens if memory.policy in SUMMARIZING else 0
         least = 1 + memory.max_context_tokens + memory.max_extract_tokens + summary

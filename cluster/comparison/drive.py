@@ -4,6 +4,7 @@
                  ^                                       |
                  +-- once more, on new workers ----------+  a worker died: what it had finished is kept; the second time the cell is given up
 
+An episode that failed is no finished one: it is counted in its cell, and whoever runs the cell again runs it again.
 Waits: every episode has a deadline on its worker and another here, so a cell ends; starting workers have ray.startup_timeout_s.
 """
 
@@ -18,7 +19,7 @@ from cluster.build import worker_set, worker_specs
 from cluster.comparison.plan import Cell
 from cluster.comparison.prepare import Comparison
 from cluster.comparison.store import CellStore, Done
-from cluster.errors import ClusterError, StartupError
+from cluster.errors import ClusterError, SaveError, StartupError
 from cluster.evaluate import EpisodeSource, EvaluationRow, run_episodes
 from cluster.fleet import RemoteWorker
 from cluster.runtime import Demand, cancel_on_sigterm, demand, ray_runtime
@@ -44,13 +45,14 @@ def batches(cells: Sequence[Cell], basis_of: Callable[[Cell], object]) -> list[l
     found: dict[object, list[Cell]] = {}
     for cell in cells:
         c = cell.config
-        key = (c.model, c.environment, c.fast_weights, c.write, c.engine, c.rollout, c.embedder, c.sampling, basis_of(cell))
+        parts = (c.model, c.environment, c.fast_weights, c.write, c.engine, c.rollout, c.embedder, c.sampling)
+        key = (*parts, c.evaluation.temperature, basis_of(cell))
         found.setdefault(key, []).append(cell)
     return list(found.values())
 
 
 async def run_cells(comparison: Comparison, cells: Sequence[Cell], hooks: Hooks) -> dict[str, str]:
-    """Run ``cells``; returns why, for each that was given up (by key). Raises StartupError when Ray itself does not start."""
+    """Run ``cells``; returns why, for each that was given up (by key). Raises StartupError when Ray itself does not start, SaveError."""
     if not cells:
         return {}
     needs = [demand(cell.config, learner=False) for cell in cells]
@@ -81,6 +83,8 @@ async def _run_batch(comparison: Comparison, batch: Sequence[Cell], hooks: Hooks
             if starts == ATTEMPTS:  # without workers none of the rest can run
                 return given_up | dict.fromkeys((cell.key for cell in waiting), str(error))
             hooks.retries(waiting[0], str(error))
+        except SaveError:  # new workers make no room on the disk
+            raise
         except ClusterError as error:
             cell = waiting[0]
             attempts[cell.key] = attempts.get(cell.key, 0) + 1
@@ -93,7 +97,7 @@ async def _run_batch(comparison: Comparison, batch: Sequence[Cell], hooks: Hooks
 
 
 async def _run_cell(comparison: Comparison, cell: Cell, workers: Sequence[RemoteWorker], hooks: Hooks) -> None:
-    """Every task that its journal does not have yet."""
+    """Every task that its journal does not have finished yet."""
     store: CellStore = comparison.store
     begun = store.begun(cell)
     have = {done.position for done in begun}
@@ -110,6 +114,8 @@ async def _run_cell(comparison: Comparison, cell: Cell, workers: Sequence[Remote
         row = EvaluationRow(cell.key, cell.config.memory, cell.config.seed)
         await run_episodes(row, left, hooks.watch(cell, workers), cell.config.engine.slots, keep)
     peaks = [await worker.measure() for worker in workers]
+    if (before := store.finished(cell)) is not None:  # only what failed then was run now
+        peaks.append(before.peak)
     store.finish(cell, journal.done, worst(peaks))
     hooks.finished(cell)
 

@@ -22,7 +22,8 @@ from configs.schema import RunConfig
 
 ROW_SETTINGS = ("memory.", "write.", "fast_weights.")
 BENCHMARK_SETTINGS = ("environment.", "sampling.", "rollout.", "engine.", "evaluation.tasks", "evaluation.temperature", "memory.max_")
-WRITING = ("raw", "summary_write", "implications", "parametric", "hybrid")  # policies with fast weights other than 0
+WRITING = ("raw", "summary_write", "implications", "parametric", "hybrid", "custom")  # policies that may have fast weights other than 0
+TASKS = ("environment.name", "environment.conversation.format")  # what makes a benchmark another one
 OWN = "config"  # the row that is the configuration's own memory
 BASELINE = "truncation"
 L_MAX_KEY, L_MAX = "memory.max_context_tokens", "L_max"  # the setting, and the paper's name for it in labels and plots
@@ -167,6 +168,8 @@ def _variants(row: _Part, benchmark: _Part, request: Request, sweep: Sequence[tu
 
 
 def _matters(key: str, policy: str) -> bool:
+    if policy == "custom":  # it is given every setting, and alone knows which it looks at
+        return True
     if key.startswith(("write.", "fast_weights.")):
         return policy in WRITING
     if key == L_MAX_KEY:
@@ -204,6 +207,8 @@ def _check_overrides(request: Request) -> None:
         key = override.partition("=")[0]
         if key == "memory.policy" and request.rows:
             raise ConfigError(f"argument {override!r}: with --rows it would turn every row into the same memory; leave one of the two out")
+        if key in TASKS and request.benchmarks:
+            raise ConfigError(f"argument {override!r}: with --benchmarks it would turn every benchmark into the same tasks; leave one of the two out")
         if key == "seed" and request.seeds:
             raise ConfigError(f"argument {override!r}: --seeds is given too; leave one of the two out")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.comparison.plan import L_MAX, slug
 from cluster.comparison.summary import PRIMARY, Bootstrap, Cost, RowSummary
+from cluster.statistics import Interval
 
 _SIZE = (7, 4.5)
 _COLOURS, _MARKERS = 10, "os^D"  # after so many rows the colours come again, with another marker
@@ -41,8 +42,8 @@ def _scatter(drawn: Sequence[tuple[RowSummary, Cost]], costs: Sequence[float], l
     figure, axes = _figure(f"{drawn[0][0].benchmark}: {PRIMARY.upper()} against cost", label)
     for place, ((row, _), cost) in enumerate(zip(drawn, costs, strict=True)):
         interval = row.interval(PRIMARY, bootstrap)
-        spread = [[100 * (interval.mean - interval.low)], [100 * (interval.high - interval.mean)]]
-        axes.errorbar([cost], [100 * interval.mean], yerr=spread, fmt=_MARKERS[place // _COLOURS % len(_MARKERS)], capsize=3, label=row.label)
+        marker = _MARKERS[place // _COLOURS % len(_MARKERS)]
+        axes.errorbar([cost], [100 * interval.mean], yerr=_spread([interval]), fmt=marker, capsize=3, label=row.label)
     if min(costs) > 0 and max(costs) > 10 * min(costs):
         axes.set_xscale("log")
     return _save(figure, axes, path)
@@ -53,10 +54,14 @@ def _context_plot(lines: dict[str, list[RowSummary]], bootstrap: Bootstrap, path
     figure, axes = _figure(f"{first.benchmark}: {PRIMARY.upper()} against L_max", "memory.max_context_tokens (L_max)")
     for name, rows in lines.items():
         intervals = [row.interval(PRIMARY, bootstrap) for row in rows]
-        spread = [[100 * (one.mean - one.low) for one in intervals], [100 * (one.high - one.mean) for one in intervals]]
         means = [100 * one.mean for one in intervals]
-        axes.errorbar([row.max_context_tokens for row in rows], means, yerr=spread, marker="o", capsize=3, label=name)
+        axes.errorbar([row.max_context_tokens for row in rows], means, yerr=_spread(intervals), marker="o", capsize=3, label=name)
     return _save(figure, axes, path)
+
+
+def _spread(intervals: Sequence[Interval]) -> list[list[float]]:
+    """Below and above the means. Never negative, which matplotlib refuses: a mean may lie beyond its own interval, by rounding or chance."""
+    return [[100 * max(0.0, one.mean - one.low) for one in intervals], [100 * max(0.0, one.high - one.mean) for one in intervals]]
 
 
 def _figure(title: str, label: str) -> tuple[Any, Any]:

@@ -6,18 +6,24 @@ Request --> Plan --> each benchmark's tasks, the model, the checkpoint --> run f
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from actors.basis import load_basis, save_basis
 from actors.fast_weights import Basis
+from actors.memory.build import custom_memory
 from actors.types import PolicyVersion, Task
 from cluster.checkpoint import Checkpoint, load_checkpoint
 from cluster.comparison.arguments import REQUEST_FILE, save_request, saved_request
 from cluster.comparison.plan import WRITING, Cell, Plan, Request, plan_cells
 from cluster.comparison.store import CellStore
 from cluster.prepare import BASIS_FILE, check_unchanged, held_out, open_environment, run_basis
-from configs.load import load_config, to_yaml
+from cluster.run_lock import held, require_free
+from configs.load import ConfigError, load_config, to_yaml
 from configs.models import ResolvedModel, resolve_model
 from configs.schema import FastWeightsConfig, RunConfig
 
@@ -53,7 +59,10 @@ class Comparison:
 
 
 def prepare_comparison(request: Request) -> Comparison:
-    """Raises ConfigError, TaskError, ModelError, CheckpointError, BasisError: one line each. Creates the folder last, when little else can fail."""
+    """Raises ConfigError, TaskError, ExtensionError, ModelError, CheckpointError, BasisError, InUseError: one line each.
+
+    Creates the folder last, when little else can fail; one that another process works in is left as it is.
+    """
     plan = plan_cells(request)
     config = plan.base
     tasks = _tasks(plan)
@@ -62,15 +71,38 @@ def prepare_comparison(request: Request) -> Comparison:
     if checkpoint is not None:
         check_unchanged(config, checkpoint, ("model",))
     folder = _resumed_folder(request, config) or _output_dir(config) / f"{config.name}-evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+    with _writing(folder):
+        require_free(folder)  # now: a basis may take minutes
     store = CellStore(folder / "cells", _identity(model, checkpoint))
     for cell in plan.cells:  # a changed configuration is refused now, not after hours
         store.finished(cell)
         store.begun(cell)
-    bases = _bases(plan, model.path, checkpoint, folder)
+    bases, made = _bases(plan, model.path, checkpoint, folder)
     comparison = Comparison(plan, model, checkpoint, folder, store, tasks, bases)
-    comparison.config_path.write_text(to_yaml(config), encoding="utf-8")
-    save_request(request, folder)
+    _save(comparison, request, made)
     return comparison
+
+
+def _save(comparison: Comparison, request: Request, bases: Mapping[Path, Basis]) -> None:
+    """All that the folder holds before the first cell. Raises ConfigError, and InUseError when another process began in it meanwhile."""
+    folder = comparison.folder
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with held(folder):
+            for path, basis in bases.items():
+                save_basis(basis, path)
+            comparison.config_path.write_text(to_yaml(comparison.plan.base), encoding="utf-8")
+            save_request(request, folder)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Raises ConfigError where ``folder`` cannot be made or written in the block."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{folder}: cannot be written ({reason}); make room or get the right to it, or give another output_dir=FOLDER") from error
 
 
 def _resumed_folder(request: Request, config: RunConfig) -> Path | None:
@@ -88,7 +120,10 @@ def _output_dir(config: RunConfig) -> Path:
 
 
 def _tasks(plan: Plan) -> dict[str, tuple[Task, ...]]:
-    """Every cell's, each data file read once."""
+    """Every cell's, each data file read once. A row's own memory is found now, not by a worker."""
+    for cell in plan.cells:
+        if cell.config.memory.policy == "custom":
+            custom_memory(cell.config.memory)
     configs = {cell.config.environment: cell.config for cell in plan.cells}
     environments = {environment: open_environment(config) for environment, config in configs.items()}
     return {cell.key: held_out(environments[cell.config.environment], cell.config) for cell in plan.cells}
@@ -102,30 +137,32 @@ def _identity(model: ResolvedModel, checkpoint: Checkpoint | None) -> dict[str, 
     return {"weights of the model": model.fingerprint[:16], "policy": policy}
 
 
-def _bases(plan: Plan, model: Path, checkpoint: Checkpoint | None, folder: Path) -> dict[str, Path]:
-    """The basis of every cell, one file for those that share it.
+def _bases(plan: Plan, model: Path, checkpoint: Checkpoint | None, folder: Path) -> tuple[dict[str, Path], dict[Path, Basis]]:
+    """The file of every cell's basis, one for those that share it, and what is to be written to those of ``folder``.
 
     A checkpoint's policy learnt with its run's own basis, which is used where the fast weights are as in that run. Any other is computed from the
-    base model's weights, as that one was.
+    base model's weights, as that one was. Its file is named by its content: no request, whatever its rows, turns it into another basis.
     """
     trained = None if checkpoint is None else load_config(checkpoint.folder / "config.yaml", []).fast_weights
     files: dict[str, Path] = {}
-    made: dict[tuple[FastWeightsConfig, int], tuple[Path, Basis]] = {}
+    shared: dict[tuple[FastWeightsConfig, int], Path] = {}
+    made: dict[Path, Basis] = {}
     for cell in plan.cells:
         if checkpoint is not None and cell.config.fast_weights == trained:
             files[cell.key] = checkpoint.run_dir / BASIS_FILE
             load_basis(files[cell.key])  # a damaged one is found now
             continue
-        kind = (cell.config.fast_weights, _basis_seed(cell))
-        if kind not in made:
-            made[kind] = folder / "bases" / f"{len(made)}.safetensors", run_basis(model, cell.config)
-        files[cell.key] = made[kind][0]
-    (folder / "bases").mkdir(parents=True, exist_ok=True)  # only now that every basis could be computed
-    for path, basis in made.values():
-        save_basis(basis, path)
-    return files
+        kind = (cell.config.fast_weights, _basis_seed(cell, plan.base.seed))
+        if kind not in shared:
+            basis = run_basis(model, replace(cell.config, seed=kind[1]))
+            shared[kind] = folder / "bases" / f"{basis.id}.safetensors"
+            made[shared[kind]] = basis
+        files[cell.key] = shared[kind]
+    return files, made
 
 
-def _basis_seed(cell: Cell) -> int:
-    """Only a random A differs by seed, and only to who writes: all else shares one basis, and so its workers, over the seeds."""
-    return cell.config.seed if cell.config.fast_weights.basis == "random" and cell.config.memory.policy in WRITING else 0
+def _basis_seed(cell: Cell, base: int) -> int:
+    """A random A differs by seed, to who writes. All else shares one basis, and so its workers, over the seeds; what of it is measured on samples
+    (fast_weights.sensitivity_rank) is measured under the configuration's seed, whichever ``--seeds`` are asked for or left.
+    """
+    return cell.config.seed if cell.config.fast_weights.basis == "random" and cell.config.memory.policy in WRITING else base

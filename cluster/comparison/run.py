@@ -14,6 +14,7 @@ from cluster.comparison.plan import Cell
 from cluster.comparison.plots import save_plots
 from cluster.comparison.prepare import Comparison
 from cluster.comparison.report import COST_LEGEND, ComparisonReport, Table, save_comparison
+from cluster.comparison.store import saving
 from cluster.comparison.summary import PRIMARY, Bootstrap, compare_rows, summarize
 from cluster.entities import dataset_values
 from cluster.errors import ClusterError
@@ -30,7 +31,9 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 async def evaluate(comparison: Comparison, display: Display) -> None:
-    """Raises ClusterError when Ray does not start, or at the end, the report being written, when a cell was given up."""
+    """Raises ClusterError when Ray does not start or the disk is full, or at the end, the report being written, when a cell was given up or has no
+    finished episode.
+    """
     with held(comparison.folder):
         await _evaluate(comparison, display)
 
@@ -38,15 +41,30 @@ async def evaluate(comparison: Comparison, display: Display) -> None:
 async def _evaluate(comparison: Comparison, display: Display) -> None:
     tracker = _track(comparison)
     with ending(tracker, display), _resumable(comparison, display):
-        found = {cell.key for cell in comparison.plan.cells if comparison.store.finished(cell) is not None}
-        missing = [cell for cell in comparison.plan.cells if cell.key not in found]
-        display.say(f"{_overview(comparison)}; {len(found)} done before: {comparison.folder}")
+        missing = _missing(comparison)
+        display.say(f"{_overview(comparison)}; {len(comparison.plan.cells) - len(missing)} done before: {comparison.folder}")
         with recording(comparison.plan.base, comparison.folder, comparison.model.path, tracker.run_id) as recorder:
             given_up = await _measure(comparison, missing, display, recorder)
         _report(comparison, given_up, tracker, display)
-        if given_up:
-            key, why = next(iter(given_up.items()))
-            raise ClusterError(f"{len(given_up)} of {len(comparison.plan.cells)} cells were given up, the first {key}: {why}")
+        require_measured(comparison, given_up)
+
+
+def _missing(comparison: Comparison) -> list[Cell]:
+    """The cells that are not finished, or not without a failed episode."""
+    return [cell for cell in comparison.plan.cells if (done := comparison.store.finished(cell)) is None or done.result.failed]
+
+
+def require_measured(comparison: Comparison, given_up: Mapping[str, str]) -> None:
+    """Raises ClusterError for cells that were given up, or of which every episode failed: a script must not take those for measured."""
+    problems = dict(given_up)
+    for cell in comparison.plan.cells:
+        done = comparison.store.finished(cell)
+        if done is not None and not done.result.episodes:
+            problems[cell.key] = f"all its {len(done.result.failed)} episodes failed, the first with {done.result.failed[0]}"
+    if problems:
+        key, why = next(iter(problems.items()))
+        cure = f"mend the cause, then --resume {comparison.folder} runs them again"
+        raise ClusterError(f"{len(problems)} of {len(comparison.plan.cells)} cells could not be measured, the first {key}: {why}; {cure}")
 
 
 async def _measure(comparison: Comparison, missing: list[Cell], display: Display, recorder: EpisodeRecorder) -> dict[str, str]:
@@ -97,7 +115,8 @@ def build_report(comparison: Comparison, given_up: Mapping[str, str]) -> Compari
 def _report(comparison: Comparison, given_up: Mapping[str, str], tracker: Tracker, display: Display) -> None:
     report = build_report(comparison, given_up)
     folder = comparison.folder / "report"
-    folder.mkdir(exist_ok=True)
+    with saving(folder):
+        folder.mkdir(exist_ok=True)
     plots: list[Path] = []
     for benchmark in report.benchmarks:
         _show(report.scores(benchmark), display)
@@ -108,10 +127,13 @@ def _report(comparison: Comparison, given_up: Mapping[str, str], tracker: Tracke
         for event in report.events(benchmark):
             display.say(event)
         pairs = report.of(benchmark)
-        plots += save_plots([row for row, _ in pairs], [cost for _, cost in pairs], report.bootstrap, folder)
+        with saving(folder):
+            plots += save_plots([row for row, _ in pairs], [cost for _, cost in pairs], report.bootstrap, folder)
     for line in (report.scores_legend, COST_LEGEND, *report.verdicts(), *report.problems()):
         display.say(line)
-    for path in [*save_comparison(report, plots, folder), *plots, comparison.folder / REQUEST_FILE]:
+    with saving(folder):
+        written = save_comparison(report, plots, folder)
+    for path in [*written, *plots, comparison.folder / REQUEST_FILE]:
         tracker.artifact(path)
     tracker.log(report.metrics(), comparison.step)
     display.say(f"report:  {folder}")

@@ -1,7 +1,7 @@
 """The folder of an evaluation: what a killed one leaves behind, and what a resumed one need not run again.
 
     cells/<key>.jsonl    a running cell: first its settings, then each episode as it finishes (a last line that was cut off is dropped)
-    cells/<key>.json     a finished cell, written in one step; the .jsonl goes
+    cells/<key>.json     a finished cell, written in one step; the .jsonl goes, but where episodes failed, which a resumed evaluation runs again
 
 Both hold every setting that decides the figures. A cell is only gone on with under the same settings.
 """
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 from actors.peak_memory import PeakMemory
 from actors.types import TrajectoryGroup
 from cluster.comparison.plan import Cell
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, SaveError
 from cluster.evaluate import EpisodeScore, RowResult, episode_from_json, failure_text, row_from_json, score_episode
 from cluster.tracking import flatten
 
@@ -92,7 +93,7 @@ class CellStore:
             raise _unreadable(path, error) from error
 
     def begun(self, cell: Cell) -> list[Done]:
-        """What a cell that was interrupted has already. Raises CheckpointError as ``finished`` does."""
+        """The episodes that a cell has already, where it was interrupted or some failed: those are still to be run. Raises as ``finished`` does."""
         path = self._running(cell)
         if not path.exists():
             return []
@@ -101,19 +102,20 @@ class CellStore:
             return []
         try:
             self._check_same(path, cell, json.loads(lines[0])["settings"])
-            return [_done_from_json(json.loads(line)) for line in lines[1:-1]]  # behind the last line break: nothing, or a line that was cut off
+            found = [_done_from_json(json.loads(line)) for line in lines[1:-1]]  # behind the last line break: nothing, or a line that was cut off
+            return [done for done in found if not done.failed]
         except (KeyError, TypeError, ValueError) as error:
             raise _unreadable(path, error) from error
 
     def journal(self, cell: Cell, begun: list[Done]) -> Journal:
-        """Go on with a cell: its journal anew, with what is there already."""
+        """Go on with a cell: its journal anew, with what is there already. Raises SaveError."""
         path = self._running(cell)
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"settings": self.settings(cell)}), *(json.dumps(asdict(done)) for done in begun)]
         _write(path, "".join(f"{line}\n" for line in lines))
         return Journal(path, begun)
 
     def finish(self, cell: Cell, done: list[Done], peak: PeakMemory) -> None:
+        """Raises SaveError."""
         ordered = sorted(done, key=lambda one: one.position)
         result = RowResult(
             label=cell.variant.label,
@@ -123,7 +125,8 @@ class CellStore:
         )
         content = {"settings": self.settings(cell), "result": asdict(result), "peak": asdict(peak)}
         _write(self._final(cell), json.dumps(content, indent=1))
-        self._running(cell).unlink(missing_ok=True)
+        if not result.failed:  # else it says which episodes need not be run again
+            self._running(cell).unlink(missing_ok=True)
 
     def settings(self, cell: Cell) -> dict[str, str]:
         """Everything that decides the cell's figures, a fingerprint of the data files included."""
@@ -150,18 +153,33 @@ class Journal:
 
     def __init__(self, path: Path, begun: list[Done]) -> None:
         self.done = list(begun)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with saving(path):
+            self._file = path.open("a", encoding="utf-8")
 
     def add(self, done: Done) -> None:
-        self._file.write(f"{json.dumps(asdict(done))}\n")
-        self._file.flush()
+        """Raises SaveError."""
+        with saving(self._path):
+            self._file.write(f"{json.dumps(asdict(done))}\n")
+            self._file.flush()
         self.done.append(done)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a line that could not be written, which add has said
+            self._file.close()
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """For whoever writes ``path`` in the block. Raises SaveError where that fails (a full disk)."""
+    try:
+        yield
+    except OSError as error:
+        cure = "make room there and go on with --resume"
+        raise SaveError(f"{path}: cannot be written ({error.strerror or error}); what was saved before is whole: {cure}") from error
 
 
 def _done_from_json(data: Mapping[str, Any]) -> Done:
@@ -169,14 +187,15 @@ def _done_from_json(data: Mapping[str, Any]) -> Done:
 
 
 def _write(path: Path, text: str) -> None:
-    """In one step: a reader finds the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """In one step: a reader finds the old file or the new one. Raises SaveError."""
     beside = path.with_name(f"{path.name}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

@@ -1,20 +1,31 @@
-"""Small cells with made-up results, and a comparison over them, for the tests of the report and of what is run."""
+"""Small cells with made-up results, a comparison over them, and scripted workers, for the tests of the report and of what is run."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
 from actors.peak_memory import PeakMemory
-from actors.types import Answer
+from actors.types import Answer, Task, TrajectoryGroup
+from actors.worker import WorkerSpec
+from cluster.comparison import drive
+from cluster.comparison.drive import Hooks
 from cluster.comparison.plan import Plan, Request, plan_cells
 from cluster.comparison.prepare import Comparison
 from cluster.comparison.store import CellResult, CellStore
-from cluster.evaluate import EpisodeScore, RowResult
+from cluster.errors import StartupError, WorkerLost
+from cluster.evaluate import EpisodeScore, EvaluationRow, RowResult
 from configs.models import ResolvedModel
-from tests.unit.cluster_cases import task_at
+from tests.unit.cluster_cases import group, task_at
 
 MODEL = ResolvedModel("tiny", Path("tiny"), "llama", 2, 64, 128, 2, 1, 32, 100, 512, True, (2,), "0123456789abcdef")
+PEAK = PeakMemory(100, 0, "")
+Counts = dict[tuple[str, int], int]  # by the cell's key and the task's position
 
 
 def plan(*rows: str, seeds: tuple[int, ...] = (0, 1), sweep: tuple[str, ...] = ()) -> Plan:
@@ -43,3 +54,61 @@ def result(
 
 def any_worker(worker: object) -> Any:
     return cast("Any", worker)
+
+
+class Worker:
+    """Plays every task; dies at those of ``fatal``, and fails at those of ``failing``, as long as their count lasts."""
+
+    name = "worker-0"
+
+    def __init__(self, fatal: Counts, failing: Counts, log: list[tuple[str, int]]) -> None:
+        self._fatal, self._failing, self._log = fatal, failing, log
+
+    async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
+        await asyncio.sleep(0)
+        if self._fatal.get((row.label, position), 0) > 0:
+            self._fatal[row.label, position] -= 1
+            raise WorkerLost(f"worker-0 died during task {task.id}")
+        self._log.append((row.label, position))
+        if self._failing.get((row.label, position), 0) > 0:
+            self._failing[row.label, position] -= 1
+            return group(task, 0, finished=0, failed=1)
+        return group(task, 0, rewards=[0.5])
+
+    async def measure(self) -> PeakMemory:
+        return PEAK
+
+
+class Stage:
+    """Ray and workers for the time of a test: what was started, what was played."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fatal: Counts, broken_starts: int = 0, failing: Counts | None = None) -> None:
+        self.played: list[tuple[str, int]] = []
+        self.starts = 0
+        self.told: list[str] = []
+        self._fatal, self._broken, self._failing = fatal, broken_starts, failing or {}
+        monkeypatch.setattr(drive, "worker_set", self._workers)
+        monkeypatch.setattr(drive, "ray_runtime", _no_ray)
+        monkeypatch.setattr(drive, "cancel_on_sigterm", lambda: None)
+
+    @asynccontextmanager
+    async def _workers(self, specs: Sequence[WorkerSpec]) -> AsyncIterator[tuple[object, ...]]:
+        self.starts += 1
+        if self.starts <= self._broken:
+            raise StartupError("worker-0 did not start")
+        yield (any_worker(Worker(self._fatal, self._failing, self.played)),)
+
+    @property
+    def hooks(self) -> Hooks:
+        return Hooks(
+            lambda cell, left: self.told.append(f"begins {cell.variant.label} {left}"),
+            lambda: None,
+            lambda cell: self.told.append(f"finished {cell.variant.label}"),
+            lambda cell, why: self.told.append(f"retries {cell.variant.label}: {why}"),
+            lambda cell, workers: workers,
+        )
+
+
+@contextmanager
+def _no_ray(config: object, needed: object) -> Iterator[None]:
+    yield

@@ -126,6 +126,8 @@ def test_the_configuration_is_frozen_all_the_way() -> None:
         ("train.group_size=1", "train.group_size=1 is not allowed: it must be 2 or more; advantages compare"),
         ("memory.max_context_tokens=9000", "engine.max_model_tokens=8192 is not allowed"),
         ("environment.name=conversation", "environment.conversation.path='' is not allowed"),
+        ("rollout.max_turns=1", "environment.recall.questions=2 is not allowed: it must be at most rollout.max_turns=1; what is asked later would"),
+        ("evaluation.bootstrap_samples=99", "evaluation.bootstrap_samples=99 is not allowed: it must be 100 or more; a 95 % interval"),
     ],
 )
 def test_a_bad_override_is_one_line_that_names_it(override: str, expected: str) -> None:
@@ -165,6 +167,16 @@ def test_a_missing_file_lists_the_shipped_ones(tmp_path: Path) -> None:
 def test_a_bound_names_the_argument_that_broke_it_and_not_the_file(yaml_file: Path) -> None:
     yaml_file.write_text("train: {steps: 3}\n")
     assert refused(yaml_file, "train.steps=-3").startswith("argument 'train.steps=-3': train.steps=-3")
+
+
+def test_no_episode_asks_more_often_than_it_is_let_act() -> None:
+    talks = ("environment.name=conversation", "environment.conversation.path=talks.json", "environment.conversation.questions_per_episode=65")
+    assert "questions_per_episode=65 is not allowed: it must be at most rollout.max_turns=64; " in refused(None, *talks)
+    load_config(None, [*talks, "rollout.max_turns=65"])
+    load_config(None, [*talks, "environment.conversation.format=longmemeval"])  # has one question a conversation, whatever is asked for
+    load_config(None, talks[2:])  # of an environment that is not used
+    search = ("environment.name=search", "environment.search.questions_path=q.json", "environment.search.corpus_path=c.json")
+    assert "environment.search.max_turns=65 is not allowed" in refused(None, *search, "environment.search.max_turns=65")
 
 
 def test_bounds_hold_without_the_loader() -> None:

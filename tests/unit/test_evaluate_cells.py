@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from actors.peak_memory import PeakMemory
-from actors.types import Task, TrajectoryGroup
-from actors.worker import WorkerSpec
-from cluster.comparison import drive
-from cluster.comparison.drive import Hooks, run_cells, worst
+from cluster.comparison.drive import run_cells, worst
 from cluster.comparison.plan import Cell
-from cluster.comparison.store import CellStore, Done
-from cluster.errors import CheckpointError, StartupError, WorkerLost
-from cluster.evaluate import EvaluationRow
+from cluster.comparison.store import CellStore, Done, Journal
+from cluster.errors import CheckpointError, SaveError
 from tests.unit.cluster_cases import group, task_at
-from tests.unit.comparison_cases import any_worker, comparison, plan
-
-PEAK = PeakMemory(100, 0, "")
+from tests.unit.comparison_cases import PEAK, Stage, comparison, plan
 
 
 def done(position: int, f1: float = 0.5) -> Done:
@@ -45,7 +38,7 @@ def test_a_cell_survives_its_files(store: CellStore, cells: tuple[Cell, ...], tm
     with store.journal(cell, []) as journal:
         journal.add(done(1, 0.25))
         journal.add(Done.of(0, group(task_at(0), 0, finished=0, failed=1)))
-    assert store.begun(cell) == journal.done
+    assert store.begun(cell) == journal.done[:1]  # what failed is to be run again
     store.finish(cell, journal.done, PEAK)
     saved = store.finished(cell)
     assert saved is not None
@@ -53,6 +46,8 @@ def test_a_cell_survives_its_files(store: CellStore, cells: tuple[Cell, ...], tm
     assert saved.result.failed == ("engine: out of memory",)
     assert saved.result.episodes[0].answers[0].prediction == "here"
     assert saved.peak == PEAK
+    assert store.begun(cell) == journal.done[:1]
+    store.finish(cell, journal.done[:1], PEAK)
     assert [path.name for path in (tmp_path / "cells").iterdir()] == [f"{cell.key}.json"]
 
 
@@ -107,61 +102,6 @@ def test_the_content_of_a_data_file_is_part_of_the_settings(store: CellStore, tm
 def test_the_worst_of_several_workers() -> None:
     assert worst([PeakMemory(5, 7, ""), PeakMemory(9, 2, "")]) == PeakMemory(9, 7, "")
     assert worst([PeakMemory(5, 0, ""), PeakMemory(None, 0, "no /proc")]) == PeakMemory(None, 0, "no /proc")
-
-
-class Worker:
-    """Plays every task; dies at those of ``fatal`` as long as its count lasts."""
-
-    name = "worker-0"
-
-    def __init__(self, fatal: dict[tuple[str, int], int], log: list[tuple[str, int]]) -> None:
-        self._fatal, self._log = fatal, log
-
-    async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
-        await asyncio.sleep(0)
-        if self._fatal.get((row.label, position), 0) > 0:
-            self._fatal[row.label, position] -= 1
-            raise WorkerLost(f"worker-0 died during task {task.id}")
-        self._log.append((row.label, position))
-        return group(task, 0, rewards=[0.5])
-
-    async def measure(self) -> PeakMemory:
-        return PEAK
-
-
-class Stage:
-    """Ray and workers for the time of a test: what was started, what was played."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fatal: dict[tuple[str, int], int], broken_starts: int = 0) -> None:
-        self.played: list[tuple[str, int]] = []
-        self.starts = 0
-        self.told: list[str] = []
-        self._fatal, self._broken = fatal, broken_starts
-        monkeypatch.setattr(drive, "worker_set", self._workers)
-        monkeypatch.setattr(drive, "ray_runtime", _no_ray)
-        monkeypatch.setattr(drive, "cancel_on_sigterm", lambda: None)
-
-    @asynccontextmanager
-    async def _workers(self, specs: Sequence[WorkerSpec]) -> AsyncIterator[tuple[object, ...]]:
-        self.starts += 1
-        if self.starts <= self._broken:
-            raise StartupError("worker-0 did not start")
-        yield (any_worker(Worker(self._fatal, self.played)),)
-
-    @property
-    def hooks(self) -> Hooks:
-        return Hooks(
-            lambda cell, left: self.told.append(f"begins {cell.variant.label} {left}"),
-            lambda: None,
-            lambda cell: self.told.append(f"finished {cell.variant.label}"),
-            lambda cell, why: self.told.append(f"retries {cell.variant.label}: {why}"),
-            lambda cell, workers: workers,
-        )
-
-
-@contextmanager
-def _no_ray(config: object, needed: object) -> Iterator[None]:
-    yield
 
 
 def test_cells_of_one_configuration_run_on_one_set_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,3 +164,53 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert stage.played == [(cell.key, 1)]
     saved = json.loads((tmp_path / "cells" / f"{cell.key}.json").read_text())
     assert [episode["task_id"] for episode in saved["result"]["episodes"]] == ["t0", "t1", "t2"]
+
+
+def test_an_episode_that_failed_is_run_again_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan("truncation", seeds=(0,))
+    (cell,) = planned.cells
+    stage = Stage(monkeypatch, {}, failing={(cell.key, 1): 1})
+    found = comparison(tmp_path, planned)
+    asyncio.run(run_cells(found, planned.cells, stage.hooks))
+    first = found.store.finished(cell)
+    assert first is not None
+    assert (len(first.result.episodes), first.result.failed) == (2, ("engine: out of memory",))
+    stage.played.clear()
+    asyncio.run(run_cells(found, planned.cells, stage.hooks))
+    assert stage.played == [(cell.key, 1)]
+    again = found.store.finished(cell)
+    assert again is not None
+    assert ([episode.task_id for episode in again.result.episodes], again.result.failed) == (["t0", "t1", "t2"], ())
+
+
+def test_the_peak_of_a_cell_is_that_of_all_its_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan("truncation", seeds=(0,))
+    (cell,) = planned.cells
+    found = comparison(tmp_path, planned)
+    with found.store.journal(cell, []) as journal:
+        journal.add(done(0))
+    found.store.finish(cell, [*journal.done, Done.of(1, group(task_at(1), 0, finished=0, failed=1))], PeakMemory(900, 0, ""))
+    asyncio.run(run_cells(found, planned.cells, Stage(monkeypatch, {}).hooks))
+    finished = found.store.finished(cell)
+    assert finished is not None
+    assert finished.peak == PeakMemory(900, 0, "")
+
+
+def test_a_full_disk_is_one_line() -> None:
+    with pytest.raises(SaveError) as raised, Journal(Path("/dev/full"), []) as journal:
+        journal.add(done(0))
+    cure = "what was saved before is whole: make room there and go on with --resume"
+    assert str(raised.value) == f"/dev/full: cannot be written (No space left on device); {cure}"
+    assert journal.done == []
+
+
+def test_a_full_disk_ends_an_evaluation_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SaveError("no room")
+
+    stage = Stage(monkeypatch, {})
+    monkeypatch.setattr(Journal, "add", full)
+    planned = plan("truncation", seeds=(0,))
+    with pytest.raises(SaveError):
+        asyncio.run(run_cells(comparison(tmp_path, planned), planned.cells, stage.hooks))
+    assert stage.starts == 1

@@ -156,6 +156,35 @@ def test_cells_of_one_worker_configuration_share_workers() -> None:
     assert sum(len(batch) for batch in batches(plan.cells, lambda cell: (cell.config.fast_weights, cell.config.seed))) == 10
 
 
+def test_benchmarks_of_two_temperatures_share_no_workers(tmp_path: Path) -> None:
+    """A worker samples at the temperature of its own configuration."""
+    for name, temperature in (("cold", 0.0), ("hot", 1.0)):
+        (tmp_path / f"{name}.yaml").write_text(f"environment: {{name: recall}}\nevaluation: {{temperature: {temperature}}}\n")
+    plan = plan_cells(request(rows=("truncation", "tmem"), benchmarks=(str(tmp_path / "cold.yaml"), str(tmp_path / "hot.yaml"))))
+    found = batches(plan.cells, lambda cell: "one basis")
+    assert [[cell.benchmark for cell in batch] for batch in found] == [["cold", "cold"], ["hot", "hot"]]
+
+
+@pytest.mark.parametrize(
+    ("config", "files"),
+    [
+        ("locomo", ("environment.conversation.path=talks.json",)),
+        ("longmemeval", ("environment.conversation.path=talks.json",)),
+        ("search", ("environment.search.questions_path=questions.json", "environment.search.corpus_path=corpus.json")),
+        ("rubric", ("environment.rubric.path=items.jsonl",)),
+    ],
+)
+def test_every_row_can_be_asked_for_on_every_benchmarks_configuration(config: str, files: tuple[str, ...]) -> None:
+    assert len(plan_cells(request(*files, rows=SHIPPED_ROWS, config=Path(f"configs/{config}.yaml"))).cells) == len(SHIPPED_ROWS)
+
+
+def test_a_memory_of_ones_own_may_look_at_every_setting(tmp_path: Path) -> None:
+    row = tmp_path / "mine.yaml"
+    row.write_text("memory: {policy: custom, custom: 'my_parts:build'}\n")
+    sweep = ("write.epochs=1,5", "memory.max_summary_tokens=20,30")
+    assert len(labels(request(rows=(str(row),), sweep=sweep))) == 4
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -163,6 +192,8 @@ def test_cells_of_one_worker_configuration_share_workers() -> None:
         (request(benchmarks=("locomoo",)), "--benchmarks locomoo: no such benchmark; shipped are locomo"),
         (request(benchmarks=("locomo",)), "environment.conversation.path"),
         (request("memory.policy=full", rows=("tmem", "truncation")), "with --rows it would turn every row into the same memory"),
+        (request("environment.name=recall", benchmarks=("recall", "search")), "with --benchmarks it would turn every benchmark into the same tasks"),
+        (request("environment.conversation.format=locomo", benchmarks=("longmemeval",)), "with --benchmarks it would turn every benchmark into"),
         (request("seed=2", seeds=(0, 1)), "--seeds is given too"),
         (request(rows=("tmem", "tmem")), "name 'tmem' twice"),
         (request(seeds=(1, 1)), "twice"),
