@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from actors.chat import ChatFormat
@@ -19,6 +19,7 @@ from actors.types import (
     AdapterKey,
     FastWeights,
     Generation,
+    Outcome,
     PolicyVersion,
     Probe,
     Sampling,
@@ -148,9 +149,7 @@ async def play_episode(
 async def score_episode(played: Played) -> Trajectory:
     """Ask the session for its outcome, in a thread. Giving up the wait leaves the thread to its end. Raises TaskError."""
     spec, actor, agent = played.spec, played.actor, played.agent
-    outcome = await asyncio.get_running_loop().run_in_executor(_OUTCOMES, played.session.outcome)
-    if not math.isfinite(outcome.reward):  # never trained on, and never a 0: the siblings would be compared with it
-        raise TaskError(f"task {spec.task.id}: the environment {played.environment} gave the reward {outcome.reward}, it must be a finite number")
+    outcome = _in_numbers(await asyncio.get_running_loop().run_in_executor(_OUTCOMES, played.session.outcome), spec.task, played.environment)
     total = time.perf_counter() - played.started
     return Trajectory(
         task=spec.task,
@@ -164,6 +163,25 @@ async def score_episode(played: Played) -> Trajectory:
         stop_reason=played.stop_reason,
         timings=Timings(total=total, **actor.seconds, environment=total - sum(actor.seconds.values())),
     )
+
+
+def _in_numbers(outcome: Outcome, task: Task, environment: str) -> Outcome:
+    """``outcome`` with Python's own floats, whatever a user's environment counts in (NumPy, torch): it is kept as JSON. Raises TaskError."""
+
+    def number(name: str, value: float) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise TaskError(f"task {task.id}: the environment {environment} gave {name} {value!r}, it must be a number") from None
+
+    reward = number("the reward", outcome.reward)
+    if not math.isfinite(reward):  # never trained on, and never a 0: the siblings would be compared with it
+        raise TaskError(f"task {task.id}: the environment {environment} gave the reward {reward}, it must be a finite number")
+    parts = {name: number(f"the reward part {name}", part) for name, part in outcome.reward_parts.items()}
+    answers = tuple(
+        replace(answer, scores={name: number(f"the score {name}", score) for name, score in answer.scores.items()}) for answer in outcome.answers
+    )
+    return Outcome(reward, parts, answers)
 
 
 async def play(agent: Agent, session: Session, memory: Memory, max_answer_tokens: int, max_turns: int) -> StopReason:

@@ -136,7 +136,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the newest; the best by evaluate_every is kept besides
     evaluate_every: int = 0  # steps between held-out evaluations, each at a checkpoint; 0 is none
     evaluate_tasks: int = 16  # of each: the first of the eval split
-    group_timeout_s: float = 1200
+    group_timeout_s: float = 1200  # a worker that takes longer is replaced: keep it above rollout.episode_timeout_s
 
     def __post_init__(self) -> None:
         not_negative(self, "steps", "max_staleness", "evaluate_every")

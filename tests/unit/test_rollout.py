@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from actors.chat import ChatFormat
@@ -175,6 +176,45 @@ def test_a_reward_that_is_no_number_fails_the_episode(chat: ChatFormat, reward: 
     message = f"task {TASK.id}: the environment recall gave the reward {reward}, it must be a finite number"
     assert [(failed.boundary, failed.message) for failed in group.failed] == [("environment", message)]
     assert len(group.trajectories) == _request().group_size - 1
+
+
+def _with_outcome(change: Callable[[Outcome], Outcome]) -> RecallEnvironment:
+    class Changed(RecallSession):
+        def outcome(self) -> Outcome:
+            return change(super().outcome())
+
+    class Changing(RecallEnvironment):
+        def start(self, task: Task) -> RecallSession:
+            return Changed(task)
+
+    return Changing(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
+
+
+def test_scores_in_numpys_numbers_are_kept_like_pythons_own(chat: ChatFormat) -> None:
+    def in_numpy(outcome: Outcome) -> Outcome:
+        answers = tuple(replace(one, scores={"f1": np.float32(0.5), "em": np.bool_(False)}) for one in outcome.answers)
+        return Outcome(np.float32(0.25), {"f1": np.float32(0.5), "hits": np.int64(3)}, answers)  # type: ignore[arg-type, dict-item]
+
+    group = asyncio.run(_rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=_with_outcome(in_numpy)).group(_request()))
+    outcome = group.trajectories[0].outcome
+    values = (outcome.reward, *outcome.reward_parts.values(), *(score for one in outcome.answers for score in one.scores.values()))
+    assert {type(value) for value in values} == {float}
+    assert (outcome.reward, outcome.reward_parts) == (0.25, {"f1": 0.5, "hits": 3.0})
+    assert outcome.answers[0].scores == {"f1": 0.5, "em": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda outcome: replace(outcome, reward="high"), "the reward 'high'"),
+        (lambda outcome: replace(outcome, reward_parts={"f1": None}), "the reward part f1 None"),
+        (lambda outcome: replace(outcome, answers=(replace(outcome.answers[0], scores={"em": "yes"}),)), "the score em 'yes'"),
+    ],
+)
+def test_a_score_that_is_no_number_is_named(chat: ChatFormat, change: Callable[[Outcome], Outcome], said: str) -> None:
+    group = asyncio.run(_rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=_with_outcome(change)).group(_request()))
+    message = f"task {TASK.id}: the environment recall gave {said}, it must be a number"
+    assert {(failed.boundary, failed.message) for failed in group.failed} == {("environment", message)}
 
 
 def test_a_late_episode_is_a_timeout_and_its_slot_is_free_again(chat: ChatFormat) -> None:
