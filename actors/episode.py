@@ -171,8 +171,8 @@ def _in_numbers(outcome: Outcome, task: Task, environment: str) -> Outcome:
     def number(name: str, value: float) -> float:
         try:
             return float(value)
-        except (TypeError, ValueError):
-            raise TaskError(f"task {task.id}: the environment {environment} gave {name} {value!r}, it must be a number") from None
+        except (TypeError, ValueError, RuntimeError):  # a tensor of several raises the last; an array's repr would be many lines
+            raise TaskError(f"task {task.id}: the environment {environment} gave {name} as {type(value).__name__}, it must be one number") from None
 
     reward = number("the reward", outcome.reward)
     if not math.isfinite(reward):  # never trained on, and never a 0: the siblings would be compared with it

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from actors.chat import ChatFormat
 from actors.environments.base import TaskError
@@ -206,14 +207,16 @@ def test_scores_in_numpys_numbers_are_kept_like_pythons_own(chat: ChatFormat) ->
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda outcome: replace(outcome, reward="high"), "the reward 'high'"),
-        (lambda outcome: replace(outcome, reward_parts={"f1": None}), "the reward part f1 None"),
-        (lambda outcome: replace(outcome, answers=(replace(outcome.answers[0], scores={"em": "yes"}),)), "the score em 'yes'"),
+        (lambda outcome: replace(outcome, reward="high"), "the reward as str"),
+        (lambda outcome: replace(outcome, reward=torch.zeros(2)), "the reward as Tensor"),
+        (lambda outcome: replace(outcome, reward_parts={"f1": np.zeros(2000)}), "the reward part f1 as ndarray"),
+        (lambda outcome: replace(outcome, reward_parts={"f1": None}), "the reward part f1 as NoneType"),
+        (lambda outcome: replace(outcome, answers=(replace(outcome.answers[0], scores={"em": "yes"}),)), "the score em as str"),
     ],
 )
 def test_a_score_that_is_no_number_is_named(chat: ChatFormat, change: Callable[[Outcome], Outcome], said: str) -> None:
     group = asyncio.run(_rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=_with_outcome(change)).group(_request()))
-    message = f"task {TASK.id}: the environment recall gave {said}, it must be a number"
+    message = f"task {TASK.id}: the environment recall gave {said}, it must be one number"
     assert {(failed.boundary, failed.message) for failed in group.failed} == {("environment", message)}
 
 
