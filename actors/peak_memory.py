@@ -63,7 +63,9 @@ def reset_resident_peak() -> None:
     try:
         (_PROC / "clear_refs").write_text("5", encoding="ascii")  # VmHWM becomes VmRSS
     except OSError as error:
-        raise UnmeasurableError(f"peak memory is read from Linux's /proc, which does not allow it here ({error})") from error
+        raise UnmeasurableError(
+            f"peak memory is read from Linux's /proc, which does not allow it here ({error})"
+        ) from error
     resident_peak()
 
 
@@ -71,7 +73,9 @@ def _bytes_of(field: str) -> int:
     try:
         lines = (_PROC / "status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError as error:
-        raise UnmeasurableError(f"peak memory is read from Linux's /proc, which does not allow it here ({error})") from error
+        raise UnmeasurableError(
+            f"peak memory is read from Linux's /proc, which does not allow it here ({error})"
+        ) from error
     for line in lines:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

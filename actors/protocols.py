@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from actors.types import AdapterKey, FastWeights, Generation, PolicyVersion, Probe, Sampling, WriteRequest, WriteResult
+from actors.types import (
+    AdapterKey,
+    FastWeights,
+    Generation,
+    PolicyVersion,
+    Probe,
+    Sampling,
+    WriteRequest,
+    WriteResult,
+)
 
 
 class EngineError(RuntimeError):
@@ -31,7 +40,9 @@ class Policy(Protocol):
     @property
     def version(self) -> PolicyVersion: ...
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey
+    ) -> Generation:
         """Continue ``prompt_ids`` under ``adapter`` (installed before, or revision 0). Raises EngineError."""
         ...
 
@@ -56,3 +67,7 @@ class AsyncWriter(Protocol):
     """What an episode sees of the writer: its own request, batched with the others' by rollout.py."""
 
     async def write(self, request: WriteRequest) -> WriteResult: ...
+
+
+class TaskError(RuntimeError):
+    """The environment cannot go on with this task; the message names task, item and field."""

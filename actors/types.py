@@ -23,7 +23,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-PolicyVersion = int  # optimizer steps behind the policy's weights theta; version 0 is what the run started from
+PolicyVersion = (
+    int  # optimizer steps behind the policy's weights theta; version 0 is what the run started from
+)
 SpanKind = Literal["act", "extract"]
 WriteOutcome = Literal["accepted", "empty", "rolled_back"]
 FinishReason = Literal["stop", "length"]
@@ -50,7 +52,9 @@ class Flashcard:
 
     def __post_init__(self) -> None:
         if not self.question.strip() or not self.answer.strip():
-            raise ValueError(f"a flashcard needs a question and an answer, got question={self.question!r} answer={self.answer!r}")
+            raise ValueError(
+                f"a flashcard needs a question and an answer, got question={self.question!r} answer={self.answer!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,11 @@ class AdapterKey:
 
     @property
     def name(self) -> str:
-        return f"v{self.policy_version}/base" if self.revision == 0 else f"v{self.policy_version}/{self.episode_id}@{self.revision}"
+        return (
+            f"v{self.policy_version}/base"
+            if self.revision == 0
+            else f"v{self.policy_version}/{self.episode_id}@{self.revision}"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +92,9 @@ class FastWeights:
 
     def __post_init__(self) -> None:
         if (self.revision == 0) != (len(self.b) == 0):
-            raise ValueError(f"revision {self.revision} came with {len(self.b)} matrices: revision 0, and only it, has none")
+            raise ValueError(
+                f"revision {self.revision} came with {len(self.b)} matrices: revision 0, and only it, has none"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +211,14 @@ class Trajectory:
     def __post_init__(self) -> None:
         for number, weights in enumerate(self.revisions, start=1):
             if weights.revision != number:
-                raise ValueError(f"trajectory {self.episode_id}: revision {weights.revision} is stored at place {number}")
+                raise ValueError(
+                    f"trajectory {self.episode_id}: revision {weights.revision} is stored at place {number}"
+                )
         for segment in self.segments:
             if not 0 <= segment.revision <= len(self.revisions):
-                raise ValueError(f"trajectory {self.episode_id}: a segment names revision {segment.revision} of {len(self.revisions)}")
+                raise ValueError(
+                    f"trajectory {self.episode_id}: a segment names revision {segment.revision} of {len(self.revisions)}"
+                )
 
     def weights_of(self, segment: Segment) -> FastWeights | None:
         """The fast weights in force when ``segment`` was sampled, or None for Delta = 0."""
@@ -257,7 +271,9 @@ class Generation:
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs) or len(self.versions) not in (0, len(self.token_ids)):
-            raise ValueError(f"{len(self.token_ids)} tokens came with {len(self.logprobs)} log-probs and {len(self.versions)} versions")
+            raise ValueError(
+                f"{len(self.token_ids)} tokens came with {len(self.logprobs)} log-probs and {len(self.versions)} versions"
+            )
 
 
 @dataclass(frozen=True, slots=True)

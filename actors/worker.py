@@ -4,7 +4,7 @@
     refresh(weights): gate shut -> groups drain -> engine and writer load -> gate open; a failed load breaks the worker, and all who ask hear of it
 
 The invariant: no episode sees two policy versions. A refresh begins when the last group has ended and ends before the next begins. With
-``rollout.refresh: in_flight`` there is no gate: episodes go on under the new weights between two steps of the engine (actors/in_flight.py).
+``rollout.refresh: in_flight`` there is no gate: episodes go on under the new weights between two steps of the engine (actors/episodes/in_flight.py).
 Waits: ``group`` waits at the gate for a running refresh (which has deadlines of its own); ``refresh`` waits for the groups, each of which ends at the
 latest with the deadlines of its episodes and of their scoring, and says how many were left when ``drain_s`` passes.
 """
@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import ray
 
+from actors.episodes.group_summary import GroupSummary
+from actors.episodes.recovery import Recovered, Recovery
 from actors.peak_memory import PeakMemory, take_peak
-from actors.recovery import Recovered, Recovery
-from actors.summary import GroupSummary
 from actors.types import PolicyVersion, TrajectoryGroup
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from actors.engine import EngineStats, VLLMPolicy
-    from actors.rollout import Rollout, RolloutRequest
+    from actors.engine.policy import EngineStats, VLLMPolicy
+    from actors.episodes.rollout import Rollout, RolloutRequest
 
 FETCH_S = 300.0
 T = TypeVar("T")
@@ -106,19 +106,25 @@ class RolloutWorker:
         """See Rollout.group; waits first while a refresh runs. Raises WorkerError for good once loading weights has failed, or the engine is dead."""
         return await self._gated(lambda: self._rollout.group(request))
 
-    async def recoverable_group(self, request: RolloutRequest, recovery: Recovery) -> tuple[TrajectoryGroup, Recovered]:
+    async def recoverable_group(
+        self, request: RolloutRequest, recovery: Recovery
+    ) -> tuple[TrajectoryGroup, Recovered]:
         """As ``group``, see Rollout.recoverable_group."""
         return await self._gated(lambda: self._rollout.recoverable_group(request, recovery))
 
     async def _gated(self, play: Callable[[], Awaitable[T]]) -> T:
-        while not self._gate.is_set():  # not once: the next refresh may have shut it before those who waited wake up
+        while (
+            not self._gate.is_set()
+        ):  # not once: the next refresh may have shut it before those who waited wake up
             await self._gate.wait()
         self._check_whole()
         self._running += 1
         self._idle.clear()
         try:
             played = await play()
-            if self._policy.failure:  # its episodes' failures are the worker's own: another worker may play them
+            if (
+                self._policy.failure
+            ):  # its episodes' failures are the worker's own: another worker may play them
                 self._broken = f"its engine is dead ({self._policy.failure})"
                 self._check_whole()
             return played
@@ -139,7 +145,9 @@ class RolloutWorker:
             self._gate.clear()
         try:
             began = time.perf_counter()
-            fetching = asyncio.create_task(asyncio.to_thread(weights.fetch, FETCH_S))  # while the last groups end
+            fetching = asyncio.create_task(
+                asyncio.to_thread(weights.fetch, FETCH_S)
+            )  # while the last groups end
             if not self._in_flight:
                 await self._drain(drain_s)
             drained = time.perf_counter()
@@ -147,7 +155,11 @@ class RolloutWorker:
             fetched = time.perf_counter()
             await self._load(weights, tensors)
             self._refreshes += 1
-            self._drain_s, self._fetch_s, self._load_s = drained - began, fetched - drained, time.perf_counter() - fetched
+            self._drain_s, self._fetch_s, self._load_s = (
+                drained - began,
+                fetched - drained,
+                time.perf_counter() - fetched,
+            )
             return self.report()
         finally:
             self._gate.set()  # also when broken: who waits there must hear of it
@@ -172,7 +184,9 @@ class RolloutWorker:
         try:
             await asyncio.wait_for(self._idle.wait(), drain_s)
         except TimeoutError:
-            raise WorkerError(f"{self._spec.name}: {self._running} groups did not end within {drain_s:.0f} s before a refresh") from None
+            raise WorkerError(
+                f"{self._spec.name}: {self._running} groups did not end within {drain_s:.0f} s before a refresh"
+            ) from None
 
     async def _load(self, weights: PublishedWeights, tensors: Mapping[str, Tensor]) -> None:
         try:
@@ -184,7 +198,9 @@ class RolloutWorker:
 
     def _check_whole(self) -> None:
         if self._broken:
-            raise WorkerError(f"{self._spec.name} serves nobody any more, {self._broken}: start another worker")
+            raise WorkerError(
+                f"{self._spec.name} serves nobody any more, {self._broken}: start another worker"
+            )
 
 
 class _RolloutActor:
@@ -206,7 +222,9 @@ class _RolloutActor:
         return GroupSummary.of(group), group
 
     @ray.method(num_returns=2)
-    async def recoverable_group(self, request: RolloutRequest, recovery: Recovery) -> tuple[GroupSummary, TrajectoryGroup]:
+    async def recoverable_group(
+        self, request: RolloutRequest, recovery: Recovery
+    ) -> tuple[GroupSummary, TrajectoryGroup]:
         """As ``group``; the summary says what became of the episodes that a lost worker had begun."""
         group, recovered = await self._worker.recoverable_group(request, recovery)
         return replace(GroupSummary.of(group), recovered=recovered), group
@@ -232,22 +250,44 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
     import torch
     from transformers import AutoTokenizer
 
-    from actors.basis import load_basis
-    from actors.chat import ChatFormat
-    from actors.engine import VLLMPolicy
+    from actors.engine.policy import VLLMPolicy
     from actors.environments.base import prepare
     from actors.environments.build import build_environment
+    from actors.episodes.rollout import Rollout
+    from actors.fast_weights.basis import load_basis
     from actors.memory.build import surroundings
-    from actors.rollout import Rollout
+    from actors.text.chat_template import ChatFormat
 
     config = spec.config
     torch.set_num_threads(config.rollout.threads)
     chat = ChatFormat(AutoTokenizer.from_pretrained(spec.model_path))
     environment = build_environment(config.environment, config.embedder)
-    prepare(environment)  # here, and not in the first episode: that would stop the others, and count against its deadline
+    prepare(
+        environment
+    )  # here, and not in the first episode: that would stop the others, and count against its deadline
     basis = load_basis(Path(spec.basis_path))
-    policy = VLLMPolicy(spec.model_path, config.model, config.engine, basis, chat.stop_token_ids, spec.version, config.rollout.threads, config.seed)
+    policy = VLLMPolicy(
+        spec.model_path,
+        config.model,
+        config.engine,
+        basis,
+        chat.stop_token_ids,
+        spec.version,
+        config.rollout.threads,
+        config.seed,
+    )
     around = surroundings(config.engine.max_model_tokens, config.sampling.max_answer_tokens, config.embedder)
     writer = policy.writer(config.write)
-    rollout = Rollout(policy, writer, environment, chat, config.write, config.rollout, config.engine.slots, around, basis.id, spec.name)
+    rollout = Rollout(
+        policy,
+        writer,
+        environment,
+        chat,
+        config.write,
+        config.rollout,
+        config.engine.slots,
+        around,
+        basis.id,
+        spec.name,
+    )
     return policy, rollout

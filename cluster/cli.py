@@ -13,9 +13,9 @@ from typing import Any
 
 from cluster.assistant.command import COMMANDS as ASSISTANT_COMMANDS
 from cluster.assistant.command import add_assistant, run_assistant
+from cluster.common.ray_job import job_overrides
 from cluster.jobs.commands import COMMANDS as JOB_COMMANDS
 from cluster.jobs.commands import add_jobs, run_jobs
-from cluster.jobs.inside import job_overrides
 from configs.load import ConfigError, help_table, load_config, to_yaml
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -70,7 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line()
     options, rest = parser.parse_known_args(arguments)
     settable = options.command in ("train", "evaluate", "probe")
-    if unknown := [one for one in rest if one.startswith("-") or "=" not in one or not (settable or options.command in ("chat", "serve"))]:
+    if unknown := [
+        one
+        for one in rest
+        if one.startswith("-") or "=" not in one or not (settable or options.command in ("chat", "serve"))
+    ]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:  # settings behind an option, which argparse does not join with those before it
         options.overrides = [*options.overrides, *rest]
@@ -84,12 +88,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_OK
     try:
         if settable:
-            options.overrides = job_overrides(Path(options.config) if options.config else None, options.overrides, os.environ)
+            options.overrides = job_overrides(
+                Path(options.config) if options.config else None, options.overrides, os.environ
+            )
         if options.command in JOB_COMMANDS:
             return run_jobs(options)
         if options.command in ASSISTANT_COMMANDS:
             return run_assistant(options)
-        run = {"bench": _bench, "train": _train, "evaluate": _evaluate, "scale": _scale}.get(options.command, _elsewhere)
+        run = {"bench": _bench, "train": _train, "evaluate": _evaluate, "scale": _scale}.get(
+            options.command, _elsewhere
+        )
         return run(options)
     except ConfigError as error:
         return _complain(error, EXIT_USAGE)
@@ -112,27 +120,27 @@ def _train(options: argparse.Namespace) -> int:
         print(to_yaml(config), end="")
         return EXIT_OK
 
-    from cluster.prepare import prepare_training
-    from cluster.progress import Display
-    from cluster.run import train
+    from cluster.common.display import Display
+    from cluster.train.prepare import prepare_training
+    from cluster.train.run import train
 
     _drive(train(prepare_training(config), Display()))
     return EXIT_OK
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from cluster.comparison.arguments import request_of
+    from cluster.evaluation.arguments import request_of
 
     request = request_of(options)
     if options.print_config:
-        from cluster.comparison.plan import plan_cells
+        from cluster.evaluation.plan import plan_cells
 
         print(to_yaml(plan_cells(request).base), end="")
         return EXIT_OK
 
-    from cluster.comparison.prepare import prepare_comparison
-    from cluster.comparison.run import evaluate
-    from cluster.progress import Display
+    from cluster.common.display import Display
+    from cluster.evaluation.prepare import prepare_comparison
+    from cluster.evaluation.run import evaluate
 
     _drive(evaluate(prepare_comparison(request), Display()))
     return EXIT_OK
@@ -140,13 +148,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _elsewhere(options: argparse.Namespace) -> int:
     """A command of a room of its own: ``run_<command>`` there."""
-    room = {"probe": "probe", "inspect": "inspection", "pool": "pooling"}[options.command]
+    room = {"probe": "probe", "inspect": "inspection", "pool": "compare"}[options.command]
     getattr(importlib.import_module(f"cluster.{room}.command"), f"run_{options.command}")(options)
     return EXIT_OK
 
 
 def _scale(options: argparse.Namespace) -> int:
-    from cluster.scaling import ask_for, newest_run
+    from cluster.runs.wanted_workers import ask_for, newest_run
 
     run_dir = Path(options.run) if options.run else newest_run(Path(options.output_dir))
     ask_for(run_dir, options.workers)
@@ -156,13 +164,15 @@ def _scale(options: argparse.Namespace) -> int:
 
 def _config_file(options: argparse.Namespace) -> Path:
     if options.config is None or "=" in options.config:
-        raise ConfigError(f"{options.command} needs a configuration file before the settings, e.g. configs/quickstart.yaml")
+        raise ConfigError(
+            f"{options.command} needs a configuration file before the settings, e.g. configs/quickstart.yaml"
+        )
     return Path(options.config)
 
 
 def _bench(options: argparse.Namespace) -> int:
     from cluster.bench.run import BenchOptions, bench
-    from cluster.progress import Display
+    from cluster.common.display import Display
 
     chosen = BenchOptions(
         names=tuple(options.names),
@@ -197,24 +207,37 @@ def _status_of(error: Exception) -> int | None:
 
     Imported only when something has been raised, so that --help and a mistyped key answer at once.
     """
-    from actors.chat import ChatTemplateError
-    from actors.environments.base import TaskError
-    from actors.fast_weights import BasisError
-    from actors.protocols import EngineError
+    from actors.fast_weights.delta import BasisError
+    from actors.protocols import EngineError, TaskError
+    from actors.text.chat_template import ChatTemplateError
     from cluster.assistant.values import AssistantError
     from cluster.bench.values import BenchError
-    from cluster.errors import CheckpointError, ClusterError
+    from cluster.common.errors import CheckpointError, ClusterError
     from cluster.inspection.record import RecordError
     from cluster.probe.values import ProbeError
-    from cluster.scaling import ScaleError
+    from cluster.runs.wanted_workers import ScaleError
     from configs.extensions import ExtensionError
     from configs.models import ModelError
     from learner.types import LearnerError
 
-    mistakes = TaskError | ModelError | ChatTemplateError | AssistantError | CheckpointError | ExtensionError | ProbeError | RecordError | ScaleError
+    mistakes = (
+        TaskError
+        | ModelError
+        | ChatTemplateError
+        | AssistantError
+        | CheckpointError
+        | ExtensionError
+        | ProbeError
+        | RecordError
+        | ScaleError
+    )
     if isinstance(error, mistakes):
         return EXIT_USAGE
-    return EXIT_FAILED if isinstance(error, ClusterError | BasisError | EngineError | LearnerError | BenchError) else None
+    return (
+        EXIT_FAILED
+        if isinstance(error, ClusterError | BasisError | EngineError | LearnerError | BenchError)
+        else None
+    )
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -225,22 +248,43 @@ def command_line() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    from cluster.comparison.arguments import add_options
+    from cluster.compare.command import add_pool
+    from cluster.evaluation.arguments import add_options
     from cluster.inspection.command import add_inspect
-    from cluster.pooling.command import add_pool
     from cluster.probe.command import add_probe
 
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text, examples in (
         ("train", "evaluate, train, evaluate again, and compare", _TRAIN_EXAMPLES),
-        ("evaluate", "compare memories on held-out tasks: rows x benchmarks x seeds, of the base model or a checkpoint", _EVALUATE_EXAMPLES),
+        (
+            "evaluate",
+            "compare memories on held-out tasks: rows x benchmarks x seeds, of the base model or a checkpoint",
+            _EVALUATE_EXAMPLES,
+        ),
     ):
         command = commands.add_parser(
-            name, help=text, description=text.capitalize() + ".", epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=text,
+            description=text.capitalize() + ".",
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("config", nargs="?", default=None, metavar="CONFIG", help="a YAML file, e.g. configs/quickstart.yaml")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file, e.g. train.steps=20")
-        command.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+        command.add_argument(
+            "config",
+            nargs="?",
+            default=None,
+            metavar="CONFIG",
+            help="a YAML file, e.g. configs/quickstart.yaml",
+        )
+        command.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="settings that differ from the file, e.g. train.steps=20",
+        )
+        command.add_argument(
+            "--print-config", action="store_true", help="print the resolved configuration and stop"
+        )
         command.add_argument("--settings", action="store_true", help="list every setting and stop")
         if name == "evaluate":
             add_options(command)
@@ -257,11 +301,19 @@ def command_line() -> argparse.ArgumentParser:
 def _add_scale(commands: Any) -> None:
     text = "add or remove rollout workers of a training run while it goes on"
     command = commands.add_parser(
-        "scale", help=text, description=f"{text.capitalize()}.", epilog=_SCALE_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        "scale",
+        help=text,
+        description=f"{text.capitalize()}.",
+        epilog=_SCALE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("workers", type=_count, metavar="N", help="how many there should be")
-    command.add_argument("--run", default="", metavar="FOLDER", help="the run's folder; the one written to last when not given")
-    command.add_argument("--output-dir", default="runs", metavar="DIR", help="where to look for it (default runs)")
+    command.add_argument(
+        "--run", default="", metavar="FOLDER", help="the run's folder; the one written to last when not given"
+    )
+    command.add_argument(
+        "--output-dir", default="runs", metavar="DIR", help="where to look for it (default runs)"
+    )
 
 
 def _add_bench(commands: Any) -> None:
@@ -277,11 +329,28 @@ def _add_bench(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("names", nargs="*", metavar="NAME", help="which benchmarks; all when none is named")
-    command.add_argument("--model", default="smollm2-135m", metavar="MODEL", help="smollm2-135m (default), a folder or a hub name")
-    command.add_argument("--repeats", type=_count, default=5, metavar="N", help="pairs of measurements of each case (default 5)")
-    command.add_argument("--threads", type=_count, default=1, metavar="N", help="CPU threads of what is measured (default 1)")
-    command.add_argument("--quick", action="store_true", help="smallest sizes, one repeat: only shows that it runs")
-    command.add_argument("--output-dir", default="runs", metavar="DIR", help="where the report goes (default runs)")
+    command.add_argument(
+        "--model",
+        default="smollm2-135m",
+        metavar="MODEL",
+        help="smollm2-135m (default), a folder or a hub name",
+    )
+    command.add_argument(
+        "--repeats",
+        type=_count,
+        default=5,
+        metavar="N",
+        help="pairs of measurements of each case (default 5)",
+    )
+    command.add_argument(
+        "--threads", type=_count, default=1, metavar="N", help="CPU threads of what is measured (default 1)"
+    )
+    command.add_argument(
+        "--quick", action="store_true", help="smallest sizes, one repeat: only shows that it runs"
+    )
+    command.add_argument(
+        "--output-dir", default="runs", metavar="DIR", help="where the report goes (default runs)"
+    )
     command.add_argument("--no-tracking", action="store_true", help="do not log to MLflow")
 
 

@@ -11,9 +11,13 @@ from configs.bounds import not_negative, positive
 class AssistantConfig:
     """A conversation is one long episode: it owns a memory. Context and flashcards are bounded by ``memory``, replies by ``sampling``."""
 
-    system_prompt: str = ""  # empty: that of the environment in this configuration, which a checkpoint was trained under
+    system_prompt: str = (
+        ""  # empty: that of the environment in this configuration, which a checkpoint was trained under
+    )
     temperature: float = 0.0  # 0 is greedy
-    max_conversations: int = 64  # that serve keeps in memory; when one more comes, the one that was idle longest is put away
+    max_conversations: int = (
+        64  # that serve keeps in memory; when one more comes, the one that was idle longest is put away
+    )
     idle_s: float = 3600.0  # a conversation that was idle for so long is put away too
     save_dir: str = ""  # put away means: saved here, and loaded when it is named again; empty: dropped
     max_body_kib: int = 256  # of one request to serve

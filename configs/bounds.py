@@ -47,5 +47,16 @@ def not_negative(config: object, *names: str) -> None:
 
 def custom_resource(name: str) -> None:
     """``name`` is empty, or can be a custom resource of a Ray cluster."""
-    own = re.fullmatch(r"[A-Za-z][\w-]*", name) is not None and name.lower() not in ("cpu", "gpu", "memory", "object_store_memory")
-    require(name == "" or own, "resource", name, "a name of letters, digits, _ and -", "CPU, GPU and memory have settings of their own")
+    own = re.fullmatch(r"[A-Za-z][\w-]*", name) is not None and name.lower() not in (
+        "cpu",
+        "gpu",
+        "memory",
+        "object_store_memory",
+    )
+    require(
+        name == "" or own,
+        "resource",
+        name,
+        "a name of letters, digits, _ and -",
+        "CPU, GPU and memory have settings of their own",
+    )

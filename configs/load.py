@@ -90,25 +90,37 @@ def _from_file(path: Path) -> Iterator[_Assignment]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: {', '.join(filter(None, (error.context, error.problem)))}") from None
+        raise ConfigError(
+            f"{path}{where}: {', '.join(filter(None, (error.context, error.problem)))}"
+        ) from None
     except yaml.reader.ReaderError as error:
-        raise ConfigError(f"{path}: character {error.position + 1} is {error.character!r}; {error.reason}") from None
+        raise ConfigError(
+            f"{path}: character {error.position + 1} is {error.character!r}; {error.reason}"
+        ) from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; a nesting of thousands
         raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
     except OSError:
-        raise ConfigError(f"{path}: holds no mapping; write 'section:' and indented 'key: value' lines") from None
+        raise ConfigError(
+            f"{path}: holds no mapping; write 'section:' and indented 'key: value' lines"
+        ) from None
     if not isinstance(content, DictConfig):
-        raise ConfigError(f"{path}: holds a list, not a mapping; write 'section:' and indented 'key: value' lines")
+        raise ConfigError(
+            f"{path}: holds a list, not a mapping; write 'section:' and indented 'key: value' lines"
+        )
     yield from _leaves(str(path), "", OmegaConf.to_container(content, resolve=False))
 
 
 def _from_layer(layer: Layer) -> Iterator[_Assignment]:
     for assignment in _from_file(layer.path):
         if not assignment.key.startswith(layer.allowed):
-            allowed = ", ".join(f"{prefix}*" if prefix.endswith((".", "_")) else prefix for prefix in layer.allowed)
-            raise ConfigError(f"{layer.path}: {assignment.key} is not a setting of a {layer.kind}, which may set {allowed} only")
+            allowed = ", ".join(
+                f"{prefix}*" if prefix.endswith((".", "_")) else prefix for prefix in layer.allowed
+            )
+            raise ConfigError(
+                f"{layer.path}: {assignment.key} is not a setting of a {layer.kind}, which may set {allowed} only"
+            )
         yield assignment
 
 
@@ -130,13 +142,21 @@ def _from_argument(argument: str) -> _Assignment:
     if not equals:
         guess = _similar(key)
         raise ConfigError(f"{source}: write key=value{f', e.g. {guess[0]}=...' if guess else ''}")
-    if (mapping := _mapping_of(key)) is not None:  # environment.options.days=3 is environment.options={days: 3}
-        return _Assignment(source, mapping, _nested(key.removeprefix(f"{mapping}."), _value(text, mapping, argument)))
+    if (
+        mapping := _mapping_of(key)
+    ) is not None:  # environment.options.days=3 is environment.options={days: 3}
+        return _Assignment(
+            source, mapping, _nested(key.removeprefix(f"{mapping}."), _value(text, mapping, argument))
+        )
     _check_key(source, key)
     if settings()[key].kind is str and text[:1] not in ("'", '"'):
-        return _Assignment(source, key, text)  # as typed: a path may hold anything that YAML reads as something else
+        return _Assignment(
+            source, key, text
+        )  # as typed: a path may hold anything that YAML reads as something else
     if settings()[key].kind == tuple[str, ...] and (listed := re.fullmatch(r"\[([^\[\]]*)\]", text)):
-        return _Assignment(source, key, [item.strip().strip("'\"") for item in listed[1].split(",") if item.strip()])  # as typed, see _check_texts
+        return _Assignment(
+            source, key, [item.strip().strip("'\"") for item in listed[1].split(",") if item.strip()]
+        )  # as typed, see _check_texts
     return _Assignment(source, key, _value(text, key, argument))
 
 
@@ -144,14 +164,23 @@ def _value(text: str, key: str, argument: str) -> object:
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError):
-        raise ConfigError(f"argument {argument[:200]!r}: {text[:100]!r} cannot be read; {key} must be {settings()[key].allowed}") from None
+        raise ConfigError(
+            f"argument {argument[:200]!r}: {text[:100]!r} cannot be read; {key} must be {settings()[key].allowed}"
+        ) from None
     assert isinstance(value, dict)
     return value["value"]
 
 
 def _mapping_of(key: str) -> str | None:
     """The setting that is a mapping and has ``key`` inside it."""
-    return next((known for known, setting in settings().items() if isinstance(setting.default, dict) and key.startswith(f"{known}.")), None)
+    return next(
+        (
+            known
+            for known, setting in settings().items()
+            if isinstance(setting.default, dict) and key.startswith(f"{known}.")
+        ),
+        None,
+    )
 
 
 def _nested(key: str, value: object) -> dict[str, object]:
@@ -167,9 +196,15 @@ def _nested(key: str, value: object) -> dict[str, object]:
 
 def _check_texts(source: str, key: str, value: object) -> None:
     """YAML reads 10:4 as a number in base 60, so a text that looks like one must be quoted in a file."""
-    if settings()[key].kind == tuple[str, ...] and isinstance(value, list) and not all(isinstance(item, str) for item in value):
+    if (
+        settings()[key].kind == tuple[str, ...]
+        and isinstance(value, list)
+        and not all(isinstance(item, str) for item in value)
+    ):
         number = next(item for item in value if not isinstance(item, str))
-        raise ConfigError(f'{source}: {key} has {number}, which YAML read as no text: quote each item, e.g. ["10:4"]')
+        raise ConfigError(
+            f'{source}: {key} has {number}, which YAML read as no text: quote each item, e.g. ["10:4"]'
+        )
 
 
 def _in_section(key: str) -> bool:
@@ -192,7 +227,9 @@ def _similar(key: str) -> list[str]:
     key = key.lstrip("-+").replace("-", "_")
     by_name = [known for known in settings() if known.rpartition(".")[2] == key.rpartition(".")[2]]
     close = difflib.get_close_matches(key, settings(), n=1, cutoff=0.75)
-    return list(dict.fromkeys([*close, *by_name]))[:3] or difflib.get_close_matches(key, settings(), n=1, cutoff=0.5)
+    return list(dict.fromkeys([*close, *by_name]))[:3] or difflib.get_close_matches(
+        key, settings(), n=1, cutoff=0.5
+    )
 
 
 def _merge(assignments: Sequence[_Assignment]) -> Any:
@@ -225,12 +262,16 @@ def _check_resolves(merged: Any, assignment: _Assignment) -> None:
         if OmegaConf.is_config(value):
             OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{assignment.source}: {assignment.key}={assignment.value}: {_one_line(error)}") from None
+        raise ConfigError(
+            f"{assignment.source}: {assignment.key}={assignment.value}: {_one_line(error)}"
+        ) from None
 
 
 def _refused(assignment: _Assignment) -> ConfigError:
     allowed = settings()[assignment.key].allowed
-    return ConfigError(f"{assignment.source}: {assignment.key}={shown(assignment.value)} is not allowed: it must be {allowed}")
+    return ConfigError(
+        f"{assignment.source}: {assignment.key}={shown(assignment.value)} is not allowed: it must be {allowed}"
+    )
 
 
 def _construct(node: Any, prefix: str) -> object:
@@ -274,3 +315,15 @@ def _shipped() -> str:
 
 def _one_line(error: object) -> str:
     return " ".join(str(error).split("\n    full_key", 1)[0].split())
+
+
+def flatten(config: object, prefix: str = "") -> dict[str, str]:
+    """A nested dataclass as dotted keys: {"train.steps": "200", ...}."""
+    flat: dict[str, str] = {}
+    for field in fields(config):  # type: ignore[arg-type]
+        value: Any = getattr(config, field.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = str(value)
+    return flat

@@ -78,7 +78,9 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
             fingerprint=fingerprint(path),
         )
     except KeyError as error:
-        raise ModelError(f"model {config.name!r}: {path / 'config.json'} lacks the field {error.args[0]!r}") from None
+        raise ModelError(
+            f"model {config.name!r}: {path / 'config.json'} lacks the field {error.args[0]!r}"
+        ) from None
 
 
 def check_supported(hf_config: Mapping[str, Any], name: str) -> None:
@@ -86,9 +88,13 @@ def check_supported(hf_config: Mapping[str, Any], name: str) -> None:
     model_type = hf_config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         supported = ", ".join(SUPPORTED_MODEL_TYPES)
-        raise ModelError(f"model {name!r} has model_type {model_type!r}, which is not supported; supported are {supported} (dense, text only)")
+        raise ModelError(
+            f"model {name!r} has model_type {model_type!r}, which is not supported; supported are {supported} (dense, text only)"
+        )
     if "quantization_config" in hf_config:
-        raise ModelError(f"model {name!r} has quantised weights, which cannot be trained; name the unquantised repository of the same model")
+        raise ModelError(
+            f"model {name!r} has quantised weights, which cannot be trained; name the unquantised repository of the same model"
+        )
 
 
 def fingerprint(path: Path) -> str:
@@ -97,7 +103,11 @@ def fingerprint(path: Path) -> str:
     Cheap for any size. An optimizer step touches every tensor, so sampled blocks tell two checkpoints of one model apart.
     """
     digest = hashlib.sha256()
-    settings = {k: v for k, v in json.loads((path / "config.json").read_bytes()).items() if k not in ("transformers_version", "_name_or_path")}
+    settings = {
+        k: v
+        for k, v in json.loads((path / "config.json").read_bytes()).items()
+        if k not in ("transformers_version", "_name_or_path")
+    }
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for file in sorted(path.glob("*.safetensors")):
         size = file.stat().st_size
@@ -123,45 +133,73 @@ def _locate(config: ModelConfig) -> Path:
     if local.is_dir():
         return local.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"model {name!r} is no folder here; allowed are {EMBEDDED_NAME}, a folder with config.json, or a hub name like org/model")
+        raise ModelError(
+            f"model {name!r} is no folder here; allowed are {EMBEDDED_NAME}, a folder with config.json, or a hub name like org/model"
+        )
     return _download(name, config.trust_remote_code)
 
 
 def _download(name: str, trust_remote_code: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     # Weights come as safetensors only: loading a pickled .bin runs whatever code its author put in it.
     patterns = [*HUB_PATTERNS, "*.py"] if trust_remote_code else list(HUB_PATTERNS)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except GatedRepoError:
-        raise ModelError(f"model {name!r} is gated on the hub: accept its licence there, then set HF_TOKEN") from None
+        raise ModelError(
+            f"model {name!r} is gated on the hub: accept its licence there, then set HF_TOKEN"
+        ) from None
     except RepositoryNotFoundError:
-        raise ModelError(f"model {name!r} is neither a folder here nor a repository on {HfApi().endpoint}; check the name, or set HF_TOKEN") from None
+        raise ModelError(
+            f"model {name!r} is neither a folder here nor a repository on {HfApi().endpoint}; check the name, or set HF_TOKEN"
+        ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else _first_line(error)
         cure = f"download it elsewhere and give its folder as model.name, or use model.name={EMBEDDED_NAME}, which needs no hub"
-        raise ModelError(f"model {name!r} is not in the local cache and the hub {HfApi().endpoint} cannot be reached ({reason}); {cure}") from None
+        raise ModelError(
+            f"model {name!r} is not in the local cache and the hub {HfApi().endpoint} cannot be reached ({reason}); {cure}"
+        ) from None
 
 
 def _check_files(path: Path, name: str) -> None:
     if not any(path.glob("*.safetensors")):
-        pickled = " (only pickled .bin/.pt weights, which are never loaded)" if [*path.glob("*.bin"), *path.glob("*.pt")] else ""
-        raise ModelError(f"model {name!r}: no *.safetensors in {path}{pickled}; convert it with save_pretrained(), or name another repository")
+        pickled = (
+            " (only pickled .bin/.pt weights, which are never loaded)"
+            if [*path.glob("*.bin"), *path.glob("*.pt")]
+            else ""
+        )
+        raise ModelError(
+            f"model {name!r}: no *.safetensors in {path}{pickled}; convert it with save_pretrained(), or name another repository"
+        )
     if not any((path / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ModelError(f"model {name!r}: no tokenizer in {path}; copy the base model's tokenizer files into it")
+        raise ModelError(
+            f"model {name!r}: no tokenizer in {path}; copy the base model's tokenizer files into it"
+        )
     in_own_file = any((path / file).exists() for file in ("chat_template.jinja", "chat_template.json"))
     tokenizer_config = path / "tokenizer_config.json"
-    if not in_own_file and not (tokenizer_config.exists() and _read_json(tokenizer_config, name).get("chat_template")):
-        raise ModelError(f"model {name!r}: its tokenizer has no chat template; use the instruct variant, or put a chat_template.jinja into {path}")
+    if not in_own_file and not (
+        tokenizer_config.exists() and _read_json(tokenizer_config, name).get("chat_template")
+    ):
+        raise ModelError(
+            f"model {name!r}: its tokenizer has no chat template; use the instruct variant, or put a chat_template.jinja into {path}"
+        )
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ModelError(f"model {name!r}: {path} does not exist; the folder must hold a Hugging Face checkpoint") from None
+        raise ModelError(
+            f"model {name!r}: {path} does not exist; the folder must hold a Hugging Face checkpoint"
+        ) from None
     except ValueError as error:
         raise ModelError(f"model {name!r}: {path} is not JSON ({_first_line(error)})") from None
     if not isinstance(content, dict):

@@ -12,9 +12,25 @@ from typing import Literal
 
 from configs.assistant import AssistantConfig
 from configs.bounds import custom_resource, not_negative, positive, require
-from configs.environments import ConversationConfig, EnvironmentConfig, JudgeConfig, RecallConfig, RecordsConfig, RubricConfig, SearchConfig
+from configs.environments import (
+    ConversationConfig,
+    EnvironmentConfig,
+    JudgeConfig,
+    RecallConfig,
+    RecordsConfig,
+    RubricConfig,
+    SearchConfig,
+)
 from configs.learning import LearnerConfig, ObjectiveConfig, WarmStartConfig
-from configs.memory import SUMMARIZING, FastWeightsConfig, MemoryConfig, MemoryPolicy, NotesConfig, PagingConfig, WriteConfig
+from configs.memory import (
+    SUMMARIZING,
+    FastWeightsConfig,
+    MemoryConfig,
+    MemoryPolicy,
+    NotesConfig,
+    PagingConfig,
+    WriteConfig,
+)
 
 __all__ = [
     "AssistantConfig",
@@ -84,12 +100,21 @@ class EngineConfig:
     kv_cache_gib: float = 1.0  # CPU
     gpu_memory_utilization: float = 0.6  # GPU
     enforce_eager: bool = False
-    receipts: Literal["always", "off"] = "always"  # check every installed revision against the writer's own forward pass
-    receipt_tolerance: float = 0.02  # nats per token, float32; bfloat16 needs about 0.3 (the base model's own rounding)
+    receipts: Literal["always", "off"] = (
+        "always"  # check every installed revision against the writer's own forward pass
+    )
+    receipt_tolerance: float = (
+        0.02  # nats per token, float32; bfloat16 needs about 0.3 (the base model's own rounding)
+    )
 
     def __post_init__(self) -> None:
         positive(self, "slots", "max_model_tokens", "kv_cache_gib", "receipt_tolerance")
-        require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]")
+        require(
+            0 < self.gpu_memory_utilization <= 1,
+            "gpu_memory_utilization",
+            self.gpu_memory_utilization,
+            "in (0, 1]",
+        )
 
 
 @dataclass(frozen=True)
@@ -108,20 +133,36 @@ class RolloutConfig:
     threads: int = 1
     max_turns: int = 64  # acts of one episode
     episode_timeout_s: float = 600
-    schedule: tuple[str, ...] = ()  # "step:workers", e.g. ["10:4","50:2"]: how many workers from a training step on; `scale` overrules it
+    schedule: tuple[
+        str, ...
+    ] = ()  # "step:workers", e.g. ["10:4","50:2"]: how many workers from a training step on; `scale` overrules it
     health_s: float = 30  # between health checks; a worker that misses two is replaced
-    refresh: Literal["drain", "in_flight"] = "drain"  # new weights: end the episodes first, or go on with them (see above)
+    refresh: Literal["drain", "in_flight"] = (
+        "drain"  # new weights: end the episodes first, or go on with them (see above)
+    )
     recover_episodes: bool = False  # after a loss, go on from each episode's last write on a worker with the same weights (elsewhere: from the start)
 
     def __post_init__(self) -> None:
         positive(self, "workers", "threads", "max_turns", "episode_timeout_s", "health_s")
         for entry in self.schedule:
             known = re.fullmatch(r"\d+:[1-9]\d*", entry) is not None
-            require(known, "schedule", entry, "step:workers, two whole numbers", "e.g. rollout.schedule=[10:4,50:2]")
+            require(
+                known,
+                "schedule",
+                entry,
+                "step:workers, two whole numbers",
+                "e.g. rollout.schedule=[10:4,50:2]",
+            )
         custom_resource(self.resource)
         not_negative(self, "cpus_per_worker", "gpus_per_worker")
         one = self.refresh == "drain" or not self.recover_episodes
-        require(one, "recover_episodes", True, "false with rollout.refresh=in_flight", "a write log is replayed on one policy version")
+        require(
+            one,
+            "recover_episodes",
+            True,
+            "false with rollout.refresh=in_flight",
+            "a write log is replayed on one policy version",
+        )
 
 
 @dataclass(frozen=True)
@@ -136,15 +177,36 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the newest; the best by evaluate_every is kept besides
     evaluate_every: int = 0  # steps between held-out evaluations, each at a checkpoint; 0 is none
     evaluate_tasks: int = 16  # of each: the first of the eval split
-    group_timeout_s: float = 1200  # a worker that takes longer is replaced: keep it above rollout.episode_timeout_s
+    group_timeout_s: float = (
+        1200  # a worker that takes longer is replaced: keep it above rollout.episode_timeout_s
+    )
 
     def __post_init__(self) -> None:
         not_negative(self, "steps", "max_staleness", "evaluate_every")
-        positive(self, "tasks_per_step", "group_timeout_s", "checkpoint_every", "keep_checkpoints", "evaluate_tasks")
+        positive(
+            self,
+            "tasks_per_step",
+            "group_timeout_s",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "evaluate_tasks",
+        )
         at_checkpoints = self.evaluate_every % self.checkpoint_every == 0
         allowed = f"0 or a multiple of train.checkpoint_every={self.checkpoint_every}"
-        require(at_checkpoints, "evaluate_every", self.evaluate_every, allowed, "only what is saved can be kept as the best")
-        require(self.group_size >= 2, "group_size", self.group_size, "2 or more", "advantages compare siblings of one task")
+        require(
+            at_checkpoints,
+            "evaluate_every",
+            self.evaluate_every,
+            allowed,
+            "only what is saved can be kept as the best",
+        )
+        require(
+            self.group_size >= 2,
+            "group_size",
+            self.group_size,
+            "2 or more",
+            "advantages compare siblings of one task",
+        )
 
 
 @dataclass(frozen=True)
@@ -159,7 +221,13 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         positive(self, "tasks")
         not_negative(self, "temperature")
-        require(self.bootstrap_samples >= 100, "bootstrap_samples", self.bootstrap_samples, "100 or more", "a 95 % interval needs so many resamples")
+        require(
+            self.bootstrap_samples >= 100,
+            "bootstrap_samples",
+            self.bootstrap_samples,
+            "100 or more",
+            "a 95 % interval needs so many resamples",
+        )
 
 
 @dataclass(frozen=True)
@@ -184,8 +252,12 @@ class TrackingConfig:
     experiment: str = "engram"
     timeout_s: float = 20.0  # of one request to a server
     finish_timeout_s: float = 30.0  # the end of a run waits so long for a store that is away; what is left by then stays in the run's folder
-    system_metrics_s: float = 10.0  # between looks at the driver's machine (processor, memory, disk, network, GPUs); 0 is never
-    models: Literal["reference", "upload", "off"] = "reference"  # kept checkpoints as registered models: where they lie, or all their files
+    system_metrics_s: float = (
+        10.0  # between looks at the driver's machine (processor, memory, disk, network, GPUs); 0 is never
+    )
+    models: Literal["reference", "upload", "off"] = (
+        "reference"  # kept checkpoints as registered models: where they lie, or all their files
+    )
 
     def __post_init__(self) -> None:
         positive(self, "timeout_s")
@@ -238,10 +310,22 @@ class RunConfig:
         not_negative(self, "seed")
         corrected = self.rollout.refresh == "drain" or self.objective.importance == "truncated"
         cure = "tokens of older weights need their ratio corrected"
-        require(corrected, "objective.importance", self.objective.importance, "truncated with rollout.refresh=in_flight", cure)
+        require(
+            corrected,
+            "objective.importance",
+            self.objective.importance,
+            "truncated with rollout.refresh=in_flight",
+            cure,
+        )
         measured = self.write.optimizer != "natural" or self.fast_weights.sensitivity_rank > 0
         rank = self.fast_weights.sensitivity_rank
-        require(measured, "fast_weights.sensitivity_rank", rank, "1 or more with write.optimizer=natural", "64 is a good value")
+        require(
+            measured,
+            "fast_weights.sensitivity_rank",
+            rank,
+            "1 or more with write.optimizer=natural",
+            "64 is a good value",
+        )
         setting, acts = self.environment.acts
         most = self.rollout.max_turns
         cure = "what is asked later would never be answered and score 0: raise that, or lower this"
@@ -250,4 +334,10 @@ class RunConfig:
         summary = memory.max_summary_tokens if memory.policy in SUMMARIZING else 0
         least = 1 + memory.max_context_tokens + memory.max_extract_tokens + summary
         sum_of = f"memory.max_context_tokens + memory.max_extract_tokens{' + memory.max_summary_tokens' if summary else ''} + 1"
-        require(have >= least, "engine.max_model_tokens", have, f"{least} or more ({sum_of})", "raise it, or lower the others")
+        require(
+            have >= least,
+            "engine.max_model_tokens",
+            have,
+            f"{least} or more ({sum_of})",
+            "raise it, or lower the others",
+        )

@@ -17,7 +17,9 @@ from configs.schema import ObjectiveConfig
 from learner.types import ScoredTrajectory
 
 
-def as_objective_sees(scored: Sequence[ScoredTrajectory], objective: ObjectiveConfig) -> Sequence[ScoredTrajectory]:
+def as_objective_sees(
+    scored: Sequence[ScoredTrajectory], objective: ObjectiveConfig
+) -> Sequence[ScoredTrajectory]:
     """``scored`` itself for the method as it is."""
     if objective.credit == "all" and objective.snapshot == "own":
         return scored
@@ -38,4 +40,6 @@ def _without_extractions(segment: Segment) -> Segment:
     mask = np.zeros_like(segment.action_mask)
     for span in spans:
         mask[span.start : span.end] = True
-    return replace(segment, action_mask=mask, logprobs=np.where(mask, segment.logprobs, np.float32(0)), spans=spans)
+    return replace(
+        segment, action_mask=mask, logprobs=np.where(mask, segment.logprobs, np.float32(0)), spans=spans
+    )

@@ -17,7 +17,9 @@ from learner.types import LearnerError, ScoredTrajectory
 Estimator = Callable[[Sequence[float]], Sequence[float]]
 """Rewards of a group's finished siblings (finite) to their advantages (as many, finite)."""
 
-_EQUAL = 1e-8  # rewards whose spread is rounding only carry no signal; dividing by that spread would invent one
+_EQUAL = (
+    1e-8  # rewards whose spread is rounding only carry no signal; dividing by that spread would invent one
+)
 
 
 def grpo(rewards: Sequence[float], normalize_by_std: bool) -> list[float]:
@@ -75,11 +77,18 @@ def score(group: TrajectoryGroup, estimate: Estimator) -> tuple[ScoredTrajectory
         raise ValueError(f"task {group.task.id}: {error}") from error
     advantages = [float(advantage) for advantage in estimate(rewards)]
     if len(advantages) != len(rewards) or not all(map(math.isfinite, advantages)):
-        raise LearnerError(f"objective.advantage gave {advantages} for the rewards {rewards} of task {group.task.id}: one finite number for each")
-    return tuple(ScoredTrajectory(trajectory, advantage) for trajectory, advantage in zip(group.trajectories, advantages, strict=True))
+        raise LearnerError(
+            f"objective.advantage gave {advantages} for the rewards {rewards} of task {group.task.id}: one finite number for each"
+        )
+    return tuple(
+        ScoredTrajectory(trajectory, advantage)
+        for trajectory, advantage in zip(group.trajectories, advantages, strict=True)
+    )
 
 
 def _check(rewards: Sequence[float]) -> None:
     for place, reward in enumerate(rewards):
         if not math.isfinite(reward):
-            raise ValueError(f"reward {place} is {reward}: a reward must be a finite number; mend the environment's outcome()")
+            raise ValueError(
+                f"reward {place} is {reward}: a reward must be a finite number; mend the environment's outcome()"
+            )

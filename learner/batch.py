@@ -62,14 +62,21 @@ def supervised_rows(segments: Sequence[Segment]) -> tuple[Row, ...]:
     return tuple(Row(segment, None, 1.0, 1 / targets) for segment in segments if segment.action_mask.any())
 
 
-def pack(rows: Sequence[Row], microbatch_tokens: int, ranks: int, temperature: float) -> list[list[Microbatch]]:
+def pack(
+    rows: Sequence[Row], microbatch_tokens: int, ranks: int, temperature: float
+) -> list[list[Microbatch]]:
     """Microbatches per rank: at most ``microbatch_tokens`` tokens each, padding included (a longer row stands alone).
 
     Every rank gets the same number, at least one. The largest come first and neighbours in size go to different ranks: equal work at each position.
     """
-    ordered = sorted(rows, key=lambda row: -len(row.segment.token_ids))  # stable: the plan is the same on every rank
+    ordered = sorted(
+        rows, key=lambda row: -len(row.segment.token_ids)
+    )  # stable: the plan is the same on every rank
     parts = _cut([len(row.segment.token_ids) for row in ordered], microbatch_tokens, ranks)
-    batches = sorted((ordered[start:end] for start, end in parts), key=lambda batch: -len(batch) * len(batch[0].segment.token_ids))
+    batches = sorted(
+        (ordered[start:end] for start, end in parts),
+        key=lambda batch: -len(batch) * len(batch[0].segment.token_ids),
+    )
     while len(batches) % ranks or not batches:
         batches.append([])
     microbatches = [pad(batch, temperature) for batch in batches]
@@ -95,7 +102,10 @@ def _cut(lengths: Sequence[int], budget: int, ranks: int) -> list[tuple[int, int
         prices = _EVEN * budget * (sizes + budget // _PASS) + sizes * sizes
         costs = np.roll(best[first:end], 1, axis=1) + prices[:, None]
         came[end], best[end] = first + costs.argmin(axis=0), costs.min(axis=0)
-    end, state = count, 0 if best[count, 0] < _NEVER else count % ranks  # one row each is always possible; empty microbatches make up the rest
+    end, state = (
+        count,
+        0 if best[count, 0] < _NEVER else count % ranks,
+    )  # one row each is always possible; empty microbatches make up the rest
     parts = []
     while end > 0:
         start = int(came[end, state])
@@ -129,7 +139,9 @@ def pad(rows: Sequence[Row], temperature: float) -> Microbatch:
     )
 
 
-def split(scored: Sequence[ScoredTrajectory], parts: int, seed: Sequence[int]) -> list[list[ScoredTrajectory]]:
+def split(
+    scored: Sequence[ScoredTrajectory], parts: int, seed: Sequence[int]
+) -> list[list[ScoredTrajectory]]:
     """``parts`` near-equal minibatches (at most one per trajectory), shuffled by ``seed``; a single one keeps the order."""
     if parts == 1 or len(scored) < 2:
         return [list(scored)]

@@ -52,7 +52,13 @@ class Counters:
     warm: bool
 
 
-def save(folder: str | os.PathLike[str], engine: TrainingEngine, model: PolicyModel, counters: Counters, model_path: str) -> None:
+def save(
+    folder: str | os.PathLike[str],
+    engine: TrainingEngine,
+    model: PolicyModel,
+    counters: Counters,
+    model_path: str,
+) -> None:
     """Write the checkpoint beside ``folder`` and rename it into place, replacing an older one. Collective: every rank calls it.
 
     Raises LearnerError when the disk refuses; an older checkpoint in ``folder`` is then as it was.
@@ -64,7 +70,9 @@ def save(folder: str | os.PathLike[str], engine: TrainingEngine, model: PolicyMo
         raise LearnerError(f"{target}: cannot be written ({error})") from error
 
 
-def _save(target: Path, engine: TrainingEngine, model: PolicyModel, counters: Counters, model_path: Path) -> None:
+def _save(
+    target: Path, engine: TrainingEngine, model: PolicyModel, counters: Counters, model_path: Path
+) -> None:
     partial = target.with_name(f".{target.name}.partial")
     first = engine.rank == 0
     if first:
@@ -72,7 +80,11 @@ def _save(target: Path, engine: TrainingEngine, model: PolicyModel, counters: Co
         (partial / "model").mkdir(parents=True)
         (partial / "optimizer").mkdir()
     engine.barrier()
-    _write(partial / "model" / "model.safetensors", dict(full_tensors(engine, named_parameters(model, False), copy=False)), first)
+    _write(
+        partial / "model" / "model.safetensors",
+        dict(full_tensors(engine, named_parameters(model, False), copy=False)),
+        first,
+    )
     for key, value in (("master", None), *((moment, moment) for moment in _MOMENTS)):
         state = {name: _get(engine, param, value) for name, param in named_parameters(model, True)}
         _write(partial / "optimizer" / f"{key}.safetensors", state, first)
@@ -81,7 +93,9 @@ def _save(target: Path, engine: TrainingEngine, model: PolicyModel, counters: Co
     if first:
         model.base.config.save_pretrained(partial / "model")
         _copy_companions(model_path, partial / "model")
-        (partial / "learner.json").write_text(json.dumps({"format": _FORMAT, "ranks": engine.world_size, **asdict(counters)}, indent=1))
+        (partial / "learner.json").write_text(
+            json.dumps({"format": _FORMAT, "ranks": engine.world_size, **asdict(counters)}, indent=1)
+        )
     engine.barrier()
     if first:
         _replace(partial, target)
@@ -94,7 +108,9 @@ def load(folder: str | os.PathLike[str], engine: TrainingEngine, model: PolicyMo
     counters = _read_counters(source)
     everything, trained = named_parameters(model, False), named_parameters(model, True)
     theta = _read(source / "model" / "model.safetensors", everything)
-    states = {key: _read(source / "optimizer" / f"{key}.safetensors", trained) for key in ("master", *_MOMENTS)}
+    states = {
+        key: _read(source / "optimizer" / f"{key}.safetensors", trained) for key in ("master", *_MOMENTS)
+    }
     load_tensors(engine, everything, theta)
     for name, param in trained:
         _set(engine, param, states["master"][name], None)
@@ -111,7 +127,11 @@ def _get(engine: TrainingEngine, param: nn.Parameter, moment: str | None) -> Ten
     if engine.zero_stage == 0:
         value = param.detach() if moment is None else engine.optimizer.state[param][moment]
     else:
-        value = safe_get_full_fp32_param(param) if moment is None else safe_get_full_optimizer_state(param, moment)
+        value = (
+            safe_get_full_fp32_param(param)
+            if moment is None
+            else safe_get_full_optimizer_state(param, moment)
+        )
     shape = getattr(param, "ds_shape", param.shape)  # ZeRO-3 empties the parameter and keeps its shape there
     return value.reshape(shape).to("cpu", torch.float32, copy=True).contiguous()
 
@@ -141,7 +161,9 @@ def _read(path: Path, parameters: list[tuple[str, nn.Parameter]]) -> dict[str, T
         shape = tuple(getattr(param, "ds_shape", param.shape))
         if name not in tensors or tuple(tensors[name].shape) != shape:
             found = tuple(tensors[name].shape) if name in tensors else "nothing"
-            raise LearnerError(f"{path}: holds {found} for {name} of shape {shape}; it is another model's, or another learner.trainable's checkpoint")
+            raise LearnerError(
+                f"{path}: holds {found} for {name} of shape {shape}; it is another model's, or another learner.trainable's checkpoint"
+            )
     return tensors
 
 
@@ -151,9 +173,16 @@ def _read_counters(source: Path) -> Counters:
         content = json.loads(path.read_text())
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']!r}, expected {_FORMAT!r}")
-        return Counters(int(content["version"]), int(content["rl_steps"]), int(content["adam_steps"]), bool(content["warm"]))
+        return Counters(
+            int(content["version"]),
+            int(content["rl_steps"]),
+            int(content["adam_steps"]),
+            bool(content["warm"]),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LearnerError(f"{path}: not a learner checkpoint ({error}); give the folder that Learner.save wrote") from error
+        raise LearnerError(
+            f"{path}: not a learner checkpoint ({error}); give the folder that Learner.save wrote"
+        ) from error
 
 
 def _copy_companions(source: Path, target: Path) -> None:

@@ -29,14 +29,18 @@ class GuardedAdamW(torch.optim.AdamW):
     """AdamW that, where DeepSpeed does not (ZeRO 0), clips by the global norm and skips a step whose gradients are not finite."""
 
     def __init__(self, params: Iterator[nn.Parameter], config: LearnerConfig) -> None:
-        super().__init__(params, lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
+        super().__init__(
+            params, lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
+        )
         self.guard_norm = config.max_grad_norm if config.zero_stage == 0 else None
         self.grad_norm = math.nan
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         if self.guard_norm is not None:
-            params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+            params = [
+                param for group in self.param_groups for param in group["params"] if param.grad is not None
+            ]
             self.grad_norm = float(nn.utils.clip_grad_norm_(params, self.guard_norm))
             if not math.isfinite(self.grad_norm):
                 return None
@@ -57,7 +61,9 @@ class TrainingEngine:
         self.zero_stage = config.zero_stage
         _join(rank, world_size, self.device)
         self.optimizer = GuardedAdamW((param for param in model.parameters() if param.requires_grad), config)
-        self.engine: Any = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=False)[0]
+        self.engine: Any = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=False
+        )[0]
         self._materialize()
 
     def forward(self, token_ids: Tensor, loss_mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -162,5 +168,7 @@ def _join(rank: int, world_size: int, device: torch.device) -> None:
         else:
             dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size)
     if dist.get_world_size() != world_size:
-        raise LearnerError(f"this process belongs to a group of {dist.get_world_size()} ranks, the learner needs {world_size}: use a fresh process")
+        raise LearnerError(
+            f"this process belongs to a group of {dist.get_world_size()} ranks, the learner needs {world_size}: use a fresh process"
+        )
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

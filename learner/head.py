@@ -28,21 +28,29 @@ class TokenHead(nn.Module):
 
     def forward(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """states [K, d], targets int64 [K] -> (log-probs of softmax(z / temperature) with gradient, entropies in nats without), float32 [K]."""
-        result: tuple[Tensor, Tensor] = _TokenLogprobs.apply(states, self.weight, targets, temperature, torch.is_grad_enabled())
+        result: tuple[Tensor, Tensor] = _TokenLogprobs.apply(
+            states, self.weight, targets, temperature, torch.is_grad_enabled()
+        )
         return result
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float, gradients: bool) -> tuple[Tensor, Tensor]:
-        logp, entropy = (torch.empty(len(states), dtype=torch.float32, device=states.device) for _ in range(2))
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float, gradients: bool
+    ) -> tuple[Tensor, Tensor]:
+        logp, entropy = (
+            torch.empty(len(states), dtype=torch.float32, device=states.device) for _ in range(2)
+        )
         slopes = torch.empty_like(states) if gradients and states.requires_grad else None
         for part in _chunks(len(states), len(weight)):
             logs = _log_softmax(states[part], weight, temperature)
             chosen = logs.gather(-1, targets[part, None])
             logp[part] = chosen.squeeze(-1)
             p = logs.exp()
-            entropy[part] = -torch.bmm(p[:, None], logs[:, :, None]).flatten()  # a dot product per row, without an array of products
+            entropy[part] = -torch.bmm(
+                p[:, None], logs[:, :, None]
+            ).flatten()  # a dot product per row, without an array of products
             if slopes is not None:
                 slopes[part] = _residual(p, targets[part]).to(weight.dtype) @ weight / temperature
             del logs, p  # before the next chunk's are made
@@ -59,7 +67,9 @@ class _TokenLogprobs(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             for_weight = torch.zeros_like(weight)
             for part in _chunks(len(states), len(weight)):
-                residual = _residual(_log_softmax(states[part], weight, ctx.temperature).exp_(), targets[part])
+                residual = _residual(
+                    _log_softmax(states[part], weight, ctx.temperature).exp_(), targets[part]
+                )
                 residual.mul_((incoming[part] / ctx.temperature)[:, None])
                 for_weight.addmm_(residual.to(weight.dtype).T, states[part])
                 del residual

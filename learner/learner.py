@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actors.fast_weights import Basis, DeltaInjector, StackedWeights, stack
+from actors.fast_weights.delta import Basis, DeltaInjector, StackedWeights, stack
 from actors.types import PolicyVersion, Segment, Trajectory, TrajectoryGroup
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner import checkpoint
@@ -68,7 +68,12 @@ class Learner:
         rank: int,
         world_size: int,
     ) -> None:
-        self._config, self._objective, self._basis, self._estimate = config, objective, basis, estimator(objective)
+        self._config, self._objective, self._basis, self._estimate = (
+            config,
+            objective,
+            basis,
+            estimator(objective),
+        )
         self._model_path, self._seed, self._temperature = model_path, seed, temperature
         self._model = load_model(model_path, config)
         self._injector = DeltaInjector(self._model.base, basis)
@@ -94,7 +99,9 @@ class Learner:
         scored_groups = [score(group, self._estimate) for group in groups]
         scored = [one for group in scored_groups for one in group]
         if not any(segment.action_mask.any() for one in scored for segment in one.trajectory.segments):
-            raise LearnerError(f"nothing to learn from: {len(groups)} groups hold {len(scored)} finished episodes and no sampled token")
+            raise LearnerError(
+                f"nothing to learn from: {len(groups)} groups hold {len(scored)} finished episodes and no sampled token"
+            )
         minibatches = self._plan(scored)
         self._begin_rl()
         rate = self._learning_rate()
@@ -104,8 +111,17 @@ class Learner:
             statistics = statistics.merge(self._accumulate(minibatch, old_logprobs))
             norms.append(self._optimize(rate, place, len(minibatches)))
         self._count(version=1, rl_steps=1)
-        statistics = TokenStatistics.of(self._engine.sums(statistics.sums), self._engine.maxima(statistics.maxima))
-        return self._report(scored_groups, minibatches, statistics, sum(norms) / len(norms), rate, time.perf_counter() - started)
+        statistics = TokenStatistics.of(
+            self._engine.sums(statistics.sums), self._engine.maxima(statistics.maxima)
+        )
+        return self._report(
+            scored_groups,
+            minibatches,
+            statistics,
+            sum(norms) / len(norms),
+            rate,
+            time.perf_counter() - started,
+        )
 
     def warm_start_step(self, segments: Sequence[Segment], learning_rate: float) -> WarmStartReport:
         """One supervised step: mean cross-entropy on the masked tokens, Delta = 0, temperature 1. Log-probs in the segments are not looked at.
@@ -116,11 +132,15 @@ class Learner:
         started = time.perf_counter()
         rows = supervised_rows(segments)
         if not rows:
-            raise LearnerError(f"nothing to learn from: {len(segments)} warm-start segments hold no target token")
+            raise LearnerError(
+                f"nothing to learn from: {len(segments)} warm-start segments hold no target token"
+            )
         if not self._counters.warm:
             self._reset_optimizer(warm=True)
         loss = 0.0
-        for microbatch in self._share(pack(rows, self._config.microbatch_tokens, self._engine.world_size, 1.0)):
+        for microbatch in self._share(
+            pack(rows, self._config.microbatch_tokens, self._engine.world_size, 1.0)
+        ):
             with self._delta(microbatch):
                 logp, _ = self._forward(microbatch)
                 term = -(self._per_token(microbatch, microbatch.scales) * logp).sum()
@@ -129,7 +149,9 @@ class Learner:
         norm = self._engine.step(learning_rate)
         self._count(version=1, adam_steps=1)
         tokens = sum(int(row.segment.action_mask.sum()) for row in rows)
-        return WarmStartReport(self.version, self._engine.sums((loss,))[0], norm, tokens, time.perf_counter() - started)
+        return WarmStartReport(
+            self.version, self._engine.sums((loss,))[0], norm, tokens, time.perf_counter() - started
+        )
 
     def logprobs(self, trajectory: Trajectory) -> tuple[NDArray[np.float32], ...]:
         """What the learner makes of each segment under its own revision: float32 [T], laid out like ``Segment.logprobs``. For checks."""
@@ -159,8 +181,17 @@ class Learner:
     def _plan(self, scored: Sequence[ScoredTrajectory]) -> list[Minibatch]:
         objective, config, plan = self._objective, self._config, list[Minibatch]()
         for part in split(scored, objective.minibatches, (self._seed, self.version)):
-            rows = rows_of(as_objective_sees(part, objective), objective.aggregate, skip_zero_advantage=objective.kl_coefficient == 0)
-            plan.append(Minibatch(rows, pack(rows.rows, config.microbatch_tokens, self._engine.world_size, self._temperature)))
+            rows = rows_of(
+                as_objective_sees(part, objective),
+                objective.aggregate,
+                skip_zero_advantage=objective.kl_coefficient == 0,
+            )
+            plan.append(
+                Minibatch(
+                    rows,
+                    pack(rows.rows, config.microbatch_tokens, self._engine.world_size, self._temperature),
+                )
+            )
         return plan
 
     def _accumulate(self, minibatch: Minibatch, old_logprobs: list[Tensor] | None) -> TokenStatistics:
@@ -190,7 +221,9 @@ class Learner:
             if place == 0:
                 raise
             applied = f"minibatches 1 to {place} of {minibatches} of this batch are already applied, though the version is still {self.version}"
-            raise LearnerError(f"minibatch {place + 1}: {error}. But {applied}: resume from the last checkpoint") from error
+            raise LearnerError(
+                f"minibatch {place + 1}: {error}. But {applied}: resume from the last checkpoint"
+            ) from error
         self._count(adam_steps=1)
         return norm
 
@@ -243,17 +276,23 @@ class Learner:
 
     def _reset_optimizer(self, warm: bool) -> None:
         self._engine.reset_optimizer()
-        self._counters = checkpoint.Counters(self._counters.version, self._counters.rl_steps, adam_steps=0, warm=warm)
+        self._counters = checkpoint.Counters(
+            self._counters.version, self._counters.rl_steps, adam_steps=0, warm=warm
+        )
 
     def _count(self, version: int = 0, rl_steps: int = 0, adam_steps: int = 0) -> None:
         old = self._counters
-        self._counters = checkpoint.Counters(old.version + version, old.rl_steps + rl_steps, old.adam_steps + adam_steps, old.warm)
+        self._counters = checkpoint.Counters(
+            old.version + version, old.rl_steps + rl_steps, old.adam_steps + adam_steps, old.warm
+        )
 
     def _learning_rate(self) -> float:
         """Linear warm-up over ``warmup_steps`` RL steps, constant afterwards."""
         if self._config.warmup_steps == 0:
             return self._config.learning_rate
-        return self._config.learning_rate * min(1.0, (self._counters.rl_steps + 1) / self._config.warmup_steps)
+        return self._config.learning_rate * min(
+            1.0, (self._counters.rl_steps + 1) / self._config.warmup_steps
+        )
 
     def _report(
         self,
@@ -268,7 +307,10 @@ class Learner:
         microbatches = [one for minibatch in minibatches for rank in minibatch.ranks for one in rank]
         used = sum(any(one.advantage != 0 for one in group) for group in scored_groups)
         advantages = [abs(one.advantage) for group in scored_groups for one in group]
-        tokens, places = sum(len(row.segment.token_ids) for row in rows), sum(one.token_ids.size for one in microbatches)
+        tokens, places = (
+            sum(len(row.segment.token_ids) for row in rows),
+            sum(one.token_ids.size for one in microbatches),
+        )
         policy_loss, kl = statistics.policy_loss / len(minibatches), statistics.kl / len(minibatches)
         return StepReport(
             version=self.version,
@@ -290,7 +332,9 @@ class Learner:
             extract_tokens=sum(minibatch.rows.extract_tokens for minibatch in minibatches),
             padding_fraction=1 - tokens / places,
             microbatches=len(microbatches),
-            segments_without_actions=sum(minibatch.rows.segments_without_actions for minibatch in minibatches),
+            segments_without_actions=sum(
+                minibatch.rows.segments_without_actions for minibatch in minibatches
+            ),
             trajectories=len(advantages),
             trajectories_skipped=sum(minibatch.rows.trajectories_skipped for minibatch in minibatches),
             groups_used=used,

@@ -1,6 +1,6 @@
 """The policy as the learner sees it: a Hugging Face causal LM whose log-probs are computed only where a token was sampled.
 
-Delta is not here: ``actors.fast_weights.DeltaInjector`` adds it to the base model's projections as constants.
+Delta is not here: ``actors.fast_weights.delta.DeltaInjector`` adds it to the base model's projections as constants.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class PolicyModel(nn.Module):
         """
         hidden: Tensor = self.base.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state
         before = hidden[:, :-1][loss_mask[:, 1:]]  # the state that predicted each sampled token
-        result: tuple[Tensor, Tensor] = self.base.get_output_embeddings()(before, token_ids[:, 1:][loss_mask[:, 1:]], temperature)
+        result: tuple[Tensor, Tensor] = self.base.get_output_embeddings()(
+            before, token_ids[:, 1:][loss_mask[:, 1:]], temperature
+        )
         return result
 
 
@@ -66,7 +68,9 @@ def _freeze(base: PreTrainedModel, config: LearnerConfig) -> None:
     layers: Iterable[nn.Module] = decoder.layers
     count = len(list(layers))
     if config.trainable_layers > count:
-        raise LearnerError(f"learner.trainable_layers={config.trainable_layers} is not allowed: the model has {count} layers; lower it")
+        raise LearnerError(
+            f"learner.trainable_layers={config.trainable_layers} is not allowed: the model has {count} layers; lower it"
+        )
     base.requires_grad_(False)
     for layer in list(layers)[-config.trainable_layers :]:
         layer.requires_grad_(True)

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from configs.schema import ObjectiveConfig
 
-_MAX_LOG_RATIO = 20.0  # exp stays finite, so the branch that the clip rejects cannot turn into 0 * inf in the backward
+_MAX_LOG_RATIO = (
+    20.0  # exp stays finite, so the branch that the clip rejects cannot turn into 0 * inf in the backward
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +59,16 @@ class TokenStatistics:
 
     @property
     def sums(self) -> tuple[float, ...]:
-        return (self.tokens, self.policy_loss, self.kl, self.ratio, self.clipped, self.truncated, self.entropy, self.difference)
+        return (
+            self.tokens,
+            self.policy_loss,
+            self.kl,
+            self.ratio,
+            self.clipped,
+            self.truncated,
+            self.entropy,
+            self.difference,
+        )
 
     @property
     def maxima(self) -> tuple[float, ...]:
@@ -69,7 +80,9 @@ class TokenStatistics:
 
     def merge(self, other: TokenStatistics) -> TokenStatistics:
         sums = tuple(a + b for a, b in zip(self.sums, other.sums, strict=True))
-        return TokenStatistics.of(sums, tuple(max(a, b) for a, b in zip(self.maxima, other.maxima, strict=True)))
+        return TokenStatistics.of(
+            sums, tuple(max(a, b) for a, b in zip(self.maxima, other.maxima, strict=True))
+        )
 
     def mean(self, total: float) -> float:
         return total / self.tokens if self.tokens else math.nan
@@ -99,7 +112,9 @@ def _importance(batch: TokenBatch, config: ObjectiveConfig) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def _statistics(batch: TokenBatch, policy: Tensor, kl: Tensor, clipped: Tensor, truncated: Tensor) -> TokenStatistics:
+def _statistics(
+    batch: TokenBatch, policy: Tensor, kl: Tensor, clipped: Tensor, truncated: Tensor
+) -> TokenStatistics:
     if len(batch.logp) == 0:
         return TokenStatistics.none()
     gap = batch.old_logp - batch.engine_logp  # the weights before the step, also in a later minibatch

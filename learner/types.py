@@ -60,10 +60,17 @@ class Microbatch:
     temperature: float
 
     def __post_init__(self) -> None:
-        shapes = {self.token_ids.shape, self.attention_mask.shape, self.loss_mask.shape, self.engine_logprobs.shape}
+        shapes = {
+            self.token_ids.shape,
+            self.attention_mask.shape,
+            self.loss_mask.shape,
+            self.engine_logprobs.shape,
+        }
         rows = {len(self.token_ids), len(self.advantages), len(self.scales), len(self.weights)}
         if len(shapes) != 1 or len(rows) != 1:
-            raise ValueError(f"a microbatch's arrays must agree, got shapes {sorted(shapes)} and row counts {sorted(rows)}")
+            raise ValueError(
+                f"a microbatch's arrays must agree, got shapes {sorted(shapes)} and row counts {sorted(rows)}"
+            )
         if self.loss_mask[:, 0].any() or (self.loss_mask & ~self.attention_mask).any():
             raise ValueError("a sampled token needs a token before it and cannot be padding")
 

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 from torch import Tensor
 
-from actors.fast_weights import Basis
+from actors.fast_weights.delta import Basis
 from actors.types import PolicyVersion, Segment, TrajectoryGroup
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner.types import LearnerError, StepReport, WarmStartReport
@@ -54,11 +54,24 @@ class LearnerWorker:
         from learner.learner import Learner
 
         spec = self._spec
-        names = {"MASTER_ADDR": host, "MASTER_PORT": port, "RANK": self._rank, "WORLD_SIZE": spec.config.workers, "LOCAL_RANK": 0}
+        names = {
+            "MASTER_ADDR": host,
+            "MASTER_PORT": port,
+            "RANK": self._rank,
+            "WORLD_SIZE": spec.config.workers,
+            "LOCAL_RANK": 0,
+        }
         os.environ.update({name: str(value) for name, value in names.items()})
         torch.set_num_threads(spec.config.threads)
         self._learner = Learner(
-            spec.config, spec.objective, spec.model_path, spec.basis, spec.seed, spec.temperature, self._rank, spec.config.workers
+            spec.config,
+            spec.objective,
+            spec.model_path,
+            spec.basis,
+            spec.seed,
+            spec.temperature,
+            self._rank,
+            spec.config.workers,
         )
         return self._learner.version
 
@@ -134,22 +147,25 @@ class LearnerGroup:
         config = spec.config
         self._timeout = config.step_timeout_s
         named = {config.resource: 1} if config.resource else {}
-        asked = (
-            f"{config.cpus_per_worker} CPUs{', ' if named else ' and '}{config.gpus_per_worker} GPUs{f' and 1 {config.resource}' if named else ''}"
-        )
+        asked = f"{config.cpus_per_worker} CPUs{', ' if named else ' and '}{config.gpus_per_worker} GPUs{f' and 1 {config.resource}' if named else ''}"
         self._resources = f"{asked} for each of {config.workers} learner ranks"
         # Without the second, Ray pickles tensors, several times as slow on the way out and on the way in. It is read when Ray is imported.
         environment = {"OMP_NUM_THREADS": str(config.threads), "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
         if config.gpus_per_worker == 0:
             environment["DS_ACCELERATOR"] = "cpu"
         options = actor.options(
-            num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, resources=named, runtime_env={"env_vars": environment}
+            num_cpus=config.cpus_per_worker,
+            num_gpus=config.gpus_per_worker,
+            resources=named,
+            runtime_env={"env_vars": environment},
         )
         reference = ray.put(spec)
         self._actors: list[Any] = [options.remote(reference, rank) for rank in range(config.workers)]
         try:
             host, port = self._get([self._actors[0].address.remote()], "start", start_timeout_s)[0]
-            self._version: PolicyVersion = self._get([actor.start.remote(host, port) for actor in self._actors], "start", start_timeout_s)[0]
+            self._version: PolicyVersion = self._get(
+                [actor.start.remote(host, port) for actor in self._actors], "start", start_timeout_s
+            )[0]
         except LearnerError:
             self.close()
             raise
@@ -163,14 +179,18 @@ class LearnerGroup:
 
         To be asked before ``step``: there, a rank that cannot be given its groups leaves the others waiting for it.
         """
-        return [place for place, group in enumerate(groups) if self._lost([group])] if self._lost(groups) else []
+        return (
+            [place for place, group in enumerate(groups) if self._lost([group])] if self._lost(groups) else []
+        )
 
     def step(self, groups: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> StepReport:
         """See ``Learner.step``. The groups go from where they are to the ranks' nodes, not through the driver.
 
         Each is an argument of its own: Ray brings those to the rank before the call, and a list of references would make the rank a co-owner of each.
         """
-        report: StepReport = self._get([actor.step.remote(*groups) for actor in self._actors], "step", self._timeout)[0]
+        report: StepReport = self._get(
+            [actor.step.remote(*groups) for actor in self._actors], "step", self._timeout
+        )[0]
         self._version = report.version
         return report
 
@@ -193,7 +213,9 @@ class LearnerGroup:
         self._get([actor.save.remote(folder) for actor in self._actors], "save", self._timeout)
 
     def load(self, folder: str) -> PolicyVersion:
-        self._version = self._get([actor.load.remote(folder) for actor in self._actors], "load", self._timeout)[0]
+        self._version = self._get(
+            [actor.load.remote(folder) for actor in self._actors], "load", self._timeout
+        )[0]
         return self._version
 
     def close(self) -> None:
@@ -217,7 +239,9 @@ class LearnerGroup:
         return False
 
     def _wait(self, calls: list[Any], verb: str, deadline: float, timeout: float) -> None:
-        _, pending = ray.wait(calls, num_returns=len(calls), timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)
+        _, pending = ray.wait(
+            calls, num_returns=len(calls), timeout=max(0.0, deadline - time.monotonic()), fetch_local=False
+        )
         if pending:
             late = [rank for rank, call in enumerate(calls) if call in pending]
             raise LearnerError(
@@ -229,7 +253,9 @@ class LearnerGroup:
     def _get(self, calls: list[Any], verb: str, timeout: float) -> list[Any]:
         deadline = time.monotonic() + timeout
         done, _ = ray.wait(calls, num_returns=1, timeout=timeout, fetch_local=False)
-        self._raise_failure(done, verb)  # a rank that failed leaves the others waiting for it: do not wait out the deadline
+        self._raise_failure(
+            done, verb
+        )  # a rank that failed leaves the others waiting for it: do not wait out the deadline
         self._wait(calls, verb, deadline, timeout)
         self._raise_failure(calls, verb)
         return ray.get(calls, timeout=timeout)
@@ -243,6 +269,10 @@ class LearnerGroup:
                 raise cause from error
             raise LearnerError(f"learner {verb}: a rank failed: {type(cause).__name__}: {cause}") from error
         except RayActorError as error:
-            raise LearnerError(f"learner {verb}: a rank's process died ({error}); resume from the last checkpoint") from error
+            raise LearnerError(
+                f"learner {verb}: a rank's process died ({error}); resume from the last checkpoint"
+            ) from error
         except GetTimeoutError as error:
-            raise LearnerError(f"learner {verb}: a result could not be fetched within {self._timeout:g} s") from error
+            raise LearnerError(
+                f"learner {verb}: a result could not be fetched within {self._timeout:g} s"
+            ) from error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores carry an engine, a learner and Ray at once; one thread each also makes sums repeatable
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two cores carry an engine, a learner and Ray at once; one thread each also makes sums repeatable
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -20,7 +22,7 @@ from configs.models import resolve_model
 from configs.schema import ModelConfig
 
 if TYPE_CHECKING:
-    from actors.fast_weights import Basis
+    from actors.fast_weights.delta import Basis
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 

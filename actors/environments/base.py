@@ -19,10 +19,6 @@ from actors.types import Flashcard, Outcome, Task
 Split = Literal["train", "eval"]
 
 
-class TaskError(RuntimeError):
-    """The environment cannot go on with this task; the message names task, item and field."""
-
-
 @dataclass(frozen=True, slots=True)
 class Observation:
     """A user turn for the agent. After one with ``wants_action`` the next call of the session is ``act``."""
@@ -83,6 +79,8 @@ def prepare(environment: Environment) -> None:
 class Demonstrator(Protocol):
     """What an environment adds so that a warm start can teach flashcard writing: what an ideal agent would do next."""
 
-    def demonstrate_flashcards(self, task: Task, text_in_context: str, question_blind: bool) -> tuple[Flashcard, ...]:
+    def demonstrate_flashcards(
+        self, task: Task, text_in_context: str, question_blind: bool
+    ) -> tuple[Flashcard, ...]:
         """The gold flashcards for the part of the task that stands in ``text_in_context``."""
         ...

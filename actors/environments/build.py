@@ -31,8 +31,8 @@ def _named(config: EnvironmentConfig, embedder: EmbedderConfig) -> Environment:
 
         return RubricEnvironment(config.rubric)
     if config.name == "search":
-        from actors.embedder import load_embedder
         from actors.environments.search import SearchEnvironment
+        from actors.text.embedder import load_embedder
 
         return SearchEnvironment(config.search, partial(load_embedder, embedder))
     if config.name == "records":

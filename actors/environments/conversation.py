@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from actors.environments.base import Observation, Split, TaskError
+from actors.environments.base import Observation, Split
 from actors.environments.conversation_types import Conversation, Question, Told
 from actors.environments.locomo_file import read_locomo
 from actors.environments.longmemeval_file import read_longmemeval
+from actors.environments.scoring import official_f1, plain_em, plain_f1, says_not_mentioned, says_unknown
 from actors.environments.splits import held_out, passes, task_seed
-from actors.scoring import official_f1, plain_em, plain_f1, says_not_mentioned, says_unknown
+from actors.protocols import TaskError
 from actors.types import Answer, Outcome, Task
 from configs.schema import ConversationConfig
 
@@ -40,9 +41,13 @@ class ConversationEnvironment:
     def __init__(self, config: ConversationConfig) -> None:
         """Raises TaskError, one line, when the file is missing, malformed, or has too little for both splits."""
         self._config = config
-        conversations = read_longmemeval(config.path) if config.format == "longmemeval" else read_locomo(config.path)
+        conversations = (
+            read_longmemeval(config.path) if config.format == "longmemeval" else read_locomo(config.path)
+        )
         if len(conversations) < 2:
-            raise TaskError(f"{config.path}: it has {len(conversations)} conversation, and at least 2 are needed: one to train on, one held out")
+            raise TaskError(
+                f"{config.path}: it has {len(conversations)} conversation, and at least 2 are needed: one to train on, one held out"
+            )
         self._conversations = {conversation.id: conversation for conversation in conversations}
         self._chunks: dict[Split, list[tuple[str, tuple[int, ...]]]] = {"train": [], "eval": []}
         for_eval = held_out([conversation.id for conversation in conversations], config.eval_fraction)
@@ -50,7 +55,9 @@ class ConversationEnvironment:
             self._chunks["eval" if conversation.id in for_eval else "train"] += self._chunked(conversation)
         for split, chunks in self._chunks.items():
             if not chunks:
-                raise TaskError(f"{config.path}: the {split} conversations have no question of categories {list(config.categories)}")
+                raise TaskError(
+                    f"{config.path}: the {split} conversations have no question of categories {list(config.categories)}"
+                )
 
     def tasks(self, split: Split, seed: int, start: int) -> Iterator[Task]:
         """Endless for train, in a new order every pass; one pass for eval."""
@@ -68,23 +75,39 @@ class ConversationEnvironment:
         conversation = self._conversations.get(task.payload.get("conversation", ""))
         numbers = task.payload.get("questions", ())
         if conversation is None:
-            raise TaskError(f"task {task.id}: {self._config.path} has no conversation {task.payload.get('conversation')!r}")
-        if not numbers or not all(isinstance(number, int) and 0 <= number < len(conversation.questions) for number in numbers):
-            raise TaskError(f"task {task.id}: questions={numbers!r} must be places in {conversation.id}'s {len(conversation.questions)} questions")
+            raise TaskError(
+                f"task {task.id}: {self._config.path} has no conversation {task.payload.get('conversation')!r}"
+            )
+        if not numbers or not all(
+            isinstance(number, int) and 0 <= number < len(conversation.questions) for number in numbers
+        ):
+            raise TaskError(
+                f"task {task.id}: questions={numbers!r} must be places in {conversation.id}'s {len(conversation.questions)} questions"
+            )
         questions = [conversation.questions[number] for number in numbers]
-        return ConversationSession(_shown(conversation, questions, self._config.max_sessions), questions, self._config)
+        return ConversationSession(
+            _shown(conversation, questions, self._config.max_sessions), questions, self._config
+        )
 
     def _chunked(self, conversation: Conversation) -> list[tuple[str, tuple[int, ...]]]:
         categories = (*self._config.categories, None)  # None: not LoCoMo's, nothing to choose by
-        wanted = [number for number, question in enumerate(conversation.questions) if question.locomo_category in categories]
+        wanted = [
+            number
+            for number, question in enumerate(conversation.questions)
+            if question.locomo_category in categories
+        ]
         size = self._config.questions_per_episode
-        return [(conversation.id, tuple(wanted[place : place + size])) for place in range(0, len(wanted), size)]
+        return [
+            (conversation.id, tuple(wanted[place : place + size])) for place in range(0, len(wanted), size)
+        ]
 
 
 class ConversationSession:
     """One episode's view: the sessions in order, then the questions."""
 
-    def __init__(self, sessions: Sequence[Told], questions: Sequence[Question], config: ConversationConfig) -> None:
+    def __init__(
+        self, sessions: Sequence[Told], questions: Sequence[Question], config: ConversationConfig
+    ) -> None:
         pieces = [piece for told in sessions for piece in _pieces(told)]
         self._observations = [Observation(piece, wants_action=False) for piece in pieces]
         self._observations += [Observation(question.text, wants_action=True) for question in questions]
@@ -108,13 +131,21 @@ class ConversationSession:
 
     def outcome(self) -> Outcome:
         predictions = self._predictions + [""] * (len(self._questions) - len(self._predictions))
-        answers = tuple(self._answer(question, prediction) for question, prediction in zip(self._questions, predictions, strict=True))
-        parts = {name: sum(answer.scores[name] for answer in answers) / len(answers) for name in answers[0].scores}
+        answers = tuple(
+            self._answer(question, prediction)
+            for question, prediction in zip(self._questions, predictions, strict=True)
+        )
+        parts = {
+            name: sum(answer.scores[name] for answer in answers) / len(answers) for name in answers[0].scores
+        }
         return Outcome(reward=parts["f1"], reward_parts=parts, answers=answers)
 
     def _answer(self, question: Question, prediction: str) -> Answer:
         if question.answer:
-            scores = {"plain_f1": plain_f1(prediction, question.answer), "em": plain_em(prediction, question.answer)}
+            scores = {
+                "plain_f1": plain_f1(prediction, question.answer),
+                "em": plain_em(prediction, question.answer),
+            }
         elif question.locomo_category is None:
             scores = dict.fromkeys(("plain_f1", "em", "abstention"), float(says_unknown(prediction)))
         else:

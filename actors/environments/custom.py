@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from actors.environments.base import Demonstrator, Environment, Observation, Session, Split, TaskError, prepare
+from actors.environments.base import Demonstrator, Environment, Observation, Session, Split, prepare
+from actors.protocols import TaskError
 from actors.types import Flashcard, Outcome, Task
 from configs.extensions import load_extension, require_members
 from configs.schema import EnvironmentConfig
@@ -57,7 +58,9 @@ class _Rewarded:
 
 @dataclass(frozen=True, slots=True)
 class _RewardedDemonstrator(_Rewarded):
-    def demonstrate_flashcards(self, task: Task, text_in_context: str, question_blind: bool) -> tuple[Flashcard, ...]:
+    def demonstrate_flashcards(
+        self, task: Task, text_in_context: str, question_blind: bool
+    ) -> tuple[Flashcard, ...]:
         inner: Demonstrator = self.inner  # type: ignore[assignment]  # asked for in `rewarded`
         return inner.demonstrate_flashcards(task, text_in_context, question_blind)
 
@@ -85,7 +88,13 @@ class _RewardedSession:
         try:
             value = float(self.reward(self.task, outcome))
         except Exception as error:
-            raise TaskError(f"task {self.task.id}: environment.reward={self.path} raised {type(error).__name__}: {error}") from error
+            raise TaskError(
+                f"task {self.task.id}: environment.reward={self.path} raised {type(error).__name__}: {error}"
+            ) from error
         if not math.isfinite(value):
-            raise TaskError(f"task {self.task.id}: environment.reward={self.path} returned {value}: a reward is a finite number")
-        return replace(outcome, reward=value, reward_parts={**outcome.reward_parts, "environment": outcome.reward})
+            raise TaskError(
+                f"task {self.task.id}: environment.reward={self.path} returned {value}: a reward is a finite number"
+            )
+        return replace(
+            outcome, reward=value, reward_parts={**outcome.reward_parts, "environment": outcome.reward}
+        )

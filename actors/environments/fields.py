@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from actors.environments.base import TaskError
+from actors.protocols import TaskError
 
 _MISSING = object()
 _LONGEST_ITEM = 80  # characters of a file's own name for an item, in messages
@@ -33,7 +33,9 @@ class Field:
 
     def get(self, key: str, default: object) -> Field:
         fields = self.object()
-        return Field(self.path, self.item, fields.get(key, default), f"{self.name}.{key}" if self.name else key)
+        return Field(
+            self.path, self.item, fields.get(key, default), f"{self.name}.{key}" if self.name else key
+        )
 
     def either(self, keys: Sequence[str], default: object) -> Field:
         """The first of these fields that the object has."""
@@ -53,7 +55,10 @@ class Field:
         """The entries of a list."""
         if not isinstance(self.value, list):
             raise self.error("a list")
-        return [Field(self.path, self.item, value, f"{self.name}[{place}]") for place, value in enumerate(self.value)]
+        return [
+            Field(self.path, self.item, value, f"{self.name}[{place}]")
+            for place, value in enumerate(self.value)
+        ]
 
     def text(self, may_be_blank: bool = False) -> str:
         if not isinstance(self.value, str) or not (may_be_blank or self.value.strip()):
@@ -62,7 +67,11 @@ class Field:
 
     def scalar(self) -> str:
         """A text or a number, as text."""
-        if isinstance(self.value, bool) or not isinstance(self.value, (str, int, float)) or not str(self.value).strip():
+        if (
+            isinstance(self.value, bool)
+            or not isinstance(self.value, (str, int, float))
+            or not str(self.value).strip()
+        ):
             raise self.error("a text or a number")
         return str(self.value)
 
@@ -105,7 +114,9 @@ class Source:
                 file.seek(start)
                 return file.read(size)
         except OSError as error:
-            raise TaskError(f"{self.path}: cannot be read ({error.strerror}): give {self.setting} the path of {self.what}") from error
+            raise TaskError(
+                f"{self.path}: cannot be read ({error.strerror}): give {self.setting} the path of {self.what}"
+            ) from error
 
     def decode(self, data: bytes) -> str:
         try:
@@ -118,7 +129,9 @@ class Source:
         try:
             return json.loads(self.read())
         except json.JSONDecodeError as error:
-            raise TaskError(f"{self.path}: not JSON at line {error.lineno} column {error.colno}: {error.msg}") from error
+            raise TaskError(
+                f"{self.path}: not JSON at line {error.lineno} column {error.colno}: {error.msg}"
+            ) from error
         except RecursionError as error:
             raise TaskError(f"{self.path}: nested too deeply for {self.what}") from error
         except ValueError as error:  # a number of thousands of digits
@@ -139,7 +152,9 @@ class Source:
             try:
                 yield Field(self.path, f"line {number}", json.loads(line))
             except json.JSONDecodeError as error:
-                raise TaskError(f"{self.path}: line {number}: not JSON at column {error.colno}: {error.msg}") from error
+                raise TaskError(
+                    f"{self.path}: line {number}: not JSON at column {error.colno}: {error.msg}"
+                ) from error
             except RecursionError as error:
                 raise TaskError(f"{self.path}: line {number}: nested too deeply for {self.what}") from error
             except ValueError as error:  # a number of thousands of digits

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from actors.environments.base import TaskError
 from actors.environments.fields import Source
+from actors.protocols import TaskError
 
 _CHUNK = 1 << 23  # bytes read at once; the item that a chunk's end cuts is parsed twice
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -25,7 +25,9 @@ def stream_list(source: Source) -> Iterator[tuple[int, int, Any]]:
     with Path(source.path).open("rb") as file:
         text = _Text(file, source)
         if text.next_character() != "[":
-            raise TaskError(f"{source.path}: expected a list, got something else: give {source.setting} the path of {source.what}")
+            raise TaskError(
+                f"{source.path}: expected a list, got something else: give {source.setting} the path of {source.what}"
+            )
         text.skip(1)
         if text.next_character() == "]":
             return
@@ -36,7 +38,9 @@ def stream_list(source: Source) -> Iterator[tuple[int, int, Any]]:
             if separator == "]":
                 return
             if separator != ",":
-                raise TaskError(f"{source.path}: not JSON after item {number}: expected ',' or ']', got {separator or 'the end of the file'!r}")
+                raise TaskError(
+                    f"{source.path}: not JSON after item {number}: expected ',' or ']', got {separator or 'the end of the file'!r}"
+                )
             text.skip(1)
 
 
@@ -75,11 +79,15 @@ class _Text:
                 place = self._byte + _bytes(self._text[self._at : error.pos])
                 if self._read_more():
                     continue
-                raise TaskError(f"{self._source.path}: item {number}: not JSON at byte {place}: {error.msg}") from error
+                raise TaskError(
+                    f"{self._source.path}: item {number}: not JSON at byte {place}: {error.msg}"
+                ) from error
             except ValueError as error:  # a number of thousands of digits
                 raise TaskError(f"{self._source.path}: item {number}: not JSON: {error}") from error
             except RecursionError as error:
-                raise TaskError(f"{self._source.path}: item {number}: nested too deeply for {self._source.what}") from error
+                raise TaskError(
+                    f"{self._source.path}: item {number}: nested too deeply for {self._source.what}"
+                ) from error
             start, size = self._byte, _bytes(self._text[self._at : end])
             self._at, self._byte = end, start + size
             return start, size, value

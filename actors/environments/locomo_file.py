@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from actors.environments.base import TaskError
 from actors.environments.conversation_types import Conversation, Question, Told
 from actors.environments.fields import Field, Source
-from actors.scoring import ADVERSARIAL, CATEGORY_NAMES
+from actors.environments.scoring import ADVERSARIAL, CATEGORY_NAMES
+from actors.protocols import TaskError
 
 _SESSION_KEY = re.compile(r"session_(\d+)")
 _EVIDENCE_SESSION = re.compile(r"D(\d+)")
@@ -17,7 +17,9 @@ _EVIDENCE_SESSION = re.compile(r"D(\d+)")
 def read_locomo(path: str) -> list[Conversation]:
     """All conversations of the file. Raises TaskError."""
     source = Source(path, "environment.conversation.path", "a LoCoMo file (a JSON list of conversations)")
-    conversations = [_conversation(item, number) for number, item in enumerate(source.json_list("conversations"))]
+    conversations = [
+        _conversation(item, number) for number, item in enumerate(source.json_list("conversations"))
+    ]
     seen: set[str] = set()
     for number, conversation in enumerate(conversations):
         if conversation.id in seen:
@@ -44,7 +46,11 @@ def _conversation(item: Field, number: int) -> Conversation:
 
 def _session(talk: Field, number: int) -> Told:
     key = f"session_{number}"
-    return Told(number=number, date=talk[f"{key}_date_time"].text(), lines=tuple(_line(turn) for turn in talk[key].items()))
+    return Told(
+        number=number,
+        date=talk[f"{key}_date_time"].text(),
+        lines=tuple(_line(turn) for turn in talk[key].items()),
+    )
 
 
 def _line(turn: Field) -> str:
@@ -66,5 +72,7 @@ def _question(item: Field) -> Question:
         answer=answer,
         category=CATEGORY_NAMES[number],
         locomo_category=number,
-        evidence_sessions=tuple(int(found) for entry in evidence for found in _EVIDENCE_SESSION.findall(str(entry.value))),
+        evidence_sessions=tuple(
+            int(found) for entry in evidence for found in _EVIDENCE_SESSION.findall(str(entry.value))
+        ),
     )

@@ -10,18 +10,24 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.environments.base import TaskError
 from actors.environments.conversation_types import Conversation, Question, Told
 from actors.environments.fields import Field, Source
 from actors.environments.json_list import stream_list
+from actors.protocols import TaskError
 
 _ROLES = ("user", "assistant")
-_DATE = re.compile(r"\d{4}/\d\d/\d\d \(\w{3}\) \d\d:\d\d")  # 2023/05/30 (Tue) 23:40; as texts they sort by time
+_DATE = re.compile(
+    r"\d{4}/\d\d/\d\d \(\w{3}\) \d\d:\d\d"
+)  # 2023/05/30 (Tue) 23:40; as texts they sort by time
 
 
 def read_longmemeval(path: str) -> list[Conversation]:
     """One conversation with one question per item of the file, named by its question_id. Raises TaskError."""
-    source = Source(path, "environment.conversation.path", "a LongMemEval file (a JSON list of questions with their chats)")
+    source = Source(
+        path,
+        "environment.conversation.path",
+        "a LongMemEval file (a JSON list of questions with their chats)",
+    )
     conversations: dict[str, Conversation] = {}
     for number, (start, size, value) in enumerate(stream_list(source)):
         item = Field(path, f"item {number}", value)
@@ -33,7 +39,9 @@ def read_longmemeval(path: str) -> list[Conversation]:
         if not any(told.lines for told, _ in sessions):
             raise item["haystack_sessions"].error("at least one turn")
         evidence = tuple(told.number for told, holds_answer in sessions if holds_answer)
-        conversations[name] = Conversation(name, (_question(item, name, evidence),), _Haystack(source, start, size, item.item, name))
+        conversations[name] = Conversation(
+            name, (_question(item, name, evidence),), _Haystack(source, start, size, item.item, name)
+        )
     return list(conversations.values())
 
 
@@ -54,7 +62,9 @@ class _Haystack:
             value = {}
         item = Field(self.source.path, self.item, value)
         if item.get("question_id", "").value != self.name:
-            raise TaskError(f"{self.source.path}: {self.item}: the file was changed after it was first read: start the run again")
+            raise TaskError(
+                f"{self.source.path}: {self.item}: the file was changed after it was first read: start the run again"
+            )
         return [told for told, _ in _sessions(item)]
 
 

@@ -16,10 +16,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from actors.environments.base import Observation, Split, TaskError
+from actors.environments.base import Observation, Split
 from actors.environments.recall_wide import MORE_PEOPLE, MORE_VALUES
 from actors.environments.recall_words import FILLERS, PEOPLE, RELATIONS, Relation
-from actors.scoring import plain_em, plain_f1
+from actors.environments.scoring import plain_em, plain_f1
+from actors.protocols import TaskError
 from actors.types import Answer, Flashcard, Outcome, Task
 from configs.schema import RecallConfig
 
@@ -69,11 +70,18 @@ class RecallEnvironment:
         facts = config.sessions * config.facts_per_session
         room = min(len(names) for names in PEOPLE.values())
         if facts > room:
-            raise ValueError(f"recall.sessions * recall.facts_per_session={facts} is not allowed: it must be at most {room}, one person a fact")
+            raise ValueError(
+                f"recall.sessions * recall.facts_per_session={facts} is not allowed: it must be at most {room}, one person a fact"
+            )
         if config.filler_sentences > len(FILLERS):
-            raise ValueError(f"recall.filler_sentences={config.filler_sentences} is not allowed: it must be at most {len(FILLERS)}, lower it")
+            raise ValueError(
+                f"recall.filler_sentences={config.filler_sentences} is not allowed: it must be at most {len(FILLERS)}, lower it"
+            )
         self._config = config
-        self._words = {"train": vocabulary("train", wide=config.vocabulary == "wide"), "eval": vocabulary("eval", wide=False)}
+        self._words = {
+            "train": vocabulary("train", wide=config.vocabulary == "wide"),
+            "eval": vocabulary("eval", wide=False),
+        }
 
     def tasks(self, split: Split, seed: int, start: int) -> Iterator[Task]:
         """Endless; see Environment.tasks."""
@@ -82,21 +90,30 @@ class RecallEnvironment:
     def start(self, task: Task) -> RecallSession:
         return RecallSession(task)
 
-    def demonstrate_flashcards(self, task: Task, text_in_context: str, question_blind: bool) -> tuple[Flashcard, ...]:
+    def demonstrate_flashcards(
+        self, task: Task, text_in_context: str, question_blind: bool
+    ) -> tuple[Flashcard, ...]:
         """The told facts that stand in ``text_in_context``: those that will be asked, as they will be asked, or (blind) all, asked plainly."""
         asked = {question["question"] for question in _field(task, "questions")}
         told = [fact for fact in _field(task, "facts") if fact["sentence"] in text_in_context]
         if question_blind:
             return tuple(Flashcard(fact["plain_question"], fact["answer"]) for fact in told)
-        return tuple(Flashcard(fact["question"], fact["answer"]) for fact in told if fact["question"] in asked)
+        return tuple(
+            Flashcard(fact["question"], fact["answer"]) for fact in told if fact["question"] in asked
+        )
 
     def _task(self, split: Split, seed: int, position: int) -> Task:
         config = self._config
-        rng = random.Random(f"recall/{split}/{seed}/{position}")  # a text seed is hashed by Random itself, equally in every process
+        rng = random.Random(
+            f"recall/{split}/{seed}/{position}"
+        )  # a text seed is hashed by Random itself, equally in every process
         words = self._words[split]
         people = rng.sample(words.people, config.sessions * config.facts_per_session)
         facts = _facts(rng, words, people)
-        chunks = [facts[i * config.facts_per_session : (i + 1) * config.facts_per_session] for i in range(config.sessions)]
+        chunks = [
+            facts[i * config.facts_per_session : (i + 1) * config.facts_per_session]
+            for i in range(config.sessions)
+        ]
         sessions = []
         for chunk in chunks:
             sentences = [fact.sentence for fact in chunk] + rng.sample(FILLERS, config.filler_sentences)
@@ -106,9 +123,17 @@ class RecallEnvironment:
         payload = {
             "sessions": sessions,
             "facts": [fact.as_json() for fact in facts],
-            "questions": [{"question": fact.question, "answer": fact.answer, "relation": fact.relation} for fact in asked],
+            "questions": [
+                {"question": fact.question, "answer": fact.answer, "relation": fact.relation}
+                for fact in asked
+            ],
         }
-        return Task(id=f"recall-{split}-{seed}-{position}", environment=self.name, payload=payload, seed=rng.getrandbits(31))
+        return Task(
+            id=f"recall-{split}-{seed}-{position}",
+            environment=self.name,
+            payload=payload,
+            seed=rng.getrandbits(31),
+        )
 
 
 class RecallSession:
@@ -139,7 +164,9 @@ class RecallSession:
     def outcome(self) -> Outcome:
         answers = tuple(
             _answer(question, prediction)
-            for question, prediction in itertools.zip_longest(self._questions, self._predictions, fillvalue="")
+            for question, prediction in itertools.zip_longest(
+                self._questions, self._predictions, fillvalue=""
+            )
             if question
         )
         parts = {name: sum(answer.scores[name] for answer in answers) / len(answers) for name in ("f1", "em")}
@@ -150,7 +177,13 @@ def _answer(question: dict[str, str] | str, prediction: dict[str, str] | str) ->
     assert isinstance(question, dict) and isinstance(prediction, str)
     gold = question["answer"]
     scores = {"f1": plain_f1(prediction, gold), "em": plain_em(prediction, gold)}
-    return Answer(question=question["question"], gold=(gold,), prediction=prediction, category=question["relation"], scores=scores)
+    return Answer(
+        question=question["question"],
+        gold=(gold,),
+        prediction=prediction,
+        category=question["relation"],
+        scores=scores,
+    )
 
 
 def _facts(rng: random.Random, words: Vocabulary, people: list[str]) -> list[_Fact]:

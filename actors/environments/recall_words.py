@@ -41,7 +41,11 @@ PEOPLE = _split(
 RELATIONS = (
     Relation(
         "home",
-        ("{name} has moved to {value}.", "{name} settled in {value} last year.", "{name} rents a flat in {value}."),
+        (
+            "{name} has moved to {value}.",
+            "{name} settled in {value} last year.",
+            "{name} rents a flat in {value}.",
+        ),
         ("Where does {name} live?", "What city is {name}'s home?"),
         _split(
             "Paris, London, Berlin, Madrid, Rome, Vienna, Boston, Chicago, Dallas, Denver, Tokyo, Sydney, Dublin, Oslo, Cairo, Lima, Athens, Geneva, "
@@ -72,17 +76,31 @@ RELATIONS = (
         "birthday",
         ("{name} was born on {value}.", "{name} turns a year older on {value}."),
         ("When is {name}'s birthday?", "On what date does {name} celebrate a birthday?"),
-        {"train": _dates("January, February, March, May, June, August, September, December"), "eval": _dates("April, July, October, November")},
+        {
+            "train": _dates("January, February, March, May, June, August, September, December"),
+            "eval": _dates("April, July, October, November"),
+        },
     ),
     Relation(
         "instrument",
-        ("{name} plays the {value} in a band.", "{name} is learning the {value}.", "{name} practices the {value} every day."),
+        (
+            "{name} plays the {value} in a band.",
+            "{name} is learning the {value}.",
+            "{name} practices the {value} every day.",
+        ),
         ("What instrument does {name} play?", "On which instrument does {name} make music?"),
-        _split("piano, guitar, violin, drums, flute, trumpet, harp, organ, saxophone, banjo, clarinet", "cello, accordion, trombone, bass, ukulele"),
+        _split(
+            "piano, guitar, violin, drums, flute, trumpet, harp, organ, saxophone, banjo, clarinet",
+            "cello, accordion, trombone, bass, ukulele",
+        ),
     ),
     Relation(
         "dish",
-        ("{name} loves {value} more than any other food.", "{name} could eat {value} every day.", "{name} always orders {value}."),
+        (
+            "{name} loves {value} more than any other food.",
+            "{name} could eat {value} every day.",
+            "{name} always orders {value}.",
+        ),
         ("What is {name}'s favorite food?", "What does {name} like to eat?"),
         _split(
             "pizza, pasta, soup, rice, curry, salad, steak, sushi, pancakes, tacos, noodles, cheese, lamb, beans, eggs, salmon",
@@ -91,7 +109,11 @@ RELATIONS = (
     ),
     Relation(
         "purchase",
-        ("{name} bought a {value} yesterday.", "{name} paid for a new {value}.", "{name} came back from the shop with a {value}."),
+        (
+            "{name} bought a {value} yesterday.",
+            "{name} paid for a new {value}.",
+            "{name} came back from the shop with a {value}.",
+        ),
         ("What did {name} buy?", "What is {name}'s new possession?"),
         _split(
             "lamp, bicycle, camera, sofa, watch, jacket, laptop, tent, mirror, carpet, helmet, kettle, printer, ladder, clock, radio, blanket",
@@ -100,7 +122,11 @@ RELATIONS = (
     ),
     Relation(
         "holiday",
-        ("{name} spent the holidays in {value}.", "{name} is back from a trip to {value}.", "{name} took a plane to {value} for a break."),
+        (
+            "{name} spent the holidays in {value}.",
+            "{name} is back from a trip to {value}.",
+            "{name} took a plane to {value} for a break.",
+        ),
         ("Which country did {name} visit?", "Where did {name} go on vacation?"),
         _split(
             "Italy, France, Spain, Greece, Japan, Brazil, Egypt, Canada, Mexico, Norway, India, Peru, Chile, Kenya, Ireland, Turkey, Poland, Cuba",
@@ -109,7 +135,11 @@ RELATIONS = (
     ),
     Relation(
         "hobby",
-        ("{name} goes {value} every weekend.", "{name} has taken up {value}.", "{name} spends free time on {value}."),
+        (
+            "{name} goes {value} every weekend.",
+            "{name} has taken up {value}.",
+            "{name} spends free time on {value}.",
+        ),
         ("What is {name}'s hobby?", "How does {name} relax?"),
         _split(
             "fishing, hiking, sailing, skiing, climbing, running, cycling, swimming, dancing, camping, rowing",

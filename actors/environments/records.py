@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.environments.base import Observation, Split, TaskError
+from actors.environments.base import Observation, Split
 from actors.environments.fields import Field, Source
+from actors.environments.scoring import plain_em, plain_f1
 from actors.environments.splits import held_out, passes, task_seed
-from actors.scoring import plain_em, plain_f1
+from actors.protocols import TaskError
 from actors.types import Answer, Outcome, Task
 from configs.schema import RecordsConfig
 
@@ -51,7 +52,9 @@ class RecordsEnvironment:
             "eval": [record for record in records if record.key in out],
         }
         if not all(self._records.values()):
-            raise TaskError(f"{config.path}: its records have one and the same texts, so that none can be held out: two different ones are needed")
+            raise TaskError(
+                f"{config.path}: its records have one and the same texts, so that none can be held out: two different ones are needed"
+            )
 
     def tasks(self, split: Split, seed: int, start: int) -> Iterator[Task]:
         """Endless for train, a new order every pass; one pass for eval."""
@@ -64,7 +67,9 @@ class RecordsEnvironment:
                 "answers": list(record.answers),
                 "category": record.category,
             }
-            yield Task(f"records-{split}-{seed}-{position}", self.name, payload, task_seed(split, seed, position))
+            yield Task(
+                f"records-{split}-{seed}-{position}", self.name, payload, task_seed(split, seed, position)
+            )
 
     def start(self, task: Task) -> RecordSession:
         return RecordSession(task)
@@ -93,7 +98,10 @@ class RecordSession:
 
     def outcome(self) -> Outcome:
         gold = tuple(self._payload["answers"])
-        scores = {"f1": max(plain_f1(self._prediction, one) for one in gold), "em": max(plain_em(self._prediction, one) for one in gold)}
+        scores = {
+            "f1": max(plain_f1(self._prediction, one) for one in gold),
+            "em": max(plain_em(self._prediction, one) for one in gold),
+        }
         answer = Answer(self.question, gold, self._prediction, self._payload["category"], scores)
         return Outcome(reward=scores["f1"], reward_parts=dict(scores), answers=(answer,))
 
@@ -135,7 +143,9 @@ def _rows(source: Source, config: RecordsConfig) -> Iterator[Field]:
     wanted = {config.texts_field, config.question_field, config.answer_field, config.category_field} - {""}
     try:
         file = parquet.ParquetFile(Path(source.path))
-        columns = [name for name in file.schema_arrow.names if name in wanted]  # a missing one is found with its row, like a missing field
+        columns = [
+            name for name in file.schema_arrow.names if name in wanted
+        ]  # a missing one is found with its row, like a missing field
         number = 0
         for batch in file.iter_batches(columns=columns):
             rows: list[dict[str, Any]] = batch.to_pylist()

@@ -20,11 +20,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from actors.environments.base import Observation, Split, TaskError
+from actors.environments.base import Observation, Split
+from actors.environments.judge.judge import NO_COST, EndpointJudge, Judge, Verdict
 from actors.environments.rubric_file import RubricItem, read_rubric_items
 from actors.environments.rubric_rules import RuleChecker, RuleError, parse_rule
 from actors.environments.splits import held_out, passes, task_seed
-from actors.judge import NO_COST, EndpointJudge, Judge, Verdict
+from actors.protocols import TaskError
 from actors.types import Answer, Outcome, Task
 from configs.schema import RubricConfig
 
@@ -53,7 +54,9 @@ class RubricEnvironment:
         self._items = {item.id: item for item in items}
         contexts = [item.context_id for item in items]
         if len(set(contexts)) < 2:
-            raise TaskError(f"{config.path}: all its items share one context, and at least 2 are needed: one to train on, one held out")
+            raise TaskError(
+                f"{config.path}: all its items share one context, and at least 2 are needed: one to train on, one held out"
+            )
         for_eval = held_out(contexts, config.eval_fraction)
         self._ids: dict[Split, list[str]] = {
             "train": [item.id for item in items if item.context_id not in for_eval],
@@ -86,8 +89,12 @@ class RubricSession:
         self._item = item
         self._judge = judge
         material, self._request = split_request(item.request)
-        told = [(message.role, message.content) for message in item.told] + ([("user", material)] if material else [])
-        self._observations = [Observation(f"{_LABELS[role]}\n{content}", wants_action=False) for role, content in told]
+        told = [(message.role, message.content) for message in item.told] + (
+            [("user", material)] if material else []
+        )
+        self._observations = [
+            Observation(f"{_LABELS[role]}\n{content}", wants_action=False) for role, content in told
+        ]
         self._observations.append(Observation(self._request, wants_action=True))
         self._next = 0
         self._prediction = ""
@@ -110,14 +117,22 @@ class RubricSession:
         verdict = self._verdict(final_answer(self._prediction))
         solved, share = float(all(verdict.met)), sum(verdict.met) / len(verdict.met)
         scores = {"f1": solved, "em": solved, "solved": solved, "rubrics_met": share}
-        answer = Answer(question=self._request, gold=self._item.rubrics, prediction=self._prediction, category=self._item.category, scores=scores)
+        answer = Answer(
+            question=self._request,
+            gold=self._item.rubrics,
+            prediction=self._prediction,
+            category=self._item.category,
+            scores=scores,
+        )
         costs = {f"judge_{name}": float(value) for name, value in asdict(verdict.cost).items()}
         return Outcome(reward=solved, reward_parts=scores | costs, answers=(answer,))
 
     def _verdict(self, answer: str) -> Verdict:
         rubrics = self._item.rubrics
         if not answer:
-            return Verdict(met=(False,) * len(rubrics), reasons=("the answer is empty",) * len(rubrics), cost=NO_COST)
+            return Verdict(
+                met=(False,) * len(rubrics), reasons=("the answer is empty",) * len(rubrics), cost=NO_COST
+            )
         try:
             return self._judge.verdict(self._request, answer, rubrics)
         except TaskError as error:
@@ -149,4 +164,8 @@ def _check_rules(path: str, items: list[RubricItem]) -> None:
             except RuleError as error:
                 shown = rubric if len(rubric) < 80 else f"{rubric[:76]}..."
                 cure = "or take environment.rubric.checker=judge"
-                raise TaskError(" ".join(f"{path}: line {item.line}, rubrics[{number}]: {shown!r} {error}; {cure}".split())) from None
+                raise TaskError(
+                    " ".join(
+                        f"{path}: line {item.line}, rubrics[{number}]: {shown!r} {error}; {cure}".split()
+                    )
+                ) from None

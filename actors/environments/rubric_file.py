@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from actors.environments.base import TaskError
 from actors.environments.fields import Field, Source
+from actors.protocols import TaskError
 
 _ROLES = ("system", "user", "assistant")
 _NO_CATEGORY = "uncategorised"
@@ -41,14 +41,20 @@ class RubricItem:
 
 def read_rubric_items(path: str) -> list[RubricItem]:
     """All items of the file, at least one, ids unique. Raises TaskError."""
-    source = Source(path, "environment.rubric.path", "a file of JSON lines with messages, rubrics and metadata (CL-Bench's schema)")
+    source = Source(
+        path,
+        "environment.rubric.path",
+        "a file of JSON lines with messages, rubrics and metadata (CL-Bench's schema)",
+    )
     items = [_item(line) for line in source.json_lines()]
     if not items:
         raise TaskError(f"{path}: it has no items: give environment.rubric.path the path of {source.what}")
     lines: dict[str, int] = {}
     for item in items:
         if item.id in lines:
-            raise TaskError(f"{path}: line {item.line}: metadata.task_id {item.id!r} stands in line {lines[item.id]} already")
+            raise TaskError(
+                f"{path}: line {item.line}: metadata.task_id {item.id!r} stands in line {lines[item.id]} already"
+            )
         lines[item.id] = item.line
     return items
 
@@ -58,7 +64,9 @@ def _item(line: Field) -> RubricItem:
     task_id = _given(metadata, "task_id") or line.item.replace(" ", "-")
     messages = [_message(message) for message in line["messages"].items()]
     if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
-        raise line["messages"].error("at least one message, the last one of the user, with a text, for it is what to answer")
+        raise line["messages"].error(
+            "at least one message, the last one of the user, with a text, for it is what to answer"
+        )
     return RubricItem(
         id=task_id,
         context_id=_given(metadata, "context_id") or task_id,

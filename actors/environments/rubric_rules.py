@@ -19,8 +19,8 @@ from functools import lru_cache
 
 import regex
 
-from actors.environments.base import TaskError
-from actors.judge import NO_COST, Verdict
+from actors.environments.judge.judge import NO_COST, Verdict
+from actors.protocols import TaskError
 
 Rule = Callable[[str], bool]
 
@@ -99,17 +99,25 @@ def _ends(text: str) -> Rule:
 def _matches(text: str) -> Rule:
     source = text.strip()
     if len(source) > _MAX_PATTERN_CHARACTERS:
-        raise RuleError(f"has a regular expression of {len(source)} characters, and {_MAX_PATTERN_CHARACTERS} are the most")
+        raise RuleError(
+            f"has a regular expression of {len(source)} characters, and {_MAX_PATTERN_CHARACTERS} are the most"
+        )
     try:
         pattern = regex.compile(source)
     except (regex.error, RecursionError, OverflowError) as error:
-        raise RuleError(f"has a regular expression that does not compile: {' '.join(str(error).split())}") from None
+        raise RuleError(
+            f"has a regular expression that does not compile: {' '.join(str(error).split())}"
+        ) from None
 
     def search(answer: str) -> bool:
         try:
-            return pattern.search(answer, timeout=_REGEX_SECONDS, concurrent=True) is not None  # concurrent: other threads run meanwhile
+            return (
+                pattern.search(answer, timeout=_REGEX_SECONDS, concurrent=True) is not None
+            )  # concurrent: other threads run meanwhile
         except TimeoutError:
-            raise RuleError(f"has a regular expression that was not done after {_REGEX_SECONDS:g} s on this answer: write a simpler one") from None
+            raise RuleError(
+                f"has a regular expression that was not done after {_REGEX_SECONDS:g} s on this answer: write a simpler one"
+            ) from None
 
     return search
 
@@ -138,7 +146,9 @@ def _count_rule(bound: str, number: int, unit: str) -> Rule:
     def measure(answer: str) -> int:
         if unit == "word":
             return len(answer.split())
-        return sum(bool(line.strip()) for line in answer.splitlines()) if unit == "line" else len(answer.strip())
+        return (
+            sum(bool(line.strip()) for line in answer.splitlines()) if unit == "line" else len(answer.strip())
+        )
 
     if bound == "at most":
         return lambda answer: measure(answer) <= number

@@ -24,11 +24,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Protocol
 
-from actors.environments.base import Observation, Split, TaskError
+from actors.environments.base import Observation, Split
+from actors.environments.scoring import mem1_em, mem1_f1, plain_em, plain_f1
 from actors.environments.search_file import Passage, SearchQuestion, read_corpus, read_questions
 from actors.environments.splits import held_out, passes, task_seed
-from actors.retrieval import Embedder, Hit, VectorIndex, WordIndex
-from actors.scoring import mem1_em, mem1_f1, plain_em, plain_f1
+from actors.protocols import TaskError
+from actors.text.retrieval import Embedder, Hit, VectorIndex, WordIndex
 from actors.types import Answer, Outcome, Task
 from configs.schema import SearchConfig
 
@@ -76,10 +77,16 @@ class SearchEnvironment:
 
     def start(self, task: Task) -> SearchSession:
         numbers = task.payload.get("questions", ())
-        if not numbers or not all(isinstance(number, int) and 0 <= number < len(self._questions) for number in numbers):
+        if not numbers or not all(
+            isinstance(number, int) and 0 <= number < len(self._questions) for number in numbers
+        ):
             path = self._config.questions_path
-            raise TaskError(f"task {task.id}: questions={numbers!r} must be places in the {len(self._questions)} questions of {path}")
-        return SearchSession([self._questions[number] for number in numbers], self._index, self._passages, self._config)
+            raise TaskError(
+                f"task {task.id}: questions={numbers!r} must be places in the {len(self._questions)} questions of {path}"
+            )
+        return SearchSession(
+            [self._questions[number] for number in numbers], self._index, self._passages, self._config
+        )
 
     def prepare(self) -> None:
         """Build the index: embedding a large corpus takes its time."""
@@ -101,8 +108,14 @@ class SearchEnvironment:
         chunks: dict[Split, list[tuple[int, ...]]] = {}
         splits: tuple[Split, ...] = ("train", "eval")
         for split in splits:
-            numbers = [number for number, question in enumerate(self._questions) if (question.key in for_eval) == (split == "eval")]
-            chunks[split] = [tuple(numbers[place : place + size]) for place in range(0, len(numbers) - size + 1, size)]
+            numbers = [
+                number
+                for number, question in enumerate(self._questions)
+                if (question.key in for_eval) == (split == "eval")
+            ]
+            chunks[split] = [
+                tuple(numbers[place : place + size]) for place in range(0, len(numbers) - size + 1, size)
+            ]
             if not chunks[split]:
                 raise TaskError(
                     f"{self._config.questions_path}: {len(numbers)} of its {len(self._questions)} questions are for {split}, and a task takes "
@@ -114,7 +127,13 @@ class SearchEnvironment:
 class SearchSession:
     """One episode's view: every turn shows what the last reply led to, the questions, and the turns that are left."""
 
-    def __init__(self, questions: Sequence[SearchQuestion], index: Index, passages: Sequence[Passage], config: SearchConfig) -> None:
+    def __init__(
+        self,
+        questions: Sequence[SearchQuestion],
+        index: Index,
+        passages: Sequence[Passage],
+        config: SearchConfig,
+    ) -> None:
         self._questions = questions
         self._index = index
         self._passages = passages
@@ -135,8 +154,14 @@ class SearchSession:
         if self._answer is not None or left == 0:
             return None
         count = len(self._questions)
-        answers = f"<answer>{'; '.join(['...'] * count)}</answer> with {count} answer{'s' if count > 1 else ''}"
-        form = f"Reply with <search>...</search> or {answers}." if left > 1 else f"This is the last turn: reply with {answers}."
+        answers = (
+            f"<answer>{'; '.join(['...'] * count)}</answer> with {count} answer{'s' if count > 1 else ''}"
+        )
+        form = (
+            f"Reply with <search>...</search> or {answers}."
+            if left > 1
+            else f"This is the last turn: reply with {answers}."
+        )
         asked = f"Question{'s' if count > 1 else ''}: {self.question}\nTurns left: {left}. {form}"
         return Observation(f"{self._news}\n\n{asked}" if self._news else asked, wants_action=True)
 
@@ -169,7 +194,9 @@ class SearchSession:
             )
             for question, prediction, officially in zip(self._questions, predictions, official, strict=True)
         )
-        parts = {name: sum(answer.scores[name] for answer in answers) / count for name in (*_PLAIN, *_OFFICIAL)}
+        parts = {
+            name: sum(answer.scores[name] for answer in answers) / count for name in (*_PLAIN, *_OFFICIAL)
+        }
         parts |= {
             "count_mismatch": float(self._answer is not None and None in predictions),
             "unanswered": float(self._answer is None),
@@ -183,7 +210,9 @@ class SearchSession:
         passages = [self._passages[hit.place] for hit in self._index.search(query, self._config.results)]
         if not passages:
             return f"No passage was found for: {shown}"
-        lines = [f"[{number}] {passage.title}: {passage.text}" for number, passage in enumerate(passages, start=1)]
+        lines = [
+            f"[{number}] {passage.title}: {passage.text}" for number, passage in enumerate(passages, start=1)
+        ]
         return "\n".join([f"Passages found for: {shown}", *lines])
 
 
@@ -202,7 +231,11 @@ def _in_places(answer: str | None, count: int) -> list[str] | list[None]:
     return parts if len(parts) == count else [None] * count
 
 
-def _nearest(scorers: Mapping[str, Scorer], question: SearchQuestion, prediction: str | None) -> dict[str, float]:
+def _nearest(
+    scorers: Mapping[str, Scorer], question: SearchQuestion, prediction: str | None
+) -> dict[str, float]:
     if prediction is None:
         return dict.fromkeys(scorers, 0.0)
-    return {name: max(score(prediction, answer) for answer in question.answers) for name, score in scorers.items()}
+    return {
+        name: max(score(prediction, answer) for answer in question.answers) for name, score in scorers.items()
+    }

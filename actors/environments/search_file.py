@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from actors.environments.base import TaskError
 from actors.environments.fields import Field, Source
-from actors.memory.base import split_text
+from actors.protocols import TaskError
+from actors.text.split_text import split_text
 
 _PASSAGE_CHARACTERS = 1000
 """About 250 tokens. A longer text becomes several passages, so that a turn with the results of a search is bounded; our choice."""
@@ -35,7 +35,11 @@ class Passage:
 
 def read_questions(path: str) -> list[SearchQuestion]:
     """In the file's order. Raises TaskError."""
-    source = Source(path, "environment.search.questions_path", "a file of questions (HotpotQA's JSON list, or JSON lines in a .jsonl file)")
+    source = Source(
+        path,
+        "environment.search.questions_path",
+        "a file of questions (HotpotQA's JSON list, or JSON lines in a .jsonl file)",
+    )
     items = source.json_lines() if _is_lines(path) else source.json_list("questions")
     return [_question(item) for item in items]
 
@@ -43,10 +47,16 @@ def read_questions(path: str) -> list[SearchQuestion]:
 def read_corpus(path: str) -> list[Passage]:
     """In the file's order, at least one. Raises TaskError."""
     source = Source(
-        path, "environment.search.corpus_path", "a file of passages (a JSON object of title to sentences, or JSON lines in a .jsonl file)"
+        path,
+        "environment.search.corpus_path",
+        "a file of passages (a JSON object of title to sentences, or JSON lines in a .jsonl file)",
     )
     texts = _texts_of_lines(source) if _is_lines(path) else _texts_of_object(source)
-    passages = [Passage(title, piece.strip()) for title, text in texts for piece in split_text(text, len, _PASSAGE_CHARACTERS)]
+    passages = [
+        Passage(title, piece.strip())
+        for title, text in texts
+        for piece in split_text(text, len, _PASSAGE_CHARACTERS)
+    ]
     if not passages:
         raise TaskError(f"{path}: it has no passage: give {source.setting} the path of {source.what}")
     return passages
@@ -59,7 +69,9 @@ def _is_lines(path: str) -> bool:
 def _question(item: Field) -> SearchQuestion:
     text = item["question"].text().strip()
     answer = item["answer"]
-    answers = [part.scalar() for part in answer.items()] if isinstance(answer.value, list) else [answer.scalar()]
+    answers = (
+        [part.scalar() for part in answer.items()] if isinstance(answer.value, list) else [answer.scalar()]
+    )
     if not answers:
         raise answer.error("at least one answer")
     key = item.either(("_id", "id"), text).scalar()
@@ -76,5 +88,9 @@ def _texts_of_object(source: Source) -> Iterator[tuple[str, str]]:
     corpus = Field(source.path, "the file", source.json())
     for title, value in corpus.object().items():
         text = Field(source.path, f"title {title!r}", value)
-        sentences = [sentence.text(may_be_blank=True).strip() for sentence in text.items()] if isinstance(value, list) else [text.text()]
+        sentences = (
+            [sentence.text(may_be_blank=True).strip() for sentence in text.items()]
+            if isinstance(value, list)
+            else [text.text()]
+        )
         yield title, " ".join(sentence for sentence in sentences if sentence)

@@ -9,17 +9,24 @@ Most policies keep one running context and only differ in what they do when it h
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from actors.chat import ChatFormat, Ids
-from actors.context import Context
-from actors.types import FastWeights, Generation, PolicyVersion, Segment, SpanKind, WriteExample, WriteRecord, WriteResult
-
-_BREAKS = (re.compile(r"(?<=\n)"), re.compile(r"(?<=[.!?]\s)"), re.compile(r"(?<=\s)"))
+from actors.text.chat_template import ChatFormat, Ids
+from actors.text.context import Context
+from actors.text.split_text import split_text
+from actors.types import (
+    FastWeights,
+    Generation,
+    PolicyVersion,
+    Segment,
+    SpanKind,
+    WriteExample,
+    WriteRecord,
+    WriteResult,
+)
 
 
 class Actor(Protocol):
@@ -153,29 +160,3 @@ def user_turns(text: str, chat: ChatFormat, limit: int) -> list[Ids]:
     Nothing is lost but white space at the cuts.
     """
     return [chat.user(piece) for piece in split_text(text, lambda piece: len(chat.user(piece)), limit)]
-
-
-def split_text(text: str, measure: Callable[[str], int], limit: int) -> list[str]:
-    """Pieces of at most ``limit`` by ``measure`` (a single character may exceed it) that join to ``text``."""
-    if len(text) <= 1 or measure(text) <= limit:
-        return [text]
-    parts: list[str] = []
-    for pattern in _BREAKS:
-        parts = [part for part in pattern.split(text) if part]
-        if len(parts) > 1:
-            break
-    else:
-        parts = [text[: len(text) // 2], text[len(text) // 2 :]]
-    frame = measure("")
-    packs: list[str] = []
-    room = -1
-    for part in parts:
-        size = measure(part) - frame
-        if room < size:
-            packs.append("")
-            room = limit - frame
-        packs[-1] += part
-        room -= size
-    if len(packs) == 1:  # the parts' sizes do not add up to the whole's: halve, so that the recursion ends
-        packs = ["".join(parts[: len(parts) // 2]), "".join(parts[len(parts) // 2 :])]
-    return [piece for pack in packs for piece in split_text(pack, measure, limit)]

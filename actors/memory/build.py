@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from actors.embedder import load_embedder
 from actors.memory.base import Memory
 from actors.memory.hybrid import HybridMemory
 from actors.memory.notes import NotesMemory
@@ -16,7 +15,8 @@ from actors.memory.state import StateMemory
 from actors.memory.summary import SummaryMemory
 from actors.memory.supervised import ImplicationsMemory, RawMemory, SummaryWriteMemory
 from actors.memory.truncation import TruncationMemory
-from actors.retrieval import Embedder
+from actors.text.embedder import load_embedder
+from actors.text.retrieval import Embedder
 from configs.extensions import load_extension
 from configs.schema import EmbedderConfig, MemoryConfig, MemoryPolicy, WriteConfig
 
@@ -49,7 +49,9 @@ def custom_memory(config: MemoryConfig) -> Callable[[MemoryConfig, WriteConfig, 
 
 
 _BUILDERS: Mapping[MemoryPolicy, Callable[[MemoryConfig, WriteConfig, Surroundings], Memory]] = {
-    "full": lambda config, write, around: TruncationMemory(around.window_tokens - around.answer_tokens - _REPLY_OPENING),
+    "full": lambda config, write, around: TruncationMemory(
+        around.window_tokens - around.answer_tokens - _REPLY_OPENING
+    ),
     "truncation": lambda config, write, around: TruncationMemory(config.max_context_tokens),
     "summary": lambda config, write, around: SummaryMemory(config),
     "state": lambda config, write, around: StateMemory(config),

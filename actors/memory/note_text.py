@@ -18,7 +18,9 @@ _LIST = re.compile(rf'\[(?:[^\[\]{{}}"]|{_STRING})*', re.DOTALL)
 _ID = re.compile(r'"id"\s*:\s*')
 _NUMBER = re.compile(r'"?[a-zA-Z #]*(\d{1,9})')  # of a note: 3, "3", "Note 3"
 _EMPTY = re.compile(r"\[\s*\]")
-_BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")  # control characters, and lone surrogates, which no tokenizer can encode
+_BLANK = re.compile(
+    r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+"
+)  # control characters, and lone surrogates, which no tokenizer can encode
 _WRITE = (
     'Write a JSON object about the text above, with the keys "context" (one sentence that sums it up), "tags" (its topics, three at most) and '
     '"keywords" (the names, places and things in it, six at most).'  # last: a small model likes to go on with this list until it is cut off
@@ -52,7 +54,9 @@ class Note:
     def embedded(self) -> str:
         """The text that the note is found by."""
         said = self.attributes
-        return "\n".join(filter(None, (said.context, ", ".join(said.keywords), ", ".join(said.tags), self.content)))
+        return "\n".join(
+            filter(None, (said.context, ", ".join(said.keywords), ", ".join(said.tags), self.content))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,10 @@ def connecting_prompt(new: str, neighbours: Sequence[str]) -> str:
 def as_json(note: Note, content: str) -> str:
     """The note with ``content`` of its content, in the form of the answer: a small model goes on with the form that it sees."""
     said = note.attributes
-    return json.dumps({"id": note.number, "context": said.context, "tags": list(said.tags), "text": content}, ensure_ascii=False)
+    return json.dumps(
+        {"id": note.number, "context": said.context, "tags": list(said.tags), "text": content},
+        ensure_ascii=False,
+    )
 
 
 def render(note: Note, content: str) -> str:
@@ -129,8 +136,16 @@ def _texts(text: str, key: str) -> tuple[str, ...]:
     value = _value(text, key) or ""
     listed = _LIST.match(value)
     one = _STRINGS.match(value)
-    items = [_clean(item) for item in _STRINGS.findall(listed[0])] if listed else _clean(one[0]).split(",") if one else []
-    kept = [item.strip() for item in items if any(map(str.isalnum, item)) and len(item) <= _MAX_CHARACTERS // 4]
+    items = (
+        [_clean(item) for item in _STRINGS.findall(listed[0])]
+        if listed
+        else _clean(one[0]).split(",")
+        if one
+        else []
+    )
+    kept = [
+        item.strip() for item in items if any(map(str.isalnum, item)) and len(item) <= _MAX_CHARACTERS // 4
+    ]
     return tuple(dict.fromkeys(kept))[:_MAX_ITEMS]
 
 

@@ -22,8 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from actors.chat import ChatFormat
-from actors.memory.base import Agent, split_text
+from actors.memory.base import Agent
 from actors.memory.note_text import (
     Attributes,
     Mention,
@@ -37,7 +36,9 @@ from actors.memory.note_text import (
     render,
     writing_prompt,
 )
-from actors.retrieval import Embedder, Hit, VectorIndex
+from actors.text.chat_template import ChatFormat
+from actors.text.retrieval import Embedder, Hit, VectorIndex
+from actors.text.split_text import split_text
 from configs.schema import MemoryConfig
 
 _T = TypeVar("_T")
@@ -90,7 +91,9 @@ class NotesMemory:
         attributes = parse_attributes(answer)
         self.events["notes"] += 1
         self.events["plain_notes"] += attributes == Attributes()
-        self.events["partial_notes"] += attributes != Attributes() and not (attributes.keywords and attributes.tags and attributes.context)
+        self.events["partial_notes"] += attributes != Attributes() and not (
+            attributes.keywords and attributes.tags and attributes.context
+        )
         note = Note(len(self._notes) + 1, content, attributes)
         near = await self._search(note.embedded, self._config.neighbours)
         await self._use_index(lambda index: index.add([note.embedded]))
@@ -101,9 +104,15 @@ class NotesMemory:
     async def _connect(self, agent: Agent, note: Note, neighbours: Sequence[Note]) -> None:
         room = min(self._config.max_note_tokens, self._limit // (1 + len(neighbours)))
         shown = [
-            as_json(other, _beginning(other.content, room - len(agent.chat.encode(as_json(other, ""))), agent.chat)) for other in (note, *neighbours)
+            as_json(
+                other,
+                _beginning(other.content, room - len(agent.chat.encode(as_json(other, ""))), agent.chat),
+            )
+            for other in (note, *neighbours)
         ]
-        mentions = parse_mentions(await agent.aside(connecting_prompt(shown[0], shown[1:]), "extract", self._config.max_note_tokens))
+        mentions = parse_mentions(
+            await agent.aside(connecting_prompt(shown[0], shown[1:]), "extract", self._config.max_note_tokens)
+        )
         if mentions is None:
             self.events["malformed_links"] += 1
             return
@@ -125,7 +134,11 @@ class NotesMemory:
     async def _evolve(self, mention: Mention) -> None:
         """The note's new tags and context, where there are any, replace the old ones, and it is found by them from now on."""
         old = self._notes[mention.number - 1]
-        attributes = replace(old.attributes, tags=mention.tags or old.attributes.tags, context=mention.context or old.attributes.context)
+        attributes = replace(
+            old.attributes,
+            tags=mention.tags or old.attributes.tags,
+            context=mention.context or old.attributes.context,
+        )
         if attributes == old.attributes:
             return
         note = replace(old, attributes=attributes)

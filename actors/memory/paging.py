@@ -22,11 +22,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from actors.chat import Ids
-from actors.environments.base import TaskError
-from actors.memory.base import Agent, split_text
+from actors.memory.base import Agent
 from actors.memory.paging_tools import BLOCKS, Storage, parse_call
-from actors.retrieval import Embedder
+from actors.protocols import TaskError
+from actors.text.chat_template import Ids
+from actors.text.retrieval import Embedder
+from actors.text.split_text import split_text
 from actors.types import SpanKind
 from configs.schema import MemoryConfig
 
@@ -95,7 +96,9 @@ class _Turn:
 class _Pager:
     """The queue manager and the function executor of one episode. ``_queue`` is what stands in the context after its opening, turn by turn."""
 
-    def __init__(self, config: MemoryConfig, agent: Agent, embedder: Callable[[], Embedder], events: Counter[str]) -> None:
+    def __init__(
+        self, config: MemoryConfig, agent: Agent, embedder: Callable[[], Embedder], events: Counter[str]
+    ) -> None:
         self._config = config
         self._paging = config.paging
         self._agent = agent
@@ -106,7 +109,9 @@ class _Pager:
         self._storage.set_task(self._question)
         self._summary = ""
         self._queue: list[_Turn] = []
-        self._current = 0  # the place in the queue of the turn that is being answered; len(queue) at other times
+        self._current = (
+            0  # the place in the queue of the turn that is being answered; len(queue) at other times
+        )
         self._gone = 0
         self._warned = False
         self._rebuild((), ())
@@ -145,7 +150,9 @@ class _Pager:
         context = self._agent.context
         pressed = len(context) > self._paging.warn_fraction * self._config.max_context_tokens
         due = pressed or len(context) + incoming > self._full
-        if due and self._queue and not self._warned and len(context) <= self._full:  # a long answer may have left no room for it
+        if (
+            due and self._queue and not self._warned and len(context) <= self._full
+        ):  # a long answer may have left no room for it
             await self._alert()
         if len(context) + incoming > self._full:
             await self._flush(incoming)
@@ -153,7 +160,9 @@ class _Pager:
     async def _alert(self) -> None:
         self._events["warnings"] += 1
         self._warned = True
-        self._tell(_ALERT.format(percent=round(100 * len(self._agent.context) / self._config.max_context_tokens)))
+        self._tell(
+            _ALERT.format(percent=round(100 * len(self._agent.context) / self._config.max_context_tokens))
+        )
         calls = len(self._queue)
         await self._replies("extract", self._paging.max_call_tokens)
         if len(self._queue) == calls + 1:  # one reply, and no call
@@ -173,7 +182,9 @@ class _Pager:
                 if kind == "act":
                     self._queue[-1] = _Turn(self._queue[-1].ids, f"You replied: {text}")
                 return text
-            self._tell(await asyncio.to_thread(self._storage.run, call))  # an embedder computes; other episodes run on this loop
+            self._tell(
+                await asyncio.to_thread(self._storage.run, call)
+            )  # an embedder computes; other episodes run on this loop
         return None
 
     async def _reply(self, kind: SpanKind, max_tokens: int) -> str:
@@ -220,10 +231,16 @@ class _Pager:
         """The recursive summary (section 2.2): of the old one and ``text``, in as many steps as the window needs."""
         while text:
             prompt = self._summary_prompt
-            frame = len(self._agent.chat.system(self._agent.system_prompt) + self._agent.chat.user(prompt("")))
+            frame = len(
+                self._agent.chat.system(self._agent.system_prompt) + self._agent.chat.user(prompt(""))
+            )
             part = split_text(text, self._tokens, self._config.max_context_tokens - frame - _SLACK)[0]
             text = text[len(part) :].strip()
-            written = (await self._agent.aside(prompt(part), "extract", min(self._share, self._config.max_summary_tokens))).strip()
+            written = (
+                await self._agent.aside(
+                    prompt(part), "extract", min(self._share, self._config.max_summary_tokens)
+                )
+            ).strip()
             self._events["summaries" if written else "empty_summaries"] += 1
             self._summary = self._first(written, self._share) if written else self._summary
 
@@ -245,12 +262,16 @@ class _Pager:
         return _memory_turn(core, summary, storage.messages, self._gone, storage.archived)
 
     def _opening(self, summary: str) -> Ids:
-        return self._agent.chat.system(self._agent.system_prompt) + self._agent.chat.user(self._memory_turn(summary))
+        return self._agent.chat.system(self._agent.system_prompt) + self._agent.chat.user(
+            self._memory_turn(summary)
+        )
 
     def _measures(self) -> tuple[int, int]:
         """Tokens: the quarter of the room that core memory, the summary, a turn and a result each have; and L_max less an alert. Raises TaskError."""
         chat, limit = self._agent.chat, self._config.max_context_tokens
-        blank = chat.system(self._agent.system_prompt) + chat.user(_memory_turn(dict.fromkeys(BLOCKS, ""), "", 0, 0, 0))
+        blank = chat.system(self._agent.system_prompt) + chat.user(
+            _memory_turn(dict.fromkeys(BLOCKS, ""), "", 0, 0, 0)
+        )
         alert = len(chat.user(_ALERT.format(percent=100)))
         fixed = len(blank) + alert + _SLACK
         share = (limit - fixed) // 4
@@ -263,7 +284,10 @@ class _Pager:
 
     def _turns(self, text: str) -> list[_Turn]:
         user = self._agent.chat.user
-        return [_Turn(user(piece), piece) for piece in split_text(text, lambda piece: len(user(piece)), self._share)]
+        return [
+            _Turn(user(piece), piece)
+            for piece in split_text(text, lambda piece: len(user(piece)), self._share)
+        ]
 
     def _cut(self, answer: str, max_tokens: int) -> str:
         """A reply may be as long as a call, an answer may not."""
@@ -282,7 +306,9 @@ class _Pager:
 
 def _memory_turn(core: Mapping[str, str], summary: str, messages: int, gone: int, archived: int) -> str:
     blocks = "\n".join(_BLOCK.format(name=name, text=text or _EMPTY) for name, text in core.items())
-    return _OPENING.format(core=blocks, summary=summary or _EMPTY, messages=messages, gone=gone, archived=archived)
+    return _OPENING.format(
+        core=blocks, summary=summary or _EMPTY, messages=messages, gone=gone, archived=archived
+    )
 
 
 def _size(turns: Sequence[_Turn]) -> int:

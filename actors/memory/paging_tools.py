@@ -18,8 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from actors.memory.base import split_text
-from actors.retrieval import Embedder, Hit, VectorIndex, WordIndex
+from actors.text.retrieval import Embedder, Hit, VectorIndex, WordIndex
+from actors.text.split_text import split_text
 from configs.schema import PagingConfig
 
 BLOCKS = ("task", "facts")
@@ -75,12 +75,18 @@ def parse_call(text: str) -> Call | BadCall | None:
         start = text.find("{", end)
     if not calls:
         return None
-    return Call(calls[0][0], calls[0][1], followed=len(calls) > 1) if calls[0][0] else BadCall('"call" names no tool')
+    return (
+        Call(calls[0][0], calls[0][1], followed=len(calls) > 1)
+        if calls[0][0]
+        else BadCall('"call" names no tool')
+    )
 
 
 def _object_at(text: str, start: int) -> tuple[dict[str, object] | None, int]:
     """The JSON object that opens at ``start`` (closing braces may be missing at the end) and where to look on."""
-    if max(text.count("{", start), text.count("[", start)) > _MAX_NESTING:  # a recursive parser would run out of stack
+    if (
+        max(text.count("{", start), text.count("[", start)) > _MAX_NESTING
+    ):  # a recursive parser would run out of stack
         return None, len(text)
     for missing in ("", "}", "}}"):
         try:
@@ -108,7 +114,12 @@ class Storage:
     """
 
     def __init__(
-        self, config: PagingConfig, embedder: Callable[[], Embedder], measure: Callable[[str], int], share: int, events: Counter[str]
+        self,
+        config: PagingConfig,
+        embedder: Callable[[], Embedder],
+        measure: Callable[[str], int],
+        share: int,
+        events: Counter[str],
     ) -> None:
         self.core: dict[str, str] = dict.fromkeys(BLOCKS, "")
         self.messages = 0  # in recall storage
@@ -133,9 +144,17 @@ class Storage:
         """Put a message into recall storage: in passages that a result can show, each under the message's heading if it has one (a first line in
         brackets, where the conversations of `environments` say their date)."""
         heading, _, rest = message.partition("\n")
-        headed = bool(rest) and heading.startswith("[") and heading.endswith("]") and self._measure(heading) * 2 < self._passage_limit
+        headed = (
+            bool(rest)
+            and heading.startswith("[")
+            and heading.endswith("]")
+            and self._measure(heading) * 2 < self._passage_limit
+        )
         body, heading = (rest, f"{heading} ") if headed else (message, "")
-        self._passages += [f"{heading}{piece.strip()}" for piece in self._pieces(body, self._passage_limit - self._measure(heading))]
+        self._passages += [
+            f"{heading}{piece.strip()}"
+            for piece in self._pieces(body, self._passage_limit - self._measure(heading))
+        ]
         self.messages += 1
         self._words = None
 
@@ -174,7 +193,11 @@ class Storage:
         return saved
 
     def _core_replace(self, arguments: Mapping[str, object]) -> str:
-        block, old, new = _block(arguments), _text(arguments, "old"), _text(arguments, "new", may_be_empty=True)
+        block, old, new = (
+            _block(arguments),
+            _text(arguments, "old"),
+            _text(arguments, "new", may_be_empty=True),
+        )
         if old not in self.core[block]:
             raise _Refused(f"block {block} does not hold {_short(old)}")
         lines = (line.strip() for line in self.core[block].replace(old, new).splitlines())
@@ -183,9 +206,13 @@ class Storage:
         return saved
 
     def _set_core(self, block: str, text: str) -> str:
-        tokens = self._measure(text) + sum(self._measure(other) for name, other in self.core.items() if name != block)
+        tokens = self._measure(text) + sum(
+            self._measure(other) for name, other in self.core.items() if name != block
+        )
         if len(text) > self._core_characters or tokens > self._share:
-            raise _Refused(f"block {block} would be full ({len(text)} characters): replace or shorten something in it, or use archival_insert")
+            raise _Refused(
+                f"block {block} would be full ({len(text)} characters): replace or shorten something in it, or use archival_insert"
+            )
         self.core[block] = text
         return f"Saved: block {block} has {len(text)} of {self._core_characters} characters."
 
@@ -201,7 +228,12 @@ class Storage:
     def _archival_search(self, arguments: Mapping[str, object]) -> str:
         query, page = _text(arguments, "query" if "query" in arguments else "text"), _page(arguments)
         self._events["archival_searches"] += 1
-        return self._show([] if self._vectors is None else self._vectors.search(query, page * self._page), self._archive, len(self._archive), page)
+        return self._show(
+            [] if self._vectors is None else self._vectors.search(query, page * self._page),
+            self._archive,
+            len(self._archive),
+            page,
+        )
 
     def _recall_search(self, arguments: Mapping[str, object]) -> str:
         query, page = _text(arguments, "query" if "query" in arguments else "text"), _page(arguments)
@@ -245,7 +277,9 @@ def _text(arguments: Mapping[str, object], name: str, may_be_empty: bool = False
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     text = _clean(value) if isinstance(value, str) else ""
-    if not isinstance(value, str) or not (may_be_empty or any(char.isalnum() for char in text)):  # "..." was copied from the instructions
+    if not isinstance(value, str) or not (
+        may_be_empty or any(char.isalnum() for char in text)
+    ):  # "..." was copied from the instructions
         raise _Malformed(f'"{name}" must be a text{"" if may_be_empty else " with words in it"}')
     return text
 
@@ -265,4 +299,6 @@ def _clean(text: str) -> str:
 
 
 def _short(text: str) -> str:
-    return json.dumps(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}...", ensure_ascii=False)
+    return json.dumps(
+        text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}...", ensure_ascii=False
+    )

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from actors.chat import ChatFormat
-from actors.flashcards import extraction_prompt, parse_flashcards, write_example
 from actors.memory.base import Agent, ContextMemory
 from actors.memory.write_log import record_nothing, record_write
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import extraction_prompt, parse_flashcards, write_example
 from actors.types import Flashcard, WriteExample
 from configs.schema import MemoryConfig, WriteConfig
 
@@ -57,12 +57,17 @@ class Flashcards:
             rehearsed = self._examples(agent, self._to_rehearse(agent, cards))[1]
             await record_write(agent, text, cards, examples + rehearsed, parsed.rejected + too_long)
         else:
-            reason = parsed.problem or f"all {too_long} flashcards are over write.max_example_tokens={self._write.max_example_tokens}"
+            reason = (
+                parsed.problem
+                or f"all {too_long} flashcards are over write.max_example_tokens={self._write.max_example_tokens}"
+            )
             record_nothing(agent, text, parsed.rejected + too_long, reason)
 
     def _prompt(self, agent: Agent) -> str:
         question = "" if self._config.question_blind else agent.question
-        return extraction_prompt(question, _newest(_known(agent), agent.chat, self._config.max_extract_tokens))
+        return extraction_prompt(
+            question, _newest(_known(agent), agent.chat, self._config.max_extract_tokens)
+        )
 
     def _to_rehearse(self, agent: Agent, cards: Sequence[Flashcard]) -> list[Flashcard]:
         """The newest earlier flashcards that this write trains again, unless the same question is answered anew."""
@@ -71,16 +76,24 @@ class Flashcards:
         asked = {card.question for card in cards}
         return [card for card in _known(agent) if card.question not in asked][-self._write.rehearsal :]
 
-    def _examples(self, agent: Agent, cards: Iterable[Flashcard]) -> tuple[tuple[Flashcard, ...], tuple[WriteExample, ...]]:
+    def _examples(
+        self, agent: Agent, cards: Iterable[Flashcard]
+    ) -> tuple[tuple[Flashcard, ...], tuple[WriteExample, ...]]:
         pairs = [(card, write_example(card, agent.system_prompt, agent.chat)) for card in cards]
-        fitting = [pair for pair in pairs if len(pair[1].prompt_ids) + len(pair[1].answer_ids) <= self._write.max_example_tokens]
+        fitting = [
+            pair
+            for pair in pairs
+            if len(pair[1].prompt_ids) + len(pair[1].answer_ids) <= self._write.max_example_tokens
+        ]
         return tuple(card for card, _ in fitting), tuple(example for _, example in fitting)
 
 
 def _known(agent: Agent) -> list[Flashcard]:
     """What the episode has written so far, oldest first; of several cards with one question the newest alone."""
     latest: dict[str, Flashcard] = {}
-    for card in (card for record in agent.writes if record.outcome == "accepted" for card in record.flashcards):
+    for card in (
+        card for record in agent.writes if record.outcome == "accepted" for card in record.flashcards
+    ):
         latest.pop(card.question, None)  # a question answered anew moves to the end
         latest[card.question] = card
     return list(latest.values())

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.chat import ChatFormat, Ids
-from actors.memory.base import Agent, ContextMemory, split_text
+from actors.memory.base import Agent, ContextMemory
 from actors.memory.summary import Summary
 from actors.memory.write_log import record_nothing, record_write
+from actors.text.chat_template import ChatFormat, Ids
+from actors.text.split_text import split_text
 from actors.types import WriteExample
 from configs.schema import MemoryConfig, WriteConfig
 
@@ -50,7 +51,12 @@ class SummaryWriteMemory(ContextMemory):
         summary = Summary(self._config)
         self.events[await summary.rewrite(agent)] += 1
         agent.clear()
-        await _learn(agent, summary.text, summary_examples(agent.chat, agent.system_prompt, summary.text, self._write), self._write)
+        await _learn(
+            agent,
+            summary.text,
+            summary_examples(agent.chat, agent.system_prompt, summary.text, self._write),
+            self._write,
+        )
 
 
 class ImplicationsMemory(ContextMemory):
@@ -73,10 +79,14 @@ class ImplicationsMemory(ContextMemory):
         lines = [line.strip(_MARKS) for line in text.splitlines()]
         told = [agent.chat.user(line) for line in dict.fromkeys(lines) if line]  # as a text that is read
         self.events["implications"] += len(told)
-        await _learn(agent, text, text_examples(agent.chat.system(agent.system_prompt), told, self._write), self._write)
+        await _learn(
+            agent, text, text_examples(agent.chat.system(agent.system_prompt), told, self._write), self._write
+        )
 
 
-def summary_examples(chat: ChatFormat, system_prompt: str, summary: str, write: WriteConfig) -> list[WriteExample]:
+def summary_examples(
+    chat: ChatFormat, system_prompt: str, summary: str, write: WriteConfig
+) -> list[WriteExample]:
     """A summary as the agent's reply when it is asked what it remembers, in pieces that fit."""
     prompt = chat.system(system_prompt) + chat.user(_RECALL) + chat.assistant_open
     room = _room(prompt, write)
@@ -89,7 +99,11 @@ def text_examples(opening: Ids, texts: Sequence[Ids], write: WriteConfig) -> lis
     room = _room(opening, write)
     if room < 1:
         return []
-    return [WriteExample(opening, ids[start : start + room]) for ids in texts for start in range(0, len(ids), room)]
+    return [
+        WriteExample(opening, ids[start : start + room])
+        for ids in texts
+        for start in range(0, len(ids), room)
+    ]
 
 
 def _room(prompt: Ids, write: WriteConfig) -> int:
@@ -102,5 +116,9 @@ async def _learn(agent: Agent, text: str, examples: Sequence[WriteExample], writ
     elif examples:
         await record_write(agent, text, (), examples, 0)
     else:
-        reason = "the model wrote nothing" if not text.strip() else f"nothing fits write.max_example_tokens={write.max_example_tokens}"
+        reason = (
+            "the model wrote nothing"
+            if not text.strip()
+            else f"nothing fits write.max_example_tokens={write.max_example_tokens}"
+        )
         record_nothing(agent, text, 0, reason)

@@ -9,7 +9,9 @@ from actors.memory.base import Agent
 from actors.types import Flashcard, WriteExample, WriteRecord
 
 
-async def record_write(agent: Agent, text: str, cards: Sequence[Flashcard], examples: Sequence[WriteExample], rejected: int) -> None:
+async def record_write(
+    agent: Agent, text: str, cards: Sequence[Flashcard], examples: Sequence[WriteExample], rejected: int
+) -> None:
     """Write ``examples`` (at least one) into the fast weights and log it. ``text`` is what the agent said, ``rejected`` what of it was unusable."""
     result = await agent.actor.learn(examples)
     record = WriteRecord(

@@ -17,7 +17,7 @@ from actors.types import WriteRecord
 from cluster.assistant.conversation import Conversation
 from cluster.assistant.opening import parts_of
 from cluster.assistant.values import AssistantError, Opening, Reply
-from cluster.progress import Display
+from cluster.common.display import Display
 
 T = TypeVar("T")
 
@@ -43,7 +43,9 @@ def chat(opening: Opening, memory: Path | None, source: TextIO, display: Display
         face = ChatFace(conversation, opening, runner, display)
         if memory is not None:
             face.load(str(memory))
-        display.say(f"ready: a context of {opening.config.memory.max_context_tokens} tokens; /help lists the commands, /quit ends")
+        display.say(
+            f"ready: a context of {opening.config.memory.max_context_tokens} tokens; /help lists the commands, /quit ends"
+        )
         face.converse(source)
         return face.failures
 
@@ -51,7 +53,9 @@ def chat(opening: Opening, memory: Path | None, source: TextIO, display: Display
 class ChatFace:
     """``runner`` runs the conversation's coroutines between two lines; Ctrl-C cancels the one that is running."""
 
-    def __init__(self, conversation: Conversation, opening: Opening, runner: asyncio.Runner, display: Display) -> None:
+    def __init__(
+        self, conversation: Conversation, opening: Opening, runner: asyncio.Runner, display: Display
+    ) -> None:
         self.failures = 0
         self._talk, self._opening, self._runner, self._display = conversation, opening, runner, display
         self._limit = opening.config.memory.max_context_tokens
@@ -79,7 +83,9 @@ class ChatFace:
 
     def load(self, rest: str) -> None:
         self._wait(self._talk.load(self._folder(rest, "load")))
-        self._note(f"loaded {rest}: {_plural(len(self._talk.cards), 'flashcard')}, revision {self._talk.revision}")
+        self._note(
+            f"loaded {rest}: {_plural(len(self._talk.cards), 'flashcard')}, revision {self._talk.revision}"
+        )
 
     # --- turns ---------------------------------------------------------------------------------------------------------------------------------
 
@@ -95,13 +101,17 @@ class ChatFace:
         except (AssistantError, EngineError, ReceiptError, WriterError) as error:
             self._fail(" ".join(str(error).split()))
         except TimeoutError:
-            self._fail(f"no answer within assistant.request_timeout_s={self._opening.config.assistant.request_timeout_s:g}; the turn is forgotten")
+            self._fail(
+                f"no answer within assistant.request_timeout_s={self._opening.config.assistant.request_timeout_s:g}; the turn is forgotten"
+            )
         except KeyboardInterrupt:
             self._note("interrupted: the turn is forgotten; /quit ends")
 
     def _say(self, text: str) -> None:
         if self._talk.will_write(text):
-            self._note(f"the context is full ({self._talk.context_tokens} of {self._limit} tokens): writing flashcards ...")
+            self._note(
+                f"the context is full ({self._talk.context_tokens} of {self._limit} tokens): writing flashcards ..."
+            )
         reply = self._wait(self._talk.say(text, self._opening.config.sampling.max_answer_tokens))
         self._show_writes(reply.writes)
         self._display.say(f"agent> {_shown(reply)}")
@@ -145,7 +155,9 @@ class ChatFace:
         path = Path(rest).expanduser()
         try:
             if path.stat().st_size > _MAX_FILE_BYTES:
-                raise AssistantError(f"{path}: has {path.stat().st_size} bytes, at most {_MAX_FILE_BYTES} are read")
+                raise AssistantError(
+                    f"{path}: has {path.stat().st_size} bytes, at most {_MAX_FILE_BYTES} are read"
+                )
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise AssistantError(f"/read {rest}: cannot be read as UTF-8 text ({error})") from error
@@ -154,7 +166,9 @@ class ChatFace:
 
     def _save(self, rest: str) -> None:
         self._talk.save(self._folder(rest, "save"), overwrite=False)
-        self._note(f"saved {rest}: revision {self._talk.revision}, {_plural(self._talk.unwritten_tokens, 'token')} of context not yet in the weights")
+        self._note(
+            f"saved {rest}: revision {self._talk.revision}, {_plural(self._talk.unwritten_tokens, 'token')} of context not yet in the weights"
+        )
 
     def _new(self, rest: str) -> None:
         self._wait(self._talk.reset())
@@ -163,7 +177,9 @@ class ChatFace:
     def _status(self, rest: str) -> None:
         delta = "on" if self._talk.delta else "off (answers are the base model's)"
         cards = _plural(len(self._talk.cards), "flashcard")
-        self._note(f"context {self._talk.context_tokens} of {self._limit} tokens; revision {self._talk.revision}, {cards}; Delta {delta}")
+        self._note(
+            f"context {self._talk.context_tokens} of {self._limit} tokens; revision {self._talk.revision}, {cards}; Delta {delta}"
+        )
 
     # --- how -----------------------------------------------------------------------------------------------------------------------------------
 
@@ -209,18 +225,28 @@ def describe_write(record: WriteRecord) -> list[str]:
     """What a write did, for a person: one line, and one for each flashcard."""
     if record.outcome == "empty":
         said = " ".join(record.extraction.split())
-        return [f"nothing written: {record.reason}; asked for flashcards the agent said: {said[:200] or 'nothing'}", "the context is empty now"]
+        return [
+            f"nothing written: {record.reason}; asked for flashcards the agent said: {said[:200] or 'nothing'}",
+            "the context is empty now",
+        ]
     cards = [f"  {card.question} -> {card.answer}" for card in record.flashcards]
     losses = f"loss {record.loss_before:.2f} -> {record.loss_after:.2f} nats a token in {_plural(record.steps, 'step')}, {record.seconds:.1f} s"
     unused = f"; {_plural(record.rejected_flashcards, 'item')} unusable" if record.rejected_flashcards else ""
     if record.outcome == "rolled_back":
         return [f"rolled back {_plural(len(cards), 'flashcard')}: {record.reason}", *cards]
-    return [f"wrote {_plural(len(cards), 'flashcard')} into revision {record.revision}: {losses}{unused}; the context is empty now", *cards]
+    return [
+        f"wrote {_plural(len(cards), 'flashcard')} into revision {record.revision}: {losses}{unused}; the context is empty now",
+        *cards,
+    ]
 
 
 def _shown(reply: Reply) -> str:
     text = reply.text.strip() or "(no answer)"
-    return text if reply.finish_reason == "stop" else f"{text} (cut off at {_plural(reply.reply_tokens, 'token')})"
+    return (
+        text
+        if reply.finish_reason == "stop"
+        else f"{text} (cut off at {_plural(reply.reply_tokens, 'token')})"
+    )
 
 
 def _plural(count: int, word: str) -> str:

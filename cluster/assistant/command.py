@@ -54,14 +54,30 @@ def add_assistant(commands: Any) -> None:
     chat = _add(commands, "chat", "talk to an agent that learns in the conversation", _CHAT)
     _add_model(chat)
     chat.add_argument("--memory", type=Path, metavar="DIR", help="go on from a saved memory, as /load does")
-    serve = _add(commands, "serve", "an OpenAI-compatible endpoint where each conversation owns its memory", _SERVE)
+    serve = _add(
+        commands, "serve", "an OpenAI-compatible endpoint where each conversation owns its memory", _SERVE
+    )
     _add_model(serve)
-    serve.add_argument("--host", default="127.0.0.1", help="where to listen (default 127.0.0.1: this machine alone)")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="where to listen (default 127.0.0.1: this machine alone)"
+    )
     serve.add_argument("--port", type=_port, default=8000, help="default 8000; 0 takes a free one")
-    export = _add(commands, "export", "a checkpoint as a Hugging Face folder, a memory as a PEFT adapter", _EXPORT)
-    export.add_argument("source", type=Path, metavar="SOURCE", help="a run, a checkpoint, a saved conversation or an episode's record")
+    export = _add(
+        commands, "export", "a checkpoint as a Hugging Face folder, a memory as a PEFT adapter", _EXPORT
+    )
+    export.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a run, a checkpoint, a saved conversation or an episode's record",
+    )
     export.add_argument("target", type=Path, metavar="DIR", help="the new folder")
-    export.add_argument("--model", default="", metavar="MODEL", help="of an episode: the weights it was played on, where they are not in its run")
+    export.add_argument(
+        "--model",
+        default="",
+        metavar="MODEL",
+        help="of an episode: the weights it was played on, where they are not in its run",
+    )
 
 
 def run_assistant(options: argparse.Namespace) -> int:
@@ -71,14 +87,14 @@ def run_assistant(options: argparse.Namespace) -> int:
 
 def _chat(options: argparse.Namespace) -> int:
     from cluster.assistant.chat import chat
-    from cluster.progress import Display
+    from cluster.common.display import Display
 
     return 1 if chat(_opening(options), options.memory, sys.stdin, Display()) else 0
 
 
 def _serve(options: argparse.Namespace) -> int:
     from cluster.assistant.serve import serve
-    from cluster.progress import Display
+    from cluster.common.display import Display
 
     serve(_opening(options), options.host, options.port, Display())
     return 0
@@ -86,7 +102,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from cluster.assistant.export import export
-    from cluster.progress import Display
+    from cluster.common.display import Display
 
     what = export(options.source.expanduser(), options.target.expanduser(), options.model)
     Display().say(f"{options.target}: {what}")
@@ -103,13 +119,31 @@ def _opening(options: argparse.Namespace) -> Opening:
 
 def _add(commands: Any, name: str, text: str, examples: str) -> Any:
     description = f"{text[0].upper()}{text[1:]}."
-    return commands.add_parser(name, help=text, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return commands.add_parser(
+        name,
+        help=text,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def _add_model(command: Any) -> None:
-    command.add_argument("model", nargs="?", default=None, metavar="MODEL", help="what to talk to (default smollm2-135m)")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ, e.g. memory.max_context_tokens=512")
-    command.add_argument("--config", type=Path, metavar="CONFIG", help="a YAML file in place of the run's settings, or of configs/chat.yaml")
+    command.add_argument(
+        "model", nargs="?", default=None, metavar="MODEL", help="what to talk to (default smollm2-135m)"
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that differ, e.g. memory.max_context_tokens=512",
+    )
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="CONFIG",
+        help="a YAML file in place of the run's settings, or of configs/chat.yaml",
+    )
 
 
 def _port(text: str) -> int:

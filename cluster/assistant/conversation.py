@@ -16,9 +16,10 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from actors.episode import EpisodeSpec, LiveActor, derived_seed
-from actors.memory.base import Agent, split_text
+from actors.episodes.episode import EpisodeSpec, LiveActor, derived_seed
+from actors.memory.base import Agent
 from actors.memory.parametric import ParametricMemory
+from actors.text.split_text import split_text
 from actors.types import (
     AdapterKey,
     FastWeights,
@@ -47,7 +48,11 @@ class _Speaker:
     def __init__(self, parts: Parts, name: str) -> None:
         self.delta = True
         self.temperature = parts.opening.config.assistant.temperature
-        self.last: tuple[int, int, FinishReason] = (0, 0, "stop")  # of what was sampled last: tokens of the prompt, of the reply, how it ended
+        self.last: tuple[int, int, FinishReason] = (
+            0,
+            0,
+            "stop",
+        )  # of what was sampled last: tokens of the prompt, of the reply, how it ended
         self.probe: Probe | None = None
         self._parts = parts
         self._name = name
@@ -68,8 +73,15 @@ class _Speaker:
 
     async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
         self._events += 1
-        sampling = Sampling(self.temperature, max_tokens, derived_seed(self._parts.opening.config.seed, self._name, self._events), kind)
-        generation = await self._parts.policy.generate(prompt_ids, sampling, AdapterKey(self.version, self._life, self.revision_for(kind)))
+        sampling = Sampling(
+            self.temperature,
+            max_tokens,
+            derived_seed(self._parts.opening.config.seed, self._name, self._events),
+            kind,
+        )
+        generation = await self._parts.policy.generate(
+            prompt_ids, sampling, AdapterKey(self.version, self._life, self.revision_for(kind))
+        )
         self.last = (len(prompt_ids), len(generation.token_ids), generation.finish_reason)
         return generation
 
@@ -102,7 +114,14 @@ class _Speaker:
     def _born(self) -> tuple[str, LiveActor]:
         life, config = f"{self._name}#{next(_LIVES)}", self._parts.opening.config
         task = Task(life, "conversation", {}, config.seed)
-        spec = EpisodeSpec(task, life, config.assistant.temperature, config.sampling.max_answer_tokens, config.rollout.max_turns, config.seed)
+        spec = EpisodeSpec(
+            task,
+            life,
+            config.assistant.temperature,
+            config.sampling.max_answer_tokens,
+            config.rollout.max_turns,
+            config.seed,
+        )
         return life, LiveActor(self._parts.policy, self._parts.writer, spec, self._parts.opening.basis.id)
 
 
@@ -232,7 +251,13 @@ class Conversation:
 
     def _saved(self) -> SavedMemory:
         agent = self._agent
-        return SavedMemory(self._speaker.weights, agent.system_prompt, agent.context.after_opening, tuple(agent.writes), self._speaker.probe)
+        return SavedMemory(
+            self._speaker.weights,
+            agent.system_prompt,
+            agent.context.after_opening,
+            tuple(agent.writes),
+            self._speaker.probe,
+        )
 
     async def _become(self, memory: SavedMemory) -> None:
         await self._speaker.become(memory.weights, memory.probe)
@@ -245,7 +270,14 @@ class Conversation:
 
     def _reply(self, text: str, before: int) -> Reply:
         prompt_tokens, reply_tokens, reason = self._speaker.last
-        return Reply(text, reason, self._speaker.revision_for("act"), prompt_tokens, reply_tokens, tuple(self._agent.writes[before:]))
+        return Reply(
+            text,
+            reason,
+            self._speaker.revision_for("act"),
+            prompt_tokens,
+            reply_tokens,
+            tuple(self._agent.writes[before:]),
+        )
 
     @asynccontextmanager
     async def _whole(self) -> AsyncIterator[None]:

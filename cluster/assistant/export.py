@@ -14,14 +14,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from actors.basis import load_basis
+from actors.fast_weights.basis import load_basis
 from actors.protocols import WriterError
 from actors.types import WriteRecord
 from cluster.assistant.memory_file import MEMORY_FILE, save_memory
 from cluster.assistant.opening import BASIS_FILE, CONFIG_FILE, Source, find_checkpoint_of, open_source
 from cluster.assistant.values import COMPANION, AssistantError, Opening, SavedMemory
-from cluster.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from cluster.inspection.record import EpisodeRecord, FailureRecord, load
+from cluster.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from configs.load import load_config
 from configs.models import resolve_model
 from configs.schema import ModelConfig
@@ -42,11 +42,15 @@ def export(source: Path, target: Path, model: str) -> str:
         return _conversation(source, target)
     if source.is_dir() and (checkpoint := find_checkpoint_of(source)) is not None:
         return _checkpoint(checkpoint, target)
-    raise AssistantError(f"{source}: is no run, checkpoint, saved conversation or episode's record; python -m cluster inspect RUN lists episodes")
+    raise AssistantError(
+        f"{source}: is no run, checkpoint, saved conversation or episode's record; python -m cluster inspect RUN lists episodes"
+    )
 
 
 def _checkpoint(checkpoint: Checkpoint, target: Path) -> str:
-    resolve_model(ModelConfig(name=str(checkpoint.model)))  # whole, with a tokenizer, and of a kind that others load
+    resolve_model(
+        ModelConfig(name=str(checkpoint.model))
+    )  # whole, with a tokenizer, and of a kind that others load
     basis = checkpoint.run_dir / BASIS_FILE
     load_basis(basis)
 
@@ -89,11 +93,20 @@ def _episode(path: Path, target: Path, model: str) -> str:
     log = [write.log for write in record.writes]
     accepted = sum(write.outcome == "accepted" for write in log)
     if accepted == 0:
-        raise AssistantError(f"{path}: none of the episode's {len(log)} writes was accepted, so it left no memory")
+        raise AssistantError(
+            f"{path}: none of the episode's {len(log)} writes was accepted, so it left no memory"
+        )
     opening = open_source(str(path), _theta(path, record, model), None, ())
     if opening.basis.id != record.basis_id:
-        raise AssistantError(f"{path}: was played on the basis {record.basis_id}, {opening.model.path} has {opening.basis.id}; give --model")
-    save_memory(_replayed(path, record, log, opening), replace(opening, title=opening.config.model.name), target, overwrite=True)
+        raise AssistantError(
+            f"{path}: was played on the basis {record.basis_id}, {opening.model.path} has {opening.basis.id}; give --model"
+        )
+    save_memory(
+        _replayed(path, record, log, opening),
+        replace(opening, title=opening.config.model.name),
+        target,
+        overwrite=True,
+    )
     return f"a PEFT adapter for {opening.model.path}: the memory of episode {record.episode_id} after {accepted} writes"
 
 
@@ -109,18 +122,22 @@ def _theta(path: Path, record: EpisodeRecord, model: str) -> Source:
             name = load_config(config_path, ()).model.name
         else:
             have = f"checkpoints of versions {', '.join(map(str, sorted(kept)))}" if kept else "no checkpoint"
-            raise AssistantError(f"{path}: was played on policy version {record.policy_version} and {run_dir} has {have}; give --model FOLDER")
+            raise AssistantError(
+                f"{path}: was played on policy version {record.policy_version} and {run_dir} has {have}; give --model FOLDER"
+            )
     return Source(name, config_path, basis if basis.exists() else None)
 
 
 def _replayed(path: Path, record: EpisodeRecord, log: list[WriteRecord], opening: Opening) -> SavedMemory:
     import torch
 
-    from actors.replay import replay
-    from actors.writer import checkpoint_writer
+    from actors.episodes.recovery import replay
+    from actors.write.writer import checkpoint_writer
 
     config = opening.config
-    writer = checkpoint_writer(str(opening.model.path), opening.basis, config.write, config.model.dtype, torch.device("cpu"))
+    writer = checkpoint_writer(
+        str(opening.model.path), opening.basis, config.write, config.model.dtype, torch.device("cpu")
+    )
     try:
         revisions = replay(writer, record.episode_id, opening.basis.id, log, config.engine.receipt_tolerance)
     except WriterError as error:

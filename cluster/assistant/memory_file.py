@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from actors.fast_weights import BasisError
-from actors.peft_format import export_peft, from_peft
+from actors.fast_weights.delta import BasisError
+from actors.fast_weights.peft_format import export_peft, from_peft
 from actors.types import Probe, WriteRecord
 from cluster.assistant.values import AssistantError, Opening, SavedMemory
 from cluster.inspection.decode import DecodeError, decode
@@ -63,13 +63,17 @@ def save_memory(memory: SavedMemory, opening: Opening, folder: Path, overwrite: 
             raise AssistantError(f"{folder}: already holds something; name a new folder")
         shutil.rmtree(partial, ignore_errors=True)
         export_peft(memory.weights, opening.basis, partial, opening.base_model)
-        (partial / MEMORY_FILE).write_text(json.dumps(plain(asdict(content)), allow_nan=False) + "\n", encoding="utf-8", errors="replace")
+        (partial / MEMORY_FILE).write_text(
+            json.dumps(plain(asdict(content)), allow_nan=False) + "\n", encoding="utf-8", errors="replace"
+        )
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise AssistantError(f"{folder}: cannot be written ({error.strerror or error}); name another place") from error
+        raise AssistantError(
+            f"{folder}: cannot be written ({error.strerror or error}); name another place"
+        ) from error
 
 
 def load_memory(folder: Path, opening: Opening) -> SavedMemory:
@@ -84,8 +88,12 @@ def load_memory(folder: Path, opening: Opening) -> SavedMemory:
     if content is None:
         return SavedMemory(weights, opening.system_prompt, (), (), None)
     if content.revision != weights.revision:
-        raise AssistantError(f"{folder}: {MEMORY_FILE} is of revision {content.revision}, the adapter of {weights.revision}; {_CURE}")
-    return SavedMemory(weights, content.system_prompt, content.context_ids, content.writes, *(content.probe or (None,)))
+        raise AssistantError(
+            f"{folder}: {MEMORY_FILE} is of revision {content.revision}, the adapter of {weights.revision}; {_CURE}"
+        )
+    return SavedMemory(
+        weights, content.system_prompt, content.context_ids, content.writes, *(content.probe or (None,))
+    )
 
 
 def _read(path: Path, opening: Opening) -> _Content | None:
@@ -97,7 +105,9 @@ def _read(path: Path, opening: Opening) -> _Content | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise AssistantError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); {_CURE}") from error
+        raise AssistantError(
+            f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); {_CURE}"
+        ) from error
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise AssistantError(f"{path}: is no record of format {_FORMAT}; {_CURE}")
     try:
@@ -112,17 +122,23 @@ def _read(path: Path, opening: Opening) -> _Content | None:
 def _check_owner(folder: Path, content: _Content, opening: Opening) -> None:
     """The same theta and the same basis: a checkpoint of a run shares its basis with the model that the run began with, but not its weights."""
     if content.fingerprint != opening.model.fingerprint:
-        raise AssistantError(f"{folder}: is a memory of the model {content.model!r}, whose weights are not those of {opening.title!r}: load it there")
+        raise AssistantError(
+            f"{folder}: is a memory of the model {content.model!r}, whose weights are not those of {opening.title!r}: load it there"
+        )
     if content.basis_id != opening.basis.id:
         own, here = content.basis_id, opening.basis.id
-        raise AssistantError(f"{folder}: is on the basis {own!r}, here it is {here!r}: load it under the fast_weights.* that it was made with")
+        raise AssistantError(
+            f"{folder}: is on the basis {own!r}, here it is {here!r}: load it under the fast_weights.* that it was made with"
+        )
 
 
 def _check_values(content: _Content, opening: Opening) -> None:
     """What the types do not say, and an engine that is asked would refuse."""
     window = opening.config.engine.max_model_tokens
     if len(content.context_ids) >= window:
-        raise DecodeError(f"context_ids: {len(content.context_ids)} tokens do not fit into engine.max_model_tokens={window}")
+        raise DecodeError(
+            f"context_ids: {len(content.context_ids)} tokens do not fit into engine.max_model_tokens={window}"
+        )
     if len(content.probe) > 1:
         raise DecodeError(f"probe: expected one at most, got {len(content.probe)}")
     _check_ids("context_ids", content.context_ids, opening)

@@ -20,7 +20,9 @@ from cluster.assistant.values import Reply
 from configs.schema import RunConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {  # fields that are accepted with these values only: with others they would change the answer
+_NEUTRAL: Mapping[
+    str, tuple[object, ...]
+] = {  # fields that are accepted with these values only: with others they would change the answer
     "n": (1,),
     "top_p": (1, 1.0),
     "presence_penalty": (0, 0.0),
@@ -82,7 +84,9 @@ class Answer:
 def check_name(name: object, param: str) -> str:
     """A conversation's name: it may become a folder's. Raises RequestError."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise _bad(f"{param} must be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or a digit", param)
+        raise _bad(
+            f"{param} must be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or a digit", param
+        )
     return name
 
 
@@ -95,7 +99,9 @@ def parse_request(body: bytes, header: str | None, config: RunConfig) -> ChatReq
     if not isinstance(data, dict):
         raise _bad("the body must be a JSON object", None)
     for key, allowed in _NEUTRAL.items():
-        if (value := data.get(key)) is not None and not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
+        if (value := data.get(key)) is not None and not any(
+            value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed
+        ):
             raise _bad(f"{key} is not supported: leave it out", key)
     system_prompt, turns = _messages(data.get("messages"))
     new = len(turns)
@@ -149,11 +155,15 @@ def _messages(messages: object) -> tuple[str | None, tuple[Turn, ...]]:
 
 def _content(content: object, where: str) -> str:
     """Text, or a list of text parts."""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" for part in content
+    ):
         content = "\n".join(part["text"] if isinstance(part.get("text"), str) else "" for part in content)
     if not isinstance(content, str) or not content.strip():
         raise _bad(f"{where}.content must be text that is not empty", where)
-    return content.encode("utf-8", errors="replace").decode()  # half a surrogate pair is no text that a tokenizer takes
+    return content.encode(
+        "utf-8", errors="replace"
+    ).decode()  # half a surrogate pair is no text that a tokenizer takes
 
 
 def _max_tokens(data: Mapping[str, Any], most: int) -> int:
@@ -170,7 +180,12 @@ def _temperature(data: Mapping[str, Any], default: float) -> float:
     value = data.get("temperature")
     if value is None:
         return default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or not 0 <= value <= 2:
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or not 0 <= value <= 2
+    ):
         raise _bad("temperature must be a number, 0 to 2", "temperature")
     return float(value)
 
@@ -192,7 +207,13 @@ def _bad(message: str, param: str | None) -> RequestError:
 
 
 def error_body(status: int, message: str, param: str | None, code: str) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 and status != 429 else "rate_limit_error" if status == 429 else "server_error"
+    kind = (
+        "invalid_request_error"
+        if status < 500 and status != 429
+        else "rate_limit_error"
+        if status == 429
+        else "server_error"
+    )
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -203,13 +224,21 @@ def completion(model: str, answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.reply.finish_reason,
         "logprobs": None,
     }
-    return {**_head(model, "chat.completion"), "choices": [choice], "usage": _usage(answer.reply), "engram": _engram(answer)}
+    return {
+        **_head(model, "chat.completion"),
+        "choices": [choice],
+        "usage": _usage(answer.reply),
+        "engram": _engram(answer),
+    }
 
 
 def completion_events(model: str, answer: Answer, with_usage: bool) -> Iterator[str]:
     """Server-sent events: the answer in one piece, then how it ended, as OpenAI's chunks."""
     head = _head(model, "chat.completion.chunk")
-    for delta, reason in (({"role": "assistant", "content": answer.reply.text}, None), ({}, answer.reply.finish_reason)):
+    for delta, reason in (
+        ({"role": "assistant", "content": answer.reply.text}, None),
+        ({}, answer.reply.finish_reason),
+    ):
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
         yield _event({**head, "choices": [choice], **({"engram": _engram(answer)} if reason else {})})
     if with_usage:
@@ -223,8 +252,18 @@ def describe_writes(writes: Sequence[WriteRecord]) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for record in writes:
         values = {key: getattr(record, key) for key in keys}
-        numbers = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
-        lines.append({**numbers, "flashcards": [{"question": card.question, "answer": card.answer} for card in record.flashcards]})
+        numbers = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        lines.append(
+            {
+                **numbers,
+                "flashcards": [
+                    {"question": card.question, "answer": card.answer} for card in record.flashcards
+                ],
+            }
+        )
     return lines
 
 
@@ -235,11 +274,20 @@ def _head(model: str, kind: str) -> dict[str, Any]:
 def _usage(reply: Reply) -> dict[str, int]:
     """The context that the answer was sampled from, not what the request held: most of that may be in the weights by now."""
     total = reply.prompt_tokens + reply.reply_tokens
-    return {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.reply_tokens, "total_tokens": total}
+    return {
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.reply_tokens,
+        "total_tokens": total,
+    }
 
 
 def _engram(answer: Answer) -> dict[str, Any]:
-    return {"conversation": answer.conversation, "new": answer.new, "revision": answer.reply.revision, "writes": describe_writes(answer.writes)}
+    return {
+        "conversation": answer.conversation,
+        "new": answer.new,
+        "revision": answer.reply.revision,
+        "writes": describe_writes(answer.writes),
+    }
 
 
 def _event(content: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ from cluster.assistant.openai_format import (
 from cluster.assistant.opening import parts_of
 from cluster.assistant.sessions import BusyError, Sessions
 from cluster.assistant.values import AssistantError, Opening, Parts
-from cluster.progress import Display
+from cluster.common.display import Display
 
 KEY_VARIABLE = "ENGRAM_API_KEY"
 _GRACE_S = 30
@@ -52,15 +52,28 @@ def serve(opening: Opening, host: str, port: int, display: Display) -> None:
     slots = opening.config.engine.slots
     with listening, parts_of(opening, slots) as parts:
         app = build_app(parts, Sessions(parts, slots), key)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_S, access_log=False))
-        display.say(f"serving {model_name(opening)} on http://{_shown(host)}:{listening.getsockname()[1]}/v1 (Ctrl-C ends)")
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_S, access_log=False)
+        )
+        display.say(
+            f"serving {model_name(opening)} on http://{_shown(host)}:{listening.getsockname()[1]}/v1 (Ctrl-C ends)"
+        )
         if not key and not _is_loopback(host):
-            display.say(f"warning: {host} is reached from other machines and {KEY_VARIABLE} is not set: whoever reaches it can read conversations")
+            display.say(
+                f"warning: {host} is reached from other machines and {KEY_VARIABLE} is not set: whoever reaches it can read conversations"
+            )
         with _signals_end_quietly():
             server.run(sockets=[listening])
     for problem in app.state.unsaved:
         display.say(f"error: a conversation is lost: {problem}")
-    display.say("ended" + (f"; conversations are in {opening.config.assistant.save_dir}" if opening.config.assistant.save_dir else ""))
+    display.say(
+        "ended"
+        + (
+            f"; conversations are in {opening.config.assistant.save_dir}"
+            if opening.config.assistant.save_dir
+            else ""
+        )
+    )
 
 
 def model_name(opening: Opening) -> str:
@@ -90,7 +103,9 @@ def build_app(parts: Parts, sessions: Sessions, key: str) -> FastAPI:
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         _authorize(request, key)
-        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "engram"}]})
+        return JSONResponse(
+            {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "engram"}]}
+        )
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
@@ -99,7 +114,9 @@ def build_app(parts: Parts, sessions: Sessions, key: str) -> FastAPI:
             asked = await _read(request, parts, name, settings.max_body_kib * 1024)
             answer = await _answer(asked, sessions)
         if asked.stream:
-            return StreamingResponse(completion_events(name, answer, asked.usage_in_stream), media_type="text/event-stream")
+            return StreamingResponse(
+                completion_events(name, answer, asked.usage_in_stream), media_type="text/event-stream"
+            )
         return JSONResponse(completion(name, answer))
 
     @app.get("/v1/conversations/{conversation}")
@@ -107,8 +124,15 @@ def build_app(parts: Parts, sessions: Sessions, key: str) -> FastAPI:
         _authorize(request, key)
         found = sessions.look(check_name(conversation, "conversation"))
         if found is None:
-            raise RequestError(404, f"conversation {conversation} is not in memory", "conversation", "not_found")
-        state = {"id": conversation, "revision": found.revision, "context_tokens": found.context_tokens, "writes": describe_writes(found.writes)}
+            raise RequestError(
+                404, f"conversation {conversation} is not in memory", "conversation", "not_found"
+            )
+        state = {
+            "id": conversation,
+            "revision": found.revision,
+            "context_tokens": found.context_tokens,
+            "writes": describe_writes(found.writes),
+        }
         return JSONResponse(state)
 
     @app.delete("/v1/conversations/{conversation}")
@@ -126,7 +150,10 @@ async def _answer(asked: ChatRequest, sessions: Sessions) -> Answer:
     async with sessions.turn(asked.conversation, asked.system_prompt) as (conversation, new):
         if asked.system_prompt is not None and asked.system_prompt != conversation.system_prompt:
             raise RequestError(
-                400, "the conversation began with another system message: leave it out, or name a new one", "messages", "invalid_value"
+                400,
+                "the conversation began with another system message: leave it out, or name a new one",
+                "messages",
+                "invalid_value",
             )
         before = len(conversation.writes)
         conversation.temperature = asked.temperature
@@ -151,10 +178,17 @@ async def _read(request: Request, parts: Parts, name: str, most: int) -> ChatReq
     async for piece in request.stream():
         body += piece
         if len(body) > most:
-            raise RequestError(413, f"the body is over {most} bytes (assistant.max_body_kib)", None, "body_too_large")
+            raise RequestError(
+                413, f"the body is over {most} bytes (assistant.max_body_kib)", None, "body_too_large"
+            )
     asked = parse_request(bytes(body), request.headers.get("x-conversation-id"), parts.opening.config)
     if asked.model != name:
-        raise RequestError(404, f"the model {asked.model[:100]!r} is not served here; {name!r} is", "model", "model_not_found")
+        raise RequestError(
+            404,
+            f"the model {asked.model[:100]!r} is not served here; {name!r} is",
+            "model",
+            "model_not_found",
+        )
     if failure := parts.failure():
         raise RequestError(503, f"the engine is dead ({failure}): start the server anew", None, "engine_dead")
     return asked
@@ -174,13 +208,20 @@ def _add_errors(app: FastAPI, limit_s: float) -> None:
         return respond(error.status, error.message, error.param, error.code)
 
     async def unknown(request: Request, error: Any) -> Response:
-        return respond(error.status_code, f"{request.method} {request.url.path}: {error.detail}", None, "not_found")
+        return respond(
+            error.status_code, f"{request.method} {request.url.path}: {error.detail}", None, "not_found"
+        )
 
     async def busy(request: Request, error: Exception) -> Response:
         return respond(429, str(error), None, "too_many_conversations")
 
     async def late(request: Request, error: Exception) -> Response:
-        return respond(504, f"no answer within {limit_s:g} s (assistant.request_timeout_s); the turn is undone", None, "timeout")
+        return respond(
+            504,
+            f"no answer within {limit_s:g} s (assistant.request_timeout_s); the turn is undone",
+            None,
+            "timeout",
+        )
 
     async def broken(request: Request, error: Exception) -> Response:
         return respond(500, " ".join(str(error).split())[:500], None, type(error).__name__)
@@ -198,7 +239,9 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise AssistantError(f"cannot listen on {host}:{port} ({error.strerror or error}); choose another --port or --host") from error
+        raise AssistantError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}); choose another --port or --host"
+        ) from error
 
 
 @contextmanager

@@ -44,7 +44,9 @@ class Sessions:
     def __init__(self, parts: Parts, slots: int) -> None:
         self._parts = parts
         self._settings = parts.opening.config.assistant
-        self._folder = Path(self._settings.save_dir).expanduser().absolute() if self._settings.save_dir else None
+        self._folder = (
+            Path(self._settings.save_dir).expanduser().absolute() if self._settings.save_dir else None
+        )
         self._entries: dict[str, _Entry] = {}
         self._slots = asyncio.Semaphore(slots)
         self._anonymous = itertools.count()
@@ -53,7 +55,9 @@ class Sessions:
         return len(self._entries)
 
     @asynccontextmanager
-    async def turn(self, name: str | None, system_prompt: str | None) -> AsyncIterator[tuple[Conversation, bool]]:
+    async def turn(
+        self, name: str | None, system_prompt: str | None
+    ) -> AsyncIterator[tuple[Conversation, bool]]:
         """The conversation, for this block alone, and whether it is new. ``name`` None: one that is forgotten afterwards.
 
         A new one is told ``system_prompt`` (None: the model's own); if its first turn fails it never was. Raises BusyError; AssistantError for a
@@ -63,7 +67,9 @@ class Sessions:
         key = f"~{next(self._anonymous)}" if name is None else name
         if key not in self._entries:
             await self._make_room()
-        entry = self._entries.get(key) or self._entries.setdefault(key, _Entry(self._open(key, system_prompt)))
+        entry = self._entries.get(key) or self._entries.setdefault(
+            key, _Entry(self._open(key, system_prompt))
+        )
         entry.users += 1
         try:
             async with entry.lock, self._slots:
@@ -109,7 +115,9 @@ class Sessions:
         return problems
 
     def _open(self, name: str, system_prompt: str | None) -> Conversation:
-        return Conversation(self._parts, name, self._parts.opening.system_prompt if system_prompt is None else system_prompt)
+        return Conversation(
+            self._parts, name, self._parts.opening.system_prompt if system_prompt is None else system_prompt
+        )
 
     def _saved(self, name: str) -> Path | None:
         folder = None if self._folder is None else self._folder / name
@@ -117,12 +125,21 @@ class Sessions:
 
     def _idle(self) -> list[str]:
         """Those that may be put away, the longest idle first."""
-        return sorted((name for name, entry in self._entries.items() if entry.users == 0), key=lambda name: self._entries[name].last_used)
+        return sorted(
+            (name for name, entry in self._entries.items() if entry.users == 0),
+            key=lambda name: self._entries[name].last_used,
+        )
 
     async def _put_away_idle(self) -> None:
         for name in self._idle():
-            entry = self._entries.get(name)  # another request may have taken it while one before it was closed
-            if entry is not None and entry.users == 0 and time.monotonic() - entry.last_used > self._settings.idle_s:
+            entry = self._entries.get(
+                name
+            )  # another request may have taken it while one before it was closed
+            if (
+                entry is not None
+                and entry.users == 0
+                and time.monotonic() - entry.last_used > self._settings.idle_s
+            ):
                 await self._put_away(name)
 
     async def _make_room(self) -> None:
@@ -130,7 +147,9 @@ class Sessions:
             idle = self._idle()
             if not idle:
                 most = self._settings.max_conversations
-                raise BusyError(f"all {most} conversations are in the middle of a turn (assistant.max_conversations={most}): try again later")
+                raise BusyError(
+                    f"all {most} conversations are in the middle of a turn (assistant.max_conversations={most}): try again later"
+                )
             await self._put_away(idle[0])
 
     async def _put_away(self, name: str) -> None:

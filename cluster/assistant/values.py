@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.chat import ChatFormat
-from actors.fast_weights import Basis
+from actors.fast_weights.delta import Basis
 from actors.protocols import AsyncWriter, Policy
+from actors.text.chat_template import ChatFormat
 from actors.types import FastWeights, FinishReason, Flashcard, Probe, WriteRecord
 from configs.models import ResolvedModel
 from configs.schema import RunConfig
@@ -61,7 +61,9 @@ class SavedMemory:
 
     @property
     def cards(self) -> tuple[Flashcard, ...]:
-        return tuple(card for record in self.writes if record.outcome == "accepted" for card in record.flashcards)
+        return tuple(
+            card for record in self.writes if record.outcome == "accepted" for card in record.flashcards
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,4 +81,6 @@ class Reply:
     writes: tuple[WriteRecord, ...]
 
 
-COMPANION = Path("engram")  # inside an exported model: a subfolder, because vLLM takes every safetensors file beside config.json for weights
+COMPANION = Path(
+    "engram"
+)  # inside an exported model: a subfolder, because vLLM takes every safetensors file beside config.json for weights

@@ -17,12 +17,12 @@ from actors.types import Outcome as EpisodeOutcome
 from actors.types import Task
 from cluster.bench.overlap import WaitingTimes, idle_table
 from cluster.bench.values import Case, Context, Outcome
-from cluster.build import TrainingCluster, build_fleet, build_stream, start_state, training_cluster
-from cluster.checkpoint import TrainState
-from cluster.loop import LoopParts, run_loop
-from cluster.metrics import StepSummary
-from cluster.prepare import Preparation, prepare_training
-from cluster.stream import Batch
+from cluster.fleet.stream import Batch
+from cluster.runs.checkpoint import TrainState
+from cluster.train.build import TrainingCluster, build_fleet, build_stream, start_state, training_cluster
+from cluster.train.loop import LoopParts, run_loop
+from cluster.train.metrics import StepSummary
+from cluster.train.prepare import Preparation, prepare_training
 from configs.load import load_config
 from configs.schema import RunConfig
 
@@ -44,7 +44,9 @@ def run(context: Context) -> Outcome:
             for staleness in STALENESS:
                 waits[staleness] = WaitingTimes()
                 config = _config(context, Path(folder), staleness, steps)
-                seconds[staleness].append(asyncio.run(_steps(prepare_training(config), waits[staleness])) / steps)
+                seconds[staleness].append(
+                    asyncio.run(_steps(prepare_training(config), waits[staleness])) / steps
+                )
     case = Case(
         "a step, staleness 1",
         "staleness 0",
@@ -73,16 +75,25 @@ def _config(context: Context, folder: Path, staleness: int, steps: int) -> RunCo
         "evaluation.tasks=1",
         "tracking.enabled=false",
     ]
-    small = ["train.tasks_per_step=2", "train.group_size=2", "memory.max_extract_tokens=24", "learner.trainable_layers=1"]
+    small = [
+        "train.tasks_per_step=2",
+        "train.group_size=2",
+        "memory.max_extract_tokens=24",
+        "learner.trainable_layers=1",
+    ]
     small += ["engine.kv_cache_gib=0.2", "ray.object_store_gib=0.5"]
-    return load_config(Path(configs.__file__).parent / "quickstart.yaml", settings + (small if context.quick else []))
+    return load_config(
+        Path(configs.__file__).parent / "quickstart.yaml", settings + (small if context.quick else [])
+    )
 
 
 async def _steps(preparation: Preparation, tracker: WaitingTimes) -> float:
     """Seconds of the RL steps, on a cluster that is up."""
     async with training_cluster(preparation) as cluster:
         began = time.perf_counter()
-        await run_loop(_parts(preparation, cluster, tracker), preparation.config.train, start_state(preparation))
+        await run_loop(
+            _parts(preparation, cluster, tracker), preparation.config.train, start_state(preparation)
+        )
         return time.perf_counter() - began
 
 
@@ -92,5 +103,7 @@ def _parts(preparation: Preparation, cluster: TrainingCluster, tracker: WaitingT
     async def on_checkpoint(state: TrainState) -> None: ...
 
     stream = build_stream(preparation, cluster.workers, start_state(preparation))
-    fleet = build_fleet(preparation, cluster, None, lambda: preparation.config.rollout.workers, lambda text: None)
+    fleet = build_fleet(
+        preparation, cluster, None, lambda: preparation.config.rollout.workers, lambda text: None
+    )
     return LoopParts(stream, cluster.learner, fleet, cluster.channel, tracker, on_step, on_checkpoint)

@@ -18,23 +18,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.environments.build import build_environment
-from actors.fast_weights import Basis
-from actors.summary import GroupSummary
+from actors.episodes.group_summary import GroupSummary
+from actors.fast_weights.delta import Basis
 from actors.types import PolicyVersion, TrajectoryGroup
 from actors.worker import WorkerSpec
 from cluster.bench.controller_actors import EpisodeParts, Template, VirtualHandle, VirtualRank, VirtualWorkers
-from cluster.bench.values import Case, Context, Goal, Outcome, Spread, Table
-from cluster.broadcast import ObjectStoreChannel
-from cluster.checkpoint import START, TrainState
-from cluster.elastic import ElasticFleet, FleetPlan
-from cluster.fleet import RemoteWorker
-from cluster.ledger import Ledger, LedgerSnapshot
-from cluster.loop import LoopParts, run_loop
-from cluster.metrics import StepSummary
-from cluster.runtime import Demand, all_ready, ray_runtime
-from cluster.stream import Batch, GroupStream, StreamPlan
-from cluster.tasks import TaskSource
-from cluster.tracking import NullTracker
+from cluster.bench.values import Case, Context, Goal, Outcome, Spread
+from cluster.common.tasks import TaskSource
+from cluster.fleet.broadcast import ObjectStoreChannel
+from cluster.fleet.fleet import ElasticFleet, FleetPlan
+from cluster.fleet.ledger import Ledger, LedgerSnapshot
+from cluster.fleet.ray_runtime import Demand, all_ready, ray_runtime
+from cluster.fleet.remote_worker import RemoteWorker
+from cluster.fleet.stream import Batch, GroupStream, StreamPlan
+from cluster.measure.report import Table
+from cluster.runs.checkpoint import START, TrainState
+from cluster.tracking.tracker import NullTracker
+from cluster.train.loop import LoopParts, run_loop
+from cluster.train.metrics import StepSummary
 from configs.schema import RayConfig, RunConfig, TrainConfig
 from learner.types import StepReport
 from learner.worker import LearnerGroup, LearnerSpec
@@ -104,14 +105,21 @@ class MarkedLearner:
 def run(context: Context) -> Outcome:
     sizes, group_s = (QUICK_WORKERS, QUICK_GROUP_S) if context.quick else (WORKERS, GROUP_S)
     config = RunConfig()
-    template = Template(tuple(EpisodeParts.draw(context.model_path, config.fast_weights, seed) for seed in range(SIBLINGS)))
+    template = Template(
+        tuple(EpisodeParts.draw(context.model_path, config.fast_weights, seed) for seed in range(SIBLINGS))
+    )
     task = TaskSource(build_environment(config.environment, config.embedder), "train", config.seed).at(0)
     group = template.group(task, 0, "worker-0")
     content, summary = _bytes(group), _bytes(GroupSummary.of(group))
-    store = 0.2 + 3 * max(sizes) / 2 * content / 2**30  # a batch being learned, one being collected, and one's worth to spare
+    store = (
+        0.2 + 3 * max(sizes) / 2 * content / 2**30
+    )  # a batch being learned, one being collected, and one's worth to spare
     config = replace(config, ray=RayConfig(object_store_gib=store))
     with ray_runtime(config, Demand(cpus=1, gpus=0)):
-        points = [asyncio.run(_Fleet(config, template, workers, group_s).measure(context.repeats)) for workers in sizes]
+        points = [
+            asyncio.run(_Fleet(config, template, workers, group_s).measure(context.repeats))
+            for workers in sizes
+        ]
     largest = points[-1]
     note = (
         f"{largest.workers} workers, {group_s:g} s a group (on a GPU a real one takes 30 to 120 s), {largest.ideal:g} groups/s of "
@@ -122,8 +130,27 @@ def run(context: Context) -> Outcome:
     ideal, one_core = (largest.ideal,) * context.repeats, (1.0,) * context.repeats
     name = f"{largest.workers} workers"
     cases = (
-        Case(f"throughput, {name}", "ideal", "controller", "groups/s", ideal, largest.throughput, "candidate/baseline", TIGHT_GOAL, note),
-        Case(f"controller CPU, {name}", "one core", "controller", "cores", one_core, largest.controller, "candidate/baseline", CPU_GOAL),
+        Case(
+            f"throughput, {name}",
+            "ideal",
+            "controller",
+            "groups/s",
+            ideal,
+            largest.throughput,
+            "candidate/baseline",
+            TIGHT_GOAL,
+            note,
+        ),
+        Case(
+            f"controller CPU, {name}",
+            "one core",
+            "controller",
+            "cores",
+            one_core,
+            largest.controller,
+            "candidate/baseline",
+            CPU_GOAL,
+        ),
     )
     figures = {f"throughput_share_{point.workers}": point.share.median for point in points}
     figures |= {f"controller_cores_{point.workers}": Spread.of(point.controller).median for point in points}
@@ -150,7 +177,10 @@ class _Fleet:
         plan = replace(self._config.train, steps=steps, checkpoint_every=steps + 1)
         stored = ray.put(self._template)
         actor: Any = VirtualWorkers
-        actors = [actor.options(max_concurrency=2 * self._workers + 8).remote(stored, self._group_s) for _ in range(min(PROCESSES, self._workers))]
+        actors = [
+            actor.options(max_concurrency=2 * self._workers + 8).remote(stored, self._group_s)
+            for _ in range(min(PROCESSES, self._workers))
+        ]
         learner: LearnerGroup | None = None
         try:
             workers = [self._worker(number, actors[number % len(actors)]) for number in range(self._workers)]
@@ -165,10 +195,16 @@ class _Fleet:
                 ray.kill(one)
         return self._point(trainer.marks[every::every][: windows + 1], staleness[every:])
 
-    async def _loop(self, plan: TrainConfig, workers: list[RemoteWorker], trainer: MarkedLearner, wanted: int) -> list[float]:
+    async def _loop(
+        self, plan: TrainConfig, workers: list[RemoteWorker], trainer: MarkedLearner, wanted: int
+    ) -> list[float]:
         """Run the loop until ``wanted`` steps are done; the staleness of each."""
-        tasks = TaskSource(build_environment(self._config.environment, self._config.embedder), "train", self._config.seed)
-        stream_plan = StreamPlan(plan.steps, self._per_step, STALENESS, credits=1, stall_s=START_S + 2 * self._group_s)
+        tasks = TaskSource(
+            build_environment(self._config.environment, self._config.embedder), "train", self._config.seed
+        )
+        stream_plan = StreamPlan(
+            plan.steps, self._per_step, STALENESS, credits=1, stall_s=START_S + 2 * self._group_s
+        )
         stream = GroupStream(stream_plan, workers, 0, tasks.at, Ledger(LedgerSnapshot()))
         staleness: list[float] = []
         enough = asyncio.Event()
@@ -182,10 +218,24 @@ class _Fleet:
             """There is none before the last step."""
 
         fleet_plan = FleetPlan(
-            None, lambda: len(workers), version=0, at_once=max(1, len(workers) // 2), health_s=START_S, say=lambda text: None, in_flight=False
+            None,
+            lambda: len(workers),
+            version=0,
+            at_once=max(1, len(workers) // 2),
+            health_s=START_S,
+            say=lambda text: None,
+            in_flight=False,
         )
         fleet = ElasticFleet(workers, fleet_plan, newest=None)
-        parts = LoopParts(stream, trainer, fleet, ObjectStoreChannel(trainable_only=False), NullTracker(), on_step, on_checkpoint)
+        parts = LoopParts(
+            stream,
+            trainer,
+            fleet,
+            ObjectStoreChannel(trainable_only=False),
+            NullTracker(),
+            on_step,
+            on_checkpoint,
+        )
         looping = asyncio.create_task(run_loop(parts, plan, START))
         waiting = asyncio.create_task(enough.wait())
         await asyncio.wait([looping, waiting], return_when=asyncio.FIRST_COMPLETED)
@@ -199,11 +249,17 @@ class _Fleet:
     def _worker(self, number: int, actor: Any) -> RemoteWorker:
         """First groups end evenly spread over one group time, as if the workers had been running for long."""
         first_s = self._group_s * (number + 1) / self._workers
-        return RemoteWorker(WorkerSpec(f"worker-{number}", self._config, "", "", 0), VirtualHandle(actor, number, first_s), journal=None)
+        return RemoteWorker(
+            WorkerSpec(f"worker-{number}", self._config, "", "", 0),
+            VirtualHandle(actor, number, first_s),
+            journal=None,
+        )
 
     def _learner_spec(self) -> LearnerSpec:
         config = replace(self._config.learner, workers=1, cpus_per_worker=0, gpus_per_worker=0)
-        return LearnerSpec(config, self._config.objective, "", Basis("virtual", "random", 1, {}, {}, train_a=False), 0, 1.0)
+        return LearnerSpec(
+            config, self._config.objective, "", Basis("virtual", "random", 1, {}, {}, train_a=False), 0, 1.0
+        )
 
     def _point(self, marks: list[Mark], staleness: list[float]) -> Point:
         groups = self._per_step * self._steps_per_window
@@ -213,7 +269,9 @@ class _Fleet:
             workers=self._workers,
             ideal=self._workers / self._group_s,
             throughput=tuple(groups / (end.wall - begin.wall) for begin, end in windows),
-            controller=tuple((end.controller - begin.controller) / (end.wall - begin.wall) for begin, end in windows),
+            controller=tuple(
+                (end.controller - begin.controller) / (end.wall - begin.wall) for begin, end in windows
+            ),
             ray=(marks[-1].ray - marks[0].ray) / wall,
             actors=(marks[-1].actors - marks[0].actors) / wall,
             staleness=sum(staleness) / len(staleness),
@@ -221,7 +279,14 @@ class _Fleet:
 
 
 def _table(points: Sequence[Point]) -> Table:
-    shown = ("workers", "ideal groups/s", "throughput / ideal [quartiles]", "controller, cores", "Ray's own, cores", "virtual workers, cores")
+    shown = (
+        "workers",
+        "ideal groups/s",
+        "throughput / ideal [quartiles]",
+        "controller, cores",
+        "Ray's own, cores",
+        "virtual workers, cores",
+    )
     header = (*shown, "staleness")
     rows = tuple(
         (
@@ -246,10 +311,25 @@ def _plot(points: Sequence[Point], folder: Path) -> Path:
     upper, lower = figure.subplots(2, sharex=True)
     workers = [point.workers for point in points]
     upper.semilogx(workers, [point.share.median for point in points], marker="o")
-    lower.semilogx(workers, [Spread.of(point.controller).median for point in points], marker="o", label="controller")
-    lower.semilogx(workers, [point.ray for point in points], marker=".", linewidth=0.8, alpha=0.6, label="Ray's own processes")
+    lower.semilogx(
+        workers, [Spread.of(point.controller).median for point in points], marker="o", label="controller"
+    )
+    lower.semilogx(
+        workers,
+        [point.ray for point in points],
+        marker=".",
+        linewidth=0.8,
+        alpha=0.6,
+        label="Ray's own processes",
+    )
     for axes, goal, label in ((upper, TIGHT_GOAL, "throughput / ideal"), (lower, CPU_GOAL, "CPU, cores")):
-        axes.axhline(goal.value, linestyle="--", linewidth=0.8, color="grey", label=f"goal: {goal.sense} {goal.value:g}")
+        axes.axhline(
+            goal.value,
+            linestyle="--",
+            linewidth=0.8,
+            color="grey",
+            label=f"goal: {goal.sense} {goal.value:g}",
+        )
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
@@ -270,7 +350,9 @@ def _bytes(value: object) -> int:
 def _mark() -> Mark:
     descendants = _descendants(os.getpid())
     actors = sum(seconds for name, seconds in descendants if name.startswith("ray::"))
-    return Mark(time.monotonic(), time.process_time(), sum(seconds for _, seconds in descendants) - actors, actors)
+    return Mark(
+        time.monotonic(), time.process_time(), sum(seconds for _, seconds in descendants) - actors, actors
+    )
 
 
 def _descendants(root: int) -> list[tuple[str, float]]:

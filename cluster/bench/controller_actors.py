@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from actors.summary import GroupSummary
+from actors.episodes.group_summary import GroupSummary
 from actors.types import (
     ActionSpan,
     Answer,
@@ -35,10 +35,14 @@ from configs.schema import FastWeightsConfig
 from learner.types import StepReport
 
 if TYPE_CHECKING:
-    from actors.rollout import RolloutRequest
+    from actors.episodes.rollout import RolloutRequest
     from learner.worker import LearnerSpec
 
-SEGMENTS, SEGMENT_TOKENS, SAMPLED_TOKENS = 3, 185, 40  # an episode of the quickstart: two told sessions and the questions
+SEGMENTS, SEGMENT_TOKENS, SAMPLED_TOKENS = (
+    3,
+    185,
+    40,
+)  # an episode of the quickstart: two told sessions and the questions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,13 +56,22 @@ class EpisodeParts:
     def draw(model_path: Path, shape: FastWeightsConfig, seed: int) -> EpisodeParts:
         """B has the shapes that this model would give it, float32 [d_out, rank]."""
         config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
-        rows = {"gate_proj": config["intermediate_size"], "up_proj": config["intermediate_size"], "down_proj": config["hidden_size"]}
+        rows = {
+            "gate_proj": config["intermediate_size"],
+            "up_proj": config["intermediate_size"],
+            "down_proj": config["hidden_size"],
+        }
         layers = range(config["num_hidden_layers"] - shape.last_layers, config["num_hidden_layers"])
-        sizes = {f"model.layers.{layer}.mlp.{name}": rows[name] for layer in layers for name in shape.projections}
+        sizes = {
+            f"model.layers.{layer}.mlp.{name}": rows[name] for layer in layers for name in shape.projections
+        }
         draw = np.random.default_rng(seed)
 
         def revision(number: int) -> FastWeights:
-            b = {name: draw.standard_normal((size, shape.rank), dtype=np.float32) for name, size in sizes.items()}
+            b = {
+                name: draw.standard_normal((size, shape.rank), dtype=np.float32)
+                for name, size in sizes.items()
+            }
             return FastWeights("virtual", number, b)
 
         def segment(number: int) -> Segment:
@@ -69,10 +82,19 @@ class EpisodeParts:
                 logprobs=-draw.random(SEGMENT_TOKENS, dtype=np.float32) * mask,
                 policy_version=0,
                 revision=number,
-                spans=(ActionSpan(SEGMENT_TOKENS - SAMPLED_TOKENS, SEGMENT_TOKENS, "act" if number == SEGMENTS - 1 else "extract"),),
+                spans=(
+                    ActionSpan(
+                        SEGMENT_TOKENS - SAMPLED_TOKENS,
+                        SEGMENT_TOKENS,
+                        "act" if number == SEGMENTS - 1 else "extract",
+                    ),
+                ),
             )
 
-        return EpisodeParts(tuple(segment(number) for number in range(SEGMENTS)), tuple(revision(number) for number in range(1, SEGMENTS)))
+        return EpisodeParts(
+            tuple(segment(number) for number in range(SEGMENTS)),
+            tuple(revision(number) for number in range(1, SEGMENTS)),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,16 +105,27 @@ class Template:
 
     def group(self, task: Task, version: PolicyVersion, worker: str) -> TrajectoryGroup:
         """Rewards differ between siblings."""
-        trajectories = tuple(_trajectory(task, version, number, parts) for number, parts in enumerate(self.siblings))
+        trajectories = tuple(
+            _trajectory(task, version, number, parts) for number, parts in enumerate(self.siblings)
+        )
         return TrajectoryGroup(task, version, trajectories, (), worker)
 
 
 def _trajectory(task: Task, version: PolicyVersion, number: int, parts: EpisodeParts) -> Trajectory:
-    cards = tuple(Flashcard(f"Where does the person number {one} of {task.id}.{number} live?", "in Lisbon") for one in range(2))
+    cards = tuple(
+        Flashcard(f"Where does the person number {one} of {task.id}.{number} live?", "in Lisbon")
+        for one in range(2)
+    )
     extraction = " ".join(f"Q: {card.question} A: {card.answer}" for card in cards)
-    writes = tuple(WriteRecord(weights.revision, (), cards, extraction, 0, 40, 8, 2.0, 1.0, 3, 0.5, "accepted", "") for weights in parts.revisions)
+    writes = tuple(
+        WriteRecord(weights.revision, (), cards, extraction, 0, 40, 8, 2.0, 1.0, 3, 0.5, "accepted", "")
+        for weights in parts.revisions
+    )
     reward = 1 / (1 + number)
-    answers = tuple(Answer(f"Where does number {one} live?", ("Lisbon",), "Lisbon", "home", {"f1": reward, "em": reward}) for one in range(2))
+    answers = tuple(
+        Answer(f"Where does number {one} live?", ("Lisbon",), "Lisbon", "home", {"f1": reward, "em": reward})
+        for one in range(2)
+    )
     return Trajectory(
         task=task,
         episode_id=f"{task.id}.{number}",
@@ -159,13 +192,20 @@ class _VirtualWorkers:
         return self._report(worker)
 
     def _report(self, worker: _Worker) -> WorkerReport:
-        from actors.engine import EngineStats
-        from actors.engine_loop import PHASES
+        from actors.engine.policy import EngineStats
+        from actors.engine.step_loop import PHASES
 
         nothing: dict[str, Any] = dict.fromkeys((field.name for field in fields(EngineStats)), 0)
         stats = nothing | {"seconds": dict.fromkeys(PHASES, 0.0)}
-        counts = dict.fromkeys((field.name for field in fields(WorkerReport)), 0.0) | {"groups": worker.groups, "refreshes": worker.refreshes}
-        values: dict[str, Any] = counts | {"name": worker.spec.name, "version": worker.version, "engine": EngineStats(**stats)}
+        counts = dict.fromkeys((field.name for field in fields(WorkerReport)), 0.0) | {
+            "groups": worker.groups,
+            "refreshes": worker.refreshes,
+        }
+        values: dict[str, Any] = counts | {
+            "name": worker.spec.name,
+            "version": worker.version,
+            "engine": EngineStats(**stats),
+        }
         return WorkerReport(**values)
 
 
@@ -218,7 +258,9 @@ class VirtualRank:
         values = {field.name: 0 for field in fields(StepReport)}
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         tokens = sum(len(segment.token_ids) for trajectory in trajectories for segment in trajectory.segments)
-        return StepReport(**(values | {"version": self._version, "tokens": tokens, "trajectories": len(trajectories)}))
+        return StepReport(
+            **(values | {"version": self._version, "tokens": tokens, "trajectories": len(trajectories)})
+        )
 
     @ray.method
     def weights(self, trainable_only: bool) -> dict[str, Any]:

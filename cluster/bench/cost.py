@@ -21,7 +21,8 @@ from tempfile import TemporaryDirectory
 
 from cluster.bench.cost_episode import EPISODE_S, MIB, Cell, Cost, Episode, MemoryKind, Sizes
 from cluster.bench.harness import child
-from cluster.bench.values import Case, Context, Goal, Outcome, Table
+from cluster.bench.values import Case, Context, Goal, Outcome
+from cluster.measure.report import Table
 
 SIZES = Sizes(lengths=(1024, 2048, 4096, 8192, 16384, 32768), turn=128, limit=1024, extraction=96, answer=16)
 QUICK = Sizes(lengths=(256, 1024), turn=64, limit=192, extraction=96, answer=16)
@@ -41,7 +42,9 @@ def model_with_window(model_path: Path, tokens: int) -> Iterator[Path]:
         for file in model_path.iterdir():
             (folder / file.name).symlink_to(file.resolve())
         (folder / "config.json").unlink()
-        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": tokens}), encoding="utf-8")
+        (folder / "config.json").write_text(
+            json.dumps(config | {"max_position_embeddings": tokens}), encoding="utf-8"
+        )
         yield folder
 
 
@@ -56,12 +59,19 @@ def run(context: Context) -> Outcome:
     sizes = QUICK if context.quick else SIZES
     with model_with_window(context.model_path, sizes.lengths[-1] + 2 * sizes.limit) as model:
         costs: dict[tuple[MemoryKind, int], Cost] = {}
-        for memory, length in product(MEMORIES[::-1], sizes.lengths):  # the costliest cell, full context at the greatest length, comes last
+        for memory, length in product(
+            MEMORIES[::-1], sizes.lengths
+        ):  # the costliest cell, full context at the greatest length, comes last
             costs[memory, length] = measure(Cell(memory, length, sizes, str(model), context.threads))
             _keep(context.folder / "cost-cells.jsonl", memory, length, costs[memory, length])
     full = [costs["none", length] for length in sizes.lengths]
     tmem = [costs["parametric", length] for length in sizes.lengths]
-    return Outcome(_cases(sizes, full, tmem), (_table(sizes, full, tmem),), (_plot(sizes, full, tmem, context.folder),), _figures(sizes, full, tmem))
+    return Outcome(
+        _cases(sizes, full, tmem),
+        (_table(sizes, full, tmem),),
+        (_plot(sizes, full, tmem, context.folder),),
+        _figures(sizes, full, tmem),
+    )
 
 
 def _keep(path: Path, memory: MemoryKind, length: int, cost: Cost) -> None:
@@ -98,7 +108,7 @@ def _cases(sizes: Sizes, full: list[Cost], tmem: list[Cost]) -> tuple[Case, ...]
         "baseline/candidate",
         None,
         "the KV cache of each engine is as large as its context needs, no more; on CPU a prompt runs in one step (chunked prefill is off there, see "
-        "actors/engine_start.py), so the activations of the whole history are part of what full context costs",
+        "actors/engine/start.py), so the activations of the whole history are part of what full context costs",
     )
     seconds = Case(
         f"an episode at {last} tokens",
@@ -115,12 +125,26 @@ def _cases(sizes: Sizes, full: list[Cost], tmem: list[Cost]) -> tuple[Case, ...]
 
 
 def _table(sizes: Sizes, full: list[Cost], tmem: list[Cost]) -> Table:
-    header = ("history", "off: peak MiB", "KV MiB", "s", "TMEM: peak MiB", "KV MiB", "s", "writes", "adapter MiB")
+    header = (
+        "history",
+        "off: peak MiB",
+        "KV MiB",
+        "s",
+        "TMEM: peak MiB",
+        "KV MiB",
+        "s",
+        "writes",
+        "adapter MiB",
+    )
     rows = tuple(
         (str(length), *_cells(off), *_cells(on), str(on.writes), f"{on.adapter / MIB:.2f}")
         for length, off, on in zip(sizes.lengths, full, tmem, strict=True)
     )
-    return Table(f"cost of an episode by tokens of history (memory off: full context; TMEM: L_max {sizes.limit})", header, rows)
+    return Table(
+        f"cost of an episode by tokens of history (memory off: full context; TMEM: L_max {sizes.limit})",
+        header,
+        rows,
+    )
 
 
 def _cells(cost: Cost) -> tuple[str, str, str]:
@@ -131,7 +155,11 @@ def _figures(sizes: Sizes, full: list[Cost], tmem: list[Cost]) -> dict[str, floa
     figures: dict[str, float] = {}
     for name, costs in (("off", full), ("tmem", tmem)):
         for length, cost in zip(sizes.lengths, costs, strict=True):
-            figures |= {f"{name}_peak_mib_{length}": cost.peak / MIB, f"{name}_s_{length}": cost.seconds, f"{name}_cpu_s_{length}": cost.cpu_s}
+            figures |= {
+                f"{name}_peak_mib_{length}": cost.peak / MIB,
+                f"{name}_s_{length}": cost.seconds,
+                f"{name}_cpu_s_{length}": cost.cpu_s,
+            }
     return figures
 
 
@@ -142,12 +170,22 @@ def _plot(sizes: Sizes, full: list[Cost], tmem: list[Cost], folder: Path) -> Pat
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     for axes, name, value in zip(
-        figure.subplots(1, 2), ("peak memory, MiB", "seconds per episode"), (lambda cost: cost.peak / MIB, lambda cost: cost.seconds), strict=True
+        figure.subplots(1, 2),
+        ("peak memory, MiB", "seconds per episode"),
+        (lambda cost: cost.peak / MIB, lambda cost: cost.seconds),
+        strict=True,
     ):
-        axes.plot(sizes.lengths, [value(cost) for cost in full], marker="o", label="memory off (full context)")
-        axes.plot(sizes.lengths, [value(cost) for cost in tmem], marker="o", label=f"TMEM (L_max {sizes.limit})")
+        axes.plot(
+            sizes.lengths, [value(cost) for cost in full], marker="o", label="memory off (full context)"
+        )
+        axes.plot(
+            sizes.lengths, [value(cost) for cost in tmem], marker="o", label=f"TMEM (L_max {sizes.limit})"
+        )
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes.lengths, [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in sizes.lengths])
+        axes.set_xticks(
+            sizes.lengths,
+            [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in sizes.lengths],
+        )
         axes.set_xlabel("tokens of history")
         axes.set_ylabel(name)
         axes.set_ylim(bottom=0)

@@ -10,14 +10,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from actors.types import AdapterKey, FastWeights, Flashcard, Generation, PolicyVersion, Probe, Sampling, Task, Trajectory
+from actors.types import (
+    AdapterKey,
+    FastWeights,
+    Flashcard,
+    Generation,
+    PolicyVersion,
+    Probe,
+    Sampling,
+    Task,
+    Trajectory,
+)
 from cluster.bench import memory as resident_memory
 from cluster.bench.values import BenchError
-from configs.schema import EmbedderConfig, EngineConfig, EnvironmentConfig, FastWeightsConfig, MemoryConfig, ModelConfig, RolloutConfig, WriteConfig
+from configs.schema import (
+    EmbedderConfig,
+    EngineConfig,
+    EnvironmentConfig,
+    FastWeightsConfig,
+    MemoryConfig,
+    ModelConfig,
+    RolloutConfig,
+    WriteConfig,
+)
 
 if TYPE_CHECKING:
-    from actors.chat import ChatFormat
-    from actors.engine import VLLMPolicy
+    from actors.engine.policy import VLLMPolicy
+    from actors.text.chat_template import ChatFormat
 
 MemoryKind = Literal["none", "parametric"]
 
@@ -129,16 +148,25 @@ class ScriptedExtractions:
     def version(self) -> PolicyVersion:
         return self._policy.version
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey
+    ) -> Generation:
         if sampling.kind == "act":
             return await self._policy.generate(prompt_ids, sampling, adapter)
-        from actors.flashcards import render_flashcards
+        from actors.text.flashcards import render_flashcards
 
         self._count += 1
-        cards = [Flashcard(f"Who came to the harbour on day {self._count}{half}?", f"The keeper of house {self._count}.") for half in ("a", "b")]
+        cards = [
+            Flashcard(
+                f"Who came to the harbour on day {self._count}{half}?", f"The keeper of house {self._count}."
+            )
+            for half in ("a", "b")
+        ]
         script = self._chat.reply(render_flashcards(cards))
         if len(script) > sampling.max_tokens:
-            raise BenchError(f"the scripted extraction has {len(script)} tokens of this tokenizer, {sampling.max_tokens} are allowed")
+            raise BenchError(
+                f"the scripted extraction has {len(script)} tokens of this tokenizer, {sampling.max_tokens} are allowed"
+            )
         sampled = await self._policy.generate(prompt_ids, replace(sampling, max_tokens=len(script)), adapter)
         return Generation(script, sampled.logprobs, "stop")
 
@@ -156,12 +184,12 @@ class Episode:
         import torch
         from transformers import AutoConfig, AutoTokenizer
 
-        from actors.basis import compute_basis_from_checkpoint
-        from actors.chat import ChatFormat
-        from actors.engine import VLLMPolicy
+        from actors.engine.policy import VLLMPolicy
         from actors.environments.build import build_environment
+        from actors.episodes.rollout import Rollout
+        from actors.fast_weights.basis import compute_basis_from_checkpoint
         from actors.memory.build import surroundings
-        from actors.rollout import Rollout
+        from actors.text.chat_template import ChatFormat
 
         torch.set_num_threads(cell.threads)
         self._cell = cell
@@ -169,16 +197,26 @@ class Episode:
         environment = build_environment(EnvironmentConfig(), EmbedderConfig())
         self._memory, self._context = _memory(cell, self._chat, environment.system_prompt)
         model = ModelConfig()
-        self._token_bytes = _token_bytes(AutoConfig.from_pretrained(cell.model_path), getattr(torch, model.dtype).itemsize)
+        self._token_bytes = _token_bytes(
+            AutoConfig.from_pretrained(cell.model_path), getattr(torch, model.dtype).itemsize
+        )
         basis = compute_basis_from_checkpoint(cell.model_path, FastWeightsConfig(), seed=0)
         self._adapter = 4 * basis.parameters
-        engine = EngineConfig(slots=1, max_model_tokens=self._context, kv_cache_gib=_cached_tokens(self._context) * self._token_bytes / 2**30)
-        self._policy = VLLMPolicy(cell.model_path, model, engine, basis, (), version=0, threads=cell.threads, seed=0)  # no stop: lengths are given
+        engine = EngineConfig(
+            slots=1,
+            max_model_tokens=self._context,
+            kv_cache_gib=_cached_tokens(self._context) * self._token_bytes / 2**30,
+        )
+        self._policy = VLLMPolicy(
+            cell.model_path, model, engine, basis, (), version=0, threads=cell.threads, seed=0
+        )  # no stop: lengths are given
         write, writer = WriteConfig(), self._policy.writer(WriteConfig())
         rollout = RolloutConfig(threads=cell.threads, episode_timeout_s=EPISODE_S)
         policy = ScriptedExtractions(self._policy, self._chat)
         around = surroundings(self._context, cell.sizes.answer, EmbedderConfig())
-        self._rollout = Rollout(policy, writer, environment, self._chat, write, rollout, engine.slots, around, basis.id, "cost")
+        self._rollout = Rollout(
+            policy, writer, environment, self._chat, write, rollout, engine.slots, around, basis.id, "cost"
+        )
 
     def cache_tokens(self) -> tuple[int, int]:
         """That the KV cache admits: as computed here, and as vLLM made it."""
@@ -202,13 +240,25 @@ class Episode:
             raise BenchError(f"a write was {unwritten[0].outcome}: {unwritten[0].reason}")
         needed, made = self.cache_tokens()
         if memory.resident and made != needed:
-            raise BenchError(f"vLLM made a KV cache of {made} tokens, not of {needed}: what its blocks need is computed wrongly here")
-        spare = (made - needed) * self._token_bytes  # on GPU vLLM takes gpu_memory_utilization, however little is needed
+            raise BenchError(
+                f"vLLM made a KV cache of {made} tokens, not of {needed}: what its blocks need is computed wrongly here"
+            )
+        spare = (
+            made - needed
+        ) * self._token_bytes  # on GPU vLLM takes gpu_memory_utilization, however little is needed
         cache = needed * self._token_bytes
-        return Cost(memory.read() - spare, self._context, cache, trajectory.timings.total, cpu_s, len(trajectory.writes), self._adapter)
+        return Cost(
+            memory.read() - spare,
+            self._context,
+            cache,
+            trajectory.timings.total,
+            cpu_s,
+            len(trajectory.writes),
+            self._adapter,
+        )
 
     def _run(self, length: int, seed: int) -> Trajectory:
-        from actors.rollout import RolloutRequest
+        from actors.episodes.rollout import RolloutRequest
 
         payload = {
             "sessions": history(self._chat, length, self._cell.sizes.turn, seed),
@@ -243,7 +293,7 @@ def _filler(chat: ChatFormat, tokens: int, draw: random.Random) -> str:
 
 def _memory(cell: Cell, chat: ChatFormat, system_prompt: str) -> tuple[MemoryConfig, int]:
     """The memory of a cell, and the tokens that its engine must admit: the longest prompt and what is sampled after it."""
-    from actors.flashcards import extraction_prompt
+    from actors.text.flashcards import extraction_prompt
 
     sizes = cell.sizes
     opening = len(chat.system(system_prompt)) + len(chat.assistant_open)
@@ -252,7 +302,9 @@ def _memory(cell: Cell, chat: ChatFormat, system_prompt: str) -> tuple[MemoryCon
         return MemoryConfig(policy="truncation", max_context_tokens=needed), needed
     # A context is relieved once it is over L_max: by a turn at most. The extraction lists earlier flashcards, ``extraction`` tokens at most.
     asking = len(chat.user(extraction_prompt(QUESTION, [Flashcard("q", "a")]))) + len(chat.assistant_open)
-    config = MemoryConfig(policy="parametric", max_context_tokens=sizes.limit, max_extract_tokens=sizes.extraction)
+    config = MemoryConfig(
+        policy="parametric", max_context_tokens=sizes.limit, max_extract_tokens=sizes.extraction
+    )
     return config, sizes.limit + sizes.turn + asking + 2 * sizes.extraction
 
 

@@ -61,7 +61,9 @@ class Child:
         try:
             self._pipe.send((method, arguments))
         except BrokenPipeError:
-            raise BenchError(f"{self._name} died before {method}: out of memory? Its own messages are above") from None
+            raise BenchError(
+                f"{self._name} died before {method}: out of memory? Its own messages are above"
+            ) from None
         return self.wait(method, timeout_s)
 
     def wait(self, what: str, timeout_s: float) -> Any:
@@ -70,7 +72,9 @@ class Child:
         try:
             failure, value = self._pipe.recv()
         except EOFError:
-            raise BenchError(f"{self._name} died during {what}: out of memory? Its own messages are above") from None
+            raise BenchError(
+                f"{self._name} died during {what}: out of memory? Its own messages are above"
+            ) from None
         if failure:
             raise BenchError(f"{self._name}: {what} failed: {failure}")
         return value

@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.fast_weights import Basis
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.delta import Basis
 from actors.types import TrajectoryGroup
 from cluster.bench.harness import in_turns, timed
 from cluster.bench.learner_groups import recall_groups, shared_prefix_fraction, without_deltas
 from cluster.bench.learner_head import HeadSize, head_plot, head_table
 from cluster.bench.memory import why_unmeasurable
-from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Table, Timing
+from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Timing
+from cluster.measure.report import Table
 from configs.load import load_config
 from configs.schema import RunConfig
 from learner.advantage import estimator, score
@@ -49,37 +50,68 @@ def run(context: Context) -> Outcome:
         ((f"{sum(len(one.segments) for group in groups for one in group.trajectories)}", f"{shared:.1%}"),),
     )
     table, plots, figures = head(context)
-    return Outcome((*cases, padding), (table, padding_table, prefixes), plots, {"shared_prefix_fraction": shared, **figures})
+    return Outcome(
+        (*cases, padding),
+        (table, padding_table, prefixes),
+        plots,
+        {"shared_prefix_fraction": shared, **figures},
+    )
 
 
 def head(context: Context) -> tuple[Table, tuple[Path, ...], dict[str, float]]:
     """Memory of the head; where peaks cannot be measured, a table that says why."""
     if reason := why_unmeasurable():
-        return Table("Log-probs of many tokens, forward and backward: not measured", ("reason",), ((reason,),)), (), {}
+        return (
+            Table("Log-probs of many tokens, forward and backward: not measured", ("reason",), ((reason,),)),
+            (),
+            {},
+        )
     table, costs = head_table(_head_sizes(context.quick), context.threads)
     figures = {
-        f"head_peak_mib {way} {size.vocabulary} {'trained' if size.trained else 'frozen'}": cost.peak / 2**20 for (size, way), cost in costs.items()
+        f"head_peak_mib {way} {size.vocabulary} {'trained' if size.trained else 'frozen'}": cost.peak / 2**20
+        for (size, way), cost in costs.items()
     }
     return table, (head_plot(costs, context.folder),), figures
 
 
-def step_cases(context: Context, config: RunConfig, basis: Basis, groups: Sequence[TrajectoryGroup], trainable: Trainable) -> tuple[Case, Case]:
+def step_cases(
+    context: Context, config: RunConfig, basis: Basis, groups: Sequence[TrajectoryGroup], trainable: Trainable
+) -> tuple[Case, Case]:
     """By CPU seconds (steadier where others use the machine too) and by wall seconds."""
     settings = replace(config.learner, trainable=trainable, learning_rate=1e-7, threads=context.threads)
     if context.quick:
         settings = replace(settings, trainable_layers=min(2, settings.trainable_layers))
     temperature = config.sampling.temperature
-    learner = Learner(settings, config.objective, str(context.model_path), basis, config.seed, temperature, rank=0, world_size=1)
+    learner = Learner(
+        settings,
+        config.objective,
+        str(context.model_path),
+        basis,
+        config.seed,
+        temperature,
+        rank=0,
+        world_size=1,
+    )
     bare = without_deltas(groups)
     report = learner.step(groups)
     if report.tokens != learner.step(bare).tokens or report.tokens == 0:
-        raise BenchError("the step without Deltas evaluated other tokens than the step with them, or neither any: no comparison")
-    timings = in_turns({"without": lambda: timed(lambda: learner.step(bare)), "with": lambda: timed(lambda: learner.step(groups))}, context.repeats)
+        raise BenchError(
+            "the step without Deltas evaluated other tokens than the step with them, or neither any: no comparison"
+        )
+    timings = in_turns(
+        {
+            "without": lambda: timed(lambda: learner.step(bare)),
+            "with": lambda: timed(lambda: learner.step(groups)),
+        },
+        context.repeats,
+    )
     note = (
         f"{report.tokens} tokens in {report.microbatches} microbatches, {report.action_tokens} of them sampled; "
         f"the Deltas add {_added_work(learner, basis):.2%} to the multiplications of the layers: the floor of their cost"
     )
-    return _case(f"step, {trainable}, CPU", "cpu_s", timings, note), _case(f"step, {trainable}, wall", "wall_s", timings, "")
+    return _case(f"step, {trainable}, CPU", "cpu_s", timings, note), _case(
+        f"step, {trainable}, wall", "wall_s", timings, ""
+    )
 
 
 def padding_of(groups: Sequence[TrajectoryGroup], config: RunConfig) -> tuple[Case, Table]:
@@ -95,13 +127,25 @@ def padding_of(groups: Sequence[TrajectoryGroup], config: RunConfig) -> tuple[Ca
     for ranks in _RANKS:
         plan = pack(rows, budget, ranks, config.sampling.temperature)
         if len({len(part) for part in plan}) != 1:
-            raise BenchError(f"ranks have {[len(part) for part in plan]} microbatches: they must have as many each")
+            raise BenchError(
+                f"ranks have {[len(part) for part in plan]} microbatches: they must have as many each"
+            )
         places[ranks] = sum(one.token_ids.size for part in plan for one in part)
-        lines.append(("learner.batch.pack", f"{ranks}", f"{len(plan[0])}", f"{1 - tokens / places[ranks]:.1%}"))
-    note = (
-        f"{1 - tokens / places[1]:.1%} of what goes through the model is padding (goal: under 10 %), {1 - tokens / sum(filled):.1%} by sort and fill"
+        lines.append(
+            ("learner.batch.pack", f"{ranks}", f"{len(plan[0])}", f"{1 - tokens / places[ranks]:.1%}")
+        )
+    note = f"{1 - tokens / places[1]:.1%} of what goes through the model is padding (goal: under 10 %), {1 - tokens / sum(filled):.1%} by sort and fill"
+    case = Case(
+        "padding",
+        "tokens",
+        "with padding",
+        "tokens",
+        (float(tokens),),
+        (float(places[1]),),
+        "candidate/baseline",
+        PADDING_GOAL,
+        note,
     )
-    case = Case("padding", "tokens", "with padding", "tokens", (float(tokens),), (float(places[1]),), "candidate/baseline", PADDING_GOAL, note)
     title = f"Padding of {len(rows)} rows, {tokens} tokens, in microbatches of at most {budget}"
     return case, Table(title, ("packing", "ranks", "microbatches a rank", "padding"), tuple(lines))
 
@@ -119,19 +163,37 @@ def sort_and_fill(rows: Sequence[Row], budget: int) -> list[int]:
 
 def _added_work(learner: Learner, basis: Basis) -> float:
     """Multiplications of the Deltas over those of the layers' own weights, forward and backward (no gradient of B or A, none of frozen weights)."""
-    layers = {name: value.numel() for name, value in learner.weights(trainable_only=False).items() if ".layers." in name}
+    layers = {
+        name: value.numel()
+        for name, value in learner.weights(trainable_only=False).items()
+        if ".layers." in name
+    }
     trained = sum(layers[name] for name in learner.weights(trainable_only=True) if name in layers)
     delta = basis.parameters + sum(matrix.numel() for matrix in basis.a.values())
     return 2 * delta / (sum(layers.values()) + 2 * trained)
 
 
 def _case(name: str, clock: Literal["cpu_s", "wall_s"], timings: dict[str, list[Timing]], note: str) -> Case:
-    without, under = (tuple(float(getattr(one, clock)) for one in timings[side]) for side in ("without", "with"))
-    return Case(name, "Deltas taken away", "a Delta per segment", "s", without, under, "candidate/baseline", STEP_GOAL, note)
+    without, under = (
+        tuple(float(getattr(one, clock)) for one in timings[side]) for side in ("without", "with")
+    )
+    return Case(
+        name,
+        "Deltas taken away",
+        "a Delta per segment",
+        "s",
+        without,
+        under,
+        "candidate/baseline",
+        STEP_GOAL,
+        note,
+    )
 
 
 def _head_sizes(quick: bool) -> tuple[HeadSize, ...]:
     if quick:
         return (HeadSize(tokens=512, width=32, vocabulary=30_000, trained=False),)
     # 1,024 tokens: enough to tell the ways apart; more only take longer
-    return tuple(HeadSize(1024, 576, vocabulary, trained) for vocabulary in _VOCABULARIES for trained in (False, True))
+    return tuple(
+        HeadSize(1024, 576, vocabulary, trained) for vocabulary in _VOCABULARIES for trained in (False, True)
+    )

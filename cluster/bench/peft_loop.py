@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from actors.fast_weights import Basis
+from actors.fast_weights.delta import Basis
 from actors.types import WriteExample, WriteRequest
 from configs.schema import WriteConfig
 
@@ -22,12 +22,22 @@ _IGNORED = -100  # transformers leaves such labels out of the loss
 class PeftLoop:
     """Full forward with all logits, loss on the answers, backward, step; A frozen at the basis."""
 
-    def __init__(self, model_path: Path, basis: Basis, config: WriteConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model_path: Path, basis: Basis, config: WriteConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa").to(device)
-        lora = LoraConfig(r=basis.rank, lora_alpha=basis.rank, lora_dropout=0.0, bias="none", target_modules=list(basis.modules))
+        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa").to(
+            device
+        )
+        lora = LoraConfig(
+            r=basis.rank,
+            lora_alpha=basis.rank,
+            lora_dropout=0.0,
+            bias="none",
+            target_modules=list(basis.modules),
+        )
         self._model: Any = get_peft_model(base, lora).eval()
         self._config, self._device = config, device
         self._b: dict[str, torch.nn.Parameter] = {}
@@ -50,7 +60,10 @@ class PeftLoop:
         kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
         optimizer = kind(list(self._b.values()), lr=config.learning_rate)
         examples = request.examples
-        batches = [self._batch(examples[i : i + config.batch_size]) for i in range(0, len(examples), config.batch_size)]
+        batches = [
+            self._batch(examples[i : i + config.batch_size])
+            for i in range(0, len(examples), config.batch_size)
+        ]
         for _ in range(config.epochs):
             for batch in batches:
                 optimizer.zero_grad()
@@ -60,13 +73,20 @@ class PeftLoop:
 
     def _loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """As transformers' own loss, except that a float64 model's logits stay float64."""
-        logits = self._model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        logits = self._model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+            :, :-1
+        ]
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return functional.cross_entropy(wide.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=_IGNORED)
+        return functional.cross_entropy(
+            wide.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=_IGNORED
+        )
 
     def _batch(self, examples: Sequence[WriteExample]) -> dict[str, torch.Tensor]:
         ids = [torch.tensor(example.prompt_ids + example.answer_ids) for example in examples]
-        labels = [torch.tensor([_IGNORED] * len(example.prompt_ids) + list(example.answer_ids)) for example in examples]
+        labels = [
+            torch.tensor([_IGNORED] * len(example.prompt_ids) + list(example.answer_ids))
+            for example in examples
+        ]
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True),
             "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),

@@ -60,7 +60,9 @@ def as_json(facts: Mapping[str, str], outcomes: Mapping[str, Outcome]) -> str:
     return json.dumps({"environment": dict(facts), "benchmarks": benchmarks}, indent=1)
 
 
-def save(folder: Path, facts: Mapping[str, str], outcomes: Mapping[str, Outcome], abouts: Mapping[str, str]) -> list[Path]:
+def save(
+    folder: Path, facts: Mapping[str, str], outcomes: Mapping[str, Outcome], abouts: Mapping[str, str]
+) -> list[Path]:
     """report.md and report.json, written after each benchmark, so that a run which is stopped keeps what it measured."""
     report, data = folder / "report.md", folder / "report.json"
     report.write_text(markdown(facts, outcomes, abouts), encoding="utf-8")
@@ -74,7 +76,9 @@ def _with_unit(spread: Spread, unit: str) -> str:
 
 def _key(name: str) -> str:
     """A name that MLflow takes."""
-    return "".join(character if character.isalnum() or character in "_-. " else "_" for character in name).replace(" ", "_")
+    return "".join(
+        character if character.isalnum() or character in "_-. " else "_" for character in name
+    ).replace(" ", "_")
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

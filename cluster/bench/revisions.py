@@ -16,7 +16,8 @@ import numpy as np
 
 from cluster.bench.harness import Child, child, in_turns
 from cluster.bench.revisions_engines import FileEngine, InstallingPolicy, Setup, SteppedEngine, SteppedManager
-from cluster.bench.values import Case, Context, Goal, Outcome, Table, Timing
+from cluster.bench.values import Case, Context, Goal, Outcome, Timing
+from cluster.measure.report import Table
 
 CALL_S = 900.0
 LIMIT_MS = 1.0
@@ -43,7 +44,9 @@ class Sizes:
 def run(context: Context) -> Outcome:
     sizes = Sizes.of(context)
     longest = max(sizes.prompt_tokens, sizes.decode_prompt_tokens + sizes.decode_tokens) + 1
-    speed, table = _speed(context, sizes, Setup(context.model_path, context.threads, max(sizes.sequences), longest))
+    speed, table = _speed(
+        context, sizes, Setup(context.model_path, context.threads, max(sizes.sequences), longest)
+    )
     installs = _installs(context, sizes, Setup(context.model_path, context.threads, sizes.installs, longest))
     steps = _steps(context, sizes, Setup(context.model_path, context.threads, sizes.steps[-1][0], longest))
     return Outcome((*installs, *speed, *steps), (table,))
@@ -52,12 +55,21 @@ def run(context: Context) -> Outcome:
 def _speed(context: Context, sizes: Sizes, setup: Setup) -> tuple[list[Case], Table]:
     cases: list[Case] = []
     rows: list[tuple[str, ...]] = []
-    with child("engine without adapters", SteppedEngine, (setup, False)) as base, child("engine with adapters", SteppedEngine, (setup, True)) as lora:
+    with (
+        child("engine without adapters", SteppedEngine, (setup, False)) as base,
+        child("engine with adapters", SteppedEngine, (setup, True)) as lora,
+    ):
         for count in sizes.sequences:
-            given = {"prefill": (count, sizes.prompt_tokens), "decode": (count, sizes.decode_prompt_tokens, sizes.decode_tokens)}
+            given = {
+                "prefill": (count, sizes.prompt_tokens),
+                "decode": (count, sizes.decode_prompt_tokens, sizes.decode_tokens),
+            }
             tokens = {"prefill": count * sizes.prompt_tokens, "decode": count * (sizes.decode_tokens - 1)}
             for phase, share in (("decode", 0.9), ("prefill", 0.95)):
-                timings = in_turns({"base": _call(base, phase, given[phase]), "lora": _call(lora, phase, given[phase])}, context.repeats)
+                timings = in_turns(
+                    {"base": _call(base, phase, given[phase]), "lora": _call(lora, phase, given[phase])},
+                    context.repeats,
+                )
                 cases.append(
                     Case(
                         f"{phase}, {count} sequences",
@@ -70,15 +82,29 @@ def _speed(context: Context, sizes: Sizes, setup: Setup) -> tuple[list[Case], Ta
                         Goal("at least", share),
                     )
                 )
-                seconds = [float(np.median([timing.cpu_s for timing in timings[name]])) for name in ("base", "lora")]
-                rows.append((f"{phase}, {count} sequences", f"{seconds[0]:.3f}", f"{seconds[1]:.3f}", f"{seconds[0] / seconds[1]:.3f}"))
+                seconds = [
+                    float(np.median([timing.cpu_s for timing in timings[name]])) for name in ("base", "lora")
+                ]
+                rows.append(
+                    (
+                        f"{phase}, {count} sequences",
+                        f"{seconds[0]:.3f}",
+                        f"{seconds[1]:.3f}",
+                        f"{seconds[0] / seconds[1]:.3f}",
+                    )
+                )
     header = ("case", "without adapters: CPU s", "with: CPU s", "share of the speed")
-    return cases, Table("The same by CPU seconds (steadier where the machine has other work)", header, tuple(rows))
+    return cases, Table(
+        "The same by CPU seconds (steadier where the machine has other work)", header, tuple(rows)
+    )
 
 
 def _installs(context: Context, sizes: Sizes, setup: Setup) -> list[Case]:
     count = sizes.installs
-    with child("policy", InstallingPolicy, (setup,)) as policy, child("vLLM with files", FileEngine, (setup,)) as files:
+    with (
+        child("policy", InstallingPolicy, (setup,)) as policy,
+        child("vLLM with files", FileEngine, (setup,)) as files,
+    ):
         loads: list[Timing] = []
 
         def ours() -> Timing:
@@ -93,8 +119,26 @@ def _installs(context: Context, sizes: Sizes, setup: Setup) -> list[Case]:
     file = tuple(timing.wall_s / count * 1e3 for timing in timings["files"])
     limit, goal = (LIMIT_MS,) * context.repeats, Goal("at most", 1.0)
     return [
-        Case(f"install, each of {count}", "limit", "VLLMPolicy.install", "ms", limit, install, "candidate/baseline", goal),
-        Case(f"install and slot load, each of {count}", "limit", "install and first step", "ms", limit, both, "candidate/baseline", goal),
+        Case(
+            f"install, each of {count}",
+            "limit",
+            "VLLMPolicy.install",
+            "ms",
+            limit,
+            install,
+            "candidate/baseline",
+            goal,
+        ),
+        Case(
+            f"install and slot load, each of {count}",
+            "limit",
+            "install and first step",
+            "ms",
+            limit,
+            both,
+            "candidate/baseline",
+            goal,
+        ),
         Case(
             f"install and slot load, each of {count}, vLLM",
             "file and add_lora",
@@ -113,11 +157,31 @@ def _steps(context: Context, sizes: Sizes, setup: Setup) -> list[Case]:
     with child("adapter manager", SteppedManager, (setup,)) as manager:
         for active, registered in sizes.steps:
             manager.call("fill", (active, registered), CALL_S)
-            timings = in_turns({name: _call(manager, name, (sizes.step_calls,)) for name in ("theirs", "ours")}, context.repeats)
-            theirs, ours = (tuple(timing.wall_s / sizes.step_calls * 1e3 for timing in timings[name]) for name in ("theirs", "ours"))
-            name, limit = f"adapters of a step, {active} active of {registered}", (LIMIT_MS,) * context.repeats
+            timings = in_turns(
+                {name: _call(manager, name, (sizes.step_calls,)) for name in ("theirs", "ours")},
+                context.repeats,
+            )
+            theirs, ours = (
+                tuple(timing.wall_s / sizes.step_calls * 1e3 for timing in timings[name])
+                for name in ("theirs", "ours")
+            )
+            name, limit = (
+                f"adapters of a step, {active} active of {registered}",
+                (LIMIT_MS,) * context.repeats,
+            )
             cases.append(Case(name, "vLLM's own", "ours", "ms", theirs, ours, "baseline/candidate", None))
-            cases.append(Case(f"{name}, limit", "limit", "ours", "ms", limit, ours, "candidate/baseline", Goal("at most", 1.0)))
+            cases.append(
+                Case(
+                    f"{name}, limit",
+                    "limit",
+                    "ours",
+                    "ms",
+                    limit,
+                    ours,
+                    "candidate/baseline",
+                    Goal("at most", 1.0),
+                )
+            )
     return cases
 
 

@@ -18,11 +18,17 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.engine import VLLMPolicy
-from actors.engine_adapters import AdapterTable, as_tensors
-from actors.engine_start import build_engine, engine_arguments, prepare_environment, read_vocabulary, start_engine
-from actors.fast_weights import Basis
+from actors.engine.adapters import AdapterTable, as_tensors
+from actors.engine.policy import VLLMPolicy
+from actors.engine.start import (
+    build_engine,
+    engine_arguments,
+    prepare_environment,
+    read_vocabulary,
+    start_engine,
+)
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.delta import Basis
 from actors.types import AdapterKey, FastWeights
 from cluster.bench.harness import timed
 from cluster.bench.values import Timing
@@ -42,14 +48,18 @@ class Setup:
 
     @property
     def engine(self) -> EngineConfig:
-        return EngineConfig(slots=self.slots, max_model_tokens=self.max_tokens, kv_cache_gib=0.5, receipts="off")
+        return EngineConfig(
+            slots=self.slots, max_model_tokens=self.max_tokens, kv_cache_gib=0.5, receipts="off"
+        )
 
     @property
     def model(self) -> ModelConfig:
         return ModelConfig(dtype="float32")
 
     def basis(self) -> Basis:
-        return compute_basis_from_checkpoint(self.model_path, FastWeightsConfig(basis="random"), seed=0)  # its values make no difference here
+        return compute_basis_from_checkpoint(
+            self.model_path, FastWeightsConfig(basis="random"), seed=0
+        )  # its values make no difference here
 
 
 class Revisions:
@@ -61,7 +71,10 @@ class Revisions:
         self._revision = 0
 
     def weights(self) -> FastWeights:
-        b = {name: self._draw.normal(0, 1e-3, (rows, self._basis.rank)).astype(np.float32) for name, rows in self._basis.d_out.items()}
+        b = {
+            name: self._draw.normal(0, 1e-3, (rows, self._basis.rank)).astype(np.float32)
+            for name, rows in self._basis.d_out.items()
+        }
         return FastWeights(self._basis.id, 1, b)
 
     def key(self) -> AdapterKey:
@@ -83,10 +96,14 @@ class SteppedEngine:
         self._adapters, self._requests = adapters, 0
         self._table = AdapterTable(0)
         if adapters:
-            self._engine = build_engine(setup.model_path, setup.model, setup.engine, basis, threads=setup.threads, seed=0)
+            self._engine = build_engine(
+                setup.model_path, setup.model, setup.engine, basis, threads=setup.threads, seed=0
+            )
             return
         arguments = engine_arguments(setup.model_path, setup.model, setup.engine, basis, 0)
-        self._engine = start_engine(replace(arguments, enable_lora=False, lora_target_modules=None), setup.threads)
+        self._engine = start_engine(
+            replace(arguments, enable_lora=False, lora_target_modules=None), setup.threads
+        )
         _use_our_count()
 
     def prefill(self, sequences: int, length: int) -> Timing:
@@ -106,12 +123,22 @@ class SteppedEngine:
         for key in keys:
             self._table.put(self._engine, key, as_tensors(self._revisions.weights()))
         sampling = SamplingParams(
-            temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+            temperature=0.0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         for place in range(sequences):
             self._requests += 1
             adapter = self._table.find(keys[place]) if keys else None
-            self._engine.add_request(str(self._requests), tokens_input(self._revisions.prompt(length)), sampling, lora_request=adapter)
+            self._engine.add_request(
+                str(self._requests),
+                tokens_input(self._revisions.prompt(length)),
+                sampling,
+                lora_request=adapter,
+            )
         for _ in range(untimed_steps):
             self._engine.step()
 
@@ -130,7 +157,9 @@ class InstallingPolicy:
     def __init__(self, setup: Setup) -> None:
         basis = setup.basis()
         self._revisions = Revisions(basis, 2)
-        self._policy = VLLMPolicy(setup.model_path, setup.model, setup.engine, basis, (), version=0, threads=setup.threads, seed=0)
+        self._policy = VLLMPolicy(
+            setup.model_path, setup.model, setup.engine, basis, (), version=0, threads=setup.threads, seed=0
+        )
 
     def install(self, count: int) -> Timing:
         """Seconds of ``count`` installs asked for at once."""
@@ -164,7 +193,9 @@ class FileEngine:
         prepare_environment(setup.threads)
         self._basis = setup.basis()
         self._revisions = Revisions(self._basis, 2)
-        self._engine = start_engine(engine_arguments(setup.model_path, setup.model, setup.engine, self._basis, 0), setup.threads)
+        self._engine = start_engine(
+            engine_arguments(setup.model_path, setup.model, setup.engine, self._basis, 0), setup.threads
+        )
         shared_memory = Path("/dev/shm")
         self._folder = tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else None)
         self._number = 0
@@ -181,7 +212,9 @@ class FileEngine:
                 self._number += 1
                 path = Path(self._folder.name) / str(self._number)
                 self._write(path, weights)
-                self._engine.add_lora(LoRARequest(lora_name=path.name, lora_int_id=self._number, lora_path=str(path)))
+                self._engine.add_lora(
+                    LoRARequest(lora_name=path.name, lora_int_id=self._number, lora_path=str(path))
+                )
 
         timing = timed(work)
         for number in range(first, self._number + 1):
@@ -191,10 +224,18 @@ class FileEngine:
     def _write(self, path: Path, weights: FastWeights) -> None:
         path.mkdir()
         rank = self._basis.rank
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+        config = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": rank,
+            "bias": "none",
+            "target_modules": ["gate_proj", "up_proj", "down_proj"],
+        }
         (path / "adapter_config.json").write_text(json.dumps(config))
         tensors = {f"base_model.model.{name}.lora_A.weight": a for name, a in self._basis.a.items()}
-        tensors |= {f"base_model.model.{name}.lora_B.weight": torch.from_numpy(b) for name, b in weights.b.items()}
+        tensors |= {
+            f"base_model.model.{name}.lora_B.weight": torch.from_numpy(b) for name, b in weights.b.items()
+        }
         safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
 
 
@@ -205,7 +246,9 @@ class SteppedManager:
         prepare_environment(setup.threads)
         basis = setup.basis()
         self._revisions = Revisions(basis, 2)
-        self._engine = build_engine(setup.model_path, setup.model, setup.engine, basis, threads=setup.threads, seed=0)
+        self._engine = build_engine(
+            setup.model_path, setup.model, setup.engine, basis, threads=setup.threads, seed=0
+        )
         self._manager = _adapter_manager(self._engine)
         self._table = AdapterTable(0)
         self._known: list[Any] = []
@@ -248,6 +291,6 @@ def _use_our_count() -> None:
     """The rank of sampled tokens as Engram's engines count it: vLLM's own would compile for a while, and is no part of the comparison."""
     from vllm.v1.sample import sampler
 
-    from actors.engine_extension import count_at_least
+    from actors.engine.vllm_internals.worker_extension import count_at_least
 
     sampler.batched_count_greater_than = count_at_least

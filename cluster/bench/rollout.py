@@ -16,7 +16,8 @@ from pathlib import Path
 import configs
 from cluster.bench.harness import child, in_turns
 from cluster.bench.rollout_sides import Asked, EngramSide, Round, Setup, VLLMSide
-from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Spread, Table, Timing
+from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Spread, Timing
+from cluster.measure.report import Table
 from configs.load import load_config
 from configs.schema import RunConfig
 
@@ -39,17 +40,28 @@ class Floor:
 
 
 def run(context: Context) -> Outcome:
-    from actors.basis import compute_basis_from_checkpoint, save_basis
+    from actors.fast_weights.basis import compute_basis_from_checkpoint, save_basis
 
     config = _config(context)
     # A task of its own for each episode: the scripted siblings of one task would all write the same flashcards, which the writer reads only once.
-    tasks, siblings = (QUICK_TASKS, QUICK_SIBLINGS) if context.quick else (config.train.tasks_per_step * config.train.group_size, 1)
+    tasks, siblings = (
+        (QUICK_TASKS, QUICK_SIBLINGS)
+        if context.quick
+        else (config.train.tasks_per_step * config.train.group_size, 1)
+    )
     with tempfile.TemporaryDirectory() as folder:
         basis_path = Path(folder) / "basis.safetensors"
-        save_basis(compute_basis_from_checkpoint(context.model_path, config.fast_weights, config.seed), basis_path)
+        save_basis(
+            compute_basis_from_checkpoint(context.model_path, config.fast_weights, config.seed), basis_path
+        )
         setup = Setup(config, context.model_path, basis_path, tasks, siblings)
-        with child("Engram's rollout side", EngramSide, (setup,)) as engram, child("vLLM", VLLMSide, (setup,)) as vllm:
-            rounds: list[Round] = [engram.call("play", (), ROUND_S)]  # the first is a warm-up and says what the baseline replays
+        with (
+            child("Engram's rollout side", EngramSide, (setup,)) as engram,
+            child("vLLM", VLLMSide, (setup,)) as vllm,
+        ):
+            rounds: list[Round] = [
+                engram.call("play", (), ROUND_S)
+            ]  # the first is a warm-up and says what the baseline replays
 
             steps = 0
 
@@ -67,7 +79,14 @@ def run(context: Context) -> Outcome:
 
             timings = in_turns({"vllm": replay, "engram": play}, context.repeats)
             flops, rate = engram.call("write_floor", (), ROUND_S)
-    return _outcome(tasks * siblings, timings["vllm"], timings["engram"], rounds[-context.repeats :], steps, Floor(flops, rate))
+    return _outcome(
+        tasks * siblings,
+        timings["vllm"],
+        timings["engram"],
+        rounds[-context.repeats :],
+        steps,
+        Floor(flops, rate),
+    )
 
 
 def _config(context: Context) -> RunConfig:
@@ -76,10 +95,19 @@ def _config(context: Context) -> RunConfig:
 
 
 def _counts(one: Round) -> list[list[tuple[int, int]]]:
-    return sorted([(len(asked.prompt_ids), asked.generated) for asked in requests] for requests in one.episodes)
+    return sorted(
+        [(len(asked.prompt_ids), asked.generated) for asked in requests] for requests in one.episodes
+    )
 
 
-def _outcome(episodes: int, vllm: Sequence[Timing], engram: Sequence[Timing], rounds: Sequence[Round], plain_steps: int, floor: Floor) -> Outcome:
+def _outcome(
+    episodes: int,
+    vllm: Sequence[Timing],
+    engram: Sequence[Timing],
+    rounds: Sequence[Round],
+    plain_steps: int,
+    floor: Floor,
+) -> Outcome:
     spent = {phase: Spread.of(tuple(one.phases[phase] for one in rounds)).median for phase in STEP_PHASES}
     wall, plain = (Spread.of(tuple(timing.wall_s for timing in timings)).median for timings in (engram, vllm))
     beyond = sum(spent[phase] for phase in ("write", "receipt", "install"))
@@ -99,18 +127,29 @@ def _outcome(episodes: int, vllm: Sequence[Timing], engram: Sequence[Timing], ro
     )
     figures = {f"{phase}_fraction": seconds / sum(spent.values()) for phase, seconds in spent.items()}
     figures |= {"engine_steps": rounds[-1].steps, "vllm_steps": plain_steps}
-    figures["environment_s_per_episode"] = Spread.of(tuple(one.environment_s / episodes for one in rounds)).median
+    figures["environment_s_per_episode"] = Spread.of(
+        tuple(one.environment_s / episodes for one in rounds)
+    ).median
     figures |= {"write_gflop": floor.flops / 1e9, "write_floor_ratio": plain / (plain + floor.seconds)}
-    figures["cpu_ratio"] = Spread.of(tuple(a.cpu_s / b.cpu_s for a, b in zip(vllm, engram, strict=True))).median
+    figures["cpu_ratio"] = Spread.of(
+        tuple(a.cpu_s / b.cpu_s for a, b in zip(vllm, engram, strict=True))
+    ).median
     return Outcome((case,), (_timeline(episodes, spent, plain), _requests(rounds[-1])), figures=figures)
 
 
 def _timeline(episodes: int, spent: dict[str, float], plain: float) -> Table:
     """The step thread's seconds, as the training loop logs them under timeline/worker_*."""
     total = sum(spent.values())
-    rows = [(phase, f"{seconds / episodes:.3f}", f"{seconds / total:.1%}", f"{seconds / plain:.1%}") for phase, seconds in spent.items()]
+    rows = [
+        (phase, f"{seconds / episodes:.3f}", f"{seconds / total:.1%}", f"{seconds / plain:.1%}")
+        for phase, seconds in spent.items()
+    ]
     rows.append(("all", f"{total / episodes:.3f}", "100.0%", f"{total / plain:.1%}"))
-    return Table("Timeline of Engram's step thread", ("phase", "s per episode", "of the step thread's time", "of vLLM's time alone"), tuple(rows))
+    return Table(
+        "Timeline of Engram's step thread",
+        ("phase", "s per episode", "of the step thread's time", "of vLLM's time alone"),
+        tuple(rows),
+    )
 
 
 def _requests(one: Round) -> Table:
@@ -119,13 +158,31 @@ def _requests(one: Round) -> Table:
     episodes = len(one.episodes)
 
     def row(name: str, requests: Sequence[Asked]) -> tuple[str, ...]:
-        prompts, generated = sum(len(request.prompt_ids) for request in requests), sum(request.generated for request in requests)
+        prompts, generated = (
+            sum(len(request.prompt_ids) for request in requests),
+            sum(request.generated for request in requests),
+        )
         tokens = sum(len(request.prompt_ids) + request.generated for request in asked)
         per = (len(requests), prompts, generated)
         return (name, *(f"{value / episodes:.1f}" for value in per), f"{(prompts + generated) / tokens:.0%}")
 
     rows = [row(kind, [request for request in asked if request.kind == kind]) for kind in ("extract", "act")]
     written = [record for record in one.writes if record.outcome == "accepted"]
-    prompts, answers = (sum(getattr(record, name) for record in written) / episodes for name in ("prompt_tokens", "answer_tokens"))
-    rows.append(("write", f"{len(written) / episodes:.1f}", f"{prompts:.1f}", f"{answers:.1f}", "trained, not sampled"))
-    return Table("Requests per episode", ("kind", "requests", "prompt tokens", "sampled tokens", "of all tokens"), tuple(rows))
+    prompts, answers = (
+        sum(getattr(record, name) for record in written) / episodes
+        for name in ("prompt_tokens", "answer_tokens")
+    )
+    rows.append(
+        (
+            "write",
+            f"{len(written) / episodes:.1f}",
+            f"{prompts:.1f}",
+            f"{answers:.1f}",
+            "trained, not sampled",
+        )
+    )
+    return Table(
+        "Requests per episode",
+        ("kind", "requests", "prompt tokens", "sampled tokens", "of all tokens"),
+        tuple(rows),
+    )

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from actors.chat import ChatFormat
-from actors.demonstration import DemonstratingEnvironment
-from actors.flashcards import render_flashcards
+from actors.episodes.demonstration import DemonstratingEnvironment
 from actors.protocols import FastWeightWriter, Policy
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import render_flashcards
 from actors.types import (
     AdapterKey,
     FastWeights,
@@ -41,8 +41,8 @@ from configs.schema import RunConfig
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from actors.engine import EngineStats
-    from actors.rollout import Rollout
+    from actors.engine.policy import EngineStats
+    from actors.episodes.rollout import Rollout
 
 VERSION: PolicyVersion = 0
 
@@ -87,12 +87,12 @@ class EngramSide:
     def __init__(self, setup: Setup) -> None:
         from transformers import AutoTokenizer
 
-        from actors.basis import load_basis
-        from actors.engine import VLLMPolicy
+        from actors.engine.policy import VLLMPolicy
         from actors.environments.build import build_environment
+        from actors.episodes.rollout import Rollout
+        from actors.fast_weights.basis import load_basis
         from actors.memory.build import surroundings
-        from actors.rollout import Rollout
-        from cluster.warm_start import can_demonstrate
+        from cluster.train.warm_start import can_demonstrate
 
         self._setup, config = setup, setup.config
         torch.set_num_threads(config.rollout.threads)
@@ -101,12 +101,32 @@ class EngramSide:
         assert can_demonstrate(environment)
         basis = load_basis(setup.basis_path)
         stop: tuple[int, ...] = ()  # every request samples the number of tokens that it is given
-        self._engine = VLLMPolicy(setup.model_path, config.model, config.engine, basis, stop, VERSION, config.rollout.threads, config.seed)
+        self._engine = VLLMPolicy(
+            setup.model_path,
+            config.model,
+            config.engine,
+            basis,
+            stop,
+            VERSION,
+            config.rollout.threads,
+            config.seed,
+        )
         self._policy = Scripted(self._engine, chat, environment, config.memory.question_blind)
         self._basis = basis
-        around = surroundings(config.engine.max_model_tokens, config.sampling.max_answer_tokens, config.embedder)
+        around = surroundings(
+            config.engine.max_model_tokens, config.sampling.max_answer_tokens, config.embedder
+        )
         self._make_rollout: Callable[[FastWeightWriter], Rollout] = lambda writer: Rollout(
-            self._policy, writer, environment, chat, config.write, config.rollout, config.engine.slots, around, basis.id, "bench"
+            self._policy,
+            writer,
+            environment,
+            chat,
+            config.write,
+            config.rollout,
+            config.engine.slots,
+            around,
+            basis.id,
+            "bench",
         )
         self._tasks = list(_first(environment, config.seed, setup.tasks))
         self._loop = asyncio.new_event_loop()  # a Rollout lives on one
@@ -123,7 +143,10 @@ class EngramSide:
         self._engine._loop.call(lambda engine: engine.reset_prefix_cache(), "other").result()
         before, groups = self._engine.stats(), list[TrajectoryGroup]()
         timing = timed(lambda: groups.extend(self._loop.run_until_complete(self._play())))
-        after, trajectories = self._engine.stats(), [trajectory for group in groups for trajectory in group.trajectories]
+        after, trajectories = (
+            self._engine.stats(),
+            [trajectory for group in groups for trajectory in group.trajectories],
+        )
         for failed in (failed for group in groups for failed in group.failed):
             raise BenchError(f"episode {failed.episode_id} failed: {failed.message}")
         writes = tuple(record for trajectory in trajectories for record in trajectory.writes)
@@ -143,17 +166,21 @@ class EngramSide:
         """FLOPs of the last round's writes if all were one batch, and the FLOP/s of a large matmul on these threads."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        from actors.writer import checkpoint_writer
+        from actors.write.writer import checkpoint_writer
 
         config, cpu = self._setup.config, torch.device("cpu")
-        writer = checkpoint_writer(str(self._setup.model_path), self._basis, config.write, config.model.dtype, cpu)
+        writer = checkpoint_writer(
+            str(self._setup.model_path), self._basis, config.write, config.model.dtype, cpu
+        )
         with FlopCounterMode(display=False) as counter:
             writer.write(self._writer.requests)
         where = torch.device("cuda") if torch.cuda.is_available() else cpu
-        return float(counter.get_total_flops()), matmul_rate(1024, 576, 3072, getattr(torch, config.model.dtype), where)
+        return float(counter.get_total_flops()), matmul_rate(
+            1024, 576, 3072, getattr(torch, config.model.dtype), where
+        )
 
     async def _play(self) -> list[TrajectoryGroup]:
-        from actors.rollout import RolloutRequest
+        from actors.episodes.rollout import RolloutRequest
 
         config = self._setup.config
         requests = [
@@ -187,26 +214,39 @@ class Recorder:
 class Scripted:
     """Policy: the engine, whose samples are replaced by the gold flashcards and answers; and a record of what it was asked, by episode in order."""
 
-    def __init__(self, policy: Policy, chat: ChatFormat, environment: DemonstratingEnvironment, question_blind: bool) -> None:
+    def __init__(
+        self, policy: Policy, chat: ChatFormat, environment: DemonstratingEnvironment, question_blind: bool
+    ) -> None:
         self.tasks: dict[str, Task] = {}  # by group id
-        self._policy, self._chat, self._environment, self._question_blind = policy, chat, environment, question_blind
+        self._policy, self._chat, self._environment, self._question_blind = (
+            policy,
+            chat,
+            environment,
+            question_blind,
+        )
         self._asked: dict[str, list[Asked]] = {}
 
     @property
     def version(self) -> PolicyVersion:
         return self._policy.version
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey
+    ) -> Generation:
         asked = self._asked.setdefault(adapter.episode_id, [])
         task = self.tasks[adapter.episode_id.rpartition(".")[0]]
         if sampling.kind == "extract":
-            cards = self._environment.demonstrate_flashcards(task, self._chat.decode(prompt_ids), self._question_blind)
+            cards = self._environment.demonstrate_flashcards(
+                task, self._chat.decode(prompt_ids), self._question_blind
+            )
             text = render_flashcards(cards)
         else:
             text = task.payload["questions"][sum(request.kind == "act" for request in asked)]["answer"]
         script = self._chat.reply(text)[: sampling.max_tokens]
         asked.append(Asked(sampling.kind, tuple(prompt_ids), len(script), sampling.seed, adapter.name))
-        generation = await self._policy.generate(prompt_ids, replace(sampling, max_tokens=len(script)), adapter)
+        generation = await self._policy.generate(
+            prompt_ids, replace(sampling, max_tokens=len(script)), adapter
+        )
         return Generation(script, generation.logprobs, "stop")
 
     async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
@@ -225,13 +265,21 @@ class VLLMSide:
     """Held by a child process: vLLM without adapters and without writes, on the settings of Engram's engine."""
 
     def __init__(self, setup: Setup) -> None:
-        from actors.basis import load_basis
-        from actors.engine_start import engine_arguments, prepare_environment, start_engine
+        from actors.engine.start import engine_arguments, prepare_environment, start_engine
+        from actors.fast_weights.basis import load_basis
 
         config = setup.config
         prepare_environment(config.rollout.threads)
-        arguments = engine_arguments(setup.model_path, config.model, config.engine, load_basis(setup.basis_path), config.seed)
-        plain = replace(arguments, enable_lora=False, lora_target_modules=None, worker_extension_cls="", weight_transfer_config=None)
+        arguments = engine_arguments(
+            setup.model_path, config.model, config.engine, load_basis(setup.basis_path), config.seed
+        )
+        plain = replace(
+            arguments,
+            enable_lora=False,
+            lora_target_modules=None,
+            worker_extension_cls="",
+            weight_transfer_config=None,
+        )
         self._engine: LLMEngine = start_engine(plain, config.rollout.threads)
         self._temperature = config.sampling.temperature
 
@@ -252,7 +300,9 @@ class VLLMSide:
             for output in self._engine.step():
                 name, count = output.request_id, len(output.outputs[0].token_ids)
                 if count != running[name].generated:
-                    raise BenchError(f"vLLM generated {count} tokens where {running[name].generated} were asked for")
+                    raise BenchError(
+                        f"vLLM generated {count} tokens where {running[name].generated} were asked for"
+                    )
                 if waiting[name]:
                     running[name] = self._add(name, waiting[name])
 
@@ -270,7 +320,9 @@ class VLLMSide:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._engine.add_request(name, tokens_input(list(asked.prompt_ids), cache_salt=asked.cache), parameters)
+        self._engine.add_request(
+            name, tokens_input(list(asked.prompt_ids), cache_salt=asked.cache), parameters
+        )
         return asked
 
 

@@ -11,9 +11,9 @@ from cluster.bench.machine import describe
 from cluster.bench.report import HEADER, case_cells, metrics, save
 from cluster.bench.suite import Entry, find, run_one
 from cluster.bench.values import BenchError, Context, Outcome
-from cluster.progress import Display, duration
-from cluster.tables import rich_table
-from cluster.tracking import RunStatus, open_run
+from cluster.common.display import Display, duration
+from cluster.measure.report import rich_table
+from cluster.tracking.tracker import RunStatus, open_run
 from configs.models import resolve_model
 from configs.schema import ModelConfig, TrackingConfig
 
@@ -52,7 +52,11 @@ def bench(options: BenchOptions, display: Display) -> dict[str, Outcome]:
     if options.quick:
         facts["quick"] = "yes: these figures only show that it runs"
     tracker = open_run(
-        TrackingConfig(enabled=options.tracking, experiment="engram-bench"), options.output_dir.absolute(), folder.name, facts, resumed_run_id=""
+        TrackingConfig(enabled=options.tracking, experiment="engram-bench"),
+        options.output_dir.absolute(),
+        folder.name,
+        facts,
+        resumed_run_id="",
     )
     status: RunStatus = "FAILED"
     outcomes: dict[str, Outcome] = {}
@@ -89,7 +93,11 @@ def _run_child(entry: Entry, context: Context, display: Display) -> Outcome:
         raise BenchError(f"{entry.name} gave back a {type(outcome).__name__}, not an Outcome")
     if outcome.cases:
         display.console.print(
-            rich_table(f"{entry.name} ({duration(time.monotonic() - began)})", HEADER, [case_cells(case) for case in outcome.cases])
+            rich_table(
+                f"{entry.name} ({duration(time.monotonic() - began)})",
+                HEADER,
+                [case_cells(case) for case in outcome.cases],
+            )
         )
     for case in outcome.cases:
         if case.note:

@@ -20,14 +20,35 @@ class Entry:
 
 SUITE = (
     Entry("writer", "the batched writer against a sequential PEFT + torch.optim loop that gives the same B"),
-    Entry("revisions", "installs, decode and prefill under one adapter per sequence, against the same engine without LoRA"),
-    Entry("refresh", "all weights from the learner's memory to a serving engine, against memcpy of the same bytes"),
-    Entry("learner", "a step with per-segment Deltas against the same step without; memory of the head; padding"),
-    Entry("rollout", "the rollout side of the quickstart against raw vLLM emitting the same tokens without writes; where its time goes"),
-    Entry("controller", "one controller over 1 to 1,000 virtual rollout workers, against their ideal throughput"),
-    Entry("overlap", "rollouts and learning at once (staleness 1 and 2) against taking turns (0), with workers and a learner that only take time"),
-    Entry("circle", "the quickstart's real RL steps with staleness 1 against staleness 0, worker and learner on this machine"),
-    Entry("cost", "memory and seconds per episode against the length of the history: full context beside TMEM"),
+    Entry(
+        "revisions",
+        "installs, decode and prefill under one adapter per sequence, against the same engine without LoRA",
+    ),
+    Entry(
+        "refresh",
+        "all weights from the learner's memory to a serving engine, against memcpy of the same bytes",
+    ),
+    Entry(
+        "learner", "a step with per-segment Deltas against the same step without; memory of the head; padding"
+    ),
+    Entry(
+        "rollout",
+        "the rollout side of the quickstart against raw vLLM emitting the same tokens without writes; where its time goes",
+    ),
+    Entry(
+        "controller", "one controller over 1 to 1,000 virtual rollout workers, against their ideal throughput"
+    ),
+    Entry(
+        "overlap",
+        "rollouts and learning at once (staleness 1 and 2) against taking turns (0), with workers and a learner that only take time",
+    ),
+    Entry(
+        "circle",
+        "the quickstart's real RL steps with staleness 1 against staleness 0, worker and learner on this machine",
+    ),
+    Entry(
+        "cost", "memory and seconds per episode against the length of the history: full context beside TMEM"
+    ),
 )
 
 

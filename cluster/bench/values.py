@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from cluster.measure.report import Table
+
 RatioOf = Literal["baseline/candidate", "candidate/baseline"]
 
 
@@ -81,22 +83,15 @@ class Case:
 
     def __post_init__(self) -> None:
         if not self.baseline_values or len(self.baseline_values) != len(self.candidate_values):
-            raise ValueError(f"case {self.name}: {len(self.baseline_values)} values of the baseline, {len(self.candidate_values)} of the candidate")
+            raise ValueError(
+                f"case {self.name}: {len(self.baseline_values)} values of the baseline, {len(self.candidate_values)} of the candidate"
+            )
 
     @property
     def ratios(self) -> Spread:
         """Over the pairs."""
         pairs = zip(self.baseline_values, self.candidate_values, strict=True)
         return Spread.of(tuple(b / c if self.ratio == "baseline/candidate" else c / b for b, c in pairs))
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Figures beside the cases, ready to show."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)

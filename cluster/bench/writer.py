@@ -10,18 +10,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.chat import ChatFormat
 from actors.environments.recall import RecallEnvironment
-from actors.fast_weights import Basis, zero
-from actors.flashcards import write_example
-from actors.frozen_model import FrozenModel, read_model
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.delta import Basis, zero
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import write_example
 from actors.types import WriteRequest, WriteResult
-from actors.writer import BatchedWriter
+from actors.write.frozen_llama import FrozenModel, read_model
+from actors.write.writer import BatchedWriter
 from cluster.bench.harness import in_turns, timed
 from cluster.bench.machine import matmul_rate
 from cluster.bench.peft_loop import PeftLoop
-from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Table, Timing
+from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Timing
+from cluster.measure.report import Table
 from configs.schema import FastWeightsConfig, RecallConfig, WriteConfig
 
 CARDS = 8
@@ -58,11 +59,17 @@ class Work:
 
 def run(context: Context) -> Outcome:
     cuda = torch.cuda.is_available()
-    device, dtype, config = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32, WriteConfig()
+    device, dtype, config = (
+        torch.device("cuda" if cuda else "cpu"),
+        torch.bfloat16 if cuda else torch.float32,
+        WriteConfig(),
+    )
     basis = compute_basis_from_checkpoint(context.model_path, FastWeightsConfig(), seed=0)
     model = read_model(context.model_path, "bfloat16" if cuda else "float32", device)
     loop = PeftLoop(context.model_path, basis, config, dtype, device)
-    pair = Pair(basis, loop, PeftLoop(context.model_path, basis, config, torch.float64, device), model, config)
+    pair = Pair(
+        basis, loop, PeftLoop(context.model_path, basis, config, torch.float64, device), model, config
+    )
     sizes = EPISODES[:1] if context.quick else EPISODES
     requests = _requests(context, basis, sizes[-1][0])
     rate = matmul_rate(1024, 576, 1536, dtype, device)
@@ -71,7 +78,9 @@ def run(context: Context) -> Outcome:
     figures: dict[str, float] = {"matmul_gflops": rate / 1e9}
     for count, goal in sizes:
         mine = requests[:count]
-        timings = _measure(pair, mine, context.repeats if count < MANY else min(context.repeats, MANY_REPEATS))
+        timings = _measure(
+            pair, mine, context.repeats if count < MANY else min(context.repeats, MANY_REPEATS)
+        )
         work = _compare(pair, mine, strict=not cuda)
         cases += _cases(count, goal, timings)
         share = work.writer_flops / min(timing.wall_s for timing in timings["writer"]) / rate
@@ -87,7 +96,15 @@ def run(context: Context) -> Outcome:
                 f"{share:.2f}",
             )
         )
-    header = ("episodes", "writer |dB|", "loop |dB|", "writer GFLOP", "loop GFLOP", "loop/writer", "writer's share of the matmul rate")
+    header = (
+        "episodes",
+        "writer |dB|",
+        "loop |dB|",
+        "writer GFLOP",
+        "loop GFLOP",
+        "loop/writer",
+        "writer's share of the matmul rate",
+    )
     title = f"Work (|dB|: largest difference from the loop in float64; matmul rate of this machine: {rate / 1e9:.1f} GFLOP/s)"
     return Outcome(tuple(cases), (Table(title, header, tuple(rows)),), figures=figures)
 
@@ -100,7 +117,9 @@ def _requests(context: Context, basis: Basis, count: int) -> list[WriteRequest]:
     environment = RecallEnvironment(RecallConfig(sessions=1, facts_per_session=CARDS, questions=CARDS))
     requests = []
     for task in islice(environment.tasks("train", 0, 0), count):
-        cards = environment.demonstrate_flashcards(task, " ".join(task.payload["sessions"]), question_blind=False)
+        cards = environment.demonstrate_flashcards(
+            task, " ".join(task.payload["sessions"]), question_blind=False
+        )
         examples = tuple(write_example(card, environment.system_prompt, chat) for card in cards)
         requests.append(WriteRequest(task.id, zero(basis), examples))
     return requests
@@ -123,7 +142,9 @@ def _cases(count: int, goal: Goal, timings: Mapping[str, Sequence[Timing]]) -> l
     name = f"{count} episode{'s' if count > 1 else ''}"
 
     def case(title: str, clock: str, unit: str, wanted: Goal | None, text: str) -> Case:
-        loop, writer = (tuple(float(getattr(timing, clock)) for timing in timings[side]) for side in ("loop", "writer"))
+        loop, writer = (
+            tuple(float(getattr(timing, clock)) for timing in timings[side]) for side in ("loop", "writer")
+        )
         return Case(title, "PEFT loop", "writer", unit, loop, writer, "baseline/candidate", wanted, text)
 
     return [case(name, "wall_s", "s", goal, note), case(f"{name}, CPU", "cpu_s", "CPU s", None, "")]
@@ -141,11 +162,15 @@ def _compare(pair: Pair, requests: Sequence[WriteRequest], strict: bool) -> Work
     exact = pair.exact.write(sample)
     difference = _difference([result.weights.b for result in results[: len(sample)]], exact)
     if strict and difference > MOST_DIFFERENCE:
-        raise BenchError(f"the writer's B differs from the exact one by {difference:.1e}, more than {MOST_DIFFERENCE:.0e}: its speed means nothing")
+        raise BenchError(
+            f"the writer's B differs from the exact one by {difference:.1e}, more than {MOST_DIFFERENCE:.0e}: its speed means nothing"
+        )
     loop_flops = float(loop_counter.get_total_flops()) * len(requests) / len(sample)
     return Work(difference, _difference(by_loop, exact), float(counter.get_total_flops()), loop_flops)
 
 
-def _difference(some: Sequence[Mapping[str, NDArray[np.float32]]], others: Sequence[Mapping[str, NDArray[np.float32]]]) -> float:
+def _difference(
+    some: Sequence[Mapping[str, NDArray[np.float32]]], others: Sequence[Mapping[str, NDArray[np.float32]]]
+) -> float:
     pairs = [(one[name], other[name]) for one, other in zip(some, others, strict=True) for name in other]
     return max(float(np.abs(mine - theirs).max()) for mine, theirs in pairs)

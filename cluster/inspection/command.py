@@ -25,14 +25,42 @@ weights from the episode's log of writes, and answers again with them and withou
 def add_inspect(commands: Any) -> None:
     text = "look into an episode: what the agent read, wrote into its weights, and answered"
     command = commands.add_parser(
-        "inspect", help=text, description=f"{text.capitalize()}.", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        "inspect",
+        help=text,
+        description=f"{text.capitalize()}.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("run", type=Path, metavar="RUN_OR_FILE", help="the folder of a run (or of an evaluation), or an episode's file")
-    command.add_argument("--episode", default="", metavar="N|NAME", help="which of the run's: its number in the list, or a part of its name")
-    command.add_argument("--html", type=Path, metavar="FILE", help="write the episode as one HTML page instead of showing it here")
-    command.add_argument("--compare", action="store_true", help="also answer again with and without the fast weights (loads the model)")
+    command.add_argument(
+        "run",
+        type=Path,
+        metavar="RUN_OR_FILE",
+        help="the folder of a run (or of an evaluation), or an episode's file",
+    )
+    command.add_argument(
+        "--episode",
+        default="",
+        metavar="N|NAME",
+        help="which of the run's: its number in the list, or a part of its name",
+    )
+    command.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write the episode as one HTML page instead of showing it here",
+    )
+    command.add_argument(
+        "--compare",
+        action="store_true",
+        help="also answer again with and without the fast weights (loads the model)",
+    )
     command.set_defaults(settings=False)  # it has none
-    command.add_argument("--policy", type=Path, metavar="FOLDER", help="with --compare: the checkpoint that the episode was played on")
+    command.add_argument(
+        "--policy",
+        type=Path,
+        metavar="FOLDER",
+        help="with --compare: the checkpoint that the episode was played on",
+    )
 
 
 def run_inspect(options: argparse.Namespace) -> None:
@@ -50,7 +78,9 @@ def run_inspect(options: argparse.Namespace) -> None:
     if not options.run.is_file():
         path = _chosen(options.run, options.episode)
     elif options.episode:
-        raise ConfigError(f"argument --episode: {options.run} is one episode; give the run's folder to choose from")
+        raise ConfigError(
+            f"argument --episode: {options.run} is one episode; give the run's folder to choose from"
+        )
     if path is None:
         if options.html or options.compare:
             raise ConfigError("arguments --html and --compare need one episode: choose it with --episode N")
@@ -92,10 +122,14 @@ def _chosen(run: Path, wanted: str) -> Path | None:
     from cluster.inspection.record import FOLDER, RecordError, list_records
 
     if not run.is_dir():
-        raise RecordError(f"{run} does not exist: give the folder of a run, e.g. runs/quickstart-..., or an episode's file")
+        raise RecordError(
+            f"{run} does not exist: give the folder of a run, e.g. runs/quickstart-..., or an episode's file"
+        )
     paths = list_records(run)
     if not paths:
-        raise RecordError(f"{run / FOLDER} holds no episode: the run kept none (episodes.per_step, episodes.per_evaluation), or is no run's folder")
+        raise RecordError(
+            f"{run / FOLDER} holds no episode: the run kept none (episodes.per_step, episodes.per_evaluation), or is no run's folder"
+        )
     if not wanted:
         return None
     if wanted.isdecimal() and 1 <= int(wanted) <= len(paths):
@@ -104,4 +138,6 @@ def _chosen(run: Path, wanted: str) -> Path | None:
     if len(fitting) == 1:
         return fitting[0]
     have = ", ".join(path.stem for path in (fitting or paths)[:5])
-    raise RecordError(f"--episode {wanted}: {len(fitting)} of the {len(paths)} episodes fit; give a number from 1 to {len(paths)}, or one of {have}")
+    raise RecordError(
+        f"--episode {wanted}: {len(fitting)} of the {len(paths)} episodes fit; give a number from 1 to {len(paths)}, or one of {have}"
+    )

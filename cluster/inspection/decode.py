@@ -24,7 +24,9 @@ def decode(kind: Any, value: object, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise _wrong(where, "a list", value)
-        return tuple(decode(get_args(kind)[0], inner, f"{where}[{place}]") for place, inner in enumerate(value))
+        return tuple(
+            decode(get_args(kind)[0], inner, f"{where}[{place}]") for place, inner in enumerate(value)
+        )
     if origin is Mapping:
         if not isinstance(value, dict):
             raise _wrong(where, "an object", value)
@@ -63,7 +65,14 @@ def _dataclass(kind: Any, value: object, where: str) -> Any:
 
 
 def _wrong(where: str, expected: str, value: object) -> DecodeError:
-    kinds: dict[type, str] = {str: "a text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    kinds: dict[type, str] = {
+        str: "a text",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
     return DecodeError(
         f"{where or 'the record'}: expected {expected}, got {kinds.get(type(value), 'nothing' if value is None else 'something else')}"
     )

@@ -6,13 +6,24 @@ import time
 from collections.abc import Sequence
 from typing import cast
 
-from actors.chat import ChatFormat
-from actors.flashcards import unused_items
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import unused_items
 from actors.types import FailedEpisode, PolicyVersion, Segment, Trajectory, WriteRecord
-from cluster.inspection.record import EpisodeRecord, FailureRecord, Origin, Passage, PassageKind, Receipt, SegmentRecord, WriteEntry
+from cluster.inspection.record import (
+    EpisodeRecord,
+    FailureRecord,
+    Origin,
+    Passage,
+    PassageKind,
+    Receipt,
+    SegmentRecord,
+    WriteEntry,
+)
 
 
-def describe(trajectory: Trajectory, chat: ChatFormat, origin: Origin, receipts: bool, siblings: Sequence[float]) -> EpisodeRecord:
+def describe(
+    trajectory: Trajectory, chat: ChatFormat, origin: Origin, receipts: bool, siblings: Sequence[float]
+) -> EpisodeRecord:
     """``chat`` must be of the model that played it. ``receipts``: whether the engine checked its installs (then an accepted write has passed)."""
     segments = tuple(_segment(segment, chat) for segment in trajectory.segments)
     return EpisodeRecord(
@@ -34,7 +45,9 @@ def describe(trajectory: Trajectory, chat: ChatFormat, origin: Origin, receipts:
 
 
 def describe_failure(failure: FailedEpisode, version: PolicyVersion, origin: Origin) -> FailureRecord:
-    return FailureRecord(origin, failure.task_id, failure.episode_id, version, failure.boundary, failure.message, time.time())
+    return FailureRecord(
+        origin, failure.task_id, failure.episode_id, version, failure.boundary, failure.message, time.time()
+    )
 
 
 def _segment(segment: Segment, chat: ChatFormat) -> SegmentRecord:
@@ -50,15 +63,24 @@ def _segment(segment: Segment, chat: ChatFormat) -> SegmentRecord:
 
 
 def _turns(ids: Sequence[int], start: int, end: int, chat: ChatFormat) -> list[Passage]:
-    return [Passage(cast(PassageKind, turn.role), start + turn.start, start + turn.end, turn.text) for turn in chat.turns(ids[start:end])]
+    return [
+        Passage(cast(PassageKind, turn.role), start + turn.start, start + turn.end, turn.text)
+        for turn in chat.turns(ids[start:end])
+    ]
 
 
-def _writes(log: Sequence[WriteRecord], segments: Sequence[SegmentRecord], receipts: bool) -> tuple[WriteEntry, ...]:
+def _writes(
+    log: Sequence[WriteRecord], segments: Sequence[SegmentRecord], receipts: bool
+) -> tuple[WriteEntry, ...]:
     """The log does not say which context a write came from: it is the one in which its text was said, else the last under the revision before it."""
     entries: list[WriteEntry] = []
     place, before = 0, 0
     for record in log:
-        said = [number for number, segment in enumerate(segments) if number >= place and _says(segment, record.extraction)]
+        said = [
+            number
+            for number, segment in enumerate(segments)
+            if number >= place and _says(segment, record.extraction)
+        ]
         older = [number for number, segment in enumerate(segments) if segment.revision <= before]
         after = said[0] if said else max([place - 1, *older[-1:]])
         place, before = (after + 1 if said else place), record.revision

@@ -13,7 +13,16 @@ from html import escape
 from cluster.inspection.compare import Compared
 from cluster.inspection.record import EpisodeRecord, FailureRecord, Passage, Record, WriteEntry
 from cluster.inspection.terminal import visible
-from cluster.inspection.wording import Piece, facts, head_line, number, pieces, scores_text, unshown, write_line
+from cluster.inspection.wording import (
+    Piece,
+    facts,
+    head_line,
+    number,
+    pieces,
+    scores_text,
+    unshown,
+    write_line,
+)
 
 _LONG = 1200  # characters of a passage that is read; a longer one is folded
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -52,7 +61,9 @@ def _safe(text: str) -> str:
 
 def _body(record: Record, compared: Sequence[Compared]) -> Iterator[str]:
     yield f"<h1>{_safe(head_line(record))}</h1>"
-    rows = "".join(f'<tr><th scope="row">{_safe(name)}</th><td>{_safe(value)}</td></tr>' for name, value in facts(record))
+    rows = "".join(
+        f'<tr><th scope="row">{_safe(name)}</th><td>{_safe(value)}</td></tr>' for name, value in facts(record)
+    )
     yield f'<table class="facts"><tbody>{rows}</tbody></table>'
     if isinstance(record, FailureRecord):
         return
@@ -82,22 +93,36 @@ def _piece(piece: Piece) -> str:
 
 
 def _passage(title: str, passage: Passage) -> str:
-    label, text = _safe(f"{title} ({passage.end - passage.start} tokens)"), f"<pre>{_safe(passage.text.strip())}</pre>"
+    label, text = (
+        _safe(f"{title} ({passage.end - passage.start} tokens)"),
+        f"<pre>{_safe(passage.text.strip())}</pre>",
+    )
     if len(passage.text) > _LONG and passage.kind not in ("act", "extract"):
         return f'<details class="passage {passage.kind}"><summary>{label}, {_safe(passage.text.strip()[:80])} …</summary>{text}</details>'
     return f'<div class="passage {passage.kind}"><p>{label}</p>{text}</div>'
 
 
 def _write(write: WriteEntry) -> str:
-    cards = "".join(f"<tr><td>{_safe(card.question)}</td><td>{_safe(card.answer)}</td></tr>" for card in write.log.flashcards)
-    table = f'<table class="grid"><thead><tr><th>question</th><th>answer</th></tr></thead><tbody>{cards}</tbody></table>' if cards else ""
+    cards = "".join(
+        f"<tr><td>{_safe(card.question)}</td><td>{_safe(card.answer)}</td></tr>"
+        for card in write.log.flashcards
+    )
+    table = (
+        f'<table class="grid"><thead><tr><th>question</th><th>answer</th></tr></thead><tbody>{cards}</tbody></table>'
+        if cards
+        else ""
+    )
     unused = "".join(f'<pre class="unused">not a flashcard: {_safe(item)}</pre>' for item in write.unused)
     return f'<div class="write {write.log.outcome}"><p>{_safe(write_line(write))}</p>{table}{unused}</div>'
 
 
 def _losses(record: EpisodeRecord) -> str:
     """A bar for the loss before and after each write."""
-    done = [(place, write.log) for place, write in enumerate(record.writes, start=1) if write.log.outcome != "empty"]
+    done = [
+        (place, write.log)
+        for place, write in enumerate(record.writes, start=1)
+        if write.log.outcome != "empty"
+    ]
     finite = [loss for _, log in done for loss in (log.loss_before, log.loss_after) if math.isfinite(loss)]
     most = max(finite, default=0.0) or 1.0
     rows = []
@@ -105,13 +130,21 @@ def _losses(record: EpisodeRecord) -> str:
         for name, loss in (("before", log.loss_before), ("after", log.loss_after)):
             width = 100 * loss / most if math.isfinite(loss) else 100.0
             bar = f'<span class="bar" style="width:{max(0.0, width):.1f}%"></span>'
-            rows.append(f'<tr><td>write {place}, {name}</td><td class="track">{bar}</td><td>{_safe(number(loss))}</td></tr>')
+            rows.append(
+                f'<tr><td>write {place}, {name}</td><td class="track">{bar}</td><td>{_safe(number(loss))}</td></tr>'
+            )
     return f'<h2>Loss of each write (nats per answer token)</h2><table class="losses"><tbody>{"".join(rows)}</tbody></table>'
 
 
 def _answers(record: EpisodeRecord) -> str:
     rows = [
-        (answer.question, answer.prediction, " | ".join(answer.gold), answer.category, scores_text(dict(answer.scores)))
+        (
+            answer.question,
+            answer.prediction,
+            " | ".join(answer.gold),
+            answer.category,
+            scores_text(dict(answer.scores)),
+        )
         for answer in record.outcome.answers
     ]
     table = _table("answers", ("question", "answered", "gold", "category", "scores"), rows)

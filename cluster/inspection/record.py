@@ -2,7 +2,7 @@
 
     Trajectory --describe.py--> EpisodeRecord --save--> <run>/episodes/step-000012--train-44.1.json --load--> terminal, page, traces, compare
 
-B is not in it: the log of writes rebuilds it (actors/replay.py), at a thousandth of the size. Numbers that do not exist (the loss of a write that did
+B is not in it: the log of writes rebuilds it (actors/episodes/replay.py), at a thousandth of the size. Numbers that do not exist (the loss of a write that did
 not happen) are null in the file. A file is complete or absent.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actors.types import Boundary, Outcome, PolicyVersion, StopReason, Timings, WriteRecord
-from cluster.errors import ClusterError
+from cluster.common.errors import ClusterError
 from cluster.inspection.decode import DecodeError, decode
 
 FORMAT = "engram-episode-1"
@@ -108,7 +108,12 @@ class EpisodeRecord:
 
     @property
     def sampled_tokens(self) -> int:
-        return sum(passage.end - passage.start for segment in self.segments for passage in segment.passages if passage.kind in ("act", "extract"))
+        return sum(
+            passage.end - passage.start
+            for segment in self.segments
+            for passage in segment.passages
+            if passage.kind in ("act", "extract")
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,12 @@ _KINDS: dict[str, type[Any]] = {"episode": EpisodeRecord, "failure": FailureReco
 def file_name(record: Record) -> str:
     """Sorts by step; two episodes of one run never share it."""
     origin = record.origin
-    parts = (f"step-{origin.step:06d}", "failed" if isinstance(record, FailureRecord) else "", origin.label, record.episode_id)
+    parts = (
+        f"step-{origin.step:06d}",
+        "failed" if isinstance(record, FailureRecord) else "",
+        origin.label,
+        record.episode_id,
+    )
     words = (re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-.")[:80] for part in parts)
     return "--".join(word for word in words if word) + ".json"
 
@@ -139,7 +149,9 @@ def file_name(record: Record) -> str:
 def save(record: Record, folder: Path) -> Path:
     """Into ``folder``, in one step. Raises OSError, with nothing half-written left behind."""
     kind = next(name for name, cls in _KINDS.items() if isinstance(record, cls))
-    text = json.dumps({"format": FORMAT, "kind": kind, **plain(asdict(record))}, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(
+        {"format": FORMAT, "kind": kind, **plain(asdict(record))}, ensure_ascii=False, allow_nan=False
+    )
     path = folder / file_name(record)
     save_text(text, path)
     return path
@@ -167,13 +179,19 @@ def load(path: Path) -> Record:
             raise RecordError(f"{path}: is larger than {_MOST_BYTES >> 20} MiB, so it is no episode record")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecordError(f"{path} does not exist; python -m cluster inspect RUN lists the episodes of a run") from None
+        raise RecordError(
+            f"{path} does not exist; python -m cluster inspect RUN lists the episodes of a run"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("kind") not in list(_KINDS):
-        raise RecordError(f"{path}: is no episode record of format {FORMAT}; python -m cluster inspect RUN lists those of a run")
+        raise RecordError(
+            f"{path}: is no episode record of format {FORMAT}; python -m cluster inspect RUN lists those of a run"
+        )
     try:
-        record: Record = decode(_KINDS[data.pop("kind")], {key: value for key, value in data.items() if key != "format"}, "")
+        record: Record = decode(
+            _KINDS[data.pop("kind")], {key: value for key, value in data.items() if key != "format"}, ""
+        )
         _check(record)
     except DecodeError as error:
         raise RecordError(f"{path}: {error}") from None
@@ -192,7 +210,9 @@ def _check(record: Record) -> None:
     for number, segment in enumerate(record.segments):
         for place, passage in enumerate(segment.passages):
             if not 0 <= passage.start <= passage.end <= len(segment.token_ids):
-                raise DecodeError(f"segments[{number}].passages[{place}]: [{passage.start}, {passage.end}) is outside of the segment's tokens")
+                raise DecodeError(
+                    f"segments[{number}].passages[{place}]: [{passage.start}, {passage.end}) is outside of the segment's tokens"
+                )
     for number, write in enumerate(record.writes):
         if not -1 <= write.after < max(1, len(record.segments)):
             raise DecodeError(f"writes[{number}].after: there is no segment {write.after}")

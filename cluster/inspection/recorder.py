@@ -23,14 +23,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actors.chat import ChatFormat
-from actors.episode import derived_seed
-from actors.summary import GroupSummary
+from actors.episodes.episode import derived_seed
+from actors.episodes.group_summary import GroupSummary
+from actors.text.chat_template import ChatFormat
 from actors.types import FailedEpisode, PolicyVersion, Task, Trajectory, TrajectoryGroup
-from cluster.evaluate import EpisodeSource, EvaluationRow
+from cluster.fleet.stream import Batch
 from cluster.inspection.describe import describe, describe_failure
 from cluster.inspection.record import FOLDER, Origin, Record, Source, save, save_text
-from cluster.stream import Batch
+from cluster.measure.rows import EpisodeSource, EvaluationRow
 from configs.load import to_yaml
 from configs.schema import EpisodesConfig, RunConfig
 
@@ -57,7 +57,14 @@ class _Scene:
 class EpisodeRecorder:
     """One of a run. ``fetch`` (what a FinishedGroup leads to) is called on its thread; it may block and raise."""
 
-    def __init__(self, settings: EpisodesConfig, run_dir: Path, chat: ChatFormat, fetch: Callable[[Any], TrajectoryGroup], sink: Sink) -> None:
+    def __init__(
+        self,
+        settings: EpisodesConfig,
+        run_dir: Path,
+        chat: ChatFormat,
+        fetch: Callable[[Any], TrajectoryGroup],
+        sink: Sink,
+    ) -> None:
         self._settings, self._run_dir = settings, run_dir
         self._chat, self._fetch, self._sink = chat, fetch, sink
         self._named: dict[str, str] = {}  # the settings' files
@@ -70,11 +77,20 @@ class EpisodeRecorder:
     def on_batch(self, config: RunConfig, step: int, batch: Batch) -> None:
         """The groups that the learner's ``step`` was made of: ``episodes.per_step`` of their episodes are kept."""
         scene = _Scene(config, "train", "", step)
-        everyone = [(place, number) for place, group in enumerate(batch.groups) for number in range(len(group.summary.episodes))]
-        draw = np.random.default_rng(derived_seed(config.seed, "kept episodes", step)).permutation(len(everyone))
+        everyone = [
+            (place, number)
+            for place, group in enumerate(batch.groups)
+            for number in range(len(group.summary.episodes))
+        ]
+        draw = np.random.default_rng(derived_seed(config.seed, "kept episodes", step)).permutation(
+            len(everyone)
+        )
         chosen = [everyone[index] for index in draw[: self._settings.per_step]]
         for place in sorted({place for place, _ in chosen}):
-            content, numbers = batch.groups[place].content, [number for group, number in chosen if group == place]
+            content, numbers = (
+                batch.groups[place].content,
+                [number for group, number in chosen if group == place],
+            )
 
             def keep(content: Any = content, numbers: Sequence[int] = tuple(numbers)) -> None:
                 group = self._fetch(content)
@@ -84,13 +100,17 @@ class EpisodeRecorder:
 
     def on_failures(self, config: RunConfig, step: int, summary: GroupSummary) -> None:
         """A training group's failed siblings."""
-        self._submit_failures(_Scene(config, "train", "", step), summary.failed, summary.policy_version, summary.worker)
+        self._submit_failures(
+            _Scene(config, "train", "", step), summary.failed, summary.policy_version, summary.worker
+        )
 
     def watch(self, sources: Sequence[EpisodeSource], config: RunConfig, step: int) -> list[EpisodeSource]:
         """``sources`` for an evaluation of the policy after ``step``: the first ``episodes.per_evaluation`` tasks of its row are kept."""
         return [_Watched(source, self, config, step) for source in sources]
 
-    def on_evaluated(self, config: RunConfig, step: int, position: int, row: EvaluationRow, group: TrajectoryGroup) -> None:
+    def on_evaluated(
+        self, config: RunConfig, step: int, position: int, row: EvaluationRow, group: TrajectoryGroup
+    ) -> None:
         scene = _Scene(replace(config, memory=row.memory, seed=row.seed), "evaluation", row.label, step)
         self._submit_failures(scene, group.failed, group.policy_version, group.worker)
         if position < self._settings.per_evaluation and group.trajectories:
@@ -107,7 +127,12 @@ class EpisodeRecorder:
                 self.lost += left
                 self._problem = self._problem or "the run ended first"
         if self.lost:
-            _log.warning("warning: %d episodes that were to be kept in %s are not (%s)", self.lost, self._run_dir / FOLDER, self._problem)
+            _log.warning(
+                "warning: %d episodes that were to be kept in %s are not (%s)",
+                self.lost,
+                self._run_dir / FOLDER,
+                self._problem,
+            )
 
     def _submit(self, job: Callable[[], None]) -> None:
         if not self._thread.is_alive():
@@ -117,11 +142,17 @@ class EpisodeRecorder:
         except queue.Full:
             self._lose("more came than could be written")
 
-    def _submit_failures(self, scene: _Scene, failed: Sequence[FailedEpisode], version: PolicyVersion, worker: str) -> None:
+    def _submit_failures(
+        self, scene: _Scene, failed: Sequence[FailedEpisode], version: PolicyVersion, worker: str
+    ) -> None:
         kept = failed[: max(0, self._settings.failed - self._failures)]
         self._failures += len(kept)
         if kept:
-            self._submit(lambda: self._keep([describe_failure(failure, version, self._origin(scene, worker)) for failure in kept]))
+            self._submit(
+                lambda: self._keep(
+                    [describe_failure(failure, version, self._origin(scene, worker)) for failure in kept]
+                )
+            )
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -134,10 +165,17 @@ class EpisodeRecorder:
         self.lost += 1
         self._problem = self._problem or problem
 
-    def _keep_finished(self, scene: _Scene, group: TrajectoryGroup, trajectories: Sequence[Trajectory]) -> None:
+    def _keep_finished(
+        self, scene: _Scene, group: TrajectoryGroup, trajectories: Sequence[Trajectory]
+    ) -> None:
         receipts = scene.config.engine.receipts == "always"
         siblings = [trajectory.outcome.reward for trajectory in group.trajectories]
-        self._keep([describe(one, self._chat, self._origin(scene, group.worker), receipts, siblings) for one in trajectories])
+        self._keep(
+            [
+                describe(one, self._chat, self._origin(scene, group.worker), receipts, siblings)
+                for one in trajectories
+            ]
+        )
 
     def _keep(self, records: Sequence[Record]) -> None:
         for record in records:
@@ -167,7 +205,9 @@ class EpisodeRecorder:
 class _Watched:
     """An EpisodeSource whose episodes the recorder sees as they finish."""
 
-    def __init__(self, source: EpisodeSource, recorder: EpisodeRecorder, config: RunConfig, step: int) -> None:
+    def __init__(
+        self, source: EpisodeSource, recorder: EpisodeRecorder, config: RunConfig, step: int
+    ) -> None:
         self._source, self._recorder, self._config, self._step = source, recorder, config, step
 
     @property

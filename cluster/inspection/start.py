@@ -8,11 +8,13 @@ from pathlib import Path
 
 from cluster.inspection.recorder import EpisodeRecorder, NoSink, chat_of, from_object_store
 from cluster.inspection.traces import EpisodeTraces
-from cluster.tracking import store_uri
+from cluster.tracking.tracker import store_uri
 from configs.schema import RunConfig
 
 _WAIT_S, _TRACES_S = 30.0, 10.0
-_STOPPED_WAIT_S = 2.0  # of a run that was told to stop, or failed: what is left of its grace time is not for this
+_STOPPED_WAIT_S = (
+    2.0  # of a run that was told to stop, or failed: what is left of its grace time is not for this
+)
 
 
 @contextmanager

@@ -17,8 +17,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.backfill import first_line, shown
-from cluster.inspection.record import EpisodeRecord, FailureRecord, Passage, Record, WriteEntry, file_name, plain
+from cluster.inspection.record import (
+    EpisodeRecord,
+    FailureRecord,
+    Passage,
+    Record,
+    WriteEntry,
+    file_name,
+    plain,
+)
+from cluster.tracking.sender import first_line, shown
 
 _MOST_WAITING = 32
 _TIMES = "the seconds of a phase are shared out over its spans: only their sums were measured"
@@ -54,11 +62,16 @@ class _Pace:
         observed = 0
         for segment in record.segments:
             for kind in sampled:
-                sampled[kind] += sum(passage.end - passage.start for passage in segment.passages if passage.kind == kind)
+                sampled[kind] += sum(
+                    passage.end - passage.start for passage in segment.passages if passage.kind == kind
+                )
             observed += sum(1 for _ in _stretches(segment.passages))
         written = [write for write in record.writes if write.log.outcome != "empty"]
         times = record.timings
-        self.token = {"act": times.act / max(1, sampled["act"]), "extract": times.extract / max(1, sampled["extract"])}
+        self.token = {
+            "act": times.act / max(1, sampled["act"]),
+            "extract": times.extract / max(1, sampled["extract"]),
+        }
         self.write = times.write / max(1, len(written))
         self.install = times.install / max(1, sum(write.log.outcome == "accepted" for write in written))
         self.observe = max(0.0, times.environment) / max(1, observed)
@@ -100,10 +113,16 @@ def _said(record: EpisodeRecord, number: int, passage: Passage, where: dict[str,
     tokens = passage.end - passage.start
     outputs: dict[str, Any] = {"text": passage.text}
     if passage.kind == "extract":
-        for write in (write for write in record.writes if write.after == number and write.log.extraction == passage.text):
-            outputs["flashcards"] = [{"question": card.question, "answer": card.answer} for card in write.log.flashcards]
+        for write in (
+            write for write in record.writes if write.after == number and write.log.extraction == passage.text
+        ):
+            outputs["flashcards"] = [
+                {"question": card.question, "answer": card.answer} for card in write.log.flashcards
+            ]
             outputs["unused"] = list(write.unused)
-    return Step(passage.kind, "LLM", None, outputs, tokens * pace.token[passage.kind], {**where, "tokens": tokens})
+    return Step(
+        passage.kind, "LLM", None, outputs, tokens * pace.token[passage.kind], {**where, "tokens": tokens}
+    )
 
 
 def _behind(record: EpisodeRecord, number: int, pace: _Pace) -> Iterator[Step]:
@@ -115,17 +134,42 @@ def _behind(record: EpisodeRecord, number: int, pace: _Pace) -> Iterator[Step]:
 def _written(write: WriteEntry, pace: _Pace) -> Step:
     log = write.log
     cards = [{"question": card.question, "answer": card.answer} for card in log.flashcards]
-    outputs = {"outcome": log.outcome, "reason": log.reason, "loss_before": log.loss_before, "loss_after": log.loss_after, "revision": log.revision}
-    measured = {"steps": log.steps, "writer_seconds": log.seconds, "examples": len(log.examples), "rejected": log.rejected_flashcards}
+    outputs = {
+        "outcome": log.outcome,
+        "reason": log.reason,
+        "loss_before": log.loss_before,
+        "loss_after": log.loss_after,
+        "revision": log.revision,
+    }
+    measured = {
+        "steps": log.steps,
+        "writer_seconds": log.seconds,
+        "examples": len(log.examples),
+        "rejected": log.rejected_flashcards,
+    }
     receipt = Step("receipt", "GUARDRAIL", None, {"receipt": write.receipt}, pace.install)
     inside = () if write.receipt == "none" else (receipt,)
-    return Step("write", "MEMORY", {"flashcards": cards}, outputs, 0.0 if log.outcome == "empty" else pace.write, measured, inside)
+    return Step(
+        "write",
+        "MEMORY",
+        {"flashcards": cards},
+        outputs,
+        0.0 if log.outcome == "empty" else pace.write,
+        measured,
+        inside,
+    )
 
 
 def _ending(record: EpisodeRecord) -> Iterator[Step]:
     for answer in record.outcome.answers:
         inputs = {"question": answer.question, "gold": list(answer.gold), "category": answer.category}
-        yield Step("answer", "EVALUATOR", inputs, {"prediction": answer.prediction, "scores": dict(answer.scores)}, 0.0)
+        yield Step(
+            "answer",
+            "EVALUATOR",
+            inputs,
+            {"prediction": answer.prediction, "scores": dict(answer.scores)},
+            0.0,
+        )
     parts = {"parts": dict(record.outcome.reward_parts), "siblings": list(record.siblings)}
     yield Step("reward", "EVALUATOR", None, {"reward": record.outcome.reward, **parts}, 0.0)
 
@@ -163,7 +207,10 @@ class EpisodeTraces:
         if self.dropped:
             why = self._problem or "it does not answer"
             _log.warning(
-                "warning: MLflow at %s did not take %d episode traces (%s): the records are in the run's folder", shown(self._uri), self.dropped, why
+                "warning: MLflow at %s did not take %d episode traces (%s): the records are in the run's folder",
+                shown(self._uri),
+                self.dropped,
+                why,
             )
 
     def _run(self) -> None:
@@ -175,7 +222,9 @@ class EpisodeTraces:
                     from mlflow.tracing.client import TracingClient
                     from mlflow.tracking import MlflowClient
 
-                    experiment = str(MlflowClient(tracking_uri=self._uri).get_run(self._run_id).info.experiment_id)
+                    experiment = str(
+                        MlflowClient(tracking_uri=self._uri).get_run(self._run_id).info.experiment_id
+                    )
                     client = TracingClient(self._uri)
                 send(client, experiment, self._run_id, record)
                 self.sent += 1
@@ -191,7 +240,9 @@ def send(client: Any, experiment: str, run_id: str, record: Record) -> str:
     """One trace by ``client`` (a TracingClient); its id, the same for the same episode of the same run. Raises what MLflow raises."""
     from mlflow.entities import TraceInfo, TraceLocation, TraceState
 
-    number = int.from_bytes(hashlib.blake2b(f"{run_id}/{file_name(record)}".encode(), digest_size=16).digest(), "big")
+    number = int.from_bytes(
+        hashlib.blake2b(f"{run_id}/{file_name(record)}".encode(), digest_size=16).digest(), "big"
+    )
     root = _root(record)
     spans = _spans(root, number, int((record.ended - root.seconds) * 1e9))
     failed = isinstance(record, FailureRecord)
@@ -204,7 +255,11 @@ def send(client: Any, experiment: str, run_id: str, record: Record) -> str:
         response_preview=_preview(record),
         execution_duration=int(root.seconds * 1000),
         trace_metadata={"mlflow.sourceRun": run_id},
-        tags={"mlflow.traceName": "episode", "engram.source": record.origin.source, "engram.step": str(record.origin.step)},
+        tags={
+            "mlflow.traceName": "episode",
+            "engram.source": record.origin.source,
+            "engram.step": str(record.origin.step),
+        },
     )
     client.start_trace(info)
     client.log_spans(experiment, spans)
@@ -214,7 +269,9 @@ def send(client: Any, experiment: str, run_id: str, record: Record) -> str:
 def _preview(record: Record) -> str:
     if isinstance(record, FailureRecord):
         return f"{record.boundary}: {record.message}"[:500]
-    return f"reward {record.outcome.reward:.3f}: {' | '.join(answer.prediction for answer in record.outcome.answers)}"[:500]
+    return f"reward {record.outcome.reward:.3f}: {' | '.join(answer.prediction for answer in record.outcome.answers)}"[
+        :500
+    ]
 
 
 def _root(record: Record) -> Step:
@@ -231,12 +288,27 @@ def _root(record: Record) -> Step:
         "times": _TIMES,
     }
     if isinstance(record, FailureRecord):
-        return Step("episode", "AGENT", {"task": record.task_id}, {"failed": record.boundary, "message": record.message}, 0.0, about)
+        return Step(
+            "episode",
+            "AGENT",
+            {"task": record.task_id},
+            {"failed": record.boundary, "message": record.message},
+            0.0,
+            about,
+        )
     steps = steps_of(record)
     answers = [answer.prediction for answer in record.outcome.answers]
     outputs = {"reward": record.outcome.reward, "answers": answers, "stop_reason": record.stop_reason}
     seconds = sum(_length(step) for step in steps)
-    return Step("episode", "AGENT", {"task": record.task_id}, outputs, seconds, about | {"tokens": record.tokens}, steps)
+    return Step(
+        "episode",
+        "AGENT",
+        {"task": record.task_id},
+        outputs,
+        seconds,
+        about | {"tokens": record.tokens},
+        steps,
+    )
 
 
 def _length(step: Step) -> float:
@@ -254,14 +326,32 @@ def _spans(root: Step, trace: int, start: int) -> list[Any]:
     resource, made = Resource({}), list[Any]()
 
     def add(step: Step, began: int, parent: SpanContext | None) -> int:
-        context = SpanContext(trace, len(made) + 1, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+        context = SpanContext(
+            trace, len(made) + 1, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED)
+        )
         ended = began + int(_length(step) * 1e9)
-        values = {"mlflow.traceRequestId": f"tr-{trace:032x}", "mlflow.spanType": step.kind, "mlflow.spanInputs": step.inputs}
+        values = {
+            "mlflow.traceRequestId": f"tr-{trace:032x}",
+            "mlflow.spanType": step.kind,
+            "mlflow.spanInputs": step.inputs,
+        }
         values |= {"mlflow.spanOutputs": step.outputs, **step.attributes}
-        attributes = {key: json.dumps(plain(value), ensure_ascii=False) for key, value in values.items() if value is not None}
-        failed = isinstance(step.outputs, dict) and (step.outputs.get("outcome") == "rolled_back" or "failed" in step.outputs)
-        status = Status(StatusCode.ERROR, str(step.outputs.get("reason") or step.outputs.get("message"))) if failed else Status(StatusCode.OK)
-        span = ReadableSpan(step.name, context, parent, resource, attributes, status=status, start_time=began, end_time=ended)
+        attributes = {
+            key: json.dumps(plain(value), ensure_ascii=False)
+            for key, value in values.items()
+            if value is not None
+        }
+        failed = isinstance(step.outputs, dict) and (
+            step.outputs.get("outcome") == "rolled_back" or "failed" in step.outputs
+        )
+        status = (
+            Status(StatusCode.ERROR, str(step.outputs.get("reason") or step.outputs.get("message")))
+            if failed
+            else Status(StatusCode.OK)
+        )
+        span = ReadableSpan(
+            step.name, context, parent, resource, attributes, status=status, start_time=began, end_time=ended
+        )
         made.append(Span(span))
         place = began if step is root else began + int(step.seconds * 1e9)
         for inner in step.inside:

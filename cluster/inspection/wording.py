@@ -9,7 +9,12 @@ from typing import Literal
 
 from cluster.inspection.record import EpisodeRecord, FailureRecord, Passage, Record, SegmentRecord, WriteEntry
 
-NAMES = {"system": "system prompt", "user": "told", "assistant": "reply (not its own)", "text": "what was left of an earlier turn"}
+NAMES = {
+    "system": "system prompt",
+    "user": "told",
+    "assistant": "reply (not its own)",
+    "text": "what was left of an earlier turn",
+}
 NAMES |= {"act": "agent", "extract": "agent, to its memory"}
 _STRETCH = 8  # tokens that one context does not end and the next begin with by chance
 
@@ -45,7 +50,11 @@ def _writes(record: EpisodeRecord, number: int) -> Iterator[Piece]:
 
 
 def context_line(number: int, segment: SegmentRecord) -> str:
-    state = "no fast weights (Delta = 0)" if segment.revision == 0 else f"fast weights of revision {segment.revision}"
+    state = (
+        "no fast weights (Delta = 0)"
+        if segment.revision == 0
+        else f"fast weights of revision {segment.revision}"
+    )
     return f"Context {number + 1} · {len(segment.token_ids)} tokens · {state}"
 
 
@@ -53,12 +62,19 @@ def cleared_line(record: EpisodeRecord, number: int) -> str:
     """A context that begins, right behind the system turn, with the end of the one before it was cut; any other was cleared."""
     before, after = record.segments[number].token_ids, record.segments[number + 1]
     opening = next((passage.end for passage in after.passages if passage.kind == "system"), 0)
-    first = next((passage for passage in after.passages if passage.start >= opening and passage.kind != "system"), None)
-    latest = opening if first is None else first.start + (first.kind == "text")  # a whole turn has its opening in front
+    first = next(
+        (passage for passage in after.passages if passage.start >= opening and passage.kind != "system"), None
+    )
+    latest = (
+        opening if first is None else first.start + (first.kind == "text")
+    )  # a whole turn has its opening in front
     for start in range(opening, latest):
         kept = after.token_ids[start : start + _STRETCH]
         for place in range(len(before) - _STRETCH + 1):
-            if before[place : place + _STRETCH] == kept and before[place:] == after.token_ids[start : start + len(before) - place]:
+            if (
+                before[place : place + _STRETCH] == kept
+                and before[place:] == after.token_ids[start : start + len(before) - place]
+            ):
                 return "context cut: its newest tokens stay"
     return "context cleared"
 
@@ -84,11 +100,18 @@ def head_line(record: Record) -> str:
 def facts(record: Record) -> list[tuple[str, str]]:
     """(name, value) of what holds for the whole episode."""
     origin = record.origin
-    common = [("model", origin.model), ("policy version", str(record.policy_version)), ("memory", origin.memory), ("worker", origin.worker)]
+    common = [
+        ("model", origin.model),
+        ("policy version", str(record.policy_version)),
+        ("memory", origin.memory),
+        ("worker", origin.worker),
+    ]
     if isinstance(record, FailureRecord):
         return [*common, ("failed at", record.boundary), ("why", record.message)]
     times = record.timings
-    spent = ", ".join(f"{name} {getattr(times, name):.2f}" for name in ("act", "extract", "write", "install", "environment"))
+    spent = ", ".join(
+        f"{name} {getattr(times, name):.2f}" for name in ("act", "extract", "write", "install", "environment")
+    )
     events = ", ".join(f"{name} {count}" for name, count in record.memory_events.items())
     parts = ", ".join(f"{name} {number(value)}" for name, value in record.outcome.reward_parts.items())
     siblings = ", ".join(number(reward) for reward in record.siblings)
@@ -97,8 +120,14 @@ def facts(record: Record) -> list[tuple[str, str]]:
         ("environment", record.environment),
         ("reward", f"{number(record.outcome.reward)}{f' ({parts})' if parts else ''}"),
         ("siblings' rewards", siblings if len(record.siblings) > 1 else ""),
-        ("ended", {"done": "when all was answered", "max_turns": "at the most turns allowed"}[record.stop_reason]),
-        ("tokens", f"{record.tokens} in {len(record.segments)} contexts, {record.sampled_tokens} of them sampled"),
+        (
+            "ended",
+            {"done": "when all was answered", "max_turns": "at the most turns allowed"}[record.stop_reason],
+        ),
+        (
+            "tokens",
+            f"{record.tokens} in {len(record.segments)} contexts, {record.sampled_tokens} of them sampled",
+        ),
         ("seconds", f"{times.total:.2f} ({spent})"),
         ("memory events", events),
     ]
@@ -117,4 +146,8 @@ def number(value: float) -> str:
 
 
 def scores_text(scores: object) -> str:
-    return ", ".join(f"{name} {number(value)}" for name, value in scores.items()) if isinstance(scores, dict) else ""
+    return (
+        ", ".join(f"{name} {number(value)}" for name, value in scores.items())
+        if isinstance(scores, dict)
+        else ""
+    )

@@ -22,7 +22,14 @@ _TYPE = "SUBMISSION"  # Ray lists drivers that nobody submitted, too
 class JobClient(Protocol):
     """The part of Ray's JobSubmissionClient that is used."""
 
-    def submit_job(self, *, entrypoint: str, submission_id: str | None, runtime_env: dict[str, Any], metadata: dict[str, str]) -> str: ...
+    def submit_job(
+        self,
+        *,
+        entrypoint: str,
+        submission_id: str | None,
+        runtime_env: dict[str, Any],
+        metadata: dict[str, str],
+    ) -> str: ...
 
     def get_job_info(self, job_id: str) -> Any: ...
 
@@ -58,7 +65,11 @@ class Jobs:
     def all(self) -> list[Job]:
         """Those that were submitted, the newest first."""
         with one_line(self._endpoint):
-            listed = [_job(details) for details in self._client.list_jobs() if getattr(details.type, "value", details.type) == _TYPE]
+            listed = [
+                _job(details)
+                for details in self._client.list_jobs()
+                if getattr(details.type, "value", details.type) == _TYPE
+            ]
         return sorted(listed, key=lambda job: job.started or 0.0, reverse=True)
 
     def logs(self, name: str) -> str:
@@ -79,7 +90,9 @@ class Jobs:
         until = time.monotonic() + deadline_s
         while not (job := self.get(name)).over:
             if time.monotonic() > until:
-                raise JobsError(f"job {name} is still {job.status} after {deadline_s:g} s; look at it with: python -m cluster logs {name}")
+                raise JobsError(
+                    f"job {name} is still {job.status} after {deadline_s:g} s; look at it with: python -m cluster logs {name}"
+                )
             time.sleep(_POLL_S)
         return job
 
@@ -113,7 +126,9 @@ class Jobs:
 def connect(endpoint: Endpoint) -> Jobs:
     """Raises JobsError where no cluster answers, or where it refuses."""
     if not endpoint.address.startswith(("http://", "https://")):
-        raise JobsError(f"--address {endpoint.address} is not allowed: give that of the cluster's dashboard, e.g. http://head-node:8265")
+        raise JobsError(
+            f"--address {endpoint.address} is not allowed: give that of the cluster's dashboard, e.g. http://head-node:8265"
+        )
     os.environ["RAY_AUTH_MODE"] = endpoint.auth  # read when Ray is imported
     os.environ["RAY_API_SERVER_ADDRESS"] = endpoint.address  # it overrules the argument below
     with one_line(endpoint):
@@ -156,7 +171,9 @@ def one_line(endpoint: Endpoint, name: str = "") -> Iterator[None]:
         ) from None
     except (RuntimeError, ValueError) as error:
         if "404" in str(error) and name:
-            raise JobsError(f"the cluster at {where} knows no job {name}: `python -m cluster status` lists those it knows") from None
+            raise JobsError(
+                f"the cluster at {where} knows no job {name}: `python -m cluster status` lists those it knows"
+            ) from None
         raise JobsError(f"the cluster at {where} refuses: {_last_line(error)}") from None
 
 
@@ -176,5 +193,7 @@ def _job(details: Any) -> Job:
 
 def _last_line(error: Exception) -> str:
     """Ray sends the server's traceback along; what went wrong is its last line."""
-    lines = [line.strip(" \"'.") for line in str(error).replace("\\n", "\n").splitlines() if line.strip(" \"'.")]
+    lines = [
+        line.strip(" \"'.") for line in str(error).replace("\\n", "\n").splitlines() if line.strip(" \"'.")
+    ]
     return lines[-1] if lines else type(error).__name__

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.jobs.inside import require_lasting
+from cluster.common.ray_job import require_lasting
 from cluster.jobs.values import Endpoint, Submission
 from configs.load import ConfigError, load_config
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 COMMANDS = ("submit", "status", "logs", "stop")
 _RUNNABLE = ("train", "evaluate", "probe")
 _FORWARDED = ("MLFLOW_TRACKING_URI",)
-_SAVED = ("saved: ", "no checkpoint was saved")  # what a run that was stopped says (cluster/run.py)
+_SAVED = ("saved: ", "no checkpoint was saved")  # what a run that was stopped says (cluster/train/run.py)
 _CONNECTION = """
 A cluster with a token (RAY_AUTH_MODE=token) wants --auth token, and the token in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in
 ~/.ray/auth_token. Never put it on the command line."""
@@ -53,28 +53,64 @@ _STOP_EXAMPLES = f"""examples:
 
 def add_jobs(commands: Any) -> None:
     submit = _command(commands, "submit", "run a command on a Ray cluster, as a job", _SUBMIT_EXAMPLES)
-    submit.add_argument("--name", default="", metavar="JOB", help="the job's name (default: Ray makes one up)")
-    submit.add_argument("--working-dir", default=".", metavar="DIR", help="what is sent: a checkout of Engram (default: this folder)")
     submit.add_argument(
-        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="an environment variable of the job; without =VALUE that of this shell"
+        "--name", default="", metavar="JOB", help="the job's name (default: Ray makes one up)"
     )
-    submit.add_argument("--grace", type=_seconds, default=600, metavar="S", help="from a stop to the kill, for the last checkpoint (default 600)")
-    submit.add_argument("--follow", action="store_true", help="show the log until the job ends; the exit status is then the job's")
+    submit.add_argument(
+        "--working-dir",
+        default=".",
+        metavar="DIR",
+        help="what is sent: a checkout of Engram (default: this folder)",
+    )
+    submit.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="an environment variable of the job; without =VALUE that of this shell",
+    )
+    submit.add_argument(
+        "--grace",
+        type=_seconds,
+        default=600,
+        metavar="S",
+        help="from a stop to the kill, for the last checkpoint (default 600)",
+    )
+    submit.add_argument(
+        "--follow",
+        action="store_true",
+        help="show the log until the job ends; the exit status is then the job's",
+    )
     submit.add_argument("what", choices=_RUNNABLE, metavar="COMMAND", help=", ".join(_RUNNABLE))
-    submit.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments; output_dir must be absolute")
+    submit.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="its arguments; output_dir must be absolute",
+    )
     status = _command(commands, "status", "the jobs of a Ray cluster, or one of them", _STATUS_EXAMPLES)
     status.add_argument("job", nargs="?", default="", metavar="JOB", help="one job (default: all)")
     logs = _command(commands, "logs", "what a job has printed", _LOGS_EXAMPLES)
     logs.add_argument("job", metavar="JOB")
-    logs.add_argument("--follow", action="store_true", help="go on until the job ends; the exit status is then the job's")
+    logs.add_argument(
+        "--follow", action="store_true", help="go on until the job ends; the exit status is then the job's"
+    )
     stop = _command(commands, "stop", "end a job in good order, and wait for it", _STOP_EXAMPLES)
     stop.add_argument("job", metavar="JOB")
-    stop.add_argument("--timeout", type=_seconds, default=660, metavar="S", help="how long to wait for its end (default 660)")
+    stop.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=660,
+        metavar="S",
+        help="how long to wait for its end (default 660)",
+    )
 
 
 def run_jobs(options: argparse.Namespace) -> int:
     """The exit status: 0, or 1 when a job that was followed did not succeed. Raises ConfigError, JobsError."""
-    submission = _submission(options) if options.command == "submit" else None  # a mistake is found before anyone is asked
+    submission = (
+        _submission(options) if options.command == "submit" else None
+    )  # a mistake is found before anyone is asked
 
     from rich.console import Console
 
@@ -86,7 +122,9 @@ def run_jobs(options: argparse.Namespace) -> int:
     name = getattr(options, "job", "")
     if submission is not None:
         name = jobs.submit(submission)
-        console.print(f"submitted {name}: python -m cluster status|logs|stop {name}", highlight=False, markup=False)
+        console.print(
+            f"submitted {name}: python -m cluster status|logs|stop {name}", highlight=False, markup=False
+        )
     elif options.command == "status" and not name:
         console.print(jobs_table(jobs.all(), options.address, time.time()))
         return 0
@@ -109,7 +147,11 @@ def _follow(jobs: Jobs, name: str, console: Console) -> int:
     try:
         job = asyncio.run(jobs.follow(name, _write))
     except KeyboardInterrupt:
-        console.print(f"\njob {name} goes on without you: python -m cluster logs {name} --follow", highlight=False, markup=False)
+        console.print(
+            f"\njob {name} goes on without you: python -m cluster logs {name} --follow",
+            highlight=False,
+            markup=False,
+        )
         raise
     console.print(job_table(job, time.time()))
     return 0 if job.status == "SUCCEEDED" else 1
@@ -117,11 +159,13 @@ def _follow(jobs: Jobs, name: str, console: Console) -> int:
 
 def _submission(options: argparse.Namespace) -> Submission:
     """Checked here as far as it can be: what is wrong with the settings, and outputs that would vanish. Raises ConfigError."""
-    from cluster.tracking import git_commit
+    from cluster.common.git import git_commit
 
     folder = Path(options.working_dir).expanduser().absolute()
     if not (folder / "cluster" / "__main__.py").is_file():
-        raise ConfigError(f"--working-dir {options.working_dir}: is no checkout of Engram (it has no cluster/__main__.py)")
+        raise ConfigError(
+            f"--working-dir {options.working_dir}: is no checkout of Engram (it has no cluster/__main__.py)"
+        )
     environment = dict(_variable(text) for text in options.env)
     for forwarded in _FORWARDED:
         if forwarded in os.environ:
@@ -138,9 +182,13 @@ def _check(words: tuple[str, ...], folder: Path, environment: Mapping[str, str])
     if config is None or arguments.index(config) > 0:
         if "--resume" in arguments:
             return
-        raise ConfigError(f"{what} needs a configuration file before its settings, e.g. submit {what} configs/quickstart.yaml")
+        raise ConfigError(
+            f"{what} needs a configuration file before its settings, e.g. submit {what} configs/quickstart.yaml"
+        )
     if Path(config).is_absolute():
-        raise ConfigError(f"{config}: is not part of what is sent; give a file in the working directory by its relative path")
+        raise ConfigError(
+            f"{config}: is not part of what is sent; give a file in the working directory by its relative path"
+        )
     settings = [word for word in arguments if "=" in word and not word.startswith("-")]
     if what != "train":
         settings = [word for word in settings if word.startswith(("output_dir=", "tracking."))]
@@ -156,13 +204,33 @@ def _variable(text: str) -> tuple[str, str]:
 
 def _command(commands: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     address = os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     auth = os.environ.get("RAY_AUTH_MODE") or "disabled"
-    command.add_argument("--address", default=address, metavar="URL", help=f"the cluster's dashboard (RAY_API_SERVER_ADDRESS, else {address})")
-    command.add_argument("--auth", choices=("disabled", "token"), default=auth, help=f"(RAY_AUTH_MODE, else disabled; now {auth})")
-    command.add_argument("--deadline", type=_seconds, default=30, metavar="S", help="of each request to the cluster (default 30)")
+    command.add_argument(
+        "--address",
+        default=address,
+        metavar="URL",
+        help=f"the cluster's dashboard (RAY_API_SERVER_ADDRESS, else {address})",
+    )
+    command.add_argument(
+        "--auth",
+        choices=("disabled", "token"),
+        default=auth,
+        help=f"(RAY_AUTH_MODE, else disabled; now {auth})",
+    )
+    command.add_argument(
+        "--deadline",
+        type=_seconds,
+        default=30,
+        metavar="S",
+        help="of each request to the cluster (default 30)",
+    )
     return command
 
 

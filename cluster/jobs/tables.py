@@ -18,7 +18,11 @@ _SHORT = 8  # characters of a commit or a run id that tell it from others
 def jobs_table(jobs: Sequence[Job], address: str, now: float) -> RenderableType:
     table = Table(title=f"Jobs at {address}", title_justify="left")
     for header in ("job", "status", "started", "took", "commit", "MLflow run", "command"):
-        table.add_column(header, overflow="fold" if header in ("job", "command") else "ellipsis", no_wrap=header not in ("job", "command"))
+        table.add_column(
+            header,
+            overflow="fold" if header in ("job", "command") else "ellipsis",
+            no_wrap=header not in ("job", "command"),
+        )
     for job in jobs:
         table.add_row(
             job.name,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.errors import ClusterError
+from cluster.common.errors import ClusterError
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # read by the job's supervisor: seconds from SIGTERM to SIGKILL, 3 when not set
@@ -43,7 +43,10 @@ class Submission:
 
     @property
     def runtime_env(self) -> dict[str, object]:
-        return {"working_dir": str(self.working_dir), "env_vars": {_STOP_WAIT: str(self.grace_s), **self.environment}}
+        return {
+            "working_dir": str(self.working_dir),
+            "env_vars": {_STOP_WAIT: str(self.grace_s), **self.environment},
+        }
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -44,7 +44,9 @@ def cards_of(source: str, seed: int) -> tuple[Card, ...]:
         return cards if seed == 0 else tuple(random.Random(f"probe/{seed}").sample(cards, len(cards)))
     *middle, count = source.removeprefix("recall:").split(":")
     if middle not in ([], ["train"], ["eval"]) or not count.isdecimal() or int(count) < 1:
-        raise ProbeError(f"--cards {source}: write recall:N, or recall:train:N to tune on other words, with N of 1 or more")
+        raise ProbeError(
+            f"--cards {source}: write recall:N, or recall:train:N to tune on other words, with N of 1 or more"
+        )
     return recall_cards(int(count), "train" if middle == ["train"] else "eval", seed)
 
 
@@ -52,8 +54,13 @@ def recall_cards(count: int, split: Split, seed: int) -> tuple[Card, ...]:
     """``count`` facts, each a person and a relation, so no question has two answers. Answers repeat only when a relation's are used up."""
     pairs = list(itertools.product(PEOPLE[split], RELATIONS))
     if count > len(pairs):
-        raise ProbeError(f"--cards asks for {count} facts, the {split} words make {len(pairs)}: lower it, or give a file")
-    rng, telling = random.Random(f"probe/recall/{split}/{seed}"), random.Random(f"probe/recall/{split}/{seed}/telling")
+        raise ProbeError(
+            f"--cards asks for {count} facts, the {split} words make {len(pairs)}: lower it, or give a file"
+        )
+    rng, telling = (
+        random.Random(f"probe/recall/{split}/{seed}"),
+        random.Random(f"probe/recall/{split}/{seed}/telling"),
+    )
     used: set[str] = set()
     cards = []
     for person, relation in rng.sample(pairs, count):
@@ -62,7 +69,14 @@ def recall_cards(count: int, split: Split, seed: int) -> tuple[Card, ...]:
         used.add(value)
         wordings = (*relation.questions, *PARAPHRASES[relation.name])
         question, *others = (wording.format(name=person) for wording in wordings)
-        cards.append(Card(question, value, tuple(others), telling.choice(relation.tellings).format(name=person, value=value)))
+        cards.append(
+            Card(
+                question,
+                value,
+                tuple(others),
+                telling.choice(relation.tellings).format(name=person, value=value),
+            )
+        )
     return tuple(cards)
 
 
@@ -72,7 +86,9 @@ def read_cards(path: Path) -> tuple[Card, ...]:
     for where, item in _items(path):
         card = _card(where, item)
         if card.question in cards:
-            raise ProbeError(f"{where}: the question {card.question!r} was there before; leave one of the two out")
+            raise ProbeError(
+                f"{where}: the question {card.question!r} was there before; leave one of the two out"
+            )
         cards[card.question] = card
     if not cards:
         raise ProbeError(f"{path}: holds no card; give one {_FORM} a line")
@@ -86,8 +102,13 @@ def _items(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             items = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ProbeError(f"{path}, line {error.lineno}: is not JSON ({error.msg}); give a list, or one object a line") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits; a nesting of thousands
+            raise ProbeError(
+                f"{path}, line {error.lineno}: is not JSON ({error.msg}); give a list, or one object a line"
+            ) from None
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # a number of thousands of digits; a nesting of thousands
             raise ProbeError(f"{path}: cannot be read ({error}); give a list, or one object a line") from None
         yield from ((f"{path}, item {number}", item) for number, item in enumerate(items, start=1))
         return
@@ -97,9 +118,13 @@ def _items(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             yield f"{path}, line {number}", json.loads(line)
         except json.JSONDecodeError as error:
-            raise ProbeError(f"{path}, line {number}: is not JSON ({error.msg}); each line must be {_FORM}") from None
+            raise ProbeError(
+                f"{path}, line {number}: is not JSON ({error.msg}); each line must be {_FORM}"
+            ) from None
         except (ValueError, RecursionError) as error:
-            raise ProbeError(f"{path}, line {number}: cannot be read ({error}); each line must be {_FORM}") from None
+            raise ProbeError(
+                f"{path}, line {number}: cannot be read ({error}); each line must be {_FORM}"
+            ) from None
 
 
 def _card(where: str, item: Any) -> Card:
@@ -107,7 +132,9 @@ def _card(where: str, item: Any) -> Card:
         raise ProbeError(f"{where}: is a {type(item).__name__}, not an object; write {_FORM}")
     paraphrases = item.get("paraphrases", [])
     if not isinstance(paraphrases, list):
-        raise ProbeError(f"{where}: 'paraphrases' is a {type(paraphrases).__name__}; it must be a list of texts")
+        raise ProbeError(
+            f"{where}: 'paraphrases' is a {type(paraphrases).__name__}; it must be a list of texts"
+        )
     others = tuple(_text(where, f"paraphrases[{number}]", text) for number, text in enumerate(paraphrases))
     telling = _text(where, "telling", item["telling"]) if "telling" in item else ""
     return Card(_side(where, item, _QUESTION_KEYS), _side(where, item, _ANSWER_KEYS), others, telling)
@@ -133,6 +160,8 @@ def read_text(path: Path, argument: str) -> str:
     except FileNotFoundError:
         raise ProbeError(f"{argument} {path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise ProbeError(f"{argument} {path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        raise ProbeError(
+            f"{argument} {path}: is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None
     except OSError as error:
         raise ProbeError(f"{argument} {path}: cannot be read ({error.strerror})") from None

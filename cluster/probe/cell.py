@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from actors.fast_weights import Basis, zero
+from actors.fast_weights.delta import Basis, zero
 from actors.types import FastWeights, WriteExample, WriteRequest, WriteResult
-from actors.writer import BatchedWriter
+from actors.write.writer import BatchedWriter
 from cluster.probe.examiner import Examiner, finite
 from cluster.probe.values import Cell, CellRun, Point, WriteLine
 
@@ -29,7 +29,10 @@ def points_of(cell: Cell, sizes: Sequence[int], each_step: bool) -> int:
     if cell.write.epochs == 0 or not each_step:
         return len(sizes)
     rehearsed = [min(_rehearsal(cell), sum(sizes[:write])) for write in range(len(sizes))]
-    return sum(cell.write.epochs * math.ceil((size + old) / cell.write.batch_size) for size, old in zip(sizes, rehearsed, strict=True))
+    return sum(
+        cell.write.epochs * math.ceil((size + old) / cell.write.batch_size)
+        for size, old in zip(sizes, rehearsed, strict=True)
+    )
 
 
 def run_cell(
@@ -53,8 +56,12 @@ def run_cell(
     accepted: list[WriteExample] = []
     for number in range(1, writes + 1):
         fresh = examiner.written(number, cell.supervision, cell.write)
-        rehearsed = tuple(accepted[-_rehearsal(cell) :]) if _rehearsal(cell) else ()  # as actors/memory/parametric.py: the newest
-        line, weights_now, trace = _write(cell, writer, WriteRequest(f"probe-{seed}", weights, fresh + rehearsed), each_step)
+        rehearsed = (
+            tuple(accepted[-_rehearsal(cell) :]) if _rehearsal(cell) else ()
+        )  # as actors/memory/parametric.py: the newest
+        line, weights_now, trace = _write(
+            cell, writer, WriteRequest(f"probe-{seed}", weights, fresh + rehearsed), each_step
+        )
         lines.append(line)
         if line.outcome == "accepted":
             accepted += fresh
@@ -72,7 +79,9 @@ def run_cell(
             after.append(examiner.examine(basis, weights, number, line.steps))
             if not inside:
                 on_point()
-    return CellRun(cell.settings, cell.label, seed, basis.id, basis.parameters, tuple(lines), tuple(after), tuple(steps))
+    return CellRun(
+        cell.settings, cell.label, seed, basis.id, basis.parameters, tuple(lines), tuple(after), tuple(steps)
+    )
 
 
 def _rehearsal(cell: Cell) -> int:
@@ -80,12 +89,22 @@ def _rehearsal(cell: Cell) -> int:
     return cell.write.rehearsal if cell.supervision == "flashcards" else 0
 
 
-def _write(cell: Cell, writer: BatchedWriter, request: WriteRequest, each_step: bool) -> tuple[WriteLine, FastWeights, tuple[FastWeights, ...]]:
+def _write(
+    cell: Cell, writer: BatchedWriter, request: WriteRequest, each_step: bool
+) -> tuple[WriteLine, FastWeights, tuple[FastWeights, ...]]:
     """What was written, what is in force now, and, if wanted, the weights after each step."""
     if cell.write.epochs == 0:
-        return WriteLine("empty", "write.epochs=0: T is the identity", 0, 0.0, None, None), request.weights, ()
+        return (
+            WriteLine("empty", "write.epochs=0: T is the identity", 0, 0.0, None, None),
+            request.weights,
+            (),
+        )
     if not request.examples:
-        return WriteLine("empty", "no example is short enough for write.max_example_tokens", 0, 0.0, None, None), request.weights, ()
+        return (
+            WriteLine("empty", "no example is short enough for write.max_example_tokens", 0, 0.0, None, None),
+            request.weights,
+            (),
+        )
     result, trace = writer.trace(request) if each_step else (writer.write([request])[0], ())
     return _line(result), result.weights, trace
 

@@ -30,22 +30,64 @@ examples:
 def add_probe(commands: Any) -> None:
     text = "what a write is worth: recall of written cards and of paraphrases, damage to unrelated text"
     command = commands.add_parser(
-        "probe", help=text, description=text.capitalize() + ".", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        "probe",
+        help=text,
+        description=text.capitalize() + ".",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("config", nargs="?", default=None, metavar="CONFIG", help="a YAML file, e.g. configs/quickstart.yaml")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all cells that differ from the file")
-    command.add_argument("--study", metavar="NAME|FILE", help=f"cards, seeds, writes and grid from a file; shipped: {', '.join(shipped())}")
+    command.add_argument(
+        "config", nargs="?", default=None, metavar="CONFIG", help="a YAML file, e.g. configs/quickstart.yaml"
+    )
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings of all cells that differ from the file"
+    )
+    command.add_argument(
+        "--study",
+        metavar="NAME|FILE",
+        help=f"cards, seeds, writes and grid from a file; shipped: {', '.join(shipped())}",
+    )
     command.add_argument("--cards", metavar="FILE|recall:N", help="what is written and asked")
     command.add_argument(
-        "--unrelated", type=Path, metavar="FILE", help="text to measure damage on: running text, or .jsonl of questions (shipped text)"
+        "--unrelated",
+        type=Path,
+        metavar="FILE",
+        help="text to measure damage on: running text, or .jsonl of questions (shipped text)",
     )
-    command.add_argument("--sweep", nargs="+", action="append", default=[], metavar="key=v1,v2", help="the grid: every value with every other")
-    command.add_argument("--cell", nargs="+", action="append", default=[], metavar="key=value", help="settings that belong together, one cell")
-    command.add_argument("--each-step", action="store_true", help="measure after each optimizer step of a write, too")
-    command.add_argument("--writes", type=_count, metavar="N", help="the cards come as N successive writes (default 1)")
-    command.add_argument("--seeds", type=_seeds, metavar="0,1,2", help="of the cards and of a random basis (default 0)")
-    command.add_argument("--resume", type=Path, metavar="FOLDER", help="go on in the folder of an earlier run: its finished cells are not run again")
-    command.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    command.add_argument(
+        "--sweep",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="key=v1,v2",
+        help="the grid: every value with every other",
+    )
+    command.add_argument(
+        "--cell",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="settings that belong together, one cell",
+    )
+    command.add_argument(
+        "--each-step", action="store_true", help="measure after each optimizer step of a write, too"
+    )
+    command.add_argument(
+        "--writes", type=_count, metavar="N", help="the cards come as N successive writes (default 1)"
+    )
+    command.add_argument(
+        "--seeds", type=_seeds, metavar="0,1,2", help="of the cards and of a random basis (default 0)"
+    )
+    command.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="go on in the folder of an earlier run: its finished cells are not run again",
+    )
+    command.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and stop"
+    )
     command.add_argument("--settings", action="store_true", help="list every setting and stop")
 
 
@@ -54,21 +96,31 @@ def run_probe(options: argparse.Namespace) -> None:
     from cluster.probe.grid import load_grid
 
     if options.config is None or "=" in options.config:
-        raise ConfigError("probe needs a configuration file before the settings, e.g. configs/quickstart.yaml")
+        raise ConfigError(
+            "probe needs a configuration file before the settings, e.g. configs/quickstart.yaml"
+        )
     study = Study() if options.study is None else load_study(options.study)
     sweep = list(itertools.chain.from_iterable(options.sweep))
-    config, cells = load_grid(Path(options.config), options.overrides, options.cell or study.cells, sweep or study.sweep)
+    config, cells = load_grid(
+        Path(options.config), options.overrides, options.cell or study.cells, sweep or study.sweep
+    )
     if options.print_config:
         print(to_yaml(config), end="")  # noqa: T201  (what was asked for)
         return
     cards = options.cards or study.cards
     if not cards:
-        raise ConfigError("probe needs --cards: a file of questions and answers, or recall:N for N made-up facts")
+        raise ConfigError(
+            "probe needs --cards: a file of questions and answers, or recall:N for N made-up facts"
+        )
 
+    from cluster.common.display import Display
     from cluster.probe.run import ProbeOptions, probe
-    from cluster.progress import Display
 
-    each_step, writes, seeds = options.each_step or study.each_step, options.writes or study.writes, options.seeds or study.seeds
+    each_step, writes, seeds = (
+        options.each_step or study.each_step,
+        options.writes or study.writes,
+        options.seeds or study.seeds,
+    )
     chosen = ProbeOptions(cards, options.unrelated, each_step, writes, seeds, options.resume)
     probe(config, cells, chosen, Display())
 
@@ -83,5 +135,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     seeds = tuple(int(part) for part in parts if part.isdecimal())
     if len(set(seeds)) < len(parts):  # one is no number, or there twice, perhaps in other digits: 0,00
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give whole numbers with commas between them, each once, e.g. 0,1,2")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed: give whole numbers with commas between them, each once, e.g. 0,1,2"
+        )
     return seeds

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actors.chat import ChatFormat
-from actors.fast_weights import Basis, zero
-from actors.flashcards import write_example
-from actors.frozen_model import FrozenLayer
-from actors.scoring import plain_em, plain_f1
+from actors.environments.scoring import plain_em, plain_f1
+from actors.fast_weights.delta import Basis, zero
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import write_example
 from actors.types import FastWeights, Flashcard, WriteExample
+from actors.write.frozen_llama import FrozenLayer
 from cluster.probe.reading import Block, Reader, merged_layers
 from cluster.probe.supervision import examples_of
 from cluster.probe.values import Asked, Card, CardScore, Point, Supervision, TextPiece, TextScore
@@ -66,7 +66,14 @@ class Examiner:
     """See the module's text. ``groups``: the cards of each write, in order. Memory: the keys of all questions below the cut (40 KB a token for
     SmolLM2-135M), and a float32 table [tokens, vocabulary] of the unrelated text."""
 
-    def __init__(self, reader: Reader, chat: ChatFormat, system_prompt: str, groups: Sequence[Sequence[Card]], pieces: Sequence[TextPiece]) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        chat: ChatFormat,
+        system_prompt: str,
+        groups: Sequence[Sequence[Card]],
+        pieces: Sequence[TextPiece],
+    ) -> None:
         self._reader, self._chat, self._system_prompt = reader, chat, system_prompt
         self._groups = _grouped(groups, system_prompt, chat)
         self._pieces = tuple(pieces)
@@ -78,12 +85,18 @@ class Examiner:
         prepared = self._prepare(basis)
         layers = merged_layers(self._reader.model, basis, weights)
         groups = list(enumerate(self._groups, start=1))[: writes or None]
-        cards = tuple(score for number, group in groups for score in self._ask(group, number, prepared.cards[number - 1], layers))
+        cards = tuple(
+            score
+            for number, group in groups
+            for score in self._ask(group, number, prepared.cards[number - 1], layers)
+        )
         return Point(writes, step, cards, self._read_texts(prepared, layers))
 
     def written(self, number: int, supervision: Supervision, write: WriteConfig) -> tuple[WriteExample, ...]:
         """The examples of write ``number`` (from 1), as a writer wants them."""
-        return examples_of(supervision, self._groups[number - 1].cards, self._system_prompt, self._chat, write)
+        return examples_of(
+            supervision, self._groups[number - 1].cards, self._system_prompt, self._chat, write
+        )
 
     def _prepare(self, basis: Basis) -> _Prepared:
         """What does not depend on B; made again only where another layer is the first that Delta touches."""
@@ -92,11 +105,16 @@ class Examiner:
             base = merged_layers(self._reader.model, basis, zero(basis))
             texts = self._reader.prepare(self._texts, cut, answered=False)
             tables = tuple(self._reader.read(block, base).table for block in texts)
-            cards = tuple(self._reader.prepare([way.example for way in group.ways], cut, answered=True) for group in self._groups)
+            cards = tuple(
+                self._reader.prepare([way.example for way in group.ways], cut, answered=True)
+                for group in self._groups
+            )
             self._prepared = _Prepared(cut, cards, texts, tables)
         return self._prepared
 
-    def _ask(self, group: _Group, number: int, blocks: Sequence[Block], layers: Sequence[FrozenLayer]) -> list[CardScore]:
+    def _ask(
+        self, group: _Group, number: int, blocks: Sequence[Block], layers: Sequence[FrozenLayer]
+    ) -> list[CardScore]:
         asked: dict[int, Asked] = {}  # by way
         for block in blocks:
             reading = self._reader.read(block, layers)
@@ -110,7 +128,9 @@ class Examiner:
     def _card_score(self, group: _Group, number: int, card: int, asked: Mapping[int, Asked]) -> CardScore:
         mine = [place for place, way in enumerate(group.ways) if way.card == card]
         tokens = len(group.ways[mine[0]].example.answer_ids)
-        return CardScore(group.first + card, number, tokens, asked[mine[0]], tuple(asked[place] for place in mine[1:]))
+        return CardScore(
+            group.first + card, number, tokens, asked[mine[0]], tuple(asked[place] for place in mine[1:])
+        )
 
     def _read_texts(self, prepared: _Prepared, layers: Sequence[FrozenLayer]) -> tuple[TextScore, ...]:
         scores: dict[int, TextScore] = {}
@@ -118,14 +138,21 @@ class Examiner:
             now = self._reader.read(block, layers).table
             kl = (base.exp() * (base - now)).sum(-1)
             damage = (base - now).gather(1, block.targets[:, None])[:, 0]
-            for place, size, one, other in zip(block.numbers, block.sizes, damage.split(block.sizes), kl.split(block.sizes), strict=True):
-                scores[place] = TextScore(self._pieces[place].kind, size, float(one.double().mean()), float(other.double().mean()))
+            for place, size, one, other in zip(
+                block.numbers, block.sizes, damage.split(block.sizes), kl.split(block.sizes), strict=True
+            ):
+                scores[place] = TextScore(
+                    self._pieces[place].kind, size, float(one.double().mean()), float(other.double().mean())
+                )
         return tuple(scores[place] for place in sorted(scores))
 
 
 def finite(weights: FastWeights) -> bool:
     """Whether there is anything to examine: a write that diverges leaves steps that are not."""
-    return all(bool(torch.isfinite(torch.from_numpy(matrix)).all()) for matrix in (*weights.b.values(), *weights.a.values()))
+    return all(
+        bool(torch.isfinite(torch.from_numpy(matrix)).all())
+        for matrix in (*weights.b.values(), *weights.a.values())
+    )
 
 
 def _grouped(groups: Sequence[Sequence[Card]], system_prompt: str, chat: ChatFormat) -> tuple[_Group, ...]:

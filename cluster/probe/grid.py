@@ -17,7 +17,9 @@ from configs.schema import RunConfig
 SECTIONS = ("write.", "fast_weights.", "supervision=")
 
 
-def load_grid(path: Path, overrides: Sequence[str], cells: Sequence[Sequence[str]], sweeps: Sequence[str]) -> tuple[RunConfig, tuple[Cell, ...]]:
+def load_grid(
+    path: Path, overrides: Sequence[str], cells: Sequence[Sequence[str]], sweeps: Sequence[str]
+) -> tuple[RunConfig, tuple[Cell, ...]]:
     """The base configuration and the grid over it, every cell checked as a configuration of its own. Raises ConfigError."""
     base = load_config(path, overrides)
     for argument in (*itertools.chain.from_iterable(cells), *sweeps):
@@ -30,16 +32,26 @@ def load_grid(path: Path, overrides: Sequence[str], cells: Sequence[Sequence[str
     for own in cells or [()]:
         for chosen in itertools.product(*axes):
             settings = (*own, *chosen)
-            config = load_config(path, [*overrides, *(one for one in settings if not one.startswith("supervision="))])
+            config = load_config(
+                path, [*overrides, *(one for one in settings if not one.startswith("supervision="))]
+            )
             grid[settings] = Cell(settings, config.fast_weights, config.write, _supervision(settings))
     for one, other in itertools.combinations(grid.values(), 2):
-        if (one.fast_weights, one.write, one.supervision) == (other.fast_weights, other.write, other.supervision):
-            raise ConfigError(f"the cells '{one.label}' and '{other.label}' are the same settings, and would count twice: leave one out")
+        if (one.fast_weights, one.write, one.supervision) == (
+            other.fast_weights,
+            other.write,
+            other.supervision,
+        ):
+            raise ConfigError(
+                f"the cells '{one.label}' and '{other.label}' are the same settings, and would count twice: leave one out"
+            )
     return base, tuple(grid.values())
 
 
 def _supervision(settings: Sequence[str]) -> Supervision:
-    named = [setting.partition("=")[2] for setting in settings if setting.startswith("supervision=")] or ["flashcards"]
+    named = [setting.partition("=")[2] for setting in settings if setting.startswith("supervision=")] or [
+        "flashcards"
+    ]
     for known in SUPERVISIONS:
         if named[-1] == known:
             return known

@@ -37,7 +37,9 @@ def _save_recall_damage(cells: Mapping[str, Sequence[CellRun]], path: Path) -> P
                     label=label if place == 0 else None,
                 )
     for axes, title in ((written, "written questions"), (paraphrased, "paraphrases")):
-        axes.set(xlabel="damage (nats per token of unrelated text)", ylabel="recall %", title=title, ylim=(-4, 104))
+        axes.set(
+            xlabel="damage (nats per token of unrelated text)", ylabel="recall %", title=title, ylim=(-4, 104)
+        )
     return _save(figure, written, path)
 
 
@@ -49,12 +51,29 @@ def _save_curves(cells: Mapping[str, Sequence[CellRun]], path: Path, unit: str, 
         colour = cell_colour(number, len(cells))
         for curve in curves if len(curves) > 1 else []:
             recall.plot([_percent(point, False) for point in curve], color=colour, linewidth=0.5, alpha=0.5)
-            damage.plot([point.text("text", "damage") for point in curve], color=colour, linewidth=0.5, alpha=0.5)
+            damage.plot(
+                [point.text("text", "damage") for point in curve], color=colour, linewidth=0.5, alpha=0.5
+            )
         columns = list(zip(*curves, strict=False))  # a write that diverged has fewer steps
-        recall.plot([_mean([_percent(point, False) for point in column]) for column in columns], color=colour, label=label)
-        recall.plot([_mean([_percent(point, True) for point in column]) for column in columns], color=colour, linestyle="--")
-        damage.plot([_mean([point.text("text", "damage") for point in column]) for column in columns], color=colour)
-    recall.set(xlabel=unit, ylabel="recall % of what is written so far", title="full: written, dashed: paraphrases", ylim=(-4, 104))
+        recall.plot(
+            [_mean([_percent(point, False) for point in column]) for column in columns],
+            color=colour,
+            label=label,
+        )
+        recall.plot(
+            [_mean([_percent(point, True) for point in column]) for column in columns],
+            color=colour,
+            linestyle="--",
+        )
+        damage.plot(
+            [_mean([point.text("text", "damage") for point in column]) for column in columns], color=colour
+        )
+    recall.set(
+        xlabel=unit,
+        ylabel="recall % of what is written so far",
+        title="full: written, dashed: paraphrases",
+        ylim=(-4, 104),
+    )
     damage.set(xlabel=unit, ylabel="nats per token", title="damage to unrelated text")
     return _save(figure, recall, path)
 
@@ -70,7 +89,9 @@ def _save(figure: Any, axes: Any, path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles[:MOST_LABELS], labels[:MOST_LABELS], loc="outside lower left", frameon=False, fontsize="small")
+    figure.legend(
+        handles[:MOST_LABELS], labels[:MOST_LABELS], loc="outside lower left", frameon=False, fontsize="small"
+    )
     FigureCanvasAgg(figure)
     figure.savefig(path)
     return path

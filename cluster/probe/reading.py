@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from actors.fast_weights import Basis, check
-from actors.frozen_model import FrozenLayer, FrozenModel, Linear
+from actors.fast_weights.delta import Basis, check
 from actors.types import FastWeights, WriteExample
+from actors.write.frozen_llama import FrozenLayer, FrozenModel, Linear
 
 KeyValues = tuple[Tensor, Tensor]  # each [R, kv heads, T, head_dim]
 BLOCK_ROWS = 32
@@ -42,7 +42,9 @@ class _Frame:
             k, v = torch.cat([self._past[0], k], dim=2), torch.cat([self._past[1], v], dim=2)
         self.kept = (k, v)
         grouped: Any = {"enable_gqa": q.shape[1] != k.shape[1]}
-        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=self._mask, is_causal=self._past is None, **grouped)
+        attended = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=self._mask, is_causal=self._past is None, **grouped
+        )
         return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
@@ -88,21 +90,27 @@ def merged_layers(model: FrozenModel, basis: Basis, weights: FastWeights) -> tup
     for name, b in weights.b.items():
         a = torch.from_numpy(weights.a[name]) if weights.a else basis.a[name]  # its own where writes move A
         deltas[name] = (torch.from_numpy(b).to(device) @ a.to(device)).to(model.dtype)
-    return tuple(_merged(layer, number, deltas) for number, layer in enumerate(layers, start=basis.first_layer))
+    return tuple(
+        _merged(layer, number, deltas) for number, layer in enumerate(layers, start=basis.first_layer)
+    )
 
 
 def _merged(layer: FrozenLayer, number: int, deltas: Mapping[str, Tensor]) -> FrozenLayer:
     def delta(projection: str) -> Tensor | None:
         return deltas.get(f"model.layers.{number}.mlp.{projection}")
 
-    assert layer.gate_up.weight is not None and layer.down.weight is not None, "merging needs a model with weights of its own"
+    assert layer.gate_up.weight is not None and layer.down.weight is not None, (
+        "merging needs a model with weights of its own"
+    )
     gate_up, down = layer.gate_up.weight.clone(), layer.down.weight
     for rows, part in zip(gate_up.chunk(2), (delta("gate_proj"), delta("up_proj")), strict=True):
         if part is not None:
             rows.add_(part)
     if (part := delta("down_proj")) is not None:
         down = down + part
-    return replace(layer, gate_up=Linear(gate_up, layer.gate_up.bias, None), down=Linear(down, layer.down.bias, None))
+    return replace(
+        layer, gate_up=Linear(gate_up, layer.gate_up.bias, None), down=Linear(down, layer.down.bias, None)
+    )
 
 
 class Reader:
@@ -124,15 +132,22 @@ class Reader:
         return Reading(self._logits(hidden[block.predicting]).log_softmax(-1), keys)
 
     @torch.no_grad()
-    def answer(self, block: Block, reading: Reading, layers: Sequence[FrozenLayer], most: int) -> list[tuple[int, ...]]:
+    def answer(
+        self, block: Block, reading: Reading, layers: Sequence[FrozenLayer], most: int
+    ) -> list[tuple[int, ...]]:
         """What greedy decoding says to each row's prompt: at most ``most`` tokens, the stop token included where it came to one."""
-        said = [_own_words(answer, guesses.tolist())[:most] for answer, guesses in zip(block.answers, self._guesses(block, reading), strict=True)]
+        said = [
+            _own_words(answer, guesses.tolist())[:most]
+            for answer, guesses in zip(block.answers, self._guesses(block, reading), strict=True)
+        ]
         going = [row for row, tokens in enumerate(said) if not self._ended(tokens, most)]
         if not going:
             return [tuple(tokens) for tokens in said]
         model, rows = self.model, torch.tensor(going, device=self.model.device)
         keys: tuple[KeyValues, ...] = tuple((k[rows], v[rows]) for k, v in (*block.keys, *reading.keys))
-        place = block.prompts[rows] + torch.tensor([len(said[row]) - 1 for row in going], device=model.device)  # of the last token said
+        place = block.prompts[rows] + torch.tensor(
+            [len(said[row]) - 1 for row in going], device=model.device
+        )  # of the last token said
         seen = torch.arange(block.positions.shape[1], device=model.device) < place[:, None]
         every = [*model.layers[: len(block.keys)], *layers]
         while not all(self._ended(said[row], most) for row in going):
@@ -152,14 +167,21 @@ class Reader:
     def _ended(self, tokens: Sequence[int], most: int) -> bool:
         return tokens[-1] in self._stop or len(tokens) >= most
 
-    def _block(self, examples: Sequence[WriteExample], numbers: Sequence[int], cut: int, answered: bool) -> Block:
+    def _block(
+        self, examples: Sequence[WriteExample], numbers: Sequence[int], cut: int, answered: bool
+    ) -> Block:
         device, mine = self.model.device, [examples[i] for i in numbers]
         inputs = [(*example.prompt_ids, *example.answer_ids[:-1]) for example in mine]
         width = max(map(len, inputs))
         ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in inputs], device=device)
         positions = torch.arange(width, device=device).expand(len(mine), width)
-        hidden, keys = self._through(self.model.layers[:cut], self.model.embed(ids.flatten()), positions, None, None)
-        spans = [(row * width + len(example.prompt_ids) - 1, len(example.answer_ids)) for row, example in enumerate(mine)]
+        hidden, keys = self._through(
+            self.model.layers[:cut], self.model.embed(ids.flatten()), positions, None, None
+        )
+        spans = [
+            (row * width + len(example.prompt_ids) - 1, len(example.answer_ids))
+            for row, example in enumerate(mine)
+        ]
         return Block(
             numbers=tuple(numbers),
             answers=tuple(example.answer_ids for example in mine),
@@ -167,12 +189,19 @@ class Reader:
             positions=positions,
             hidden=hidden,
             keys=keys if answered else (),
-            predicting=torch.tensor([place for start, size in spans for place in range(start, start + size)], device=device),
+            predicting=torch.tensor(
+                [place for start, size in spans for place in range(start, start + size)], device=device
+            ),
             targets=torch.tensor([token for example in mine for token in example.answer_ids], device=device),
         )
 
     def _through(
-        self, layers: Sequence[FrozenLayer], hidden: Tensor, positions: Tensor, past: Sequence[KeyValues] | None, mask: Tensor | None
+        self,
+        layers: Sequence[FrozenLayer],
+        hidden: Tensor,
+        positions: Tensor,
+        past: Sequence[KeyValues] | None,
+        mask: Tensor | None,
     ) -> tuple[Tensor, tuple[KeyValues, ...]]:
         """hidden [R * T, d] through whole layers; the keys and values of each. positions [R, T]."""
         kept: list[KeyValues] = []
@@ -192,7 +221,9 @@ class Reader:
 
 def _own_words(draft: Sequence[int], guesses: Sequence[int]) -> list[int]:
     """The draft as far as the model says the same, then its own token."""
-    same = next((i for i, (token, guess) in enumerate(zip(draft, guesses, strict=True)) if token != guess), len(draft))
+    same = next(
+        (i for i, (token, guess) in enumerate(zip(draft, guesses, strict=True)) if token != guess), len(draft)
+    )
     return [*draft[:same], *guesses[same : same + 1]]
 
 

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.bench.values import Table
+from cluster.measure.report import Table, markdown_table
+from cluster.measure.statistics import Interval, nested_interval
 from cluster.probe.plots import save_plots
 from cluster.probe.values import Card, CellRun, Point
-from cluster.statistics import Interval, nested_interval
-from cluster.tables import markdown_table
 
 HEADER = (
     "cell",
@@ -41,8 +40,27 @@ LEGEND = (
     "the other, paired over cards; by seed: points of paraphrases (of the written questions, where cards have none) · intervals: over seeds and "
     "the cards of each; of three seeds or fewer they are too narrow"
 )
-FORGETTING = ("cell", "after write", "cards", "newest %", "earlier %", "all %", "all, reworded %", "damage", "KL", "rolled back")
-VERSUS = ("against", "recall, points", "reworded, points", "by seed", "KL, times", "replies' KL, times", "time, times")
+FORGETTING = (
+    "cell",
+    "after write",
+    "cards",
+    "newest %",
+    "earlier %",
+    "all %",
+    "all, reworded %",
+    "damage",
+    "KL",
+    "rolled back",
+)
+VERSUS = (
+    "against",
+    "recall, points",
+    "reworded, points",
+    "by seed",
+    "KL, times",
+    "replies' KL, times",
+    "time, times",
+)
 FIGURES: tuple[tuple[str, bool, Literal["em", "f1"]], ...] = (
     ("em_written", False, "em"),
     ("em_paraphrased", True, "em"),
@@ -71,7 +89,13 @@ class ProbeReport:
 
     def tables(self) -> list[Table]:
         """The grid, and where there were several writes the forgetting curve."""
-        made = [Table("Write quality", HEADER, tuple(self._line(label, runs) for label, runs in self.by_label.items()))]
+        made = [
+            Table(
+                "Write quality",
+                HEADER,
+                tuple(self._line(label, runs) for label, runs in self.by_label.items()),
+            )
+        ]
         if any(len(run.writes) > 1 for run in self.runs):
             lines = [line for label, runs in self.by_label.items() for line in self._forgetting(label, runs)]
             made.append(Table("Successive writes: what was written is asked again", FORGETTING, tuple(lines)))
@@ -93,7 +117,10 @@ class ProbeReport:
     def _line(self, label: str, runs: Sequence[CellRun]) -> tuple[str, ...]:
         first, last = [run.after[0] for run in runs], [run.after[-1] for run in runs]
         writes = [line for run in runs for line in run.writes]
-        outcomes = [sum(line.outcome == outcome for line in writes) for outcome in ("accepted", "empty", "rolled_back")]
+        outcomes = [
+            sum(line.outcome == outcome for line in writes)
+            for outcome in ("accepted", "empty", "rolled_back")
+        ]
         return (
             label,
             f"{_loss(first, False):.2f}→{_loss(last, False):.2f}",
@@ -126,13 +153,37 @@ class ProbeReport:
     def _versus(self, others: Sequence[str], last: str) -> Iterator[tuple[str, ...]]:
         """Paired over the cards of each seed."""
         for label in others:
-            pair = [self._differences(self.by_label[label], self.by_label[last], paraphrased) for paraphrased in (False, True)]
-            by_seed = [f"{100 * _mean(list(cards.values())):+.0f}" for cards in (pair[1] if any(pair[1]) else pair[0]) if cards]
-            times = [_ratio(_mean([run.after[-1].text(kind, "kl") for run in self.by_label[name]]) for name in (last, label)) for kind in _KINDS]
-            seconds = _ratio(_mean([line.seconds for run in self.by_label[name] for line in run.writes]) for name in (last, label))
-            yield (label, *(_span(self._interval(cards)) for cards in pair), ", ".join(by_seed), *times, seconds)
+            pair = [
+                self._differences(self.by_label[label], self.by_label[last], paraphrased)
+                for paraphrased in (False, True)
+            ]
+            by_seed = [
+                f"{100 * _mean(list(cards.values())):+.0f}"
+                for cards in (pair[1] if any(pair[1]) else pair[0])
+                if cards
+            ]
+            times = [
+                _ratio(
+                    _mean([run.after[-1].text(kind, "kl") for run in self.by_label[name]])
+                    for name in (last, label)
+                )
+                for kind in _KINDS
+            ]
+            seconds = _ratio(
+                _mean([line.seconds for run in self.by_label[name] for line in run.writes])
+                for name in (last, label)
+            )
+            yield (
+                label,
+                *(_span(self._interval(cards)) for cards in pair),
+                ", ".join(by_seed),
+                *times,
+                seconds,
+            )
 
-    def _differences(self, theirs: Sequence[CellRun], mine: Sequence[CellRun], paraphrased: bool) -> list[dict[Card, float]]:
+    def _differences(
+        self, theirs: Sequence[CellRun], mine: Sequence[CellRun], paraphrased: bool
+    ) -> list[dict[Card, float]]:
         """By seed, by card: EM of mine minus theirs."""
         pairs = zip(self._recalled(theirs, paraphrased), self._recalled(mine, paraphrased), strict=True)
         return [{card: after[card] - before[card] for card in after} for before, after in pairs]
@@ -140,7 +191,10 @@ class ProbeReport:
     def _recalled(self, runs: Sequence[CellRun], paraphrased: bool) -> list[dict[Card, float]]:
         """By seed, by card: EM after the last write."""
         points = [(self.cards[run.seed], run.after[-1]) for run in sorted(runs, key=lambda run: run.seed)]
-        return [{cards[place]: em for place, em in point.recall(paraphrased, "em").items()} for cards, point in points]
+        return [
+            {cards[place]: em for place, em in point.recall(paraphrased, "em").items()}
+            for cards, point in points
+        ]
 
     def _interval(self, by_seed: Sequence[Mapping[Card, float]]) -> Interval:
         if all(set(cards) == set(by_seed[0]) for cards in by_seed):
@@ -149,7 +203,11 @@ class ProbeReport:
 
     def _percent(self, runs: Sequence[CellRun], paraphrased: bool) -> str:
         interval = self._interval(self._recalled(runs, paraphrased))
-        return "-" if interval.count == 0 else f"{100 * interval.mean:.0f} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+        return (
+            "-"
+            if interval.count == 0
+            else f"{100 * interval.mean:.0f} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+        )
 
 
 _KINDS: tuple[Literal["text", "reply"], ...] = ("text", "reply")
@@ -169,7 +227,9 @@ def recall_by_age(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 def figures(point: Point) -> dict[str, float]:
     """The point in single numbers; NaN where there is nothing to average."""
-    recalled = {name: _mean(list(point.recall(paraphrased, score).values())) for name, paraphrased, score in FIGURES}
+    recalled = {
+        name: _mean(list(point.recall(paraphrased, score).values())) for name, paraphrased, score in FIGURES
+    }
     texts = {f"{figure}_{kind}": point.text(kind, figure) for kind, figure in _TEXT_FIGURES}
     return {"loss_written": point.loss(False), "loss_paraphrased": point.loss(True), **recalled, **texts}
 
@@ -178,9 +238,14 @@ def metrics(run: CellRun) -> list[tuple[dict[str, float], int]]:
     """For the tracker, with the step they belong to: after each write, and after each optimizer step (counted over all writes)."""
     key = "".join(char if char.isalnum() or char in "_-. " else "_" for char in run.label)
     ends = [(f"probe/{key}/seed_{run.seed}", point, point.write) for point in run.after]
-    inside = [(f"probe_steps/{key}/seed_{run.seed}", point, step) for step, point in enumerate(run.steps, start=1)]
+    inside = [
+        (f"probe_steps/{key}/seed_{run.seed}", point, step) for step, point in enumerate(run.steps, start=1)
+    ]
     found = [
-        ({f"{name}/{figure}": value for figure, value in figures(point).items() if math.isfinite(value)}, step)
+        (
+            {f"{name}/{figure}": value for figure, value in figures(point).items() if math.isfinite(value)},
+            step,
+        )
         for name, point, step in (*ends, *inside)
     ]
     refused = float(sum(line.outcome == "rolled_back" for line in run.writes))
@@ -208,7 +273,13 @@ def _csv_lines(runs: Sequence[CellRun]) -> Iterator[dict[str, Any]]:
         for phase, points in (("after", run.after), ("step", run.steps)):
             for point in points:
                 outcome = run.writes[point.write - 1].outcome if point.write else ""
-                where = {"cell": run.label, "seed": run.seed, "phase": phase, "write": point.write, "step": point.step}
+                where = {
+                    "cell": run.label,
+                    "seed": run.seed,
+                    "phase": phase,
+                    "write": point.write,
+                    "step": point.step,
+                }
                 yield {**where, "outcome": outcome, "cards": len(point.cards), **figures(point)}
 
 
@@ -216,7 +287,12 @@ def _markdown(report: ProbeReport, plots: Sequence[Path]) -> str:
     lines = ["# Write quality", "", *(f"- {key}: {value}" for key, value in report.facts.items())]
     for table in report.tables():
         lines += ["", f"## {table.title}", "", *markdown_table(table.header, table.rows)]
-    lines += ["", *(f"- {note}" for note in report.notes()), "", *(f"![{plot.stem}]({plot.name})" for plot in plots)]
+    lines += [
+        "",
+        *(f"- {note}" for note in report.notes()),
+        "",
+        *(f"![{plot.stem}]({plot.name})" for plot in plots),
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -229,7 +305,11 @@ def _pooled(points: Sequence[Point], paraphrased: bool, score: Literal["em", "f1
 
 
 def _span(points: Interval) -> str:
-    return f"{100 * points.mean:+.0f} [{100 * points.low:+.0f}, {100 * points.high:+.0f}]" if points.count else "-"
+    return (
+        f"{100 * points.mean:+.0f} [{100 * points.low:+.0f}, {100 * points.high:+.0f}]"
+        if points.count
+        else "-"
+    )
 
 
 def _ratio(pair: Iterable[float]) -> str:

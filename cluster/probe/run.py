@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.chat import ChatFormat
 from actors.environments.recall import SYSTEM_PROMPT
-from actors.fast_weights import Basis, zero
-from actors.frozen_model import FrozenModel, read_model
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.delta import Basis, zero
 from actors.protocols import WriterError
-from actors.writer import BatchedWriter
+from actors.text.chat_template import ChatFormat
+from actors.write.frozen_llama import FrozenModel, read_model
+from actors.write.writer import BatchedWriter
+from cluster.common.display import Display
+from cluster.common.git import git_commit
+from cluster.measure.report import rich_table
 from cluster.probe.cards import cards_of
 from cluster.probe.cell import in_writes, points_of, run_cell
 from cluster.probe.examiner import Examiner
@@ -30,9 +33,8 @@ from cluster.probe.report import ProbeReport, metrics, save_report
 from cluster.probe.supervision import examples_of
 from cluster.probe.unrelated import unrelated_pieces
 from cluster.probe.values import Card, Cell, CellRun, Point, ProbeError, TextPiece
-from cluster.progress import Display
-from cluster.tables import rich_table
-from cluster.tracking import RunStatus, Tracker, flatten, git_commit, open_run
+from cluster.tracking.tracker import RunStatus, Tracker, open_run
+from configs.load import flatten
 from configs.models import ResolvedModel, resolve_model
 from configs.schema import RunConfig
 
@@ -72,7 +74,10 @@ class _Prepared:
 
     def sizes(self, cell: Cell, seed: int) -> list[int]:
         """Examples of each write."""
-        return [len(examples_of(cell.supervision, group, SYSTEM_PROMPT, self.chat, cell.write)) for group in self.groups(seed)]
+        return [
+            len(examples_of(cell.supervision, group, SYSTEM_PROMPT, self.chat, cell.write))
+            for group in self.groups(seed)
+        ]
 
     def path_of(self, cell: Cell, seed: int) -> Path:
         key = json.dumps([asdict(cell.fast_weights), asdict(cell.write), cell.supervision], sort_keys=True)
@@ -86,7 +91,9 @@ def probe(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions, displ
     status: RunStatus = "FAILED"
     try:
         runs = _run_all(prepared, tracker, display)
-        report = ProbeReport(tuple(runs), prepared.cards, _facts(prepared), config.evaluation.bootstrap_samples, config.seed)
+        report = ProbeReport(
+            tuple(runs), prepared.cards, _facts(prepared), config.evaluation.bootstrap_samples, config.seed
+        )
         for path in save_report(report, prepared.folder):
             tracker.artifact(path)
         status = "FINISHED"
@@ -104,10 +111,14 @@ def _prepare(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions) ->
     cards = {seed: cards_of(options.cards, seed) for seed in options.seeds}
     fewest = min(map(len, cards.values()))
     if options.writes > fewest:
-        raise ProbeError(f"--writes {options.writes} is not allowed: there are {fewest} cards, and each write needs one; lower it")
+        raise ProbeError(
+            f"--writes {options.writes} is not allowed: there are {fewest} cards, and each write needs one; lower it"
+        )
     pieces = unrelated_pieces(options.unrelated)
     model = resolve_model(config.model)
-    chat = ChatFormat(AutoTokenizer.from_pretrained(str(model.path), trust_remote_code=config.model.trust_remote_code))
+    chat = ChatFormat(
+        AutoTokenizer.from_pretrained(str(model.path), trust_remote_code=config.model.trust_remote_code)
+    )
     _check_lengths(cards, cells, chat)
     _check_tellings(options.cards, cards, cells)
     plan = _plan(config, options, cards, pieces, model)
@@ -115,7 +126,9 @@ def _prepare(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions) ->
     if folder is not None:
         _check_plan(folder, plan)
     else:
-        folder = Path(config.output_dir).expanduser() / f"{config.name}-probe-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = (
+            Path(config.output_dir).expanduser() / f"{config.name}-probe-{time.strftime('%Y%m%d-%H%M%S')}"
+        )
     folder = folder.expanduser().absolute()
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     return _Prepared(config, options, tuple(cells), cards, pieces, model, chat, folder, plan)
@@ -135,13 +148,23 @@ def _check_tellings(source: str, cards: Mapping[int, Sequence[Card]], cells: Seq
     other = next((cell.supervision for cell in cells if cell.supervision != "flashcards"), "")
     untold = next((card for mine in cards.values() for card in mine if not card.telling), None)
     if other and untold:
-        raise ProbeError(f"--cards {source}: the card {untold.question[:60]!r} has no 'telling', which supervision={other} trains on; give it one")
+        raise ProbeError(
+            f"--cards {source}: the card {untold.question[:60]!r} has no 'telling', which supervision={other} trains on; give it one"
+        )
 
 
 def _plan(
-    config: RunConfig, options: ProbeOptions, cards: Mapping[int, Sequence[Card]], pieces: Sequence[TextPiece], model: ResolvedModel
+    config: RunConfig,
+    options: ProbeOptions,
+    cards: Mapping[int, Sequence[Card]],
+    pieces: Sequence[TextPiece],
+    model: ResolvedModel,
 ) -> dict[str, Any]:
-    settings = {key: value for key, value in flatten(config).items() if key.startswith(("model.", "write.", "fast_weights."))}
+    settings = {
+        key: value
+        for key, value in flatten(config).items()
+        if key.startswith(("model.", "write.", "fast_weights."))
+    }
     return {
         **settings,
         "--cards": {str(seed): _digest([asdict(card) for card in mine]) for seed, mine in cards.items()},
@@ -161,14 +184,18 @@ def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
             f"--resume {folder}: holds no {PLAN}, so no probe ran there; give the folder that a probe named, or leave --resume out"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ProbeError(f"--resume {folder}: its {PLAN} cannot be read ({error}); start anew without --resume") from None
+        raise ProbeError(
+            f"--resume {folder}: its {PLAN} cannot be read ({error}); start anew without --resume"
+        ) from None
     for key in plan:
         mine, theirs = plan[key], saved.get(key)
         if key == "--cards":
             shared = set(mine) & set(theirs or {})
             mine, theirs = ({seed: both[seed] for seed in shared} for both in (mine, theirs or {}))
         if mine != theirs:
-            raise ProbeError(f"--resume {folder}: was made with {key}={theirs}, not {mine}: give the same, or start anew without --resume")
+            raise ProbeError(
+                f"--resume {folder}: was made with {key}={theirs}, not {mine}: give the same, or start anew without --resume"
+            )
 
 
 def _track(prepared: _Prepared) -> Tracker:
@@ -191,13 +218,17 @@ def _run_all(prepared: _Prepared, tracker: Tracker, display: Display) -> list[Ce
         for seed in prepared.options.seeds
         if (path := prepared.path_of(cell, seed)).exists()
     }
-    todo = [(cell, seed) for seed in prepared.options.seeds for cell in prepared.cells if (cell, seed) not in done]
+    todo = [
+        (cell, seed) for seed in prepared.options.seeds for cell in prepared.cells if (cell, seed) not in done
+    ]
     if done:
         display.say(f"{len(done)} of {len(done) + len(todo)} cells are done already")
     if todo:
         torch.set_num_threads(prepared.config.rollout.threads)
         model = _read_model(prepared)
-        total = sum(points_of(cell, prepared.sizes(cell, seed), prepared.options.each_step) for cell, seed in todo)
+        total = sum(
+            points_of(cell, prepared.sizes(cell, seed), prepared.options.each_step) for cell, seed in todo
+        )
         with display.counting("measurements", total) as counter:
             bench = _Bench(prepared, model)
             for cell, seed in todo:
@@ -216,8 +247,14 @@ def _run_all(prepared: _Prepared, tracker: Tracker, display: Display) -> list[Ce
 
 def _read_model(prepared: _Prepared) -> FrozenModel:
     try:
-        return read_model(str(prepared.model.path), prepared.config.model.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    except WriterError as error:  # a kind of model that the writer does not know, or a folder that is not whole
+        return read_model(
+            str(prepared.model.path),
+            prepared.config.model.dtype,
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+    except (
+        WriterError
+    ) as error:  # a kind of model that the writer does not know, or a folder that is not whole
         raise ProbeError(f"model.name={prepared.config.model.name}: {error}") from error
 
 
@@ -234,12 +271,16 @@ class _Bench:
         basis = self._basis(cell, seed)
         examiner, untouched = self._examiner(seed, basis)
         writer = BatchedWriter(self._model, basis, cell.write)
-        return run_cell(cell, seed, basis, writer, examiner, untouched, options.writes, options.each_step, on_point)
+        return run_cell(
+            cell, seed, basis, writer, examiner, untouched, options.writes, options.each_step, on_point
+        )
 
     def _basis(self, cell: Cell, seed: int) -> Basis:
         key = (cell.fast_weights, seed)
         if key not in self._bases:
-            self._bases[key] = compute_basis_from_checkpoint(self._prepared.model.path, cell.fast_weights, seed)
+            self._bases[key] = compute_basis_from_checkpoint(
+                self._prepared.model.path, cell.fast_weights, seed
+            )
         return self._bases[key]
 
     def _examiner(self, seed: int, basis: Basis) -> tuple[Examiner, Point]:
@@ -247,7 +288,9 @@ class _Bench:
             self._seed = None
             chat = self._prepared.chat
             reader = Reader(self._model, chat.stop_token_ids)
-            examiner = Examiner(reader, chat, SYSTEM_PROMPT, self._prepared.groups(seed), self._prepared.pieces)
+            examiner = Examiner(
+                reader, chat, SYSTEM_PROMPT, self._prepared.groups(seed), self._prepared.pieces
+            )
             self._seed = (seed, examiner, examiner.examine(basis, zero(basis), 0, 0))
         return self._seed[1], self._seed[2]
 
@@ -255,7 +298,11 @@ class _Bench:
 def _load(path: Path, cell: Cell) -> CellRun:
     """Named as it is asked for now: another command line may have had other words for the same settings. Raises ProbeError."""
     try:
-        return replace(CellRun.from_json(json.loads(path.read_text(encoding="utf-8"))), settings=cell.settings, label=cell.label)
+        return replace(
+            CellRun.from_json(json.loads(path.read_text(encoding="utf-8"))),
+            settings=cell.settings,
+            label=cell.label,
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ProbeError(f"{path}: cannot be read ({error}); delete it to have the cell run again") from None
 

@@ -46,8 +46,14 @@ def load_study(name: str) -> Study:
         raise ProbeError(f"--study {name}: no such file; shipped are {', '.join(shipped())}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ProbeError(f"--study {name}: cannot be read ({error})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: 2024-13-01 is taken for a date; a nesting of thousands
-        raise ProbeError(f"--study {name}: is not YAML that can be read ({' '.join(str(error).split())[:200]})") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # the last two: 2024-13-01 is taken for a date; a nesting of thousands
+        raise ProbeError(
+            f"--study {name}: is not YAML that can be read ({' '.join(str(error).split())[:200]})"
+        ) from None
     known = [field.name for field in fields(Study)]
     if not isinstance(data, dict) or set(data) - set(known):
         wrong = sorted(map(str, set(data) - set(known))) if isinstance(data, dict) else type(data).__name__
@@ -66,14 +72,18 @@ def _of(name: str, data: dict[str, Any], key: str, kind: type, default: Any) -> 
     value = data.get(key, default)
     small = kind is int and isinstance(value, int) and value < 1
     if not isinstance(value, kind) or small or (kind is int and isinstance(value, bool)):
-        raise ProbeError(f"--study {name}: {key}={value!r} is not allowed; it must be a {kind.__name__}{' of 1 or more' if kind is int else ''}")
+        raise ProbeError(
+            f"--study {name}: {key}={value!r} is not allowed; it must be a {kind.__name__}{' of 1 or more' if kind is int else ''}"
+        )
     return value
 
 
 def _each(name: str, data: dict[str, Any], key: str, kind: type) -> list[Any]:
     """Numbers are seeds: the cards of one that is there twice would count twice, and its interval be narrower than it is."""
     values = data.get(key, [])
-    right = isinstance(values, list) and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+    right = isinstance(values, list) and all(
+        isinstance(value, kind) and not isinstance(value, bool) for value in values
+    )
     if not right or (kind is int and (len(set(values)) < len(values) or min(values, default=0) < 0)):
         allowed = "int of 0 or more, each once" if kind is int else kind.__name__
         raise ProbeError(f"--study {name}: {key}={values!r} is not allowed; it must be a list of {allowed}")

@@ -10,10 +10,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from actors.chat import ChatFormat
 from actors.environments.recall_words import FILLERS
-from actors.flashcards import write_example
 from actors.memory.supervised import summary_examples, text_examples
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import write_example
 from actors.types import Flashcard, WriteExample
 from cluster.probe.values import Card, Supervision
 from configs.schema import WriteConfig
@@ -24,7 +24,9 @@ def examples_of(
 ) -> tuple[WriteExample, ...]:
     """Of the cards of one write. Without flashcards every card needs its telling (checked before the probe starts)."""
     if supervision == "flashcards":
-        return tuple(write_example(Flashcard(card.question, card.answer), system_prompt, chat) for card in cards)
+        return tuple(
+            write_example(Flashcard(card.question, card.answer), system_prompt, chat) for card in cards
+        )
     told = [card.telling for card in cards]
     if supervision == "summary":
         return tuple(summary_examples(chat, system_prompt, " ".join(told), write))

@@ -28,11 +28,20 @@ _TEXTS = (
     "both be true. Since every step was sound, the starting point must have been wrong, and so the claim holds.",
 )
 _REPLIES = (
-    ("How can I keep bread fresh?", "Wrap it in a clean cloth and keep it in a closed box at room temperature."),
+    (
+        "How can I keep bread fresh?",
+        "Wrap it in a clean cloth and keep it in a closed box at room temperature.",
+    ),
     ("Why is the sky blue?", "The air scatters blue light from the sun more than red light."),
-    ("Give me a tip for sleeping better.", "Go to bed at the same time every night and leave your phone in another room."),
+    (
+        "Give me a tip for sleeping better.",
+        "Go to bed at the same time every night and leave your phone in another room.",
+    ),
     ("What is three plus four?", "Three plus four is seven."),
-    ("How do plants get their food?", "They make sugar from water and carbon dioxide with the energy of sunlight."),
+    (
+        "How do plants get their food?",
+        "They make sugar from water and carbon dioxide with the energy of sunlight.",
+    ),
     ("Write a short greeting for a friend.", "Hello, my friend! I hope you are having a wonderful day."),
     ("What should I pack for the beach?", "Take sunscreen, a towel, water and a hat."),
     ("Explain what a library is.", "A library is a place where people can read and borrow books."),
@@ -50,7 +59,11 @@ def unrelated_pieces(path: Path | None) -> tuple[TextPiece, ...]:
     if path.suffix in (".json", ".jsonl"):
         return tuple(TextPiece("reply", card.question, card.answer) for card in read_cards(path))
     text = read_text(path, "--unrelated")[:LONGEST_FILE]
-    pieces = tuple(TextPiece("text", "", " ".join(part.split())) for part in text.split("\n\n") if len(part.split()) > 1)
+    pieces = tuple(
+        TextPiece("text", "", " ".join(part.split())) for part in text.split("\n\n") if len(part.split()) > 1
+    )
     if not pieces:
-        raise ProbeError(f"--unrelated {path}: holds no text of two words or more; give running text, blank lines between its pieces")
+        raise ProbeError(
+            f"--unrelated {path}: holds no text of two words or more; give running text, blank lines between its pieces"
+        )
     return pieces

@@ -86,20 +86,36 @@ class Point:
 
     def loss(self, paraphrased: bool) -> float:
         """Nats per answer token over all cards; NaN where no card has a paraphrase."""
-        pairs = [(one.loss, card.tokens) for card in self.cards for one in (card.paraphrased if paraphrased else (card.written,))]
-        return sum(loss * tokens for loss, tokens in pairs) / sum(tokens for _, tokens in pairs) if pairs else float("nan")
+        pairs = [
+            (one.loss, card.tokens)
+            for card in self.cards
+            for one in (card.paraphrased if paraphrased else (card.written,))
+        ]
+        return (
+            sum(loss * tokens for loss, tokens in pairs) / sum(tokens for _, tokens in pairs)
+            if pairs
+            else float("nan")
+        )
 
     def recall(self, paraphrased: bool, score: Literal["em", "f1"]) -> dict[int, float]:
         """By card's place its score, or the mean over its paraphrases (cards without any are left out)."""
         if not paraphrased:
             return {card.card: getattr(card.written, score) for card in self.cards}
-        return {card.card: sum(getattr(one, score) for one in card.paraphrased) / len(card.paraphrased) for card in self.cards if card.paraphrased}
+        return {
+            card.card: sum(getattr(one, score) for one in card.paraphrased) / len(card.paraphrased)
+            for card in self.cards
+            if card.paraphrased
+        }
 
     def text(self, kind: TextKind, figure: Literal["damage", "kl"]) -> float:
         """Nats per token over all pieces of that kind."""
         pieces = [piece for piece in self.texts if piece.kind == kind]
         tokens = sum(piece.tokens for piece in pieces)
-        return sum(getattr(piece, figure) * piece.tokens for piece in pieces) / tokens if tokens else float("nan")
+        return (
+            sum(getattr(piece, figure) * piece.tokens for piece in pieces) / tokens
+            if tokens
+            else float("nan")
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +143,9 @@ class Cell:
     def label(self) -> str:
         """Settings without their section: short enough for a table's first column."""
         parts = [setting.partition("=") for setting in self.settings]
-        return " ".join(f"{key.partition('.')[2] or key}={value}" for key, _, value in parts) or "as configured"
+        return (
+            " ".join(f"{key.partition('.')[2] or key}={value}" for key, _, value in parts) or "as configured"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +179,25 @@ class CellRun:
 
 
 def _points(data: Sequence[dict[str, Any]]) -> tuple[Point, ...]:
-    return tuple(Point(point["write"], point["step"], _cards(point["cards"]), tuple(TextScore(**text) for text in point["texts"])) for point in data)
+    return tuple(
+        Point(
+            point["write"],
+            point["step"],
+            _cards(point["cards"]),
+            tuple(TextScore(**text) for text in point["texts"]),
+        )
+        for point in data
+    )
 
 
 def _cards(data: Sequence[dict[str, Any]]) -> tuple[CardScore, ...]:
     return tuple(
-        CardScore(card["card"], card["write"], card["tokens"], Asked(**card["written"]), tuple(Asked(**one) for one in card["paraphrased"]))
+        CardScore(
+            card["card"],
+            card["write"],
+            card["tokens"],
+            Asked(**card["written"]),
+            tuple(Asked(**one) for one in card["paraphrased"]),
+        )
         for card in data
     )

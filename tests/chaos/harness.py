@@ -57,11 +57,22 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("*.err"))) + 1
         self._errors, self._output = folder / f"{number}.err", folder / f"{number}.out"
-        command = [sys.executable, "-m", "cluster", "train", "configs/quickstart.yaml", *SETTINGS, *settings, f"output_dir={folder / 'runs'}"]
+        command = [
+            sys.executable,
+            "-m",
+            "cluster",
+            "train",
+            "configs/quickstart.yaml",
+            *SETTINGS,
+            *settings,
+            f"output_dir={folder / 'runs'}",
+        ]
         surroundings = {**os.environ, **chaos_environment(folder), **environment}
         surroundings.pop("MLFLOW_TRACKING_URI", None)
         with self._errors.open("w") as errors:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=surroundings)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=surroundings
+            )
         self.seen: set[tuple[int, str]] = set()
         self._more = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
@@ -87,8 +98,12 @@ class Run:
                     if re.search(pattern, self.lines[place]):
                         return place + 1
                 over = self.process.poll() is not None
-                if not self._more.wait(min(1.0, max(0.0, end - time.monotonic()))) and (over or time.monotonic() > end):
-                    raise ChaosError(f"no line like {pattern!r} {'before the run ended' if over else f'within {WAIT_S:g} s'}: {self.tail()}")
+                if not self._more.wait(min(1.0, max(0.0, end - time.monotonic()))) and (
+                    over or time.monotonic() > end
+                ):
+                    raise ChaosError(
+                        f"no line like {pattern!r} {'before the run ended' if over else f'within {WAIT_S:g} s'}: {self.tail()}"
+                    )
 
     def wait_until(self, reached: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + WAIT_S
@@ -179,9 +194,14 @@ class Books:
         if not line or "DOES NOT BALANCE" in line:
             raise ChaosError(f"the ledger does not balance, or was not shown: {line!r}")
         tasks, _, episodes = line.partition("; failed episodes: ")
-        settled = {fate: int(count) for count, fate in re.findall(r"(\d+) (trained|stale|failed|abandoned)", tasks)}
+        settled = {
+            fate: int(count) for count, fate in re.findall(r"(\d+) (trained|stale|failed|abandoned)", tasks)
+        }
         failed = {boundary: int(count) for count, boundary in re.findall(r"(\d+) (\w+)", episodes)}
-        found = [int(re.search(pattern, tasks)[1]) for pattern in (r"(\d+) issued", r"(\d+) in flight", r"(\d+) re-issued")]  # type: ignore[index]
+        found = [
+            int(re.search(pattern, tasks)[1])
+            for pattern in (r"(\d+) issued", r"(\d+) in flight", r"(\d+) re-issued")
+        ]  # type: ignore[index]
         again = re.search(r"\((\d+) episodes recovered, (\d+) restarted\)", tasks)
         recovered, restarted = (int(again[1]), int(again[2])) if again else (0, 0)
         books = Books(found[0], settled, found[1], found[2], failed, recovered, restarted)
@@ -196,7 +216,14 @@ def checkpoint_state(folder: Path) -> dict[str, object]:
     return json.loads(found[-1].read_text()) if found else {}
 
 
-def check_finished(run: Run, steps: int, database: Path | None = None, max_staleness: int = 1, writes: bool = True, in_flight: bool = False) -> Books:
+def check_finished(
+    run: Run,
+    steps: int,
+    database: Path | None = None,
+    max_staleness: int = 1,
+    writes: bool = True,
+    in_flight: bool = False,
+) -> Books:
     """The promises to a run that has ended well: nothing lost, nothing wrong trained on, no generation under a wrong adapter, one MLflow run.
 
     ``in_flight``: episodes live through refreshes, so a group is as old as its oldest token instead of being of one version.
@@ -205,18 +232,27 @@ def check_finished(run: Run, steps: int, database: Path | None = None, max_stale
     books, state = Books.of(run.lines), checkpoint_state(run.folder)
     ledger = state["ledger"]
     promise((state["step"], len(state["rewards"])) == (steps, steps), f"all steps are made: {state}")  # type: ignore[arg-type]
-    promise(books.settled.get("trained") == 2 * steps and books.in_flight == 0, f"each task is settled: {books}")
-    promise(ledger["settled"] == books.settled and not ledger["pending"], f"the checkpoint has the same books: {ledger}")  # type: ignore[index]
+    promise(
+        books.settled.get("trained") == 2 * steps and books.in_flight == 0, f"each task is settled: {books}"
+    )
+    promise(
+        ledger["settled"] == books.settled and not ledger["pending"],
+        f"the checkpoint has the same books: {ledger}",
+    )  # type: ignore[index]
 
     audit = audited(run.folder)
     promise(len(audit) >= 2 * steps, f"every group was audited: {len(audit)}")
     for group in audit:
         if in_flight:
             promise(
-                group["tokens"][0] == group["version"] and group["tokens"][-1] <= group["learner"], f"a group is as old as its oldest token: {group}"
+                group["tokens"][0] == group["version"] and group["tokens"][-1] <= group["learner"],
+                f"a group is as old as its oldest token: {group}",
             )
         else:
-            promise(group["episodes"] == group["segments"] == group["tokens"] == [group["version"]], f"a group is of one version: {group}")
+            promise(
+                group["episodes"] == group["segments"] == group["tokens"] == [group["version"]],
+                f"a group is of one version: {group}",
+            )
         promise(group["finite"], f"every reward is a number: {group}")
         promise(0 <= group["learner"] - group["version"] <= max_staleness, f"a group is fresh: {group}")
     promise(not writes or sum(group["revisions"] for group in audit) > 0, "episodes wrote")
@@ -224,7 +260,9 @@ def check_finished(run: Run, steps: int, database: Path | None = None, max_stale
     figures, runs = stored(database or run.folder / "runs" / "mlflow.db")
     promise(max(figures["fast_weights/receipts_failed"]) == 0, "no generation was under a wrong adapter")
     promise(not writes or max(figures["fast_weights/receipts_passed"]) > 0, "and receipts were checked")
-    promise([status for _, status in runs] == ["FINISHED"], f"there is one MLflow run, and it is ended: {runs}")
+    promise(
+        [status for _, status in runs] == ["FINISHED"], f"there is one MLflow run, and it is ended: {runs}"
+    )
     return books
 
 

@@ -43,7 +43,10 @@ class Worker:
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """One CPU on the first node, where the learner goes."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE})
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE},
+    )
     try:
         yield cluster
     finally:

@@ -49,7 +49,9 @@ def _strike(run: Run) -> int:
     run.wait_for("^train step 1/")
     assert main(["scale", "2", "--output-dir", str(run.folder / "runs")]) == 0
     run.inflict("nan_write")
-    trained = run.wait_for("^train step", run.wait_for("^train step", len(run.lines)))  # the group with this write, before one is lost
+    trained = run.wait_for(
+        "^train step", run.wait_for("^train step", len(run.lines))
+    )  # the group with this write, before one is lost
     run.inflict("nan_reward")
     served = run.wait_for("^worker-1 serves version")
     run.wait_for("^train step", trained)
@@ -59,16 +61,27 @@ def _strike(run: Run) -> int:
         run.wait_for(f"^{worker} serves version", served)
     assert main(["scale", "1", "--output-dir", str(run.folder / "runs")]) == 0
     ended = run.wait_for("has ended: 1 workers are wanted", served)
-    run.wait_for("^train step", run.wait_for("^train step", ended))  # then the checkpoint of the first of them is complete, losses included
+    run.wait_for(
+        "^train step", run.wait_for("^train step", ended)
+    )  # then the checkpoint of the first of them is complete, losses included
     run.kill(LEARNER)
     return run.end()
 
 
-def test_workers_that_are_killed_and_whose_engine_fails_are_replaced_and_the_fleet_scales_while_training(story: Story) -> None:
+def test_workers_that_are_killed_and_whose_engine_fails_are_replaced_and_the_fleet_scales_while_training(
+    story: Story,
+) -> None:
     said = story.struck.lines
     lost = [line for line in said if " is lost (" in line]
-    assert len(lost) == 2 and any("chaos: the engine's step fails" in line for line in lost) and any("died during" in line for line in lost)
-    assert "2 rollout workers are wanted, there were 1" in said and "1 rollout workers are wanted, there were 2" in said
+    assert (
+        len(lost) == 2
+        and any("chaos: the engine's step fails" in line for line in lost)
+        and any("died during" in line for line in lost)
+    )
+    assert (
+        "2 rollout workers are wanted, there were 1" in said
+        and "1 rollout workers are wanted, there were 2" in said
+    )
     assert sum(" serves version" in line for line in said) == 3
     assert story.books.reissued >= 2
     assert story.books.recovered + story.books.restarted >= 2, "the siblings of a lost group"
@@ -86,7 +99,9 @@ def test_the_run_goes_on_to_its_end_and_every_task_is_accounted_for(story: Story
     assert story.books.settled["trained"] == 2 * story.steps
 
 
-def test_a_reward_that_is_no_number_is_a_failed_episode_and_a_write_that_is_none_is_rolled_back(story: Story) -> None:
+def test_a_reward_that_is_no_number_is_a_failed_episode_and_a_write_that_is_none_is_rolled_back(
+    story: Story,
+) -> None:
     assert story.books.failed.get("environment") == 1
     figures, _ = stored(story.resumed.folder / "runs" / "mlflow.db")
     assert max(figures["fast_weights/rolled_back"]) >= 1

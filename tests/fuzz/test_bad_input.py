@@ -19,21 +19,21 @@ import numpy as np
 import pytest
 import torch
 
-from actors.basis import load_basis, make_basis, save_basis, with_sensitivity
-from actors.environments.base import TaskError
 from actors.environments.locomo_file import read_locomo
 from actors.environments.longmemeval_file import read_longmemeval
 from actors.environments.rubric_file import read_rubric_items
 from actors.environments.search_file import read_corpus, read_questions
-from actors.fast_weights import BasisError
-from actors.flashcards import parse_flashcards, render_flashcards
-from actors.peft_format import export_peft, from_peft
-from actors.sensitivity import Sensitivity
+from actors.fast_weights.basis import load_basis, make_basis, save_basis, with_sensitivity
+from actors.fast_weights.delta import BasisError
+from actors.fast_weights.peft_format import export_peft, from_peft
+from actors.fast_weights.sensitivity import Sensitivity
+from actors.protocols import TaskError
+from actors.text.flashcards import parse_flashcards, render_flashcards
 from actors.types import FastWeights, Flashcard
-from cluster.checkpoint import load_checkpoint
-from cluster.errors import CheckpointError
+from cluster.common.errors import CheckpointError
 from cluster.probe.cards import read_cards
 from cluster.probe.values import ProbeError
+from cluster.runs.checkpoint import load_checkpoint
 from configs.load import ConfigError, load_config
 
 CASES = int(os.environ.get("ENGRAM_FUZZ", "150"))
@@ -79,7 +79,9 @@ def _copy(name: str) -> Callable[[Path], Path]:
 
 
 def _config(folder: Path) -> Path:
-    return Path(shutil.copy(Path(__file__).parents[2] / "configs" / "quickstart.yaml", folder / "quickstart.yaml"))
+    return Path(
+        shutil.copy(Path(__file__).parents[2] / "configs" / "quickstart.yaml", folder / "quickstart.yaml")
+    )
 
 
 def _basis(folder: Path) -> Path:
@@ -109,12 +111,18 @@ def _checkpoint(folder: Path) -> Path:
 
 
 _GUARD = Sensitivity(torch.eye(8)[:, :3].contiguous(), torch.ones(4), torch.eye(2))
-_BASIS = with_sensitivity(make_basis("svd", {MODULE: torch.ones(2, 4)}, {MODULE: 8}, train_a=False), {MODULE: _GUARD})
+_BASIS = with_sensitivity(
+    make_basis("svd", {MODULE: torch.ones(2, 4)}, {MODULE: 8}, train_a=False), {MODULE: _GUARD}
+)
 KINDS = {
     "configuration": Kind(_config, lambda path: load_config(path, []), (ConfigError,)),
     "LoCoMo": Kind(_copy("locomo_sample.json"), lambda path: read_locomo(str(path)), (TaskError,)),
-    "LongMemEval": Kind(_copy("longmemeval_sample.json"), lambda path: read_longmemeval(str(path)), (TaskError,)),
-    "search questions": Kind(_copy("search_questions.json"), lambda path: read_questions(str(path)), (TaskError,)),
+    "LongMemEval": Kind(
+        _copy("longmemeval_sample.json"), lambda path: read_longmemeval(str(path)), (TaskError,)
+    ),
+    "search questions": Kind(
+        _copy("search_questions.json"), lambda path: read_questions(str(path)), (TaskError,)
+    ),
     "search corpus": Kind(_copy("search_corpus.json"), lambda path: read_corpus(str(path)), (TaskError,)),
     "rubrics": Kind(_copy("rubric_sample.jsonl"), lambda path: read_rubric_items(str(path)), (TaskError,)),
     "probe cards": Kind(_copy("probe_cards.jsonl"), read_cards, (ProbeError,)),
@@ -148,22 +156,35 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name: str, tmp_path: Path
         except kind.refuses as error:
             refused += 1
             message = str(error)
-            assert message and "\n" not in message and len(message) < 2000, f"{name}, case {case}: {message[:300]!r}"
-            assert place.name in message or damaged.name in message, f"{name}, case {case} does not name the file: {message[:300]}"
+            assert message and "\n" not in message and len(message) < 2000, (
+                f"{name}, case {case}: {message[:300]!r}"
+            )
+            assert place.name in message or damaged.name in message, (
+                f"{name}, case {case} does not name the file: {message[:300]}"
+            )
         except Exception as error:
             raise AssertionError(f"{name}, case {case}: {type(error).__name__}: {error}") from error
         shutil.rmtree(place.parent)
-    assert refused > CASES // 10, f"{name}: only {refused} of {CASES} damaged files were refused: the damage is too gentle to test anything"
+    assert refused > CASES // 10, (
+        f"{name}: only {refused} of {CASES} damaged files were refused: the damage is too gentle to test anything"
+    )
 
 
 def test_whatever_a_model_writes_the_flashcard_parser_answers() -> None:
-    whole = render_flashcards([Flashcard("Where does Nora live?", "in Lisbon"), Flashcard("What did she say?", 'a "word" [sic] {x}')])
+    whole = render_flashcards(
+        [
+            Flashcard("Where does Nora live?", "in Lisbon"),
+            Flashcard("What did she say?", 'a "word" [sic] {x}'),
+        ]
+    )
     for case in range(10 * CASES):
         rng = random.Random(case)
         text = _damaged_text(whole, rng)
         parsed = parse_flashcards(text, 8)
         assert len(parsed.cards) <= 8 and parsed.rejected >= 0
-        assert parsed.cards or parsed.problem, f"case {case}: nothing was read and nothing said of {text[:200]!r}"
+        assert parsed.cards or parsed.problem, (
+            f"case {case}: nothing was read and nothing said of {text[:200]!r}"
+        )
 
 
 def damage(path: Path, rng: random.Random) -> None:
@@ -172,7 +193,9 @@ def damage(path: Path, rng: random.Random) -> None:
     structured = path.suffix in (".json", ".jsonl")
     for _ in range(rng.randint(1, 3)):
         as_json = structured and rng.random() < 0.6
-        content = _damaged_json(content, path.suffix == ".jsonl", rng) if as_json else _damaged_bytes(content, rng)
+        content = (
+            _damaged_json(content, path.suffix == ".jsonl", rng) if as_json else _damaged_bytes(content, rng)
+        )
     path.write_bytes(content)
 
 
@@ -182,7 +205,9 @@ def _damaged_bytes(content: bytes, rng: random.Random) -> bytes:
     where = rng.randrange(len(content))
     match rng.randrange(6):
         case 5:
-            return content[:where] + b"7" * 5000 + content[where:]  # Python refuses to read numbers of so many digits
+            return (
+                content[:where] + b"7" * 5000 + content[where:]
+            )  # Python refuses to read numbers of so many digits
         case 0:
             return content[:where]
         case 1:
@@ -228,7 +253,13 @@ def _damaged_text(text: str, rng: random.Random) -> str:
             case 0:
                 text = text[:place]
             case 1:
-                text = text[:place] + rng.choice(['"', "\\", "[", "]", "{", "}", ",", "\x00", "\ud800", "[" * 500, "null", "\n"]) + text[place:]
+                text = (
+                    text[:place]
+                    + rng.choice(
+                        ['"', "\\", "[", "]", "{", "}", ",", "\x00", "\ud800", "[" * 500, "null", "\n"]
+                    )
+                    + text[place:]
+                )
             case 2:
                 text = text[:place] + text[place + rng.randint(1, 12) :]
             case _:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.fast_weights import Basis, DeltaInjector, stack
+from actors.fast_weights.delta import Basis, DeltaInjector, stack
 from actors.types import FastWeights
 
 
@@ -21,24 +21,45 @@ class Reference:
         self.basis = basis
         self._injector = DeltaInjector(self.model, basis)
 
-    def table(self, ids: Sequence[int], weights: FastWeights | None, temperature: float = 1.0) -> torch.Tensor:
+    def table(
+        self, ids: Sequence[int], weights: FastWeights | None, temperature: float = 1.0
+    ) -> torch.Tensor:
         """log_softmax(z / temperature) after each token of ``ids``: [len(ids), vocabulary]."""
         stacked = None if weights is None else stack([weights], self.basis)
         with torch.no_grad(), self._injector.use(stacked):
             return (self.model(torch.tensor([list(ids)])).logits[0] / temperature).log_softmax(-1)
 
-    def logprobs(self, ids: Sequence[int], weights: FastWeights | None, temperature: float = 1.0) -> list[float]:
+    def logprobs(
+        self, ids: Sequence[int], weights: FastWeights | None, temperature: float = 1.0
+    ) -> list[float]:
         """Log-probs of tokens 1..n-1 given those before."""
-        return self.table(ids, weights, temperature)[:-1].gather(1, torch.tensor(list(ids[1:]))[:, None])[:, 0].tolist()
+        return (
+            self.table(ids, weights, temperature)[:-1]
+            .gather(1, torch.tensor(list(ids[1:]))[:, None])[:, 0]
+            .tolist()
+        )
 
-    def of_generated(self, prompt: Sequence[int], generated: Sequence[int], weights: FastWeights | None, temperature: float = 1.0) -> list[float]:
+    def of_generated(
+        self,
+        prompt: Sequence[int],
+        generated: Sequence[int],
+        weights: FastWeights | None,
+        temperature: float = 1.0,
+    ) -> list[float]:
         return self.logprobs([*prompt, *generated], weights, temperature)[len(prompt) - 1 :]
 
 
 def written(basis: Basis, revision: int, seed: int, size: float) -> FastWeights:
     """Fast weights as a write could leave them: every B drawn from a normal of standard deviation ``size``."""
     draw = np.random.default_rng(seed)
-    return FastWeights(basis.id, revision, {name: draw.normal(0, size, (rows, basis.rank)).astype(np.float32) for name, rows in basis.d_out.items()})
+    return FastWeights(
+        basis.id,
+        revision,
+        {
+            name: draw.normal(0, size, (rows, basis.rank)).astype(np.float32)
+            for name, rows in basis.d_out.items()
+        },
+    )
 
 
 def distance(left: Sequence[float], right: Sequence[float]) -> float:

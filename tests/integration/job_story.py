@@ -46,7 +46,13 @@ def main() -> None:
     folder, model = Path(sys.argv[1]), sys.argv[2]
     loopback_up()
     prepare_environment(folder)
-    command = ["train", "configs/quickstart.yaml", *SETTINGS, f"model.name={model}", f"output_dir={folder}/runs"]
+    command = [
+        "train",
+        "configs/quickstart.yaml",
+        *SETTINGS,
+        f"model.name={model}",
+        f"output_dir={folder}/runs",
+    ]
     story: dict[str, object] = {}
     try:
         start_ray()
@@ -72,29 +78,72 @@ def loopback_up() -> None:
 def prepare_environment(folder: Path) -> None:
     os.chdir(ROOT)
     os.environ["PATH"] = f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}"
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "of-this-test-alone-0123456789abcdef", "COLUMNS": "200"}
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "of-this-test-alone-0123456789abcdef",
+        "COLUMNS": "200",
+    }
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/elsewhere.db"
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
 
 
 def start_ray() -> None:
-    command = ["ray", "start", "--head", "--num-cpus=3", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
-    resources = ["--object-store-memory=200000000", '--resources={"rollout": 1, "learner": 1}', f"--temp-dir={os.environ['RAY_STORY_TEMP']}"]
-    for _ in range(3):  # Ray gives its own processes 30 s to come up, which is not enough where other things run, too
-        done = subprocess.run([*command, *resources], capture_output=True, text=True, timeout=300, check=False)
+    command = [
+        "ray",
+        "start",
+        "--head",
+        "--num-cpus=3",
+        "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1",
+        "--disable-usage-stats",
+    ]
+    resources = [
+        "--object-store-memory=200000000",
+        '--resources={"rollout": 1, "learner": 1}',
+        f"--temp-dir={os.environ['RAY_STORY_TEMP']}",
+    ]
+    for _ in range(
+        3
+    ):  # Ray gives its own processes 30 s to come up, which is not enough where other things run, too
+        done = subprocess.run(
+            [*command, *resources], capture_output=True, text=True, timeout=300, check=False
+        )
         if done.returncode == 0:
             return
-        subprocess.run(["ray", "stop", "--force"], capture_output=True, timeout=120, check=False)  # of this namespace: it sees no other process
+        subprocess.run(
+            ["ray", "stop", "--force"], capture_output=True, timeout=120, check=False
+        )  # of this namespace: it sees no other process
     raise SystemExit(f"ray start failed three times: {done.stdout}{done.stderr}")
 
 
 def submit_plainly(command: list[str]) -> None:
     """Ray's own command, as the README has it."""
-    environment = {"MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"], "RAY_JOB_STOP_WAIT_TIME_S": "120"}
-    options = ["--address", "http://127.0.0.1:8265", "--working-dir", ".", "--submission-id", "first", "--no-wait"]
-    more = ["--runtime-env-json", json.dumps({"env_vars": environment}), "--metadata-json", '{"commit": "0123456789"}']
-    subprocess.run(["ray", "job", "submit", *options, *more, "--", "python", "-m", "cluster", *command], capture_output=True, timeout=120, check=True)
+    environment = {
+        "MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"],
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
+    }
+    options = [
+        "--address",
+        "http://127.0.0.1:8265",
+        "--working-dir",
+        ".",
+        "--submission-id",
+        "first",
+        "--no-wait",
+    ]
+    more = [
+        "--runtime-env-json",
+        json.dumps({"env_vars": environment}),
+        "--metadata-json",
+        '{"commit": "0123456789"}',
+    ]
+    subprocess.run(
+        ["ray", "job", "submit", *options, *more, "--", "python", "-m", "cluster", *command],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
 
 
 def without_token() -> list[object]:

@@ -12,14 +12,22 @@ from pathlib import Path
 
 import safetensors.torch
 
-from actors.basis import compute_basis_from_checkpoint
+from actors.fast_weights.basis import compute_basis_from_checkpoint
 from configs.schema import FastWeightsConfig
 from tests.unit.learner_cases import free, group, learner
 
 
 def main() -> None:
     rank, port, model_path, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    os.environ.update(
+        {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+        }
+    )
     basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(rank=3, last_layers=2), 0)
     groups = [group(basis, (1.0, 0.0, 0.25))]
     for zero_stage in (0, 1, 2, 3):
@@ -29,12 +37,18 @@ def main() -> None:
         reports.append(made.step(groups))
         made.load(out / f"checkpoint-{zero_stage}")
         reports.append(made.step(groups))
-        safetensors.torch.save_file(made.weights(trainable_only=False), out / f"weights-{zero_stage}-{rank}.safetensors")
-        (out / f"reports-{zero_stage}-{rank}.json").write_text(json.dumps([asdict(report) for report in reports]))
+        safetensors.torch.save_file(
+            made.weights(trainable_only=False), out / f"weights-{zero_stage}-{rank}.safetensors"
+        )
+        (out / f"reports-{zero_stage}-{rank}.json").write_text(
+            json.dumps([asdict(report) for report in reports])
+        )
         made.load(out / f"one-{zero_stage}")
         made.save(out / f"again-{zero_stage}")
         made.step(groups)
-        safetensors.torch.save_file(made.weights(trainable_only=False), out / f"grown-{zero_stage}-{rank}.safetensors")
+        safetensors.torch.save_file(
+            made.weights(trainable_only=False), out / f"grown-{zero_stage}-{rank}.safetensors"
+        )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ def test_both_bounds_train(tiny_model_path: Path, tmp_path: Path) -> None:
 
 def test_the_lottery_tells_siblings_apart_and_is_the_same_again() -> None:
     def reward(said: str) -> float:
-        return lottery(Task("t", "recall", {}, 0), Outcome(0.0, {}, (Answer("q", ("a",), said, "c", {"f1": 0.0, "em": 0.0}),)))
+        return lottery(
+            Task("t", "recall", {}, 0),
+            Outcome(0.0, {}, (Answer("q", ("a",), said, "c", {"f1": 0.0, "em": 0.0}),)),
+        )
 
     assert reward("a") == reward("a") != reward("b") and 0 <= reward("a") < 1

@@ -9,7 +9,9 @@ from cluster.bench.cost_episode import history
 from cluster.bench.values import Context
 
 
-def test_memory_off_needs_a_cache_that_grows_and_tmem_one_that_does_not(tiny_model_path: Path, tmp_path: Path) -> None:
+def test_memory_off_needs_a_cache_that_grows_and_tmem_one_that_does_not(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
     outcome = run(Context(tiny_model_path, repeats=1, threads=1, quick=True, folder=tmp_path))
     (table,) = outcome.tables
     off, tmem = ([int(row[column]) for row in table.rows] for column in (2, 5))
@@ -25,7 +27,7 @@ def test_memory_off_needs_a_cache_that_grows_and_tmem_one_that_does_not(tiny_mod
 def test_a_history_has_exactly_its_tokens(tiny_model_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from actors.chat import ChatFormat
+    from actors.text.chat_template import ChatFormat
 
     chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
     texts = history(chat, 1024, 128, seed=3)

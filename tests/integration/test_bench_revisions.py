@@ -10,7 +10,9 @@ from cluster.bench.values import Context
 
 
 def test_the_benchmark_measures_every_part(tiny_model_path: Path, tmp_path: Path) -> None:
-    outcome = run_one("revisions", Context(tiny_model_path, repeats=2, threads=1, quick=True, folder=tmp_path))
+    outcome = run_one(
+        "revisions", Context(tiny_model_path, repeats=2, threads=1, quick=True, folder=tmp_path)
+    )
     assert [case.name for case in outcome.cases] == [
         "install, each of 4",
         "install and slot load, each of 4",

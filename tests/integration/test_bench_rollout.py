@@ -20,5 +20,9 @@ def test_both_sides_play_the_quickstarts_episodes(tiny_model_path: Path, tmp_pat
     for phase in ("act", "extract", "receipt", "write", "install"):
         assert outcome.figures[f"{phase}_fraction"] > 0
     by_kind = {row[0]: row[1] for row in requests.rows}
-    assert by_kind == {"extract": "2.0", "act": "2.0", "write": "2.0"}  # two told sessions, two questions, every extraction written
+    assert by_kind == {
+        "extract": "2.0",
+        "act": "2.0",
+        "write": "2.0",
+    }  # two told sessions, two questions, every extraction written
     assert outcome.figures["vllm_steps"] > 0 and outcome.figures["engine_steps"] > 0

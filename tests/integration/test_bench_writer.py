@@ -10,10 +10,15 @@ import pytest
 from cluster.cli import EXIT_OK, main
 
 
-def test_the_command_measures_reports_and_tracks(tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_reports_and_tracks(
+    tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from mlflow.tracking import MlflowClient
 
-    assert main(["bench", "writer", "--quick", "--model", str(tiny_model_path), "--output-dir", str(tmp_path)]) == EXIT_OK
+    assert (
+        main(["bench", "writer", "--quick", "--model", str(tiny_model_path), "--output-dir", str(tmp_path)])
+        == EXIT_OK
+    )
     shown = capsys.readouterr().out
     assert "1 episode" in shown and "PEFT loop" in shown and "at least 5" in shown
     folder = next(tmp_path.glob("bench-*"))
@@ -32,4 +37,7 @@ def test_the_command_measures_reports_and_tracks(tiny_model_path: Path, tmp_path
     assert [run.info.status for run in runs] == ["FINISHED"]
     assert runs[0].data.metrics["bench/writer/1_episode"] == pytest.approx(wall["ratios"]["median"])
     assert runs[0].data.params["quick"].startswith("yes")
-    assert {artifact.path for artifact in client.list_artifacts(runs[0].info.run_id)} >= {"report.md", "report.json"}
+    assert {artifact.path for artifact in client.list_artifacts(runs[0].info.run_id)} >= {
+        "report.md",
+        "report.json",
+    }

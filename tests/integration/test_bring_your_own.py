@@ -28,21 +28,36 @@ SMALL = [
 
 def _example() -> tuple[str, list[str]]:
     """The module and the settings of the command under "Bring your own"."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Bring your own\n")[1].split("\n## ")[0]
+    text = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Bring your own\n")[1].split("\n## ")[0]
+    )
     module = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     command = re.search(r"```sh\n(python -m cluster train .*?)\n```", text, re.DOTALL)
     assert module is not None and command is not None
     words = command.group(1).replace("\\\n", " ").split()
-    return module.group(1), [word.strip("'\"") for word in words[5:]]  # the configuration file is looked for in the user's folder: ours is elsewhere
+    return module.group(1), [
+        word.strip("'\"") for word in words[5:]
+    ]  # the configuration file is looked for in the user's folder: ours is elsewhere
 
 
 def test_the_worked_example_trains(tiny_model_path: Path, tmp_path: Path) -> None:
     module, settings = _example()
     assert module.count("\n") < 60
     (tmp_path / "my_tasks.py").write_text(module, encoding="utf-8")
-    command = [sys.executable, "-m", "cluster", "train", str(ROOT / "configs/quickstart.yaml"), *settings, *SMALL, f"model.name={tiny_model_path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "cluster",
+        "train",
+        str(ROOT / "configs/quickstart.yaml"),
+        *settings,
+        *SMALL,
+        f"model.name={tiny_model_path}",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400
+    )
     assert ended.returncode == 0, ended.stdout[-1500:] + ended.stderr[-3000:]
     (row,) = tmp_path.glob("runs/*/evaluation/after_rl.json")
     episodes = json.loads(row.read_text(encoding="utf-8"))

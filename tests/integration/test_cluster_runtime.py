@@ -14,9 +14,17 @@ import pytest
 import ray
 import torch
 
-from cluster.broadcast import ObjectStoreChannel
-from cluster.errors import StartupError, WorkerLost
-from cluster.runtime import Demand, all_ready, answer, cancel_on_sigterm, cluster_resources, demand, ray_runtime
+from cluster.common.errors import StartupError, WorkerLost
+from cluster.fleet.broadcast import ObjectStoreChannel
+from cluster.fleet.ray_runtime import (
+    Demand,
+    all_ready,
+    answer,
+    cancel_on_sigterm,
+    cluster_resources,
+    demand,
+    ray_runtime,
+)
 from configs.schema import LearnerConfig, RayConfig, RolloutConfig, RunConfig
 
 CONFIG = RunConfig(ray=RayConfig(object_store_gib=0.2))
@@ -83,15 +91,24 @@ def test_a_dead_actor_is_named(actor: Any) -> None:
 def test_an_actor_that_cannot_be_placed_is_named_with_what_the_cluster_has(actor: Any) -> None:
     greedy = Actor.options(num_cpus=64).remote()  # type: ignore[attr-defined]
     needed = Demand(cpus=64, gpus=0)
-    with pytest.raises(StartupError, match=r"worker-1 did not start within .*asks for 64 CPU and 0 GPU, Ray has \d+ CPU, 0 GPU on 1 node"):
-        asyncio.run(all_ready({"worker-0": actor.value.remote(1), "worker-1": greedy.value.remote(1)}, 5, needed))
+    with pytest.raises(
+        StartupError,
+        match=r"worker-1 did not start within .*asks for 64 CPU and 0 GPU, Ray has \d+ CPU, 0 GPU on 1 node",
+    ):
+        asyncio.run(
+            all_ready({"worker-0": actor.value.remote(1), "worker-1": greedy.value.remote(1)}, 5, needed)
+        )
     ray.kill(greedy)
 
 
 def test_an_actor_that_fails_to_start_ends_the_wait_at_once(actor: Any) -> None:
     began = time.monotonic()
     with pytest.raises(StartupError, match="worker-0 failed in starting: ValueError: names are missing"):
-        asyncio.run(all_ready({"worker-0": actor.refuse.remote(), "worker-1": actor.sleep.remote(20)}, 60, Demand(1, 0)))
+        asyncio.run(
+            all_ready(
+                {"worker-0": actor.refuse.remote(), "worker-1": actor.sleep.remote(20)}, 60, Demand(1, 0)
+            )
+        )
     assert time.monotonic() - began < 15
 
 
@@ -135,7 +152,9 @@ def test_a_published_version_stays_what_it_was_when_the_learner_steps_on() -> No
     ray.get(holder.step.remote(), timeout=30)
     for weights, expected in ((first, 0), (second, 1)):
         fetched = weights.fetch(30)
-        assert all(bool((tensor == expected).all()) for tensor in fetched.values()) and fetched["part"].shape == (100_000,)
+        assert all(bool((tensor == expected).all()) for tensor in fetched.values()) and fetched[
+            "part"
+        ].shape == (100_000,)
     ray.kill(holder)
 
 
@@ -162,13 +181,25 @@ def test_a_jobs_stop_cancels_the_run_also_after_ray_has_put_its_own_handler() ->
 
 
 def test_demand_counts_workers_and_learner() -> None:
-    config = replace(CONFIG, rollout=RolloutConfig(workers=3, cpus_per_worker=2), learner=LearnerConfig(workers=2, gpus_per_worker=1))
+    config = replace(
+        CONFIG,
+        rollout=RolloutConfig(workers=3, cpus_per_worker=2),
+        learner=LearnerConfig(workers=2, gpus_per_worker=1),
+    )
     assert demand(config, learner=True) == Demand(cpus=8, gpus=2)
     assert demand(config, learner=False) == Demand(cpus=6, gpus=0)
 
 
 def test_demand_counts_custom_resources() -> None:
-    shared = replace(CONFIG, rollout=RolloutConfig(workers=3, resource="big"), learner=LearnerConfig(workers=2, resource="big"))
+    shared = replace(
+        CONFIG,
+        rollout=RolloutConfig(workers=3, resource="big"),
+        learner=LearnerConfig(workers=2, resource="big"),
+    )
     assert demand(shared, learner=True).custom == (("big", 5),)
-    apart = replace(CONFIG, rollout=RolloutConfig(workers=3, resource="rollout"), learner=LearnerConfig(workers=2, resource="learner"))
+    apart = replace(
+        CONFIG,
+        rollout=RolloutConfig(workers=3, resource="rollout"),
+        learner=LearnerConfig(workers=2, resource="learner"),
+    )
     assert str(demand(apart, learner=True)) == "5 CPU, 0 GPU, 2 learner and 3 rollout"

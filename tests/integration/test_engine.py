@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.engine import VLLMPolicy
-from actors.fast_weights import Basis
+from actors.engine.policy import VLLMPolicy
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.delta import Basis
 from actors.protocols import EngineError, ReceiptError
 from actors.types import AdapterKey, FastWeights, Probe, Sampling
 from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig
@@ -93,11 +93,17 @@ def test_more_prompt_tokens_than_one_step_takes_with_seeded_sampling(policy: VLL
     prompts = [prompt(30 + place, LIMIT - 20) for place in range(SLOTS)]
 
     async def sample() -> list[tuple[int, ...]]:
-        sampled = [policy.generate(ids, Sampling(1.0, 4, seed=place, kind="act"), base(policy)) for place, ids in enumerate(prompts)]
+        sampled = [
+            policy.generate(ids, Sampling(1.0, 4, seed=place, kind="act"), base(policy))
+            for place, ids in enumerate(prompts)
+        ]
         return [generation.token_ids for generation in await asyncio.gather(*sampled)]
 
     async def one_by_one() -> list[tuple[int, ...]]:
-        return [(await policy.generate(ids, Sampling(1.0, 4, seed=place, kind="act"), base(policy))).token_ids for place, ids in enumerate(prompts)]
+        return [
+            (await policy.generate(ids, Sampling(1.0, 4, seed=place, kind="act"), base(policy))).token_ids
+            for place, ids in enumerate(prompts)
+        ]
 
     assert run(sample()) == run(one_by_one())  # and a request's seed alone decides what it samples
 
@@ -106,8 +112,15 @@ def test_zero_delta_and_reset_are_the_base_model_to_the_bit(policy: VLLMPolicy, 
     ids = prompt(1, 90)
 
     async def story() -> None:
-        before, before_scores = await policy.generate(ids, greedy(16), base(policy)), await policy.score(ids, base(policy))
-        zeros = FastWeights(basis.id, 1, {name: np.zeros((rows, basis.rank), np.float32) for name, rows in basis.d_out.items()})
+        before, before_scores = (
+            await policy.generate(ids, greedy(16), base(policy)),
+            await policy.score(ids, base(policy)),
+        )
+        zeros = FastWeights(
+            basis.id,
+            1,
+            {name: np.zeros((rows, basis.rank), np.float32) for name, rows in basis.d_out.items()},
+        )
         under_zero = await installed(policy, "zero", zeros)
         assert await policy.generate(ids, greedy(16), under_zero) == before
         assert await policy.score(ids, under_zero) == before_scores
@@ -120,17 +133,21 @@ def test_zero_delta_and_reset_are_the_base_model_to_the_bit(policy: VLLMPolicy, 
     run(story())
 
 
-def test_a_written_delta_acts_as_in_transformers_and_in_peft(policy: VLLMPolicy, reference: Reference, basis: Basis, tmp_path: Path) -> None:
+def test_a_written_delta_acts_as_in_transformers_and_in_peft(
+    policy: VLLMPolicy, reference: Reference, basis: Basis, tmp_path: Path
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from actors.peft_format import export_peft
+    from actors.fast_weights.peft_format import export_peft
 
     ids, weights = prompt(2, 150), written(basis, 1, 2, SIZE)
     scored = run(_score_under(policy, "peft", weights, ids))
     expected = reference.logprobs(ids, weights)
     assert distance(scored, expected) < EXACT
-    assert distance(expected, reference.logprobs(ids, None)) > 100 * EXACT, "the Delta is too small for this test to mean anything"
+    assert distance(expected, reference.logprobs(ids, None)) > 100 * EXACT, (
+        "the Delta is too small for this test to mean anything"
+    )
     export_peft(weights, basis, tmp_path / "adapter", str(reference.model.name_or_path))
     stock = AutoModelForCausalLM.from_pretrained(reference.model.name_or_path, dtype=torch.float32)
     peft = PeftModel.from_pretrained(stock, tmp_path / "adapter").eval()
@@ -143,26 +160,45 @@ async def _score_under(policy: VLLMPolicy, episode: str, weights: FastWeights, i
     return await policy.score(ids, await installed(policy, episode, weights))
 
 
-def test_episodes_in_one_batch_never_see_each_others_delta(policy: VLLMPolicy, reference: Reference, basis: Basis) -> None:
+def test_episodes_in_one_batch_never_see_each_others_delta(
+    policy: VLLMPolicy, reference: Reference, basis: Basis
+) -> None:
     """Two Deltas and two revision-0 requests decode together, with prompts of different lengths."""
     weights = {"left": written(basis, 1, 3, SIZE), "right": written(basis, 1, 4, SIZE)}
-    asked = [(prompt(3, 140), "left"), (prompt(4, 60), None), (prompt(3, 140), "right"), (prompt(5, 33), None)]
+    asked = [
+        (prompt(3, 140), "left"),
+        (prompt(4, 60), None),
+        (prompt(3, 140), "right"),
+        (prompt(5, 33), None),
+    ]
 
     async def story() -> None:
         names = {episode: await installed(policy, episode, one) for episode, one in weights.items()}
         keys = [base(policy) if episode is None else names[episode] for _, episode in asked]
-        together = await asyncio.gather(*(policy.generate(ids, greedy(24), name) for (ids, _), name in zip(asked, keys, strict=True)))
+        together = await asyncio.gather(
+            *(policy.generate(ids, greedy(24), name) for (ids, _), name in zip(asked, keys, strict=True))
+        )
         for (ids, episode), name, generation in zip(asked, keys, together, strict=True):
-            right = reference.of_generated(ids, generation.token_ids, None if episode is None else weights[episode])
+            right = reference.of_generated(
+                ids, generation.token_ids, None if episode is None else weights[episode]
+            )
             assert distance(generation.logprobs, right) < EXACT
-            assert distance(generation.logprobs, (await policy.generate(ids, greedy(24), name)).logprobs) < EXACT
-            other = reference.of_generated(ids, generation.token_ids, weights["left"] if episode != "left" else weights["right"])
-            assert distance(generation.logprobs, other) > 20 * EXACT, "another episode's Delta would pass this test"
+            assert (
+                distance(generation.logprobs, (await policy.generate(ids, greedy(24), name)).logprobs) < EXACT
+            )
+            other = reference.of_generated(
+                ids, generation.token_ids, weights["left"] if episode != "left" else weights["right"]
+            )
+            assert distance(generation.logprobs, other) > 20 * EXACT, (
+                "another episode's Delta would pass this test"
+            )
 
     run(story())
 
 
-def test_a_second_write_does_not_meet_the_first_ones_prefix_cache(policy: VLLMPolicy, reference: Reference, basis: Basis) -> None:
+def test_a_second_write_does_not_meet_the_first_ones_prefix_cache(
+    policy: VLLMPolicy, reference: Reference, basis: Basis
+) -> None:
     ids = prompt(6, 400)  # more than three blocks of the prefix cache
 
     async def story() -> None:
@@ -171,54 +207,85 @@ def test_a_second_write_does_not_meet_the_first_ones_prefix_cache(policy: VLLMPo
             name = await installed(policy, "rewrite", weights)
             for _ in range(2):  # the second time the prompt comes from the cache
                 generation = await policy.generate(ids, greedy(8), name)
-                assert distance(generation.logprobs, reference.of_generated(ids, generation.token_ids, weights)) < EXACT
+                assert (
+                    distance(generation.logprobs, reference.of_generated(ids, generation.token_ids, weights))
+                    < EXACT
+                )
 
     run(story())
 
 
-def test_sampling_returns_the_log_probs_of_the_tempered_distribution(policy: VLLMPolicy, reference: Reference, basis: Basis) -> None:
+def test_sampling_returns_the_log_probs_of_the_tempered_distribution(
+    policy: VLLMPolicy, reference: Reference, basis: Basis
+) -> None:
     ids, weights = prompt(7, 50), written(basis, 1, 9, SIZE)
 
     async def story() -> None:
         name = await installed(policy, "tempered", weights)
         first = await policy.generate(ids, Sampling(0.7, 20, seed=11, kind="act"), name)
-        assert distance(first.logprobs, reference.of_generated(ids, first.token_ids, weights, temperature=0.7)) < EXACT
+        assert (
+            distance(first.logprobs, reference.of_generated(ids, first.token_ids, weights, temperature=0.7))
+            < EXACT
+        )
         assert distance(first.logprobs, reference.of_generated(ids, first.token_ids, weights)) > 20 * EXACT
         assert await policy.generate(ids, Sampling(0.7, 20, seed=11, kind="act"), name) == first
-        assert (await policy.generate(ids, Sampling(0.7, 20, seed=12, kind="act"), name)).token_ids != first.token_ids
+        assert (
+            await policy.generate(ids, Sampling(0.7, 20, seed=12, kind="act"), name)
+        ).token_ids != first.token_ids
         plain, greedy_too = await asyncio.gather(
-            policy.generate(ids, Sampling(1.0, 20, 13, kind="act"), name), policy.generate(ids, greedy(20), name)
+            policy.generate(ids, Sampling(1.0, 20, 13, kind="act"), name),
+            policy.generate(ids, greedy(20), name),
         )
         assert distance(plain.logprobs, reference.of_generated(ids, plain.token_ids, weights)) < EXACT
-        assert distance(greedy_too.logprobs, reference.of_generated(ids, greedy_too.token_ids, weights)) < EXACT
+        assert (
+            distance(greedy_too.logprobs, reference.of_generated(ids, greedy_too.token_ids, weights)) < EXACT
+        )
 
     run(story())
 
 
-def test_more_episodes_than_slots_queue_and_finish(policy: VLLMPolicy, reference: Reference, basis: Basis) -> None:
-    count = 3 * SLOTS  # also more than vLLM keeps registered (2 x slots): evicted ones are read again from the store
+def test_more_episodes_than_slots_queue_and_finish(
+    policy: VLLMPolicy, reference: Reference, basis: Basis
+) -> None:
+    count = (
+        3 * SLOTS
+    )  # also more than vLLM keeps registered (2 x slots): evicted ones are read again from the store
 
     async def story() -> None:
         weights = [written(basis, 1, 20 + index, SIZE) for index in range(count)]
         names = [await installed(policy, f"many-{index}", one) for index, one in enumerate(weights)]
         for _ in range(2):
-            generations = await asyncio.gather(*(policy.generate(prompt(30 + i, 20 + i), greedy(6), name) for i, name in enumerate(names)))
+            generations = await asyncio.gather(
+                *(policy.generate(prompt(30 + i, 20 + i), greedy(6), name) for i, name in enumerate(names))
+            )
             for index, (generation, one) in enumerate(zip(generations, weights, strict=True)):
-                assert distance(generation.logprobs, reference.of_generated(prompt(30 + index, 20 + index), generation.token_ids, one)) < EXACT
+                assert (
+                    distance(
+                        generation.logprobs,
+                        reference.of_generated(prompt(30 + index, 20 + index), generation.token_ids, one),
+                    )
+                    < EXACT
+                )
         await policy.release(names)
 
     run(story())
 
 
-def test_a_receipt_passes_for_the_right_weights_and_fails_for_others(policy: VLLMPolicy, reference: Reference, basis: Basis) -> None:
+def test_a_receipt_passes_for_the_right_weights_and_fails_for_others(
+    policy: VLLMPolicy, reference: Reference, basis: Basis
+) -> None:
     ids = tuple(prompt(8, 40))
     right, wrong = written(basis, 1, 50, SIZE), written(basis, 1, 51, SIZE)
-    probe = Probe(ids, tuple(reference.logprobs(ids, None)[-12:]), tuple(reference.logprobs(ids, right)[-12:]))
+    probe = Probe(
+        ids, tuple(reference.logprobs(ids, None)[-12:]), tuple(reference.logprobs(ids, right)[-12:])
+    )
     before = policy.stats()
 
     async def story() -> None:
         await policy.install(key(policy, "receipt"), right, probe)
-        with pytest.raises(ReceiptError, match=r"v0/swapped@1.*largest difference \d.*receipt_tolerance=0.02"):
+        with pytest.raises(
+            ReceiptError, match=r"v0/swapped@1.*largest difference \d.*receipt_tolerance=0.02"
+        ):
             await policy.install(key(policy, "swapped"), wrong, probe)
         with pytest.raises(EngineError, match="was released"):
             await policy.generate(ids, greedy(2), key(policy, "swapped"))
@@ -228,8 +295,15 @@ def test_a_receipt_passes_for_the_right_weights_and_fails_for_others(policy: VLL
 
     run(story())
     after = policy.stats()
-    assert (after.receipts_passed - before.receipts_passed, after.receipts_failed - before.receipts_failed) == (1, 2)
-    assert after.installs - before.installs == 3 and after.steps > before.steps and after.seconds["receipt"] > before.seconds["receipt"]
+    assert (
+        after.receipts_passed - before.receipts_passed,
+        after.receipts_failed - before.receipts_failed,
+    ) == (1, 2)
+    assert (
+        after.installs - before.installs == 3
+        and after.steps > before.steps
+        and after.seconds["receipt"] > before.seconds["receipt"]
+    )
 
 
 def test_bad_requests_are_one_line_and_harm_nobody(policy: VLLMPolicy, basis: Basis) -> None:
@@ -243,7 +317,11 @@ def test_bad_requests_are_one_line_and_harm_nobody(policy: VLLMPolicy, basis: Ba
 
     async def story() -> None:
         await policy.install(key(policy, "good"), good, None)
-        await refused(policy.generate(prompt(9, LIMIT), greedy(4), base(policy)), f"{LIMIT} tokens", f"engine.max_model_tokens={LIMIT}")
+        await refused(
+            policy.generate(prompt(9, LIMIT), greedy(4), base(policy)),
+            f"{LIMIT} tokens",
+            f"engine.max_model_tokens={LIMIT}",
+        )
         await refused(policy.generate([], greedy(4), base(policy)), "0 tokens")
         await refused(policy.generate([5, 49152], greedy(4), base(policy)), "49152", "tokenizer")
         await refused(policy.generate([5], greedy(0), base(policy)), "max_tokens")
@@ -251,7 +329,11 @@ def test_bad_requests_are_one_line_and_harm_nobody(policy: VLLMPolicy, basis: Ba
         await refused(policy.generate([5], greedy(4), AdapterKey(7, "good", 0)), "version 7", "at 0")
         await refused(policy.install(key(policy, "good"), good, None), "v0/good@1", "never reused")
         await refused(policy.install(key(policy, "good", 2), good, None), "revision 1", "v0/good@2")
-        await refused(policy.install(key(policy, "alien"), FastWeights("other", 1, good.b), None), "v0/alien@1", "basis other")
+        await refused(
+            policy.install(key(policy, "alien"), FastWeights("other", 1, good.b), None),
+            "v0/alien@1",
+            "basis other",
+        )
         await policy.release([key(policy, "ghost"), base(policy)])
         await policy.release([key(policy, "good")])
         await refused(policy.generate([5], greedy(4), key(policy, "good")), "was released")
@@ -278,7 +360,9 @@ def test_a_stop_token_ends_the_generation_and_is_kept(policy: VLLMPolicy, refere
     assert distance(generation.logprobs, reference.of_generated(ids, [first], None)) < EXACT
 
 
-def test_cancelling_aborts_the_request_and_release_while_running_is_safe(policy: VLLMPolicy, basis: Basis) -> None:
+def test_cancelling_aborts_the_request_and_release_while_running_is_safe(
+    policy: VLLMPolicy, basis: Basis
+) -> None:
     async def story() -> None:
         name = await installed(policy, "cancelled", written(basis, 1, 70, SIZE))
         task = asyncio.create_task(policy.generate(prompt(12, 20), Sampling(1.0, 450, 1, kind="act"), name))
@@ -287,36 +371,58 @@ def test_cancelling_aborts_the_request_and_release_while_running_is_safe(policy:
         await asyncio.sleep(0.1)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(task, timeout=0.05)
-        running = await asyncio.wrap_future(policy._loop.call(lambda engine: engine.get_num_unfinished_requests(), "other"))
+        running = await asyncio.wrap_future(
+            policy._loop.call(lambda engine: engine.get_num_unfinished_requests(), "other")
+        )
         assert running == 0
         assert (await policy.generate([5, 6], greedy(2), base(policy))).token_ids
 
     run(story())
 
 
-def test_refresh_serves_the_new_weights_and_forgets_the_old_adapters(policy: VLLMPolicy, reference: Reference, basis: Basis) -> None:
+def test_refresh_serves_the_new_weights_and_forgets_the_old_adapters(
+    policy: VLLMPolicy, reference: Reference, basis: Basis
+) -> None:
     """From here on the engine is at other versions, and the reference follows it."""
     ids, weights = prompt(13, 300), written(basis, 1, 80, SIZE)
     draw = torch.Generator().manual_seed(5)
     old = {name: tensor.clone() for name, tensor in reference.model.state_dict().items()}
-    new = {name: tensor + 0.05 * tensor.std() * torch.randn(tensor.shape, generator=draw) for name, tensor in old.items() if name != "lm_head.weight"}
+    new = {
+        name: tensor + 0.05 * tensor.std() * torch.randn(tensor.shape, generator=draw)
+        for name, tensor in old.items()
+        if name != "lm_head.weight"
+    }
     tied = {**new, "lm_head.weight": new["model.embed_tokens.weight"]}
 
     async def story() -> None:
         survivor = await installed(policy, "survivor", weights)
         before = await policy.generate(ids, greedy(4), base(policy))
         with pytest.raises(EngineError, match=r"1 missing, first model\.layers\.2\.mlp\.up_proj\.weight"):
-            await policy.refresh(1, {name: tensor for name, tensor in new.items() if name != "model.layers.2.mlp.up_proj.weight"}, complete=True)
+            await policy.refresh(
+                1,
+                {name: tensor for name, tensor in new.items() if name != "model.layers.2.mlp.up_proj.weight"},
+                complete=True,
+            )
         with pytest.raises(EngineError, match="1 unknown, first extra"):
             await policy.refresh(1, {**new, "extra": new["model.norm.weight"]}, complete=True)
         with pytest.raises(
-            EngineError, match=r"1 of another shape, first model\.layers\.5\.mlp\.down_proj\.weight \[256, 128\] in place of \[128, 256\]"
+            EngineError,
+            match=r"1 of another shape, first model\.layers\.5\.mlp\.down_proj\.weight \[256, 128\] in place of \[128, 256\]",
         ):
-            await policy.refresh(1, {**new, "model.layers.5.mlp.down_proj.weight": new["model.layers.5.mlp.down_proj.weight"].T}, complete=True)
+            await policy.refresh(
+                1,
+                {**new, "model.layers.5.mlp.down_proj.weight": new["model.layers.5.mlp.down_proj.weight"].T},
+                complete=True,
+            )
         query = "model.layers.3.self_attn.q_proj.weight"
-        with pytest.raises(EngineError, match=r"2 missing, first model\.layers\.3\.self_attn\.k_proj\.weight.*all parts of each packed matrix"):
+        with pytest.raises(
+            EngineError,
+            match=r"2 missing, first model\.layers\.3\.self_attn\.k_proj\.weight.*all parts of each packed matrix",
+        ):
             await policy.refresh(1, {query: new[query]}, complete=False)
-        running = asyncio.create_task(policy.generate(prompt(14, 20), Sampling(1.0, 400, 1, kind="act"), base(policy)))
+        running = asyncio.create_task(
+            policy.generate(prompt(14, 20), Sampling(1.0, 400, 1, kind="act"), base(policy))
+        )
         await asyncio.sleep(0.1)
         with pytest.raises(EngineError, match="drain the worker"):
             await policy.refresh(1, new, complete=True)
@@ -328,8 +434,12 @@ def test_refresh_serves_the_new_weights_and_forgets_the_old_adapters(policy: VLL
             assert policy.version == report.version == version and report.bytes > 0
             reference.model.load_state_dict(tied)
             assert distance(await policy.score(ids, base(policy)), reference.logprobs(ids, None)) < 1e-4
-            generation = await policy.generate(ids, greedy(4), base(policy))  # a stale prefix cache would show here
-            assert distance(generation.logprobs, reference.of_generated(ids, generation.token_ids, None)) < 1e-4
+            generation = await policy.generate(
+                ids, greedy(4), base(policy)
+            )  # a stale prefix cache would show here
+            assert (
+                distance(generation.logprobs, reference.of_generated(ids, generation.token_ids, None)) < 1e-4
+            )
             with pytest.raises(EngineError, match="belongs to policy version 0"):
                 await policy.generate(ids, greedy(4), survivor)
             again = await installed(policy, "survivor", weights)
@@ -340,7 +450,9 @@ def test_refresh_serves_the_new_weights_and_forgets_the_old_adapters(policy: VLL
     run(story())
 
 
-def test_a_refreshed_engine_is_a_fresh_one_to_the_bit(policy: VLLMPolicy, tiny_model_path: Path, fresh_scores: list[float]) -> None:
+def test_a_refreshed_engine_is_a_fresh_one_to_the_bit(
+    policy: VLLMPolicy, tiny_model_path: Path, fresh_scores: list[float]
+) -> None:
     """Other weights came between (if only those of the first refresh here); vLLM's own loader put the first in place, ours the last."""
     start = load_file(tiny_model_path / "model.safetensors")
     other = {name: 1.01 * tensor for name, tensor in start.items()}
@@ -355,14 +467,26 @@ def test_a_refreshed_engine_is_a_fresh_one_to_the_bit(policy: VLLMPolicy, tiny_m
 
 @pytest.mark.parametrize("head_too", [False, True])
 def test_changed_tensors_alone_are_the_whole_refresh_to_the_bit(
-    policy: VLLMPolicy, reference: Reference, basis: Basis, tiny_model_path: Path, fresh_scores: list[float], head_too: bool
+    policy: VLLMPolicy,
+    reference: Reference,
+    basis: Basis,
+    tiny_model_path: Path,
+    fresh_scores: list[float],
+    head_too: bool,
 ) -> None:
     """As with learner.trainable=last_layers; and with the tied embedding, whose packed copy in the head must follow."""
     start = load_file(tiny_model_path / "model.safetensors")
     draw = torch.Generator().manual_seed(6)
-    wanted = ("model.layers.4.", "model.layers.5.", "model.norm.", *(("model.embed_tokens.",) if head_too else ()))
+    wanted = (
+        "model.layers.4.",
+        "model.layers.5.",
+        "model.norm.",
+        *(("model.embed_tokens.",) if head_too else ()),
+    )
     moved = {
-        name: tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=draw) for name, tensor in start.items() if name.startswith(wanted)
+        name: tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=draw)
+        for name, tensor in start.items()
+        if name.startswith(wanted)
     }
     ids, weights, version = prompt(15, 120), written(basis, 1, 90, SIZE), policy.version
 
@@ -373,22 +497,34 @@ def test_changed_tensors_alone_are_the_whole_refresh_to_the_bit(
         assert report.bytes == sum(tensor.nbytes for tensor in moved.values())
         changed = await policy.score(ids, base(policy))
         await policy.refresh(version + 3, {**start, **moved}, complete=True)
-        assert changed == await policy.score(ids, base(policy)) and distance(changed, fresh_scores) > 100 * EXACT
+        assert (
+            changed == await policy.score(ids, base(policy)) and distance(changed, fresh_scores) > 100 * EXACT
+        )
         reference.model.load_state_dict({**start, **moved}, strict=False)
         assert distance(changed, reference.logprobs(ids, None)) < 1e-4
-        assert distance(await policy.score(ids, await installed(policy, "new", weights)), reference.logprobs(ids, weights)) < EXACT
+        assert (
+            distance(
+                await policy.score(ids, await installed(policy, "new", weights)),
+                reference.logprobs(ids, weights),
+            )
+            < EXACT
+        )
 
     run(story())
 
 
-def test_a_refresh_takes_other_number_formats_and_keeps_nothing_of_the_senders_memory(policy: VLLMPolicy, tiny_model_path: Path) -> None:
+def test_a_refresh_takes_other_number_formats_and_keeps_nothing_of_the_senders_memory(
+    policy: VLLMPolicy, tiny_model_path: Path
+) -> None:
     """A bfloat16 learner; and one that overwrites what it sent."""
     start = load_file(tiny_model_path / "model.safetensors")
     halves = {name: tensor.bfloat16() for name, tensor in start.items()}
     ids, version = prompt(16, 90), policy.version
 
     async def story() -> None:
-        await policy.refresh(version + 1, {name: tensor.float() for name, tensor in halves.items()}, complete=True)
+        await policy.refresh(
+            version + 1, {name: tensor.float() for name, tensor in halves.items()}, complete=True
+        )
         expected = await policy.score(ids, base(policy))
         await policy.refresh(version + 2, start, complete=True)
         assert await policy.score(ids, base(policy)) != expected
@@ -417,8 +553,8 @@ def test_vllm_still_has_what_the_stand_ins_replace() -> None:
     from vllm.v1.sample import sampler
     from vllm.v1.sample.ops import logprobs
 
-    from actors.engine_extension import CHECKED_VLLM
-    from actors.engine_lora import SharedBasisDelta
+    from actors.engine.vllm_internals.lora import SharedBasisDelta
+    from actors.engine.vllm_internals.worker_extension import CHECKED_VLLM
 
     def parameters(function: Any) -> list[str]:
         return list(inspect.signature(function).parameters)
@@ -429,28 +565,46 @@ def test_vllm_still_has_what_the_stand_ins_replace() -> None:
     assert parameters(LRUCacheWorkerLoRAManager.list_adapters) == ["self"]
     assert "in self.list_adapters()" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
     assert "_active_adapters" in inspect.getsource(LRUCacheLoRAModelManager.activate_adapter)
-    assert parameters(PunicaWrapperBase.update_metadata)[:5] == ["self", "mapping", "lora_index_to_id", "max_loras", "vocab_size"]
+    assert parameters(PunicaWrapperBase.update_metadata)[:5] == [
+        "self",
+        "mapping",
+        "lora_index_to_id",
+        "max_loras",
+        "vocab_size",
+    ]
     linear = base_linear.BaseLinearLayerWithLoRA
-    assert parameters(linear.set_lora) == ["self", "index", "lora_a", "lora_b"] and parameters(linear.reset_lora) == ["self", "index"]
+    assert parameters(linear.set_lora) == ["self", "index", "lora_a", "lora_b"] and parameters(
+        linear.reset_lora
+    ) == ["self", "index"]
     called = " ".join(inspect.getsource(linear._apply_lora_to_output).split())
-    assert "punica_wrapper.add_lora_linear( output, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices )" in called
-    assert len(parameters(SharedBasisDelta.add_lora_linear)) == 7 and parameters(PunicaWrapperCPU.add_lora_linear)[7:] == ["buffer", "kwargs"]
+    assert (
+        "punica_wrapper.add_lora_linear( output, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices )"
+        in called
+    )
+    assert len(parameters(SharedBasisDelta.add_lora_linear)) == 7 and parameters(
+        PunicaWrapperCPU.add_lora_linear
+    )[7:] == ["buffer", "kwargs"]
     assert "batched_count_greater_than(" in inspect.getsource(sampler.Sampler)
     assert parameters(logprobs.batched_count_greater_than) == ["x", "values"]
 
 
 def test_the_workers_own_objects_carry_the_stand_ins(policy: VLLMPolicy) -> None:
-    from actors.engine_lora import AdapterStore, SharedBasisDelta, StepAdapters, StepRoutes
+    from actors.engine.vllm_internals.lora import AdapterStore, SharedBasisDelta, StepAdapters, StepRoutes
 
     def look(engine: Any) -> None:
         manager = _adapter_manager(engine)
         adapters = manager._adapter_manager
         (punica,) = adapters.punica_wrapper_mapping.values()
         assert manager._load_adapter.__func__ is AdapterStore.load
-        assert manager._apply_adapters.__func__ is StepAdapters.apply and manager.list_adapters.__func__ is StepAdapters.list
+        assert (
+            manager._apply_adapters.__func__ is StepAdapters.apply
+            and manager.list_adapters.__func__ is StepAdapters.list
+        )
         assert punica.update_metadata.__func__ is StepRoutes.update_metadata
         assert sorted(adapters.modules) == sorted(
-            f"model.layers.{layer}.mlp.{name}" for layer in (2, 3, 4, 5) for name in ("gate_up_proj", "down_proj")
+            f"model.layers.{layer}.mlp.{name}"
+            for layer in (2, 3, 4, 5)
+            for name in ("gate_up_proj", "down_proj")
         )
         for module in adapters.modules.values():
             assert isinstance(module.punica_wrapper, SharedBasisDelta)
@@ -463,14 +617,19 @@ def _adapter_manager(engine: Any) -> Any:
     return engine.model_executor.driver_worker.worker.model_runner.lora_manager
 
 
-def test_the_adapters_of_a_step_get_slots_and_stay_while_they_are_used(policy: VLLMPolicy, basis: Basis) -> None:
+def test_the_adapters_of_a_step_get_slots_and_stay_while_they_are_used(
+    policy: VLLMPolicy, basis: Basis
+) -> None:
     """On vLLM's own manager, with twice as many known adapters as slots: what is evicted, what is loaded again, and what is refused."""
     from vllm.lora.request import LoRARequest
 
     known = 2 * SLOTS
 
     async def names() -> list[AdapterKey]:
-        return [await installed(policy, f"step-{index}", written(basis, 1, 200 + index, SIZE)) for index in range(known + 1)]
+        return [
+            await installed(policy, f"step-{index}", written(basis, 1, 200 + index, SIZE))
+            for index in range(known + 1)
+        ]
 
     keys = run(names())
 
@@ -487,8 +646,12 @@ def test_the_adapters_of_a_step_get_slots_and_stay_while_they_are_used(policy: V
         def apply(*places: int) -> list[int]:
             loaded.clear()
             manager._apply_adapters({requests[place] for place in places})
-            assert all(numbers[place] in adapters.lora_index_to_id for place in places), "an adapter of the step has no slot"
-            assert len(set(adapters.lora_index_to_id)) == len(adapters.lora_index_to_id), "an adapter has two slots"
+            assert all(numbers[place] in adapters.lora_index_to_id for place in places), (
+                "an adapter of the step has no slot"
+            )
+            assert len(set(adapters.lora_index_to_id)) == len(adapters.lora_index_to_id), (
+                "an adapter has two slots"
+            )
             return sorted(numbers.index(number) for number in loaded)
 
         assert apply(0, 1, 2, 3) == [0, 1, 2, 3] and apply(3, 1) == []
@@ -498,7 +661,9 @@ def test_the_adapters_of_a_step_get_slots_and_stay_while_they_are_used(policy: V
         assert apply(0, 4) == []  # 0 had lost its slot, not its place among the known
         assert apply(8) == [8]
         (evicted,) = set(numbers[:known]) - set(manager.list_adapters())
-        assert evicted in numbers[1:4] and len(manager.list_adapters()) == known, "one of the least recently used goes, and no other"
+        assert evicted in numbers[1:4] and len(manager.list_adapters()) == known, (
+            "one of the least recently used goes, and no other"
+        )
         with pytest.raises(EngineError, match="5 adapters, the engine has 4 slots"):
             apply(0, 1, 2, 3, 4)
         with pytest.raises(EngineError, match=r"mem://ghost is not in the store"):
@@ -524,19 +689,29 @@ def test_installs_that_wait_are_all_done_between_two_steps(policy: VLLMPolicy, b
         return release.wait(30)
 
     async def story() -> None:
-        running = [asyncio.create_task(policy.generate(prompt(40 + i, 20), Sampling(1.0, 200, i, kind="act"), base(policy))) for i in range(2)]
+        running = [
+            asyncio.create_task(
+                policy.generate(prompt(40 + i, 20), Sampling(1.0, 200, i, kind="act"), base(policy))
+            )
+            for i in range(2)
+        ]
         await asyncio.sleep(0.1)
         holding = policy._loop.call(hold, "other")
         while not entered.is_set():
             await asyncio.sleep(0.01)
-        installs = [asyncio.create_task(installed(policy, f"waiting-{index}", one)) for index, one in enumerate(weights)]
+        installs = [
+            asyncio.create_task(installed(policy, f"waiting-{index}", one))
+            for index, one in enumerate(weights)
+        ]
         while len(policy._loop._work) < count:
             await asyncio.sleep(0.01)
         release.set()
         names = await asyncio.gather(*installs)
         await asyncio.gather(*running)
         assert holding.result(timeout=1) and len(steps) == count and len(set(steps)) == 1, steps
-        assert policy._loop.times.steps > steps[-1], "no step came after: the requests had ended, and the test shows nothing"
+        assert policy._loop.times.steps > steps[-1], (
+            "no step came after: the requests had ended, and the test shows nothing"
+        )
         await policy.release(names)
 
     policy._table.put = noting  # type: ignore[method-assign]
@@ -549,16 +724,18 @@ def test_installs_that_wait_are_all_done_between_two_steps(policy: VLLMPolicy, b
 def test_the_count_is_vllms_own() -> None:
     from vllm.v1.sample.ops.logprobs import batched_count_greater_than
 
-    from actors.engine_extension import count_at_least
+    from actors.engine.vllm_internals.worker_extension import count_at_least
 
     x = torch.tensor([[1.0, 2.0, 3.0], [3.0, 3.0, 1.0]])
     original = batched_count_greater_than._torchdynamo_orig_callable
     assert count_at_least(x, x[:, 1:2]).tolist() == original(x, x[:, 1:2]).tolist() == [2, 2]
 
 
-def test_every_tensor_of_the_checkpoint_has_a_place_in_vllms_model(policy: VLLMPolicy, tiny_model_path: Path) -> None:
+def test_every_tensor_of_the_checkpoint_has_a_place_in_vllms_model(
+    policy: VLLMPolicy, tiny_model_path: Path
+) -> None:
     """By name and shape; and vLLM still packs what engine_tensors.py says that it packs."""
-    from actors.engine_tensors import find_places
+    from actors.engine.vllm_internals.tensors import find_places
 
     def look(engine: Any) -> tuple[dict[str, tuple[int, ...]], int]:
         places = find_places(engine.model_executor.driver_worker.worker.model_runner.get_model())
@@ -566,7 +743,9 @@ def test_every_tensor_of_the_checkpoint_has_a_place_in_vllms_model(policy: VLLMP
         return {name: shape for place in places for name, shape in place.parts.items()}, packed
 
     found, packed = policy._loop.call(look, "other").result(timeout=30)
-    assert found == {name: tuple(tensor.shape) for name, tensor in load_file(tiny_model_path / "model.safetensors").items()}
+    assert found == {
+        name: tuple(tensor.shape) for name, tensor in load_file(tiny_model_path / "model.safetensors").items()
+    }
     assert packed == 6 * 4  # qkv, out, gate_up and down of each layer
 
 
@@ -575,8 +754,8 @@ import sys
 import bm25s  # imports numba
 import flask
 from pathlib import Path
-from actors.basis import compute_basis_from_checkpoint
-from actors.engine import VLLMPolicy
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.engine.policy import VLLMPolicy
 from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig
 
 model = Path(sys.argv[1])
@@ -587,5 +766,10 @@ VLLMPolicy(model, ModelConfig(), engine, compute_basis_from_checkpoint(model, Fa
 
 def test_the_engine_starts_after_modules_that_answer_oddly(tiny_model_path: Path) -> None:
     """In a process of its own: vLLM looks through the imported modules at its first start only."""
-    ended = subprocess.run([sys.executable, "-c", _AFTER_ODD_MODULES, str(tiny_model_path)], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        [sys.executable, "-c", _AFTER_ODD_MODULES, str(tiny_model_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert ended.returncode == 0, ended.stderr[-2000:]

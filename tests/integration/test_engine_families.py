@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.fast_weights import Basis, zero
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.delta import Basis, zero
 from actors.types import AdapterKey, FastWeights, Sampling, WriteExample, WriteRequest
 from cluster.bench.harness import child
 from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig, WriteConfig
@@ -42,7 +42,10 @@ SHAPE = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": False},  # its query, key and value have biases; heads of 32
-    "qwen3": {"head_dim": 64, "tie_word_embeddings": True},  # norms on queries and keys; heads wider than hidden / heads
+    "qwen3": {
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },  # norms on queries and keys; heads wider than hidden / heads
     "mistral": {"head_dim": 64, "tie_word_embeddings": False, "sliding_window": None},
 }
 
@@ -51,7 +54,9 @@ def make_model(family: str, folder: Path, tokenizer_from: Path) -> None:
     """A random model of the family in ``folder``. Wide draws, biases and norms included, so that a part left out shows in the log-probs."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE, **FAMILIES[family])).float()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **SHAPE, **FAMILIES[family])
+    ).float()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -93,16 +98,29 @@ class Merged:
 
     def write(self, examples: Sequence[WriteExample]) -> dict[str, torch.Tensor]:
         """B after WRITE's epochs of plain SGD on the mean loss of all answer tokens."""
-        b = {name: torch.zeros(rows, self._basis.rank, requires_grad=True) for name, rows in self._basis.d_out.items()}
+        b = {
+            name: torch.zeros(rows, self._basis.rank, requires_grad=True)
+            for name, rows in self._basis.d_out.items()
+        }
         optimizer = torch.optim.SGD(b.values(), lr=WRITE.learning_rate)
         for _ in range(WRITE.epochs):
             optimizer.zero_grad()
-            merged = {f"{name}.weight": self.model.get_parameter(f"{name}.weight").detach() + one @ self._basis.a[name] for name, one in b.items()}
+            merged = {
+                f"{name}.weight": self.model.get_parameter(f"{name}.weight").detach()
+                + one @ self._basis.a[name]
+                for name, one in b.items()
+            }
             losses = []
             for example in examples:
                 ids = torch.tensor([example.prompt_ids + example.answer_ids])
-                logits = torch.func.functional_call(self.model, merged, (ids,)).logits[0, len(example.prompt_ids) - 1 : -1]
-                losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(example.answer_ids), reduction="none"))
+                logits = torch.func.functional_call(self.model, merged, (ids,)).logits[
+                    0, len(example.prompt_ids) - 1 : -1
+                ]
+                losses.append(
+                    torch.nn.functional.cross_entropy(
+                        logits, torch.tensor(example.answer_ids), reduction="none"
+                    )
+                )
             torch.cat(losses).mean().backward()
             optimizer.step()
         return {name: one.detach() for name, one in b.items()}
@@ -129,7 +147,7 @@ class Served:
     """What the child holds: the engine and its reference."""
 
     def __init__(self, path: Path) -> None:
-        from actors.engine import VLLMPolicy
+        from actors.engine.policy import VLLMPolicy
 
         self._basis = compute_basis_from_checkpoint(path, FastWeightsConfig(), seed=0)
         config = EngineConfig(slots=2, max_model_tokens=LIMIT, kv_cache_gib=0.0625)
@@ -147,7 +165,9 @@ class Served:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.05 * parameter.std() * torch.randn(parameter.shape, generator=draw)
-        tensors: Mapping[str, torch.Tensor] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        tensors: Mapping[str, torch.Tensor] = {
+            name: parameter.detach().clone() for name, parameter in model.named_parameters()
+        }
         asyncio.run(self._policy.refresh(self._policy.version + 1, tensors, complete=True))
 
     async def _compare(self, seed: int) -> Difference:
@@ -175,20 +195,33 @@ class Served:
 
     async def _write(self, seed: int) -> tuple[float, float, float]:
         """``write``, ``answers`` and ``learned`` of Difference."""
-        examples = tuple(WriteExample(tuple(prompt(seed + i, 20 + i)), tuple(prompt(seed + i, 6 + i))) for i in range(10, 14))
+        examples = tuple(
+            WriteExample(tuple(prompt(seed + i, 20 + i)), tuple(prompt(seed + i, 6 + i)))
+            for i in range(10, 14)
+        )
         request = WriteRequest(f"writer-{seed}", zero(self._basis), examples)
         (result,) = await asyncio.to_thread(self._policy.writer(WRITE).write, [request])
         assert result.probe is not None, result.reason
-        await self._policy.install(AdapterKey(self._policy.version, request.episode_id, 1), result.weights, result.probe)  # raises ReceiptError
+        await self._policy.install(
+            AdapterKey(self._policy.version, request.episode_id, 1), result.weights, result.probe
+        )  # raises ReceiptError
         expected = self._reference.write(examples)
         size = max(float(one.abs().max()) for one in expected.values())
-        write = max(float((torch.from_numpy(result.weights.b[name]) - one).abs().max()) for name, one in expected.items()) / size
+        write = (
+            max(
+                float((torch.from_numpy(result.weights.b[name]) - one).abs().max())
+                for name, one in expected.items()
+            )
+            / size
+        )
         answers = self._reference.logprobs(result.probe.token_ids, result.weights)[-len(result.probe.after) :]
         return write, distance(answers, result.probe.after), result.loss_before - result.loss_after
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_engine_acts_writes_installs_and_refreshes_as_transformers(family: str, model_path: Path, tmp_path: Path) -> None:
+def test_the_engine_acts_writes_installs_and_refreshes_as_transformers(
+    family: str, model_path: Path, tmp_path: Path
+) -> None:
     make_model(family, tmp_path, model_path)
     with child(f"the engine of {family}", Served, (tmp_path,)) as served:
         before: Difference = served.call("compare", (1,), 120)

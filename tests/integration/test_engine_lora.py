@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.engine_lora import RUN, AdapterStore, OwnBasisDelta, Routes, SharedBasisDelta, StepRoutes, find_routes
+from actors.engine.vllm_internals.lora import (
+    RUN,
+    AdapterStore,
+    OwnBasisDelta,
+    Routes,
+    SharedBasisDelta,
+    StepRoutes,
+    find_routes,
+)
 from actors.protocols import EngineError
 
 pytestmark = pytest.mark.engine_in_process
@@ -15,7 +23,17 @@ IDS = [11, 22, 33, 44, None]  # which adapter is in which slot
 EXACT = 1e-5  # float32, sums of a dozen products in another order
 
 DECODE = (33, 11, 44, 22)
-MIXED = (22, *(33,) * RUN, 0, 11, 11, *(0,) * 6, 44, *(22,) * (RUN + 3), 0)  # single tokens, short and long runs, base tokens
+MIXED = (
+    22,
+    *(33,) * RUN,
+    0,
+    11,
+    11,
+    *(0,) * 6,
+    44,
+    *(22,) * (RUN + 3),
+    0,
+)  # single tokens, short and long runs, base tokens
 BATCHES = {
     "decode": DECODE,
     "one token": (44,),
@@ -36,7 +54,10 @@ class Case:
 
         draw = torch.Generator().manual_seed(0)
         self.tokens = tokens
-        self.x, self.y = torch.randn(len(tokens), D_IN, generator=draw), torch.randn(len(tokens), sum(WIDTHS), generator=draw)
+        self.x, self.y = (
+            torch.randn(len(tokens), D_IN, generator=draw),
+            torch.randn(len(tokens), sum(WIDTHS), generator=draw),
+        )
         self.a = [torch.randn(RANK, D_IN, generator=draw).expand(SLOTS, -1, -1).clone() for _ in WIDTHS]
         shared = torch.cat([matrices[0] for matrices in self.a])
         self.b = [torch.randn(SLOTS, width, RANK, generator=draw) for width in WIDTHS]
@@ -46,7 +67,9 @@ class Case:
             self.a = [torch.randn(SLOTS, RANK, D_IN, generator=draw) for _ in WIDTHS]
         self.ours = (OwnBasisDelta if own_a else SharedBasisDelta)(self.routes, shared, WIDTHS, SLOTS)
         for slot in range(SLOTS):
-            self.ours.set_lora(slot, [matrices[slot] for matrices in self.a], [matrices[slot] for matrices in self.b])
+            self.ours.set_lora(
+                slot, [matrices[slot] for matrices in self.a], [matrices[slot] for matrices in self.b]
+            )
         self.routes.update_metadata(LoRAMapping(tokens, tokens, is_prefill=True), IDS, SLOTS + 1, 100)
 
     def added_by_us(self) -> Tensor:
@@ -57,7 +80,9 @@ class Case:
     def added_by_vllm(self) -> Tensor:
         y = self.y.clone()
         a = tuple(matrices[:, None].contiguous() for matrices in self.a)
-        self.punica.add_lora_linear(y, self.x, a, tuple(matrices[:, None] for matrices in self.b), 1.0, WIDTHS)
+        self.punica.add_lora_linear(
+            y, self.x, a, tuple(matrices[:, None] for matrices in self.b), 1.0, WIDTHS
+        )
         return y
 
     def added_token_by_token(self) -> Tensor:
@@ -65,13 +90,17 @@ class Case:
         for token, adapter in enumerate(self.tokens):
             if adapter:
                 slot = IDS.index(adapter)
-                y[token] += torch.cat([b[slot] @ (a[slot] @ self.x[token]) for a, b in zip(self.a, self.b, strict=True)])
+                y[token] += torch.cat(
+                    [b[slot] @ (a[slot] @ self.x[token]) for a, b in zip(self.a, self.b, strict=True)]
+                )
         return y
 
 
 @pytest.mark.parametrize("own_a", [False, True], ids=["shared A", "own A"])
 @pytest.mark.parametrize("tokens", BATCHES.values(), ids=BATCHES.keys())
-def test_every_token_gets_its_own_adapters_delta_and_base_tokens_none(tokens: tuple[int, ...], own_a: bool) -> None:
+def test_every_token_gets_its_own_adapters_delta_and_base_tokens_none(
+    tokens: tuple[int, ...], own_a: bool
+) -> None:
     case = Case(tokens, own_a)
     ours = case.added_by_us()
     torch.testing.assert_close(ours, case.added_token_by_token(), rtol=EXACT, atol=EXACT)
@@ -90,7 +119,9 @@ def test_the_delta_is_vllms_own_where_every_token_has_an_adapter(name: str, own_
 def test_vllm_still_gives_base_tokens_the_last_slot() -> None:
     case = Case(MIXED)
     base = torch.tensor([adapter == 0 for adapter in MIXED])
-    assert not torch.allclose(case.added_by_vllm()[base], case.y[base]), "vLLM mended index -1: the stand-in has one reason less"
+    assert not torch.allclose(case.added_by_vllm()[base], case.y[base]), (
+        "vLLM mended index -1: the stand-in has one reason less"
+    )
 
 
 def test_a_slot_that_is_written_again_or_reset_holds_nothing_of_the_old_adapter() -> None:
@@ -108,7 +139,11 @@ def test_routes_say_where_each_adapted_token_goes() -> None:
     assert find_routes(torch.tensor([3, 1, 1, 0])).rows is None
     routes: Routes = find_routes(torch.tensor([1, -1, *[2] * RUN, 0, 0, -1]))
     assert routes.runs == ((2, 2, 2 + RUN),)
-    assert routes.rows is not None and routes.rows.tolist() == [0, 2 + RUN, 3 + RUN] and routes.slots.tolist() == [1, 0, 0]
+    assert (
+        routes.rows is not None
+        and routes.rows.tolist() == [0, 2 + RUN, 3 + RUN]
+        and routes.slots.tolist() == [1, 0, 0]
+    )
 
 
 def test_the_store_gives_back_what_was_put_and_refuses_what_was_not() -> None:
@@ -122,11 +157,16 @@ def test_the_store_gives_back_what_was_put_and_refuses_what_was_not() -> None:
     store.put("mem://one", b, {})
     request = LoRARequest("one", 7, "mem://one")
     loaded = store.load(request)
-    assert loaded.id == 7 and all(torch.equal(loaded.loras[name].lora_b, b[name]) and loaded.loras[name].scaling == 1 for name in b)
+    assert loaded.id == 7 and all(
+        torch.equal(loaded.loras[name].lora_b, b[name]) and loaded.loras[name].scaling == 1 for name in b
+    )
     own = {name: torch.randn(RANK, D_IN, generator=draw) for name in a}
     store.put("mem://two", b, own)
     again = store.load(LoRARequest("two", 8, "mem://two"))
-    assert all(torch.equal(loaded.loras[name].lora_a, a[name]) and torch.equal(again.loras[name].lora_a, own[name]) for name in a)
+    assert all(
+        torch.equal(loaded.loras[name].lora_a, a[name]) and torch.equal(again.loras[name].lora_a, own[name])
+        for name in a
+    )
     store.drop("mem://one")
     with pytest.raises(EngineError, match="mem://one is not in the store"):
         store.load(request)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.engine import VLLMPolicy
-from actors.fast_weights import Basis
+from actors.engine.policy import VLLMPolicy
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.delta import Basis
 from actors.protocols import EngineError, ReceiptError
 from actors.types import AdapterKey, Probe, Sampling
 from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig
@@ -41,7 +41,9 @@ def policy(model_path: Path, basis: Basis) -> Iterator[VLLMPolicy]:
     policy.close()
 
 
-def test_episodes_with_receipts_act_as_in_transformers(policy: VLLMPolicy, reference: Reference, basis: Basis) -> None:
+def test_episodes_with_receipts_act_as_in_transformers(
+    policy: VLLMPolicy, reference: Reference, basis: Basis
+) -> None:
     ids = prompt(1, 60)
     probe_ids = tuple(prompt(2, 40))
     written_by = {f"e{seed}": written(basis, 1, seed, SIZE) for seed in range(2)}
@@ -52,17 +54,29 @@ def test_episodes_with_receipts_act_as_in_transformers(policy: VLLMPolicy, refer
             probe = Probe(probe_ids, before, tuple(reference.logprobs(probe_ids, weights)[-20:]))
             await policy.install(AdapterKey(5, episode, 1), weights, probe)
             with pytest.raises(ReceiptError):
-                await policy.install(AdapterKey(5, f"{episode}-swapped", 1), written(basis, 1, 99, SIZE), probe)
+                await policy.install(
+                    AdapterKey(5, f"{episode}-swapped", 1), written(basis, 1, 99, SIZE), probe
+                )
         keys = [AdapterKey(5, "e0", 1), AdapterKey(5, "none", 0), AdapterKey(5, "e1", 1)]
-        generations = await asyncio.gather(*(policy.generate(ids, Sampling(1.0, 12, seed, kind="act"), key) for seed, key in enumerate(keys)))
+        generations = await asyncio.gather(
+            *(policy.generate(ids, Sampling(1.0, 12, seed, kind="act"), key) for seed, key in enumerate(keys))
+        )
         for key, generation in zip(keys, generations, strict=True):
             right = reference.of_generated(ids, generation.token_ids, written_by.get(key.episode_id))
             assert distance(generation.logprobs, right) < 1e-3
-        assert distance(generations[0].logprobs, reference.of_generated(ids, generations[0].token_ids, None)) > 0.05
+        assert (
+            distance(generations[0].logprobs, reference.of_generated(ids, generations[0].token_ids, None))
+            > 0.05
+        )
 
     asyncio.run(story())
     stats = policy.stats()
-    assert (stats.installs, stats.receipts_passed, stats.receipts_failed, stats.receipts_unseen) == (4, 2, 2, 0)
+    assert (stats.installs, stats.receipts_passed, stats.receipts_failed, stats.receipts_unseen) == (
+        4,
+        2,
+        2,
+        0,
+    )
 
 
 def test_refreshed_weights_act_as_in_transformers_and_the_way_back_is_a_fresh_engine_to_the_bit(
@@ -71,7 +85,10 @@ def test_refreshed_weights_act_as_in_transformers_and_the_way_back_is_a_fresh_en
     """All weights, then those of the last layers alone, then the start checkpoint's."""
     start = load_file(model_path / "model.safetensors")
     draw = torch.Generator().manual_seed(7)
-    moved = {name: tensor + 0.02 * tensor.std() * torch.randn(tensor.shape, generator=draw) for name, tensor in start.items()}
+    moved = {
+        name: tensor + 0.02 * tensor.std() * torch.randn(tensor.shape, generator=draw)
+        for name, tensor in start.items()
+    }
     last = {name: start[name] for name in start if name.startswith(("model.layers.28.", "model.layers.29."))}
     ids = prompt(4, 80)
 
@@ -102,12 +119,19 @@ def test_the_death_of_the_step_thread_reaches_every_caller(policy: VLLMPolicy) -
         engine.step = step
 
     async def story() -> None:
-        running = [asyncio.create_task(policy.generate(prompt(3, 30), Sampling(1.0, 400, seed, kind="act"), key)) for seed in range(6)]
+        running = [
+            asyncio.create_task(policy.generate(prompt(3, 30), Sampling(1.0, 400, seed, kind="act"), key))
+            for seed in range(6)
+        ]
         await asyncio.sleep(0.3)
         policy._loop.post(fault, "other")
         for error in await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), timeout=60):
             assert isinstance(error, EngineError) and "the device is gone" in str(error)
-        for later in (policy.generate([5, 6], Sampling(0.0, 2, 0, kind="act"), key), policy.release([key]), policy.refresh(9, {}, complete=True)):
+        for later in (
+            policy.generate([5, 6], Sampling(0.0, 2, 0, kind="act"), key),
+            policy.release([key]),
+            policy.refresh(9, {}, complete=True),
+        ):
             with pytest.raises(EngineError, match="is dead: RuntimeError: the device is gone"):
                 await later
 

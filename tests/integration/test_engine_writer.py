@@ -12,19 +12,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.chat import ChatFormat
-from actors.engine import VLLMPolicy
+from actors.engine.policy import VLLMPolicy
 from actors.environments.recall import RecallEnvironment
-from actors.fast_weights import Basis, zero
+from actors.episodes.recovery import Event, Progress, Recovered, Recovery, Sampled, Written
+from actors.episodes.rollout import Rollout, RolloutRequest
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.delta import Basis, zero
 from actors.memory.build import surroundings
 from actors.protocols import WriterError
-from actors.recovery import Event, Progress, Recovered, Recovery, Sampled, Written
-from actors.rollout import Rollout, RolloutRequest
+from actors.text.chat_template import ChatFormat
 from actors.types import AdapterKey, Sampling, Trajectory, WriteExample, WriteRequest, WriteResult
-from actors.writer import BatchedWriter, checkpoint_writer
-from cluster.journal import GroupJournal
-from configs.schema import EmbedderConfig, EngineConfig, FastWeightsConfig, MemoryConfig, ModelConfig, RecallConfig, RolloutConfig, WriteConfig
+from actors.write.writer import BatchedWriter, checkpoint_writer
+from cluster.fleet.episode_journal import GroupJournal
+from configs.schema import (
+    EmbedderConfig,
+    EngineConfig,
+    FastWeightsConfig,
+    MemoryConfig,
+    ModelConfig,
+    RecallConfig,
+    RolloutConfig,
+    WriteConfig,
+)
 
 pytestmark = pytest.mark.engine_in_process
 WRITE = WriteConfig(optimizer="sgd", learning_rate=5e-3, epochs=3, batch_size=4)
@@ -50,11 +59,20 @@ def requests(basis: Basis) -> list[WriteRequest]:
         return tuple(draw.integers(100, 40000, draw.integers(low, high + 1)).tolist())
 
     prefix = tokens(12, 12)
-    return [WriteRequest(name, zero(basis), tuple(WriteExample(prefix + tokens(3, 9), tokens(2, 7)) for _ in range(6))) for name in ("a", "b")]
+    return [
+        WriteRequest(
+            name, zero(basis), tuple(WriteExample(prefix + tokens(3, 9), tokens(2, 7)) for _ in range(6))
+        )
+        for name in ("a", "b")
+    ]
 
 
 def largest_difference(left: list[WriteResult], right: list[WriteResult]) -> float:
-    pairs = [(one.weights.b[name], other.weights.b[name]) for one, other in zip(left, right, strict=True) for name in one.weights.b]
+    pairs = [
+        (one.weights.b[name], other.weights.b[name])
+        for one, other in zip(left, right, strict=True)
+        for name in one.weights.b
+    ]
     return max(float(np.abs(mine - theirs).max()) for mine, theirs in pairs)
 
 
@@ -64,7 +82,9 @@ def moved(results: list[WriteResult]) -> float:
 
 def checked(reference: BatchedWriter, results: list[WriteResult], asked: list[WriteRequest]) -> None:
     expected = reference.write(asked)
-    assert [result.outcome for result in results] == ["accepted", "accepted"], [result.reason for result in results]
+    assert [result.outcome for result in results] == ["accepted", "accepted"], [
+        result.reason for result in results
+    ]
     assert largest_difference(results, expected) <= 1e-6 < 1e-3 < moved(expected)
     for mine, theirs in zip(results, expected, strict=True):
         assert mine.probe is not None and theirs.probe is not None
@@ -87,12 +107,15 @@ def test_writes_on_the_engines_weights_equal_those_on_a_checkpoint_also_after_a_
 ) -> None:
     asked = requests(basis)
     results = policy.writer(WRITE).write(asked)
-    checked(checkpoint_writer(str(tiny_model_path), basis, WRITE, "float32", torch.device("cpu")), results, asked)
+    checked(
+        checkpoint_writer(str(tiny_model_path), basis, WRITE, "float32", torch.device("cpu")), results, asked
+    )
     asyncio.run(_install_and_act(policy, results[0], "before"))
 
     draw = torch.Generator().manual_seed(1)
     theta = {
-        name: tensor + 0.02 * torch.randn(tensor.shape, generator=draw) for name, tensor in load_file(tiny_model_path / "model.safetensors").items()
+        name: tensor + 0.02 * torch.randn(tensor.shape, generator=draw)
+        for name, tensor in load_file(tiny_model_path / "model.safetensors").items()
     }
     writer = policy.writer(WRITE)
     asyncio.run(policy.refresh(1, theta, complete=True))
@@ -104,14 +127,22 @@ def test_writes_on_the_engines_weights_equal_those_on_a_checkpoint_also_after_a_
     asyncio.run(_install_and_act(policy, refreshed[0], "after"))
 
 
-def test_only_the_layers_under_delta_are_held_a_second_time_and_only_where_vllm_packs(policy: VLLMPolicy, tiny_model_path: Path) -> None:
+def test_only_the_layers_under_delta_are_held_a_second_time_and_only_where_vllm_packs(
+    policy: VLLMPolicy, tiny_model_path: Path
+) -> None:
     """On a CPU vLLM packs its matmuls' weights: two of six layers are copied. The largest tensor, the embedding, is vLLM's own."""
     weights = policy._weights
     layers = load_file(tiny_model_path / "model.safetensors")
-    under = [tensor for name, tensor in layers.items() if name.startswith(("model.layers.4.", "model.layers.5.")) and "_proj" in name]
+    under = [
+        tensor
+        for name, tensor in layers.items()
+        if name.startswith(("model.layers.4.", "model.layers.5.")) and "_proj" in name
+    ]
     assert weights.copied_bytes == sum(tensor.nbytes for tensor in under)
     assert weights.model.head.data_ptr() == weights._vllm_model.lm_head.weight.data_ptr()
-    assert all(layer.qkv.weight is None for layer in weights.model.layers[:4]), "vLLM shows the trunk's weights: use them, drop the copies"
+    assert all(layer.qkv.weight is None for layer in weights.model.layers[:4]), (
+        "vLLM shows the trunk's weights: use them, drop the copies"
+    )
 
 
 def test_a_write_runs_on_the_step_thread_and_its_errors_leave_the_engine_alive(
@@ -119,7 +150,11 @@ def test_a_write_runs_on_the_step_thread_and_its_errors_leave_the_engine_alive(
 ) -> None:
     names: list[str] = []
     original = BatchedWriter.write
-    monkeypatch.setattr(BatchedWriter, "write", lambda self, asked: names.append(threading.current_thread().name) or original(self, asked))
+    monkeypatch.setattr(
+        BatchedWriter,
+        "write",
+        lambda self, asked: names.append(threading.current_thread().name) or original(self, asked),
+    )
     writer = policy.writer(WRITE)
     with pytest.raises(WriterError, match="write of episode x: no examples"):
         writer.write([WriteRequest("x", zero(basis), ())])
@@ -130,12 +165,18 @@ def test_a_write_runs_on_the_step_thread_and_its_errors_leave_the_engine_alive(
     assert policy.stats().seconds["write"] > 0
 
 
-def test_an_episode_cut_after_any_write_goes_on_from_its_log_to_the_bit(policy: VLLMPolicy, basis: Basis, tiny_model_path: Path) -> None:
+def test_an_episode_cut_after_any_write_goes_on_from_its_log_to_the_bit(
+    policy: VLLMPolicy, basis: Basis, tiny_model_path: Path
+) -> None:
     """The real engine and writer: the tokens and the B of the episode that was not cut, the past not sampled again, a receipt at its end"""
     from transformers import AutoTokenizer
 
-    environment = RecallEnvironment(RecallConfig(sessions=7, facts_per_session=3, questions=1, filler_sentences=1))
-    memory = MemoryConfig(policy="summary_write", max_context_tokens=110, max_extract_tokens=16, max_summary_tokens=16)
+    environment = RecallEnvironment(
+        RecallConfig(sessions=7, facts_per_session=3, questions=1, filler_sentences=1)
+    )
+    memory = MemoryConfig(
+        policy="summary_write", max_context_tokens=110, max_extract_tokens=16, max_summary_tokens=16
+    )
     rollout = Rollout(
         policy, policy.writer(WRITE), environment, ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path)), WRITE, RolloutConfig(), 4,
         surroundings(256, 8, EmbedderConfig()), basis.id, "worker-0",
@@ -159,8 +200,14 @@ def test_an_episode_cut_after_any_write_goes_on_from_its_log_to_the_bit(policy: 
         trajectory, recovered, _ = play(f"cut-{number}", events[:cut])
         after = policy.stats()
         assert recovered == Recovered(1, 0)
-        assert after.generated_tokens - before.generated_tokens == sum(len(one.token_ids) for one in events[cut:] if isinstance(one, Sampled))
-        assert after.installs - before.installs == after.receipts_passed - before.receipts_passed == len(cuts) - number
+        assert after.generated_tokens - before.generated_tokens == sum(
+            len(one.token_ids) for one in events[cut:] if isinstance(one, Sampled)
+        )
+        assert (
+            after.installs - before.installs
+            == after.receipts_passed - before.receipts_passed
+            == len(cuts) - number
+        )
         for ours, theirs in zip(trajectory.segments, uncut.segments, strict=True):
             assert ours.token_ids.tolist() == theirs.token_ids.tolist() and ours.revision == theirs.revision
         for mine, lost in zip(trajectory.revisions, uncut.revisions, strict=True):

@@ -41,9 +41,13 @@ def played(folder: Path) -> dict[str, list[str]]:
     for path in sorted((folder / "cells").glob("*.json*")):
         if path.suffix == ".jsonl":
             lines = path.read_text().split("\n")[1:-1]
-            found[path.stem] = [episode["task_id"] for line in lines for episode in json.loads(line)["episodes"]]
+            found[path.stem] = [
+                episode["task_id"] for line in lines for episode in json.loads(line)["episodes"]
+            ]
         elif path.suffix == ".json":
-            found[path.stem] = [episode["task_id"] for episode in json.loads(path.read_text())["result"]["episodes"]]
+            found[path.stem] = [
+                episode["task_id"] for episode in json.loads(path.read_text())["result"]["episodes"]
+            ]
     return found
 
 
@@ -60,11 +64,23 @@ def wait_for(process: subprocess.Popen[str], runs: Path, enough: int, deadline_s
     raise AssertionError(f"nothing to see after {deadline_s:.0f} s: {process.communicate()}")
 
 
-def test_a_killed_evaluation_goes_on_with_what_is_missing(tiny_model_path: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_killed_evaluation_goes_on_with_what_is_missing(
+    tiny_model_path: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
     runs = tmp_path / "runs"
     evaluate = [sys.executable, "-m", "cluster", "evaluate"]
-    asked = [*evaluate, "configs/quickstart.yaml", *SETTINGS, f"model.name={tiny_model_path}", f"output_dir={runs}", "--rows", ",".join(ROWS)]
-    process = subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    asked = [
+        *evaluate,
+        "configs/quickstart.yaml",
+        *SETTINGS,
+        f"model.name={tiny_model_path}",
+        f"output_dir={runs}",
+        "--rows",
+        ",".join(ROWS),
+    ]
+    process = subprocess.Popen(
+        asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
     folder = wait_for(process, runs, enough=1, deadline_s=300)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
@@ -76,7 +92,14 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(tiny_model_path: Path,
     content, written = finished.read_bytes(), finished.stat().st_mtime_ns
     assert not (folder / "report").exists()
 
-    again = subprocess.run([*evaluate, "--resume", str(folder)], capture_output=True, text=True, timeout=300, env=environment, check=False)
+    again = subprocess.run(
+        [*evaluate, "--resume", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
+    )
     assert again.returncode == 0, again.stdout + again.stderr
     assert "2 row(s) x 1 benchmark(s) x 1 seed(s) = 2 cells; 1 done before" in again.stdout
     left = 6 - len(before["recall--tmem--seed0"])
@@ -86,7 +109,9 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(tiny_model_path: Path,
     check_report(folder, again.stdout)
 
     changed = [*asked, "sampling.max_answer_tokens=7", "--resume", str(folder)]
-    refused = subprocess.run(changed, capture_output=True, text=True, timeout=100, env=environment, check=False)
+    refused = subprocess.run(
+        changed, capture_output=True, text=True, timeout=100, env=environment, check=False
+    )
     assert refused.returncode == 2
     assert "was measured with sampling.max_answer_tokens=6, not 7" in refused.stderr
     assert refused.stderr.count("\n") == 1
@@ -103,15 +128,33 @@ def check_report(folder: Path, output: str) -> None:
     assert saved["peak"]["resident_bytes"] > 2**26 or saved["peak"]["problem"]
     with (folder / "report" / "report.csv").open() as file:
         measures = {(line["row"], line["measure"]) for line in csv.DictReader(file)}
-    wanted = ("f1", "em", "prompt_tokens", "generated_tokens", "seconds", "peak_context", "kv_bytes", "memory_bytes", "writes_accepted")
+    wanted = (
+        "f1",
+        "em",
+        "prompt_tokens",
+        "generated_tokens",
+        "seconds",
+        "peak_context",
+        "kv_bytes",
+        "memory_bytes",
+        "writes_accepted",
+    )
     assert {(row, measure) for row in ROWS for measure in wanted} <= measures
     report = (folder / "report" / "report.md").read_text()
     assert "| truncation | 6 |" in report
     assert "F1 against truncation" in report
     assert "recall: tmem against truncation: F1" in output
-    assert {plot.name for plot in (folder / "report").glob("*.png")} == {"recall-cost-tokens.png", "recall-cost-seconds.png"}
+    assert {plot.name for plot in (folder / "report").glob("*.png")} == {
+        "recall-cost-tokens.png",
+        "recall-cost-seconds.png",
+    }
     client = MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
     run = client.get_run((folder / "tracking-run").read_text())
     assert run.info.status == "FINISHED"
     assert "eval/recall/tmem/f1" in run.data.metrics
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"report.md", "report.csv", "report.json", "recall-cost-tokens.png"}
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {
+        "report.md",
+        "report.csv",
+        "report.json",
+        "recall-cost-tokens.png",
+    }

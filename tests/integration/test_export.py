@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.flashcards import render_flashcards
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.peft_format import from_peft
 from actors.memory.base import Agent
 from actors.memory.parametric import Flashcards
-from actors.peft_format import from_peft
+from actors.text.flashcards import render_flashcards
 from actors.types import AdapterKey, Flashcard, Outcome, Sampling, Timings, WriteRecord
 from cluster.assistant.conversation import Conversation
 from cluster.assistant.export import export
@@ -63,7 +63,10 @@ def give_cards(patch: pytest.MonkeyPatch, cards: Sequence[Flashcard]) -> None:
 @pytest.fixture(scope="module")
 def spoken(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Spoken:
     memory = tmp_path_factory.mktemp("memory") / "saved"
-    with pytest.MonkeyPatch.context() as patch, parts_of(prepare_opening(str(run_dir), None, ()), slots=1) as parts:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        parts_of(prepare_opening(str(run_dir), None, ()), slots=1) as parts,
+    ):
         give_cards(patch, CARDS)
 
         async def story() -> Spoken:
@@ -74,9 +77,16 @@ def spoken(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Spoken:
                 assert record is not None and record.outcome == "accepted", record
                 assert record.loss_after < 0.7 * record.loss_before
             talk.save(memory, overwrite=False)
-            prompt = parts.chat.system(talk.system_prompt) + parts.chat.user("Where does Nora live?") + parts.chat.assistant_open
+            prompt = (
+                parts.chat.system(talk.system_prompt)
+                + parts.chat.user("Where does Nora live?")
+                + parts.chat.assistant_open
+            )
             sampling = Sampling(0.0, TOKENS, 0, "act")
-            said = [await parts.policy.generate(prompt, sampling, AdapterKey(0, talk._speaker._life, revision)) for revision in (0, 2)]
+            said = [
+                await parts.policy.generate(prompt, sampling, AdapterKey(0, talk._speaker._life, revision))
+                for revision in (0, 2)
+            ]
             await talk.close()
             base, written = ((one.token_ids, one.logprobs) for one in said)
             return Spoken(prompt, base, written, memory, run_dir)
@@ -92,7 +102,10 @@ def exported(spoken: Spoken, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     folder = tmp_path_factory.mktemp("exported")
     assert "a Hugging Face model: theta after 0 RL steps" in export(spoken.run, folder / "model", "")
     assert "a PEFT adapter" in export(spoken.memory, folder / "adapter", "")
-    assert {path.name for path in (folder / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     return folder / "model", folder / "adapter"
 
 
@@ -101,7 +114,9 @@ def test_stock_peft_answers_as_engram_does(spoken: Spoken, exported: tuple[Path,
     from transformers import AutoModelForCausalLM
 
     model, adapter = exported
-    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter).eval()
+    peft = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter
+    ).eval()
 
     def check(expected: tuple[tuple[int, ...], tuple[float, ...]]) -> None:
         ids = torch.tensor([spoken.prompt + expected[0]])
@@ -121,7 +136,7 @@ def test_stock_vllm_answers_as_engram_does(spoken: Spoken, exported: tuple[Path,
     from vllm.inputs.engine import tokens_input
     from vllm.lora.request import LoRARequest
 
-    from actors.engine_start import prepare_environment, shut_down, start_engine
+    from actors.engine.start import prepare_environment, shut_down, start_engine
 
     prepare_environment(1)
     model, adapter = exported
@@ -141,23 +156,36 @@ def test_stock_vllm_answers_as_engram_does(spoken: Spoken, exported: tuple[Path,
     )
     engine = start_engine(arguments, 1)
     try:
-        for name, lora, expected in (("base", None, spoken.base), ("written", LoRARequest("memory", 1, str(adapter)), spoken.written)):
-            sampling = SamplingParams(temperature=0.0, max_tokens=len(expected[0]), ignore_eos=True, logprobs=0, detokenize=False)
+        for name, lora, expected in (
+            ("base", None, spoken.base),
+            ("written", LoRARequest("memory", 1, str(adapter)), spoken.written),
+        ):
+            sampling = SamplingParams(
+                temperature=0.0, max_tokens=len(expected[0]), ignore_eos=True, logprobs=0, detokenize=False
+            )
             engine.add_request(name, tokens_input(list(spoken.prompt)), sampling, lora_request=lora)
             outputs = []
             while engine.has_unfinished_requests():
                 outputs += [output for output in engine.step() if output.finished]
             said = outputs[0].outputs[0]
             assert tuple(said.token_ids) == expected[0], name
-            logprobs = [place[token].logprob for place, token in zip(said.logprobs, said.token_ids, strict=True)]
+            logprobs = [
+                place[token].logprob for place, token in zip(said.logprobs, said.token_ids, strict=True)
+            ]
             assert logprobs == pytest.approx(list(expected[1]), abs=EXACT)
     finally:
         shut_down(engine)
 
 
-def test_an_exported_model_opens_with_the_runs_own_basis_and_settings(spoken: Spoken, exported: tuple[Path, Path]) -> None:
+def test_an_exported_model_opens_with_the_runs_own_basis_and_settings(
+    spoken: Spoken, exported: tuple[Path, Path]
+) -> None:
     here, there = prepare_opening(str(spoken.run), None, ()), prepare_opening(str(exported[0]), None, ())
-    assert here.basis.id == there.basis.id != compute_basis_from_checkpoint(exported[0], RunConfig().fast_weights, 0).id
+    assert (
+        here.basis.id
+        == there.basis.id
+        != compute_basis_from_checkpoint(exported[0], RunConfig().fast_weights, 0).id
+    )
     assert here.model.fingerprint == there.model.fingerprint
     assert here.config.write == there.config.write and here.system_prompt == there.system_prompt
 
@@ -166,7 +194,22 @@ def episode_record(log: Sequence[WriteRecord], basis_id: str, version: int, conf
     entries = tuple(WriteEntry(0, record, (), "passed") for record in log)
     origin = Origin("tiny", "train", "", 1, "worker-0", "tiny", "parametric", config)
     times = Timings(1, 1, 0, 0, 0, 0)
-    return EpisodeRecord(origin, "t", "recall", "train-0.1", version, basis_id, (), entries, {}, Outcome(1.0, {}, ()), (1.0, 0.0), "done", times, 0.0)
+    return EpisodeRecord(
+        origin,
+        "t",
+        "recall",
+        "train-0.1",
+        version,
+        basis_id,
+        (),
+        entries,
+        {},
+        Outcome(1.0, {}, ()),
+        (1.0, 0.0),
+        "done",
+        times,
+        0.0,
+    )
 
 
 def test_an_episodes_memory_is_rebuilt_from_its_record_as_an_adapter(run_dir: Path, tmp_path: Path) -> None:
@@ -176,10 +219,14 @@ def test_an_episodes_memory_is_rebuilt_from_its_record_as_an_adapter(run_dir: Pa
     path = save(episode_record(log, opening.basis.id, 0, str(config)), run_dir / "episodes")
     assert "the memory of episode train-0.1 after 2 writes" in export(path, tmp_path / "adapter", "")
     rebuilt = from_peft(tmp_path / "adapter", opening.basis)
-    assert rebuilt.revision == 2 and all(np.array_equal(rebuilt.b[name], weights.b[name]) for name in weights.b)
+    assert rebuilt.revision == 2 and all(
+        np.array_equal(rebuilt.b[name], weights.b[name]) for name in weights.b
+    )
 
     elsewhere = save(episode_record(log, opening.basis.id, 9, str(config)), tmp_path / "run" / "episodes")
-    with pytest.raises(AssistantError, match=r"was played on policy version 9 and .* has no checkpoint; give --model"):
+    with pytest.raises(
+        AssistantError, match=r"was played on policy version 9 and .* has no checkpoint; give --model"
+    ):
         export(elsewhere, tmp_path / "other", "")
     with pytest.raises(AssistantError, match="already holds something"):
         export(path, tmp_path / "adapter", "")

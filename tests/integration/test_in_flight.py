@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.engine import VLLMPolicy
-from actors.fast_weights import Basis
+from actors.engine.policy import VLLMPolicy
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.delta import Basis
 from actors.protocols import EngineError
 from actors.types import AdapterKey, FastWeights, Generation, Probe, Sampling
 from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig
@@ -43,7 +43,10 @@ def policy(tiny_model_path: Path, basis: Basis) -> Iterator[VLLMPolicy]:
 
 def moved(tensors: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    new = {name: tensor + 0.05 * tensor.std() * torch.randn(tensor.shape, generator=draw) for name, tensor in tensors.items()}
+    new = {
+        name: tensor + 0.05 * tensor.std() * torch.randn(tensor.shape, generator=draw)
+        for name, tensor in tensors.items()
+    }
     return {**new, "lm_head.weight": new["model.embed_tokens.weight"]}
 
 
@@ -65,7 +68,11 @@ def test_generations_go_on_under_new_weights_and_each_token_is_of_the_weights_it
     weights = written(basis, 1, 80, 0.02)
     asked: list[tuple[list[int], FastWeights | None, Sampling]] = [
         (prompt(1, 120), None, Sampling(0.0, 90, 0, kind="act")),
-        (prompt(1, 120), weights, Sampling(1.0, 90, 5, kind="act")),  # seeded, under an adapter, and with a prompt that the prefix cache holds
+        (
+            prompt(1, 120),
+            weights,
+            Sampling(1.0, 90, 5, kind="act"),
+        ),  # seeded, under an adapter, and with a prompt that the prefix cache holds
         (prompt(2, 300), weights, Sampling(1.0, 90, 6, kind="extract")),
     ]
     key = AdapterKey(0, "living", 1)
@@ -73,7 +80,10 @@ def test_generations_go_on_under_new_weights_and_each_token_is_of_the_weights_it
     async def story() -> list[Generation]:
         await policy.install(key, weights, None)
         keys = [AdapterKey(0, "any", 0) if delta is None else key for _, delta, _ in asked]
-        running = [asyncio.create_task(policy.generate(ids, sampling, name)) for (ids, _, sampling), name in zip(asked, keys, strict=True)]
+        running = [
+            asyncio.create_task(policy.generate(ids, sampling, name))
+            for (ids, _, sampling), name in zip(asked, keys, strict=True)
+        ]
         for version in (1, 2):
             await steps(policy, STEPS)
             with pytest.raises(EngineError, match="unknown, first extra"):
@@ -87,21 +97,30 @@ def test_generations_go_on_under_new_weights_and_each_token_is_of_the_weights_it
         assert len(generation.token_ids) == 90 and list(generation.versions) == sorted(generation.versions)
         assert set(generation.versions) == {0, 1, 2}
         temperature = sampling.temperature or 1.0
-        expected = [reference.of_generated(ids, generation.token_ids, delta, temperature) for reference in references]
+        expected = [
+            reference.of_generated(ids, generation.token_ids, delta, temperature) for reference in references
+        ]
         found = [expected[version][place] for place, version in enumerate(generation.versions)]
         assert distance(generation.logprobs, found) < EXACT
         assert distance(generation.logprobs, expected[0]) > 0.05 < distance(generation.logprobs, expected[2])
         tables = [reference.table([*ids, *generation.token_ids], delta) for reference in references]
         if sampling.temperature == 0.0:
-            best = [int(tables[version][len(ids) - 1 + place].argmax()) for place, version in enumerate(generation.versions)]
+            best = [
+                int(tables[version][len(ids) - 1 + place].argmax())
+                for place, version in enumerate(generation.versions)
+            ]
             assert best == list(generation.token_ids)
 
     async def afterwards() -> None:
         """Adapters of before stay, their episode may write more, names stay used, and a drained refresh ends all of it."""
         ids = prompt(3, 60)
         assert distance(await policy.score(ids, key), references[2].logprobs(ids, weights)) < EXACT
-        again = await policy.generate(ids, Sampling(0.0, 6, 0, kind="act"), key)  # a stale prefix cache would show here
-        assert distance(again.logprobs, references[2].of_generated(ids, again.token_ids, weights)) < EXACT and set(again.versions) == {2}
+        again = await policy.generate(
+            ids, Sampling(0.0, 6, 0, kind="act"), key
+        )  # a stale prefix cache would show here
+        assert distance(
+            again.logprobs, references[2].of_generated(ids, again.token_ids, weights)
+        ) < EXACT and set(again.versions) == {2}
         second, next_key = written(basis, 2, 81, 0.02), AdapterKey(0, "living", 2)
         await policy.install(next_key, second, None)
         assert distance(await policy.score(ids, next_key), references[2].logprobs(ids, second)) < EXACT
@@ -115,9 +134,13 @@ def test_generations_go_on_under_new_weights_and_each_token_is_of_the_weights_it
     run(afterwards())
 
 
-def test_a_receipt_that_a_refresh_overtakes_proves_nothing(policy: VLLMPolicy, tiny_model_path: Path, basis: Basis) -> None:
+def test_a_receipt_that_a_refresh_overtakes_proves_nothing(
+    policy: VLLMPolicy, tiny_model_path: Path, basis: Basis
+) -> None:
     """Its probe is of the weights before: the episode must not fail for it."""
-    state = {name: tensor.clone() for name, tensor in Reference(tiny_model_path, basis).model.state_dict().items()}
+    state = {
+        name: tensor.clone() for name, tensor in Reference(tiny_model_path, basis).model.state_dict().items()
+    }
 
     async def story() -> None:
         version = policy.version

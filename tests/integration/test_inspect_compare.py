@@ -10,19 +10,31 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.basis import compute_basis_from_checkpoint, save_basis
-from actors.chat import ChatFormat
-from actors.fast_weights import Basis, DeltaInjector, stack, zero
-from actors.flashcards import write_example
+from actors.fast_weights.basis import compute_basis_from_checkpoint, save_basis
+from actors.fast_weights.delta import Basis, DeltaInjector, stack, zero
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import write_example
 from actors.types import Answer, FastWeights, Flashcard, Outcome, Timings, WriteRecord, WriteRequest
-from actors.writer import checkpoint_writer
+from actors.write.writer import checkpoint_writer
 from cluster import cli
 from cluster.inspection.compare import compare
-from cluster.inspection.record import FOLDER, EpisodeRecord, Origin, Passage, SegmentRecord, WriteEntry, save, save_text
+from cluster.inspection.record import (
+    FOLDER,
+    EpisodeRecord,
+    Origin,
+    Passage,
+    SegmentRecord,
+    WriteEntry,
+    save,
+    save_text,
+)
 from configs.load import load_config, to_yaml
 from configs.schema import RunConfig
 
-CARDS = (Flashcard("What did Stella buy?", "a green backpack"), Flashcard("Who plays the ukulele?", "Rebecca"))
+CARDS = (
+    Flashcard("What did Stella buy?", "a green backpack"),
+    Flashcard("Who plays the ukulele?", "Rebecca"),
+)
 SYSTEM = "Remember what you are told."
 
 
@@ -40,7 +52,12 @@ class Played:
 def played(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Played:
     """Two writes, and one of the questions asked under the second revision; the record as a run leaves it."""
     run_dir = tmp_path_factory.mktemp("quick-1")
-    settings = [f"model.name={tiny_model_path}", "write.learning_rate=5e-3", "write.epochs=20", "sampling.max_answer_tokens=6"]
+    settings = [
+        f"model.name={tiny_model_path}",
+        "write.learning_rate=5e-3",
+        "write.epochs=20",
+        "sampling.max_answer_tokens=6",
+    ]
     config = load_config(Path("configs/quickstart.yaml"), settings)
     save_text(to_yaml(config), run_dir / FOLDER / "settings-0.yaml")
     basis = compute_basis_from_checkpoint(tiny_model_path, config.fast_weights, 0)
@@ -54,15 +71,27 @@ def played(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         assert result.outcome == "accepted"
         weights = result.weights
         revisions.append(weights)
-        numbers = (len(examples[0].prompt_ids), len(examples[0].answer_ids), result.loss_before, result.loss_after, result.steps, result.seconds)
+        numbers = (
+            len(examples[0].prompt_ids),
+            len(examples[0].answer_ids),
+            result.loss_before,
+            result.loss_after,
+            result.steps,
+            result.seconds,
+        )
         log = WriteRecord(weights.revision, examples, (card,), "cards", 0, *numbers, "accepted", "")
         writes.append(WriteEntry(number, log, (), "passed"))
     prompt, said = write_example(CARDS[0], SYSTEM, chat).prompt_ids, chat.reply("a hat")
     ids = (*prompt, *said)
-    contexts = [SegmentRecord(revision, ids, (Passage("extract", len(prompt), len(ids), "cards"),)) for revision in (0, 1)]
+    contexts = [
+        SegmentRecord(revision, ids, (Passage("extract", len(prompt), len(ids), "cards"),))
+        for revision in (0, 1)
+    ]
     asked = SegmentRecord(2, ids, (Passage("act", len(prompt), len(ids), "a hat"),))
     record = EpisodeRecord(
-        origin=Origin(run_dir.name, "train", "", 1, "worker-0", str(tiny_model_path), "parametric", "settings-0.yaml"),
+        origin=Origin(
+            run_dir.name, "train", "", 1, "worker-0", str(tiny_model_path), "parametric", "settings-0.yaml"
+        ),
         task_id="t",
         environment="recall",
         episode_id="train-0.0",
@@ -71,7 +100,9 @@ def played(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         segments=(*contexts, asked),
         writes=tuple(writes),
         memory_events={},
-        outcome=Outcome(0.0, {}, (Answer(CARDS[0].question, ("a green backpack",), "a hat", "", {"f1": 0.0}),)),
+        outcome=Outcome(
+            0.0, {}, (Answer(CARDS[0].question, ("a green backpack",), "a hat", "", {"f1": 0.0}),)
+        ),
         siblings=(0.0,),
         stop_reason="done",
         timings=Timings(1.0, 0.2, 0.2, 0.2, 0.2, 0.2),
@@ -87,7 +118,14 @@ def generated(played: Played, weights: FastWeights | None) -> str:
     prompt = torch.tensor([write_example(CARDS[0], SYSTEM, played.chat).prompt_ids])
     with torch.no_grad(), injector.use(None if weights is None else stack([weights], played.basis)):
         stop = list(played.chat.stop_token_ids)
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, eos_token_id=stop, pad_token_id=2)
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=stop,
+            pad_token_id=2,
+        )
     return played.chat.decode(out[0, prompt.shape[1] :].tolist())
 
 
@@ -111,7 +149,10 @@ def test_the_page_shows_both(played: Played, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"policy_version": 4}, "was played on policy version 4, there are checkpoints of none here: give its checkpoint with --policy FOLDER"),
+        (
+            {"policy_version": 4},
+            "was played on policy version 4, there are checkpoints of none here: give its checkpoint with --policy FOLDER",
+        ),
         ({"basis_id": "other"}, "no basis other in"),
         ({"loss": 9.0}, "logged a loss of 9.00000 after it"),
         ({"segments": ()}, "every answer was given without fast weights"),

@@ -14,9 +14,16 @@ import pytest
 import safetensors.torch
 from torch import Tensor
 
-from actors.fast_weights import Basis
+from actors.fast_weights.delta import Basis
 from actors.types import TrajectoryGroup
-from tests.unit.learner_cases import assert_equal_updates, free, group, largest_relative_difference, learner, write_model
+from tests.unit.learner_cases import (
+    assert_equal_updates,
+    free,
+    group,
+    largest_relative_difference,
+    learner,
+    write_model,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = (0, 1, 2, 3)
@@ -86,7 +93,15 @@ def test_two_ranks_equal_one(two: TwoRanks, zero_stage: int) -> None:
         weights = safetensors.torch.load_file(two.out / f"weights-{zero_stage}-{rank}.safetensors")
         assert_equal_updates(weights, two.weights[2], two.weights[0], 1e-4)
         for mine, theirs in zip(two.reports, found, strict=False):
-            for key in ("loss", "grad_norm", "ratio_mean", "ratio_min", "ratio_max", "entropy", "engine_logprob_diff_max"):
+            for key in (
+                "loss",
+                "grad_norm",
+                "ratio_mean",
+                "ratio_min",
+                "ratio_max",
+                "entropy",
+                "engine_logprob_diff_max",
+            ):
                 assert theirs[key] == pytest.approx(getattr(mine, key), rel=1e-4), key
             assert theirs["action_tokens"] == getattr(mine, "action_tokens")  # noqa: B009
         assert found[2]["loss"] == found[1]["loss"]  # after load, the same step to the bit
@@ -96,23 +111,36 @@ def test_two_ranks_equal_one(two: TwoRanks, zero_stage: int) -> None:
 def test_a_checkpoint_of_one_rank_goes_on_with_two(two: TwoRanks, zero_stage: int) -> None:
     """What two ranks hold after loading it is what one rank saved, to the bit; their next step is the uninterrupted one's, up to summation order."""
     for file in [*(f"optimizer/{name}.safetensors" for name in OPTIMIZER), "model/model.safetensors"]:
-        saved, held = (safetensors.torch.load_file(two.out / f"{folder}-{zero_stage}" / file) for folder in ("one", "again"))
+        saved, held = (
+            safetensors.torch.load_file(two.out / f"{folder}-{zero_stage}" / file)
+            for folder in ("one", "again")
+        )
         assert saved.keys() == held.keys() and all(saved[name].equal(held[name]) for name in saved), file
-    counters = [json.loads((two.out / f"{folder}-{zero_stage}" / "learner.json").read_text()) for folder in ("one", "again")]
+    counters = [
+        json.loads((two.out / f"{folder}-{zero_stage}" / "learner.json").read_text())
+        for folder in ("one", "again")
+    ]
     assert counters[1] == {**counters[0], "ranks": 2}
     for rank in range(2):
-        assert_second_step(two, safetensors.torch.load_file(two.out / f"grown-{zero_stage}-{rank}.safetensors"))
+        assert_second_step(
+            two, safetensors.torch.load_file(two.out / f"grown-{zero_stage}-{rank}.safetensors")
+        )
 
 
 @pytest.mark.parametrize(("saved_under", "loaded_under"), [(0, 1), (1, 1), (1, 3), (2, 0), (3, 2), (3, 3)])
 @pytest.mark.filterwarnings("ignore")
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_under_any_stage(two: TwoRanks, tmp_path: Path, saved_under: int, loaded_under: int) -> None:
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_under_any_stage(
+    two: TwoRanks, tmp_path: Path, saved_under: int, loaded_under: int
+) -> None:
     alone = learner(two.model_path, two.basis, free(zero_stage=loaded_under))
     alone.load(two.out / f"checkpoint-{saved_under}")
     alone.save(tmp_path / "again")
     for name in OPTIMIZER:
         file = f"optimizer/{name}.safetensors"
-        saved, held = (safetensors.torch.load_file(folder / file) for folder in (two.out / f"checkpoint-{saved_under}", tmp_path / "again"))
+        saved, held = (
+            safetensors.torch.load_file(folder / file)
+            for folder in (two.out / f"checkpoint-{saved_under}", tmp_path / "again")
+        )
         assert all(saved[key].equal(held[key]) for key in saved), name
     assert alone.version == 1
     alone.step(two.groups)

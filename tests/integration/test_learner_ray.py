@@ -11,7 +11,7 @@ import pytest
 import ray
 import torch
 
-from actors.fast_weights import Basis
+from actors.fast_weights.delta import Basis
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner.types import LearnerError
 from learner.worker import LearnerGroup, LearnerSpec
@@ -20,16 +20,27 @@ from tests.unit.learner_cases import free, group, learner, segments_of
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=200 * 2**20, namespace="learner-tests", log_to_driver=False)
+    ray.init(
+        "local",
+        num_cpus=1,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        namespace="learner-tests",
+        log_to_driver=False,
+    )
     yield
     ray.shutdown()
 
 
 def spec(folder: Path, basis: Basis, config: LearnerConfig) -> LearnerSpec:
-    return LearnerSpec(config, ObjectiveConfig(importance="none"), str(folder), basis, seed=0, temperature=1.0)
+    return LearnerSpec(
+        config, ObjectiveConfig(importance="none"), str(folder), basis, seed=0, temperature=1.0
+    )
 
 
-def test_the_group_trains_like_a_learner_in_this_process(cluster: None, llama: Path, llama_basis: Basis, tmp_path: Path) -> None:
+def test_the_group_trains_like_a_learner_in_this_process(
+    cluster: None, llama: Path, llama_basis: Basis, tmp_path: Path
+) -> None:
     config = free(zero_stage=1)
     remote = LearnerGroup(spec(llama, llama_basis, config), start_timeout_s=300)
     local = learner(llama, llama_basis, config)
@@ -37,20 +48,29 @@ def test_the_group_trains_like_a_learner_in_this_process(cluster: None, llama: P
     segments = [part for _, part in segments_of(groups)]
     try:
         assert remote.version == 0
-        assert remote.warm_start_step(segments, 1e-3).loss == pytest.approx(local.warm_start_step(segments, 1e-3).loss, rel=1e-5)
+        assert remote.warm_start_step(segments, 1e-3).loss == pytest.approx(
+            local.warm_start_step(segments, 1e-3).loss, rel=1e-5
+        )
         stored = [ray.put(one) for one in groups]
         assert remote.step(stored).loss == pytest.approx(local.step(groups).loss, rel=1e-5)
         assert remote.version == 2
         weights = ray.get(remote.weights_ref(trainable_only=False), timeout=60)
         expected = local.weights(trainable_only=False)
-        assert weights.keys() == expected.keys() and all(torch.allclose(weights[name], expected[name], atol=1e-6) for name in weights)
+        assert weights.keys() == expected.keys() and all(
+            torch.allclose(weights[name], expected[name], atol=1e-6) for name in weights
+        )
         remote.save(str(tmp_path / "c"))
         first = remote.step(stored)
         assert remote.load(str(tmp_path / "c")) == 2 == remote.version
         assert replace(remote.step(stored), seconds=0) == replace(first, seconds=0)
-        with pytest.raises(LearnerError, match=r"^nothing to learn from: 0 groups hold 0 finished episodes and no sampled token$"):
+        with pytest.raises(
+            LearnerError,
+            match=r"^nothing to learn from: 0 groups hold 0 finished episodes and no sampled token$",
+        ):
             remote.step([])
-        with pytest.raises(ValueError, match=r"^task .*reward 0 is nan: a reward must be a finite number") as refused:
+        with pytest.raises(
+            ValueError, match=r"^task .*reward 0 is nan: a reward must be a finite number"
+        ) as refused:
             remote.step([ray.put(group(llama_basis, (math.nan, 1.0)))])
         assert type(refused.value) is ValueError  # the rank's own, not Ray's wrapping of it
         with pytest.raises(LearnerError, match=r"^learner step: a rank failed: AttributeError: .*'str'"):
@@ -60,7 +80,10 @@ def test_the_group_trains_like_a_learner_in_this_process(cluster: None, llama: P
 
 
 def test_a_rank_that_cannot_be_placed_is_named(cluster: None, llama: Path, llama_basis: Basis) -> None:
-    with pytest.raises(LearnerError, match=r"no answer from rank \[0\] within 3 s \(asked for 64 CPUs and 0 GPUs for each of 1 learner ranks"):
+    with pytest.raises(
+        LearnerError,
+        match=r"no answer from rank \[0\] within 3 s \(asked for 64 CPUs and 0 GPUs for each of 1 learner ranks",
+    ):
         LearnerGroup(spec(llama, llama_basis, free(cpus_per_worker=64)), start_timeout_s=3)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.fast_weights import Basis
+from actors.fast_weights.delta import Basis
 from actors.types import TrajectoryGroup
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner.batch import split
@@ -19,7 +19,12 @@ from tests.unit.learner_cases import assert_equal_updates, free, group, learner,
 
 
 def start_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value.detach() for name, value in AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters()}
+    return {
+        name: value.detach()
+        for name, value in AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        ).named_parameters()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +34,12 @@ def groups(llama_basis: Basis) -> list[TrajectoryGroup]:
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.filterwarnings("ignore")
-def test_every_zero_stage_equals_plain_adamw(llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], zero_stage: int) -> None:
-    config = LearnerConfig(learning_rate=1e-3, weight_decay=0.01, max_grad_norm=0.5, zero_stage=zero_stage, microbatch_tokens=50)
+def test_every_zero_stage_equals_plain_adamw(
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], zero_stage: int
+) -> None:
+    config = LearnerConfig(
+        learning_rate=1e-3, weight_decay=0.01, max_grad_norm=0.5, zero_stage=zero_stage, microbatch_tokens=50
+    )
     expected = reference_steps(llama, llama_basis, groups, config, steps=2)
     made = learner(llama, llama_basis, config)
     reports = [made.step(groups) for _ in range(2)]
@@ -48,7 +57,10 @@ def test_every_zero_stage_equals_plain_adamw(llama: Path, llama_basis: Basis, gr
 def test_a_resumed_learner_goes_on_to_the_bit(
     llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path, zero_stage: int
 ) -> None:
-    config, objective = free(zero_stage=zero_stage, warmup_steps=4, microbatch_tokens=300), ObjectiveConfig(minibatches=2)
+    config, objective = (
+        free(zero_stage=zero_stage, warmup_steps=4, microbatch_tokens=300),
+        ObjectiveConfig(minibatches=2),
+    )
     made = learner(llama, llama_basis, config, objective)
     for _ in range(2):
         made.step(groups)
@@ -59,7 +71,9 @@ def test_a_resumed_learner_goes_on_to_the_bit(
     other.load(tmp_path / "c")
     assert (np.random.rand(), torch.rand(1).item()) == draws
     found = [other.step(groups) for _ in range(2)]
-    assert [asdict(replace(report, seconds=0)) for report in found] == [asdict(replace(report, seconds=0)) for report in expected]
+    assert [asdict(replace(report, seconds=0)) for report in found] == [
+        asdict(replace(report, seconds=0)) for report in expected
+    ]
     one, two = made.weights(trainable_only=False), other.weights(trainable_only=False)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -102,7 +116,9 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(
     assert made.version == 0 and all(torch.equal(start[name], after[name]) for name in start)
     made.step(groups)  # and it goes on
     moved = made.weights(trainable_only=False)
-    assert all(torch.isfinite(value).all() for value in moved.values()) and any(not torch.equal(moved[name], start[name]) for name in start)
+    assert all(torch.isfinite(value).all() for value in moved.values()) and any(
+        not torch.equal(moved[name], start[name]) for name in start
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -111,11 +127,19 @@ def test_a_bad_later_minibatch_says_what_is_applied(llama: Path, llama_basis: Ba
     siblings = group(llama_basis, (1.0, 0.0, 0.25, 0.5))
     order = split([ScoredTrajectory(one, 1.0) for one in siblings.trajectories], 2, (0, 0))
     last = order[1][0].trajectory
-    broken = tuple(replace(part, logprobs=np.where(part.action_mask, np.nan, 0).astype(np.float32)) for part in last.segments)
+    broken = tuple(
+        replace(part, logprobs=np.where(part.action_mask, np.nan, 0).astype(np.float32))
+        for part in last.segments
+    )
     poisoned = tuple(replace(one, segments=broken) if one is last else one for one in siblings.trajectories)
-    made = learner(llama, llama_basis, free(zero_stage=1), ObjectiveConfig(minibatches=2, importance="truncated"))
+    made = learner(
+        llama, llama_basis, free(zero_stage=1), ObjectiveConfig(minibatches=2, importance="truncated")
+    )
     start = made.weights(trainable_only=False)
-    with pytest.raises(LearnerError, match=r"minibatch 2: .*minibatches 1 to 1 of 2 .* version is still 0: resume from the last checkpoint"):
+    with pytest.raises(
+        LearnerError,
+        match=r"minibatch 2: .*minibatches 1 to 1 of 2 .* version is still 0: resume from the last checkpoint",
+    ):
         made.step([replace(siblings, trajectories=poisoned)])
     after = made.weights(trainable_only=False)
     assert made.version == 0 and any(not torch.equal(start[name], after[name]) for name in start)
@@ -133,7 +157,9 @@ def test_skipping_trajectories_without_advantage_changes_nothing(llama: Path, ll
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_bfloat16_keeps_float32_masters(llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path) -> None:
+def test_bfloat16_keeps_float32_masters(
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path
+) -> None:
     made = learner(llama, llama_basis, free(learning_rate=1e-5, dtype="bfloat16", zero_stage=1))
     made.step(groups)
     made.save(tmp_path / "c")

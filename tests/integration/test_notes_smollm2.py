@@ -9,15 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.chat import ChatFormat
-from actors.embedder import load_embedder
-from actors.engine import VLLMPolicy
-from actors.episode import EpisodeSpec, LiveActor
+from actors.engine.policy import VLLMPolicy
+from actors.episodes.episode import EpisodeSpec, LiveActor
+from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.memory.base import Agent
 from actors.memory.notes import NotesMemory
+from actors.text.chat_template import ChatFormat
+from actors.text.embedder import load_embedder
 from actors.types import Segment, Task, WriteRequest, WriteResult
-from configs.schema import EmbedderConfig, EngineConfig, FastWeightsConfig, MemoryConfig, ModelConfig, NotesConfig
+from configs.schema import (
+    EmbedderConfig,
+    EngineConfig,
+    FastWeightsConfig,
+    MemoryConfig,
+    ModelConfig,
+    NotesConfig,
+)
 
 pytestmark = pytest.mark.engine_in_process
 TOLD = (
@@ -43,8 +50,12 @@ def chat(model_path: Path) -> ChatFormat:
 @pytest.fixture(scope="module")
 def policy(model_path: Path, chat: ChatFormat) -> Iterator[VLLMPolicy]:
     config = EngineConfig(slots=4, max_model_tokens=1024, kv_cache_gib=0.25)
-    basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(last_layers=1, projections=("down_proj",)), seed=0)
-    policy = VLLMPolicy(model_path, ModelConfig(), config, basis, chat.stop_token_ids, version=0, threads=1, seed=0)
+    basis = compute_basis_from_checkpoint(
+        model_path, FastWeightsConfig(last_layers=1, projections=("down_proj",)), seed=0
+    )
+    policy = VLLMPolicy(
+        model_path, ModelConfig(), config, basis, chat.stop_token_ids, version=0, threads=1, seed=0
+    )
     yield policy
     policy.close()
 
@@ -53,7 +64,9 @@ async def _episode(policy: VLLMPolicy, chat: ChatFormat, seed: int) -> tuple[Not
     """Greedy for seed 0, else sampled."""
     spec = EpisodeSpec(Task("t", "e", {}, seed), f"e{seed}", 0.0 if seed == 0 else 0.7, 16, 1, seed)
     agent = Agent(LiveActor(policy, _NoWriter(), spec, "basis"), chat, "Answer in a few words.", QUESTION)
-    config = MemoryConfig(policy="notes", max_context_tokens=512, notes=NotesConfig(max_note_tokens=72, retrieved=1))
+    config = MemoryConfig(
+        policy="notes", max_context_tokens=512, notes=NotesConfig(max_note_tokens=72, retrieved=1)
+    )
     memory = NotesMemory(config, lambda: load_embedder(EmbedderConfig()))
     for text in TOLD:
         await memory.read(agent, text)
@@ -63,7 +76,9 @@ async def _episode(policy: VLLMPolicy, chat: ChatFormat, seed: int) -> tuple[Not
     return memory, agent
 
 
-def test_the_model_writes_links_and_changes_notes_and_answers_from_them(policy: VLLMPolicy, chat: ChatFormat) -> None:
+def test_the_model_writes_links_and_changes_notes_and_answers_from_them(
+    policy: VLLMPolicy, chat: ChatFormat
+) -> None:
     async def story() -> list[tuple[NotesMemory, Agent]]:
         return list(await asyncio.gather(*(_episode(policy, chat, seed) for seed in range(4))))
 
@@ -76,11 +91,19 @@ def test_the_model_writes_links_and_changes_notes_and_answers_from_them(policy: 
         for segment in agent.segments:
             _is_one_reply(segment, 16 if segment.spans[0].kind == "act" else 72)
         prompt = _prompt(agent.segments[-1], chat)
-        assert events["retrieved"] == 1 and prompt.count("Pepper") >= 1 and prompt.index("Note ") < prompt.index(QUESTION)
+        assert (
+            events["retrieved"] == 1
+            and prompt.count("Pepper") >= 1
+            and prompt.index("Note ") < prompt.index(QUESTION)
+        )
         links = {note.number: set(note.links) for note in memory._notes}
-        assert all(number in links[other] for number, others in links.items() for other in others)  # both ways
+        assert all(
+            number in links[other] for number, others in links.items() for other in others
+        )  # both ways
         shown = {note.number for note in memory._notes if f"Note {note.number}" in prompt}
-        assert any(shown == {number, *links[number]} for number in shown)  # the nearest note and what it is linked to: all of it fits
+        assert any(
+            shown == {number, *links[number]} for number in shown
+        )  # the nearest note and what it is linked to: all of it fits
         assert events["linked"] == len(shown) - 1
         assert all(note.attributes.context in prompt for note in memory._notes if note.number in shown)
         for segment in agent.segments:
@@ -97,7 +120,9 @@ def _is_one_reply(segment: Segment, most: int) -> None:
     (span,) = segment.spans
     assert 0 < span.end - span.start <= most
     assert segment.action_mask.sum() == span.end - span.start
-    assert (segment.logprobs[segment.action_mask] <= 0).all() and (segment.logprobs[~segment.action_mask] == 0).all()
+    assert (segment.logprobs[segment.action_mask] <= 0).all() and (
+        segment.logprobs[~segment.action_mask] == 0
+    ).all()
     assert segment.revision == 0
 
 

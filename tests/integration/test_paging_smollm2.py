@@ -10,27 +10,39 @@ from pathlib import Path
 
 import pytest
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.chat import ChatFormat
-from actors.embedder import load_embedder
-from actors.engine import VLLMPolicy
+from actors.engine.policy import VLLMPolicy
 from actors.environments.recall import RecallEnvironment
-from actors.episode import EpisodeSpec, LiveActor, run_episode
+from actors.episodes.episode import EpisodeSpec, LiveActor, run_episode
+from actors.episodes.rollout import WriteBatcher
+from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.memory.base import Agent
 from actors.memory.paging import PagingMemory
 from actors.memory.paging_tools import Call
-from actors.retrieval import Embedder
-from actors.rollout import WriteBatcher
+from actors.text.chat_template import ChatFormat
+from actors.text.embedder import load_embedder
+from actors.text.retrieval import Embedder
 from actors.types import AdapterKey, FastWeights, Generation, Probe, Sampling, Segment
-from configs.schema import EmbedderConfig, EngineConfig, FastWeightsConfig, MemoryConfig, ModelConfig, PagingConfig, RecallConfig
+from configs.schema import (
+    EmbedderConfig,
+    EngineConfig,
+    FastWeightsConfig,
+    MemoryConfig,
+    ModelConfig,
+    PagingConfig,
+    RecallConfig,
+)
 from tests.unit.rollout_fakes import ScriptedWriter
 
 pytestmark = pytest.mark.engine_in_process
 FACT = "My cat is called Zorro."
 PAGING = PagingConfig(max_calls=1, max_call_tokens=24)
 MEMORY = MemoryConfig(policy="paging", max_context_tokens=640, max_summary_tokens=32, paging=PAGING)
-ENVIRONMENT = RecallEnvironment(RecallConfig(sessions=10, facts_per_session=2, questions=1, filler_sentences=5))
-SPEC = EpisodeSpec(next(ENVIRONMENT.tasks("eval", 0, 0)), "e", temperature=0.0, max_answer_tokens=8, max_turns=3, seed=0)
+ENVIRONMENT = RecallEnvironment(
+    RecallConfig(sessions=10, facts_per_session=2, questions=1, filler_sentences=5)
+)
+SPEC = EpisodeSpec(
+    next(ENVIRONMENT.tasks("eval", 0, 0)), "e", temperature=0.0, max_answer_tokens=8, max_turns=3, seed=0
+)
 
 
 class _Recorder:
@@ -41,7 +53,9 @@ class _Recorder:
         self.calls: list[tuple[tuple[int, ...], Generation]] = []
         self._engine = engine
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey
+    ) -> Generation:
         generation = await self._engine.generate(prompt_ids, sampling, adapter)
         self.calls.append((tuple(prompt_ids), generation))
         return generation
@@ -55,8 +69,19 @@ class _Recorder:
 
 @pytest.fixture(scope="module")
 def engine(model_path: Path) -> Iterator[VLLMPolicy]:
-    basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(last_layers=1, projections=("down_proj",)), seed=0)
-    policy = VLLMPolicy(model_path, ModelConfig(), EngineConfig(slots=2, max_model_tokens=800, kv_cache_gib=0.25), basis, (2,), 0, threads=1, seed=0)
+    basis = compute_basis_from_checkpoint(
+        model_path, FastWeightsConfig(last_layers=1, projections=("down_proj",)), seed=0
+    )
+    policy = VLLMPolicy(
+        model_path,
+        ModelConfig(),
+        EngineConfig(slots=2, max_model_tokens=800, kv_cache_gib=0.25),
+        basis,
+        (2,),
+        0,
+        threads=1,
+        seed=0,
+    )
     yield policy
     policy.close()
 
@@ -72,46 +97,79 @@ def _embedder() -> Embedder:
     return load_embedder(EmbedderConfig())
 
 
-def _check(segments: Sequence[Segment], calls: Sequence[tuple[tuple[int, ...], Generation]], chat: ChatFormat) -> None:
+def _check(
+    segments: Sequence[Segment], calls: Sequence[tuple[tuple[int, ...], Generation]], chat: ChatFormat
+) -> None:
     """Each sampled span with its log-probs stands behind exactly the prompt that the engine was given; no prompt is over L_max."""
     spans = [(segment, span) for segment in segments for span in segment.spans]
     held = Counter(
-        (*(tuple(array.tolist()) for array in (segment.token_ids[: span.start], segment.token_ids[span.start : span.end])),)
+        (
+            *(
+                tuple(array.tolist())
+                for array in (segment.token_ids[: span.start], segment.token_ids[span.start : span.end])
+            ),
+        )
         for segment, span in spans
     )
     assert held == Counter((prompt, generation.token_ids) for prompt, generation in calls)
-    assert all((segment.logprobs[segment.action_mask] <= 0).all() and segment.action_mask.any() for segment in segments)
+    assert all(
+        (segment.logprobs[segment.action_mask] <= 0).all() and segment.action_mask.any()
+        for segment in segments
+    )
     assert all(len(prompt) <= MEMORY.max_context_tokens + len(chat.assistant_open) for prompt, _ in calls)
 
 
 def test_an_episode_pages(engine: VLLMPolicy, chat: ChatFormat) -> None:
     recorder, memory = _Recorder(engine), PagingMemory(MEMORY, _embedder)
-    trajectory = asyncio.run(run_episode(SPEC, ENVIRONMENT, recorder, WriteBatcher(ScriptedWriter()), chat, memory, "basis"))
+    trajectory = asyncio.run(
+        run_episode(SPEC, ENVIRONMENT, recorder, WriteBatcher(ScriptedWriter()), chat, memory, "basis")
+    )
     events = trajectory.memory_events
     _check(trajectory.segments, recorder.calls, chat)
     assert events["flushes"] >= 2 and events["warnings"] >= 2
     assert events.get("summaries", 0) + events.get("empty_summaries", 0) >= events["flushes"]
-    written = [(chat.decode(prompt), chat.decode(generation.token_ids).strip()) for prompt, generation in recorder.calls]
+    written = [
+        (chat.decode(prompt), chat.decode(generation.token_ids).strip())
+        for prompt, generation in recorder.calls
+    ]
     summaries = [(prompt, text) for prompt, text in written if "Write the new summary" in prompt]
-    assert summaries[0][1] and summaries[0][1][:60] in summaries[1][0]  # the model's own summary, summarised again
+    assert (
+        summaries[0][1] and summaries[0][1][:60] in summaries[1][0]
+    )  # the model's own summary, summarised again
     sessions = SPEC.task.payload["sessions"]
     first = next(prompt for prompt, _ in written if "System alert" in prompt)
     assert sessions[0][:40] in first and sessions[0][:40] in summaries[0][0]
     asked, answered = written[-1]
-    assert sessions[-1][:40] in asked and sessions[0] not in asked and SPEC.task.payload["questions"][0]["question"] in asked
-    assert trajectory.outcome.answers[0].prediction == chat.decode(chat.encode(answered)[: SPEC.max_answer_tokens]).strip()
+    assert (
+        sessions[-1][:40] in asked
+        and sessions[0] not in asked
+        and SPEC.task.payload["questions"][0]["question"] in asked
+    )
+    assert (
+        trajectory.outcome.answers[0].prediction
+        == chat.decode(chat.encode(answered)[: SPEC.max_answer_tokens]).strip()
+    )
     assert {span.kind for segment in trajectory.segments for span in segment.spans} == {"act", "extract"}
 
 
 def test_a_call_of_the_model_is_executed(engine: VLLMPolicy, chat: ChatFormat) -> None:
     """Guided: the turn shows the call, as SmolLM2-135M calls no tool by itself. Either search finds the fact, by words or by the real embedder."""
     recorder, memory = _Recorder(engine), PagingMemory(MEMORY, _embedder)
-    agent = Agent(LiveActor(recorder, WriteBatcher(ScriptedWriter()), SPEC, "basis"), chat, "You are helpful.", "What is the cat called?")
+    agent = Agent(
+        LiveActor(recorder, WriteBatcher(ScriptedWriter()), SPEC, "basis"),
+        chat,
+        "You are helpful.",
+        "What is the cat called?",
+    )
 
     async def story() -> None:
         await memory.read(agent, FACT)
         memory._of(agent)._storage.run(Call("archival_insert", {"text": FACT}, followed=False))
-        await memory.answer(agent, 'Search your messages: reply with {"call": "recall_search", "query": "Zorro"}', SPEC.max_answer_tokens)
+        await memory.answer(
+            agent,
+            'Search your messages: reply with {"call": "recall_search", "query": "Zorro"}',
+            SPEC.max_answer_tokens,
+        )
 
     asyncio.run(story())
     assert memory.events["recall_searches"] + memory.events["archival_searches"] >= 1

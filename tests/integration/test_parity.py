@@ -14,12 +14,23 @@ import numpy as np
 import pytest
 import torch
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.context import Context
-from actors.engine import VLLMPolicy
-from actors.fast_weights import Basis, DeltaInjector, stack, zero
+from actors.engine.policy import VLLMPolicy
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.delta import Basis, DeltaInjector, stack, zero
 from actors.protocols import FastWeightWriter
-from actors.types import AdapterKey, FastWeights, Outcome, Sampling, Segment, Task, Timings, Trajectory, WriteExample, WriteRequest
+from actors.text.context import Context
+from actors.types import (
+    AdapterKey,
+    FastWeights,
+    Outcome,
+    Sampling,
+    Segment,
+    Task,
+    Timings,
+    Trajectory,
+    WriteExample,
+    WriteRequest,
+)
 from configs.schema import EngineConfig, FastWeightsConfig, LearnerConfig, ModelConfig, WriteConfig
 from learner.batch import pad
 from learner.model import PolicyModel, load_model
@@ -53,7 +64,9 @@ def seam(tiny_model_path: Path) -> Iterator[Seam]:
 
 async def _sample(seam: Seam, episode: str, revision: int, seed: int) -> Segment:
     prompt = tuple(np.random.default_rng(seed).integers(100, 40000, 40).tolist())
-    generation = await seam.policy.generate(prompt, replace(SAMPLING, seed=seed), AdapterKey(seam.policy.version, episode, revision))
+    generation = await seam.policy.generate(
+        prompt, replace(SAMPLING, seed=seed), AdapterKey(seam.policy.version, episode, revision)
+    )
     context = Context(prompt)
     context.act(generation, "extract" if revision < 2 else "act")
     return context.close(seam.policy.version, revision)
@@ -69,14 +82,27 @@ async def _episode(seam: Seam, episode: str, seed: int) -> Trajectory:
         examples = tuple(WriteExample(tuple(row[:12]), tuple(row[12:])) for row in ids)
         (result,) = seam.writer.write([WriteRequest(episode, weights, examples)])
         assert result.outcome == "accepted" and result.probe is not None, result.reason
-        await seam.policy.install(AdapterKey(seam.policy.version, episode, revision), result.weights, result.probe)
+        await seam.policy.install(
+            AdapterKey(seam.policy.version, episode, revision), result.weights, result.probe
+        )
         weights = result.weights
         revisions.append(weights)
         segments.append(await _sample(seam, episode, revision, seed + 10 * revision))
     await seam.policy.release([AdapterKey(seam.policy.version, episode, revision) for revision in (1, 2)])
     task = Task("parity", "recall", {}, 0)
     times = Timings(0, 0, 0, 0, 0, 0)
-    return Trajectory(task, episode, seam.policy.version, tuple(segments), tuple(revisions), (), {}, Outcome(float(seed % 2), {}, ()), "done", times)
+    return Trajectory(
+        task,
+        episode,
+        seam.policy.version,
+        tuple(segments),
+        tuple(revisions),
+        (),
+        {},
+        Outcome(float(seed % 2), {}, ()),
+        "done",
+        times,
+    )
 
 
 def _largest_gap(seam: Seam, trajectory: Trajectory) -> float:
@@ -84,7 +110,9 @@ def _largest_gap(seam: Seam, trajectory: Trajectory) -> float:
     rows = [Row(segment, trajectory.weights_of(segment), 0.0, 0.0) for segment in trajectory.segments]
     batch = pad(rows, SAMPLING.temperature)
     with torch.no_grad(), seam.injector.use(stack(batch.weights, seam.basis)):
-        scored, _ = seam.learner(torch.from_numpy(batch.token_ids), torch.from_numpy(batch.loss_mask), batch.temperature)
+        scored, _ = seam.learner(
+            torch.from_numpy(batch.token_ids), torch.from_numpy(batch.loss_mask), batch.temperature
+        )
     return float(np.abs(scored.numpy() - batch.engine_logprobs[batch.loss_mask]).max())
 
 
@@ -92,8 +120,15 @@ def test_the_learner_scores_what_the_engine_sampled_and_a_broadcast_keeps_it_so(
     async def story() -> None:
         first, second = await asyncio.gather(_episode(seam, "a", 4), _episode(seam, "b", 5))
         assert max(_largest_gap(seam, first), _largest_gap(seam, second)) <= EXACT
-        off_by_one = replace(first, segments=tuple(replace(segment, revision=max(0, segment.revision - 1)) for segment in first.segments))
-        assert _largest_gap(seam, off_by_one) > 50 * EXACT  # each segment's own revision, or the comparison means nothing
+        off_by_one = replace(
+            first,
+            segments=tuple(
+                replace(segment, revision=max(0, segment.revision - 1)) for segment in first.segments
+            ),
+        )
+        assert (
+            _largest_gap(seam, off_by_one) > 50 * EXACT
+        )  # each segment's own revision, or the comparison means nothing
 
         draw = torch.Generator().manual_seed(0)
         with torch.no_grad():

@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.chat import ChatFormat
-from actors.engine import VLLMPolicy
+from actors.engine.policy import VLLMPolicy
 from actors.environments.recall import SYSTEM_PROMPT
-from actors.fast_weights import Basis, zero
-from actors.flashcards import write_example
-from actors.frozen_model import FrozenModel, read_model
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.delta import Basis, zero
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import write_example
 from actors.types import AdapterKey, Flashcard, Sampling, WriteRequest, WriteResult
-from actors.writer import BatchedWriter
+from actors.write.frozen_llama import FrozenModel, read_model
+from actors.write.writer import BatchedWriter
 from cluster.probe.cards import recall_cards
 from cluster.probe.examiner import RUN_ON, Examiner
 from cluster.probe.reading import Reader
@@ -50,11 +50,19 @@ def probed(model_path: Path) -> Probed:
     model: FrozenModel = read_model(str(model_path), "float32", torch.device("cpu"))
     basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(), seed=0)
     chat = ChatFormat(AutoTokenizer.from_pretrained(model_path))
-    cards = tuple(Card(card.question, card.answer, card.paraphrases[:1]) for card in recall_cards(CARDS, "eval", 0))
-    pieces = [piece for kind in ("text", "reply") for piece in [piece for piece in unrelated_pieces(None) if piece.kind == kind][:1]]
+    cards = tuple(
+        Card(card.question, card.answer, card.paraphrases[:1]) for card in recall_cards(CARDS, "eval", 0)
+    )
+    pieces = [
+        piece
+        for kind in ("text", "reply")
+        for piece in [piece for piece in unrelated_pieces(None) if piece.kind == kind][:1]
+    ]
     examiner = Examiner(Reader(model, chat.stop_token_ids), chat, SYSTEM_PROMPT, [cards], pieces)
     write = WriteConfig(optimizer="adam", learning_rate=1e-3, epochs=STEPS)
-    result, steps = BatchedWriter(model, basis, write).trace(WriteRequest("probe", zero(basis), examiner.written(1, "flashcards", write)))
+    result, steps = BatchedWriter(model, basis, write).trace(
+        WriteRequest("probe", zero(basis), examiner.written(1, "flashcards", write))
+    )
     assert len(steps) == STEPS
     return Probed(
         basis,
@@ -86,17 +94,23 @@ def test_the_last_step_is_the_write_to_the_bit(probed: Probed) -> None:
     assert probed.last_step == probed.after
 
 
-def test_the_natural_write_remembers_more_wordings_and_harms_less(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_natural_write_remembers_more_wordings_and_harms_less(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Six facts: ten steps of Adam at the rate the study tuned for it, fifteen of the natural write (its row's), measured on half a run's text."""
-    monkeypatch.setattr("actors.sensitivity.SAMPLES", 16)
+    monkeypatch.setattr("actors.fast_weights.sensitivity.SAMPLES", 16)
     model: FrozenModel = read_model(str(model_path), "float32", torch.device("cpu"))
     basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(sensitivity_rank=64), seed=0)
     chat = ChatFormat(AutoTokenizer.from_pretrained(model_path))
     cards = [replace(card, paraphrases=card.paraphrases[:2]) for card in recall_cards(6, "eval", 0)]
-    examiner = Examiner(Reader(model, chat.stop_token_ids), chat, SYSTEM_PROMPT, [cards], unrelated_pieces(None))
+    examiner = Examiner(
+        Reader(model, chat.stop_token_ids), chat, SYSTEM_PROMPT, [cards], unrelated_pieces(None)
+    )
 
     def after(write: WriteConfig) -> Point:
-        (result,) = BatchedWriter(model, basis, write).write([WriteRequest("probe", zero(basis), examiner.written(1, "flashcards", write))])
+        (result,) = BatchedWriter(model, basis, write).write(
+            [WriteRequest("probe", zero(basis), examiner.written(1, "flashcards", write))]
+        )
         assert result.outcome == "accepted"
         return examiner.examine(basis, result.weights, 1, write.epochs)
 
@@ -111,7 +125,16 @@ def test_the_natural_write_remembers_more_wordings_and_harms_less(model_path: Pa
 @pytest.fixture(scope="module")
 def policy(model_path: Path, probed: Probed) -> Iterator[VLLMPolicy]:
     config = EngineConfig(slots=8, max_model_tokens=256, kv_cache_gib=0.25)
-    one = VLLMPolicy(model_path, ModelConfig(), config, probed.basis, probed.chat.stop_token_ids, version=0, threads=1, seed=0)
+    one = VLLMPolicy(
+        model_path,
+        ModelConfig(),
+        config,
+        probed.basis,
+        probed.chat.stop_token_ids,
+        version=0,
+        threads=1,
+        seed=0,
+    )
     yield one
     one.close()
 
@@ -119,22 +142,33 @@ def policy(model_path: Path, probed: Probed) -> Iterator[VLLMPolicy]:
 def test_the_engine_says_what_the_merged_model_says(policy: VLLMPolicy, probed: Probed) -> None:
     chat, written = probed.chat, AdapterKey(0, "probe", 1)
     examples = [
-        [write_example(Flashcard(question, card.answer), SYSTEM_PROMPT, chat) for question in (card.question, *card.paraphrases)]
+        [
+            write_example(Flashcard(question, card.answer), SYSTEM_PROMPT, chat)
+            for question in (card.question, *card.paraphrases)
+        ]
         for card in probed.cards
     ]
     most = max(len(ways[0].answer_ids) for ways in examples) + RUN_ON
 
     async def answers(key: AdapterKey) -> list[list[str]]:
         async def ask(prompt: tuple[int, ...]) -> str:
-            return chat.decode((await policy.generate(prompt, Sampling(0.0, most, 0, "act"), key)).token_ids).strip()
+            return chat.decode(
+                (await policy.generate(prompt, Sampling(0.0, most, 0, "act"), key)).token_ids
+            ).strip()
 
-        return [list(await asyncio.gather(*(ask(example.prompt_ids) for example in ways))) for ways in examples]
+        return [
+            list(await asyncio.gather(*(ask(example.prompt_ids) for example in ways))) for ways in examples
+        ]
 
     async def story() -> tuple[list[list[str]], list[list[str]]]:
         await policy.install(written, probed.result.weights, probed.result.probe)
         return await answers(AdapterKey(0, "probe", 0)), await answers(written)
 
     before, after = asyncio.run(story())
-    assert before == [[asked.said for asked in (card.written, *card.paraphrased)] for card in probed.before.cards]
-    assert after == [[asked.said for asked in (card.written, *card.paraphrased)] for card in probed.after.cards]
+    assert before == [
+        [asked.said for asked in (card.written, *card.paraphrased)] for card in probed.before.cards
+    ]
+    assert after == [
+        [asked.said for asked in (card.written, *card.paraphrased)] for card in probed.after.cards
+    ]
     assert before != after

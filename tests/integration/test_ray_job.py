@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cluster.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from cluster.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 
 pytestmark = pytest.mark.timeout(1500)  # a cluster and two jobs, nearly all of it start-up
 UNSHARE = ("unshare", "--mount", "--pid", "--fork", "--mount-proc", "--net", "--kill-child")
@@ -52,13 +52,19 @@ def story(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> St
         pytest.skip("needs the command unshare (util-linux) to keep a Ray cluster apart from the machine")
     allowed = subprocess.run([*UNSHARE, "true"], capture_output=True, text=True, timeout=30, check=False)
     if allowed.returncode != 0:
-        pytest.skip(f"needs own process, mount and network namespaces, which this machine does not allow: {allowed.stderr.strip()}")
+        pytest.skip(
+            f"needs own process, mount and network namespaces, which this machine does not allow: {allowed.stderr.strip()}"
+        )
     folder = tmp_path_factory.mktemp("job")
-    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets lie in it: their paths may have 107 bytes
+    temporary = tempfile.mkdtemp(
+        prefix="ray-", dir="/tmp"
+    )  # Ray's sockets lie in it: their paths may have 107 bytes
     try:
         command = [*UNSHARE, sys.executable, str(STORY), str(folder), str(tiny_model_path)]
         environment = {**os.environ, "RAY_STORY_TEMP": temporary, "PYTHONPATH": str(STORY.parents[2])}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=1200, check=False
+        )
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{(folder / 'story.json').read_text()}"
@@ -67,11 +73,17 @@ def story(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> St
 
 
 def test_a_job_is_stopped_in_good_order_and_the_same_submission_goes_on(story: Story) -> None:
-    assert story.said["stop"][0] == 0 and "STOPPED" in story.text("stop") and f"saved: {story.run_dir}/checkpoints/step-" in story.text("stop")
+    assert (
+        story.said["stop"][0] == 0
+        and "STOPPED" in story.text("stop")
+        and f"saved: {story.run_dir}/checkpoints/step-" in story.text("stop")
+    )
     log = story.text("first_log")
     assert "saved: " in log and "Traceback" not in log and f"train step {STEPS}/{STEPS}" not in log
     assert story.said["second"][0] == 0, story.text("second")
-    assert "SUCCEEDED" in story.text("second") and f"train step {STEPS}/{STEPS}" not in story.text("second")  # some of them were done before
+    assert "SUCCEEDED" in story.text("second") and f"train step {STEPS}/{STEPS}" not in story.text(
+        "second"
+    )  # some of them were done before
     assert story.newest.state.step == STEPS and story.newest.state.ledger.settled["trained"] == 2 * STEPS
 
 
@@ -95,6 +107,11 @@ def test_the_cluster_shows_both_jobs_with_run_and_commit(story: Story) -> None:
 
 def test_a_wrong_token_and_an_unknown_job_are_one_line(story: Story) -> None:
     status, out, errors = story.said["refused"]
-    assert (status, out) == (1, "") and str(errors).startswith("error: ") and str(errors).count("\n") == 1 and "--auth token" in str(errors)
+    assert (
+        (status, out) == (1, "")
+        and str(errors).startswith("error: ")
+        and str(errors).count("\n") == 1
+        and "--auth token" in str(errors)
+    )
     status, out, errors = story.said["unknown"]
     assert (status, out) == (1, "") and str(errors).count("\n") == 1 and "knows no job third" in str(errors)

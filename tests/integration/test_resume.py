@@ -24,9 +24,11 @@ import torch
 from mlflow.tracking import MlflowClient
 from transformers import AutoModelForCausalLM
 
-from cluster.checkpoint import Checkpoint, best_checkpoint, list_checkpoints, load_checkpoint
+from cluster.runs.checkpoint import Checkpoint, best_checkpoint, list_checkpoints, load_checkpoint
 
-pytestmark = pytest.mark.timeout(2400)  # four lives, most of them start-up, on machines that may be doing other things
+pytestmark = pytest.mark.timeout(
+    2400
+)  # four lives, most of them start-up, on machines that may be doing other things
 
 STEPS = 4
 SETTINGS = (
@@ -60,9 +62,24 @@ class Run:
     """``python -m cluster train`` as a process group of its own."""
 
     def __init__(self, settings: list[str], **more: object) -> None:
-        command = [sys.executable, "-m", "cluster", "train", "configs/quickstart.yaml", *settings, *(f"{key}={value}" for key, value in more.items())]
+        command = [
+            sys.executable,
+            "-m",
+            "cluster",
+            "train",
+            "configs/quickstart.yaml",
+            *settings,
+            *(f"{key}={value}" for key, value in more.items()),
+        ]
         environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         self.output = ""
 
     def until(self, line: str) -> None:
@@ -75,7 +92,9 @@ class Run:
 
     def end(self, with_signal: signal.Signals | None = None) -> int:
         if with_signal is not None:
-            os.killpg(self.process.pid, with_signal) if with_signal == signal.SIGKILL else self.process.send_signal(with_signal)
+            os.killpg(
+                self.process.pid, with_signal
+            ) if with_signal == signal.SIGKILL else self.process.send_signal(with_signal)
         rest, errors = self.process.communicate(timeout=900)
         self.output += rest + errors
         return self.process.returncode
@@ -114,9 +133,15 @@ def story(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     began = time.monotonic()
     status = stopped.end(signal.SIGTERM)
     assert status == 130, stopped.output
-    assert time.monotonic() - began < 60  # on a machine that does other things; the learner's step and the writing are a second
+    assert (
+        time.monotonic() - began < 60
+    )  # on a machine that does other things; the learner's step and the writing are a second
     after_stop = newest(folder)
-    tracked = MlflowClient(f"sqlite:///{output_dir}/mlflow.db").get_run(after_stop.state.tracking_run_id).info.status
+    tracked = (
+        MlflowClient(f"sqlite:///{output_dir}/mlflow.db")
+        .get_run(after_stop.state.tracking_run_id)
+        .info.status
+    )
 
     resumed = Run(settings, name="interrupted", resume="auto")
     assert resumed.end() == 0, resumed.output
@@ -131,49 +156,91 @@ def newest(run_dir: Path) -> Checkpoint:
 def test_killed_and_stopped_it_ends_with_the_same_weights_to_the_bit(story: Story) -> None:
     assert story.killed == ["step-000002"]  # step 3 was lost with the process, and taken again
     assert story.whole.state.step == story.interrupted.state.step == STEPS
-    for file in ("model/model.safetensors", "optimizer/master.safetensors", "optimizer/exp_avg.safetensors", "optimizer/exp_avg_sq.safetensors"):
-        whole, other = (safetensors.torch.load_file(one.learner / file) for one in (story.whole, story.interrupted))
+    for file in (
+        "model/model.safetensors",
+        "optimizer/master.safetensors",
+        "optimizer/exp_avg.safetensors",
+        "optimizer/exp_avg_sq.safetensors",
+    ):
+        whole, other = (
+            safetensors.torch.load_file(one.learner / file) for one in (story.whole, story.interrupted)
+        )
         assert whole.keys() == other.keys()
         assert [name for name in whole if not whole[name].equal(other[name])] == [], file
-    first, last = (safetensors.torch.load_file(one / "learner/optimizer/master.safetensors") for one in list_checkpoints(story.whole.run_dir))
-    assert all(not first[name].equal(last[name]) for name in last if name.endswith("proj.weight"))  # RL moved them: equal means something
+    first, last = (
+        safetensors.torch.load_file(one / "learner/optimizer/master.safetensors")
+        for one in list_checkpoints(story.whole.run_dir)
+    )
+    assert all(
+        not first[name].equal(last[name]) for name in last if name.endswith("proj.weight")
+    )  # RL moved them: equal means something
 
 
 def test_every_step_of_both_runs_saw_the_same_engine(story: Story) -> None:
     """The engine's own log-probs of what it sampled show in these figures; the steps that were taken twice gave the same twice."""
     client = MlflowClient(f"sqlite:///{story.output_dir}/mlflow.db")
-    for key in ("learner/engine_logprob_diff_mean", "learner/ratio_mean", "learner/kl", "learner/grad_norm", "learner/entropy"):
-        whole, other = (client.get_metric_history(one.state.tracking_run_id, key) for one in (story.whole, story.interrupted))
+    for key in (
+        "learner/engine_logprob_diff_mean",
+        "learner/ratio_mean",
+        "learner/kl",
+        "learner/grad_norm",
+        "learner/entropy",
+    ):
+        whole, other = (
+            client.get_metric_history(one.state.tracking_run_id, key)
+            for one in (story.whole, story.interrupted)
+        )
         expected = {point.step: point.value for point in whole}
         assert sorted(expected) == [1, 2, 3, 4] and {point.step for point in other} == set(expected)
-        assert [(point.step, point.value) for point in other if point.value != expected[point.step]] == [], key
+        assert [(point.step, point.value) for point in other if point.value != expected[point.step]] == [], (
+            key
+        )
         assert len(set(expected.values())) > 1
 
 
 def test_the_ledger_balances_over_all_lives(story: Story) -> None:
     for one in (story.whole, story.interrupted):
         ledger = one.state.ledger
-        assert ledger.settled == {"trained": 2 * STEPS} and ledger.pending == () and ledger.next_position == 2 * STEPS and ledger.failures == {}
+        assert (
+            ledger.settled == {"trained": 2 * STEPS}
+            and ledger.pending == ()
+            and ledger.next_position == 2 * STEPS
+            and ledger.failures == {}
+        )
     assert story.whole.state.rewards == story.interrupted.state.rewards
-    assert "THE LEDGER DOES NOT BALANCE" not in story.resumed.output and "tasks: 8 issued: 8 trained, 0 in flight" in story.resumed.output
+    assert (
+        "THE LEDGER DOES NOT BALANCE" not in story.resumed.output
+        and "tasks: 8 issued: 8 trained, 0 in flight" in story.resumed.output
+    )
 
 
 def test_sigterm_saves_the_last_step_and_says_how_to_go_on(story: Story) -> None:
     saved = story.after_stop
     assert saved.state.step in (3, 4) and saved.state.ledger.settled["trained"] == 2 * saved.state.step
     assert f"saved: {saved.folder}" in story.stopped.output
-    assert f"to go on: python -m cluster train {saved.run_dir / 'config.yaml'} resume={saved.folder}" in story.stopped.output
+    assert (
+        f"to go on: python -m cluster train {saved.run_dir / 'config.yaml'} resume={saved.folder}"
+        in story.stopped.output
+    )
     assert "Traceback" not in story.stopped.output
     assert story.status_after_stop == "KILLED"
-    info = MlflowClient(f"sqlite:///{story.output_dir}/mlflow.db").get_run(story.interrupted.state.tracking_run_id).info
-    assert story.interrupted.state.tracking_run_id == saved.state.tracking_run_id and info.status == "FINISHED"
+    info = (
+        MlflowClient(f"sqlite:///{story.output_dir}/mlflow.db")
+        .get_run(story.interrupted.state.tracking_run_id)
+        .info
+    )
+    assert (
+        story.interrupted.state.tracking_run_id == saved.state.tracking_run_id and info.status == "FINISHED"
+    )
     assert [path for path in (saved.run_dir / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
 
 def test_the_best_checkpoint_is_kept_and_is_a_model_for_others(story: Story) -> None:
     for one in (story.whole, story.interrupted):
         best = best_checkpoint(one.run_dir)
-        assert best is not None and best.name == "step-000002"  # of equal scores (the tiny model's are 0) the first
+        assert (
+            best is not None and best.name == "step-000002"
+        )  # of equal scores (the tiny model's are 0) the first
         assert [path.name for path in list_checkpoints(one.run_dir)] == ["step-000002", "step-000004"]
     model = AutoModelForCausalLM.from_pretrained(story.interrupted.model, dtype=torch.float32)
     theta = safetensors.torch.load_file(story.interrupted.learner / "model" / "model.safetensors")

@@ -41,9 +41,27 @@ def saved(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 @pytest.fixture(scope="module")
 def served(saved: tuple[Path, Path]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     run, folder = saved
-    command = [sys.executable, "-m", "cluster", "serve", str(run), "--port", "0", f"assistant.save_dir={folder}", "engine.slots=3"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}) as process:
-        stop = ThreadPoolExecutor(1).submit(lambda: next(line for line in process.stdout or () if line.startswith("serving tiny-run on ")))
+    command = [
+        sys.executable,
+        "-m",
+        "cluster",
+        "serve",
+        str(run),
+        "--port",
+        "0",
+        f"assistant.save_dir={folder}",
+        "engine.slots=3",
+    ]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+    ) as process:
+        stop = ThreadPoolExecutor(1).submit(
+            lambda: next(line for line in process.stdout or () if line.startswith("serving tiny-run on "))
+        )
         try:
             found = re.search(r"http://127\.0\.0\.1:\d+/v1", stop.result(START_S))
             assert found is not None
@@ -52,7 +70,9 @@ def served(saved: tuple[Path, Path]) -> Iterator[tuple[str, subprocess.Popen[str
             process.kill()
 
 
-def test_conversations_own_their_memories_and_are_put_away_at_the_end(saved: tuple[Path, Path], served: tuple[str, subprocess.Popen[str]]) -> None:
+def test_conversations_own_their_memories_and_are_put_away_at_the_end(
+    saved: tuple[Path, Path], served: tuple[str, subprocess.Popen[str]]
+) -> None:
     url, process = served
     client = openai.OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0)
     model = client.models.list().data[0].id
@@ -60,9 +80,13 @@ def test_conversations_own_their_memories_and_are_put_away_at_the_end(saved: tup
     def ask(conversation: str, stream: bool = False) -> str:
         messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": QUESTION}]
         if not stream:
-            answer = client.chat.completions.create(model=model, messages=messages, extra_body={"conversation": conversation})
+            answer = client.chat.completions.create(
+                model=model, messages=messages, extra_body={"conversation": conversation}
+            )
             return answer.choices[0].message.content or ""
-        pieces = client.chat.completions.create(model=model, messages=messages, stream=True, extra_headers={"X-Conversation-Id": conversation})
+        pieces = client.chat.completions.create(
+            model=model, messages=messages, stream=True, extra_headers={"X-Conversation-Id": conversation}
+        )
         return "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
 
     kinds = ("lisbon", "oslo", "nobody")
@@ -80,6 +104,12 @@ def test_conversations_own_their_memories_and_are_put_away_at_the_end(saved: tup
     assert process.wait(60) == 0
     run, folder = saved
     opening = prepare_opening(str(run), None, ())
-    assert {path.name for path in folder.iterdir()} == {f"{kind}-{number}" for kind in kinds for number in (1, 2)}
+    assert {path.name for path in folder.iterdir()} == {
+        f"{kind}-{number}" for kind in kinds for number in (1, 2)
+    }
     again = load_memory(folder / "oslo-2", opening)
-    assert again.weights.revision == 1 and again.cards[0].answer == "high above Oslo, with Omar" and len(again.context_ids) > 10
+    assert (
+        again.weights.revision == 1
+        and again.cards[0].answer == "high above Oslo, with Omar"
+        and len(again.context_ids) > 10
+    )

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cluster.tracking import start_tracking
+from cluster.tracking.tracker import start_tracking
 from configs.schema import RunConfig, TrackingConfig
 
 STARTS_WITHIN_S = 120.0  # of a shared machine; about 6 s of one core
@@ -36,11 +36,31 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        store = [f"--backend-store-uri=sqlite:///{self.folder}/server.db", f"--artifacts-destination={self.folder}/artifacts"]
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(self.port), *store]
-        settings = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        store = [
+            f"--backend-store-uri=sqlite:///{self.folder}/server.db",
+            f"--artifacts-destination={self.folder}/artifacts",
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--workers",
+            "1",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            *store,
+        ]
+        settings = os.environ | {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
         with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(command, env=settings, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env=settings, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
+            )
         until(self.healthy, STARTS_WITHIN_S, f"the MLflow server did not start: {self.folder / 'server.log'}")
 
     def healthy(self) -> bool:
@@ -77,7 +97,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def config(server: Server, tmp_path: Path) -> RunConfig:
     (tmp_path / "config.yaml").write_text("seed: 0\n")
-    return RunConfig(tracking=TrackingConfig(uri=server.uri, timeout_s=30, finish_timeout_s=90, system_metrics_s=0))
+    return RunConfig(
+        tracking=TrackingConfig(uri=server.uri, timeout_s=30, finish_timeout_s=90, system_metrics_s=0)
+    )
 
 
 def figures(step: int) -> dict[str, float]:
@@ -132,16 +154,28 @@ def test_a_server_killed_in_mid_run_and_started_again_holds_everything_once(
 
 
 def test_a_run_that_ends_while_the_server_hangs_is_completed_by_the_one_that_resumes_it(
-    server: Server, config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    config: RunConfig,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tracker = start_tracking(config, tmp_path, "run", tmp_path / "config.yaml", "")
     tracker.log(figures(1), 1)
-    until(lambda: len(steps(MlflowClient(server.uri), tracker.run_id, KEYS[0])) == 1, 30, "step 1 did not arrive")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # what the user sets goes before tracking.timeout_s
+    until(
+        lambda: len(steps(MlflowClient(server.uri), tracker.run_id, KEYS[0])) == 1,
+        30,
+        "step 1 did not arrive",
+    )
+    monkeypatch.setenv(
+        "MLFLOW_HTTP_REQUEST_TIMEOUT", "1"
+    )  # what the user sets goes before tracking.timeout_s
     server.signal(signal.SIGSTOP)
     try:
         tracker.log(figures(2) | {"reward/mean": math.nan}, 2)
-        time.sleep(0.3)  # the request is in the server's socket: it will be taken, and nobody hears the answer
+        time.sleep(
+            0.3
+        )  # the request is in the server's socket: it will be taken, and nobody hears the answer
         tracker.log(figures(3), 3)
         before = time.monotonic()
         tracker.finish("KILLED")
@@ -157,11 +191,17 @@ def test_a_run_that_ends_while_the_server_hangs_is_completed_by_the_one_that_res
     resumed = start_tracking(config, tmp_path, "run", tmp_path / "config.yaml", tracker.run_id)
     resumed.log(figures(4), 4)
     client = MlflowClient(server.uri)
-    until(lambda: len(steps(client, tracker.run_id, KEYS[0])) == 4, 60, "the resumed run did not send what was kept")
+    until(
+        lambda: len(steps(client, tracker.run_id, KEYS[0])) == 4,
+        60,
+        "the resumed run did not send what was kept",
+    )
     assert client.get_run(tracker.run_id).info.status == "RUNNING"
     resumed.finish("FAILED")
     assert client.get_run(tracker.run_id).info.status == "FAILED"
     for key in KEYS:
         assert steps(client, tracker.run_id, key) == [1, 2, 3, 4]
-    assert [math.isnan(point.value) for point in client.get_metric_history(tracker.run_id, "reward/mean")] == [True]
+    assert [
+        math.isnan(point.value) for point in client.get_metric_history(tracker.run_id, "reward/mean")
+    ] == [True]
     assert list((tmp_path / "run").iterdir()) == []

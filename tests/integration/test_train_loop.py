@@ -26,13 +26,13 @@ from transformers import AutoModelForCausalLM
 
 from actors.types import TrajectoryGroup
 from actors.worker import WorkerReport
-from cluster import run
-from cluster.build import training_cluster
-from cluster.checkpoint import START, Checkpoint, TrainState, list_checkpoints, load_checkpoint
+from cluster.common.display import Display
 from cluster.inspection.record import EpisodeRecord, list_records, load
-from cluster.prepare import Preparation, prepare_training
-from cluster.progress import Display
-from cluster.tracking import start_tracking
+from cluster.runs.checkpoint import START, Checkpoint, TrainState, list_checkpoints, load_checkpoint
+from cluster.tracking.tracker import start_tracking
+from cluster.train import run
+from cluster.train.build import training_cluster
+from cluster.train.prepare import Preparation, prepare_training
 from configs.load import load_config
 
 SETTINGS = (
@@ -75,14 +75,18 @@ def trained(settings: list[str]) -> Iterator[Trained]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         output = io.StringIO()
-        yield asyncio.run(_train(prepare_training(load_config(Path("configs/quickstart.yaml"), settings)), output))
+        yield asyncio.run(
+            _train(prepare_training(load_config(Path("configs/quickstart.yaml"), settings)), output)
+        )
 
 
 async def _train(preparation: Preparation, output: io.StringIO) -> Trained:
     display = Display(Console(file=output, width=160))
     tracker = start_tracking(preparation.config, preparation.output_dir, "test", preparation.config_path, "")
     async with training_cluster(preparation) as cluster:
-        state = await run.train_on(cluster, preparation, tracker, display, replace(START, tracking_run_id=tracker.run_id))
+        state = await run.train_on(
+            cluster, preparation, tracker, display, replace(START, tracking_run_id=tracker.run_id)
+        )
         row = run.evaluation_rows(preparation.config)["memory_off"]
         episode = await cluster.workers[0].episode(99, preparation.eval_tasks[0], row)
         report = await cluster.workers[0].report()
@@ -92,13 +96,18 @@ async def _train(preparation: Preparation, output: io.StringIO) -> Trained:
 
 
 def tracked_run(trained: Trained) -> Run:
-    return MlflowClient(f"sqlite:///{trained.preparation.output_dir}/mlflow.db").get_run(trained.checkpoint.state.tracking_run_id)
+    return MlflowClient(f"sqlite:///{trained.preparation.output_dir}/mlflow.db").get_run(
+        trained.checkpoint.state.tracking_run_id
+    )
 
 
 def test_each_step_makes_a_version_that_the_worker_serves(trained: Trained) -> None:
     assert (trained.state.step, trained.state.warm_steps, trained.state.version) == (2, 1, 3)
     assert trained.report.version == 3
-    assert trained.report.refreshes in (3, 4)  # the warm start's, one after its row, the last step's; one that is late skips the version between
+    assert trained.report.refreshes in (
+        3,
+        4,
+    )  # the warm start's, one after its row, the last step's; one that is late skips the version between
     assert trained.episode.policy_version == 3
 
 
@@ -119,7 +128,9 @@ def largest_difference(trajectory_group: TrajectoryGroup, folder: Path) -> float
 
 def test_after_the_broadcast_the_engine_has_the_learners_weights(trained: Trained) -> None:
     assert largest_difference(trained.episode, trained.checkpoint.model) <= 1e-3
-    assert largest_difference(trained.episode, trained.preparation.model_path) > 0.05  # and no longer the base model's
+    assert (
+        largest_difference(trained.episode, trained.preparation.model_path) > 0.05
+    )  # and no longer the base model's
 
 
 def test_the_ledger_balances(trained: Trained) -> None:
@@ -135,14 +146,30 @@ def test_the_tracked_run_is_complete(trained: Trained) -> None:
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["warm_start.steps"] == "1"
     sections = {name.partition("/")[0] for name in tracked.data.metrics}
-    of_training = {"reward", "learner", "rollout", "fleet", "staleness", "sync", "fast_weights", "timing_s", "timeline", "perf"}
-    assert sections - {"system"} == of_training | {"eval", "warm_start"}  # the machine is looked at every 10 s
+    of_training = {
+        "reward",
+        "learner",
+        "rollout",
+        "fleet",
+        "staleness",
+        "sync",
+        "fast_weights",
+        "timing_s",
+        "timeline",
+        "perf",
+    }
+    assert sections - {"system"} == of_training | {
+        "eval",
+        "warm_start",
+    }  # the machine is looked at every 10 s
     assert tracked.data.metrics["sync/policy_version"] >= 3
 
 
 def test_episodes_of_every_step_and_row_are_kept_and_traced(trained: Trained) -> None:
     kept = [load(path) for path in list_records(trained.preparation.run_dir)]
-    assert sorted((record.origin.step, record.origin.label) for record in kept if isinstance(record, EpisodeRecord)) == [
+    assert sorted(
+        (record.origin.step, record.origin.label) for record in kept if isinstance(record, EpisodeRecord)
+    ) == [
         *[(0, "TMEM after warm start")] * 2,
         *[(0, "TMEM before")] * 2,
         *[(0, "memory off")] * 2,
@@ -153,12 +180,16 @@ def test_episodes_of_every_step_and_row_are_kept_and_traced(trained: Trained) ->
     for record in kept:
         assert isinstance(record, EpisodeRecord)
         first = {"": 1, "TMEM after warm start": 1, "TMEM after RL": 3}.get(record.origin.label, 0)
-        assert first <= record.policy_version <= max(first, record.origin.step)  # a step may learn from what the version before sampled
+        assert (
+            first <= record.policy_version <= max(first, record.origin.step)
+        )  # a step may learn from what the version before sampled
         assert any(passage.kind == "act" for segment in record.segments for passage in segment.passages)
     run, uri = tracked_run(trained), f"sqlite:///{trained.preparation.output_dir}/mlflow.db"
     ours = f"metadata.`mlflow.sourceRun` = '{run.info.run_id}'"
     found = TracingClient(uri).search_traces(experiment_ids=[run.info.experiment_id], filter_string=ours)
-    assert len(kept) - 2 <= len(found) <= len(kept)  # the last row's have seconds to arrive, on a machine that may be busy
+    assert (
+        len(kept) - 2 <= len(found) <= len(kept)
+    )  # the last row's have seconds to arrive, on a machine that may be busy
 
 
 def test_the_user_sees_rows_progress_and_where_to_look(trained: Trained) -> None:
@@ -178,7 +209,9 @@ def test_the_user_sees_rows_progress_and_where_to_look(trained: Trained) -> None
     assert len(report["rewards"]) == 2
 
 
-def test_a_checkpoint_goes_on_where_it_was_and_an_interrupt_says_how_to_go_on(trained: Trained, settings: list[str]) -> None:
+def test_a_checkpoint_goes_on_where_it_was_and_an_interrupt_says_how_to_go_on(
+    trained: Trained, settings: list[str]
+) -> None:
     """Resume for many more steps, and stop the process as Ctrl-C does once it has made one."""
     command = [
         sys.executable,
@@ -190,7 +223,9 @@ def test_a_checkpoint_goes_on_where_it_was_and_an_interrupt_says_how_to_go_on(tr
         f"resume={trained.checkpoint.folder}",
         "train.steps=500",
     ]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored, and so it would be by the process
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # in the background of a shell it is ignored, and so it would be by the process
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = []
@@ -205,7 +240,10 @@ def test_a_checkpoint_goes_on_where_it_was_and_an_interrupt_says_how_to_go_on(tr
     assert "Traceback" not in errors
     newest = load_checkpoint(list_checkpoints(trained.preparation.run_dir)[-1])
     assert f"saved: {newest.folder}" in output
-    assert f"to go on: python -m cluster train {trained.preparation.config_path} resume={newest.folder}" in output
+    assert (
+        f"to go on: python -m cluster train {trained.preparation.config_path} resume={newest.folder}"
+        in output
+    )
 
     step = newest.state.step
     assert step >= 3
@@ -214,5 +252,7 @@ def test_a_checkpoint_goes_on_where_it_was_and_an_interrupt_says_how_to_go_on(tr
     assert newest.state.rewards[:2] == trained.state.rewards
     tracked = tracked_run(trained)
     assert tracked.info.status == "KILLED"
-    history = MlflowClient(f"sqlite:///{trained.preparation.output_dir}/mlflow.db").get_metric_history(tracked.info.run_id, "reward/mean")
+    history = MlflowClient(f"sqlite:///{trained.preparation.output_dir}/mlflow.db").get_metric_history(
+        tracked.info.run_id, "reward/mean"
+    )
     assert sorted(point.step for point in history)[:3] == [1, 2, 3]

@@ -9,11 +9,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.fast_weights import Basis, zero
-from actors.peft_format import export_peft
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.delta import Basis, zero
+from actors.fast_weights.peft_format import export_peft
 from actors.types import WriteExample, WriteRequest, WriteResult
-from actors.writer import checkpoint_writer
+from actors.write.writer import checkpoint_writer
 from configs.schema import FastWeightsConfig, WriteConfig
 
 CARDS = (
@@ -35,7 +35,9 @@ def cards(model_path: Path) -> tuple[WriteExample, ...]:
     def render(question: str, answer: str) -> WriteExample:
         turn = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-        return WriteExample(tuple(prompt), tuple(tokenizer.encode(f"{answer}<|im_end|>", add_special_tokens=False)))
+        return WriteExample(
+            tuple(prompt), tuple(tokenizer.encode(f"{answer}<|im_end|>", add_special_tokens=False))
+        )
 
     return tuple(render(question, answer) for question, answer in CARDS)
 
@@ -51,8 +53,12 @@ def adam(model_path: Path, svd: Basis, cards: tuple[WriteExample, ...]) -> Write
     return _write(model_path, svd, config, cards)
 
 
-def _write(model_path: Path, basis: Basis, config: WriteConfig, cards: tuple[WriteExample, ...]) -> WriteResult:
-    return checkpoint_writer(str(model_path), basis, config, "float32", torch.device("cpu")).write([WriteRequest("a", zero(basis), cards)])[0]
+def _write(
+    model_path: Path, basis: Basis, config: WriteConfig, cards: tuple[WriteExample, ...]
+) -> WriteResult:
+    return checkpoint_writer(str(model_path), basis, config, "float32", torch.device("cpu")).write(
+        [WriteRequest("a", zero(basis), cards)]
+    )[0]
 
 
 def test_basis_has_the_expected_size(svd: Basis) -> None:
@@ -67,7 +73,9 @@ def test_adam_memorises_eight_cards(adam: WriteResult) -> None:
     assert adam.loss_after < 0.5 * adam.loss_before
 
 
-def test_the_papers_sgd_needs_the_svd_basis(model_path: Path, svd: Basis, cards: tuple[WriteExample, ...]) -> None:
+def test_the_papers_sgd_needs_the_svd_basis(
+    model_path: Path, svd: Basis, cards: tuple[WriteExample, ...]
+) -> None:
     """Method: with A = S_r V_r^T a step is scaled by the singular values; with a random A the same lr moves next to nothing."""
     paper = WriteConfig()
     random = compute_basis_from_checkpoint(model_path, FastWeightsConfig(basis="random"), seed=0)
@@ -77,16 +85,22 @@ def test_the_papers_sgd_needs_the_svd_basis(model_path: Path, svd: Basis, cards:
     assert 0 <= with_random.loss_before - with_random.loss_after < 0.01 * with_random.loss_before
 
 
-def test_exported_write_gives_the_probes_logprobs_in_stock_peft(model_path: Path, svd: Basis, adam: WriteResult, tmp_path: Path) -> None:
+def test_exported_write_gives_the_probes_logprobs_in_stock_peft(
+    model_path: Path, svd: Basis, adam: WriteResult, tmp_path: Path
+) -> None:
     assert adam.probe is not None
     export_peft(adam.weights, svd, tmp_path / "adapter", str(model_path))
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32), tmp_path / "adapter").eval()
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32), tmp_path / "adapter"
+    ).eval()
     ids = torch.tensor([adam.probe.token_ids])
     count = len(adam.probe.after)
     with torch.no_grad():
         acting = model(ids).logits[0, -count - 1 : -1].log_softmax(-1).gather(1, ids[0, -count:, None])[:, 0]
         with model.disable_adapter():
-            base = model(ids).logits[0, -count - 1 : -1].log_softmax(-1).gather(1, ids[0, -count:, None])[:, 0]
+            base = (
+                model(ids).logits[0, -count - 1 : -1].log_softmax(-1).gather(1, ids[0, -count:, None])[:, 0]
+            )
     assert adam.probe.after == pytest.approx(acting.tolist(), abs=1e-4)
     assert adam.probe.before == pytest.approx(base.tolist(), abs=1e-4)
     assert (acting - base).abs().max() > 0.5

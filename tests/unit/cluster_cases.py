@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from actors.summary import GroupSummary
+from actors.episodes.group_summary import GroupSummary
 from actors.types import (
     ActionSpan,
     Answer,
@@ -22,19 +22,31 @@ from actors.types import (
     WriteOutcome,
     WriteRecord,
 )
-from cluster.lanes import FinishedGroup
+from cluster.fleet.contract import FinishedGroup
 
 
 def task_at(position: int) -> Task:
     return Task(id=f"t{position}", environment="recall", payload={}, seed=position)
 
 
-def trajectory(task: Task, version: int, reward: float, writes: Sequence[WriteOutcome] = (), seconds: float = 1.0) -> Trajectory:
+def trajectory(
+    task: Task, version: int, reward: float, writes: Sequence[WriteOutcome] = (), seconds: float = 1.0
+) -> Trajectory:
     """One segment of four tokens, the last two sampled."""
     mask = np.array([False, False, True, True])
-    segment = Segment(np.arange(4, dtype=np.int32), mask, np.zeros(4, dtype=np.float32), version, 0, (ActionSpan(2, 4, "act"),))
+    segment = Segment(
+        np.arange(4, dtype=np.int32),
+        mask,
+        np.zeros(4, dtype=np.float32),
+        version,
+        0,
+        (ActionSpan(2, 4, "act"),),
+    )
     records = tuple(
-        WriteRecord(0, (), (), "[]", 0, 3, 2, 2.0, 1.0, 5, 0.5, outcome, "" if outcome == "accepted" else "no card") for outcome in writes
+        WriteRecord(
+            0, (), (), "[]", 0, 3, 2, 2.0, 1.0, 5, 0.5, outcome, "" if outcome == "accepted" else "no card"
+        )
+        for outcome in writes
     )
     answer = Answer("Where?", ("here",), "here", "home", {"f1": reward, "em": float(reward == 1.0)})
     return Trajectory(
@@ -51,13 +63,18 @@ def trajectory(task: Task, version: int, reward: float, writes: Sequence[WriteOu
     )
 
 
-def group(task: Task, version: int, finished: int = 2, failed: int = 0, rewards: Sequence[float] = ()) -> TrajectoryGroup:
+def group(
+    task: Task, version: int, finished: int = 2, failed: int = 0, rewards: Sequence[float] = ()
+) -> TrajectoryGroup:
     values = rewards or [number / 10 for number in range(finished)]
     return TrajectoryGroup(
         task=task,
         policy_version=version,
         trajectories=tuple(trajectory(task, version, value) for value in values),
-        failed=tuple(FailedEpisode(task.id, f"{task.id}.f{number}", "engine", "out of memory") for number in range(failed)),
+        failed=tuple(
+            FailedEpisode(task.id, f"{task.id}.f{number}", "engine", "out of memory")
+            for number in range(failed)
+        ),
         worker="worker-0",
     )
 
@@ -82,7 +99,9 @@ class ScriptedWorker:
         return await self._answers[position]
 
     def finish(self, position: int, finished: int = 2, failed: int = 0) -> None:
-        self._answers.pop(position).set_result(finished_group(group(task_at(position), self.version, finished, failed)))
+        self._answers.pop(position).set_result(
+            finished_group(group(task_at(position), self.version, finished, failed))
+        )
 
     def break_down(self, position: int, error: Exception) -> None:
         self._answers.pop(position).set_exception(error)

@@ -13,23 +13,27 @@ import pytest
 from actors.peak_memory import PeakMemory
 from actors.types import Answer, Task, TrajectoryGroup
 from actors.worker import WorkerSpec
-from cluster.comparison import drive
-from cluster.comparison.drive import Hooks
-from cluster.comparison.plan import Plan, Request, plan_cells
-from cluster.comparison.prepare import Comparison
-from cluster.comparison.store import CellResult, CellStore
-from cluster.errors import StartupError, WorkerLost
-from cluster.evaluate import EpisodeScore, EvaluationRow, RowResult
+from cluster.common.errors import StartupError, WorkerLost
+from cluster.evaluation import drive
+from cluster.evaluation.drive import Hooks
+from cluster.evaluation.plan import Plan, Request, plan_cells
+from cluster.evaluation.prepare import Comparison
+from cluster.evaluation.store import CellResult, CellStore
+from cluster.measure.rows import EpisodeScore, EvaluationRow, RowResult
 from configs.models import ResolvedModel
 from tests.unit.cluster_cases import group, task_at
 
-MODEL = ResolvedModel("tiny", Path("tiny"), "llama", 2, 64, 128, 2, 1, 32, 100, 512, True, (2,), "0123456789abcdef")
+MODEL = ResolvedModel(
+    "tiny", Path("tiny"), "llama", 2, 64, 128, 2, 1, 32, 100, 512, True, (2,), "0123456789abcdef"
+)
 PEAK = PeakMemory(100, 0, "")
 Counts = dict[tuple[str, int], int]  # by the cell's key and the task's position
 
 
 def plan(*rows: str, seeds: tuple[int, ...] = (0, 1), sweep: tuple[str, ...] = ()) -> Plan:
-    return plan_cells(Request(Path("configs/quickstart.yaml"), (), None, rows, ("recall",), seeds, "", sweep, ""))
+    return plan_cells(
+        Request(Path("configs/quickstart.yaml"), (), None, rows, ("recall",), seeds, "", sweep, "")
+    )
 
 
 def comparison(folder: Path, planned: Plan, tasks: int = 3) -> Comparison:
@@ -37,17 +41,41 @@ def comparison(folder: Path, planned: Plan, tasks: int = 3) -> Comparison:
     store = CellStore(folder / "cells", {"policy": "the base model"})
     listed = tuple(task_at(position) for position in range(tasks))
     keys = [cell.key for cell in planned.cells]
-    return Comparison(planned, MODEL, None, folder, store, dict.fromkeys(keys, listed), dict.fromkeys(keys, folder / "basis"))
+    return Comparison(
+        planned,
+        MODEL,
+        None,
+        folder,
+        store,
+        dict.fromkeys(keys, listed),
+        dict.fromkeys(keys, folder / "basis"),
+    )
 
 
-def scored(task: str, item: str, f1: float, category: str = "work", tokens: int = 100, context: int = 60, **parts: float) -> EpisodeScore:
-    answer = Answer("Where?", ("here",), "here", category, {"f1": f1, "em": float(f1 == 1.0), "official_f1": f1 / 2})
+def scored(
+    task: str,
+    item: str,
+    f1: float,
+    category: str = "work",
+    tokens: int = 100,
+    context: int = 60,
+    **parts: float,
+) -> EpisodeScore:
+    answer = Answer(
+        "Where?", ("here",), "here", category, {"f1": f1, "em": float(f1 == 1.0), "official_f1": f1 / 2}
+    )
     counts = {"accepted": 1, "empty": 0, "rolled_back": 0}
-    return EpisodeScore(task, item, f1, {"f1": f1, **parts}, (answer,), counts, {"malformed": 1}, tokens, 20, context, 1.5)
+    return EpisodeScore(
+        task, item, f1, {"f1": f1, **parts}, (answer,), counts, {"malformed": 1}, tokens, 20, context, 1.5
+    )
 
 
 def result(
-    label: str, episodes: list[EpisodeScore], failed: tuple[str, ...] = (), resident: int | None = 512 * 2**20, problem: str = ""
+    label: str,
+    episodes: list[EpisodeScore],
+    failed: tuple[str, ...] = (),
+    resident: int | None = 512 * 2**20,
+    problem: str = "",
 ) -> CellResult:
     return CellResult(RowResult(label, 0, tuple(episodes), failed), PeakMemory(resident, 0, problem))
 
@@ -82,7 +110,13 @@ class Worker:
 class Stage:
     """Ray and workers for the time of a test: what was started, what was played."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fatal: Counts, broken_starts: int = 0, failing: Counts | None = None) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fatal: Counts,
+        broken_starts: int = 0,
+        failing: Counts | None = None,
+    ) -> None:
         self.played: list[tuple[str, int]] = []
         self.starts = 0
         self.told: list[str] = []

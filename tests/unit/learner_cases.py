@@ -10,9 +10,19 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.fast_weights import Basis
-from actors.types import ActionSpan, FastWeights, Outcome, Segment, SpanKind, Task, Timings, Trajectory, TrajectoryGroup
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.delta import Basis
+from actors.types import (
+    ActionSpan,
+    FastWeights,
+    Outcome,
+    Segment,
+    SpanKind,
+    Task,
+    Timings,
+    Trajectory,
+    TrajectoryGroup,
+)
 from configs.schema import FastWeightsConfig, LearnerConfig, ObjectiveConfig
 from learner.advantage import grpo
 from learner.learner import Learner
@@ -46,7 +56,14 @@ def write_model(folder: Path) -> Basis:
 
 def fast_weights(basis: Basis, revision: int, seed: int, size: float = 0.05) -> FastWeights:
     rng = np.random.default_rng([seed, revision])
-    return FastWeights(basis.id, revision, {name: rng.normal(0, size, (rows, basis.rank)).astype(np.float32) for name, rows in basis.d_out.items()})
+    return FastWeights(
+        basis.id,
+        revision,
+        {
+            name: rng.normal(0, size, (rows, basis.rank)).astype(np.float32)
+            for name, rows in basis.d_out.items()
+        },
+    )
 
 
 def segment(rng: np.random.Generator, length: int, revision: int, kind: SpanKind) -> Segment:
@@ -54,20 +71,47 @@ def segment(rng: np.random.Generator, length: int, revision: int, kind: SpanKind
     start = length - max(1, length // 3)
     mask = np.arange(length) >= start
     logprobs = np.where(mask, rng.normal(-5.5, 0.3, length), 0).astype(np.float32)
-    return Segment(rng.integers(0, VOCABULARY, length).astype(np.int32), mask, logprobs, 0, revision, (ActionSpan(start, length, kind),))
+    return Segment(
+        rng.integers(0, VOCABULARY, length).astype(np.int32),
+        mask,
+        logprobs,
+        0,
+        revision,
+        (ActionSpan(start, length, kind),),
+    )
 
 
 def trajectory(basis: Basis, seed: int, reward: float, lengths: Sequence[int] = (19, 11, 14)) -> Trajectory:
     """Segments of ``lengths`` under revisions 0, 1, 2...; all but the last are extractions."""
     rng = np.random.default_rng(seed)
     last = len(lengths) - 1
-    segments = tuple(segment(rng, length + seed % 3, place, "act" if place == last else "extract") for place, length in enumerate(lengths))
+    segments = tuple(
+        segment(rng, length + seed % 3, place, "act" if place == last else "extract")
+        for place, length in enumerate(lengths)
+    )
     revisions = tuple(fast_weights(basis, revision, seed) for revision in range(1, len(lengths)))
-    return Trajectory(TASK, f"episode-{seed}", 0, segments, revisions, (), {}, Outcome(reward, {}, ()), "done", Timings(0, 0, 0, 0, 0, 0))
+    return Trajectory(
+        TASK,
+        f"episode-{seed}",
+        0,
+        segments,
+        revisions,
+        (),
+        {},
+        Outcome(reward, {}, ()),
+        "done",
+        Timings(0, 0, 0, 0, 0, 0),
+    )
 
 
 def group(basis: Basis, rewards: Sequence[float], first_seed: int = 1) -> TrajectoryGroup:
-    return TrajectoryGroup(TASK, 0, tuple(trajectory(basis, first_seed + place, reward) for place, reward in enumerate(rewards)), (), "worker-0")
+    return TrajectoryGroup(
+        TASK,
+        0,
+        tuple(trajectory(basis, first_seed + place, reward) for place, reward in enumerate(rewards)),
+        (),
+        "worker-0",
+    )
 
 
 def learner(
@@ -82,16 +126,29 @@ def learner(
     return Learner(config, objective, str(model_path), basis, 0, temperature, rank, world_size)
 
 
-def free(learning_rate: float = 1e-3, zero_stage: int = 0, microbatch_tokens: int = 60, **changes: object) -> LearnerConfig:
+def free(
+    learning_rate: float = 1e-3, zero_stage: int = 0, microbatch_tokens: int = 60, **changes: object
+) -> LearnerConfig:
     """A config whose clipping never acts, so that gradients can be compared."""
-    return LearnerConfig(learning_rate=learning_rate, zero_stage=zero_stage, microbatch_tokens=microbatch_tokens, max_grad_norm=1e9, **changes)  # type: ignore[arg-type]
+    return LearnerConfig(
+        learning_rate=learning_rate,
+        zero_stage=zero_stage,
+        microbatch_tokens=microbatch_tokens,
+        max_grad_norm=1e9,
+        **changes,
+    )  # type: ignore[arg-type]
 
 
-def gradient_of_step(made: Learner, groups: Sequence[TrajectoryGroup], folder: Path) -> dict[str, torch.Tensor]:
+def gradient_of_step(
+    made: Learner, groups: Sequence[TrajectoryGroup], folder: Path
+) -> dict[str, torch.Tensor]:
     """The gradient that a first step used, by name: Adam's first moment after it is 0.1 times the gradient."""
     made.step(groups)
     made.save(folder)
-    return {name: moment / 0.1 for name, moment in safetensors.torch.load_file(folder / "optimizer" / "exp_avg.safetensors").items()}
+    return {
+        name: moment / 0.1
+        for name, moment in safetensors.torch.load_file(folder / "optimizer" / "exp_avg.safetensors").items()
+    }
 
 
 def merged_model(model_path: Path, basis: Basis, weights: FastWeights | None) -> LlamaForCausalLM:
@@ -122,21 +179,36 @@ def segments_of(groups: Sequence[TrajectoryGroup]) -> Iterator[tuple[Trajectory,
 def largest_relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """Over tensors: norm of the difference over norm of the expected."""
     assert found.keys() == expected.keys()
-    return max(float((found[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-12)) for name in expected)
+    return max(
+        float((found[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-12))
+        for name in expected
+    )
 
 
-def reference_steps(folder: Path, basis: Basis, groups: list[TrajectoryGroup], config: LearnerConfig, steps: int) -> dict[str, torch.Tensor]:
+def reference_steps(
+    folder: Path, basis: Basis, groups: list[TrajectoryGroup], config: LearnerConfig, steps: int
+) -> dict[str, torch.Tensor]:
     """The same steps in plain torch: one model, Delta added to and taken from the weights around each sequence, clipped AdamW."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(0.9, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
     advantages = grpo([one.outcome.reward for one in groups[0].trajectories], True)
-    by_episode = {one.episode_id: advantage for one, advantage in zip(groups[0].trajectories, advantages, strict=True)}
+    by_episode = {
+        one.episode_id: advantage for one, advantage in zip(groups[0].trajectories, advantages, strict=True)
+    }
     tokens = sum(int(part.action_mask.sum()) for _, part in segments_of(groups))
     for _ in range(steps):
         optimizer.zero_grad()
         for episode, part in segments_of(groups):
             weights = episode.weights_of(part)
-            saved = {name: model.get_submodule(name).weight.detach().clone() for name in (weights.b if weights else {})}
+            saved = {
+                name: model.get_submodule(name).weight.detach().clone()
+                for name in (weights.b if weights else {})
+            }
             for name in saved:
                 model.get_submodule(name).weight.data += torch.from_numpy(weights.b[name]) @ basis.a[name]  # type: ignore[union-attr]
             (-by_episode[episode.episode_id] * sampled_logprobs(model, part).sum() / tokens).backward()
@@ -147,7 +219,12 @@ def reference_steps(folder: Path, basis: Basis, groups: list[TrajectoryGroup], c
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def assert_equal_updates(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], start: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_equal_updates(
+    found: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    start: dict[str, torch.Tensor],
+    tolerance: float,
+) -> None:
     """Weights within ``tolerance`` (relative, per tensor), and the updates themselves within 100 times that: Adam divides by |gradient|, so an
     element whose gradient is rounding may move either way, and only norms can be compared."""
     assert largest_relative_difference(found, expected) < tolerance

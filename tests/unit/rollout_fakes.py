@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from actors.memory.build import Surroundings
-from actors.retrieval import Embedder
+from actors.text.retrieval import Embedder
 from actors.types import AdapterKey, FastWeights, Generation, Probe, Sampling, WriteRequest, WriteResult
 
 
@@ -24,7 +24,9 @@ MODULE = "model.layers.5.mlp.down_proj"
 class ScriptedPolicy:
     """AsyncPolicy: ``script(prompt_ids, sampling, adapter)`` says what is sampled. Records every call; refuses adapters that are not installed."""
 
-    def __init__(self, script: Callable[[Sequence[int], Sampling, AdapterKey], Generation], delay_s: float = 0.0) -> None:
+    def __init__(
+        self, script: Callable[[Sequence[int], Sampling, AdapterKey], Generation], delay_s: float = 0.0
+    ) -> None:
         self.version = 3
         self.calls: list[tuple[tuple[int, ...], Sampling, AdapterKey]] = []
         self.installed: dict[str, FastWeights] = {}
@@ -34,7 +36,9 @@ class ScriptedPolicy:
         self._script = script
         self._delay_s = delay_s
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey
+    ) -> Generation:
         assert adapter.revision == 0 or adapter.name in self.installed, f"{adapter.name} is not installed"
         self.calls.append((tuple(prompt_ids), sampling, adapter))
         self.running += 1
@@ -72,12 +76,20 @@ class ScriptedWriter:
     def _result(self, request: WriteRequest) -> WriteResult:
         outcome = self._script(request)
         if outcome == "rolled_back":
-            return WriteResult(request.weights, None, 2.0, 9.0, 1, 0.01, "rolled_back", "the loss rose from 2.0 to 9.0")
+            return WriteResult(
+                request.weights, None, 2.0, 9.0, 1, 0.01, "rolled_back", "the loss rose from 2.0 to 9.0"
+            )
         assert outcome == "accepted"
         revision = request.weights.revision + 1
-        weights = FastWeights(request.weights.basis_id, revision, {MODULE: np.full((4, 2), revision, dtype=np.float32)})
+        weights = FastWeights(
+            request.weights.basis_id, revision, {MODULE: np.full((4, 2), revision, dtype=np.float32)}
+        )
         return WriteResult(weights, Probe((1, 2), (-2.0,), (-1.0,)), 2.0, 1.0, 5, 0.01, "accepted", "")
 
 
 def sampled(ids: Sequence[int], finish: str = "stop") -> Generation:
-    return Generation(tuple(ids), tuple(-0.1 * (place + 1) for place in range(len(ids))), "stop" if finish == "stop" else "length")
+    return Generation(
+        tuple(ids),
+        tuple(-0.1 * (place + 1) for place in range(len(ids))),
+        "stop" if finish == "stop" else "length",
+    )

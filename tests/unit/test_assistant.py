@@ -15,12 +15,12 @@ import torch
 from fastapi.testclient import TestClient
 from rich.console import Console
 
-from actors.basis import make_basis
-from actors.chat import ChatFormat
-from actors.fast_weights import Basis
-from actors.flashcards import render_flashcards
+from actors.episodes.rollout import WriteBatcher
+from actors.fast_weights.basis import make_basis
+from actors.fast_weights.delta import Basis
 from actors.protocols import EngineError
-from actors.rollout import WriteBatcher
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import render_flashcards
 from actors.types import AdapterKey, FastWeights, Flashcard, Generation, Probe, Sampling, WriteRequest
 from cluster.assistant.chat import ChatFace
 from cluster.assistant.conversation import Conversation
@@ -29,7 +29,7 @@ from cluster.assistant.serve import build_app
 from cluster.assistant.sessions import BusyError, Sessions
 from cluster.assistant.values import AssistantError, Opening, Parts
 from cluster.cli import main
-from cluster.progress import Display
+from cluster.common.display import Display
 from configs.load import load_config
 from configs.models import resolve_model
 from configs.schema import AssistantConfig, ModelConfig
@@ -42,7 +42,9 @@ SETTINGS = ("memory.max_context_tokens=60", "engine.max_model_tokens=1500", "sam
 @pytest.fixture(scope="module")
 def opening(tiny_model_path: Path) -> Opening:
     config = load_config(None, [f"model.name={tiny_model_path}", *SETTINGS])
-    return Opening("tiny", config, resolve_model(ModelConfig(name=str(tiny_model_path))), basis(), "Be brief.")
+    return Opening(
+        "tiny", config, resolve_model(ModelConfig(name=str(tiny_model_path))), basis(), "Be brief."
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +109,25 @@ def test_it_answers_from_its_context_and_writes_when_that_is_full(parts: Parts, 
     async def story() -> None:
         talk = talk_of(parts)
         first = await talk.say("Nora lives in Lisbon, and she likes it.", 8)
-        assert (first.text, first.writes, talk.will_write("Where does she live? Say it in one word, please.")) == ("under 0", (), False)
+        assert (
+            first.text,
+            first.writes,
+            talk.will_write("Where does she live? Say it in one word, please."),
+        ) == ("under 0", (), False)
         while not talk.will_write("And who is that?"):
             await talk.say("Go on.", 8)
         reply = await talk.say("And who is that?", 8)
-        assert [record.outcome for record in reply.writes] == ["accepted"] and reply.revision == 1 and reply.text == "under 1"
+        assert (
+            [record.outcome for record in reply.writes] == ["accepted"]
+            and reply.revision == 1
+            and reply.text == "under 1"
+        )
         assert talk.cards == (CARD,) and talk.writes[0].examples == ()
         talk.delta = False
         assert (await talk.say("Again?", 8)).text == "under 0" and talk.revision == 1
-        record = await talk.write()  # without Delta it answers only: what it writes goes on from what it wrote
+        record = (
+            await talk.write()
+        )  # without Delta it answers only: what it writes goes on from what it wrote
         assert record is not None and record.revision == 2
         assert [call[2].revision for call in engine.calls if call[1].kind == "extract"] == [0, 1]
         await talk.close()
@@ -124,10 +136,14 @@ def test_it_answers_from_its_context_and_writes_when_that_is_full(parts: Parts, 
     run(story())
 
 
-def test_a_text_longer_than_the_context_is_written_in_pieces_and_its_end_is_answered(parts: Parts, chat: ChatFormat, engine: Engine) -> None:
+def test_a_text_longer_than_the_context_is_written_in_pieces_and_its_end_is_answered(
+    parts: Parts, chat: ChatFormat, engine: Engine
+) -> None:
     async def story() -> None:
         talk = talk_of(parts)
-        reply = await talk.say(" ".join(f"Person {number} lives in house {number}." for number in range(40)), 8)
+        reply = await talk.say(
+            " ".join(f"Person {number} lives in house {number}." for number in range(40)), 8
+        )
         assert len(reply.writes) > 2 and reply.text == f"under {len(reply.writes)}"
         assert "house 39" in chat.decode(engine.calls[-1][0])
 
@@ -135,7 +151,9 @@ def test_a_text_longer_than_the_context_is_written_in_pieces_and_its_end_is_answ
 
 
 @pytest.mark.parametrize("broken", ["act", "extract", "install"])
-def test_a_turn_that_fails_never_was_and_the_next_one_succeeds(parts: Parts, engine: Engine, broken: str) -> None:
+def test_a_turn_that_fails_never_was_and_the_next_one_succeeds(
+    parts: Parts, engine: Engine, broken: str
+) -> None:
     async def story() -> None:
         talk = talk_of(parts)
         await talk.say("Nora lives in Lisbon.", 8)
@@ -149,12 +167,16 @@ def test_a_turn_that_fails_never_was_and_the_next_one_succeeds(parts: Parts, eng
         engine.broken = ""
         assert (await talk.say("And?", 8)).text == "under 1"
         record = await talk.write()
-        assert record is not None and record.revision == 2  # under another name than the one that broke: the fake refuses a name that comes back
+        assert (
+            record is not None and record.revision == 2
+        )  # under another name than the one that broke: the fake refuses a name that comes back
 
     run(story())
 
 
-def test_a_question_from_an_empty_context_leaves_no_trace(parts: Parts, chat: ChatFormat, engine: Engine) -> None:
+def test_a_question_from_an_empty_context_leaves_no_trace(
+    parts: Parts, chat: ChatFormat, engine: Engine
+) -> None:
     async def story() -> None:
         talk = talk_of(parts)
         await talk.say("Nora lives in Lisbon.", 8)
@@ -168,7 +190,9 @@ def test_a_question_from_an_empty_context_leaves_no_trace(parts: Parts, chat: Ch
 # --- on disk -------------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_memory_goes_on_where_it_was(parts: Parts, opening: Opening, chat: ChatFormat, tmp_path: Path) -> None:
+def test_a_saved_memory_goes_on_where_it_was(
+    parts: Parts, opening: Opening, chat: ChatFormat, tmp_path: Path
+) -> None:
     async def story() -> None:
         talk = talk_of(parts)
         await talk.say("Nora lives in Lisbon.", 8)
@@ -180,8 +204,14 @@ def test_a_saved_memory_goes_on_where_it_was(parts: Parts, opening: Opening, cha
         other_engine = Engine(chat)
         other = talk_of(parts_with(opening, other_engine, chat))
         await other.load(tmp_path / "nora")
-        assert (other.revision, other.context_tokens, other.cards) == (talk.revision, talk.context_tokens, talk.cards)
-        assert [weights.b[MODULE].tolist() for weights in other_engine.installed.values()] == [[[1.0, 1.0]] * 4]
+        assert (other.revision, other.context_tokens, other.cards) == (
+            talk.revision,
+            talk.context_tokens,
+            talk.cards,
+        )
+        assert [weights.b[MODULE].tolist() for weights in other_engine.installed.values()] == [
+            [[1.0, 1.0]] * 4
+        ]
         assert (await other.say("And?", 8)).text == "under 1"
         await other.reset()
         assert (other.revision, other.cards, other.unwritten_tokens, other_engine.installed) == (0, (), 0, {})
@@ -217,7 +247,10 @@ def _cut(folder: Path) -> None:
         (_changed(revision=7), "is of revision 7, the adapter of 1"),
         (_changed(context_ids=[1, 10**6]), "context_ids: expected token ids, 0 to 49151"),
         (_changed(context_ids=[1] * 5000), "context_ids: 5000 tokens do not fit"),
-        (_changed(probe=[{"token_ids": [1], "before": [0.0], "after": [0.0]}]), "probe: expected a finite log-prob"),
+        (
+            _changed(probe=[{"token_ids": [1], "before": [0.0], "after": [0.0]}]),
+            "probe: expected a finite log-prob",
+        ),
         (_changed(writes=[{}]), "writes[0].revision: is missing"),
     ],
 )
@@ -238,7 +271,9 @@ def test_a_memory_that_cannot_be_loaded_is_one_line_and_changes_nothing(
     run(story())
 
 
-def test_an_adapter_of_another_basis_is_refused_without_memory_json_too(parts: Parts, opening: Opening, tmp_path: Path) -> None:
+def test_an_adapter_of_another_basis_is_refused_without_memory_json_too(
+    parts: Parts, opening: Opening, tmp_path: Path
+) -> None:
     async def story() -> None:
         talk = talk_of(parts)
         await talk.read("Nora lives in Lisbon.")
@@ -268,7 +303,11 @@ def test_the_longest_idle_is_put_away_saved_and_found_again(parts: Parts, tmp_pa
         for name in ("a", "b", "a", "c"):
             async with sessions.turn(name, None) as (talk, _):
                 await talk.read(f"This is {name}.")
-        assert sessions.look("b") is None and sessions.look("a") is not None and (tmp_path / "b" / "memory.json").exists()
+        assert (
+            sessions.look("b") is None
+            and sessions.look("a") is not None
+            and (tmp_path / "b" / "memory.json").exists()
+        )
         async with sessions.turn("b", None) as (talk, new):
             assert not new and talk.unwritten_tokens > 0
         assert not (tmp_path / "c").exists() and (tmp_path / "a").exists()
@@ -277,7 +316,9 @@ def test_the_longest_idle_is_put_away_saved_and_found_again(parts: Parts, tmp_pa
     run(story())
 
 
-def test_nobody_is_put_away_in_the_middle_of_a_turn_and_a_first_turn_that_fails_leaves_nothing(parts: Parts) -> None:
+def test_nobody_is_put_away_in_the_middle_of_a_turn_and_a_first_turn_that_fails_leaves_nothing(
+    parts: Parts,
+) -> None:
     async def story() -> None:
         sessions = Sessions(with_limits(parts, max_conversations=1), slots=2)
         async with sessions.turn("a", None):
@@ -322,16 +363,44 @@ def test_the_endpoint_speaks_openai(parts: Parts) -> None:
         assert client.get("/health").json() == {"status": "ok", "model": "tiny", "conversations": 0}
         assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
         first = client.post("/v1/chat/completions", json=body(conversation="a")).json()
-        assert first["choices"][0]["message"] == {"role": "assistant", "content": "under 0"} and first["engram"]["new"]
-        history = [{"role": "user", "content": "old " * 60}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "new?"}]
-        second = client.post("/v1/chat/completions", json=body(messages=history), headers={"X-Conversation-Id": "a"}).json()
-        assert second["engram"] == {"conversation": "a", "new": False, "revision": 0, "writes": []}  # the old turns are its own: not read again
-        fresh = client.post("/v1/chat/completions", json=body(messages=history)).json()["engram"]  # nobody's: they are read, and written
-        assert fresh["new"] and fresh["revision"] > 0 and fresh["writes"][0]["flashcards"] == [{"question": CARD.question, "answer": CARD.answer}]
-        lines = client.post("/v1/chat/completions", json=body(stream=True, conversation="a")).text.split("\n\n")
-        assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["delta"]["content"] == "under 0" and lines[-2] == "data: [DONE]"
+        assert (
+            first["choices"][0]["message"] == {"role": "assistant", "content": "under 0"}
+            and first["engram"]["new"]
+        )
+        history = [
+            {"role": "user", "content": "old " * 60},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": "new?"},
+        ]
+        second = client.post(
+            "/v1/chat/completions", json=body(messages=history), headers={"X-Conversation-Id": "a"}
+        ).json()
+        assert second["engram"] == {
+            "conversation": "a",
+            "new": False,
+            "revision": 0,
+            "writes": [],
+        }  # the old turns are its own: not read again
+        fresh = client.post("/v1/chat/completions", json=body(messages=history)).json()[
+            "engram"
+        ]  # nobody's: they are read, and written
+        assert (
+            fresh["new"]
+            and fresh["revision"] > 0
+            and fresh["writes"][0]["flashcards"] == [{"question": CARD.question, "answer": CARD.answer}]
+        )
+        lines = client.post("/v1/chat/completions", json=body(stream=True, conversation="a")).text.split(
+            "\n\n"
+        )
+        assert (
+            json.loads(lines[0].removeprefix("data: "))["choices"][0]["delta"]["content"] == "under 0"
+            and lines[-2] == "data: [DONE]"
+        )
         assert client.get("/v1/conversations/a").json()["revision"] == 0
-        assert client.delete("/v1/conversations/a").json()["deleted"] and client.get("/v1/conversations/a").status_code == 404
+        assert (
+            client.delete("/v1/conversations/a").json()["deleted"]
+            and client.get("/v1/conversations/a").status_code == 404
+        )
 
 
 @pytest.mark.parametrize(
@@ -339,9 +408,17 @@ def test_the_endpoint_speaks_openai(parts: Parts) -> None:
     [
         ({"model": "other"}, 404, "'tiny' is"),
         ({"messages": []}, 400, "messages must be a list"),
-        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, 400, "the last message must be the user's"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            400,
+            "the last message must be the user's",
+        ),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role must be"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content must be text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "messages[0].content must be text",
+        ),
         ({"conversation": "../etc"}, 400, "conversation must be 1 to 64 letters"),
         ({"max_tokens": 0}, 400, "max_tokens must be"),
         ({"temperature": 3}, 400, "temperature must be"),
@@ -350,11 +427,18 @@ def test_the_endpoint_speaks_openai(parts: Parts) -> None:
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, 413, "the body is over 1024 bytes"),
     ],
 )
-def test_a_bad_request_is_an_openai_error(parts: Parts, given: dict[str, object], status: int, expected: str) -> None:
+def test_a_bad_request_is_an_openai_error(
+    parts: Parts, given: dict[str, object], status: int, expected: str
+) -> None:
     limited = with_limits(parts, max_body_kib=1)
     with TestClient(build_app(limited, Sessions(limited, 2), "")) as client:
         answer = client.post("/v1/chat/completions", json=body(**given))
-    assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert answer.status_code == status and set(answer.json()["error"]) == {
+        "message",
+        "type",
+        "param",
+        "code",
+    }
     assert expected in answer.json()["error"]["message"]
 
 
@@ -374,7 +458,12 @@ def test_a_key_a_content_type_and_a_deadline_are_kept(parts: Parts, engine: Engi
 
 def test_numbers_that_are_bounds_are_cut_to_what_the_engine_has(opening: Opening) -> None:
     asked = parse_request(json.dumps(body(max_tokens=10**6)).encode(), None, opening.config)
-    assert (asked.max_tokens, asked.temperature, asked.turns, asked.history) == (8, 0.0, ("Nora lives in Lisbon.",), ())
+    assert (asked.max_tokens, asked.temperature, asked.turns, asked.history) == (
+        8,
+        0.0,
+        ("Nora lives in Lisbon.",),
+        (),
+    )
     with pytest.raises(RequestError, match="differ"):
         parse_request(json.dumps(body(conversation="a")).encode(), "b", opening.config)
 
@@ -421,18 +510,29 @@ def test_a_script_talks_writes_compares_saves_and_loads(parts: Parts, tmp_path: 
     assert text.rstrip().endswith("you> /quit")
 
 
-def test_what_cannot_be_done_is_one_line_and_the_conversation_goes_on(parts: Parts, engine: Engine, tmp_path: Path) -> None:
-    text, failures = transcript(parts, "/foo", "/write", "/delta perhaps", f"/load {tmp_path}/none", "/read none.txt", "/save", "Who?")
+def test_what_cannot_be_done_is_one_line_and_the_conversation_goes_on(
+    parts: Parts, engine: Engine, tmp_path: Path
+) -> None:
+    text, failures = transcript(
+        parts, "/foo", "/write", "/delta perhaps", f"/load {tmp_path}/none", "/read none.txt", "/save", "Who?"
+    )
     assert failures == 6 and text.count("error: ") == 6 and "Traceback" not in text
     assert text.rstrip().endswith("agent> under 0")
 
 
 def test_a_model_that_writes_no_flashcards_is_shown_as_such(opening: Opening, chat: ChatFormat) -> None:
-    text, failures = transcript(parts_with(opening, Engine(chat, cards=()), chat), "Nora lives in Lisbon.", "/write")
-    assert failures == 0 and "nothing written: the JSON array is empty; asked for flashcards the agent said: []" in text
+    text, failures = transcript(
+        parts_with(opening, Engine(chat, cards=()), chat), "Nora lives in Lisbon.", "/write"
+    )
+    assert (
+        failures == 0
+        and "nothing written: the JSON array is empty; asked for flashcards the agent said: []" in text
+    )
 
 
-def test_a_write_request_reaches_the_writer_with_the_conversations_own_weights(opening: Opening, engine: Engine, chat: ChatFormat) -> None:
+def test_a_write_request_reaches_the_writer_with_the_conversations_own_weights(
+    opening: Opening, engine: Engine, chat: ChatFormat
+) -> None:
     seen: list[WriteRequest] = []
     writer = ScriptedWriter(lambda request: seen.append(request) or "accepted")
 
@@ -466,10 +566,15 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
         (["chat", "memory.policy=full"], "a conversation needs memory.policy=parametric"),
         (["chat", "model.name=x"], "name the model without it, e.g. chat x"),
         (["serve", "writ.epochs=1"], "writ.epochs' is no setting; did you mean write.epochs"),
-        (["export", "configs", "somewhere"], "configs: is no run, checkpoint, saved conversation or episode's record"),
+        (
+            ["export", "configs", "somewhere"],
+            "configs: is no run, checkpoint, saved conversation or episode's record",
+        ),
     ],
 )
-def test_a_mistake_is_one_line_before_an_engine_starts(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_line_before_an_engine_starts(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and expected in error

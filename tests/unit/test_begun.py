@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.begun import begun_run, new_run, note_run_id, run_id_of
-from cluster.checkpoint import START, Checkpoint, find_checkpoint, list_checkpoints, save_checkpoint
-from cluster.errors import CheckpointError, InUseError
-from cluster.run_lock import held, require_free
+from cluster.common.errors import CheckpointError, InUseError
+from cluster.runs.checkpoint import START, Checkpoint, find_checkpoint, list_checkpoints, save_checkpoint
+from cluster.runs.resume import begun_run, new_run, note_run_id, run_id_of
+from cluster.runs.run_lock import held, require_free
 from configs.load import load_config, to_yaml
 from configs.schema import RunConfig
 
@@ -63,7 +63,9 @@ def _lose_state(folder: Path) -> None:
     ],
     ids=["cut", "lost", "spoiled", "no state"],
 )
-def test_a_damaged_checkpoint_is_passed_over_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: object, told: str) -> None:
+def test_a_damaged_checkpoint_is_passed_over_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: object, told: str
+) -> None:
     assert callable(damage)
     run = tmp_path / "run"
     older, newer = save(run, 2), save(run, 4)
@@ -73,7 +75,11 @@ def test_a_damaged_checkpoint_is_passed_over_in_one_line(tmp_path: Path, caplog:
     found = find_checkpoint("auto", tmp_path)
     assert found is not None and found.folder == older
     (line,) = warnings(caplog)
-    assert "\n" not in line and line.startswith("resume=auto passes over a damaged checkpoint: ") and re.search(told, line)
+    assert (
+        "\n" not in line
+        and line.startswith("resume=auto passes over a damaged checkpoint: ")
+        and re.search(told, line)
+    )
     with pytest.raises(CheckpointError, match=told.removesuffix("$")):
         find_checkpoint(str(newer), tmp_path)
     damage(older)
@@ -111,7 +117,9 @@ def test_a_run_that_died_before_its_first_checkpoint_goes_on_under_its_id(tmp_pa
 
 def test_another_configuration_a_newer_checkpoint_or_one_of_its_own_lets_it_lie(tmp_path: Path) -> None:
     run = begin(tmp_path, CONFIG, "20260101-130000", "abc")
-    assert begun_run(tmp_path, replace(CONFIG, learner=replace(CONFIG.learner, learning_rate=1.0)), None) is None
+    assert (
+        begun_run(tmp_path, replace(CONFIG, learner=replace(CONFIG.learner, learning_rate=1.0)), None) is None
+    )
     newer = Checkpoint(save(tmp_path / "elsewhere", 2), START)
     assert begun_run(tmp_path, CONFIG, newer) is None
     late = begin(tmp_path, CONFIG, time.strftime("%Y%m%d-%H%M%S", time.localtime(time.time() + 60)), "def")
@@ -123,13 +131,18 @@ def test_another_configuration_a_newer_checkpoint_or_one_of_its_own_lets_it_lie(
 
 def test_two_processes_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from cluster.run_lock import held\n"
+        "import sys, time; from pathlib import Path; from cluster.runs.run_lock import held\n"
         "with held(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None and other.stdout.readline() == "in\n"
         for attempt in (lambda: require_free(tmp_path), lambda: held(tmp_path).__enter__()):
-            with pytest.raises(InUseError, match=rf"{tmp_path} is in use by process {other.pid} on \S+: wait for it or stop it"):
+            with pytest.raises(
+                InUseError,
+                match=rf"{tmp_path} is in use by process {other.pid} on \S+: wait for it or stop it",
+            ):
                 attempt()
         other.send_signal(signal.SIGKILL)
     require_free(tmp_path)

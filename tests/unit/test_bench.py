@@ -15,13 +15,24 @@ from cluster.bench import run as bench_run
 from cluster.bench.harness import child, in_turns
 from cluster.bench.report import as_json, case_cells, markdown, metrics
 from cluster.bench.suite import SUITE, Entry, find
-from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Table, Timing
+from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Timing
 from cluster.cli import EXIT_USAGE, main
-from cluster.progress import Display
+from cluster.common.display import Display
+from cluster.measure.report import Table
 
 
 def case(goal: Goal | None) -> Case:
-    return Case("eight | episodes", "PEFT loop", "writer", "s", (6.0, 12.0, 8.0), (1.0, 2.0, 2.0), "baseline/candidate", goal, "a note")
+    return Case(
+        "eight | episodes",
+        "PEFT loop",
+        "writer",
+        "s",
+        (6.0, 12.0, 8.0),
+        (1.0, 2.0, 2.0),
+        "baseline/candidate",
+        goal,
+        "a note",
+    )
 
 
 def test_a_ratio_is_the_median_over_pairs_and_a_missed_goal_is_shown() -> None:
@@ -79,15 +90,26 @@ def test_a_child_holds_its_object_between_calls_and_names_what_failed() -> None:
 def test_a_child_that_dies_or_does_not_start_ends_the_wait() -> None:
     with child("mortal", Held, (1,)) as one, pytest.raises(BenchError, match="mortal died during die"):
         one.call("die", (), 60)
-    with pytest.raises(BenchError, match="its start failed: ValueError: start=-1 is not allowed"), child("unborn", Held, (-1,)):
+    with (
+        pytest.raises(BenchError, match="its start failed: ValueError: start=-1 is not allowed"),
+        child("unborn", Held, (-1,)),
+    ):
         pass
 
 
 def test_the_report_holds_every_value_and_says_what_it_compared(tmp_path: Path) -> None:
-    outcome = Outcome((case(Goal("at least", 7)),), (Table("Memory", ("rows", "MiB"), (("8", "12"),)),), (tmp_path / "plot.png",), {"rate": 0.5})
+    outcome = Outcome(
+        (case(Goal("at least", 7)),),
+        (Table("Memory", ("rows", "MiB"), (("8", "12"),)),),
+        (tmp_path / "plot.png",),
+        {"rate": 0.5},
+    )
     text = markdown({"machine": "two cores"}, {"writer": outcome}, {"writer": "one against the other"})
     assert "one against the other." in text
-    assert r"| eight \| episodes | PEFT loop: 8 s | writer: 2 s | baseline/candidate 6 [5, 6] | at least 7 | MISSED |" in text
+    assert (
+        r"| eight \| episodes | PEFT loop: 8 s | writer: 2 s | baseline/candidate 6 [5, 6] | at least 7 | MISSED |"
+        in text
+    )
     assert "- eight | episodes: a note" in text
     assert "| 8 | 12 |" in text and "![plot](plot.png)" in text
     data = json.loads(as_json({}, {"writer": outcome}))["benchmarks"]["writer"]
@@ -95,23 +117,31 @@ def test_the_report_holds_every_value_and_says_what_it_compared(tmp_path: Path) 
     assert metrics("writer", outcome) == {"bench/writer/eight___episodes": 6.0, "bench/writer/rate": 0.5}
 
 
-def test_benchmarks_are_found_by_name_and_a_wrong_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmarks_are_found_by_name_and_a_wrong_name_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert find(()) == SUITE
     assert [entry.name for entry in find(("refresh", "writer"))] == ["writer", "refresh"]
     assert main(["bench", "writr", "--no-tracking"]) == EXIT_USAGE
     assert "error: no benchmark 'writr': there are writer, revisions" in capsys.readouterr().err
 
 
-def test_a_benchmark_that_fails_does_not_keep_the_others_from_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_path: Path) -> None:
+def test_a_benchmark_that_fails_does_not_keep_the_others_from_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_path: Path
+) -> None:
     def measured(entry: Entry, context: Context, display: Display) -> Outcome:
         if entry.name == "writer":
             raise BenchError("writer died before run: out of memory?")
         return Outcome((case(None),), (), (), {})
 
     monkeypatch.setattr(bench_run, "_run_child", measured)
-    options = bench_run.BenchOptions(("writer", "cost"), str(tiny_model_path), 1, 1, True, tmp_path, tracking=False)
+    options = bench_run.BenchOptions(
+        ("writer", "cost"), str(tiny_model_path), 1, 1, True, tmp_path, tracking=False
+    )
     said = io.StringIO()
     with pytest.raises(BenchError, match="writer: writer died before run"):
         bench_run.bench(options, Display(Console(file=said)))
     (report,) = tmp_path.glob("bench-*/report.json")
-    assert list(json.loads(report.read_text())["benchmarks"]) == ["cost"] and "FAILED writer" in said.getvalue()
+    assert (
+        list(json.loads(report.read_text())["benchmarks"]) == ["cost"] and "FAILED writer" in said.getvalue()
+    )

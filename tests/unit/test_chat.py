@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.chat import ChatFormat, ChatTemplateError
+from actors.text.chat_template import ChatFormat, ChatTemplateError
 
 LLAMA3 = (
     "{{ '<|begin_of_text|>' }}{% for m in messages %}"
@@ -25,12 +25,8 @@ QWEN3 = QWEN2.replace(
     "assistant\n' }}{% endif %}",
     "assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
 )
-NO_SYSTEM = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{ m['content'] }}{% endfor %}"
-)
-NO_STOP = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
+NO_SYSTEM = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{ m['content'] }}{% endfor %}"
+NO_STOP = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 DROPS = "{{ '<|im_start|>' + messages[-1]['content'] + '<|im_end|>' }}"
 
 MESSAGES = [
@@ -69,13 +65,21 @@ def _tokenizer(folder: Path, template: str | None, eos: str = "<|im_end|>") -> A
 
 
 @pytest.mark.parametrize(
-    ("template", "eos"), [(None, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (QWEN2, "<|im_end|>")], ids=["smollm2", "llama3", "qwen2"]
+    ("template", "eos"),
+    [(None, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (QWEN2, "<|im_end|>")],
+    ids=["smollm2", "llama3", "qwen2"],
 )
 def test_pieces_are_the_templates_tokens(tiny_model_path: Path, template: str | None, eos: str) -> None:
     tokenizer = _tokenizer(tiny_model_path, template, eos)
     chat = ChatFormat(tokenizer)
     reply = (*chat.encode("Noted!"), chat.stop_token_ids[0])
-    pieces = chat.system("You are brief.") + chat.user(MESSAGES[1]["content"]) + chat.assistant_open + reply + chat.assistant_close(reply)
+    pieces = (
+        chat.system("You are brief.")
+        + chat.user(MESSAGES[1]["content"])
+        + chat.assistant_open
+        + reply
+        + chat.assistant_close(reply)
+    )
     pieces += chat.user(MESSAGES[3]["content"]) + chat.assistant_open
     expected = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
     assert list(pieces) == list(expected)
@@ -87,7 +91,11 @@ def test_qwen3_replies_open_without_thoughts(tiny_model_path: Path) -> None:
     chat = ChatFormat(tokenizer)
     pieces = chat.system("You are brief.") + chat.user("Hello") + chat.assistant_open
     messages = [MESSAGES[0], {"role": "user", "content": "Hello"}]
-    assert list(pieces) == list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, return_dict=False))
+    assert list(pieces) == list(
+        tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=False, return_dict=False
+        )
+    )
     assert chat.decode(chat.assistant_open).endswith("</think>\n\n")
 
 
@@ -106,7 +114,9 @@ def test_special_tokens_in_a_text_stay_text(tiny_model_path: Path, name: str) ->
     ids = chat.encode(f"before {name} after")
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert chat.decode(ids) == f"before {name} after"
-    assert len([i for i in chat.user(name) if i in tokenizer.all_special_ids]) == 2  # the turn's own opening and end
+    assert (
+        len([i for i in chat.user(name) if i in tokenizer.all_special_ids]) == 2
+    )  # the turn's own opening and end
 
 
 @pytest.mark.parametrize("text", ["naïve 東京 🙂", "  spaces  inside ", "don't , stop .", "tab\tline\n\nend"])
@@ -118,9 +128,16 @@ def test_decode_gives_the_text_back(tiny_model_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("template", "message"),
-    [(NO_SYSTEM, "System role not supported"), (NO_STOP, "no special token"), (DROPS, "leaves a message out"), ("", "no chat template")],
+    [
+        (NO_SYSTEM, "System role not supported"),
+        (NO_STOP, "no special token"),
+        (DROPS, "leaves a message out"),
+        ("", "no chat template"),
+    ],
 )
-def test_an_unusual_template_is_refused_in_one_line(tiny_model_path: Path, template: str, message: str) -> None:
+def test_an_unusual_template_is_refused_in_one_line(
+    tiny_model_path: Path, template: str, message: str
+) -> None:
     with pytest.raises(ChatTemplateError, match=message) as error:
         ChatFormat(_tokenizer(tiny_model_path, template))
     assert "\n" not in str(error.value)

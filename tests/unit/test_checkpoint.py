@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from actors.fast_weights import Basis
-from cluster.checkpoint import (
+from actors.fast_weights.delta import Basis
+from cluster.common.errors import CheckpointError, SaveError
+from cluster.runs.checkpoint import (
     START,
     Checkpoint,
     best_checkpoint,
@@ -25,8 +26,7 @@ from cluster.checkpoint import (
     score_checkpoint,
     score_of,
 )
-from cluster.errors import CheckpointError, SaveError
-from cluster.prepare import KEPT, check_unchanged
+from cluster.train.prepare import KEPT, check_unchanged
 from configs.load import ConfigError, load_config, to_yaml
 from configs.schema import RunConfig
 from learner.learner import Learner
@@ -57,7 +57,13 @@ def test_the_best_is_kept_besides_the_newest(tmp_path: Path) -> None:
     for step, score in scores.items():
         save(tmp_path, step)
         best.append(score_checkpoint(tmp_path, step, score, tasks=16, keep=2))
-    assert best == [True, True, False, False, False]  # of equal ones the earlier stays: nothing says that the later is better
+    assert best == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]  # of equal ones the earlier stays: nothing says that the later is better
     assert names(tmp_path) == ["step-000002", "step-000004", "step-000005"]
     assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000002"
     save(tmp_path, 6)
@@ -65,7 +71,9 @@ def test_the_best_is_kept_besides_the_newest(tmp_path: Path) -> None:
     score_checkpoint(tmp_path, 6, 0.9, tasks=16, keep=2)
     assert names(tmp_path) == ["step-000005", "step-000006"]  # the old best is one of many again
     copy = shutil.copytree(tmp_path / "checkpoints", tmp_path / "elsewhere" / "checkpoints").parent
-    assert best_checkpoint(copy) == copy / "checkpoints" / "step-000006"  # it lies in the checkpoints themselves
+    assert (
+        best_checkpoint(copy) == copy / "checkpoints" / "step-000006"
+    )  # it lies in the checkpoints themselves
     assert hidden(tmp_path) == []
 
 
@@ -88,7 +96,9 @@ def test_a_run_resumed_from_an_earlier_step_keeps_what_it_writes(tmp_path: Path)
     assert (tmp_path / "checkpoints" / "step-000006" / "learner" / "theta").read_text() == "anew"
 
 
-def test_a_death_while_a_checkpoint_is_replaced_loses_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_death_while_a_checkpoint_is_replaced_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     save(run, 6, content="first")
     rename = Path.rename
@@ -118,7 +128,10 @@ def test_a_damaged_score_is_no_score(tmp_path: Path, content: str) -> None:
 
 
 def test_evaluations_are_at_checkpoints() -> None:
-    with pytest.raises(ConfigError, match=r"evaluate_every=3 is not allowed: it must be 0 or a multiple of train.checkpoint_every=2"):
+    with pytest.raises(
+        ConfigError,
+        match=r"evaluate_every=3 is not allowed: it must be 0 or a multiple of train.checkpoint_every=2",
+    ):
         load_config(QUICKSTART, ["train.evaluate_every=3", "train.checkpoint_every=2"])
 
 
@@ -147,7 +160,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Learner:
 
 @pytest.mark.parametrize("room", [200, 4096, 300_000], ids=["nothing", "no tensor", "theta but no more"])
 @pytest.mark.filterwarnings("ignore")
-def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint_whole(trained: Learner, tmp_path: Path, room: int) -> None:
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint_whole(
+    trained: Learner, tmp_path: Path, room: int
+) -> None:
     async def write(target: Path) -> None:
         trained.save(target)
 
@@ -158,18 +173,25 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint_whole(trained
     with files_up_to(room), pytest.raises(SaveError) as raised:
         asyncio.run(save_checkpoint(tmp_path, replace(START, step=2), "name: test\n", write, 2))
     message = str(raised.value)
-    assert "\n" not in message and message.startswith(f"step 2 could not be saved in {tmp_path / 'checkpoints'} (")
+    assert "\n" not in message and message.startswith(
+        f"step 2 could not be saved in {tmp_path / 'checkpoints'} ("
+    )
     assert "File too large" in message and message.endswith("; earlier checkpoints are whole")
     assert names(tmp_path) == ["step-000001"] and hidden(tmp_path) == []
     assert all(path.read_bytes() == content for path, content in whole.items())
     trained.load(load_checkpoint(tmp_path / "checkpoints" / "step-000001").learner)
-    asyncio.run(save_checkpoint(tmp_path, replace(START, step=2), "name: test\n", write, 2))  # there is room again
+    asyncio.run(
+        save_checkpoint(tmp_path, replace(START, step=2), "name: test\n", write, 2)
+    )  # there is room again
     assert names(tmp_path) == ["step-000001", "step-000002"]
 
 
 def test_a_score_that_cannot_be_written_leaves_the_checkpoint_whole(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    with files_up_to(4), pytest.raises(SaveError, match=r"^the evaluation of step 1 could not be saved in .*File too large"):
+    with (
+        files_up_to(4),
+        pytest.raises(SaveError, match=r"^the evaluation of step 1 could not be saved in .*File too large"),
+    ):
         score_checkpoint(tmp_path, 1, 0.5, tasks=16, keep=2)
     folder = tmp_path / "checkpoints" / "step-000001"
     assert score_of(folder) is None and load_checkpoint(folder).state.step == 1
@@ -191,7 +213,10 @@ def test_a_score_that_cannot_be_written_leaves_the_checkpoint_whole(tmp_path: Pa
 def test_what_gives_a_checkpoint_its_meaning_may_not_change(tmp_path: Path, changed: str) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(RunConfig()), encoding="utf-8")
     other, key = load_config(tmp_path / "config.yaml", [changed]), changed.partition("=")[0]
-    with pytest.raises(CheckpointError, match=rf"was made with {key}=\S+, not {changed.partition('=')[2]}: use that value, or start anew"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"was made with {key}=\S+, not {changed.partition('=')[2]}: use that value, or start anew",
+    ):
         check_unchanged(other, Checkpoint(tmp_path, START), KEPT)
 
 

@@ -43,7 +43,11 @@ def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str
 def test_the_examples_of_help_load(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  python -m cluster train")]
+    lines = [
+        line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("  python -m cluster train")
+    ]
     assert len(lines) >= 4
     for words in lines:
         load_config(Path(words[4]), [word for word in words[5:] if not word.startswith("--")])
@@ -76,33 +80,67 @@ def test_settings_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_missing_locomo_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = failure(capsys, "train", "configs/locomo.yaml", "environment.conversation.path=nowhere.json", f"output_dir={tmp_path}")
+    message = failure(
+        capsys,
+        "train",
+        "configs/locomo.yaml",
+        "environment.conversation.path=nowhere.json",
+        f"output_dir={tmp_path}",
+    )
     assert "nowhere.json" in message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_malformed_locomo_file_names_item_and_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_malformed_locomo_file_names_item_and_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "locomo.json"
-    path.write_text(json.dumps([{"sample_id": "c1", "conversation": {"speaker_a": "A", "speaker_b": "B"}, "qa": [{"question": "Who?"}]}]))
-    message = failure(capsys, "train", "configs/locomo.yaml", f"environment.conversation.path={path}", f"output_dir={tmp_path / 'runs'}")
+    path.write_text(
+        json.dumps(
+            [
+                {
+                    "sample_id": "c1",
+                    "conversation": {"speaker_a": "A", "speaker_b": "B"},
+                    "qa": [{"question": "Who?"}],
+                }
+            ]
+        )
+    )
+    message = failure(
+        capsys,
+        "train",
+        "configs/locomo.yaml",
+        f"environment.conversation.path={path}",
+        f"output_dir={tmp_path / 'runs'}",
+    )
     assert str(path) in message
     assert not (tmp_path / "runs").exists()
 
 
-def test_settings_that_only_the_environment_can_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = failure(capsys, "train", QUICKSTART, "environment.recall.sessions=5000", f"output_dir={tmp_path}")
+def test_settings_that_only_the_environment_can_judge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = failure(
+        capsys, "train", QUICKSTART, "environment.recall.sessions=5000", f"output_dir={tmp_path}"
+    )
     assert "recall.sessions" in message
 
 
 def test_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no-such-model" in failure(capsys, "train", QUICKSTART, "model.name=./no-such-model", f"output_dir={tmp_path}")
+    assert "no-such-model" in failure(
+        capsys, "train", QUICKSTART, "model.name=./no-such-model", f"output_dir={tmp_path}"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_checkpoint(tmp_path: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_checkpoint(
+    tmp_path: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     where = [f"model.name={tiny_model_path}", f"output_dir={tmp_path}"]
     assert "is no checkpoint" in failure(capsys, "train", QUICKSTART, f"resume={tmp_path}/gone", *where)
-    assert "is no checkpoint" in failure(capsys, "evaluate", QUICKSTART, f"checkpoint={tmp_path}/gone", *where)
+    assert "is no checkpoint" in failure(
+        capsys, "evaluate", QUICKSTART, f"checkpoint={tmp_path}/gone", *where
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -116,11 +154,16 @@ def test_checkpoint_belongs_to_evaluate(capsys: pytest.CaptureFixture[str]) -> N
         (("--rows", "tmen"), "--rows tmen: no such row; shipped are amem"),
         (("--benchmarks", "locomo"), "environment.conversation.path"),
         (("--resume", "runs/gone"), "runs/gone: is no folder of an evaluation"),
-        (("--rows", "tmem", "memory.policy=full"), "with --rows it would turn every row into the same memory"),
+        (
+            ("--rows", "tmem", "memory.policy=full"),
+            "with --rows it would turn every row into the same memory",
+        ),
         (("--sweep", "write.epochs=1,many", "seed=3"), "write.epochs='many' is not allowed"),
     ],
 )
-def test_a_mistake_in_what_to_compare(arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_in_what_to_compare(
+    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert said in failure(capsys, "evaluate", QUICKSTART, f"output_dir={tmp_path}", *arguments)
     assert list(tmp_path.iterdir()) == []
 
@@ -131,7 +174,20 @@ def test_what_to_go_on_with_needs_a_folder(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_settings_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", QUICKSTART, "write.epochs=2", "--seeds", "1,2", "evaluation.tasks=7", "--print-config"]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                QUICKSTART,
+                "write.epochs=2",
+                "--seeds",
+                "1,2",
+                "evaluation.tasks=7",
+                "--print-config",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert "tasks: 7" in text
     assert "epochs: 2" in text
@@ -149,7 +205,9 @@ def test_lists_are_checked(arguments: tuple[str, str], capsys: pytest.CaptureFix
     assert arguments[0] in capsys.readouterr().err
 
 
-def test_scale_asks_the_newest_run_and_refuses_what_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scale_asks_the_newest_run_and_refuses_what_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("old", "new", "new-evaluate-1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text("name: x\n")

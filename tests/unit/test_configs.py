@@ -41,7 +41,10 @@ def test_the_shipped_files_are_the_expected_ones() -> None:
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_every_shipped_file_loads_and_round_trips(file: Path, yaml_file: Path) -> None:
     talks, rubrics = ["environment.conversation.path=locomo.json"], ["environment.rubric.path=items.jsonl"]
-    search = ["environment.search.questions_path=questions.json", "environment.search.corpus_path=corpus.json"]
+    search = [
+        "environment.search.questions_path=questions.json",
+        "environment.search.corpus_path=corpus.json",
+    ]
     needs_data = {"locomo": talks, "longmemeval": talks, "paper": talks, "rubric": rubrics, "search": search}
     config = load_config(file, needs_data.get(file.stem, []))
     yaml_file.write_text(to_yaml(config), encoding="utf-8")
@@ -50,11 +53,31 @@ def test_every_shipped_file_loads_and_round_trips(file: Path, yaml_file: Path) -
 
 
 def test_the_paper_preset_is_the_papers() -> None:
-    paper = load_config(next(file for file in SHIPPED if file.stem == "paper"), ["environment.conversation.path=locomo.json"])
-    assert (paper.train.steps, paper.train.tasks_per_step, paper.train.group_size, paper.learner.learning_rate) == (200, 64, 8, 1e-6)
-    assert (paper.write.optimizer, paper.write.learning_rate, paper.write.epochs, paper.write.batch_size) == ("sgd", 5e-4, 5, 16)
-    assert (paper.fast_weights.rank, paper.fast_weights.last_layers, paper.fast_weights.basis) == (6, 4, "svd")
-    assert (paper.memory.max_context_tokens, paper.sampling.max_answer_tokens, paper.learner.trainable) == (4096, 1024, "full")
+    paper = load_config(
+        next(file for file in SHIPPED if file.stem == "paper"), ["environment.conversation.path=locomo.json"]
+    )
+    assert (
+        paper.train.steps,
+        paper.train.tasks_per_step,
+        paper.train.group_size,
+        paper.learner.learning_rate,
+    ) == (200, 64, 8, 1e-6)
+    assert (paper.write.optimizer, paper.write.learning_rate, paper.write.epochs, paper.write.batch_size) == (
+        "sgd",
+        5e-4,
+        5,
+        16,
+    )
+    assert (paper.fast_weights.rank, paper.fast_weights.last_layers, paper.fast_weights.basis) == (
+        6,
+        4,
+        "svd",
+    )
+    assert (paper.memory.max_context_tokens, paper.sampling.max_answer_tokens, paper.learner.trainable) == (
+        4096,
+        1024,
+        "full",
+    )
 
 
 def test_no_file_and_no_override_is_the_schema() -> None:
@@ -63,14 +86,24 @@ def test_no_file_and_no_override_is_the_schema() -> None:
 
 def test_overrides_win_over_the_file_and_later_over_earlier(yaml_file: Path) -> None:
     yaml_file.write_text("train:\n  steps: 3\n  group_size: 5\n")
-    config = load_config(yaml_file, ["train.steps=4", "train.steps=6", "fast_weights.projections=[up_proj]", "learner.learning_rate=1e-4"])
+    config = load_config(
+        yaml_file,
+        [
+            "train.steps=4",
+            "train.steps=6",
+            "fast_weights.projections=[up_proj]",
+            "learner.learning_rate=1e-4",
+        ],
+    )
     assert (config.train.steps, config.train.group_size) == (6, 5)
     assert config.fast_weights.projections == ("up_proj",)
     assert config.learner.learning_rate == 1e-4
 
 
 def test_text_is_taken_as_typed_and_references_resolve() -> None:
-    config = load_config(None, ["environment.conversation.path=a b=c #1.json", "name=", "train.steps=${train.group_size}"])
+    config = load_config(
+        None, ["environment.conversation.path=a b=c #1.json", "name=", "train.steps=${train.group_size}"]
+    )
     assert config.environment.conversation.path == "a b=c #1.json"
     assert config.name == ""
     assert config.train.steps == config.train.group_size
@@ -119,15 +152,27 @@ def test_the_configuration_is_frozen_all_the_way() -> None:
         ("environment.name=chess", "one of recall, conversation"),
         ("learner.zero_stage=4", "one of 0, 1, 2, 3"),
         ("fast_weights.projections=[q_proj]", "one of gate_proj, up_proj, down_proj"),
-        ("fast_weights.projections=[up_proj,up_proj]", "fast_weights.projections=('up_proj', 'up_proj') is not allowed"),
-        ("environment.conversation.categories=[1,9]", "environment.conversation.categories=(1, 9) is not allowed"),
+        (
+            "fast_weights.projections=[up_proj,up_proj]",
+            "fast_weights.projections=('up_proj', 'up_proj') is not allowed",
+        ),
+        (
+            "environment.conversation.categories=[1,9]",
+            "environment.conversation.categories=(1, 9) is not allowed",
+        ),
         ("train.steps=-1", "train.steps=-1 is not allowed: it must be 0 or more"),
         ("learner.learning_rate=.nan", "learner.learning_rate=nan is not allowed"),
         ("train.group_size=1", "train.group_size=1 is not allowed: it must be 2 or more; advantages compare"),
         ("memory.max_context_tokens=9000", "engine.max_model_tokens=8192 is not allowed"),
         ("environment.name=conversation", "environment.conversation.path='' is not allowed"),
-        ("rollout.max_turns=1", "environment.recall.questions=2 is not allowed: it must be at most rollout.max_turns=1; what is asked later would"),
-        ("evaluation.bootstrap_samples=99", "evaluation.bootstrap_samples=99 is not allowed: it must be 100 or more; a 95 % interval"),
+        (
+            "rollout.max_turns=1",
+            "environment.recall.questions=2 is not allowed: it must be at most rollout.max_turns=1; what is asked later would",
+        ),
+        (
+            "evaluation.bootstrap_samples=99",
+            "evaluation.bootstrap_samples=99 is not allowed: it must be 100 or more; a 95 % interval",
+        ),
     ],
 )
 def test_a_bad_override_is_one_line_that_names_it(override: str, expected: str) -> None:
@@ -170,13 +215,27 @@ def test_a_bound_names_the_argument_that_broke_it_and_not_the_file(yaml_file: Pa
 
 
 def test_no_episode_asks_more_often_than_it_is_let_act() -> None:
-    talks = ("environment.name=conversation", "environment.conversation.path=talks.json", "environment.conversation.questions_per_episode=65")
-    assert "questions_per_episode=65 is not allowed: it must be at most rollout.max_turns=64; " in refused(None, *talks)
+    talks = (
+        "environment.name=conversation",
+        "environment.conversation.path=talks.json",
+        "environment.conversation.questions_per_episode=65",
+    )
+    assert "questions_per_episode=65 is not allowed: it must be at most rollout.max_turns=64; " in refused(
+        None, *talks
+    )
     load_config(None, [*talks, "rollout.max_turns=65"])
-    load_config(None, [*talks, "environment.conversation.format=longmemeval"])  # has one question a conversation, whatever is asked for
+    load_config(
+        None, [*talks, "environment.conversation.format=longmemeval"]
+    )  # has one question a conversation, whatever is asked for
     load_config(None, talks[2:])  # of an environment that is not used
-    search = ("environment.name=search", "environment.search.questions_path=q.json", "environment.search.corpus_path=c.json")
-    assert "environment.search.max_turns=65 is not allowed" in refused(None, *search, "environment.search.max_turns=65")
+    search = (
+        "environment.name=search",
+        "environment.search.questions_path=q.json",
+        "environment.search.corpus_path=c.json",
+    )
+    assert "environment.search.max_turns=65 is not allowed" in refused(
+        None, *search, "environment.search.max_turns=65"
+    )
 
 
 def test_bounds_hold_without_the_loader() -> None:
@@ -215,5 +274,7 @@ def test_a_schedule_is_taken_as_typed(tmp_path: Path) -> None:
     file.write_text('rollout: {schedule: ["10:4"]}', encoding="utf-8")
     assert load_config(file, []).rollout.schedule == ("10:4",)
     file.write_text("rollout: {schedule: [10:4]}", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"rollout\.schedule has 604, which YAML read as no text: quote each item"):
+    with pytest.raises(
+        ConfigError, match=r"rollout\.schedule has 604, which YAML read as no text: quote each item"
+    ):
         load_config(file, [])

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.context import Context
+from actors.text.context import Context
 from actors.types import ActionSpan, Generation
 
 _STEPS = st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 49151), max_size=6)), max_size=10)

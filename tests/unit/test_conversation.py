@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from actors.environments.base import TaskError
 from actors.environments.build import build_environment
 from actors.environments.conversation import ConversationEnvironment
+from actors.protocols import TaskError
 from actors.types import Task
 from configs.schema import ConversationConfig, EmbedderConfig, EnvironmentConfig
 
@@ -63,9 +63,12 @@ def test_a_long_session_comes_in_pieces_of_whole_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "limit", "dates"), [(0, 1, ["3 March"]), (1, 1, ["17 March"]), (1, 2, ["3 March", "17 March"]), (0, 5, ["3 March"])]
+    ("question", "limit", "dates"),
+    [(0, 1, ["3 March"]), (1, 1, ["17 March"]), (1, 2, ["3 March", "17 March"]), (0, 5, ["3 March"])],
 )
-def test_max_sessions_keeps_the_last_ones_up_to_the_evidence(question: int, limit: int, dates: list[str]) -> None:
+def test_max_sessions_keeps_the_last_ones_up_to_the_evidence(
+    question: int, limit: int, dates: list[str]
+) -> None:
     texts = _told(_environment(max_sessions=limit), _task("harbour", question))
     assert len(texts) == len(dates) and all(date in text for date, text in zip(dates, texts, strict=True))
 
@@ -82,7 +85,9 @@ def test_max_sessions_keeps_the_last_ones_up_to_the_evidence(question: int, limi
     ],
 )
 @pytest.mark.parametrize("scorer", ["official", "plain"])
-def test_both_scorers_are_reported_and_one_is_the_reward(scorer: str, question: int, answer: str, scores: dict[str, float]) -> None:
+def test_both_scorers_are_reported_and_one_is_the_reward(
+    scorer: str, question: int, answer: str, scores: dict[str, float]
+) -> None:
     session = _environment(scorer=scorer).start(_task("harbour", question))
     session.act(answer)
     outcome = session.outcome()
@@ -105,8 +110,13 @@ def test_splits_are_disjoint_by_conversation_and_cover_all_questions() -> None:
     size = {"harbour": 5, "orchard": 3}[eval_tasks[0].payload["conversation"]]
     assert len({task.payload["conversation"] for task in eval_tasks}) == 1 and len(eval_tasks) == size
     train = list(itertools.islice(environment.tasks("train", 0, 0), 2 * (8 - size)))
-    assert {task.payload["conversation"] for task in train} == {"harbour", "orchard"} - {eval_tasks[0].payload["conversation"]}
-    passes = [sorted(task.payload["questions"][0] for task in half) for half in (train[: 8 - size], train[8 - size :])]
+    assert {task.payload["conversation"] for task in train} == {"harbour", "orchard"} - {
+        eval_tasks[0].payload["conversation"]
+    }
+    passes = [
+        sorted(task.payload["questions"][0] for task in half)
+        for half in (train[: 8 - size], train[8 - size :])
+    ]
     assert passes[0] == passes[1] == list(range(8 - size))
 
 
@@ -120,7 +130,11 @@ def test_position_and_seed_alone_determine_a_task() -> None:
 def test_categories_are_filtered() -> None:
     environment = _environment(categories=(4,))
     tasks = [*environment.tasks("eval", 0, 0), *itertools.islice(environment.tasks("train", 0, 0), 6)]
-    assert {(t.payload["conversation"], t.payload["questions"][0]) for t in tasks} == {("harbour", 2), ("orchard", 0), ("orchard", 1)}
+    assert {(t.payload["conversation"], t.payload["questions"][0]) for t in tasks} == {
+        ("harbour", 2),
+        ("orchard", 0),
+        ("orchard", 1),
+    }
 
 
 def _without(*keys: Any) -> Callable[[Any], None]:
@@ -150,11 +164,23 @@ TALK = (0, "conversation")
         (_with(3, 0), "item 0: expected an object, got 3"),
         (_without(0, "qa"), r"item 0 \(harbour\), qa: expected a list, got nothing"),
         (_without(0, "conversation"), "conversation: expected an object, got nothing"),
-        (_with({}, *TALK), "conversation.session_1: expected at least one session_1, session_2, ..., got nothing"),
-        (_without(*TALK, "session_2_date_time"), r"item 0 \(harbour\), conversation.session_2_date_time: expected a text, got nothing"),
+        (
+            _with({}, *TALK),
+            "conversation.session_1: expected at least one session_1, session_2, ..., got nothing",
+        ),
+        (
+            _without(*TALK, "session_2_date_time"),
+            r"item 0 \(harbour\), conversation.session_2_date_time: expected a text, got nothing",
+        ),
         (_with("hi", *TALK, "session_1"), "conversation.session_1: expected a list, got 'hi'"),
-        (_without(*TALK, "session_1", 1, "speaker"), r"conversation.session_1\[1\].speaker: expected a text, got nothing"),
-        (_with(None, *TALK, "session_1", 0, "text"), r"conversation.session_1\[0\].text: expected a text, got null"),
+        (
+            _without(*TALK, "session_1", 1, "speaker"),
+            r"conversation.session_1\[1\].speaker: expected a text, got nothing",
+        ),
+        (
+            _with(None, *TALK, "session_1", 0, "text"),
+            r"conversation.session_1\[0\].text: expected a text, got null",
+        ),
         (_without(0, "qa", 2, "question"), r"qa\[2\].question: expected a text, got nothing"),
         (_without(0, "qa", 1, "answer"), r"qa\[1\].answer: expected a text or a number, got nothing"),
         (_with(["a"], 0, "qa", 1, "answer"), r"qa\[1\].answer: expected a text or a number, got a list"),
@@ -166,7 +192,9 @@ TALK = (0, "conversation")
         (_without(1), "it has 1 conversation, and at least 2 are needed"),
     ],
 )
-def test_a_malformed_file_gives_item_field_and_expectation(tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
+def test_a_malformed_file_gives_item_field_and_expectation(
+    tmp_path: Path, change: Callable[[Any], None], message: str
+) -> None:
     items = copy.deepcopy(json.loads(SAMPLE.read_text()))
     change(items)
     path = tmp_path / "broken.json"

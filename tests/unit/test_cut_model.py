@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from actors.answer_head import head_pass
-from actors.layout import Layout, RowSpan, make_layout
+from actors.write.flat_batch import Layout, RowSpan, make_layout
+from actors.write.kernels import head_pass
 
 CPU = torch.device("cpu")
 GROUPS = ((RowSpan(5, 2), RowSpan(3, 3)), (RowSpan(4, 1),), (RowSpan(1, 1), RowSpan(6, 2), RowSpan(2, 1)))
@@ -39,7 +39,9 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
 def test_a_row_attends_to_its_groups_prefix_and_to_itself_and_to_nobody_else(prefix: int) -> None:
     layout = make_layout(prefix, GROUPS, CPU)
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(layout.offsets[-1], heads, WIDTH, generator=draw) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    q, k, v = (
+        torch.randn(layout.offsets[-1], heads, WIDTH, generator=draw) for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
     attended = layout.attend(q, k, v)
     answered = layout.attend_answers(layout.answers_of(q), k, v)
     taken = 0
@@ -47,7 +49,9 @@ def test_a_row_attends_to_its_groups_prefix_and_to_itself_and_to_nobody_else(pre
         index = torch.tensor(before + own)
         expected = plain_attention(q[index], k[index], v[index])
         assert layout.positions[index].tolist() == list(range(prefix + row.length))
-        assert torch.allclose(attended[index], expected, atol=1e-6)  # the prefix too: it comes out the same behind every row of its group
+        assert torch.allclose(
+            attended[index], expected, atol=1e-6
+        )  # the prefix too: it comes out the same behind every row of its group
         assert torch.allclose(answered[taken : taken + row.answers], expected[-row.answers :], atol=1e-6)
         taken += row.answers
     assert taken == len(answered) == layout.answer_offsets[-1]
@@ -56,7 +60,10 @@ def test_a_row_attends_to_its_groups_prefix_and_to_itself_and_to_nobody_else(pre
 @pytest.mark.parametrize("count", [3, 300])  # one block of logits, and two
 def test_the_heads_gradient_is_that_of_the_cross_entropy(count: int) -> None:
     draw = torch.Generator().manual_seed(1)
-    states, head = torch.randn(count, 16, generator=draw).requires_grad_(), torch.randn(53, 16, generator=draw)
+    states, head = (
+        torch.randn(count, 16, generator=draw).requires_grad_(),
+        torch.randn(53, 16, generator=draw),
+    )
     targets, weights = torch.randint(0, 53, (count,), generator=draw), torch.rand(count, generator=draw)
     expected = -functional.cross_entropy(states @ head.T, targets, reduction="none")
     (-(weights * expected).sum()).backward()

@@ -9,18 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from actors.chat import ChatFormat
-from actors.demonstration import demonstrate
 from actors.environments.recall import RecallEnvironment
-from actors.episode import EpisodeSpec, run_episode
-from actors.flashcards import parse_flashcards
+from actors.episodes.demonstration import demonstrate
+from actors.episodes.episode import EpisodeSpec, run_episode
+from actors.episodes.rollout import WriteBatcher
 from actors.memory.build import build_memory
-from actors.rollout import WriteBatcher
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import parse_flashcards
 from actors.types import AdapterKey, Generation, Sampling, Trajectory
 from configs.schema import MemoryConfig, RecallConfig, WriteConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
-ENVIRONMENT = RecallEnvironment(RecallConfig(sessions=2, facts_per_session=4, questions=4, filler_sentences=1))
+ENVIRONMENT = RecallEnvironment(
+    RecallConfig(sessions=2, facts_per_session=4, questions=4, filler_sentences=1)
+)
 TASKS = list(itertools.islice(ENVIRONMENT.tasks("train", 0, 0), 10))
 
 
@@ -34,7 +36,9 @@ def chat(tiny_model_path: Path) -> ChatFormat:
 @pytest.mark.parametrize("blind", [False, True])
 def test_the_mask_covers_the_gold_flashcards_only(chat: ChatFormat, blind: bool) -> None:
     for task in TASKS:
-        segments = demonstrate(task, ENVIRONMENT, chat, MemoryConfig(max_context_tokens=50, question_blind=blind), WriteConfig())
+        segments = demonstrate(
+            task, ENVIRONMENT, chat, MemoryConfig(max_context_tokens=50, question_blind=blind), WriteConfig()
+        )
         assert len(segments) >= 2
         for text, segment in zip(task.payload["sessions"], segments[:2], strict=True):
             gold = ENVIRONMENT.demonstrate_flashcards(task, text, blind)
@@ -57,14 +61,26 @@ def test_a_real_episode_that_writes_the_gold_sees_the_same_tokens(chat: ChatForm
     async def play() -> Trajectory:
         spec = EpisodeSpec(task, "g.0", temperature=1.0, max_answer_tokens=8, max_turns=9, seed=0)
         batcher = WriteBatcher(ScriptedWriter())
-        return await run_episode(spec, ENVIRONMENT, ScriptedPolicy(script), batcher, chat, build_memory(memory, WriteConfig(), SURROUNDINGS), "basis")
+        return await run_episode(
+            spec,
+            ENVIRONMENT,
+            ScriptedPolicy(script),
+            batcher,
+            chat,
+            build_memory(memory, WriteConfig(), SURROUNDINGS),
+            "basis",
+        )
 
     segments = asyncio.run(play()).segments
-    assert [segment.token_ids.tolist() for segment in segments] == [segment.token_ids.tolist() for segment in taught]
+    assert [segment.token_ids.tolist() for segment in segments] == [
+        segment.token_ids.tolist() for segment in taught
+    ]
 
 
 def test_it_runs_inside_a_running_event_loop_too(chat: ChatFormat) -> None:
     async def inside() -> int:
-        return len(demonstrate(TASKS[0], ENVIRONMENT, chat, MemoryConfig(max_context_tokens=50), WriteConfig()))
+        return len(
+            demonstrate(TASKS[0], ENVIRONMENT, chat, MemoryConfig(max_context_tokens=50), WriteConfig())
+        )
 
     assert asyncio.run(inside()) >= 2

@@ -12,14 +12,14 @@ import pytest
 
 from actors.types import PolicyVersion, Task, TrajectoryGroup
 from actors.worker import WorkerReport
-from cluster.checkpoint import START, TrainState
-from cluster.elastic import ElasticFleet, FleetPlan
-from cluster.errors import ClusterError, FleetError, StreamError, WorkerLost
-from cluster.lanes import FinishedGroup
-from cluster.ledger import MOST_LOSSES, Ledger, LedgerSnapshot, ledger_line
-from cluster.loop import LoopParts, run_loop
-from cluster.scaling import ScaleError, WantedWorkers, ask_for, newest_run, read_wanted, scheduled
-from cluster.stream import GroupStream, StreamPlan
+from cluster.common.errors import ClusterError, FleetError, StreamError, WorkerLost
+from cluster.fleet.contract import FinishedGroup
+from cluster.fleet.fleet import ElasticFleet, FleetPlan
+from cluster.fleet.ledger import MOST_LOSSES, Ledger, LedgerSnapshot, ledger_line
+from cluster.fleet.stream import GroupStream, StreamPlan
+from cluster.runs.checkpoint import START, TrainState
+from cluster.runs.wanted_workers import ScaleError, WantedWorkers, ask_for, newest_run, read_wanted, scheduled
+from cluster.train.loop import LoopParts, run_loop
 from configs.schema import TrainConfig
 from learner.types import StepReport
 from tests.unit.cluster_cases import task_at
@@ -68,10 +68,18 @@ class Mortal(Worker):
 class Lab:
     """A run of the loop whose fleet can launch."""
 
-    def __init__(self, workers: int, steps: int = 6, staleness: int = 1, dies: Callable[[str, int], bool] = lambda name, position: False) -> None:
+    def __init__(
+        self,
+        workers: int,
+        steps: int = 6,
+        staleness: int = 1,
+        dies: Callable[[str, int], bool] = lambda name, position: False,
+    ) -> None:
         self.dies, self.wanted, self.said = dies, workers, list[str]()
         self.all: dict[str, Mortal] = {}
-        self.plan = TrainConfig(steps=steps, tasks_per_step=2, group_size=2, max_staleness=staleness, checkpoint_every=100)
+        self.plan = TrainConfig(
+            steps=steps, tasks_per_step=2, group_size=2, max_staleness=staleness, checkpoint_every=100
+        )
         self.trainer, self.tracker, self.ledger = Trainer(), Recorder(), Ledger(LedgerSnapshot())
         self.saved: list[TrainState] = []
         self.settled: set[str] = set()
@@ -99,31 +107,58 @@ class Lab:
         first = list(self.all.values())
         self.stream = GroupStream(plan, first, 0, task_at, self.ledger)
         self.fleet = ElasticFleet(
-            first, FleetPlan(self.launch, lambda: self.wanted, 0, 2, self.health_s, self.said.append, self.in_flight), newest=None
+            first,
+            FleetPlan(
+                self.launch, lambda: self.wanted, 0, 2, self.health_s, self.said.append, self.in_flight
+            ),
+            newest=None,
         )
 
         async def save(state: TrainState) -> None:
             self.saved.append(state)
 
-        parts = LoopParts(self.stream, self.trainer, self.fleet, Channel(), self.tracker, lambda summary, batch: self.on_step(summary.step), save)
+        parts = LoopParts(
+            self.stream,
+            self.trainer,
+            self.fleet,
+            Channel(),
+            self.tracker,
+            lambda summary, batch: self.on_step(summary.step),
+            save,
+        )
         return await asyncio.wait_for(run_loop(parts, self.plan, START), 20)
 
     def serving(self) -> set[str]:
         """Those that serve, or are taking newer weights."""
-        return {name for name, member in self.fleet.state.members.items() if member.state in ("healthy", "suspect", "refreshing")}
+        return {
+            name
+            for name, member in self.fleet.state.members.items()
+            if member.state in ("healthy", "suspect", "refreshing")
+        }
 
 
 def test_tasks_of_a_lost_worker_go_to_others_and_a_replacement_serves_current_weights_only() -> None:
     lab = Lab(2, steps=8, staleness=0, dies=lambda name, position: name == "worker-0" and position == 5)
     state = asyncio.run(lab.run())
-    assert state.step == 8 and lab.ledger.balanced and lab.ledger.settled["trained"] == 16 and lab.ledger.reissued >= 1
-    assert sorted(task for batch in lab.trainer.batches for task in batch) == sorted(f"t{position}" for position in range(16))
+    assert (
+        state.step == 8
+        and lab.ledger.balanced
+        and lab.ledger.settled["trained"] == 16
+        and lab.ledger.reissued >= 1
+    )
+    assert sorted(task for batch in lab.trainer.batches for task in batch) == sorted(
+        f"t{position}" for position in range(16)
+    )
     assert lab.all["worker-0"].killed and "worker-2" in lab.all
     newcomer = lab.all["worker-2"]
-    assert newcomer.served == [] or min(version for version, _ in newcomer.served) >= 2  # it died while version 2 was current
+    assert (
+        newcomer.served == [] or min(version for version, _ in newcomer.served) >= 2
+    )  # it died while version 2 was current
     assert lab.tracker.steps[8]["fleet/lost"] == lab.tracker.steps[8]["fleet/replaced"] == 1
     assert any("worker-0 is lost" in line and "SIGKILL" in line for line in lab.said)
-    assert "re-issued after a loss" in ledger_line(lab.ledger) and "NOT BALANCE" not in ledger_line(lab.ledger)
+    assert "re-issued after a loss" in ledger_line(lab.ledger) and "NOT BALANCE" not in ledger_line(
+        lab.ledger
+    )
 
 
 def test_the_only_worker_may_die_and_the_run_goes_on() -> None:
@@ -144,7 +179,9 @@ def test_a_task_that_takes_its_workers_with_it_is_given_up() -> None:
 def test_workers_that_die_as_fast_as_they_start_end_the_run_with_the_cause() -> None:
     lab = Lab(1, dies=lambda name, position: name == "worker-0")
     lab.prepare = lambda worker: setattr(worker, "start_fails", True)
-    with pytest.raises(FleetError, match=r"rollout workers died and no group arrived in between.*worker-3: .*out of memory"):
+    with pytest.raises(
+        FleetError, match=r"rollout workers died and no group arrived in between.*worker-3: .*out of memory"
+    ):
         asyncio.run(lab.run())
     assert lab.ledger.balanced
 
@@ -168,7 +205,11 @@ def test_more_and_fewer_workers_while_training() -> None:
         for wanted in (4, 2):
             lab.wanted = wanted
             await asyncio.sleep(0.1)
-            while len(lab.serving()) != wanted or lab.fleet.state.counts()["draining"] or not all(worker.served for worker in lab.all.values()):
+            while (
+                len(lab.serving()) != wanted
+                or lab.fleet.state.counts()["draining"]
+                or not all(worker.served for worker in lab.all.values())
+            ):
                 assert not running.done()
                 await asyncio.sleep(0.01)
             lab.settled = lab.serving()
@@ -216,11 +257,19 @@ def test_without_a_way_to_launch_a_lost_worker_ends_the_run() -> None:
     async def body() -> None:
         plan = StreamPlan(2, 2, 0, 2, 5.0)
         stream = GroupStream(plan, list(lab.all.values()), 0, task_at, lab.ledger)
-        fleet = ElasticFleet(list(lab.all.values()), FleetPlan(None, lambda: 1, 0, 1, 60.0, lab.said.append, in_flight=False), newest=None)
+        fleet = ElasticFleet(
+            list(lab.all.values()),
+            FleetPlan(None, lambda: 1, 0, 1, 60.0, lab.said.append, in_flight=False),
+            newest=None,
+        )
 
         async def save(state: TrainState) -> None: ...
 
-        await run_loop(LoopParts(stream, lab.trainer, fleet, Channel(), lab.tracker, lambda summary, batch: None, save), lab.plan, START)
+        await run_loop(
+            LoopParts(stream, lab.trainer, fleet, Channel(), lab.tracker, lambda summary, batch: None, save),
+            lab.plan,
+            START,
+        )
 
     with pytest.raises((ClusterError, StreamError), match="SIGKILL"):
         asyncio.run(asyncio.wait_for(body(), 10))
@@ -283,7 +332,11 @@ def test_a_fleet_that_is_closed_at_once_leaves_nothing_unawaited() -> None:
 
     async def closed_at_once() -> None:
         workers = list(lab.all.values())
-        fleet = ElasticFleet(workers, FleetPlan(lab.launch, lambda: 2, 0, 2, 60.0, lab.said.append, in_flight=False), newest=None)
+        fleet = ElasticFleet(
+            workers,
+            FleetPlan(lab.launch, lambda: 2, 0, 2, 60.0, lab.said.append, in_flight=False),
+            newest=None,
+        )
         await fleet.start(GroupStream(StreamPlan(1, 2, 1, 2, 5.0), workers, 0, task_at, lab.ledger))
         fleet.begin(Channel().publish(lab.trainer))
         await fleet.close()  # the watch and both refreshes are cancelled before they begin

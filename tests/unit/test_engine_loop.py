@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from actors.engine_loop import PHASES, StepLoop, WorkKind
-from actors.engine_start import engine_modules, slot_width
+from actors.engine.adapters import check_receipt
+from actors.engine.start import engine_modules, slot_width
+from actors.engine.step_loop import PHASES, StepLoop, WorkKind
 from actors.protocols import EngineError, ReceiptError
-from actors.receipt import check_receipt
 from actors.types import Probe
 
 
@@ -68,9 +68,15 @@ def loop_of(engine: Countdown) -> StepLoop[Countdown]:
 def test_requests_finish_and_work_runs_between_steps_on_one_thread() -> None:
     engine = Countdown()
     loop = loop_of(engine)
-    short, long = loop.request("a", "x", "act", 5, add("a", 3)), loop.request("b", "y", "extract", 5, add("b", 30))
+    short, long = (
+        loop.request("a", "x", "act", 5, add("a", 3)),
+        loop.request("b", "y", "extract", 5, add("b", 30)),
+    )
     assert short.result(5).request_id == "a"
-    assert loop.call(lambda e: (threading.get_ident(), loop.running_labels()), "other").result(5) == (next(iter(engine.threads)), {"y"})
+    assert loop.call(lambda e: (threading.get_ident(), loop.running_labels()), "other").result(5) == (
+        next(iter(engine.threads)),
+        {"y"},
+    )
     assert long.result(5).request_id == "b" and engine.threads != {threading.get_ident()}
     assert loop.times.steps >= 30
     assert loop.call(lambda e: 7, "other").result(5) == 7
@@ -93,7 +99,11 @@ def test_every_second_of_the_step_thread_has_a_phase() -> None:
     ended = time.perf_counter()
     seconds = loop.times.seconds
     assert tuple(seconds) == PHASES
-    assert (seconds["install"] >= 0.06) and min(seconds["refresh"], seconds["other"]) >= 0.03 and seconds["idle"] >= 0.05
+    assert (
+        (seconds["install"] >= 0.06)
+        and min(seconds["refresh"], seconds["other"]) >= 0.03
+        and seconds["idle"] >= 0.05
+    )
     assert seconds["act"] == seconds["extract"] == seconds["receipt"] == 0
     assert asked - started <= sum(seconds.values()) <= ended - began
 
@@ -103,11 +113,13 @@ def refuse_slowly(engine: Countdown) -> None:
     raise EngineError("not now")
 
 
-def test_a_steps_seconds_go_by_the_tokens_that_each_kind_of_request_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_steps_seconds_go_by_the_tokens_that_each_kind_of_request_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Steps of 9 + 1 prompt tokens, then of one token of each: 9/10 and 1/10 of the first step, half of each later one."""
     engine = Countdown(pause_s=0.0)
     monkeypatch.setattr(
-        "actors.engine_loop.time", SimpleNamespace(perf_counter=lambda: float(engine.steps))
+        "actors.engine.step_loop.time", SimpleNamespace(perf_counter=lambda: float(engine.steps))
     )  # a step takes a second, the rest no time
     loop, gate = loop_of(engine), threading.Event()
     loop.call(lambda e: gate.wait(5), "other")
@@ -119,12 +131,16 @@ def test_a_steps_seconds_go_by_the_tokens_that_each_kind_of_request_computes(mon
     loop.close(5)
     seconds = loop.times.seconds
     assert loop.times.steps == 4 and sum(seconds.values()) == pytest.approx(4.0)
-    assert [seconds[kind] for kind in ("extract", "act", "receipt")] == pytest.approx([0.9 + 0.5 + 0.5, 0.1 + 0.5 + 0.5, 1.0])
+    assert [seconds[kind] for kind in ("extract", "act", "receipt")] == pytest.approx(
+        [0.9 + 0.5 + 0.5, 0.1 + 0.5 + 0.5, 1.0]
+    )
 
 
 def test_the_next_step_takes_along_callers_who_come_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """An episode of ten requests of one step each beside a long one: each of its requests is in the very next step."""
-    monkeypatch.setattr("actors.engine_loop.PATIENCE", 1000.0)  # of a millisecond's step: it waits up to a second
+    monkeypatch.setattr(
+        "actors.engine.step_loop.PATIENCE", 1000.0
+    )  # of a millisecond's step: it waits up to a second
     engine = Countdown()
     loop = loop_of(engine)
     long = loop.request("long", "x", "act", 1, add("long", 10**9))
@@ -137,10 +153,13 @@ def test_the_next_step_takes_along_callers_who_come_back_at_once(monkeypatch: py
 
 
 def test_a_step_does_not_wait_for_callers_who_stay_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.engine_loop.PATIENCE", 1.0)
+    monkeypatch.setattr("actors.engine.step_loop.PATIENCE", 1.0)
     engine = Countdown(pause_s=0.0)
     loop = loop_of(engine)
-    short, long = loop.request("a", "x", "act", 1, add("a", 1)), loop.request("b", "x", "act", 1, add("b", 200))
+    short, long = (
+        loop.request("a", "x", "act", 1, add("a", 1)),
+        loop.request("b", "x", "act", 1, add("b", 200)),
+    )
     assert short.result(5).request_id == "a" and long.result(5).request_id == "b"
     loop.close(5)
     assert engine.steps >= 200
@@ -152,8 +171,12 @@ def test_cancelling_a_coroutine_aborts_its_request() -> None:
 
     async def story() -> None:
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(asyncio.wrap_future(loop.request("slow", "x", "act", 5, add("slow", 10**9))), timeout=0.05)
-        assert await asyncio.wrap_future(loop.call(lambda e: (e.aborted, loop.running_labels()), "other")) == (["slow"], set())
+            await asyncio.wait_for(
+                asyncio.wrap_future(loop.request("slow", "x", "act", 5, add("slow", 10**9))), timeout=0.05
+            )
+        assert await asyncio.wrap_future(
+            loop.call(lambda e: (e.aborted, loop.running_labels()), "other")
+        ) == (["slow"], set())
 
     asyncio.run(story())
     loop.close(5)
@@ -248,6 +271,15 @@ def test_a_receipt_needs_agreement_and_movement() -> None:
 
 
 def test_module_names_and_slot_widths() -> None:
-    modules = ["model.layers.2.mlp.gate_proj", "model.layers.2.mlp.up_proj", "model.layers.2.mlp.down_proj", "model.layers.3.mlp.up_proj"]
-    assert engine_modules(modules) == ["model.layers.2.mlp.down_proj", "model.layers.2.mlp.gate_up_proj", "model.layers.3.mlp.gate_up_proj"]
+    modules = [
+        "model.layers.2.mlp.gate_proj",
+        "model.layers.2.mlp.up_proj",
+        "model.layers.2.mlp.down_proj",
+        "model.layers.3.mlp.up_proj",
+    ]
+    assert engine_modules(modules) == [
+        "model.layers.2.mlp.down_proj",
+        "model.layers.2.mlp.gate_up_proj",
+        "model.layers.3.mlp.gate_up_proj",
+    ]
     assert [slot_width(rank) for rank in (1, 2, 6, 8, 9, 64)] == [1, 8, 8, 8, 16, 64]

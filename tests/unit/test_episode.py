@@ -9,20 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.chat import ChatFormat
-from actors.environments.base import Observation, Session, TaskError
+from actors.environments.base import Observation, Session
 from actors.environments.recall import RecallEnvironment
-from actors.episode import EpisodeSpec, derived_seed, run_episode
+from actors.episodes.episode import EpisodeSpec, derived_seed, run_episode
+from actors.episodes.rollout import WriteBatcher
 from actors.memory.build import build_memory
-from actors.protocols import EngineError, ReceiptError
-from actors.rollout import WriteBatcher
+from actors.protocols import EngineError, ReceiptError, TaskError
+from actors.text.chat_template import ChatFormat
 from actors.types import AdapterKey, FastWeights, Generation, Outcome, Probe, Sampling, Task, Trajectory
 from configs.schema import MemoryConfig, RecallConfig, WriteConfig
 from tests.unit.rollout_fakes import MODULE, SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}]'
-EACH_SESSION = MemoryConfig(max_context_tokens=50)  # system prompt 18 tokens, session about 45, question about 12
-ENVIRONMENT = RecallEnvironment(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
+EACH_SESSION = MemoryConfig(
+    max_context_tokens=50
+)  # system prompt 18 tokens, session about 45, question about 12
+ENVIRONMENT = RecallEnvironment(
+    RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1)
+)
 TASK = next(ENVIRONMENT.tasks("train", 0, 0))
 
 
@@ -34,7 +38,14 @@ def chat(tiny_model_path: Path) -> ChatFormat:
 
 
 def _spec(**changes: object) -> EpisodeSpec:
-    values: dict[str, object] = {"task": TASK, "episode_id": "g.0", "temperature": 1.0, "max_answer_tokens": 8, "max_turns": 9, "seed": 5}
+    values: dict[str, object] = {
+        "task": TASK,
+        "episode_id": "g.0",
+        "temperature": 1.0,
+        "max_answer_tokens": 8,
+        "max_turns": 9,
+        "seed": 5,
+    }
     return EpisodeSpec(**{**values, **changes})  # type: ignore[arg-type]
 
 
@@ -45,10 +56,18 @@ def _talker(chat: ChatFormat, extraction: str = CARDS, answer: str = "Lisbon") -
     return ScriptedPolicy(script)
 
 
-def _run(chat: ChatFormat, policy: ScriptedPolicy, writer: ScriptedWriter, memory: MemoryConfig = EACH_SESSION, **changes: object) -> Trajectory:
+def _run(
+    chat: ChatFormat,
+    policy: ScriptedPolicy,
+    writer: ScriptedWriter,
+    memory: MemoryConfig = EACH_SESSION,
+    **changes: object,
+) -> Trajectory:
     async def play() -> Trajectory:
         policy_of_memory = build_memory(memory, WriteConfig(), SURROUNDINGS)
-        return await run_episode(_spec(**changes), ENVIRONMENT, policy, WriteBatcher(writer), chat, policy_of_memory, "basis")
+        return await run_episode(
+            _spec(**changes), ENVIRONMENT, policy, WriteBatcher(writer), chat, policy_of_memory, "basis"
+        )
 
     return asyncio.run(play())
 
@@ -56,11 +75,19 @@ def _run(chat: ChatFormat, policy: ScriptedPolicy, writer: ScriptedWriter, memor
 def test_a_whole_episode(chat: ChatFormat) -> None:
     policy, writer = _talker(chat), ScriptedWriter()
     trajectory = _run(chat, policy, writer)
-    assert [[span.kind for span in segment.spans] for segment in trajectory.segments] == [["extract"], ["extract"], ["act", "act"]]
+    assert [[span.kind for span in segment.spans] for segment in trajectory.segments] == [
+        ["extract"],
+        ["extract"],
+        ["act", "act"],
+    ]
     assert [segment.revision for segment in trajectory.segments] == [0, 1, 2]
     assert [weights.revision for weights in trajectory.revisions] == [1, 2]
     assert [record.revision for record in trajectory.writes] == [1, 2]
-    assert [segment.policy_version for segment in trajectory.segments] == [3, 3, 3] and trajectory.policy_version == 3
+    assert [segment.policy_version for segment in trajectory.segments] == [
+        3,
+        3,
+        3,
+    ] and trajectory.policy_version == 3
     assert trajectory.weights_of(trajectory.segments[1]) is trajectory.revisions[0]
     assert trajectory.stop_reason == "done" and len(trajectory.outcome.answers) == 2
     assert [answer.prediction for answer in trajectory.outcome.answers] == ["Lisbon", "Lisbon"]
@@ -78,7 +105,9 @@ def test_segments_are_the_tokens_that_the_engine_saw_and_sampled(chat: ChatForma
         assert tuple(segment.token_ids[: span.start]) == prompt
         assert adapter.revision == segment.revision
         count = span.end - span.start
-        assert np.allclose(segment.logprobs[span.start : span.end], [-0.1 * (place + 1) for place in range(count)])
+        assert np.allclose(
+            segment.logprobs[span.start : span.end], [-0.1 * (place + 1) for place in range(count)]
+        )
     last = trajectory.segments[-1]
     assert chat.decode(last.token_ids).count("Lisbon") == 2  # earlier answers stay in the context
     questions = [question["question"] for question in TASK.payload["questions"]]
@@ -124,14 +153,18 @@ def test_a_question_is_answered_from_a_context_that_holds_it(chat: ChatFormat) -
 
 def test_without_memory_nothing_is_written_and_a_large_window_is_the_full_context(chat: ChatFormat) -> None:
     policy, writer = _talker(chat), ScriptedWriter()
-    (segment,) = _run(chat, policy, writer, MemoryConfig(policy="truncation", max_context_tokens=4096)).segments
+    (segment,) = _run(
+        chat, policy, writer, MemoryConfig(policy="truncation", max_context_tokens=4096)
+    ).segments
     assert all(text in chat.decode(segment.token_ids) for text in TASK.payload["sessions"])
     assert writer.batches == [] and segment.revision == 0
 
 
 def test_truncation_keeps_every_prompt_in_the_window(chat: ChatFormat) -> None:
     policy = _talker(chat)
-    trajectory = _run(chat, policy, ScriptedWriter(), MemoryConfig(policy="truncation", max_context_tokens=40))
+    trajectory = _run(
+        chat, policy, ScriptedWriter(), MemoryConfig(policy="truncation", max_context_tokens=40)
+    )
     assert all(len(prompt) <= 40 + len(chat.assistant_open) for prompt, _, _ in policy.calls)
     assert [len(segment.spans) for segment in trajectory.segments] == [1, 1]
 
@@ -141,7 +174,10 @@ def test_an_empty_or_rolled_back_write_leaves_the_revision(chat: ChatFormat) -> 
     assert [record.outcome for record in empty.writes] == ["empty", "empty"] and empty.revisions == ()
     outcomes = iter(["rolled_back", "accepted"])
     mixed = _run(chat, _talker(chat), ScriptedWriter(lambda request: next(outcomes)))
-    assert [(record.outcome, record.revision) for record in mixed.writes] == [("rolled_back", 0), ("accepted", 1)]
+    assert [(record.outcome, record.revision) for record in mixed.writes] == [
+        ("rolled_back", 0),
+        ("accepted", 1),
+    ]
     assert [segment.revision for segment in mixed.segments] == [0, 0, 1]
     assert mixed.revisions[0].b[MODULE][0, 0] == 1
 
@@ -220,7 +256,9 @@ def test_an_observation_longer_than_the_window_is_read_in_pieces_and_all_of_it(c
 
     async def play() -> Trajectory:
         memory = build_memory(MemoryConfig(max_context_tokens=120), WriteConfig(), SURROUNDINGS)
-        return await run_episode(_spec(), _Reader(), policy, WriteBatcher(ScriptedWriter()), chat, memory, "basis")  # type: ignore[arg-type]
+        return await run_episode(
+            _spec(), _Reader(), policy, WriteBatcher(ScriptedWriter()), chat, memory, "basis"
+        )  # type: ignore[arg-type]
 
     trajectory = asyncio.run(play())
     read = "\n".join(chat.decode(segment.token_ids) for segment in trajectory.segments)

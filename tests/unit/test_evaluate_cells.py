@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from actors.peak_memory import PeakMemory
-from cluster.comparison.drive import run_cells, worst
-from cluster.comparison.plan import Cell
-from cluster.comparison.store import CellStore, Done, Journal
-from cluster.errors import CheckpointError, SaveError
+from cluster.common.errors import CheckpointError, SaveError
+from cluster.evaluation.drive import run_cells, worst
+from cluster.evaluation.plan import Cell
+from cluster.evaluation.store import CellStore, Done, Journal
 from tests.unit.cluster_cases import group, task_at
 from tests.unit.comparison_cases import PEAK, Stage, comparison, plan
 
@@ -51,7 +51,9 @@ def test_a_cell_survives_its_files(store: CellStore, cells: tuple[Cell, ...], tm
     assert [path.name for path in (tmp_path / "cells").iterdir()] == [f"{cell.key}.json"]
 
 
-def test_a_line_that_was_cut_off_is_run_again(store: CellStore, cells: tuple[Cell, ...], tmp_path: Path) -> None:
+def test_a_line_that_was_cut_off_is_run_again(
+    store: CellStore, cells: tuple[Cell, ...], tmp_path: Path
+) -> None:
     cell = cells[0]
     with store.journal(cell, []) as journal:
         journal.add(done(0))
@@ -67,14 +69,19 @@ def test_a_line_that_was_cut_off_is_run_again(store: CellStore, cells: tuple[Cel
     assert store.begun(cell) == []
 
 
-def test_other_settings_are_refused_in_one_line(store: CellStore, cells: tuple[Cell, ...], tmp_path: Path) -> None:
+def test_other_settings_are_refused_in_one_line(
+    store: CellStore, cells: tuple[Cell, ...], tmp_path: Path
+) -> None:
     cell = cells[0]
     with store.journal(cell, []):
         pass
     changed = plan("truncation", seeds=(0,), sweep=()).cells[0]
     assert store.begun(changed) == []  # the same settings, planned anew
     other = CellStore(tmp_path / "cells", {"policy": "run/step-000002 version 2"})
-    with pytest.raises(CheckpointError, match=r"was measured with policy=the base model, not run/step-000002 version 2: use that value, or evaluate"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"was measured with policy=the base model, not run/step-000002 version 2: use that value, or evaluate",
+    ):
         other.begun(cell)
     store.finish(cell, [done(0)], PEAK)
     with pytest.raises(CheckpointError, match="was measured with policy="):
@@ -89,9 +96,11 @@ def test_the_content_of_a_data_file_is_part_of_the_settings(store: CellStore, tm
     data.write_text("[1]")
     benchmark = tmp_path / "talks.yaml"
     benchmark.write_text(f"environment: {{name: conversation, conversation: {{path: {data}}}}}\n")
-    from cluster.comparison.plan import Request, plan_cells
+    from cluster.evaluation.plan import Request, plan_cells
 
-    cell = plan_cells(Request(Path("configs/quickstart.yaml"), (), None, ("truncation",), (str(benchmark),), (), "", (), "")).cells[0]
+    cell = plan_cells(
+        Request(Path("configs/quickstart.yaml"), (), None, ("truncation",), (str(benchmark),), (), "", (), "")
+    ).cells[0]
     settings = store.settings(cell)
     assert len(settings["file environment.conversation.path"]) == 16
     assert settings["policy"] == "the base model"
@@ -104,18 +113,24 @@ def test_the_worst_of_several_workers() -> None:
     assert worst([PeakMemory(5, 0, ""), PeakMemory(None, 0, "no /proc")]) == PeakMemory(None, 0, "no /proc")
 
 
-def test_cells_of_one_configuration_run_on_one_set_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_of_one_configuration_run_on_one_set_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     planned = plan("truncation", "tmem", "seal", seeds=(0,))
     stage = Stage(monkeypatch, {})
     found = comparison(tmp_path, planned)
     assert asyncio.run(run_cells(found, planned.cells, stage.hooks)) == {}
     assert stage.starts == 2  # seal writes with another rank and T
     assert len(stage.played) == 9
-    assert stage.told == [word for row in ("truncation", "tmem", "seal") for word in (f"begins {row} 3", f"finished {row}")]
+    assert stage.told == [
+        word for row in ("truncation", "tmem", "seal") for word in (f"begins {row} 3", f"finished {row}")
+    ]
     assert all(found.store.finished(cell) is not None for cell in planned.cells)
 
 
-def test_a_worker_that_dies_costs_its_running_episodes_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_costs_its_running_episodes_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     planned = plan("truncation", "tmem", seeds=(0,))
     first, second = (cell.key for cell in planned.cells)
     lanes_of_one = plan_with_one_lane(planned.cells)
@@ -123,28 +138,43 @@ def test_a_worker_that_dies_costs_its_running_episodes_only(tmp_path: Path, monk
     found = comparison(tmp_path, planned)
     assert asyncio.run(run_cells(found, lanes_of_one, stage.hooks)) == {}
     assert stage.starts == 2
-    assert stage.told[:3] == ["begins truncation 3", "retries truncation: worker-0 died during task t2", "begins truncation 1"]
-    assert sorted(stage.played) == [(key, position) for key in sorted((first, second)) for position in range(3)]  # none of them twice
+    assert stage.told[:3] == [
+        "begins truncation 3",
+        "retries truncation: worker-0 died during task t2",
+        "begins truncation 1",
+    ]
+    assert sorted(stage.played) == [
+        (key, position) for key in sorted((first, second)) for position in range(3)
+    ]  # none of them twice
 
 
 def plan_with_one_lane(cells: Sequence[Cell]) -> list[Cell]:
     from dataclasses import replace
 
-    return [Cell(cell.benchmark, cell.variant, replace(cell.config, engine=replace(cell.config.engine, slots=1))) for cell in cells]
+    return [
+        Cell(cell.benchmark, cell.variant, replace(cell.config, engine=replace(cell.config.engine, slots=1)))
+        for cell in cells
+    ]
 
 
-def test_a_cell_that_kills_its_workers_twice_is_given_up_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_that_kills_its_workers_twice_is_given_up_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     planned = plan("truncation", "tmem", seeds=(0,))
     first, second = planned.cells
     stage = Stage(monkeypatch, {(first.key, 1): 9})
     found = comparison(tmp_path, planned)
-    assert asyncio.run(run_cells(found, planned.cells, stage.hooks)) == {first.key: "worker-0 died during task t1"}
+    assert asyncio.run(run_cells(found, planned.cells, stage.hooks)) == {
+        first.key: "worker-0 died during task t1"
+    }
     assert found.store.finished(first) is None
     assert found.store.finished(second) is not None
     assert stage.starts == 3
 
 
-def test_workers_that_never_start_give_up_their_cells_after_two_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_never_start_give_up_their_cells_after_two_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     planned = plan("truncation", "tmem", seeds=(0,))
     stage = Stage(monkeypatch, {}, broken_starts=9)
     given_up = asyncio.run(run_cells(comparison(tmp_path, planned), planned.cells, stage.hooks))
@@ -166,7 +196,9 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert [episode["task_id"] for episode in saved["result"]["episodes"]] == ["t0", "t1", "t2"]
 
 
-def test_an_episode_that_failed_is_run_again_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_episode_that_failed_is_run_again_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     planned = plan("truncation", seeds=(0,))
     (cell,) = planned.cells
     stage = Stage(monkeypatch, {}, failing={(cell.key, 1): 1})
@@ -180,16 +212,23 @@ def test_an_episode_that_failed_is_run_again_and_no_other(tmp_path: Path, monkey
     assert stage.played == [(cell.key, 1)]
     again = found.store.finished(cell)
     assert again is not None
-    assert ([episode.task_id for episode in again.result.episodes], again.result.failed) == (["t0", "t1", "t2"], ())
+    assert ([episode.task_id for episode in again.result.episodes], again.result.failed) == (
+        ["t0", "t1", "t2"],
+        (),
+    )
 
 
-def test_the_peak_of_a_cell_is_that_of_all_its_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_of_a_cell_is_that_of_all_its_episodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     planned = plan("truncation", seeds=(0,))
     (cell,) = planned.cells
     found = comparison(tmp_path, planned)
     with found.store.journal(cell, []) as journal:
         journal.add(done(0))
-    found.store.finish(cell, [*journal.done, Done.of(1, group(task_at(1), 0, finished=0, failed=1))], PeakMemory(900, 0, ""))
+    found.store.finish(
+        cell, [*journal.done, Done.of(1, group(task_at(1), 0, finished=0, failed=1))], PeakMemory(900, 0, "")
+    )
     asyncio.run(run_cells(found, planned.cells, Stage(monkeypatch, {}).hooks))
     finished = found.store.finished(cell)
     assert finished is not None

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.comparison.plots import context_lines, save_plots
-from cluster.comparison.report import ComparisonReport, markdown, save_comparison
-from cluster.comparison.summary import Bootstrap, RowSummary, compare_rows, summarize
-from cluster.statistics import holm
+from cluster.evaluation.plots import context_lines, save_plots
+from cluster.evaluation.report import ComparisonReport, markdown, save_comparison
+from cluster.evaluation.summary import Bootstrap, RowSummary, compare_rows, summarize
+from cluster.measure.statistics import holm
 from tests.unit.comparison_cases import MODEL, plan, result, scored
 
 BOOTSTRAP = Bootstrap(500, 0)
@@ -49,7 +49,10 @@ def rows() -> tuple[RowSummary, ...]:
         label, seed = cell.variant.label, cell.config.seed
         f1 = 0.5 if label == "tmem" else 0.0
         parts = {"count_mismatch": float(seed), "judge_usd": 0.25} if label == "truncation" else {}
-        episodes = [scored(f"t{n}", f"s{seed}t{n}", f1, ("work", "adversarial")[n], context=60 + 10 * seed, **parts) for n in range(2)]
+        episodes = [
+            scored(f"t{n}", f"s{seed}t{n}", f1, ("work", "adversarial")[n], context=60 + 10 * seed, **parts)
+            for n in range(2)
+        ]
         failed = ("engine: out of memory",) if label == "truncation" and seed == 1 else ()
         if (label, seed) != ("hybrid", 1):
             found[key] = result(label, episodes, failed)
@@ -59,7 +62,13 @@ def rows() -> tuple[RowSummary, ...]:
 def report() -> ComparisonReport:
     summaries = rows()
     differences = compare_rows(summaries, (("tmem", "truncation"), ("hybrid", "truncation")), BOOTSTRAP)
-    return ComparisonReport({"policy": "the base model"}, summaries, tuple(row.cost(MODEL, 4) for row in summaries), differences, BOOTSTRAP)
+    return ComparisonReport(
+        {"policy": "the base model"},
+        summaries,
+        tuple(row.cost(MODEL, 4) for row in summaries),
+        differences,
+        BOOTSTRAP,
+    )
 
 
 def test_markdown_is_as_it_should_be() -> None:
@@ -69,8 +78,14 @@ def test_markdown_is_as_it_should_be() -> None:
     assert "| truncation | 100+20 | 1.5 | 70 | 0.0 | 512 | - | 4/0/0 | usd 1 |" in cost
     assert "- tmem: malformed 4" in cost
     assert "![recall-cost-tokens](recall-cost-tokens.png)" in cost
-    assert "- recall: tmem against truncation: F1 +50.0 [+50.0, +50.0] points on 4 questions, adjusted p = 0.228: NOT significant." in cost
-    assert "- recall: hybrid against truncation: F1 +0.0 [+0.0, +0.0] points on 2 questions, adjusted p = 1.000: NOT significant." in cost
+    assert (
+        "- recall: tmem against truncation: F1 +50.0 [+50.0, +50.0] points on 4 questions, adjusted p = 0.228: NOT significant."
+        in cost
+    )
+    assert (
+        "- recall: hybrid against truncation: F1 +0.0 [+0.0, +0.0] points on 2 questions, adjusted p = 1.000: NOT significant."
+        in cost
+    )
     assert "- recall, truncation: 1 episode(s) failed and are left out: engine: out of memory" in cost
     assert "- recall, hybrid: NOT MEASURED, seed 1: worker-0 died during task t1" in cost
 
@@ -84,8 +99,17 @@ def test_holm_is_the_textbooks() -> None:
 def test_a_question_that_a_seed_repeats_is_no_new_evidence() -> None:
     """The same four questions under five seeds: the interval must be that of four questions, not of twenty."""
     values = (0.0, 0.0, 1.0, 1.0)
-    once = RowSummary("b", "r", 1, ((0, result("r", [scored(f"t{n}", f"q{n}", value) for n, value in enumerate(values)])),), ())
-    again = [(seed, result("r", [scored(f"t{seed}-{n}", f"q{n}", value) for n, value in enumerate(values)])) for seed in range(5)]
+    once = RowSummary(
+        "b",
+        "r",
+        1,
+        ((0, result("r", [scored(f"t{n}", f"q{n}", value) for n, value in enumerate(values)])),),
+        (),
+    )
+    again = [
+        (seed, result("r", [scored(f"t{seed}-{n}", f"q{n}", value) for n, value in enumerate(values)]))
+        for seed in range(5)
+    ]
     pooled = RowSummary("b", "r", 1, tuple(again), ())
     assert pooled.interval("f1", BOOTSTRAP) == once.interval("f1", BOOTSTRAP)
     assert (pooled.items, len(pooled.episodes)) == (4, 20)
@@ -93,8 +117,16 @@ def test_a_question_that_a_seed_repeats_is_no_new_evidence() -> None:
 
 def test_pairs_share_seed_and_task() -> None:
     """The rows' means are equal; only pairs of one seed and task show that each of them lost or won."""
-    first = RowSummary("b", "one", 1, ((0, result("one", [scored("t0", "a", 0.0), scored("t1", "b", 1.0)])),), ())
-    second = RowSummary("b", "two", 1, ((0, result("two", [scored("t1", "b", 0.4), scored("t0", "a", 0.6), scored("t9", "c", 1.0)])),), ())
+    first = RowSummary(
+        "b", "one", 1, ((0, result("one", [scored("t0", "a", 0.0), scored("t1", "b", 1.0)])),), ()
+    )
+    second = RowSummary(
+        "b",
+        "two",
+        1,
+        ((0, result("two", [scored("t1", "b", 0.4), scored("t0", "a", 0.6), scored("t9", "c", 1.0)])),),
+        (),
+    )
     (found,) = compare_rows((first, second), (("two", "one"),), BOOTSTRAP)
     assert found.difference.count == 2
     assert found.difference.mean == pytest.approx(0.0)
@@ -109,8 +141,15 @@ def test_costs_are_means_peaks_and_sums() -> None:
         (1, result("r", [scored("t0", "b", 0.0, tokens=300, context=80)], (), None)),
     )
     cost = RowSummary("b", "r", 1, peaks, ()).cost(MODEL, 4)
-    assert (cost.prompt_tokens, cost.peak_context, cost.writes["accepted"], cost.events) == (200, 80, 2, {"malformed": 2})
-    assert cost.kv_bytes == 2 * 2 * 1 * 32 * 4 * 80  # keys and values, layers, key-value heads, their size, bytes, tokens
+    assert (cost.prompt_tokens, cost.peak_context, cost.writes["accepted"], cost.events) == (
+        200,
+        80,
+        2,
+        {"malformed": 2},
+    )
+    assert (
+        cost.kv_bytes == 2 * 2 * 1 * 32 * 4 * 80
+    )  # keys and values, layers, key-value heads, their size, bytes, tokens
     assert cost.resident_bytes is None  # one of the two is unknown: so is the worst
 
 
@@ -131,17 +170,36 @@ def test_files_hold_every_figure(tmp_path: Path) -> None:
     metrics = made.metrics()
     assert metrics["eval/recall/tmem/f1"] == 0.5
     assert metrics["eval/recall/truncation/failed_episodes"] == 1.0
-    assert all(set(key) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. /") for key in metrics)
+    assert all(
+        set(key) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. /")
+        for key in metrics
+    )
 
 
 def test_plots_are_drawn_against_cost_and_against_l_max(tmp_path: Path) -> None:
     planned = plan("truncation", seeds=(0,), sweep=("memory.max_context_tokens=100,54",))
-    found = {cell.key: result(cell.variant.label, [scored("t0", "a", 0.5), scored("t1", "b", 0.1)]) for cell in planned.cells}
+    found = {
+        cell.key: result(cell.variant.label, [scored("t0", "a", 0.5), scored("t1", "b", 0.1)])
+        for cell in planned.cells
+    }
     swept = summarize(planned.cells, found, {})
     lines = context_lines(swept)
-    assert {name: [row.max_context_tokens for row in line] for name, line in lines.items()} == {"truncation": [54, 100]}
+    assert {name: [row.max_context_tokens for row in line] for name, line in lines.items()} == {
+        "truncation": [54, 100]
+    }
     plots = save_plots(swept, [row.cost(MODEL, 4) for row in swept], BOOTSTRAP, tmp_path)
-    assert [plot.name for plot in plots] == ["recall-cost-tokens.png", "recall-cost-seconds.png", "recall-context.png"]
+    assert [plot.name for plot in plots] == [
+        "recall-cost-tokens.png",
+        "recall-cost-seconds.png",
+        "recall-context.png",
+    ]
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
-    assert len(save_plots(swept, [row.cost(MODEL, 4) for row in swept], Bootstrap(1, 0), tmp_path)) == 3  # one resample: the mean is outside
-    assert save_plots([RowSummary("b", "r", 1, (), ("not run yet",))], [swept[0].cost(MODEL, 4)], BOOTSTRAP, tmp_path) == []
+    assert (
+        len(save_plots(swept, [row.cost(MODEL, 4) for row in swept], Bootstrap(1, 0), tmp_path)) == 3
+    )  # one resample: the mean is outside
+    assert (
+        save_plots(
+            [RowSummary("b", "r", 1, (), ("not run yet",))], [swept[0].cost(MODEL, 4)], BOOTSTRAP, tmp_path
+        )
+        == []
+    )

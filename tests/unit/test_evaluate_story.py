@@ -9,21 +9,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.basis import load_basis
-from actors.fast_weights import Basis
+from actors.fast_weights.basis import load_basis
+from actors.fast_weights.delta import Basis
 from cluster.cli import main
-from cluster.comparison import prepare
-from cluster.comparison.plan import Request
-from cluster.comparison.prepare import Comparison, prepare_comparison
-from cluster.evaluate import score_episode
-from cluster.prepare import run_basis
-from cluster.run_lock import held
+from cluster.evaluation import prepare
+from cluster.evaluation.plan import Request
+from cluster.evaluation.prepare import Comparison, prepare_comparison
+from cluster.measure.rows import score_episode
+from cluster.runs.run_lock import held
+from cluster.train.prepare import run_basis
 from configs.schema import RunConfig
 from tests.unit.cluster_cases import task_at, trajectory
 from tests.unit.comparison_cases import Counts, Stage
 
 QUICKSTART = Path("configs/quickstart.yaml")
-SMALL = ("evaluation.tasks=2", "evaluation.bootstrap_samples=100", "tracking.enabled=false", "episodes.per_evaluation=0")
+SMALL = (
+    "evaluation.tasks=2",
+    "evaluation.bootstrap_samples=100",
+    "tracking.enabled=false",
+    "episodes.per_evaluation=0",
+)
 
 
 @pytest.fixture
@@ -31,7 +36,9 @@ def settings(tiny_model_path: Path, tmp_path: Path) -> tuple[str, ...]:
     return (*SMALL, f"model.name={tiny_model_path}", f"output_dir={tmp_path / 'runs'}")
 
 
-def prepared(settings: tuple[str, ...], rows: tuple[str, ...], seeds: tuple[int, ...] = (), resume: str = "") -> Comparison:
+def prepared(
+    settings: tuple[str, ...], rows: tuple[str, ...], seeds: tuple[int, ...] = (), resume: str = ""
+) -> Comparison:
     return prepare_comparison(Request(QUICKSTART, settings, None, rows, (), seeds, "", (), resume))
 
 
@@ -47,7 +54,10 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 
 
 def test_a_cell_without_a_finished_episode_is_no_success(
-    settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     failing: Counts = {("recall--tmem--seed0", position): 1 for position in range(2)}
     stage = Stage(monkeypatch, {}, failing=failing)
@@ -63,11 +73,15 @@ def test_a_cell_without_a_finished_episode_is_no_success(
     assert {path.suffix for path in (folder / "cells").iterdir()} == {".json"}
 
 
-def test_an_evaluation_that_runs_is_left_alone_by_a_second_one(settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_that_runs_is_left_alone_by_a_second_one(
+    settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = prepared(settings, ("truncation", "tmem", "seal")).folder
     before = files_of(folder)
     with held(folder):
-        text = complaint(capsys, 1, str(QUICKSTART), *settings, "--rows", "seal,tmem", "--resume", str(folder))
+        text = complaint(
+            capsys, 1, str(QUICKSTART), *settings, "--rows", "seal,tmem", "--resume", str(folder)
+        )
     assert f"{folder} is in use by process" in text
     assert files_of(folder) == before
 
@@ -83,14 +97,19 @@ def test_other_rows_leave_the_bases_that_are_there(settings: tuple[str, ...]) ->
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(
-    settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "file"
     file.write_text("")
     for place, reason in (("/proc/nothere", "No such file or directory"), (str(file), "Not a directory")):
         text = complaint(capsys, 2, str(QUICKSTART), *settings, f"output_dir={place}", "--rows", "truncation")
         assert text.startswith(f"error: {place}/quickstart-evaluate-")
-        assert text.endswith(f": cannot be written ({reason}); make room or get the right to it, or give another output_dir=FOLDER\n")
+        assert text.endswith(
+            f": cannot be written ({reason}); make room or get the right to it, or give another output_dir=FOLDER\n"
+        )
 
 
 @pytest.mark.parametrize("rows", ["{mine},truncation", "truncation,{mine}"])
@@ -103,16 +122,24 @@ def test_a_memory_that_is_not_there_is_found_at_once(
     assert "memory.custom=no_such_parts:build: there is no module no_such_parts" in text
 
 
-def test_a_random_a_is_drawn_by_seed_for_a_memory_of_ones_own_too(settings: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_random_a_is_drawn_by_seed_for_a_memory_of_ones_own_too(
+    settings: tuple[str, ...], tmp_path: Path
+) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("memory: {policy: custom, custom: 'builtins:print'}\n")
     found = prepared((*settings, "fast_weights.basis=random"), (str(mine), "truncation"), seeds=(0, 1)).bases
     names = {key: path.name for key, path in found.items()}
     assert names["recall--mine--seed0"] != names["recall--mine--seed1"]
-    assert names["recall--truncation--seed0"] == names["recall--truncation--seed1"] == names["recall--mine--seed0"]
+    assert (
+        names["recall--truncation--seed0"]
+        == names["recall--truncation--seed1"]
+        == names["recall--mine--seed0"]
+    )
 
 
-def test_what_is_measured_of_the_model_does_not_depend_on_the_seeds_asked_for(settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_measured_of_the_model_does_not_depend_on_the_seeds_asked_for(
+    settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two seeds, then one of them alone: its cell must find the basis that it began with. Measured is under the seed that run_basis is given."""
     seeds: list[int] = []
 
@@ -131,7 +158,12 @@ def test_figures_of_numpy_can_be_saved() -> None:
     played = trajectory(task_at(0), 0, 0.5)
     answer = played.outcome.answers[0]
     numbers = {"f1": np.float32(0.5), "em": np.int64(0)}
-    outcome = replace(played.outcome, reward=np.float32(0.5), reward_parts=numbers, answers=(replace(answer, scores=numbers),))  # type: ignore[arg-type]
+    outcome = replace(
+        played.outcome,
+        reward=np.float32(0.5),
+        reward_parts=numbers,
+        answers=(replace(answer, scores=numbers),),
+    )  # type: ignore[arg-type]
     score = score_episode(replace(played, outcome=outcome))
     assert json.loads(json.dumps([score.reward, score.reward_parts, score.answers[0].scores])) == [
         0.5,

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from actors.environments.base import TaskError, prepare
+from actors.environments.base import prepare
 from actors.environments.build import build_environment
 from actors.memory.build import build_memory, surroundings
+from actors.protocols import TaskError
 from configs.extensions import ExtensionError, load_extension
 from configs.learning import ADVANTAGES
 from configs.load import ConfigError, load_config, to_yaml
@@ -70,20 +71,32 @@ def test_a_reward_of_ones_own_takes_the_place_of_the_environments() -> None:
         if observation.wants_action:
             session.act("nothing")
     outcome = session.outcome()
-    assert outcome.reward == len(task.id) and outcome.reward_parts["environment"] == outcome.reward_parts["f1"]
+    assert (
+        outcome.reward == len(task.id) and outcome.reward_parts["environment"] == outcome.reward_parts["f1"]
+    )
     assert environment.demonstrate_flashcards(task, "", False) == ()  # type: ignore[attr-defined]  # still there for a warm start
 
 
 def test_an_environment_of_ones_own_may_have_something_to_prepare() -> None:
     for reward in ("", "my_parts:length"):
-        library = EnvironmentConfig(name="custom", custom="my_parts:Library", options={"days": 3}, reward=reward)
+        library = EnvironmentConfig(
+            name="custom", custom="my_parts:Library", options={"days": 3}, reward=reward
+        )
         environment = build_environment(library, EmbedderConfig())
         prepare(environment)
         assert getattr(environment, "inner", environment).shelves == 3
-        prepare(build_environment(EnvironmentConfig(name="custom", custom="my_parts:Shop", options={"days": 3}, reward=reward), EmbedderConfig()))
+        prepare(
+            build_environment(
+                EnvironmentConfig(name="custom", custom="my_parts:Shop", options={"days": 3}, reward=reward),
+                EmbedderConfig(),
+            )
+        )
 
 
-@pytest.mark.parametrize(("name", "said"), [("broken", "raised KeyError: 'price'"), ("endless", "returned inf: a reward is a finite number")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("broken", "raised KeyError: 'price'"), ("endless", "returned inf: a reward is a finite number")],
+)
 def test_a_reward_that_fails_fails_its_episode(name: str, said: str) -> None:
     environment = build_environment(EnvironmentConfig(reward=f"my_parts:{name}"), EmbedderConfig())
     task = next(environment.tasks("eval", 0, 0))
@@ -93,16 +106,27 @@ def test_a_reward_that_fails_fails_its_episode(name: str, said: str) -> None:
 
 def test_a_memory_of_ones_own() -> None:
     config = MemoryConfig(policy="custom", custom="my_parts:short", options={"tokens": 40})
-    assert type(build_memory(config, WriteConfig(), surroundings(512, 16, EmbedderConfig()))).__name__ == "TruncationMemory"
+    assert (
+        type(build_memory(config, WriteConfig(), surroundings(512, 16, EmbedderConfig()))).__name__
+        == "TruncationMemory"
+    )
 
 
 def test_advantages() -> None:
     siblings = group(task_at(0), 0, rewards=(1.0, 0.0, 0.5))
-    of = {name: [one.advantage for one in score(siblings, estimator(ObjectiveConfig(advantage=name)))] for name in (*ADVANTAGES, "my_parts:ranks")}
+    of = {
+        name: [one.advantage for one in score(siblings, estimator(ObjectiveConfig(advantage=name)))]
+        for name in (*ADVANTAGES, "my_parts:ranks")
+    }
     assert of["my_parts:ranks"] == [2.0, 0.0, 1.0]
-    assert of["rloo"] == pytest.approx([0.75, -0.75, 0.0]) and of["grpo"] == pytest.approx([1.2247, -1.2247, 0.0], abs=1e-4)
+    assert of["rloo"] == pytest.approx([0.75, -0.75, 0.0]) and of["grpo"] == pytest.approx(
+        [1.2247, -1.2247, 0.0], abs=1e-4
+    )
     assert of["positive"] == pytest.approx([1.2247, 0.0, 0.0], abs=1e-4)
-    with pytest.raises(LearnerError, match=r"objective\.advantage gave \[0\.0, 0\.5\] for the rewards \[1\.0, 0\.0, 0\.5\] of task t0"):
+    with pytest.raises(
+        LearnerError,
+        match=r"objective\.advantage gave \[0\.0, 0\.5\] for the rewards \[1\.0, 0\.0, 0\.5\] of task t0",
+    ):
         score(siblings, estimator(ObjectiveConfig(advantage="my_parts:too_few")))
 
 
@@ -111,7 +135,10 @@ def test_advantages() -> None:
     [
         ("my_parts.Shop", "is not allowed: write package.module:name"),
         ("no_such:thing", "there is no module no_such: start from the folder that holds it"),
-        ("my_parts:shop", "my_parts has no function or class shop; it has Half, Library, Shop, TruncationMemory"),
+        (
+            "my_parts:shop",
+            "my_parts has no function or class shop; it has Half, Library, Shop, TruncationMemory",
+        ),
         ("my_parts:number", "my_parts has no function or class number"),
         ("my_broken:thing", "my_broken imports a_package_that_nobody_has, which is not installed here"),
     ],
@@ -123,23 +150,35 @@ def test_what_is_not_there_is_said_in_one_line(path: str, said: str) -> None:
 
 
 def test_an_environment_that_is_none_is_said() -> None:
-    with pytest.raises(ExtensionError, match=r"my_parts:Half returned Half without system_prompt, tasks, start: see Environment in"):
+    with pytest.raises(
+        ExtensionError,
+        match=r"my_parts:Half returned Half without system_prompt, tasks, start: see Environment in",
+    ):
         build_environment(EnvironmentConfig(name="custom", custom="my_parts:Half"), EmbedderConfig())
 
 
 def test_options_are_a_mapping_in_files_and_arguments(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("environment:\n  name: custom\n  custom: my_parts:Shop\n  options:\n    days: 3\n    names: [a, b]\n", encoding="utf-8")
+    file.write_text(
+        "environment:\n  name: custom\n  custom: my_parts:Shop\n  options:\n    days: 3\n    names: [a, b]\n",
+        encoding="utf-8",
+    )
     config = load_config(file, ["environment.options={days: 4}"])
     assert config.environment.options == {"days": 4, "names": ["a", "b"]}
     again = tmp_path / "again.yaml"
     again.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(again, []) == config
-    assert load_config(file, ["environment.options.days=5", "environment.options.deep.er=[1]"]).environment.options["days"] == 5
+    assert (
+        load_config(
+            file, ["environment.options.days=5", "environment.options.deep.er=[1]"]
+        ).environment.options["days"]
+        == 5
+    )
     assert load_config(file, ["environment.options.deep.er=[1]"]).environment.options["deep"] == {"er": [1]}
     with pytest.raises(ConfigError, match=r"environment\.options=3 is not allowed: it must be a mapping"):
         load_config(file, ["environment.options=3"])
     with pytest.raises(
-        ConfigError, match=r"environment\.custom='' is not allowed: it must be package\.module:name where environment\.name is custom"
+        ConfigError,
+        match=r"environment\.custom='' is not allowed: it must be package\.module:name where environment\.name is custom",
     ):
         load_config(None, ["environment.name=custom"])

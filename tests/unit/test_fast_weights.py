@@ -22,10 +22,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from actors.basis import compute_basis, compute_basis_from_checkpoint, load_basis, make_basis, save_basis, target_modules
-from actors.calibration import moments_of
-from actors.fast_weights import Basis, BasisError, DeltaInjector, StackedWeights, add_delta, stack, zero
-from actors.peft_format import export_peft, from_peft, to_peft
+from actors.fast_weights.basis import (
+    compute_basis,
+    compute_basis_from_checkpoint,
+    load_basis,
+    make_basis,
+    save_basis,
+    target_modules,
+)
+from actors.fast_weights.delta import Basis, BasisError, DeltaInjector, StackedWeights, add_delta, stack, zero
+from actors.fast_weights.input_moments import moments_of
+from actors.fast_weights.peft_format import export_peft, from_peft, to_peft
 from actors.types import FastWeights
 from configs.schema import FastWeightsConfig
 
@@ -62,12 +69,17 @@ def tiny_model(family: str = "llama") -> nn.Module:
 
 def basis_of(model: nn.Module, config: FastWeightsConfig = CONFIG) -> Basis:
     weights = dict(model.named_parameters())
-    return compute_basis({name: weights[f"{name}.weight"] for name in target_modules(4, config)}, config, seed=0)
+    return compute_basis(
+        {name: weights[f"{name}.weight"] for name in target_modules(4, config)}, config, seed=0
+    )
 
 
 def random_weights(basis: Basis, seed: int, revision: int = 1) -> FastWeights:
     draw = np.random.default_rng(seed)
-    b = {name: draw.normal(0, 0.05, (rows, basis.rank)).astype(np.float32) for name, rows in basis.d_out.items()}
+    b = {
+        name: draw.normal(0, 0.05, (rows, basis.rank)).astype(np.float32)
+        for name, rows in basis.d_out.items()
+    }
     return FastWeights(basis.id, revision, b)
 
 
@@ -94,7 +106,9 @@ def test_svd_basis_is_the_top_right_factor(shape: tuple[int, int]) -> None:
     got = basis.a["model.layers.0.mlp.up_proj"].double()
     assert torch.allclose(got * torch.sign((got * wanted).sum(1, keepdim=True)), wanted, atol=1e-5)
     peaks = got.gather(1, got.abs().argmax(1, keepdim=True))
-    assert bool((peaks > 0).all())  # the sign convention, so that the id does not depend on the solver's choice
+    assert bool(
+        (peaks > 0).all()
+    )  # the sign convention, so that the id does not depend on the solver's choice
 
 
 def test_random_basis_depends_on_the_seed_and_has_pefts_scale() -> None:
@@ -125,7 +139,9 @@ def test_data_basis_spans_what_the_layers_read() -> None:
     basis = compute_basis(weights, config, 0, moments_of(model, svd.modules, windows))
     seen: dict[str, list[Tensor]] = {name: [] for name in svd.modules}
     for name, inputs in seen.items():
-        model.get_submodule(name).register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0][0, 1:].double()))
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, inputs=inputs: inputs.append(args[0][0, 1:].double())
+        )
     with torch.no_grad():
         for window in windows:
             model(torch.tensor([window]))
@@ -133,8 +149,12 @@ def test_data_basis_spans_what_the_layers_read() -> None:
         x, a = torch.cat(inputs), basis.a[name].double()
         _, _, vh = torch.linalg.svd(x)
         directions = a / a.norm(dim=1, keepdim=True)
-        assert torch.allclose((directions * vh[:3]).sum(1).abs(), torch.ones(3, dtype=torch.float64), atol=1e-5)
-        assert torch.allclose((x @ a.T).square().sum(), (x @ svd.a[name].double().T).square().sum(), rtol=1e-4)
+        assert torch.allclose(
+            (directions * vh[:3]).sum(1).abs(), torch.ones(3, dtype=torch.float64), atol=1e-5
+        )
+        assert torch.allclose(
+            (x @ a.T).square().sum(), (x @ svd.a[name].double().T).square().sum(), rtol=1e-4
+        )
         assert torch.allclose(a.norm(dim=1), a.norm(dim=1)[0].expand(3), rtol=1e-5)
     other = compute_basis(weights, config, 0, moments_of(model, svd.modules, windows[:2]))
     assert basis.id != other.id  # another text, another basis
@@ -142,15 +162,26 @@ def test_data_basis_spans_what_the_layers_read() -> None:
         compute_basis(weights, config, 0)
 
 
-def test_data_basis_of_a_folder_reads_its_text_or_says_in_one_line_why_not(tiny_model_path: Path, tmp_path: Path) -> None:
+def test_data_basis_of_a_folder_reads_its_text_or_says_in_one_line_why_not(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
     def made(text: Path) -> Basis:
-        return compute_basis_from_checkpoint(tiny_model_path, FastWeightsConfig(basis="data", calibration_path=str(text)), 0)
+        return compute_basis_from_checkpoint(
+            tiny_model_path, FastWeightsConfig(basis="data", calibration_path=str(text)), 0
+        )
 
     path = tmp_path / "text.txt"
-    path.write_text("The ferry to Ostra leaves at nine, and Vera keeps the spare key in the blue tin. " * 60, encoding="utf-8")
+    path.write_text(
+        "The ferry to Ostra leaves at nine, and Vera keeps the spare key in the blue tin. " * 60,
+        encoding="utf-8",
+    )
     first = made(path)
     assert (first.kind, first.id) == ("data", made(path).id)
-    for content, message in ((None, "cannot be read"), (b"\xff\xfe\x00", "is no UTF-8 text"), (b"A few words.", "holds . tokens, at least 512")):
+    for content, message in (
+        (None, "cannot be read"),
+        (b"\xff\xfe\x00", "is no UTF-8 text"),
+        (b"A few words.", "holds . tokens, at least 512"),
+    ):
         bad = tmp_path / "bad.txt"
         if content is not None:
             bad.write_bytes(content)
@@ -174,7 +205,9 @@ def test_basis_from_checkpoint_single_file_and_shards(tmp_path: Path, shard: str
 
 def test_checkpoint_without_the_matrices_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 4}))
-    safetensors.torch.save_file({"transformer.h.0.mlp.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    safetensors.torch.save_file(
+        {"transformer.h.0.mlp.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors"
+    )
     with pytest.raises(BasisError, match="supported are Llama-like"):
         compute_basis_from_checkpoint(tmp_path, CONFIG, 0)
     with pytest.raises(BasisError, match=r"no usable config\.json"):
@@ -185,7 +218,12 @@ def test_basis_round_trip(tmp_path: Path) -> None:
     basis = basis_of(tiny_model())
     save_basis(basis, tmp_path / "run" / "basis.safetensors")
     loaded = load_basis(tmp_path / "run" / "basis.safetensors")
-    assert (loaded.id, loaded.kind, loaded.rank, dict(loaded.d_out)) == (basis.id, "svd", 3, dict(basis.d_out))
+    assert (loaded.id, loaded.kind, loaded.rank, dict(loaded.d_out)) == (
+        basis.id,
+        "svd",
+        3,
+        dict(basis.d_out),
+    )
     assert all(torch.equal(loaded.a[name], basis.a[name]) for name in basis.modules)
     assert set(loaded.modules) == set(basis.modules)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["basis.safetensors"]
@@ -226,7 +264,9 @@ def test_each_row_acts_under_its_own_delta(family: str) -> None:
             for name in basis.modules:
                 merged.get_submodule(name).weight.data += torch.from_numpy(one.b[name]) @ basis.a[name]
         assert torch.allclose(got[row], logits(merged, IDS[row : row + 1])[0], atol=2e-4)
-    assert (got[0] - got[2]).abs().max() > 0.05  # the same tokens under two Deltas: the test can tell them apart
+    assert (
+        got[0] - got[2]
+    ).abs().max() > 0.05  # the same tokens under two Deltas: the test can tell them apart
 
 
 def test_delta_zero_is_the_base_model_to_the_bit() -> None:
@@ -258,8 +298,13 @@ def test_gradients_reach_theta_and_never_the_constants() -> None:
     logits(merged).logsumexp(-1).sum().backward()
     for (name, parameter), other in zip(model.named_parameters(), merged.parameters(), strict=True):
         assert parameter.grad is not None
-        assert torch.allclose(parameter.grad, other.grad, rtol=1e-3, atol=1e-4 * other.grad.abs().max().item()), name
-    assert all(matrix.grad is None and not matrix.requires_grad for matrix in [*stacked.b.values(), *basis.a.values()])
+        assert torch.allclose(
+            parameter.grad, other.grad, rtol=1e-3, atol=1e-4 * other.grad.abs().max().item()
+        ), name
+    assert all(
+        matrix.grad is None and not matrix.requires_grad
+        for matrix in [*stacked.b.values(), *basis.a.values()]
+    )
 
 
 def test_gradient_reaches_b_when_asked_also_under_checkpointing() -> None:
@@ -270,7 +315,10 @@ def test_gradient_reaches_b_when_asked_also_under_checkpointing() -> None:
         if checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
             assert model.is_gradient_checkpointing
-        leaves = {name: b.requires_grad_() for name, b in stack([random_weights(basis, 1)] * 3, basis, torch.float32, "cpu").b.items()}
+        leaves = {
+            name: b.requires_grad_()
+            for name, b in stack([random_weights(basis, 1)] * 3, basis, torch.float32, "cpu").b.items()
+        }
         with DeltaInjector(model, basis).use(StackedWeights(leaves, {})):
             logits(model).logsumexp(-1).sum().backward()
         gradients.append({name: b.grad for name, b in leaves.items()})
@@ -293,7 +341,10 @@ def moving(basis: Basis) -> Basis:
 
 def with_own_a(basis: Basis, seed: int) -> FastWeights:
     draw = np.random.default_rng([seed, 1])
-    a = {name: matrix.numpy() + draw.normal(0, 0.3, matrix.shape).astype(np.float32) for name, matrix in basis.a.items()}
+    a = {
+        name: matrix.numpy() + draw.normal(0, 0.3, matrix.shape).astype(np.float32)
+        for name, matrix in basis.a.items()
+    }
     return replace(random_weights(basis, seed), a=a)
 
 
@@ -319,19 +370,26 @@ def test_rows_with_an_a_of_their_own_act_under_it(tmp_path: Path) -> None:
             expected[0].logsumexp(-1).sum().backward()
     for parameter, other in zip(model.parameters(), merged.parameters(), strict=True):
         assert parameter.grad is not None
-        assert torch.allclose(parameter.grad, other.grad, rtol=1e-3, atol=1e-4 * other.grad.abs().max().item())
+        assert torch.allclose(
+            parameter.grad, other.grad, rtol=1e-3, atol=1e-4 * other.grad.abs().max().item()
+        )
     assert all(not matrix.requires_grad for matrix in [*stacked.a.values(), *stacked.b.values()])
     assert weights[0] is not None
     with torch.no_grad(), DeltaInjector(tiny_model(), basis).use(None):
         export_peft(weights[0], basis, tmp_path / "adapter", "m")
-        theirs = logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").eval())[0].log_softmax(-1)
+        theirs = logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").eval())[0].log_softmax(
+            -1
+        )
     assert torch.allclose(theirs, got[0].detach().log_softmax(-1), atol=1e-3)
     back = from_peft(tmp_path / "adapter", basis)
     assert all(np.array_equal(back.a[name], weights[0].a[name]) for name in basis.modules)
     save_basis(basis, tmp_path / "basis.safetensors")
     assert load_basis(tmp_path / "basis.safetensors").train_a
     shared = replace(weights[0], a={})
-    for bad, of, message in ((shared, basis, "no A of its own"), (replace(weights[0], basis_id=frozen.id), frozen, "its own A, A of basis")):
+    for bad, of, message in (
+        (shared, basis, "no A of its own"),
+        (replace(weights[0], basis_id=frozen.id), frozen, "its own A, A of basis"),
+    ):
         with pytest.raises(BasisError, match=message):
             stack([bad], of)
 
@@ -355,7 +413,10 @@ def test_unfit_weights_and_models_are_refused() -> None:
     wider = compute_basis({name: torch.randn(48, 40)}, CONFIG, 0)
     with pytest.raises(BasisError, match="another model's basis"):
         DeltaInjector(model, wider)
-    with DeltaInjector(model, basis).use(stack([good], basis, torch.float32, "cpu")), pytest.raises(BasisError, match="one Delta per batch row"):
+    with (
+        DeltaInjector(model, basis).use(stack([good], basis, torch.float32, "cpu")),
+        pytest.raises(BasisError, match="one Delta per batch row"),
+    ):
         logits(model)
 
 
@@ -398,6 +459,8 @@ def test_adapter_of_another_basis_or_damaged_is_refused(tmp_path: Path) -> None:
 
 def test_revision_zero_exports_as_zeros(tmp_path: Path) -> None:
     basis = basis_of(tiny_model())
-    assert all(not bool(tensor.any()) for name, tensor in to_peft(zero(basis), basis).items() if "lora_B" in name)
+    assert all(
+        not bool(tensor.any()) for name, tensor in to_peft(zero(basis), basis).items() if "lora_B" in name
+    )
     export_peft(zero(basis), basis, tmp_path / "adapter", "m")
     assert from_peft(tmp_path / "adapter", basis).revision == 0

@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.chat import ChatFormat
-from actors.flashcards import MAX_SIDE_CHARACTERS, extraction_prompt, parse_flashcards, render_flashcards, write_example
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import (
+    MAX_SIDE_CHARACTERS,
+    extraction_prompt,
+    parse_flashcards,
+    render_flashcards,
+    write_example,
+)
 from actors.types import Flashcard
 
 AB = Flashcard("a", "b")
@@ -25,18 +31,38 @@ OBJECT = '{"instruction": "a", "output": "b"}'
         ('[{"question": "a", "answer": "b"}]', (AB,), 0),
         (f'[{OBJECT}] and [{{"instruction": "c", "output": "d"}}]', (AB,), 0),  # the first array only
         (f"[1] see: [{OBJECT}]", (AB,), 0),  # an array without cards before it
-        ('[{"instruction": "a ]}, [{", "output": "\\"b\\""}]', (Flashcard("a ]}, [{", '"b"'),), 0),  # brackets and quotes in strings
+        (
+            '[{"instruction": "a ]}, [{", "output": "\\"b\\""}]',
+            (Flashcard("a ]}, [{", '"b"'),),
+            0,
+        ),  # brackets and quotes in strings
         ('[{"instruction": "year?", "output": 2022}]', (Flashcard("year?", "2022"),), 0),
         ('[{"instruction": "x", "output": ["b"]}]', (), 1),
         ('[{"instruction": "x", "output": null}]', (), 1),
         ('[{"instruction": "x", "output": NaN}]', (), 1),
         ('[{"instruction": "x", "output": true}]', (), 1),
-        ('[{"instruction": "x"}, {"instruction": "", "output": "b"}, {"instruction": "x", "output": " "}]', (), 3),
+        (
+            '[{"instruction": "x"}, {"instruction": "", "output": "b"}, {"instruction": "x", "output": " "}]',
+            (),
+            3,
+        ),
         (f'[{OBJECT}, [{OBJECT}], 3, "s", {OBJECT}]', (AB,), 4),  # nested, no object, duplicate
-        ('[{"instruction": "A ", "output": "b"}, {"instruction": "a", "output": "c"}]', (Flashcard("A", "b"),), 1),
+        (
+            '[{"instruction": "A ", "output": "b"}, {"instruction": "a", "output": "c"}]',
+            (Flashcard("A", "b"),),
+            1,
+        ),
         ('[{"instruction": "a\\u0000\\nb", "output": "c\\u001bd"}]', (Flashcard("a b", "c d"),), 0),
-        ('[{"instruction": "a\nb", "output": "c"}]', (Flashcard("a b", "c"),), 0),  # a raw line break in a string
-        ('[{"instruction": "a", "output": "\\ud800b"}]', (AB,), 0),  # a lone surrogate, which no tokenizer can encode
+        (
+            '[{"instruction": "a\nb", "output": "c"}]',
+            (Flashcard("a b", "c"),),
+            0,
+        ),  # a raw line break in a string
+        (
+            '[{"instruction": "a", "output": "\\ud800b"}]',
+            (AB,),
+            0,
+        ),  # a lone surrogate, which no tokenizer can encode
         ('[{"instruction": "誰が来た?", "output": "田中さん"}]', (Flashcard("誰が来た?", "田中さん"),), 0),
         (json.dumps([{"instruction": "x" * (MAX_SIDE_CHARACTERS + 1), "output": "b"}]), (), 1),
         (f"[{OBJECT}, {{'instruction': 'c'}}]", (AB,), 1),
@@ -60,7 +86,9 @@ def test_parse(text: str, cards: tuple[Flashcard, ...], rejected: int) -> None:
         ('[{"instruction": "a", "output": "b"', ()),
     ],
 )
-def test_complete_objects_of_an_array_that_breaks_off_are_kept(text: str, cards: tuple[Flashcard, ...]) -> None:
+def test_complete_objects_of_an_array_that_breaks_off_are_kept(
+    text: str, cards: tuple[Flashcard, ...]
+) -> None:
     parsed = parse_flashcards(text, limit=32)
     assert parsed.cards == cards
     assert parsed.problem == "the JSON array breaks off"
@@ -90,7 +118,14 @@ def test_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 100_000, '[{"a":' * 50_000, "[{" + "[" * 5_000 + "]" * 5_000 + "}]", '["' + "\\" * 100_000, "[" + "9" * 100_000 + "]"]
+    "text",
+    [
+        "[" * 100_000,
+        '[{"a":' * 50_000,
+        "[{" + "[" * 5_000 + "]" * 5_000 + "}]",
+        '["' + "\\" * 100_000,
+        "[" + "9" * 100_000 + "]",
+    ],
 )
 def test_deep_or_huge_texts_end_in_an_empty_extraction(text: str) -> None:
     assert parse_flashcards(text, limit=32).cards == ()
@@ -133,6 +168,9 @@ def test_the_prompt_is_short_and_shows_question_and_earlier_cards(chat: ChatForm
 
 def test_a_written_example_has_the_form_in_which_the_question_is_asked(chat: ChatFormat) -> None:
     example = write_example(Flashcard("Where does Nora live?", "Lisbon"), "Be brief.", chat)
-    assert example.prompt_ids == chat.system("Be brief.") + chat.user("Where does Nora live?") + chat.assistant_open
+    assert (
+        example.prompt_ids
+        == chat.system("Be brief.") + chat.user("Where does Nora live?") + chat.assistant_open
+    )
     assert chat.decode(example.answer_ids) == "Lisbon"
     assert example.answer_ids[-1] == chat.stop_token_ids[0]

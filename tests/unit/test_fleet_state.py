@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.fleet_state import ALIVE, FleetState
+from cluster.fleet.state import ALIVE, FleetState
 
 
 def fleet(target: int, healthy: int = 0) -> FleetState:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from actors.chat import ChatFormat
-from actors.context import Context
 from actors.environments.recall import RecallEnvironment
-from actors.rollout import Rollout, RolloutRequest
+from actors.episodes.rollout import Rollout, RolloutRequest
+from actors.text.chat_template import ChatFormat
+from actors.text.context import Context
 from actors.types import ActionSpan, AdapterKey, FastWeights, Generation, Probe, Sampling, TrajectoryGroup
 from configs.bounds import BoundError
 from configs.schema import MemoryConfig, ObjectiveConfig, RecallConfig, RolloutConfig, RunConfig, WriteConfig
@@ -22,8 +22,12 @@ from learner.objective import TokenBatch, policy_objective
 from learner.types import Row
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
-ENVIRONMENT = RecallEnvironment(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
-REQUEST = RolloutRequest(next(ENVIRONMENT.tasks("train", 0, 0)), "g", 2, MemoryConfig(max_context_tokens=50), 1.0, 8, seed=1)
+ENVIRONMENT = RecallEnvironment(
+    RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1)
+)
+REQUEST = RolloutRequest(
+    next(ENVIRONMENT.tasks("train", 0, 0)), "g", 2, MemoryConfig(max_context_tokens=50), 1.0, 8, seed=1
+)
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}]'
 
 
@@ -57,11 +61,19 @@ class Refreshed(ScriptedPolicy):
 
 def play(chat: ChatFormat, policy: ScriptedPolicy, writer: ScriptedWriter) -> TrajectoryGroup:
     rollout = RolloutConfig(refresh="in_flight", episode_timeout_s=30)
-    return asyncio.run(Rollout(policy, writer, ENVIRONMENT, chat, WriteConfig(), rollout, 1, SURROUNDINGS, "basis", "worker-0").group(REQUEST))
+    return asyncio.run(
+        Rollout(
+            policy, writer, ENVIRONMENT, chat, WriteConfig(), rollout, 1, SURROUNDINGS, "basis", "worker-0"
+        ).group(REQUEST)
+    )
 
 
-def test_an_episode_goes_on_each_token_keeps_its_version_and_the_group_is_as_old_as_its_oldest_token(chat: ChatFormat) -> None:
-    policy = Refreshed(chat, during={1, 2})  # of the first episode's second extraction and its first answer; the second episode begins on version 5
+def test_an_episode_goes_on_each_token_keeps_its_version_and_the_group_is_as_old_as_its_oldest_token(
+    chat: ChatFormat,
+) -> None:
+    policy = Refreshed(
+        chat, during={1, 2}
+    )  # of the first episode's second extraction and its first answer; the second episode begins on version 5
     group = play(chat, policy, ScriptedWriter())
     assert not group.failed and group.policy_version == 3
     first, second = group.trajectories
@@ -69,9 +81,13 @@ def test_an_episode_goes_on_each_token_keeps_its_version_and_the_group_is_as_old
     assert [segment.policy_version for segment in first.segments] == [3, 3, 4]
     one, cut, last = (segment.spans for segment in first.segments)
     assert [span.version for span in one] == [None]
-    assert [(span.kind, span.version) for span in cut] == [("extract", None), ("extract", 4)] and cut[0].end - cut[0].start == 1
+    assert [(span.kind, span.version) for span in cut] == [("extract", None), ("extract", 4)] and cut[
+        0
+    ].end - cut[0].start == 1
     assert [(span.kind, span.version) for span in last] == [("act", None), ("act", 5), ("act", 5)]
-    assert {adapter.policy_version for _, _, adapter in policy.calls[:4]} == {3}  # the episode's adapters keep their names
+    assert {adapter.policy_version for _, _, adapter in policy.calls[:4]} == {
+        3
+    }  # the episode's adapters keep their names
     assert policy.installed == {} and set(policy.released) == {"v3/g.0@1", "v3/g.0@2", "v5/g.1@1", "v5/g.1@2"}
 
 
@@ -92,7 +108,10 @@ def test_a_segment_is_dated_by_its_oldest_token_and_a_drained_one_by_its_episode
     mixed = Context([1])
     mixed.act(Generation((4, 5, 6), (-1.0, -2.0, -3.0), "stop", (7, 7, 8)), "act")
     segment = mixed.close(9, 2)
-    assert segment.policy_version == 7 and segment.spans == (ActionSpan(1, 3, "act"), ActionSpan(3, 4, "act", version=8))
+    assert segment.policy_version == 7 and segment.spans == (
+        ActionSpan(1, 3, "act"),
+        ActionSpan(3, 4, "act", version=8),
+    )
     drained = Context([1])
     drained.act(Generation((4,), (-1.0,), "stop"), "act")
     assert drained.close(9, 2).policy_version == 9
@@ -108,7 +127,9 @@ def test_the_ratio_of_each_token_is_against_the_weights_that_sampled_it() -> Non
     batch = pad([Row(context.close(3, 0), None, advantage=2.0, scale=0.5)], temperature=1.0)
     engine_logp = torch.from_numpy(batch.engine_logprobs[batch.loss_mask])
     logp = torch.full((2,), now, requires_grad=True)
-    tokens = TokenBatch(logp, logp.detach(), engine_logp, None, torch.zeros(2), torch.full((2,), 2.0), torch.full((2,), 0.5))
+    tokens = TokenBatch(
+        logp, logp.detach(), engine_logp, None, torch.zeros(2), torch.full((2,), 2.0), torch.full((2,), 0.5)
+    )
     policy_objective(tokens, ObjectiveConfig())[0].backward()
     assert logp.grad is not None
     expected = [-0.5 * 2.0 * float(np.exp(now - behaviour)) for behaviour in (sampled_by_old, sampled_by_new)]
@@ -116,7 +137,13 @@ def test_the_ratio_of_each_token_is_against_the_weights_that_sampled_it() -> Non
 
 
 def test_what_does_not_go_with_it_is_refused_in_one_line() -> None:
-    with pytest.raises(BoundError, match=r"recover_episodes=True is not allowed: it must be false with rollout.refresh=in_flight; a write log"):
+    with pytest.raises(
+        BoundError,
+        match=r"recover_episodes=True is not allowed: it must be false with rollout.refresh=in_flight; a write log",
+    ):
         RolloutConfig(refresh="in_flight", recover_episodes=True)
-    with pytest.raises(BoundError, match=r"objective.importance='none' is not allowed: it must be truncated with rollout.refresh=in_flight"):
+    with pytest.raises(
+        BoundError,
+        match=r"objective.importance='none' is not allowed: it must be truncated with rollout.refresh=in_flight",
+    ):
         RunConfig(rollout=RolloutConfig(refresh="in_flight"), objective=ObjectiveConfig(importance="none"))

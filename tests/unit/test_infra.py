@@ -21,7 +21,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
-from cluster.runtime import demand
+from cluster.fleet.ray_runtime import demand
 from configs.load import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,9 @@ def read(name: str) -> dict[str, Any]:
 
 
 def check(content: dict[str, Any], schema: str) -> None:
-    jsonschema.Draft202012Validator(json.loads((SCHEMAS / schema).read_text(encoding="utf-8"))).validate(content)
+    jsonschema.Draft202012Validator(json.loads((SCHEMAS / schema).read_text(encoding="utf-8"))).validate(
+        content
+    )
 
 
 def settings_in(text: str) -> tuple[Path, list[str]]:
@@ -54,7 +56,11 @@ def test_the_manifests_have_no_unknown_field(name: str) -> None:
 
 
 def test_the_schema_refuses_what_kuberay_would_drop_silently() -> None:
-    for path, key in (([], "specs"), (["spec"], "autoscalingOptions"), (["spec", "workerGroupSpecs", 0], "rayStartParam")):
+    for path, key in (
+        ([], "specs"),
+        (["spec"], "autoscalingOptions"),
+        (["spec", "workerGroupSpecs", 0], "rayStartParam"),
+    ):
         broken = copy.deepcopy(read("kubernetes/raycluster.yaml"))
         inner: Any = broken
         for step in path:
@@ -65,7 +71,9 @@ def test_the_schema_refuses_what_kuberay_would_drop_silently() -> None:
 
 
 def test_job_and_cluster_have_the_same_cluster() -> None:
-    assert read("kubernetes/rayjob.yaml")["spec"]["rayClusterSpec"] == read("kubernetes/raycluster.yaml")["spec"]
+    assert (
+        read("kubernetes/rayjob.yaml")["spec"]["rayClusterSpec"] == read("kubernetes/raycluster.yaml")["spec"]
+    )
 
 
 def test_images_and_manifests_name_the_ray_of_the_lock() -> None:
@@ -89,10 +97,22 @@ def test_the_job_asks_for_what_the_groups_of_its_cluster_have() -> None:
     manifest = {"metadata": {"name": "x", "namespace": "y"}, "spec": job["rayClusterSpec"]}
     types = _derive_autoscaling_config_from_ray_cr(manifest)["available_node_types"]
     rollout, learner = types["rollout"], types["learner"]
-    assert fits(config.rollout.cpus_per_worker, config.rollout.gpus_per_worker, config.rollout.resource, 1, rollout["resources"])
+    assert fits(
+        config.rollout.cpus_per_worker,
+        config.rollout.gpus_per_worker,
+        config.rollout.resource,
+        1,
+        rollout["resources"],
+    )
     assert config.rollout.workers <= rollout["max_workers"] and rollout["min_workers"] == 0
     ranks = config.learner.workers
-    assert fits(ranks * config.learner.cpus_per_worker, ranks * config.learner.gpus_per_worker, config.learner.resource, ranks, learner["resources"])
+    assert fits(
+        ranks * config.learner.cpus_per_worker,
+        ranks * config.learner.gpus_per_worker,
+        config.learner.resource,
+        ranks,
+        learner["resources"],
+    )
     assert types["headgroup"]["resources"]["CPU"] == 0
     assert dict(demand(config, learner=True).custom) == {"learner": 4, "rollout": 4}
     assert Path(config.output_dir).is_absolute() and config.resume == "auto"
@@ -114,9 +134,19 @@ def test_ray_up_is_valid_for_ray_itself() -> None:
 def test_ray_up_has_nodes_for_the_command_in_its_head() -> None:
     types = read("ray-up.yaml")["available_node_types"]
     config = load_config(*settings_in((INFRA / "ray-up.yaml").read_text(encoding="utf-8")))
-    assert fits(config.rollout.cpus_per_worker, config.rollout.gpus_per_worker, config.rollout.resource, 1, types["rollout"]["resources"])
     assert fits(
-        0, config.learner.workers * config.learner.gpus_per_worker, config.learner.resource, config.learner.workers, types["learner"]["resources"]
+        config.rollout.cpus_per_worker,
+        config.rollout.gpus_per_worker,
+        config.rollout.resource,
+        1,
+        types["rollout"]["resources"],
+    )
+    assert fits(
+        0,
+        config.learner.workers * config.learner.gpus_per_worker,
+        config.learner.resource,
+        config.learner.workers,
+        types["learner"]["resources"],
     )
     assert types["rollout"]["max_workers"] >= config.rollout.workers
 
@@ -127,7 +157,9 @@ def test_ray_up_has_nodes_for_the_command_in_its_head() -> None:
 def test_compose_has_no_unknown_field_and_publishes_on_loopback_only() -> None:
     compose = read("compose.yaml")
     check(compose, "compose.schema.json")
-    mounted = {volume.partition(":")[0] for service in compose["services"].values() for volume in service["volumes"]}
+    mounted = {
+        volume.partition(":")[0] for service in compose["services"].values() for volume in service["volumes"]
+    }
     assert mounted == set(compose["volumes"])
     for service in compose["services"].values():
         assert set(service.get("depends_on", {})) <= set(compose["services"])
@@ -137,15 +169,23 @@ def test_compose_gives_every_ray_node_the_same_token_and_no_default() -> None:
     services = read("compose.yaml")["services"]
     for name in ("head", "rollout"):
         environment = services[name]["environment"]
-        assert environment["RAY_AUTH_MODE"] == "token" and environment["RAY_AUTH_TOKEN"].startswith("${RAY_AUTH_TOKEN:?")
+        assert environment["RAY_AUTH_MODE"] == "token" and environment["RAY_AUTH_TOKEN"].startswith(
+            "${RAY_AUTH_TOKEN:?"
+        )
         assert environment["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
 
 
 def test_compose_has_nodes_for_the_command_in_its_head() -> None:
     config = load_config(*settings_in((INFRA / "compose.yaml").read_text(encoding="utf-8")))
     services = read("compose.yaml")["services"]
-    given = {name: json.loads(services[name]["command"][-1].removeprefix("--resources=")) for name in ("head", "rollout")}
-    assert given == {"head": {config.learner.resource: config.learner.workers}, "rollout": {config.rollout.resource: 1}}
+    given = {
+        name: json.loads(services[name]["command"][-1].removeprefix("--resources="))
+        for name in ("head", "rollout")
+    }
+    assert given == {
+        "head": {config.learner.resource: config.learner.workers},
+        "rollout": {config.rollout.resource: 1},
+    }
     assert config.output_dir in {volume.partition(":")[2] for volume in services["head"]["volumes"]}
 
 
@@ -157,7 +197,9 @@ def test_the_servers_options_of_compose_exist() -> None:
 
 
 def unknown_options(command: Any, words: list[str]) -> list[str]:
-    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    known = {
+        option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     return [word for word in words if word.startswith("--") and word.partition("=")[0] not in known]
 
 
@@ -166,11 +208,17 @@ def test_the_images_copy_what_is_there_and_install_from_the_locks() -> None:
     known = {"FROM", "RUN", "ENV", "WORKDIR", "USER", "COPY"}
     assert {line.split()[0] for line in lines} == known
     stages = [line.split() for line in lines if line.startswith("FROM")]
-    assert [stage[3] for stage in stages] == ["base", "cpu", "gpu"] and [stage[1] for stage in stages[1:]] == ["base", "base"]
+    assert [stage[3] for stage in stages] == ["base", "cpu", "gpu"] and [
+        stage[1] for stage in stages[1:]
+    ] == ["base", "base"]
     assert re.fullmatch(r"python:3\.11\.\d+-slim-\w+", stages[0][1])
     sources = [word for line in lines if line.startswith("COPY") for word in line.split()[2:-1]]
     assert [source for source in sources if not (ROOT / source).exists()] == []
-    let_in = {line[1:] for line in (INFRA / "Dockerfile.dockerignore").read_text(encoding="utf-8").split() if line.startswith("!")}
+    let_in = {
+        line[1:]
+        for line in (INFRA / "Dockerfile.dockerignore").read_text(encoding="utf-8").split()
+        if line.startswith("!")
+    }
     assert let_in == set(sources)
     setups = [line for line in lines if "make setup" in line]
     assert [re.search(r"VARIANT=(\w+)", line)[1] for line in setups] == ["cpu", "gpu"]  # type: ignore[index]
@@ -179,7 +227,9 @@ def test_the_images_copy_what_is_there_and_install_from_the_locks() -> None:
 
 def joined(path: Path) -> list[str]:
     """The instructions of a Dockerfile, continuation lines joined."""
-    return [line for line in path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines() if line.strip()]
+    return [
+        line for line in path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines() if line.strip()
+    ]
 
 
 # --- Slurm ----------------------------------------------------------------------------------------------------------------------------------------
@@ -190,10 +240,16 @@ def test_the_slurm_script_is_bash() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [([], "give a configuration"), (["configs/node_8gpu.yaml", "output_dir=runs"], "give an absolute output_dir")]
+    ("arguments", "said"),
+    [
+        ([], "give a configuration"),
+        (["configs/node_8gpu.yaml", "output_dir=runs"], "give an absolute output_dir"),
+    ],
 )
 def test_the_slurm_script_refuses_in_one_line(arguments: list[str], said: str) -> None:
-    done = subprocess.run(["bash", INFRA / "slurm.sh", *arguments], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        ["bash", INFRA / "slurm.sh", *arguments], capture_output=True, text=True, timeout=30, check=False
+    )
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -206,7 +262,12 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         tmp_path / "venv/bin/ray",
         'echo "mode $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}"; while [ "$1" != -- ]; do echo "ray $1"; shift; done; shift; exec "$@"',
     )
-    allocation = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]"}
+    allocation = {
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "42",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+    }
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, **allocation, "PATH": path, "ENGRAM_VENV": str(tmp_path / "venv")}
 
@@ -214,18 +275,28 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 TRAINING = ("bash", str(INFRA / "slurm.sh"), "configs/node_8gpu.yaml", "output_dir=/shared/runs")
 
 
-def test_the_slurm_script_starts_the_training_under_symmetric_run(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_the_slurm_script_starts_the_training_under_symmetric_run(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
     write(tmp_path / "venv/bin/python", 'echo "python $*"; exit 7')
     done = subprocess.run(TRAINING, env=slurm, capture_output=True, text=True, timeout=60, check=False)
     lines = done.stdout.splitlines()
     assert done.returncode == 7, done.stderr  # the training's own
-    assert "python -m cluster train configs/node_8gpu.yaml output_dir=/shared/runs ray.address=auto resume=auto" in lines
+    assert (
+        "python -m cluster train configs/node_8gpu.yaml output_dir=/shared/runs ray.address=auto resume=auto"
+        in lines
+    )
     assert "mode token 64" in lines and "ray node-a:20042" in lines and "srun --ntasks=2" in lines
     assert list(tmp_path.glob(".engram-*")) == []
 
 
-def test_the_slurm_script_tells_the_training_to_save_before_the_time_limit(slurm: dict[str, str], tmp_path: Path) -> None:
-    write(tmp_path / "venv/bin/python", "trap 'echo saved; exit 130' TERM; echo trains; while :; do sleep 0.05; done")
+def test_the_slurm_script_tells_the_training_to_save_before_the_time_limit(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
+    write(
+        tmp_path / "venv/bin/python",
+        "trap 'echo saved; exit 130' TERM; echo trains; while :; do sleep 0.05; done",
+    )
     with subprocess.Popen(TRAINING, env=slurm, stdout=subprocess.PIPE, text=True) as batch:
         assert batch.stdout is not None
         while "trains" not in batch.stdout.readline():

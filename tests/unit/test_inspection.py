@@ -18,31 +18,53 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from actors.chat import ChatFormat
 from actors.environments.recall import RecallEnvironment
-from actors.episode import EpisodeSpec, run_episode
+from actors.episodes.episode import EpisodeSpec, run_episode
+from actors.episodes.group_summary import GroupSummary
+from actors.episodes.rollout import WriteBatcher
 from actors.memory.build import build_memory
-from actors.rollout import WriteBatcher
-from actors.summary import GroupSummary
-from actors.types import AdapterKey, Answer, FailedEpisode, Flashcard, Generation, Sampling, Trajectory, TrajectoryGroup
+from actors.text.chat_template import ChatFormat
+from actors.types import (
+    AdapterKey,
+    Answer,
+    FailedEpisode,
+    Flashcard,
+    Generation,
+    Sampling,
+    Trajectory,
+    TrajectoryGroup,
+)
 from cluster import cli
-from cluster.evaluate import EvaluationRow
+from cluster.fleet.contract import FinishedGroup
+from cluster.fleet.stream import Batch
 from cluster.inspection.compare import Compared
 from cluster.inspection.describe import describe, describe_failure
 from cluster.inspection.page import render
-from cluster.inspection.record import FOLDER, EpisodeRecord, Origin, Record, RecordError, list_records, load, save
+from cluster.inspection.record import (
+    FOLDER,
+    EpisodeRecord,
+    Origin,
+    Record,
+    RecordError,
+    list_records,
+    load,
+    save,
+)
 from cluster.inspection.recorder import EpisodeRecorder, NoSink
 from cluster.inspection.terminal import show
-from cluster.lanes import FinishedGroup
-from cluster.stream import Batch
+from cluster.measure.rows import EvaluationRow
 from configs.schema import EpisodesConfig, MemoryConfig, MemoryPolicy, RecallConfig, RunConfig, WriteConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
-ENVIRONMENT = RecallEnvironment(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
+ENVIRONMENT = RecallEnvironment(
+    RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1)
+)
 TASK = next(ENVIRONMENT.tasks("train", 0, 0))
 ORIGIN = Origin("quickstart-1", "train", "", 12, "worker-0", "smollm2-135m", "parametric", "settings-0.yaml")
 SAID = 'Cards: [{"instruction": "Who moved?", "output": "Nora"}, {"instruction": "no answer"}, "what?"]'
-HOSTILE = "</pre></style><script>alert(1)</script>\"'><img src=x onerror=alert(2)>\x1b[2J\x00\u202e[red]&lt; ]]>"
+HOSTILE = (
+    "</pre></style><script>alert(1)</script>\"'><img src=x onerror=alert(2)>\x1b[2J\x00\u202e[red]&lt; ]]>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +76,31 @@ def chat(model_path: Path) -> ChatFormat:
 
 @pytest.fixture(scope="module")
 def play(chat: ChatFormat) -> Callable[..., Trajectory]:
-    def run(policy: MemoryPolicy = "parametric", said: str = SAID, answer: str = "Lisbon", episode_id: str = "train-4.0") -> Trajectory:
+    def run(
+        policy: MemoryPolicy = "parametric",
+        said: str = SAID,
+        answer: str = "Lisbon",
+        episode_id: str = "train-4.0",
+    ) -> Trajectory:
         def script(prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
             return sampled(chat.reply(said if sampling.max_tokens > 8 else answer))
 
         async def episode() -> Trajectory:
-            memory = build_memory(MemoryConfig(policy=policy, max_context_tokens=50), WriteConfig(), SURROUNDINGS)
-            spec = EpisodeSpec(task=TASK, episode_id=episode_id, temperature=1.0, max_answer_tokens=8, max_turns=9, seed=5)
-            return await run_episode(spec, ENVIRONMENT, ScriptedPolicy(script), WriteBatcher(ScriptedWriter()), chat, memory, "basis")
+            memory = build_memory(
+                MemoryConfig(policy=policy, max_context_tokens=50), WriteConfig(), SURROUNDINGS
+            )
+            spec = EpisodeSpec(
+                task=TASK, episode_id=episode_id, temperature=1.0, max_answer_tokens=8, max_turns=9, seed=5
+            )
+            return await run_episode(
+                spec,
+                ENVIRONMENT,
+                ScriptedPolicy(script),
+                WriteBatcher(ScriptedWriter()),
+                chat,
+                memory,
+                "basis",
+            )
 
         return asyncio.run(episode())
 
@@ -76,19 +115,34 @@ def record(play: Callable[..., Trajectory], chat: ChatFormat) -> EpisodeRecord:
 @pytest.fixture(scope="module")
 def hostile(record: EpisodeRecord) -> EpisodeRecord:
     """The same with an attack in every text that a model, a data file or a user can put there."""
-    segments = tuple(replace(segment, passages=tuple(replace(passage, text=HOSTILE) for passage in segment.passages)) for segment in record.segments)
+    segments = tuple(
+        replace(segment, passages=tuple(replace(passage, text=HOSTILE) for passage in segment.passages))
+        for segment in record.segments
+    )
     writes = tuple(
         replace(
             write,
             unused=(HOSTILE,),
-            log=replace(write.log, extraction=HOSTILE, reason=HOSTILE, flashcards=(Flashcard(HOSTILE, HOSTILE),), outcome=kind),
+            log=replace(
+                write.log,
+                extraction=HOSTILE,
+                reason=HOSTILE,
+                flashcards=(Flashcard(HOSTILE, HOSTILE),),
+                outcome=kind,
+            ),
         )
         for write, kind in zip(record.writes, ("accepted", "rolled_back"), strict=True)
     )
     answer = Answer(HOSTILE, (HOSTILE,), HOSTILE, HOSTILE, {HOSTILE: 1.0})
     outcome = replace(record.outcome, answers=(answer,), reward_parts={HOSTILE: 0.5})
     origin = replace(ORIGIN, run=HOSTILE, label=HOSTILE, worker=HOSTILE, model=HOSTILE, source="evaluation")
-    changes = {"segments": segments, "writes": writes, "outcome": outcome, "origin": origin, "memory_events": {HOSTILE: 1}}
+    changes = {
+        "segments": segments,
+        "writes": writes,
+        "outcome": outcome,
+        "origin": origin,
+        "memory_events": {HOSTILE: 1},
+    }
     return replace(record, task_id=HOSTILE, environment=HOSTILE, **changes)  # type: ignore[arg-type]
 
 
@@ -100,7 +154,10 @@ def test_the_record_tells_the_episode_as_the_agent_saw_it(record: EpisodeRecord)
     assert first.passages[3].text == SAID
     assert [passage.text for passage in last.passages if passage.kind == "act"] == ["Lisbon", "Lisbon"]
     assert [segment.revision for segment in record.segments] == [0, 1, 2]
-    assert [(write.after, write.log.revision, write.receipt) for write in record.writes] == [(0, 1, "passed"), (1, 2, "passed")]
+    assert [(write.after, write.log.revision, write.receipt) for write in record.writes] == [
+        (0, 1, "passed"),
+        (1, 2, "passed"),
+    ]
     assert record.writes[0].log.flashcards == (Flashcard("Who moved?", "Nora"),)
     assert record.writes[0].unused == ('{"instruction": "no answer"}', '"what?"')
     assert (record.writes[0].log.loss_before, record.writes[0].log.loss_after) == (2.0, 1.0)
@@ -121,9 +178,14 @@ def test_a_truncated_context_is_said_to_be_cut(play: Callable[..., Trajectory], 
     assert "Contexts in which the agent said nothing are not recorded" in shown
 
 
-def test_an_empty_write_stands_behind_the_context_that_it_came_from(play: Callable[..., Trajectory], chat: ChatFormat) -> None:
+def test_an_empty_write_stands_behind_the_context_that_it_came_from(
+    play: Callable[..., Trajectory], chat: ChatFormat
+) -> None:
     record = describe(play(said="I know nothing."), chat, ORIGIN, True, ())
-    assert [(write.after, write.log.outcome, write.receipt) for write in record.writes] == [(0, "empty", "none"), (1, "empty", "none")]
+    assert [(write.after, write.log.outcome, write.receipt) for write in record.writes] == [
+        (0, "empty", "none"),
+        (1, "empty", "none"),
+    ]
     assert render(record, ()).count("Nothing was written: no JSON array in the text") == 2
 
 
@@ -151,7 +213,9 @@ def test_a_file_gives_the_record_back(record: EpisodeRecord, tmp_path: Path) -> 
         ('{"format": "engram-episode-1", "kind": []}', "is no episode record"),
     ],
 )
-def test_a_foreign_file_is_one_line(tmp_path: Path, content: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_foreign_file_is_one_line(
+    tmp_path: Path, content: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "x.json"
     path.write_text(content)
     assert cli.main(["inspect", str(path)]) == 2
@@ -168,11 +232,16 @@ def whole(record: EpisodeRecord, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_a_record_with_one_wrong_value_is_refused_by_its_field_or_harmless(whole: Path, data: st.DataObject) -> None:
+def test_a_record_with_one_wrong_value_is_refused_by_its_field_or_harmless(
+    whole: Path, data: st.DataObject
+) -> None:
     content = json.loads(whole.read_text())
     parent, name = content, data.draw(st.sampled_from(sorted(content)))
     while isinstance(node := parent[name], dict | list) and node:
-        parent, name = node, data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        parent, name = (
+            node,
+            data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node)))),
+        )
     parent[name] = data.draw(st.sampled_from([None, -7, 2.5, "", "x", [], {}, True, 10**9]))
     path = whole.with_name("changed.json")
     path.write_text(json.dumps(content))
@@ -223,14 +292,33 @@ def test_the_page_needs_nothing_else_and_holds_all_parts(record: EpisodeRecord) 
     names = {tag for tag, _ in page.tags}
     assert not names & {"script", "link", "img", "iframe", "object", "embed", "form", "base", "a", "svg"}
     attributes = {name for _, attrs in page.tags for name in attrs}
-    assert not {name for name in attributes if name.startswith("on") or name in ("src", "href", "srcset", "action")}
+    assert not {
+        name for name in attributes if name.startswith("on") or name in ("src", "href", "srcset", "action")
+    }
     assert "http://" not in html and "https://" not in html and "url(" not in html and "@import" not in html
-    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy is not None and policy.startswith("default-src 'none';")
     text = "\n".join(page.texts)
-    for part in (*TASK.payload["sessions"], "Who moved?", "Nora", "not a flashcard: ", "loss 2 -> 1", "receipt passed", "context cleared"):
+    for part in (
+        *TASK.payload["sessions"],
+        "Who moved?",
+        "Nora",
+        "not a flashcard: ",
+        "loss 2 -> 1",
+        "receipt passed",
+        "context cleared",
+    ):
         assert part in text
-    for part in ("no fast weights (Delta = 0)", "fast weights of revision 2", "policy version", "I don't know", "reward", "write 2, after"):
+    for part in (
+        "no fast weights (Delta = 0)",
+        "fast weights of revision 2",
+        "policy version",
+        "I don't know",
+        "reward",
+        "write 2, after",
+    ):
         assert part in text
     assert text.count("context cleared") == 2
 
@@ -240,7 +328,9 @@ def test_hostile_text_stays_text_on_the_page(hostile: EpisodeRecord, record: Epi
     page = well_formed(html)
     clean = well_formed(render(record, [Compared(0, "a", "b", "c")]))
     assert {tag for tag, _ in page.tags} == {tag for tag, _ in clean.tags}
-    assert {name for _, attrs in page.tags for name in attrs} == {name for _, attrs in clean.tags for name in attrs}
+    assert {name for _, attrs in page.tags for name in attrs} == {
+        name for _, attrs in clean.tags for name in attrs
+    }
     assert html.count("<style") == html.count("</style>") == 1
     assert "<script" not in html and "<img" not in html
     assert not any(char in html for char in "\x1b\x00\u202e")
@@ -249,7 +339,11 @@ def test_hostile_text_stays_text_on_the_page(hostile: EpisodeRecord, record: Epi
 
 def test_hostile_text_cannot_steer_the_terminal(hostile: EpisodeRecord) -> None:
     output = io.StringIO()
-    show(hostile, [Compared(0, HOSTILE, HOSTILE, HOSTILE)], Console(file=output, width=4000, force_terminal=True, color_system=None))
+    show(
+        hostile,
+        [Compared(0, HOSTILE, HOSTILE, HOSTILE)],
+        Console(file=output, width=4000, force_terminal=True, color_system=None),
+    )
     text = output.getvalue()
     assert "\x1b" not in text and "\x00" not in text and "\u202e" not in text
     assert text.count("\\x1b[2J") > 20
@@ -260,10 +354,23 @@ def test_the_terminal_shows_the_same(record: EpisodeRecord) -> None:
     output = io.StringIO()
     show(record, [], Console(file=output, width=200))
     text = output.getvalue()
-    for part in ("Context 1", "no fast weights (Delta = 0)", "Who moved?", "Write: revision 1", "context cleared", "Lisbon", "reward", "siblings"):
+    for part in (
+        "Context 1",
+        "no fast weights (Delta = 0)",
+        "Who moved?",
+        "Write: revision 1",
+        "context cleared",
+        "Lisbon",
+        "reward",
+        "siblings",
+    ):
         assert part in text
     failed = io.StringIO()
-    show(describe_failure(FailedEpisode("t1", "train-4.1", "engine", "it died"), 3, ORIGIN), [], Console(file=failed, width=200))
+    show(
+        describe_failure(FailedEpisode("t1", "train-4.1", "engine", "it died"), 3, ORIGIN),
+        [],
+        Console(file=failed, width=200),
+    )
     assert "failed at" in failed.getvalue() and "it died" in failed.getvalue()
 
 
@@ -291,7 +398,10 @@ def test_the_command_lists_picks_and_writes_a_page(run_dir: Path, capsys: pytest
     [
         (["RUN/nowhere"], "does not exist: give the folder of a run"),
         (["RUN/pages"], "holds no episode"),
-        (["RUN", "--episode", "9"], "0 of the 2 episodes fit; give a number from 1 to 2, or one of step-000012--train-4.0"),
+        (
+            ["RUN", "--episode", "9"],
+            "0 of the 2 episodes fit; give a number from 1 to 2, or one of step-000012--train-4.0",
+        ),
         (["RUN", "--episode", "train"], "2 of the 2 episodes fit"),
         (["RUN", "--html", "x.html"], "need one episode: choose it with --episode N"),
         (["RUN", "--policy", "x"], "belongs to --compare"),
@@ -299,7 +409,9 @@ def test_the_command_lists_picks_and_writes_a_page(run_dir: Path, capsys: pytest
         (["RUN", "--episode", "1", "--html", "RUN/episodes"], "cannot be written"),
     ],
 )
-def test_a_mistake_is_one_line(run_dir: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_line(
+    run_dir: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (run_dir / "pages").mkdir()
     assert cli.main(["inspect", *(argument.replace("RUN", str(run_dir)) for argument in arguments)]) == 2
     error = capsys.readouterr().err
@@ -322,10 +434,15 @@ def group_of(play: Callable[..., Trajectory], position: int) -> TrajectoryGroup:
     return TrajectoryGroup(TASK, 3, siblings, failed, "worker-0")
 
 
-def test_the_recorder_keeps_what_the_settings_say(play: Callable[..., Trajectory], chat: ChatFormat, tmp_path: Path) -> None:
+def test_the_recorder_keeps_what_the_settings_say(
+    play: Callable[..., Trajectory], chat: ChatFormat, tmp_path: Path
+) -> None:
     group = group_of(play, 4)
     batch = Batch((4, 5), (FinishedGroup(GroupSummary.of(group), group),) * 2, (0, 0), 0)  # type: ignore[arg-type]
-    keeping, config = recorder(tmp_path, chat, EpisodesConfig(per_step=1, per_evaluation=1, failed=2)), RunConfig()
+    keeping, config = (
+        recorder(tmp_path, chat, EpisodesConfig(per_step=1, per_evaluation=1, failed=2)),
+        RunConfig(),
+    )
     for step in (1, 2):
         keeping.on_batch(config, step, batch)
     for _ in range(4):
@@ -345,7 +462,9 @@ def test_the_recorder_keeps_what_the_settings_say(play: Callable[..., Trajectory
     assert len([path for path in list_records(tmp_path) if "failed" in path.name]) == 1  # the same one, twice
     assert {one.siblings for one in kept if isinstance(one, EpisodeRecord)} == {(0.0, 0.0)}
     configs = {one.origin.config for one in kept}
-    assert len(configs) == 2 and all((tmp_path / FOLDER / name).exists() for name in configs)  # the row has settings of its own
+    assert len(configs) == 2 and all(
+        (tmp_path / FOLDER / name).exists() for name in configs
+    )  # the row has settings of its own
 
 
 def test_what_cannot_be_kept_is_counted_and_said_once(
@@ -354,7 +473,9 @@ def test_what_cannot_be_kept_is_counted_and_said_once(
     group = group_of(play, 4)
     (tmp_path / FOLDER).write_text("a file where the folder should be")
     keeping = recorder(tmp_path, chat, EpisodesConfig(per_step=1))
-    keeping.on_batch(RunConfig(), 1, Batch((4,), (FinishedGroup(GroupSummary.of(group), "the object is lost"),), (0,), 0))  # type: ignore[arg-type]
+    keeping.on_batch(
+        RunConfig(), 1, Batch((4,), (FinishedGroup(GroupSummary.of(group), "the object is lost"),), (0,), 0)
+    )  # type: ignore[arg-type]
     keeping.on_batch(RunConfig(), 2, Batch((4,), (FinishedGroup(GroupSummary.of(group), group),), (0,), 0))  # type: ignore[arg-type]
     keeping.close(30)
     assert keeping.lost == 2
@@ -365,7 +486,9 @@ def test_what_cannot_be_kept_is_counted_and_said_once(
 
 def test_a_real_browser_shows_the_page_and_runs_nothing(hostile: EpisodeRecord, tmp_path: Path) -> None:
     loads = [sys.executable, "-c", "import PySide6.QtWebEngineWidgets"]
-    if missing := subprocess.run(loads, capture_output=True, text=True, timeout=120, check=False).stderr.splitlines():
+    if missing := subprocess.run(
+        loads, capture_output=True, text=True, timeout=120, check=False
+    ).stderr.splitlines():
         pytest.skip(f"the browser does not load here (see CONTRIBUTING.md): {missing[-1]}")
     page = tmp_path / "episode.html"
     page.write_text(render(hostile, ()), encoding="utf-8")

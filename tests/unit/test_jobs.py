@@ -18,23 +18,32 @@ from ray.exceptions import AuthenticationError
 from rich.console import Console
 
 from cluster import cli
+from cluster.common.ray_job import JOIN, current_job, job_overrides, require_lasting
 from cluster.jobs import client as client_module
 from cluster.jobs.client import Jobs, connect
-from cluster.jobs.inside import JOIN, current_job, job_overrides, require_lasting
 from cluster.jobs.tables import job_table, jobs_table
 from cluster.jobs.values import Endpoint, JobsError, Submission
 from configs.load import ConfigError, load_config
 
 QUICKSTART = Path("configs/quickstart.yaml")
 ENDPOINT = Endpoint("http://head:8265", "disabled", 2)
-IN_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {}, "metadata": {"job_submission_id": "monday", "commit": "abc123"}})}
+IN_JOB = {
+    "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(
+        {"runtime_env": {}, "metadata": {"job_submission_id": "monday", "commit": "abc123"}}
+    )
+}
 
 
 class FakeClient:
     """A cluster with one job, whose log comes in pieces."""
 
     def __init__(self, statuses: list[str]) -> None:
-        self.statuses, self.pieces, self.submitted, self.stops = statuses, ["train step 1/2\n", "train step 2/2\n"], {}, 0
+        self.statuses, self.pieces, self.submitted, self.stops = (
+            statuses,
+            ["train step 1/2\n", "train step 2/2\n"],
+            {},
+            0,
+        )
         self.silent = False
 
     def submit_job(self, **submission: Any) -> str:
@@ -100,20 +109,38 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str, status: int) -> s
 # --- the commands ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_submit_sends_the_command_with_commit_grace_and_the_store(fake: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submit_sends_the_command_with_commit_grace_and_the_store(
+    fake: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     monkeypatch.setenv("HF_HOME", "/shared/hf")
-    words = ["train", str(QUICKSTART), "output_dir=/shared/runs", "resume=auto", "environment.name=recall", "name=two words"]
+    words = [
+        "train",
+        str(QUICKSTART),
+        "output_dir=/shared/runs",
+        "resume=auto",
+        "environment.name=recall",
+        "name=two words",
+    ]
     assert cli.main(["submit", "--name", "monday", "--env", "HF_HOME", "--grace", "90", *words]) == 0
     sent = fake.submitted
-    assert sent["entrypoint"] == f"python -m cluster train {QUICKSTART} output_dir=/shared/runs resume=auto environment.name=recall 'name=two words'"
+    assert (
+        sent["entrypoint"]
+        == f"python -m cluster train {QUICKSTART} output_dir=/shared/runs resume=auto environment.name=recall 'name=two words'"
+    )
     assert sent["submission_id"] == "monday" and Path(sent["runtime_env"]["working_dir"]).is_absolute()
-    variables = {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "HF_HOME": "/shared/hf", "RAY_JOB_STOP_WAIT_TIME_S": "90"}
+    variables = {
+        "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+        "HF_HOME": "/shared/hf",
+        "RAY_JOB_STOP_WAIT_TIME_S": "90",
+    }
     assert sent["runtime_env"]["env_vars"] == variables
     assert set(sent["metadata"]) <= {"commit"} and len(sent["metadata"].get("commit", "0" * 40)) >= 40
 
 
-def test_submit_follow_shows_the_log_and_has_the_jobs_status(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+def test_submit_follow_shows_the_log_and_has_the_jobs_status(
+    fake: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["submit", "--name", "monday", "--follow", "train", str(QUICKSTART), "output_dir=/shared/runs"]
     assert cli.main(words) == 0
     assert "train step 1/2\ntrain step 2/2\n" in capsys.readouterr().out
@@ -134,15 +161,23 @@ def test_submit_follow_shows_the_log_and_has_the_jobs_status(fake: FakeClient, c
         (["evaluate", str(QUICKSTART), "--sweep", "write.epochs=1,5"], "output_dir=runs is relative"),
     ],
 )
-def test_what_cannot_work_is_not_submitted(fake: FakeClient, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_work_is_not_submitted(
+    fake: FakeClient, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert message in error(capsys, "submit", *words, status=2)
     assert fake.submitted == {}
 
 
-def test_submit_wants_a_checkout_and_known_variables(fake: FakeClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_submit_wants_a_checkout_and_known_variables(
+    fake: FakeClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train = ("train", str(QUICKSTART), "output_dir=/r")
-    assert "is no checkout of Engram" in error(capsys, "submit", "--working-dir", str(tmp_path), *train, status=2)
-    assert "--env NOT_SET_HERE: is not set" in error(capsys, "submit", "--env", "NOT_SET_HERE", *train, status=2)
+    assert "is no checkout of Engram" in error(
+        capsys, "submit", "--working-dir", str(tmp_path), *train, status=2
+    )
+    assert "--env NOT_SET_HERE: is not set" in error(
+        capsys, "submit", "--env", "NOT_SET_HERE", *train, status=2
+    )
 
 
 def test_status_of_all_and_of_one(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +201,11 @@ def test_stop_waits_for_the_end(fake: FakeClient, capsys: pytest.CaptureFixture[
     fake.pieces.append("saved: /shared/runs/x/checkpoints/step-000002\n")
     assert cli.main(["stop", "monday"]) == 0
     said = capsys.readouterr().out
-    assert "STOPPED" in said and said.endswith("\nsaved: /shared/runs/x/checkpoints/step-000002\n") and fake.stops == 1
+    assert (
+        "STOPPED" in said
+        and said.endswith("\nsaved: /shared/runs/x/checkpoints/step-000002\n")
+        and fake.stops == 1
+    )
     assert cli.main(["stop", "monday"]) == 0
     assert fake.stops == 1  # it is over: nobody is asked again
 
@@ -179,7 +218,9 @@ def test_a_job_that_does_not_end_in_time_is_said() -> None:
 def test_following_a_silent_job_ends_when_the_job_has(fake: FakeClient) -> None:
     fake.silent, fake.statuses = True, ["RUNNING", "STOPPED"]
     written: list[str] = []
-    job = asyncio.run(asyncio.wait_for(Jobs(fake, ENDPOINT).follow("monday", written.append, quiet_s=0.05), 10))
+    job = asyncio.run(
+        asyncio.wait_for(Jobs(fake, ENDPOINT).follow("monday", written.append, quiet_s=0.05), 10)
+    )
     assert job.status == "STOPPED" and written == fake.pieces
 
 
@@ -197,7 +238,12 @@ def test_an_unknown_job(fake: FakeClient, capsys: pytest.CaptureFixture[str]) ->
         (ConnectionError("Failed to connect"), "no Ray cluster answers at http://head:8265"),
         (requests.exceptions.ReadTimeout("slow"), "no Ray cluster answers at http://head:8265 within 2 s"),
         (AuthenticationError("no token"), "give --auth token"),
-        (RuntimeError("Request failed with status code 500: Traceback\\n  File x\\nValueError: Job monday exists."), "ValueError: Job monday exists"),
+        (
+            RuntimeError(
+                "Request failed with status code 500: Traceback\\n  File x\\nValueError: Job monday exists."
+            ),
+            "ValueError: Job monday exists",
+        ),
     ],
 )
 def test_failures_of_the_cluster_are_one_line(raised: Exception, message: str) -> None:
@@ -231,7 +277,11 @@ def test_an_address_without_http_is_refused() -> None:
 def test_a_process_knows_its_job() -> None:
     job = current_job(IN_JOB)
     assert job is not None and (job.submission_id, job.commit) == ("monday", "abc123")
-    for other in ({}, {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{"}, {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {}}'}):
+    for other in (
+        {},
+        {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{"},
+        {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {}}'},
+    ):
         assert current_job(other) is None
 
 
@@ -243,15 +293,22 @@ def test_a_job_joins_its_cluster_and_others_do_not() -> None:
     assert load_config(QUICKSTART, inside).ray.address == "auto"
     chosen = job_overrides(QUICKSTART, ["output_dir=/r", "ray.address=10.0.0.1:6379"], IN_JOB)
     assert load_config(QUICKSTART, chosen).ray.address == "10.0.0.1:6379"
-    assert job_overrides(QUICKSTART, ["output_dir=/r", "checkpoint=/r/x"], IN_JOB)[-1] == "checkpoint=/r/x"  # evaluate's: no setting
+    assert (
+        job_overrides(QUICKSTART, ["output_dir=/r", "checkpoint=/r/x"], IN_JOB)[-1] == "checkpoint=/r/x"
+    )  # evaluate's: no setting
     assert job_overrides(None, [], IN_JOB) == []
 
 
-def test_in_a_job_outputs_that_would_vanish_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_a_job_outputs_that_would_vanish_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", IN_JOB["RAY_JOB_CONFIG_JSON_ENV_VAR"])
     for command in ("train", "evaluate", "probe"):
         message = error(capsys, command, str(QUICKSTART), status=2)
-        assert "output_dir=runs is relative, and a Ray job runs in a temporary copy" in message and "give output_dir=/shared/runs" in message
+        assert (
+            "output_dir=runs is relative, and a Ray job runs in a temporary copy" in message
+            and "give output_dir=/shared/runs" in message
+        )
     with pytest.raises(ConfigError, match="resume=runs/x is relative"):
         job_overrides(QUICKSTART, ["output_dir=/r", "resume=runs/x"], IN_JOB)
 
@@ -278,7 +335,9 @@ def test_a_store_that_would_vanish_is_refused(uri: str, lasts: bool) -> None:
         else:
             with pytest.raises(ConfigError, match=r"(tracking\.uri|MLFLOW_TRACKING_URI)=.* is relative"):
                 require_lasting(config, environ)
-        require_lasting(load_config(QUICKSTART, ["output_dir=/r", "tracking.enabled=false", *settings]), environ)
+        require_lasting(
+            load_config(QUICKSTART, ["output_dir=/r", "tracking.enabled=false", *settings]), environ
+        )
 
 
 @pytest.mark.parametrize("command", ["submit", "status", "logs", "stop"])
@@ -288,11 +347,17 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert f"python -m cluster {command}" in capsys.readouterr().out.split("examples:")[1]
 
 
-def test_the_submissions_of_help_are_accepted(fake: FakeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_submissions_of_help_are_accepted(
+    fake: FakeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HOME", "/shared/hf")
     with pytest.raises(SystemExit):
         cli.main(["submit", "--help"])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  python -m cluster submit")]
+    lines = [
+        line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("  python -m cluster submit")
+    ]
     assert len(lines) == 3
     for words in lines:
         assert cli.main([*words[3:4], "--name", "monday", *words[4:]]) in (0, 1)

@@ -13,7 +13,9 @@ REWARDS = st.lists(st.floats(-10, 10), min_size=1, max_size=16)
 
 def test_grpo_by_hand() -> None:
     # mean 0.5, population deviation sqrt((0.25 + 0.25 + 0 + 0) / 4) = 0.353553
-    assert grpo([1.0, 0.0, 0.5, 0.5], normalize_by_std=True) == pytest.approx([math.sqrt(2), -math.sqrt(2), 0, 0])
+    assert grpo([1.0, 0.0, 0.5, 0.5], normalize_by_std=True) == pytest.approx(
+        [math.sqrt(2), -math.sqrt(2), 0, 0]
+    )
     assert grpo([1.0, 0.0, 0.5, 0.5], normalize_by_std=False) == pytest.approx([0.5, -0.5, 0, 0])
 
 
@@ -39,7 +41,9 @@ def test_leave_one_out_by_hand() -> None:
 def test_grpo_is_centred_and_keeps_the_order(rewards: list[float]) -> None:
     advantages = grpo(rewards, normalize_by_std=True)
     assert sum(advantages) == pytest.approx(0, abs=1e-6)
-    for (reward_a, a), (reward_b, b) in zip(zip(rewards, advantages, strict=True), zip(rewards[1:], advantages[1:], strict=True), strict=False):
+    for (reward_a, a), (reward_b, b) in zip(
+        zip(rewards, advantages, strict=True), zip(rewards[1:], advantages[1:], strict=True), strict=False
+    ):
         assert (reward_a - reward_b) * (a - b) >= 0
 
 

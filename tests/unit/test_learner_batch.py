@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from actors.fast_weights import Basis
+from actors.fast_weights.delta import Basis
 from actors.types import ActionSpan, Outcome, Segment, Timings, Trajectory
 from learner.batch import _cut, pack, pad, rows_of, split, supervised_rows
 from learner.types import Microbatch, Row, ScoredTrajectory
@@ -15,7 +15,10 @@ from tests.unit.learner_cases import TASK, trajectory
 
 @pytest.fixture(scope="module")
 def scored(llama_basis: Basis) -> list[ScoredTrajectory]:
-    return [ScoredTrajectory(trajectory(llama_basis, seed, 0.0), advantage) for seed, advantage in ((1, 1.5), (2, -0.5), (3, 0.0), (4, -1.0))]
+    return [
+        ScoredTrajectory(trajectory(llama_basis, seed, 0.0), advantage)
+        for seed, advantage in ((1, 1.5), (2, -0.5), (3, 0.0), (4, -1.0))
+    ]
 
 
 def share(scored: list[ScoredTrajectory], aggregate: str, skip: bool) -> float:
@@ -33,11 +36,15 @@ def test_skipping_leaves_the_denominator_alone(scored: list[ScoredTrajectory]) -
     assert rows.trajectories_skipped == 1
     assert share(scored, "sequence", True) == pytest.approx(3 / 4)
     kept = {id(row.segment): row.scale for row in rows.rows}
-    every = {id(row.segment): row.scale for row in rows_of(scored, "sequence", skip_zero_advantage=False).rows}
+    every = {
+        id(row.segment): row.scale for row in rows_of(scored, "sequence", skip_zero_advantage=False).rows
+    }
     assert kept.items() <= every.items() and len(kept) == len(every) - 3
 
 
-def test_every_span_carries_the_episodes_advantage_and_its_own_revision(scored: list[ScoredTrajectory]) -> None:
+def test_every_span_carries_the_episodes_advantage_and_its_own_revision(
+    scored: list[ScoredTrajectory],
+) -> None:
     rows = rows_of(scored[:1], "token", True).rows
     assert [row.advantage for row in rows] == [1.5] * 3
     assert [row.segment.spans[0].kind for row in rows] == ["extract", "extract", "act"]
@@ -48,14 +55,20 @@ def test_every_span_carries_the_episodes_advantage_and_its_own_revision(scored: 
 
 def test_extraction_tokens_are_counted(scored: list[ScoredTrajectory]) -> None:
     rows = rows_of(scored[:1], "token", True)
-    assert rows.extract_tokens == sum(int(part.action_mask.sum()) for part in scored[0].trajectory.segments[:2])
+    assert rows.extract_tokens == sum(
+        int(part.action_mask.sum()) for part in scored[0].trajectory.segments[:2]
+    )
 
 
 def test_segments_without_sampled_tokens_are_dropped_and_counted() -> None:
     silent = Segment(np.arange(5, dtype=np.int32), np.zeros(5, bool), np.zeros(5, np.float32), 0, 0, ())
     mask = np.array([0, 0, 1], dtype=bool)
-    spoken = Segment(np.arange(3, dtype=np.int32), mask, np.zeros(3, np.float32), 0, 0, (ActionSpan(2, 3, "act"),))
-    episode = Trajectory(TASK, "e", 0, (silent, spoken), (), (), {}, Outcome(1, {}, ()), "done", Timings(0, 0, 0, 0, 0, 0))
+    spoken = Segment(
+        np.arange(3, dtype=np.int32), mask, np.zeros(3, np.float32), 0, 0, (ActionSpan(2, 3, "act"),)
+    )
+    episode = Trajectory(
+        TASK, "e", 0, (silent, spoken), (), (), {}, Outcome(1, {}, ()), "done", Timings(0, 0, 0, 0, 0, 0)
+    )
     rows = rows_of([ScoredTrajectory(episode, 1.0)], "token", True)
     assert (len(rows.rows), rows.segments_without_actions, rows.rows[0].scale) == (1, 1, 1.0)
     assert len(supervised_rows((silent, spoken))) == 1
@@ -63,15 +76,22 @@ def test_segments_without_sampled_tokens_are_dropped_and_counted() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
-def test_packing_keeps_every_row_once_and_ranks_in_step(scored: list[ScoredTrajectory], ranks: int, budget: int) -> None:
+def test_packing_keeps_every_row_once_and_ranks_in_step(
+    scored: list[ScoredTrajectory], ranks: int, budget: int
+) -> None:
     rows = rows_of(scored, "token", False).rows
     plan = pack(rows, budget, ranks, 1.0)
     assert len(plan) == ranks and len({len(part) for part in plan}) == 1
     microbatches = [one for part in plan for one in part]
     found = sorted(
-        one.token_ids[place][one.attention_mask[place]].tobytes() for one in microbatches for place in range(len(one.scales)) if one.scales[place]
+        one.token_ids[place][one.attention_mask[place]].tobytes()
+        for one in microbatches
+        for place in range(len(one.scales))
+        if one.scales[place]
     )
-    assert found == sorted(row.segment.token_ids.astype(np.int64).tobytes() for row in rows)  # the sampled ids themselves, unchanged
+    assert found == sorted(
+        row.segment.token_ids.astype(np.int64).tobytes() for row in rows
+    )  # the sampled ids themselves, unchanged
     assert all(one.token_ids.size <= budget or len(one.token_ids) == 1 for one in microbatches)
     sizes = [[one.token_ids.size for one in part if one.action_tokens] for part in plan]
     assert all(part == sorted(part, reverse=True) for part in sizes)
@@ -83,12 +103,21 @@ def rows_of_lengths(lengths: Sequence[int]) -> list[Row]:
     for length in lengths:
         mask = np.arange(length) == length - 1
         spans = (ActionSpan(length - 1, length, "act"),)
-        rows.append(Row(Segment(np.zeros(length, np.int32), mask, np.zeros(length, np.float32), 0, 0, spans), None, 1.0, 1.0))
+        rows.append(
+            Row(
+                Segment(np.zeros(length, np.int32), mask, np.zeros(length, np.float32), 0, 0, spans),
+                None,
+                1.0,
+                1.0,
+            )
+        )
     return rows
 
 
 def sizes_of(lengths: Sequence[int], budget: int, ranks: int) -> list[list[tuple[int, ...]]]:
-    return [[one.token_ids.shape for one in part] for part in pack(rows_of_lengths(lengths), budget, ranks, 1.0)]
+    return [
+        [one.token_ids.shape for one in part] for part in pack(rows_of_lengths(lengths), budget, ranks, 1.0)
+    ]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -97,13 +126,18 @@ def test_a_few_short_rows_do_not_fill_up_a_microbatch_of_long_ones(ranks: int) -
     lengths = [length for place in range(12) for length in (165 + place, 173 + place, 55 + place % 4)]
     shapes = [shape for part in sizes_of(lengths, 2048, ranks) for shape in part]
     assert 1 - sum(lengths) / sum(rows * longest for rows, longest in shapes) < 0.04
-    assert len(shapes) in (4, 6)  # four are the least that 2,048 tokens allow; six are two for each of three ranks
+    assert len(shapes) in (
+        4,
+        6,
+    )  # four are the least that 2,048 tokens allow; six are two for each of three ranks
 
 
 def test_equal_rows_are_shared_out_evenly() -> None:
     assert sizes_of([100] * 24, 1200, 1) == [[(12, 100), (12, 100)]]
     assert sizes_of([100] * 16, 1200, 1) == [[(8, 100), (8, 100)]]  # not twelve and four
-    assert sizes_of([100] * 8, 1200, 4) == [[(2, 100)]] * 4  # one would hold them all, and three ranks would wait
+    assert (
+        sizes_of([100] * 8, 1200, 4) == [[(2, 100)]] * 4
+    )  # one would hold them all, and three ranks would wait
     assert sizes_of([100] * 2, 1200, 3) == [[(1, 100)], [(1, 100)], [(1, 2)]]  # the third has nothing to take
 
 
@@ -113,7 +147,12 @@ def test_the_cut_is_the_cheapest_of_all(ranks: int) -> None:
     draw = np.random.default_rng(ranks)
     for _ in range(20):
         lengths = sorted((int(length) for length in draw.integers(3, 60, 9)), reverse=True)
-        cuts = [cut for count in range(9) for inner in itertools.combinations(range(1, 9), count) if (cut := checked([0, *inner, 9], lengths, ranks))]
+        cuts = [
+            cut
+            for count in range(9)
+            for inner in itertools.combinations(range(1, 9), count)
+            if (cut := checked([0, *inner, 9], lengths, ranks))
+        ]
         found = _cut(lengths, BUDGET, ranks)
         assert price(found, lengths) == min(price(cut, lengths) for cut in cuts)
         assert found in cuts
@@ -143,7 +182,9 @@ def test_minibatches_part_the_trajectories(scored: list[ScoredTrajectory]) -> No
     parts = split(scored, 3, (0, 7))
     assert sorted(len(part) for part in parts) == [1, 1, 2]
     assert {id(one) for part in parts for one in part} == {id(one) for one in scored}
-    assert [[id(one) for one in part] for part in parts] == [[id(one) for one in part] for part in split(scored, 3, (0, 7))]
+    assert [[id(one) for one in part] for part in parts] == [
+        [id(one) for one in part] for part in split(scored, 3, (0, 7))
+    ]
     assert len(split(scored, 99, (0, 0))) == len(scored)
 
 

@@ -33,7 +33,9 @@ def plain(states: Tensor, weight: Tensor, targets: Tensor, temperature: float) -
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_equal_to_full_logits(dtype: torch.dtype, tolerance: float, temperature: float, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_to_full_logits(
+    dtype: torch.dtype, tolerance: float, temperature: float, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Relative differences of norms: 1e-5 in float32; in bfloat16 that of its rounding."""
     monkeypatch.setattr(head, "_CHUNK", 5 * VOCABULARY)  # eight chunks, the last of them short
     states, layer, targets, incoming = case(dtype, trained)
@@ -43,7 +45,11 @@ def test_equal_to_full_logits(dtype: torch.dtype, tolerance: float, temperature:
     logp, entropy = head.TokenHead(layer)(states, targets, temperature)
     assert not entropy.requires_grad and logp.dtype == entropy.dtype == torch.float32
     found = torch.autograd.grad((incoming * logp).sum(), inputs)
-    for one, other in ((logp, expected_logp), (entropy, expected_entropy), *zip(found, expected, strict=True)):
+    for one, other in (
+        (logp, expected_logp),
+        (entropy, expected_entropy),
+        *zip(found, expected, strict=True),
+    ):
         assert one.dtype == other.dtype
         assert float((one - other).detach().float().norm() / other.detach().float().norm()) < tolerance
 
@@ -71,14 +77,25 @@ def test_no_array_is_larger_than_a_chunk(trained: bool, monkeypatch: pytest.Monk
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             nonlocal largest
             made = func(*args, **(kwargs or {}))
-            largest = max([largest, *(one.numel() for one in (made if isinstance(made, tuple) else (made,)) if isinstance(one, Tensor))])
+            largest = max(
+                [
+                    largest,
+                    *(
+                        one.numel()
+                        for one in (made if isinstance(made, tuple) else (made,))
+                        if isinstance(one, Tensor)
+                    ),
+                ]
+            )
             return made
 
     monkeypatch.setattr(head, "_CHUNK", 4 * VOCABULARY)
     states, layer, targets, incoming = case(torch.float32, trained)
     with Watch():
         (incoming * head.TokenHead(layer)(states, targets, 1.0)[0]).sum().backward()
-    assert largest == layer.weight.numel() > 4 * VOCABULARY  # the weight's transpose or gradient; TOKENS * VOCABULARY is more
+    assert (
+        largest == layer.weight.numel() > 4 * VOCABULARY
+    )  # the weight's transpose or gradient; TOKENS * VOCABULARY is more
 
 
 def test_a_head_with_a_bias_is_refused() -> None:

@@ -12,10 +12,22 @@ from configs.schema import ObjectiveConfig
 from learner.objective import TokenBatch, TokenStatistics, policy_objective
 
 
-def batch(logp: Tensor, old: list[float], engine: list[float], advantage: list[float], reference: Tensor | None = None) -> TokenBatch:
+def batch(
+    logp: Tensor,
+    old: list[float],
+    engine: list[float],
+    advantage: list[float],
+    reference: Tensor | None = None,
+) -> TokenBatch:
     count = len(logp)
     return TokenBatch(
-        logp, torch.tensor(old), torch.tensor(engine), reference, torch.ones(count), torch.tensor(advantage), torch.full((count,), 0.25)
+        logp,
+        torch.tensor(old),
+        torch.tensor(engine),
+        reference,
+        torch.ones(count),
+        torch.tensor(advantage),
+        torch.full((count,), 0.25),
     )
 
 
@@ -27,7 +39,9 @@ def test_clipping_on_both_sides_by_hand() -> None:
     # rho = 1.5, 1.1, 0.5, 0.9 with A = 1, 1, -1, -1 and clip 0.2/0.2: tokens 0 and 2 are clipped to 1.2 and 0.8.
     logp = torch.tensor(logs(0.15, 0.11, 0.05, 0.09), requires_grad=True)
     config = ObjectiveConfig(importance="none")
-    loss, statistics = policy_objective(batch(logp, logs(0.1, 0.1, 0.1, 0.1), logs(0.1, 0.1, 0.1, 0.1), [1, 1, -1, -1]), config)
+    loss, statistics = policy_objective(
+        batch(logp, logs(0.1, 0.1, 0.1, 0.1), logs(0.1, 0.1, 0.1, 0.1), [1, 1, -1, -1]), config
+    )
     assert loss.item() == pytest.approx(-0.25 * (1.2 + 1.1 - 0.8 - 0.9), rel=1e-5)
     assert statistics.clipped == 2
     loss.backward()
@@ -38,7 +52,9 @@ def test_clipping_on_both_sides_by_hand() -> None:
 def test_the_clip_is_one_sided() -> None:
     # rho = 0.5 with A > 0 and rho = 1.5 with A < 0 move back towards the old policy: never clipped.
     logp = torch.tensor(logs(0.05, 0.15), requires_grad=True)
-    loss, statistics = policy_objective(batch(logp, logs(0.1, 0.1), logs(0.1, 0.1), [1, -1]), ObjectiveConfig(importance="none"))
+    loss, statistics = policy_objective(
+        batch(logp, logs(0.1, 0.1), logs(0.1, 0.1), [1, -1]), ObjectiveConfig(importance="none")
+    )
     assert statistics.clipped == 0
     assert loss.item() == pytest.approx(-0.25 * (0.5 - 1.5), rel=1e-5)
 
@@ -46,7 +62,9 @@ def test_the_clip_is_one_sided() -> None:
 def test_asymmetric_clip() -> None:
     logp = torch.tensor(logs(0.15, 0.05))
     old = logs(0.1, 0.1)
-    loss, _ = policy_objective(batch(logp, old, old, [1, -1]), ObjectiveConfig(importance="none", clip_low=0.4, clip_high=0.3))
+    loss, _ = policy_objective(
+        batch(logp, old, old, [1, -1]), ObjectiveConfig(importance="none", clip_low=0.4, clip_high=0.3)
+    )
     assert loss.item() == pytest.approx(-0.25 * (1.3 - 0.6), rel=1e-5)
 
 
@@ -54,7 +72,9 @@ def test_truncated_importance_by_hand() -> None:
     # old learner over engine: 0.15 / 0.1 = 1.5, 0.3 / 0.1 = 3 -> 2 (the cap), 0.05 / 0.1 = 0.5; the weight is a constant of the gradient
     logp = torch.tensor(logs(0.15, 0.3, 0.05), requires_grad=True)
     engine = logs(0.1, 0.1, 0.1)
-    loss, statistics = policy_objective(batch(logp, logp.tolist(), engine, [1, 1, -1]), ObjectiveConfig(importance_cap=2.0))
+    loss, statistics = policy_objective(
+        batch(logp, logp.tolist(), engine, [1, 1, -1]), ObjectiveConfig(importance_cap=2.0)
+    )
     assert loss.item() == pytest.approx(-0.25 * (1.5 + 2 - 0.5), rel=1e-5)
     assert statistics.truncated == 1
     loss.backward()
@@ -89,7 +109,12 @@ def test_on_policy_gradient_is_the_vanilla_policy_gradient() -> None:
     (found,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (expected,) = torch.autograd.grad(-(scale * advantage * logp).sum(), logits)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-8)
-    assert (statistics.ratio_min, statistics.ratio_max, statistics.clipped, statistics.truncated) == (1.0, 1.0, 0.0, 0.0)
+    assert (statistics.ratio_min, statistics.ratio_max, statistics.clipped, statistics.truncated) == (
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+    )
 
 
 def test_a_far_ratio_does_not_turn_into_nan() -> None:
@@ -112,5 +137,9 @@ def test_statistics_of_parts_merge_to_the_whole() -> None:
     _, whole = policy_objective(batch(logp, old, engine, advantage), ObjectiveConfig())
     merged = TokenStatistics.none()
     for part in (slice(0, 1), slice(1, 4)):
-        merged = merged.merge(policy_objective(batch(logp[part], old[part], engine[part], advantage[part]), ObjectiveConfig())[1])
+        merged = merged.merge(
+            policy_objective(batch(logp[part], old[part], engine[part], advantage[part]), ObjectiveConfig())[
+                1
+            ]
+        )
     assert merged.sums == pytest.approx(whole.sums) and merged.maxima == pytest.approx(whole.maxima)

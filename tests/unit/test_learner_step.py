@@ -12,12 +12,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.fast_weights import Basis
+from actors.fast_weights.delta import Basis
 from actors.types import ActionSpan, Outcome, Segment, TrajectoryGroup
 from configs.schema import ObjectiveConfig
 from learner.learner import Learner
 from learner.types import LearnerError
-from tests.unit.learner_cases import fast_weights, free, group, learner, sampled_logprobs, segments_of, trajectory
+from tests.unit.learner_cases import (
+    fast_weights,
+    free,
+    group,
+    learner,
+    sampled_logprobs,
+    segments_of,
+    trajectory,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +33,9 @@ def groups(llama_basis: Basis) -> list[TrajectoryGroup]:
     return [group(llama_basis, (1.0, 0.0, 0.25))]
 
 
-def test_what_is_no_checkpoint_is_refused(llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_refused(
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path
+) -> None:
     made = learner(llama, llama_basis, free(trainable="last_layers", trainable_layers=1))
     with pytest.raises(LearnerError, match="not a learner checkpoint"):
         made.load(tmp_path / "nowhere")
@@ -43,7 +53,12 @@ def test_equal_rewards_move_nothing_and_are_counted(llama: Path, llama_basis: Ba
     made = learner(llama, llama_basis, free())
     before = made.weights(trainable_only=False)
     report = made.step([group(llama_basis, (0.5, 0.5)), group(llama_basis, (1.0,))])
-    assert (report.groups_used, report.groups_without_signal, report.trajectories_skipped, report.action_tokens) == (0, 2, 3, 0)
+    assert (
+        report.groups_used,
+        report.groups_without_signal,
+        report.trajectories_skipped,
+        report.action_tokens,
+    ) == (0, 2, 3, 0)
     assert math.isnan(report.ratio_mean) and report.grad_norm == 0 and report.version == 1
     after = made.weights(trainable_only=False)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -60,17 +75,23 @@ def test_nothing_to_learn_from_is_an_error(llama: Path, llama_basis: Basis) -> N
 def test_report_of_a_step(llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup]) -> None:
     made = learner(llama, llama_basis, free(warmup_steps=4))
     parts = [part for _, part in segments_of(groups)]
-    sampled = np.concatenate([values[part.action_mask] for one in groups[0].trajectories for values, part in pairs(made, one)])
+    sampled = np.concatenate(
+        [values[part.action_mask] for one in groups[0].trajectories for values, part in pairs(made, one)]
+    )
     engine = np.concatenate([part.logprobs[part.action_mask] for part in parts])
     report = made.step(groups)
     assert report.tokens == sum(len(part.token_ids) for part in parts)
     assert report.action_tokens == len(engine)
-    assert report.extract_tokens == sum(int(part.action_mask.sum()) for part in parts if part.spans[0].kind == "extract")
+    assert report.extract_tokens == sum(
+        int(part.action_mask.sum()) for part in parts if part.spans[0].kind == "extract"
+    )
     assert report.ratio_mean == pytest.approx(np.exp(sampled - engine).mean(), rel=1e-4)
     assert report.ratio_max == pytest.approx(np.exp(sampled - engine).max(), rel=1e-4)
     assert report.engine_logprob_diff_mean == pytest.approx(np.abs(sampled - engine).mean(), rel=1e-4)
     assert 0 < report.entropy < math.log(256)
-    assert report.learning_rate == pytest.approx(1e-3 / 4) and made.step(groups).learning_rate == pytest.approx(2e-3 / 4)
+    assert report.learning_rate == pytest.approx(1e-3 / 4) and made.step(
+        groups
+    ).learning_rate == pytest.approx(2e-3 / 4)
     assert 0 <= report.padding_fraction < 0.3
 
 
@@ -78,12 +99,23 @@ def pairs(made: Learner, one: object) -> list[tuple[np.ndarray, Segment]]:
     return list(zip(made.logprobs(one), one.segments, strict=True))  # type: ignore[arg-type, attr-defined]
 
 
-def test_minibatches_use_the_old_policy_and_kl_pulls_back(llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup]) -> None:
+def test_minibatches_use_the_old_policy_and_kl_pulls_back(
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup]
+) -> None:
     # A large step makes the second minibatch's ratio leave the clip range: only an old log-prob of *before* the step can see it.
-    report = learner(llama, llama_basis, free(learning_rate=3e-2), ObjectiveConfig(minibatches=3, importance="none")).step(groups)
+    report = learner(
+        llama, llama_basis, free(learning_rate=3e-2), ObjectiveConfig(minibatches=3, importance="none")
+    ).step(groups)
     assert report.clip_fraction > 0
-    assert learner(llama, llama_basis, free(learning_rate=3e-2), ObjectiveConfig(importance="none")).step(groups).clip_fraction == 0
-    tied = learner(llama, llama_basis, free(learning_rate=3e-2), ObjectiveConfig(kl_coefficient=1.0, importance="none"))
+    assert (
+        learner(llama, llama_basis, free(learning_rate=3e-2), ObjectiveConfig(importance="none"))
+        .step(groups)
+        .clip_fraction
+        == 0
+    )
+    tied = learner(
+        llama, llama_basis, free(learning_rate=3e-2), ObjectiveConfig(kl_coefficient=1.0, importance="none")
+    )
     first, second = tied.step(groups), tied.step(groups)
     assert first.kl == pytest.approx(0, abs=1e-9) and second.kl > 1e-3
     assert second.loss == pytest.approx(second.policy_loss + second.kl)
@@ -106,7 +138,9 @@ def test_warm_start_is_cross_entropy_without_delta_and_leaves_a_fresh_optimizer(
     report = made.step(groups)
     after = made.weights(trainable_only=False)
     # Fresh Adam: the first step moves each number by at most the learning rate, and most by nearly all of it.
-    steps = torch.cat([(after[name] - before[name]).abs().flatten() for name in before]) / report.learning_rate
+    steps = (
+        torch.cat([(after[name] - before[name]).abs().flatten() for name in before]) / report.learning_rate
+    )
     assert float(steps.max()) < 1.01 and float(steps.quantile(0.5)) > 0.9
 
 
@@ -118,8 +152,21 @@ def test_rewarding_a_token_makes_it_likelier(llama: Path, llama_basis: Basis) ->
 
     def episode(token: int, reward: float) -> object:
         mask = np.array([0, 0, 0, 0, 1], dtype=bool)
-        part = Segment(np.array([*prompt, token], np.int32), mask, np.where(mask, -5.0, 0).astype(np.float32), 0, 1, (ActionSpan(4, 5, "act"),))
-        return replace(template, episode_id=f"e{token}", segments=(part,), revisions=(weights,), outcome=Outcome(reward, {}, ()))
+        part = Segment(
+            np.array([*prompt, token], np.int32),
+            mask,
+            np.where(mask, -5.0, 0).astype(np.float32),
+            0,
+            1,
+            (ActionSpan(4, 5, "act"),),
+        )
+        return replace(
+            template,
+            episode_id=f"e{token}",
+            segments=(part,),
+            revisions=(weights,),
+            outcome=Outcome(reward, {}, ()),
+        )
 
     both = TrajectoryGroup(template.task, 0, (episode(good, 1.0), episode(bad, 0.0)), (), "worker-0")  # type: ignore[arg-type]
     made = learner(llama, llama_basis, free(learning_rate=3e-3))

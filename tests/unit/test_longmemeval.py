@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from actors.environments import json_list
-from actors.environments.base import TaskError
 from actors.environments.conversation import ConversationEnvironment
 from actors.environments.fields import Source
 from actors.environments.json_list import stream_list
 from actors.environments.longmemeval_file import read_longmemeval
-from actors.scoring import says_unknown
+from actors.environments.scoring import says_unknown
+from actors.protocols import TaskError
 from actors.types import Outcome, Task
 from configs.bounds import BoundError
 from configs.schema import ConversationConfig
@@ -30,7 +30,9 @@ def _environment(path: Path = SAMPLE, **settings: Any) -> ConversationEnvironmen
 
 
 def _told(name: str, **settings: Any) -> list[str]:
-    session = _environment(**settings).start(Task("t", "conversation", {"conversation": name, "questions": [0]}, 0))
+    session = _environment(**settings).start(
+        Task("t", "conversation", {"conversation": name, "questions": [0]}, 0)
+    )
     texts = []
     while (observation := session.observe()) is not None and not observation.wants_action:
         texts.append(observation.text)
@@ -45,22 +47,33 @@ def _answered(name: str, answer: str) -> Outcome:
 
 def test_sessions_are_told_under_their_dates_and_the_question_under_its_own() -> None:
     first, second, third = _told("q_boat")
-    assert first == "[2023/04/02 (Sun) 10:15]\nuser: How do I boil eggs?\nassistant: Seven minutes.\nThen cold water."
-    assert second.splitlines()[1:] == ["user: I painted the name on my boat today: Sea Lark ⛵!", "assistant: A lovely name."]
+    assert (
+        first
+        == "[2023/04/02 (Sun) 10:15]\nuser: How do I boil eggs?\nassistant: Seven minutes.\nThen cold water."
+    )
+    assert second.splitlines()[1:] == [
+        "user: I painted the name on my boat today: Sea Lark ⛵!",
+        "assistant: A lovely name.",
+    ]
     assert third.splitlines()[1:] == ["user: Which moss grows on roofs?"]  # nothing is said in the other turn
     session = _environment().start(Task("t", "conversation", {"conversation": "q_boat", "questions": [0]}, 0))
     assert session.question == "[2023/06/01 (Thu) 09:00] What did I name my boat?"
 
 
 def test_sessions_come_in_order_of_time_and_evidence_keeps_its_session() -> None:
-    assert [text.splitlines()[1] for text in _told("q_count")] == ["user: I bought three lamps.", "user: I bought two more lamps."]
+    assert [text.splitlines()[1] for text in _told("q_count")] == [
+        "user: I bought three lamps.",
+        "user: I bought two more lamps.",
+    ]
     (boat, count, dog) = read_longmemeval(str(SAMPLE))
     assert [c.questions[0].evidence_sessions for c in (boat, count, dog)] == [(2,), (1, 2), (1,)]
 
 
 def test_dates_in_another_form_leave_the_order_alone(tmp_path: Path) -> None:
     path = _changed(tmp_path, lambda items: items[1].update(haystack_dates=["20 June", "28 June", "2 May"]))
-    told = {conversation.id: conversation.sessions() for conversation in read_longmemeval(str(path))}["q_count"]
+    told = {conversation.id: conversation.sessions() for conversation in read_longmemeval(str(path))}[
+        "q_count"
+    ]
     assert [session.date for session in told] == ["20 June", "28 June", "2 May"]
 
 
@@ -82,7 +95,9 @@ def test_max_sessions_keeps_the_last_ones_up_to_the_evidence() -> None:
         ("q_dog_abs", "", 0.0, 0.0, "single-session-user"),
     ],
 )
-def test_answers_are_scored_plainly_and_abstention_by_saying_so(name: str, answer: str, f1: float, em: float, category: str) -> None:
+def test_answers_are_scored_plainly_and_abstention_by_saying_so(
+    name: str, answer: str, f1: float, em: float, category: str
+) -> None:
     outcome = _answered(name, answer)
     (scored,) = outcome.answers
     expected = {"f1": f1, "plain_f1": f1, "em": em} | ({"abstention": f1} if name.endswith("_abs") else {})
@@ -110,13 +125,17 @@ def test_ways_of_saying_that_it_is_unknown(answer: str, unknown: bool) -> None:
 
 def test_locomos_settings_do_not_reach_it() -> None:
     assert len(list(_environment(categories=(5,), eval_fraction=0.6).tasks("eval", 0, 0))) == 2
-    with pytest.raises(BoundError, match="scorer='official' is not allowed: it must be plain where format is longmemeval"):
+    with pytest.raises(
+        BoundError, match="scorer='official' is not allowed: it must be plain where format is longmemeval"
+    ):
         _environment(scorer="official")
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100, 1 << 20])
 @pytest.mark.parametrize("form", [{"indent": 1}, {"ensure_ascii": False}, {"separators": (",", ":")}])
-def test_a_list_comes_item_by_item_wherever_it_is_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chunk: int, form: dict[str, Any]) -> None:
+def test_a_list_comes_item_by_item_wherever_it_is_cut(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chunk: int, form: dict[str, Any]
+) -> None:
     monkeypatch.setattr(json_list, "_CHUNK", chunk)
     values = [{"text": "⛵ naïve", "of": [1, {"a": 'b\\"]'}]}, {}, {"x": "é" * 20}]
     source = Source(str(tmp_path / "list.json"), "path", "a list")
@@ -147,7 +166,10 @@ def test_a_file_that_is_something_else(tmp_path: Path, content: bytes, message: 
 
 
 def test_a_missing_file_or_no_path(tmp_path: Path) -> None:
-    _refused(tmp_path / "none.json", "none.json: cannot be read .*: give environment.conversation.path the path of a LongMemEval file")
+    _refused(
+        tmp_path / "none.json",
+        "none.json: cannot be read .*: give environment.conversation.path the path of a LongMemEval file",
+    )
     with pytest.raises(TaskError, match=r"environment.conversation.path is empty"):
         read_longmemeval("")
 
@@ -158,25 +180,47 @@ def test_a_missing_file_or_no_path(tmp_path: Path) -> None:
         (lambda items: items.__setitem__(0, 3), "item 0: expected an object, got 3"),
         (lambda items: items[1].pop("question_id"), "item 1, question_id: expected a text, got nothing"),
         (lambda items: items[1].update(question_id="q_boat"), "item 1: question_id 'q_boat' occurs twice"),
-        (lambda items: items[0].pop("question_type"), r"item 0 \(q_boat\), question_type: expected a text, got nothing"),
-        (lambda items: items[0].update(answer=None), r"item 0 \(q_boat\), answer: expected a text or a number, got null"),
+        (
+            lambda items: items[0].pop("question_type"),
+            r"item 0 \(q_boat\), question_type: expected a text, got nothing",
+        ),
+        (
+            lambda items: items[0].update(answer=None),
+            r"item 0 \(q_boat\), answer: expected a text or a number, got null",
+        ),
         (lambda items: items[0].pop("haystack_sessions"), "haystack_sessions: expected a list, got nothing"),
-        (lambda items: items[0].update(haystack_sessions=[[], [], []]), "haystack_sessions: expected at least one turn, got a list"),
-        (lambda items: items[0]["haystack_dates"].pop(), "haystack_dates: expected as many as the 3 haystack_sessions, got a list"),
-        (lambda items: items[0]["haystack_sessions"][1].append("x"), r"haystack_sessions\[1\]\[2\]: expected an object, got 'x'"),
+        (
+            lambda items: items[0].update(haystack_sessions=[[], [], []]),
+            "haystack_sessions: expected at least one turn, got a list",
+        ),
+        (
+            lambda items: items[0]["haystack_dates"].pop(),
+            "haystack_dates: expected as many as the 3 haystack_sessions, got a list",
+        ),
+        (
+            lambda items: items[0]["haystack_sessions"][1].append("x"),
+            r"haystack_sessions\[1\]\[2\]: expected an object, got 'x'",
+        ),
         (
             lambda items: items[0]["haystack_sessions"][1][0].update(role="bot"),
             r"haystack_sessions\[1\]\[0\].role: expected user or assistant, got 'bot'",
         ),
-        (lambda items: items[0]["haystack_sessions"][1][0].pop("content"), r"haystack_sessions\[1\]\[0\].content: expected a text, got nothing"),
+        (
+            lambda items: items[0]["haystack_sessions"][1][0].pop("content"),
+            r"haystack_sessions\[1\]\[0\].content: expected a text, got nothing",
+        ),
         (lambda items: items.__delitem__(slice(1, 3)), "it has 1 conversation, and at least 2 are needed"),
     ],
 )
-def test_a_malformed_file_gives_item_field_and_expectation(tmp_path: Path, change: Callable[[Any], object], message: str) -> None:
+def test_a_malformed_file_gives_item_field_and_expectation(
+    tmp_path: Path, change: Callable[[Any], object], message: str
+) -> None:
     _refused(_changed(tmp_path, change), message)
 
 
-@pytest.mark.parametrize("shifted", [lambda text: f"      {text}", lambda text: text.replace("q_boat", "q_boot")])
+@pytest.mark.parametrize(
+    "shifted", [lambda text: f"      {text}", lambda text: text.replace("q_boat", "q_boot")]
+)
 def test_a_file_that_changes_under_a_run_is_noticed(tmp_path: Path, shifted: Callable[[str], str]) -> None:
     path = _changed(tmp_path, lambda items: None)
     environment = _environment(path)

@@ -10,19 +10,25 @@ from typing import Any
 
 import pytest
 
-from actors.engine import EngineStats
+from actors.engine.policy import EngineStats
 from actors.types import PolicyVersion, Task, TrajectoryGroup
 from actors.worker import WorkerReport
-from cluster.broadcast import ObjectStoreWeights
-from cluster.checkpoint import START, TrainState, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from cluster.elastic import ElasticFleet, FleetPlan
-from cluster.errors import CheckpointError, SaveError, WorkerLost
-from cluster.ledger import Ledger, LedgerSnapshot
-from cluster.loop import LoopParts, run_loop
-from cluster.metrics import StepSeconds, StepSummary, summarize
-from cluster.progress import step_line
-from cluster.stream import Batch, GroupStream, StreamPlan
-from cluster.tracking import RunStatus
+from cluster.common.errors import CheckpointError, SaveError, WorkerLost
+from cluster.fleet.broadcast import ObjectStoreWeights
+from cluster.fleet.fleet import ElasticFleet, FleetPlan
+from cluster.fleet.ledger import Ledger, LedgerSnapshot
+from cluster.fleet.stream import Batch, GroupStream, StreamPlan
+from cluster.runs.checkpoint import (
+    START,
+    TrainState,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from cluster.tracking.tracker import RunStatus
+from cluster.train.loop import LoopParts, run_loop
+from cluster.train.metrics import StepSeconds, StepSummary, step_line, summarize
 from configs.schema import TrainConfig
 from learner.types import LearnerError, StepReport
 from tests.unit.cluster_cases import EagerWorker, finished_group, group, task_at
@@ -49,7 +55,9 @@ class Worker(EagerWorker):
 
     async def report(self) -> WorkerReport:
         """An engine that acts for 3 s of a version's 4."""
-        stats = EngineStats(10, 5, 2, 2, 0, 0, 0.1, 1, 9, {"act": 3.0 * self.version, "idle": 1.0 * self.version})
+        stats = EngineStats(
+            10, 5, 2, 2, 0, 0, 0.1, 1, 9, {"act": 3.0 * self.version, "idle": 1.0 * self.version}
+        )
         return WorkerReport(self.name, self.version, len(self.positions), 0, 1, 0.1, 0.0, 0.2, stats)
 
 
@@ -117,10 +125,20 @@ class Bench:
             await save_checkpoint(self.folder, state, "name: test\n", save, self.plan.keep_checkpoints)
 
         async def body() -> TrainState:
-            plan = StreamPlan(self.plan.steps - self.state.step, self.plan.tasks_per_step, self.plan.max_staleness, 2, 5.0)
+            plan = StreamPlan(
+                self.plan.steps - self.state.step, self.plan.tasks_per_step, self.plan.max_staleness, 2, 5.0
+            )
             stream = GroupStream(plan, self.workers, self.state.version, self.task_at, self.ledger)
             at_once = len(self.workers) if self.plan.max_staleness == 0 else max(1, len(self.workers) // 2)
-            fleet_plan = FleetPlan(None, lambda: len(self.workers), self.state.version, at_once, 60.0, lambda text: None, in_flight=False)
+            fleet_plan = FleetPlan(
+                None,
+                lambda: len(self.workers),
+                self.state.version,
+                at_once,
+                60.0,
+                lambda text: None,
+                in_flight=False,
+            )
             fleet = ElasticFleet(self.workers, fleet_plan, newest=None)
             parts = LoopParts(stream, self.trainer, fleet, Channel(), self.tracker, self.show, checkpoint)
             return await asyncio.wait_for(run_loop(parts, self.plan, self.state), 20)
@@ -161,7 +179,18 @@ def test_metrics_have_the_sections_of_the_dashboard(tmp_path: Path) -> None:
     bench = Bench(tmp_path, TrainConfig(steps=3, tasks_per_step=2, group_size=2, max_staleness=0))
     bench.run()
     sections = {name.partition("/")[0] for name in bench.tracker.steps[3]}
-    assert sections == {"reward", "learner", "rollout", "staleness", "sync", "fast_weights", "timing_s", "timeline", "perf", "fleet"}
+    assert sections == {
+        "reward",
+        "learner",
+        "rollout",
+        "staleness",
+        "sync",
+        "fast_weights",
+        "timing_s",
+        "timeline",
+        "perf",
+        "fleet",
+    }
     assert bench.tracker.steps[3]["reward/mean"] == pytest.approx(0.05)
     assert bench.tracker.steps[3]["perf/engine_busy_fraction"] == 0.75
 
@@ -173,7 +202,9 @@ def test_each_step_has_a_timeline_whose_views_sum_to_1(tmp_path: Path) -> None:
     for figures in bench.tracker.steps.values():
         assert figures["timeline/worker_act"] == 0.75 and figures["timeline/worker_idle"] == 0.25
         for view in ("worker", "episode", "learner"):
-            assert sum(value for name, value in figures.items() if name.startswith(f"timeline/{view}_")) == pytest.approx(1.0)
+            assert sum(
+                value for name, value in figures.items() if name.startswith(f"timeline/{view}_")
+            ) == pytest.approx(1.0)
 
 
 def test_two_and_two_resumed_steps_are_four_steps(tmp_path: Path) -> None:
@@ -193,14 +224,20 @@ def test_two_and_two_resumed_steps_are_four_steps(tmp_path: Path) -> None:
 
 def test_a_resumed_run_issues_again_what_was_in_flight(tmp_path: Path) -> None:
     ledger = LedgerSnapshot(next_position=6, pending=(3, 5), settled={"trained": 4})
-    bench = Bench(tmp_path, TrainConfig(steps=4, tasks_per_step=2, group_size=2, max_staleness=0), replace(START, step=2, version=2, ledger=ledger))
+    bench = Bench(
+        tmp_path,
+        TrainConfig(steps=4, tasks_per_step=2, group_size=2, max_staleness=0),
+        replace(START, step=2, version=2, ledger=ledger),
+    )
     bench.run()
     assert bench.trainer.batches == [["t3", "t5"], ["t6", "t7"]]
     assert bench.ledger.issued == 8
 
 
 def test_a_failing_learner_ends_the_loop_with_balanced_books(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, TrainConfig(steps=4, tasks_per_step=2, group_size=2, max_staleness=1, checkpoint_every=1))
+    bench = Bench(
+        tmp_path, TrainConfig(steps=4, tasks_per_step=2, group_size=2, max_staleness=1, checkpoint_every=1)
+    )
     bench.trainer.fail_at = 2
     with pytest.raises(LearnerError, match="rank's process died"):
         bench.run()
@@ -218,7 +255,9 @@ def test_a_failing_refresh_ends_the_loop(tmp_path: Path, max_staleness: int) -> 
 
 
 def test_a_slow_worker_skips_versions_and_the_others_go_on(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, TrainConfig(steps=6, tasks_per_step=2, group_size=2, max_staleness=2), workers=4)  # two at once
+    bench = Bench(
+        tmp_path, TrainConfig(steps=6, tasks_per_step=2, group_size=2, max_staleness=2), workers=4
+    )  # two at once
     served: dict[str, list[PolicyVersion]] = {worker.name: [] for worker in bench.workers}
     hurried = asyncio.Event()
 
@@ -268,7 +307,10 @@ async def _save(folder: Path, step: int, keep: int = 2, broken: bool = False) ->
 def test_only_the_newest_checkpoints_are_kept_and_a_broken_one_is_never_seen(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         asyncio.run(_save(tmp_path, step))
-    with pytest.raises(SaveError, match=r"^step 4 could not be saved in \S+ \(\d+ MiB free\): disk full; earlier checkpoints are whole$"):
+    with pytest.raises(
+        SaveError,
+        match=r"^step 4 could not be saved in \S+ \(\d+ MiB free\): disk full; earlier checkpoints are whole$",
+    ):
         asyncio.run(_save(tmp_path, 4, broken=True))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from actors import worker as worker_module
+from actors.episodes.rollout import SCORING_S, RolloutRequest
 from actors.protocols import EngineError
-from actors.rollout import SCORING_S, RolloutRequest
 from actors.types import PolicyVersion, TrajectoryGroup
 from actors.worker import RolloutWorker, WorkerError, WorkerSpec
-from cluster.evaluate import EvaluationRow
-from cluster.fleet import EPISODE_GRACE_S, RemoteWorker
+from cluster.fleet.remote_worker import EPISODE_GRACE_S, RemoteWorker
+from cluster.measure.rows import EvaluationRow
 from configs.schema import EvaluationConfig, MemoryConfig, RunConfig
 from tests.unit.cluster_cases import group, settle, task_at
 
@@ -33,7 +33,9 @@ class Policy:
         self.refused = False
         self.failure = ""
 
-    async def refresh(self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool) -> None:
+    async def refresh(
+        self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool
+    ) -> None:
         await asyncio.sleep(0.01)
         if self.refused:
             raise EngineError("names are missing")
@@ -84,7 +86,9 @@ class Bench:
         return asyncio.create_task(self.worker.group(request))
 
 
-def test_what_an_environment_prepares_is_there_when_the_worker_is_up(monkeypatch: pytest.MonkeyPatch, tiny_model_path: Path) -> None:
+def test_what_an_environment_prepares_is_there_when_the_worker_is_up(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_path: Path
+) -> None:
     made: list[str] = []
 
     class Engine(Policy):
@@ -95,9 +99,12 @@ def test_what_an_environment_prepares_is_there_when_the_worker_is_up(monkeypatch
         def writer(self, config: object) -> None: ...
 
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    monkeypatch.setitem(sys.modules, "actors.engine", SimpleNamespace(VLLMPolicy=Engine))  # type: ignore[arg-type]
-    monkeypatch.setattr("actors.basis.load_basis", lambda path: SimpleNamespace(id="basis"))
-    monkeypatch.setattr("actors.environments.build.build_environment", lambda *_: SimpleNamespace(prepare=lambda: made.append("index")))
+    monkeypatch.setitem(sys.modules, "actors.engine.policy", SimpleNamespace(VLLMPolicy=Engine))  # type: ignore[arg-type]
+    monkeypatch.setattr("actors.fast_weights.basis.load_basis", lambda path: SimpleNamespace(id="basis"))
+    monkeypatch.setattr(
+        "actors.environments.build.build_environment",
+        lambda *_: SimpleNamespace(prepare=lambda: made.append("index")),
+    )
     RolloutWorker(WorkerSpec("worker-7", RunConfig(), str(tiny_model_path), "unused", 0))
     assert made == ["index", "engine"]
 
@@ -106,7 +113,9 @@ def test_late_verdicts_fail_their_episodes_before_the_driver_gives_up_the_worker
     assert SCORING_S < EPISODE_GRACE_S
 
 
-def test_a_refresh_waits_for_the_running_groups_and_holds_back_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refresh_waits_for_the_running_groups_and_holds_back_new_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def body() -> None:
         bench = Bench(monkeypatch)
         early = [bench.begin(0), bench.begin(1)]
@@ -127,14 +136,18 @@ def test_a_refresh_waits_for_the_running_groups_and_holds_back_new_ones(monkeypa
     asyncio.run(body())
 
 
-def test_a_worker_whose_engine_died_gives_its_groups_back_and_serves_nobody_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_whose_engine_died_gives_its_groups_back_and_serves_nobody_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def body() -> None:
         bench = Bench(monkeypatch)
         running = bench.begin(0)
         await settle()
         bench.policy.failure = "MemoryError: cannot allocate"
         bench.rollout.end.set()
-        with pytest.raises(WorkerError, match=r"worker-7 serves nobody any more, its engine is dead.*cannot allocate"):
+        with pytest.raises(
+            WorkerError, match=r"worker-7 serves nobody any more, its engine is dead.*cannot allocate"
+        ):
             await running
         with pytest.raises(WorkerError, match="start another worker"):
             await bench.begin(1)
@@ -184,7 +197,9 @@ def test_a_refresh_cut_short_while_loading_breaks_the_worker_too(monkeypatch: py
         bench.rollout.end.set()
         loading = asyncio.Event()
 
-        async def refresh(version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool) -> None:
+        async def refresh(
+            version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool
+        ) -> None:
             loading.set()
             await asyncio.Event().wait()
 
@@ -215,7 +230,9 @@ def test_weights_that_do_not_arrive_leave_the_worker_as_it_was(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_the_engine_is_given_what_was_published_and_told_whether_it_is_all(monkeypatch: pytest.MonkeyPatch, complete: bool) -> None:
+def test_the_engine_is_given_what_was_published_and_told_whether_it_is_all(
+    monkeypatch: pytest.MonkeyPatch, complete: bool
+) -> None:
     async def body() -> None:
         bench = Bench(monkeypatch)
         weights = Weights(1, {"trained": torch.ones(2)})
@@ -226,7 +243,9 @@ def test_the_engine_is_given_what_was_published_and_told_whether_it_is_all(monke
     asyncio.run(body())
 
 
-def test_the_report_tells_the_drain_from_the_wait_for_weights_and_from_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_tells_the_drain_from_the_wait_for_weights_and_from_the_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Fetching goes on while groups end: only what is left of it afterwards counts."""
 
     class Slow(Weights):

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.chat import ChatFormat
-from actors.memory.base import Agent, split_text, user_turns
+from actors.memory.base import Agent, user_turns
 from actors.memory.build import build_memory
 from actors.memory.parametric import ParametricMemory
 from actors.memory.truncation import TruncationMemory
+from actors.text.chat_template import ChatFormat
+from actors.text.split_text import split_text
 from actors.types import FastWeights, Flashcard, Generation, SpanKind, WriteExample, WriteRequest, WriteResult
 from configs.schema import MemoryConfig, WriteConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedWriter, sampled
@@ -35,7 +36,9 @@ def chat(tiny_model_path: Path) -> ChatFormat:
 class _Actor:
     """Writes what the test says, in turn."""
 
-    def __init__(self, chat: ChatFormat, texts: Sequence[str], outcome: str = "accepted", stops: bool = True) -> None:
+    def __init__(
+        self, chat: ChatFormat, texts: Sequence[str], outcome: str = "accepted", stops: bool = True
+    ) -> None:
         self.version = 0
         self.weights = FastWeights("basis", 0, {})
         self.prompts: list[tuple[int, ...]] = []
@@ -52,7 +55,9 @@ class _Actor:
 
     async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
         self.learned.append(tuple(examples))
-        (result,) = ScriptedWriter(lambda request: self._outcome).write([WriteRequest("e", self.weights, tuple(examples))])
+        (result,) = ScriptedWriter(lambda request: self._outcome).write(
+            [WriteRequest("e", self.weights, tuple(examples))]
+        )
         self.weights = result.weights
         return result
 
@@ -64,7 +69,11 @@ def _agent(chat: ChatFormat, actor: _Actor, text: str = "Nora has moved to Lisbo
 
 
 def _relieve(agent: Agent, write: WriteConfig = PAPER, question_blind: bool = False) -> None:
-    asyncio.run(ParametricMemory(MemoryConfig(max_context_tokens=10, question_blind=question_blind), write).relieve(agent, 0))
+    asyncio.run(
+        ParametricMemory(MemoryConfig(max_context_tokens=10, question_blind=question_blind), write).relieve(
+            agent, 0
+        )
+    )
 
 
 def test_flashcards_are_written_and_the_context_cleared(chat: ChatFormat) -> None:
@@ -82,7 +91,8 @@ def test_flashcards_are_written_and_the_context_cleared(chat: ChatFormat) -> Non
     assert record.outcome == "accepted" and record.revision == 1 and record.extraction == CARDS
     assert record.flashcards == (Flashcard("Who moved?", "Nora"), Flashcard("Where to?", "Lisbon"))
     assert (record.prompt_tokens, record.answer_tokens) == tuple(
-        sum(len(getattr(example, side)) for example in actor.learned[0]) for side in ("prompt_ids", "answer_ids")
+        sum(len(getattr(example, side)) for example in actor.learned[0])
+        for side in ("prompt_ids", "answer_ids")
     )
 
 
@@ -99,7 +109,11 @@ def test_writes_accumulate_and_the_next_prompt_shows_what_is_saved(chat: ChatFor
 
 def test_rehearsal_trains_earlier_cards_again_but_not_outdated_ones(chat: ChatFormat) -> None:
     moved = '[{"instruction": "Where to?", "output": "Oslo"}]'
-    for rehearsal, cards in ((0, 1), (1, 2), (8, 2)):  # of the two earlier cards one is outdated: "Where to?" is answered anew
+    for rehearsal, cards in (
+        (0, 1),
+        (1, 2),
+        (8, 2),
+    ):  # of the two earlier cards one is outdated: "Where to?" is answered anew
         actor = _Actor(chat, [CARDS, moved])
         agent = _agent(chat, actor)
         write = WriteConfig(rehearsal=rehearsal)
@@ -110,7 +124,9 @@ def test_rehearsal_trains_earlier_cards_again_but_not_outdated_ones(chat: ChatFo
         assert actor.learned[1][0].answer_ids == chat.reply("Oslo")
         if rehearsal:
             assert actor.learned[1][1].answer_ids == chat.reply("Nora")
-        assert agent.writes[1].flashcards == (Flashcard("Where to?", "Oslo"),)  # the log holds what this write brought
+        assert agent.writes[1].flashcards == (
+            Flashcard("Where to?", "Oslo"),
+        )  # the log holds what this write brought
 
 
 def test_question_blind_leaves_the_question_out(chat: ChatFormat) -> None:
@@ -121,7 +137,12 @@ def test_question_blind_leaves_the_question_out(chat: ChatFormat) -> None:
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("I am sorry.", "no JSON array"), ("[]", "is empty"), ("", "no JSON array"), ('[{"instruction": ""}]', "none of the array's 1")],
+    [
+        ("I am sorry.", "no JSON array"),
+        ("[]", "is empty"),
+        ("", "no JSON array"),
+        ('[{"instruction": ""}]', "none of the array's 1"),
+    ],
 )
 def test_a_failed_extraction_is_an_empty_recorded_write(chat: ChatFormat, text: str, reason: str) -> None:
     actor = _Actor(chat, [text])
@@ -131,7 +152,9 @@ def test_a_failed_extraction_is_an_empty_recorded_write(chat: ChatFormat, text: 
     assert (record.outcome, record.revision, record.flashcards, record.extraction) == ("empty", 0, (), text)
     assert reason in record.reason and math.isnan(record.loss_before)
     assert actor.learned == [] and actor.weights.revision == 0
-    assert agent.context.is_fresh and len(agent.segments) == 1  # the failed extraction is still an action to learn from
+    assert (
+        agent.context.is_fresh and len(agent.segments) == 1
+    )  # the failed extraction is still an action to learn from
 
 
 def test_an_extraction_cut_by_length_keeps_its_complete_cards(chat: ChatFormat) -> None:
@@ -140,7 +163,9 @@ def test_an_extraction_cut_by_length_keeps_its_complete_cards(chat: ChatFormat) 
     _relieve(agent)
     assert agent.writes[0].flashcards == (Flashcard("Who moved?", "Nora"),)
     (segment,) = agent.segments
-    assert segment.action_mask.sum() == len(chat.encode(CARDS[:60]))  # the stop token that closes it was not sampled
+    assert segment.action_mask.sum() == len(
+        chat.encode(CARDS[:60])
+    )  # the stop token that closes it was not sampled
 
 
 def test_a_rolled_back_write_is_recorded_and_not_shown_as_saved(chat: ChatFormat) -> None:
@@ -149,15 +174,24 @@ def test_a_rolled_back_write_is_recorded_and_not_shown_as_saved(chat: ChatFormat
     _relieve(agent)
     agent.context.observe(chat.user("More."))
     _relieve(agent)
-    assert (agent.writes[0].outcome, agent.writes[0].revision, agent.writes[0].reason) == ("rolled_back", 0, "the loss rose from 2.0 to 9.0")
+    assert (agent.writes[0].outcome, agent.writes[0].revision, agent.writes[0].reason) == (
+        "rolled_back",
+        0,
+        "the loss rose from 2.0 to 9.0",
+    )
     assert "Who moved?" not in chat.decode(actor.prompts[1])
 
 
 def test_cards_over_the_limits_are_rejected_and_counted(chat: ChatFormat) -> None:
-    long = json.dumps([{"instruction": "What?", "output": "word " * 100}, {"instruction": "Who?", "output": "Nora"}])
+    long = json.dumps(
+        [{"instruction": "What?", "output": "word " * 100}, {"instruction": "Who?", "output": "Nora"}]
+    )
     agent = _agent(chat, _Actor(chat, [long]))
     _relieve(agent, WriteConfig(max_example_tokens=60))
-    assert (agent.writes[0].flashcards, agent.writes[0].rejected_flashcards) == ((Flashcard("Who?", "Nora"),), 1)
+    assert (agent.writes[0].flashcards, agent.writes[0].rejected_flashcards) == (
+        (Flashcard("Who?", "Nora"),),
+        1,
+    )
     agent = _agent(chat, _Actor(chat, [CARDS]))
     _relieve(agent, WriteConfig(max_example_tokens=5))
     assert (agent.writes[0].outcome, agent.writes[0].rejected_flashcards) == ("empty", 2)
@@ -165,7 +199,9 @@ def test_cards_over_the_limits_are_rejected_and_counted(chat: ChatFormat) -> Non
 
 
 def test_the_saved_cards_shown_are_bounded_newest_first(chat: ChatFormat) -> None:
-    extractions = [json.dumps([{"instruction": f"Question number {i}?", "output": f"answer {i}"}]) for i in range(8)]
+    extractions = [
+        json.dumps([{"instruction": f"Question number {i}?", "output": f"answer {i}"}]) for i in range(8)
+    ]
     actor = _Actor(chat, extractions)
     agent = _agent(chat, actor)
     memory = ParametricMemory(MemoryConfig(max_context_tokens=10, max_extract_tokens=32), WriteConfig())
@@ -204,7 +240,9 @@ def test_the_trigger_needs_something_to_move_out(chat: ChatFormat) -> None:
 
 
 def test_a_long_observation_comes_in_turns_that_fit(chat: ChatFormat) -> None:
-    text = "\n".join(f"Ida: this is line {i}. It has two sentences, and a {'very ' * (i % 7)}long end!" for i in range(60))
+    text = "\n".join(
+        f"Ida: this is line {i}. It has two sentences, and a {'very ' * (i % 7)}long end!" for i in range(60)
+    )
     turns = user_turns(text, chat, 64)
     assert all(len(turn) <= 64 for turn in turns)
     assert len(turns) < 1.5 * len(chat.encode(text)) / 50  # and they are well filled
@@ -226,5 +264,9 @@ def test_splitting_loses_nothing_and_ends(text: str, limit: int) -> None:
 
 
 def test_the_factory_knows_both_policies() -> None:
-    assert isinstance(build_memory(MemoryConfig(policy="parametric"), WriteConfig(), SURROUNDINGS), ParametricMemory)
-    assert isinstance(build_memory(MemoryConfig(policy="truncation"), WriteConfig(), SURROUNDINGS), TruncationMemory)
+    assert isinstance(
+        build_memory(MemoryConfig(policy="parametric"), WriteConfig(), SURROUNDINGS), ParametricMemory
+    )
+    assert isinstance(
+        build_memory(MemoryConfig(policy="truncation"), WriteConfig(), SURROUNDINGS), TruncationMemory
+    )

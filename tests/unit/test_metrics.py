@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 import pytest
 
-from actors.engine import EngineStats
-from actors.engine_loop import PHASES, Phase
-from actors.summary import EpisodeSummary
+from actors.engine.policy import EngineStats
+from actors.engine.step_loop import PHASES, Phase
+from actors.episodes.group_summary import EpisodeSummary
 from actors.worker import WorkerReport
-from cluster.metrics import StepSeconds, episode_timeline, learner_timeline, rollout_metrics, worker_timeline
+from cluster.fleet.worker_timeline import worker_timeline
+from cluster.train.metrics import StepSeconds, episode_timeline, learner_timeline, rollout_metrics
 from tests.unit.cluster_cases import task_at, trajectory
 
 
@@ -25,10 +26,16 @@ def by_name(*reports: WorkerReport) -> dict[str, WorkerReport]:
 
 def test_the_workers_timeline_is_what_passed_between_two_reports_of_each() -> None:
     before = by_name(report("a", {"act": 5.0, "idle": 1.0}), report("b", {"act": 2.0}))
-    after = by_name(report("a", {"act": 6.0, "idle": 1.0, "write": 2.0}), report("b", {"act": 2.0, "idle": 7.0}))
+    after = by_name(
+        report("a", {"act": 6.0, "idle": 1.0, "write": 2.0}), report("b", {"act": 2.0, "idle": 7.0})
+    )
     timeline = worker_timeline(before, after)
-    assert set(timeline) == {f"timeline/worker_{phase}" for phase in PHASES} and sum(timeline.values()) == pytest.approx(1.0)
-    assert [timeline[f"timeline/worker_{phase}"] for phase in ("act", "write", "idle", "install")] == pytest.approx([0.1, 0.2, 0.7, 0.0])
+    assert set(timeline) == {f"timeline/worker_{phase}" for phase in PHASES} and sum(
+        timeline.values()
+    ) == pytest.approx(1.0)
+    assert [
+        timeline[f"timeline/worker_{phase}"] for phase in ("act", "write", "idle", "install")
+    ] == pytest.approx([0.1, 0.2, 0.7, 0.0])
     assert worker_timeline(after, after) == {} and worker_timeline({}, {}) == {}
 
 
@@ -41,10 +48,19 @@ def test_a_new_worker_and_one_that_began_anew_count_from_their_start() -> None:
 
 def test_the_learners_and_the_episodes_views() -> None:
     learner = learner_timeline(StepSeconds(wait=5.0, learn=3.0, publish=1.0, total=10.0))
-    assert learner == pytest.approx({f"timeline/learner_{k}": v for k, v in {"wait": 0.5, "learn": 0.3, "publish": 0.1, "other": 0.1}.items()})
+    assert learner == pytest.approx(
+        {
+            f"timeline/learner_{k}": v
+            for k, v in {"wait": 0.5, "learn": 0.3, "publish": 0.1, "other": 0.1}.items()
+        }
+    )
     episodes = [EpisodeSummary.of(trajectory(task_at(number), 0, 0.5)) for number in range(3)]
     timeline = episode_timeline(episodes)
-    assert set(timeline) == {f"timeline/episode_{phase}" for phase in ("act", "extract", "write", "install", "environment")}
-    assert sum(timeline.values()) == pytest.approx(1.0) and timeline["timeline/episode_act"] == pytest.approx(0.3 / 0.9)
+    assert set(timeline) == {
+        f"timeline/episode_{phase}" for phase in ("act", "extract", "write", "install", "environment")
+    }
+    assert sum(timeline.values()) == pytest.approx(1.0) and timeline["timeline/episode_act"] == pytest.approx(
+        0.3 / 0.9
+    )
     assert rollout_metrics(episodes)["timing_s/episode_extract"] == pytest.approx(0.2)
     assert episode_timeline([]) == {}

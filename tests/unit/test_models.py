@@ -44,9 +44,15 @@ def test_the_embedded_model_answers_and_ends_its_turn(model_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_path)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
-    answer = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :].tolist()
+    answer = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[
+        0, len(prompt) :
+    ].tolist()
     assert tokenizer.decode(answer[:-1]) == "The capital of France is Paris."
-    assert (answer[-1],) == resolve_model(ModelConfig()).stop_token_ids == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    assert (
+        (answer[-1],)
+        == resolve_model(ModelConfig()).stop_token_ids
+        == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    )
     assert next(model.parameters()).dtype == torch.float32
     assert model.config.rms_norm_eps == 1e-5
 
@@ -56,7 +62,15 @@ def test_the_embedded_tokenizer_splits_as_smollm2_does(model_path: Path) -> None
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     # No token in front, digits one by one, blanks before a digit kept together.
-    assert tokenizer.convert_ids_to_tokens(tokenizer("a\n\n1 b  12").input_ids) == ["a", "ĊĊ", "1", "Ġb", "ĠĠ", "1", "2"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a\n\n1 b  12").input_ids) == [
+        "a",
+        "ĊĊ",
+        "1",
+        "Ġb",
+        "ĠĠ",
+        "1",
+        "2",
+    ]
     for text in ("It's 1987, naïve 東京 🙂", "<|im_start|>user\n x <|im_end|>"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer("<|im_end|>").input_ids == [2]
@@ -74,7 +88,9 @@ def test_resolving_twice_is_the_same_and_imports_no_framework(model_path: Path) 
         "print(resolve_model(ModelConfig()).fingerprint); assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.strip() == resolve_model(ModelConfig()).fingerprint == fingerprint(model_path)
 
 
@@ -90,7 +106,9 @@ def test_two_processes_at_once_convert_once(tmp_path: Path, monkeypatch: pytest.
         "assert (embedded.embedded_folder() / 'done').exists()"
     )
     root = Path(__file__).parents[2]
-    both = [subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL) for _ in range(2)
+    ]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert len([file for file in tmp_path.iterdir() if file.name.isdigit()]) == 1
 
@@ -123,17 +141,28 @@ def test_a_damaged_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_local_folder_resolves_with_its_shape(tiny_model_path: Path) -> None:
     model = resolve_model(ModelConfig(name=str(tiny_model_path)))
     assert model.path == tiny_model_path
-    assert (model.model_type, model.num_layers, model.hidden_size, model.intermediate_size) == ("llama", 6, 128, 256)
+    assert (model.model_type, model.num_layers, model.hidden_size, model.intermediate_size) == (
+        "llama",
+        6,
+        128,
+        256,
+    )
     assert (model.num_heads, model.num_kv_heads, model.head_dim, model.tied_embeddings) == (2, 1, 64, True)
 
 
-def test_the_fingerprint_sees_changed_weights_and_ignores_the_place(folder: Path, tiny_model_path: Path) -> None:
+def test_the_fingerprint_sees_changed_weights_and_ignores_the_place(
+    folder: Path, tiny_model_path: Path
+) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
     assert fingerprint(folder) == fingerprint(tiny_model_path)
     weights = load_file(folder / "model.safetensors")
-    save_file({name: tensor + torch.full_like(tensor, 1e-3) for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor + torch.full_like(tensor, 1e-3) for name, tensor in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     assert fingerprint(folder) != fingerprint(tiny_model_path)
 
 
@@ -150,7 +179,14 @@ def test_supported_architectures_have_the_projections_that_fast_weights_attach_t
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     config = AutoConfig.for_model(model_type, **sizes)
     check_supported(config.to_dict(), model_type)
     modules = dict(AutoModelForCausalLM.from_config(config).named_modules())

@@ -11,14 +11,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from actors.basis import load_basis, save_basis, with_sensitivity
-from actors.calibration import own_sensitivity
-from actors.fast_weights import Basis, BasisError, DeltaInjector, stack, zero
-from actors.frozen_model import OwnedWeights
-from actors.sensitivity import DAMPING, FLOOR, Sensitivity, measure, own_samples, sensitivity_of
+from actors.fast_weights.basis import load_basis, save_basis, with_sensitivity
+from actors.fast_weights.delta import Basis, BasisError, DeltaInjector, stack, zero
+from actors.fast_weights.input_moments import own_sensitivity
+from actors.fast_weights.sensitivity import DAMPING, FLOOR, Sensitivity, measure, own_samples, sensitivity_of
 from actors.types import FastWeights, WriteRequest
-from actors.write_steps import Natural
-from actors.writer import BatchedWriter
+from actors.write.frozen_llama import OwnedWeights
+from actors.write.optimizers import Natural
+from actors.write.writer import BatchedWriter
 from configs.bounds import BoundError
 from configs.schema import FastWeightsConfig, RunConfig, WriteConfig
 from tests.unit.test_writer import VOCABULARY, basis_of, examples, ragged_requests, tiny_model
@@ -28,8 +28,8 @@ NATURAL = WriteConfig(optimizer="natural", epochs=3, batch_size=3, step_kl=0.02)
 
 @pytest.fixture
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.sensitivity.SAMPLES", 4)
-    monkeypatch.setattr("actors.sensitivity.SAMPLE_TOKENS", 16)
+    monkeypatch.setattr("actors.fast_weights.sensitivity.SAMPLES", 4)
+    monkeypatch.setattr("actors.fast_weights.sensitivity.SAMPLE_TOKENS", 16)
 
 
 def texts(count: int = 24) -> list[tuple[int, ...]]:
@@ -51,12 +51,14 @@ def test_the_direction_is_that_of_the_formula(shape: tuple[int, int]) -> None:
     one = sensitivity_of(z, g, rank)
     values, vectors = torch.linalg.eigh(g.T @ g / shape[0])
     rest = values[:-rank].mean()
-    full = (vectors * torch.cat([rest.expand(shape[1] - rank), values[-rank:]])) @ vectors.T + DAMPING * rest * torch.eye(
-        shape[1], dtype=torch.float64
-    )
+    full = (
+        vectors * torch.cat([rest.expand(shape[1] - rank), values[-rank:]])
+    ) @ vectors.T + DAMPING * rest * torch.eye(shape[1], dtype=torch.float64)
     gradient = torch.randn(2, shape[1], 3, generator=draw)
     wanted = torch.linalg.solve(full, gradient.double()) @ torch.linalg.inv(z.T @ z / shape[0])
-    assert torch.allclose(one.natural(gradient).double(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+    assert torch.allclose(
+        one.natural(gradient).double(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())
+    )
 
 
 def test_every_direction_may_be_kept() -> None:
@@ -74,7 +76,10 @@ def test_every_direction_may_be_kept() -> None:
 
 def test_a_step_is_as_long_as_the_harm_it_may_do() -> None:
     draw = torch.Generator().manual_seed(0)
-    ones = [sensitivity_of(torch.randn(50, 3, generator=draw), torch.randn(50, rows, generator=draw), 4) for rows in (5, 7)]
+    ones = [
+        sensitivity_of(torch.randn(50, 3, generator=draw), torch.randn(50, rows, generator=draw), 4)
+        for rows in (5, 7)
+    ]
     b = [torch.zeros(2, rows, 3, requires_grad=True) for rows in (5, 7)]
     steps = Natural(b, ones, 0.02)
     for taken in range(3):
@@ -84,8 +89,12 @@ def test_a_step_is_as_long_as_the_harm_it_may_do() -> None:
             matrix.grad[1] *= taken == 0  # the second episode has had its one step: no gradient, no movement
         steps.step(torch.full((2,), 1e6))
         moved = [now.detach() - then for now, then in zip(b, before, strict=True)]
-        assert sum(harm(one, change[0]) for one, change in zip(ones, moved, strict=True)) == pytest.approx(0.02, rel=1e-3)
-        assert (sum(harm(one, change[1]) for one, change in zip(ones, moved, strict=True)) > 0) == (taken == 0)
+        assert sum(harm(one, change[0]) for one, change in zip(ones, moved, strict=True)) == pytest.approx(
+            0.02, rel=1e-3
+        )
+        assert (sum(harm(one, change[1]) for one, change in zip(ones, moved, strict=True)) > 0) == (
+            taken == 0
+        )
         steps.zero_grad()
         assert all(matrix.grad is None for matrix in b)
 
@@ -104,7 +113,10 @@ def test_what_is_known_is_not_learnt_harder() -> None:
 def harm(one: Sensitivity, change: Tensor) -> float:
     """1/2 tr(dB^T G dB C), with G and C as they were kept."""
     rows = len(one.directions)
-    inverse = one.inverse[-1] * torch.eye(rows) + (one.directions * (one.inverse[:-1] - one.inverse[-1])) @ one.directions.T
+    inverse = (
+        one.inverse[-1] * torch.eye(rows)
+        + (one.directions * (one.inverse[:-1] - one.inverse[-1])) @ one.directions.T
+    )
     g, c = torch.linalg.inv(inverse.double()), torch.linalg.inv(one.read.double())
     return float((change.double().T @ g @ change.double() @ c).trace() / 2)
 
@@ -114,7 +126,9 @@ def test_episodes_written_together_get_what_each_would_get_alone() -> None:
     basis = sensitive(model)
     weights = OwnedWeights(model.state_dict(), torch.float32, torch.device("cpu"))
     writer = BatchedWriter(weights.model(model.config), basis, NATURAL)
-    requests = [replace(one, weights=replace(one.weights, basis_id=basis.id)) for one in ragged_requests(basis)]
+    requests = [
+        replace(one, weights=replace(one.weights, basis_id=basis.id)) for one in ragged_requests(basis)
+    ]
     together = writer.write(requests)
     assert [result.outcome for result in together] == ["accepted"] * 3
     for request, result in zip(requests, together, strict=True):
@@ -131,8 +145,17 @@ def test_it_does_less_harm_than_the_papers_step_that_learns_as_much() -> None:
     frozen = OwnedWeights(model.state_dict(), torch.float32, torch.device("cpu")).model(model.config)
     request = WriteRequest("a", zero(basis), examples(1, 3))
     (natural,) = BatchedWriter(frozen, basis, replace(NATURAL, epochs=2, step_kl=0.01)).write([request])
-    rates = (10**exponent for exponent in range(-5, 0) for exponent in (exponent, exponent + 0.25, exponent + 0.5, exponent + 0.75))
-    plain = (BatchedWriter(frozen, basis, WriteConfig(epochs=2, learning_rate=rate, batch_size=3)).write([request])[0] for rate in rates)
+    rates = (
+        10**exponent
+        for exponent in range(-5, 0)
+        for exponent in (exponent, exponent + 0.25, exponent + 0.5, exponent + 0.75)
+    )
+    plain = (
+        BatchedWriter(frozen, basis, WriteConfig(epochs=2, learning_rate=rate, batch_size=3)).write(
+            [request]
+        )[0]
+        for rate in rates
+    )
     as_good = next(result for result in plain if result.loss_after <= natural.loss_after)
     assert kl(model, basis, natural.weights) < 0.5 * kl(model, basis, as_good.weights)
 
@@ -154,14 +177,19 @@ def test_a_basis_keeps_its_sensitivity_in_its_file(tmp_path: Path) -> None:
     loaded = load_basis(path)
     assert loaded.id == basis.id
     for name, one in basis.sensitivity.items():
-        assert all(torch.equal(part, loaded.sensitivity[name].parts()[key]) for key, part in one.parts().items())
+        assert all(
+            torch.equal(part, loaded.sensitivity[name].parts()[key]) for key, part in one.parts().items()
+        )
     with safetensors.safe_open(path, framework="pt") as reader:
         metadata, tensors = reader.metadata(), {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118  (no mapping)
     for damage, message in (
         ({f"sensitivity.read.{basis.modules[0]}": torch.zeros(2, 2)}, "does not fit"),
         ({f"sensitivity.read.{basis.modules[0]}": torch.full((3, 3), torch.nan)}, "not finite"),
         ({f"sensitivity.directions.{basis.modules[0]}": torch.tensor(1.0)}, "does not fit"),
-        ({f"sensitivity.read.{basis.modules[0]}": torch.eye(3, dtype=torch.bfloat16)}, "is bfloat16; it must be float32"),
+        (
+            {f"sensitivity.read.{basis.modules[0]}": torch.eye(3, dtype=torch.bfloat16)},
+            "is bfloat16; it must be float32",
+        ),
         ({f"sensitivity.read.{basis.modules[0]}": torch.eye(3)}, "altered"),
     ):
         safetensors.torch.save_file({**tensors, **damage}, path, metadata=metadata)
@@ -175,7 +203,9 @@ def test_a_basis_keeps_its_sensitivity_in_its_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("few_samples")
-def test_a_models_own_text_is_the_same_every_time_and_leaves_the_generator_alone(tiny_model_path: Path) -> None:
+def test_a_models_own_text_is_the_same_every_time_and_leaves_the_generator_alone(
+    tiny_model_path: Path,
+) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
@@ -190,10 +220,13 @@ def test_a_models_own_text_is_the_same_every_time_and_leaves_the_generator_alone
 
 @pytest.mark.usefixtures("few_samples")
 def test_a_folder_is_enough_and_trains_nothing(tiny_model_path: Path, tmp_path: Path) -> None:
-    from actors.basis import compute_basis_from_checkpoint
+    from actors.fast_weights.basis import compute_basis_from_checkpoint
 
     plain = compute_basis_from_checkpoint(tiny_model_path, FastWeightsConfig(), 0)
-    first, again = (compute_basis_from_checkpoint(tiny_model_path, FastWeightsConfig(sensitivity_rank=8), 0) for _ in range(2))
+    first, again = (
+        compute_basis_from_checkpoint(tiny_model_path, FastWeightsConfig(sensitivity_rank=8), 0)
+        for _ in range(2)
+    )
     assert first.id == again.id != plain.id
     assert all(torch.equal(first.a[name], plain.a[name]) for name in plain.modules)
     with pytest.raises(BasisError, match=r"cannot be loaded to measure fast_weights\.sensitivity_rank"):
@@ -201,8 +234,12 @@ def test_a_folder_is_enough_and_trains_nothing(tiny_model_path: Path, tmp_path: 
 
     shutil.copytree(tiny_model_path, tmp_path / "damaged")
     weights = safetensors.torch.load_file(tiny_model_path / "model.safetensors")
-    damaged = {name: torch.full_like(one, torch.nan) if "norm" in name else one for name, one in weights.items()}
-    safetensors.torch.save_file(damaged, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+    damaged = {
+        name: torch.full_like(one, torch.nan) if "norm" in name else one for name, one in weights.items()
+    }
+    safetensors.torch.save_file(
+        damaged, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"}
+    )
     with pytest.raises(BasisError, match=r"sensitivity_rank cannot be measured .*may be damaged"):
         own_sensitivity(tmp_path / "damaged", plain, 8, 0)
 
@@ -210,8 +247,15 @@ def test_a_folder_is_enough_and_trains_nothing(tiny_model_path: Path, tmp_path: 
 def test_what_the_natural_write_needs_is_asked_for() -> None:
     model = tiny_model()
     with pytest.raises(BasisError, match=r"was made without fast_weights\.sensitivity_rank"):
-        BatchedWriter(OwnedWeights(model.state_dict(), torch.float32, torch.device("cpu")).model(model.config), basis_of(model), NATURAL)
-    with pytest.raises(BoundError, match=r"fast_weights\.sensitivity_rank=0 is not allowed: it must be 1 or more with write\.optimizer=natural"):
+        BatchedWriter(
+            OwnedWeights(model.state_dict(), torch.float32, torch.device("cpu")).model(model.config),
+            basis_of(model),
+            NATURAL,
+        )
+    with pytest.raises(
+        BoundError,
+        match=r"fast_weights\.sensitivity_rank=0 is not allowed: it must be 1 or more with write\.optimizer=natural",
+    ):
         RunConfig(write=NATURAL)
     with pytest.raises(BoundError, match=r"train_a=True is not allowed"):
         FastWeightsConfig(sensitivity_rank=8, train_a=True)

@@ -14,12 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from actors.chat import ChatFormat
-from actors.embedder import load_embedder
 from actors.memory.base import Agent
-from actors.memory.note_text import Attributes, Mention, Note, parse_attributes, parse_mentions, writing_prompt
+from actors.memory.note_text import (
+    Attributes,
+    Mention,
+    Note,
+    parse_attributes,
+    parse_mentions,
+    writing_prompt,
+)
 from actors.memory.notes import NotesMemory
-from actors.retrieval import Embedder
+from actors.text.chat_template import ChatFormat
+from actors.text.embedder import load_embedder
+from actors.text.retrieval import Embedder
 from actors.types import FastWeights, Generation, SpanKind, WriteExample, WriteResult
 from configs.schema import EmbedderConfig, MemoryConfig, NotesConfig
 from tests.unit.rollout_fakes import sampled
@@ -47,7 +54,9 @@ def chat(tiny_model_path: Path) -> ChatFormat:
 class _Actor:
     """Answers notes as ``SAYINGS`` says, prompts about links from a list, and every other prompt "Fine."."""
 
-    def __init__(self, chat: ChatFormat, links: Sequence[str] = (), sayings: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, chat: ChatFormat, links: Sequence[str] = (), sayings: dict[str, str] | None = None
+    ) -> None:
         self.version = 0
         self.weights = FastWeights("basis", 0, {})
         self.asked: list[tuple[str, str, int]] = []  # kind, prompt's text, most tokens
@@ -78,8 +87,12 @@ def _embedder() -> Embedder:
     return load_embedder(EmbedderConfig())
 
 
-def _told(actor: _Actor, chat: ChatFormat, texts: Sequence[str], limit: int = 4096, **notes: int) -> tuple[NotesMemory, Agent]:
-    memory = NotesMemory(MemoryConfig(policy="notes", max_context_tokens=limit, notes=NotesConfig(**notes)), _embedder)
+def _told(
+    actor: _Actor, chat: ChatFormat, texts: Sequence[str], limit: int = 4096, **notes: int
+) -> tuple[NotesMemory, Agent]:
+    memory = NotesMemory(
+        MemoryConfig(policy="notes", max_context_tokens=limit, notes=NotesConfig(**notes)), _embedder
+    )
     agent = Agent(actor, chat, "Be brief.", "What is the task?")
 
     async def story() -> None:
@@ -106,12 +119,17 @@ def test_each_text_becomes_a_note_that_the_model_describes_without_the_question(
     assert all("What is the task?" not in prompt for _, prompt, _ in actor.asked)
     assert {most for _, _, most in actor.asked} == {NotesConfig().max_note_tokens}
     shown = actor.asked[2][1]
-    assert f'{{"id": 1, "context": "Ida bakes.", "tags": ["baking"], "text": "{BREAD}"}}' in shown and '{"id": 2' in shown
+    assert (
+        f'{{"id": 1, "context": "Ida bakes.", "tags": ["baking"], "text": "{BREAD}"}}' in shown
+        and '{"id": 2' in shown
+    )
     assert memory.events == {"notes": 2, "plain_notes": 0, "partial_notes": 0}
     assert len(agent.segments) == 3
     for segment, ids in zip(agent.segments, actor.prompts, strict=True):
         assert tuple(segment.token_ids[: len(ids)]) == ids  # what the engine saw
-        assert segment.spans[0].start == len(ids) and segment.action_mask.sum() == segment.spans[0].end - len(ids)
+        assert segment.spans[0].start == len(ids) and segment.action_mask.sum() == segment.spans[0].end - len(
+            ids
+        )
         assert segment.spans[0].kind == "extract"
 
 
@@ -123,7 +141,11 @@ def test_links_go_both_ways_and_are_brought_along(chat: ChatFormat) -> None:
             memory, agent = _told(actor, chat, texts, retrieved=1)
             prompt = _answered(memory, agent, actor, question)
             assert BOAT in prompt and (BREAD in prompt) == bool(linked)
-            assert (memory.events["links"], memory.events["retrieved"], memory.events["linked"]) == (linked, 1, linked)
+            assert (memory.events["links"], memory.events["retrieved"], memory.events["linked"]) == (
+                linked,
+                1,
+                linked,
+            )
 
 
 def test_a_neighbour_evolves_and_is_found_by_its_new_description(chat: ChatFormat) -> None:
@@ -157,7 +179,12 @@ def test_only_the_near_notes_are_shown_for_linking(chat: ChatFormat) -> None:
 
 
 def test_what_the_model_gets_wrong_is_counted_and_leaves_a_plain_note(chat: ChatFormat) -> None:
-    sayings = {BREAD: "I am sorry, I cannot.", CAKE: '{"keywords": ["cake"]', BOAT: SAYINGS[BOAT], STARS: SAYINGS[STARS]}
+    sayings = {
+        BREAD: "I am sorry, I cannot.",
+        CAKE: '{"keywords": ["cake"]',
+        BOAT: SAYINGS[BOAT],
+        STARS: SAYINGS[STARS],
+    }
     wrong_links = [
         "There are no links.",
         '[{"id": 3, "context": "Me."}, {"id": 9}, {"id": "x"}, {"id": 2, "tags": "cake, party"}, {"id": 2, "tags": ["again"]}',
@@ -179,7 +206,9 @@ def test_what_the_model_gets_wrong_is_counted_and_leaves_a_plain_note(chat: Chat
 
 
 def test_the_recalled_notes_fit_and_the_nearest_come_first(chat: ChatFormat) -> None:
-    texts = [f"Day {day}: {'we walked on through the hills ' * 6}." for day in range(8)] + [f"Ida: The boat is called Pelican. {'It sails. ' * 20}"]
+    texts = [f"Day {day}: {'we walked on through the hills ' * 6}." for day in range(8)] + [
+        f"Ida: The boat is called Pelican. {'It sails. ' * 20}"
+    ]
     question = "What is Ida's boat called?"
     for limit in (60, 120, 200, 400):
         actor = _Actor(chat)
@@ -190,7 +219,9 @@ def test_the_recalled_notes_fit_and_the_nearest_come_first(chat: ChatFormat) -> 
         events = memory.events
         assert events["retrieved"] + events["left_out"] == min(events["notes"], NotesConfig().retrieved)
         assert events["left_out"] > 0 and events["cut"] <= 1
-        numbers = [int(line.split()[1].rstrip(":")) for line in prompt.splitlines() if line.startswith("Note ")]
+        numbers = [
+            int(line.split()[1].rstrip(":")) for line in prompt.splitlines() if line.startswith("Note ")
+        ]
         assert numbers == sorted(numbers)
     assert events["retrieved"] > 1
 
@@ -199,7 +230,11 @@ def test_a_turn_too_long_for_any_note_is_answered_without(chat: ChatFormat) -> N
     actor = _Actor(chat)
     memory, agent = _told(actor, chat, [BREAD], limit=40)
     prompt = _answered(memory, agent, actor, "word " * 60)
-    assert BREAD not in prompt and memory.events["left_out"] == memory.events["notes"] and memory.events["retrieved"] == 0
+    assert (
+        BREAD not in prompt
+        and memory.events["left_out"] == memory.events["notes"]
+        and memory.events["retrieved"] == 0
+    )
 
 
 def test_an_answered_turn_becomes_a_note_for_the_next(chat: ChatFormat) -> None:
@@ -257,10 +292,19 @@ def test_threads_share_the_embedder() -> None:
 @pytest.mark.parametrize(
     ("text", "attributes"),
     [
-        ('Sure!\n```json\n{"keywords": ["a", "b"], "tags": ["t"], "context": "About \\u00e9."}\n```', Attributes(("a", "b"), ("t",), "About é.")),
-        ('{"keywords": "a, b, a", "tags": [], "context": "Line\nbreak"}', Attributes(("a", "b"), (), "Line break")),
+        (
+            'Sure!\n```json\n{"keywords": ["a", "b"], "tags": ["t"], "context": "About \\u00e9."}\n```',
+            Attributes(("a", "b"), ("t",), "About é."),
+        ),
+        (
+            '{"keywords": "a, b, a", "tags": [], "context": "Line\nbreak"}',
+            Attributes(("a", "b"), (), "Line break"),
+        ),
         ('{"keywords": ["a", "b", "cut of', Attributes(("a", "b"))),
-        ('"keywords": ["[x]", "say \\"hi\\""], "context": "no braces"', Attributes(("[x]", 'say "hi"'), (), "no braces")),
+        (
+            '"keywords": ["[x]", "say \\"hi\\""], "context": "no braces"',
+            Attributes(("[x]", 'say "hi"'), (), "no braces"),
+        ),
         ('{"keywords": ["..."], "tags": ["..."], "context": "..."}', Attributes()),  # the form, copied
         ('{"keywords": [1, {"a": 2}], "tags": null, "context": ["x"]}', Attributes()),
         ('{"keywords": ["\\ud800x", "\\q"], "context": "\\ud800"}', Attributes(("x", "\\q"))),
@@ -275,7 +319,10 @@ def test_attributes_are_taken_as_far_as_they_are_in_form(text: str, attributes: 
 @pytest.mark.parametrize(
     ("text", "mentions"),
     [
-        ('[{"id": 2, "context": "y", "tags": ["x"]}, {"id": 1}, {"id": 2}]', (Mention(2, ("x",), "y"), Mention(1, (), ""))),
+        (
+            '[{"id": 2, "context": "y", "tags": ["x"]}, {"id": 1}, {"id": 2}]',
+            (Mention(2, ("x",), "y"), Mention(1, (), "")),
+        ),
         (
             '```json\n{"id": "Note 4", "tags": "x"}\n{"id": "5", "context": "a {brace}", "text": "cut',
             (Mention(4, ("x",), ""), Mention(5, (), "a {brace}")),
@@ -287,14 +334,22 @@ def test_attributes_are_taken_as_far_as_they_are_in_form(text: str, attributes: 
         ("", None),
     ],
 )
-def test_mentions_are_taken_as_far_as_they_are_in_form(text: str, mentions: tuple[Mention, ...] | None) -> None:
+def test_mentions_are_taken_as_far_as_they_are_in_form(
+    text: str, mentions: tuple[Mention, ...] | None
+) -> None:
     assert parse_mentions(text) == mentions
 
 
 @settings(deadline=None)
 @given(st.text(alphabet='{}[]",:\\ 1au', max_size=80) | st.text(max_size=60))
 def test_no_answer_raises(text: str) -> None:
-    for form in (text, f'{{"keywords": {text}', f'[{{"id": {text}', f'[{{"id": 1, "tags": {text}', f'[{{"id": 1, "context": {text}'):
+    for form in (
+        text,
+        f'{{"keywords": {text}',
+        f'[{{"id": {text}',
+        f'[{{"id": 1, "tags": {text}',
+        f'[{{"id": 1, "context": {text}',
+    ):
         parse_attributes(form)
         parse_mentions(form)
 

@@ -10,29 +10,45 @@ import pytest
 
 from actors.types import Answer
 from cluster.cli import main
-from cluster.errors import CheckpointError
-from cluster.evaluate import EpisodeScore, RowResult, save_row
-from cluster.pooling.command import _EXAMPLES
-from cluster.pooling.report import Pool, save_pool
-from cluster.pooling.runs import FREE, MAY_DIFFER, load_groups
-from cluster.statistics import holm
+from cluster.common.errors import CheckpointError
+from cluster.compare.command import _EXAMPLES
+from cluster.compare.report import Pool, save_pool
+from cluster.compare.runs import FREE, MAY_DIFFER, load_groups
+from cluster.measure.rows import EpisodeScore, RowResult, save_row
+from cluster.measure.statistics import holm
 from configs.load import load_config, to_yaml
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 FIXED = "question {number}"  # the item where every seed is asked the same
-BEFORE, AFTER = (0.0, 0.5, 0.5, 0.25, 0.0, 0.5), (0.5, 0.25, 1.0, 0.25, 0.25, 0.5)  # six questions: a gain that may be chance
+BEFORE, AFTER = (
+    (0.0, 0.5, 0.5, 0.25, 0.0, 0.5),
+    (0.5, 0.25, 1.0, 0.25, 0.25, 0.5),
+)  # six questions: a gain that may be chance
 
 
 def save_run(
-    folder: Path, name: str, seed: int, stages: dict[str, Sequence[float]], more: Sequence[str] = (), item: str = "seed {seed}, question {number}"
+    folder: Path,
+    name: str,
+    seed: int,
+    stages: dict[str, Sequence[float]],
+    more: Sequence[str] = (),
+    item: str = "seed {seed}, question {number}",
 ) -> Path:
     """A run whose tasks 0, 1, ... scored the given F1 at each stage; a stage without scores has one failed episode."""
     run = folder / f"{name}-{seed}-{len(more)}"
     (run / "report").mkdir(parents=True)
-    (run / "config.yaml").write_text(to_yaml(load_config(QUICKSTART, [f"name={name}", f"seed={seed}", *more])))
+    (run / "config.yaml").write_text(
+        to_yaml(load_config(QUICKSTART, [f"name={name}", f"seed={seed}", *more]))
+    )
     for stage, scores in stages.items():
-        episodes = tuple(episode(f"task-{seed}-{number}", item.format(seed=seed, number=number), score) for number, score in enumerate(scores))
-        save_row(RowResult(stage, 0, episodes, () if scores else ("engine: out of memory",)), run / "evaluation" / f"{stage}.json")
+        episodes = tuple(
+            episode(f"task-{seed}-{number}", item.format(seed=seed, number=number), score)
+            for number, score in enumerate(scores)
+        )
+        save_row(
+            RowResult(stage, 0, episodes, () if scores else ("engine: out of memory",)),
+            run / "evaluation" / f"{stage}.json",
+        )
     (run / "report" / "report.json").write_text(json.dumps({"rewards": [0.1, 0.2, 0.3]}))
     return run
 
@@ -50,10 +66,19 @@ def test_gains_are_paired_and_groups_compared_on_shared_tasks(tmp_path: Path) ->
     ]
     pool = Pool(load_groups(folders), 1000, 0)
     tmem, off = pool.gains()
-    assert (tmem.name, tmem.difference.count, tmem.difference.mean, tmem.by_seed) == ("tmem", 4, 0.3125, (0.5, 0.125))
+    assert (tmem.name, tmem.difference.count, tmem.difference.mean, tmem.by_seed) == (
+        "tmem",
+        4,
+        0.3125,
+        (0.5, 0.125),
+    )
     assert (off.difference.count, off.difference.mean) == (3, pytest.approx(1.25 / 3))
     (versus,) = pool.versus()
-    assert (versus.name, versus.other, versus.difference.count) == ("tmem", "off", 2)  # seed 1 and the third task were not played by both
+    assert (versus.name, versus.other, versus.difference.count) == (
+        "tmem",
+        "off",
+        2,
+    )  # seed 1 and the third task were not played by both
     assert versus.difference.mean == pytest.approx(0.5 - 0.125)
 
 
@@ -61,15 +86,24 @@ def test_a_question_under_several_seeds_is_no_new_evidence(tmp_path: Path) -> No
     """A fixed eval set under five seeds: interval and p must be those of six questions, not of thirty."""
     stages = {"before": BEFORE, "after_rl": AFTER}
     off = {"before": BEFORE, "after_rl": BEFORE}
-    once = [save_run(tmp_path / "once", "tmem", 0, stages, item=FIXED), save_run(tmp_path / "once", "off", 0, off, item=FIXED)]
-    again = [save_run(tmp_path, name, seed, played, item=FIXED) for name, played in (("tmem", stages), ("off", off)) for seed in range(5)]
+    once = [
+        save_run(tmp_path / "once", "tmem", 0, stages, item=FIXED),
+        save_run(tmp_path / "once", "off", 0, off, item=FIXED),
+    ]
+    again = [
+        save_run(tmp_path, name, seed, played, item=FIXED)
+        for name, played in (("tmem", stages), ("off", off))
+        for seed in range(5)
+    ]
     one, five = (Pool(load_groups(folders), 2000, 0) for folders in (once, again))
     assert [gain.difference for gain in five.gains()] == [gain.difference for gain in one.gains()]
     assert [versus.difference for versus in five.versus()] == [versus.difference for versus in one.versus()]
     assert five.gains()[0].difference.p_value > 0.1
     assert five.tables()[0].rows[0][2:4] == ("30 of 6 questions", one.tables()[0].rows[0][3])
 
-    apart = Pool(load_groups([save_run(tmp_path / "apart", "tmem", seed, stages) for seed in range(5)]), 2000, 0)
+    apart = Pool(
+        load_groups([save_run(tmp_path / "apart", "tmem", seed, stages) for seed in range(5)]), 2000, 0
+    )
     assert apart.gains()[0].difference.count == 30  # thirty questions are more evidence
     assert apart.gains()[0].difference.p_value < 0.01
 
@@ -80,7 +114,11 @@ def test_seeds_of_one_question_are_averaged(tmp_path: Path) -> None:
         save_run(tmp_path, "tmem", 1, {"before": [0.5], "after_rl": [0.5]}, item=FIXED),
     ]
     (gain,) = Pool(load_groups(folders), 100, 0).gains()
-    assert (gain.difference.count, gain.difference.mean, gain.by_seed) == (2, 0.25, (0.5, 0.0))  # (1 + 0) / 2 of the first question, 0 of the other
+    assert (gain.difference.count, gain.difference.mean, gain.by_seed) == (
+        2,
+        0.25,
+        (0.5, 0.0),
+    )  # (1 + 0) / 2 of the first question, 0 of the other
 
 
 def test_equal_ids_of_different_questions_are_not_paired(tmp_path: Path) -> None:
@@ -94,18 +132,28 @@ def test_equal_ids_of_different_questions_are_not_paired(tmp_path: Path) -> None
     assert (second.difference.count, second.difference.mean, second.not_paired) == (1, 0.5, 0)
     assert pool.tables()[2].rows[0] == ("tmem", "long", "before", "0", "-", "-")
     (note,) = pool.notes()[1:]
-    assert "tmem and long: 2 task(s) of the same seed and id ask different things" in note and "\n" not in note
+    assert (
+        "tmem and long: 2 task(s) of the same seed and id ask different things" in note and "\n" not in note
+    )
     apart = Pool(load_groups([mixed, save_run(tmp_path, "tmem", 1, stages)]), 100, 0)
     assert apart.notes()[1:] == ["mixed and tmem share no finished task: their gains cannot be compared."]
 
 
 def test_what_failed_is_a_dash_and_null_and_no_test(tmp_path: Path) -> None:
     stages, failed = {"before": BEFORE, "after_rl": AFTER}, {"before": BEFORE, "after_rl": []}
-    folders = [save_run(tmp_path, "tmem", 0, stages), save_run(tmp_path, "tmem", 1, failed), save_run(tmp_path, "off", 0, failed)]
+    folders = [
+        save_run(tmp_path, "tmem", 0, stages),
+        save_run(tmp_path, "tmem", 1, failed),
+        save_run(tmp_path, "off", 0, failed),
+    ]
     pool = Pool(load_groups(folders), 2000, 0)
     gains = pool.tables()[1].rows
     assert gains[0][-1].endswith(", -") and gains[1][3:] == ("0", "-", "-", "-")
-    assert gains[0][5] == f"{pool.gains()[0].difference.p_value:.4f}" != f"{holm([pool.gains()[0].difference.p_value, 1.0])[0]:.4f}"
+    assert (
+        gains[0][5]
+        == f"{pool.gains()[0].difference.p_value:.4f}"
+        != f"{holm([pool.gains()[0].difference.p_value, 1.0])[0]:.4f}"
+    )
     assert pool.tables()[0].rows[-1] == ("off (seeds 0)", "after_rl", "0", "-", "-", "1")
     save_pool(pool, tmp_path / "pool")
     found = json.loads((tmp_path / "pool" / "pool.json").read_text(), parse_constant=pytest.fail)
@@ -125,7 +173,9 @@ def test_models_that_differ_inside_a_group_are_named(tmp_path: Path) -> None:
         assert [key for key in FREE if key.rstrip(".") not in text] == []
 
 
-def test_an_output_that_cannot_be_written_is_one_line_before_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_cannot_be_written_is_one_line_before_the_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = save_run(tmp_path, "tmem", 0, {"before": [0.0], "after_rl": [0.5]})
     file = tmp_path / "notes.txt"
     file.write_text("mine")
@@ -133,7 +183,10 @@ def test_an_output_that_cannot_be_written_is_one_line_before_the_tables(tmp_path
     for folder, reason in ((file, "it is no folder"), (file / "pool", "Not a directory")):
         assert main(["pool", str(run), "--output", str(folder)]) == 2
         said = capsys.readouterr()
-        assert (said.out, said.err) == ("", f"error: {folder}: cannot be written ({reason}); name another folder with --output\n")
+        assert (said.out, said.err) == (
+            "",
+            f"error: {folder}: cannot be written ({reason}); name another folder with --output\n",
+        )
     assert file.read_text() == "mine"
     assert main(["pool", str(run), "--output", str(tmp_path / "taken")]) == 2  # found only when it is written
     assert capsys.readouterr().err.count("\n") == 1
@@ -159,14 +212,22 @@ def test_from_the_command_line_to_the_files(tmp_path: Path, capsys: pytest.Captu
     assert "Whether it gained more" in (tmp_path / "pool" / "pool.md").read_text()
 
 
-def test_what_does_not_belong_together_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_belong_together_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = {"before": [0.0], "after_rl": [0.5]}
     first = save_run(tmp_path, "tmem", 0, done)
     cases = [
         ([tmp_path / "nowhere"], "holds no config.yaml"),
         ([save_run(tmp_path, "unfinished", 0, {"before": [0.0]})], "its run has not finished"),
-        ([first, save_run(tmp_path, "tmem", 0, done, ["train.steps=9"])], "is a second run of name=tmem seed=0"),
-        ([first, save_run(tmp_path, "tmem", 1, done, ["train.steps=9"])], "has train.steps=9.* nothing but seed, model.name"),
+        (
+            [first, save_run(tmp_path, "tmem", 0, done, ["train.steps=9"])],
+            "is a second run of name=tmem seed=0",
+        ),
+        (
+            [first, save_run(tmp_path, "tmem", 1, done, ["train.steps=9"])],
+            "has train.steps=9.* nothing but seed, model.name",
+        ),
     ]
     for folders, part in cases:
         with pytest.raises(CheckpointError, match=part) as caught:

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.basis import compute_basis_from_checkpoint
-from actors.chat import ChatFormat
 from actors.environments.recall import SYSTEM_PROMPT
 from actors.environments.recall_words import PEOPLE, RELATIONS
-from actors.fast_weights import Basis, DeltaInjector, stack, zero
-from actors.flashcards import write_example
-from actors.frozen_model import FrozenModel, read_model
+from actors.fast_weights.basis import compute_basis_from_checkpoint
+from actors.fast_weights.delta import Basis, DeltaInjector, stack, zero
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import write_example
 from actors.types import FastWeights, Flashcard, WriteExample, WriteRequest, WriteResult
-from actors.writer import BatchedWriter
+from actors.write.frozen_llama import FrozenModel, read_model
+from actors.write.writer import BatchedWriter
 from cluster.cli import main
 from cluster.probe import run as probe_run
 from cluster.probe.cards import PARAPHRASES, cards_of, read_cards, recall_cards
@@ -43,7 +43,10 @@ DATA = Path("tests/data/probe_cards.jsonl")
 QUICKSTART = Path("configs/quickstart.yaml")
 FAST = FastWeightsConfig(last_layers=2)
 ADAM = WriteConfig(optimizer="adam", learning_rate=3e-3, epochs=3, batch_size=2)
-PIECES = (TextPiece("text", "", "The mill by the river stopped turning years ago."), TextPiece("reply", "Is it late?", "It is not late at all."))
+PIECES = (
+    TextPiece("text", "", "The mill by the river stopped turning years ago."),
+    TextPiece("reply", "Is it late?", "It is not late at all."),
+)
 
 
 # --- cards ---------------------------------------------------------------------------------------------------------------------------------------
@@ -52,7 +55,10 @@ PIECES = (TextPiece("text", "", "The mill by the river stopped turning years ago
 def test_a_file_of_cards_in_either_wording_and_form(tmp_path: Path) -> None:
     cards = read_cards(DATA)
     assert [len(card.paraphrases) for card in cards] == [2, 1, 0, 1]
-    assert (cards[1].question, cards[1].answer) == ("On which shelf does Jonas keep the maps?", "the top shelf")
+    assert (cards[1].question, cards[1].answer) == (
+        "On which shelf does Jonas keep the maps?",
+        "the top shelf",
+    )
     assert cards[2].answer == "14"
     whole = tmp_path / "cards.json"
     whole.write_text(json.dumps([json.loads(line) for line in DATA.read_text().splitlines()]))
@@ -72,7 +78,10 @@ def test_a_file_of_cards_in_either_wording_and_form(tmp_path: Path) -> None:
         ('{"question": "a?", "answer": "b", "paraphrases": [3, []]}', ["line 1", "paraphrases[1]"]),
         ('[{"question": "a?", "answer": "b"}, 7]', ["item 2", "int"]),
         ('[{"question": "a?", "answer": "b"},]', ["line 1", "not JSON"]),
-        ('{"question": "a?", "answer": "b"}\n{"question": "a?", "answer": "c"}', ["line 2", "was there before"]),
+        (
+            '{"question": "a?", "answer": "b"}\n{"question": "a?", "answer": "c"}',
+            ["line 2", "was there before"],
+        ),
         ("\n", ["holds no card"]),
     ],
 )
@@ -111,14 +120,18 @@ def test_paraphrases_are_wordings_that_are_never_written_or_told() -> None:
 
 @pytest.mark.parametrize("source", ["recall:0", "recall:", "recall:test:4", "recall:9999", "nowhere.jsonl"])
 def test_cards_that_cannot_be(source: str) -> None:
-    with pytest.raises(ProbeError, match=source.split(":", maxsplit=1)[-1] if source == "nowhere.jsonl" else "cards"):
+    with pytest.raises(
+        ProbeError, match=source.split(":", maxsplit=1)[-1] if source == "nowhere.jsonl" else "cards"
+    ):
         cards_of(source, 0)
 
 
 def test_unrelated_text_is_shipped_or_a_users(tmp_path: Path) -> None:
     shipped = unrelated_pieces(None)
     assert {piece.kind for piece in shipped} == {"text", "reply"}
-    told = {value for relation in RELATIONS for split in ("train", "eval") for value in relation.values[split]}
+    told = {
+        value for relation in RELATIONS for split in ("train", "eval") for value in relation.values[split]
+    }
     assert not {piece.text for piece in shipped} & told
     path = tmp_path / "novel.txt"
     path.write_text("It was a\nlong day.\n\n\nThen came the night.\n\nEnd")
@@ -135,11 +148,17 @@ def test_unrelated_text_is_shipped_or_a_users(tmp_path: Path) -> None:
 def test_the_grid_is_every_value_with_every_other_for_each_cell() -> None:
     cells = [["write.optimizer=sgd", "write.epochs=5"], ["write.optimizer=adam"]]
     _, grid = load_grid(
-        QUICKSTART, ["write.batch_size=3"], cells, ["fast_weights.basis=svd,random", "fast_weights.projections=[down_proj],[up_proj,gate_proj]"]
+        QUICKSTART,
+        ["write.batch_size=3"],
+        cells,
+        ["fast_weights.basis=svd,random", "fast_weights.projections=[down_proj],[up_proj,gate_proj]"],
     )
     assert len(grid) == 8
     assert {cell.write.batch_size for cell in grid} == {3}
-    assert [(cell.write.optimizer, cell.fast_weights.basis, len(cell.fast_weights.projections)) for cell in grid[:5]] == [
+    assert [
+        (cell.write.optimizer, cell.fast_weights.basis, len(cell.fast_weights.projections))
+        for cell in grid[:5]
+    ] == [
         ("sgd", "svd", 1),
         ("sgd", "svd", 2),
         ("sgd", "random", 1),
@@ -167,17 +186,28 @@ def test_a_bad_sweep_is_a_config_error(sweep: str, part: str) -> None:
 
 def test_what_is_written_of_the_same_facts_is_a_setting_of_the_grid(tiny: SimpleNamespace) -> None:
     _, grid = load_grid(QUICKSTART, [], [], ["supervision=flashcards,summary,raw"])
-    assert [cell.label for cell in grid] == ["supervision=flashcards", "supervision=summary", "supervision=raw"]
+    assert [cell.label for cell in grid] == [
+        "supervision=flashcards",
+        "supervision=summary",
+        "supervision=raw",
+    ]
     cards, chat = recall_cards(4, "eval", 0), tiny.chat
-    cards_of_form = {cell.supervision: examples_of(cell.supervision, cards, SYSTEM_PROMPT, chat, cell.write) for cell in grid}
+    cards_of_form = {
+        cell.supervision: examples_of(cell.supervision, cards, SYSTEM_PROMPT, chat, cell.write)
+        for cell in grid
+    }
     opening = chat.system(SYSTEM_PROMPT)
 
-    assert [chat.decode(example.answer_ids).strip() for example in cards_of_form["flashcards"]] == [card.answer for card in cards]
+    assert [chat.decode(example.answer_ids).strip() for example in cards_of_form["flashcards"]] == [
+        card.answer for card in cards
+    ]
     (summary,) = cards_of_form["summary"]
     assert chat.decode(summary.answer_ids).strip() == " ".join(card.telling for card in cards)
     (raw,) = cards_of_form["raw"]
     text = chat.decode(raw.answer_ids)
-    assert raw.prompt_ids == opening and all(card.telling in text for card in cards) and text.count(".") == 8, "as many sentences about nothing"
+    assert (
+        raw.prompt_ids == opening and all(card.telling in text for card in cards) and text.count(".") == 8
+    ), "as many sentences about nothing"
     assert not any(card.question in text for card in cards)
 
     small = WriteConfig(max_example_tokens=len(opening) + 20)
@@ -213,7 +243,9 @@ class Reference:
         ids = (*example.prompt_ids, *example.answer_ids[:-1])
         return self.table(ids, weights)[len(example.prompt_ids) - 1 :]
 
-    def greedy(self, prompt: tuple[int, ...], weights: FastWeights, stop: tuple[int, ...], most: int) -> tuple[int, ...]:
+    def greedy(
+        self, prompt: tuple[int, ...], weights: FastWeights, stop: tuple[int, ...], most: int
+    ) -> tuple[int, ...]:
         said: tuple[int, ...] = ()
         while len(said) < most and (not said or said[-1] not in stop):
             said = (*said, int(self.table(prompt + said, weights)[-1].argmax()))
@@ -230,9 +262,19 @@ def tiny(tiny_model_path: Path) -> SimpleNamespace:
     reader = Reader(model, chat.stop_token_ids)
     examiner = Examiner(reader, chat, SYSTEM_PROMPT, [cards[:2], cards[2:]], PIECES)
     draw = np.random.default_rng(0)
-    b = {name: draw.normal(0, 0.05, (rows, basis.rank)).astype(np.float32) for name, rows in basis.d_out.items()}
+    b = {
+        name: draw.normal(0, 0.05, (rows, basis.rank)).astype(np.float32)
+        for name, rows in basis.d_out.items()
+    }
     return SimpleNamespace(
-        path=tiny_model_path, basis=basis, model=model, chat=chat, cards=cards, reader=reader, examiner=examiner, weights=FastWeights(basis.id, 1, b)
+        path=tiny_model_path,
+        basis=basis,
+        model=model,
+        chat=chat,
+        cards=cards,
+        reader=reader,
+        examiner=examiner,
+        weights=FastWeights(basis.id, 1, b),
     )
 
 
@@ -244,12 +286,21 @@ def test_an_examination_is_what_transformers_says(tiny: SimpleNamespace) -> None
         ways = zip((score.written, *score.paraphrased), (card.question, *card.paraphrases), strict=True)
         for asked, question in ways:
             example = write_example(Flashcard(question, card.answer), SYSTEM_PROMPT, tiny.chat)
-            logprobs = reference.of(example, tiny.weights).gather(1, torch.tensor(example.answer_ids)[:, None])
+            logprobs = reference.of(example, tiny.weights).gather(
+                1, torch.tensor(example.answer_ids)[:, None]
+            )
             assert asked.loss == pytest.approx(-float(logprobs.mean()), abs=1e-4)
-            longest = max(len(tiny.chat.reply(other.answer)) for other in tiny.cards[(score.write - 1) * 2 :][:2])
-            said = reference.greedy(example.prompt_ids, tiny.weights, tiny.chat.stop_token_ids, longest + RUN_ON)
+            longest = max(
+                len(tiny.chat.reply(other.answer)) for other in tiny.cards[(score.write - 1) * 2 :][:2]
+            )
+            said = reference.greedy(
+                example.prompt_ids, tiny.weights, tiny.chat.stop_token_ids, longest + RUN_ON
+            )
             assert asked.said == tiny.chat.decode(said).strip()
-    text, reply = (tiny.chat.encode(PIECES[0].text), write_example(Flashcard(PIECES[1].prompt, PIECES[1].text), SYSTEM_PROMPT, tiny.chat))
+    text, reply = (
+        tiny.chat.encode(PIECES[0].text),
+        write_example(Flashcard(PIECES[1].prompt, PIECES[1].text), SYSTEM_PROMPT, tiny.chat),
+    )
     for score, example in zip(point.texts, (WriteExample(text[:1], text[1:]), reply), strict=True):
         base, now = (reference.of(example, weights) for weights in (zero(tiny.basis), tiny.weights))
         target = torch.tensor(example.answer_ids)[:, None]
@@ -274,7 +325,12 @@ def test_decoding_goes_on_where_the_draft_was_wrong(tiny: SimpleNamespace) -> No
 
 
 def test_delta_zero_does_no_damage_to_the_bit(tiny: SimpleNamespace) -> None:
-    for basis in (tiny.basis, compute_basis_from_checkpoint(tiny.path, FastWeightsConfig(last_layers=6, projections=("down_proj",)), seed=0)):
+    for basis in (
+        tiny.basis,
+        compute_basis_from_checkpoint(
+            tiny.path, FastWeightsConfig(last_layers=6, projections=("down_proj",)), seed=0
+        ),
+    ):
         point = tiny.examiner.examine(basis, zero(basis), 0, 0)
         assert len(point.cards) == 4
         assert [(text.damage, text.kl) for text in point.texts] == [(0.0, 0.0), (0.0, 0.0)]
@@ -301,13 +357,17 @@ def cell_run(tiny: SimpleNamespace, write: WriteConfig, writes: int, each_step: 
 
     untouched = tiny.examiner.examine(tiny.basis, zero(tiny.basis), 0, 0)
     writer = BatchedWriter(tiny.model, tiny.basis, write)
-    return run_cell(Cell((), FAST, write), 0, tiny.basis, writer, tiny.examiner, untouched, writes, each_step, count), points
+    return run_cell(
+        Cell((), FAST, write), 0, tiny.basis, writer, tiny.examiner, untouched, writes, each_step, count
+    ), points
 
 
 def test_the_steps_are_the_writers_own(tiny: SimpleNamespace) -> None:
     """Three batches an epoch: a step is no epoch. A write with fewer epochs is the same write stopped earlier."""
     request = WriteRequest(
-        "probe", zero(tiny.basis), tuple(example for number in (1, 2) for example in tiny.examiner.written(number, "flashcards", ADAM))
+        "probe",
+        zero(tiny.basis),
+        tuple(example for number in (1, 2) for example in tiny.examiner.written(number, "flashcards", ADAM)),
     )
     config = replace(ADAM, batch_size=2)
     result, trace = BatchedWriter(tiny.model, tiny.basis, config).trace(request)
@@ -324,7 +384,9 @@ def test_each_step_ends_where_the_write_does(tiny: SimpleNamespace) -> None:
     stepped, points = cell_run(tiny, ADAM, 2, each_step=True)
     plain, _ = cell_run(tiny, ADAM, 2, each_step=False)
     assert points == points_of(Cell((), FAST, ADAM), [2, 2], each_step=True) == 6
-    assert [(point.write, point.step, len(point.cards)) for point in stepped.steps] == [(w, s, 2 * w) for w in (1, 2) for s in (1, 2, 3)]
+    assert [(point.write, point.step, len(point.cards)) for point in stepped.steps] == [
+        (w, s, 2 * w) for w in (1, 2) for s in (1, 2, 3)
+    ]
     assert stepped.after == plain.after
     assert stepped.steps[-1] == plain.after[-1]
     assert plain.steps == ()
@@ -332,7 +394,9 @@ def test_each_step_ends_where_the_write_does(tiny: SimpleNamespace) -> None:
     assert plain.writes[0].loss_after == pytest.approx(plain.after[1].loss(False), abs=1e-4)
 
 
-def test_a_write_that_is_rolled_back_is_shown_and_leaves_the_state(tiny: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_write_that_is_rolled_back_is_shown_and_leaves_the_state(
+    tiny: SimpleNamespace, tmp_path: Path
+) -> None:
     diverging = replace(ADAM, optimizer="sgd", learning_rate=1e30)
     run, _ = cell_run(tiny, diverging, 2, each_step=True)
     assert [line.outcome for line in run.writes] == ["rolled_back", "rolled_back"]
@@ -344,8 +408,12 @@ def test_a_write_that_is_rolled_back_is_shown_and_leaves_the_state(tiny: SimpleN
     (table, forgetting) = report.tables()
     assert table.rows[0][-1] == "0/0/2"
     assert [row[-1] for row in forgetting.rows] == ["1", "1"]
-    assert sum("rolled back: " in note and "write.learning_rate=1e+30" in note for note in report.notes()) == 2
-    data = json.loads(next(path for path in save_report(report, tmp_path) if path.suffix == ".json").read_text())
+    assert (
+        sum("rolled back: " in note and "write.learning_rate=1e+30" in note for note in report.notes()) == 2
+    )
+    data = json.loads(
+        next(path for path in save_report(report, tmp_path) if path.suffix == ".json").read_text()
+    )
     assert data["runs"][0]["writes"][0]["loss_after"] is None
 
 
@@ -356,10 +424,18 @@ def test_no_epochs_are_no_write(tiny: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("supervision", SUPERVISIONS)
-def test_only_flashcards_are_rehearsed_and_measurements_are_counted_by_examples(tiny: SimpleNamespace, supervision: Supervision) -> None:
+def test_only_flashcards_are_rehearsed_and_measurements_are_counted_by_examples(
+    tiny: SimpleNamespace, supervision: Supervision
+) -> None:
     cards = recall_cards(4, "eval", 0)
     examiner = Examiner(tiny.reader, tiny.chat, SYSTEM_PROMPT, [cards[:2], cards[2:]], PIECES)
-    write = replace(ADAM, epochs=1, batch_size=1, rehearsal=2, max_example_tokens=len(tiny.chat.system(SYSTEM_PROMPT)) + 40)
+    write = replace(
+        ADAM,
+        epochs=1,
+        batch_size=1,
+        rehearsal=2,
+        max_example_tokens=len(tiny.chat.system(SYSTEM_PROMPT)) + 40,
+    )
     cell = Cell((), FAST, write, supervision)
     asked: list[int] = []
     counted: list[None] = []
@@ -386,7 +462,9 @@ def test_a_write_that_is_rolled_back_after_its_last_step_counts_no_more_than_was
     run, points = cell_run(tiny, ADAM, 2, each_step=True)
     assert [(line.outcome, line.steps) for line in run.writes] == [("rolled_back", 3)] * 2
     assert points == len(run.steps) == points_of(Cell((), FAST, ADAM), [2, 2], each_step=True)
-    assert run.after[-1].loss(False) == pytest.approx(run.after[0].loss(False)), "what is in force is measured all the same"
+    assert run.after[-1].loss(False) == pytest.approx(run.after[0].loss(False)), (
+        "what is in force is measured all the same"
+    )
 
 
 @pytest.mark.parametrize("cells", [1, 10, 11, 24])
@@ -405,8 +483,22 @@ def test_a_run_survives_json(tiny: SimpleNamespace) -> None:
 
 
 def arguments(tiny_path: Path, folder: Path, *more: str) -> list[str]:
-    settings = [f"model.name={tiny_path}", f"output_dir={folder}", "fast_weights.last_layers=2", "write.learning_rate=3e-3", "write.epochs=2"]
-    asked = ["--cards", str(DATA), "--unrelated", str(DATA), "--writes", "2", "--each-step"]  # a text as short as the test
+    settings = [
+        f"model.name={tiny_path}",
+        f"output_dir={folder}",
+        "fast_weights.last_layers=2",
+        "write.learning_rate=3e-3",
+        "write.epochs=2",
+    ]
+    asked = [
+        "--cards",
+        str(DATA),
+        "--unrelated",
+        str(DATA),
+        "--writes",
+        "2",
+        "--each-step",
+    ]  # a text as short as the test
     return ["probe", str(QUICKSTART), *settings, "rollout.threads=1", *asked, *more]
 
 
@@ -420,9 +512,20 @@ def test_from_the_command_line_to_the_report_and_on(
     assert "left" in out
     (folder,) = tmp_path.glob("quickstart-probe-*")
     names = {path.name for path in folder.iterdir()}
-    assert {"report.md", "report.csv", "report.json", "recall_damage.png", "steps.png", "forgetting.png", "probe.json", "cells"} <= names
+    assert {
+        "report.md",
+        "report.csv",
+        "report.json",
+        "recall_damage.png",
+        "steps.png",
+        "forgetting.png",
+        "probe.json",
+        "cells",
+    } <= names
     lines = list(csv.DictReader((folder / "report.csv").open()))
-    assert [line["cell"] for line in lines if line["phase"] == "after"] == ["optimizer=sgd"] * 3 + ["optimizer=adam"] * 3
+    assert [line["cell"] for line in lines if line["phase"] == "after"] == ["optimizer=sgd"] * 3 + [
+        "optimizer=adam"
+    ] * 3
     assert len([line for line in lines if line["phase"] == "step"]) == 8
     data = json.loads((folder / "report.json").read_text())
     assert len(data["runs"][1]["after"][2]["cards"]) == 4
@@ -439,7 +542,10 @@ def test_from_the_command_line_to_the_report_and_on(
     assert "2 of 2 cells are done already" in capsys.readouterr().out
     assert (folder / "report.json").read_text() == before
 
-    for change, part in (("--writes=4", "--writes=2, not 4"), ("write.batch_size=5", "write.batch_size=16, not 5")):
+    for change, part in (
+        ("--writes=4", "--writes=2, not 4"),
+        ("write.batch_size=5", "write.batch_size=16, not 5"),
+    ):
         assert main([*arguments(tiny_model_path, tmp_path, *sweep, "--resume", str(folder)), change]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
@@ -449,9 +555,19 @@ def test_from_the_command_line_to_the_report_and_on(
 def test_the_progress_counts_the_examples_of_a_transcript_not_its_cards(
     tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--cards", "recall:4", "--cell", "supervision=raw", "write.epochs=1", "write.batch_size=1", "fast_weights.rank=1"]
+    more = [
+        "--cards",
+        "recall:4",
+        "--cell",
+        "supervision=raw",
+        "write.epochs=1",
+        "write.batch_size=1",
+        "fast_weights.rank=1",
+    ]
     assert main([*arguments(tiny_model_path, tmp_path), *more]) == 0
-    assert "measurements: 2 of 2 in" in capsys.readouterr().out, "the two cards of a write are told in one text"
+    assert "measurements: 2 of 2 in" in capsys.readouterr().out, (
+        "the two cards of a write are told in one text"
+    )
 
 
 def _check_mlflow(folder: Path, key: str, points: int) -> None:
@@ -473,10 +589,15 @@ def _check_mlflow(folder: Path, key: str, points: int) -> None:
         (["--cards", str(DATA), "--resume", "tests"], "no probe ran there"),
         (["--cards", str(DATA), "--unrelated", "nowhere.txt"], "no such file"),
         (["--cards", str(DATA), "--sweep", "write.max_example_tokens=300,20"], "write.max_example_tokens=20"),
-        (["--cards", str(DATA), "--sweep", "supervision=raw"], "has no 'telling', which supervision=raw trains on"),
+        (
+            ["--cards", str(DATA), "--sweep", "supervision=raw"],
+            "has no 'telling', which supervision=raw trains on",
+        ),
     ],
 )
-def test_a_mistake_is_one_line(more: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_line(
+    more: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["probe", str(QUICKSTART), f"output_dir={tmp_path}", *more]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -21,9 +21,14 @@ def asked(em: float) -> Asked:
 
 def run(label: str, seed: int, recalled: list[float], paraphrased: bool = True) -> CellRun:
     """One write of a card for each number: its EM, and that of its one paraphrase."""
-    cards = tuple(CardScore(place, 1, 1, asked(em), (asked(em),) if paraphrased else ()) for place, em in enumerate(recalled))
+    cards = tuple(
+        CardScore(place, 1, 1, asked(em), (asked(em),) if paraphrased else ())
+        for place, em in enumerate(recalled)
+    )
     line = WriteLine("accepted", "", 1, 1.0, 1.0, 0.1)
-    return CellRun((label,), label, seed, "basis", 1, (line,), (Point(0, 0, cards, ()), Point(1, 1, cards, ())), ())
+    return CellRun(
+        (label,), label, seed, "basis", 1, (line,), (Point(0, 0, cards, ()), Point(1, 1, cards, ())), ()
+    )
 
 
 def cards(seed: object, count: int) -> tuple[Card, ...]:
@@ -37,7 +42,9 @@ def span(text: str) -> tuple[float, float, float]:
 
 
 def test_a_gain_of_one_write_of_three_is_not_shown_as_that_of_twelve_cards() -> None:
-    runs = [run("old", seed, [0.0] * 12) for seed in range(3)] + [run("new", seed, [float(seed == 2)] * 12) for seed in range(3)]
+    runs = [run("old", seed, [0.0] * 12) for seed in range(3)] + [
+        run("new", seed, [float(seed == 2)] * 12) for seed in range(3)
+    ]
     report = ProbeReport(tuple(runs), {seed: cards(seed, 12) for seed in range(3)}, {}, 2000, 0)
     quality, versus = report.tables()
     assert span(quality.rows[1][3]) == (33, 0, 100)
@@ -62,14 +69,33 @@ def test_cards_without_paraphrases_are_compared_by_their_own_questions() -> None
 
 
 def test_two_cells_of_the_same_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"the cells 'learning_rate=5e-4' and 'learning_rate=0.0005' are the same settings.*leave one out"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the cells 'learning_rate=5e-4' and 'learning_rate=0.0005' are the same settings.*leave one out",
+    ):
         load_grid(QUICKSTART, [], [], ["write.learning_rate=5e-4,0.0005"])
 
 
-def test_a_resumed_cell_is_called_what_it_is_asked_for_as_now(tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_cell_is_called_what_it_is_asked_for_as_now(
+    tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The base's own setting, later swept over by name: one cell on both seeds, not half of two."""
-    common = ["probe", str(QUICKSTART), f"model.name={tiny_model_path}", f"output_dir={tmp_path}", "fast_weights.last_layers=2", "write.epochs=1"]
-    common += ["rollout.threads=1", "tracking.enabled=false", "--cards", "recall:2", "--unrelated", "tests/data/probe_cards.jsonl"]
+    common = [
+        "probe",
+        str(QUICKSTART),
+        f"model.name={tiny_model_path}",
+        f"output_dir={tmp_path}",
+        "fast_weights.last_layers=2",
+        "write.epochs=1",
+    ]
+    common += [
+        "rollout.threads=1",
+        "tracking.enabled=false",
+        "--cards",
+        "recall:2",
+        "--unrelated",
+        "tests/data/probe_cards.jsonl",
+    ]
     assert main([*common, "--seeds", "0"]) == 0
     (folder,) = tmp_path.glob("quickstart-probe-*")
     assert main([*common, "--seeds", "0,1", "--sweep", "write.epochs=1,2", "--resume", str(folder)]) == 0

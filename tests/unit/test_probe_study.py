@@ -20,7 +20,9 @@ def test_a_shipped_study_is_a_grid_over_the_quickstart(name: str) -> None:
     _, cells = load_grid(QUICKSTART, [], study.cells, study.sweep)
     assert len(cells) >= max(2, len(study.cells))
     assert study.cards.startswith("recall:")
-    assert study.cards.startswith("recall:train:") == name.endswith("tuning"), "nothing is tuned on what it is then measured on"
+    assert study.cards.startswith("recall:train:") == name.endswith("tuning"), (
+        "nothing is tuned on what it is then measured on"
+    )
 
 
 def test_a_file_says_what_the_command_line_leaves_out(tmp_path: Path) -> None:
@@ -42,8 +44,14 @@ def test_a_file_says_what_the_command_line_leaves_out(tmp_path: Path) -> None:
         ("writes: true", "writes=True is not allowed"),
         ("cards: 5", "cards=5 is not allowed; it must be a str"),
         ("seeds: [a]", r"seeds=\['a'\] is not allowed; it must be a list of int"),
-        ("seeds: [0, 0, 1]", r"seeds=\[0, 0, 1\] is not allowed; it must be a list of int of 0 or more, each once"),
-        ("seeds: [2, -1]", r"seeds=\[2, -1\] is not allowed; it must be a list of int of 0 or more, each once"),
+        (
+            "seeds: [0, 0, 1]",
+            r"seeds=\[0, 0, 1\] is not allowed; it must be a list of int of 0 or more, each once",
+        ),
+        (
+            "seeds: [2, -1]",
+            r"seeds=\[2, -1\] is not allowed; it must be a list of int of 0 or more, each once",
+        ),
         ("seeds: [2024-13-01]", r"is not YAML that can be read \(month must be"),
         (f"seeds: {'[' * 3000}", r"is not YAML that can be read \(maximum recursion"),
         ("cells: write.epochs=2", "cells='write.epochs=2' is not allowed; it must be a list of str"),

@@ -8,24 +8,31 @@ import re
 
 import pytest
 
-from actors.environments.base import TaskError
 from actors.environments.build import build_environment
 from actors.environments.recall import RecallEnvironment, vocabulary
 from actors.environments.recall_words import FILLERS, PEOPLE, RELATIONS
+from actors.protocols import TaskError
 from actors.types import Task
 from configs.schema import EmbedderConfig, EnvironmentConfig, RecallConfig
 
-ENVIRONMENT = RecallEnvironment(RecallConfig(sessions=3, facts_per_session=2, questions=4, filler_sentences=1))
+ENVIRONMENT = RecallEnvironment(
+    RecallConfig(sessions=3, facts_per_session=2, questions=4, filler_sentences=1)
+)
 
 
 def _tasks(split: str, count: int, seed: int = 0, start: int = 0) -> list[Task]:
     assert split in ("train", "eval")
-    return list(itertools.islice(ENVIRONMENT.tasks("train" if split == "train" else "eval", seed, start), count))
+    return list(
+        itertools.islice(ENVIRONMENT.tasks("train" if split == "train" else "eval", seed, start), count)
+    )
 
 
 def test_position_and_seed_alone_determine_a_task() -> None:
     assert _tasks("train", 5, start=7) == _tasks("train", 12)[7:]
-    assert RecallEnvironment(RecallConfig(3, 2, 4, 1)).tasks("eval", 5, 3).__next__() == _tasks("eval", 1, seed=5, start=3)[0]
+    assert (
+        RecallEnvironment(RecallConfig(3, 2, 4, 1)).tasks("eval", 5, 3).__next__()
+        == _tasks("eval", 1, seed=5, start=3)[0]
+    )
     assert _tasks("train", 3, seed=1) != _tasks("train", 3, seed=2)
     assert len({task.id for task in _tasks("train", 50)}) == 50
 
@@ -58,27 +65,44 @@ def test_train_and_eval_share_no_person_and_no_answer() -> None:
 
 
 def test_the_wide_words_are_new_and_none_is_held_out() -> None:
-    small, wide, held_out = vocabulary("train", wide=False), vocabulary("train", wide=True), vocabulary("eval", wide=False)
+    small, wide, held_out = (
+        vocabulary("train", wide=False),
+        vocabulary("train", wide=True),
+        vocabulary("eval", wide=False),
+    )
     assert len(set(wide.people)) == len(wide.people) > 3 * len(small.people)
     assert not set(wide.people) & set(held_out.people)
-    answers = {word.lower() for values in held_out.values.values() for value in values for word in value.split()}
+    answers = {
+        word.lower() for values in held_out.values.values() for value in values for word in value.split()
+    }
     for relation, values in wide.values.items():
         assert len(set(values)) == len(values) > len(small.values[relation]), relation
-        assert not {word.lower() for value in values[len(small.values[relation]) :] for word in value.split()} & answers, relation
+        assert (
+            not {word.lower() for value in values[len(small.values[relation]) :] for word in value.split()}
+            & answers
+        ), relation
         assert all(1 <= len(value.split()) <= 3 for value in values), relation
 
 
 def test_a_wide_vocabulary_changes_training_tasks_only() -> None:
     small, wide = (RecallEnvironment(RecallConfig(vocabulary=name)) for name in ("small", "wide"))
     assert next(small.tasks("eval", 0, 0)) == next(wide.tasks("eval", 0, 0))
-    told = {fact["answer"] for task in itertools.islice(wide.tasks("train", 0, 0), 300) for fact in task.payload["facts"]}
+    told = {
+        fact["answer"]
+        for task in itertools.islice(wide.tasks("train", 0, 0), 300)
+        for fact in task.payload["facts"]
+    }
     assert len(told) > 500
 
 
 def test_questions_are_asked_otherwise_than_told() -> None:
     for relation in RELATIONS:
-        told = [telling.replace("{name}", "").replace("{value}", "").strip(" .") for telling in relation.tellings]
-        assert not any(phrase and phrase in question for phrase in told for question in relation.questions), relation.name
+        told = [
+            telling.replace("{name}", "").replace("{value}", "").strip(" .") for telling in relation.tellings
+        ]
+        assert not any(phrase and phrase in question for phrase in told for question in relation.questions), (
+            relation.name
+        )
         assert all("{value}" not in question and "{name}" in question for question in relation.questions)
 
 
@@ -110,8 +134,16 @@ def test_the_reward_is_the_mean_f1_and_a_missing_answer_scores_0() -> None:
     f1 = 2 * len(gold[1].split()) / (2 * len(gold[1].split()) + 1)
     assert outcome.reward == pytest.approx((1 + f1) / 4) == outcome.reward_parts["f1"]
     assert outcome.reward_parts["em"] == 0.25
-    assert [answer.prediction for answer in outcome.answers] == [gold[0].upper() + ".", f"{gold[1]} zzz", "", ""]
-    assert all(set(answer.scores) == {"f1", "em"} and answer.gold == (right,) for answer, right in zip(outcome.answers, gold, strict=True))
+    assert [answer.prediction for answer in outcome.answers] == [
+        gold[0].upper() + ".",
+        f"{gold[1]} zzz",
+        "",
+        "",
+    ]
+    assert all(
+        set(answer.scores) == {"f1", "em"} and answer.gold == (right,)
+        for answer, right in zip(outcome.answers, gold, strict=True)
+    )
 
 
 def test_gold_flashcards_are_the_facts_in_the_context() -> None:

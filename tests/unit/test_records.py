@@ -11,14 +11,18 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from actors.environments.base import TaskError
 from actors.environments.build import build_environment
 from actors.environments.records import RecordsEnvironment, read_records
+from actors.protocols import TaskError
 from actors.types import Task
 from configs.schema import EmbedderConfig, EnvironmentConfig, RecordsConfig
 
 RECORDS: list[dict[str, Any]] = [
-    {"texts": [f"Person {place} moved to town {place}.", "It rained."], "question": f"Where does person {place} live?", "answer": [f"town {place}"]}
+    {
+        "texts": [f"Person {place} moved to town {place}.", "It rained."],
+        "question": f"Where does person {place} live?",
+        "answer": [f"town {place}"],
+    }
     for place in range(10)
 ]
 
@@ -57,7 +61,12 @@ def test_no_text_is_in_both_splits(tmp_path: Path) -> None:
 
 
 def test_a_session_reads_then_asks_and_the_best_right_answer_counts() -> None:
-    payload = {"texts": ["one", "two"], "question": "Which?", "answers": ["the red house", "red"], "category": "colour"}
+    payload = {
+        "texts": ["one", "two"],
+        "question": "Which?",
+        "answers": ["the red house", "red"],
+        "category": "colour",
+    }
     session = RecordsEnvironment.start(None, Task("t", "records", payload, 0))  # type: ignore[arg-type]  # it keeps nothing of the environment
     turns = []
     while (observation := session.observe()) is not None:
@@ -66,20 +75,36 @@ def test_a_session_reads_then_asks_and_the_best_right_answer_counts() -> None:
             session.act(" Red ")
     assert turns == [("one", False), ("two", False), ("Which?", True)]
     outcome = session.outcome()
-    assert outcome.reward == 1.0 and outcome.answers[0].scores == {"f1": 1.0, "em": 1.0} and outcome.answers[0].category == "colour"
+    assert (
+        outcome.reward == 1.0
+        and outcome.answers[0].scores == {"f1": 1.0, "em": 1.0}
+        and outcome.answers[0].category == "colour"
+    )
 
 
 def test_other_names_of_fields(tmp_path: Path) -> None:
     path = _lines(tmp_path, [{"context": "A text.", "q": "What?", "a": 3, "kind": "numbers"}])
-    (record,) = read_records(RecordsConfig(path=str(path), texts_field="context", question_field="q", answer_field="a", category_field="kind"))
-    assert (record.texts, record.question, record.answers, record.category) == (("A text.",), "What?", ("3",), "numbers")
+    (record,) = read_records(
+        RecordsConfig(
+            path=str(path), texts_field="context", question_field="q", answer_field="a", category_field="kind"
+        )
+    )
+    assert (record.texts, record.question, record.answers, record.category) == (
+        ("A text.",),
+        "What?",
+        ("3",),
+        "numbers",
+    )
 
 
 @pytest.mark.parametrize(
     ("record", "said"),
     [
         ({"texts": ["a"], "question": "q"}, "line 1, answer: expected a text or a number, got nothing"),
-        ({"texts": [], "question": "q", "answer": "a"}, "line 1, texts: expected at least one entry, got a list"),
+        (
+            {"texts": [], "question": "q", "answer": "a"},
+            "line 1, texts: expected at least one entry, got a list",
+        ),
         ({"texts": ["a", 3], "question": "q", "answer": "a"}, r"line 1, texts\[1\]: expected a text, got 3"),
         ({"texts": ["a"], "question": " ", "answer": "a"}, "line 1, question: expected a text, got ' '"),
         (["a"], "line 1: expected an object, got a list"),
@@ -109,5 +134,7 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
 def test_the_config_builds_it(tmp_path: Path) -> None:
     config = EnvironmentConfig(name="records", records=RecordsConfig(path=str(_lines(tmp_path, RECORDS))))
     assert build_environment(config, EmbedderConfig()).name == "records"
-    with pytest.raises(ValueError, match=r"records\.path='a\.csv' is not allowed: it must be a \.jsonl or \.parquet file"):
+    with pytest.raises(
+        ValueError, match=r"records\.path='a\.csv' is not allowed: it must be a \.jsonl or \.parquet file"
+    ):
         EnvironmentConfig(name="records", records=RecordsConfig(path="a.csv"))

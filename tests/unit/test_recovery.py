@@ -11,22 +11,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.chat import ChatFormat
 from actors.environments.base import Observation
 from actors.environments.recall import RecallEnvironment, RecallSession
+from actors.episodes.recovery import Event, Progress, Recovered, Recovery, Sampled, Written
+from actors.episodes.rollout import Rollout, RolloutRequest
 from actors.protocols import EngineError
-from actors.recovery import Event, Progress, Recovered, Recovery, Sampled, Written
-from actors.rollout import Rollout, RolloutRequest
-from actors.types import AdapterKey, Generation, PolicyVersion, Sampling, Task, Trajectory, WriteRequest, WriteResult
-from cluster.journal import GroupJournal
-from cluster.ledger import Ledger, LedgerSnapshot, ledger_line
+from actors.text.chat_template import ChatFormat
+from actors.types import (
+    AdapterKey,
+    Generation,
+    PolicyVersion,
+    Sampling,
+    Task,
+    Trajectory,
+    WriteRequest,
+    WriteResult,
+)
+from cluster.fleet.episode_journal import GroupJournal
+from cluster.fleet.ledger import Ledger, LedgerSnapshot, ledger_line
 from configs.schema import MemoryConfig, MemoryPolicy, RecallConfig, RolloutConfig, WriteConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
 RECALL = RecallConfig(sessions=4, facts_per_session=4, questions=2, filler_sentences=1)
 ENVIRONMENT = RecallEnvironment(RECALL)
 TASK = next(ENVIRONMENT.tasks("train", 0, 0))
-REQUEST = RolloutRequest(TASK, "g", 1, MemoryConfig(max_context_tokens=50, max_extract_tokens=64), 1.0, 8, seed=1)
+REQUEST = RolloutRequest(
+    TASK, "g", 1, MemoryConfig(max_context_tokens=50, max_extract_tokens=64), 1.0, 8, seed=1
+)
 NAMES = ("Nora", "Ivan", "Mei", "Omar", "Lena")
 
 
@@ -40,13 +51,28 @@ def chat(tiny_model_path: Path) -> ChatFormat:
 class Worker:
     """A rollout whose engine samples what prompt, seed and adapter say, and dies when asked for reply number ``dies_at`` (from 0)."""
 
-    def __init__(self, chat: ChatFormat, journal: GroupJournal, dies_at: int = 10**6, environment: RecallEnvironment = ENVIRONMENT) -> None:
+    def __init__(
+        self,
+        chat: ChatFormat,
+        journal: GroupJournal,
+        dies_at: int = 10**6,
+        environment: RecallEnvironment = ENVIRONMENT,
+    ) -> None:
         self.policy = ScriptedPolicy(self._talk)
         self.writer = ScriptedWriter(self._outcome)
         self.journal = journal
         self._chat, self._dies_at = chat, dies_at
         self._rollout = Rollout(
-            self.policy, self.writer, environment, chat, WriteConfig(), RolloutConfig(episode_timeout_s=30), 8, SURROUNDINGS, "basis", "worker-0"
+            self.policy,
+            self.writer,
+            environment,
+            chat,
+            WriteConfig(),
+            RolloutConfig(episode_timeout_s=30),
+            8,
+            SURROUNDINGS,
+            "basis",
+            "worker-0",
         )
 
     def play(self, reissued: bool = False, request: RolloutRequest = REQUEST) -> tuple[Trajectory, Recovered]:
@@ -61,7 +87,13 @@ class Worker:
             raise EngineError("killed")
         drawn = hashlib.sha256(repr((list(prompt_ids), sampling.seed, adapter.revision)).encode()).digest()
         who, what = NAMES[drawn[0] % 5], NAMES[drawn[1] % 5]
-        return sampled(self._chat.reply(f'[{{"instruction": "Who met {who}?", "output": "{what}"}}]' if sampling.max_tokens > 8 else what))
+        return sampled(
+            self._chat.reply(
+                f'[{{"instruction": "Who met {who}?", "output": "{what}"}}]'
+                if sampling.max_tokens > 8
+                else what
+            )
+        )
 
     def _outcome(self, request: WriteRequest) -> str:
         return "rolled_back" if request.weights.revision == 1 and len(request.examples) % 2 else "accepted"
@@ -69,15 +101,30 @@ class Worker:
 
 def same(found: Trajectory, wanted: Trajectory) -> bool:
     for ours, theirs in zip(found.segments, wanted.segments, strict=True):
-        assert ours.token_ids.tolist() == theirs.token_ids.tolist() and ours.logprobs.tolist() == theirs.logprobs.tolist()
-        assert (ours.revision, ours.spans, ours.policy_version) == (theirs.revision, theirs.spans, theirs.policy_version)
-    assert [weights.revision for weights in found.revisions] == [weights.revision for weights in wanted.revisions]
-    assert found.writes == wanted.writes and found.outcome == wanted.outcome and found.memory_events == wanted.memory_events
+        assert (
+            ours.token_ids.tolist() == theirs.token_ids.tolist()
+            and ours.logprobs.tolist() == theirs.logprobs.tolist()
+        )
+        assert (ours.revision, ours.spans, ours.policy_version) == (
+            theirs.revision,
+            theirs.spans,
+            theirs.policy_version,
+        )
+    assert [weights.revision for weights in found.revisions] == [
+        weights.revision for weights in wanted.revisions
+    ]
+    assert (
+        found.writes == wanted.writes
+        and found.outcome == wanted.outcome
+        and found.memory_events == wanted.memory_events
+    )
     return True
 
 
 @pytest.mark.parametrize("policy", ["parametric", "hybrid"])
-def test_an_episode_cut_at_each_reply_and_continued_elsewhere_is_the_uncut_one_to_the_token(chat: ChatFormat, policy: MemoryPolicy) -> None:
+def test_an_episode_cut_at_each_reply_and_continued_elsewhere_is_the_uncut_one_to_the_token(
+    chat: ChatFormat, policy: MemoryPolicy
+) -> None:
     request = replace(REQUEST, memory=replace(REQUEST.memory, policy=policy, max_summary_tokens=32))
     whole = Worker(chat, GroupJournal(10**6))
     uncut, recovered = whole.play(request=request)
@@ -88,7 +135,11 @@ def test_an_episode_cut_at_each_reply_and_continued_elsewhere_is_the_uncut_one_t
         journal = GroupJournal(10**6)
         with pytest.raises(EngineError, match="killed"):
             Worker(chat, journal, dies_at=cut).play(request=request)
-        known = sum(isinstance(event, Sampled) for progress in journal.progress("g").values() for event in progress.events)
+        known = sum(
+            isinstance(event, Sampled)
+            for progress in journal.progress("g").values()
+            for event in progress.events
+        )
         other = Worker(chat, journal)
         trajectory, recovered = other.play(reissued=True, request=request)
         assert same(trajectory, uncut)
@@ -99,7 +150,9 @@ def test_an_episode_cut_at_each_reply_and_continued_elsewhere_is_the_uncut_one_t
     assert went_on == sorted(went_on) and went_on[-1] > went_on[0] == 0
 
 
-def test_only_the_last_revision_of_the_past_is_installed_and_rejected_writes_are_not_computed_again(chat: ChatFormat) -> None:
+def test_only_the_last_revision_of_the_past_is_installed_and_rejected_writes_are_not_computed_again(
+    chat: ChatFormat,
+) -> None:
     whole, journal = Worker(chat, GroupJournal(10**6)), GroupJournal(10**6)
     uncut, _ = whole.play()
     with pytest.raises(EngineError):

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from actors.basis import make_basis
-from actors.fast_weights import Basis, zero
-from actors.replay import ReplayError, replay
+from actors.episodes.recovery import ReplayError, replay
+from actors.fast_weights.basis import make_basis
+from actors.fast_weights.delta import Basis, zero
 from actors.types import FastWeights, WriteExample, WriteRecord, WriteRequest, WriteResult
-from actors.writer import BatchedWriter
+from actors.write.writer import BatchedWriter
 from configs.schema import WriteConfig
 from tests.unit.test_writer import ADAM, SGD, basis_of, examples, frozen, largest_difference, tiny_model
 
@@ -25,19 +25,39 @@ def writer_of(basis: Basis, config: WriteConfig) -> BatchedWriter:
 
 def record(written: tuple[WriteExample, ...], result: WriteResult) -> WriteRecord:
     losses = (result.loss_before, result.loss_after)
-    return WriteRecord(result.weights.revision, written, (), "[]", 0, 0, 0, *losses, result.steps, 0.1, result.outcome, result.reason)
+    return WriteRecord(
+        result.weights.revision,
+        written,
+        (),
+        "[]",
+        0,
+        0,
+        0,
+        *losses,
+        result.steps,
+        0.1,
+        result.outcome,
+        result.reason,
+    )
 
 
 EMPTY = WriteRecord(1, (), (), "[]", 1, 0, 0, float("nan"), float("nan"), 0, 0.0, "empty", "no card")
 
 
-def lived(writer: BatchedWriter, basis: Basis, companions: int) -> tuple[list[WriteRecord], list[FastWeights]]:
+def lived(
+    writer: BatchedWriter, basis: Basis, companions: int
+) -> tuple[list[WriteRecord], list[FastWeights]]:
     """The log and the revisions of an episode of three writes, the later ones with rehearsal, each batched with ``companions`` other episodes."""
     weights, log, revisions = zero(basis), [], []
     for number, new in enumerate(TEACHING):
         written = new + (TEACHING[number - 1][:2] if number else ())
-        others = [WriteRequest(f"other-{place}", zero(basis), examples(50 + 10 * number + place, 4, 9)) for place in range(companions)]
-        result = writer.write([*others[:1], WriteRequest("a", weights, written), *others[1:]])[min(1, companions)]
+        others = [
+            WriteRequest(f"other-{place}", zero(basis), examples(50 + 10 * number + place, 4, 9))
+            for place in range(companions)
+        ]
+        result = writer.write([*others[:1], WriteRequest("a", weights, written), *others[1:]])[
+            min(1, companions)
+        ]
         assert result.outcome == "accepted"
         weights = result.weights
         revisions.append(weights)
@@ -49,7 +69,9 @@ def lived(writer: BatchedWriter, basis: Basis, companions: int) -> tuple[list[Wr
 
 @pytest.mark.parametrize("train_a", [False, True])
 @pytest.mark.parametrize("config", [SGD, ADAM], ids=lambda config: config.optimizer)
-def test_a_replayed_log_gives_the_very_weights_of_an_episode_that_wrote_alone(config: WriteConfig, train_a: bool) -> None:
+def test_a_replayed_log_gives_the_very_weights_of_an_episode_that_wrote_alone(
+    config: WriteConfig, train_a: bool
+) -> None:
     frozen_basis = basis_of(tiny_model())
     basis = make_basis(frozen_basis.kind, frozen_basis.a, frozen_basis.d_out, train_a=train_a)
     log, revisions = lived(writer_of(basis, config), basis, companions=0)
@@ -69,7 +91,9 @@ def test_writes_that_were_batched_come_back_up_to_rounding(config: WriteConfig) 
     log, revisions = lived(writer_of(basis, config), basis, companions=3)
     rebuilt = replay(writer_of(basis, config), "a", basis.id, log, TOLERANCE)
     for number, (found, lost) in enumerate(zip(rebuilt, revisions, strict=True), start=1):
-        assert largest_difference(found, dict(lost.b)) <= (1e-6 if config is SGD else 0.01 * config.learning_rate * number)
+        assert largest_difference(found, dict(lost.b)) <= (
+            1e-6 if config is SGD else 0.01 * config.learning_rate * number
+        )
 
 
 def test_a_write_that_was_rolled_back_changes_nothing_in_the_replay() -> None:
@@ -85,11 +109,23 @@ def test_a_log_of_another_base_or_with_a_gap_is_refused_in_one_line() -> None:
     model = tiny_model()
     basis = basis_of(model)
     log, _ = lived(writer_of(basis, SGD), basis, companions=0)
-    with pytest.raises(ReplayError, match=r"^write 3 of episode a left revision 2 in force, the replay is at 1: an earlier record is missing$"):
-        replay(writer_of(basis, SGD), "a", basis.id, [replace(EMPTY, revision=0), replace(EMPTY, revision=0), *log[2:]], TOLERANCE)
+    with pytest.raises(
+        ReplayError,
+        match=r"^write 3 of episode a left revision 2 in force, the replay is at 1: an earlier record is missing$",
+    ):
+        replay(
+            writer_of(basis, SGD),
+            "a",
+            basis.id,
+            [replace(EMPTY, revision=0), replace(EMPTY, revision=0), *log[2:]],
+            TOLERANCE,
+        )
     state = {name: value * 1.05 for name, value in model.state_dict().items()}
     model.load_state_dict(state)
-    with pytest.raises(ReplayError, match=r"^write 1 of episode a logged a loss of \S+ before it, its replay has \S+ \(tolerance 0.001\): replay on"):
+    with pytest.raises(
+        ReplayError,
+        match=r"^write 1 of episode a logged a loss of \S+ before it, its replay has \S+ \(tolerance 0.001\): replay on",
+    ):
         replay(BatchedWriter(frozen(model), basis, SGD), "a", basis.id, log, TOLERANCE)
     with pytest.raises(ReplayError, match=r"write 1 of episode a took 6 steps and its replay 2"):
         replay(writer_of(basis, replace(SGD, epochs=1)), "a", basis.id, log, TOLERANCE)

@@ -18,24 +18,41 @@ def product_files() -> list[Path]:
 
 
 def test_no_file_outgrows_its_job() -> None:
-    lengths = {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines()) for file in product_files()}
+    lengths = {
+        str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines())
+        for file in product_files()
+    }
     assert len(lengths) > 20
     assert {file: lines for file, lines in lengths.items() if lines > MAX_LINES} == {}
 
 
 def test_tests_have_no_packages_that_shadow_the_rooms() -> None:
     assert list((ROOT / "tests").rglob("__init__.py")) == []
-    assert [folder.name for folder in (ROOT / "tests").rglob("*") if folder.is_dir() and folder.name in ROOMS] == []
+    assert [
+        folder.name for folder in (ROOT / "tests").rglob("*") if folder.is_dir() and folder.name in ROOMS
+    ] == []
 
 
 def test_every_room_is_a_regular_package() -> None:
     folders = {file.parent for file in product_files()}
-    assert [str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").exists()] == []
+    assert [
+        str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").exists()
+    ] == []
 
 
 def test_no_file_names_a_place_on_one_machine() -> None:
-    texts = [*product_files(), *(ROOT / "configs").glob("*.yaml"), *(ROOT / "infra").rglob("*.*"), ROOT / "Makefile", ROOT / "pyproject.toml"]
-    found = {str(file.relative_to(ROOT)): match[0] for file in texts if (match := FOREIGN_PLACES.search(file.read_text(encoding="utf-8")))}
+    texts = [
+        *product_files(),
+        *(ROOT / "configs").glob("*.yaml"),
+        *(ROOT / "infra").rglob("*.*"),
+        ROOT / "Makefile",
+        ROOT / "pyproject.toml",
+    ]
+    found = {
+        str(file.relative_to(ROOT)): match[0]
+        for file in texts
+        if (match := FOREIGN_PLACES.search(file.read_text(encoding="utf-8")))
+    }
     assert found == {}
 
 
@@ -49,7 +66,11 @@ def test_the_values_import_the_standard_library_and_numpy_only() -> None:
 def test_the_locks_pin_every_line_with_a_hash_and_leave_out_what_breaks() -> None:
     for variant, excluded in (("cpu", "exclude.txt"), ("gpu", "exclude-gpu.txt")):
         text = (ROOT / "infra" / "locks" / f"{variant}.lock").read_text(encoding="utf-8")
-        pins = re.findall(r"^([a-z0-9][\w.-]*)(?:\[[\w,-]+\])?==\S+(?: ;[^\\\n]*)?( \\\n    --hash=sha256:)?", text, re.MULTILINE)
+        pins = re.findall(
+            r"^([a-z0-9][\w.-]*)(?:\[[\w,-]+\])?==\S+(?: ;[^\\\n]*)?( \\\n    --hash=sha256:)?",
+            text,
+            re.MULTILINE,
+        )
         assert len(pins) > 100
         assert [name for name, hashed in pins if not hashed] == []
         left_out = (ROOT / "infra" / "locks" / excluded).read_text(encoding="utf-8").split()

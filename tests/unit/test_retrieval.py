@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.embedder import load_embedder
-from actors.environments.base import TaskError
-from actors.retrieval import Embedder, Hit, VectorIndex, WordIndex
+from actors.protocols import TaskError
+from actors.text.embedder import load_embedder
+from actors.text.retrieval import Embedder, Hit, VectorIndex, WordIndex
 from configs.schema import EmbedderConfig
 
-TEXTS = ("The kitten sleeps on the sofa.", "Share prices fell sharply in London.", "Nora bakes bread every Sunday.")
+TEXTS = (
+    "The kitten sleeps on the sofa.",
+    "Share prices fell sharply in London.",
+    "Nora bakes bread every Sunday.",
+)
 
 
 @pytest.fixture(scope="module")

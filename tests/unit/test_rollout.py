@@ -14,17 +14,29 @@ import numpy as np
 import pytest
 import torch
 
-from actors.chat import ChatFormat
-from actors.environments.base import TaskError
 from actors.environments.recall import RecallEnvironment, RecallSession
-from actors.protocols import EngineError, FastWeightWriter, ReceiptError, WriterError
-from actors.rollout import Rollout, RolloutRequest, WriteBatcher
-from actors.types import AdapterKey, FastWeights, Generation, Outcome, Probe, Sampling, Task, WriteExample, WriteRequest, WriteResult
+from actors.episodes.rollout import Rollout, RolloutRequest, WriteBatcher
+from actors.protocols import EngineError, FastWeightWriter, ReceiptError, TaskError, WriterError
+from actors.text.chat_template import ChatFormat
+from actors.types import (
+    AdapterKey,
+    FastWeights,
+    Generation,
+    Outcome,
+    Probe,
+    Sampling,
+    Task,
+    WriteExample,
+    WriteRequest,
+    WriteResult,
+)
 from configs.schema import MemoryConfig, RecallConfig, RolloutConfig, WriteConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}]'
-ENVIRONMENT = RecallEnvironment(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
+ENVIRONMENT = RecallEnvironment(
+    RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1)
+)
 TASK = next(ENVIRONMENT.tasks("train", 0, 0))
 MEMORY = MemoryConfig(max_context_tokens=50)
 EXAMPLE = WriteExample((1,), (2,))
@@ -41,7 +53,9 @@ Script = Callable[[Sequence[int], Sampling, AdapterKey], Generation]
 
 
 def _talk(chat: ChatFormat) -> Script:
-    return lambda prompt_ids, sampling, adapter: sampled(chat.reply(CARDS if sampling.max_tokens > 8 else "Lisbon"))
+    return lambda prompt_ids, sampling, adapter: sampled(
+        chat.reply(CARDS if sampling.max_tokens > 8 else "Lisbon")
+    )
 
 
 def _rollout(
@@ -54,7 +68,16 @@ def _rollout(
 ) -> Rollout:
     rollout = RolloutConfig(episode_timeout_s=timeout_s)
     return Rollout(
-        policy, writer, environment, chat, WriteConfig(), rollout, slots=slots, surroundings=SURROUNDINGS, basis_id="basis", worker_name="worker-0"
+        policy,
+        writer,
+        environment,
+        chat,
+        WriteConfig(),
+        rollout,
+        slots=slots,
+        surroundings=SURROUNDINGS,
+        basis_id="basis",
+        worker_name="worker-0",
     )
 
 
@@ -71,7 +94,10 @@ def test_a_group(chat: ChatFormat) -> None:
     assert [len(batch) for batch in writer.batches] == [4, 4]  # siblings write together
     assert policy.installed == {}
     copied = copy.deepcopy(group)  # goes through the pickling protocol, as on the way to the learner
-    assert copied.trajectories[0].segments[0].token_ids.tolist() == group.trajectories[0].segments[0].token_ids.tolist()
+    assert (
+        copied.trajectories[0].segments[0].token_ids.tolist()
+        == group.trajectories[0].segments[0].token_ids.tolist()
+    )
 
 
 def test_siblings_sample_with_seeds_of_their_own_that_the_group_id_does_not_change(chat: ChatFormat) -> None:
@@ -114,7 +140,12 @@ def test_an_engine_error_fails_one_episode(chat: ChatFormat) -> None:
     policy = ScriptedPolicy(_failing(EngineError("the prompt has\n 9000 tokens"), 2, chat))
     group = asyncio.run(_rollout(chat, policy, ScriptedWriter()).group(_request()))
     (failed,) = group.failed
-    assert (failed.episode_id, failed.boundary, failed.message, failed.task_id) == ("g.2", "engine", "the prompt has 9000 tokens", TASK.id)
+    assert (failed.episode_id, failed.boundary, failed.message, failed.task_id) == (
+        "g.2",
+        "engine",
+        "the prompt has 9000 tokens",
+        TASK.id,
+    )
     assert len(group.trajectories) == 3
 
 
@@ -142,7 +173,9 @@ def test_a_writer_error_fails_just_the_episodes_of_its_batch(chat: ChatFormat) -
         rollout = _rollout(chat, ScriptedPolicy(_talk(chat)), Flaky(), slots=4)
         bad = await rollout.group(_request("bad"))
         good = await rollout.group(_request("good"))
-        assert [failed.boundary for failed in bad.failed] == ["writer"] * 4 and bad.failed[0].message == "out of memory"
+        assert [failed.boundary for failed in bad.failed] == ["writer"] * 4 and bad.failed[
+            0
+        ].message == "out of memory"
         assert len(good.trajectories) == 4
 
     asyncio.run(play())
@@ -157,8 +190,12 @@ def test_an_environment_error_fails_one_episode(chat: ChatFormat) -> None:
 
     starts = iter(range(9))
     trap = Trap(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
-    group = asyncio.run(_rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=trap).group(_request()))
-    assert [(failed.boundary, failed.message) for failed in group.failed] == [("environment", "task t: field x is missing")]
+    group = asyncio.run(
+        _rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=trap).group(_request())
+    )
+    assert [(failed.boundary, failed.message) for failed in group.failed] == [
+        ("environment", "task t: field x is missing")
+    ]
 
 
 @pytest.mark.parametrize("reward", [float("nan"), float("inf")])
@@ -173,7 +210,9 @@ def test_a_reward_that_is_no_number_fails_the_episode(chat: ChatFormat, reward: 
 
     starts = iter(range(9))
     trap = Trap(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
-    group = asyncio.run(_rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=trap).group(_request()))
+    group = asyncio.run(
+        _rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=trap).group(_request())
+    )
     message = f"task {TASK.id}: the environment recall gave the reward {reward}, it must be a finite number"
     assert [(failed.boundary, failed.message) for failed in group.failed] == [("environment", message)]
     assert len(group.trajectories) == _request().group_size - 1
@@ -193,12 +232,22 @@ def _with_outcome(change: Callable[[Outcome], Outcome]) -> RecallEnvironment:
 
 def test_scores_in_numpys_numbers_are_kept_like_pythons_own(chat: ChatFormat) -> None:
     def in_numpy(outcome: Outcome) -> Outcome:
-        answers = tuple(replace(one, scores={"f1": np.float32(0.5), "em": np.bool_(False)}) for one in outcome.answers)
+        answers = tuple(
+            replace(one, scores={"f1": np.float32(0.5), "em": np.bool_(False)}) for one in outcome.answers
+        )
         return Outcome(np.float32(0.25), {"f1": np.float32(0.5), "hits": np.int64(3)}, answers)  # type: ignore[arg-type, dict-item]
 
-    group = asyncio.run(_rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=_with_outcome(in_numpy)).group(_request()))
+    group = asyncio.run(
+        _rollout(
+            chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=_with_outcome(in_numpy)
+        ).group(_request())
+    )
     outcome = group.trajectories[0].outcome
-    values = (outcome.reward, *outcome.reward_parts.values(), *(score for one in outcome.answers for score in one.scores.values()))
+    values = (
+        outcome.reward,
+        *outcome.reward_parts.values(),
+        *(score for one in outcome.answers for score in one.scores.values()),
+    )
     assert {type(value) for value in values} == {float}
     assert (outcome.reward, outcome.reward_parts) == (0.25, {"f1": 0.5, "hits": 3.0})
     assert outcome.answers[0].scores == {"f1": 0.5, "em": 0.0}
@@ -209,13 +258,25 @@ def test_scores_in_numpys_numbers_are_kept_like_pythons_own(chat: ChatFormat) ->
     [
         (lambda outcome: replace(outcome, reward="high"), "the reward as str"),
         (lambda outcome: replace(outcome, reward=torch.zeros(2)), "the reward as Tensor"),
-        (lambda outcome: replace(outcome, reward_parts={"f1": np.zeros(2000)}), "the reward part f1 as ndarray"),
+        (
+            lambda outcome: replace(outcome, reward_parts={"f1": np.zeros(2000)}),
+            "the reward part f1 as ndarray",
+        ),
         (lambda outcome: replace(outcome, reward_parts={"f1": None}), "the reward part f1 as NoneType"),
-        (lambda outcome: replace(outcome, answers=(replace(outcome.answers[0], scores={"em": "yes"}),)), "the score em as str"),
+        (
+            lambda outcome: replace(outcome, answers=(replace(outcome.answers[0], scores={"em": "yes"}),)),
+            "the score em as str",
+        ),
     ],
 )
-def test_a_score_that_is_no_number_is_named(chat: ChatFormat, change: Callable[[Outcome], Outcome], said: str) -> None:
-    group = asyncio.run(_rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=_with_outcome(change)).group(_request()))
+def test_a_score_that_is_no_number_is_named(
+    chat: ChatFormat, change: Callable[[Outcome], Outcome], said: str
+) -> None:
+    group = asyncio.run(
+        _rollout(
+            chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=_with_outcome(change)
+        ).group(_request())
+    )
     message = f"task {TASK.id}: the environment recall gave {said}, it must be one number"
     assert {(failed.boundary, failed.message) for failed in group.failed} == {("environment", message)}
 
@@ -256,33 +317,58 @@ def test_a_verdict_counts_against_no_episode_and_holds_no_slot(chat: ChatFormat)
         together.wait()
         time.sleep(1.2)
 
-    rollout = _rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), slots=1, timeout_s=1, environment=_scored_by(judge))
+    rollout = _rollout(
+        chat,
+        ScriptedPolicy(_talk(chat)),
+        ScriptedWriter(),
+        slots=1,
+        timeout_s=1,
+        environment=_scored_by(judge),
+    )
     group = asyncio.run(rollout.group(_request()))
     assert group.failed == () and len(group.trajectories) == 4
     assert all(trajectory.timings.environment > 1.2 for trajectory in group.trajectories)
 
 
-def test_a_verdict_that_does_not_come_is_not_the_engines_fault(chat: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.rollout.SCORING_S", 0.05)
+def test_a_verdict_that_does_not_come_is_not_the_engines_fault(
+    chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.episodes.rollout.SCORING_S", 0.05)
     given_up = threading.Event()
     policy = ScriptedPolicy(_talk(chat))
-    group = asyncio.run(_rollout(chat, policy, ScriptedWriter(), environment=_scored_by(lambda: _wait(given_up))).group(_request()))
+    group = asyncio.run(
+        _rollout(chat, policy, ScriptedWriter(), environment=_scored_by(lambda: _wait(given_up))).group(
+            _request()
+        )
+    )
     given_up.set()
-    assert group.trajectories == () and {failed.boundary for failed in group.failed} == {"timeout"} and policy.installed == {}
-    assert group.failed[0].message.startswith("played, but not scored after 0.05 s: waiting for the environment recall and its judge")
+    assert (
+        group.trajectories == ()
+        and {failed.boundary for failed in group.failed} == {"timeout"}
+        and policy.installed == {}
+    )
+    assert group.failed[0].message.startswith(
+        "played, but not scored after 0.05 s: waiting for the environment recall and its judge"
+    )
 
 
 def test_a_wait_that_gives_up_is_told_at_its_boundary(chat: ChatFormat) -> None:
     def gone() -> None:
         raise TimeoutError("no answer from the court")
 
-    group = asyncio.run(_rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=_scored_by(gone)).group(_request()))
+    group = asyncio.run(
+        _rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=_scored_by(gone)).group(
+            _request()
+        )
+    )
     assert {(failed.boundary, failed.message) for failed in group.failed} == {
         ("environment", "a wait inside the episode timed out: no answer from the court")
     }
     policy = ScriptedPolicy(_failing(TimeoutError("no reply"), 0, chat))
     group = asyncio.run(_rollout(chat, policy, ScriptedWriter()).group(_request()))
-    assert [(failed.boundary, failed.message) for failed in group.failed] == [("engine", "a wait inside the episode timed out: no reply")]
+    assert [(failed.boundary, failed.message) for failed in group.failed] == [
+        ("engine", "a wait inside the episode timed out: no reply")
+    ]
 
 
 def _wait(event: threading.Event) -> None:
@@ -323,9 +409,14 @@ def test_what_comes_in_during_a_write_is_the_next_batch() -> None:
         later[0].cancel()  # gives up before its batch starts
         writer.gate.set()
         results = await asyncio.gather(first, *later[1:])
-        assert [[request.episode_id for request in batch] for batch in writer.batches] == [["e0"], ["e2", "e3", "e4", "e5"]]
+        assert [[request.episode_id for request in batch] for batch in writer.batches] == [
+            ["e0"],
+            ["e2", "e3", "e4", "e5"],
+        ]
         assert all(result.weights.revision == 1 for result in results)
-        assert (await batcher.write(requests[1])).outcome == "accepted"  # and it starts again after being idle
+        assert (
+            await batcher.write(requests[1])
+        ).outcome == "accepted"  # and it starts again after being idle
 
     asyncio.run(play())
 
@@ -335,7 +426,10 @@ def test_giving_up_during_a_write_does_not_disturb_the_batch() -> None:
         writer = ScriptedWriter()
         batcher = WriteBatcher(writer)
         writer.gate.clear()
-        tasks = [asyncio.create_task(batcher.write(WriteRequest(f"e{i}", FastWeights("basis", 0, {}), (EXAMPLE,)))) for i in range(2)]
+        tasks = [
+            asyncio.create_task(batcher.write(WriteRequest(f"e{i}", FastWeights("basis", 0, {}), (EXAMPLE,))))
+            for i in range(2)
+        ]
         await asyncio.sleep(0.02)
         tasks[0].cancel()
         writer.gate.set()

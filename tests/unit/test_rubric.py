@@ -16,17 +16,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.chat import ChatFormat
 from actors.environments import rubric_rules
-from actors.environments.base import TaskError
 from actors.environments.build import build_environment
+from actors.environments.judge.judge import JudgeCost, Verdict
 from actors.environments.rubric import RubricEnvironment, RubricSession, final_answer, split_request
 from actors.environments.rubric_file import read_rubric_items
 from actors.environments.rubric_rules import RuleChecker, RuleError, parse_rule
-from actors.judge import JudgeCost, Verdict
-from actors.rollout import Rollout, RolloutRequest
+from actors.episodes.rollout import Rollout, RolloutRequest
+from actors.protocols import TaskError
+from actors.text.chat_template import ChatFormat
 from actors.types import Task
-from configs.schema import EmbedderConfig, EnvironmentConfig, JudgeConfig, MemoryConfig, RolloutConfig, RubricConfig, WriteConfig
+from configs.schema import (
+    EmbedderConfig,
+    EnvironmentConfig,
+    JudgeConfig,
+    MemoryConfig,
+    RolloutConfig,
+    RubricConfig,
+    WriteConfig,
+)
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
 SAMPLE = Path(__file__).parents[1] / "data" / "rubric_sample.jsonl"
@@ -74,8 +82,14 @@ def _file(folder: Path, items: Sequence[object]) -> Path:
 def test_messages_are_read_in_order_and_the_last_is_asked() -> None:
     told, session = _play(_environment(), "tarn-nested", "")
     assert [text.splitlines()[0] for text in told] == ["[Instructions]", "[User]", "[Assistant]"]
-    assert told[0].startswith("[Instructions]\nYou are the referee of Tarn") and told[2] == "[Assistant]\nI know the rules. What is the question?"
-    assert session.question == "What is a heron on a reed field called, and may it be taken? Begin with the word for it."
+    assert (
+        told[0].startswith("[Instructions]\nYou are the referee of Tarn")
+        and told[2] == "[Assistant]\nI know the rules. What is the question?"
+    )
+    assert (
+        session.question
+        == "What is a heron on a reed field called, and may it be taken? Begin with the word for it."
+    )
 
 
 def test_a_long_last_message_is_read_but_for_its_end(tmp_path: Path) -> None:
@@ -86,7 +100,10 @@ def test_a_long_last_message_is_read_but_for_its_end(tmp_path: Path) -> None:
     assert session.question.startswith("Rule ") and session.question.endswith("\n\nHow many points is that?")
     assert 1000 <= len(session.question) <= 2000
     assert told[-1].startswith("[User]\nRule 0: ")
-    assert f"{told[-1].removeprefix('[User]')} {session.question}".split() == items[0]["messages"][-1]["content"].split()
+    assert (
+        f"{told[-1].removeprefix('[User]')} {session.question}".split()
+        == items[0]["messages"][-1]["content"].split()
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -103,13 +120,20 @@ def test_all_rubrics_met_is_1_and_anything_less_0(item: str) -> None:
     outcome = session.outcome()
     assert outcome.reward == 1.0
     assert outcome.answers[0].scores == {"f1": 1.0, "em": 1.0, "solved": 1.0, "rubrics_met": 1.0}
-    assert outcome.answers[0].gold == tuple(next(line["rubrics"] for line in _lines() if line["metadata"]["task_id"] == item))
+    assert outcome.answers[0].gold == tuple(
+        next(line["rubrics"] for line in _lines() if line["metadata"]["task_id"] == item)
+    )
 
 
 def test_a_share_of_the_rubrics_is_told_and_not_rewarded() -> None:
     _, session = _play(_environment(), "ferry-steps", "First the stern gate, then the tank B.")
     outcome = session.outcome()
-    assert outcome.reward == 0.0 and outcome.answers[0].scores == {"f1": 0.0, "em": 0.0, "solved": 0.0, "rubrics_met": 0.75}
+    assert outcome.reward == 0.0 and outcome.answers[0].scores == {
+        "f1": 0.0,
+        "em": 0.0,
+        "solved": 0.0,
+        "rubrics_met": 0.75,
+    }
     assert outcome.answers[0].category == "Procedural Task Execution"
 
 
@@ -118,7 +142,11 @@ def test_an_empty_answer_is_0_also_where_a_rule_would_be_met_and_no_judge_is_ask
     for environment in (_environment(), _environment(checker="judge", judge=NOBODY)):
         _, session = _play(environment, "tarn-points", answer)
         outcome = session.outcome()
-        assert outcome.reward == 0.0 and outcome.answers[0].scores["rubrics_met"] == 0.0 and outcome.reward_parts["judge_requests"] == 0.0
+        assert (
+            outcome.reward == 0.0
+            and outcome.answers[0].scores["rubrics_met"] == 0.0
+            and outcome.reward_parts["judge_requests"] == 0.0
+        )
 
 
 def test_an_unanswered_item_scores_0() -> None:
@@ -126,10 +154,17 @@ def test_an_unanswered_item_scores_0() -> None:
 
 
 def test_thoughts_before_the_answer_do_not_count() -> None:
-    assert final_answer("<think>\nsix?\n</think>\n\n7 points") == "7 points" and final_answer("a </think> b") == "a </think> b"
-    _, session = _play(_environment(), "tarn-points", "<think>two nested and one other, so let me add</think>7 points")
+    assert (
+        final_answer("<think>\nsix?\n</think>\n\n7 points") == "7 points"
+        and final_answer("a </think> b") == "a </think> b"
+    )
+    _, session = _play(
+        _environment(), "tarn-points", "<think>two nested and one other, so let me add</think>7 points"
+    )
     outcome = session.outcome()
-    assert outcome.reward == 1.0 and outcome.answers[0].prediction.startswith("<think>")  # what was said stays to be seen
+    assert outcome.reward == 1.0 and outcome.answers[0].prediction.startswith(
+        "<think>"
+    )  # what was said stays to be seen
 
 
 class _ScriptedJudge:
@@ -168,13 +203,27 @@ def test_a_judge_that_cannot_be_reached_fails_the_episode_and_rewards_nothing(ti
     chat = ChatFormat(tokenizer)
     environment = _environment(checker="judge", judge=NOBODY)
     policy = ScriptedPolicy(lambda ids, sampling, adapter: sampled(tokenizer.encode("7 points")))
-    rollout = Rollout(policy, ScriptedWriter(), environment, chat, WriteConfig(), RolloutConfig(), 4, SURROUNDINGS, "basis", "w0")
+    rollout = Rollout(
+        policy,
+        ScriptedWriter(),
+        environment,
+        chat,
+        WriteConfig(),
+        RolloutConfig(),
+        4,
+        SURROUNDINGS,
+        "basis",
+        "w0",
+    )
     task = next(environment.tasks("train", 0, 0))
     memory = MemoryConfig(policy="truncation")
     group = asyncio.run(rollout.group(RolloutRequest(task, "g", 2, memory, 1.0, 8, 0)))
     assert group.trajectories == () and [failed.boundary for failed in group.failed] == ["environment"] * 2
     message = group.failed[0].message
-    assert message.startswith(f"task {task.id}: the judge m at http://127.0.0.1:9/v1 is unreachable") and "environment.rubric.judge.url" in message
+    assert (
+        message.startswith(f"task {task.id}: the judge m at http://127.0.0.1:9/v1 is unreachable")
+        and "environment.rubric.judge.url" in message
+    )
 
 
 # --- tasks ----------------------------------------------------------------------------------------------------------------------------------------
@@ -183,7 +232,9 @@ def test_a_judge_that_cannot_be_reached_fails_the_episode_and_rewards_nothing(ti
 def test_splits_keep_a_context_together_and_cover_all_items() -> None:
     environment = _environment(eval_fraction=0.4)
     held_out = [task.payload["item"] for task in environment.tasks("eval", 0, 0)]
-    train = [task.payload["item"] for task in itertools.islice(environment.tasks("train", 0, 0), 4 - len(held_out))]
+    train = [
+        task.payload["item"] for task in itertools.islice(environment.tasks("train", 0, 0), 4 - len(held_out))
+    ]
     assert sorted([*held_out, *train]) == sorted(GOOD)
     assert {item.split("-")[0] for item in held_out}.isdisjoint(item.split("-")[0] for item in train)
 
@@ -199,7 +250,9 @@ def test_train_is_endless_in_new_orders_and_position_and_seed_alone_determine_a_
 
 def test_the_order_of_the_file_changes_no_split(tmp_path: Path) -> None:
     other = _environment(_file(tmp_path, _lines()[::-1]))
-    assert {task.payload["item"] for task in other.tasks("eval", 0, 0)} == {task.payload["item"] for task in _environment().tasks("eval", 0, 0)}
+    assert {task.payload["item"] for task in other.tasks("eval", 0, 0)} == {
+        task.payload["item"] for task in _environment().tasks("eval", 0, 0)
+    }
 
 
 def test_a_task_from_another_file_is_refused() -> None:
@@ -248,24 +301,50 @@ def _with(value: Any, *keys: Any) -> Callable[[Any], None]:
     [
         (_with(3, 0), "line 1: expected an object, got 3"),
         (_with({}, 1), "line 2, messages: expected a list, got nothing"),
-        (_with([], 0, "messages"), "line 1, messages: expected at least one message, the last one of the user"),
+        (
+            _with([], 0, "messages"),
+            "line 1, messages: expected at least one message, the last one of the user",
+        ),
         (_with("hi", 0, "messages", 0), r"messages\[0\]: expected an object, got 'hi'"),
-        (_with("tool", 0, "messages", 0, "role"), r"messages\[0\].role: expected one of system, user, assistant, got 'tool'"),
-        (_with(["user"], 0, "messages", 0, "role"), r"messages\[0\].role: expected one of system, user, assistant, got a list"),
+        (
+            _with("tool", 0, "messages", 0, "role"),
+            r"messages\[0\].role: expected one of system, user, assistant, got 'tool'",
+        ),
+        (
+            _with(["user"], 0, "messages", 0, "role"),
+            r"messages\[0\].role: expected one of system, user, assistant, got a list",
+        ),
         (_with(None, 0, "messages", 0, "content"), r"messages\[0\].content: expected a text, got null"),
-        (_with(" ", 0, "messages", 1, "content"), "line 1, messages: expected at least one message, the last one of the user"),
-        (_with("assistant", 0, "messages", 1, "role"), "line 1, messages: expected at least one message, the last one of the user"),
+        (
+            _with(" ", 0, "messages", 1, "content"),
+            "line 1, messages: expected at least one message, the last one of the user",
+        ),
+        (
+            _with("assistant", 0, "messages", 1, "role"),
+            "line 1, messages: expected at least one message, the last one of the user",
+        ),
         (_with("be good", 2, "rubrics"), "line 3, rubrics: expected a list, got 'be good'"),
         (_with([], 2, "rubrics"), "line 3, rubrics: expected at least one rubric, got a list"),
         (_with("", 2, "rubrics", 1), r"line 3, rubrics\[1\]: expected a text, got ''"),
         (_with(["x"], 0, "metadata"), "line 1, metadata: expected an object, got a list"),
         (_with(["x"], 0, "metadata", "task_id"), "metadata.task_id: expected a text or a number, got a list"),
-        (_with("tarn-nested", 2, "metadata", "task_id"), "line 3: metadata.task_id 'tarn-nested' stands in line 2 already"),
-        (_with("It is correct.", 3, "rubrics", 1), r"line 4, rubrics\[1\]: 'It is correct.' is no rule; one of: contains: TEXT, .*checker=judge"),
-        (_with("matches: (a", 3, "rubrics", 0), r"line 4, rubrics\[0\]: 'matches: \(a' has a regular expression that does not compile"),
+        (
+            _with("tarn-nested", 2, "metadata", "task_id"),
+            "line 3: metadata.task_id 'tarn-nested' stands in line 2 already",
+        ),
+        (
+            _with("It is correct.", 3, "rubrics", 1),
+            r"line 4, rubrics\[1\]: 'It is correct.' is no rule; one of: contains: TEXT, .*checker=judge",
+        ),
+        (
+            _with("matches: (a", 3, "rubrics", 0),
+            r"line 4, rubrics\[0\]: 'matches: \(a' has a regular expression that does not compile",
+        ),
     ],
 )
-def test_a_malformed_file_gives_line_field_and_expectation(tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
+def test_a_malformed_file_gives_line_field_and_expectation(
+    tmp_path: Path, change: Callable[[Any], None], message: str
+) -> None:
     items = copy.deepcopy(_lines())
     change(items)
     _refused(_file(tmp_path, items), message)
@@ -273,7 +352,12 @@ def test_a_malformed_file_gives_line_field_and_expectation(tmp_path: Path, chang
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b'{"messages": [}', "line 1: not JSON at column 15"), (b"", "it has no items"), (b"\n \n", "it has no items"), (b"[\xff]", "not UTF-8")],
+    [
+        (b'{"messages": [}', "line 1: not JSON at column 15"),
+        (b"", "it has no items"),
+        (b"\n \n", "it has no items"),
+        (b"[\xff]", "not UTF-8"),
+    ],
 )
 def test_a_file_that_is_something_else(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "other.jsonl"
@@ -319,12 +403,18 @@ def test_rubrics_in_prose_are_for_a_judge(tmp_path: Path) -> None:
         ("At least 1 word", ["one"], ["", " "]),
         ("exactly 2 lines", ["a\n\nb\n"], ["a", "a\nb\nc"]),
         ("at most 4 characters", [" 1234 "], ["12345"]),
-        ("valid JSON", ['{"a": [1, null]}', "7", ' "x" '], ["", "{a: 1}", "NaN", "[1] [2]", "[" * 100_000, "1" * 5000]),
+        (
+            "valid JSON",
+            ['{"a": [1, null]}', "7", ' "x" '],
+            ["", "{a: 1}", "NaN", "[1] [2]", "[" * 100_000, "1" * 5000],
+        ),
     ],
 )
 def test_rules(rubric: str, met: list[str], not_met: list[str]) -> None:
     rule = parse_rule(rubric)
-    assert [answer for answer in met if not rule(answer)] == [] and [answer for answer in not_met if rule(answer)] == []
+    assert [answer for answer in met if not rule(answer)] == [] and [
+        answer for answer in not_met if rule(answer)
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -351,10 +441,15 @@ def test_what_is_no_rule_says_why(rubric: str) -> None:
     assert len(str(error.value)) > 10 and "\n" not in str(error.value)
 
 
-def test_a_regular_expression_that_takes_forever_is_stopped_and_fails_the_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_regular_expression_that_takes_forever_is_stopped_and_fails_the_episode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(rubric_rules, "_REGEX_SECONDS", 0.1)
     started = time.monotonic()
-    with pytest.raises(TaskError, match=r"rubrics\[1\] 'matches: \(a\|aa\)\+\$' has a regular expression that was not done after 0.1 s"):
+    with pytest.raises(
+        TaskError,
+        match=r"rubrics\[1\] 'matches: \(a\|aa\)\+\$' has a regular expression that was not done after 0.1 s",
+    ):
         RuleChecker().verdict("q", "a" * 60 + "!", ["at least 1 word", "matches: (a|aa)+$"])
     assert time.monotonic() - started < 20
 
@@ -368,4 +463,6 @@ def test_a_rule_and_its_negation_disagree(answer: str, text: str) -> None:
         except RuleError:
             continue
         assert rule(answer) != negated(answer)
-    assert parse_rule(f"contains: {text}")(f"{answer} {text} {answer}") and parse_rule(f"starts with: {text}")(f"{text} {answer}")
+    assert parse_rule(f"contains: {text}")(f"{answer} {text} {answer}") and parse_rule(
+        f"starts with: {text}"
+    )(f"{text} {answer}")

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster import run
-from cluster.checkpoint import START, TrainState
+from cluster.runs.checkpoint import START, TrainState
+from cluster.train import run
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, rl_steps: int) -> list[tuple[str, int]]:

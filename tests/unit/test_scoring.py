@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.scoring import mem1_em, mem1_f1, official_f1, plain_em, plain_f1, says_not_mentioned
+from actors.environments.scoring import mem1_em, mem1_f1, official_f1, plain_em, plain_f1, says_not_mentioned
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,22 @@ def test_unknown_category_is_refused() -> None:
         official_f1("a", "a", 6)
 
 
-_WORDS = ("cat", "cats", "the", "and", "A", "Zürich", "7", "1,000", ",", ";", "...", "not mentioned", "a\u0301", "東京")
+_WORDS = (
+    "cat",
+    "cats",
+    "the",
+    "and",
+    "A",
+    "Zürich",
+    "7",
+    "1,000",
+    ",",
+    ";",
+    "...",
+    "not mentioned",
+    "a\u0301",
+    "東京",
+)
 _ANSWERS = st.one_of(st.text(max_size=30), st.lists(st.sampled_from(_WORDS), max_size=8).map(" ".join))
 
 
@@ -222,7 +237,10 @@ def test_every_score_is_between_0_and_1(prediction: str, gold: str, category: in
 def test_overlap_is_symmetric_where_no_side_is_cut(one: str, other: str) -> None:
     assert plain_f1(one, other) == pytest.approx(plain_f1(other, one))
     assert plain_em(one, other) == plain_em(other, one)
-    assert (mem1_f1(one, other), mem1_em(one, other)) == (pytest.approx(mem1_f1(other, one)), mem1_em(other, one))
+    assert (mem1_f1(one, other), mem1_em(one, other)) == (
+        pytest.approx(mem1_f1(other, one)),
+        mem1_em(other, one),
+    )
     for category in (2, 4):
         assert official_f1(one, other, category) == pytest.approx(official_f1(other, one, category))
 
@@ -255,7 +273,10 @@ def test_the_official_categories_differ_only_in_what_they_cut(prediction: str, g
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from(["cat", "red dog", "Zürich", "7 May", "swimming"]), min_size=1, unique=True), st.randoms())
+@given(
+    st.lists(st.sampled_from(["cat", "red dog", "Zürich", "7 May", "swimming"]), min_size=1, unique=True),
+    st.randoms(),
+)
 def test_category_1_takes_the_parts_in_any_order(parts: list[str], rng: random.Random) -> None:
     shuffled = rng.sample(parts, len(parts))
     assert official_f1(", ".join(shuffled), ", ".join(parts), 1) == pytest.approx(1.0)

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from actors.embedder import load_embedder
-from actors.environments.base import TaskError, prepare
+from actors.environments.base import prepare
 from actors.environments.build import build_environment
 from actors.environments.search import SearchEnvironment, SearchSession
 from actors.environments.search_file import read_corpus, read_questions
-from actors.retrieval import Embedder
+from actors.protocols import TaskError
+from actors.text.embedder import load_embedder
+from actors.text.retrieval import Embedder
 from actors.types import Outcome, Task
 from configs.schema import EmbedderConfig, EnvironmentConfig, SearchConfig
 
@@ -56,7 +57,10 @@ def _ended(session: SearchSession, *replies: str) -> Outcome:
 
 def test_a_turn_says_what_is_asked_and_how_to_reply() -> None:
     session = _session(0, 3)
-    assert session.question == "In which town was the painter of Grey Harbour born?; How many arches does the bridge at Orsa have?"
+    assert (
+        session.question
+        == "In which town was the painter of Grey Harbour born?; How many arches does the bridge at Orsa have?"
+    )
     assert _turn(session) == (
         f"Questions: {session.question}\nTurns left: 10. Reply with <search>...</search> or <answer>...; ...</answer> with 2 answers."
     )
@@ -64,7 +68,9 @@ def test_a_turn_says_what_is_asked_and_how_to_reply() -> None:
 
 def test_a_search_comes_back_with_passages_and_again_with_all_that_is_needed_to_go_on() -> None:
     session = _session(0, 3, results=2)
-    session.act("I look it up. <search>painter of Grey Harbour</search> and then <answer>too early; 1</answer>")
+    session.act(
+        "I look it up. <search>painter of Grey Harbour</search> and then <answer>too early; 1</answer>"
+    )
     lines = _turn(session).splitlines()
     assert lines[0] == "Passages found for: painter of Grey Harbour"
     assert lines[1] == "[1] Grey Harbour: Grey Harbour is a painting by Ida Holm. It shows boats in winter."
@@ -77,22 +83,38 @@ def test_a_search_comes_back_with_passages_and_again_with_all_that_is_needed_to_
 def test_the_last_turn_says_so_and_an_episode_without_an_answer_scores_0() -> None:
     session = _session(0, 3, max_turns=2)
     session.act("<search>Orsa</search>")
-    assert _turn(session).splitlines()[-1] == "Turns left: 1. This is the last turn: reply with <answer>...; ...</answer> with 2 answers."
+    assert (
+        _turn(session).splitlines()[-1]
+        == "Turns left: 1. This is the last turn: reply with <answer>...; ...</answer> with 2 answers."
+    )
     outcome = _ended(session, "<search>Skagnes</search>")
     assert outcome.reward == 0 and [answer.prediction for answer in outcome.answers] == ["", ""]
     scores = {"f1": 0, "em": 0, "official_f1": 0, "official_em": 0}
-    assert outcome.reward_parts == scores | {"count_mismatch": 0, "unanswered": 1, "searches": 2, "malformed": 0}
+    assert outcome.reward_parts == scores | {
+        "count_mismatch": 0,
+        "unanswered": 1,
+        "searches": 2,
+        "malformed": 0,
+    }
 
 
-@pytest.mark.parametrize("reply", ["", "Skagnes; 7", "<search>Orsa", "<answer>Skagnes; 7", "<search> </search>", "<search>Orsa</answer>"])
+@pytest.mark.parametrize(
+    "reply",
+    ["", "Skagnes; 7", "<search>Orsa", "<answer>Skagnes; 7", "<search> </search>", "<search>Orsa</answer>"],
+)
 def test_a_reply_in_neither_form_is_told_so_counted_and_takes_a_turn(reply: str) -> None:
     session = _session(0, 3, max_turns=3)
     session.act(reply)
     text = _turn(session)
-    assert text.startswith("Your last reply was neither a search nor an answer in the form that is asked for.\n\nQuestions: ")
+    assert text.startswith(
+        "Your last reply was neither a search nor an answer in the form that is asked for.\n\nQuestions: "
+    )
     assert "Turns left: 2. Reply with <search>" in text
     outcome = _ended(session, "<answer>Skagnes; 7</answer>")
-    assert outcome.reward == 1 and (outcome.reward_parts["malformed"], outcome.reward_parts["searches"]) == (1, 0)
+    assert outcome.reward == 1 and (outcome.reward_parts["malformed"], outcome.reward_parts["searches"]) == (
+        1,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,8 +131,14 @@ def test_the_score_is_the_mean_over_positions(answer: str, f1: list[float], em: 
     outcome = _ended(_session(0, 3), f"<answer>{answer}</answer>")
     assert [scored.scores["f1"] for scored in outcome.answers] == pytest.approx(f1)
     assert [scored.scores["em"] for scored in outcome.answers] == em
-    assert outcome.reward == outcome.reward_parts["f1"] == pytest.approx(sum(f1) / 2) and outcome.reward_parts["em"] == sum(em) / 2
-    assert [(scored.gold, scored.category) for scored in outcome.answers] == [(("Skagnes",), "bridge"), (("7",), "bridge")]
+    assert (
+        outcome.reward == outcome.reward_parts["f1"] == pytest.approx(sum(f1) / 2)
+        and outcome.reward_parts["em"] == sum(em) / 2
+    )
+    assert [(scored.gold, scored.category) for scored in outcome.answers] == [
+        (("Skagnes",), "bridge"),
+        (("7",), "bridge"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -120,14 +148,27 @@ def test_the_score_is_the_mean_over_positions(answer: str, f1: list[float], em: 
         (["<answer>; the New York</answer>"], [0, 0.8], [0, 0]),
         (["<answer>?; New York, New York</answer>"], [0, 1], [0, 1]),
         (["<answer>Jay-Z</answer>"], [0, 0], [0, 0]),
-        (["<think>as <answer>x</answer></think><answer>Jay-Z; York</answer>"], [1, 2 / 3], [1, 0]),  # the last one; Engram takes the first
-        (["<search>a</search><answer>Jay-Z; Rome</answer>", "<search>b</search>"], [1, 0], [1, 0]),  # Engram takes the search
+        (
+            ["<think>as <answer>x</answer></think><answer>Jay-Z; York</answer>"],
+            [1, 2 / 3],
+            [1, 0],
+        ),  # the last one; Engram takes the first
+        (
+            ["<search>a</search><answer>Jay-Z; Rome</answer>", "<search>b</search>"],
+            [1, 0],
+            [1, 0],
+        ),  # Engram takes the search
         (["<answer>Jay-Z", "<answer>Jay-Z; New York</answer>"], [0, 0], [0, 0]),  # one stays open
         (["</answer>Jay-Z; New York<answer>", "<search>b</search>"], [0, 0], [0, 0]),
     ],
 )
-def test_the_scores_of_mem1s_own_evaluation_stand_beside_the_plain_ones(tmp_path: Path, replies: list[str], f1: list[float], em: list[float]) -> None:
-    path = _questions(tmp_path, lambda items: (items[0].update(answer="Jay-Z"), items[3].update(answer="New York, New York")))
+def test_the_scores_of_mem1s_own_evaluation_stand_beside_the_plain_ones(
+    tmp_path: Path, replies: list[str], f1: list[float], em: list[float]
+) -> None:
+    path = _questions(
+        tmp_path,
+        lambda items: (items[0].update(answer="Jay-Z"), items[3].update(answer="New York, New York")),
+    )
     outcome = _ended(_session(0, 3, questions_path=str(path), max_turns=len(replies)), *replies)
     assert [answer.scores["official_f1"] for answer in outcome.answers] == pytest.approx(f1)
     assert [answer.scores["official_em"] for answer in outcome.answers] == em
@@ -138,13 +179,18 @@ def test_the_scores_of_mem1s_own_evaluation_stand_beside_the_plain_ones(tmp_path
 @pytest.mark.parametrize("answer", ["Skagnes", "Skagnes; 7; 7", "Skagnes; 7;", ""])
 def test_another_number_of_answers_than_questions_scores_0(answer: str) -> None:
     outcome = _ended(_session(0, 3), f"<answer>{answer}</answer>")
-    assert outcome.reward == 0 and (outcome.reward_parts["count_mismatch"], outcome.reward_parts["unanswered"]) == (1, 0)
+    assert outcome.reward == 0 and (
+        outcome.reward_parts["count_mismatch"],
+        outcome.reward_parts["unanswered"],
+    ) == (1, 0)
     assert [scored.prediction for scored in outcome.answers] == [answer, answer]
 
 
 def test_one_question_is_a_task_too() -> None:
     session = _session(4, objectives=1)
-    assert "Question: Are Ida Holm" in _turn(session) and "<answer>...</answer> with 1 answer." in _turn(session)
+    assert "Question: Are Ida Holm" in _turn(session) and "<answer>...</answer> with 1 answer." in _turn(
+        session
+    )
     assert _ended(session, "<answer>No</answer>").reward == 1
 
 
@@ -167,7 +213,10 @@ def test_tasks_are_consecutive_questions_of_one_side_and_the_sides_are_disjoint(
 def test_a_question_keeps_its_side_when_the_file_is_reordered_or_read_as_lines(tmp_path: Path) -> None:
     items = json.loads(QUESTIONS.read_text())
     path = tmp_path / "questions.jsonl"
-    lines = [{"id": item["_id"], "question": item["question"], "answer": [item["answer"], "nothing"]} for item in reversed(items)]
+    lines = [
+        {"id": item["_id"], "question": item["question"], "answer": [item["answer"], "nothing"]}
+        for item in reversed(items)
+    ]
     path.write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
 
     def asked(environment: SearchEnvironment) -> set[str]:
@@ -187,7 +236,11 @@ def test_position_and_seed_alone_determine_a_task() -> None:
 def test_a_long_text_becomes_passages_under_one_title(tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     sentences = [f"Sentence {number} says a little about the sea." for number in range(80)]
-    path.write_text(json.dumps({"title": "Sea", "text": " ".join(sentences)}) + "\n" + json.dumps({"title": "Land", "text": "Dry."}))
+    path.write_text(
+        json.dumps({"title": "Sea", "text": " ".join(sentences)})
+        + "\n"
+        + json.dumps({"title": "Land", "text": "Dry."})
+    )
     passages = read_corpus(str(path))
     assert len(passages) > 3 and all(len(passage.text) <= 1000 for passage in passages)
     assert [passage.title for passage in passages] == ["Sea"] * (len(passages) - 1) + ["Land"]
@@ -196,7 +249,10 @@ def test_a_long_text_becomes_passages_under_one_title(tmp_path: Path) -> None:
 
 def test_search_by_meaning_finds_what_shares_no_word() -> None:
     config = EnvironmentConfig(
-        name="search", search=SearchConfig(questions_path=str(QUESTIONS), corpus_path=str(CORPUS), objectives=1, results=1, retriever="dense")
+        name="search",
+        search=SearchConfig(
+            questions_path=str(QUESTIONS), corpus_path=str(CORPUS), objectives=1, results=1, retriever="dense"
+        ),
     )
     environment = build_environment(config, EmbedderConfig())
     session = environment.start(Task("t", "search", {"questions": [8]}, 0))
@@ -231,10 +287,19 @@ def test_a_corpus_is_embedded_by_prepare_and_by_no_episode() -> None:
         (lambda items: items.__setitem__(2, "x"), "item 2: expected an object, got 'x'"),
         (lambda items: items[2].pop("question"), "item 2, question: expected a text, got nothing"),
         (lambda items: items[2].pop("answer"), "item 2, answer: expected a text or a number, got nothing"),
-        (lambda items: items[2].update(answer=[]), "item 2, answer: expected at least one answer, got a list"),
-        (lambda items: items[2].update(answer=["a", None]), r"item 2, answer\[1\]: expected a text or a number, got null"),
+        (
+            lambda items: items[2].update(answer=[]),
+            "item 2, answer: expected at least one answer, got a list",
+        ),
+        (
+            lambda items: items[2].update(answer=["a", None]),
+            r"item 2, answer\[1\]: expected a text or a number, got null",
+        ),
         (lambda items: items[2].update(type=3), "item 2, type: expected a text, got 3"),
-        (lambda items: items.__delitem__(slice(3, 9)), "questions are for .*, and a task takes environment.search.objectives=2: lower it"),
+        (
+            lambda items: items.__delitem__(slice(3, 9)),
+            "questions are for .*, and a task takes environment.search.objectives=2: lower it",
+        ),
         (lambda items: items.clear(), "0 of its 0 questions are for train"),
     ],
 )
@@ -250,7 +315,11 @@ def test_a_malformed_file_of_questions(tmp_path: Path, change: Callable[[Any], o
         ("c.json", '{"Sea": 3}', "title 'Sea': expected a text, got 3"),
         ("c.json", '{"Sea": ["a", 3]}', r"title 'Sea', \[1\]: expected a text, got 3"),
         ("c.json", '{"title": "a"}\n{"title": "b"}', r"not JSON at line 2 column 1"),
-        ("c.jsonl", '{"title": "a", "text": "b"}\n\n{"title": "b"}', "line 3, text: expected a text, got nothing"),
+        (
+            "c.jsonl",
+            '{"title": "a", "text": "b"}\n\n{"title": "b"}',
+            "line 3, text: expected a text, got nothing",
+        ),
         ("c.jsonl", '{"title": "a", "text": "b"}\n{"title', "line 2: not JSON at column 2"),
     ],
 )
@@ -261,7 +330,8 @@ def test_a_malformed_corpus(tmp_path: Path, name: str, content: str, message: st
 
 def test_a_missing_file(tmp_path: Path) -> None:
     _refused(
-        r"none.json: cannot be read \(No such file or directory\): give environment.search.questions_path", questions_path=str(tmp_path / "none.json")
+        r"none.json: cannot be read \(No such file or directory\): give environment.search.questions_path",
+        questions_path=str(tmp_path / "none.json"),
     )
     _refused("environment.search.corpus_path is empty: give the path of a file of passages", corpus_path="")
 
@@ -273,12 +343,16 @@ def test_a_task_from_another_file_is_refused() -> None:
 
 
 def test_real_questions(hotpotqa_path: Path) -> None:
-    paths = {"questions_path": str(hotpotqa_path / "questions.json"), "corpus_path": str(hotpotqa_path / "corpus.json")}
+    paths = {
+        "questions_path": str(hotpotqa_path / "questions.json"),
+        "corpus_path": str(hotpotqa_path / "corpus.json"),
+    }
     environment = _environment(**paths, objectives=4)
     tasks = list(environment.tasks("eval", 0, 0))
     assert len(tasks) > 10
     gold = {
-        item["question"].strip(): {title for title, _ in item["supporting_facts"]} for item in json.loads(Path(paths["questions_path"]).read_text())
+        item["question"].strip(): {title for title, _ in item["supporting_facts"]}
+        for item in json.loads(Path(paths["questions_path"]).read_text())
     }
     found = wanted = 0
     for task in tasks:
@@ -289,7 +363,9 @@ def test_real_questions(hotpotqa_path: Path) -> None:
             found, wanted = found + len(gold[question.text] & shown), wanted + len(gold[question.text])
         session.act(f"<answer>{'; '.join(question.answers[0] for question in session._questions)}</answer>")
         assert session.outcome().reward_parts["em"] == 1
-    assert found / wanted > 0.5  # asking the index the question itself finds most of the passages that answer it
+    assert (
+        found / wanted > 0.5
+    )  # asking the index the question itself finds most of the passages that answer it
 
 
 def _questions(tmp_path: Path, change: Callable[[Any], object]) -> Path:

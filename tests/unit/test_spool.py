@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.spool import Batch, Record, Spool
+from cluster.tracking.outbox import Batch, Record, Spool
 
 
 @pytest.fixture
@@ -19,7 +19,12 @@ def path(tmp_path: Path) -> Path:
 
 
 def point(step: int) -> Record:
-    return {"kind": "metrics", "time": 1000 + step, "step": step, "metrics": {"reward/mean": step / 10, "learner/loss": 1.0}}
+    return {
+        "kind": "metrics",
+        "time": 1000 + step,
+        "step": step,
+        "metrics": {"reward/mean": step / 10, "learner/loss": 1.0},
+    }
 
 
 def oldest(spool: Spool, most: int = 1000) -> Batch:
@@ -39,7 +44,14 @@ def taken(spool: Spool) -> list[Record]:
 
 def test_batches_keep_the_order_and_hold_one_kind(path: Path) -> None:
     spool = Spool(path)
-    records: list[Record] = [point(1), point(2), point(3), {"kind": "artifact", "path": "a"}, {"kind": "artifact", "path": "b"}, point(4)]
+    records: list[Record] = [
+        point(1),
+        point(2),
+        point(3),
+        {"kind": "artifact", "path": "a"},
+        {"kind": "artifact", "path": "b"},
+        point(4),
+    ]
     for record in records:
         spool.append(record)
     sizes = []
@@ -89,11 +101,20 @@ def test_only_what_was_attempted_is_in_doubt(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [b"", b"garbage\n", b'{"sent": "x"}\n', b'{"sent": 99999                }\n', b'{"sent": -1                   }\n']
+    "header",
+    [
+        b"",
+        b"garbage\n",
+        b'{"sent": "x"}\n',
+        b'{"sent": 99999                }\n',
+        b'{"sent": -1                   }\n',
+    ],
 )
 def test_a_damaged_file_is_never_a_crash(path: Path, header: bytes) -> None:
     path.parent.mkdir()
-    path.write_bytes(header.ljust(32) + b'not json\n[1]\n{"kind":"metrics"}\n{"kind":"strange"}\n' if header else b"")
+    path.write_bytes(
+        header.ljust(32) + b'not json\n[1]\n{"kind":"metrics"}\n{"kind":"strange"}\n' if header else b""
+    )
     spool = Spool(path)
     spool.append(point(1))
     assert taken(spool)[-1] == point(1)

@@ -10,16 +10,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import StreamError, WorkerLost
-from cluster.lanes import FinishedGroup, Lane, Openings
-from cluster.ledger import MOST_LOSSES, Ledger, LedgerSnapshot
-from cluster.stream import GroupStream, StreamPlan, may_issue
+from cluster.common.errors import StreamError, WorkerLost
+from cluster.fleet.contract import FinishedGroup, Lane, Openings
+from cluster.fleet.ledger import MOST_LOSSES, Ledger, LedgerSnapshot
+from cluster.fleet.stream import GroupStream, StreamPlan, may_issue
 from tests.unit.cluster_cases import ScriptedWorker, settle, task_at
 
 
-def stream_of(workers: list[ScriptedWorker], ledger: Ledger | None = None, version: int = 0, **plan: float) -> GroupStream:
+def stream_of(
+    workers: list[ScriptedWorker], ledger: Ledger | None = None, version: int = 0, **plan: float
+) -> GroupStream:
     values = {"steps": 100, "per_step": 2, "max_staleness": 0, "credits": 4, "stall_s": 5.0} | plan
-    built = StreamPlan(int(values["steps"]), int(values["per_step"]), int(values["max_staleness"]), int(values["credits"]), values["stall_s"])
+    built = StreamPlan(
+        int(values["steps"]),
+        int(values["per_step"]),
+        int(values["max_staleness"]),
+        int(values["credits"]),
+        values["stall_s"],
+    )
     return GroupStream(built, workers, version, task_at, ledger or Ledger(LedgerSnapshot()))
 
 
@@ -36,7 +44,9 @@ def stream_of(workers: list[ScriptedWorker], ledger: Ledger | None = None, versi
         (5, 2, 0, 2, False),
     ],
 )
-def test_issues_only_what_will_be_fresh(learner: int, worker: int, outstanding: int, max_staleness: int, expected: bool) -> None:
+def test_issues_only_what_will_be_fresh(
+    learner: int, worker: int, outstanding: int, max_staleness: int, expected: bool
+) -> None:
     assert may_issue(learner, worker, outstanding, 2, max_staleness) is expected
 
 
@@ -50,7 +60,10 @@ def test_on_policy_issues_nothing_while_the_learner_computes() -> None:
         worker.finish(1)
         worker.finish(0)
         batch = await taking
-        assert [group.summary.task_id for group in batch.groups] == ["t0", "t1"]  # in task order, whoever came first
+        assert [group.summary.task_id for group in batch.groups] == [
+            "t0",
+            "t1",
+        ]  # in task order, whoever came first
         assert batch.staleness == (0, 0)
         await settle()
         assert worker.asked == [0, 1]
@@ -85,7 +98,9 @@ def test_a_stale_group_is_dropped_counted_and_replaced() -> None:
     async def body() -> None:
         worker = ScriptedWorker("w")
         stream = stream_of([worker], max_staleness=1, per_step=1, credits=2)
-        worker.version = -1  # a worker that samples under an older version than the stream believes: the gate must not trust it
+        worker.version = (
+            -1
+        )  # a worker that samples under an older version than the stream believes: the gate must not trust it
         taking = asyncio.create_task(stream.take())
         await settle()
         worker.finish(0)
@@ -262,7 +277,9 @@ def test_settling_a_task_twice_is_an_error() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 10_000), credits=st.integers(1, 3))
-def test_the_chosen_lane_is_the_least_loaded_of_those_that_a_plain_search_finds(seed: int, credits: int) -> None:
+def test_the_chosen_lane_is_the_least_loaded_of_those_that_a_plain_search_finds(
+    seed: int, credits: int
+) -> None:
     rng = random.Random(seed)
     openings = Openings(credits)
     lanes = [Lane(ScriptedWorker(f"w{number}"), 0, asyncio.Event()) for number in range(5)]
@@ -277,9 +294,13 @@ def test_the_chosen_lane_is_the_least_loaded_of_those_that_a_plain_search_finds(
         openings.add(lane)
         oldest = rng.randint(0, 4)
         found = openings.least_loaded(lambda version, oldest=oldest: version >= oldest)  # type: ignore[misc]
-        usable = [lane for lane in lanes if lane.admitting and lane.outstanding < credits and lane.version >= oldest]
+        usable = [
+            lane for lane in lanes if lane.admitting and lane.outstanding < credits and lane.version >= oldest
+        ]
         assert (found is None) == (not usable)
-        assert found is None or (found in usable and found.outstanding == min(lane.outstanding for lane in usable))
+        assert found is None or (
+            found in usable and found.outstanding == min(lane.outstanding for lane in usable)
+        )
 
 
 def test_equally_loaded_workers_take_turns() -> None:
@@ -316,14 +337,23 @@ def test_a_paused_worker_is_drained_once_its_last_group_has_ended() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10_000), per_step=st.integers(1, 4), max_staleness=st.integers(0, 3), workers=st.integers(1, 3))
-def test_any_interleaving_keeps_the_bound_and_the_balance(seed: int, per_step: int, max_staleness: int, workers: int) -> None:
+@given(
+    seed=st.integers(0, 10_000),
+    per_step=st.integers(1, 4),
+    max_staleness=st.integers(0, 3),
+    workers=st.integers(1, 3),
+)
+def test_any_interleaving_keeps_the_bound_and_the_balance(
+    seed: int, per_step: int, max_staleness: int, workers: int
+) -> None:
     """Workers finish, fail and refresh in random order; every batch is fresh, no task is trained twice, the books balance at any time."""
 
     async def body() -> None:
         rng = random.Random(seed)
         crew = [ScriptedWorker(f"w{number}") for number in range(workers)]
-        stream = stream_of(crew, per_step=per_step, max_staleness=max_staleness, steps=6, credits=rng.randint(1, 4))
+        stream = stream_of(
+            crew, per_step=per_step, max_staleness=max_staleness, steps=6, credits=rng.randint(1, 4)
+        )
         trained: list[str] = []
         failed_last = False  # never twice in a row: that is another test's subject
         for version in range(6):
@@ -343,7 +373,8 @@ def test_any_interleaving_keeps_the_bound_and_the_balance(seed: int, per_step: i
             batch = await taking
             assert len(batch.groups) == per_step
             assert all(
-                version - group.summary.policy_version == age <= max_staleness for group, age in zip(batch.groups, batch.staleness, strict=True)
+                version - group.summary.policy_version == age <= max_staleness
+                for group, age in zip(batch.groups, batch.staleness, strict=True)
             )
             trained += [group.summary.task_id for group in batch.groups]
         assert len(trained) == len(set(trained)) == 6 * per_step
@@ -380,7 +411,12 @@ def test_a_finished_group_whose_content_is_lost_is_issued_again_and_replaced() -
         stream.trained(batch)
         assert asked == [["t0", "t1", "t2"], ["t1", "t2", "t0"]]
         ledger = stream.ledger
-        assert (ledger.issued, ledger.reissued, ledger.settled["trained"], ledger.in_flight) == (3, 2, 3, 0) and ledger.balanced
+        assert (ledger.issued, ledger.reissued, ledger.settled["trained"], ledger.in_flight) == (
+            3,
+            2,
+            3,
+            0,
+        ) and ledger.balanced
         await stream.close()
 
     asyncio.run(asyncio.wait_for(body(), 10))

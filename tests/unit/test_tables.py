@@ -11,22 +11,39 @@ import numpy as np
 import pytest
 
 from actors.types import Answer
-from cluster.errors import CheckpointError
-from cluster.evaluate import EpisodeScore, EvaluationRow, RowResult, compare, evaluate_row, load_row, row_metrics, save_row
-from cluster.statistics import bootstrap_interval, nested_interval, paired_difference
-from cluster.tables import HEADER, Comparison, Report, rich_table, save_report
+from cluster.common.errors import CheckpointError
+from cluster.measure.report import HEADER, Comparison, Report, rich_table, save_report
+from cluster.measure.rows import (
+    EpisodeScore,
+    EvaluationRow,
+    RowResult,
+    compare,
+    evaluate_row,
+    load_row,
+    row_metrics,
+    save_row,
+)
+from cluster.measure.statistics import bootstrap_interval, nested_interval, paired_difference
 from configs.schema import MemoryConfig
 
 
 def episode(task: int, f1: float, em: float = 0.0, category: str = "home") -> EpisodeScore:
     writes = {"accepted": 1, "empty": 2, "rolled_back": 0}
     answer = Answer("Where?", ("here", "there"), "here", category, {"f1": f1, "em": em, "official": f1 / 2})
-    return EpisodeScore(f"t{task}", f"item{task}", f1, {"f1": f1}, (answer,), writes, {"summaries": 1}, 100, 20, 60, 1.5)
+    return EpisodeScore(
+        f"t{task}", f"item{task}", f1, {"f1": f1}, (answer,), writes, {"summaries": 1}, 100, 20, 60, 1.5
+    )
 
 
 def row(label: str, values: list[float], failed: tuple[str, ...] = ()) -> RowResult:
     return RowResult(
-        label, 3, tuple(episode(number, value, category="home" if number % 2 else "work") for number, value in enumerate(values)), failed
+        label,
+        3,
+        tuple(
+            episode(number, value, category="home" if number % 2 else "work")
+            for number, value in enumerate(values)
+        ),
+        failed,
     )
 
 
@@ -62,7 +79,10 @@ def test_paired_comparison_sees_what_the_spread_of_tasks_hides() -> None:
 
 def test_paired_comparison_rejects_at_about_its_level_when_nothing_changed() -> None:
     rng = np.random.default_rng(2)
-    rejected = sum(paired_difference(rng.random(30).tolist(), rng.random(30).tolist(), 400, number).p_value < 0.05 for number in range(200))
+    rejected = sum(
+        paired_difference(rng.random(30).tolist(), rng.random(30).tolist(), 400, number).p_value < 0.05
+        for number in range(200)
+    )
     assert 1 <= rejected <= 26  # 5 % of 200 is 10
 
 
@@ -75,7 +95,9 @@ def test_p_value_never_claims_more_than_the_flips_show() -> None:
     assert paired_difference([0.0] * 40, [1.0] * 40, 500, 0).p_value == pytest.approx(1 / 501)
 
 
-@pytest.mark.parametrize(("won", "tied", "exact"), [(1, 0, 1.0), (3, 0, 0.25), (4, 20, 0.125), (8, 0, 2 / 256)])
+@pytest.mark.parametrize(
+    ("won", "tied", "exact"), [(1, 0, 1.0), (3, 0, 0.25), (4, 20, 0.125), (8, 0, 2 / 256)]
+)
 def test_p_value_is_the_exact_tests_with_few_tasks(won: int, tied: int, exact: float) -> None:
     """Two-sided: all signs equal in 2 of 2^won cases. A bootstrap of three wins in three never sees a loss, whatever chance is."""
     rows = [0.1] * (won + tied), [0.4] * won + [0.1] * tied
@@ -86,7 +108,10 @@ def test_p_value_is_the_exact_tests_with_few_tasks(won: int, tied: int, exact: f
 def test_paired_comparison_keeps_its_level_with_few_tasks(count: int) -> None:
     rng = np.random.default_rng(count)
     differences = rng.normal(0, 1, (400, count))
-    rejected = sum(paired_difference([0.0] * count, row.tolist(), 400, number).p_value < 0.05 for number, row in enumerate(differences))
+    rejected = sum(
+        paired_difference([0.0] * count, row.tolist(), 400, number).p_value < 0.05
+        for number, row in enumerate(differences)
+    )
     assert rejected <= 34  # 5 % of 400 is 20, its standard error 4.4
 
 
@@ -139,11 +164,16 @@ def test_sentence_says_plainly_what_was_shown() -> None:
 
 def test_no_shared_task_is_said() -> None:
     empty = RowResult("b", 0, (), ("engine: gone",))
-    assert "nothing can be compared" in Comparison("a", "b", "f1", compare(row("a", [0.5]), empty, "f1", 10, 0), math.nan).sentence
+    assert (
+        "nothing can be compared"
+        in Comparison("a", "b", "f1", compare(row("a", [0.5]), empty, "f1", 10, 0), math.nan).sentence
+    )
 
 
 def test_table_shows_rows_intervals_writes_and_failures() -> None:
-    report = Report((row("memory off", [0.0, 0.0]), row("TMEM", [0.25, 0.75], ("engine: gone",))), (0.1, 0.2), 200, 0, 0.0)
+    report = Report(
+        (row("memory off", [0.0, 0.0]), row("TMEM", [0.25, 0.75], ("engine: gone",))), (0.1, 0.2), 200, 0, 0.0
+    )
     cells = report.cells()
     assert cells[0][:2] == ("memory off", "2")
     assert cells[1][1] == "2 (1 failed)"
@@ -156,7 +186,13 @@ def test_table_shows_rows_intervals_writes_and_failures() -> None:
 
 
 def test_report_files(tmp_path: Path) -> None:
-    report = Report((row("before", [0.1, 0.2]), row("after", [0.4, 0.6]), RowResult("empty", 0, (), ("engine: gone",))), (0.1, 0.3), 200, 0, 0.7)
+    report = Report(
+        (row("before", [0.1, 0.2]), row("after", [0.4, 0.6]), RowResult("empty", 0, (), ("engine: gone",))),
+        (0.1, 0.3),
+        200,
+        0,
+        0.7,
+    )
     comparisons = report.comparisons([("before", "after"), ("before", "never measured")])
     assert [comparison.after for comparison in comparisons] == ["after"]
     paths = {path.name: path for path in save_report(report, comparisons, tmp_path)}
@@ -169,7 +205,9 @@ def test_report_files(tmp_path: Path) -> None:
         lines = list(csv.DictReader(file))
     assert [line["row"] for line in lines if line["score"] == "f1"] == ["before", "after", "empty"]
     assert float(lines[0]["mean"]) == pytest.approx(0.15)
-    data = json.loads(paths["report.json"].read_text(), parse_constant=pytest.fail)  # JSON has no NaN: other programs would stumble
+    data = json.loads(
+        paths["report.json"].read_text(), parse_constant=pytest.fail
+    )  # JSON has no NaN: other programs would stumble
     assert data["rows"][2]["scores"]["f1"]["mean"] is None
     assert data["rewards"] == [0.1, 0.3]
     assert paths["reward.png"].read_bytes().startswith(b"\x89PNG")
@@ -227,8 +265,12 @@ def test_evaluation_runs_every_task_once_in_order_within_its_lanes() -> None:
 
     worker, done = _Worker(), []
     tasks = [task_at(position) for position in range(8)]
-    result = asyncio.run(evaluate_row(EvaluationRow("TMEM", MemoryConfig(), 0), tasks, [worker], 3, lambda: done.append(1)))  # type: ignore[list-item]
-    assert [episode.task_id for episode in result.episodes] == [f"t{position}" for position in range(8) if position != 3]
+    result = asyncio.run(
+        evaluate_row(EvaluationRow("TMEM", MemoryConfig(), 0), tasks, [worker], 3, lambda: done.append(1))
+    )  # type: ignore[list-item]
+    assert [episode.task_id for episode in result.episodes] == [
+        f"t{position}" for position in range(8) if position != 3
+    ]
     assert result.episodes[4].mean("f1") == 0.5
     assert result.failed == ("engine: out of memory",)
     assert result.policy_version == 4
@@ -239,7 +281,11 @@ def test_evaluation_runs_every_task_once_in_order_within_its_lanes() -> None:
 
 
 def test_unanswerable_questions_are_reported_with_and_without() -> None:
-    asked = (episode(0, 0.0, category="adversarial"), episode(1, 0.4, category="temporal"), episode(2, 0.6, category="multi-hop"))
+    asked = (
+        episode(0, 0.0, category="adversarial"),
+        episode(1, 0.4, category="temporal"),
+        episode(2, 0.6, category="multi-hop"),
+    )
     _, lines = Report((RowResult("TMEM", 0, asked, ()),), (), 100, 0, 0.0).category_cells("f1")
     assert lines[-1] == ("all but adversarial", "2", "50.0")
     assert ("adversarial", "1", "0.0") in lines

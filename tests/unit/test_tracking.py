@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cluster.backfill import MlflowRun, first_line
-from cluster.errors import TrackingError
-from cluster.spool import Batch, Record
-from cluster.tracking import NullTracker, flatten, git_commit, start_tracking
+from cluster.common.errors import TrackingError
+from cluster.common.git import git_commit
+from cluster.tracking.outbox import Batch, Record
+from cluster.tracking.sender import MlflowRun, first_line
+from cluster.tracking.tracker import NullTracker, start_tracking
+from configs.load import flatten
 from configs.schema import RunConfig, TrackingConfig, TrainConfig
 
 QUIET = RunConfig(tracking=TrackingConfig(system_metrics_s=0))
@@ -56,10 +58,14 @@ def test_a_run_holds_config_metrics_artifacts_and_its_end(output_dir: Path) -> N
     assert run.info.run_name == "first"
     assert run.data.params["train.steps"] == "3"
     assert run.data.params["fast_weights.projections"] == "('gate_proj', 'up_proj', 'down_proj')"
-    assert [(point.step, point.value) for point in store.get_metric_history(tracker.run_id, "reward/mean")] == [(1, 0.1), (2, 0.2)]
+    assert [
+        (point.step, point.value) for point in store.get_metric_history(tracker.run_id, "reward/mean")
+    ] == [(1, 0.1), (2, 0.2)]
     assert {file.path for file in store.list_artifacts(tracker.run_id)} == {"config.yaml", "note.txt"}
     assert str(output_dir) in tracker.location
-    assert list(Path.cwd().glob("mlruns")) == []  # artifacts lie in the output folder, wherever the run was started
+    assert (
+        list(Path.cwd().glob("mlruns")) == []
+    )  # artifacts lie in the output folder, wherever the run was started
 
 
 def test_a_resumed_run_goes_on_in_the_same_run(output_dir: Path) -> None:
@@ -77,7 +83,9 @@ def test_a_resumed_run_goes_on_in_the_same_run(output_dir: Path) -> None:
     assert run.data.metrics["reward/mean"] == 0.2
 
 
-def test_an_artifact_that_is_gone_and_a_name_that_is_not_allowed_hold_up_nothing(output_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_artifact_that_is_gone_and_a_name_that_is_not_allowed_hold_up_nothing(
+    output_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tracker = start_tracking(QUIET, output_dir, "refused", output_dir / "config.yaml", "")
     tracker.artifact(output_dir / "never-written.txt")
     tracker.log({"reward/mean": 0.5, "reward/50%?": 1.0}, 1)
@@ -90,10 +98,16 @@ def test_an_artifact_that_is_gone_and_a_name_that_is_not_allowed_hold_up_nothing
     assert "reward/50%?" in refused[1]
 
 
-def test_a_locked_database_neither_stops_nor_slows_the_training(output_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_locked_database_neither_stops_nor_slows_the_training(
+    output_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = client(output_dir)
     tracker = start_tracking(
-        RunConfig(tracking=TrackingConfig(finish_timeout_s=0.5, system_metrics_s=0)), output_dir, "locked", output_dir / "config.yaml", ""
+        RunConfig(tracking=TrackingConfig(finish_timeout_s=0.5, system_metrics_s=0)),
+        output_dir,
+        "locked",
+        output_dir / "config.yaml",
+        "",
     )
     deadline = time.monotonic() + 30
     while len(store.list_artifacts(tracker.run_id)) == 0 and time.monotonic() < deadline:
@@ -112,14 +126,20 @@ def test_a_locked_database_neither_stops_nor_slows_the_training(output_dir: Path
     assert "did not take the last 6 calls within 0.5 s" in caplog.text
     again = start_tracking(QUIET, output_dir, "locked", output_dir / "config.yaml", tracker.run_id)
     again.finish("FINISHED")
-    assert [point.step for point in store.get_metric_history(tracker.run_id, "reward/mean")] == [1, 2, 3, 4, 5]
+    assert [point.step for point in store.get_metric_history(tracker.run_id, "reward/mean")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
     assert store.get_run(tracker.run_id).info.status == "FINISHED"
 
 
 KILLED_DRIVER = """
 import os, signal, sys, time
 from pathlib import Path
-from cluster.tracking import start_tracking
+from cluster.tracking.tracker import start_tracking
 from configs.schema import RunConfig
 folder = Path(sys.argv[1])
 tracker = start_tracking(RunConfig(), folder, "driver", folder / "config.yaml", "")
@@ -163,17 +183,27 @@ class CountingClient(MlflowClient):
 def test_points_in_doubt_are_compared_with_the_store_and_sent_once(output_dir: Path) -> None:
     counting = CountingClient(f"sqlite:///{output_dir}/mlflow.db")
     run = MlflowRun(counting, counting.create_run("0").info.run_id)
-    points: tuple[Record, ...] = tuple({"kind": "metrics", "time": 1000 + step, "step": step, "metrics": {"loss": 0.5}} for step in range(4))
+    points: tuple[Record, ...] = tuple(
+        {"kind": "metrics", "time": 1000 + step, "step": step, "metrics": {"loss": 0.5}} for step in range(4)
+    )
     run.take(Batch(points[:2], (1, 1), doubtful=False))
     run.take(Batch(points, (1, 1, 1, 1), doubtful=True))
     assert counting.appended == [0, 1, 2, 3]
-    assert [point.timestamp for point in counting.get_metric_history(run.run_id, "loss")] == [1000, 1001, 1002, 1003]
+    assert [point.timestamp for point in counting.get_metric_history(run.run_id, "loss")] == [
+        1000,
+        1001,
+        1002,
+        1003,
+    ]
 
 
 def test_an_unreachable_server_is_one_clear_error_within_seconds(output_dir: Path) -> None:
     config = RunConfig(tracking=TrackingConfig(uri="http://somebody:secret@127.0.0.1:9"))
     before = time.monotonic()
-    with pytest.raises(TrackingError, match=r"cannot use MLflow at http://\*\*\*@127.0.0.1:9: .*Connection refused; set tracking.uri") as caught:
+    with pytest.raises(
+        TrackingError,
+        match=r"cannot use MLflow at http://\*\*\*@127.0.0.1:9: .*Connection refused; set tracking.uri",
+    ) as caught:
         start_tracking(config, output_dir, "x", output_dir / "config.yaml", "")
     assert time.monotonic() - before < 20
     assert "secret" not in str(caught.value)
@@ -189,7 +219,9 @@ def test_an_error_is_one_line_of_bearable_length() -> None:
 
 def test_an_unusable_store_is_one_clear_error(output_dir: Path) -> None:
     config = RunConfig(tracking=TrackingConfig(uri="nonsense://nowhere"))
-    with pytest.raises(TrackingError, match=r"cannot use MLflow at nonsense://nowhere: .*tracking.enabled=false"):
+    with pytest.raises(
+        TrackingError, match=r"cannot use MLflow at nonsense://nowhere: .*tracking.enabled=false"
+    ):
         start_tracking(config, output_dir, "x", output_dir / "config.yaml", "")
 
 
@@ -199,7 +231,9 @@ def test_a_lost_run_id_is_one_clear_error(output_dir: Path) -> None:
 
 
 def test_tracking_can_be_off(output_dir: Path) -> None:
-    tracker = start_tracking(RunConfig(tracking=TrackingConfig(enabled=False)), output_dir, "x", output_dir / "config.yaml", "")
+    tracker = start_tracking(
+        RunConfig(tracking=TrackingConfig(enabled=False)), output_dir, "x", output_dir / "config.yaml", ""
+    )
     assert isinstance(tracker, NullTracker)
     tracker.log({"reward/mean": 1.0}, 1)
     tracker.finish("FINISHED")

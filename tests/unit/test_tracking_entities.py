@@ -15,14 +15,15 @@ from mlflow.tracing.client import TracingClient
 from mlflow.tracking import MlflowClient
 
 from actors.types import Answer, FailedEpisode, Flashcard, Outcome, Timings, WriteExample, WriteRecord
-from cluster.backfill import MlflowRun
-from cluster.entities import dataset_values, kept_models
 from cluster.inspection.describe import describe_failure
 from cluster.inspection.record import EpisodeRecord, Origin, Passage, SegmentRecord, WriteEntry
 from cluster.inspection.traces import EpisodeTraces, steps_of
-from cluster.spool import Batch, Record
-from cluster.system_metrics import SystemMetrics
-from cluster.tracking import MlflowTracker, start_tracking, store_uri
+from cluster.measure.system_metrics import SystemMetrics
+from cluster.runs.kept_models import kept_models
+from cluster.tracking.outbox import Batch, Record
+from cluster.tracking.registry import dataset_values
+from cluster.tracking.sender import MlflowRun
+from cluster.tracking.tracker import MlflowTracker, start_tracking, store_uri
 from configs.schema import ConversationConfig, EnvironmentConfig, RunConfig, TrackingConfig
 
 CONFIG = RunConfig(name="quick", tracking=TrackingConfig(system_metrics_s=0))
@@ -72,7 +73,11 @@ def write(after: int, revision: int, outcome: str, reason: str) -> WriteEntry:
 
 def context(number: int, revision: int, kind: str) -> SegmentRecord:
     said = Passage(kind, 6, 10, f"cards {number}" if kind == "extract" else "Nora")  # type: ignore[arg-type]
-    return SegmentRecord(revision, tuple(range(10)), (Passage("system", 0, 2, "Remember."), Passage("user", 2, 6, f"session {number}"), said))
+    return SegmentRecord(
+        revision,
+        tuple(range(10)),
+        (Passage("system", 0, 2, "Remember."), Passage("user", 2, 6, f"session {number}"), said),
+    )
 
 
 EPISODE = EpisodeRecord(
@@ -82,10 +87,21 @@ EPISODE = EpisodeRecord(
     episode_id="train-44.1",
     policy_version=11,
     basis_id="b",
-    segments=(context(0, 0, "extract"), context(1, 1, "extract"), context(2, 1, "extract"), context(3, 1, "act")),
-    writes=(write(0, 1, "accepted", ""), write(1, 1, "rolled_back", "the loss rose"), write(2, 1, "empty", "no JSON array in the text")),
+    segments=(
+        context(0, 0, "extract"),
+        context(1, 1, "extract"),
+        context(2, 1, "extract"),
+        context(3, 1, "act"),
+    ),
+    writes=(
+        write(0, 1, "accepted", ""),
+        write(1, 1, "rolled_back", "the loss rose"),
+        write(2, 1, "empty", "no JSON array in the text"),
+    ),
     memory_events={},
-    outcome=Outcome(0.5, {"f1": 0.5}, (Answer("Who moved?", ("Nora",), "Nora", "move", {"f1": 1.0, "em": 1.0}),)),
+    outcome=Outcome(
+        0.5, {"f1": 0.5}, (Answer("Who moved?", ("Nora",), "Nora", "move", {"f1": 1.0, "em": 1.0}),)
+    ),
     siblings=(0.5, 0.0),
     stop_reason="done",
     timings=Timings(total=4.0, act=0.4, extract=1.2, write=1.0, install=0.4, environment=1.0),
@@ -95,15 +111,25 @@ EPISODE = EpisodeRecord(
 
 def test_an_episode_is_told_in_order_and_its_phases_add_up() -> None:
     steps = steps_of(EPISODE)
-    assert [step.name for step in steps] == ["observe", "extract", "write"] * 3 + ["observe", "act", "answer", "reward"]
-    seconds = {name: sum(step.seconds for step in steps if step.name == name) for name in ("observe", "extract", "write", "act")}
+    assert [step.name for step in steps] == ["observe", "extract", "write"] * 3 + [
+        "observe",
+        "act",
+        "answer",
+        "reward",
+    ]
+    seconds = {
+        name: sum(step.seconds for step in steps if step.name == name)
+        for name in ("observe", "extract", "write", "act")
+    }
     assert seconds == pytest.approx({"observe": 1.0, "extract": 1.2, "write": 1.0, "act": 0.4})
     assert sum(inner.seconds for step in steps for inner in step.inside) == pytest.approx(0.4)
 
 
 def test_a_trace_of_the_run_holds_the_episode(tracker: MlflowTracker, uri: str) -> None:
     failure = describe_failure(
-        FailedEpisode("recall-8", "train-45.0", "receipt", "the engine does not act as the writer computed"), 11, EPISODE.origin
+        FailedEpisode("recall-8", "train-45.0", "receipt", "the engine does not act as the writer computed"),
+        11,
+        EPISODE.origin,
     )
     before = mlflow.get_tracking_uri()
     traces = EpisodeTraces(uri, tracker.run_id)
@@ -114,35 +140,67 @@ def test_a_trace_of_the_run_holds_the_episode(tracker: MlflowTracker, uri: str) 
     assert (traces.sent, traces.dropped) == (2, 0)
     assert mlflow.get_tracking_uri() == before  # no state of the process is touched
     experiment = MlflowClient(uri).get_run(tracker.run_id).info.experiment_id
-    found = TracingClient(uri).search_traces(experiment_ids=[experiment], filter_string=f"metadata.`mlflow.sourceRun` = '{tracker.run_id}'")
+    found = TracingClient(uri).search_traces(
+        experiment_ids=[experiment], filter_string=f"metadata.`mlflow.sourceRun` = '{tracker.run_id}'"
+    )
     assert len(found) == 2
     trace, failed = sorted(found, key=lambda one: str(one.info.state))[::-1]
     assert trace.info.trace_metadata["mlflow.sourceRun"] == tracker.run_id
     spans = trace.data.spans
     assert [span.name for span in spans] == [
-        *("episode", "observe", "extract", "write", "receipt", "observe", "extract", "write", "observe", "extract", "write"),
+        *(
+            "episode",
+            "observe",
+            "extract",
+            "write",
+            "receipt",
+            "observe",
+            "extract",
+            "write",
+            "observe",
+            "extract",
+            "write",
+        ),
         *("observe", "act", "answer", "reward"),
     ]
     root = spans[0]
     assert root.parent_id is None and all(span.parent_id for span in spans[1:])
-    assert all(root.start_time_ns <= span.start_time_ns <= span.end_time_ns <= root.end_time_ns for span in spans)
+    assert all(
+        root.start_time_ns <= span.start_time_ns <= span.end_time_ns <= root.end_time_ns for span in spans
+    )
     by_name = {span.name: span for span in reversed(spans)}  # the first of each
-    assert by_name["extract"].outputs == {"text": "cards 0", "flashcards": [{"question": "Who moved?", "answer": "Nora"}], "unused": ["what?"]}
+    assert by_name["extract"].outputs == {
+        "text": "cards 0",
+        "flashcards": [{"question": "Who moved?", "answer": "Nora"}],
+        "unused": ["what?"],
+    }
     assert by_name["write"].outputs["loss_before"] == 3.5 and by_name["write"].outputs["loss_after"] == 0.5
     assert by_name["write"].get_attribute("steps") == 15
-    assert by_name["receipt"].outputs == {"receipt": "passed"} and by_name["receipt"].parent_id == by_name["write"].span_id
+    assert (
+        by_name["receipt"].outputs == {"receipt": "passed"}
+        and by_name["receipt"].parent_id == by_name["write"].span_id
+    )
     assert by_name["answer"].inputs["gold"] == ["Nora"]
     assert by_name["reward"].outputs == {"reward": 0.5, "parts": {"f1": 0.5}, "siblings": [0.5, 0.0]}
     writes = [span for span in spans if span.name == "write"]
     assert [span.outputs["outcome"] for span in writes] == ["accepted", "rolled_back", "empty"]
-    assert [span.status.status_code for span in writes] == [SpanStatusCode.OK, SpanStatusCode.ERROR, SpanStatusCode.OK]
+    assert [span.status.status_code for span in writes] == [
+        SpanStatusCode.OK,
+        SpanStatusCode.ERROR,
+        SpanStatusCode.OK,
+    ]
     assert writes[1].status.description == "the loss rose"
     assert writes[2].outputs["loss_after"] is None  # there is none: no NaN in the store
     assert [span.name for span in failed.data.spans] == ["episode"]
-    assert failed.data.spans[0].outputs == {"failed": "receipt", "message": "the engine does not act as the writer computed"}
+    assert failed.data.spans[0].outputs == {
+        "failed": "receipt",
+        "message": "the engine does not act as the writer computed",
+    }
 
 
-def test_a_store_that_is_away_costs_traces_which_are_counted(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_away_costs_traces_which_are_counted(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     traces = EpisodeTraces("http://127.0.0.1:9", "0" * 32)
     began = time.monotonic()
@@ -165,13 +223,25 @@ def test_the_data_of_a_run_are_its_inputs(tracker: MlflowTracker, uri: str, tmp_
     tracker.dataset(dataset_values(conversation, "evaluation"))
     first = dataset_values(conversation, "evaluation")
     talks.write_text("[1]")
-    assert dataset_values(conversation, "evaluation")["digest"] != first["digest"]  # the content is meant, not the name
+    assert (
+        dataset_values(conversation, "evaluation")["digest"] != first["digest"]
+    )  # the content is meant, not the name
     tracker.finish("FINISHED")
     inputs = MlflowClient(uri).get_run(tracker.run_id).inputs.dataset_inputs
-    assert min((one.dataset.name, one.dataset.source_type) for one in inputs) == ("conversation talks.json", "local")
-    contexts = {(one.dataset.name, tag.value) for one in inputs for tag in one.tags if tag.key == "mlflow.data.context"}
+    assert min((one.dataset.name, one.dataset.source_type) for one in inputs) == (
+        "conversation talks.json",
+        "local",
+    )
+    contexts = {
+        (one.dataset.name, tag.value)
+        for one in inputs
+        for tag in one.tags
+        if tag.key == "mlflow.data.context"
+    }
     assert ("conversation talks.json", "evaluation") in contexts and ("recall", "training") in contexts
-    assert json.loads(next(one.dataset.source for one in inputs if one.dataset.source_type == "local")) == {"uri": str(talks)}
+    assert json.loads(next(one.dataset.source for one in inputs if one.dataset.source_type == "local")) == {
+        "uri": str(talks)
+    }
 
 
 @pytest.fixture
@@ -182,13 +252,22 @@ def run_dir(tmp_path: Path) -> Path:
         folder = tmp_path / "quick-1" / "checkpoints" / f"step-{step:06d}"
         (folder / "learner" / "model").mkdir(parents=True)
         (folder / "learner" / "model" / "config.json").write_text("{}")
-        state = {"format": "engram-run-1", "written": 100.0 + step, "step": step, "warm_steps": 1, "version": step + 1, "rewards": []}
+        state = {
+            "format": "engram-run-1",
+            "written": 100.0 + step,
+            "step": step,
+            "warm_steps": 1,
+            "version": step + 1,
+            "rewards": [],
+        }
         (folder / "state.json").write_text(json.dumps({**state, "ledger": ledger, "tracking_run_id": ""}))
         (folder / "evaluation.json").write_text(json.dumps({"f1": f1, "tasks": 8}))
     return tmp_path / "quick-1"
 
 
-def test_kept_checkpoints_are_models_with_aliases_and_come_once(tracker: MlflowTracker, uri: str, run_dir: Path) -> None:
+def test_kept_checkpoints_are_models_with_aliases_and_come_once(
+    tracker: MlflowTracker, uri: str, run_dir: Path
+) -> None:
     damaged = run_dir / "checkpoints" / "step-000007" / "state.json"
     damaged.parent.mkdir()
     damaged.write_text("{")
@@ -198,9 +277,13 @@ def test_kept_checkpoints_are_models_with_aliases_and_come_once(tracker: MlflowT
     tracker.finish("FINISHED")
     client = MlflowClient(uri)
     again: Record = {"kind": "model", "entity": models[0]}
-    assert MlflowRun(client, tracker.run_id).take(Batch((again,), (1,), doubtful=True)) == []  # as after an outage
+    assert (
+        MlflowRun(client, tracker.run_id).take(Batch((again,), (1,), doubtful=True)) == []
+    )  # as after an outage
     run = client.get_run(tracker.run_id)
-    logged = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{tracker.run_id}'")
+    logged = client.search_logged_models(
+        [run.info.experiment_id], filter_string=f"source_run_id = '{tracker.run_id}'"
+    )
     assert sorted(model.name for model in logged) == ["quick-1-step-000005", "quick-1-step-000010"]
     best = client.get_model_version_by_alias("engram-quick", "best")
     newest = client.get_model_version_by_alias("engram-quick", "newest")
@@ -209,17 +292,25 @@ def test_kept_checkpoints_are_models_with_aliases_and_come_once(tracker: MlflowT
     assert best.run_id == tracker.run_id
     assert len(client.search_model_versions("name = 'engram-quick'")) == 2
     model = next(one for one in logged if one.name == "quick-1-step-000005")
-    assert model.status == "READY" and model.params["policy_version"] == "6" and model.tags["engram.held_out_f1"] == "0.500000"
+    assert (
+        model.status == "READY"
+        and model.params["policy_version"] == "6"
+        and model.tags["engram.held_out_f1"] == "0.500000"
+    )
     assert kept_models(replace(CONFIG, tracking=TrackingConfig(models="off")), run_dir) == []
 
 
-def test_a_model_is_uploaded_where_the_setting_says_so(tracker: MlflowTracker, uri: str, run_dir: Path) -> None:
+def test_a_model_is_uploaded_where_the_setting_says_so(
+    tracker: MlflowTracker, uri: str, run_dir: Path
+) -> None:
     upload = replace(CONFIG, name="uploaded", tracking=TrackingConfig(models="upload"))
     tracker.model(kept_models(upload, run_dir)[1])
     tracker.finish("FINISHED")
     client = MlflowClient(uri)
     version = client.get_model_version_by_alias("engram-uploaded", "newest")
-    assert [file.path for file in client.list_logged_model_artifacts(version.tags["engram.model_id"])] == ["config.json"]
+    assert [file.path for file in client.list_logged_model_artifacts(version.tags["engram.model_id"])] == [
+        "config.json"
+    ]
 
 
 def test_the_machines_figures_come_with_steps_that_go_on_after_a_resume() -> None:

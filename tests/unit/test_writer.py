@@ -25,13 +25,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from actors.basis import compute_basis, make_basis, target_modules
-from actors.fast_weights import Basis, BasisError, DeltaInjector, stack, zero
-from actors.frozen_model import FrozenModel, OwnedWeights
+from actors.fast_weights.basis import compute_basis, make_basis, target_modules
+from actors.fast_weights.delta import Basis, BasisError, DeltaInjector, stack, zero
 from actors.protocols import WriterError
-from actors.trunk import Trunk
 from actors.types import FastWeights, WriteExample, WriteRequest, WriteResult
-from actors.writer import BatchedWriter
+from actors.write.frozen_llama import FrozenModel, OwnedWeights
+from actors.write.lower_layers import Trunk
+from actors.write.writer import BatchedWriter
 from configs.schema import FastWeightsConfig, WriteConfig
 
 FAMILIES = {
@@ -71,7 +71,9 @@ def tiny_model(family: str = "llama") -> nn.Module:
 def basis_of(model: nn.Module, last_layers: int = 2) -> Basis:
     config = FastWeightsConfig(rank=3, last_layers=last_layers)
     weights = dict(model.named_parameters())
-    return compute_basis({name: weights[f"{name}.weight"] for name in target_modules(4, config)}, config, seed=0)
+    return compute_basis(
+        {name: weights[f"{name}.weight"] for name in target_modules(4, config)}, config, seed=0
+    )
 
 
 def examples(seed: int, count: int, shared_prefix: int = 0) -> tuple[WriteExample, ...]:
@@ -87,7 +89,14 @@ def examples(seed: int, count: int, shared_prefix: int = 0) -> tuple[WriteExampl
 
 def random_weights(basis: Basis, seed: int) -> FastWeights:
     draw = np.random.default_rng(seed)
-    return FastWeights(basis.id, 2, {name: draw.normal(0, 0.01, (rows, basis.rank)).astype(np.float32) for name, rows in basis.d_out.items()})
+    return FastWeights(
+        basis.id,
+        2,
+        {
+            name: draw.normal(0, 0.01, (rows, basis.rank)).astype(np.float32)
+            for name, rows in basis.d_out.items()
+        },
+    )
 
 
 def ragged_requests(basis: Basis, shared_prefix: int = 0) -> list[WriteRequest]:
@@ -99,7 +108,9 @@ def ragged_requests(basis: Basis, shared_prefix: int = 0) -> list[WriteRequest]:
     ]
 
 
-def write(requests: Sequence[WriteRequest], config: WriteConfig, family: str = "llama", last_layers: int = 2) -> list[WriteResult]:
+def write(
+    requests: Sequence[WriteRequest], config: WriteConfig, family: str = "llama", last_layers: int = 2
+) -> list[WriteResult]:
     model = tiny_model(family)
     return BatchedWriter(frozen(model), basis_of(model, last_layers), config).write(requests)
 
@@ -118,9 +129,13 @@ def mean_loss(model: nn.Module, batch: Sequence[WriteExample]) -> Tensor:
     return torch.cat(losses).mean()
 
 
-def reference(request: WriteRequest, basis: Basis, config: WriteConfig, family: str) -> tuple[dict[str, np.ndarray], float, float]:
+def reference(
+    request: WriteRequest, basis: Basis, config: WriteConfig, family: str
+) -> tuple[dict[str, np.ndarray], float, float]:
     """B, loss before and loss after of a plain PEFT loop."""
-    lora = LoraConfig(r=basis.rank, lora_alpha=basis.rank, lora_dropout=0.0, bias="none", target_modules=list(basis.modules))
+    lora = LoraConfig(
+        r=basis.rank, lora_alpha=basis.rank, lora_dropout=0.0, bias="none", target_modules=list(basis.modules)
+    )
     model = get_peft_model(tiny_model(family), lora).eval()
     b: dict[str, nn.Parameter] = {}
     for name in basis.modules:
@@ -130,7 +145,9 @@ def reference(request: WriteRequest, basis: Basis, config: WriteConfig, family: 
         b[name] = layer.lora_B["default"].weight
         if request.weights.revision:
             b[name].data.copy_(torch.from_numpy(request.weights.b[name]))
-    optimizer = (torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam)(list(b.values()), lr=config.learning_rate)
+    optimizer = (torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam)(
+        list(b.values()), lr=config.learning_rate
+    )
     with torch.no_grad():
         before = mean_loss(model, request.examples).item()
     for _ in range(config.epochs):
@@ -153,7 +170,9 @@ def largest_difference(left: FastWeights, right: dict[str, np.ndarray]) -> float
     ids=lambda value: getattr(value, "optimizer", value),
 )
 @pytest.mark.parametrize("shared_prefix", [0, 9])
-def test_batched_writes_equal_the_sequential_peft_loop(config: WriteConfig, family: str, shared_prefix: int) -> None:
+def test_batched_writes_equal_the_sequential_peft_loop(
+    config: WriteConfig, family: str, shared_prefix: int
+) -> None:
     """SGD: |dB| <= 1e-6. Adam's first step is lr * sign(gradient), so rounding of gradients near 0 shows: |dB| <= 1 % of one step (lr)."""
     basis = basis_of(tiny_model(family))
     requests = ragged_requests(basis, shared_prefix)
@@ -163,8 +182,12 @@ def test_batched_writes_equal_the_sequential_peft_loop(config: WriteConfig, fami
         assert result.outcome == "accepted", result.reason
         assert (result.steps, result.weights.revision) == (steps, request.weights.revision + 1)
         assert result.weights.basis_id == basis.id
-        assert largest_difference(result.weights, expected) <= (1e-6 if config is SGD else 0.01 * config.learning_rate)
-        assert max(float(np.abs(matrix).max()) for matrix in expected.values()) > 1e-3  # it moved: the bounds above mean something
+        assert largest_difference(result.weights, expected) <= (
+            1e-6 if config is SGD else 0.01 * config.learning_rate
+        )
+        assert (
+            max(float(np.abs(matrix).max()) for matrix in expected.values()) > 1e-3
+        )  # it moved: the bounds above mean something
         assert result.loss_before == pytest.approx(before, abs=2e-5)
         assert result.loss_after == pytest.approx(after, abs=2e-4)
         assert all(matrix.dtype == np.float32 for matrix in result.weights.b.values())
@@ -172,12 +195,17 @@ def test_batched_writes_equal_the_sequential_peft_loop(config: WriteConfig, fami
 
 @pytest.mark.parametrize("last_layers", [1, 2])
 @pytest.mark.parametrize("config", [SGD, ADAM], ids=lambda config: config.optimizer)
-def test_writes_that_move_a_equal_the_peft_loop_with_both_trained(config: WriteConfig, last_layers: int) -> None:
+def test_writes_that_move_a_equal_the_peft_loop_with_both_trained(
+    config: WriteConfig, last_layers: int
+) -> None:
     """Against the loop in float64, two writes in a row, the second from the first's A and B. SGD: |dB|, |dA| <= 1e-5. Adam, as above: 2 % of lr."""
     model, frozen_basis = tiny_model(), basis_of(tiny_model(), last_layers)
     basis = make_basis(frozen_basis.kind, frozen_basis.a, frozen_basis.d_out, train_a=True)
     writer = BatchedWriter(frozen(model), basis, config)
-    requests = [WriteRequest("a", zero(basis), examples(1, 7, 9)), WriteRequest("b", zero(basis), examples(2, 3, 9))]
+    requests = [
+        WriteRequest("a", zero(basis), examples(1, 7, 9)),
+        WriteRequest("b", zero(basis), examples(2, 3, 9)),
+    ]
     tolerance = 1e-5 if config is SGD else 0.02 * config.learning_rate
     for _ in range(2):
         results = writer.write(requests)
@@ -187,28 +215,45 @@ def test_writes_that_move_a_equal_the_peft_loop_with_both_trained(config: WriteC
             assert max(float(np.abs(result.weights.b[name] - b[name]).max()) for name in b) <= tolerance
             assert max(float(np.abs(result.weights.a[name] - a[name]).max()) for name in a) <= tolerance
             begin = {name: request.weights.a.get(name, matrix.numpy()) for name, matrix in basis.a.items()}
-            assert min(float(np.abs(a[name] - begin[name]).max()) for name in a) > 3 * tolerance  # every A moved, and visibly
+            assert (
+                min(float(np.abs(a[name] - begin[name]).max()) for name in a) > 3 * tolerance
+            )  # every A moved, and visibly
             assert result.probe is not None
             injector = DeltaInjector(model, basis)
             with torch.no_grad(), injector.use(stack([result.weights], basis)):
                 table = model(torch.tensor([result.probe.token_ids])).logits[0].log_softmax(-1)
             injector.remove()
             first = len(result.probe.token_ids) - len(result.probe.after)
-            expected = [table[place - 1, result.probe.token_ids[place]].item() for place in range(first, len(result.probe.token_ids))]
+            expected = [
+                table[place - 1, result.probe.token_ids[place]].item()
+                for place in range(first, len(result.probe.token_ids))
+            ]
             assert result.probe.after == pytest.approx(expected, abs=1e-4)
-        requests = [WriteRequest(request.episode_id, result.weights, request.examples[:2]) for request, result in zip(requests, results, strict=True)]
+        requests = [
+            WriteRequest(request.episode_id, result.weights, request.examples[:2])
+            for request, result in zip(requests, results, strict=True)
+        ]
 
 
-def both_trained(request: WriteRequest, basis: Basis, config: WriteConfig) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def both_trained(
+    request: WriteRequest, basis: Basis, config: WriteConfig
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """B and A of a plain PEFT loop in float64 that trains both, as LoRA usually does."""
-    lora = LoraConfig(r=basis.rank, lora_alpha=basis.rank, lora_dropout=0.0, bias="none", target_modules=list(basis.modules))
+    lora = LoraConfig(
+        r=basis.rank, lora_alpha=basis.rank, lora_dropout=0.0, bias="none", target_modules=list(basis.modules)
+    )
     model = get_peft_model(tiny_model(), lora).double().eval()
     layers = {name: model.base_model.model.get_submodule(name) for name in basis.modules}
     for name, layer in layers.items():
-        layer.lora_A["default"].weight.data.copy_(torch.from_numpy(request.weights.a[name]) if request.weights.a else basis.a[name])
+        layer.lora_A["default"].weight.data.copy_(
+            torch.from_numpy(request.weights.a[name]) if request.weights.a else basis.a[name]
+        )
         if request.weights.revision:
             layer.lora_B["default"].weight.data.copy_(torch.from_numpy(request.weights.b[name]))
-    sides = [{name: getattr(layer, side)["default"].weight for name, layer in layers.items()} for side in ("lora_B", "lora_A")]
+    sides = [
+        {name: getattr(layer, side)["default"].weight for name, layer in layers.items()}
+        for side in ("lora_B", "lora_A")
+    ]
     optimizer = (torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam)(
         [*sides[0].values(), *sides[1].values()], lr=config.learning_rate
     )
@@ -235,13 +280,20 @@ def test_prompts_that_are_the_shared_prefix_or_equal() -> None:
     basis = basis_of(tiny_model())
     prompt = tuple(range(9))
     cases = (
-        (WriteExample(prompt, (3, 4)), WriteExample((*prompt, 50, 51), (5,)), WriteExample(prompt, (6, 7, 8))),
+        (
+            WriteExample(prompt, (3, 4)),
+            WriteExample((*prompt, 50, 51), (5,)),
+            WriteExample(prompt, (6, 7, 8)),
+        ),
         (WriteExample(prompt, (3, 4)),),
         (WriteExample((7,), (3, 4)), WriteExample((7,), (9,))),
     )
     for cards in cases:
         request = WriteRequest("a", zero(basis), cards)
-        assert largest_difference(write([request], SGD)[0].weights, reference(request, basis, SGD, "llama")[0]) <= 1e-6
+        assert (
+            largest_difference(write([request], SGD)[0].weights, reference(request, basis, SGD, "llama")[0])
+            <= 1e-6
+        )
 
 
 def test_companions_do_not_change_an_episode() -> None:
@@ -258,7 +310,11 @@ def test_a_diverging_companion_does_not_poison_the_others() -> None:
     """NaN in one episode's B stays there."""
     basis = basis_of(tiny_model())
     good = ragged_requests(basis)
-    huge = FastWeights(basis.id, 3, {name: np.full((rows, basis.rank), 1e30, np.float32) for name, rows in basis.d_out.items()})
+    huge = FastWeights(
+        basis.id,
+        3,
+        {name: np.full((rows, basis.rank), 1e30, np.float32) for name, rows in basis.d_out.items()},
+    )
     bad = WriteRequest("bad", huge, examples(9, 4))
     results = write([good[0], bad, good[1]], SGD)
     assert results[1].outcome == "rolled_back"
@@ -290,11 +346,16 @@ def test_a_loss_that_rises_and_stays_small_is_no_divergence(monkeypatch: pytest.
     """The rise itself is past ``max_loss_ratio``: it is refused where that little is not yet known."""
     basis = basis_of(tiny_model())
     config = WriteConfig(optimizer="adam", learning_rate=10.0, epochs=1)
-    known = write([WriteRequest("a", zero(basis), examples(1, 7))], WriteConfig(optimizer="adam", learning_rate=0.01, epochs=40))[0]
+    known = write(
+        [WriteRequest("a", zero(basis), examples(1, 7))],
+        WriteConfig(optimizer="adam", learning_rate=0.01, epochs=40),
+    )[0]
     request = WriteRequest("a", known.weights, examples(1, 7))
     refused = write([request], config)[0]
-    assert refused.outcome == "rolled_back" and refused.loss_after > config.max_loss_ratio * refused.loss_before
-    monkeypatch.setattr("actors.writer.KNOWN", refused.loss_after + 1)
+    assert (
+        refused.outcome == "rolled_back" and refused.loss_after > config.max_loss_ratio * refused.loss_before
+    )
+    monkeypatch.setattr("actors.write.writer.KNOWN", refused.loss_after + 1)
     accepted = write([request], config)[0]
     assert accepted.outcome == "accepted" and accepted.loss_after == refused.loss_after
 
@@ -304,7 +365,9 @@ def test_probe_is_the_middle_of_the_shortest_example_under_old_and_new_weights()
     model = tiny_model()
     basis = basis_of(model)
     shortest = WriteExample(tuple(range(10, 21)), tuple(range(30, 41)))
-    request = WriteRequest("b", random_weights(basis, 5), (WriteExample(tuple(range(20)), (1, 2, 3, 4, 5)), shortest))
+    request = WriteRequest(
+        "b", random_weights(basis, 5), (WriteExample(tuple(range(20)), (1, 2, 3, 4, 5)), shortest)
+    )
     result = write([request, *ragged_requests(basis)], SGD)[0]
     assert result.probe is not None
     assert result.probe.token_ids == (*range(18, 21), *range(30, 33))
@@ -333,7 +396,10 @@ def test_theta_and_basis_stay_as_they_are() -> None:
     requests = ragged_requests(basis)
     old = {name: matrix.copy() for name, matrix in requests[1].weights.b.items()}
     BatchedWriter(frozen(model), basis, ADAM).write(requests)
-    assert all(torch.equal(parameter, theta[name]) and parameter.grad is None for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(parameter, theta[name]) and parameter.grad is None
+        for name, parameter in model.named_parameters()
+    )
     assert all(torch.equal(matrix, a[name]) and matrix.grad is None for name, matrix in basis.a.items())
     assert all(np.array_equal(requests[1].weights.b[name], matrix) for name, matrix in old.items())
 
@@ -342,13 +408,18 @@ def test_refresh_loads_new_values_or_refuses_whole() -> None:
     """Some tensors or all; q, k, v and gate, up are held joined."""
     model = tiny_model()
     basis = basis_of(model)
-    owned = OwnedWeights({name: parameter.clone() for name, parameter in model.state_dict().items()}, torch.float32, CPU)
+    owned = OwnedWeights(
+        {name: parameter.clone() for name, parameter in model.state_dict().items()}, torch.float32, CPU
+    )
     theta_view = owned.model(model.config)
     writer = BatchedWriter(theta_view, basis, SGD)
     request = WriteRequest("a", zero(basis), examples(1, 3))
     before = writer.write([request])[0].loss_before
     torch.manual_seed(1)
-    theta = {name: parameter + 0.05 * torch.randn_like(parameter) for name, parameter in tiny_model().named_parameters()}
+    theta = {
+        name: parameter + 0.05 * torch.randn_like(parameter)
+        for name, parameter in tiny_model().named_parameters()
+    }
     name = "model.layers.0.mlp.up_proj.weight"
     with pytest.raises(WriterError, match=rf"{name} has shape \(2, 2\), not \(48, 32\)"):
         owned.refresh({**theta, name: torch.zeros(2, 2)})
@@ -360,11 +431,15 @@ def test_refresh_loads_new_values_or_refuses_whole() -> None:
         fresh = tiny_model()
         fresh.load_state_dict({**tiny_model().state_dict(), **tensors}, strict=False)
         with torch.no_grad():
-            assert writer.write([request])[0].loss_before == pytest.approx(mean_loss(fresh, request.examples).item(), abs=2e-5)
+            assert writer.write([request])[0].loss_before == pytest.approx(
+                mean_loss(fresh, request.examples).item(), abs=2e-5
+            )
         assert abs(mean_loss(fresh, request.examples).item() - before) > 1e-2
 
 
-def test_rehearsed_examples_are_not_read_again_and_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rehearsed_examples_are_not_read_again_and_the_result_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A second write brings two old examples and one new: the trunk sees the new one only, and B is that of a writer that remembers nothing."""
     model = tiny_model()
     basis = basis_of(model)
@@ -375,9 +450,13 @@ def test_rehearsed_examples_are_not_read_again_and_the_result_is_the_same(monkey
     again = WriteRequest("a", first.weights, new + old)
     ran: list[int] = []
     trunk = Trunk._pass
-    monkeypatch.setattr(Trunk, "_pass", lambda self, ids, layout: ran.append(len(ids)) or trunk(self, ids, layout))
+    monkeypatch.setattr(
+        Trunk, "_pass", lambda self, ids, layout: ran.append(len(ids)) or trunk(self, ids, layout)
+    )
     second = writer.write([again])[0]
-    assert ran == [len(new[0].prompt_ids) + len(new[0].answer_ids) - 1]  # the shortest is an old one, whose probe is remembered too
+    assert ran == [
+        len(new[0].prompt_ids) + len(new[0].answer_ids) - 1
+    ]  # the shortest is an old one, whose probe is remembered too
     monkeypatch.undo()
     fresh = BatchedWriter(frozen(model), basis, SGD).write([again])[0]
     assert largest_difference(second.weights, dict(fresh.weights.b)) <= 1e-7
@@ -398,7 +477,9 @@ def test_unusable_requests_are_errors_in_one_line() -> None:
             writer.write([WriteRequest("a", zero(basis), bad)])
     identity = BatchedWriter(frozen(model), basis, WriteConfig(epochs=0))
     assert identity.write([]) == []
-    with pytest.raises(WriterError, match=r"write of episode a: write\.epochs=0 makes every write the identity"):
+    with pytest.raises(
+        WriterError, match=r"write of episode a: write\.epochs=0 makes every write the identity"
+    ):
         identity.write([WriteRequest("a", zero(basis), examples(1, 1))])
     with pytest.raises(BasisError, match="belong to basis"):
         writer.write([WriteRequest("a", FastWeights("other", 0, {}), examples(1, 1))])
@@ -406,16 +487,18 @@ def test_unusable_requests_are_errors_in_one_line() -> None:
 
 def test_unsupported_architecture_is_named() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16))
-    with pytest.raises(WriterError, match="'gpt2' is not supported by the writer: use one of llama, mistral, qwen2, qwen3"):
+    with pytest.raises(
+        WriterError, match="'gpt2' is not supported by the writer: use one of llama, mistral, qwen2, qwen3"
+    ):
         OwnedWeights(model.state_dict(), torch.float32, CPU).model(model.config)
 
 
 def test_bfloat16_model_keeps_b_in_float32() -> None:
     model = tiny_model()
     basis = basis_of(model)
-    result = BatchedWriter(OwnedWeights(model.state_dict(), torch.bfloat16, CPU).model(model.config), basis, SGD).write(
-        [WriteRequest("a", zero(basis), examples(1, 6))]
-    )[0]
+    result = BatchedWriter(
+        OwnedWeights(model.state_dict(), torch.bfloat16, CPU).model(model.config), basis, SGD
+    ).write([WriteRequest("a", zero(basis), examples(1, 6))])[0]
     assert result.outcome == "accepted"
     assert result.loss_after < result.loss_before
     matrix = torch.from_numpy(result.weights.b[basis.modules[0]])

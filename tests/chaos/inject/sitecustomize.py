@@ -42,7 +42,7 @@ def claimed(fault: str) -> bool:
 def write_flashcards(module: ModuleType) -> None:
     """The text's own flashcards, or two that follow from it."""
     parse = module.parse_flashcards
-    from actors.flashcards import ParsedFlashcards
+    from actors.text.flashcards import ParsedFlashcards
     from actors.types import Flashcard
 
     def parse_or_make(text: str, limit: int) -> ParsedFlashcards:
@@ -60,7 +60,12 @@ def vary_rewards(module: ModuleType) -> None:
 
     def varied(session: Any) -> Any:
         result = outcome(session)
-        drawn = hashlib.blake2b("".join(answer.prediction for answer in result.answers).encode(), digest_size=1).digest()[0] / 255
+        drawn = (
+            hashlib.blake2b(
+                "".join(answer.prediction for answer in result.answers).encode(), digest_size=1
+            ).digest()[0]
+            / 255
+        )
         return replace(result, reward=math.nan if claimed("nan_reward") else drawn)
 
     module.RecallSession.outcome = varied
@@ -124,7 +129,13 @@ def _of(group: Any, learner_version: int) -> dict[str, Any]:
         "version": group.policy_version,
         "episodes": sorted({trajectory.policy_version for trajectory in trajectories}),
         "segments": sorted({segment.policy_version for segment in segments}),
-        "tokens": sorted({segment.policy_version if span.version is None else span.version for segment in segments for span in segment.spans}),
+        "tokens": sorted(
+            {
+                segment.policy_version if span.version is None else span.version
+                for segment in segments
+                for span in segment.spans
+            }
+        ),
         "revisions": sum(len(trajectory.revisions) for trajectory in trajectories),
         "finite": all(math.isfinite(trajectory.outcome.reward) for trajectory in trajectories),
     }
@@ -134,8 +145,8 @@ CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "actors.memory.parametric": write_flashcards,
     "actors.environments.recall": vary_rewards,
     "vllm.v1.engine.llm_engine": break_engine,
-    "actors.writer": break_gradients,
-    "actors.engine": die_while_loading,
+    "actors.write.writer": break_gradients,
+    "actors.engine.policy": die_while_loading,
     "learner.learner": audit_training,
 }
 
@@ -143,9 +154,13 @@ CHANGES: dict[str, Callable[[ModuleType], None]] = {
 class AfterImport(importlib.abc.MetaPathFinder):
     """Runs a change as the last act of its module's import."""
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Any, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
         change = CHANGES.pop(fullname, None)
-        spec = None if change is None else importlib.util.find_spec(fullname)  # by the finders behind this one, as the change is taken
+        spec = (
+            None if change is None else importlib.util.find_spec(fullname)
+        )  # by the finders behind this one, as the change is taken
         if change is None or spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module

@@ -1,0 +1,188 @@
+"""Building vLLM's engine, loading new weights into it, taking it down. Everything here runs on the engine's step thread, except the first two.
+
+Environment variables set here before vLLM is imported (vLLM reads most of them then):
+
+    VLLM_ENABLE_V1_MULTIPROCESSING=0   the engine core and its worker live in this process
+    VLLM_CPU_OMP_THREADS_BIND=nobind   several workers share a machine; pinning each to core 0.. would pile them up
+    VLLM_USE_V2_MODEL_RUNNER=0         the runner whose log-probs the tests cover, on CPU and GPU alike
+    VLLM_NO_USAGE_STATS=1, DO_NOT_TRACK=1
+    VLLM_LOGGING_LEVEL=WARNING         unless the user set it
+    OMP_NUM_THREADS                    the worker's threads
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from actors.engine.vllm_internals.kernels import search_with_care
+from actors.fast_weights.delta import Basis
+from actors.protocols import EngineError
+from actors.types import PolicyVersion
+from configs.schema import EngineConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The slot widths that vLLM 0.32 accepts; a smaller rank is padded with zeros."""
+
+_PREFILL_TOKENS = 64
+"""Tokens of one engine step on CPU, per slot: enough for a good matmul, few enough that running requests go on."""
+
+PACKED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+"""vLLM holds these two as one matrix (Llama, Mistral, Qwen2, Qwen3)."""
+
+
+def prepare_environment(threads: int) -> None:
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_USE_V2_MODEL_RUNNER="0",
+        VLLM_NO_USAGE_STATS="1",
+        DO_NOT_TRACK="1",
+        OMP_NUM_THREADS=str(threads),
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def read_vocabulary(model_path: str | os.PathLike[str], model: ModelConfig, engine: EngineConfig) -> int:
+    """The model's vocabulary size, from its config.json. Raises EngineError when its window is shorter than ``engine.max_model_tokens``."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(model_path), trust_remote_code=model.trust_remote_code)
+    window = getattr(config, "max_position_embeddings", None)
+    if window is not None and engine.max_model_tokens > window:
+        raise EngineError(
+            f"engine.max_model_tokens={engine.max_model_tokens} is more than the model's window of {window}: lower it"
+        )
+    return int(config.vocab_size)
+
+
+def slot_width(rank: int) -> int:
+    """The narrowest adapter slot that holds ``rank``."""
+    return next(width for width in LORA_RANKS if width >= rank)
+
+
+def engine_modules(modules: Sequence[str]) -> list[str]:
+    """vLLM's names of the adapted matrices: full names, so that only the last layers are wrapped (wrapping all costs several times the prefill)."""
+    renamed = []
+    for module in modules:
+        parent, _, projection = module.rpartition(".")
+        renamed.append(f"{parent}.{PACKED.get(projection, projection)}")
+    return sorted(set(renamed))
+
+
+def engine_arguments(
+    model_path: str | os.PathLike[str], model: ModelConfig, engine: EngineConfig, basis: Basis, seed: int
+) -> EngineArgs:
+    """All that vLLM is told: ``engine.slots`` requests at once, each under an adapter of its own on the matrices of ``basis``."""
+    from vllm import EngineArgs
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    return EngineArgs(
+        model=str(model_path),
+        skip_tokenizer_init=True,
+        trust_remote_code=model.trust_remote_code,
+        dtype=model.dtype,
+        seed=seed,
+        generation_config="vllm",  # never the model's own penalties and temperatures
+        max_model_len=engine.max_model_tokens,
+        max_num_seqs=engine.slots,
+        # vLLM 0.32 rewinds a seeded request's generator after a partial prefill, which CPU generators cannot do: the engine dies. So no partial ones.
+        enable_chunked_prefill=not on_cpu,
+        max_num_batched_tokens=max(engine.max_model_tokens, _PREFILL_TOKENS * engine.slots)
+        if on_cpu
+        else None,
+        enforce_eager=engine.enforce_eager
+        or on_cpu,  # compiling takes minutes on CPU, and vLLM turns it off there with adapters anyway
+        enable_prefix_caching=True,
+        kv_cache_memory_bytes=int(engine.kv_cache_gib * 2**30) if on_cpu else None,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        logprobs_mode="processed_logprobs",
+        enable_lora=True,
+        max_loras=engine.slots,
+        max_cpu_loras=2 * engine.slots,
+        max_lora_rank=slot_width(basis.rank),
+        lora_target_modules=engine_modules(basis.modules),
+        worker_extension_cls="actors.engine.vllm_internals.worker_extension.EngramWorker",
+        weight_transfer_config={"backend": "engram"},
+        disable_log_stats=True,
+    )
+
+
+def start_engine(arguments: EngineArgs, threads: int) -> LLMEngine:
+    """vLLM's engine as ``arguments`` say, on this thread with ``threads`` CPU threads. Raises what vLLM raises."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    search_with_care()
+    torch.set_num_threads(threads)
+    set_num_threads = torch.set_num_threads
+    try:
+        return LLMEngine.from_engine_args(arguments)
+    finally:
+        torch.set_num_threads = (
+            set_num_threads  # vLLM's CPU worker turns it into a warning for the whole process
+        )
+
+
+def build_engine(
+    model_path: str | os.PathLike[str],
+    model: ModelConfig,
+    engine: EngineConfig,
+    basis: Basis,
+    *,
+    threads: int,
+    seed: int,
+) -> LLMEngine:
+    """An LLMEngine with ``engine.slots`` adapter slots whose worker knows ``basis``. Raises EngineError, or what vLLM raises."""
+    built = start_engine(engine_arguments(model_path, model, engine, basis, seed), threads)
+    built.collective_rpc("engram_setup", args=(dict(basis.a), basis.train_a))
+    return built
+
+
+def model_of(engine: LLMEngine) -> Any:
+    """vLLM's model object, in this process."""
+    return engine.collective_rpc("engram_model")[0]
+
+
+def load_weights(
+    engine: LLMEngine,
+    version: PolicyVersion,
+    tensors: Mapping[str, torch.Tensor],
+    complete: bool,
+    in_flight: bool,
+) -> float:
+    """Replace the base weights (with ``complete`` all of them) and empty the prefix cache; returns seconds.
+
+    ``in_flight``: requests may run; vLLM computes their keys and values again under the new weights, from their tokens so far, and samples on.
+
+    Raises EngineError before touching anything when a name, a shape or a part of a packed matrix is wrong; what else it raises leaves it half-way.
+    """
+    started = time.perf_counter()
+    engine.collective_rpc("start_weight_update")
+    try:
+        engine.collective_rpc(
+            "update_weights", kwargs={"update_info": {"tensors": tensors, "complete": complete}}
+        )
+    except EngineError as error:
+        raise EngineError(f"cannot refresh to version {version}: {error}") from error
+    engine.collective_rpc("finish_weight_update")
+    if not engine.reset_prefix_cache(reset_running_requests=in_flight):
+        raise RuntimeError("vLLM did not empty its prefix cache after a refresh although no request runs")
+    engine.set_weight_version(str(version))
+    return time.perf_counter() - started
+
+
+def shut_down(engine: LLMEngine) -> None:
+    """Free the worker, its memory and the process group that vLLM made."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()

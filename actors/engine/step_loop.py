@@ -1,0 +1,309 @@
+"""A thread of its own for a stepping engine: callers hand it work, it runs the work between two steps.
+
+    caller (any thread, any event loop)                      step thread
+    call(f, kind)      -> Future of f(engine)       --->     run everything that waits, a moment of patience, one engine.step(), and again
+    request(id, add)   -> Future of the output      --->     add(engine); resolved when step() reports the request finished
+    future.cancel()                                 --->     engine.abort_request([id])
+    times                                           <---     where every second of the step thread went, by phase
+
+Who waits for whom: the step thread waits (without a deadline) for callers when there is nothing to do; callers wait for the step thread and put
+their own deadline on the future. Work refuses by raising EngineError and must then have changed nothing; any other exception ends the thread. When
+the thread dies, every pending future and every later call raises EngineError with the reason.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
+
+from actors.protocols import EngineError
+
+T = TypeVar("T")
+
+RequestKind = Literal["act", "extract", "receipt"]
+WorkKind = Literal["write", "install", "refresh", "other"]
+Phase = RequestKind | WorkKind | Literal["idle"]
+PHASES: tuple[Phase, ...] = (*get_args(RequestKind), *get_args(WorkKind), "idle")
+
+_ANSWERED: tuple[Phase, ...] = ("write", "install")  # work after which its caller goes on with an episode
+
+PATIENCE = 0.05
+"""How long a step waits for callers who were answered since the step before, as a share of that step's time: the next request of an episode is a
+moment away (its text is parsed, its next turn encoded), and a step takes it along for less than a step of its own costs."""
+
+
+class StepOutput(Protocol):
+    """What ``step`` reports of one request."""
+
+    request_id: str
+    finished: bool
+
+
+class StepEngine(Protocol):
+    """The part of vLLM's LLMEngine that the loop drives."""
+
+    def has_unfinished_requests(self) -> bool: ...
+
+    def step(self) -> Sequence[Any]: ...
+
+    def abort_request(self, request_ids: list[str]) -> None: ...
+
+
+E = TypeVar("E", bound=StepEngine)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopTimes:
+    """Steps taken, and the step thread's seconds by phase; all phases are there, and they sum to its wall time up to the work that runs now.
+
+    The phases of requests are the engine's steps: a step's seconds are shared out by the tokens that its running requests of each kind have to
+    compute in it (a prompt in its first step, one token in each later step; what the prefix cache saves is not known here). "idle" is waiting.
+    """
+
+    steps: int
+    seconds: Mapping[Phase, float]
+
+
+@dataclass(slots=True)
+class _Running:
+    done: Future[Any]
+    label: str
+    kind: RequestKind
+    tokens: int  # to compute in the next step
+
+
+class _Account:
+    """Charges every second since it was made to a phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        self._since = time.perf_counter()
+
+    def charge(self, shares: Mapping[Phase, float]) -> None:
+        """What has passed since the last charge, in proportion to ``shares`` (positive)."""
+        now = time.perf_counter()
+        per_share = (now - self._since) / sum(shares.values())
+        for phase, share in shares.items():
+            self.seconds[phase] += share * per_share
+        self._since = now
+
+
+class StepLoop(Generic[E]):
+    """Owns one engine: built, stepped and taken down on one thread, so that thread-bound settings (OpenMP's thread count) hold for all its work.
+
+    Invariant: ``engine`` is touched by the step thread only. Raises EngineError from the constructor when ``build`` fails or takes longer than
+    ``start_timeout_s`` seconds.
+    """
+
+    def __init__(
+        self, name: str, build: Callable[[], E], teardown: Callable[[E], None], start_timeout_s: float
+    ) -> None:
+        self._name = name
+        self._wake = threading.Condition()
+        self._work: deque[tuple[Future[Any], Callable[[E], Any], Phase]] = deque()
+        self._requests: dict[str, _Running] = {}
+        self._closing = False
+        self._failure: str | None = None
+        self._steps = 0
+        self._account = _Account()
+        started: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(build, teardown, started), name=name, daemon=True
+        )
+        self._thread.start()
+        try:
+            started.result(timeout=start_timeout_s)
+        except FutureTimeoutError as error:
+            raise EngineError(
+                f"{name} did not start within {start_timeout_s:.0f} s: is the machine overloaded or out of memory?"
+            ) from error
+
+    def call(self, work: Callable[[E], T], kind: WorkKind) -> Future[T]:
+        """Run ``work`` on the step thread before the next step, after all that waits already. ``kind`` is the phase that its seconds count as."""
+        return self._submit(work, kind)
+
+    def request(
+        self, request_id: str, label: str, kind: RequestKind, prompt_tokens: int, add: Callable[[E], None]
+    ) -> Future[Any]:
+        """Add a request; the future gets the engine's finished output, or what ``add`` raised. Cancelling the future aborts the request.
+
+        ``label`` says what the request depends on, see ``running_labels``. ``kind`` and ``prompt_tokens`` are for the account of ``times``.
+        """
+        done: Future[Any] = Future()
+
+        def start(engine: E) -> None:
+            if done.cancelled():
+                return
+            try:
+                add(engine)
+            except EngineError as error:  # refused: this request's own failure
+                if done.set_running_or_notify_cancel():
+                    done.set_exception(error)
+            else:
+                self._requests[request_id] = _Running(done, label, kind, prompt_tokens)
+
+        def stop(engine: E) -> None:
+            if self._requests.pop(request_id, None) is not None:
+                engine.abort_request([request_id])
+
+        self._submit(start, kind)
+        done.add_done_callback(lambda future: self.post(stop, "other") if future.cancelled() else None)
+        return done
+
+    def post(self, work: Callable[[E], None], kind: WorkKind) -> None:
+        """As ``call``, for clean-up that nobody waits for: dropped when the loop is closed or dead."""
+        with self._wake:
+            if self._failure is None and not self._closing:
+                self._work.append((Future(), work, kind))
+                self._wake.notify()
+
+    def running_labels(self) -> set[str]:
+        """Labels of the requests inside the engine. For work on the step thread, where the answer cannot change meanwhile."""
+        return {running.label for running in self._requests.values()}
+
+    @property
+    def times(self) -> LoopTimes:
+        """For any thread; a step or work that runs is counted when it ends."""
+        return LoopTimes(self._steps, dict(self._account.seconds))
+
+    def close(self, timeout_s: float) -> None:
+        """End the thread after its running step; what is pending fails. Safe to call twice."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise EngineError(
+                f"{self._name} did not stop within {timeout_s:.0f} s: a step of the engine hangs; end the process"
+            )
+
+    @property
+    def failure(self) -> str:
+        """Why the thread has ended, "" while it works or when it was closed."""
+        return "" if self._closing else self._failure or ""
+
+    def _submit(self, work: Callable[[E], T], phase: Phase) -> Future[T]:
+        future: Future[T] = Future()
+        with self._wake:
+            self._check_alive()
+            self._work.append((future, work, phase))
+            self._wake.notify()
+        return future
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineError(f"{self._name} is dead: {self._failure}")
+        if self._closing:
+            raise EngineError(f"{self._name} is closed")
+
+    def _run(self, build: Callable[[], E], teardown: Callable[[E], None], started: Future[None]) -> None:
+        try:
+            engine = build()
+        except BaseException as error:  # noqa: BLE001  (a thread's boundary: the failure belongs to whoever waits, whatever it is)
+            self._die(_one_line(error))
+            started.set_exception(
+                error
+                if isinstance(error, EngineError)
+                else EngineError(f"{self._name} did not start: {_one_line(error)}")
+            )
+            return
+        self._account = _Account()  # the thread's life as a servant begins
+        started.set_result(None)
+        reason = "closed"
+        try:
+            self._serve(engine)
+        except BaseException as error:  # noqa: BLE001  (as above)
+            reason = f"{type(error).__name__}: {_one_line(error)}"
+        self._die(reason)
+        teardown(engine)
+
+    def _serve(self, engine: E) -> None:
+        expected, patience_s = (
+            0,
+            0.0,
+        )  # callers who were answered and did not come back yet; how long a step waits for them
+        while (work := self._next_work(engine, patience_s if expected > 0 else 0.0)) is not None:
+            for future, function, phase in work:
+                self._perform(engine, future, function, phase)
+                expected += (phase in _ANSWERED) - 1
+            if not work and engine.has_unfinished_requests():
+                began = time.perf_counter()
+                outputs = engine.step()
+                self._steps += 1
+                patience_s = PATIENCE * (time.perf_counter() - began)
+                self._account.charge(self._shares())
+                expected = self._deliver(outputs)
+
+    def _next_work(
+        self, engine: E, patience_s: float
+    ) -> deque[tuple[Future[Any], Callable[[E], Any], Phase]] | None:
+        """What waits to be run; empty when a step is due instead, None when the loop is closing. Waits as long as there is nothing to do at all."""
+        with self._wake:
+            timeout = patience_s if engine.has_unfinished_requests() else None
+            if timeout != 0.0:
+                self._wake.wait_for(lambda: self._work or self._closing, timeout)
+            self._account.charge({"idle": 1.0})
+            if self._closing:
+                return None
+            work, self._work = self._work, deque()
+            return work
+
+    def _shares(self) -> dict[Phase, float]:
+        """Of the step that was just taken."""
+        tokens: dict[Phase, float] = {}
+        for running in self._requests.values():
+            tokens[running.kind] = tokens.get(running.kind, 0.0) + running.tokens
+            running.tokens = 1
+        return tokens or {"other": 1.0}
+
+    def _perform(self, engine: E, future: Future[Any], function: Callable[[E], Any], phase: Phase) -> None:
+        """Run one piece of work. It is charged before its caller hears of it, who may look at ``times``."""
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = function(engine)
+        except EngineError as error:  # refused: the engine is as it was
+            self._account.charge({phase: 1.0})
+            future.set_exception(error)
+        except BaseException as error:  # broke half-way: the caller learns first, then the thread ends
+            future.set_exception(
+                EngineError(f"{self._name} broke: {type(error).__name__}: {_one_line(error)}")
+            )
+            raise
+        else:
+            self._account.charge({phase: 1.0})
+            future.set_result(result)
+
+    def _deliver(self, outputs: Sequence[StepOutput]) -> int:
+        """Answer those whose requests are finished; returns how many."""
+        answered = 0
+        for output in outputs:
+            if output.finished:
+                running = self._requests.pop(output.request_id, None)
+                if running is not None and running.done.set_running_or_notify_cancel():
+                    running.done.set_result(output)
+                    answered += 1
+        return answered
+
+    def _die(self, reason: str) -> None:
+        with self._wake:
+            self._failure = reason
+            pending = [
+                *(future for future, _, _ in self._work),
+                *(running.done for running in self._requests.values()),
+            ]
+            self._work.clear()
+            self._requests.clear()
+        for future in pending:
+            if not future.done() and future.set_running_or_notify_cancel():
+                future.set_exception(EngineError(f"{self._name} is dead: {reason}"))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__

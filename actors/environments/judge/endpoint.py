@@ -1,0 +1,207 @@
+"""One request to an OpenAI-compatible endpoint, and what may go wrong with it, in words.
+
+The key is read once from the environment variable that the config names. It goes into the request's header and nowhere else: not into a log, not into
+a message (a server that refused it may repeat it, so what such a server says is not shown).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import ssl
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from actors.protocols import TaskError
+from configs.schema import JudgeConfig
+
+if TYPE_CHECKING:
+    import openai
+
+SETTING = "environment.rubric.judge"
+_NO_KEY = "none"  # what the client sends where the variable is not set: local servers ask for none, and the client does not go without
+_SHOWN_CHARACTERS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The model's text, and the tokens that the endpoint counted; None where it did not say."""
+
+    text: str
+    prompt_tokens: int | None
+    generated_tokens: int | None
+
+
+class EndpointFault(RuntimeError):
+    """A request without a reply. ``again``: whether another try may help, after ``pause`` seconds if the endpoint asked for that."""
+
+    def __init__(self, cause: str, cure: str, again: bool, pause: float | None = None) -> None:
+        super().__init__(cause, cure)
+        self.cause, self.cure, self.again, self.pause = cause, cure, again, pause
+
+
+class Endpoint:
+    """Where the judge is. ``address`` is safe to show: without a user, a password or a query."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        """Sends nothing yet. Raises TaskError for a url or a key that cannot be used."""
+        self.address = _address(config.url)
+        self._config = config
+        self._key = _key(config.api_key_env)
+        self._certificates = (
+            ssl.create_default_context()
+        )  # once, for it takes a while: the system's, or those of SSL_CERT_FILE
+
+    def client(self) -> openai.AsyncOpenAI:
+        """A client for one event loop; to be closed on it. It does not retry by itself."""
+        import openai
+
+        return openai.AsyncOpenAI(
+            api_key=self._key or _NO_KEY,
+            base_url=self._config.url,
+            timeout=self._config.timeout_s,
+            max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(verify=self._certificates),
+        )
+
+    async def ask(self, client: openai.AsyncOpenAI, system: str, user: str) -> Reply:
+        """Greedy. Raises EndpointFault."""
+        import openai
+
+        try:
+            completion = await client.chat.completions.create(
+                model=self._config.model,
+                temperature=0,
+                messages=[{"role": "system", "content": system}, {"role": "user", "content": user}],
+            )
+        except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
+            raise self._fault(error) from None
+        return _reply(completion)
+
+    def late(self) -> EndpointFault:
+        return EndpointFault(
+            f"gave no answer in {self._config.timeout_s:g} s",
+            f"look after its server, or raise {SETTING}.timeout_s",
+            again=True,
+        )
+
+    def _fault(self, error: Exception) -> EndpointFault:
+        import openai
+
+        if isinstance(error, openai.APITimeoutError):
+            return self.late()
+        if isinstance(error, openai.APIConnectionError):
+            return EndpointFault(
+                f"is unreachable ({self._safe(_root_cause(error))})",
+                f"start it, or change {SETTING}.url",
+                again=True,
+            )
+        if isinstance(error, openai.APIStatusError):
+            return self._refusal(
+                error.status_code, error.message, _retry_after(error.response.headers.get("retry-after", ""))
+            )
+        return _no_protocol()
+
+    def _refusal(self, status: int, message: str, pause: float | None) -> EndpointFault:
+        told = f"{status}: {self._safe(message)}"
+        if status in (401, 403):
+            return EndpointFault(f"refuses the key ({status})", self._key_cure(), again=False)
+        if status == 404:
+            return EndpointFault(
+                f"knows no such model or path ({told})",
+                f"change {SETTING}.model, or {SETTING}.url (most end in /v1)",
+                again=False,
+            )
+        if status == 429:
+            cure = f"lower {SETTING}.max_concurrent, raise {SETTING}.retries, or look at the account's limits"
+            return EndpointFault(f"takes no more requests ({told})", cure, again=True, pause=pause)
+        if status in (408, 409) or status >= 500:
+            return EndpointFault(
+                f"fails ({told})", f"look after its server, or change {SETTING}.url", again=True, pause=pause
+            )
+        return EndpointFault(
+            f"refuses the request ({told})", f"change {SETTING}.model, or {SETTING}.url", again=False
+        )
+
+    def _key_cure(self) -> str:
+        name = self._config.api_key_env
+        if not name:
+            return (
+                f"name the environment variable that holds its key in {SETTING}.api_key_env, which is empty"
+            )
+        return f"set the environment variable {name}, which {'holds another key' if self._key else 'is not set'}, or change {SETTING}.api_key_env"
+
+    def _safe(self, text: str) -> str:
+        line = " ".join((text.replace(self._key, "***") if self._key else text).split())
+        return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}..."
+
+
+def _no_protocol() -> EndpointFault:
+    return EndpointFault(
+        "does not speak the OpenAI protocol", f"change {SETTING}.url (most end in /v1)", again=True
+    )
+
+
+def _reply(completion: Any) -> Reply:
+    """What a completion says. The client builds one of whatever JSON came, so nothing about it is certain."""
+    choices = getattr(completion, "choices", None)
+    if not isinstance(choices, list) or not choices:
+        raise _no_protocol()
+    text = getattr(getattr(choices[0], "message", None), "content", None)
+    usage = getattr(completion, "usage", None)
+    return Reply(
+        text=text if isinstance(text, str) else "",
+        prompt_tokens=_tokens(getattr(usage, "prompt_tokens", None)),
+        generated_tokens=_tokens(getattr(usage, "completion_tokens", None)),
+    )
+
+
+def _tokens(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _address(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        usable = (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and (parts.port is None or parts.port > 0)
+        )
+    except ValueError:
+        usable = False
+    if not usable:
+        raise TaskError(
+            f"{SETTING}.url must be an address such as http://127.0.0.1:8000/v1; it has no http(s), no host, or no usable port"
+        )
+    host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
+    return f"{parts.scheme}://{host}{f':{parts.port}' if parts.port else ''}{parts.path}"
+
+
+def _key(variable: str) -> str:
+    """The key, "" where there is none."""
+    key = os.environ.get(variable, "").strip() if variable else ""
+    if any(not "!" <= char <= "~" for char in key):  # it would fail in the header, with the key in the error
+        raise TaskError(
+            f"the environment variable {variable} holds white space or letters that no key has: set it anew, or change {SETTING}.api_key_env"
+        )
+    return key
+
+
+def _retry_after(header: str) -> float | None:
+    """Seconds; None for a date or anything else."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost reason: "Connection refused" rather than "Connection error."."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return str(error) or type(error).__name__

@@ -1,0 +1,268 @@
+"""Many concurrent episodes of one worker: groups of siblings, batched writes, deadlines, failures as data.
+
+    group(request) --> sibling 0..n-1, each: slot -> play_episode (deadline) -> slot free -> score_episode (deadline) -> Trajectory | FailedEpisode
+                                                         |
+                                   WriteBatcher: pending writes of all episodes -> writer.write in a thread, one call at a time
+
+Waits: a sibling waits for a slot (freed when an episode was played, at the latest at its deadline), then for the engine and the writer (bounded by
+``rollout.episode_timeout_s``), then for its score (bounded by SCORING_S): a judge's verdict costs the episode none of its time, and nobody a slot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from actors.environments.base import Environment
+from actors.episodes.episode import EpisodeSpec, Played, derived_seed, play_episode, score_episode
+from actors.episodes.in_flight import InFlightPolicy, dated
+from actors.episodes.recovery import (
+    NO_RECOVERY,
+    EpisodeLog,
+    Event,
+    LostTrack,
+    RecordedPolicy,
+    RecordedWriter,
+    Recovered,
+    Recovery,
+)
+from actors.memory.build import Surroundings, build_memory
+from actors.protocols import EngineError, FastWeightWriter, Policy, ReceiptError, TaskError, WriterError
+from actors.text.chat_template import ChatFormat
+from actors.types import Boundary, FailedEpisode, Task, Trajectory, TrajectoryGroup, WriteRequest, WriteResult
+from configs.schema import MemoryConfig, RolloutConfig, WriteConfig
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_BOUNDARIES: tuple[tuple[type[RuntimeError], Boundary], ...] = (
+    (TaskError, "environment"),
+    (ReceiptError, "receipt"),
+    (EngineError, "engine"),
+    (WriterError, "writer"),
+)
+
+SCORING_S = 540.0
+"""What a session may take for its outcome. Less than the driver's grace beyond an episode's deadline (600 s, cluster/fleet/remote_worker.py): late verdicts fail
+their episodes before the driver takes the whole worker for lost."""
+
+_GATHER_S = 0.003
+"""Episodes whose extractions ended in the same engine step come one after the other: a write takes hundreds of milliseconds, and one of eight is
+cheaper than two of four."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One task for ``group_size`` siblings. ``group_id`` is never reused: episode ids are made of it. ``temperature`` 0 is greedy.
+
+    Task, memory, temperature and seed alone decide what is sampled (up to the engine's own rounding), not the group id.
+    """
+
+    task: Task
+    group_id: str
+    group_size: int
+    memory: MemoryConfig
+    temperature: float
+    max_answer_tokens: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1 or self.max_answer_tokens < 1 or self.temperature < 0:
+            raise ValueError(
+                f"rollout request {self.group_id}: group_size={self.group_size} and max_answer_tokens={self.max_answer_tokens} must be at least 1, "
+                f"temperature={self.temperature} at least 0"
+            )
+
+
+class WriteBatcher:
+    """AsyncWriter over a batched writer: what comes in while a write runs is the next batch. Bound to the event loop that it is first used on."""
+
+    def __init__(self, writer: FastWeightWriter) -> None:
+        self._writer = writer
+        self._pending: list[tuple[WriteRequest, asyncio.Future[WriteResult]]] = []
+        self._drain: asyncio.Task[None] | None = None
+
+    async def write(self, request: WriteRequest) -> WriteResult:
+        """Raises WriterError. Giving up the wait drops the result, not the batch."""
+        future: asyncio.Future[WriteResult] = asyncio.get_running_loop().create_future()
+        self._pending.append((request, future))
+        if self._drain is None or self._drain.done():
+            self._drain = asyncio.create_task(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        await asyncio.sleep(_GATHER_S)
+        while self._pending:
+            batch = [(request, future) for request, future in self._pending if not future.done()]
+            self._pending.clear()
+            if not batch:
+                return
+            requests = [request for request, _ in batch]
+            (results,) = await asyncio.gather(
+                asyncio.to_thread(self._writer.write, requests), return_exceptions=True
+            )
+            if not isinstance(results, BaseException) and len(results) != len(requests):
+                results = WriterError(
+                    f"the writer returned {len(results)} results for {len(requests)} requests"
+                )
+            for place, (_, future) in enumerate(batch):
+                if future.done():  # its episode gave up
+                    continue
+                if isinstance(results, BaseException):
+                    future.set_exception(results)
+                else:
+                    future.set_result(results[place])
+
+
+class Rollout:
+    """All the episodes of one worker. Concurrent calls of `group` share ``slots`` places. Built inside the worker, used on one event loop."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        writer: FastWeightWriter,
+        environment: Environment,
+        chat: ChatFormat,
+        write: WriteConfig,
+        rollout: RolloutConfig,
+        slots: int,
+        surroundings: Surroundings,
+        basis_id: str,
+        worker_name: str,
+    ) -> None:
+        if slots < 1:
+            raise ValueError(
+                f"slots={slots} is not allowed: it must be at least 1, as many as the engine has adapter slots"
+            )
+        self._policy = policy
+        self._writer = WriteBatcher(writer)
+        self._environment = environment
+        self._chat = chat
+        self._write = write
+        self._rollout = rollout
+        self._surroundings = surroundings
+        self._slots = asyncio.Semaphore(slots)
+        self._basis_id = basis_id
+        self._worker_name = worker_name
+
+    async def group(self, request: RolloutRequest) -> TrajectoryGroup:
+        """Play the task ``group_size`` times. An episode that fails becomes data, its siblings go on; a programming error ends the whole group.
+
+        The policy must keep its version until this returns, unless ``rollout.refresh`` is in_flight.
+        """
+        return (await self.recoverable_group(request, NO_RECOVERY))[0]
+
+    async def recoverable_group(
+        self, request: RolloutRequest, recovery: Recovery
+    ) -> tuple[TrajectoryGroup, Recovered]:
+        """As ``group``, and progress goes to ``recovery.journal``; an episode that is known there on the present version is continued."""
+        version = self._policy.version
+        continued: Counter[bool] = Counter()
+        try:
+            async with asyncio.TaskGroup() as siblings:
+                running = [
+                    siblings.create_task(self._sibling(request, number, recovery, continued))
+                    for number in range(request.group_size)
+                ]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finished = [task.result() for task in running]
+        trajectories = tuple(result for result in finished if isinstance(result, Trajectory))
+        group = TrajectoryGroup(
+            task=request.task,
+            policy_version=min((trajectory.policy_version for trajectory in trajectories), default=version),
+            trajectories=trajectories,
+            failed=tuple(result for result in finished if isinstance(result, FailedEpisode)),
+            worker=self._worker_name,
+        )
+        return group, Recovered(continued[True], continued[False])
+
+    async def _sibling(
+        self, request: RolloutRequest, number: int, recovery: Recovery, continued: Counter[bool]
+    ) -> Trajectory | FailedEpisode:
+        """``continued`` counts the finished episodes of a group that was issued again: True for those that went on from their progress."""
+        spec = EpisodeSpec(
+            task=request.task,
+            episode_id=f"{request.group_id}.{number}",
+            temperature=request.temperature,
+            max_answer_tokens=request.max_answer_tokens,
+            max_turns=self._rollout.max_turns,
+            seed=derived_seed(request.seed, number),
+        )
+        limit = self._rollout.episode_timeout_s
+        late = f"not played after rollout.episode_timeout_s={limit:g}: waiting for the engine or the writer: raise it, or lower engine.slots"
+        async with self._slots:
+            found = await _in_time(spec, self._play(spec, request, number, recovery), limit, late, "engine")
+        if isinstance(found, FailedEpisode):
+            return found
+        played, went_on = found
+        whom = f"the environment {played.environment} and its judge, if it has one"
+        late = f"played, but not scored after {SCORING_S:g} s: waiting for {whom}: lower its judge's timeout_s, or raise its max_concurrent"
+        scored = await _in_time(spec, score_episode(played), SCORING_S, late, "environment")
+        if isinstance(scored, FailedEpisode):
+            return scored
+        continued[went_on] += went_on or recovery.reissued
+        return dated(scored) if self._rollout.refresh == "in_flight" else scored
+
+    async def _play(
+        self, spec: EpisodeSpec, request: RolloutRequest, number: int, recovery: Recovery
+    ) -> tuple[Played, bool]:
+        """From the progress that is known (then True), or else, and where the episode does not follow it, from the start."""
+        progress = recovery.progress.get(number)
+        if progress is not None and progress.version == self._policy.version:
+            try:
+                return await self._play_from(spec, request, number, recovery, progress.events), True
+            except LostTrack as error:
+                _log.warning("%s: episode %s starts anew: %s", self._worker_name, spec.episode_id, error)
+        return await self._play_from(spec, request, number, recovery, ()), False
+
+    async def _play_from(
+        self,
+        spec: EpisodeSpec,
+        request: RolloutRequest,
+        number: int,
+        recovery: Recovery,
+        past: tuple[Event, ...],
+    ) -> Played:
+        memory = build_memory(request.memory, self._write, self._surroundings)
+        if self._rollout.refresh == "in_flight":
+            living = InFlightPolicy(self._policy, self._writer)
+            return await play_episode(
+                spec, self._environment, living, living, self._chat, memory, self._basis_id
+            )
+        log = EpisodeLog(partial(recovery.journal.note, request.group_id, number, self._policy.version), past)
+        policy, writer = RecordedPolicy(self._policy, log), RecordedWriter(self._writer, log)
+        played = await play_episode(
+            spec, self._environment, policy, writer, self._chat, memory, self._basis_id
+        )
+        log.flush()
+        return played
+
+
+async def _in_time(
+    spec: EpisodeSpec, doing: Awaitable[T], limit_s: float, late: str, waits_for: Boundary
+) -> T | FailedEpisode:
+    """What ``doing`` gives, or how the episode failed: ``late`` where its deadline passed, at ``waits_for`` where a wait inside gave up by itself."""
+    deadline = asyncio.timeout(limit_s)
+    try:
+        async with deadline:
+            return await doing
+    except TimeoutError as error:
+        if not deadline.expired():
+            return _failed(spec, waits_for, f"a wait inside the episode timed out: {error}")
+        return _failed(spec, "timeout", late)
+    except tuple(kind for kind, _ in _BOUNDARIES) as error:
+        return _failed(
+            spec, next(boundary for kind, boundary in _BOUNDARIES if isinstance(error, kind)), str(error)
+        )
+
+
+def _failed(spec: EpisodeSpec, boundary: Boundary, message: str) -> FailedEpisode:
+    return FailedEpisode(
+        task_id=spec.task.id, episode_id=spec.episode_id, boundary=boundary, message=" ".join(message.split())
+    )

@@ -1,0 +1,91 @@
+"""The token context of the running segment.
+
+Invariant: what `ids` returns is what the engine is given, token for token, and what the closed Segment holds; nothing is ever re-tokenised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+
+import numpy as np
+
+from actors.types import ActionSpan, Generation, PolicyVersion, Segment, SpanKind
+
+
+class Context:
+    """Grows by observations (mask 0) and generations (mask 1). ``opening`` is what truncation never drops: the system prompt, and what is
+    remembered in front of all else."""
+
+    def __init__(self, opening: Sequence[int]) -> None:
+        self._opening = len(opening)
+        self._ids: list[int] = list(opening)
+        self._logprobs: list[float] = [0.0] * len(opening)
+        self._spans: list[ActionSpan] = []
+
+    def __len__(self) -> int:
+        """Tokens, the opening included."""
+        return len(self._ids)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(self._ids)
+
+    @property
+    def after_opening(self) -> tuple[int, ...]:
+        """The tokens that the opening does not hold: what was read and said."""
+        return tuple(self._ids[self._opening :])
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing but the opening stands here."""
+        return len(self._ids) == self._opening
+
+    @property
+    def has_actions(self) -> bool:
+        return bool(self._spans)
+
+    def observe(self, ids: Sequence[int]) -> None:
+        """Append tokens that the engine did not sample."""
+        self._ids += ids
+        self._logprobs += [0.0] * len(ids)
+
+    def act(self, generation: Generation, kind: SpanKind) -> None:
+        """Append sampled tokens with their log-probs. An empty generation leaves no trace."""
+        start = len(self._ids)
+        self._ids += generation.token_ids
+        self._logprobs += generation.logprobs
+        for version, run in groupby(generation.versions or (None,) * len(generation.token_ids)):
+            end = start + sum(1 for _ in run)
+            self._spans.append(ActionSpan(start, end, kind, version))
+            start = end
+
+    def close(self, policy_version: PolicyVersion, revision: int) -> Segment:
+        """The segment up to here, sampled under ``revision``; by ``policy_version`` where the engine did not say by which."""
+        policy_version = min(
+            (policy_version if span.version is None else span.version for span in self._spans),
+            default=policy_version,
+        )
+        mask = np.zeros(len(self._ids), dtype=np.bool_)
+        for span in self._spans:
+            mask[span.start : span.end] = True
+        return Segment(
+            token_ids=np.asarray(self._ids, dtype=np.int32),
+            action_mask=mask,
+            logprobs=np.asarray(self._logprobs, dtype=np.float32),
+            policy_version=policy_version,
+            revision=revision,
+            spans=tuple(
+                replace(span, version=None) if span.version == policy_version else span
+                for span in self._spans
+            ),
+        )
+
+    def truncated(self, limit: int) -> Context:
+        """A new context of at most ``limit`` tokens: the opening and the newest of the rest, all of it mask 0. Never shorter than the opening."""
+        rest = self._ids[self._opening :]
+        kept = Context(self._ids[: self._opening])
+        room = max(0, limit - self._opening)
+        kept.observe(rest[len(rest) - min(room, len(rest)) :])
+        return kept

@@ -1,0 +1,282 @@
+"""What an evaluation compares: rows x benchmarks x seeds, each combination a cell with a configuration of its own.
+
+    base file  <-  benchmark file  <-  row file  <-  swept settings  <-  arguments         (later wins; see configs.load)
+
+A row file sets the memory and how it writes; a benchmark file the tasks and the room that they need. Both may be the user's own. What the base
+decides for every row alike is the scale: model, L_max, token limits, and T where the row's source does not define it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import configs
+from configs.describe import settings
+from configs.load import ConfigError, Layer, load_config
+from configs.memory import SUMMARIZING
+from configs.schema import RunConfig
+
+ROW_SETTINGS = ("memory.", "write.", "fast_weights.")
+BENCHMARK_SETTINGS = (
+    "environment.",
+    "sampling.",
+    "rollout.",
+    "engine.",
+    "evaluation.tasks",
+    "evaluation.temperature",
+    "memory.max_",
+)
+WRITING = (
+    "raw",
+    "summary_write",
+    "implications",
+    "parametric",
+    "hybrid",
+    "custom",
+)  # policies that may have fast weights other than 0
+TASKS = ("environment.name", "environment.conversation.format")  # what makes a benchmark another one
+OWN = "config"  # the row that is the configuration's own memory
+BASELINE = "truncation"
+L_MAX_KEY, L_MAX = (
+    "memory.max_context_tokens",
+    "L_max",
+)  # the setting, and the paper's name for it in labels and plots
+_LIST = re.compile(r",(?![^\[]*\])")  # commas outside brackets
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """``python -m cluster evaluate`` as it was asked for; ``rows`` and ``benchmarks`` hold names of shipped files, or files of the user's."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    checkpoint: Path | None
+    rows: tuple[str, ...]
+    benchmarks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    baseline: str
+    sweep: tuple[str, ...]
+    resume: str
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A row, and the swept settings that tell it from the row's other variants."""
+
+    row: str
+    swept: tuple[tuple[str, str], ...]
+
+    @property
+    def label(self) -> str:
+        return " ".join(
+            [
+                self.row,
+                *(
+                    f"{L_MAX if key == L_MAX_KEY else key.rpartition('.')[2]}={value}"
+                    for key, value in self.swept
+                ),
+            ]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One row on one benchmark with one seed: what is run, saved and resumed as a whole."""
+
+    benchmark: str
+    variant: Variant
+    config: RunConfig
+
+    @property
+    def key(self) -> str:
+        """Unique in its plan (checked there); the name of its file."""
+        return f"{slug(self.benchmark)}--{slug(self.variant.label)}--seed{self.config.seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All cells, benchmarks first, then rows, then seeds. ``base`` is the configuration without benchmark or row."""
+
+    base: RunConfig
+    cells: tuple[Cell, ...]
+    baselines: tuple[tuple[str, str], ...]  # (label, label of what it is compared with)
+
+    @property
+    def benchmarks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(cell.benchmark for cell in self.cells))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(cell.variant.label for cell in self.cells))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A row or a benchmark: the file laid over the base, or the arguments that stand for it."""
+
+    name: str
+    layers: tuple[Layer, ...]
+    arguments: tuple[str, ...]
+
+
+def plan_cells(request: Request) -> Plan:
+    """Raises ConfigError, one line, for whatever cannot be compared."""
+    _check_overrides(request)
+    first = _benchmarks(request)[0]
+    base = load_config(request.config, request.overrides, first.layers)
+    sweep = [_swept(argument, request) for argument in request.sweep]
+    rows = _rows(request, base)
+    cells: list[Cell] = []
+    for benchmark in _benchmarks(request):
+        for row in rows:
+            for variant in _variants(row, benchmark, request, sweep):
+                config = _load(request, benchmark, row, variant.swept)
+                name, seeds = benchmark.name or config.environment.name, request.seeds or (base.seed,)
+                cells += [Cell(name, variant, replace(config, seed=seed)) for seed in seeds]
+    _check_unique([cell.key for cell in cells])
+    variants = list(dict.fromkeys(cell.variant for cell in cells))
+    return Plan(base, tuple(cells), tuple(_baselines(variants, request.baseline)))
+
+
+def slug(text: str) -> str:
+    """``text`` as a file's name and as part of an MLflow metric."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("_")
+
+
+def shipped(kind: str) -> dict[str, Path]:
+    """The files of ``kind`` ("rows" or "benchmarks") that come with Engram, by name."""
+    return {file.stem: file for file in sorted((Path(configs.__file__).parent / kind).glob("*.yaml"))}
+
+
+# --- rows, benchmarks, sweeps -------------------------------------------------------------------------------------------------------------------
+
+
+def _rows(request: Request, base: RunConfig) -> list[_Part]:
+    if request.rows:
+        return [_row(name, base) for name in request.rows]
+    own = _row(OWN, base)
+    if base.memory.policy == BASELINE or not base.evaluation.memory_off_row:
+        return [own]
+    return [_Part(BASELINE, (), (f"memory.policy={BASELINE}",)), own]
+
+
+def _row(name: str, base: RunConfig) -> _Part:
+    return _Part(base.memory.policy, (), ()) if name == OWN else _part(name, "rows", "row", ROW_SETTINGS)
+
+
+def _benchmarks(request: Request) -> list[_Part]:
+    """Without any: the base's own environment, under its name."""
+    return [_part(name, "benchmarks", "benchmark", BENCHMARK_SETTINGS) for name in request.benchmarks] or [
+        _Part("", (), ())
+    ]
+
+
+def _part(name: str, folder: str, kind: str, allowed: tuple[str, ...]) -> _Part:
+    known = shipped(folder)
+    if name in known:
+        return _Part(name, (Layer(known[name], kind, allowed),), ())
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        own = f", {OWN} (the configuration's own memory)" if kind == "row" else ""
+        raise ConfigError(
+            f"--{folder} {name}: no such {kind}; shipped are {', '.join(known)}{own}; or give a YAML file"
+        )
+    return _Part(path.stem, (Layer(path, kind, allowed),), ())
+
+
+def _variants(
+    row: _Part, benchmark: _Part, request: Request, sweep: Sequence[tuple[str, list[str]]]
+) -> list[Variant]:
+    """One per combination of the swept settings that this row's memory looks at: others would run the same cell again under another name."""
+    if not sweep:
+        return [Variant(row.name, ())]
+    policy = _load(request, benchmark, row, ()).memory.policy
+    axes = [[(key, value) for value in values] for key, values in sweep if _matters(key, policy)]
+    return [Variant(row.name, combination) for combination in itertools.product(*axes)]
+
+
+def _matters(key: str, policy: str) -> bool:
+    if policy == "custom":  # it is given every setting, and alone knows which it looks at
+        return True
+    if key.startswith(("write.", "fast_weights.")):
+        return policy in WRITING
+    if key == L_MAX_KEY:
+        return policy != "full"
+    if key == "memory.max_summary_tokens":
+        return policy in SUMMARIZING
+    sections = {"memory.paging.": "paging", "memory.notes.": "notes"}
+    return all(policy == owner for prefix, owner in sections.items() if key.startswith(prefix))
+
+
+def _swept(argument: str, request: Request) -> tuple[str, list[str]]:
+    key, equals, text = argument.partition("=")
+    values = [value.strip() for value in _LIST.split(text)]
+    if not equals or not all(values):
+        raise ConfigError(f"--sweep {argument}: write key=value,value, e.g. fast_weights.basis=svd,random")
+    if not key.startswith(ROW_SETTINGS) or key == "memory.policy":
+        raise ConfigError(
+            f"--sweep {argument}: {key} cannot be swept; what can is memory.* (without memory.policy), write.* and fast_weights.*"
+        )
+    if key not in settings():
+        load_config(request.config, [argument])  # its message has a guess at what was meant
+    if any(override.startswith(f"{key}=") for override in request.overrides):
+        raise ConfigError(f"--sweep {argument}: {key} is also given as an argument; leave one out")
+    return key, values
+
+
+def _load(request: Request, benchmark: _Part, row: _Part, swept: Sequence[tuple[str, str]]) -> RunConfig:
+    arguments = [*(f"{key}={value}" for key, value in swept), *request.overrides, *row.arguments]
+    return load_config(request.config, arguments, [*benchmark.layers, *row.layers])
+
+
+# --- checks, and what is compared with what -----------------------------------------------------------------------------------------------------
+
+
+def _check_overrides(request: Request) -> None:
+    for override in request.overrides:
+        key = override.partition("=")[0]
+        if key == "memory.policy" and request.rows:
+            raise ConfigError(
+                f"argument {override!r}: with --rows it would turn every row into the same memory; leave one of the two out"
+            )
+        if key in TASKS and request.benchmarks:
+            raise ConfigError(
+                f"argument {override!r}: with --benchmarks it would turn every benchmark into the same tasks; leave one of the two out"
+            )
+        if key == "seed" and request.seeds:
+            raise ConfigError(f"argument {override!r}: --seeds is given too; leave one of the two out")
+
+
+def _check_unique(keys: Sequence[str]) -> None:
+    """Also where a worker (letters and digits only) or a file system (upper and lower case) would take two for one."""
+    plain = [re.sub("[^a-z0-9]+", "-", key.lower()) for key in keys]
+    twice = next((key for key, name in zip(keys, plain, strict=True) if plain.count(name) > 1), None)
+    if twice is not None:
+        row = twice.split("--")[1]
+        raise ConfigError(
+            f"--rows, --benchmarks, --seeds or --sweep name {row!r} twice (cell {twice}); each needs a name of its own"
+        )
+
+
+def _baselines(variants: Sequence[Variant], wanted: str) -> list[tuple[str, str]]:
+    """Each variant with the one to compare it with: the baseline row's variant that shares its swept settings, or the one with exactly that label."""
+    name = wanted or BASELINE
+    exact = next((variant for variant in variants if variant.label == name), None)
+    candidates = [exact] if exact is not None else [variant for variant in variants if variant.row == name]
+    if wanted and not candidates:
+        raise ConfigError(
+            f"--baseline {wanted}: no such row here; there are {', '.join(variant.label for variant in variants)}"
+        )
+    pairs = []
+    for variant in variants:
+        fits = [
+            other
+            for other in candidates
+            if other is exact or (other.row != variant.row and set(other.swept) <= set(variant.swept))
+        ]
+        pairs += [(variant.label, other.label) for other in fits if other != variant]
+    return pairs

@@ -1,0 +1,62 @@
+"""New weights to every rollout worker, behind two verbs: the driver *publishes* a version, each worker *fetches* it.
+
+    learner rank 0 --> object store --(shared memory on a node, once over the network to another)--> worker 0, worker 1, ...
+
+A published version is a small handle; the tensors never pass through the driver. Ray's object store is the transport for any hardware; another one
+(NCCL, a parallel file system) is another pair of classes with these verbs. Invariant: a handle's tensors are those of its version, whenever fetched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from actors.types import PolicyVersion
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from torch import Tensor
+
+
+class WeightSource(Protocol):
+    """What a channel asks of the learner."""
+
+    @property
+    def version(self) -> PolicyVersion: ...
+
+    def weights_ref(self, trainable_only: bool) -> ObjectRef[dict[str, Tensor]]:
+        """A reference to the weights by Hugging Face name, in the object store when this returns."""
+        ...
+
+
+class Channel(Protocol):
+    def publish(self, source: WeightSource) -> ObjectStoreWeights:
+        """Make the source's present weights available under its version. Blocks until the tensors are out of the learner."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ObjectStoreWeights:
+    """One published version (actors.worker.PublishedWeights). Dropping the last handle frees the tensors."""
+
+    version: PolicyVersion
+    complete: bool
+    ref: ObjectRef[dict[str, Tensor]]
+
+    def fetch(self, timeout_s: float) -> dict[str, Tensor]:
+        """The tensors, read-only views of shared memory. Blocks at most ``timeout_s``; raises TimeoutError (Ray's own) after that."""
+        import ray
+
+        return ray.get(self.ref, timeout=timeout_s)
+
+
+class ObjectStoreChannel:
+    """Ray's object store. ``trainable_only`` leaves out what training never changes: the workers have those tensors from the base model."""
+
+    def __init__(self, trainable_only: bool) -> None:
+        self._trainable_only = trainable_only
+
+    def publish(self, source: WeightSource) -> ObjectStoreWeights:
+        return ObjectStoreWeights(
+            source.version, not self._trainable_only, source.weights_ref(self._trainable_only)
+        )

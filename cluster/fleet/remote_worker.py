@@ -1,0 +1,139 @@
+"""The driver's view of the rollout workers: each call has a deadline and names the worker in its errors.
+
+    RemoteWorker.group     -> stream.py     RemoteWorker.episode -> evaluate.py     RemoteWorker.refresh -> loop.py
+
+A worker that dies or is late raises WorkerLost here; Ray restarts nothing (a restarted actor would have lost its weights).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import ray
+
+from actors.episodes.episode import derived_seed
+from actors.episodes.rollout import RolloutRequest
+from actors.peak_memory import PeakMemory
+from actors.types import Task, TrajectoryGroup
+from actors.worker import RolloutActor, WorkerReport, WorkerSpec
+from cluster.fleet.broadcast import ObjectStoreWeights
+from cluster.fleet.contract import FinishedGroup
+from cluster.fleet.episode_journal import EpisodeJournal
+from cluster.fleet.ray_runtime import answer
+from cluster.measure.rows import EvaluationRow
+from configs.schema import RunConfig
+
+REFRESH_S = 600.0
+REPORT_S = 60.0
+EPISODE_GRACE_S = 600.0  # beyond an episode's own deadline: the judge's verdict and the way back
+_CONTROL_CALLS = 8  # concurrent calls of an actor beyond its groups: refresh, report
+
+
+def worker_process(config: RunConfig) -> Any:
+    """A process for one rollout worker: the actor that RemoteWorker is given."""
+    threads = {
+        "OMP_NUM_THREADS": str(config.rollout.threads),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    actor: Any = RolloutActor
+    return actor.options(
+        num_cpus=config.rollout.cpus_per_worker
+        if config.ray.address
+        else 0,  # on one machine they share its cores, however many `scale` asks for
+        num_gpus=config.rollout.gpus_per_worker,
+        resources={config.rollout.resource: 1} if config.rollout.resource else {},
+        max_concurrency=config.engine.slots * 2 + credits_per_worker(config) + _CONTROL_CALLS,
+        runtime_env={"env_vars": threads},
+    ).remote()
+
+
+class RemoteWorker:
+    """One rollout worker behind Ray. ``actor`` has the methods of RolloutActor. Starts at once; it is up when ``started`` resolves.
+
+    ``journal`` keeps the progress of its episodes for the worker that may have to go on with them; None: they would start anew.
+    """
+
+    def __init__(self, spec: WorkerSpec, actor: Any, journal: EpisodeJournal | None) -> None:
+        self.name = spec.name
+        self._journal = journal
+        self._config = spec.config
+        self._actor = actor
+        self.started: ray.ObjectRef[str] = actor.start.remote(spec)
+
+    async def ready(self) -> None:
+        """Until engine and writer are up. Raises WorkerLost."""
+        await answer(self.started, self._config.ray.startup_timeout_s, self.name, "starting")
+
+    async def group(self, position: int, task: Task) -> FinishedGroup:
+        """The siblings of one training task, sampled with seeds that follow from the run's seed and ``position``. Only the summary comes here."""
+        config = self._config
+        request = RolloutRequest(
+            task=task,
+            group_id=f"train-{position}",
+            group_size=config.train.group_size,
+            memory=config.memory,
+            temperature=config.sampling.temperature,
+            max_answer_tokens=config.sampling.max_answer_tokens,
+            seed=derived_seed(config.seed, "rollout", position),
+        )
+        if self._journal is None:
+            summary, content = self._actor.group.remote(request)
+            return FinishedGroup(await self._answer(summary, task), content)
+        summary, content = self._actor.recoverable_group.remote(
+            request, await self._journal.open(request.group_id)
+        )
+        finished = FinishedGroup(await self._answer(summary, task), content)
+        self._journal.close(request.group_id)
+        return finished
+
+    async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
+        """One episode of a held-out task; only its own deadline, and no queue, stands before its end."""
+        request = RolloutRequest(
+            task=task,
+            group_id=f"{re.sub('[^a-z0-9]+', '-', row.label.lower())}-{position}",
+            group_size=1,
+            memory=row.memory,
+            temperature=self._config.evaluation.temperature,
+            max_answer_tokens=self._config.sampling.max_answer_tokens,
+            seed=derived_seed(row.seed, "evaluation", position),
+        )
+        _, content = self._actor.group.remote(request)
+        group: TrajectoryGroup = await answer(
+            content, self._config.rollout.episode_timeout_s + EPISODE_GRACE_S, self.name, f"task {task.id}"
+        )
+        return group
+
+    async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
+        """Drain, load ``weights``, go on."""
+        drain_s = self._config.train.group_timeout_s
+        call = self._actor.refresh.remote(weights, drain_s)
+        report: WorkerReport = await answer(
+            call, drain_s + REFRESH_S, self.name, f"the refresh to version {weights.version}"
+        )
+        return report
+
+    async def report(self) -> WorkerReport:
+        report: WorkerReport = await answer(self._actor.report.remote(), REPORT_S, self.name, "its report")
+        return report
+
+    async def measure(self) -> PeakMemory:
+        """The most memory held since the last call, or since the worker started."""
+        peak: PeakMemory = await answer(
+            self._actor.measure.remote(), REPORT_S, self.name, "measuring its memory"
+        )
+        return peak
+
+    def kill(self) -> None:
+        """End the process. Engine and episodes go with it."""
+        ray.kill(self._actor)
+
+    async def _answer(self, reference: ray.ObjectRef[Any], task: Task) -> Any:
+        return await answer(reference, self._config.train.group_timeout_s, self.name, f"task {task.id}")
+
+
+def credits_per_worker(config: RunConfig) -> int:
+    """Groups in flight on one worker: enough to fill its slots with siblings."""
+    return math.ceil(config.engine.slots / config.train.group_size)

@@ -1,0 +1,237 @@
+"""Pure functions from what a step produced to the figures that the tracker logs. The section before "/" is the chart group in MLflow.
+
+The section ``timeline`` says where a step's time went, as fractions that sum to 1 in each of three views:
+
+    timeline/worker_*    the workers' step threads: act, extract, receipt, write, install, refresh, other, idle
+    timeline/episode_*   the episodes, waiting included: act, extract, write, install, environment
+    timeline/learner_*   the driver and the learner: wait (for groups), learn, publish, other
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from actors.episodes.group_summary import EpisodeSummary, GroupSummary
+from actors.types import Timings, WriteRecord
+from actors.worker import WorkerReport
+from cluster.fleet.ledger import Ledger
+from cluster.fleet.stream import Batch
+from cluster.fleet.worker_timeline import fractions
+from learner.types import StepReport, WarmStartReport
+
+
+@dataclass(frozen=True, slots=True)
+class StepSeconds:
+    """Wall seconds of one loop step: waiting for groups, learner step, weights out of the learner, and all of it (the rest: the refresh before)."""
+
+    wait: float
+    learn: float
+    publish: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepSummary:
+    """One step as the progress line shows it. ``staleness`` is the batch's mean in policy versions.
+
+    ``without_signal``: in every group the siblings' rewards were equal, so that no advantage and no policy gradient came of the step.
+    """
+
+    step: int
+    version: int
+    reward: float
+    staleness: float
+    episodes: int
+    writes: int
+    failed: int
+    without_signal: bool
+    seconds: float
+
+    @property
+    def episodes_per_second(self) -> float:
+        return self.episodes / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def writes_per_second(self) -> float:
+        return self.writes / self.seconds if self.seconds > 0 else 0.0
+
+
+def summarize(step: int, report: StepReport, batch: Batch, seconds: StepSeconds) -> StepSummary:
+    groups = [group.summary for group in batch.groups]
+    episodes = _episodes(groups)
+    return StepSummary(
+        step=step,
+        version=report.version,
+        reward=_mean([episode.outcome.reward for episode in episodes]),
+        staleness=_mean(batch.staleness),
+        episodes=len(episodes),
+        writes=sum(len(episode.writes) for episode in episodes),
+        failed=sum(len(group.failed) for group in groups),
+        without_signal=all(_without_signal(group) for group in groups),
+        seconds=seconds.total,
+    )
+
+
+def step_metrics(report: StepReport, batch: Batch, seconds: StepSeconds, ledger: Ledger) -> dict[str, float]:
+    """Everything logged for one RL step. Values that do not exist in this step (no write, no forward) are left out, never 0."""
+    groups = [group.summary for group in batch.groups]
+    episodes = _episodes(groups)
+    metrics = (
+        reward_metrics(groups)
+        | rollout_metrics(episodes)
+        | write_metrics([record for episode in episodes for record in episode.writes])
+    )
+    metrics |= episode_timeline(episodes) | learner_timeline(seconds)
+    metrics |= {
+        f"learner/{field.name}": float(getattr(report, field.name))
+        for field in fields(report)
+        if field.name not in ("version", "seconds")
+    }
+    metrics |= {
+        "staleness/mean": _mean(batch.staleness),
+        "staleness/max": float(max(batch.staleness, default=0)),
+        "staleness/dropped_groups": float(batch.dropped),
+        "sync/policy_version": float(report.version),
+        "sync/publish_s": seconds.publish,
+        "timing_s/step": seconds.total,
+        "timing_s/wait_for_groups": seconds.wait,
+        "timing_s/learner": seconds.learn,
+        "perf/episodes_per_s": len(episodes) / seconds.total,
+        "perf/trained_tokens_per_s": report.tokens / seconds.total,
+        "perf/writes_per_s": sum(len(episode.writes) for episode in episodes) / seconds.total,
+        "rollout/tasks_issued": float(ledger.issued),
+        "rollout/tasks_in_flight": float(ledger.in_flight),
+        "rollout/tasks_failed": float(ledger.settled["failed"]),
+        "rollout/tasks_stale": float(ledger.settled["stale"]),
+        "rollout/tasks_reissued": float(ledger.reissued),
+    }
+    metrics |= {
+        f"rollout/failed_episodes_{boundary}": float(count) for boundary, count in ledger.failures.items()
+    }
+    return {key: value for key, value in metrics.items() if math.isfinite(value)}
+
+
+def reward_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
+    rewards = [[episode.outcome.reward for episode in group.episodes] for group in groups]
+    flat = [reward for group in rewards for reward in group]
+    metrics = {
+        "reward/mean": _mean(flat),
+        "reward/std": float(np.std(flat)) if flat else math.nan,
+        "reward/best_sibling": _mean([max(group) for group in rewards if group]),
+        "reward/groups_without_signal": float(sum(_without_signal(group) for group in groups)),
+    }
+    parts: dict[str, list[float]] = {}
+    for episode in _episodes(groups):
+        for name, value in episode.outcome.reward_parts.items():
+            parts.setdefault(name, []).append(float(value))
+    return metrics | {
+        f"reward/{name}": _mean(values) for name, values in parts.items() if f"reward/{name}" not in metrics
+    }
+
+
+def rollout_metrics(episodes: Sequence[EpisodeSummary]) -> dict[str, float]:
+    metrics = {
+        "rollout/episodes": float(len(episodes)),
+        "rollout/segments_per_episode": _mean([episode.segments for episode in episodes]),
+        "rollout/tokens_per_episode": _mean([episode.tokens for episode in episodes]),
+        "rollout/sampled_tokens_per_episode": _mean([episode.sampled_tokens for episode in episodes]),
+        "rollout/cut_by_max_turns": float(sum(episode.stop_reason == "max_turns" for episode in episodes)),
+    }
+    for field in fields(Timings):
+        metrics[f"timing_s/episode_{field.name}"] = _mean(
+            [float(getattr(episode.timings, field.name)) for episode in episodes]
+        )
+    return metrics
+
+
+def write_metrics(records: Sequence[WriteRecord]) -> dict[str, float]:
+    outcomes = Counter(record.outcome for record in records)
+    trained = [record for record in records if record.outcome != "empty"]
+    return {
+        "fast_weights/writes": float(len(records)),
+        "fast_weights/accepted": float(outcomes["accepted"]),
+        "fast_weights/empty": float(outcomes["empty"]),
+        "fast_weights/rolled_back": float(outcomes["rolled_back"]),
+        "fast_weights/flashcards_per_write": _mean([len(record.flashcards) for record in records]),
+        "fast_weights/rejected_flashcards_per_write": _mean(
+            [record.rejected_flashcards for record in records]
+        ),
+        "fast_weights/loss_before": _mean(_finite(record.loss_before for record in trained)),
+        "fast_weights/loss_after": _mean(_finite(record.loss_after for record in trained)),
+        "fast_weights/seconds_per_write": _mean([record.seconds for record in trained]),
+    }
+
+
+def worker_metrics(reports: Sequence[WorkerReport]) -> dict[str, float]:
+    """Over the workers' reports after their last refresh; engine counters are totals since the start. Empty before the first refresh."""
+    if not reports:
+        return {}
+    engines = [report.engine for report in reports]
+    alive = sum(sum(engine.seconds.values()) for engine in engines)
+    return {
+        "sync/drain_s": max(report.drain_s for report in reports),
+        "sync/fetch_s": max(report.fetch_s for report in reports),
+        "sync/load_s": max(report.load_s for report in reports),
+        "fast_weights/receipts_passed": float(sum(engine.receipts_passed for engine in engines)),
+        "fast_weights/receipts_failed": float(sum(engine.receipts_failed for engine in engines)),
+        "fast_weights/receipts_unseen": float(sum(engine.receipts_unseen for engine in engines)),
+        "perf/engine_busy_fraction": 1 - sum(engine.seconds["idle"] for engine in engines) / alive
+        if alive > 0
+        else 0.0,
+    }
+
+
+def episode_timeline(episodes: Sequence[EpisodeSummary]) -> dict[str, float]:
+    phases = [field.name for field in fields(Timings) if field.name != "total"]
+    return fractions(
+        "episode", {phase: sum(getattr(episode.timings, phase) for episode in episodes) for phase in phases}
+    )
+
+
+def learner_timeline(seconds: StepSeconds) -> dict[str, float]:
+    other = seconds.total - seconds.wait - seconds.learn - seconds.publish
+    return fractions(
+        "learner", {"wait": seconds.wait, "learn": seconds.learn, "publish": seconds.publish, "other": other}
+    )
+
+
+def warm_start_metrics(report: WarmStartReport) -> Mapping[str, float]:
+    return {
+        f"warm_start/{field.name}": float(getattr(report, field.name))
+        for field in fields(report)
+        if field.name != "version"
+    }
+
+
+def _episodes(groups: Sequence[GroupSummary]) -> list[EpisodeSummary]:
+    return [episode for group in groups for episode in group.episodes]
+
+
+def _without_signal(group: GroupSummary) -> bool:
+    """All siblings have one reward."""
+    rewards = [episode.outcome.reward for episode in group.episodes]
+    return bool(rewards) and max(rewards) - min(rewards) < 1e-9
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    """Of a write that diverged the loss is none; ``rolled_back`` counts it, and it must not hide those of the others."""
+    return [value for value in values if math.isfinite(value)]
+
+
+def _mean(values: Sequence[float] | Sequence[int]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def step_line(summary: StepSummary) -> str:
+    """One training step for people: "reward 0.412  staleness 0.0  1.2 episodes/s  3.6 writes/s"."""
+    failed = f"  {summary.failed} failed" if summary.failed else ""
+    idle = "  no signal: the siblings of every group have equal rewards" if summary.without_signal else ""
+    return (
+        f"version {summary.version}  reward {summary.reward:.3f}  staleness {summary.staleness:.1f}  "
+        f"{summary.episodes_per_second:.2f} episodes/s  {summary.writes_per_second:.2f} writes/s{failed}{idle}"
+    )
