@@ -72,7 +72,11 @@ class Checkpoint:
 
 
 async def save_checkpoint(
-    run_dir: Path, state: TrainState, config_yaml: str, save_learner: Callable[[Path], Awaitable[None]], keep: int
+    run_dir: Path,
+    state: TrainState,
+    config_yaml: str,
+    save_learner: Callable[[Path], Awaitable[None]],
+    keep: int,
 ) -> Checkpoint:
     """Write, rename, and delete all but the newest ``keep`` and the best. A crash on the way leaves the earlier checkpoints as they were.
 
@@ -96,7 +100,9 @@ async def save_checkpoint(
     except (OSError, LearnerError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         cause = " ".join(str(error).split())
-        raise SaveError(f"step {state.step} could not be saved in {folder.parent}{_room(run_dir)}: {cause}; earlier checkpoints are whole") from error
+        raise SaveError(
+            f"step {state.step} could not be saved in {folder.parent}{_room(run_dir)}: {cause}; earlier checkpoints are whole"
+        ) from error
     shutil.rmtree(old, ignore_errors=True)
     _prune(run_dir, keep)
     return Checkpoint(folder, state)
@@ -112,7 +118,9 @@ def score_checkpoint(run_dir: Path, step: int, f1: float, tasks: int, keep: int)
         partial.rename(folder / _SCORE)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise SaveError(f"the evaluation of step {step} could not be saved in {folder}{_room(run_dir)}: {error}") from error
+        raise SaveError(
+            f"the evaluation of step {step} could not be saved in {folder}{_room(run_dir)}: {error}"
+        ) from error
     _prune(run_dir, keep)
     return best_checkpoint(run_dir) == folder
 
@@ -137,7 +145,9 @@ def _state_of(data: Any) -> TrainState:
     ledger, rewards, run_id = data.get("ledger"), data.get("rewards"), data.get("tracking_run_id")
     if not isinstance(ledger, dict) or not isinstance(ledger.get("pending"), list):
         raise ValueError("ledger must be an object with a list of pending tasks")
-    if not isinstance(rewards, list) or not all(isinstance(reward, int | float) and not isinstance(reward, bool) for reward in rewards):
+    if not isinstance(rewards, list) or not all(
+        isinstance(reward, int | float) and not isinstance(reward, bool) for reward in rewards
+    ):
         raise ValueError("rewards must be a list of numbers")
     if not isinstance(run_id, str):
         raise ValueError("tracking_run_id must be a text")
@@ -150,7 +160,14 @@ def _state_of(data: Any) -> TrainState:
         reissued=_count({"reissued": 0, **ledger}, "reissued"),
         recovered=_counts(ledger, "recovered"),
     )
-    return TrainState(_count(data, "step"), _count(data, "warm_steps"), _count(data, "version"), books, run_id, tuple(map(float, rewards)))
+    return TrainState(
+        _count(data, "step"),
+        _count(data, "warm_steps"),
+        _count(data, "version"),
+        books,
+        run_id,
+        tuple(map(float, rewards)),
+    )
 
 
 def _count(values: Mapping[str, Any], key: str) -> int:
@@ -189,7 +206,9 @@ def _newest_whole(output_dir: Path) -> Checkpoint | None:
         except CheckpointError as error:
             _log.warning("resume=auto passes over a damaged checkpoint: %s", error)
     if folders:
-        raise CheckpointError(f"no checkpoint in {output_dir} is whole: start anew (resume=), or put one back from a copy")
+        raise CheckpointError(
+            f"no checkpoint in {output_dir} is whole: start anew (resume=), or put one back from a copy"
+        )
     return None
 
 
@@ -210,7 +229,11 @@ def _whole(folder: Path) -> Checkpoint:
 
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file below ``folder``."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -220,7 +243,9 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 def best_checkpoint(run_dir: Path) -> Path | None:
     """The evaluated checkpoint with the highest mean held-out F1; of equal ones the earliest. None where none was evaluated."""
-    scored = [(score, folder) for folder in list_checkpoints(run_dir) if (score := score_of(folder)) is not None]
+    scored = [
+        (score, folder) for folder in list_checkpoints(run_dir) if (score := score_of(folder)) is not None
+    ]
     return max(scored, key=lambda one: one[0], default=(0.0, None))[1]
 
 

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 from cluster.runs.checkpoint import Checkpoint, list_checkpoints, written
-from configs.load import flatten
-from configs.load import ConfigError, load_config
+from configs.load import ConfigError, flatten, load_config
 from configs.schema import RunConfig
 
 RUN_ID_FILE = "tracking-run"
@@ -25,7 +24,11 @@ def new_run(output_dir: Path, name: str) -> Path:
 
 def begun_run(output_dir: Path, config: RunConfig, newest: Checkpoint | None) -> Path | None:
     """The last run of this name, if it began after ``newest`` was written, came to no checkpoint, and had the very settings of ``config``."""
-    runs = {began: run for run in output_dir.glob(f"{config.name}-*/") if (began := _began(run, config.name)) is not None}
+    runs = {
+        began: run
+        for run in output_dir.glob(f"{config.name}-*/")
+        if (began := _began(run, config.name)) is not None
+    }
     last = max(runs, default=None)
     if last is None or (newest is not None and last < written(newest.folder)):
         return None

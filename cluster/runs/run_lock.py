@@ -44,7 +44,9 @@ def _take(folder: Path) -> int:
     except BlockingIOError:
         holder = _holder(handle)
         os.close(handle)
-        raise InUseError(f"{folder} is in use by {holder}: wait for it or stop it, or start anew (resume= or another output_dir)") from None
+        raise InUseError(
+            f"{folder} is in use by {holder}: wait for it or stop it, or start anew (resume= or another output_dir)"
+        ) from None
     except OSError:
         os.close(handle)
         raise

@@ -35,7 +35,11 @@ class WantedWorkers:
 
 def scheduled(configured: int, schedule: tuple[str, ...], step: int) -> int:
     """The number of the schedule's last entry that ``step`` has reached, else the configured one."""
-    reached = sorted((int(at), int(count)) for at, _, count in (entry.partition(":") for entry in schedule) if int(at) <= step)
+    reached = sorted(
+        (int(at), int(count))
+        for at, _, count in (entry.partition(":") for entry in schedule)
+        if int(at) <= step
+    )
     return reached[-1][1] if reached else configured
 
 
@@ -51,7 +55,9 @@ def read_wanted(run_dir: Path) -> int | None:
 def ask_for(run_dir: Path, workers: int) -> None:
     """Ask the run in ``run_dir`` for ``workers`` rollout workers. Raises ScaleError."""
     if workers < 1:
-        raise ScaleError(f"{workers} workers is not allowed: a run needs 1 or more (Ctrl-C or SIGTERM ends it)")
+        raise ScaleError(
+            f"{workers} workers is not allowed: a run needs 1 or more (Ctrl-C or SIGTERM ends it)"
+        )
     if not (run_dir / "config.yaml").is_file():
         raise ScaleError(f"{run_dir} is no run folder: it has no config.yaml")
     partial = run_dir / f".{_FILE}.{os.getpid()}"

@@ -1,0 +1,113 @@
+"""Writes files that are whole or absent, and reads JSON that has the expected shape. Every floor uses it.
+
+write_text     aside --> fsync --> rename      a reader sees the old file or the new one, never a part
+new_folder     the same for a folder of files
+read_json      bytes --> pydantic --> a frozen dataclass, or one line: file, place, what is wrong
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}  # building one takes milliseconds
+
+
+class FileError(ValueError):
+    """A file cannot be read, or does not hold what it should. One line: file, place, what is wrong."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` with ``text`` (UTF-8). A crash leaves the old text or the new one. Raises OSError."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Fill a folder beside ``target``; a good end gives it that name, a failure removes it.
+
+    ``target`` must not exist, or be empty. Raises OSError.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        sync_tree(partial)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync(target.parent)
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """Read ``path`` as ``kind``, a dataclass or any type that pydantic checks. Unknown fields are ignored.
+
+    Strict: "4" is no int. Raises FileNotFoundError for a missing file and FileError for all else.
+    """
+    try:
+        return parse_json(path.read_bytes(), kind)
+    except FileNotFoundError:
+        raise
+    except (OSError, FileError) as error:
+        raise FileError(f"{path} cannot be used: {error}") from None
+
+
+def parse_json(content: bytes | str, kind: type[T]) -> T:
+    """``content`` as ``kind``, as ``read_json`` does it. Raises FileError, without a file's name."""
+    try:
+        value: T = _adapter(kind).validate_json(content, strict=True)
+        return value
+    except ValidationError as error:
+        raise FileError(one_line(error)) from None
+
+
+def dump_json(value: Any, indent: int | None = 1) -> str:
+    """``value`` (dataclasses, tuples, mappings) as JSON; a number that is not finite becomes null."""
+    return _adapter(type(value)).dump_json(value, indent=indent).decode()
+
+
+def one_line(error: ValidationError) -> str:
+    """The first fault, e.g. "ledger.pending: Input should be a valid list", and how many more there are."""
+    first, *others = error.errors(include_url=False, include_context=False, include_input=False)
+    place = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(others)} more)" if others else ""
+    return " ".join(f"{place + ': ' if place else ''}{first['msg']}{more}".split())
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring all below ``folder`` to the disk: a later rename cannot come before what it renames."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
