@@ -7,16 +7,20 @@ read_json      bytes --> pydantic --> a frozen dataclass, or one line: file, pla
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 T = TypeVar("T")
+Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A float that may be NaN. JSON has no NaN: ``dump_json`` writes null, and ``read_json`` reads it as NaN."""
+
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {}  # building one takes milliseconds
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from configs import files
-from configs.files import FileError, dump_json, new_folder, parse_json, read_json, write_text
+from configs.files import FileError, Measured, dump_json, new_folder, parse_json, read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -90,3 +91,19 @@ def test_a_folder_takes_its_name_when_it_is_complete(tmp_path: Path, monkeypatch
     with pytest.raises(RuntimeError), new_folder(tmp_path / "failed"):
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    values: Mapping[str, Measured]
+    mean: Measured
+
+
+def test_nan_is_null_in_the_file_and_nan_again_when_it_is_read(tmp_path: Path) -> None:
+    text = dump_json(Scores({"f1": 0.5, "em": math.nan}, math.inf))
+    assert json.loads(text, parse_constant=pytest.fail) == {"values": {"f1": 0.5, "em": None}, "mean": None}
+    scores = parse_json(text, Scores)
+    assert scores.values["f1"] == 0.5
+    assert math.isnan(scores.values["em"]) and math.isnan(scores.mean)
+    with pytest.raises(FileError, match=r"mean: Input should be a valid number"):
+        parse_json('{"values": {}, "mean": "0.5"}', Scores)
