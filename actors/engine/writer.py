@@ -19,7 +19,7 @@ from actors.engine.step_loop import StepLoop
 from actors.fast_weights.delta import Basis
 from actors.protocols import EngineError
 from actors.types import WriteRequest, WriteResult
-from actors.write.frozen_llama import FrozenLayer, FrozenModel, Linear, OwnedWeights, read_tensors
+from actors.write.frozen_llama import FrozenLayer, FrozenLlama, Linear, OwnedWeights, read_tensors
 from actors.write.writer import BatchedWriter
 from configs.schema import WriteConfig
 
@@ -37,7 +37,7 @@ class EngineWriter:
         self, loop: StepLoop[LLMEngine], weights: EngineWeights, basis: Basis, config: WriteConfig
     ) -> None:
         self._loop, self._weights, self._basis, self._config = loop, weights, basis, config
-        self._built: tuple[FrozenModel, BatchedWriter] | None = None
+        self._built: tuple[FrozenLlama, BatchedWriter] | None = None
 
     def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:
         """See BatchedWriter.write. Raises what that raises, or EngineError when the engine is dead or ``WRITE_TIMEOUT_S`` pass."""
@@ -102,11 +102,11 @@ class EngineWeights:
             if part.weight is not None
         )
 
-    def _bind(self) -> FrozenModel:
+    def _bind(self) -> FrozenLlama:
         core = self._vllm_model.model
         below = core.layers if not self._copies else core.layers[: self._first]
         layers = (*(_layer(layer) for layer in below), *self._copies)
-        return FrozenModel(
+        return FrozenLlama(
             self._vllm_model.config,
             core.embed_tokens.weight.data,
             layers,

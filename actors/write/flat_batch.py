@@ -29,8 +29,8 @@ class RowSpan:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layout:
-    """Index tensors of one stream; see ``make_layout``. G groups, R rows, Q and K the longest row without and with the prefix, A the longest answer.
+class FlatBatch:
+    """Index tensors of one stream; see ``make_flat_batch``. G groups, R rows, Q and K the longest row without and with the prefix, A the longest answer.
 
     tokens of group g: ``offsets[g]:offsets[g + 1]``; answer positions of group g: ``answer_offsets[g]:answer_offsets[g + 1]`` of ``answers``.
     """
@@ -84,10 +84,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Beside:
+class ConcatenatedBatches:
     """Streams one behind the other that do not see each other, as one: matmuls of few tokens read as much as those of many."""
 
-    layouts: tuple[Layout, ...]
+    layouts: tuple[FlatBatch, ...]
 
     @property
     def sizes(self) -> list[int]:
@@ -99,12 +99,12 @@ class Beside:
         return torch.cat([layout.positions for layout in self.layouts])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As Layout.attend, for all of them."""
+        """As FlatBatch.attend, for all of them."""
         parts = zip(self.layouts, *(x.split(self.sizes) for x in (q, k, v)), strict=True)
         return torch.cat([layout.attend(*parts_of) for layout, *parts_of in parts])
 
 
-def make_layout(prefix: int, groups: Sequence[Sequence[RowSpan]], device: torch.device) -> Layout:
+def make_flat_batch(prefix: int, groups: Sequence[Sequence[RowSpan]], device: torch.device) -> FlatBatch:
     """The layout of ``groups``, each one row or more, behind a shared prefix of ``prefix`` tokens."""
     spans = [row for group in groups for row in group]
     starts, prefix_starts, offsets = _places(prefix, groups)
@@ -120,7 +120,7 @@ def make_layout(prefix: int, groups: Sequence[Sequence[RowSpan]], device: torch.
     real = np.arange(a_count) < sizes[:, None]
     firsts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     answer_offsets = [0, *np.cumsum([sum(row.answers for row in group) for group in groups]).tolist()]
-    return Layout(
+    return FlatBatch(
         prefix=prefix,
         offsets=tuple(offsets),
         answer_offsets=tuple(answer_offsets),

@@ -1,7 +1,7 @@
 """A frozen causal LM as plain tensors, for passes that no engine and no Hugging Face module makes: flat streams, cut layers, gradients of B.
 
-    weights (a checkpoint's, or vLLM's own: engine_weights.py)  -->  FrozenModel: embed, layers, norm, head
-    Layout (layout.py): which tokens of the flat stream belong together, and who attends to whom
+    weights (a checkpoint's, or vLLM's own: engine_weights.py)  -->  FrozenLlama: embed, layers, norm, head
+    FlatBatch (layout.py): which tokens of the flat stream belong together, and who attends to whom
 
 The families are those whose decoder layer is h += attention(norm(h)); h += mlp(norm(h)): Llama, Mistral, Qwen2, Qwen3. No weight gets a gradient.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from actors.protocols import WriterError
-from actors.write.flat_batch import Layout
+from actors.write.flat_batch import FlatBatch
 
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -103,8 +103,8 @@ class Shape:
         )
 
 
-class Tokens(Protocol):
-    """What attention needs to know about the N tokens of a stream: a Layout, or one of whoever keeps keys and values from pass to pass."""
+class AttentionPattern(Protocol):
+    """What attention needs to know about the N tokens of a stream: a FlatBatch, or one of whoever keeps keys and values from pass to pass."""
 
     @property
     def positions(self) -> Tensor:
@@ -116,8 +116,8 @@ class Tokens(Protocol):
         ...
 
 
-class FrozenModel:
-    """See the module's text. Streams are flat: [N, d] for the N tokens of a Layout; dtype and device are the weights'."""
+class FrozenLlama:
+    """See the module's text. Streams are flat: [N, d] for the N tokens of a FlatBatch; dtype and device are the weights'."""
 
     def __init__(
         self, config: Any, embed: Tensor, layers: Sequence[FrozenLayer], norm: Tensor, head: Tensor
@@ -144,7 +144,7 @@ class FrozenModel:
     def embed(self, ids: Tensor) -> Tensor:
         return functional.embedding(ids, self._embed)
 
-    def rotary(self, layout: Tokens) -> tuple[Tensor, Tensor]:
+    def rotary(self, layout: AttentionPattern) -> tuple[Tensor, Tensor]:
         """cos and sin [N, 1, head_dim] of the layout's positions."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         cos, sin = self._rotary(like, layout.positions[None])
@@ -158,7 +158,7 @@ class FrozenModel:
         return self.normed(h, self._norm)
 
     def attention(
-        self, layer: FrozenLayer, h: Tensor, layout: Tokens, rotary: tuple[Tensor, Tensor]
+        self, layer: FrozenLayer, h: Tensor, layout: AttentionPattern, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         """What attention adds to every token of the stream: [N, d]."""
         shape = self.shape
@@ -171,7 +171,7 @@ class FrozenModel:
         return layer.out(layout.attend(q, k, v.unflatten(-1, (shape.kv_heads, -1))))
 
     def answer_attention(
-        self, layer: FrozenLayer, h: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor]
+        self, layer: FrozenLayer, h: Tensor, layout: FlatBatch, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         """The same at answer-predicting positions only [answers, d]: keys and values of all tokens, queries of those."""
         shape, weight = self.shape, layer.qkv.weight
@@ -209,13 +209,13 @@ class OwnedWeights:
         self._parts: dict[str, Tensor] = {}
         self._tensors, self._dtype, self._device = tensors, dtype, device
 
-    def model(self, config: Any) -> FrozenModel:
+    def model(self, config: Any) -> FrozenLlama:
         """All of it. Raises WriterError for a missing tensor or an unsupported model."""
         Shape.of(config)  # an unsupported model is named as such, not by the tensor that it lacks
         embed = self._take("model.embed_tokens.weight")
         layers = [self.layer(number) for number in range(int(config.num_hidden_layers))]
         tied = "lm_head.weight" not in self._tensors
-        return FrozenModel(
+        return FrozenLlama(
             config,
             embed,
             layers,
@@ -283,7 +283,7 @@ class OwnedWeights:
 
 def read_model(
     model_path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"], device: torch.device
-) -> FrozenModel:
+) -> FrozenLlama:
     """The model of a Hugging Face folder, with weights of its own."""
     from transformers import AutoConfig
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from actors.types import WriteExample
-from actors.write.flat_batch import Beside, Layout, RowSpan, make_layout
-from actors.write.frozen_llama import FrozenModel, Tokens
+from actors.write.flat_batch import ConcatenatedBatches, FlatBatch, RowSpan, make_flat_batch
+from actors.write.frozen_llama import AttentionPattern, FrozenLlama
 
 _KEPT_TOKENS = 8192  # 19 MB of SmolLM2-135M, 84 MB of a 4B model in float32
 
@@ -28,13 +28,13 @@ class _Piece:
     examples: list[WriteExample]
     ids: tuple[int, ...]
     sizes: list[int]
-    layout: Layout
+    layout: FlatBatch
 
 
-class Trunk:
+class LowerLayers:
     """Layers below ``cut`` and the attention of that one. Holds what was read lately."""
 
-    def __init__(self, model: FrozenModel, cut: int, chunk_tokens: int) -> None:
+    def __init__(self, model: FrozenLlama, cut: int, chunk_tokens: int) -> None:
         self._model, self._cut, self._chunk_tokens = model, cut, chunk_tokens
         self._read: dict[WriteExample, Tensor] = {}  # oldest first
 
@@ -54,7 +54,7 @@ class Trunk:
         pieces = [piece for examples in parts if examples for piece in self._pieces(examples)]
         streams: dict[WriteExample, Tensor] = {}
         for together in _filled(pieces, self._chunk_tokens):
-            beside = Beside(tuple(piece.layout for piece in together))
+            beside = ConcatenatedBatches(tuple(piece.layout for piece in together))
             ids = torch.tensor(
                 [token for piece in together for token in piece.ids], device=self._model.device
             )
@@ -84,7 +84,7 @@ class Trunk:
                 mine,
                 ids,
                 [len(shared), *(span.length for span in spans)],
-                make_layout(len(shared), [spans], self._model.device),
+                make_flat_batch(len(shared), [spans], self._model.device),
             )
 
     def _remember(self, streams: Mapping[WriteExample, Tensor]) -> None:
@@ -96,7 +96,7 @@ class Trunk:
                 break
             kept -= len(self._read.pop(example))
 
-    def _pass(self, ids: Tensor, layout: Tokens) -> Tensor:
+    def _pass(self, ids: Tensor, layout: AttentionPattern) -> Tensor:
         model, rotary = self._model, self._model.rotary(layout)
         hidden = model.embed(ids)
         for layer in model.layers[: self._cut]:

@@ -1,6 +1,6 @@
 """The steps of a write, as optimizers over the stacked B of many episodes: [n, d_out, r] a matrix, each episode with its own gradient.
 
-SGD (the paper's) and Adam are torch's. Natural is Engram's own: the direction G^-1 grad C^-1 (sensitivity.py) in all matrices at once, as long as the
+SGD (the paper's) and Adam are torch's. NaturalOptimizer is Engram's own: the direction G^-1 grad C^-1 (sensitivity.py) in all matrices at once, as long as the
 second-order model predicts a harm of ``kl`` nats per token for it, and no longer than a loss of 0 needs (Polyak's step: what is known is not learnt
 harder), whichever is the shorter:
 
@@ -20,7 +20,7 @@ from actors.fast_weights.sensitivity import Sensitivity
 from configs.schema import WriteConfig
 
 
-class Steps(Protocol):
+class WriteOptimizer(Protocol):
     """An optimizer that may look at what it minimises."""
 
     def zero_grad(self) -> None: ...
@@ -29,7 +29,7 @@ class Steps(Protocol):
         """losses: float32 [n], each episode's before the step, 0 for those that take none."""
 
 
-class _Plain:
+class _TorchOptimizer:
     """One of torch's, which does not look."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -42,17 +42,19 @@ class _Plain:
         self._optimizer.step()
 
 
-def steps_of(weights: StackedWeights, guard: Sequence[Sensitivity], config: WriteConfig) -> Steps:
+def make_optimizer(
+    weights: StackedWeights, guard: Sequence[Sensitivity], config: WriteConfig
+) -> WriteOptimizer:
     """The optimizer that moves ``weights`` in place; guard: of each matrix, for the natural one. None mixes episodes: companions stay apart."""
     leaves = [leaf.requires_grad_() for leaf in (*weights.b.values(), *weights.a.values())]
     if config.optimizer == "sgd":
-        return _Plain(torch.optim.SGD(leaves, lr=config.learning_rate))
+        return _TorchOptimizer(torch.optim.SGD(leaves, lr=config.learning_rate))
     if config.optimizer == "adam":
-        return _Plain(torch.optim.Adam(leaves, lr=config.learning_rate))
-    return Natural(leaves, guard, config.step_kl)
+        return _TorchOptimizer(torch.optim.Adam(leaves, lr=config.learning_rate))
+    return NaturalOptimizer(leaves, guard, config.step_kl)
 
 
-class Natural:
+class NaturalOptimizer:
     """See the module's text. sensitivities: of each parameter. No gradient, no movement."""
 
     def __init__(self, parameters: Sequence[Tensor], sensitivities: Sequence[Sensitivity], kl: float) -> None:

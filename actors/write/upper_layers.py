@@ -23,10 +23,10 @@ from torch.nn import functional
 
 from actors.fast_weights.delta import Basis, StackedWeights
 from actors.types import WriteExample
-from actors.write.flat_batch import Layout, RowSpan, make_layout
-from actors.write.frozen_llama import FrozenLayer, FrozenModel, times_frozen
+from actors.write.flat_batch import FlatBatch, RowSpan, make_flat_batch
+from actors.write.frozen_llama import FrozenLayer, FrozenLlama, times_frozen
 from actors.write.kernels import add_grouped, head_pass, shrink_grouped
-from actors.write.lower_layers import Trunk, chunks_of, shared_prefix
+from actors.write.lower_layers import LowerLayers, chunks_of, shared_prefix
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +65,7 @@ class Chunk:
     numbers: tuple[int, ...]
     sizes: tuple[int, ...]
     episodes: Tensor
-    layout: Layout
+    layout: FlatBatch
     rotary: tuple[Tensor, Tensor]
     hidden: Tensor
     gate_up: Tensor
@@ -74,16 +74,16 @@ class Chunk:
     targets: Tensor
 
 
-class CutModel:
+class UpperLayers:
     """See the module's text."""
 
-    def __init__(self, model: FrozenModel, basis: Basis, chunk_tokens: int) -> None:
+    def __init__(self, model: FrozenLlama, basis: Basis, chunk_tokens: int) -> None:
         self.model = model
         self._cut, self._last = basis.first_layer, len(model.layers) - 1
         self._chunk_tokens = chunk_tokens
         self._a = {name: matrix.to(model.device, model.dtype) for name, matrix in basis.a.items()}
         self.rank, self._train_a = basis.rank, basis.train_a
-        self._trunk = Trunk(model, self._cut, chunk_tokens)
+        self._trunk = LowerLayers(model, self._cut, chunk_tokens)
 
     # --- once per write ------------------------------------------------------------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ class CutModel:
     def _prepare_chunk(self, prefix: Tensor, rows: Sequence[Row], numbers: Sequence[int]) -> Chunk:
         episodes = sorted({rows[i].episode for i in numbers})
         groups = [[i for i in numbers if rows[i].episode == episode] for episode in episodes]
-        layout = make_layout(
+        layout = make_flat_batch(
             len(prefix), [[rows[i].span for i in group] for group in groups], self.model.device
         )
         hidden = torch.cat(
@@ -214,7 +214,9 @@ class CutModel:
             )
         return model.final_norm(hidden)
 
-    def _shrink(self, number: int, x: Tensor, a: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    def _shrink(
+        self, number: int, x: Tensor, a: Mapping[str, Tensor], layout: FlatBatch
+    ) -> dict[str, Tensor]:
         """A x of the gate and up projections, those that are adapted, as one matmul where all groups share A."""
         names = [name for name in ("gate_proj", "up_proj") if _key(number, name) in self._a]
         if not names:
@@ -227,7 +229,7 @@ class CutModel:
         together = times_frozen(x, torch.cat([self._a[_key(number, name)] for name in names]), None)
         return dict(zip(names, together.split(self.rank, dim=-1), strict=True))
 
-    def _offsets(self, number: int, layout: Layout) -> tuple[int, ...]:
+    def _offsets(self, number: int, layout: FlatBatch) -> tuple[int, ...]:
         return layout.answer_offsets if number == self._last else layout.offsets
 
     def _mlp(
@@ -237,7 +239,7 @@ class CutModel:
         gate_up: Tensor,
         shrunk: Mapping[str, Tensor],
         weights: StackedWeights,
-        layout: Layout,
+        layout: FlatBatch,
     ) -> Tensor:
         """hidden + MLP under Delta, given W x and A x of its first two projections."""
         offsets, b = self._offsets(number, layout), weights.b

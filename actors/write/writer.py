@@ -27,9 +27,9 @@ from actors.fast_weights.delta import Basis, BasisError, StackedWeights, stack
 from actors.fast_weights.sensitivity import Sensitivity
 from actors.protocols import WriterError
 from actors.types import FastWeights, Probe, WriteExample, WriteRequest, WriteResult
-from actors.write.frozen_llama import FrozenModel, read_model
-from actors.write.optimizers import steps_of
-from actors.write.upper_layers import Chunk, CutModel, Reading, Row
+from actors.write.frozen_llama import FrozenLlama, read_model
+from actors.write.optimizers import make_optimizer
+from actors.write.upper_layers import Chunk, Reading, Row, UpperLayers
 from configs.schema import WriteConfig
 
 PROBE_PROMPT_TOKENS, PROBE_ANSWER_TOKENS = 3, 3
@@ -58,7 +58,7 @@ _Watch = Callable[[StackedWeights], None]
 class _Pass:
     """The rows of one write; what does not depend on B is prepared once for each selection of them that steps use again and again."""
 
-    def __init__(self, model: CutModel, reading: Reading) -> None:
+    def __init__(self, model: UpperLayers, reading: Reading) -> None:
         self._model, self._reading = model, reading
         self._prepared: dict[tuple[tuple[int, ...], ...], tuple[Chunk, ...]] = {}
 
@@ -104,7 +104,7 @@ def _train(
         [mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)] for mine in places
     ]
     totals = [config.epochs * len(mine) for mine in batches]
-    optimizer = steps_of(trained, guard, config)
+    optimizer = make_optimizer(trained, guard, config)
     steps, failures = [0] * len(places), [""] * len(places)
     several = [e for e in range(len(places)) if len(batches[e]) > 1]
     before = (
@@ -160,7 +160,7 @@ class BatchedWriter:
     state are float32, whatever the model's dtype.
     """
 
-    def __init__(self, model: FrozenModel, basis: Basis, config: WriteConfig) -> None:
+    def __init__(self, model: FrozenLlama, basis: Basis, config: WriteConfig) -> None:
         self._basis = basis
         self._config = config
         if config.optimizer == "natural" and not basis.sensitivity:
@@ -168,7 +168,7 @@ class BatchedWriter:
                 f"basis {basis.id} was made without fast_weights.sensitivity_rank, which write.optimizer=natural needs: start a run with it"
             )
         self._guard = [basis.sensitivity[name].to(model.device) for name in basis.d_out if basis.sensitivity]
-        self._cut = CutModel(model, basis, config.chunk_tokens)
+        self._cut = UpperLayers(model, basis, config.chunk_tokens)
 
     def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:
         """One result per request, in order; ``seconds`` is the wall time of the whole call. Raises WriterError, BasisError for unusable requests,

@@ -16,7 +16,7 @@ from actors.fast_weights.delta import Basis, zero
 from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import write_example
 from actors.types import WriteRequest, WriteResult
-from actors.write.frozen_llama import FrozenModel, read_model
+from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.writer import BatchedWriter
 from cluster.bench.harness import in_turns, timed
 from cluster.bench.machine import matmul_rate
@@ -39,7 +39,7 @@ class Pair:
     basis: Basis
     loop: PeftLoop
     exact: PeftLoop
-    model: FrozenModel
+    model: FrozenLlama
     config: WriteConfig
 
     def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:

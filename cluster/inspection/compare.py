@@ -24,7 +24,7 @@ from configs.schema import RunConfig
 
 if TYPE_CHECKING:
     from actors.fast_weights.delta import Basis
-    from actors.write.frozen_llama import FrozenModel
+    from actors.write.frozen_llama import FrozenLlama
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ def _answers(
     revisions: Sequence[FastWeights],
     basis: Basis,
     chat: ChatFormat,
-    model: FrozenModel,
+    model: FrozenLlama,
     most: int,
 ) -> tuple[Compared, ...]:
     from actors.fast_weights.delta import zero

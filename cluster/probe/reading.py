@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from actors.fast_weights.delta import Basis, check
 from actors.types import FastWeights, WriteExample
-from actors.write.frozen_llama import FrozenLayer, FrozenModel, Linear
+from actors.write.frozen_llama import FrozenLayer, FrozenLlama, Linear
 
 KeyValues = tuple[Tensor, Tensor]  # each [R, kv heads, T, head_dim]
 BLOCK_ROWS = 32
@@ -79,7 +79,7 @@ class Reading:
     keys: tuple[KeyValues, ...]
 
 
-def merged_layers(model: FrozenModel, basis: Basis, weights: FastWeights) -> tuple[FrozenLayer, ...]:
+def merged_layers(model: FrozenLlama, basis: Basis, weights: FastWeights) -> tuple[FrozenLayer, ...]:
     """The layers from the cut up with W + B A in place of W; the base model's own for revision 0. Raises BasisError."""
     check(weights, basis)
     layers = model.layers[basis.first_layer :]
@@ -116,7 +116,7 @@ def _merged(layer: FrozenLayer, number: int, deltas: Mapping[str, Tensor]) -> Fr
 class Reader:
     """See the module's text. ``stop``: the tokens that end an answer."""
 
-    def __init__(self, model: FrozenModel, stop: Sequence[int]) -> None:
+    def __init__(self, model: FrozenLlama, stop: Sequence[int]) -> None:
         self.model, self._stop = model, frozenset(stop)
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.fast_weights.delta import Basis, zero
 from actors.protocols import WriterError
 from actors.text.chat_template import ChatFormat
-from actors.write.frozen_llama import FrozenModel, read_model
+from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.writer import BatchedWriter
 from cluster.common.display import Display
 from cluster.common.git import git_commit
@@ -245,7 +245,7 @@ def _run_all(prepared: _Prepared, tracker: Tracker, display: Display) -> list[Ce
     return runs
 
 
-def _read_model(prepared: _Prepared) -> FrozenModel:
+def _read_model(prepared: _Prepared) -> FrozenLlama:
     try:
         return read_model(
             str(prepared.model.path),
@@ -261,7 +261,7 @@ def _read_model(prepared: _Prepared) -> FrozenModel:
 class _Bench:
     """The model with one seed's examiner on it; bases by the settings that make them."""
 
-    def __init__(self, prepared: _Prepared, model: FrozenModel) -> None:
+    def __init__(self, prepared: _Prepared, model: FrozenLlama) -> None:
         self._prepared, self._model = prepared, model
         self._bases: dict[tuple[object, int], Basis] = {}
         self._seed: tuple[int, Examiner, Point] | None = None

@@ -18,7 +18,7 @@ from actors.fast_weights.delta import Basis, zero
 from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import write_example
 from actors.types import AdapterKey, Flashcard, Sampling, WriteRequest, WriteResult
-from actors.write.frozen_llama import FrozenModel, read_model
+from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.writer import BatchedWriter
 from cluster.probe.cards import recall_cards
 from cluster.probe.examiner import RUN_ON, Examiner
@@ -47,7 +47,7 @@ class Probed:
 
 @pytest.fixture(scope="module")
 def probed(model_path: Path) -> Probed:
-    model: FrozenModel = read_model(str(model_path), "float32", torch.device("cpu"))
+    model: FrozenLlama = read_model(str(model_path), "float32", torch.device("cpu"))
     basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(), seed=0)
     chat = ChatFormat(AutoTokenizer.from_pretrained(model_path))
     cards = tuple(
@@ -99,7 +99,7 @@ def test_the_natural_write_remembers_more_wordings_and_harms_less(
 ) -> None:
     """Six facts: ten steps of Adam at the rate the study tuned for it, fifteen of the natural write (its row's), measured on half a run's text."""
     monkeypatch.setattr("actors.fast_weights.sensitivity.SAMPLES", 16)
-    model: FrozenModel = read_model(str(model_path), "float32", torch.device("cpu"))
+    model: FrozenLlama = read_model(str(model_path), "float32", torch.device("cpu"))
     basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(sensitivity_rank=64), seed=0)
     chat = ChatFormat(AutoTokenizer.from_pretrained(model_path))
     cards = [replace(card, paraphrases=card.paraphrases[:2]) for card in recall_cards(6, "eval", 0)]

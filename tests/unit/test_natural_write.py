@@ -17,7 +17,7 @@ from actors.fast_weights.input_moments import own_sensitivity
 from actors.fast_weights.sensitivity import DAMPING, FLOOR, Sensitivity, measure, own_samples, sensitivity_of
 from actors.types import FastWeights, WriteRequest
 from actors.write.frozen_llama import OwnedWeights
-from actors.write.optimizers import Natural
+from actors.write.optimizers import NaturalOptimizer
 from actors.write.writer import BatchedWriter
 from configs.bounds import BoundError
 from configs.schema import FastWeightsConfig, RunConfig, WriteConfig
@@ -81,7 +81,7 @@ def test_a_step_is_as_long_as_the_harm_it_may_do() -> None:
         for rows in (5, 7)
     ]
     b = [torch.zeros(2, rows, 3, requires_grad=True) for rows in (5, 7)]
-    steps = Natural(b, ones, 0.02)
+    steps = NaturalOptimizer(b, ones, 0.02)
     for taken in range(3):
         before = [matrix.detach().clone() for matrix in b]
         for matrix in b:
@@ -105,7 +105,7 @@ def test_what_is_known_is_not_learnt_harder() -> None:
     one = sensitivity_of(torch.randn(50, 3, generator=draw), torch.randn(50, 5, generator=draw), 4)
     b = torch.zeros(2, 5, 3, requires_grad=True)
     b.grad = torch.randn(2, 5, 3, generator=draw)
-    Natural([b], [one], 0.02).step(torch.tensor([0.0, 1e-4]))
+    NaturalOptimizer([b], [one], 0.02).step(torch.tensor([0.0, 1e-4]))
     assert not b[0].any()
     assert float((b[1] * b.grad[1]).detach().sum()) == pytest.approx(-1e-4, rel=1e-3)
 

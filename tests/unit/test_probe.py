@@ -22,7 +22,7 @@ from actors.fast_weights.delta import Basis, DeltaInjector, stack, zero
 from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import write_example
 from actors.types import FastWeights, Flashcard, WriteExample, WriteRequest, WriteResult
-from actors.write.frozen_llama import FrozenModel, read_model
+from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.writer import BatchedWriter
 from cluster.cli import main
 from cluster.probe import run as probe_run
@@ -256,7 +256,7 @@ class Reference:
 def tiny(tiny_model_path: Path) -> SimpleNamespace:
     torch.set_num_threads(1)
     basis = compute_basis_from_checkpoint(tiny_model_path, FAST, seed=0)
-    model: FrozenModel = read_model(str(tiny_model_path), "float32", torch.device("cpu"))
+    model: FrozenLlama = read_model(str(tiny_model_path), "float32", torch.device("cpu"))
     chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
     cards = read_cards(DATA)
     reader = Reader(model, chat.stop_token_ids)

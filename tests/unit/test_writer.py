@@ -29,8 +29,8 @@ from actors.fast_weights.basis import compute_basis, make_basis, target_modules
 from actors.fast_weights.delta import Basis, BasisError, DeltaInjector, stack, zero
 from actors.protocols import WriterError
 from actors.types import FastWeights, WriteExample, WriteRequest, WriteResult
-from actors.write.frozen_llama import FrozenModel, OwnedWeights
-from actors.write.lower_layers import Trunk
+from actors.write.frozen_llama import FrozenLlama, OwnedWeights
+from actors.write.lower_layers import LowerLayers
 from actors.write.writer import BatchedWriter
 from configs.schema import FastWeightsConfig, WriteConfig
 
@@ -115,7 +115,7 @@ def write(
     return BatchedWriter(frozen(model), basis_of(model, last_layers), config).write(requests)
 
 
-def frozen(model: nn.Module) -> FrozenModel:
+def frozen(model: nn.Module) -> FrozenLlama:
     return OwnedWeights(model.state_dict(), torch.float32, CPU).model(model.config)
 
 
@@ -449,9 +449,9 @@ def test_rehearsed_examples_are_not_read_again_and_the_result_is_the_same(
     first = writer.write([WriteRequest("a", zero(basis), old)])[0]
     again = WriteRequest("a", first.weights, new + old)
     ran: list[int] = []
-    trunk = Trunk._pass
+    trunk = LowerLayers._pass
     monkeypatch.setattr(
-        Trunk, "_pass", lambda self, ids, layout: ran.append(len(ids)) or trunk(self, ids, layout)
+        LowerLayers, "_pass", lambda self, ids, layout: ran.append(len(ids)) or trunk(self, ids, layout)
     )
     second = writer.write([again])[0]
     assert ran == [

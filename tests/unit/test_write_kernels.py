@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from actors.write.flat_batch import Layout, RowSpan, make_layout
+from actors.write.flat_batch import FlatBatch, RowSpan, make_flat_batch
 from actors.write.kernels import head_pass
 
 CPU = torch.device("cpu")
@@ -14,7 +14,7 @@ GROUPS = ((RowSpan(5, 2), RowSpan(3, 3)), (RowSpan(4, 1),), (RowSpan(1, 1), RowS
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
 
-def places(layout: Layout, prefix: int) -> list[tuple[list[int], list[int], RowSpan]]:
+def places(layout: FlatBatch, prefix: int) -> list[tuple[list[int], list[int], RowSpan]]:
     """For each row: where its group's prefix and its own tokens are, counted by hand."""
     found, start = [], 0
     for group in GROUPS:
@@ -37,7 +37,7 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
 
 @pytest.mark.parametrize("prefix", [0, 3])
 def test_a_row_attends_to_its_groups_prefix_and_to_itself_and_to_nobody_else(prefix: int) -> None:
-    layout = make_layout(prefix, GROUPS, CPU)
+    layout = make_flat_batch(prefix, GROUPS, CPU)
     draw = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(layout.offsets[-1], heads, WIDTH, generator=draw) for heads in (HEADS, KV_HEADS, KV_HEADS)
