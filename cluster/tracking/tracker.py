@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from cluster.common.errors import TrackingError
 from cluster.common.git import git_commit
 from cluster.common.ray_job import current_job
-from cluster.tracking.system_metrics import SystemMetrics
 from cluster.tracking.outbox import Spool
 from cluster.tracking.sender import MOST_METRICS, MOST_PARAMS, MlflowRun, Sender, first_line, shown
+from cluster.tracking.system_metrics import SystemMetrics
 from configs.load import flatten
 from configs.schema import RunConfig, TrackingConfig
 

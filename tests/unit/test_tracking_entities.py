@@ -18,11 +18,11 @@ from actors.types import Answer, FailedEpisode, Flashcard, Outcome, Timings, Wri
 from cluster.inspection.describe import describe_failure
 from cluster.inspection.record import EpisodeRecord, Origin, Passage, SegmentRecord, WriteEntry
 from cluster.inspection.traces import EpisodeTraces, steps_of
-from cluster.tracking.system_metrics import SystemMetrics
 from cluster.runs.kept_models import kept_models
 from cluster.tracking.outbox import Batch, Record
 from cluster.tracking.registry import dataset_values
 from cluster.tracking.sender import MlflowRun
+from cluster.tracking.system_metrics import SystemMetrics
 from cluster.tracking.tracker import MlflowTracker, start_tracking, store_uri
 from configs.schema import ConversationConfig, EnvironmentConfig, RunConfig, TrackingConfig
 
