@@ -210,7 +210,7 @@ def _status_of(error: Exception) -> int | None:
     from actors.fast_weights.delta import BasisError
     from actors.protocols import EngineError, TaskError
     from actors.text.chat_template import ChatTemplateError
-    from cluster.assistant.values import AssistantError
+    from cluster.assistant.opening import AssistantError
     from cluster.bench.values import BenchError
     from cluster.common.errors import CheckpointError, ClusterError
     from cluster.inspection.record import RecordError

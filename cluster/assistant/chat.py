@@ -1,7 +1,8 @@
-"""The terminal face of a conversation: reads lines, says what the agent says, and shows when it writes and what.
+"""A conversation in the terminal: reads lines, prints the answers, and shows each write with its flashcards.
 
-A line that begins with / is a command, any other is said to the agent. Lines come from the terminal or from a pipe (then they are shown, too, so that
-the output reads as a transcript). A turn that is interrupted or fails is forgotten, and the conversation goes on.
+A line that begins with / is a command; any other line is said to the agent. Lines come from the terminal or
+from a pipe. Lines from a pipe are printed too, so that the output reads as a transcript. A turn that is
+interrupted or fails is forgotten, and the conversation goes on.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from typing import Any, TextIO, TypeVar
 
 from actors.protocols import EngineError, ReceiptError, WriterError
 from actors.types import WriteRecord
-from cluster.assistant.conversation import Conversation
-from cluster.assistant.opening import parts_of
-from cluster.assistant.values import AssistantError, Opening, Reply
+from cluster.assistant.conversation import Conversation, Reply
+from cluster.assistant.opening import AssistantError, Opening, parts_of
 from cluster.common.display import Display
 
 T = TypeVar("T")
@@ -36,29 +36,34 @@ _MAX_FILE_BYTES = 2**20
 
 
 def chat(opening: Opening, memory: Path | None, source: TextIO, display: Display) -> int:
-    """Talk until /quit or the end of ``source``; returns how many turns and commands failed. Raises EngineError when no engine starts."""
+    """Talk until /quit or the end of ``source``; returns how many turns and commands failed.
+
+    Raises EngineError if no engine starts, AssistantError if ``memory`` cannot be loaded.
+    """
     display.say(f"loading {opening.title} ...")
     with parts_of(opening, slots=1) as parts, asyncio.Runner() as runner:
         conversation = Conversation(parts, "chat", opening.system_prompt)
-        face = ChatFace(conversation, opening, runner, display)
+        terminal = Terminal(conversation, opening, runner, display)
         if memory is not None:
-            face.load(str(memory))
-        display.say(
-            f"ready: a context of {opening.config.memory.max_context_tokens} tokens; /help lists the commands, /quit ends"
-        )
-        face.converse(source)
-        return face.failures
+            terminal.load(str(memory))
+        window = opening.config.memory.max_context_tokens
+        display.say(f"ready: a context of {window} tokens; /help lists the commands, /quit ends")
+        terminal.converse(source)
+        return terminal.failures
 
 
-class ChatFace:
-    """``runner`` runs the conversation's coroutines between two lines; Ctrl-C cancels the one that is running."""
+class Terminal:
+    """The terminal of one conversation. ``runner`` runs a turn's coroutine; Ctrl-C cancels it."""
 
     def __init__(
         self, conversation: Conversation, opening: Opening, runner: asyncio.Runner, display: Display
     ) -> None:
         self.failures = 0
-        self._talk, self._opening, self._runner, self._display = conversation, opening, runner, display
-        self._limit = opening.config.memory.max_context_tokens
+        self._conversation, self._runner, self._display = conversation, runner, display
+        config = opening.config
+        self._window = config.memory.max_context_tokens
+        self._max_answer = config.sampling.max_answer_tokens
+        self._timeout_s = config.assistant.request_timeout_s
         self._commands: dict[str, Callable[[str], None]] = {
             "write": self._write,
             "delta": self._delta,
@@ -70,7 +75,7 @@ class ChatFace:
             "load": self.load,
             "new": self._new,
             "status": self._status,
-            "help": lambda rest: self._note(_HELP),
+            "help": lambda argument: self._note(_HELP),
         }
 
     def converse(self, source: TextIO) -> None:
@@ -81,112 +86,116 @@ class ChatFace:
             if text:
                 self._attempt(text)
 
-    def load(self, rest: str) -> None:
-        self._wait(self._talk.load(self._folder(rest, "load")))
-        self._note(
-            f"loaded {rest}: {_plural(len(self._talk.cards), 'flashcard')}, revision {self._talk.revision}"
-        )
+    def load(self, argument: str) -> None:
+        conversation = self._conversation
+        self._wait(conversation.load(self._folder(argument, "load")))
+        cards = _plural(len(conversation.cards), "flashcard")
+        self._note(f"loaded {argument}: {cards}, revision {conversation.revision}")
 
-    # --- turns ---------------------------------------------------------------------------------------------------------------------------------
+    # --- turns and commands -----------------------------------------------------------------------------
 
     def _attempt(self, text: str) -> None:
         try:
             if text.startswith("/"):
-                name, _, rest = text[1:].partition(" ")
+                name, _, argument = text[1:].partition(" ")
                 if name not in self._commands:
                     raise AssistantError(f"/{name} is no command; /help lists them")
-                self._commands[name](rest.strip())
+                self._commands[name](argument.strip())
             else:
                 self._say(text)
         except (AssistantError, EngineError, ReceiptError, WriterError) as error:
             self._fail(" ".join(str(error).split()))
         except TimeoutError:
-            self._fail(
-                f"no answer within assistant.request_timeout_s={self._opening.config.assistant.request_timeout_s:g}; the turn is forgotten"
-            )
+            limit = f"assistant.request_timeout_s={self._timeout_s:g}"
+            self._fail(f"no answer within {limit}; the turn is forgotten")
         except KeyboardInterrupt:
             self._note("interrupted: the turn is forgotten; /quit ends")
 
     def _say(self, text: str) -> None:
-        if self._talk.will_write(text):
-            self._note(
-                f"the context is full ({self._talk.context_tokens} of {self._limit} tokens): writing flashcards ..."
-            )
-        reply = self._wait(self._talk.say(text, self._opening.config.sampling.max_answer_tokens))
+        conversation = self._conversation
+        if conversation.will_write(text):
+            used = f"{conversation.context_tokens} of {self._window} tokens"
+            self._note(f"the context is full ({used}): writing flashcards ...")
+        reply = self._wait(conversation.say(text, self._max_answer))
         self._show_writes(reply.writes)
         self._display.say(f"agent> {_shown(reply)}")
 
-    def _write(self, rest: str) -> None:
-        record = self._wait(self._talk.write())
+    def _write(self, argument: str) -> None:
+        record = self._wait(self._conversation.write())
         if record is None:
             raise AssistantError("the context is empty: there is nothing to write")
         self._show_writes((record,))
 
-    def _delta(self, rest: str) -> None:
-        if rest not in ("on", "off"):
-            raise AssistantError(f"/delta {rest}: must be on or off")
-        self._talk.delta = rest == "on"
+    def _delta(self, argument: str) -> None:
+        if argument not in ("on", "off"):
+            raise AssistantError(f"/delta {argument}: must be on or off")
+        self._conversation.delta = argument == "on"
         self._status("")
 
-    def _compare(self, rest: str) -> None:
-        if not rest:
+    def _compare(self, argument: str) -> None:
+        if not argument:
             raise AssistantError("/compare needs a question")
-        was, most = self._talk.delta, self._opening.config.sampling.max_answer_tokens
+        conversation = self._conversation
+        was = conversation.delta
         try:
             for on in (False, True):
-                self._talk.delta = on
-                answer = _shown(self._wait(self._talk.ask(rest, most)))
+                conversation.delta = on
+                answer = _shown(self._wait(conversation.ask(argument, self._max_answer)))
                 self._note(f"{'with Delta   ' if on else 'without Delta'}: {answer}")
         finally:
-            self._talk.delta = was
+            conversation.delta = was
 
-    def _cards(self, rest: str) -> None:
-        if not (cards := self._talk.cards):
+    def _cards(self, argument: str) -> None:
+        if not (cards := self._conversation.cards):
             self._note("nothing written yet")
         for card in cards:
             self._note(f"  {card.question} -> {card.answer}")
 
-    def _tell(self, rest: str) -> None:
-        if not rest:
+    def _tell(self, argument: str) -> None:
+        if not argument:
             raise AssistantError("/tell needs a text")
-        self._show_writes(self._wait(self._talk.read(rest)))
+        self._show_writes(self._wait(self._conversation.read(argument)))
 
-    def _read(self, rest: str) -> None:
-        path = Path(rest).expanduser()
+    def _read(self, argument: str) -> None:
+        path = Path(argument).expanduser()
         try:
-            if path.stat().st_size > _MAX_FILE_BYTES:
-                raise AssistantError(
-                    f"{path}: has {path.stat().st_size} bytes, at most {_MAX_FILE_BYTES} are read"
-                )
+            size = path.stat().st_size
+            if size > _MAX_FILE_BYTES:
+                raise AssistantError(f"{path}: has {size} bytes, at most {_MAX_FILE_BYTES} are read")
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise AssistantError(f"/read {rest}: cannot be read as UTF-8 text ({error})") from error
-        self._show_writes(self._wait(self._talk.read(text)))
+            raise AssistantError(f"/read {argument}: cannot be read as UTF-8 text ({error})") from error
+        self._show_writes(self._wait(self._conversation.read(text)))
         self._status("")
 
-    def _save(self, rest: str) -> None:
-        self._talk.save(self._folder(rest, "save"), overwrite=False)
+    def _save(self, argument: str) -> None:
+        conversation = self._conversation
+        conversation.save(self._folder(argument, "save"), overwrite=False)
+        unwritten = _plural(conversation.unwritten_tokens, "token")
         self._note(
-            f"saved {rest}: revision {self._talk.revision}, {_plural(self._talk.unwritten_tokens, 'token')} of context not yet in the weights"
+            f"saved {argument}: revision {conversation.revision}, "
+            f"{unwritten} of context not yet in the weights"
         )
 
-    def _new(self, rest: str) -> None:
-        self._wait(self._talk.reset())
+    def _new(self, argument: str) -> None:
+        self._wait(self._conversation.reset())
         self._status("")
 
-    def _status(self, rest: str) -> None:
-        delta = "on" if self._talk.delta else "off (answers are the base model's)"
-        cards = _plural(len(self._talk.cards), "flashcard")
+    def _status(self, argument: str) -> None:
+        conversation = self._conversation
+        delta = "on" if conversation.delta else "off (answers are the base model's)"
+        cards = _plural(len(conversation.cards), "flashcard")
         self._note(
-            f"context {self._talk.context_tokens} of {self._limit} tokens; revision {self._talk.revision}, {cards}; Delta {delta}"
+            f"context {conversation.context_tokens} of {self._window} tokens; "
+            f"revision {conversation.revision}, {cards}; Delta {delta}"
         )
 
-    # --- how -----------------------------------------------------------------------------------------------------------------------------------
+    # --- helpers ----------------------------------------------------------------------------------------
 
     def _wait(self, turn: Coroutine[Any, Any, T]) -> T:
         console = self._display.console
         with console.status("...") if console.is_terminal else nullcontext():
-            return self._runner.run(asyncio.wait_for(turn, self._opening.config.assistant.request_timeout_s))
+            return self._runner.run(asyncio.wait_for(turn, self._timeout_s))
 
     def _lines(self, source: TextIO) -> Iterator[str]:
         if not source.isatty():
@@ -207,10 +216,10 @@ class ChatFace:
             for line in describe_write(record):
                 self._note(line)
 
-    def _folder(self, rest: str, command: str) -> Path:
-        if not rest:
+    def _folder(self, argument: str, command: str) -> Path:
+        if not argument:
             raise AssistantError(f"/{command} needs a folder")
-        return Path(rest).expanduser()
+        return Path(argument).expanduser()
 
     def _note(self, text: str) -> None:
         for line in text.split("\n"):
@@ -222,22 +231,24 @@ class ChatFace:
 
 
 def describe_write(record: WriteRecord) -> list[str]:
-    """What a write did, for a person: one line, and one for each flashcard."""
+    """Say what a write did: one line for the write, and one for each flashcard."""
     if record.outcome == "empty":
-        said = " ".join(record.extraction.split())
+        extraction = " ".join(record.extraction.split())[:200] or "nothing"
         return [
-            f"nothing written: {record.reason}; asked for flashcards the agent said: {said[:200] or 'nothing'}",
+            f"nothing written: {record.reason}; asked for flashcards the agent said: {extraction}",
             "the context is empty now",
         ]
+    count = _plural(len(record.flashcards), "flashcard")
     cards = [f"  {card.question} -> {card.answer}" for card in record.flashcards]
-    losses = f"loss {record.loss_before:.2f} -> {record.loss_after:.2f} nats a token in {_plural(record.steps, 'step')}, {record.seconds:.1f} s"
-    unused = f"; {_plural(record.rejected_flashcards, 'item')} unusable" if record.rejected_flashcards else ""
     if record.outcome == "rolled_back":
-        return [f"rolled back {_plural(len(cards), 'flashcard')}: {record.reason}", *cards]
-    return [
-        f"wrote {_plural(len(cards), 'flashcard')} into revision {record.revision}: {losses}{unused}; the context is empty now",
-        *cards,
-    ]
+        return [f"rolled back {count}: {record.reason}", *cards]
+    losses = f"loss {record.loss_before:.2f} -> {record.loss_after:.2f} nats a token"
+    effort = f"{_plural(record.steps, 'step')}, {record.seconds:.1f} s"
+    unusable = (
+        f"; {_plural(record.rejected_flashcards, 'item')} unusable" if record.rejected_flashcards else ""
+    )
+    written = f"wrote {count} into revision {record.revision}: {losses} in {effort}{unusable}"
+    return [f"{written}; the context is empty now", *cards]
 
 
 def _shown(reply: Reply) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.assistant.values import Opening
+    from cluster.assistant.opening import Opening
 
 COMMANDS = ("chat", "serve", "export")
 _MODEL = "smollm2-135m"

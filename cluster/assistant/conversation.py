@@ -1,10 +1,15 @@
-"""One conversation = one episode that does not end: it owns a memory, and learns when its context is full.
+"""One conversation is one episode that does not end: it owns a memory, and learns when its context is full.
 
-    say(text) --> room? else: flashcards of the context -> write -> context cleared (actors/memory/parametric.py) --> answer under theta + Delta
+    say(text) --> does it fit? --yes--> answer under theta + Delta
+                      | no
+                      v
+                  flashcards of the context -> write -> clear the context   (actors/memory/parametric.py)
 
-The parts are those of an episode: Agent, ParametricMemory, LiveActor. What differs: the user's text comes turn by turn; Delta can be switched off
-for answers; a turn that fails or is cancelled leaves the conversation as it was before it; it can be saved and loaded.
-Not for concurrent calls: whoever shares a conversation holds a lock around each of its coroutines.
+It is made of an episode's parts: Agent, ParametricMemory, LiveActor. Four things differ. The user's text
+comes turn by turn. Delta can be switched off for answers. A turn that fails or is cancelled leaves the
+conversation as it was. A conversation can be saved and loaded.
+
+Not safe for concurrent calls: callers who share a conversation hold a lock around each of its coroutines.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import copy
 import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.episodes.episode import EpisodeSpec, LiveActor, derived_seed
@@ -35,30 +40,47 @@ from actors.types import (
     WriteRecord,
     WriteResult,
 )
-from cluster.assistant.memory_file import load_memory, save_memory
-from cluster.assistant.values import Parts, Reply, SavedMemory
+from cluster.assistant.memory_file import SavedMemory, load_memory, save_memory
+from cluster.assistant.opening import Parts
 
-_LIVES = itertools.count(1)
-"""Adapter names are never used twice in an engine: every life of every conversation of this process has another."""
+# Numbers the episodes of this process, so that an adapter's name is never used twice in an engine.
+_EPISODE_NUMBERS = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answer.
+
+    ``writes`` came before it, to make room. ``prompt_tokens`` is the context it was sampled from.
+
+    ``revision`` is that of the fast weights in force, 0 without Delta.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    revision: int
+    prompt_tokens: int
+    reply_tokens: int
+    writes: tuple[WriteRecord, ...]
 
 
 class _Speaker:
-    """actors.memory.base.Actor of a conversation. ``delta`` off: it answers as the base model does; it extracts and writes under Delta even then."""
+    """The conversation's actors.memory.base.Actor.
+
+    With ``delta`` off it answers as the base model does. It extracts and writes under Delta even then.
+    """
 
     def __init__(self, parts: Parts, name: str) -> None:
         self.delta = True
         self.temperature = parts.opening.config.assistant.temperature
-        self.last: tuple[int, int, FinishReason] = (
-            0,
-            0,
-            "stop",
-        )  # of what was sampled last: tokens of the prompt, of the reply, how it ended
+        # Of the last sample: tokens of the prompt, tokens of the reply, and how it ended.
+        self.last_sample: tuple[int, int, FinishReason] = (0, 0, "stop")
         self.probe: Probe | None = None
         self._parts = parts
         self._name = name
-        self._events = 0
-        self._broken = False
-        self._life, self._live = self._born()
+        self._samples = 0
+        self._write_cut_off = False
+        self.episode_id, self._live = self._new_episode()
 
     @property
     def version(self) -> PolicyVersion:
@@ -72,70 +94,74 @@ class _Speaker:
         return self.weights.revision if self.delta or kind == "extract" else 0
 
     async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
-        self._events += 1
-        sampling = Sampling(
-            self.temperature,
-            max_tokens,
-            derived_seed(self._parts.opening.config.seed, self._name, self._events),
-            kind,
-        )
-        generation = await self._parts.policy.generate(
-            prompt_ids, sampling, AdapterKey(self.version, self._life, self.revision_for(kind))
-        )
-        self.last = (len(prompt_ids), len(generation.token_ids), generation.finish_reason)
+        self._samples += 1
+        seed = derived_seed(self._parts.opening.config.seed, self._name, self._samples)
+        sampling = Sampling(self.temperature, max_tokens, seed, kind)
+        adapter = AdapterKey(self.version, self.episode_id, self.revision_for(kind))
+        generation = await self._parts.policy.generate(prompt_ids, sampling, adapter)
+        self.last_sample = (len(prompt_ids), len(generation.token_ids), generation.finish_reason)
         return generation
 
     async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
-        if self._broken:  # a write was cut off: the name of the revision after this one may be used already
+        if self._write_cut_off:
+            # The engine may have the next revision's name already: go on under a new episode's names.
             await self.become(self.weights, self.probe)
-        self._broken = True
+        self._write_cut_off = True
         result = await self._live.learn(examples)
-        self._broken = False
+        self._write_cut_off = False
         self.probe = result.probe or self.probe
-        self._live.revisions.clear()  # nobody trains on a conversation, and it may be long
+        # Nobody trains on a conversation, and it may be long: keep no old revisions.
+        self._live.revisions.clear()
         return result
 
     async def become(self, weights: FastWeights, probe: Probe | None) -> None:
-        """Go on under ``weights``, as another episode. Raises EngineError, ReceiptError, with all as it was."""
-        life, live = self._born()
+        """Continue under ``weights`` as a new episode.
+
+        Raises EngineError or ReceiptError; then nothing changed.
+        """
+        episode_id, live = self._new_episode()
         if weights.revision > 0:
             try:
                 await live.adopt(weights, probe)
             except BaseException:
                 await live.close()
                 raise
-        before, self._life, self._live, self.probe, self._broken = self._live, life, live, probe, False
         live.revisions.clear()
+        before = self._live
+        self.episode_id, self._live, self.probe, self._write_cut_off = episode_id, live, probe, False
         await before.close()
 
     async def close(self) -> None:
         await self._live.close()
 
-    def _born(self) -> tuple[str, LiveActor]:
-        life, config = f"{self._name}#{next(_LIVES)}", self._parts.opening.config
-        task = Task(life, "conversation", {}, config.seed)
+    def _new_episode(self) -> tuple[str, LiveActor]:
+        parts, config = self._parts, self._parts.opening.config
+        episode_id = f"{self._name}#{next(_EPISODE_NUMBERS)}"
         spec = EpisodeSpec(
-            task,
-            life,
+            Task(episode_id, "conversation", {}, config.seed),
+            episode_id,
             config.assistant.temperature,
             config.sampling.max_answer_tokens,
             config.rollout.max_turns,
             config.seed,
         )
-        return life, LiveActor(self._parts.policy, self._parts.writer, spec, self._parts.opening.basis.id)
+        return episode_id, LiveActor(parts.policy, parts.writer, spec, parts.opening.basis.id)
 
 
 class Conversation:
-    """See the module's text. All coroutines raise EngineError, ReceiptError, WriterError."""
+    """Answers, reads, writes, saves and loads.
+
+    All coroutines raise EngineError, ReceiptError, WriterError.
+    """
 
     def __init__(self, parts: Parts, name: str, system_prompt: str) -> None:
         self._parts = parts
-        self._config = parts.opening.config
+        config = parts.opening.config
         self._speaker = _Speaker(parts, name)
-        self._memory = ParametricMemory(self._config.memory, self._config.write)
+        self._memory = ParametricMemory(config.memory, config.write)
         self._agent = Agent(self._speaker, parts.chat, system_prompt, "")
 
-    # --- what it is ----------------------------------------------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------------
 
     @property
     def system_prompt(self) -> str:
@@ -143,7 +169,7 @@ class Conversation:
 
     @property
     def delta(self) -> bool:
-        """Whether it answers under its fast weights."""
+        """True if answers are sampled under the fast weights."""
         return self._speaker.delta
 
     @delta.setter
@@ -170,8 +196,8 @@ class Conversation:
 
     @property
     def cards(self) -> tuple[Flashcard, ...]:
-        """What it has written, oldest first."""
-        return self._saved().cards
+        """All flashcards in the weights, oldest first."""
+        return self._state().cards
 
     @property
     def context_tokens(self) -> int:
@@ -179,84 +205,88 @@ class Conversation:
 
     @property
     def unwritten_tokens(self) -> int:
-        """Of the context: what would be lost if it were cleared now."""
+        """The context's tokens that would be lost if it were cleared now."""
         return len(self._agent.context.after_opening)
 
     def will_write(self, text: str) -> bool:
-        """Whether ``text`` does not fit any more, so that it writes before it answers."""
+        """True if ``text`` does not fit into the context, so that a write must come before the answer."""
         return self._memory.is_full(self._agent, len(self._parts.chat.user(text)))
 
-    # --- what it does --------------------------------------------------------------------------------------------------------------------------
+    # --- turns ------------------------------------------------------------------------------------------
 
     async def say(self, text: str, max_tokens: int) -> Reply:
-        """The agent's answer. A text longer than the context is read in pieces, the last of which is answered."""
+        """Answer ``text``. A text longer than the context is read in pieces; the last piece is answered."""
         before = len(self._agent.writes)
-        async with self._whole():
-            *front, last = split_text(text, self._turn_tokens, self._memory.max_context_tokens)
+        async with self._all_or_nothing():
+            *front, last = self._pieces(text)
             for piece in front:
                 await self._memory.read(self._agent, piece)
             answer = await self._memory.answer(self._agent, last, max_tokens)
         return self._reply(answer, before)
 
     async def read(self, text: str) -> tuple[WriteRecord, ...]:
-        """Take in what needs no answer; returns the writes that this took."""
+        """Read ``text`` without answering it; returns the writes that made room for it."""
         before = len(self._agent.writes)
-        async with self._whole():
+        async with self._all_or_nothing():
             await self._memory.read(self._agent, text)
         return tuple(self._agent.writes[before:])
 
     async def said(self, text: str) -> None:
-        """Take ``text`` for a reply of the agent: of a conversation that began elsewhere."""
+        """Put ``text`` into the context as the agent's own reply, for a conversation that began elsewhere."""
         chat = self._parts.chat
-        async with self._whole():
-            for piece in split_text(text, self._turn_tokens, self._memory.max_context_tokens):
+        async with self._all_or_nothing():
+            for piece in self._pieces(text):
                 ids = chat.reply(piece)
                 self._agent.context.observe(chat.assistant_open + ids + chat.assistant_close(ids))
                 if self._memory.is_full(self._agent, 0):
                     await self._memory.relieve(self._agent, 0)
 
     async def ask(self, question: str, max_tokens: int) -> Reply:
-        """The answer from a context of its own, which is forgotten: what the weights know, without the context's help."""
+        """Answer from an empty context: what the weights alone know.
+
+        The conversation's context does not change.
+        """
         before = len(self._agent.writes)
-        async with self._whole():
+        async with self._all_or_nothing():
             answer = await self._agent.aside(question, "act", max_tokens)
         return self._reply(answer, before)
 
     async def write(self) -> WriteRecord | None:
-        """Write now, and clear the context. None where there is nothing in it."""
+        """Write the context into the weights and clear it. Returns None if the context is empty."""
         if self._agent.context.is_fresh:
             return None
-        async with self._whole():
+        async with self._all_or_nothing():
             await self._memory.relieve(self._agent, 0)
         return self._agent.writes[-1]
 
     async def reset(self) -> None:
-        """Another conversation: no Delta, no flashcards, an empty context."""
-        nothing = FastWeights(self._parts.opening.basis.id, 0, {})
-        await self._become(SavedMemory(nothing, self._parts.opening.system_prompt, (), (), None))
+        """Start anew: no Delta, no flashcards, an empty context."""
+        opening = self._parts.opening
+        zero = FastWeights(opening.basis.id, 0, {})
+        await self._become(SavedMemory(zero, opening.system_prompt, (), (), None))
 
     def save(self, folder: Path, overwrite: bool) -> None:
-        """See memory_file.py. Raises AssistantError."""
-        save_memory(self._saved(), self._parts.opening, folder, overwrite)
+        """Save the conversation, see memory_file.py. Raises AssistantError."""
+        save_memory(self._state(), self._parts.opening, folder, overwrite)
 
     async def load(self, folder: Path) -> None:
-        """Go on from what ``save`` wrote; what this conversation was is forgotten. Raises AssistantError too, with all as it was."""
+        """Replace this conversation by the one in ``folder``.
+
+        Raises AssistantError too; then nothing changed.
+        """
         await self._become(load_memory(folder, self._parts.opening))
 
     async def close(self) -> None:
-        """The engine forgets its Delta."""
+        """Release the adapter in the engine."""
         await self._speaker.close()
 
-    # --- how -----------------------------------------------------------------------------------------------------------------------------------
+    # --- helpers ----------------------------------------------------------------------------------------
 
-    def _saved(self) -> SavedMemory:
-        agent = self._agent
+    def _state(self) -> SavedMemory:
+        agent, speaker = self._agent, self._speaker
+        unwritten = agent.context.after_opening
         return SavedMemory(
-            self._speaker.weights,
-            agent.system_prompt,
-            agent.context.after_opening,
-            tuple(agent.writes),
-            self._speaker.probe,
+            speaker.weights, agent.system_prompt, unwritten, tuple(agent.writes), speaker.probe
         )
 
     async def _become(self, memory: SavedMemory) -> None:
@@ -265,32 +295,34 @@ class Conversation:
         self._agent.context.observe(memory.context_ids)
         self._agent.writes = list(memory.writes)
 
-    def _turn_tokens(self, text: str) -> int:
-        return len(self._parts.chat.user(text))
+    def _pieces(self, text: str) -> list[str]:
+        """``text`` in pieces that fit into the context as user turns."""
+        chat = self._parts.chat
+        return split_text(text, lambda piece: len(chat.user(piece)), self._memory.max_context_tokens)
 
     def _reply(self, text: str, before: int) -> Reply:
-        prompt_tokens, reply_tokens, reason = self._speaker.last
-        return Reply(
-            text,
-            reason,
-            self._speaker.revision_for("act"),
-            prompt_tokens,
-            reply_tokens,
-            tuple(self._agent.writes[before:]),
-        )
+        prompt_tokens, reply_tokens, reason = self._speaker.last_sample
+        writes = tuple(self._agent.writes[before:])
+        revision = self._speaker.revision_for("act")
+        return Reply(text, reason, revision, prompt_tokens, reply_tokens, writes)
 
     @asynccontextmanager
-    async def _whole(self) -> AsyncIterator[None]:
-        """All of the block, or none of it: after a failure the context is what it was, or empty where it was written on the way."""
-        agent, before, kept = self._agent, len(self._agent.writes), copy.deepcopy(self._agent.context)
+    async def _all_or_nothing(self) -> AsyncIterator[None]:
+        """Undo the block's changes to the context if it fails.
+
+        If the block had written before it failed, the context is cleared instead: its old part is in the
+        weights.
+        """
+        agent, before, context = self._agent, len(self._agent.writes), copy.deepcopy(self._agent.context)
         try:
             yield
         except BaseException:
             if len(agent.writes) == before:
-                agent.context = kept
+                agent.context = context
             else:
                 agent.clear()
             raise
         finally:
             agent.segments.clear()
+            # Delta itself is kept, so nobody replays these writes: drop their token ids.
             agent.writes[before:] = [replace(record, examples=()) for record in agent.writes[before:]]

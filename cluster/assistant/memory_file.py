@@ -1,83 +1,110 @@
-"""A conversation's memory as a folder: a plain PEFT adapter, and beside it what a conversation needs to go on.
+"""Saves a conversation's memory as a folder: a plain PEFT adapter, and what the conversation needs to go on.
 
-    DIR/adapter_config.json, adapter_model.safetensors     what stock PEFT and stock vLLM load
-    DIR/memory.json                                        model, flashcards and losses, the running context, the probe of the last write
+    DIR/adapter_config.json, adapter_model.safetensors   what stock PEFT and stock vLLM load
+    DIR/memory.json                                      model, flashcards, losses, context, last probe
 
-The folder appears whole or not at all. A plain adapter folder without memory.json can be loaded too, if it is on the same basis. Nothing here is
-ever unpickled. What is wrong with a folder is one line: AssistantError.
+The folder appears whole or not at all. An adapter folder without memory.json loads too if it is on the same
+basis. Nothing is ever unpickled. A folder that cannot be used is one line: AssistantError.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from actors.fast_weights.delta import BasisError
 from actors.fast_weights.peft_format import export_peft, from_peft
-from actors.types import Probe, WriteRecord
-from cluster.assistant.values import AssistantError, Opening, SavedMemory
-from cluster.inspection.decode import DecodeError, decode
-from cluster.inspection.record import plain
+from actors.types import FastWeights, Flashcard, Probe, WriteRecord
+from cluster.assistant.opening import AssistantError, Opening
+from configs.files import FileError, Measured, dump_json, new_folder, read_json
 
 MEMORY_FILE = "memory.json"
-_FORMAT = "engram-memory-1"
-_MAX_BYTES = 64 * 2**20
 _CURE = "give a folder that /save, serve or export wrote"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SavedMemory:
+    """A conversation's state. ``context_ids`` are the tokens that are not yet written.
+
+    ``writes`` have no examples: Delta itself is kept. ``probe`` is what the last write's receipt checked, so
+    that a loaded Delta can be checked the same way; None if no write was accepted.
+    """
+
+    weights: FastWeights
+    system_prompt: str
+    context_ids: tuple[int, ...]
+    writes: tuple[WriteRecord, ...]
+    probe: Probe | None
+
+    @property
+    def cards(self) -> tuple[Flashcard, ...]:
+        accepted = (record for record in self.writes if record.outcome == "accepted")
+        return tuple(card for record in accepted for card in record.flashcards)
+
+
+@dataclass(frozen=True, slots=True)
+class _Write(WriteRecord):
+    """A write record whose losses may be null in the file: an empty write has none."""
+
+    loss_before: Measured
+    loss_after: Measured
 
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """memory.json. ``model``: its name, for people; ``fingerprint``: of its weights. ``probe``: none or one."""
+    """The fields of memory.json. ``model`` is a name for people; ``fingerprint`` identifies its weights."""
 
-    format: str
+    format: Literal["engram-memory-1"]
     model: str
     fingerprint: str
     basis_id: str
     revision: int
     system_prompt: str
     context_ids: tuple[int, ...]
-    writes: tuple[WriteRecord, ...]
-    probe: tuple[Probe, ...]
+    writes: tuple[_Write, ...]
+    probe: Annotated[tuple[Probe, ...], Field(max_length=1)]
 
 
 def save_memory(memory: SavedMemory, opening: Opening, folder: Path, overwrite: bool) -> None:
-    """Raises AssistantError where the folder holds something (without ``overwrite``) or cannot be written."""
+    """Write ``memory`` to ``folder``. Raises AssistantError if that cannot be written.
+
+    Without ``overwrite`` the folder must be new or empty.
+    """
+    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise AssistantError(f"{folder}: already holds something; name a new folder")
     content = _Content(
-        format=_FORMAT,
+        format="engram-memory-1",
         model=opening.title,
         fingerprint=opening.model.fingerprint,
         basis_id=opening.basis.id,
         revision=memory.weights.revision,
         system_prompt=memory.system_prompt,
         context_ids=memory.context_ids,
-        writes=memory.writes,
+        writes=tuple(map(_as_saved, memory.writes)),
         probe=() if memory.probe is None else (memory.probe,),
     )
-    partial = folder.with_name(f".{folder.name}.partial")
     try:
-        if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-            raise AssistantError(f"{folder}: already holds something; name a new folder")
-        shutil.rmtree(partial, ignore_errors=True)
-        export_peft(memory.weights, opening.basis, partial, opening.base_model)
-        (partial / MEMORY_FILE).write_text(
-            json.dumps(plain(asdict(content)), allow_nan=False) + "\n", encoding="utf-8", errors="replace"
-        )
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        with new_folder(folder) as partial:
+            export_peft(memory.weights, opening.basis, partial, opening.base_model)
+            (partial / MEMORY_FILE).write_text(dump_json(content, indent=None) + "\n", encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise AssistantError(
-            f"{folder}: cannot be written ({error.strerror or error}); name another place"
-        ) from error
+        reason = error.strerror or error
+        raise AssistantError(f"{folder}: cannot be written ({reason}); name another place") from error
 
 
 def load_memory(folder: Path, opening: Opening) -> SavedMemory:
-    """Raises AssistantError: no memory, a damaged one, another model's, or on another basis."""
+    """Read what ``save_memory`` wrote.
+
+    Raises AssistantError for a folder that is no memory, is damaged, or belongs to another model or basis.
+    """
     if not folder.is_dir():
         raise AssistantError(f"{folder}: no such folder; {_CURE}")
     content = _read(folder / MEMORY_FILE, opening)
@@ -89,67 +116,61 @@ def load_memory(folder: Path, opening: Opening) -> SavedMemory:
         return SavedMemory(weights, opening.system_prompt, (), (), None)
     if content.revision != weights.revision:
         raise AssistantError(
-            f"{folder}: {MEMORY_FILE} is of revision {content.revision}, the adapter of {weights.revision}; {_CURE}"
+            f"{folder}: {MEMORY_FILE} is of revision {content.revision}, "
+            f"the adapter of {weights.revision}; {_CURE}"
         )
-    return SavedMemory(
-        weights, content.system_prompt, content.context_ids, content.writes, *(content.probe or (None,))
-    )
+    probe = content.probe[0] if content.probe else None
+    return SavedMemory(weights, content.system_prompt, content.context_ids, content.writes, probe)
+
+
+def _as_saved(record: WriteRecord) -> _Write:
+    return _Write(*(getattr(record, field.name) for field in fields(WriteRecord)))
 
 
 def _read(path: Path, opening: Opening) -> _Content | None:
-    """None where there is no such file."""
+    """The checked content of memory.json, None without such a file."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise AssistantError(f"{path}: has {path.stat().st_size} bytes, at most {_MAX_BYTES} are read")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, _Content)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AssistantError(
-            f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); {_CURE}"
-        ) from error
-    if not isinstance(data, dict) or data.get("format") != _FORMAT:
-        raise AssistantError(f"{path}: is no record of format {_FORMAT}; {_CURE}")
-    try:
-        content: _Content = decode(_Content, data, "")
-        _check_values(content, opening)
-    except DecodeError as error:
-        raise AssistantError(f"{path}: damaged: {error}; {_CURE}") from error
+    except FileError as error:
+        raise AssistantError(f"{error}; {_CURE}") from error
+    if fault := _fault(content, opening):
+        raise AssistantError(f"{path}: damaged: {fault}; {_CURE}")
     _check_owner(path.parent, content, opening)
     return content
 
 
 def _check_owner(folder: Path, content: _Content, opening: Opening) -> None:
-    """The same theta and the same basis: a checkpoint of a run shares its basis with the model that the run began with, but not its weights."""
+    """Refuse a memory of other weights or of another basis. A run's checkpoints share the basis alone."""
     if content.fingerprint != opening.model.fingerprint:
         raise AssistantError(
-            f"{folder}: is a memory of the model {content.model!r}, whose weights are not those of {opening.title!r}: load it there"
+            f"{folder}: is a memory of the model {content.model!r}, "
+            f"whose weights are not those of {opening.title!r}: load it there"
         )
     if content.basis_id != opening.basis.id:
-        own, here = content.basis_id, opening.basis.id
         raise AssistantError(
-            f"{folder}: is on the basis {own!r}, here it is {here!r}: load it under the fast_weights.* that it was made with"
+            f"{folder}: is on the basis {content.basis_id!r}, here it is {opening.basis.id!r}: "
+            "load it under the fast_weights.* that it was made with"
         )
 
 
-def _check_values(content: _Content, opening: Opening) -> None:
-    """What the types do not say, and an engine that is asked would refuse."""
-    window = opening.config.engine.max_model_tokens
+def _fault(content: _Content, opening: Opening) -> str:
+    """What is wrong with values of the right type, "" if nothing: the engine would refuse them much later."""
+    window, most = opening.config.engine.max_model_tokens, opening.model.vocab_size - 1
+
+    def are_token_ids(ids: Sequence[int]) -> bool:
+        return all(0 <= token_id <= most for token_id in ids)
+
     if len(content.context_ids) >= window:
-        raise DecodeError(
-            f"context_ids: {len(content.context_ids)} tokens do not fit into engine.max_model_tokens={window}"
-        )
-    if len(content.probe) > 1:
-        raise DecodeError(f"probe: expected one at most, got {len(content.probe)}")
-    _check_ids("context_ids", content.context_ids, opening)
+        tokens = len(content.context_ids)
+        return f"context_ids: {tokens} tokens do not fit into engine.max_model_tokens={window}"
+    if not are_token_ids(content.context_ids):
+        return f"context_ids: expected token ids, 0 to {most}"
     for probe in content.probe:
-        _check_ids("probe.token_ids", probe.token_ids, opening)
+        if not are_token_ids(probe.token_ids):
+            return f"probe.token_ids: expected token ids, 0 to {most}"
         finite = all(math.isfinite(value) for value in (*probe.before, *probe.after))
-        if not (0 < len(probe.after) == len(probe.before) < len(probe.token_ids) < window and finite):
-            raise DecodeError("probe: expected a finite log-prob before and after of each of its last tokens")
-
-
-def _check_ids(key: str, ids: Sequence[int], opening: Opening) -> None:
-    most = opening.model.vocab_size - 1
-    if any(not 0 <= one <= most for one in ids):
-        raise DecodeError(f"{key}: expected token ids, 0 to {most}")
+        if not (finite and 0 < len(probe.after) == len(probe.before) < len(probe.token_ids) < window):
+            return "probe: expected a finite log-prob before and after for each of its last tokens"
+    return ""

@@ -1,102 +1,150 @@
-"""From what the user names to a model that converses: everything that a mistake can break first, the engine last.
+"""Opens a model for conversation. Everything that a mistake can break comes first, the engine last.
 
-smollm2-135m | folder | hub name            configs/chat.yaml (or --config), the basis computed from the weights
+    what the user names --locate--> Source --open_source--> Opening --parts_of--> Parts (a running engine)
+
+smollm2-135m | folder | hub name            settings of configs/chat.yaml (or --config); the basis is computed
 a run's folder | one of its checkpoints     its own config.yaml and basis
-a folder that ``export`` wrote              those that export put into it
+a folder that ``export`` wrote              the settings and the basis that export put into it
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import configs
-from actors.fast_weights.basis import compute_basis_from_checkpoint, load_basis
 from actors.fast_weights.delta import Basis
-from cluster.assistant.values import COMPANION, AssistantError, Opening, Parts
+from actors.protocols import AsyncWriter, Policy
+from actors.text.chat_template import ChatFormat
 from cluster.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from configs.load import load_config
-from configs.models import resolve_model
+from configs.models import ResolvedModel, resolve_model
 from configs.schema import RunConfig
 
-BASIS_FILE, CONFIG_FILE = (
-    "basis.safetensors",
-    "config.yaml",
-)  # in the folder of a run, and in that of an exported model
 PRESET = Path(configs.__file__).parent / "chat.yaml"
+# The names of these two files in a run's folder, and in the companion folder of an exported model.
+BASIS_FILE = "basis.safetensors"
+CONFIG_FILE = "config.yaml"
+# A subfolder of an exported model: vLLM reads every safetensors file beside config.json as weights.
+COMPANION = Path("engram")
+
+
+class AssistantError(ValueError):
+    """A user's mistake in ``chat``, ``serve`` or ``export``. One line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where settings and weights come from. ``basis_path`` is None where the basis is to be computed."""
+    """Where weights and settings come from.
+
+    Without a ``basis_path`` the basis is computed from the weights.
+    """
 
     model: str
     config_path: Path
     basis_path: Path | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Opening:
+    """All that is known before an engine starts.
+
+    ``title`` is what the user typed; ``model`` is on this machine.
+    """
+
+    title: str
+    config: RunConfig
+    model: ResolvedModel
+    basis: Basis
+    system_prompt: str
+
+    @property
+    def base_model(self) -> str:
+        """The base model that an adapter names: a hub's name if it has one, else the folder."""
+        name = self.config.model.name
+        is_hub_name = name.count("/") == 1 and not Path(name).expanduser().exists()
+        return name if is_hub_name else str(self.model.path)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """What conversations share. The policy version never changes.
+
+    ``failure`` returns why the engine is dead, or "" while it serves.
+    """
+
+    opening: Opening
+    policy: Policy
+    writer: AsyncWriter
+    chat: ChatFormat
+    failure: Callable[[], str]
+
+
 def find_checkpoint_of(folder: Path) -> Checkpoint | None:
-    """The checkpoint that ``folder`` is, or the newest of the run that it is; None where it is neither. Raises CheckpointError for a damaged one."""
+    """Return ``folder`` as a checkpoint, or the newest checkpoint of the run in it; None if it is neither.
+
+    Raises CheckpointError for a damaged checkpoint.
+    """
     if (folder / "state.json").exists():
         return load_checkpoint(folder)
-    inside = list_checkpoints(folder)
-    return load_checkpoint(inside[-1]) if inside else None
+    checkpoints = list_checkpoints(folder)
+    return load_checkpoint(checkpoints[-1]) if checkpoints else None
 
 
 def locate(model: str) -> Source:
-    """Raises CheckpointError."""
+    """Find the weights and settings that ``model`` names. Raises CheckpointError."""
     folder = Path(model).expanduser().absolute()
     if folder.is_dir():
         if (checkpoint := find_checkpoint_of(folder)) is not None:
-            return Source(
-                str(checkpoint.model), checkpoint.folder / CONFIG_FILE, checkpoint.run_dir / BASIS_FILE
-            )
-        if (folder / COMPANION / BASIS_FILE).exists():
-            return Source(str(folder), folder / COMPANION / CONFIG_FILE, folder / COMPANION / BASIS_FILE)
+            config_path = checkpoint.folder / CONFIG_FILE
+            return Source(str(checkpoint.model), config_path, checkpoint.run_dir / BASIS_FILE)
+        companion = folder / COMPANION
+        if (companion / BASIS_FILE).exists():
+            return Source(str(folder), companion / CONFIG_FILE, companion / BASIS_FILE)
     return Source(model, PRESET, None)
 
 
 def prepare_opening(model: str, config_path: Path | None, overrides: Sequence[str]) -> Opening:
-    """Raises ConfigError, ModelError, CheckpointError, BasisError, AssistantError: one line each. No engine is started."""
+    """Locate and open ``model``; starts no engine.
+
+    Raises ConfigError, ModelError, CheckpointError, BasisError or AssistantError, one line each.
+    """
     return open_source(model, locate(model), config_path, overrides)
 
 
 def open_source(title: str, source: Source, config_path: Path | None, overrides: Sequence[str]) -> Opening:
-    """``config_path`` takes the place of the source's own settings. Raises as ``prepare_opening``."""
+    """Open ``source``; ``config_path`` replaces its own settings. Raises as ``prepare_opening`` does."""
     config = load_config(config_path or source.config_path, [*overrides, f"model.name={source.model}"])
     _check(config, source, overrides)
-    resolved = resolve_model(config.model)
-    return Opening(
-        title,
-        config,
-        resolved,
-        _basis(source, resolved.path, config),
-        config.assistant.system_prompt or _environments_prompt(config),
-    )
+    model = resolve_model(config.model)
+    system_prompt = config.assistant.system_prompt or _environment_prompt(config)
+    return Opening(title, config, model, _basis(source, model.path, config), system_prompt)
 
 
 @contextmanager
 def parts_of(opening: Opening, slots: int) -> Iterator[Parts]:
-    """A running engine with its writer, for ``slots`` conversations that speak at once. Raises EngineError, ChatTemplateError."""
+    """Run an engine and its writer for ``slots`` concurrent conversations.
+
+    Raises EngineError, ChatTemplateError.
+    """
     import torch
     from transformers import AutoTokenizer
 
     from actors.engine.policy import VLLMPolicy
     from actors.episodes.rollout import WriteBatcher
-    from actors.text.chat_template import ChatFormat
 
     config, path = opening.config, opening.model.path
-    os.environ.setdefault(
-        "VLLM_LOGGING_LEVEL", "ERROR"
-    )  # a dozen warnings about the machine would stand between a person and the agent
-    torch.set_num_threads(config.rollout.threads)
+    # vLLM's dozen warnings about the machine would stand between a person and the agent.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    threads = config.rollout.threads
+    torch.set_num_threads(threads)
     chat = ChatFormat(AutoTokenizer.from_pretrained(path))
     engine = replace(config.engine, slots=slots)
     policy = VLLMPolicy(
-        path, config.model, engine, opening.basis, chat.stop_token_ids, 0, config.rollout.threads, config.seed
+        path, config.model, engine, opening.basis, chat.stop_token_ids, 0, threads, config.seed
     )
     try:
         yield Parts(opening, policy, WriteBatcher(policy.writer(config.write)), chat, lambda: policy.failure)
@@ -105,37 +153,37 @@ def parts_of(opening: Opening, slots: int) -> Iterator[Parts]:
 
 
 def _basis(source: Source, path: Path, config: RunConfig) -> Basis:
-    return (
-        compute_basis_from_checkpoint(path, config.fast_weights, config.seed)
-        if source.basis_path is None
-        else load_basis(source.basis_path)
-    )
+    from actors.fast_weights.basis import compute_basis_from_checkpoint, load_basis
+
+    if source.basis_path is not None:
+        return load_basis(source.basis_path)
+    return compute_basis_from_checkpoint(path, config.fast_weights, config.seed)
 
 
 def _check(config: RunConfig, source: Source, overrides: Sequence[str]) -> None:
-    named = next((argument for argument in overrides if argument.startswith("model.name=")), None)
-    if named is not None:
+    def argument_for(key: str) -> str | None:
+        return next((argument for argument in overrides if argument.startswith(key)), None)
+
+    if (argument := argument_for("model.name=")) is not None:
+        name = argument.partition("=")[2]
+        raise AssistantError(f"argument {argument!r}: name the model without it, e.g. chat {name}")
+    if (argument := argument_for("fast_weights.")) is not None and source.basis_path is not None:
         raise AssistantError(
-            f"argument {named!r}: name the model without it, e.g. chat {named.partition('=')[2]}"
-        )
-    moved = next((argument for argument in overrides if argument.startswith("fast_weights.")), None)
-    if moved is not None and source.basis_path is not None:
-        raise AssistantError(
-            f"argument {moved!r}: {source.model} has its own basis, which cannot be changed; leave it out"
+            f"argument {argument!r}: {source.model} has its own basis, which cannot be changed; leave it out"
         )
     if config.memory.policy != "parametric":
         raise AssistantError(
-            f"memory.policy={config.memory.policy} keeps nothing in weights: a conversation needs memory.policy=parametric"
+            f"memory.policy={config.memory.policy} keeps nothing in weights: "
+            "a conversation needs memory.policy=parametric"
         )
     if config.write.epochs == 0:
         raise AssistantError("write.epochs=0 writes nothing: a conversation needs 1 or more")
 
 
-def _environments_prompt(config: RunConfig) -> str:
-    """What the agents of this configuration are told. Of an environment that is not Engram's own: what recall's are told, which suits any."""
+def _environment_prompt(config: RunConfig) -> str:
+    """The system prompt of the configured environment. For a user's own it is recall's, which suits any."""
     from actors.environments import conversation, recall, rubric, search
 
-    prompts = {
-        one.__name__.rpartition(".")[2]: one.SYSTEM_PROMPT for one in (recall, conversation, search, rubric)
-    }
+    modules = (recall, conversation, search, rubric)
+    prompts = {module.__name__.rpartition(".")[2]: module.SYSTEM_PROMPT for module in modules}
     return prompts.get(config.environment.name, recall.SYSTEM_PROMPT)

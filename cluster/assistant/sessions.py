@@ -1,18 +1,21 @@
-"""The conversations of a server: each has a name, a memory of its own, and one turn at a time.
+"""The conversations of a server. Each has a name, a memory of its own, and one turn at a time.
 
     turn("ada") --> room in the table? --> ada's lock --> a slot of the engine --> the conversation
 
-The rule for room: at most ``assistant.max_conversations`` at once. When one more comes, the one that was idle longest is put away; so is, when any
-request comes, one that was idle for ``assistant.idle_s``. Put away means saved in ``assistant.save_dir`` and loaded when it is named again; without
-that folder it is dropped. None is put away in the middle of a turn.
+The table holds at most ``assistant.max_conversations``. When another one comes, the conversation that was
+idle longest is put away. Each request also puts away those that were idle for ``assistant.idle_s``. To put
+away means to save in ``assistant.save_dir``; the conversation is loaded when it is named again. Without that
+folder it is dropped. A conversation in the middle of a turn is never put away.
 
-Waits: a turn waits for the one before it and for a slot, both of which end at the latest with their requests' deadlines.
+Every wait, and who unblocks it: a turn waits for the turn before it and for a slot. Both are released at the
+latest when their requests reach their deadlines.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.assistant.conversation import Conversation
-from cluster.assistant.values import AssistantError, Parts
+from cluster.assistant.opening import AssistantError, Parts
 
 
 class BusyError(RuntimeError):
@@ -29,7 +32,7 @@ class BusyError(RuntimeError):
 
 @dataclass(slots=True)
 class _Entry:
-    """``users``: turns that run or wait. ``begun``: whether the conversation was loaded, or its first turn is over."""
+    """``users`` counts turns that run or wait. ``begun``: it was loaded, or its first turn is over."""
 
     conversation: Conversation
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -39,14 +42,16 @@ class _Entry:
 
 
 class Sessions:
-    """For one event loop. ``slots``: how many conversations speak at once, at most the engine's."""
+    """The table, for one event loop.
+
+    ``slots``: how many conversations speak at once, at most the engine's.
+    """
 
     def __init__(self, parts: Parts, slots: int) -> None:
         self._parts = parts
         self._settings = parts.opening.config.assistant
-        self._folder = (
-            Path(self._settings.save_dir).expanduser().absolute() if self._settings.save_dir else None
-        )
+        save_dir = self._settings.save_dir
+        self._folder = Path(save_dir).expanduser().absolute() if save_dir else None
         self._entries: dict[str, _Entry] = {}
         self._slots = asyncio.Semaphore(slots)
         self._anonymous = itertools.count()
@@ -58,18 +63,18 @@ class Sessions:
     async def turn(
         self, name: str | None, system_prompt: str | None
     ) -> AsyncIterator[tuple[Conversation, bool]]:
-        """The conversation, for this block alone, and whether it is new. ``name`` None: one that is forgotten afterwards.
+        """Give the block the conversation for itself, and whether it is new.
 
-        A new one is told ``system_prompt`` (None: the model's own); if its first turn fails it never was. Raises BusyError; AssistantError for a
-        damaged save, and where an earlier conversation cannot be saved.
+        Without a ``name`` the conversation is forgotten afterwards. A new conversation gets ``system_prompt``
+        (None: the model's own). If its first turn fails, it is dropped. Raises BusyError; AssistantError for
+        a damaged save, and if the conversation that must make room cannot be saved.
         """
         await self._put_away_idle()
         key = f"~{next(self._anonymous)}" if name is None else name
         if key not in self._entries:
             await self._make_room()
-        entry = self._entries.get(key) or self._entries.setdefault(
-            key, _Entry(self._open(key, system_prompt))
-        )
+        if (entry := self._entries.get(key)) is None:  # another request may have opened it meanwhile
+            entry = self._entries[key] = _Entry(self._open(key, system_prompt))
         entry.users += 1
         try:
             async with entry.lock, self._slots:
@@ -85,25 +90,26 @@ class Sessions:
                 await self._drop(key)
 
     def look(self, name: str) -> Conversation | None:
-        """A conversation as it stands; None where it is not in memory."""
+        """The conversation as it stands; None if it is not in memory."""
         entry = self._entries.get(name)
         return entry.conversation if entry is not None and entry.begun else None
 
     async def forget(self, name: str) -> bool:
-        """Drop it, from memory and from the disk; whether there was any. Raises BusyError in the middle of a turn."""
+        """Drop a conversation from memory and disk; False if there is none.
+
+        Raises BusyError during a turn.
+        """
         entry, saved = self._entries.get(name), self._saved(name)
         if entry is not None and entry.users:
             raise BusyError(f"conversation {name} is in the middle of a turn: try again")
         if saved is not None:
-            import shutil
-
             shutil.rmtree(saved, ignore_errors=True)
         if entry is not None:
             await self._drop(name)
         return entry is not None or saved is not None
 
     async def close(self) -> list[str]:
-        """Put all away; returns why some could not be saved."""
+        """Put all conversations away; returns an error for each that could not be saved."""
         problems: list[str] = []
         while self._entries:
             name = next(iter(self._entries))
@@ -115,45 +121,40 @@ class Sessions:
         return problems
 
     def _open(self, name: str, system_prompt: str | None) -> Conversation:
-        return Conversation(
-            self._parts, name, self._parts.opening.system_prompt if system_prompt is None else system_prompt
-        )
+        default = self._parts.opening.system_prompt
+        return Conversation(self._parts, name, default if system_prompt is None else system_prompt)
 
     def _saved(self, name: str) -> Path | None:
         folder = None if self._folder is None else self._folder / name
         return folder if folder is not None and folder.is_dir() else None
 
     def _idle(self) -> list[str]:
-        """Those that may be put away, the longest idle first."""
-        return sorted(
-            (name for name, entry in self._entries.items() if entry.users == 0),
-            key=lambda name: self._entries[name].last_used,
-        )
+        """The conversations without a turn, the longest idle first."""
+        idle = (name for name, entry in self._entries.items() if entry.users == 0)
+        return sorted(idle, key=lambda name: self._entries[name].last_used)
 
     async def _put_away_idle(self) -> None:
         for name in self._idle():
-            entry = self._entries.get(
-                name
-            )  # another request may have taken it while one before it was closed
-            if (
-                entry is not None
-                and entry.users == 0
-                and time.monotonic() - entry.last_used > self._settings.idle_s
-            ):
+            # Putting the previous one away has waited: another request may have taken this one since.
+            entry = self._entries.get(name)
+            if entry is None or entry.users:
+                continue
+            if time.monotonic() - entry.last_used > self._settings.idle_s:
                 await self._put_away(name)
 
     async def _make_room(self) -> None:
-        while len(self._entries) >= self._settings.max_conversations:
+        most = self._settings.max_conversations
+        while len(self._entries) >= most:
             idle = self._idle()
             if not idle:
-                most = self._settings.max_conversations
                 raise BusyError(
-                    f"all {most} conversations are in the middle of a turn (assistant.max_conversations={most}): try again later"
+                    f"all {most} conversations are in the middle of a turn "
+                    f"(assistant.max_conversations={most}): try again later"
                 )
             await self._put_away(idle[0])
 
     async def _put_away(self, name: str) -> None:
-        """Saved before anyone else runs: who names it next finds it on the disk."""
+        # Save before the first await: a request that names it during _drop finds it on the disk.
         if self._folder is not None and self._entries[name].begun:
             self._entries[name].conversation.save(self._folder / name, overwrite=True)
         await self._drop(name)

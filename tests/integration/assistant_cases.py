@@ -16,23 +16,27 @@ from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import render_flashcards, write_example
 from actors.types import FastWeights, Flashcard, WriteRecord, WriteRequest
 from actors.write.writer import checkpoint_writer
-from cluster.assistant.values import Opening
+from cluster.assistant.opening import Opening
 from cluster.runs.checkpoint import START, save_checkpoint
 from configs.load import load_config, to_yaml
 
 OVERRIDES = (
-    *(
-        "engine.max_model_tokens=512",
-        "engine.kv_cache_gib=0.25",
-        "memory.max_context_tokens=128",
-        "memory.max_extract_tokens=64",
-    ),
-    *("write.optimizer=adam", "write.learning_rate=0.02", "write.epochs=4", "sampling.max_answer_tokens=12"),
+    "engine.max_model_tokens=512",
+    "engine.kv_cache_gib=0.25",
+    "memory.max_context_tokens=128",
+    "memory.max_extract_tokens=64",
+    "write.optimizer=adam",
+    "write.learning_rate=0.02",
+    "write.epochs=4",
+    "sampling.max_answer_tokens=12",
 )
 
 
 def write_run(tiny_model_path: Path, folder: Path) -> Path:
-    """A run of one checkpoint, saved as runs save them; its theta is not that of the model which the basis is of."""
+    """Write a run with one checkpoint, as runs save them.
+
+    Its theta is not the theta that the basis comes from.
+    """
     config = load_config(None, [f"model.name={tiny_model_path}", *OVERRIDES])
     save_basis(
         compute_basis_from_checkpoint(tiny_model_path, config.fast_weights, 0), folder / "basis.safetensors"
@@ -54,7 +58,7 @@ def write_run(tiny_model_path: Path, folder: Path) -> Path:
 def write_cards(
     opening: Opening, writes: Sequence[Sequence[Flashcard]]
 ) -> tuple[FastWeights, list[WriteRecord]]:
-    """Real writes, one after the other, without an engine; and their log."""
+    """Make real writes one after the other without an engine; returns the last revision and the log."""
     from transformers import AutoTokenizer
 
     chat = ChatFormat(AutoTokenizer.from_pretrained(opening.model.path))

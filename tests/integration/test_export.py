@@ -1,7 +1,8 @@
-"""What is exported acts elsewhere as it does here: a run's checkpoint and a conversation's memory, in stock PEFT and in stock vLLM.
+"""An exported checkpoint and an exported memory act in stock PEFT and stock vLLM as they do here.
 
-One real run folder of the tiny model, one real conversation with two writes on Engram's engine (the agent's text is given: a random model writes no
-flashcards), and then, when that engine is gone, tools that know nothing of Engram.
+There is one real run folder of the tiny model, and one real conversation with two writes on Engram's engine.
+The agent's text is given, because a random model writes no flashcards. That engine is gone before the stock
+tools start.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from actors.text.flashcards import render_flashcards
 from actors.types import AdapterKey, Flashcard, Outcome, Sampling, Timings, WriteRecord
 from cluster.assistant.conversation import Conversation
 from cluster.assistant.export import export
-from cluster.assistant.opening import parts_of, prepare_opening
-from cluster.assistant.values import AssistantError
+from cluster.assistant.opening import AssistantError, parts_of, prepare_opening
 from cluster.inspection.record import EpisodeRecord, Origin, WriteEntry, save
 from configs.schema import RunConfig
 from tests.integration.assistant_cases import write_cards, write_run
@@ -37,7 +37,10 @@ CARDS = (Flashcard("Where does Nora live?", "in Lisbon"), Flashcard("What does O
 
 @dataclass(frozen=True)
 class Spoken:
-    """What Engram's engine said to one prompt, without and with the memory that lies in ``memory``; and the run that the model is of."""
+    """What Engram's engine said to one prompt, without and with the saved memory.
+
+    ``run`` is the model's run.
+    """
 
     prompt: tuple[int, ...]
     base: tuple[tuple[int, ...], tuple[float, ...]]
@@ -52,7 +55,7 @@ def run_dir(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def give_cards(patch: pytest.MonkeyPatch, cards: Sequence[Flashcard]) -> None:
-    """A random model writes no flashcards: its text is given. All else is real."""
+    """Give the extraction's text, because a random model writes no flashcards. All else is real."""
 
     async def extract(self: Flashcards, agent: Agent) -> str:
         return render_flashcards(cards)
@@ -77,18 +80,16 @@ def spoken(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Spoken:
                 assert record is not None and record.outcome == "accepted", record
                 assert record.loss_after < 0.7 * record.loss_before
             talk.save(memory, overwrite=False)
-            prompt = (
-                parts.chat.system(talk.system_prompt)
-                + parts.chat.user("Where does Nora live?")
-                + parts.chat.assistant_open
+            chat, episode_id = parts.chat, talk._speaker.episode_id
+            question = chat.user("Where does Nora live?")
+            prompt = chat.system(talk.system_prompt) + question + chat.assistant_open
+            sampling, adapters = (
+                Sampling(0.0, TOKENS, 0, "act"),
+                [AdapterKey(0, episode_id, n) for n in (0, 2)],
             )
-            sampling = Sampling(0.0, TOKENS, 0, "act")
-            said = [
-                await parts.policy.generate(prompt, sampling, AdapterKey(0, talk._speaker._life, revision))
-                for revision in (0, 2)
-            ]
+            said = [await parts.policy.generate(prompt, sampling, adapter) for adapter in adapters]
             await talk.close()
-            base, written = ((one.token_ids, one.logprobs) for one in said)
+            base, written = ((generation.token_ids, generation.logprobs) for generation in said)
             return Spoken(prompt, base, written, memory, run_dir)
 
         result = asyncio.run(story())

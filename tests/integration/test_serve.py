@@ -1,4 +1,4 @@
-"""The real server in a process of its own, the real client: conversations that run side by side answer as each does alone."""
+"""A real server and the openai client: concurrent conversations answer as each does alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ import openai
 import pytest
 
 from actors.types import Flashcard
-from cluster.assistant.memory_file import load_memory, save_memory
+from cluster.assistant.memory_file import SavedMemory, load_memory, save_memory
 from cluster.assistant.opening import prepare_opening
-from cluster.assistant.values import SavedMemory
 from tests.integration.assistant_cases import write_cards, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +26,10 @@ START_S = 300
 
 @pytest.fixture(scope="module")
 def saved(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run, and a folder of conversations that were put away: two of each of two memories. (A random model writes no flashcards of its own.)"""
+    """A run, and a folder of saved conversations: two of each of two memories.
+
+    The cards are given: a random model writes no flashcards of its own.
+    """
     run = write_run(tiny_model_path, tmp_path_factory.mktemp("runs") / "tiny-run")
     opening, folder = prepare_opening(str(run), None, ()), tmp_path_factory.mktemp("conversations")
     for name, answer in (("lisbon", "in Lisbon"), ("oslo", "high above Oslo, with Omar")):
@@ -41,31 +43,17 @@ def saved(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 @pytest.fixture(scope="module")
 def served(saved: tuple[Path, Path]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     run, folder = saved
-    command = [
-        sys.executable,
-        "-m",
-        "cluster",
-        "serve",
-        str(run),
-        "--port",
-        "0",
-        f"assistant.save_dir={folder}",
-        "engine.slots=3",
-    ]
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
-    ) as process:
-        stop = ThreadPoolExecutor(1).submit(
+    command = [sys.executable, "-m", "cluster", "serve", str(run), "--port", "0"]
+    command += [f"assistant.save_dir={folder}", "engine.slots=3"]
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        first_line = ThreadPoolExecutor(1).submit(
             lambda: next(line for line in process.stdout or () if line.startswith("serving tiny-run on "))
         )
         try:
-            found = re.search(r"http://127\.0\.0\.1:\d+/v1", stop.result(START_S))
-            assert found is not None
-            yield found[0], process
+            match = re.search(r"http://127\.0\.0\.1:\d+/v1", first_line.result(START_S))
+            assert match is not None
+            yield match[0], process
         finally:
             process.kill()
 
@@ -104,12 +92,8 @@ def test_conversations_own_their_memories_and_are_put_away_at_the_end(
     assert process.wait(60) == 0
     run, folder = saved
     opening = prepare_opening(str(run), None, ())
-    assert {path.name for path in folder.iterdir()} == {
-        f"{kind}-{number}" for kind in kinds for number in (1, 2)
-    }
+    expected = {f"{kind}-{number}" for kind in kinds for number in (1, 2)}
+    assert {path.name for path in folder.iterdir()} == expected
     again = load_memory(folder / "oslo-2", opening)
-    assert (
-        again.weights.revision == 1
-        and again.cards[0].answer == "high above Oslo, with Omar"
-        and len(again.context_ids) > 10
-    )
+    assert again.weights.revision == 1 and again.cards[0].answer == "high above Oslo, with Omar"
+    assert len(again.context_ids) > 10

@@ -1,4 +1,8 @@
-"""Conversations without an engine: what a turn leaves behind when it fails, how memories are kept apart, saved and refused, and the two faces."""
+"""Conversations without an engine.
+
+What a failed turn leaves behind; how memories are kept apart, saved and refused; the terminal and the
+endpoint.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +26,12 @@ from actors.protocols import EngineError
 from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import render_flashcards
 from actors.types import AdapterKey, FastWeights, Flashcard, Generation, Probe, Sampling, WriteRequest
-from cluster.assistant.chat import ChatFace
+from cluster.assistant.chat import Terminal
 from cluster.assistant.conversation import Conversation
 from cluster.assistant.openai_format import RequestError, parse_request
+from cluster.assistant.opening import AssistantError, Opening, Parts
 from cluster.assistant.serve import build_app
 from cluster.assistant.sessions import BusyError, Sessions
-from cluster.assistant.values import AssistantError, Opening, Parts
 from cluster.cli import main
 from cluster.common.display import Display
 from configs.load import load_config
@@ -102,32 +106,25 @@ def talk_of(parts: Parts) -> Conversation:
     return Conversation(parts, "a", parts.opening.system_prompt)
 
 
-# --- the conversation ----------------------------------------------------------------------------------------------------------------------------
+# --- the conversation -----------------------------------------------------------------------------------
 
 
 def test_it_answers_from_its_context_and_writes_when_that_is_full(parts: Parts, engine: Engine) -> None:
     async def story() -> None:
         talk = talk_of(parts)
         first = await talk.say("Nora lives in Lisbon, and she likes it.", 8)
-        assert (
-            first.text,
-            first.writes,
-            talk.will_write("Where does she live? Say it in one word, please."),
-        ) == ("under 0", (), False)
+        assert (first.text, first.writes) == ("under 0", ())
+        assert not talk.will_write("Where does she live? Say it in one word, please.")
         while not talk.will_write("And who is that?"):
             await talk.say("Go on.", 8)
         reply = await talk.say("And who is that?", 8)
-        assert (
-            [record.outcome for record in reply.writes] == ["accepted"]
-            and reply.revision == 1
-            and reply.text == "under 1"
-        )
+        assert [record.outcome for record in reply.writes] == ["accepted"]
+        assert (reply.revision, reply.text) == (1, "under 1")
         assert talk.cards == (CARD,) and talk.writes[0].examples == ()
         talk.delta = False
         assert (await talk.say("Again?", 8)).text == "under 0" and talk.revision == 1
-        record = (
-            await talk.write()
-        )  # without Delta it answers only: what it writes goes on from what it wrote
+        # Delta is off for answers alone: a write continues from the last revision.
+        record = await talk.write()
         assert record is not None and record.revision == 2
         assert [call[2].revision for call in engine.calls if call[1].kind == "extract"] == [0, 1]
         await talk.close()
@@ -141,9 +138,8 @@ def test_a_text_longer_than_the_context_is_written_in_pieces_and_its_end_is_answ
 ) -> None:
     async def story() -> None:
         talk = talk_of(parts)
-        reply = await talk.say(
-            " ".join(f"Person {number} lives in house {number}." for number in range(40)), 8
-        )
+        text = " ".join(f"Person {number} lives in house {number}." for number in range(40))
+        reply = await talk.say(text, 8)
         assert len(reply.writes) > 2 and reply.text == f"under {len(reply.writes)}"
         assert "house 39" in chat.decode(engine.calls[-1][0])
 
@@ -167,9 +163,8 @@ def test_a_turn_that_fails_never_was_and_the_next_one_succeeds(
         engine.broken = ""
         assert (await talk.say("And?", 8)).text == "under 1"
         record = await talk.write()
-        assert (
-            record is not None and record.revision == 2
-        )  # under another name than the one that broke: the fake refuses a name that comes back
+        # Its adapter has a new name: the fake engine refuses the name of the broken write.
+        assert record is not None and record.revision == 2
 
     run(story())
 
@@ -187,7 +182,7 @@ def test_a_question_from_an_empty_context_leaves_no_trace(
     run(story())
 
 
-# --- on disk -------------------------------------------------------------------------------------------------------------------------------------
+# --- on disk --------------------------------------------------------------------------------------------
 
 
 def test_a_saved_memory_goes_on_where_it_was(
@@ -204,14 +199,10 @@ def test_a_saved_memory_goes_on_where_it_was(
         other_engine = Engine(chat)
         other = talk_of(parts_with(opening, other_engine, chat))
         await other.load(tmp_path / "nora")
-        assert (other.revision, other.context_tokens, other.cards) == (
-            talk.revision,
-            talk.context_tokens,
-            talk.cards,
-        )
-        assert [weights.b[MODULE].tolist() for weights in other_engine.installed.values()] == [
-            [[1.0, 1.0]] * 4
-        ]
+        saved = (talk.revision, talk.context_tokens, talk.cards)
+        assert (other.revision, other.context_tokens, other.cards) == saved
+        (weights,) = other_engine.installed.values()
+        assert weights.b[MODULE].tolist() == [[1.0, 1.0]] * 4
         assert (await other.say("And?", 8)).text == "under 1"
         await other.reset()
         assert (other.revision, other.cards, other.unwritten_tokens, other_engine.installed) == (0, (), 0, {})
@@ -240,8 +231,8 @@ def _cut(folder: Path) -> None:
     ("damage", "expected"),
     [
         (_without_adapter, "cannot be read as an adapter"),
-        (_cut, "memory.json: cannot be read"),
-        (_changed(format="other"), "is no record of format engram-memory-1"),
+        (_cut, "memory.json cannot be used: Invalid JSON"),
+        (_changed(format="other"), "memory.json cannot be used: format: Input should be 'engram-memory-1'"),
         (_changed(fingerprint="0"), "is a memory of the model 'tiny', whose weights are not those of 'tiny'"),
         (_changed(basis_id="0"), "is on the basis '0', here it is"),
         (_changed(revision=7), "is of revision 7, the adapter of 1"),
@@ -251,7 +242,7 @@ def _cut(folder: Path) -> None:
             _changed(probe=[{"token_ids": [1], "before": [0.0], "after": [0.0]}]),
             "probe: expected a finite log-prob",
         ),
-        (_changed(writes=[{}]), "writes[0].revision: is missing"),
+        (_changed(writes=[{}]), "writes.0.revision: Field required"),
     ],
 )
 def test_a_memory_that_cannot_be_loaded_is_one_line_and_changes_nothing(
@@ -289,7 +280,7 @@ def test_an_adapter_of_another_basis_is_refused_without_memory_json_too(
     run(story())
 
 
-# --- many of them --------------------------------------------------------------------------------------------------------------------------------
+# --- many of them ---------------------------------------------------------------------------------------
 
 
 def with_limits(parts: Parts, **limits: Any) -> Parts:
@@ -303,11 +294,8 @@ def test_the_longest_idle_is_put_away_saved_and_found_again(parts: Parts, tmp_pa
         for name in ("a", "b", "a", "c"):
             async with sessions.turn(name, None) as (talk, _):
                 await talk.read(f"This is {name}.")
-        assert (
-            sessions.look("b") is None
-            and sessions.look("a") is not None
-            and (tmp_path / "b" / "memory.json").exists()
-        )
+        assert sessions.look("b") is None and sessions.look("a") is not None
+        assert (tmp_path / "b" / "memory.json").exists()
         async with sessions.turn("b", None) as (talk, new):
             assert not new and talk.unwritten_tokens > 0
         assert not (tmp_path / "c").exists() and (tmp_path / "a").exists()
@@ -316,7 +304,7 @@ def test_the_longest_idle_is_put_away_saved_and_found_again(parts: Parts, tmp_pa
     run(story())
 
 
-def test_nobody_is_put_away_in_the_middle_of_a_turn_and_a_first_turn_that_fails_leaves_nothing(
+def test_a_turn_is_never_interrupted_to_make_room_and_a_failed_first_turn_leaves_nothing(
     parts: Parts,
 ) -> None:
     async def story() -> None:
@@ -327,7 +315,8 @@ def test_nobody_is_put_away_in_the_middle_of_a_turn_and_a_first_turn_that_fails_
                     pass
             with pytest.raises(BusyError, match="in the middle of a turn"):
                 await sessions.forget("a")
-        async with sessions.turn("b", None):  # idle now, and with no folder to be saved in: dropped
+        async with sessions.turn("b", None):
+            # "a" is idle now. Without a folder to save it in, it is dropped.
             assert sessions.look("a") is None
         with pytest.raises(RuntimeError, match="broke"):
             async with sessions.turn("c", None):
@@ -339,7 +328,7 @@ def test_nobody_is_put_away_in_the_middle_of_a_turn_and_a_first_turn_that_fails_
     run(story())
 
 
-def test_idle_ones_are_put_away_when_any_request_comes(parts: Parts) -> None:
+def test_any_request_puts_idle_conversations_away(parts: Parts) -> None:
     async def story() -> None:
         sessions = Sessions(with_limits(parts, idle_s=0.01), slots=2)
         async with sessions.turn("a", None):
@@ -351,7 +340,7 @@ def test_idle_ones_are_put_away_when_any_request_comes(parts: Parts) -> None:
     run(story())
 
 
-# --- behind HTTP ---------------------------------------------------------------------------------------------------------------------------------
+# --- behind HTTP ----------------------------------------------------------------------------------------
 
 
 def body(**changes: object) -> dict[str, object]:
@@ -363,10 +352,9 @@ def test_the_endpoint_speaks_openai(parts: Parts) -> None:
         assert client.get("/health").json() == {"status": "ok", "model": "tiny", "conversations": 0}
         assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
         first = client.post("/v1/chat/completions", json=body(conversation="a")).json()
-        assert (
-            first["choices"][0]["message"] == {"role": "assistant", "content": "under 0"}
-            and first["engram"]["new"]
-        )
+        choice = {"index": 0, "finish_reason": "stop", "logprobs": None}
+        assert first["choices"] == [{**choice, "message": {"role": "assistant", "content": "under 0"}}]
+        assert first["object"] == "chat.completion" and first["engram"]["new"]
         history = [
             {"role": "user", "content": "old " * 60},
             {"role": "assistant", "content": "yes"},
@@ -375,32 +363,39 @@ def test_the_endpoint_speaks_openai(parts: Parts) -> None:
         second = client.post(
             "/v1/chat/completions", json=body(messages=history), headers={"X-Conversation-Id": "a"}
         ).json()
-        assert second["engram"] == {
-            "conversation": "a",
-            "new": False,
-            "revision": 0,
-            "writes": [],
-        }  # the old turns are its own: not read again
-        fresh = client.post("/v1/chat/completions", json=body(messages=history)).json()[
-            "engram"
-        ]  # nobody's: they are read, and written
-        assert (
-            fresh["new"]
-            and fresh["revision"] > 0
-            and fresh["writes"][0]["flashcards"] == [{"question": CARD.question, "answer": CARD.answer}]
-        )
-        lines = client.post("/v1/chat/completions", json=body(stream=True, conversation="a")).text.split(
-            "\n\n"
-        )
-        assert (
-            json.loads(lines[0].removeprefix("data: "))["choices"][0]["delta"]["content"] == "under 0"
-            and lines[-2] == "data: [DONE]"
-        )
+        # "a" has had turns: the request's history is its own and not read again.
+        assert second["engram"] == {"conversation": "a", "new": False, "revision": 0, "writes": []}
+        # A new conversation reads the history, and writes it.
+        fresh = client.post("/v1/chat/completions", json=body(messages=history)).json()["engram"]
+        assert fresh["new"] and fresh["revision"] > 0
+        assert fresh["writes"][0]["flashcards"] == [{"question": CARD.question, "answer": CARD.answer}]
         assert client.get("/v1/conversations/a").json()["revision"] == 0
-        assert (
-            client.delete("/v1/conversations/a").json()["deleted"]
-            and client.get("/v1/conversations/a").status_code == 404
-        )
+        assert client.delete("/v1/conversations/a").json()["deleted"]
+        assert client.get("/v1/conversations/a").status_code == 404
+
+
+def test_a_stream_is_openais_chunks(parts: Parts) -> None:
+    with TestClient(build_app(parts, Sessions(parts, 2), "")) as client:
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        response = client.post("/v1/chat/completions", json=body(**options))
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, end, nothing = response.text.split("\n\n")
+    assert (end, nothing) == ("data: [DONE]", "")
+    first, last, usage = (json.loads(event.removeprefix("data: ")) for event in events)
+    head = {
+        "object": "chat.completion.chunk",
+        "model": "tiny",
+        "id": first["id"],
+        "created": first["created"],
+    }
+    choice = {"index": 0, "delta": {"role": "assistant", "content": "under 0"}}
+    assert first == {**head, "choices": [{**choice, "finish_reason": None, "logprobs": None}]}
+    ended = {"index": 0, "delta": {}, "finish_reason": "stop", "logprobs": None}
+    addition = {"conversation": None, "new": True, "revision": 0, "writes": []}
+    assert last == {**head, "choices": [ended], "engram": addition}
+    counts = usage.pop("usage")
+    assert usage == {**head, "choices": []}
+    assert counts["total_tokens"] == counts["prompt_tokens"] + counts["completion_tokens"] > 0
 
 
 @pytest.mark.parametrize(
@@ -422,8 +417,9 @@ def test_the_endpoint_speaks_openai(parts: Parts) -> None:
         ({"conversation": "../etc"}, 400, "conversation must be 1 to 64 letters"),
         ({"max_tokens": 0}, 400, "max_tokens must be"),
         ({"temperature": 3}, 400, "temperature must be"),
-        ({"n": 2}, 400, "n is not supported"),
-        ({"tools": [{}]}, 400, "tools is not supported"),
+        ({"n": 2}, 400, "n is not supported: leave it out, or give 1"),
+        ({"logprobs": 0}, 400, "logprobs is not supported: leave it out, or give false"),
+        ({"tools": [{}]}, 400, "tools is not supported: leave it out, or give []"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, 413, "the body is over 1024 bytes"),
     ],
 )
@@ -433,13 +429,9 @@ def test_a_bad_request_is_an_openai_error(
     limited = with_limits(parts, max_body_kib=1)
     with TestClient(build_app(limited, Sessions(limited, 2), "")) as client:
         answer = client.post("/v1/chat/completions", json=body(**given))
-    assert answer.status_code == status and set(answer.json()["error"]) == {
-        "message",
-        "type",
-        "param",
-        "code",
-    }
-    assert expected in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert answer.status_code == status and set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error" and expected in error["message"]
 
 
 def test_a_key_a_content_type_and_a_deadline_are_kept(parts: Parts, engine: Engine) -> None:
@@ -457,26 +449,22 @@ def test_a_key_a_content_type_and_a_deadline_are_kept(parts: Parts, engine: Engi
 
 
 def test_numbers_that_are_bounds_are_cut_to_what_the_engine_has(opening: Opening) -> None:
-    asked = parse_request(json.dumps(body(max_tokens=10**6)).encode(), None, opening.config)
-    assert (asked.max_tokens, asked.temperature, asked.turns, asked.history) == (
-        8,
-        0.0,
-        ("Nora lives in Lisbon.",),
-        (),
-    )
+    request = parse_request(json.dumps(body(max_tokens=10**6)).encode(), None, opening.config)
+    assert (request.max_tokens, request.temperature) == (8, 0.0)
+    assert (request.turns, request.history) == (("Nora lives in Lisbon.",), ())
     with pytest.raises(RequestError, match="differ"):
         parse_request(json.dumps(body(conversation="a")).encode(), "b", opening.config)
 
 
-# --- in the terminal -----------------------------------------------------------------------------------------------------------------------------
+# --- in the terminal ------------------------------------------------------------------------------------
 
 
 def transcript(parts: Parts, *lines: str) -> tuple[str, int]:
     out = io.StringIO()
     with asyncio.Runner() as runner:
-        face = ChatFace(talk_of(parts), parts.opening, runner, Display(Console(file=out, width=200)))
-        face.converse(io.StringIO("\n".join(lines)))
-    return out.getvalue(), face.failures
+        terminal = Terminal(talk_of(parts), parts.opening, runner, Display(Console(file=out, width=200)))
+        terminal.converse(io.StringIO("\n".join(lines)))
+    return out.getvalue(), terminal.failures
 
 
 def test_a_script_talks_writes_compares_saves_and_loads(parts: Parts, tmp_path: Path) -> None:
@@ -499,7 +487,8 @@ def test_a_script_talks_writes_compares_saves_and_loads(parts: Parts, tmp_path: 
     assert failures == 0, text
     shown = [
         "agent> under 0",
-        "  ~ wrote 1 flashcard into revision 1: loss 2.00 -> 1.00 nats a token in 5 steps, 0.0 s; the context is empty now",
+        "  ~ wrote 1 flashcard into revision 1: loss 2.00 -> 1.00 nats a token in 5 steps, 0.0 s; "
+        "the context is empty now",
         "  ~   Who lives in Lisbon? -> Nora",
         "  ~ without Delta: under 0",
         "  ~ with Delta   : under 1",
@@ -524,10 +513,8 @@ def test_a_model_that_writes_no_flashcards_is_shown_as_such(opening: Opening, ch
     text, failures = transcript(
         parts_with(opening, Engine(chat, cards=()), chat), "Nora lives in Lisbon.", "/write"
     )
-    assert (
-        failures == 0
-        and "nothing written: the JSON array is empty; asked for flashcards the agent said: []" in text
-    )
+    shown = "nothing written: the JSON array is empty; asked for flashcards the agent said: []"
+    assert failures == 0 and shown in text
 
 
 def test_a_write_request_reaches_the_writer_with_the_conversations_own_weights(
@@ -537,9 +524,9 @@ def test_a_write_request_reaches_the_writer_with_the_conversations_own_weights(
     writer = ScriptedWriter(lambda request: seen.append(request) or "accepted")
 
     async def story() -> None:
-        mine = Parts(opening, engine, WriteBatcher(writer), chat, lambda: "")
-        one, two = Conversation(mine, "one", "s"), Conversation(mine, "two", "s")
-        for talk in (one, one, two):
+        parts = Parts(opening, engine, WriteBatcher(writer), chat, lambda: "")
+        nora, omar = Conversation(parts, "nora", "s"), Conversation(parts, "omar", "s")
+        for talk in (nora, nora, omar):
             await talk.read("Nora lives in Lisbon.")
             await talk.write()
         assert [request.weights.revision for request in seen] == [0, 1, 0]
@@ -548,7 +535,7 @@ def test_a_write_request_reaches_the_writer_with_the_conversations_own_weights(
     run(story())
 
 
-# --- on the command line -------------------------------------------------------------------------------------------------------------------------
+# --- on the command line --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["chat", "serve", "export"])
