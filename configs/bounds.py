@@ -1,15 +1,23 @@
-"""How the schema refuses a value: key, value, bound and cure in one line."""
+"""How a setting is refused: key, value, bound and cure in one line."""
 
 from __future__ import annotations
 
 import math
 import re
 
-_LONGEST = 200
+_LONGEST = 200  # characters of a value in a message
+_RAYS_OWN = ("cpu", "gpu", "memory", "object_store_memory")
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used. One line: where, which key, and what is allowed."""
 
 
 class BoundError(ValueError):
-    """A setting's value is out of bounds. ``key`` is relative to its section until the loader puts the section in front."""
+    """A setting's value is out of bounds.
+
+    ``key`` is relative to its section. The loader puts the section's name in front.
+    """
 
     def __init__(self, key: str, value: object, bound: str) -> None:
         super().__init__(key, value, bound)
@@ -20,7 +28,7 @@ class BoundError(ValueError):
 
 
 def shown(value: object) -> str:
-    """``value`` for a message: as Python writes it, cut where it would fill a screen."""
+    """``value`` for a message: as Python writes it, cut after 200 characters."""
     text = repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
@@ -32,31 +40,27 @@ def require(condition: bool, key: str, value: object, bound: str, cure: str = ""
 
 
 def positive(config: object, *names: str) -> None:
-    """The named fields must be finite and greater than 0."""
+    """Require that the named fields are finite and greater than 0."""
     for name in names:
         value = getattr(config, name)
         require(math.isfinite(value) and value > 0, name, value, "greater than 0")
 
 
 def not_negative(config: object, *names: str) -> None:
-    """The named fields must be finite and 0 or more."""
+    """Require that the named fields are finite and 0 or more."""
     for name in names:
         value = getattr(config, name)
         require(math.isfinite(value) and value >= 0, name, value, "0 or more")
 
 
+def fraction(config: object, name: str) -> None:
+    """Require that the named field lies between 0 and 1."""
+    value = getattr(config, name)
+    require(0 < value < 1, name, value, "between 0 and 1, both excluded")
+
+
 def custom_resource(name: str) -> None:
-    """``name`` is empty, or can be a custom resource of a Ray cluster."""
-    own = re.fullmatch(r"[A-Za-z][\w-]*", name) is not None and name.lower() not in (
-        "cpu",
-        "gpu",
-        "memory",
-        "object_store_memory",
-    )
-    require(
-        name == "" or own,
-        "resource",
-        name,
-        "a name of letters, digits, _ and -",
-        "CPU, GPU and memory have settings of their own",
-    )
+    """Require that ``name`` is empty, or can be a custom resource of a Ray cluster."""
+    custom = re.fullmatch(r"[A-Za-z][\w-]*", name) is not None and name.lower() not in _RAYS_OWN
+    bound, cure = "a name of letters, digits, _ and -", "CPU, GPU and memory have settings of their own"
+    require(name == "" or custom, "resource", name, bound, cure)

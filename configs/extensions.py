@@ -1,9 +1,11 @@
-"""What a user brings of their own: an object of their module, named in the configuration as ``package.module:name``.
+"""Finds the user's own parts: an object of their module, named in the configuration as
+``package.module:name``.
 
-environment.custom=my_tasks:build   ->   load_extension("environment.custom", "my_tasks:build")   ->   my_tasks.build
+environment.custom=my_tasks:build -> load_extension("environment.custom", "my_tasks:build") -> my_tasks.build
 
-The module must be importable where the run is: from the folder that it was started in (``ray job submit --working-dir .`` brings that along), or
-installed. It is the user's code and runs with the user's rights, in the driver and in every worker.
+The module must be importable: it is installed, or lies in the folder that the run was started in, which
+``ray job submit --working-dir .`` sends along. It is the user's code and runs with the user's rights, in the
+driver and in every worker.
 """
 
 from __future__ import annotations
@@ -16,51 +18,48 @@ FORM = "package.module:name"
 
 
 class ExtensionError(RuntimeError):
-    """The user's own object is not there, or is not what its setting asks for; one line."""
+    """The user's own object is missing, or is not what its setting asks for. One line."""
 
 
 def is_path(text: str) -> bool:
-    """Whether ``text`` has the form of a path to an object."""
+    """True if ``text`` has the form package.module:name."""
     module, colon, name = text.partition(":")
     return colon == ":" and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 def load_extension(setting: str, path: str) -> Callable[..., Any]:
-    """The callable that ``setting`` names. Raises ExtensionError; what the module itself raises when it is imported keeps its traceback."""
+    """The callable that ``setting`` names. Raises ExtensionError.
+
+    What the module itself raises when it is imported keeps its traceback.
+    """
     if not is_path(path):
-        raise ExtensionError(
-            f"{setting}={path!r} is not allowed: write {FORM}, e.g. my_tasks:build for `build` in my_tasks.py"
-        )
+        cure = f"write {FORM}, e.g. my_tasks:build for `build` in my_tasks.py"
+        raise ExtensionError(f"{setting}={path!r} is not allowed: {cure}")
     module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise ExtensionError(
-                f"{setting}={path}: {module_name} imports {error.name}, which is not installed here"
-            ) from error
-        raise ExtensionError(
-            f"{setting}={path}: there is no module {error.name}: start from the folder that holds it, or install it, also on the cluster's nodes"
-        ) from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        there = (
-            ", ".join(
-                sorted(
-                    key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-                )
-            )
-            or "nothing"
-        )
-        raise ExtensionError(
-            f"{setting}={path}: {module_name} has no function or class {name}; it has {there}"[:500]
-        )
-    return found  # type: ignore[no-any-return]
+            problem = f"{module_name} imports {error.name}, which is not installed here"
+        else:
+            cure = "start from the folder that holds it, or install it, also on the cluster's nodes"
+            problem = f"there is no module {error.name}: {cure}"
+        raise ExtensionError(f"{setting}={path}: {problem}") from error
+    value: Callable[..., Any] | None = getattr(module, name, None)
+    if callable(value):
+        return value
+    public = sorted(key for key, other in vars(module).items() if callable(other) and not key.startswith("_"))
+    has = ", ".join(public) or "nothing"
+    raise ExtensionError(
+        f"{setting}={path}: {module_name} has no function or class {name}; it has {has}"[:500]
+    )
 
 
 def require_members(setting: str, path: str, made: object, members: tuple[str, ...], protocol: str) -> None:
-    """Raises ExtensionError where what the user's function returned lacks a part of ``protocol``."""
+    """Require that ``made``, which the user's function returned, has all of ``protocol``.
+
+    Raises ExtensionError.
+    """
     if missing := [member for member in members if not hasattr(made, member)]:
-        raise ExtensionError(
-            f"{setting}={path} returned {type(made).__name__} without {', '.join(missing)}: see {protocol}"
-        )
+        kind = type(made).__name__
+        raise ExtensionError(f"{setting}={path} returned {kind} without {', '.join(missing)}: see {protocol}")

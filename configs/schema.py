@@ -1,7 +1,9 @@
-"""The configuration, and the only place with defaults: one frozen dataclass per part.
+"""The configuration, and the only place with defaults: one frozen dataclass for each part of a run.
 
-`configs.load` builds a `RunConfig` from YAML and ``key=value`` overrides, once; nothing changes it afterwards. A value is checked where it is
-constructed: the message has the value, the bound and the cure. Settings that the paper leaves unpublished say so; their default is our choice.
+`configs.load` builds a `RunConfig` once, from YAML and ``key=value`` arguments. Nothing changes it
+afterwards. A value is checked where it is constructed: the message has the value, the bound and the cure. The
+comment beside or above a field is its help text (`configs.reference`). Where the paper does not publish a
+setting, the help text says so, and the default is our choice.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.assistant import AssistantConfig
 from configs.bounds import custom_resource, not_negative, positive, require
 from configs.environments import (
     ConversationConfig,
@@ -66,7 +67,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The policy's base model: ``smollm2-135m`` (comes with the install), a local Hugging Face folder, or a hub name."""
+    """The policy's base model: a local Hugging Face folder, a hub name, or ``smollm2-135m``.
+
+    The last comes with the install.
+    """
 
     name: str = "smollm2-135m"  # smollm2-135m, a folder, or a hub name such as Qwen/Qwen3-4B
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -75,7 +79,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EmbedderConfig:
-    """The sentence embedder of dense search and of linked notes: ``minilm`` (comes with the install), a local folder, or a hub name."""
+    """The sentence embedder of dense search and linked notes: a local folder, a hub name, or ``minilm``.
+
+    The last comes with the install.
+    """
 
     name: str = "minilm"  # minilm, a folder, or a hub name such as BAAI/bge-small-en-v1.5
 
@@ -84,8 +91,8 @@ class EmbedderConfig:
 class SamplingConfig:
     """How training episodes act. Evaluation has its own temperature."""
 
-    temperature: float = 1.0  # never 0: a group of greedy siblings teaches nothing
-    max_answer_tokens: int = 64  # per act
+    temperature: float = 1.0  # above 0: a group of greedy siblings teaches nothing
+    max_answer_tokens: int = 64  # of one act
 
     def __post_init__(self) -> None:
         positive(self, "temperature", "max_answer_tokens")
@@ -93,120 +100,99 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """One vLLM engine per rollout worker. ``slots`` is both the adapter slots and the most episodes that run at once on a worker."""
+    """The vLLM engine of each rollout worker.
+
+    ``slots`` is the number of adapter slots, and so the most episodes that run at once on a worker.
+    """
 
     slots: int = 16  # episodes at once
     max_model_tokens: int = 8192  # prompt + answer
-    kv_cache_gib: float = 1.0  # CPU
-    gpu_memory_utilization: float = 0.6  # GPU
+    kv_cache_gib: float = 1.0  # on a CPU
+    gpu_memory_utilization: float = 0.6  # on a GPU
     enforce_eager: bool = False
-    receipts: Literal["always", "off"] = (
-        "always"  # check every installed revision against the writer's own forward pass
-    )
-    receipt_tolerance: float = (
-        0.02  # nats per token, float32; bfloat16 needs about 0.3 (the base model's own rounding)
-    )
+    # check every installed revision against the writer's own forward pass
+    receipts: Literal["always", "off"] = "always"
+    # nats per token, for float32; bfloat16 needs about 0.3, since it rounds the base model itself
+    receipt_tolerance: float = 0.02
 
     def __post_init__(self) -> None:
         positive(self, "slots", "max_model_tokens", "kv_cache_gib", "receipt_tolerance")
-        require(
-            0 < self.gpu_memory_utilization <= 1,
-            "gpu_memory_utilization",
-            self.gpu_memory_utilization,
-            "in (0, 1]",
-        )
+        used = self.gpu_memory_utilization
+        require(0 < used <= 1, "gpu_memory_utilization", used, "in (0, 1]")
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Rollout workers. A worker is one process: engine, writer and up to ``engine.slots`` concurrent episodes.
+    """Rollout workers.
 
-    ``refresh: in_flight`` pauses no worker: its episodes go on under the new weights, between two engine steps. Each token keeps its version and
-    log-prob, so its ratio is right, and an episode is as stale as its oldest token. Given up: the paper fixes theta within a rollout, and here A and
-    the B of earlier writes were made for older weights. The prefix cache is emptied and what runs is read again by the new weights.
+    A worker is one process: engine, writer and up to ``engine.slots`` concurrent episodes.
+
+    ``refresh: in_flight`` pauses no worker: its episodes go on under the new weights, between two engine
+    steps. Each token keeps its version and log-prob, so its ratio is right. An episode is as stale as its
+    oldest token. This gives up a rule of the paper, that theta is fixed within a rollout: A and the B of
+    earlier writes were made for older weights. The prefix cache is emptied, and the new weights read the
+    running contexts again.
     """
 
     workers: int = 1
-    cpus_per_worker: float = 1
-    gpus_per_worker: float = 0
-    resource: str = ""  # of a cluster: one unit of this custom resource a worker, so that an autoscaler adds the right kind of node
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    # each worker takes one unit of this custom resource of the cluster, so that an autoscaler adds the right
+    # nodes
+    resource: str = ""
     threads: int = 1
     max_turns: int = 64  # acts of one episode
-    episode_timeout_s: float = 600
-    schedule: tuple[
-        str, ...
-    ] = ()  # "step:workers", e.g. ["10:4","50:2"]: how many workers from a training step on; `scale` overrules it
-    health_s: float = 30  # between health checks; a worker that misses two is replaced
-    refresh: Literal["drain", "in_flight"] = (
-        "drain"  # new weights: end the episodes first, or go on with them (see above)
-    )
-    recover_episodes: bool = False  # after a loss, go on from each episode's last write on a worker with the same weights (elsewhere: from the start)
+    episode_timeout_s: float = 600.0
+    # "step:workers", e.g. ["10:4","50:2"]: how many workers from a training step on; the command scale
+    # overrules it
+    schedule: tuple[str, ...] = ()
+    health_s: float = 30.0  # between health checks; a worker that misses two is replaced
+    # when new weights come: wait for the running episodes, or go on with them (see above)
+    refresh: Literal["drain", "in_flight"] = "drain"
+    # after a lost worker, episodes go on from their last write, on a worker with the same weights; without
+    # such a worker they start again
+    recover_episodes: bool = False
 
     def __post_init__(self) -> None:
         positive(self, "workers", "threads", "max_turns", "episode_timeout_s", "health_s")
+        bound, cure = "step:workers, two whole numbers", "e.g. rollout.schedule=[10:4,50:2]"
         for entry in self.schedule:
-            known = re.fullmatch(r"\d+:[1-9]\d*", entry) is not None
-            require(
-                known,
-                "schedule",
-                entry,
-                "step:workers, two whole numbers",
-                "e.g. rollout.schedule=[10:4,50:2]",
-            )
+            require(re.fullmatch(r"\d+:[1-9]\d*", entry) is not None, "schedule", entry, bound, cure)
         custom_resource(self.resource)
         not_negative(self, "cpus_per_worker", "gpus_per_worker")
-        one = self.refresh == "drain" or not self.recover_episodes
-        require(
-            one,
-            "recover_episodes",
-            True,
-            "false with rollout.refresh=in_flight",
-            "a write log is replayed on one policy version",
-        )
+        single_version = self.refresh == "drain" or not self.recover_episodes
+        bound, cure = "false with rollout.refresh=in_flight", "a write log is replayed on one policy version"
+        require(single_version, "recover_episodes", True, bound, cure)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. A group older than ``max_staleness`` policy versions when the learner takes it is dropped and counted; 0 is strictly on-policy."""
+    """The training loop.
+
+    The learner drops and counts a group that is more than ``max_staleness`` policy versions old when it takes
+    the group. 0 is strictly on-policy.
+    """
 
     steps: int = 200
     tasks_per_step: int = 64  # groups
     group_size: int = 8  # sibling episodes of one task
     max_staleness: int = 1
     checkpoint_every: int = 50
-    keep_checkpoints: int = 2  # the newest; the best by evaluate_every is kept besides
-    evaluate_every: int = 0  # steps between held-out evaluations, each at a checkpoint; 0 is none
-    evaluate_tasks: int = 16  # of each: the first of the eval split
-    group_timeout_s: float = (
-        1200  # a worker that takes longer is replaced: keep it above rollout.episode_timeout_s
-    )
+    keep_checkpoints: int = 2  # the newest; the best by evaluate_every is kept too
+    evaluate_every: int = 0  # steps between held-out evaluations, each at a checkpoint; 0: none
+    evaluate_tasks: int = 16  # of each such evaluation: the first of the eval split
+    # a worker that takes longer for a group is replaced; keep it above rollout.episode_timeout_s
+    group_timeout_s: float = 1200.0
 
     def __post_init__(self) -> None:
         not_negative(self, "steps", "max_staleness", "evaluate_every")
-        positive(
-            self,
-            "tasks_per_step",
-            "group_timeout_s",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "evaluate_tasks",
-        )
-        at_checkpoints = self.evaluate_every % self.checkpoint_every == 0
-        allowed = f"0 or a multiple of train.checkpoint_every={self.checkpoint_every}"
-        require(
-            at_checkpoints,
-            "evaluate_every",
-            self.evaluate_every,
-            allowed,
-            "only what is saved can be kept as the best",
-        )
-        require(
-            self.group_size >= 2,
-            "group_size",
-            self.group_size,
-            "2 or more",
-            "advantages compare siblings of one task",
-        )
+        positive(self, "tasks_per_step", "group_timeout_s", "checkpoint_every", "keep_checkpoints")
+        positive(self, "evaluate_tasks")
+        every, saved = self.evaluate_every, self.checkpoint_every
+        bound, cure = f"0 or a multiple of train.checkpoint_every={saved}", "only what is saved can be kept"
+        require(every % saved == 0, "evaluate_every", every, bound, cure)
+        size, cure = self.group_size, "advantages compare siblings of one task"
+        require(size >= 2, "group_size", size, "2 or more", cure)
 
 
 @dataclass(frozen=True)
@@ -214,30 +200,25 @@ class EvaluationConfig:
     """Held-out tasks, before and after training."""
 
     tasks: int = 64
-    temperature: float = 0.0  # 0 is greedy; sampling.temperature: the reward that training raises
+    temperature: float = 0.0  # 0: greedy; the value of sampling.temperature measures what training raises
     bootstrap_samples: int = 2000  # 100 or more
     memory_off_row: bool = True  # also evaluate with memory.policy=truncation
 
     def __post_init__(self) -> None:
         positive(self, "tasks")
         not_negative(self, "temperature")
-        require(
-            self.bootstrap_samples >= 100,
-            "bootstrap_samples",
-            self.bootstrap_samples,
-            "100 or more",
-            "a 95 % interval needs so many resamples",
-        )
+        samples, cure = self.bootstrap_samples, "a 95 % interval needs so many resamples"
+        require(samples >= 100, "bootstrap_samples", samples, "100 or more", cure)
 
 
 @dataclass(frozen=True)
 class EpisodesConfig:
-    """Which episodes are kept to be looked into (``python -m cluster inspect``): a file each in the run's folder."""
+    """Which episodes a run keeps for ``engram inspect``: one file each, in the run's folder."""
 
     per_step: int = 1  # of the episodes that a training step learned from, drawn by lot
-    per_evaluation: int = 2  # of each held-out evaluation: its first tasks, so that rows show the same ones
-    failed: int = 100  # of a run; those that fail after them are only counted
-    traces: bool = True  # the same as MLflow traces of the run
+    per_evaluation: int = 2  # of each held-out evaluation: its first tasks, the same in every row
+    failed: int = 100  # of a run; later failures are only counted
+    traces: bool = True  # the same episodes as MLflow traces of the run
 
     def __post_init__(self) -> None:
         not_negative(self, "per_step", "per_evaluation", "failed")
@@ -245,19 +226,21 @@ class EpisodesConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """MLflow. An empty ``uri`` means MLFLOW_TRACKING_URI, else sqlite in the output folder."""
+    """MLflow.
+
+    An empty ``uri`` means MLFLOW_TRACKING_URI, and without this variable sqlite in the output folder.
+    """
 
     enabled: bool = True
     uri: str = ""
     experiment: str = "engram"
     timeout_s: float = 20.0  # of one request to a server
-    finish_timeout_s: float = 30.0  # the end of a run waits so long for a store that is away; what is left by then stays in the run's folder
-    system_metrics_s: float = (
-        10.0  # between looks at the driver's machine (processor, memory, disk, network, GPUs); 0 is never
-    )
-    models: Literal["reference", "upload", "off"] = (
-        "reference"  # kept checkpoints as registered models: where they lie, or all their files
-    )
+    # how long the end of a run waits for a store that is away; what was not sent stays in the run's folder
+    finish_timeout_s: float = 30.0
+    # between measurements of the driver's machine (processor, memory, disk, network, GPUs); 0: never
+    system_metrics_s: float = 10.0
+    # kept checkpoints become registered models: as references to their folders, or with all their files
+    models: Literal["reference", "upload", "off"] = "reference"
 
     def __post_init__(self) -> None:
         positive(self, "timeout_s")
@@ -266,26 +249,51 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class RayConfig:
-    """``address: ""`` starts a local Ray for this run (also when a cluster runs on the machine); ``auto`` or an address joins a cluster.
+    """Ray. An empty ``address`` starts a local Ray for this run, also where a cluster runs on the machine.
 
-    In a Ray job it is ``auto`` unless an argument says otherwise.
+    ``auto`` or an address joins a cluster. In a Ray job the default is ``auto``.
     """
 
     address: str = ""
     object_store_gib: float = 2.0  # of a local Ray
-    startup_timeout_s: float = 300
+    startup_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
         positive(self, "object_store_gib", "startup_timeout_s")
 
 
 @dataclass(frozen=True)
+class AssistantConfig:
+    """The commands ``chat`` and ``serve``. A conversation is one long episode and has its own memory.
+
+    ``memory`` bounds its context and flashcards, ``sampling`` its replies.
+    """
+
+    # empty: the prompt of the environment in this configuration, under which a checkpoint was trained
+    system_prompt: str = ""
+    temperature: float = 0.0  # 0: greedy
+    # that serve keeps in memory; one more puts away the conversation that was idle longest
+    max_conversations: int = 64
+    idle_s: float = 3600.0  # a conversation that was idle for so long is put away too
+    save_dir: str = ""  # put away means: saved here, and loaded when it is named again; empty: forgotten
+    max_body_kib: int = 256  # of one request to serve
+    request_timeout_s: float = 300.0  # of one request to serve, with the wait for its turn
+
+    def __post_init__(self) -> None:
+        not_negative(self, "temperature")
+        positive(self, "max_conversations", "idle_s", "max_body_kib", "request_timeout_s")
+
+
+@dataclass(frozen=True)
 class RunConfig:
-    """One run. ``resume`` is a checkpoint folder, "auto" (the newest in ``output_dir``) or "" (start anew)."""
+    """One run.
+
+    ``resume`` is a checkpoint folder, "auto" (the newest checkpoint in ``output_dir``) or "" (a new run).
+    """
 
     name: str = "engram"
     seed: int = 0
-    output_dir: str = "runs"  # checkpoints, tables, plots; one folder a run
+    output_dir: str = "runs"  # checkpoints, tables, plots; one folder for each run
     resume: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -308,36 +316,27 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         not_negative(self, "seed")
-        corrected = self.rollout.refresh == "drain" or self.objective.importance == "truncated"
+        importance = self.objective.importance
+        corrected = self.rollout.refresh == "drain" or importance == "truncated"
+        bound = "truncated with rollout.refresh=in_flight"
         cure = "tokens of older weights need their ratio corrected"
-        require(
-            corrected,
-            "objective.importance",
-            self.objective.importance,
-            "truncated with rollout.refresh=in_flight",
-            cure,
-        )
-        measured = self.write.optimizer != "natural" or self.fast_weights.sensitivity_rank > 0
+        require(corrected, "objective.importance", importance, bound, cure)
         rank = self.fast_weights.sensitivity_rank
-        require(
-            measured,
-            "fast_weights.sensitivity_rank",
-            rank,
-            "1 or more with write.optimizer=natural",
-            "64 is a good value",
-        )
+        measured = self.write.optimizer != "natural" or rank > 0
+        bound, cure = "1 or more with write.optimizer=natural", "64 is a good value"
+        require(measured, "fast_weights.sensitivity_rank", rank, bound, cure)
         setting, acts = self.environment.acts
         most = self.rollout.max_turns
         cure = "what is asked later would never be answered and score 0: raise that, or lower this"
         require(acts <= most, f"environment.{setting}", acts, f"at most rollout.max_turns={most}", cure)
-        memory, have = self.memory, self.engine.max_model_tokens
-        summary = memory.max_summary_tokens if memory.policy in SUMMARIZING else 0
-        least = 1 + memory.max_context_tokens + memory.max_extract_tokens + summary
-        sum_of = f"memory.max_context_tokens + memory.max_extract_tokens{' + memory.max_summary_tokens' if summary else ''} + 1"
-        require(
-            have >= least,
-            "engine.max_model_tokens",
-            have,
-            f"{least} or more ({sum_of})",
-            "raise it, or lower the others",
-        )
+        self._require_room()
+
+    def _require_room(self) -> None:
+        """A full context, one extraction and a summary must fit into the engine's window."""
+        memory, room = self.memory, self.engine.max_model_tokens
+        parts = ["max_context_tokens", "max_extract_tokens"]
+        if memory.policy in SUMMARIZING:
+            parts.append("max_summary_tokens")
+        least = 1 + sum(getattr(memory, part) for part in parts)
+        bound = f"{least} or more ({' + '.join(f'memory.{part}' for part in parts)} + 1)"
+        require(room >= least, "engine.max_model_tokens", room, bound, "raise it, or lower the others")

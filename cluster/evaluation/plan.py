@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import configs
-from configs.describe import settings
+from configs.reference import settings
 from configs.load import ConfigError, Layer, load_config
 from configs.memory import SUMMARIZING
 from configs.schema import RunConfig

@@ -27,7 +27,7 @@ from cluster.measure.rows import RowResult, row_metrics, score_episode
 from cluster.train.metrics import StepSeconds, step_metrics, warm_start_metrics, worker_metrics
 from cluster.train.run import ROW_ORDER
 from cluster.train.step_checkpoints import METRICS
-from configs.describe import settings
+from configs.reference import settings
 from configs.load import ConfigError, load_config
 from configs.reference import PATH, reference
 from learner.types import StepReport, WarmStartReport
