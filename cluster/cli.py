@@ -16,7 +16,8 @@ from cluster.assistant.command import add_assistant, run_assistant
 from cluster.common.ray_job import job_overrides
 from cluster.jobs.commands import COMMANDS as JOB_COMMANDS
 from cluster.jobs.commands import add_jobs, run_jobs
-from configs.load import ConfigError, help_table, load_config, to_yaml
+from configs.load import ConfigError, load_config, to_yaml
+from configs.reference import help_table
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 

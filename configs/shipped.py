@@ -31,5 +31,5 @@ def find_config(text: str) -> Path:
 def hint(name: str) -> str:
     """The shipped configurations for a message, and the one that ``name`` resembles."""
     close = difflib.get_close_matches(name, shipped(), n=1)
-    guess = f"; did you mean {close[0]}?" if close else ""
-    return f"{guess or ';'} shipped are {', '.join(shipped())}"
+    guess = f"; did you mean {close[0]}" if close else ""
+    return f"{guess}; shipped are {', '.join(shipped())}"

@@ -7,8 +7,9 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from cluster.evaluation.plan import OWN, Request, shipped
+from cluster.evaluation.plan import OWN, Request
 from configs.load import ConfigError
+from configs.shipped import shipped
 
 REQUEST_FILE = "request.json"  # in the folder of an evaluation
 

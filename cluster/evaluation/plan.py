@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import configs
-from configs.reference import settings
 from configs.load import ConfigError, Layer, load_config
 from configs.memory import SUMMARIZING
+from configs.reference import settings
 from configs.schema import RunConfig
+from configs.shipped import shipped
 
 ROW_SETTINGS = ("memory.", "write.", "fast_weights.")
 BENCHMARK_SETTINGS = (
@@ -145,11 +145,6 @@ def plan_cells(request: Request) -> Plan:
 def slug(text: str) -> str:
     """``text`` as a file's name and as part of an MLflow metric."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("_")
-
-
-def shipped(kind: str) -> dict[str, Path]:
-    """The files of ``kind`` ("rows" or "benchmarks") that come with Engram, by name."""
-    return {file.stem: file for file in sorted((Path(configs.__file__).parent / kind).glob("*.yaml"))}
 
 
 # --- rows, benchmarks, sweeps -------------------------------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from cluster.probe.study import Study, load_study, shipped
+from cluster.probe.study import Study, load_study
 from configs.load import ConfigError, to_yaml
+from configs.shipped import shipped
 
 _EXAMPLES = """cards: a JSON or JSONL file of {"question", "answer"[, "paraphrases": [...]][, "telling"]}, or recall:N for N made-up facts with
        paraphrases (recall:train:N: other people and answers, to tune on)
@@ -45,7 +46,7 @@ def add_probe(commands: Any) -> None:
     command.add_argument(
         "--study",
         metavar="NAME|FILE",
-        help=f"cards, seeds, writes and grid from a file; shipped: {', '.join(shipped())}",
+        help=f"cards, seeds, writes and grid from a file; shipped: {', '.join(shipped('studies'))}",
     )
     command.add_argument("--cards", metavar="FILE|recall:N", help="what is written and asked")
     command.add_argument(

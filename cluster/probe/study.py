@@ -17,8 +17,7 @@ from typing import Any
 import yaml
 
 from cluster.probe.values import ProbeError
-
-SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "studies"
+from configs.shipped import shipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +32,13 @@ class Study:
     sweep: tuple[str, ...] = ()
 
 
-def shipped() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
-
-
 def load_study(name: str) -> Study:
     """A shipped study by name, or a file. Raises ProbeError: file, key, what is allowed."""
-    path = shipped().get(name, Path(name))
+    path = shipped("studies").get(name, Path(name))
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ProbeError(f"--study {name}: no such file; shipped are {', '.join(shipped())}") from None
+        raise ProbeError(f"--study {name}: no such file; shipped are {', '.join(shipped('studies'))}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ProbeError(f"--study {name}: cannot be read ({error})") from None
     except (

@@ -1,21 +1,26 @@
-"""The configuration: every shipped file loads, what is written loads back equal, and each mistake is one line that helps."""
+"""The configuration: shipped files load, what is written loads back, a mistake is one helpful line."""
 
 from __future__ import annotations
 
+import inspect
 import io
-from dataclasses import FrozenInstanceError
+import time
+import tokenize
+from dataclasses import FrozenInstanceError, is_dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs import environments, learning, memory, schema
+from configs.load import ConfigError, load_config, to_yaml
 from configs.reference import help_table
 from configs.reference import settings as all_settings
-from configs.load import ConfigError, load_config, to_yaml
 from configs.schema import EnvironmentConfig, LearnerConfig, RunConfig
+from configs.shipped import find_config, shipped
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SHIPPED = list(shipped().values())
 
 
 def refused(path: Path | None, *overrides: str) -> str:
@@ -31,7 +36,7 @@ def yaml_file(tmp_path: Path) -> Path:
     return tmp_path / "mine.yaml"
 
 
-# --- what loads ----------------------------------------------------------------------------------------------------------------------------------
+# --- what loads ---------------------------------------------------------------------------------------------
 
 
 def test_the_shipped_files_are_the_expected_ones() -> None:
@@ -53,31 +58,13 @@ def test_every_shipped_file_loads_and_round_trips(file: Path, yaml_file: Path) -
 
 
 def test_the_paper_preset_is_the_papers() -> None:
-    paper = load_config(
-        next(file for file in SHIPPED if file.stem == "paper"), ["environment.conversation.path=locomo.json"]
-    )
-    assert (
-        paper.train.steps,
-        paper.train.tasks_per_step,
-        paper.train.group_size,
-        paper.learner.learning_rate,
-    ) == (200, 64, 8, 1e-6)
-    assert (paper.write.optimizer, paper.write.learning_rate, paper.write.epochs, paper.write.batch_size) == (
-        "sgd",
-        5e-4,
-        5,
-        16,
-    )
-    assert (paper.fast_weights.rank, paper.fast_weights.last_layers, paper.fast_weights.basis) == (
-        6,
-        4,
-        "svd",
-    )
-    assert (paper.memory.max_context_tokens, paper.sampling.max_answer_tokens, paper.learner.trainable) == (
-        4096,
-        1024,
-        "full",
-    )
+    paper = load_config(shipped()["paper"], ["environment.conversation.path=locomo.json"])
+    train, write, fast = paper.train, paper.write, paper.fast_weights
+    assert (train.steps, train.tasks_per_step, train.group_size) == (200, 64, 8)
+    assert (paper.learner.learning_rate, paper.learner.trainable) == (1e-6, "full")
+    assert (write.optimizer, write.learning_rate, write.epochs, write.batch_size) == ("sgd", 5e-4, 5, 16)
+    assert (fast.rank, fast.last_layers, fast.basis) == (6, 4, "svd")
+    assert (paper.memory.max_context_tokens, paper.sampling.max_answer_tokens) == (4096, 1024)
 
 
 def test_no_file_and_no_override_is_the_schema() -> None:
@@ -86,15 +73,8 @@ def test_no_file_and_no_override_is_the_schema() -> None:
 
 def test_overrides_win_over_the_file_and_later_over_earlier(yaml_file: Path) -> None:
     yaml_file.write_text("train:\n  steps: 3\n  group_size: 5\n")
-    config = load_config(
-        yaml_file,
-        [
-            "train.steps=4",
-            "train.steps=6",
-            "fast_weights.projections=[up_proj]",
-            "learner.learning_rate=1e-4",
-        ],
-    )
+    overrides = ["train.steps=4", "train.steps=6", "fast_weights.projections=[up_proj]"]
+    config = load_config(yaml_file, [*overrides, "learner.learning_rate=1e-4"])
     assert (config.train.steps, config.train.group_size) == (6, 5)
     assert config.fast_weights.projections == ("up_proj",)
     assert config.learner.learning_rate == 1e-4
@@ -107,6 +87,49 @@ def test_text_is_taken_as_typed_and_references_resolve() -> None:
     assert config.environment.conversation.path == "a b=c #1.json"
     assert config.name == ""
     assert config.train.steps == config.train.group_size
+
+
+def test_references_see_final_values_of_the_right_type() -> None:
+    later = ["train.steps=${train.group_size}", "name=run-${train.steps}", "train.group_size='5'"]
+    config = load_config(None, [*later, "environment.options={tag: ['${name}']}"])
+    assert (config.train.steps, config.name) == (5, "run-5")
+    assert config.environment.options == {"tag": ["run-5"]}
+    assert load_config(None, ["train.steps=${nope}", "train.steps=3"]).train.steps == 3  # never looked up
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "expected"),
+    [
+        ("name: 3", "name", "3"),
+        ("model: {name: off}", "model.name", "False"),
+        ("train: {steps: '3'}", "train.steps", 3),
+        ("engine: {enforce_eager: 'yes'}", "engine.enforce_eager", True),
+        ("learner: {learning_rate: 1}", "learner.learning_rate", 1.0),
+        ("learner: {learning_rate: '1e-3'}", "learner.learning_rate", 1e-3),
+        (
+            "environment: {conversation: {categories: [1, '2']}}",
+            "environment.conversation.categories",
+            (1, 2),
+        ),
+        ("assistant: {idle_s: 1:30}", "assistant.idle_s", 90.0),
+    ],
+)
+def test_a_value_takes_its_settings_type(yaml_file: Path, content: str, key: str, expected: object) -> None:
+    yaml_file.write_text(content)
+    value: object = load_config(yaml_file, [])
+    for name in key.split("."):
+        value = getattr(value, name)
+    assert value == expected and type(value) is type(expected)
+
+
+def test_a_load_takes_milliseconds() -> None:
+    """A thousand tests load one. Whole OmegaConf merges took 170 ms of CPU, this takes 12."""
+    overrides = ["train.steps=3", "write.epochs=2"]
+    load_config(shipped()["quickstart"], overrides)
+    start = time.process_time()
+    for _ in range(5):
+        load_config(shipped()["quickstart"], overrides)
+    assert (time.process_time() - start) / 5 < 0.06
 
 
 def test_an_empty_section_changes_nothing(yaml_file: Path) -> None:
@@ -128,7 +151,7 @@ def test_the_configuration_is_frozen_all_the_way() -> None:
         load_config(None, ["train.steps=3"]).train.steps = 4  # type: ignore[misc]
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -167,11 +190,11 @@ def test_the_configuration_is_frozen_all_the_way() -> None:
         ("environment.name=conversation", "environment.conversation.path='' is not allowed"),
         (
             "rollout.max_turns=1",
-            "environment.recall.questions=2 is not allowed: it must be at most rollout.max_turns=1; what is asked later would",
+            "environment.recall.questions=2 is not allowed: it must be at most rollout.max_turns=1; what",
         ),
         (
             "evaluation.bootstrap_samples=99",
-            "evaluation.bootstrap_samples=99 is not allowed: it must be 100 or more; a 95 % interval",
+            "evaluation.bootstrap_samples=99 is not allowed: it must be 100 or more; a 95 %",
         ),
     ],
 )
@@ -187,6 +210,10 @@ def test_a_bad_override_is_one_line_that_names_it(override: str, expected: str) 
         (b"train:\n  steps: 3\n  stepz: 4\n", ": 'train.stepz' is no setting; did you mean train.steps?"),
         (b"train: 4\n", ": train is a section"),
         (b"train:\n  steps: {a: 1}\n", ": train.steps={'a': 1} is not allowed"),
+        (b"fast_weights: {projections: {a: 1}}", ": fast_weights.projections={'a': 1} is not allowed"),
+        (b"environment: {options: {1: a}}", ": environment.options={1: 'a'} is not allowed"),
+        (b"environment: {options: {a: '???'}}", "Missing mandatory value: a"),
+        (b"learner: {zero_stage: true}", ": learner.zero_stage=True is not allowed: it must be one of 0, 1"),
         (b"train:\n  steps: -2\n", ": train.steps=-2 is not allowed: it must be 0 or more"),
         (b"name: a\nname: b\n", ", line 2, column 1: while constructing a mapping, found duplicate key name"),
         (b"train: [1\n", ", line 2, column 1: "),
@@ -201,7 +228,7 @@ def test_a_bad_override_is_one_line_that_names_it(override: str, expected: str) 
 def test_a_bad_file_is_one_line_that_names_the_place(yaml_file: Path, content: bytes, expected: str) -> None:
     yaml_file.write_bytes(content)
     message = refused(yaml_file)
-    assert message.startswith(f"{yaml_file}{expected}")
+    assert message.startswith(str(yaml_file)) and expected in message
 
 
 def test_a_missing_file_lists_the_shipped_ones(tmp_path: Path) -> None:
@@ -245,7 +272,24 @@ def test_bounds_hold_without_the_loader() -> None:
         EnvironmentConfig(name="conversation")
 
 
-# --- help ----------------------------------------------------------------------------------------------------------------------------------------
+# --- shipped files by name ----------------------------------------------------------------------------------
+
+
+def test_a_config_is_a_shipped_name_or_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    (tmp_path / "paper").write_text("name: of the user\n")
+    assert find_config("quickstart") == shipped()["quickstart"]
+    assert find_config("mine.yaml") == Path("mine.yaml")
+    assert find_config("paper") == shipped()["paper"] and find_config("./paper") == Path("paper")
+    with pytest.raises(ConfigError, match=r"^quickstrat: no such file; did you mean quickstart; shipped"):
+        find_config("quickstrat")
+    with pytest.raises(ConfigError, match="did you mean quickstart"):
+        find_config("configs/quickstart.yaml")  # in a folder that is no checkout
+    assert set(shipped("rows")) > {"tmem", "truncation"} and "write" in shipped("studies")
+
+
+# --- help ---------------------------------------------------------------------------------------------------
 
 
 def test_help_has_every_setting_with_its_default_and_allowed_values() -> None:
@@ -276,3 +320,24 @@ def test_a_schedule_is_taken_as_typed(tmp_path: Path) -> None:
         ConfigError, match=r"rollout\.schedule has 604, which YAML read as no text: quote each item"
     ):
         load_config(file, [])
+
+
+def test_every_comment_of_a_field_is_its_help() -> None:
+    """A comment that the formatter has moved into a bracket would vanish from --help."""
+    helps = " ".join(setting.help for setting in all_settings().values())
+    comments = [
+        token.string.removeprefix("# ")
+        for module in (environments, learning, memory, schema)
+        for cls in vars(module).values()
+        if is_dataclass(cls) and isinstance(cls, type) and cls.__module__ == module.__name__
+        for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline)
+        if token.type == tokenize.COMMENT and token.line.startswith("    ") and token.line[4] != " "
+    ]
+    assert len(comments) > 100
+    assert [comment for comment in comments if comment not in helps] == []
+
+
+def test_defaults_have_the_type_of_their_field() -> None:
+    """An int in a float field is saved as 600, and as 600.0 after it was loaded: one run, two texts."""
+    plain = [setting for setting in all_settings().values() if setting.kind in (int, float, str, bool)]
+    assert [setting.key for setting in plain if type(setting.default) is not setting.kind] == []

@@ -27,9 +27,8 @@ from cluster.measure.rows import RowResult, row_metrics, score_episode
 from cluster.train.metrics import StepSeconds, step_metrics, warm_start_metrics, worker_metrics
 from cluster.train.run import ROW_ORDER
 from cluster.train.step_checkpoints import METRICS
-from configs.reference import settings
 from configs.load import ConfigError, load_config
-from configs.reference import PATH, reference
+from configs.reference import PATH, reference, settings
 from learner.types import StepReport, WarmStartReport
 from tests.unit.cluster_cases import finished_group, task_at, trajectory
 

@@ -8,8 +8,9 @@ import pytest
 
 from cluster.evaluation.arguments import save_request, saved_request
 from cluster.evaluation.drive import batches
-from cluster.evaluation.plan import Request, plan_cells, shipped
+from cluster.evaluation.plan import Request, plan_cells
 from configs.load import ConfigError
+from configs.shipped import shipped
 
 QUICKSTART = Path("configs/quickstart.yaml")
 SHIPPED_ROWS = (

@@ -8,13 +8,14 @@ import pytest
 
 from cluster.cli import main
 from cluster.probe.grid import load_grid
-from cluster.probe.study import Study, load_study, shipped
+from cluster.probe.study import Study, load_study
 from cluster.probe.values import ProbeError
+from configs.shipped import shipped
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", shipped("studies"))
 def test_a_shipped_study_is_a_grid_over_the_quickstart(name: str) -> None:
     study = load_study(name)
     _, cells = load_grid(QUICKSTART, [], study.cells, study.sweep)
