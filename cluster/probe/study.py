@@ -38,7 +38,9 @@ def load_study(name: str) -> Study:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ProbeError(f"--study {name}: no such file; shipped are {', '.join(shipped('studies'))}") from None
+        raise ProbeError(
+            f"--study {name}: no such file; shipped are {', '.join(shipped('studies'))}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ProbeError(f"--study {name}: cannot be read ({error})") from None
     except (
