@@ -1,8 +1,11 @@
-"""The boundaries of the rollout side, each a Protocol of one to three verbs.
+"""The boundaries of the rollout side: Protocols of one to three verbs, and the errors that cross them.
 
 run_episode  --act-->  Policy (vLLM engine)           generate, install, release
 run_episode  --write-> FastWeightWriter               write
 run_episode  --step--> Environment / Session          environments/base.py
+
+Each error class names a boundary. The rollout (actors/episodes/rollout.py) catches it there and makes one
+failed episode of it; its siblings go on.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ from actors.types import (
     WriteResult,
 )
 
+# --- errors ------------------------------------------------------------------------------------------------
+
 
 class EngineError(RuntimeError):
-    """The engine could not generate, install or refresh. The message says what was asked and what to do."""
+    """The engine could not generate, install or refresh. The message says what was asked and the cure."""
 
 
 class ReceiptError(RuntimeError):
@@ -31,11 +36,18 @@ class ReceiptError(RuntimeError):
 
 
 class WriterError(RuntimeError):
-    """The writer failed for a reason that is not the write's own (a diverged write is a rolled-back result, not an error)."""
+    """The writer failed. A diverged write is no such error: its result says "rolled_back"."""
+
+
+class TaskError(RuntimeError):
+    """The environment cannot go on with this task. The message names task, item and field."""
+
+
+# --- protocols ---------------------------------------------------------------------------------------------
 
 
 class Policy(Protocol):
-    """theta + Delta behind three verbs. One coroutine per episode; calls of many episodes run as one batch."""
+    """theta + Delta behind three verbs. One coroutine per episode; the engine batches their calls."""
 
     @property
     def version(self) -> PolicyVersion: ...
@@ -43,11 +55,14 @@ class Policy(Protocol):
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey
     ) -> Generation:
-        """Continue ``prompt_ids`` under ``adapter`` (installed before, or revision 0). Raises EngineError."""
+        """Continue ``prompt_ids`` under ``adapter``: an installed one, or revision 0. Raises EngineError."""
         ...
 
     async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
-        """Make ``weights`` act under ``key``; with a probe, prove that it does. Raises EngineError, ReceiptError."""
+        """Make ``weights`` act under ``key``. With a probe, prove that they do.
+
+        Raises EngineError, ReceiptError.
+        """
         ...
 
     async def release(self, keys: Sequence[AdapterKey]) -> None:
@@ -56,18 +71,14 @@ class Policy(Protocol):
 
 
 class FastWeightWriter(Protocol):
-    """The write operator T of TMEM, arXiv 2606.04536: examples of many episodes -> the next revision of each, as one batched computation."""
+    """The write operator T (TMEM, arXiv 2606.04536), batched over episodes: examples -> next revision."""
 
     def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:
-        """One result per request, in order. Episodes never influence each other's result. Raises WriterError."""
+        """Return one result per request, in order; no episode influences another's. Raises WriterError."""
         ...
 
 
 class AsyncWriter(Protocol):
-    """What an episode sees of the writer: its own request, batched with the others' by rollout.py."""
+    """The writer as one episode sees it. rollout.py batches the requests of concurrent episodes."""
 
     async def write(self, request: WriteRequest) -> WriteResult: ...
-
-
-class TaskError(RuntimeError):
-    """The environment cannot go on with this task; the message names task, item and field."""

@@ -1,17 +1,25 @@
-"""Every value that crosses a room: the first file to read.
+"""Every value that crosses a room. Read this file first.
 
-A *task* is put to a group of sibling *episodes*. An episode runs in *segments*: a segment is one stretch of context, from empty to full (or to the
-end of the episode). Between two segments the agent writes flashcards, a few gradient steps turn them into the next *revision* of its fast weights,
-and the context is cleared. A finished episode is a *trajectory*; the siblings that finished are a *trajectory group*.
+An *episode* works on one task. Its context is cut into *segments*: a segment starts with an empty context
+and ends when the context is full, or with the episode. At the end of a full context the agent writes
+flashcards. A few gradient steps turn them into the next *revision* of the fast weights, and the context is
+cleared. A finished episode is a *trajectory*. The episodes of one task are *siblings*; those that finished
+are a *trajectory group*, and the learner trains on groups.
 
-Worked example. An episode with two full contexts and then a question:
+    Task --> Sampling -> Generation --> Segment ------------------------+
+             Flashcard -> WriteExample -> WriteRequest -> WriteResult --+--> Trajectory --> TrajectoryGroup
+                                                 FastWeights, WriteRecord
 
-    segments[0]  revision 0   [session 1 | flashcards]      mask 1 on the flashcards   kind "extract"
-    segments[1]  revision 1   [session 2 | flashcards]      mask 1 on the flashcards   kind "extract"
-    segments[2]  revision 2   [question  | answer]          mask 1 on the answer       kind "act"
-    revisions    (revision 1, revision 2)                   writes  (record 1, record 2)
+Worked example. An episode reads two sessions, each of which fills the context, and answers one question:
 
-Values are frozen and complete at construction, and picklable. This module imports the standard library and numpy only.
+    segments[0]  revision 0  [session 1 | flashcards]  action_mask True on the flashcards  span "extract"
+    segments[1]  revision 1  [session 2 | flashcards]  action_mask True on the flashcards  span "extract"
+    segments[2]  revision 2  [question  | answer]      action_mask True on the answer      span "act"
+    revisions    (revision 1, revision 2)
+    writes       (record 1, record 2)
+
+Values are frozen, complete at construction, and picklable. This module imports the standard library and
+numpy only.
 """
 
 from __future__ import annotations
@@ -23,19 +31,22 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-PolicyVersion = (
-    int  # optimizer steps behind the policy's weights theta; version 0 is what the run started from
-)
-SpanKind = Literal["act", "extract"]
+PolicyVersion = int  # optimizer steps behind the weights theta; a run starts from version 0
+SpanKind = Literal["act", "extract"]  # an answer to the environment, or a text written for the memory
 WriteOutcome = Literal["accepted", "empty", "rolled_back"]
 FinishReason = Literal["stop", "length"]
 StopReason = Literal["done", "max_turns"]
 Boundary = Literal["environment", "memory", "engine", "receipt", "writer", "timeout", "worker"]
 
+# --- what is asked -----------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One problem. ``payload`` is plain JSON-like data that only the environment named here understands."""
+    """One problem. ``payload`` is plain JSON-like data that only the environment ``environment`` understands.
+
+    Example: Task("recall-train-0-17", "recall", {"sessions": [...], "questions": [...]}, seed=17)
+    """
 
     id: str
     environment: str
@@ -43,25 +54,75 @@ class Task:
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
-class Flashcard:
-    """A question-answer pair written by the agent. Both sides are non-empty."""
+# --- one action --------------------------------------------------------------------------------------------
 
-    question: str
-    answer: str
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one action is sampled. Temperature 0 is greedy.
+
+    Log-probs are those of softmax(z / temperature), or of softmax(z) when greedy. ``kind`` does not change
+    what is sampled; the engine accounts its time by it. Example: Sampling(1.0, max_tokens=64, seed=5, "act")
+    """
+
+    temperature: float
+    max_tokens: int
+    seed: int
+    kind: SpanKind
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What the engine sampled, with one log-prob per token. A "stop" generation includes its stop token.
+
+    ``versions`` has the policy version of each token, or is empty: then all are of the episode's version.
+    Example: Generation((504, 2), (-0.3, -0.1), "stop")
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    versions: tuple[PolicyVersion, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.question.strip() or not self.answer.strip():
+        tokens = len(self.token_ids)
+        if tokens != len(self.logprobs) or len(self.versions) not in (0, tokens):
             raise ValueError(
-                f"a flashcard needs a question and an answer, got question={self.question!r} answer={self.answer!r}"
+                f"{tokens} tokens came with {len(self.logprobs)} log-probs and {len(self.versions)} versions"
+            )
+
+
+# --- the fast weights and their adapters -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FastWeights:
+    """The B matrices of one revision (TMEM, arXiv 2606.04536). W + B A acts; A is the basis ``basis_id``.
+
+    Revision 0 is Delta = 0 and has no matrices. Example with rank 6 on SmolLM2-135M:
+    FastWeights("svd-1f0c", 1, {"model.layers.29.mlp.down_proj": float32 [576, 6], ...})
+    """
+
+    basis_id: str
+    revision: int
+    b: Mapping[str, NDArray[np.float32]]  # full module name -> float32 [d_out, rank]
+    a: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Empty where A is the frozen basis. Where writes train A too: module name -> float32 [rank, d_in]."""
+
+    def __post_init__(self) -> None:
+        if (self.revision == 0) != (len(self.b) == 0):
+            raise ValueError(
+                f"revision {self.revision} came with {len(self.b)} matrices: "
+                "revision 0, and only it, has none"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterKey:
-    """Identity of an adapter inside an engine. Never reused: a name that comes back would hit the old adapter's prefix cache.
+    """Identity of an adapter inside an engine. A name is never reused: it would hit the old prefix cache.
 
-    Revision 0 means Delta = 0 and is shared by all episodes of a policy version, so siblings share the prompt's prefix cache.
+    Episodes of a policy version share revision 0 (Delta = 0), and with it the prefix cache of their prompts.
+    Example: AdapterKey(3, "g12.0", 2).name == "v3/g12.0@2", AdapterKey(3, "g12.0", 0).name == "v3/base"
     """
 
     policy_version: PolicyVersion
@@ -70,46 +131,90 @@ class AdapterKey:
 
     @property
     def name(self) -> str:
-        return (
-            f"v{self.policy_version}/base"
-            if self.revision == 0
-            else f"v{self.policy_version}/{self.episode_id}@{self.revision}"
-        )
+        adapter = "base" if self.revision == 0 else f"{self.episode_id}@{self.revision}"
+        return f"v{self.policy_version}/{adapter}"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FastWeights:
-    """The B matrices of one revision (TMEM, arXiv 2606.04536): W + B A acts, A is the basis named ``basis_id``.
+# --- one write ---------------------------------------------------------------------------------------------
 
-    ``b`` maps a full module name ("model.layers.26.mlp.gate_proj") to float32 [d_out, rank]. Revision 0 is Delta = 0 and has an empty ``b``.
-    ``a`` is empty where A is the basis, as in the paper; where a write trains A too it is the float32 [rank, d_in] of each module instead.
-    """
 
-    basis_id: str
-    revision: int
-    b: Mapping[str, NDArray[np.float32]]
-    a: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+@dataclass(frozen=True, slots=True)
+class Flashcard:
+    """A question-answer pair written by the agent. Example: Flashcard("Where does Nora live?", "Lisbon")"""
+
+    question: str
+    answer: str
 
     def __post_init__(self) -> None:
-        if (self.revision == 0) != (len(self.b) == 0):
+        if not self.question.strip() or not self.answer.strip():
             raise ValueError(
-                f"revision {self.revision} came with {len(self.b)} matrices: revision 0, and only it, has none"
+                "a flashcard needs a question and an answer, "
+                f"got question={self.question!r} answer={self.answer!r}"
             )
 
 
 @dataclass(frozen=True, slots=True)
-class WriteRecord:
-    """One line of an episode's write log. Replaying ``examples`` of the accepted records on the same base rebuilds Delta.
+class WriteExample:
+    """One supervised example: loss on ``answer_ids`` given ``prompt_ids``.
 
-    ``examples`` is what was trained on, to the token; ``flashcards`` those that it was made of (none where a memory writes other text) without the
-    rehearsed ones. ``revision`` is the one in force after the write (unchanged when it was empty or rolled back). Losses are mean nats per answer
-    token. ``reason`` is empty for an accepted write, else says why not. ``extraction`` is the text that the agent wrote.
+    ``answer_ids`` has at least one token; it includes the end-of-turn token.
+    Example: the flashcard above as tokens, ([<system> ... <user> Where does Nora live? ...], [Lisbon <end>])
     """
 
-    revision: int
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WriteRequest:
+    """Asks the writer for the revision after ``weights``, trained on ``examples`` (at least one)."""
+
+    episode_id: str
+    weights: FastWeights
     examples: tuple[WriteExample, ...]
-    flashcards: tuple[Flashcard, ...]
-    extraction: str
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a receipt checks: the writer's log-probs of the last n tokens, before and after the write.
+
+    Example with n = 2: Probe((12, 7, 504, 2), before=(-6.1, -2.0), after=(-0.4, -0.1))
+    """
+
+    token_ids: tuple[int, ...]
+    before: tuple[float, ...]  # n values
+    after: tuple[float, ...]  # n values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WriteResult:
+    """What the writer answers. ``weights`` is the new revision, or the request's own after a roll-back.
+
+    ``probe`` is None unless the write was accepted. Losses are mean nats per answer token.
+    """
+
+    weights: FastWeights
+    probe: Probe | None
+    loss_before: float
+    loss_after: float
+    steps: int
+    seconds: float
+    outcome: WriteOutcome
+    reason: str  # empty for an accepted write, else why it was not accepted
+
+
+@dataclass(frozen=True, slots=True)
+class WriteRecord:
+    """One line of an episode's write log. Replaying the accepted records on the same base rebuilds Delta.
+
+    Example: one flashcard was written and one was malformed. The write took 5 steps from 5.4 to 3.9 nats:
+    revision 1, examples (1 new, 2 rehearsed), flashcards (1), rejected_flashcards 1, outcome "accepted"
+    """
+
+    revision: int  # in force after the write; unchanged by an empty or rolled-back write
+    examples: tuple[WriteExample, ...]  # what was trained on, to the token
+    flashcards: tuple[Flashcard, ...]  # the new cards; none where a memory writes other text
+    extraction: str  # the text that the agent wrote
     rejected_flashcards: int
     prompt_tokens: int
     answer_tokens: int
@@ -121,9 +226,16 @@ class WriteRecord:
     reason: str
 
 
+# --- one episode -------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class ActionSpan:
-    """Sampled tokens [start, end) of a segment. ``version``: of the policy that sampled them, None for the segment's own (in_flight.py)."""
+    """Sampled tokens [start, end) of a segment.
+
+    ``version`` is the policy version that sampled them. None means the version of the segment; other versions
+    occur only when a refresh comes in mid-episode (actors/episodes/in_flight.py).
+    """
 
     start: int
     end: int
@@ -133,16 +245,19 @@ class ActionSpan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """One stretch of context under one revision of the fast weights, dated by its oldest sampled token. The three arrays have one length T.
+    """One stretch of context under one revision of the fast weights. The three arrays have one length T.
 
-    token_ids int32 [T]: what the engine saw and sampled, never re-tokenised. action_mask bool [T]: True where the engine sampled the token.
-    logprobs float32 [T]: the engine's log-probability of each sampled token under theta + Delta at sampling temperature, 0 elsewhere.
+    Example, T = 5: the prompt 9 200 31 and the reply 77 2, sampled on version 3 under revision 1:
+
+        token_ids    9   200    31     77     2
+        action_mask  F     F     F      T     T      spans (ActionSpan(3, 5, "act"),)
+        logprobs     0     0     0   -0.4  -0.1
     """
 
-    token_ids: NDArray[np.int32]
-    action_mask: NDArray[np.bool_]
-    logprobs: NDArray[np.float32]
-    policy_version: PolicyVersion
+    token_ids: NDArray[np.int32]  # [T], what the engine saw and sampled; never re-tokenised
+    action_mask: NDArray[np.bool_]  # [T], True where the engine sampled the token
+    logprobs: NDArray[np.float32]  # [T], under theta + Delta at sampling temperature; else 0
+    policy_version: PolicyVersion  # of the oldest sampled token
     revision: int
     spans: tuple[ActionSpan, ...]
 
@@ -159,7 +274,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One question of an episode as scored. ``scores`` holds the scorer's named values in 0..1 (at least f1 and em)."""
+    """One question of an episode, scored. ``scores`` are named values in 0..1, at least f1 and em.
+
+    Example: Answer("Where does Nora live?", ("Lisbon",), "in Lisbon", "recall", {"f1": 0.67, "em": 0.0})
+    """
 
     question: str
     gold: tuple[str, ...]
@@ -170,7 +288,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an episode ended, as the environment saw it."""
+    """How an episode ended, as the environment saw it. Example: Outcome(0.67, {"f1": 0.67}, (answer,))"""
 
     reward: float
     reward_parts: Mapping[str, float]
@@ -179,29 +297,31 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds of an episode by phase, waiting included; they sum to ``total``, wall time. ``act`` and ``extract`` are sampling, ``write`` and
-    ``install`` (with its receipt) the way from flashcards to an adapter that acts, ``environment`` the rest: its work, chat templates, contexts."""
+    """Seconds of an episode by phase, waiting included. The phases sum to ``total``, the wall time.
+
+    Example: Timings(total=9.0, act=3.0, extract=4.0, write=1.0, install=0.5, environment=0.5)
+    """
 
     total: float
-    act: float
-    extract: float
-    write: float
-    install: float
-    environment: float
+    act: float  # sampling answers
+    extract: float  # sampling texts for the memory
+    write: float  # from flashcards to new weights
+    install: float  # from new weights to an adapter that acts, with its receipt
+    environment: float  # all else: the environment's work, chat templates, contexts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """A finished episode. ``revisions`` holds each written revision once: revision k >= 1 is ``revisions[k - 1]``.
+    """A finished episode; the worked example at the top of this file shows one.
 
-    ``memory_events`` counts what the memory policy did (summaries, searches, malformed calls, ...), by its own names.
+    ``memory_events`` counts what the memory policy did, by its own names, e.g. {"summaries": 3}.
     """
 
     task: Task
     episode_id: str
     policy_version: PolicyVersion
     segments: tuple[Segment, ...]
-    revisions: tuple[FastWeights, ...]
+    revisions: tuple[FastWeights, ...]  # each written revision once: revision k >= 1 is revisions[k - 1]
     writes: tuple[WriteRecord, ...]
     memory_events: Mapping[str, int]
     outcome: Outcome
@@ -209,25 +329,26 @@ class Trajectory:
     timings: Timings
 
     def __post_init__(self) -> None:
+        where = f"trajectory {self.episode_id}"
         for number, weights in enumerate(self.revisions, start=1):
             if weights.revision != number:
-                raise ValueError(
-                    f"trajectory {self.episode_id}: revision {weights.revision} is stored at place {number}"
-                )
+                raise ValueError(f"{where}: revision {weights.revision} is stored at place {number}")
+        written = len(self.revisions)
         for segment in self.segments:
-            if not 0 <= segment.revision <= len(self.revisions):
-                raise ValueError(
-                    f"trajectory {self.episode_id}: a segment names revision {segment.revision} of {len(self.revisions)}"
-                )
+            if not 0 <= segment.revision <= written:
+                raise ValueError(f"{where}: a segment names revision {segment.revision} of {written}")
 
     def weights_of(self, segment: Segment) -> FastWeights | None:
-        """The fast weights in force when ``segment`` was sampled, or None for Delta = 0."""
+        """Return the fast weights in force when ``segment`` was sampled, or None for Delta = 0."""
         return None if segment.revision == 0 else self.revisions[segment.revision - 1]
 
 
 @dataclass(frozen=True, slots=True)
 class FailedEpisode:
-    """An episode that did not finish: counted and shown, never a trajectory with reward 0."""
+    """An episode that did not finish. It is counted and shown, but is never a trajectory with reward 0.
+
+    Example: FailedEpisode("recall-train-0-17", "g12.3", "engine", "the prompt has 9000 tokens, at most 4096")
+    """
 
     task_id: str
     episode_id: str
@@ -237,80 +358,13 @@ class FailedEpisode:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrajectoryGroup:
-    """The siblings of one task that finished, and those that failed. All lived on one policy version."""
+    """The siblings of one task, finished and failed. All lived on one policy version.
+
+    Example with four siblings, one of them too late: trajectories (g12.0, g12.1, g12.3), failed (g12.2,)
+    """
 
     task: Task
     policy_version: PolicyVersion
     trajectories: tuple[Trajectory, ...]
     failed: tuple[FailedEpisode, ...]
     worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How one action is sampled. Temperature 0 is greedy. Log-probs are those of softmax(z / temperature); of softmax(z) when greedy.
-
-    ``kind`` changes nothing about what is sampled: the engine accounts its time by it.
-    """
-
-    temperature: float
-    max_tokens: int
-    seed: int
-    kind: SpanKind
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What the engine sampled. ``token_ids`` includes the stop token when ``finish_reason`` is "stop"; one log-prob per token, and one policy version
-    (or none at all: then it was the episode's)."""
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: FinishReason
-    versions: tuple[PolicyVersion, ...] = ()
-
-    def __post_init__(self) -> None:
-        if len(self.token_ids) != len(self.logprobs) or len(self.versions) not in (0, len(self.token_ids)):
-            raise ValueError(
-                f"{len(self.token_ids)} tokens came with {len(self.logprobs)} log-probs and {len(self.versions)} versions"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class WriteExample:
-    """One supervised example of a write: loss on ``answer_ids`` (at least one; the end-of-turn token included) given ``prompt_ids``."""
-
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class WriteRequest:
-    """Ask the writer for the revision after ``weights``, trained on ``examples`` (at least one)."""
-
-    episode_id: str
-    weights: FastWeights
-    examples: tuple[WriteExample, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What a receipt checks: ``token_ids`` with the writer's own log-probs of the last ``len(after)`` tokens before and after the write."""
-
-    token_ids: tuple[int, ...]
-    before: tuple[float, ...]
-    after: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class WriteResult:
-    """``weights`` is the new revision when accepted, the request's own when rolled back. ``probe`` is None unless accepted."""
-
-    weights: FastWeights
-    probe: Probe | None
-    loss_before: float
-    loss_after: float
-    steps: int
-    seconds: float
-    outcome: WriteOutcome
-    reason: str

@@ -1,14 +1,16 @@
-"""How an agent reads, remembers and answers: one memory policy a file, all of them parts of the same episode loop.
+"""How an agent reads, remembers and answers. Each memory policy is one file, and plugs into the same loop.
 
-play --text--> Memory.read / Memory.answer --> Agent: its running context, asides, segments, write log
+play --text--> Memory.read / Memory.answer --> Agent: running context, asides, segments, write log
                                                  |
                                                  +--sample, learn--> Actor (theta + Delta, or a demonstration)
 
-Most policies keep one running context and only differ in what they do when it holds more than L_max tokens: they are a ``ContextMemory``.
+Most policies keep one running context. They differ in what they do when it holds more than L_max tokens: they
+are a ``ContextMemory``. The simplest one, ``TruncationMemory``, only drops tokens; it stands here too.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,7 @@ from actors.text.context import Context
 from actors.text.split_text import split_text
 from actors.types import (
     FastWeights,
+    Flashcard,
     Generation,
     PolicyVersion,
     Segment,
@@ -30,7 +33,7 @@ from actors.types import (
 
 
 class Actor(Protocol):
-    """Who samples and learns in an episode."""
+    """Samples and learns for one episode."""
 
     @property
     def version(self) -> PolicyVersion: ...
@@ -45,12 +48,12 @@ class Actor(Protocol):
         ...
 
     async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
-        """Write ``examples`` (at least one) into the fast weights; ``weights`` moves on when the result is accepted."""
+        """Write ``examples`` (at least one) into the fast weights. An accepted result changes ``weights``."""
         ...
 
 
 class Agent:
-    """One episode's agent: its running context, the segments behind it, and its write log. Single-use."""
+    """One episode's agent: its running context, its finished segments, and its write log. Single-use."""
 
     def __init__(self, actor: Actor, chat: ChatFormat, system_prompt: str, question: str) -> None:
         self.actor = actor
@@ -62,7 +65,10 @@ class Agent:
         self.writes: list[WriteRecord] = []
 
     async def reply(self, kind: SpanKind, max_tokens: int) -> str:
-        """Sample the next reply, closed as the chat template closes it. Returns its text without the stop token."""
+        """Sample the next reply and close it as the chat template does.
+
+        Returns its text without the stop token.
+        """
         self.context.observe(self.chat.assistant_open)
         generation = await self.actor.sample(self.context.ids, kind, max_tokens)
         self.context.act(generation, kind)
@@ -70,7 +76,10 @@ class Agent:
         return self.chat.decode(generation.token_ids)
 
     async def aside(self, prompt: str, kind: SpanKind, max_tokens: int) -> str:
-        """Sample a reply to ``prompt`` in a context of its own, which is a segment like any other; the running context does not see it."""
+        """Sample a reply to ``prompt`` in a context of its own. The running context does not see it.
+
+        The aside is a segment like any other, so it is trained on.
+        """
         running, self.context = self.context, self._fresh_context("")
         self.context.observe(self.chat.user(prompt))
         try:
@@ -79,21 +88,65 @@ class Agent:
             self._end_segment()
             self.context = running
 
+    async def write(
+        self, text: str, cards: Sequence[Flashcard], examples: Sequence[WriteExample], rejected: int
+    ) -> None:
+        """Write ``examples`` (at least one) into the fast weights and log it.
+
+        ``text`` is what the agent sampled for this write. ``rejected`` counts its unusable flashcards.
+        """
+        result = await self.actor.learn(examples)
+        self._log(text, cards, examples, rejected, result)
+
+    def skip_write(self, text: str, rejected: int, reason: str) -> None:
+        """Log a write that did not happen, for ``reason``."""
+        # NaN, not 0: an average that forgets to leave empty writes out shows it
+        nothing = WriteResult(self.actor.weights, None, math.nan, math.nan, 0, 0.0, "empty", reason)
+        self._log(text, (), (), rejected, nothing)
+
     def clear(self, remembered: str = "") -> None:
-        """End the segment and begin the next with the system prompt and, unless it is empty, ``remembered`` as a first user turn."""
+        """End the segment. The next one begins with the system prompt and ``remembered`` as a user turn.
+
+        An empty ``remembered`` adds no turn.
+        """
         self._end_segment()
         self.context = self._fresh_context(remembered)
 
     def truncate(self, limit: int) -> None:
-        """End the segment and begin the next with the newest tokens of this one, ``limit`` in all."""
+        """End the segment. The next one begins with the newest tokens of this one, ``limit`` in all."""
         kept = self.context.truncated(limit)
         self._end_segment()
         self.context = kept
 
     def finish(self) -> tuple[Segment, ...]:
-        """End the last segment. Segments in which nothing was sampled hold nothing to learn from and are left out."""
+        """End the last segment. Segments without a sampled token teach nothing and are left out."""
         self.clear()
         return tuple(self.segments)
+
+    def _log(
+        self,
+        text: str,
+        cards: Sequence[Flashcard],
+        examples: Sequence[WriteExample],
+        rejected: int,
+        result: WriteResult,
+    ) -> None:
+        record = WriteRecord(
+            revision=self.actor.weights.revision,
+            examples=tuple(examples),
+            flashcards=tuple(cards),
+            extraction=text,
+            rejected_flashcards=rejected,
+            prompt_tokens=sum(len(example.prompt_ids) for example in examples),
+            answer_tokens=sum(len(example.answer_ids) for example in examples),
+            loss_before=result.loss_before,
+            loss_after=result.loss_after,
+            steps=result.steps,
+            seconds=result.seconds,
+            outcome=result.outcome,
+            reason=result.reason,
+        )
+        self.writes.append(record)
 
     def _end_segment(self) -> None:
         if self.context.has_actions:
@@ -105,27 +158,27 @@ class Agent:
 
 
 class Memory(Protocol):
-    """One episode's memory: built for it, so it may hold what it remembers. Single-use."""
+    """The memory of one episode. Single-use: an object holds what its episode remembers."""
 
     @property
     def events(self) -> Mapping[str, int]:
-        """What it did so far, counted by names of its own; failures of the model to keep to a form above all."""
+        """Counts of what the memory did, by names of its own, e.g. answers that did not keep to a form."""
         ...
 
     async def read(self, agent: Agent, text: str) -> None:
-        """Take in what needs no answer."""
+        """Take in a text that needs no answer."""
         ...
 
     async def answer(self, agent: Agent, text: str, max_tokens: int) -> str:
-        """The agent's reply, at most ``max_tokens`` long, to a turn that wants one."""
+        """Return the agent's reply to ``text``, at most ``max_tokens`` tokens long."""
         ...
 
 
 class ContextMemory(ABC):
     """One running context that is relieved when it holds more than ``max_context_tokens`` (L_max).
 
-    A turn that wants an answer is never cleared away unanswered: room is made before it. Any other may overfill the context, which is then relieved.
-    A text longer than L_max comes in pieces that are not.
+    A turn that needs an answer is never cleared before the answer: room is made first. A text that is only
+    read may overfill the context, which is then relieved. A text longer than L_max is read in pieces.
     """
 
     def __init__(self, max_context_tokens: int) -> None:
@@ -146,17 +199,32 @@ class ContextMemory(ABC):
         return await agent.reply("act", max_tokens)
 
     def is_full(self, agent: Agent, incoming: int) -> bool:
-        """The trigger (TMEM, arXiv 2606.04536): more than L_max tokens, and something there to be moved out."""
+        """Return whether the trigger fires: more than L_max tokens, and something there to move out."""
         return len(agent.context) + incoming > self.max_context_tokens and not agent.context.is_fresh
 
     @abstractmethod
     async def relieve(self, agent: Agent, incoming: int) -> None:
-        """Make room: the context is over L_max, or would be with the ``incoming`` tokens of a turn that must be answered from the next context."""
+        """Make room in a context that is over L_max, or would be with a turn of ``incoming`` tokens.
+
+        That turn is answered from the context which this method leaves.
+        """
+
+
+class TruncationMemory(ContextMemory):
+    """The row "truncation"; with the engine's window as the limit also the row "full context".
+
+    Keeps the system prompt and drops the oldest tokens. What remains opens a new segment, because a segment
+    is always what the engine saw.
+    """
+
+    async def relieve(self, agent: Agent, incoming: int) -> None:
+        self.events["truncations"] += 1
+        agent.truncate(self.max_context_tokens - incoming)
 
 
 def user_turns(text: str, chat: ChatFormat, limit: int) -> list[Ids]:
-    """``text`` as one user turn, or, when that is over ``limit`` tokens, as several that are not: cut at lines, else sentences, else words.
+    """Return ``text`` as user turns of at most ``limit`` tokens each.
 
-    Nothing is lost but white space at the cuts.
+    Cuts at lines, else at sentences, else at words. Only white space at the cuts is lost.
     """
     return [chat.user(piece) for piece in split_text(text, lambda piece: len(chat.user(piece)), limit)]

@@ -1,4 +1,4 @@
-"""From the config's name to an episode's memory."""
+"""From the name in ``memory.policy`` to an episode's memory."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from actors.memory.base import Memory
-from actors.memory.hybrid import HybridMemory
+from actors.memory.base import Memory, TruncationMemory
 from actors.memory.notes import NotesMemory
 from actors.memory.paging import PagingMemory
-from actors.memory.parametric import ParametricMemory
-from actors.memory.state import StateMemory
-from actors.memory.summary import SummaryMemory
+from actors.memory.parametric import HybridMemory, ParametricMemory
+from actors.memory.summary import StateMemory, SummaryMemory
 from actors.memory.supervised import ImplicationsMemory, RawMemory, SummaryWriteMemory
-from actors.memory.truncation import TruncationMemory
 from actors.text.embedder import load_embedder
 from actors.text.retrieval import Embedder
 from configs.extensions import load_extension
@@ -25,11 +22,14 @@ _REPLY_OPENING = 16  # the chat template's tokens in front of a reply, with room
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a memory may need of its worker: the engine's window, the longest answer (tokens), and the sentence embedder, loaded when asked for."""
+    """What a memory may need of its worker."""
 
-    window_tokens: int
-    answer_tokens: int
-    embedder: Callable[[], Embedder]
+    window_tokens: int  # of the engine
+    answer_tokens: int  # of the longest answer
+    embedder: Callable[[], Embedder]  # loads the sentence embedder
+
+
+Builder = Callable[[MemoryConfig, WriteConfig, Surroundings], Memory]
 
 
 def surroundings(window_tokens: int, answer_tokens: int, embedder: EmbedderConfig) -> Surroundings:
@@ -37,18 +37,17 @@ def surroundings(window_tokens: int, answer_tokens: int, embedder: EmbedderConfi
 
 
 def build_memory(config: MemoryConfig, write: WriteConfig, around: Surroundings) -> Memory:
-    """The memory of one episode, as ``config.policy`` says."""
-    if config.policy == "custom":
-        return custom_memory(config)(config, write, around)
-    return _BUILDERS[config.policy](config, write, around)
+    """Build the memory of one episode. Raises ExtensionError if a custom memory cannot be loaded."""
+    builder = custom_memory(config) if config.policy == "custom" else _BUILDERS[config.policy]
+    return builder(config, write, around)
 
 
-def custom_memory(config: MemoryConfig) -> Callable[[MemoryConfig, WriteConfig, Surroundings], Memory]:
-    """The user's own function that makes an episode's memory. Raises ExtensionError."""
+def custom_memory(config: MemoryConfig) -> Builder:
+    """Load the user's own function that makes an episode's memory. Raises ExtensionError."""
     return load_extension("memory.custom", config.custom)
 
 
-_BUILDERS: Mapping[MemoryPolicy, Callable[[MemoryConfig, WriteConfig, Surroundings], Memory]] = {
+_BUILDERS: Mapping[MemoryPolicy, Builder] = {
     "full": lambda config, write, around: TruncationMemory(
         around.window_tokens - around.answer_tokens - _REPLY_OPENING
     ),

@@ -1,17 +1,19 @@
-"""Linked notes instead of a context: every text becomes a note, notes link to near ones and change them, and are found by embedding.
+"""Linked notes instead of a context (A-MEM, arXiv 2502.12110, section 3): the row "A-MEM".
 
-Method: A-MEM, arXiv 2502.12110, section 3: note construction, link generation, memory evolution, retrieval. Our choices where ours differs or the
-paper is silent:
+    text --> note (keywords, tags, context by the model) --> near notes --> links, and updates of those notes
+    question --> nearest notes and their links --> the context that the answer is sampled from
 
-- A note is a text as the environment tells it (a few turns of a conversation) where the paper's is one turn. The number of a note is its time; dates
-  stand in the texts.
-- Links and evolution are asked for in one prompt about all neighbours (as the paper's code does it), and only a note that is linked may change. The
-  prompt shows a note by at most ``max_note_tokens`` tokens. Links go both ways.
-- The embedded text has keywords, tags and context in front of the content: an embedder reads only so far (MiniLM 256 tokens), and what the model
-  wrote must count.
-- An action turn and its reply become a note when the next text comes, and so does what that turn observed (the results of a search, say): nothing
-  stays in the context. After the last answer of an episode nothing can read such a note, and none is written.
-- Notes are written without a sight of the question, as in the paper. ``question_blind`` therefore changes nothing.
+Our choices, where they differ from the paper or the paper is silent:
+
+- A note is a text as the environment gives it: a few turns of a conversation. The paper's note is one turn.
+  The number of a note is its time; dates stand in the texts.
+- One prompt asks for links and updates of all neighbours, as the paper's code does. Only a linked note may
+  change. The prompt shows at most ``max_note_tokens`` tokens of a note. Links go both ways.
+- The embedded text begins with context, keywords and tags. An embedder reads only so far (MiniLM 256 tokens),
+  and what the model wrote must count.
+- An action turn becomes a note with its reply when the next text comes. So does what that turn observed,
+  e.g. search results. Nothing stays in the context. The last answer becomes no note: nobody would read it.
+- Notes are written without the question, as in the paper. So ``question_blind`` changes nothing.
 """
 
 from __future__ import annotations
@@ -45,11 +47,18 @@ _T = TypeVar("_T")
 
 
 class NotesMemory:
-    """The row "A-MEM". Between two texts the context is empty, but for a turn just answered; all that was read is in the notes.
+    """The row "A-MEM". All that was read is in the notes; the context holds at most the turn just answered.
 
-    events: notes; plain_notes (the model named no keyword, tag or context) and partial_notes (not all three); links; evolved; malformed_links (an
-    answer not in the form) and refused_links (to the note itself or one that was not shown); recalls, retrieved and linked (notes shown with a turn:
-    near to it, or linked to one that is), cut and left_out (near or linked, but over L_max).
+    events:
+        notes                     notes written
+        plain_notes               the model gave no keyword, tag or context
+        partial_notes             the model gave some of the three
+        links, evolved            links made, and notes changed by one
+        malformed_links           an answer that is not in the form
+        refused_links             a link to the note itself, or to a note that was not shown
+        recalls                   contexts opened with notes
+        retrieved, linked         notes shown because they are near, or linked to a near one
+        cut, left_out             notes shown in part, or left out, because of L_max
     """
 
     def __init__(self, config: MemoryConfig, embedder: Callable[[], Embedder]) -> None:
@@ -57,7 +66,7 @@ class NotesMemory:
         self._limit = config.max_context_tokens
         self._config = config.notes
         self._embedder = embedder
-        self._index: VectorIndex | None = None  # of note n at place n - 1
+        self._index: VectorIndex | None = None  # note n stands at place n - 1
         self._notes: list[Note] = []
         self._answered = ""  # the last turn with its reply, not yet a note
 
@@ -89,12 +98,13 @@ class NotesMemory:
         """Write a note, then link it to its neighbours and let them evolve."""
         answer = await agent.aside(writing_prompt(content), "extract", self._config.max_note_tokens)
         attributes = parse_attributes(answer)
+        complete = attributes.keywords and attributes.tags and attributes.context
+        plain = attributes == Attributes()
         self.events["notes"] += 1
-        self.events["plain_notes"] += attributes == Attributes()
-        self.events["partial_notes"] += attributes != Attributes() and not (
-            attributes.keywords and attributes.tags and attributes.context
-        )
+        self.events["plain_notes"] += plain
+        self.events["partial_notes"] += not plain and not complete
         note = Note(len(self._notes) + 1, content, attributes)
+        # search before the note is added: otherwise it would be its own nearest neighbour
         near = await self._search(note.embedded, self._config.neighbours)
         await self._use_index(lambda index: index.add([note.embedded]))
         self._notes.append(note)
@@ -102,37 +112,35 @@ class NotesMemory:
             await self._connect(agent, note, [self._notes[hit.place] for hit in near])
 
     async def _connect(self, agent: Agent, note: Note, neighbours: Sequence[Note]) -> None:
+        """Ask which neighbours belong with ``note``; link those, and bring their descriptions up to date."""
         room = min(self._config.max_note_tokens, self._limit // (1 + len(neighbours)))
-        shown = [
-            as_json(
-                other,
-                _beginning(other.content, room - len(agent.chat.encode(as_json(other, ""))), agent.chat),
-            )
-            for other in (note, *neighbours)
-        ]
-        mentions = parse_mentions(
-            await agent.aside(connecting_prompt(shown[0], shown[1:]), "extract", self._config.max_note_tokens)
-        )
+        new, *earlier = (self._as_json(agent.chat, each, room) for each in (note, *neighbours))
+        prompt = connecting_prompt(new, earlier)
+        mentions = parse_mentions(await agent.aside(prompt, "extract", self._config.max_note_tokens))
         if mentions is None:
             self.events["malformed_links"] += 1
             return
-        known = {other.number for other in neighbours}
+        numbers = {neighbour.number for neighbour in neighbours}
         for mention in mentions:
-            if mention.number in known:
+            if mention.number in numbers:
                 self._link(note.number, mention.number)
                 await self._evolve(mention)
             else:
                 self.events["refused_links"] += 1
 
+    def _as_json(self, chat: ChatFormat, note: Note, room: int) -> str:
+        """Return the note as JSON of about ``room`` tokens: the end of its content is cut."""
+        frame = len(chat.encode(as_json(note, "")))
+        return as_json(note, _beginning(note.content, room - frame, chat))
+
     def _link(self, one: int, other: int) -> None:
-        """Both ways."""
         for number, target in ((one, other), (other, one)):
             note = self._notes[number - 1]
             self._notes[number - 1] = replace(note, links=(*note.links, target))
         self.events["links"] += 1
 
     async def _evolve(self, mention: Mention) -> None:
-        """The note's new tags and context, where there are any, replace the old ones, and it is found by them from now on."""
+        """Give a note its new tags and context, where there are any. From now on it is found by them."""
         old = self._notes[mention.number - 1]
         attributes = replace(
             old.attributes,
@@ -147,9 +155,10 @@ class NotesMemory:
         self.events["evolved"] += 1
 
     async def _recall(self, agent: Agent, text: str, room: int) -> str:
-        """The notes for ``text`` that fit into ``room`` tokens as a user turn, oldest first; empty when there are none.
+        """Return the notes for ``text`` that fit into ``room`` tokens as a user turn; "" when there are none.
 
-        Nearest first, each followed by its links; the one with which the room ends is cut, the rest is left out.
+        Notes are chosen nearest first, each followed by its links, and shown oldest first. The note that
+        fills the room is cut, and the notes after it are left out.
         """
         if not self._notes:
             return ""
@@ -159,12 +168,13 @@ class NotesMemory:
         shown: dict[int, str] = {}
         for number in wanted:
             note = self._notes[number - 1]
-            taken = len(agent.chat.user(recollection({**shown, number: render(note, "")})))
-            content = _beginning(note.content, room - taken, agent.chat)
-            tried = {**shown, number: render(note, content)}
-            if len(agent.chat.user(recollection(tried))) > room:
+            frame = len(agent.chat.user(recollection({**shown, number: render(note, "")})))
+            content = _beginning(note.content, room - frame, agent.chat)
+            longer = {**shown, number: render(note, content)}
+            # measured again: joined texts may take more tokens than their parts
+            if len(agent.chat.user(recollection(longer))) > room:
                 break
-            shown = tried
+            shown = longer
             if content != note.content:
                 self.events["cut"] += 1
                 break
@@ -178,7 +188,10 @@ class NotesMemory:
         return await self._use_index(lambda index: index.search(text, count))
 
     async def _use_index(self, work: Callable[[VectorIndex], _T]) -> _T:
-        """In a thread: an embedding takes 10 to 80 ms (its model seconds to load), and other episodes run on this loop."""
+        """Do ``work`` in a thread: other episodes run on this event loop.
+
+        An embedding takes 10 to 80 ms; loading the embedder takes seconds.
+        """
 
         def use() -> _T:
             if self._index is None:
@@ -189,7 +202,10 @@ class NotesMemory:
 
 
 def _with_links(near: Sequence[int], ranking: Sequence[int], notes: Sequence[Note], most: int) -> list[int]:
-    """``near`` with, behind each, its links: at most ``most`` of them, those first that come first in ``ranking``; each note once."""
+    """Return ``near``, each note followed by at most ``most`` of its links; each note once.
+
+    Links that come first in ``ranking`` are taken first.
+    """
     rank = {number: place for place, number in enumerate(ranking)}
     wanted: dict[int, None] = {}
     for number in near:
@@ -199,7 +215,7 @@ def _with_links(near: Sequence[int], ranking: Sequence[int], notes: Sequence[Not
 
 
 def _beginning(text: str, tokens: int, chat: ChatFormat) -> str:
-    """As many whole words of ``text`` as ``tokens`` tokens hold."""
+    """Return as many whole words of ``text`` as fit into ``tokens`` tokens."""
     ids = chat.encode(text)
     if len(ids) <= tokens:
         return text

@@ -1,13 +1,17 @@
-"""What a paging agent's replies may call (MemGPT, arXiv 2310.08560, section 2): the parser of tool calls, and the storage that the tools work on.
+"""The tools of a paging agent (MemGPT, arXiv 2310.08560, section 2): the parser of calls, and their storage.
 
-    {"call": "core_append", "block": "facts", "text": "..."}     core memory: short, a part of the prompt
+Core memory: short, a part of the prompt
+    {"call": "core_append", "block": "facts", "text": "..."}
     {"call": "core_replace", "block": "facts", "old": "...", "new": "..."}
-    {"call": "archival_insert", "text": "..."}                   archival storage: texts of the agent's own, found again by meaning
+Archival storage: texts that the agent saved, found again by meaning
+    {"call": "archival_insert", "text": "..."}
     {"call": "archival_search", "query": "...", "page": 1}
-    {"call": "recall_search", "query": "...", "page": 1}         recall storage: every message of the episode, found again by its words
+Recall storage: every message of the episode, found again by its words
+    {"call": "recall_search", "query": "...", "page": 1}
 
-Invariant: neither `parse_call` nor `Storage.run` raises for anything that a model can write; what is wrong is counted and said in the tool's result.
-The form of a call is ours (compact, for small models); the common {"name": ..., "arguments": {...}} is understood as well.
+Invariant: neither ``parse_call`` nor ``Storage.run`` raises for anything that a model can write. What is
+wrong is counted, and told to the agent as the tool's result. The form of a call is ours: compact, for small
+models. The common {"name": ..., "arguments": {...}} is understood too.
 """
 
 from __future__ import annotations
@@ -23,44 +27,44 @@ from actors.text.split_text import split_text
 from configs.schema import PagingConfig
 
 BLOCKS = ("task", "facts")
-"""Core memory: what the agent is to do, and what it knows (the paper's working context; two blocks are ours)."""
+"""Blocks of core memory (the paper's working context): the task, and what the agent knows about it."""
 
-_MAX_OBJECTS = 8
-_MAX_NESTING = 64
+_MAX_OBJECTS = 8  # looked at in a reply
+_MAX_NESTING = 64  # brackets in a reply: a recursive parser would run out of stack
 _LEAST_PASSAGE = 24  # tokens: shorter passages are not worth showing, so a page shows fewer of them
 _HEAD_TOKENS = 20  # of a page's first line
 _NUMBER_TOKENS = 6  # of the number in front of a passage
-_SHOWN_CHARACTERS = 60  # of what the agent wrote, when a result or an error repeats it
+_SHOWN_CHARACTERS = 60  # of the agent's text, when a result or an error repeats it
 _CALL_KEY = re.compile(r"""\{\s*["']?call["']?\s*:""")
 _DECODER = json.JSONDecoder(strict=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A tool's name and arguments as the agent wrote them. ``followed``: another call came after it in the same reply and is not made."""
+    """A tool's name and arguments as the agent wrote them."""
 
     name: str
     arguments: Mapping[str, object]
-    followed: bool
+    followed: bool  # by another call in the same reply, which is not made
 
 
 @dataclass(frozen=True, slots=True)
 class BadCall:
-    """A reply that was meant to be a call and is none, and why."""
+    """A reply that was meant to be a call and is none."""
 
     problem: str
 
 
 class _Malformed(ValueError):
-    """The call names no tool of ours, or an argument is missing or of the wrong kind."""
+    """The call names no known tool, or an argument is missing or of the wrong kind."""
 
 
 class _Refused(ValueError):
-    """A right call that cannot be done."""
+    """A well-formed call that cannot be done."""
 
 
 def parse_call(text: str) -> Call | BadCall | None:
-    """The first tool call in ``text``; None where the text is no call, and so an answer (JSON of an environment's own included)."""
+    """Return the first tool call in ``text``, or None for an answer (also for JSON that is no call)."""
     calls: list[tuple[str, Mapping[str, object]]] = []
     start = text.find("{")
     for _ in range(_MAX_OBJECTS):
@@ -75,18 +79,16 @@ def parse_call(text: str) -> Call | BadCall | None:
         start = text.find("{", end)
     if not calls:
         return None
-    return (
-        Call(calls[0][0], calls[0][1], followed=len(calls) > 1)
-        if calls[0][0]
-        else BadCall('"call" names no tool')
-    )
+    name, arguments = calls[0]
+    return Call(name, arguments, followed=len(calls) > 1) if name else BadCall('"call" names no tool')
 
 
 def _object_at(text: str, start: int) -> tuple[dict[str, object] | None, int]:
-    """The JSON object that opens at ``start`` (closing braces may be missing at the end) and where to look on."""
-    if (
-        max(text.count("{", start), text.count("[", start)) > _MAX_NESTING
-    ):  # a recursive parser would run out of stack
+    """Return the JSON object that opens at ``start``, and where to look for the next one.
+
+    Closing braces may be missing at the end of the text.
+    """
+    if max(text.count("{", start), text.count("[", start)) > _MAX_NESTING:
         return None, len(text)
     for missing in ("", "}", "}}"):
         try:
@@ -98,7 +100,7 @@ def _object_at(text: str, start: int) -> tuple[dict[str, object] | None, int]:
 
 
 def _as_call(value: Mapping[str, object]) -> tuple[str, Mapping[str, object]] | None:
-    """(tool, arguments), tool "" where it is not a text; None where the object is no call."""
+    """Return (tool, arguments), with tool "" where it is not a text; None where the object is no call."""
     inner = value.get("arguments", value.get("parameters", {}))
     arguments = {**value, **inner} if isinstance(inner, dict) else dict(value)
     if "call" in value:
@@ -110,7 +112,7 @@ def _as_call(value: Mapping[str, object]) -> tuple[str, Mapping[str, object]] | 
 class Storage:
     """Core memory, archival storage and recall storage of one episode.
 
-    ``share`` bounds core memory, and each result, in tokens by ``measure``. What happens is counted in ``events``.
+    ``measure`` counts tokens. ``share`` bounds core memory and each result, in tokens.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class Storage:
         self._events = events
         self._embedder = embedder
         self._archive: list[str] = []
-        self._vectors: VectorIndex | None = None  # the embedder is loaded when something is there to embed
+        self._vectors: VectorIndex | None = None  # until the first insert: the embedder takes seconds to load
         self._passages: list[str] = []
         self._words: WordIndex | None = None
 
@@ -141,25 +143,22 @@ class Storage:
         return len(self._archive)
 
     def remember(self, message: str) -> None:
-        """Put a message into recall storage: in passages that a result can show, each under the message's heading if it has one (a first line in
-        brackets, where the conversations of `environments` say their date)."""
+        """Put a message into recall storage, in passages that a result can show.
+
+        A heading stands in front of each of its passages. It is a first line in brackets: conversations say
+        their date there.
+        """
         heading, _, rest = message.partition("\n")
-        headed = (
-            bool(rest)
-            and heading.startswith("[")
-            and heading.endswith("]")
-            and self._measure(heading) * 2 < self._passage_limit
-        )
-        body, heading = (rest, f"{heading} ") if headed else (message, "")
-        self._passages += [
-            f"{heading}{piece.strip()}"
-            for piece in self._pieces(body, self._passage_limit - self._measure(heading))
-        ]
+        in_brackets = heading.startswith("[") and heading.endswith("]")
+        short = self._measure(heading) * 2 < self._passage_limit
+        body, heading = (rest, f"{heading} ") if rest and in_brackets and short else (message, "")
+        room = self._passage_limit - self._measure(heading)
+        self._passages += [f"{heading}{piece.strip()}" for piece in self._pieces(body, room)]
         self.messages += 1
         self._words = None
 
     def set_task(self, question: str) -> None:
-        """What the episode is about, as the first content of the task block; as much of it as the block takes."""
+        """Begin the task block with ``question``, or with as much of it as the block takes."""
         text = _clean(question)
         if len(text) > self._core_characters or self._measure(text) > self._share // 2:
             self._events["tasks_cut"] += 1
@@ -167,7 +166,7 @@ class Storage:
         self.core["task"] = text
 
     def run(self, call: Call | BadCall) -> str:
-        """Do what is asked for. The result, or what was wrong, as the agent is shown it; at most ``share`` tokens."""
+        """Make the call. Return its result or its fault in at most ``share`` tokens, as told to the agent."""
         if isinstance(call, BadCall):
             self._events["malformed"] += 1
             return f"Error: {call.problem}."
@@ -193,11 +192,8 @@ class Storage:
         return saved
 
     def _core_replace(self, arguments: Mapping[str, object]) -> str:
-        block, old, new = (
-            _block(arguments),
-            _text(arguments, "old"),
-            _text(arguments, "new", may_be_empty=True),
-        )
+        block, old = _block(arguments), _text(arguments, "old")
+        new = _text(arguments, "new", may_be_empty=True)
         if old not in self.core[block]:
             raise _Refused(f"block {block} does not hold {_short(old)}")
         lines = (line.strip() for line in self.core[block].replace(old, new).splitlines())
@@ -206,12 +202,11 @@ class Storage:
         return saved
 
     def _set_core(self, block: str, text: str) -> str:
-        tokens = self._measure(text) + sum(
-            self._measure(other) for name, other in self.core.items() if name != block
-        )
+        tokens = sum(self._measure(each) for each in {**self.core, block: text}.values())
         if len(text) > self._core_characters or tokens > self._share:
             raise _Refused(
-                f"block {block} would be full ({len(text)} characters): replace or shorten something in it, or use archival_insert"
+                f"block {block} would be full ({len(text)} characters): "
+                "replace or shorten something in it, or use archival_insert"
             )
         self.core[block] = text
         return f"Saved: block {block} has {len(text)} of {self._core_characters} characters."
@@ -226,17 +221,13 @@ class Storage:
         return f"Saved: archival storage has {len(self._archive)} texts."
 
     def _archival_search(self, arguments: Mapping[str, object]) -> str:
-        query, page = _text(arguments, "query" if "query" in arguments else "text"), _page(arguments)
+        query, page = _query(arguments), _page(arguments)
         self._events["archival_searches"] += 1
-        return self._show(
-            [] if self._vectors is None else self._vectors.search(query, page * self._page),
-            self._archive,
-            len(self._archive),
-            page,
-        )
+        hits = [] if self._vectors is None else self._vectors.search(query, page * self._page)
+        return self._show(hits, self._archive, len(self._archive), page)
 
     def _recall_search(self, arguments: Mapping[str, object]) -> str:
-        query, page = _text(arguments, "query" if "query" in arguments else "text"), _page(arguments)
+        query, page = _query(arguments), _page(arguments)
         self._events["recall_searches"] += 1
         if self._words is None:
             self._words = WordIndex(self._passages)
@@ -277,11 +268,14 @@ def _text(arguments: Mapping[str, object], name: str, may_be_empty: bool = False
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     text = _clean(value) if isinstance(value, str) else ""
-    if not isinstance(value, str) or not (
-        may_be_empty or any(char.isalnum() for char in text)
-    ):  # "..." was copied from the instructions
+    wordless = not any(char.isalnum() for char in text)  # e.g. "...", copied from the instructions
+    if not isinstance(value, str) or (wordless and not may_be_empty):
         raise _Malformed(f'"{name}" must be a text{"" if may_be_empty else " with words in it"}')
     return text
+
+
+def _query(arguments: Mapping[str, object]) -> str:
+    return _text(arguments, "query" if "query" in arguments else "text")
 
 
 def _page(arguments: Mapping[str, object]) -> int:
@@ -294,11 +288,10 @@ def _page(arguments: Mapping[str, object]) -> int:
 
 
 def _clean(text: str) -> str:
-    """One line, without lone surrogates, which no tokenizer can encode."""
+    """Return ``text`` on one line, without lone surrogates, which no tokenizer can encode."""
     return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
 
 
 def _short(text: str) -> str:
-    return json.dumps(
-        text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}...", ensure_ascii=False
-    )
+    shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+    return json.dumps(shown, ensure_ascii=False)

@@ -1,19 +1,52 @@
-"""The overwritten summary: a full context is read into a memory text that replaces the old one, and the context is cleared.
+"""A memory text that the agent overwrites.
 
-Method: MemAgent, arXiv 2507.02259. The wording is ours, and so is that an empty summary does not overwrite (it is counted).
+MemAgent (arXiv 2507.02259)   a full context is read into a new memory text, and the context is cleared
+MEM1 (arXiv 2506.15841)       the same after every turn: only the latest state is kept
+
+The wording of the prompts is ours. An empty summary does not overwrite the old one; it is counted. MEM1
+trains its model to write state and action in one reply. We ask for the state in a turn of its own, before
+the next turn is read. So untrained models can be compared, in environments with their own answer format.
 """
 
 from __future__ import annotations
 
-from actors.memory.base import Agent, ContextMemory
+from collections import Counter
+
+from actors.memory.base import Agent, ContextMemory, user_turns
 from configs.schema import MemoryConfig
 
 _REWRITE = (
-    "The text above will be erased, and so will your earlier notes. Write new notes that replace them: keep what is still useful of the earlier ones "
-    "and add the facts that are new (who, what, when, where). Be brief."
+    "The text above will be erased, and so will your earlier notes. Write new notes that replace them: "
+    "keep what is still useful of the earlier ones and add the facts that are new (who, what, when, where). "
+    "Be brief."
 )
 _TASK = "The notes should help with: {question}"
 _REMEMBERED = "Your notes on what came before:\n{summary}"
+
+
+class Summary:
+    """The memory text m of one episode. The agent rewrites it at the end of its context."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        self.text = ""
+        self._config = config
+
+    @property
+    def remembered(self) -> str:
+        """The turn that opens the next context; "" while there is no summary."""
+        return _REMEMBERED.format(summary=self.text) if self.text else ""
+
+    async def rewrite(self, agent: Agent) -> str:
+        """Ask for a new text at the end of the running context. Return "summaries" or "empty_summaries"."""
+        agent.context.observe(agent.chat.user(self.prompt(agent)))
+        text = (await agent.reply("extract", self._config.max_summary_tokens)).strip()
+        self.text = text or self.text
+        return "summaries" if text else "empty_summaries"
+
+    def prompt(self, agent: Agent) -> str:
+        if self._config.question_blind or not agent.question:
+            return _REWRITE
+        return f"{_REWRITE}\n{_TASK.format(question=agent.question)}"
 
 
 class SummaryMemory(ContextMemory):
@@ -28,26 +61,27 @@ class SummaryMemory(ContextMemory):
         agent.clear(self._summary.remembered)
 
 
-class Summary:
-    """The memory text m of one episode, and how the agent rewrites it at the end of a full context."""
+class StateMemory:
+    """The row "MEM1". Each turn is moved into the state before the next turn comes."""
 
     def __init__(self, config: MemoryConfig) -> None:
-        self.text = ""
-        self._config = config
+        self.events: Counter[str] = Counter()
+        self._limit = config.max_context_tokens
+        self._state = Summary(config)
 
-    @property
-    def remembered(self) -> str:
-        """The turn that the next context begins with; "" while there is no summary."""
-        return _REMEMBERED.format(summary=self.text) if self.text else ""
+    async def read(self, agent: Agent, text: str) -> None:
+        for turn in user_turns(text, agent.chat, self._limit):
+            await self._consolidate(agent)
+            agent.context.observe(turn)
+        await self._consolidate(agent)
 
-    async def rewrite(self, agent: Agent) -> str:
-        """Ask for the next text at the end of the running context. Returns what happened: "summaries" or "empty_summaries"."""
-        agent.context.observe(agent.chat.user(self.prompt(agent)))
-        text = (await agent.reply("extract", self._config.max_summary_tokens)).strip()
-        self.text = text or self.text
-        return "summaries" if text else "empty_summaries"
+    async def answer(self, agent: Agent, text: str, max_tokens: int) -> str:
+        await self._consolidate(agent)
+        agent.context.observe(agent.chat.user(text))
+        return await agent.reply("act", max_tokens)
 
-    def prompt(self, agent: Agent) -> str:
-        if self._config.question_blind or not agent.question:
-            return _REWRITE
-        return f"{_REWRITE}\n{_TASK.format(question=agent.question)}"
+    async def _consolidate(self, agent: Agent) -> None:
+        if agent.context.is_fresh:
+            return
+        self.events[await self._state.rewrite(agent)] += 1
+        agent.clear(self._state.remembered)

@@ -1,8 +1,9 @@
-"""Other texts than flashcards as the supervision of a write, each cleared from the context by it.
+"""Writes that are supervised by other texts than flashcards. Each write clears the context.
 
 raw            the transcript itself, next token by next token (test-time training, after arXiv 2407.04620)
 summary_write  the agent's own summary of the context
-implications   what follows from each document that is read, a line each (after SEAL, arXiv 2506.10943, without its outer loop of RL over edits)
+implications   what follows from each document that is read, one line each (after SEAL, arXiv 2506.10943,
+               without its outer loop of RL over edits)
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 
 from actors.memory.base import Agent, ContextMemory
 from actors.memory.summary import Summary
-from actors.memory.write_log import record_nothing, record_write
 from actors.text.chat_template import ChatFormat, Ids
 from actors.text.split_text import split_text
 from actors.types import WriteExample
@@ -19,14 +19,17 @@ from configs.schema import MemoryConfig, WriteConfig
 
 _RECALL = "What do you remember of what you have read?"
 _IMPLY = (
-    "The text above will be erased. List what it says and what follows from it, directly or indirectly: one short, complete sentence on each line, "
-    "each understandable without the text."
+    "The text above will be erased. List what it says and what follows from it, directly or indirectly: "
+    "one short, complete sentence on each line, each understandable without the text."
 )
-_MARKS = " \t-*\u2022"
+_MARKS = " \t-*\u2022"  # in front of a list's lines
 
 
 class RawMemory(ContextMemory):
-    """The row "raw next-token": the tokens of the context as they stand, each piece of write.max_example_tokens after the system prompt."""
+    """The row "raw next-token": trains on the tokens of the context as they are.
+
+    They come in pieces of write.max_example_tokens, each after the system prompt.
+    """
 
     def __init__(self, config: MemoryConfig, write: WriteConfig) -> None:
         super().__init__(config.max_context_tokens)
@@ -40,7 +43,7 @@ class RawMemory(ContextMemory):
 
 
 class SummaryWriteMemory(ContextMemory):
-    """The row "summary SFT": the summary is written into the weights and not kept in the context."""
+    """The row "summary SFT": the summary is written into the weights and does not stay in the context."""
 
     def __init__(self, config: MemoryConfig, write: WriteConfig) -> None:
         super().__init__(config.max_context_tokens)
@@ -51,16 +54,15 @@ class SummaryWriteMemory(ContextMemory):
         summary = Summary(self._config)
         self.events[await summary.rewrite(agent)] += 1
         agent.clear()
-        await _learn(
-            agent,
-            summary.text,
-            summary_examples(agent.chat, agent.system_prompt, summary.text, self._write),
-            self._write,
-        )
+        examples = summary_examples(agent.chat, agent.system_prompt, summary.text, self._write)
+        await _learn(agent, summary.text, examples, self._write)
 
 
 class ImplicationsMemory(ContextMemory):
-    """The row "SEAL-like": every text read is a document with a write of its own; what is answered stays until the context is full."""
+    """The row "SEAL-like": each text that is read is a document and has its own write.
+
+    Questions and answers stay in the context until it is full.
+    """
 
     def __init__(self, config: MemoryConfig, write: WriteConfig) -> None:
         super().__init__(config.max_context_tokens)
@@ -76,18 +78,17 @@ class ImplicationsMemory(ContextMemory):
         agent.context.observe(agent.chat.user(_IMPLY))
         text = await agent.reply("extract", self._config.max_extract_tokens)
         agent.clear()
-        lines = [line.strip(_MARKS) for line in text.splitlines()]
-        told = [agent.chat.user(line) for line in dict.fromkeys(lines) if line]  # as a text that is read
-        self.events["implications"] += len(told)
-        await _learn(
-            agent, text, text_examples(agent.chat.system(agent.system_prompt), told, self._write), self._write
-        )
+        lines = dict.fromkeys(line.strip(_MARKS) for line in text.splitlines())
+        turns = [agent.chat.user(line) for line in lines if line]  # trained on like texts that are read
+        self.events["implications"] += len(turns)
+        opening = agent.chat.system(agent.system_prompt)
+        await _learn(agent, text, text_examples(opening, turns, self._write), self._write)
 
 
 def summary_examples(
     chat: ChatFormat, system_prompt: str, summary: str, write: WriteConfig
 ) -> list[WriteExample]:
-    """A summary as the agent's reply when it is asked what it remembers, in pieces that fit."""
+    """Return ``summary`` as the agent's reply to the question what it remembers, in pieces that fit."""
     prompt = chat.system(system_prompt) + chat.user(_RECALL) + chat.assistant_open
     room = _room(prompt, write)
     pieces = split_text(summary, lambda piece: len(chat.reply(piece)), room) if summary and room > 1 else []
@@ -95,7 +96,7 @@ def summary_examples(
 
 
 def text_examples(opening: Ids, texts: Sequence[Ids], write: WriteConfig) -> list[WriteExample]:
-    """Loss on every token of ``texts``, each in pieces that fit with ``opening`` in front."""
+    """Return examples with loss on every token of ``texts``, in pieces that fit behind ``opening``."""
     room = _room(opening, write)
     if room < 1:
         return []
@@ -112,13 +113,10 @@ def _room(prompt: Ids, write: WriteConfig) -> int:
 
 async def _learn(agent: Agent, text: str, examples: Sequence[WriteExample], write: WriteConfig) -> None:
     if write.epochs == 0:
-        record_nothing(agent, text, 0, "write.epochs=0: T is the identity")
+        agent.skip_write(text, 0, "write.epochs=0: T is the identity")
     elif examples:
-        await record_write(agent, text, (), examples, 0)
+        await agent.write(text, (), examples, 0)
+    elif not text.strip():
+        agent.skip_write(text, 0, "the model wrote nothing")
     else:
-        reason = (
-            "the model wrote nothing"
-            if not text.strip()
-            else f"nothing fits write.max_example_tokens={write.max_example_tokens}"
-        )
-        record_nothing(agent, text, 0, reason)
+        agent.skip_write(text, 0, f"nothing fits write.max_example_tokens={write.max_example_tokens}")

@@ -21,7 +21,7 @@ from learner.types import LearnerError
 from tests.unit.cluster_cases import group, task_at
 
 MODULE = """
-from actors.memory.truncation import TruncationMemory
+from actors.memory.base import TruncationMemory
 
 class Shop:
     name, system_prompt = "shop", "Count."

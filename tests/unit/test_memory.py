@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.memory.base import Agent, user_turns
+from actors.memory.base import Agent, TruncationMemory, user_turns
 from actors.memory.build import build_memory
 from actors.memory.parametric import ParametricMemory
-from actors.memory.truncation import TruncationMemory
 from actors.text.chat_template import ChatFormat
 from actors.text.split_text import split_text
 from actors.types import FastWeights, Flashcard, Generation, SpanKind, WriteExample, WriteRequest, WriteResult
