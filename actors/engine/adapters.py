@@ -52,7 +52,8 @@ def as_tensors(weights: FastWeights) -> AdapterTensors:
 
 class AdapterTable:
     """Installed adapters of one policy version, or, with ``follow_on``, of those since ``start_version``. All methods run on the engine's step
-    thread; ``version`` may be read anywhere."""
+    thread; ``version`` may be read anywhere.
+    """
 
     def __init__(self, version: PolicyVersion) -> None:
         self.version = self._oldest = version

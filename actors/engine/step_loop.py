@@ -35,7 +35,8 @@ _ANSWERED: tuple[Phase, ...] = ("write", "install")  # work after which its call
 
 PATIENCE = 0.05
 """How long a step waits for callers who were answered since the step before, as a share of that step's time: the next request of an episode is a
-moment away (its text is parsed, its next turn encoded), and a step takes it along for less than a step of its own costs."""
+moment away (its text is parsed, its next turn encoded), and a step takes it along for less than a step of its own costs.
+"""
 
 
 class StepOutput(Protocol):

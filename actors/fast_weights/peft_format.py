@@ -1,15 +1,13 @@
-"""Fast weights as a stock PEFT LoRA adapter, and back: for export, for other engines, and for the tests' reference.
+"""Writes fast weights as a stock PEFT LoRA adapter, and reads them back: for export and for other engines.
 
 scaling = lora_alpha / r is 1, so PEFT computes what ``add_delta`` computes.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -17,8 +15,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from actors.fast_weights.basis import read_safetensors
 from actors.fast_weights.delta import Basis, BasisError, check
 from actors.types import FastWeights
+from configs.files import dump_json, new_folder, read_json
 
 _PREFIX = "base_model.model."
 _TENSORS = "adapter_model.safetensors"
@@ -27,18 +27,15 @@ _REVISION = "engram_revision"
 
 
 def to_peft(weights: FastWeights, basis: Basis) -> dict[str, Tensor]:
-    """PEFT's names -> float32 tensors: lora_A [rank, d_in] is the revision's own A, else the basis; lora_B [d_out, rank], zeros for revision 0.
+    """The tensors of the adapter by PEFT's names, float32. Raises BasisError.
 
-    Raises BasisError.
+    lora_A [rank, d_in] is the revision's own A, else the basis. lora_B [d_out, rank] is zeros for revision 0.
     """
     check(weights, basis)
     tensors: dict[str, Tensor] = {}
     for name, a in basis.a.items():
-        b = (
-            torch.tensor(weights.b[name])
-            if weights.revision > 0
-            else torch.zeros(basis.d_out[name], basis.rank)
-        )
+        zeros = torch.zeros(basis.d_out[name], basis.rank)
+        b = torch.tensor(weights.b[name]) if weights.revision > 0 else zeros
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = torch.tensor(weights.a[name]) if name in weights.a else a
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous()
     return tensors
@@ -60,50 +57,46 @@ def adapter_config(basis: Basis, base_model: str) -> dict[str, object]:
 
 
 def export_peft(weights: FastWeights, basis: Basis, folder: str | os.PathLike[str], base_model: str) -> None:
-    """Write an adapter folder that ``peft.PeftModel.from_pretrained`` loads. The folder appears whole, or not at all; it must not exist yet.
+    """Write an adapter folder that ``peft.PeftModel.from_pretrained`` loads. It appears whole, or not at all.
 
     Raises BasisError for foreign weights and FileExistsError for a folder that holds something.
     """
     target = Path(folder)
     tensors = to_peft(weights, basis)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        metadata = {"format": "pt", "basis_id": basis.id, _REVISION: str(weights.revision)}
-        safetensors.torch.save_file(tensors, temporary / _TENSORS, metadata=metadata)
-        (temporary / _CONFIG).write_text(json.dumps(adapter_config(basis, base_model), indent=2) + "\n")
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(target)  # onto nothing, or onto an empty folder
-        except OSError as error:
-            raise FileExistsError(f"{target}: already holds something; export into a new folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    metadata = {"format": "pt", "basis_id": basis.id, _REVISION: str(weights.revision)}
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target}: already holds something; export into a new folder")
+    with new_folder(target) as partial:
+        safetensors.torch.save_file(tensors, partial / _TENSORS, metadata=metadata)
+        (partial / _CONFIG).write_text(dump_json(adapter_config(basis, base_model), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """What is read of the adapter's configuration."""
+
+    r: int
+    lora_alpha: float
 
 
 def from_peft(folder: str | os.PathLike[str], basis: Basis) -> FastWeights:
-    """Read fast weights that ``export_peft`` wrote. Raises BasisError when the folder is damaged, or has an A that it cannot have."""
-    path = Path(folder) / _TENSORS
+    """Read fast weights that ``export_peft`` wrote.
+
+    Raises BasisError when the folder is damaged, or belongs to another basis.
+    """
     try:
-        with safetensors.safe_open(path, framework="pt") as reader:
-            revision = int((reader.metadata() or {}).get(_REVISION, "1"))
-            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118  (not a mapping)
-        config = json.loads((Path(folder) / _CONFIG).read_text())
-        scale = config["lora_alpha"] / config["r"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        ZeroDivisionError,
-        safetensors.SafetensorError,
-    ) as error:
+        tensors, metadata = read_safetensors(Path(folder) / _TENSORS)
+        revision = int(metadata.get(_REVISION, "1"))
+        scaling = read_json(Path(folder) / _CONFIG, _Scaling)
+        scale = scaling.lora_alpha / scaling.r
+    except (OSError, ValueError, ArithmeticError, safetensors.SafetensorError) as error:
         raise BasisError(
             f"{folder}: cannot be read as an adapter ({error}); give a folder written by the export"
         ) from error
-    if scale != 1 or config["r"] != basis.rank:
+    if scale != 1 or scaling.r != basis.rank:
         raise BasisError(
-            f"{folder}: has rank {config['r']} and scaling {scale:g}, basis {basis.id} needs rank {basis.rank} and scaling 1"
+            f"{folder}: has rank {scaling.r} and scaling {scale:g}, "
+            f"basis {basis.id} needs rank {basis.rank} and scaling 1"
         )
     return _unpack(tensors, revision, basis, folder)
 
@@ -115,7 +108,8 @@ def _unpack(
     if set(tensors) != expected:
         first = min(set(tensors) ^ expected)
         raise BasisError(
-            f"{folder}: its matrices are not those of basis {basis.id}, first {first}; use the basis it was written with"
+            f"{folder}: its matrices are not those of basis {basis.id}, first {first}; "
+            "use the basis it was written with"
         )
     a = {name: tensors[f"{_PREFIX}{name}.lora_A.weight"].float() for name in basis.modules}
     moved = basis.train_a and revision > 0
@@ -127,8 +121,7 @@ def _unpack(
     if revision == 0:
         return FastWeights(basis.id, 0, {})
     b = {name: tensors[f"{_PREFIX}{name}.lora_B.weight"].float().numpy() for name in basis.modules}
-    weights = FastWeights(
-        basis.id, revision, b, {name: own.numpy() for name, own in a.items()} if moved else {}
-    )
+    own_a = {name: own.numpy() for name, own in a.items()} if moved else {}
+    weights = FastWeights(basis.id, revision, b, own_a)
     check(weights, basis)
     return weights

@@ -1,66 +1,86 @@
-"""How sensitive the model's own text is to a change of B, and the step of a write that respects it: the natural gradient of B under a frozen A.
+"""How sensitive the model's own text is to a change of B, and the direction of a write that respects it.
 
-What a write should not change is what the model says elsewhere. To second order a change dB of one matrix moves the model's distribution by
+A write should not change what the model says elsewhere. To second order a change dB of one matrix moves the
+model's distribution by (nats per token)
 
-    KL(base || written) ~ 1/2 tr(dB^T G dB C),    G = E[g g^T] [d_out, d_out],    C = E[(A x)(A x)^T] [r, r]        (nats per token)
+    KL(base || written) ~ 1/2 tr(dB^T G dB C),    G = E[g g^T] [d_out, d_out],    C = E[(A x)(A x)^T] [r, r]
 
-x: the inputs of the matrix, g: the gradients of log p(y) at its outputs, y drawn from the model itself (K-FAC, arXiv 1503.05671; matrices are taken
-as independent of each other). The steepest descent of the flashcards' loss per unit of that KL is G^-1 grad C^-1 (the natural gradient; its length is
-then fixed by a trust region, as in TRPO, arXiv 1502.05477). As A is frozen and r small, C^-1 is r x r, and all of it is computed once, with the
-basis: a step costs no more than one of SGD. Of G its ``rank`` largest eigenvectors are kept and one value for the rest: [d_out, rank] numbers.
+x: the inputs of the matrix. g: the gradients of log p(y) at its outputs, y drawn from the model itself. This
+is K-FAC (arXiv 1503.05671), with matrices taken as independent of each other. The steepest descent of the
+flashcards' loss per unit of that KL is the natural gradient, G^-1 grad C^-1. A trust region then fixes its
+length, as in TRPO (arXiv 1502.05477); see actors/write/optimizers.py.
 
-The text is the model's own: samples at temperature 1, half of them free, half conversations. So nothing but the model is needed, and what is guarded
-is what the model would say.
+A is frozen and r is small, so C^-1 is r x r and all of it is computed once, with the basis: a step costs no
+more than a step of SGD. Of G its ``rank`` largest eigenvectors are kept, and one value for the rest: [d_out,
+rank] numbers.
+
+The text is the model's own: samples at temperature 1, half of them free, half conversations. So nothing but
+the model is needed, and the guard protects what the model would say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 FLOOR = 1e-4
-"""The least that is added to G, in units of its largest eigenvalue: where all directions are kept nothing is left to measure the damping by, and
-without any float32 would have only rounding to divide."""
+"""The least that is added to G, in units of its largest eigenvalue.
+
+Where all directions are kept, no rest is left to measure the damping by. Without a floor float32 would divide
+by rounding errors.
+"""
 SAMPLES, SAMPLE_TOKENS = 32, 64
-"""What is read: 2,048 tokens of the model's own. Four times as many did not write better (SmolLM2-135M, 12 facts)."""
+"""2,048 tokens in all. Four times as many did not write better (SmolLM2-135M, 12 facts)."""
 DAMPING = 3.0
-"""Added to G, in units of the mean of the eigenvalues that are not kept: a direction counts as hardly less sensitive than the average one."""
+"""Added to G, in units of the mean of the eigenvalues that are not kept.
+
+No direction then counts as much less sensitive than the average.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sensitivity:
-    """Of one matrix. directions: float32 [d_out, k], orthonormal. inverse: float32 [k + 1], of G along each of them, and along all others.
-    read: float32 [r, r], C^-1."""
+    """G^-1 and C^-1 of one matrix, in float32.
+
+    directions [d_out, k]: orthonormal. inverse [k + 1]: of G along each direction, and along all others.
+    read [r, r]: C^-1, of what the matrix reads.
+    """
+
+    PARTS: ClassVar = ("directions", "inverse", "read")
 
     directions: Tensor
     inverse: Tensor
     read: Tensor
 
     def natural(self, gradient: Tensor) -> Tensor:
-        """G^-1 gradient C^-1, of gradients [..., d_out, r]."""
+        """The natural gradient G^-1 gradient C^-1, of gradients [..., d_out, r]."""
         kept = (self.inverse[:-1] - self.inverse[-1])[:, None] * (self.directions.T @ gradient)
         result: Tensor = (self.inverse[-1] * gradient + self.directions @ kept) @ self.read
         return result
 
     def parts(self) -> dict[str, Tensor]:
-        return {"directions": self.directions, "inverse": self.inverse, "read": self.read}
+        return {part: getattr(self, part) for part in self.PARTS}
 
     def to(self, device: torch.device) -> Sensitivity:
         return Sensitivity(self.directions.to(device), self.inverse.to(device), self.read.to(device))
 
 
 def sensitivity_of(read: Tensor, gradients: Tensor, rank: int) -> Sensitivity:
-    """Of one matrix, from A x [n, r] and the gradients at its outputs [n, d_out], a row a token. Computed in float64."""
+    """The sensitivity of one matrix, computed in float64, with ``rank`` directions.
+
+    read [n, r]: A x. gradients [n, d_out]: at the matrix' outputs. A row is a token.
+    """
     g, z = gradients.double(), read.double()
     count = len(g)
     if g.shape[1] <= count:
         values, vectors = torch.linalg.eigh(g.T @ g / count)  # ascending
         values, directions = values[-rank:], vectors[:, -rank:]
     else:
+        # Fewer tokens than outputs: the eigenvectors of the smaller matrix g g^T give those of g^T g.
         values, vectors = torch.linalg.eigh(g @ g.T / count)
         values = values[-rank:]
         directions = torch.linalg.qr(g.T @ vectors[:, -rank:])[0]
@@ -74,7 +94,10 @@ def sensitivity_of(read: Tensor, gradients: Tensor, rank: int) -> Sensitivity:
 
 
 def own_samples(model: Any, starts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
-    """``SAMPLES`` texts of the model's own at temperature 1, as many after each of ``starts``; ids with their start."""
+    """``SAMPLES`` texts of the model at temperature 1, as ids; each of ``starts`` begins as many of them.
+
+    torch's global generator is left as it was.
+    """
     each = SAMPLES // len(starts)
     texts: list[tuple[int, ...]] = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -90,7 +113,7 @@ def own_samples(model: Any, starts: Sequence[Sequence[int]], seed: int) -> list[
                 top_p=1.0,
                 repetition_penalty=1.0,
                 max_new_tokens=SAMPLE_TOKENS,
-                eos_token_id=[],  # what ends a text is said and read as well, and the next begins
+                eos_token_id=[],  # sample on after an end of text: all samples have one length
                 pad_token_id=start[0],
             )
             texts += [tuple(row) for row in drawn.tolist()]
@@ -105,11 +128,13 @@ def measure(
     rank: int,
     seed: int,
 ) -> dict[str, Sensitivity]:
-    """By module of ``a`` ([r, d_in] each); ``first_layer`` is the lowest that one is in. ``model``: a Hugging Face causal LM in float32.
+    """The sensitivity of every module of ``a`` ([r, d_in] each), as ``model`` reads ``texts``.
 
-    The first token of a text is left out, see ``calibration.input_moments``. Deterministic for one machine and number of threads.
+    model: a Hugging Face causal LM in float32. first_layer: the lowest layer with a module of ``a``. The
+    first token of a text is left out, see ``input_moments``. Deterministic for one machine and number of
+    threads.
     """
-    found: dict[str, nn.Module] = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     read: dict[str, list[Tensor]] = {name: [] for name in a}
     outputs: dict[str, Tensor] = {}
     gradients: dict[str, list[Tensor]] = {name: [] for name in a}
@@ -123,21 +148,18 @@ def measure(
         return watch
 
     def cut(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].detach().requires_grad_(), *args[1:])  # nothing below needs a gradient
+        return (args[0].detach().requires_grad_(), *args[1:])  # the layers below need no gradient
 
-    handles = [found[name].register_forward_hook(watching(name)) for name in a]
-    handles.append(found[f"model.layers.{first_layer}"].register_forward_pre_hook(cut))
+    handles = [modules[name].register_forward_hook(watching(name)) for name in a]
+    handles.append(modules[f"model.layers.{first_layer}"].register_forward_pre_hook(cut))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     generator = torch.Generator(device=model.device).manual_seed(seed)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
         for text in texts:
-            logits = (
-                model(input_ids=torch.tensor([list(text)], device=model.device), use_cache=False)
-                .logits[0]
-                .float()
-            )
+            ids = torch.tensor([list(text)], device=model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
             (-logits.log_softmax(-1).gather(1, drawn).sum()).backward()
             for name, output in outputs.items():

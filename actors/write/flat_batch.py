@@ -1,11 +1,12 @@
-"""Examples of many episodes as one flat stream of tokens, without padding: matmuls see [N, d], only attention sees rectangles.
+"""Examples of many episodes as one flat stream of tokens, without padding: only attention sees rectangles.
 
     group 0                            group 1
-    [ prefix | row | row | row ]       [ prefix | row | row ]        N tokens; a row is one example without the prefix that all examples share
+    [ prefix | row | row | row ]       [ prefix | row | row ]        N tokens
       P tokens                           P tokens, again
 
-A row attends to its group's prefix and to itself, the prefix to itself. With all rows in one group the prefix runs once (below Delta it is the same
-for everybody); with a group for each episode it runs once per episode, under that episode's Delta.
+All examples share the prefix; a row is one example without it. A row attends to its group's prefix and to
+itself, the prefix to itself. With all rows in one group the prefix runs once: below Delta it is the same for
+everybody. With a group for each episode it runs once per episode, under that episode's Delta.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+_Indices = NDArray[np.int64]
+
 
 @dataclass(frozen=True, slots=True)
 class RowSpan:
-    """A row of ``length`` tokens; the answer is predicted from its last ``answers`` positions. Both at least 1."""
+    """A row of ``length`` tokens. Its last ``answers`` tokens predict the answer. Both at least 1."""
 
     length: int
     answers: int
@@ -30,9 +33,11 @@ class RowSpan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FlatBatch:
-    """Index tensors of one stream; see ``make_flat_batch``. G groups, R rows, Q and K the longest row without and with the prefix, A the longest answer.
+    """The index tensors of one stream, made by ``make_flat_batch``.
 
-    tokens of group g: ``offsets[g]:offsets[g + 1]``; answer positions of group g: ``answer_offsets[g]:answer_offsets[g + 1]`` of ``answers``.
+    G groups, R rows, N tokens; Q the longest row without the prefix; A the longest answer.
+    Tokens of group g are ``offsets[g]:offsets[g + 1]``. Its answer positions are
+    ``answer_offsets[g]:answer_offsets[g + 1]`` of ``answers``.
     """
 
     prefix: int
@@ -45,25 +50,26 @@ class FlatBatch:
     mask: Tensor  # bool [R, 1, Q, P + Q]
     order: Tensor  # int64 [N]: place of each token in [prefixes, rows] flattened
     answers: Tensor  # int64 [sum of answers]: where the answer-predicting tokens are
-    answer_rows: (
-        Tensor  # int64 [R, A]: the same as indices into ``answers``; shorter answers repeat their last
-    )
+    answer_rows: Tensor  # int64 [R, A]: as indices into ``answers``; shorter answers repeat their last
     answer_mask: Tensor  # bool [R, 1, A, P + Q]
-    answer_order: Tensor  # int64 [sum of answers]: place of each in answer_rows flattened
+    answer_order: Tensor  # int64 [sum of answers]: place of each in ``answer_rows`` flattened
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention. q [N, heads, head_dim]; k, v [N, kv heads, head_dim] -> [N, heads * head_dim]."""
         parts = []
         if self.prefix > 0:
-            inside = [x[self.prefixes].transpose(1, 2) for x in (q, k, v)]
-            parts.append(_attention(inside[0], inside[1], inside[2], mask=None).flatten(0, 1))
-        parts.append(
-            _attention(q[self.rows].transpose(1, 2), *self._keys(k, v), mask=self.mask).flatten(0, 1)
-        )
+            q_prefix, k_prefix, v_prefix = (x[self.prefixes].transpose(1, 2) for x in (q, k, v))
+            parts.append(_attention(q_prefix, k_prefix, v_prefix, mask=None).flatten(0, 1))
+        of_rows = _attention(q[self.rows].transpose(1, 2), *self._keys(k, v), mask=self.mask)
+        parts.append(of_rows.flatten(0, 1))
+        # The repeats of shorter rows are not named in ``order``, so they fall away here.
         return torch.cat(parts)[self.order]
 
     def attend_answers(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The same for the queries of the answer-predicting tokens: q [sum of answers, heads, head_dim] -> [sum of answers, heads * head_dim]."""
+        """The same for the queries of the answer-predicting tokens alone.
+
+        q [sum of answers, heads, head_dim] -> [sum of answers, heads * head_dim]; k and v of all N tokens.
+        """
         attended = _attention(q[self.answer_rows].transpose(1, 2), *self._keys(k, v), mask=self.answer_mask)
         return attended.flatten(0, 1)[self.answer_order]
 
@@ -85,38 +91,44 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConcatenatedBatches:
-    """Streams one behind the other that do not see each other, as one: matmuls of few tokens read as much as those of many."""
+    """Several streams, one behind the other, that do not see each other.
 
-    layouts: tuple[FlatBatch, ...]
+    Why: a matmul of few tokens reads as much of the weights as a matmul of many.
+    """
+
+    batches: tuple[FlatBatch, ...]
 
     @property
     def sizes(self) -> list[int]:
         """Tokens of each stream."""
-        return [layout.offsets[-1] for layout in self.layouts]
+        return [batch.offsets[-1] for batch in self.batches]
 
     @property
     def positions(self) -> Tensor:
-        return torch.cat([layout.positions for layout in self.layouts])
+        return torch.cat([batch.positions for batch in self.batches])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As FlatBatch.attend, for all of them."""
-        parts = zip(self.layouts, *(x.split(self.sizes) for x in (q, k, v)), strict=True)
-        return torch.cat([layout.attend(*parts_of) for layout, *parts_of in parts])
+        streams = zip(self.batches, *(x.split(self.sizes) for x in (q, k, v)), strict=True)
+        return torch.cat([batch.attend(*stream) for batch, *stream in streams])
 
 
 def make_flat_batch(prefix: int, groups: Sequence[Sequence[RowSpan]], device: torch.device) -> FlatBatch:
-    """The layout of ``groups``, each one row or more, behind a shared prefix of ``prefix`` tokens."""
+    """The batch of ``groups``, each one row or more, behind a shared prefix of ``prefix`` tokens."""
     spans = [row for group in groups for row in group]
     starts, prefix_starts, offsets = _places(prefix, groups)
     lengths, sizes = np.array([row.length for row in spans]), np.array([row.answers for row in spans])
     q_count, a_count = int(lengths.max()), int(sizes.max())
-    column = np.arange(q_count)
-    rows = starts[:, None] + np.minimum(column, lengths[:, None] - 1)
+    last = lengths[:, None] - 1
+    place = np.minimum(
+        np.arange(q_count), last
+    )  # of each query within its row; shorter rows repeat their last
+    rows = starts[:, None] + place
     group_of_row = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     prefixes = prefix_starts[:, None] + np.arange(prefix)
     keys = np.concatenate([prefixes[group_of_row], rows], axis=1)
     # Answer k of a row is predicted from place length - answers + k; shorter answers repeat their last.
-    answer_place = np.minimum(lengths[:, None] - sizes[:, None] + np.arange(a_count), lengths[:, None] - 1)
+    answer_place = np.minimum(lengths[:, None] - sizes[:, None] + np.arange(a_count), last)
     real = np.arange(a_count) < sizes[:, None]
     firsts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     answer_offsets = [0, *np.cumsum([sum(row.answers for row in group) for group in groups]).tolist()]
@@ -128,7 +140,7 @@ def make_flat_batch(prefix: int, groups: Sequence[Sequence[RowSpan]], device: to
         prefixes=_index(prefixes, device),
         rows=_index(rows, device),
         keys=_index(keys, device),
-        mask=_mask(prefix, np.minimum(column, lengths[:, None] - 1), q_count, device),
+        mask=_mask(prefix, place, q_count, device),
         order=_index(_order(prefix, starts, prefix_starts, lengths, q_count, offsets[-1]), device),
         answers=_index((starts[:, None] + answer_place)[real], device),
         answer_rows=_index(firsts[:, None] + np.minimum(np.arange(a_count), sizes[:, None] - 1), device),
@@ -137,9 +149,7 @@ def make_flat_batch(prefix: int, groups: Sequence[Sequence[RowSpan]], device: to
     )
 
 
-def _places(
-    prefix: int, groups: Sequence[Sequence[RowSpan]]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
+def _places(prefix: int, groups: Sequence[Sequence[RowSpan]]) -> tuple[_Indices, _Indices, list[int]]:
     """Where each row starts, where each group's prefix starts, and the groups' offsets."""
     starts, prefix_starts, offsets = [], [], [0]
     for group in groups:
@@ -153,7 +163,7 @@ def _places(
     return np.array(starts, dtype=np.int64), np.array(prefix_starts, dtype=np.int64), offsets
 
 
-def _positions(prefix: int, groups: Sequence[Sequence[RowSpan]]) -> NDArray[np.int64]:
+def _positions(prefix: int, groups: Sequence[Sequence[RowSpan]]) -> _Indices:
     pieces = [
         piece
         for group in groups
@@ -163,13 +173,8 @@ def _positions(prefix: int, groups: Sequence[Sequence[RowSpan]]) -> NDArray[np.i
 
 
 def _order(
-    prefix: int,
-    starts: NDArray[np.int64],
-    prefix_starts: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    q_count: int,
-    total: int,
-) -> NDArray[np.int64]:
+    prefix: int, starts: _Indices, prefix_starts: _Indices, lengths: _Indices, q_count: int, total: int
+) -> _Indices:
     order = np.empty(total, dtype=np.int64)
     for number, start in enumerate(prefix_starts):
         order[start : start + prefix] = number * prefix + np.arange(prefix)
@@ -179,12 +184,12 @@ def _order(
     return order
 
 
-def _mask(prefix: int, places: NDArray[np.int64], q_count: int, device: torch.device) -> Tensor:
-    """True where the query at ``places`` [R, n] of its row may look: the whole prefix, then no further than itself."""
+def _mask(prefix: int, places: _Indices, q_count: int, device: torch.device) -> Tensor:
+    """True where the query at ``places`` [R, n] of its row may look: the whole prefix, then up to itself."""
     own = np.arange(q_count)[None, None] <= places[..., None]
     mask = np.concatenate([np.ones((*places.shape, prefix), dtype=bool), own], axis=-1)
     return torch.from_numpy(mask)[:, None].to(device)
 
 
-def _index(array: NDArray[np.int64], device: torch.device) -> Tensor:
+def _index(array: _Indices, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)

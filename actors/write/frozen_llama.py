@@ -1,9 +1,10 @@
-"""A frozen causal LM as plain tensors, for passes that no engine and no Hugging Face module makes: flat streams, cut layers, gradients of B.
+"""A frozen causal LM as plain tensors, for passes that neither the engine nor a Hugging Face module makes.
 
-    weights (a checkpoint's, or vLLM's own: engine_weights.py)  -->  FrozenLlama: embed, layers, norm, head
-    FlatBatch (layout.py): which tokens of the flat stream belong together, and who attends to whom
+    weights: a checkpoint's, or vLLM's own (engine/writer.py) --> FrozenLlama: embed, layers, norm, head
+    pattern: who attends to whom in a stream (flat_batch.py)  -->   attention, MLP, head of that stream
 
-The families are those whose decoder layer is h += attention(norm(h)); h += mlp(norm(h)): Llama, Mistral, Qwen2, Qwen3. No weight gets a gradient.
+A decoder layer is h += attention(norm(h)); h += mlp(norm(h)): Llama, Mistral, Qwen2, Qwen3. No weight gets a
+gradient; the gradient of the stream is exact.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class _TimesFrozen(torch.autograd.Function):
-    """x W^T + bias, differentiable in x. W is no saved tensor: vLLM's may be inference tensors, which autograd refuses to save."""
+    """x W^T + bias, differentiable in x.
+
+    W is kept outside autograd's saved tensors: vLLM's may be inference tensors, which autograd refuses to
+    save.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -39,7 +44,11 @@ class _TimesFrozen(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
-    """x [N, d_in] -> [N, d_out]. ``weight`` [d_out, d_in] where it can be seen; else ``forward`` is the owner's own matmul, without a gradient."""
+    """x [N, d_in] -> [N, d_out], by ``weight`` [d_out, d_in].
+
+    An engine may hide a weight. Then ``weight`` is None and ``forward`` is the engine's matmul, without a
+    gradient.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
@@ -50,19 +59,24 @@ class Linear:
             return times_frozen(x, self.weight, self.bias)
         if self.forward is None or x.requires_grad:
             raise WriterError(
-                "the engine hides the weights of a layer that the write must differentiate through; this is a programming error"
+                "the engine hides the weights of a layer that the write must differentiate through: "
+                "this is a programming error"
             )
         return self.forward(x)
 
 
 def times_frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + bias."""
+    """x W^T + bias, with a gradient for x where x wants one, and none for the weight."""
     return functional.linear(x, weight, bias) if not x.requires_grad else _TimesFrozen.apply(x, weight, bias)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FrozenLayer:
-    """One decoder layer. ``qkv`` is q, k, v below each other, ``gate_up`` gate and up; norms are RMS weights; q_norm and k_norm only in Qwen3."""
+    """One decoder layer.
+
+    ``qkv`` is q, k and v one below the other; ``gate_up`` is gate and up. Norms are RMS weights; only Qwen3
+    has q_norm and k_norm.
+    """
 
     input_norm: Tensor
     qkv: Linear
@@ -76,7 +90,10 @@ class FrozenLayer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shape:
-    """The numbers of an architecture. ``window``: how many tokens an example may have at most where attention slides, else None."""
+    """The numbers of an architecture.
+
+    ``window``: the longest example, in tokens, where attention slides; None where it does not.
+    """
 
     heads: int
     kv_heads: int
@@ -87,10 +104,11 @@ class Shape:
 
     @staticmethod
     def of(config: Any) -> Shape:
-        """From a Hugging Face config. Raises WriterError for a model that is not one of SUPPORTED_MODELS."""
+        """Read a Hugging Face config. Raises WriterError for a model that is not one of SUPPORTED_MODELS."""
         if config.model_type not in SUPPORTED_MODELS:
             raise WriterError(
-                f"model type {config.model_type!r} is not supported by the writer: use one of {', '.join(SUPPORTED_MODELS)}"
+                f"model type {config.model_type!r} is not supported by the writer: "
+                f"use one of {', '.join(SUPPORTED_MODELS)}"
             )
         heads = int(config.num_attention_heads)
         return Shape(
@@ -104,11 +122,15 @@ class Shape:
 
 
 class AttentionPattern(Protocol):
-    """What attention needs to know about the N tokens of a stream: a FlatBatch, or one of whoever keeps keys and values from pass to pass."""
+    """Who attends to whom among the N tokens of a stream.
+
+    A FlatBatch is such a pattern. cluster/probe/reading.py has another, which keeps keys and values over
+    passes.
+    """
 
     @property
     def positions(self) -> Tensor:
-        """int64 [N]: of each token within its text."""
+        """int64 [N]: the position of each token within its text."""
         ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -117,7 +139,7 @@ class AttentionPattern(Protocol):
 
 
 class FrozenLlama:
-    """See the module's text. Streams are flat: [N, d] for the N tokens of a FlatBatch; dtype and device are the weights'."""
+    """The model's passes over flat streams [N, d], in the weights' dtype and on their device."""
 
     def __init__(
         self, config: Any, embed: Tensor, layers: Sequence[FrozenLayer], norm: Tensor, head: Tensor
@@ -129,9 +151,8 @@ class FrozenLlama:
         self.layers = tuple(layers)
         self._embed, self._norm = embed, norm
         self.head = head[: self.shape.vocabulary]
-        self._rotary: Any = LlamaRotaryEmbedding(config).to(
-            embed.device
-        )  # the same formula in all four families
+        # All four families have the same formula for it.
+        self._rotary: Any = LlamaRotaryEmbedding(config).to(embed.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,46 +165,48 @@ class FrozenLlama:
     def embed(self, ids: Tensor) -> Tensor:
         return functional.embedding(ids, self._embed)
 
-    def rotary(self, layout: AttentionPattern) -> tuple[Tensor, Tensor]:
-        """cos and sin [N, 1, head_dim] of the layout's positions."""
+    def rotary(self, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:
+        """cos and sin [N, 1, head_dim] of the pattern's positions."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        cos, sin = self._rotary(like, layout.positions[None])
+        cos, sin = self._rotary(like, pattern.positions[None])
         return cos[0][:, None], sin[0][:, None]
 
     def normed(self, h: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm, in float32 as in Hugging Face's modules."""
+        """RMS norm of h; the root mean square is taken in float32, as in Hugging Face's modules."""
         return weight * functional.rms_norm(h.float(), (h.shape[-1],), eps=self.shape.norm_eps).to(h.dtype)
 
     def final_norm(self, h: Tensor) -> Tensor:
         return self.normed(h, self._norm)
 
     def attention(
-        self, layer: FrozenLayer, h: Tensor, layout: AttentionPattern, rotary: tuple[Tensor, Tensor]
+        self, layer: FrozenLayer, h: Tensor, pattern: AttentionPattern, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         """What attention adds to every token of the stream: [N, d]."""
         shape = self.shape
-        q, k, v = layer.qkv(self.normed(h, layer.input_norm)).split(
-            [shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.kv_heads * shape.head_dim],
-            dim=-1,
-        )
+        kv_width = shape.kv_heads * shape.head_dim
+        widths = [shape.heads * shape.head_dim, kv_width, kv_width]
+        q, k, v = layer.qkv(self.normed(h, layer.input_norm)).split(widths, dim=-1)
         q = self._rotated(q.unflatten(-1, (shape.heads, -1)), layer.q_norm, rotary)
         k = self._rotated(k.unflatten(-1, (shape.kv_heads, -1)), layer.k_norm, rotary)
-        return layer.out(layout.attend(q, k, v.unflatten(-1, (shape.kv_heads, -1))))
+        return layer.out(pattern.attend(q, k, v.unflatten(-1, (shape.kv_heads, -1))))
 
     def answer_attention(
-        self, layer: FrozenLayer, h: Tensor, layout: FlatBatch, rotary: tuple[Tensor, Tensor]
+        self, layer: FrozenLayer, h: Tensor, batch: FlatBatch, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """The same at answer-predicting positions only [answers, d]: keys and values of all tokens, queries of those."""
+        """What attention adds to the answer-predicting positions [answers, d].
+
+        Keys and values are those of all tokens; queries are computed for these positions alone.
+        """
         shape, weight = self.shape, layer.qkv.weight
         if weight is None:
-            return layer.out(layout.answers_of(self.attention(layer, h, layout, rotary)))
+            return layer.out(batch.answers_of(self.attention(layer, h, batch, rotary)))
         x, bias, width = self.normed(h, layer.input_norm), layer.qkv.bias, shape.heads * shape.head_dim
-        q = times_frozen(layout.answers_of(x), weight[:width], None if bias is None else bias[:width])
+        q = times_frozen(batch.answers_of(x), weight[:width], None if bias is None else bias[:width])
         k, v = times_frozen(x, weight[width:], None if bias is None else bias[width:]).chunk(2, dim=-1)
-        at_answers = layout.answers_of(rotary[0]), layout.answers_of(rotary[1])
+        at_answers = batch.answers_of(rotary[0]), batch.answers_of(rotary[1])
         q = self._rotated(q.unflatten(-1, (shape.heads, -1)), layer.q_norm, at_answers)
         k = self._rotated(k.unflatten(-1, (shape.kv_heads, -1)), layer.k_norm, rotary)
-        return layer.out(layout.attend_answers(q, k, v.unflatten(-1, (shape.kv_heads, -1))))
+        return layer.out(batch.attend_answers(q, k, v.unflatten(-1, (shape.kv_heads, -1))))
 
     def feed(self, layer: FrozenLayer, h: Tensor) -> Tensor:
         """What the MLP adds, without any Delta: [N, d]."""
@@ -191,7 +214,11 @@ class FrozenLlama:
         return layer.down(functional.silu(gate) * up)
 
     def _rotated(self, x: Tensor, norm: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """x [N, heads, head_dim] under rotary position embedding (Su et al. 2021, in the halves layout of Llama)."""
+        """x [N, heads, head_dim] under rotary position embedding.
+
+        Su et al. 2021, arXiv 2104.09864; the two halves of a head are rotated against each other, as in
+        Llama.
+        """
         if norm is not None:
             x = self.normed(x, norm)
         first, second = x.chunk(2, dim=-1)
@@ -199,29 +226,25 @@ class FrozenLlama:
 
 
 class OwnedWeights:
-    """Tensors by Hugging Face name, q/k/v and gate/up held as one matrix each; ``refresh`` writes new values into the same memory.
+    """Weights by Hugging Face name, q/k/v and gate/up held as one matrix each.
 
-    Of a whole model, or of some of its layers only: it holds what ``layer`` and ``model`` have taken out of ``tensors``.
+    It holds what ``model`` or ``layer`` have taken out of ``tensors``: a whole model, or some of its layers.
+    ``refresh`` writes new values into the same memory.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
-        """Tensors are copied to ``dtype`` and ``device``, unless they are there already and need not be joined."""
+        """Copy tensors to ``dtype`` and ``device``; a tensor that is there, and is not joined, is shared."""
         self._parts: dict[str, Tensor] = {}
         self._tensors, self._dtype, self._device = tensors, dtype, device
 
     def model(self, config: Any) -> FrozenLlama:
-        """All of it. Raises WriterError for a missing tensor or an unsupported model."""
-        Shape.of(config)  # an unsupported model is named as such, not by the tensor that it lacks
+        """The whole model. Raises WriterError for a missing tensor or an unsupported model."""
+        Shape.of(config)  # first, so that the message names the model and not the first tensor that it lacks
         embed = self._take("model.embed_tokens.weight")
         layers = [self.layer(number) for number in range(int(config.num_hidden_layers))]
+        norm = self._take("model.norm.weight")
         tied = "lm_head.weight" not in self._tensors
-        return FrozenLlama(
-            config,
-            embed,
-            layers,
-            self._take("model.norm.weight"),
-            embed if tied else self._take("lm_head.weight"),
-        )
+        return FrozenLlama(config, embed, layers, norm, embed if tied else self._take("lm_head.weight"))
 
     def layer(self, number: int) -> FrozenLayer:
         prefix = f"model.layers.{number}."
@@ -238,16 +261,20 @@ class OwnedWeights:
         )
 
     def refresh(self, tensors: Mapping[str, Tensor]) -> None:
-        """New values for the held ones among ``tensors``. All shapes are checked first. Raises WriterError with nothing changed."""
-        mine = {name: tensor for name, tensor in tensors.items() if name in self._parts}
-        wrong = [name for name, tensor in mine.items() if tensor.shape != self._parts[name].shape]
-        if wrong:
-            has, needs = tuple(mine[wrong[0]].shape), tuple(self._parts[wrong[0]].shape)
-            raise WriterError(
-                f"refresh of the writer's weights refused: {wrong[0]} has shape {has}, not {needs}; send the weights of the same model"
-            )
+        """Take new values for what is held here; other tensors are ignored.
+
+        Raises WriterError, with nothing changed, when a shape is wrong.
+        """
+        held = {name: tensor for name, tensor in tensors.items() if name in self._parts}
+        for name, tensor in held.items():
+            if tensor.shape != self._parts[name].shape:
+                has, needs = tuple(tensor.shape), tuple(self._parts[name].shape)
+                raise WriterError(
+                    f"refresh of the writer's weights refused: {name} has shape {has}, not {needs}; "
+                    "send the weights of the same model"
+                )
         with torch.no_grad():
-            for name, tensor in mine.items():
+            for name, tensor in held.items():
                 self._parts[name].copy_(tensor)
 
     def _linear(self, prefix: str, names: tuple[str, ...]) -> Linear:
@@ -284,17 +311,15 @@ class OwnedWeights:
 def read_model(
     model_path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"], device: torch.device
 ) -> FrozenLlama:
-    """The model of a Hugging Face folder, with weights of its own."""
+    """The model of a Hugging Face folder, with weights of its own. Raises WriterError."""
     from transformers import AutoConfig
 
-    tensors = read_tensors(Path(model_path), "")
-    return OwnedWeights(tensors, getattr(torch, dtype), device).model(
-        AutoConfig.from_pretrained(str(model_path))
-    )
+    weights = OwnedWeights(read_tensors(Path(model_path), ""), getattr(torch, dtype), device)
+    return weights.model(AutoConfig.from_pretrained(str(model_path)))
 
 
 def read_tensors(folder: Path, *prefixes: str) -> dict[str, Tensor]:
-    """The tensors of a Hugging Face folder whose names begin with one of ``prefixes``, from its safetensors files. Raises WriterError."""
+    """The tensors of a Hugging Face folder whose names begin with one of ``prefixes``. Raises WriterError."""
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Tensor] = {}

@@ -1,6 +1,11 @@
-"""The two products of a Delta on a flat stream of groups, each under fast weights of its own, differentiable: A x, and base + B (A x).
+"""The products of a write that the library has no function for, each with its gradient.
 
-Group g is tokens ``offsets[g]:offsets[g + 1]``; the groups cover the stream.
+    shrink_grouped   A x, each group under its own A           for the ablation that trains A
+    add_grouped      base + B (A x), each group under its own B
+    head_pass        log-probs of the answers, and the gradient of their cross-entropy, without the logits
+
+A stream [n, d] holds groups one behind the other: group g is tokens ``offsets[g]:offsets[g + 1]``, and the
+groups cover the stream.
 """
 
 from __future__ import annotations
@@ -11,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_HEAD_WORDS = 4096
+_HEAD_TOKENS = 256  # logits of one block: 50 MB at a vocabulary of 49k, 155 MB at 152k (float32)
+
 
 class _AddDelta(torch.autograd.Function):
-    """base + (shrunk_g B_g^T for each group g): base [n, d_out], shrunk [n, rank], b [G, d_out, rank], group g at offsets[g]:offsets[g + 1]."""
+    """See ``add_grouped``. One autograd node writes the groups into one output: nothing is concatenated."""
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, shrunk: Tensor, b: Tensor, offsets: tuple[int, ...]) -> Tensor:
@@ -35,50 +43,50 @@ class _AddDelta(torch.autograd.Function):
 
 
 def add_grouped(base: Tensor, shrunk: Tensor, b: Tensor, offsets: tuple[int, ...]) -> Tensor:
-    """base + (shrunk_g B_g^T for each group g) [n, d_out]: base [n, d_out], shrunk [n, rank], b [G, d_out, rank]."""
+    """base + shrunk_g B_g^T of each group g: base [n, d_out], shrunk [n, rank], b [G, d_out, rank]."""
     added: Tensor = _AddDelta.apply(base, shrunk, b, offsets)
     return added
 
 
 def shrink_grouped(x: Tensor, a: Tensor, offsets: tuple[int, ...]) -> Tensor:
-    """x_g A_g^T for each group g [n, rank]: x [n, d_in], a [G, rank, d_in]. For the ablation that trains A: plain autograd is quick enough."""
+    """x_g A_g^T of each group g, as [n, rank]: x [n, d_in], a [G, rank, d_in]."""
     return torch.cat(
         [x[start:end] @ own.T for own, (start, end) in zip(a.unbind(0), pairwise(offsets), strict=True)]
     )
-
-
-_HEAD_WORDS = 4096
-_HEAD_TOKENS = 256  # logits of one block: 50 MB at a vocabulary of 49k, 155 MB at 152k (float32)
 
 
 @torch.no_grad()
 def head_pass(
     states: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs float32 [A] of ``targets`` and, with ``weights`` [A], the gradient [A, d] of -sum(weights * log-probs) with respect to ``states``.
+    """Log-probs float32 [A] of ``targets``, given states [A, d] and head [V, d].
 
-    states [A, d], head [V, d]. softmax(z) - onehot is formed in the memory of the logits z, so they exist for one block at a time.
+    With ``weights`` [A] also the gradient [A, d] of -sum(weights * log-probs) with respect to ``states``.
     """
     logprobs = torch.empty(len(states), dtype=torch.float32, device=states.device)
     gradient = torch.empty_like(states) if weights is not None else None
     for start in range(0, len(states), _HEAD_TOKENS):
         block = slice(start, min(start + _HEAD_TOKENS, len(states)))
-        picked = targets[block, None]
+        target = targets[block, None]
         z = (states[block] @ head.T).float()
         z -= z.amax(dim=-1, keepdim=True)
-        chosen = z.gather(-1, picked)
+        chosen = z.gather(-1, target)
         total = z.exp_().sum(dim=-1, keepdim=True)
         logprobs[block] = (chosen - total.log()).squeeze(-1)
         if weights is not None and gradient is not None:
+            # softmax(z) - onehot is formed in the memory of z, so logits exist for one block at a time.
             scale = weights[block, None].to(z.device)
             z *= scale / total
-            z.scatter_add_(-1, picked, -scale)
+            z.scatter_add_(-1, target, -scale)
             gradient[block] = _summed_by_blocks(z.to(states.dtype), head)
     return logprobs, gradient
 
 
 def _summed_by_blocks(z: Tensor, head: Tensor) -> Tensor:
-    """z [n, V] @ head [V, d] as a sum over blocks of the vocabulary: one float32 product over 49k terms of few rows is only good to 2e-4."""
+    """z [n, V] @ head [V, d] as a sum over blocks of the vocabulary.
+
+    Why: one float32 product over 49k terms of few rows is only good to 2e-4.
+    """
     parts = [
         z[:, start : start + _HEAD_WORDS] @ head[start : start + _HEAD_WORDS]
         for start in range(0, head.shape[0], _HEAD_WORDS)

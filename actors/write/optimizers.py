@@ -1,8 +1,10 @@
-"""The steps of a write, as optimizers over the stacked B of many episodes: [n, d_out, r] a matrix, each episode with its own gradient.
+"""The optimizers of a write. They step the stacked B of many episodes, each episode with its own gradient.
 
-SGD (the paper's) and Adam are torch's. NaturalOptimizer is Engram's own: the direction G^-1 grad C^-1 (sensitivity.py) in all matrices at once, as long as the
-second-order model predicts a harm of ``kl`` nats per token for it, and no longer than a loss of 0 needs (Polyak's step: what is known is not learnt
-harder), whichever is the shorter:
+SGD (the paper's) and Adam are torch's. The natural optimizer is Engram's own. It goes along the natural
+gradient d (sensitivity.py) in all matrices at once. A step is as long as the shorter of two lengths:
+
+    trust region   the second-order model predicts a harm of ``kl`` nats per token
+    Polyak's step  the loss reaches 0 by its linear prediction: what is known is not learnt harder
 
     d = G^-1 g C^-1,    slope = sum over matrices of <g, d>,    dB = -min(sqrt(2 kl / slope), loss / slope) d
 """
@@ -21,16 +23,16 @@ from configs.schema import WriteConfig
 
 
 class WriteOptimizer(Protocol):
-    """An optimizer that may look at what it minimises."""
+    """An optimizer that is shown the losses which its step will lower."""
 
     def zero_grad(self) -> None: ...
 
     def step(self, losses: Tensor) -> None:
-        """losses: float32 [n], each episode's before the step, 0 for those that take none."""
+        """losses: float32 [n], each episode's before the step, 0 for an episode that takes no step."""
 
 
 class _TorchOptimizer:
-    """One of torch's, which does not look."""
+    """A torch optimizer. It ignores the losses."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -43,19 +45,25 @@ class _TorchOptimizer:
 
 
 def make_optimizer(
-    weights: StackedWeights, guard: Sequence[Sensitivity], config: WriteConfig
+    weights: StackedWeights, sensitivities: Sequence[Sensitivity], config: WriteConfig
 ) -> WriteOptimizer:
-    """The optimizer that moves ``weights`` in place; guard: of each matrix, for the natural one. None mixes episodes: companions stay apart."""
-    leaves = [leaf.requires_grad_() for leaf in (*weights.b.values(), *weights.a.values())]
+    """The optimizer that moves ``weights`` in place. None of them mixes episodes: companions stay apart.
+
+    sensitivities: of each matrix, for the natural optimizer.
+    """
+    parameters = [matrix.requires_grad_() for matrix in weights.matrices]
     if config.optimizer == "sgd":
-        return _TorchOptimizer(torch.optim.SGD(leaves, lr=config.learning_rate))
+        return _TorchOptimizer(torch.optim.SGD(parameters, lr=config.learning_rate))
     if config.optimizer == "adam":
-        return _TorchOptimizer(torch.optim.Adam(leaves, lr=config.learning_rate))
-    return NaturalOptimizer(leaves, guard, config.step_kl)
+        return _TorchOptimizer(torch.optim.Adam(parameters, lr=config.learning_rate))
+    return NaturalOptimizer(parameters, sensitivities, config.step_kl)
 
 
 class NaturalOptimizer:
-    """See the module's text. sensitivities: of each parameter. No gradient, no movement."""
+    """Steps along the natural gradient; see the module's text. Without a gradient nothing moves.
+
+    parameters: [n, d_out, r] of each matrix, n episodes. sensitivities: of each matrix. kl: nats per token.
+    """
 
     def __init__(self, parameters: Sequence[Tensor], sensitivities: Sequence[Sensitivity], kl: float) -> None:
         self._parameters, self._sensitivities, self._kl = parameters, sensitivities, kl
@@ -66,14 +74,17 @@ class NaturalOptimizer:
 
     @torch.no_grad()
     def step(self, losses: Tensor) -> None:
-        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in self._parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         directions = [
-            one.natural(gradient) for gradient, one in zip(gradients, self._sensitivities, strict=True)
+            sensitivity.natural(gradient)
+            for gradient, sensitivity in zip(gradients, self._sensitivities, strict=True)
         ]
         slope = torch.stack(
             [(g * d).flatten(1).sum(1) for g, d in zip(gradients, directions, strict=True)]
         ).sum(0)
-        steep = slope.clamp_min(torch.finfo(slope.dtype).tiny)
+        steep = slope.clamp_min(
+            torch.finfo(slope.dtype).tiny
+        )  # an episode without a gradient divides by no 0
         length = torch.where(slope > 0, torch.minimum((2 * self._kl / steep).sqrt(), losses / steep), 0.0)
         for parameter, direction in zip(self._parameters, directions, strict=True):
             parameter.sub_(direction * length[:, None, None])
