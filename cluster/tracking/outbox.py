@@ -1,196 +1,152 @@
-"""What the store has not yet taken: JSON lines in the run's folder, in the order of logging, so that an outage or a killed driver loses nothing.
+"""The outbox: what MLflow has not yet taken of a run, in an SQLite file in the run's folder.
 
-    {"sent": 4711                }      how far the store has taken the file (bytes from its start), rewritten in place
-    {"kind": "metrics", ...}            one line a record; the tracker appends, the sender (backfill.py) reads from "sent" on
+    tracker --append--> | 9 status | 8 point | ... | 2 point | 1 params | --oldest--> sender --> MLflow
+                          newest                               oldest    <--taken--- its answer deletes them
 
-A record counts as taken only after the store's answer. Lines are whole: each is one write, and a torn last one (the driver was killed, the disk was
-full in its middle) is cut off. Memory holds records only while the disk takes none, and only ``_MOST_IN_MEMORY``.
+A record leaves the file only after MLflow has answered: an outage or a killed driver loses nothing.
+SQLite keeps the order and never shows half a record. While the disk is full, memory holds the newest records.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import logging
+import sqlite3
 import threading
-from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal
 
-_HEADER_BYTES = 32
-_MOST_IN_MEMORY = 2000  # records; a few MB
-_PARTIAL_READ = 1 << 20  # bytes looked at for one batch
-_CONTENT = {
-    "metrics": ("metrics", "time", "step"),
-    "params": ("params",),
-    "artifact": ("path",),
-    "dataset": ("entity",),
-    "model": ("entity",),
-    "status": ("status", "time"),
-}
+from pydantic import ConfigDict, TypeAdapter
 
-
-class Record(TypedDict, total=False):
-    """One call of the tracker. ``time`` is when it was made (ms since 1970): a back-filled point keeps it."""
-
-    kind: Literal["metrics", "params", "artifact", "dataset", "model", "status"]
-    time: int
-    step: int
-    metrics: dict[str, float]
-    params: dict[str, str]
-    path: str
-    entity: dict[str, str]
-    status: str
+MOST_PARAMS = 100  # in one call: MLflow's limit, as the next
+_MOST_POINTS = 1000
+_MOST_IN_MEMORY = 50_000  # records; about 20 MB
+# Exclusive: no shared memory, which a network file system lacks. Normal: no fsync for each record.
+# The status that an earlier process left is outdated: the run goes on.
+_OPEN = """
+PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
+CREATE TABLE IF NOT EXISTS outbox (number INTEGER PRIMARY KEY, kind TEXT, content BLOB);
+DELETE FROM outbox WHERE kind = 'Status';
+"""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """The oldest records that are of one kind; what is neither metrics nor params comes alone. ``sizes``: of their lines (bytes)."""
+class Point:
+    """One value of one metric. ``time`` is that of its logging (ms since 1970), however late it is sent."""
 
-    records: tuple[Record, ...]
-    sizes: tuple[int, ...]
-    doubtful: (
-        bool  # the store may hold some already: an earlier attempt got no answer, or another process made it
-    )
+    key: str
+    value: float
+    time: int
+    step: int
 
 
-class Spool:
-    """The file and its bookkeeping. Every method is safe from any thread. Raises OSError only when it is opened."""
+@dataclass(frozen=True, slots=True)
+class Params:
+    """At most ``MOST_PARAMS`` params of the run."""
+
+    values: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A file, a dataset or a kept checkpoint. ``values["name"]`` is its path or its name in MLflow."""
+
+    kind: Literal["artifact", "dataset", "model"]
+    values: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The end of the run, at ``time`` (ms since 1970)."""
+
+    status: str
+    time: int
+
+
+Record = Point | Params | Entity | Status
+# NaN and the infinities stay what they are: MLflow shows them. No two kinds have the same fields.
+_JSON: TypeAdapter[Record] = TypeAdapter(Record, config=ConfigDict(ser_json_inf_nan="constants"))
+
+
+class Outbox:
+    """The records in the order of logging. Safe from any thread.
+
+    The constructor raises OSError and sqlite3.OperationalError; the other methods raise nothing.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._memory: deque[bytes] = deque()
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._closed = False
-        self._lost = 0
-        self._sent, self._end = self._recover()
-        self._in_file = os.pread(self._file, self._end - self._sent, self._sent).count(b"\n")
-        self._doubtful = self._in_file  # so many of the oldest records may have reached the store
+        self._database = _opened(path)
+        bounds = "SELECT coalesce(min(number) - 1, 0), coalesce(max(number), 0) FROM outbox"
+        self._taken, self._newest = self._database.execute(bounds).fetchone()
+        self._offered = self._taken  # the last of what ``oldest`` returned. All three are numbers of records
+        self._memory: list[tuple[int, str, bytes]] = []  # the newest rows, while the disk takes none
+        self.lost = 0  # records for which neither the disk nor memory had room
 
     def __len__(self) -> int:
-        """Records that the store has not taken."""
-        with self._lock:
-            return self._in_file + len(self._memory)
+        """The number of records that MLflow has not taken."""
+        return self._newest - self._taken
 
-    @property
-    def lost(self) -> int:
-        """Records that neither the disk nor memory had room for."""
-        return self._lost
-
-    def append(self, record: Record) -> None:
-        """About 0.1 ms. A full disk keeps records in memory; with that full too, points are lost and counted (the run's end never is)."""
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+    def append(self, records: Sequence[Record]) -> None:
+        """Keep ``records``, some 10 µs each. Where there is no room all but a status is lost, and counted."""
         with self._lock:
-            if self._closed:
-                return
-            self._memory.append(line)
-            while self._memory and self._write(self._memory[0]):
-                self._memory.popleft()
-            if len(self._memory) > _MOST_IN_MEMORY and record["kind"] != "status":
-                self._memory.pop()
-                self._lost += 1
+            for record in records:
+                if len(self._memory) >= _MOST_IN_MEMORY and not isinstance(record, Status):
+                    self.lost += 1
+                    continue
+                self._newest += 1
+                self._memory.append((self._newest, type(record).__name__, _JSON.dump_json(record)))
+            # In parts, so that an attempt on a disk that stays full is short.
+            with suppress(sqlite3.Error):
+                while rows := self._memory[:_MOST_POINTS]:
+                    with self._database:
+                        self._database.executemany("INSERT INTO outbox VALUES (?, ?, ?)", rows)
+                    del self._memory[: len(rows)]
 
-    def oldest(self, most_values: int) -> Batch | None:
-        """Records of one kind with at most ``most_values`` metrics or params between them (one record may hold more); None when all are taken."""
-        with self._lock:
-            if self._closed or not (self._in_file or self._memory):
-                return None
-            records: list[Record] = []
-            sizes: list[int] = []
-            values = 0
-            for line in self._lines() if self._in_file else self._memory:
-                record = _parsed(line)
-                content = record.get("metrics", record.get("params"))
-                values += most_values + 1 if content is None else len(content)
-                if records and (record.get("kind") != records[0].get("kind") or values > most_values):
-                    break
-                records.append(record)
-                sizes.append(len(line))
-            return Batch(tuple(records), tuple(sizes), doubtful=self._doubtful > 0)
+    def oldest(self) -> tuple[Record, ...]:
+        """Read the oldest records that fit into one call: points together, all else alone. Empty: none."""
+        query = "SELECT * FROM outbox WHERE number > ? ORDER BY number LIMIT ?"
+        rows: list[tuple[int, str, bytes]] = []
+        with self._lock, suppress(sqlite3.Error):  # a disk that cannot be read: the sender looks again
+            rows = self._database.execute(query, (self._taken, _MOST_POINTS)).fetchall()
+            rows += self._memory[:_MOST_POINTS]
+        batch = list(takewhile(lambda row: row[1] == "Point", rows))[:_MOST_POINTS] or rows[:1]
+        self._offered = batch[-1][0] if batch else self._taken
+        return tuple(_JSON.validate_json(content) for _, _, content in batch)
 
-    def attempted(self, batch: Batch) -> None:
-        """The store was asked to take ``batch`` and did not answer, or refused for now."""
+    def taken(self) -> None:
+        """Forget what ``oldest`` returned: MLflow has answered that it holds that."""
         with self._lock:
-            self._doubtful = max(self._doubtful, len(batch.records))
-
-    def taken(self, batch: Batch) -> None:
-        """The store has answered that it holds ``batch``, the last one of ``oldest``."""
-        with self._lock:
-            if self._closed:
-                return
-            self._doubtful = max(0, self._doubtful - len(batch.records))
-            for size in batch.sizes:
-                if self._in_file:
-                    self._in_file -= 1
-                    self._sent += size
-                else:
-                    self._memory.popleft()
-            with suppress(
-                OSError
-            ):  # a header that is behind only means that more is compared with the store when the file is opened again
-                if (
-                    self._sent == self._end
-                ):  # shortened before the header says so: to whoever opens it in between, all is taken
-                    os.ftruncate(self._file, _HEADER_BYTES)
-                    self._sent = self._end = _HEADER_BYTES
-                self._write_header()
+            self._taken = self._offered
+            self._memory = [row for row in self._memory if row[0] > self._taken]
+            # Rows that cannot be deleted now go with a later batch. Until then their numbers hide them.
+            with suppress(sqlite3.Error), self._database:
+                self._database.execute("DELETE FROM outbox WHERE number <= ?", (self._taken,))
 
     def close(self) -> None:
-        """The file stays where it holds something for a later run."""
+        """Close the file. It stays if it holds records for a later process."""
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            os.close(self._file)
-            if not self._in_file:
+            self._database.close()
+            if not len(self):
                 self.path.unlink(missing_ok=True)
 
-    def _recover(self) -> tuple[int, int]:
-        """(sent, end) of the file as it was left; new, empty or without a readable header: nothing of it is taken."""
-        size = os.fstat(self._file).st_size
-        try:
-            sent = int(json.loads(os.pread(self._file, _HEADER_BYTES, 0))["sent"])
-        except (ValueError, KeyError, TypeError):
-            sent = _HEADER_BYTES
-        text = os.pread(self._file, max(0, size - _HEADER_BYTES), _HEADER_BYTES)
-        end = _HEADER_BYTES + text.rfind(b"\n") + 1
-        os.ftruncate(self._file, end)
-        self._sent = min(max(sent, _HEADER_BYTES), end)
-        self._write_header()
-        return self._sent, end
 
-    def _write_header(self) -> None:
-        header = b'{"sent": ' + str(self._sent).encode()
-        os.pwrite(self._file, header.ljust(_HEADER_BYTES - 2) + b"}\n", 0)
-
-    def _write(self, line: bytes) -> bool:
-        """Whether the disk took all of ``line``; none of it stays otherwise."""
-        written = 0
-        with suppress(OSError):
-            written = os.pwrite(self._file, line, self._end)
-        if written < len(line):
-            with suppress(OSError):
-                os.ftruncate(self._file, self._end)
-            return False
-        self._end += written
-        self._in_file += 1
-        return True
-
-    def _lines(self) -> list[bytes]:
-        """The next lines of the file: about ``_PARTIAL_READ`` bytes of them, one whole line at least."""
-        size = _PARTIAL_READ
-        while b"\n" not in (text := os.pread(self._file, size, self._sent)):
-            size *= 2
-        return text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
-
-
-def _parsed(line: bytes) -> Record:
-    """A line that is no record (somebody edited the file) becomes one without content: it is passed over."""
+def _opened(path: Path) -> sqlite3.Connection:
+    """Open the file, or create it. A damaged one is renamed with a warning."""
+    database = sqlite3.connect(path, check_same_thread=False)
     try:
-        record: Record = json.loads(line)
-        return record if all(key in record for key in _CONTENT[record["kind"]]) else {}
-    except (ValueError, TypeError, KeyError):
-        return {}
+        database.executescript(_OPEN)
+    except sqlite3.DatabaseError as error:
+        database.close()
+        if isinstance(error, sqlite3.OperationalError):  # it cannot be opened, which is no damage
+            raise
+        aside = path.replace(path.with_suffix(".damaged"))
+        _log.warning("warning: %s is damaged (%s): its records stay in %s, unsent", path, error, aside)
+        return _opened(path)
+    return database

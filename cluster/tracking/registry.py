@@ -1,8 +1,9 @@
-"""What MLflow holds of a run beside figures and files: the data that it read, and its kept checkpoints as models with a name and aliases.
+"""Datasets and kept checkpoints in MLflow: what a run read, and its models with a name and aliases.
 
-    Tracker.dataset, Tracker.model --spool--> backfill.py --> take_dataset, take_model      (may be repeated: what is there is found)
+    Tracker.dataset, Tracker.model --outbox--> sender --> take_dataset, take_model
 
-A checkpoint stays where it is: its model says in tags where that is. With tracking.models=upload its Hugging Face folder goes into the store too.
+Both may be repeated: they look first for what MLflow holds. A checkpoint stays where it is; the tags of its
+model say where. With tracking.models=upload its Hugging Face folder is copied into MLflow too.
 """
 
 from __future__ import annotations
@@ -22,31 +23,25 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, str]
 DataContext = Literal["training", "evaluation"]
+_MODEL_TAGS = ("folder", "weights", "host", "held_out_f1")  # of the values; kept as engram.<name>
 
 
 def dataset_values(environment: EnvironmentConfig, context: DataContext) -> dict[str, str]:
-    """A task source as MLflow names data: its files by name and content, or where it makes its tasks up the settings that it does so by."""
+    """Name a source of tasks as MLflow names data: by its files and their content, else by its settings."""
     part = getattr(environment, environment.name)
-    settings: dict[str, Any] = (
-        asdict(part)
-        if is_dataclass(part) and not isinstance(part, type)
-        else {"custom": environment.custom, "options": environment.options}
-    )
-    files = [
-        Path(value).expanduser()
-        for key, value in settings.items()
-        if key.endswith("path") and isinstance(value, str) and value
-    ]
+    settings: dict[str, Any] = {"custom": environment.custom, "options": environment.options}
+    if is_dataclass(part) and not isinstance(part, type):
+        settings = asdict(part)
+    paths = [value for key, value in settings.items() if key.endswith("path") and isinstance(value, str)]
+    files = [Path(path).expanduser() for path in paths if path]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for file in files:
         if file.is_file():
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
-    source: dict[str, Any] = (
-        {"uri": str(files[0].absolute())}
-        if files
-        else {"tags": {"made by": f"actors.environments.{environment.name}"}}
-    )
+    source: dict[str, Any] = {"tags": {"made by": f"actors.environments.{environment.name}"}}
+    if files:
+        source = {"uri": str(files[0].absolute())}
     return {
         "name": " ".join([environment.name, *(file.name for file in files)])[:500],
         "digest": digest.hexdigest()[:32],
@@ -58,16 +53,17 @@ def dataset_values(environment: EnvironmentConfig, context: DataContext) -> dict
 
 
 def take_dataset(client: MlflowClient, run_id: str, values: Values) -> None:
+    """Make the dataset of ``dataset_values`` an input of the run."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    given = {key: values[key] for key in ("name", "digest", "source_type", "source", "profile")}
-    client.log_inputs(
-        run_id, [DatasetInput(Dataset(**given), [InputTag("mlflow.data.context", values["context"])])]
-    )
+    names = ("name", "digest", "source_type", "source", "profile")
+    dataset = Dataset(**{name: values[name] for name in names})
+    tag = InputTag("mlflow.data.context", values["context"])
+    client.log_inputs(run_id, [DatasetInput(dataset, [tag])])
 
 
 def take_model(client: MlflowClient, run_id: str, values: Values) -> None:
-    """A LoggedModel of the run, a version of the registered model that points to it, and the aliases on that version."""
+    """Register a checkpoint: a LoggedModel of the run, a version that points to it, the version's aliases."""
     model = _logged_model(client, run_id, values)
     version = _version(client, run_id, model, values)
     for alias in values["aliases"].split():
@@ -76,19 +72,13 @@ def take_model(client: MlflowClient, run_id: str, values: Values) -> None:
 
 def _logged_model(client: MlflowClient, run_id: str, values: Values) -> LoggedModel:
     experiment = client.get_run(run_id).info.experiment_id
-    found = client.search_logged_models(
-        [experiment], filter_string=f"source_run_id = '{run_id}' AND name = '{values['name']}'"
-    )
-    model = found[0] if found else None
+    query = f"source_run_id = '{run_id}' AND name = '{values['name']}'"
+    model = next(iter(client.search_logged_models([experiment], filter_string=query)), None)
     if model is None:
-        about = {key: values[key] for key in ("base", "step", "policy_version")}
-        tags = {
-            f"engram.{key}": values[key]
-            for key in ("folder", "weights", "host", "held_out_f1")
-            if key in values
-        }
+        params = {key: values[key] for key in ("base", "step", "policy_version")}
+        tags = {f"engram.{key}": values[key] for key in _MODEL_TAGS if key in values}
         model = client.create_logged_model(
-            experiment, values["name"], run_id, tags, about, "engram-checkpoint"
+            experiment, values["name"], run_id, tags, params, "engram-checkpoint"
         )
     if str(model.status) != "READY":
         if values["upload"] == "True":
@@ -98,7 +88,11 @@ def _logged_model(client: MlflowClient, run_id: str, values: Values) -> LoggedMo
 
 
 def _version(client: MlflowClient, run_id: str, model: LoggedModel, values: Values) -> str:
-    """Its source is where the model's artifacts would be: a URI models:/ID is looked up in the process's default store, not in the client's."""
+    """Find or create the version of ``model``, and its registered model.
+
+    Why its source is the place of the artifacts: MLflow looks up a URI models:/ID in the default store of the
+    process, not in the client's.
+    """
     from mlflow.exceptions import MlflowException
 
     name, model_id = values["registered"], str(model.model_id)
@@ -107,17 +101,11 @@ def _version(client: MlflowClient, run_id: str, model: LoggedModel, values: Valu
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        client.create_registered_model(
-            name, description="Checkpoints of Engram's runs of this name; a version's tags say where it lies."
-        )
-    held = [
-        version
-        for version in client.search_model_versions(f"name = '{name}'")
-        if version.tags.get("engram.model_id") == model_id
-    ]
-    if held:
-        return str(held[0].version)
+        about = "Checkpoints of Engram's runs of this name. The tags of a version say where it lies."
+        client.create_registered_model(name, description=about)
+    for version in client.search_model_versions(f"name = '{name}'"):
+        if version.tags.get("engram.model_id") == model_id:
+            return str(version.version)
     tags = {"engram.model_id": model_id, "engram.folder": values["folder"], "engram.step": values["step"]}
-    return str(
-        client.create_model_version(name, model.artifact_location, run_id, tags, model_id=model_id).version
-    )
+    new = client.create_model_version(name, model.artifact_location, run_id, tags, model_id=model_id)
+    return str(new.version)

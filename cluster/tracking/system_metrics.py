@@ -1,4 +1,4 @@
-"""How the driver's machine is doing, in the run's section system/: MLflow's own monitors, logged like any figure (so that an outage loses none)."""
+"""Figures of the driver's machine, in the section system/: MLflow's own monitors, logged like any metric."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _log = logging.getLogger(__name__)
 
 
 class SystemMetrics(threading.Thread):
-    """Looks every ``interval_s`` and logs ("system/...", value) with the number of looks that fit since ``began`` (s since 1970) as the step.
+    """Calls ``log`` with "system/..." metrics every ``interval_s``.
 
-    So a run that goes on later goes on with its steps too.
+    The step counts the intervals since ``began`` (s since 1970), so a resumed run continues the curves.
     """
 
     def __init__(
@@ -31,12 +31,11 @@ class SystemMetrics(threading.Thread):
             for monitor in monitors:
                 try:
                     monitor.collect_metrics()
-                    figures |= {
-                        f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()
-                    }
+                    figures |= monitor.aggregate_metrics()
                     monitor.clear_metrics()
-                except Exception as error:  # noqa: BLE001  a driver library of a GPU, /proc in a container: none may end the looking
+                except Exception as error:  # noqa: BLE001  a GPU driver, a container's /proc: none ends the rest
                     _log.debug("system metrics: %s", error)
+            figures = {f"system/{name}": float(value) for name, value in figures.items()}
             self._log_metrics(figures, int((time.time() - self._began) / self._interval_s))
 
     def end(self) -> None:

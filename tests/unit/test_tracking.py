@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from mlflow.tracking import MlflowClient
 
 from cluster.common.errors import TrackingError
 from cluster.common.git import git_commit
-from cluster.tracking.outbox import Batch, Record
-from cluster.tracking.sender import MlflowRun, first_line
+from cluster.tracking.outbox import Outbox, Params, Point, Record
+from cluster.tracking.sender import MlflowRun, Sender, first_line
 from cluster.tracking.tracker import NullTracker, start_tracking
 from configs.load import flatten
 from configs.schema import RunConfig, TrackingConfig, TrainConfig
@@ -58,14 +59,11 @@ def test_a_run_holds_config_metrics_artifacts_and_its_end(output_dir: Path) -> N
     assert run.info.run_name == "first"
     assert run.data.params["train.steps"] == "3"
     assert run.data.params["fast_weights.projections"] == "('gate_proj', 'up_proj', 'down_proj')"
-    assert [
-        (point.step, point.value) for point in store.get_metric_history(tracker.run_id, "reward/mean")
-    ] == [(1, 0.1), (2, 0.2)]
+    history = store.get_metric_history(tracker.run_id, "reward/mean")
+    assert [(point.step, point.value) for point in history] == [(1, 0.1), (2, 0.2)]
     assert {file.path for file in store.list_artifacts(tracker.run_id)} == {"config.yaml", "note.txt"}
     assert str(output_dir) in tracker.location
-    assert (
-        list(Path.cwd().glob("mlruns")) == []
-    )  # artifacts lie in the output folder, wherever the run was started
+    assert not Path("mlruns").exists()  # artifacts lie in the output folder, wherever the run was started
 
 
 def test_a_resumed_run_goes_on_in_the_same_run(output_dir: Path) -> None:
@@ -109,9 +107,7 @@ def test_a_locked_database_neither_stops_nor_slows_the_training(
         output_dir / "config.yaml",
         "",
     )
-    deadline = time.monotonic() + 30
-    while len(store.list_artifacts(tracker.run_id)) == 0 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: len(store.list_artifacts(tracker.run_id)) > 0)
     lock = sqlite3.connect(output_dir / "mlflow.db")
     lock.execute("BEGIN EXCLUSIVE")
     try:
@@ -123,16 +119,10 @@ def test_a_locked_database_neither_stops_nor_slows_the_training(
     finally:
         lock.rollback()
         lock.close()
-    assert "did not take the last 6 calls within 0.5 s" in caplog.text
+    assert "did not take the last 6 records within 0.5 s" in caplog.text
     again = start_tracking(QUIET, output_dir, "locked", output_dir / "config.yaml", tracker.run_id)
     again.finish("FINISHED")
-    assert [point.step for point in store.get_metric_history(tracker.run_id, "reward/mean")] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-    ]
+    assert [point.step for point in store.get_metric_history(tracker.run_id, "reward/mean")] == [*range(1, 6)]
     assert store.get_run(tracker.run_id).info.status == "FINISHED"
 
 
@@ -183,18 +173,60 @@ class CountingClient(MlflowClient):
 def test_points_in_doubt_are_compared_with_the_store_and_sent_once(output_dir: Path) -> None:
     counting = CountingClient(f"sqlite:///{output_dir}/mlflow.db")
     run = MlflowRun(counting, counting.create_run("0").info.run_id)
-    points: tuple[Record, ...] = tuple(
-        {"kind": "metrics", "time": 1000 + step, "step": step, "metrics": {"loss": 0.5}} for step in range(4)
-    )
-    run.take(Batch(points[:2], (1, 1), doubtful=False))
-    run.take(Batch(points, (1, 1, 1, 1), doubtful=True))
+    points = [Point("loss", 0.5, 1000 + step, step) for step in range(4)]
+    run.take(points[:2], in_doubt=False)
+    run.take(points, in_doubt=True)
     assert counting.appended == [0, 1, 2, 3]
-    assert [point.timestamp for point in counting.get_metric_history(run.run_id, "loss")] == [
-        1000,
-        1001,
-        1002,
-        1003,
-    ]
+    times = [point.timestamp for point in counting.get_metric_history(run.run_id, "loss")]
+    assert times == [1000, 1001, 1002, 1003]
+
+
+class FlakyRun(MlflowRun):
+    """Takes only when told to, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, bool]] = []  # number of records, whether in doubt
+        self.answering = False
+
+    def take(self, records: Sequence[Record], in_doubt: bool) -> list[str]:
+        self.asked.append((len(records), in_doubt))
+        if not self.answering:
+            raise ConnectionError("no answer")
+        return []
+
+
+def test_only_what_was_attempted_or_left_by_another_process_is_in_doubt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    point = Point("loss", 0.5, 1000, 1)
+    left = Outbox(tmp_path / "left.sqlite")
+    left.append([point, point])
+    left.close()
+    for path, first in (("left.sqlite", [(2, True)]), ("new.sqlite", [(1, False)])):
+        outbox, run = Outbox(tmp_path / path), FlakyRun()
+        run.answering = True
+        sender = Sender(outbox, run, "uri")
+        outbox.append([] if len(outbox) else [point])
+        sender.start()
+        until(lambda box=outbox: len(box) == 0)
+        run.answering = False
+        outbox.append([point])
+        until(lambda asked=run.asked: len(asked) > 2)
+        outbox.append([Params({}), point])
+        run.answering = True
+        assert sender.drain(20)
+        assert run.asked[:1] == first
+        assert run.asked[1:3] == [(1, False), (1, True)]  # a first attempt, and the next
+        assert run.asked[-2:] == [(1, False), (1, False)]
+    assert caplog.text.count("warning: MLflow at uri takes nothing (no answer)") == 2
+    assert caplog.text.count("answers again") == 2
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert true()
 
 
 def test_an_unreachable_server_is_one_clear_error_within_seconds(output_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Episode traces, data, models and the machine's figures in a real MLflow store (sqlite), and what a store that is away costs."""
+"""Traces, data, models and machine metrics in a real MLflow store (sqlite), and a store that is away."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cluster.inspection.describe import describe_failure
 from cluster.inspection.record import EpisodeRecord, Origin, Passage, SegmentRecord, WriteEntry
 from cluster.inspection.traces import EpisodeTraces, steps_of
 from cluster.runs.kept_models import kept_models
-from cluster.tracking.outbox import Batch, Record
+from cluster.tracking.outbox import Entity
 from cluster.tracking.registry import dataset_values
 from cluster.tracking.sender import MlflowRun
 from cluster.tracking.system_metrics import SystemMetrics
@@ -276,10 +276,8 @@ def test_kept_checkpoints_are_models_with_aliases_and_come_once(
         tracker.model(values)
     tracker.finish("FINISHED")
     client = MlflowClient(uri)
-    again: Record = {"kind": "model", "entity": models[0]}
-    assert (
-        MlflowRun(client, tracker.run_id).take(Batch((again,), (1,), doubtful=True)) == []
-    )  # as after an outage
+    again = MlflowRun(client, tracker.run_id).take([Entity("model", models[0])], in_doubt=True)
+    assert again == []  # as after an outage
     run = client.get_run(tracker.run_id)
     logged = client.search_logged_models(
         [run.info.experiment_id], filter_string=f"source_run_id = '{tracker.run_id}'"
