@@ -134,22 +134,39 @@ class RolloutWorker:
             if self._running == 0:
                 self._idle.set()
 
+    async def drain(self, drain_s: float) -> None:
+        """Wait until the running groups have ended, and start none before ``refresh`` is over.
+
+        In flight there is nothing to wait for. Raises WorkerError when the groups do not end within ``drain_s``;
+        the worker then goes on as it was.
+        """
+        self._check_whole()
+        if self._in_flight:
+            return
+        self._gate.clear()
+        try:
+            await asyncio.wait_for(self._idle.wait(), drain_s)
+        except BaseException as error:
+            self._gate.set()
+            if isinstance(error, TimeoutError):
+                raise WorkerError(
+                    f"{self._spec.name}: {self._running} groups did not end within {drain_s:.0f} s before a refresh"
+                ) from None
+            raise
+
     async def refresh(self, weights: PublishedWeights, drain_s: float) -> WorkerReport:
-        """Serve ``weights.version`` from now on. Raises WorkerError, EngineError.
+        """Serve ``weights.version`` from now on; drain first. Raises WorkerError, EngineError.
 
         When groups do not end or the weights do not arrive, nothing was touched and the worker goes on as it was. When loading fails it serves nobody
         any more: what it holds may be half of one version and half of another.
         """
         self._check_whole()
-        if not self._in_flight:
-            self._gate.clear()
         try:
             began = time.perf_counter()
             fetching = asyncio.create_task(
                 asyncio.to_thread(weights.fetch, FETCH_S)
             )  # while the last groups end
-            if not self._in_flight:
-                await self._drain(drain_s)
+            await self.drain(drain_s)
             drained = time.perf_counter()
             tensors = await fetching
             fetched = time.perf_counter()
@@ -179,14 +196,6 @@ class RolloutWorker:
 
     def close(self) -> None:
         self._policy.close()
-
-    async def _drain(self, drain_s: float) -> None:
-        try:
-            await asyncio.wait_for(self._idle.wait(), drain_s)
-        except TimeoutError:
-            raise WorkerError(
-                f"{self._spec.name}: {self._running} groups did not end within {drain_s:.0f} s before a refresh"
-            ) from None
 
     async def _load(self, weights: PublishedWeights, tensors: Mapping[str, Tensor]) -> None:
         try:
@@ -228,6 +237,9 @@ class _RolloutActor:
         """As ``group``; the summary says what became of the episodes that a lost worker had begun."""
         group, recovered = await self._worker.recoverable_group(request, recovery)
         return replace(GroupSummary.of(group), recovered=recovered), group
+
+    async def drain(self, drain_s: float) -> None:
+        await self._worker.drain(drain_s)
 
     async def refresh(self, weights: PublishedWeights, drain_s: float) -> WorkerReport:
         return await self._worker.refresh(weights, drain_s)

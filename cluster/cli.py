@@ -125,7 +125,7 @@ def _train(options: argparse.Namespace) -> int:
     from cluster.train.prepare import prepare_training
     from cluster.train.run import train
 
-    _drive(train(prepare_training(config), Display()))
+    _drive(train(*prepare_training(config), Display()))
     return EXIT_OK
 
 

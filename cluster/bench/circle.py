@@ -19,10 +19,10 @@ from cluster.bench.overlap import WaitingTimes, idle_table
 from cluster.bench.values import Case, Context, Outcome
 from cluster.fleet.stream import Batch
 from cluster.runs.checkpoint import TrainState
-from cluster.train.build import TrainingCluster, build_fleet, build_stream, start_state, training_cluster
+from cluster.train.build import TrainingCluster, build_fleet, build_stream, training_cluster
 from cluster.train.loop import LoopParts, run_loop
 from cluster.train.metrics import StepSummary
-from cluster.train.prepare import Preparation, prepare_training
+from cluster.train.prepare import RunFolder, RunSpec, Start, prepare_training
 from configs.load import load_config
 from configs.schema import RunConfig
 
@@ -44,9 +44,8 @@ def run(context: Context) -> Outcome:
             for staleness in STALENESS:
                 waits[staleness] = WaitingTimes()
                 config = _config(context, Path(folder), staleness, steps)
-                seconds[staleness].append(
-                    asyncio.run(_steps(prepare_training(config), waits[staleness])) / steps
-                )
+                spent = asyncio.run(_steps(*prepare_training(config), waits[staleness]))
+                seconds[staleness].append(spent / steps)
     case = Case(
         "a step, staleness 1",
         "staleness 0",
@@ -87,23 +86,19 @@ def _config(context: Context, folder: Path, staleness: int, steps: int) -> RunCo
     )
 
 
-async def _steps(preparation: Preparation, tracker: WaitingTimes) -> float:
+async def _steps(spec: RunSpec, folder: RunFolder, start: Start, tracker: WaitingTimes) -> float:
     """Seconds of the RL steps, on a cluster that is up."""
-    async with training_cluster(preparation) as cluster:
+    async with training_cluster(spec, folder, start) as cluster:
         began = time.perf_counter()
-        await run_loop(
-            _parts(preparation, cluster, tracker), preparation.config.train, start_state(preparation)
-        )
+        await run_loop(_parts(spec, start, cluster, tracker), spec.config.train, start.state)
         return time.perf_counter() - began
 
 
-def _parts(preparation: Preparation, cluster: TrainingCluster, tracker: WaitingTimes) -> LoopParts:
+def _parts(spec: RunSpec, start: Start, cluster: TrainingCluster, tracker: WaitingTimes) -> LoopParts:
     def on_step(summary: StepSummary, batch: Batch) -> None: ...
 
     async def on_checkpoint(state: TrainState) -> None: ...
 
-    stream = build_stream(preparation, cluster.workers, start_state(preparation))
-    fleet = build_fleet(
-        preparation, cluster, None, lambda: preparation.config.rollout.workers, lambda text: None
-    )
+    fleet = build_fleet(spec.config, cluster, lambda: spec.config.rollout.workers, lambda text: None)
+    stream = build_stream(spec, cluster, start.state, fleet, on_failures=lambda summary: None)
     return LoopParts(stream, cluster.learner, fleet, cluster.channel, tracker, on_step, on_checkpoint)

@@ -30,11 +30,11 @@ from cluster.fleet.fleet import ElasticFleet, FleetPlan
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.ray_runtime import Demand, all_ready, ray_runtime
 from cluster.fleet.remote_worker import RemoteWorker
-from cluster.fleet.stream import Batch, GroupStream, StreamPlan
+from cluster.fleet.stream import Batch, GroupStream, StreamCalls, StreamPlan
 from cluster.measure.report import Table
 from cluster.runs.checkpoint import START, TrainState
 from cluster.tracking.tracker import NullTracker
-from cluster.train.loop import LoopParts, run_loop
+from cluster.train.loop import LoopParts, delivery, run_loop
 from cluster.train.metrics import StepSummary
 from configs.schema import RayConfig, RunConfig, TrainConfig
 from learner.types import StepReport
@@ -205,7 +205,13 @@ class _Fleet:
         stream_plan = StreamPlan(
             plan.steps, self._per_step, STALENESS, credits=1, stall_s=START_S + 2 * self._group_s
         )
-        stream = GroupStream(stream_plan, workers, 0, tasks.at, Ledger(LedgerSnapshot()))
+        stream = GroupStream(
+            stream_plan,
+            workers,
+            0,
+            Ledger(LedgerSnapshot()),
+            StreamCalls(tasks.at, missing=delivery(trainer)),
+        )
         staleness: list[float] = []
         enough = asyncio.Event()
 
@@ -217,7 +223,7 @@ class _Fleet:
         async def on_checkpoint(state: TrainState) -> None:
             """There is none before the last step."""
 
-        fleet_plan = FleetPlan(
+        fleet_plan: FleetPlan[RemoteWorker] = FleetPlan(
             None,
             lambda: len(workers),
             version=0,

@@ -184,9 +184,11 @@ class _VirtualWorkers:
     async def report(self, number: int) -> WorkerReport:
         return self._report(self._workers[number])
 
+    async def drain(self, number: int, drain_s: float) -> None:
+        await asyncio.wait_for(self._workers[number].idle.wait(), drain_s)
+
     async def refresh(self, number: int, weights: PublishedWeights, drain_s: float) -> WorkerReport:
         worker = self._workers[number]
-        await asyncio.wait_for(worker.idle.wait(), drain_s)
         worker.version = weights.version
         worker.refreshes += 1
         return self._report(worker)
@@ -230,6 +232,7 @@ class VirtualHandle:
         self.start = _Method(actor.start, (number, first_s))
         self.group = _Method(actor.group, (number,))
         self.report = _Method(actor.report, (number,))
+        self.drain = _Method(actor.drain, (number,))
         self.refresh = _Method(actor.refresh, (number,))
 
 

@@ -24,7 +24,7 @@ from cluster.fleet.broadcast import ObjectStoreWeights, WeightSource
 from cluster.fleet.contract import FinishedGroup
 from cluster.fleet.fleet import ElasticFleet, FleetPlan
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
-from cluster.fleet.stream import Batch, GroupStream, StreamPlan
+from cluster.fleet.stream import Batch, GroupStream, StreamCalls, StreamPlan
 from cluster.measure.report import Table
 from cluster.runs.checkpoint import START, TrainState
 from cluster.tracking.tracker import RunStatus
@@ -69,6 +69,13 @@ class TimedWorker:
         return FinishedGroup(
             GroupSummary(task.id, version, episodes, (), self.name, Recovered(0, 0)), cast("Any", None)
         )
+
+    async def drain(self) -> None:
+        """Wait until both places are free."""
+        for _ in range(2):
+            await self._places.acquire()
+        for _ in range(2):
+            self._places.release()
 
     async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
         await asyncio.sleep(self._pace.load_s)
@@ -178,8 +185,8 @@ async def _run(pace: Pace, staleness: int, tracker: WaitingTimes) -> float:
         stream_plan,
         workers,
         0,
-        lambda position: Task(f"t{position}", "none", {}, position),
         Ledger(LedgerSnapshot()),
+        StreamCalls(lambda position: Task(f"t{position}", "none", {}, position)),
     )
     at_once = WORKERS if staleness == 0 else WORKERS // 2
     fleet = ElasticFleet(

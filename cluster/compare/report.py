@@ -27,7 +27,7 @@ from cluster.measure.statistics import (
     item_means,
     paired_by_item,
 )
-from cluster.train.run import ROW_ORDER
+from cluster.train.scoreboard import ROW_ORDER
 
 STAGES = ("runs", "stage", "tasks", "F1 % [95 % CI]", "EM % [95 % CI]", "failed")
 GAINS = ("runs", "from", "to", "questions", "F1, points [95 % CI]", "p", "by seed")

@@ -16,7 +16,7 @@ from pathlib import Path
 from cluster.common.errors import CheckpointError
 from cluster.measure.rows import RowResult, load_row
 from cluster.measure.statistics import Played
-from cluster.train.run import ROW_ORDER
+from cluster.train.scoreboard import ROW_ORDER
 from configs.load import flatten, load_config
 from configs.schema import RunConfig
 

@@ -1,9 +1,10 @@
-"""New weights to every rollout worker, behind two verbs: the driver *publishes* a version, each worker *fetches* it.
+"""Brings new weights to every rollout worker: the driver *publishes* a version, each worker *fetches* it.
 
-    learner rank 0 --> object store --(shared memory on a node, once over the network to another)--> worker 0, worker 1, ...
+    learner rank 0 --> object store --(shared memory on a node, network between nodes)--> workers
 
-A published version is a small handle; the tensors never pass through the driver. Ray's object store is the transport for any hardware; another one
-(NCCL, a parallel file system) is another pair of classes with these verbs. Invariant: a handle's tensors are those of its version, whenever fetched.
+A published version is a small handle; the tensors never pass through the driver. Ray's object store works on
+any hardware. Another transport (NCCL, CUDA IPC) is another pair of classes with these two verbs.
+Invariant: a handle's tensors are those of its version, whenever they are fetched.
 """
 
 from __future__ import annotations
@@ -30,33 +31,45 @@ class WeightSource(Protocol):
 
 
 class Channel(Protocol):
+    """The way of new weights from the learner to the workers."""
+
     def publish(self, source: WeightSource) -> ObjectStoreWeights:
-        """Make the source's present weights available under its version. Blocks until the tensors are out of the learner."""
+        """Make the source's present weights available under its version.
+
+        Blocks until the tensors are out of the learner.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ObjectStoreWeights:
-    """One published version (actors.worker.PublishedWeights). Dropping the last handle frees the tensors."""
+    """A published version (actors.worker.PublishedWeights). Dropping the last handle frees the tensors."""
 
     version: PolicyVersion
     complete: bool
     ref: ObjectRef[dict[str, Tensor]]
 
     def fetch(self, timeout_s: float) -> dict[str, Tensor]:
-        """The tensors, read-only views of shared memory. Blocks at most ``timeout_s``; raises TimeoutError (Ray's own) after that."""
+        """The tensors, read-only views of shared memory.
+
+        Blocks at most ``timeout_s``; raises TimeoutError (Ray's own) after that.
+        """
         import ray
 
         return ray.get(self.ref, timeout=timeout_s)
 
 
 class ObjectStoreChannel:
-    """Ray's object store. ``trainable_only`` leaves out what training never changes: the workers have those tensors from the base model."""
+    """Ray's object store as a channel; it holds on to the newest version, for workers that start later.
+
+    ``trainable_only`` leaves out what training never changes: the workers have it from the base model.
+    """
 
     def __init__(self, trainable_only: bool) -> None:
         self._trainable_only = trainable_only
+        self.newest: ObjectStoreWeights | None = None
 
     def publish(self, source: WeightSource) -> ObjectStoreWeights:
-        return ObjectStoreWeights(
-            source.version, not self._trainable_only, source.weights_ref(self._trainable_only)
-        )
+        weights = source.weights_ref(self._trainable_only)
+        self.newest = ObjectStoreWeights(source.version, not self._trainable_only, weights)
+        return self.newest

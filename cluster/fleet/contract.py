@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FinishedGroup:
-    """``content`` leads to the group itself, in the object store of the worker's node; dropping the last reference frees it."""
+    """A group's summary, and a reference to the group in the object store of the worker's node.
+
+    Dropping the last reference frees the group.
+    """
 
     summary: GroupSummary
     content: ObjectRef[TrajectoryGroup]
@@ -29,13 +32,19 @@ class GroupSource(Protocol):
     def name(self) -> str: ...
 
     async def group(self, position: int, task: Task) -> FinishedGroup:
-        """Run the siblings of ``task``; raises ClusterError when the worker is lost or late. ``position`` is the task's place in the task source."""
+        """Run the siblings of ``task``, which stands at ``position`` of the task source.
+
+        Raises ClusterError when the worker is lost or late.
+        """
         ...
 
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """One worker as the stream sees it: the version it serves, whether it takes new groups, how many it has; ``idle`` is set while it has none."""
+    """A worker in the stream: the version it serves, whether it takes new groups, and how many it has.
+
+    ``idle`` is set while it has none.
+    """
 
     source: GroupSource
     version: PolicyVersion
@@ -45,9 +54,10 @@ class Lane:
 
 
 class Openings:
-    """The lanes that could take a group, by load and version: choosing one costs the same with one worker and with 1,000.
+    """The lanes that could take a group, by load and version.
 
-    A lane is listed exactly while it admits and has a credit; ``remove`` it before a change and ``add`` it after.
+    A choice costs the same with one worker and with 1,000. A lane is listed exactly while it admits and has a
+    credit: ``remove`` it before a change and ``add`` it after.
     """
 
     def __init__(self, credits: int) -> None:
@@ -55,10 +65,12 @@ class Openings:
         self._lanes: dict[tuple[int, PolicyVersion], dict[str, Lane]] = {}
 
     def add(self, lane: Lane) -> None:
+        """List ``lane`` if it could take a group."""
         if lane.admitting and lane.outstanding < self._credits:
             self._lanes.setdefault((lane.outstanding, lane.version), {})[lane.source.name] = lane
 
     def remove(self, lane: Lane) -> None:
+        """Take ``lane`` off the list; nothing happens when it is not listed."""
         key = (lane.outstanding, lane.version)
         if lanes := self._lanes.get(key):
             lanes.pop(lane.source.name, None)
@@ -66,6 +78,9 @@ class Openings:
                 del self._lanes[key]
 
     def least_loaded(self, usable: Callable[[PolicyVersion], bool]) -> Lane | None:
-        """Of the lanes whose version is ``usable``; among equals the one that has been listed longest."""
-        key = min((key for key in self._lanes if usable(key[1])), key=lambda found: found[0], default=None)
-        return None if key is None else next(iter(self._lanes[key].values()))
+        """The least loaded lane whose version is ``usable``; among equals the lane that was listed first."""
+        keys = [key for key in self._lanes if usable(key[1])]
+        if not keys:
+            return None
+        key = min(keys, key=lambda load_and_version: load_and_version[0])
+        return next(iter(self._lanes[key].values()))

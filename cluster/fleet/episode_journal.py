@@ -1,9 +1,10 @@
-"""Where the episodes in flight keep their progress, outside of the workers that play them: one small actor beside the driver.
+"""Keeps the progress of the episodes in flight in a small actor beside the driver, outside of the workers.
 
-    worker --note--> JournalActor (a few kilobytes an episode, of the groups in flight)  --progress of a group that was lost--> its next worker
+    worker --note--> JournalActor --progress of a lost worker's group--> the worker that gets its task next
 
-It holds at most ``MOST_TOKENS`` sampled tokens; beyond that the group that was noted longest ago is forgotten, and would start anew. When the actor
-itself is lost, so is the progress: episodes start anew, and the run goes on.
+The actor holds a few kilobytes an episode, and at most ``MOST_TOKENS`` sampled tokens. Beyond that it
+forgets the group that was noted longest ago: that group would start anew. When the actor itself is lost,
+all episodes would start anew, and the run goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ASK_S = 30.0
 
 
 class GroupJournal:
-    """The logic, without Ray: the progress of each sibling by group. Single-threaded."""
+    """The progress of each sibling by group, without Ray. Single-threaded."""
 
     def __init__(self, most_tokens: int) -> None:
         self._most = most_tokens
@@ -32,7 +33,11 @@ class GroupJournal:
     def note(
         self, group_id: str, sibling: int, version: PolicyVersion, start: int, events: tuple[Event, ...]
     ) -> None:
-        """See actors.episodes.recovery.Journal. A note that does not fit on what is here (another version, a gap) says that something is lost."""
+        """Add events of a sibling from its event ``start`` on; see actors.episodes.recovery.Journal.
+
+        A note that does not continue what is here (another version, a gap) means that notes were lost: the
+        sibling's progress is dropped.
+        """
         group = self._groups.pop(group_id, {})
         before = group.pop(sibling, Progress(version, ()))
         if start == 0 or (before.version == version and len(before.events) >= start):
@@ -42,6 +47,7 @@ class GroupJournal:
             del self._groups[next(iter(self._groups))]
 
     def progress(self, group_id: str) -> dict[int, Progress]:
+        """What is known of each sibling that was noted."""
         return dict(self._groups.get(group_id, {}))
 
     def forget(self, group_id: str) -> None:
@@ -53,7 +59,7 @@ class GroupJournal:
 
 
 class _JournalActor:
-    """One-line methods over GroupJournal."""
+    """GroupJournal as a Ray actor."""
 
     def __init__(self) -> None:
         self._journal = GroupJournal(MOST_TOKENS)
@@ -75,9 +81,9 @@ JournalActor = ray.remote(max_restarts=0, num_cpus=0)(_JournalActor)
 
 @dataclass(frozen=True, slots=True)
 class RemoteJournal:
-    """actors.episodes.recovery.Journal: a call that nobody waits for. ``actor`` has the methods of JournalActor."""
+    """The worker's side (actors.episodes.recovery.Journal): a call that nobody waits for."""
 
-    actor: Any
+    actor: Any  # with the methods of JournalActor
 
     def note(
         self, group_id: str, sibling: int, version: PolicyVersion, start: int, events: tuple[Event, ...]
@@ -86,21 +92,24 @@ class RemoteJournal:
 
 
 class EpisodeJournal:
-    """The driver's side: which groups were issued before, and what is known of them."""
+    """The driver's side: which groups were issued before, and the progress of their episodes."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
         self._issued: set[str] = set()
 
     async def open(self, group_id: str) -> Recovery:
-        """For a group that is about to be issued, for the first time or again. Raises nothing: what cannot be asked for is not known."""
+        """The recovery of a group that is about to be issued, for the first time or again.
+
+        Raises nothing: without an answer of the actor the episodes start anew.
+        """
         reissued = group_id in self._issued
         self._issued.add(group_id)
         progress: dict[int, Progress] = await self._ask(group_id) if reissued else {}
         return Recovery(RemoteJournal(self._actor), reissued, progress)
 
     def close(self, group_id: str) -> None:
-        """The group is finished. One that is lost after that, with its node, starts anew."""
+        """Forget a finished group. If it is lost after that, with its node, it starts anew."""
         self._issued.discard(group_id)
         self._actor.forget.remote(group_id)
 
@@ -115,7 +124,10 @@ class EpisodeJournal:
 
 
 def start_journal() -> EpisodeJournal:
-    """On the driver's node: it is lost when the driver is, and then nobody is left to ask. Ray is up."""
+    """Start the journal's actor. Ray is up.
+
+    It stands on the driver's node: it is lost together with the driver, the only process that asks it.
+    """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -1,11 +1,13 @@
-"""The rollout workers of a running training: refreshed, watched, replaced, added and removed while the loop goes on.
+"""Keeps the rollout workers of a running training refreshed, watched and as many as wanted.
 
-    begin(weights) --> each healthy worker in turn: pause, drain, refresh, resume          (rolling: the others work on; in flight: all do)
-    lost(name)     --> kill it; its tasks go to others; a new one: start, refresh to the newest weights, only then serve
+    begin(weights) --> each healthy worker in turn: pause, drain, refresh, resume   (the others work on)
+    lost(name)     --> kill it; others get its tasks; a new worker starts, loads the newest weights, serves
     wanted()       --> more workers are started, or the newest are drained and ended
 
-The states and what follows from them are fleet_state.py's; this file does it with real workers. Every wait has a deadline of the worker's own calls;
-a failure of the watch itself reaches the loop through the stream.
+state.py holds the states and what follows from them; this file does it with real workers. A worker drains
+itself (actors/worker.py): it starts no group until it has the new weights. The stream only stops giving it
+tasks. Each wait has a deadline of the worker's own calls. A failure of the watch itself reaches the loop
+through the stream.
 """
 
 from __future__ import annotations
@@ -13,30 +15,33 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
+from actors.engine.step_loop import PHASES
 from actors.types import PolicyVersion
 from actors.worker import WorkerReport
 from cluster.common.errors import ClusterError, FleetError
 from cluster.fleet.broadcast import ObjectStoreWeights
 from cluster.fleet.contract import GroupSource
-from cluster.fleet.state import FleetState
+from cluster.fleet.state import SERVING, FleetState
 from cluster.fleet.stream import GroupStream
-from cluster.fleet.worker_timeline import worker_timeline
-from cluster.tracking.tracker import Tracker
 
 
 class ElasticWorker(GroupSource, Protocol):
-    """A rollout worker as the fleet sees it. All raise ClusterError when it is lost or late."""
+    """A rollout worker as the fleet sees it. All calls raise ClusterError when it is lost or late."""
 
     async def ready(self) -> None:
-        """Until it is up."""
+        """Wait until it is up."""
+        ...
+
+    async def drain(self) -> None:
+        """Wait until its groups have ended. It starts none until ``refresh``."""
         ...
 
     async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
-        """Drain, load, go on."""
+        """Load ``weights`` and go on."""
         ...
 
     async def report(self) -> WorkerReport: ...
@@ -44,13 +49,18 @@ class ElasticWorker(GroupSource, Protocol):
     def kill(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FleetPlan:
-    """``launch`` starts a worker of that name, without waiting (None: a lost worker ends the run). ``wanted`` says after each step and each second
-    how many there should be. ``version`` is what a worker serves that was just started; ``at_once`` how many refresh together, ``in_flight`` whether
-    they go on with their groups meanwhile."""
+Worker = TypeVar("Worker", bound=ElasticWorker)
 
-    launch: Callable[[str], ElasticWorker] | None
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FleetPlan(Generic[Worker]):
+    """``launch`` starts a worker of that name, without waiting (None: a lost worker ends the run).
+
+    ``wanted`` says each second how many there should be. ``version`` is what a newly started worker serves.
+    ``at_once`` bounds how many refresh together; ``in_flight``: they go on with their groups meanwhile.
+    """
+
+    launch: Callable[[str], Worker] | None
     wanted: Callable[[], int]
     version: PolicyVersion
     at_once: int
@@ -59,11 +69,14 @@ class FleetPlan:
     in_flight: bool
 
 
-class ElasticFleet:
-    """Built with the workers that are up, all at ``newest`` or, when that is None, at the plan's version; lives on one asyncio loop."""
+class ElasticFleet(Generic[Worker]):
+    """The workers of a run, on one asyncio loop.
+
+    It is built with workers that are up, all at ``newest`` or, when that is None, at the plan's version.
+    """
 
     def __init__(
-        self, workers: Sequence[ElasticWorker], plan: FleetPlan, newest: ObjectStoreWeights | None
+        self, workers: Sequence[Worker], plan: FleetPlan[Worker], newest: ObjectStoreWeights | None
     ) -> None:
         self.state = FleetState(len(workers))
         self._plan = plan
@@ -73,32 +86,42 @@ class ElasticFleet:
         self._background: set[asyncio.Task[None]] = set()
         self._rolls: dict[str, asyncio.Task[None]] = {}
         self.reports: dict[str, WorkerReport] = {}  # of each worker's last refresh
-        self._counted: dict[str, WorkerReport] = {}
+        self._counted: dict[str, WorkerReport] = {}  # what ``phase_seconds`` has counted up to
         for name in self._workers:
             self.state.launch(name)
             self.state.ready(name)
             self.state.refreshed(name, plan.version if newest is None else newest.version)
 
     async def start(self, stream: GroupStream) -> None:
-        """The stream gives tasks to these workers from now on, and says which it lost. Raises ClusterError."""
+        """Watch the workers, to which ``stream`` gives tasks. Raises ClusterError.
+
+        The stream was built with ``lost`` and ``state.progress`` among its calls.
+        """
         self._stream = stream
-        stream.listen(self.lost, self.state.progress)
         reports = await asyncio.gather(*(worker.report() for worker in self._workers.values()))
         self._counted = {report.name: report for report in reports}
         self._spawn(self._watch)
 
-    def log_timeline(self, tracker: Tracker, step: int) -> None:
-        """Where the workers' time went up to their last refresh, since the call before. Nothing without a refresh in between."""
-        timeline, self._counted = worker_timeline(self._counted, self.reports), self._counted | self.reports
-        if timeline:
-            tracker.log(timeline, step)
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds of the workers' step threads by phase, up to their last refresh, since the call before.
+
+        All 0 without a refresh in between.
+        """
+        seconds = phase_seconds(self._counted, self.reports)
+        self._counted = self._counted | self.reports
+        return seconds
 
     def metrics(self) -> dict[str, float]:
-        """Workers wanted, serving (or about to, with newer weights), and over the whole run lost and replaced."""
+        """Workers that are wanted, that serve or refresh, and that were lost and replaced in this run."""
         counts, state = self.state.counts(), self.state
         serving = counts["healthy"] + counts["suspect"] + counts["refreshing"]
         figures = {"wanted": state.target, "serving": serving, "lost": state.lost, "replaced": state.replaced}
         return {f"fleet/{name}": float(value) for name, value in figures.items()}
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """The workers that serve now."""
+        return tuple(worker for name, worker in self._workers.items() if self._serves(name))
 
     def begin(self, weights: ObjectStoreWeights) -> None:
         """Roll ``weights`` out in the background."""
@@ -107,9 +130,10 @@ class ElasticFleet:
             self._roll_out(name)
 
     async def finish(self) -> None:
-        """Until every worker that serves has the newest version, or is lost; where none is left, until a new one serves: an evaluation may follow.
+        """Wait until every worker that serves has the newest version, or is lost.
 
-        Raises nothing: failures have been handed to the stream, and a start has its own deadline.
+        Where none is left, wait until a new one serves: an evaluation may follow. Raises nothing: failures
+        have been handed to the stream, and a start has its own deadline.
         """
         while rolls := [roll for roll in self._rolls.values() if not roll.done()]:
             await asyncio.gather(*rolls, return_exceptions=True)
@@ -117,7 +141,7 @@ class ElasticFleet:
             await asyncio.sleep(0.1)
 
     async def load_again(self) -> None:
-        """Every worker that serves loads the newest weights once more: its caches are then those of one that has just started with them."""
+        """Load the newest weights once more everywhere: the workers' caches are then those of a new start."""
         if self._newest is not None:
             self.begin(self._newest)
         await self.finish()
@@ -129,17 +153,10 @@ class ElasticFleet:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    @property
-    def workers(self) -> tuple[ElasticWorker, ...]:
-        """Those that serve now."""
-        return tuple(
-            worker
-            for name, worker in self._workers.items()
-            if self.state.members[name].state in ("healthy", "suspect")
-        )
+    # --- lost, missing and surplus workers ----------------------------------------------------------------
 
     def lost(self, name: str, error: Exception) -> None:
-        """A call to ``name`` failed: it is ended, its tasks have gone back, and another takes its place."""
+        """A call to ``name`` failed: end it and start another. Its tasks have gone back to the stream."""
         if not self.state.lose(name, str(error)):
             return
         worker = self._workers.pop(name)
@@ -153,7 +170,8 @@ class ElasticFleet:
             causes = "; ".join(self.state.reasons()[-3:])
             self._stream.fail(
                 FleetError(
-                    f"{self.state.lost} rollout workers died and no group arrived in between, so no more are started: {causes}"
+                    f"{self.state.lost} rollout workers died and no group arrived in between, "
+                    f"so no more are started: {causes}"
                 )
             )
         else:
@@ -163,23 +181,18 @@ class ElasticFleet:
             self._reconcile()
 
     def _reconcile(self) -> None:
+        """Start what is missing, end what is too many."""
         change = self.state.plan()
         for _ in range(change.launch):
             name = self.state.next_name()
             self.state.launch(name)
             self._spawn(self._bring_up, name)
         for name in change.drain:
-            if (
-                name not in self._rolls or self._rolls[name].done()
-            ):  # one that awaits its refresh is drained in its place
+            if name not in self._rolls or self._rolls[name].done():  # else its roll ends it in its turn
                 self._end(name)
 
-    def _end(self, name: str) -> None:
-        self.state.drain(name)
-        self._spawn(self._drain, name)
-
     async def _bring_up(self, name: str) -> None:
-        """Start, load the newest weights (and those that came meanwhile), then serve."""
+        """Start a worker, load the newest weights (and those that came meanwhile), then let it serve."""
         assert self._plan.launch is not None, "a fleet that cannot launch never wants more workers"
         worker = self._workers[name] = self._plan.launch(name)
         try:
@@ -202,58 +215,68 @@ class ElasticFleet:
         self._plan.say(f"{name} serves version {version}")
         self._reconcile()  # fewer may be wanted by now
 
-    async def _drain(self, name: str) -> None:
-        """End ``name`` once it has no group left."""
+    def _end(self, name: str) -> None:
+        self.state.drain(name)
+        self._spawn(self._end_when_delivered, name)
+
+    async def _end_when_delivered(self, name: str) -> None:
+        """End a worker that is no longer wanted, once its last group has arrived here."""
         self._stream.pause(name)
-        await self._stream.drained(name)
+        await self._stream.delivered(name)
         worker = self._workers.pop(name, None)
         if worker is not None and self.state.lose(name, "no longer wanted"):
             self._stream.remove(name)
             worker.kill()
             self._plan.say(f"{name} has ended: {self.state.target} workers are wanted")
 
-    def _roll_out(self, name: str) -> None:
-        """Starting and draining workers are left alone: the first take the newest weights before they serve, the second end."""
-        running = name in self._rolls and not self._rolls[name].done()
-        if not running and self.state.members[name].state in ("healthy", "suspect"):
-            self._rolls[name] = asyncio.create_task(self._guarded(self._roll, self._workers[name]))
+    # --- new weights --------------------------------------------------------------------------------------
 
-    async def _roll(self, worker: ElasticWorker) -> None:
-        """The version is chosen after the drain: no old one is kept for a worker with long episodes, and none is loaded that is old already."""
+    def _roll_out(self, name: str) -> None:
+        """Refresh a worker that serves. A starting worker takes the newest weights anyway."""
+        running = name in self._rolls and not self._rolls[name].done()
+        if not running and self._serves(name):
+            self._rolls[name] = asyncio.create_task(self._guarded(self._roll, name))
+
+    async def _roll(self, name: str) -> None:
+        """Refresh a worker in its turn, until it serves the newest version."""
         served: ObjectStoreWeights | None = None
-        while self._newest is not served and worker.name in self._workers:
+        while self._newest is not served and name in self._workers:
             async with self._turn:
-                if self.state.members[worker.name].state not in ("healthy", "suspect"):
+                if not self._serves(name):
                     return
-                if worker.name in self.state.plan().drain:
-                    self._end(worker.name)
+                if name in self.state.plan().drain:
+                    self._end(name)
                     return
                 try:
-                    served = await self._refresh(worker)
+                    served = await self._refresh(self._workers[name])
                 except ClusterError as error:
-                    self.lost(worker.name, error)
+                    self.lost(name, error)
                     return
 
-    async def _refresh(self, worker: ElasticWorker) -> ObjectStoreWeights:
+    async def _refresh(self, worker: Worker) -> ObjectStoreWeights:
+        """Bring the newest weights to a worker. Returns them."""
         self.state.refresh(worker.name)
         began = time.monotonic()
         if not self._plan.in_flight:
             self._stream.pause(worker.name)
-            await self._stream.drained(worker.name)
-        waited = time.monotonic() - began
+            await worker.drain()
+        drain_s = time.monotonic() - began
+        # Chosen after the drain: a worker with long episodes keeps no old version alive, and loads none.
         weights = self._newest
         assert weights is not None, "begin was called"
         if worker.name not in self._workers:
             return weights  # it was lost while its groups ended
         report = await worker.refresh(weights)
         if worker.name in self._workers:
-            self.reports[worker.name] = replace(report, drain_s=waited + report.drain_s)
+            self.reports[worker.name] = replace(report, drain_s=drain_s + report.drain_s)
             self.state.refreshed(worker.name, weights.version)
             self._stream.resume(worker.name, weights.version)
         return weights
 
+    # --- the watch ----------------------------------------------------------------------------------------
+
     async def _watch(self) -> None:
-        """Each second: is another number of workers wanted? Each ``health_s``: does everyone answer?"""
+        """Ask each second how many workers are wanted, and each ``health_s`` whether every worker answers."""
         checked = time.monotonic()
         while True:
             await asyncio.sleep(1.0)
@@ -271,33 +294,44 @@ class ElasticFleet:
                 await asyncio.gather(*(self._check(worker) for worker in up))
                 checked = time.monotonic()
 
-    async def _check(self, worker: ElasticWorker) -> None:
+    async def _check(self, worker: Worker) -> None:
+        """Ask a worker for its report. It is lost when two checks in a row fail."""
         try:
             await asyncio.wait_for(worker.report(), self._plan.health_s)
         except (ClusterError, TimeoutError) as error:
             if worker.name in self._workers and self.state.missed(worker.name):
-                late = isinstance(error, TimeoutError)
-                reason = (
-                    f"{worker.name} did not answer two health checks of {self._plan.health_s:g} s"
-                    if late
-                    else str(error)
-                )
-                self.lost(worker.name, ClusterError(reason))
+                late = f"{worker.name} did not answer two health checks of {self._plan.health_s:g} s"
+                self.lost(worker.name, ClusterError(late if isinstance(error, TimeoutError) else str(error)))
         else:
             if worker.name in self._workers:
                 self.state.answered(worker.name)
 
-    def _spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: str) -> None:
-        task = asyncio.create_task(self._guarded(work, *arguments))
+    def _serves(self, name: str) -> bool:
+        return self.state.members[name].state in SERVING
+
+    def _spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *names: str) -> None:
+        task = asyncio.create_task(self._guarded(work, *names))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _guarded(
-        self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: str | ElasticWorker
-    ) -> None:
+    async def _guarded(self, work: Callable[..., Coroutine[Any, Any, None]], *names: str) -> None:
+        # ``work`` is called here, not by the caller: the coroutine of a task that is cancelled before it
+        # starts would never be awaited.
         try:
-            await work(
-                *arguments
-            )  # called here: a coroutine made by the caller would never be awaited when its task is cancelled before it starts
-        except Exception as error:  # noqa: BLE001  a background failure of any kind must reach the loop, not die with its task
+            await work(*names)
+        except Exception as error:  # noqa: BLE001  any background failure must reach the loop
             self._stream.fail(error)
+
+
+def phase_seconds(before: Mapping[str, WorkerReport], after: Mapping[str, WorkerReport]) -> dict[str, float]:
+    """Seconds of the workers' step threads by phase, between two reports of each worker.
+
+    A worker that is new or was replaced counts from its start.
+    """
+    spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+    for name, report in after.items():
+        earlier = before[name].engine.seconds if name in before else {}
+        restarted = any(seconds > report.engine.seconds.get(phase, 0.0) for phase, seconds in earlier.items())
+        for phase, seconds in report.engine.seconds.items():
+            spent[phase] += seconds if restarted else seconds - earlier.get(phase, 0.0)
+    return spent

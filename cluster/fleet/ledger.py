@@ -1,4 +1,4 @@
-"""The books of a run: every task that was issued is accounted for, at every moment and over restarts."""
+"""Accounts for every task that was issued, at every moment and over restarts."""
 
 from __future__ import annotations
 
@@ -7,23 +7,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic import NonNegativeInt
+
 from actors.types import Boundary
 
 Fate = Literal["trained", "stale", "failed", "abandoned"]
 MOST_LOSSES = 3
-"""Workers that a task may be running on when they are lost, before it is held to be the cause."""
+"""A task whose worker was lost this many times is held to be the cause, and fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerSnapshot:
-    """What a checkpoint keeps: settled counts, and the positions that were issued but not settled (to be issued again)."""
+    """What a checkpoint keeps of a ledger.
 
-    next_position: int = 0
-    pending: tuple[int, ...] = ()
-    settled: Mapping[str, int] = field(default_factory=dict)
-    failures: Mapping[str, int] = field(default_factory=dict)
-    reissued: int = 0
-    recovered: Mapping[str, int] = field(default_factory=dict)
+    ``pending`` tasks were issued but not settled: they are issued again. ``settled`` counts tasks by fate,
+    ``failures`` failed episodes by boundary, ``reissued`` the times that a task went back because its
+    worker was lost, ``recovered`` the episodes that another worker took over.
+    """
+
+    next_position: NonNegativeInt = 0
+    pending: tuple[NonNegativeInt, ...] = ()
+    settled: Mapping[str, NonNegativeInt] = field(default_factory=dict)
+    failures: Mapping[str, NonNegativeInt] = field(default_factory=dict)
+    reissued: NonNegativeInt = 0
+    recovered: Mapping[str, NonNegativeInt] = field(default_factory=dict)
 
 
 class Ledger:
@@ -33,17 +40,15 @@ class Ledger:
         self._next = snapshot.next_position
         self._again = deque(snapshot.pending)
         self._pending: set[int] = set()
+        self._losses: Counter[int] = Counter()  # by position
         self.settled: Counter[str] = Counter(dict(snapshot.settled))
-        self.failures: Counter[str] = Counter(dict(snapshot.failures))  # failed episodes by boundary
+        self.failures: Counter[str] = Counter(dict(snapshot.failures))
         self.issued = sum(self.settled.values())
-        self.reissued = snapshot.reissued  # times that a task went back because its worker was lost
-        self.recovered: Counter[str] = Counter(
-            dict(snapshot.recovered)
-        )  # of their finished episodes: continued from their progress, or restarted
-        self._given_back: Counter[int] = Counter()
+        self.reissued = snapshot.reissued
+        self.recovered: Counter[str] = Counter(dict(snapshot.recovered))
 
     def issue(self) -> int:
-        """The position of the task to run next; positions left over by a checkpoint come first."""
+        """The position of the task to run next; tasks that are to be issued again come first."""
         if self._again:
             position = self._again.popleft()
         else:
@@ -53,18 +58,22 @@ class Ledger:
         return position
 
     def settle(self, position: int, fate: Fate) -> None:
+        """Close the account of a pending task. Raises KeyError when it is not pending."""
         self._pending.remove(position)
         self.settled[fate] += 1
 
     def abandon(self) -> None:
-        """The run ends here: nothing more comes of what is pending."""
+        """Settle all pending tasks: the run ends here."""
         for position in tuple(self._pending):
             self.settle(position, "abandoned")
 
     def give_back(self, position: int) -> bool:
-        """The worker of this task was lost: it is issued again. False, and settled as failed, when it took ``MOST_LOSSES`` workers with it."""
-        self._given_back[position] += 1
-        if self._given_back[position] >= MOST_LOSSES:
+        """Take back a task whose worker was lost, to issue it again.
+
+        Returns False, and settles the task as failed, when that happened ``MOST_LOSSES`` times.
+        """
+        self._losses[position] += 1
+        if self._losses[position] >= MOST_LOSSES:
             self.settle(position, "failed")
             return False
         self._pending.remove(position)
@@ -74,10 +83,11 @@ class Ledger:
         return True
 
     def count_failures(self, boundaries: Sequence[Boundary]) -> None:
+        """Count failed episodes by the boundary that failed."""
         self.failures.update(boundaries)
 
     def count_recovered(self, continued: int, restarted: int) -> None:
-        """Of a finished group: its episodes that a lost worker had begun."""
+        """Count episodes of a finished group that a lost worker had begun, by how they went on."""
         self.recovered.update(continued=continued, restarted=restarted)
 
     @property
@@ -96,16 +106,18 @@ class Ledger:
 
 
 def ledger_line(ledger: Ledger) -> str:
-    """For the end of a run. Says so when the books do not balance."""
-    settled = (
-        ", ".join(f"{count} {fate}" for fate, count in sorted(ledger.settled.items()) if count)
-        or "none settled"
+    """The books in one line, for the end of a run. It says so when they do not balance."""
+    fates = ", ".join(f"{count} {fate}" for fate, count in sorted(ledger.settled.items()) if count)
+    episodes = ledger.recovered
+    recovered = (
+        f" ({episodes['continued']} episodes recovered, {episodes['restarted']} restarted)"
+        if episodes.total()
+        else ""
     )
-    books = "" if ledger.balanced else " THE LEDGER DOES NOT BALANCE: a task was lost or counted twice"
-    failed = ", ".join(f"{count} {boundary}" for boundary, count in sorted(ledger.failures.items()))
-    episodes = f"; failed episodes: {failed}" if failed else ""
-    began = ledger.recovered
-    again = (
-        f" ({began['continued']} episodes recovered, {began['restarted']} restarted)" if began.total() else ""
+    boundaries = ", ".join(f"{count} {boundary}" for boundary, count in sorted(ledger.failures.items()))
+    failed = f"; failed episodes: {boundaries}" if boundaries else ""
+    problem = "" if ledger.balanced else " THE LEDGER DOES NOT BALANCE: a task was lost or counted twice"
+    return (
+        f"tasks: {ledger.issued} issued: {fates or 'none settled'}, {ledger.in_flight} in flight; "
+        f"{ledger.reissued} re-issued after a loss{recovered}{failed}{problem}"
     )
-    return f"tasks: {ledger.issued} issued: {settled}, {ledger.in_flight} in flight; {ledger.reissued} re-issued after a loss{again}{episodes}{books}"

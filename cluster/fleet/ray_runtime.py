@@ -1,7 +1,7 @@
-"""Ray for one run: a private local Ray, or a cluster to join; and the one way to wait for an actor.
+"""Starts or joins Ray for a run, and waits for actors with a deadline.
 
-A local Ray has its own namespace and ports, so that it neither joins nor disturbs another one on the machine. Every wait has a deadline, because an
-actor that cannot be placed, or that hangs, is reported by nobody.
+A local Ray has its own namespace and ports, so that it neither joins nor disturbs another Ray on the machine.
+Every wait has a deadline, because nobody reports an actor that cannot be placed, or that hangs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TQDM": "0",
-    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of a call with two results one is waited for; the other's failure would come as a traceback
+    # A call may have two results, of which we wait for one: the other's failure would print a traceback.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
 
 
@@ -56,26 +57,24 @@ class Demand:
 
 
 def demand(config: RunConfig, learner: bool) -> Demand:
-    """All rollout workers together and, if one is started, the learner."""
+    """The demand of all rollout workers and, with ``learner``, of the learner's ranks."""
     rollout, trainer = config.rollout, config.learner
-    cpus = rollout.workers * rollout.cpus_per_worker + (
-        trainer.workers * trainer.cpus_per_worker if learner else 0
-    )
-    gpus = rollout.workers * rollout.gpus_per_worker + (
-        trainer.workers * trainer.gpus_per_worker if learner else 0
-    )
+    ranks = trainer.workers if learner else 0
+    cpus = rollout.workers * rollout.cpus_per_worker + ranks * trainer.cpus_per_worker
+    gpus = rollout.workers * rollout.gpus_per_worker + ranks * trainer.gpus_per_worker
     custom = Counter({rollout.resource: rollout.workers})
-    if learner:
-        custom[trainer.resource] += trainer.workers
-    return Demand(cpus, gpus, tuple(sorted((name, count) for name, count in custom.items() if name)))
+    custom[trainer.resource] += ranks
+    return Demand(
+        cpus, gpus, tuple(sorted((name, count) for name, count in custom.items() if name and count))
+    )
 
 
 @contextmanager
 def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
-    """Ray, started or joined, for the duration of the block. Raises StartupError.
+    """Start or join Ray for the duration of the block. Raises StartupError.
 
-    A local Ray is told of at least as many CPUs as the actors ask for: on a smaller machine they share the cores, slower but running. Of custom
-    resources, which say what kind of node is wanted, it has plenty.
+    A local Ray is told of at least as many CPUs as the actors ask for: on a smaller machine they share the
+    cores and run slower. It gets plenty of the custom resources, which only say what kind of node is wanted.
     """
     import ray
 
@@ -91,9 +90,8 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
                 logging_level=logging.ERROR,
             )
         else:
-            os.environ["RAY_AUTH_MODE"] = (
-                "disabled"  # loopback only; a token left by another Ray of this user would be asked for otherwise
-            )
+            # Loopback only. Otherwise Ray would ask for a token that another Ray of this user left.
+            os.environ["RAY_AUTH_MODE"] = "disabled"
             ray.init(
                 address="local",
                 namespace=namespace,
@@ -105,9 +103,8 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
                 logging_level=logging.ERROR,
             )
     except Exception as error:  # Ray raises the plain class, too: for a node that is slow to start, say
-        where = (
-            f"join Ray at ray.address={config.ray.address!r}" if config.ray.address else "start a local Ray"
-        )
+        address = config.ray.address
+        where = f"join Ray at ray.address={address!r}" if address else "start a local Ray"
         raise StartupError(f"cannot {where}: {_first_line(error)}") from error
     try:
         _check_resources(config, needed)
@@ -117,14 +114,17 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
 
 
 def cancel_on_sigterm() -> None:
-    """A job's stop ends the current task as Ctrl-C does. Called once Ray is up: Ray puts a handler of its own there, which aborts the process."""
+    """Let SIGTERM, a job's stop, end the current task as Ctrl-C does.
+
+    Call it once Ray is up: Ray installs a handler of its own, which aborts the process.
+    """
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 def cluster_resources() -> str:
-    """For messages: "2 CPU, 0 GPU on 1 node (free: 1 CPU, 0 GPU)"."""
+    """Describe the cluster for messages: "2 CPU, 0 GPU on 1 node (free: 1 CPU, 0 GPU)"."""
     import ray
 
     total, free = ray.cluster_resources(), ray.available_resources()
@@ -142,7 +142,10 @@ def cluster_resources() -> str:
 
 
 async def answer(ref: ObjectRef[T], deadline_s: float, whom: str, doing: str) -> T:
-    """The value behind ``ref``. Raises WorkerLost, naming ``whom`` and what it was ``doing``, when the actor died, raised, or is late."""
+    """Wait for the value behind ``ref``.
+
+    Raises WorkerLost, naming ``whom`` and what it was ``doing``, when the actor died, raised, or is late.
+    """
     from ray.exceptions import RayActorError, RayError, RayTaskError
 
     try:
@@ -158,12 +161,15 @@ async def answer(ref: ObjectRef[T], deadline_s: float, whom: str, doing: str) ->
 
 
 async def all_ready(waits: dict[str, ObjectRef[Any]], deadline_s: float, needed: Demand) -> None:
-    """Every actor of ``waits`` (by name) is up. Raises StartupError naming those that are not, what was asked for and what the cluster has."""
+    """Wait until every actor of ``waits`` (by name) is up.
 
-    async def one(name: str, ref: ObjectRef[Any]) -> None:
+    Raises StartupError naming those that are not, what was asked for and what the cluster has.
+    """
+
+    async def wait_for(name: str, ref: ObjectRef[Any]) -> None:
         await answer(ref, deadline_s, name, "starting")
 
-    tasks = {name: asyncio.create_task(one(name, ref)) for name, ref in waits.items()}
+    tasks = {name: asyncio.create_task(wait_for(name, ref)) for name, ref in waits.items()}
     try:
         await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_EXCEPTION, timeout=deadline_s)
         for task in tasks.values():
@@ -185,13 +191,17 @@ async def _value(ref: ObjectRef[T]) -> T:
 
 
 def _check_resources(config: RunConfig, needed: Demand) -> None:
-    """A local Ray never grows: what does not fit now never will. (A cluster may scale up; there the start-up deadline decides.)"""
+    """Raise StartupError when a local Ray has too few GPUs: it never grows.
+
+    A cluster may scale up; there the start-up deadline decides.
+    """
     import ray
 
     gpus = ray.cluster_resources().get("GPU", 0)
     if not config.ray.address and needed.gpus > gpus:
         raise StartupError(
-            f"the run asks for {needed}, this machine has {gpus:g} GPU: lower rollout.gpus_per_worker, learner.gpus_per_worker or their workers"
+            f"the run asks for {needed}, this machine has {gpus:g} GPU: "
+            "lower rollout.gpus_per_worker, learner.gpus_per_worker or their workers"
         )
 
 

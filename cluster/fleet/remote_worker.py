@@ -1,8 +1,9 @@
-"""The driver's view of the rollout workers: each call has a deadline and names the worker in its errors.
+"""The driver's view of a rollout worker: each call has a deadline and names the worker in its errors.
 
-    RemoteWorker.group     -> stream.py     RemoteWorker.episode -> evaluate.py     RemoteWorker.refresh -> loop.py
+    RemoteWorker.group --> stream.py    .episode --> measure/rows.py    .drain, .refresh, .report --> fleet.py
 
-A worker that dies or is late raises WorkerLost here; Ray restarts nothing (a restarted actor would have lost its weights).
+A worker that dies or is late raises WorkerLost here. Ray restarts nothing: a restarted actor would have
+lost its weights.
 """
 
 from __future__ import annotations
@@ -28,47 +29,52 @@ from configs.schema import RunConfig
 REFRESH_S = 600.0
 REPORT_S = 60.0
 EPISODE_GRACE_S = 600.0  # beyond an episode's own deadline: the judge's verdict and the way back
-_CONTROL_CALLS = 8  # concurrent calls of an actor beyond its groups: refresh, report
+_CONTROL_CALLS = 8  # concurrent calls of an actor beyond its groups: drain, refresh, report
 
 
 def worker_process(config: RunConfig) -> Any:
-    """A process for one rollout worker: the actor that RemoteWorker is given."""
+    """Start a process for a rollout worker: the actor that RemoteWorker is given."""
+    rollout = config.rollout
     threads = {
-        "OMP_NUM_THREADS": str(config.rollout.threads),
+        "OMP_NUM_THREADS": str(rollout.threads),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }
     actor: Any = RolloutActor
     return actor.options(
-        num_cpus=config.rollout.cpus_per_worker
-        if config.ray.address
-        else 0,  # on one machine they share its cores, however many `scale` asks for
-        num_gpus=config.rollout.gpus_per_worker,
-        resources={config.rollout.resource: 1} if config.rollout.resource else {},
+        # on a single machine the workers share its cores, however many `scale` asks for
+        num_cpus=rollout.cpus_per_worker if config.ray.address else 0,
+        num_gpus=rollout.gpus_per_worker,
+        resources={rollout.resource: 1} if rollout.resource else {},
         max_concurrency=config.engine.slots * 2 + credits_per_worker(config) + _CONTROL_CALLS,
         runtime_env={"env_vars": threads},
     ).remote()
 
 
 class RemoteWorker:
-    """One rollout worker behind Ray. ``actor`` has the methods of RolloutActor. Starts at once; it is up when ``started`` resolves.
+    """A rollout worker behind Ray. It starts at once and is up when ``started`` resolves.
 
-    ``journal`` keeps the progress of its episodes for the worker that may have to go on with them; None: they would start anew.
+    ``actor`` has the methods of RolloutActor. ``journal`` keeps the progress of its episodes for a worker
+    that may have to take them over; None: they would start anew.
     """
 
     def __init__(self, spec: WorkerSpec, actor: Any, journal: EpisodeJournal | None) -> None:
         self.name = spec.name
         self._journal = journal
         self._config = spec.config
+        self._drain_s = spec.config.train.group_timeout_s
         self._actor = actor
         self.started: ray.ObjectRef[str] = actor.start.remote(spec)
 
     async def ready(self) -> None:
-        """Until engine and writer are up. Raises WorkerLost."""
+        """Wait until engine and writer are up. Raises WorkerLost."""
         await answer(self.started, self._config.ray.startup_timeout_s, self.name, "starting")
 
     async def group(self, position: int, task: Task) -> FinishedGroup:
-        """The siblings of one training task, sampled with seeds that follow from the run's seed and ``position``. Only the summary comes here."""
+        """Run the siblings of a training task. Only their summary comes here.
+
+        Their seeds follow from the run's seed and ``position``.
+        """
         config = self._config
         request = RolloutRequest(
             task=task,
@@ -90,7 +96,7 @@ class RemoteWorker:
         return finished
 
     async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
-        """One episode of a held-out task; only its own deadline, and no queue, stands before its end."""
+        """Run an episode of a held-out task. It starts at once and ends with its own deadline."""
         request = RolloutRequest(
             task=task,
             group_id=f"{re.sub('[^a-z0-9]+', '-', row.label.lower())}-{position}",
@@ -106,21 +112,26 @@ class RemoteWorker:
         )
         return group
 
+    async def drain(self) -> None:
+        """Wait until its groups and episodes have ended. It starts none until ``refresh``."""
+        call = self._actor.drain.remote(self._drain_s)
+        await answer(call, self._drain_s + REPORT_S, self.name, "its last groups before a refresh")
+
     async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
-        """Drain, load ``weights``, go on."""
-        drain_s = self._config.train.group_timeout_s
-        call = self._actor.refresh.remote(weights, drain_s)
+        """Drain if need be, load ``weights``, go on."""
+        call = self._actor.refresh.remote(weights, self._drain_s)
         report: WorkerReport = await answer(
-            call, drain_s + REFRESH_S, self.name, f"the refresh to version {weights.version}"
+            call, self._drain_s + REFRESH_S, self.name, f"the refresh to version {weights.version}"
         )
         return report
 
     async def report(self) -> WorkerReport:
+        """Its counts since it started."""
         report: WorkerReport = await answer(self._actor.report.remote(), REPORT_S, self.name, "its report")
         return report
 
     async def measure(self) -> PeakMemory:
-        """The most memory held since the last call, or since the worker started."""
+        """The most memory that it held since the last call, or since it started."""
         peak: PeakMemory = await answer(
             self._actor.measure.remote(), REPORT_S, self.name, "measuring its memory"
         )

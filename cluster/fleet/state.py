@@ -1,12 +1,12 @@
-"""What the controller knows of each rollout worker, and what it should do next: pure, no Ray, no clock of its own.
+"""The states of the rollout workers, and what the controller should do next. Pure: no Ray, no clock.
 
     starting --ready--> refreshing --refreshed--> healthy <--answered-- suspect
                             ^                      |   |                  |
                             '------refresh---------'   '----missed--------'--missed again--> dead
     any state --lost--> dead          healthy, suspect --drain--> draining --gone--> (removed)
 
-A dead worker is replaced while fewer are alive than wanted; a name is never used twice. Only a healthy worker is given tasks, so a replacement never
-serves before it holds the current weights.
+A dead worker is replaced while fewer are alive than wanted; a name is never used twice. Only a healthy
+worker is given tasks, so a replacement never serves before it holds the current weights.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ _MOVES: dict[WorkerState, frozenset[WorkerState]] = {
     "dead": frozenset(),
 }
 ALIVE: tuple[WorkerState, ...] = ("starting", "refreshing", "healthy", "suspect")
+SERVING: tuple[WorkerState, ...] = ("healthy", "suspect")
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One worker. ``version`` is what it serves (None until it serves); ``reason`` says why it is dead; ``misses`` counts health checks in a row
-    that it did not answer."""
+    """A worker. ``version`` is what it serves (None until it serves); ``reason`` says why it is dead.
+
+    ``misses`` counts the health checks in a row that it did not answer.
+    """
 
     name: str
     state: WorkerState
@@ -50,23 +53,20 @@ class Change:
 
 
 class FleetState:
-    """All workers that were ever started. Every change is checked against the drawing above: an impossible one is a programming error."""
+    """All workers that were ever started. A move that the drawing above does not show raises ValueError."""
 
     def __init__(self, target: int) -> None:
         self.target = target
         self.members: dict[str, Member] = {}
         self.lost = 0  # workers that died, over the whole run
-        self.replaced = 0  # workers started in the place of one that died
+        self.replaced = 0  # workers started in the place of a dead one
         self._losses_in_a_row = 0
 
     def launch(self, name: str) -> None:
         """A worker called ``name`` is starting."""
         if name in self.members:
             raise ValueError(f"{name} was used before: a name that comes back would hide a death")
-        if (
-            self.lost > self.replaced
-            and sum(member.state in ALIVE for member in self.members.values()) < self.target
-        ):
+        if self.lost > self.replaced and len(self._in(ALIVE)) < self.target:
             self.replaced += 1
         self.members[name] = Member(name, "starting", None, "", 0)
 
@@ -90,7 +90,7 @@ class FleetState:
         self.members[name] = replace(self.members[name], version=version, misses=0)
 
     def missed(self, name: str) -> bool:
-        """It did not answer a health check. Whether that was once too often: two in a row."""
+        """It did not answer a health check. True after two missed checks in a row."""
         if self.members[name].state == "healthy":
             self._move(name, "suspect")
         misses = self.members[name].misses + 1
@@ -98,6 +98,7 @@ class FleetState:
         return misses >= 2
 
     def answered(self, name: str) -> None:
+        """It answered a health check."""
         if self.members[name].state == "suspect":
             self._move(name, "healthy")
         self.members[name] = replace(self.members[name], misses=0)
@@ -107,7 +108,7 @@ class FleetState:
         self._losses_in_a_row = 0
 
     def lose(self, name: str, reason: str) -> bool:
-        """It is dead. False when that was known."""
+        """It is dead. Returns False when that was known."""
         member = self.members[name]
         if member.state == "dead":
             return False
@@ -119,19 +120,18 @@ class FleetState:
         return True
 
     def drain(self, name: str) -> None:
-        """It gets nothing new and ends after what it has."""
+        """It gets no new task and ends after those that it has."""
         self._move(name, "draining")
 
     def plan(self) -> Change:
-        """What is missing, or too many: those still starting go first, then the newest."""
-        alive = [member for member in self.members.values() if member.state in ALIVE]
-        surplus = len(alive) - self.target
+        """How many workers are missing, or which of too many go: the newest of those that serve.
+
+        A surplus worker that is starting or refreshing goes once it is healthy.
+        """
+        surplus = len(self._in(ALIVE)) - self.target
         if surplus <= 0:
             return Change(-surplus, ())
-        drainable = [member.name for member in alive if member.state in ("healthy", "suspect")]
-        return Change(
-            0, tuple(drainable[::-1][:surplus])
-        )  # one that is starting or refreshing is drained once it is healthy
+        return Change(0, tuple(self._in(SERVING)[::-1][:surplus]))
 
     @property
     def hopeless(self) -> bool:
@@ -148,6 +148,10 @@ class FleetState:
             for member in self.members.values()
             if member.state == "dead" and member.reason
         ]
+
+    def _in(self, states: tuple[WorkerState, ...]) -> list[str]:
+        """The workers in one of ``states``, oldest first."""
+        return [name for name, member in self.members.items() if member.state in states]
 
     def _move(self, name: str, state: WorkerState) -> None:
         member = self.members[name]

@@ -3,11 +3,12 @@
       tasks --fill()--> worker.group() ... worker.group()      at most ``credits`` groups per worker
                                |
                                v  finished, in any order
-      take() <--gate-- ready groups                             older than max_staleness: dropped, counted, replaced
+      take() <--gate-- ready groups      (those older than max_staleness are dropped, counted, replaced)
 
-The invariant: a group leaves ``take`` only if the learner, at that moment, is at most ``max_staleness`` versions ahead of the policy that sampled it.
-Nothing here calls Ray: a worker is anything with a name and a coroutine ``group``, and of what it finished only the summary is looked at. Called by
-loop.py; every wait of ``take`` ends because a group finishes, a worker raises, or the stall deadline passes.
+The invariant: a group leaves ``take`` only if the learner, at that moment, is at most ``max_staleness``
+versions ahead of the policy that sampled it. Nothing here calls Ray: a worker is anything with a name and a
+coroutine ``group``, and only the summary of a finished group is read. loop.py calls ``take``. Each wait in
+it ends because a group finishes, a worker raises, or the stall deadline passes.
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ def may_issue(
 ) -> bool:
     """Whether a group issued now will still be fresh when its turn comes.
 
-    ``learner_version`` is the version the learner will have at its next take; ``outstanding`` groups are ahead in the queue and fill
-    ``outstanding // per_step`` whole steps before this one is consumed.
+    ``learner_version`` is the version the learner will have at its next take. ``outstanding`` groups are
+    ahead in the queue: they fill ``outstanding // per_step`` whole steps before this group is consumed.
     """
     return learner_version - worker_version + outstanding // per_step <= max_staleness
 
 
 @dataclass(frozen=True, slots=True)
 class StreamPlan:
-    """``steps`` batches of ``per_step`` groups will be taken, so nothing is issued beyond them. ``credits`` is the most groups in flight on one
-    worker; ``stall_s`` the longest time without any event before the stream gives up."""
+    """``steps`` batches of ``per_step`` groups will be taken, so nothing is issued beyond them.
+
+    ``credits`` bounds the groups in flight on one worker; ``stall_s`` is the longest time without any event
+    before the stream gives up.
+    """
 
     steps: int
     per_step: int
@@ -54,8 +58,27 @@ class StreamPlan:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class StreamCalls:
+    """What the stream calls."""
+
+    task_at: Callable[[int], Task]
+    """The task at a position of the task source."""
+    missing: Callable[[Sequence[FinishedGroup]], Awaitable[Sequence[int]]] | None = None
+    """Bring a batch to the learner before ``take`` returns it; the places that are lost are issued again."""
+    on_failures: Callable[[GroupSummary], None] = lambda summary: None
+    """A group arrived in which episodes failed."""
+    on_group: Callable[[], None] = lambda: None
+    """A group arrived."""
+    on_lost: Callable[[str, Exception], None] | None = None
+    """A call to the worker of that name failed. None: that ends the stream."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """What one step trains on. ``positions`` and ``staleness`` have one value per group; ``dropped`` counts the stale groups since the last batch."""
+    """What one step trains on. ``positions`` and ``staleness`` have one value per group.
+
+    ``dropped`` counts the stale groups since the last batch.
+    """
 
     positions: tuple[int, ...]
     groups: tuple[FinishedGroup, ...]
@@ -64,95 +87,101 @@ class Batch:
 
 
 class GroupStream:
-    """Bounded-staleness stream over the workers. Lives on one asyncio loop; single use: ``close`` ends it."""
+    """Bounded-staleness stream over the workers. It lives on one asyncio loop; ``close`` ends it for good."""
 
     def __init__(
         self,
         plan: StreamPlan,
         workers: Sequence[GroupSource],
         version: PolicyVersion,
-        task_at: Callable[[int], Task],
         ledger: Ledger,
+        calls: StreamCalls,
     ) -> None:
-        self._plan = plan
-        self._lanes = {worker.name: Lane(worker, version, asyncio.Event()) for worker in workers}
-        self._openings = Openings(plan.credits)
-        for lane in self._lanes.values():
-            lane.idle.set()
-            self._openings.add(lane)
-        self._version = version
-        self._task_at = task_at
+        self._plan, self._version, self._calls = plan, version, calls
         self.ledger = ledger
-        self._running: dict[int, asyncio.Task[None]] = {}
+        self._lanes: dict[str, Lane] = {}
+        self._openings = Openings(plan.credits)
+        for worker in workers:
+            self._open_lane(worker, version)
+        self._running: dict[int, asyncio.Task[None]] = {}  # by position
         self._ready: deque[tuple[int, FinishedGroup]] = deque()
-        self._taken = 0  # of the batch that is being put together
+        self._taken = 0  # groups of the batch that is being put together
         self._to_deliver = plan.steps * plan.per_step
-        self._unusable = 0
-        self._messages: Counter[str] = Counter()
+        self._unusable = 0  # groups in a row
+        self._messages: Counter[str] = Counter()  # of those groups' failures
         self._error: Exception | None = None
         self._changed = asyncio.Event()
-        self._on_lost: Callable[[str, Exception], None] | None = None
-        self._on_group: Callable[[], None] = lambda: None
-        self._on_failures: Callable[[GroupSummary], None] = lambda summary: None
         self._held = False
-        self._missing: Callable[[Sequence[FinishedGroup]], Awaitable[Sequence[int]]] | None = None
 
-    def listen(self, on_lost: Callable[[str, Exception], None], on_group: Callable[[], None]) -> None:
-        """``on_lost`` is told of a worker whose call failed (without it that ends the stream), ``on_group`` of every group that arrives."""
-        self._on_lost, self._on_group = on_lost, on_group
-
-    def deliver(self, missing: Callable[[Sequence[FinishedGroup]], Awaitable[Sequence[int]]]) -> None:
-        """``missing`` brings a batch to the learner before ``take`` returns it, and says which places are lost: those tasks are issued again."""
-        self._missing = missing
-
-    def watch(self, on_failures: Callable[[GroupSummary], None]) -> None:
-        """``on_failures`` is told of every group in which episodes failed."""
-        self._on_failures = on_failures
+    # --- the workers --------------------------------------------------------------------------------------
 
     def add(self, worker: GroupSource, version: PolicyVersion) -> None:
-        """``worker`` serves ``version`` and takes groups from now on."""
-        lane = self._lanes[worker.name] = Lane(worker, version, asyncio.Event())
-        lane.idle.set()
-        self._openings.add(lane)
+        """Give tasks to ``worker``, which serves ``version``."""
+        self._open_lane(worker, version)
         self._fill()
         self._changed.set()
 
     def remove(self, worker: str) -> None:
-        """``worker`` is gone, or about to be; what it had is issued again when its calls fail."""
+        """Forget ``worker``: it is gone, or about to be. Its tasks are issued again when its calls fail."""
         if (lane := self._lanes.pop(worker, None)) is not None:
-            self._openings.remove(lane)
-            lane.admitting = False
-            lane.idle.set()  # who waits for it to drain need not wait any longer
+            self._close_lane(lane)
+            lane.idle.set()  # nobody needs to wait for it any longer
+
+    def pause(self, worker: str) -> None:
+        """Give ``worker`` nothing new: it is about to be refreshed, or ended."""
+        if (lane := self._lanes.get(worker)) is not None:
+            self._close_lane(lane)
+
+    def resume(self, worker: str, version: PolicyVersion) -> None:
+        """Give tasks to ``worker`` again, which serves ``version`` now."""
+        lane = self._lanes[worker]
+        self._openings.remove(lane)
+        lane.admitting, lane.version = True, version
+        self._openings.add(lane)
+        self._fill()
+        self._changed.set()
+
+    async def delivered(self, worker: str) -> None:
+        """Wait until ``worker`` has delivered all its groups, or is gone. Each group has its own deadline."""
+        if (lane := self._lanes.get(worker)) is not None:
+            await lane.idle.wait()
+
+    def hold(self) -> None:
+        """Issue nothing to any worker until ``release``: the workers are needed for something else."""
+        self._held = True
+
+    def release(self) -> None:
+        """Issue tasks again."""
+        self._held = False
+        self._fill()
+        self._changed.set()
+
+    def _open_lane(self, worker: GroupSource, version: PolicyVersion) -> None:
+        lane = self._lanes[worker.name] = Lane(worker, version, asyncio.Event())
+        lane.idle.set()
+        self._openings.add(lane)
+
+    def _close_lane(self, lane: Lane) -> None:
+        self._openings.remove(lane)
+        lane.admitting = False
+
+    # --- the learner --------------------------------------------------------------------------------------
 
     async def take(self) -> Batch:
-        """The next ``per_step`` fresh groups, in task order; ``trained`` settles them. Raises StreamError, or what a worker raised."""
-        fresh: list[tuple[int, int, FinishedGroup]] = []
+        """The next ``per_step`` fresh groups, in task order; ``trained`` settles them.
+
+        Raises StreamError, or what a worker raised.
+        """
+        fresh: list[tuple[int, int, FinishedGroup]] = []  # position, age in versions, group
         dropped = 0
         while True:
-            while self._ready and len(fresh) < self._plan.per_step:
-                position, group = self._ready.popleft()
-                age = self._version - group.summary.policy_version
-                if age > self._plan.max_staleness:
-                    self.ledger.settle(position, "stale")
-                    dropped += 1
-                else:
-                    fresh.append((position, age, group))
-            self._taken = len(fresh)
-            if self._taken == self._plan.per_step:
-                lost = [] if self._missing is None else await self._missing([group for _, _, group in fresh])
-                if not lost:
-                    break
-                for place in lost:
-                    self._reissue(
-                        fresh[place][0],
-                        f"{fresh[place][2].summary.worker}'s node was lost with a finished group in it",
-                    )
-                fresh = [kept for place, kept in enumerate(fresh) if place not in lost]
-                self._taken = len(fresh)
-                continue
-            self._fill()
-            await self._wait_for_change()
-        fresh.sort(key=lambda item: item[0])
+            dropped += self._take_ready(fresh)
+            if len(fresh) < self._plan.per_step:
+                self._fill()
+                await self._wait_for_change()
+            elif not await self._drop_missing(fresh):
+                break
+        fresh.sort(key=lambda entry: entry[0])
         self._taken = 0
         self._to_deliver -= len(fresh)
         self._version += 1
@@ -161,41 +190,12 @@ class GroupStream:
         return Batch(positions, groups, ages, dropped)
 
     def trained(self, batch: Batch) -> None:
-        """The learner's step on ``batch`` is done."""
+        """Settle the tasks of ``batch``: the learner has trained on it."""
         for position in batch.positions:
             self.ledger.settle(position, "trained")
 
-    def pause(self, worker: str) -> None:
-        """Give ``worker`` nothing new: it is about to be refreshed, or ended."""
-        if (lane := self._lanes.get(worker)) is not None:
-            self._openings.remove(lane)
-            lane.admitting = False
-
-    def hold(self) -> None:
-        """Issue nothing until ``release``, whichever workers are refreshed or added meanwhile: they are wanted for something else."""
-        self._held = True
-
-    def release(self) -> None:
-        self._held = False
-        self._fill()
-        self._changed.set()
-
-    async def drained(self, worker: str) -> None:
-        """Until ``worker`` has no group left, or is gone; each of them ends at the latest with its own deadline."""
-        if (lane := self._lanes.get(worker)) is not None:
-            await lane.idle.wait()
-
-    def resume(self, worker: str, version: PolicyVersion) -> None:
-        """``worker`` serves ``version`` and takes groups again."""
-        lane = self._lanes[worker]
-        self._openings.remove(lane)
-        lane.admitting, lane.version = True, version
-        self._openings.add(lane)
-        self._fill()
-        self._changed.set()
-
     def fail(self, error: Exception) -> None:
-        """Something that the stream depends on broke: ``take`` raises it."""
+        """Make ``take`` raise ``error``: something that the stream depends on broke."""
         self._error = self._error or error
         self._changed.set()
 
@@ -205,7 +205,7 @@ class GroupStream:
             raise self._error
 
     async def close(self) -> None:
-        """Stop: what is in flight, unread or not learned from yet is settled as abandoned."""
+        """Stop. What is in flight, unread or not learned from yet is settled as abandoned."""
         running = list(self._running.values())
         for worker in list(self._lanes):
             self.pause(worker)
@@ -216,8 +216,50 @@ class GroupStream:
         self._running.clear()
         self._ready.clear()
 
+    def _take_ready(self, fresh: list[tuple[int, int, FinishedGroup]]) -> int:
+        """Move ready groups into ``fresh`` until a batch is full. Returns how many were stale and dropped."""
+        dropped = 0
+        while self._ready and len(fresh) < self._plan.per_step:
+            position, group = self._ready.popleft()
+            age = self._version - group.summary.policy_version
+            if age > self._plan.max_staleness:
+                self.ledger.settle(position, "stale")
+                dropped += 1
+            else:
+                fresh.append((position, age, group))
+        self._taken = len(fresh)
+        return dropped
+
+    async def _drop_missing(self, fresh: list[tuple[int, int, FinishedGroup]]) -> bool:
+        """Bring a full batch to the learner; drop the groups that are lost. Returns whether any was."""
+        if self._calls.missing is None:
+            return False
+        lost = await self._calls.missing([group for _, _, group in fresh])
+        for place in lost:
+            position, _, group = fresh[place]
+            self._reissue(position, f"{group.summary.worker}'s node was lost with a finished group in it")
+        fresh[:] = [entry for place, entry in enumerate(fresh) if place not in lost]
+        self._taken = len(fresh)
+        return bool(lost)
+
+    async def _wait_for_change(self) -> None:
+        """Wait for a finished group, a worker's error or a refreshed worker. Raises StreamError when late."""
+        self.raise_failure()
+        self._changed.clear()
+        try:
+            await asyncio.wait_for(self._changed.wait(), self._plan.stall_s)
+        except TimeoutError:
+            lanes = ", ".join(
+                f"{name} ({lane.outstanding} groups{'' if lane.admitting else ', refreshing'})"
+                for name, lane in self._lanes.items()
+            )
+            raise StreamError(f"nothing arrived for {self._plan.stall_s:.0f} s; waited for {lanes}") from None
+        self.raise_failure()
+
+    # --- the groups ---------------------------------------------------------------------------------------
+
     def _fill(self) -> None:
-        """Issue tasks while some worker has a credit and the result would be fresh; the least loaded worker first."""
+        """Issue tasks to the least loaded workers that have a credit, while the result would be fresh."""
         plan = self._plan
         while self._error is None and not self._held:
             outstanding = len(self._running) + len(self._ready) + self._taken
@@ -239,6 +281,7 @@ class GroupStream:
             self._running[position] = asyncio.create_task(self._run(lane, position))
 
     def _load(self, lane: Lane, change: int) -> None:
+        """Count a group more or less on ``lane``."""
         self._openings.remove(lane)
         lane.outstanding += change
         self._openings.add(lane)
@@ -248,45 +291,52 @@ class GroupStream:
             lane.idle.clear()
 
     async def _run(self, lane: Lane, position: int) -> None:
-        """One group on one worker. A lost worker's task goes to another; any other failure wakes ``take``, which raises it in the loop."""
+        """Run a group on a worker. A lost worker's task goes to another.
+
+        Any other failure wakes ``take``, which raises it in the loop.
+        """
         try:
-            group = await lane.source.group(position, self._task_at(position))
+            group = await lane.source.group(position, self._calls.task_at(position))
         except ClusterError as error:
             self._give_back(lane, position, error)
             return
-        except Exception as error:  # noqa: BLE001  a background failure of any kind must reach the loop, not die with its task
+        except Exception as error:  # noqa: BLE001  any background failure must reach the loop
             self.fail(error)
             return
         finally:
             self._load(lane, -1)
         del self._running[position]
-        self._on_group()
+        self._calls.on_group()
         self._sort_in(position, group)
         self._fill()
         self._changed.set()
 
     def _give_back(self, lane: Lane, position: int, error: ClusterError) -> None:
-        if self._on_lost is None:
+        """The worker of ``position`` is lost: its task goes to another."""
+        if self._calls.on_lost is None:
             self.fail(error)
             return
         del self._running[position]
-        self._openings.remove(lane)
-        lane.admitting = False
+        self._close_lane(lane)
         self._reissue(position, str(error))
-        self._on_lost(lane.source.name, error)
+        self._calls.on_lost(lane.source.name, error)
         self._fill()
         self._changed.set()
 
     def _reissue(self, position: int, reason: str) -> None:
+        """Issue the task again; one that lost too many workers fails instead."""
         if not self.ledger.give_back(position):
             self.ledger.count_failures(["worker"])
             self._messages[f"worker: {reason}"] += 1
 
     def _sort_in(self, position: int, group: FinishedGroup) -> None:
-        """Fewer than two finished siblings cannot be compared: counted as failed, replaced by the next task."""
+        """Queue a finished group for ``take``.
+
+        Fewer than two finished siblings cannot be compared: that group fails, and the next task replaces it.
+        """
         self.ledger.count_failures([failure.boundary for failure in group.summary.failed])
         if group.summary.failed:
-            self._on_failures(group.summary)
+            self._calls.on_failures(group.summary)
         self.ledger.count_recovered(group.summary.recovered.continued, group.summary.recovered.restarted)
         if len(group.summary.episodes) >= 2:
             self._ready.append((position, group))
@@ -303,17 +353,3 @@ class GroupStream:
             self._error = StreamError(
                 f"the last {self._unusable} groups had fewer than two finished episodes each: {common}"
             )
-
-    async def _wait_for_change(self) -> None:
-        """Unblocked by a finished group, a worker's error or a refreshed worker; the deadline names whom we waited for."""
-        self.raise_failure()
-        self._changed.clear()
-        try:
-            await asyncio.wait_for(self._changed.wait(), self._plan.stall_s)
-        except TimeoutError:
-            lanes = ", ".join(
-                f"{name} ({lane.outstanding} groups{'' if lane.admitting else ', refreshing'})"
-                for name, lane in self._lanes.items()
-            )
-            raise StreamError(f"nothing arrived for {self._plan.stall_s:.0f} s; waited for {lanes}") from None
-        self.raise_failure()

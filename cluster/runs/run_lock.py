@@ -1,26 +1,39 @@
-"""One process at a time writes in a run's folder: a second one, or a job that was submitted twice, is told so in a line.
+"""Lets one process at a time write in a run's folder; a second one gets an error in one line.
 
-The lock is the kernel's (flock on <folder>/.lock), so it goes with its process however that ends; the file holds who has it.
+The lock is the kernel's (flock on <folder>/.lock): it ends with its process, however that ends. The file's
+content says which process has it.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.common.errors import InUseError
+from configs.files import FileError, dump_json, parse_json
 
 LOCK_FILE = ".lock"
 
 
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """The content of the lock file."""
+
+    pid: int
+    host: str
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """``folder`` belongs to this process for the duration of the block. Raises InUseError at once when another has it."""
+    """Hold the lock of ``folder`` for the duration of the block.
+
+    Raises InUseError at once when another process has it.
+    """
     handle = _take(folder)
     try:
         yield
@@ -29,23 +42,27 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def require_free(folder: Path) -> None:
-    """Raises InUseError when a process works in ``folder``; one that does not exist is free."""
+    """Raise InUseError when a process works in ``folder``. A folder that does not exist is free."""
     if folder.is_dir():
         os.close(_take(folder))
 
 
 def _take(folder: Path) -> int:
-    """An open handle that has the lock. Not inherited by the processes that are started from here: they may outlive this one."""
+    """Open the lock file and lock it.
+
+    The handle is not inherited by child processes: they may outlive this process.
+    """
     handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
+        os.pwrite(handle, dump_json(_Holder(os.getpid(), platform.node()), indent=None).encode(), 0)
     except BlockingIOError:
-        holder = _holder(handle)
+        holder = _name_holder(handle)
         os.close(handle)
         raise InUseError(
-            f"{folder} is in use by {holder}: wait for it or stop it, or start anew (resume= or another output_dir)"
+            f"{folder} is in use by {holder}: wait for it or stop it, "
+            "or start anew (resume= or another output_dir)"
         ) from None
     except OSError:
         os.close(handle)
@@ -53,9 +70,9 @@ def _take(folder: Path) -> int:
     return handle
 
 
-def _holder(handle: int) -> str:
+def _name_holder(handle: int) -> str:
     try:
-        content = json.loads(os.pread(handle, 1000, 0))
-        return f"process {content['pid']} on {content['host']}"
-    except (ValueError, KeyError, TypeError):
+        holder = parse_json(os.pread(handle, 1000, 0), _Holder)
+    except FileError:
         return "another process"
+    return f"process {holder.pid} on {holder.host}"

@@ -1,27 +1,38 @@
-"""How many rollout workers there should be: the configuration's number, its schedule, and what a person asked for while the run goes on.
+"""How many rollout workers a run should have: the configured number, its schedule, or what a user asked for.
 
 python -m cluster scale 4  -->  <run>/workers.json  --read each second by the driver-->  ElasticFleet
 """
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import PositiveInt
+
 from cluster.common.errors import ClusterError
+from configs.files import FileError, dump_json, read_json, write_text
 
 _FILE = "workers.json"
 
 
 class ScaleError(ClusterError):
-    """There is no run to scale, or not to that number."""
+    """There is no run to scale, or the number of workers is not allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """``workers.json``."""
+
+    workers: PositiveInt
 
 
 @dataclass(slots=True)
 class WantedWorkers:
-    """Called by the fleet. ``step`` is moved on by the loop; a number that a person asked for overrules the schedule from then on."""
+    """The wanted number, called by the fleet. The loop advances ``step``.
+
+    A number that a user asked for overrules the schedule from then on.
+    """
 
     configured: int
     schedule: tuple[str, ...]
@@ -29,27 +40,23 @@ class WantedWorkers:
     step: int = 0
 
     def __call__(self) -> int:
-        asked = read_wanted(self.run_dir)
-        return asked if asked is not None else scheduled(self.configured, self.schedule, self.step)
+        requested = read_wanted(self.run_dir)
+        return scheduled(self.configured, self.schedule, self.step) if requested is None else requested
 
 
 def scheduled(configured: int, schedule: tuple[str, ...], step: int) -> int:
-    """The number of the schedule's last entry that ``step`` has reached, else the configured one."""
-    reached = sorted(
-        (int(at), int(count))
-        for at, _, count in (entry.partition(":") for entry in schedule)
-        if int(at) <= step
-    )
+    """The number of the last entry ("step:workers") that ``step`` has reached, else ``configured``."""
+    entries = [entry.partition(":") for entry in schedule]
+    reached = sorted((int(at), int(count)) for at, _, count in entries if int(at) <= step)
     return reached[-1][1] if reached else configured
 
 
 def read_wanted(run_dir: Path) -> int | None:
-    """What was asked for; None where nothing was, or where the file is being damaged by someone else."""
+    """The number that a user asked for; None where nobody did, or where the file is damaged."""
     try:
-        wanted = json.loads((run_dir / _FILE).read_text(encoding="utf-8"))["workers"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(run_dir / _FILE, _Request).workers
+    except (FileNotFoundError, FileError):
         return None
-    return wanted if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= 1 else None
 
 
 def ask_for(run_dir: Path, workers: int) -> None:
@@ -60,9 +67,7 @@ def ask_for(run_dir: Path, workers: int) -> None:
         )
     if not (run_dir / "config.yaml").is_file():
         raise ScaleError(f"{run_dir} is no run folder: it has no config.yaml")
-    partial = run_dir / f".{_FILE}.{os.getpid()}"
-    partial.write_text(json.dumps({"workers": workers}), encoding="utf-8")
-    partial.rename(run_dir / _FILE)
+    write_text(run_dir / _FILE, dump_json(_Request(workers)))
 
 
 def newest_run(output_dir: Path) -> Path:
@@ -70,4 +75,4 @@ def newest_run(output_dir: Path) -> Path:
     runs = [path.parent for path in output_dir.glob("*/config.yaml") if "-evaluate-" not in path.parent.name]
     if not runs:
         raise ScaleError(f"{output_dir} holds no run: give the run's folder with --run")
-    return max(runs, key=lambda run: max(file.stat().st_mtime_ns for file in run.iterdir()))
+    return max(runs, key=lambda run_dir: max(path.stat().st_mtime_ns for path in run_dir.iterdir()))

@@ -1,6 +1,10 @@
-"""The composition root: the one place that constructs what runs. Everything else is given its parts.
+"""The composition root of a training: it constructs what runs and hands each part its parts.
 
-Preparation --> Ray --> rollout workers and learner, started together --> Cluster --> (run.py) warm start, loop, evaluation
+    RunSpec, RunFolder, Start --> Ray --> rollout workers and learner, started together --> TrainingCluster
+    TrainingCluster           --> fleet --> stream --> step checkpoints --> LoopParts --> (run.py) the loop
+
+Parts are built in the order of the second line, so that each is given only parts that exist. What calls
+back is given at construction too: the stream calls the fleet, the learner and the recorder.
 """
 
 from __future__ import annotations
@@ -11,19 +15,25 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from actors.episodes.group_summary import GroupSummary
 from actors.fast_weights.basis import load_basis
 from actors.types import PolicyVersion
 from actors.worker import WorkerSpec
 from cluster.common.tasks import TaskSource
-from cluster.fleet.broadcast import ObjectStoreChannel, ObjectStoreWeights
-from cluster.fleet.episode_journal import EpisodeJournal, start_journal
+from cluster.fleet.broadcast import ObjectStoreChannel
+from cluster.fleet.episode_journal import start_journal
 from cluster.fleet.fleet import ElasticFleet, FleetPlan
 from cluster.fleet.ledger import Ledger
 from cluster.fleet.ray_runtime import Demand, all_ready, cancel_on_sigterm, demand, ray_runtime
 from cluster.fleet.remote_worker import REFRESH_S, RemoteWorker, credits_per_worker, worker_process
-from cluster.fleet.stream import GroupStream, StreamPlan
-from cluster.runs.checkpoint import START, TrainState
-from cluster.train.prepare import Preparation
+from cluster.fleet.stream import Batch, GroupStream, StreamCalls, StreamPlan
+from cluster.runs.checkpoint import TrainState
+from cluster.runs.wanted_workers import WantedWorkers
+from cluster.train.loop import LoopParts, delivery
+from cluster.train.metrics import StepSummary, step_line
+from cluster.train.prepare import RunFolder, RunSpec, Start
+from cluster.train.scoreboard import Observers
+from cluster.train.step_checkpoints import StepCheckpoints
 from cluster.train.warm_start import Demonstrations, can_demonstrate
 from configs.schema import RunConfig
 from learner.types import LearnerError
@@ -32,47 +42,173 @@ from learner.worker import LearnerGroup, LearnerSpec
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingCluster:
-    """What is up during a training run. ``workers`` are those that serve now; ``launched`` are all that were ever started, to be ended."""
+    """What is up during a training. ``launch`` starts one worker more, which serves ``launch_version``.
 
-    workers: list[RemoteWorker]
-    launched: list[RemoteWorker]
+    ``workers`` are those that it began with; the fleet replaces, adds and ends some.
+    """
+
+    workers: tuple[RemoteWorker, ...]
+    launch: Callable[[str], RemoteWorker]
+    launch_version: PolicyVersion
     learner: LearnerGroup
     channel: ObjectStoreChannel
-    journal: EpisodeJournal | None
 
 
 @asynccontextmanager
-async def training_cluster(preparation: Preparation) -> AsyncIterator[TrainingCluster]:
-    """Ray, workers and learner for the duration of the block; the learner and the workers at the version of the checkpoint, if there is one.
+async def training_cluster(spec: RunSpec, folder: RunFolder, start: Start) -> AsyncIterator[TrainingCluster]:
+    """Start Ray, the workers and the learner for the duration of the block, all at the version of ``start``.
 
     Raises StartupError or LearnerError; whatever had started is ended.
     """
-    config = preparation.config
+    config, version = spec.config, start.state.version
     needed = demand(config, learner=True)
     with ray_runtime(config, needed):
         cancel_on_sigterm()
         journal = start_journal() if config.rollout.recover_episodes else None
-        workers = list(_workers(preparation, journal))
-        launched = list(workers)
-        starting = asyncio.create_task(asyncio.to_thread(_learner, preparation))
+        launched: list[RemoteWorker] = []
+
+        def launch(name: str) -> RemoteWorker:
+            worker_spec = WorkerSpec(name, config, str(start.policy_path), str(folder.basis), version)
+            worker = RemoteWorker(worker_spec, worker_process(config), journal)
+            launched.append(worker)
+            return worker
+
+        workers = tuple(launch(f"worker-{number}") for number in range(config.rollout.workers))
+        starting = asyncio.create_task(asyncio.to_thread(_start_learner, spec, folder, start))
         try:
             await _ready(workers, config, needed)
             learner = await asyncio.shield(starting)
             channel = ObjectStoreChannel(trainable_only=config.learner.trainable == "last_layers")
-            yield TrainingCluster(workers, launched, learner, channel, journal)
+            yield TrainingCluster(workers, launch, version, learner, channel)
         finally:
             for worker in launched:
                 worker.kill()
-            await asyncio.wait(
-                [starting], timeout=config.ray.startup_timeout_s
-            )  # a learner that is still starting can only be closed once it is up
+            # A learner that is still starting can only be closed once it is up.
+            await asyncio.wait([starting], timeout=config.ray.startup_timeout_s)
             if starting.done() and starting.exception() is None:
                 starting.result().close()
 
 
+def _start_learner(spec: RunSpec, folder: RunFolder, start: Start) -> LearnerGroup:
+    """Block until all ranks are up, and have loaded the checkpoint if there is one."""
+    config, checkpoint = spec.config, start.checkpoint
+    learner_spec = LearnerSpec(
+        config.learner,
+        config.objective,
+        str(spec.model_path),
+        load_basis(folder.basis),
+        config.seed,
+        config.sampling.temperature,
+    )
+    learner = LearnerGroup(learner_spec, config.ray.startup_timeout_s)
+    if checkpoint is not None:
+        learner.load(str(checkpoint.learner))
+        if learner.version != checkpoint.state.version:
+            learner.close()
+            raise LearnerError(
+                f"{checkpoint.folder}: the learner's version {learner.version} is not the run's"
+            )
+    return learner
+
+
+def build_loop(
+    cluster: TrainingCluster,
+    spec: RunSpec,
+    folder: RunFolder,
+    state: TrainState,
+    observers: Observers,
+    advance: Callable[[str], None],
+) -> LoopParts:
+    """The parts of the RL stage. ``advance`` is given a line for each step."""
+    config, recorder = spec.config, observers.recorder
+    wanted = WantedWorkers(config.rollout.workers, config.rollout.schedule, folder.path, state.step)
+    fleet = build_fleet(config, cluster, wanted, observers.display.say)
+
+    def on_failures(summary: GroupSummary) -> None:
+        recorder.on_failures(config, wanted.step + 1, summary)
+
+    stream = build_stream(spec, cluster, state, fleet, on_failures)
+    checkpoints = StepCheckpoints(spec, folder, cluster.learner, stream, fleet, observers)
+
+    def on_step(summary: StepSummary, batch: Batch) -> None:
+        wanted.step = summary.step
+        recorder.on_batch(config, summary.step, batch)
+        checkpoints.on_step(summary.step)
+        advance(step_line(summary))
+
+    return LoopParts(
+        stream,
+        cluster.learner,
+        fleet,
+        cluster.channel,
+        observers.tracker,
+        on_step,
+        checkpoints.on_checkpoint,
+    )
+
+
+def build_fleet(
+    config: RunConfig, cluster: TrainingCluster, wanted: Callable[[], int], say: Callable[[str], None]
+) -> ElasticFleet[RemoteWorker]:
+    """The workers of ``cluster``, all at the newest version that was published, and the way to start more."""
+    count = len(cluster.workers)
+    plan = FleetPlan(
+        cluster.launch,
+        wanted,
+        cluster.launch_version,
+        at_once=count if config.train.max_staleness == 0 else max(1, count // 2),
+        health_s=config.rollout.health_s,
+        say=say,
+        in_flight=config.rollout.refresh == "in_flight",
+    )
+    return ElasticFleet(cluster.workers, plan, cluster.channel.newest)
+
+
+def build_stream(
+    spec: RunSpec,
+    cluster: TrainingCluster,
+    state: TrainState,
+    fleet: ElasticFleet[RemoteWorker],
+    on_failures: Callable[[GroupSummary], None],
+) -> GroupStream:
+    """The stream of the training tasks over the workers of ``fleet``, from ``state`` on."""
+    config = spec.config
+    # A replacement may have to start between two events.
+    stall_s = config.train.group_timeout_s + REFRESH_S + config.ray.startup_timeout_s
+    plan = StreamPlan(
+        steps=max(0, config.train.steps - state.step),
+        per_step=config.train.tasks_per_step,
+        max_staleness=config.train.max_staleness,
+        credits=credits_per_worker(config),
+        stall_s=stall_s,
+    )
+    calls = StreamCalls(
+        task_at=TaskSource(spec.environment, "train", config.seed).at,
+        missing=delivery(cluster.learner),
+        on_failures=on_failures,
+        on_group=fleet.state.progress,
+        on_lost=fleet.lost,
+    )
+    return GroupStream(plan, cluster.workers, state.version, Ledger(state.ledger), calls)
+
+
+def build_demonstrations(spec: RunSpec, start: Start) -> Demonstrations | None:
+    """None without a warm start: it is not wanted, or it lies behind the checkpoint."""
+    wanted = spec.config.warm_start.steps > 0 and start.checkpoint is None
+    if not wanted or not can_demonstrate(spec.environment):
+        return None
+    return Demonstrations(spec.config, spec.environment, spec.model_path)
+
+
+# --- workers without a learner ----------------------------------------------------------------------------
+
+
 @asynccontextmanager
 async def worker_set(specs: Sequence[WorkerSpec]) -> AsyncIterator[tuple[RemoteWorker, ...]]:
-    """Rollout workers of one configuration, without a learner, for the duration of the block; Ray is up. Raises StartupError."""
+    """Start rollout workers of one configuration for the duration of the block; Ray is up.
+
+    Raises StartupError.
+    """
     config = specs[0].config
     workers = tuple(RemoteWorker(spec, worker_process(config), journal=None) for spec in specs)
     try:
@@ -91,89 +227,6 @@ def worker_specs(
         WorkerSpec(f"worker-{number}", config, str(policy_path), str(basis_path), version)
         for number in range(config.rollout.workers)
     ]
-
-
-def build_fleet(
-    preparation: Preparation,
-    cluster: TrainingCluster,
-    newest: ObjectStoreWeights | None,
-    wanted: Callable[[], int],
-    say: Callable[[str], None],
-) -> ElasticFleet:
-    """The workers of ``cluster``, all at ``newest`` (None: what they started from), and the way to start more."""
-    config, version = preparation.config, start_state(preparation).version
-
-    def launch(name: str) -> RemoteWorker:
-        spec = WorkerSpec(name, config, str(preparation.policy_path), str(preparation.basis_path), version)
-        worker = RemoteWorker(spec, worker_process(config), cluster.journal)
-        cluster.launched.append(worker)
-        return worker
-
-    at_once = len(cluster.workers) if config.train.max_staleness == 0 else max(1, len(cluster.workers) // 2)
-    in_flight = config.rollout.refresh == "in_flight"
-    return ElasticFleet(
-        cluster.workers,
-        FleetPlan(launch, wanted, version, at_once, config.rollout.health_s, say, in_flight),
-        newest,
-    )
-
-
-def build_stream(preparation: Preparation, workers: Sequence[RemoteWorker], state: TrainState) -> GroupStream:
-    config = preparation.config
-    plan = StreamPlan(
-        steps=max(0, config.train.steps - state.step),
-        per_step=config.train.tasks_per_step,
-        max_staleness=config.train.max_staleness,
-        credits=credits_per_worker(config),
-        stall_s=config.train.group_timeout_s
-        + REFRESH_S
-        + config.ray.startup_timeout_s,  # a replacement may have to start in between
-    )
-    tasks = TaskSource(preparation.environment, "train", config.seed)
-    return GroupStream(plan, workers, state.version, tasks.at, Ledger(state.ledger))
-
-
-def build_demonstrations(preparation: Preparation) -> Demonstrations | None:
-    """None where there is no warm start: none was asked for, or it lies behind the checkpoint."""
-    if (
-        preparation.config.warm_start.steps == 0
-        or preparation.checkpoint is not None
-        or not can_demonstrate(preparation.environment)
-    ):
-        return None
-    return Demonstrations(preparation.config, preparation.environment, preparation.model_path)
-
-
-def start_state(preparation: Preparation) -> TrainState:
-    return START if preparation.checkpoint is None else preparation.checkpoint.state
-
-
-def _workers(preparation: Preparation, journal: EpisodeJournal | None) -> tuple[RemoteWorker, ...]:
-    config, version = preparation.config, start_state(preparation).version
-    specs = worker_specs(config, preparation.policy_path, preparation.basis_path, version)
-    return tuple(RemoteWorker(spec, worker_process(config), journal) for spec in specs)
-
-
-def _learner(preparation: Preparation) -> LearnerGroup:
-    """Blocks until all ranks are up, and have loaded the checkpoint if there is one."""
-    config = preparation.config
-    spec = LearnerSpec(
-        config.learner,
-        config.objective,
-        str(preparation.model_path),
-        load_basis(preparation.basis_path),
-        config.seed,
-        config.sampling.temperature,
-    )
-    learner = LearnerGroup(spec, config.ray.startup_timeout_s)
-    if preparation.checkpoint is not None:
-        learner.load(str(preparation.checkpoint.learner))
-        if learner.version != preparation.checkpoint.state.version:
-            learner.close()
-            raise LearnerError(
-                f"{preparation.checkpoint.folder}: the learner's version {learner.version} is not the run's"
-            )
-    return learner
 
 
 async def _ready(workers: Sequence[RemoteWorker], config: RunConfig, needed: Demand) -> None:

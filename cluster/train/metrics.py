@@ -1,8 +1,9 @@
-"""Pure functions from what a step produced to the figures that the tracker logs. The section before "/" is the chart group in MLflow.
+"""Turns what a step produced into the figures that the tracker logs, by pure functions.
 
-The section ``timeline`` says where a step's time went, as fractions that sum to 1 in each of three views:
+The section of a figure's name before "/" is its chart group in MLflow. The section ``timeline`` says where a
+step's time went, as fractions that sum to 1 in each of three views:
 
-    timeline/worker_*    the workers' step threads: act, extract, receipt, write, install, refresh, other, idle
+    timeline/worker_*    workers' step threads: act, extract, receipt, write, install, refresh, idle, other
     timeline/episode_*   the episodes, waiting included: act, extract, write, install, environment
     timeline/learner_*   the driver and the learner: wait (for groups), learn, publish, other
 """
@@ -21,13 +22,15 @@ from actors.types import Timings, WriteRecord
 from actors.worker import WorkerReport
 from cluster.fleet.ledger import Ledger
 from cluster.fleet.stream import Batch
-from cluster.fleet.worker_timeline import fractions
 from learner.types import StepReport, WarmStartReport
 
 
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
-    """Wall seconds of one loop step: waiting for groups, learner step, weights out of the learner, and all of it (the rest: the refresh before)."""
+    """Wall seconds of a loop step: wait for groups, learner step, weights out of the learner, and all of it.
+
+    The rest of ``total`` went to the refresh before.
+    """
 
     wait: float
     learn: float
@@ -37,9 +40,9 @@ class StepSeconds:
 
 @dataclass(frozen=True, slots=True)
 class StepSummary:
-    """One step as the progress line shows it. ``staleness`` is the batch's mean in policy versions.
+    """A step as the progress line shows it. ``staleness`` is the batch's mean in policy versions.
 
-    ``without_signal``: in every group the siblings' rewards were equal, so that no advantage and no policy gradient came of the step.
+    ``without_signal``: in every group the siblings' rewards were equal, so the step had no policy gradient.
     """
 
     step: int
@@ -78,7 +81,7 @@ def summarize(step: int, report: StepReport, batch: Batch, seconds: StepSeconds)
 
 
 def step_metrics(report: StepReport, batch: Batch, seconds: StepSeconds, ledger: Ledger) -> dict[str, float]:
-    """Everything logged for one RL step. Values that do not exist in this step (no write, no forward) are left out, never 0."""
+    """All figures of an RL step. A value that it lacks (no write, no forward) is left out, never 0."""
     groups = [group.summary for group in batch.groups]
     episodes = _episodes(groups)
     metrics = (
@@ -168,11 +171,15 @@ def write_metrics(records: Sequence[WriteRecord]) -> dict[str, float]:
 
 
 def worker_metrics(reports: Sequence[WorkerReport]) -> dict[str, float]:
-    """Over the workers' reports after their last refresh; engine counters are totals since the start. Empty before the first refresh."""
+    """Figures over the workers' reports after their last refresh; empty before the first.
+
+    Engine counters are totals since the workers started.
+    """
     if not reports:
         return {}
     engines = [report.engine for report in reports]
     alive = sum(sum(engine.seconds.values()) for engine in engines)
+    idle = sum(engine.seconds["idle"] for engine in engines)
     return {
         "sync/drain_s": max(report.drain_s for report in reports),
         "sync/fetch_s": max(report.fetch_s for report in reports),
@@ -180,22 +187,25 @@ def worker_metrics(reports: Sequence[WorkerReport]) -> dict[str, float]:
         "fast_weights/receipts_passed": float(sum(engine.receipts_passed for engine in engines)),
         "fast_weights/receipts_failed": float(sum(engine.receipts_failed for engine in engines)),
         "fast_weights/receipts_unseen": float(sum(engine.receipts_unseen for engine in engines)),
-        "perf/engine_busy_fraction": 1 - sum(engine.seconds["idle"] for engine in engines) / alive
-        if alive > 0
-        else 0.0,
+        "perf/engine_busy_fraction": 1 - idle / alive if alive > 0 else 0.0,
     }
+
+
+def worker_timeline(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Shares of the step threads' ``seconds`` by phase; empty when no time has passed."""
+    return _fractions("worker", seconds)
 
 
 def episode_timeline(episodes: Sequence[EpisodeSummary]) -> dict[str, float]:
     phases = [field.name for field in fields(Timings) if field.name != "total"]
-    return fractions(
+    return _fractions(
         "episode", {phase: sum(getattr(episode.timings, phase) for episode in episodes) for phase in phases}
     )
 
 
 def learner_timeline(seconds: StepSeconds) -> dict[str, float]:
     other = seconds.total - seconds.wait - seconds.learn - seconds.publish
-    return fractions(
+    return _fractions(
         "learner", {"wait": seconds.wait, "learn": seconds.learn, "publish": seconds.publish, "other": other}
     )
 
@@ -208,18 +218,25 @@ def warm_start_metrics(report: WarmStartReport) -> Mapping[str, float]:
     }
 
 
+def _fractions(view: str, seconds: Mapping[str, float]) -> dict[str, float]:
+    total = sum(seconds.values())
+    if total <= 0:
+        return {}
+    return {f"timeline/{view}_{phase}": value / total for phase, value in seconds.items()}
+
+
 def _episodes(groups: Sequence[GroupSummary]) -> list[EpisodeSummary]:
     return [episode for group in groups for episode in group.episodes]
 
 
 def _without_signal(group: GroupSummary) -> bool:
-    """All siblings have one reward."""
+    """Whether all siblings have the same reward."""
     rewards = [episode.outcome.reward for episode in group.episodes]
     return bool(rewards) and max(rewards) - min(rewards) < 1e-9
 
 
 def _finite(values: Iterable[float]) -> list[float]:
-    """Of a write that diverged the loss is none; ``rolled_back`` counts it, and it must not hide those of the others."""
+    """The finite values: a write that diverged has no loss, and must not hide the losses of the others."""
     return [value for value in values if math.isfinite(value)]
 
 
@@ -228,10 +245,11 @@ def _mean(values: Sequence[float] | Sequence[int]) -> float:
 
 
 def step_line(summary: StepSummary) -> str:
-    """One training step for people: "reward 0.412  staleness 0.0  1.2 episodes/s  3.6 writes/s"."""
+    """A training step for people: "reward 0.412  staleness 0.0  1.2 episodes/s  3.6 writes/s"."""
     failed = f"  {summary.failed} failed" if summary.failed else ""
     idle = "  no signal: the siblings of every group have equal rewards" if summary.without_signal else ""
+    speed = f"{summary.episodes_per_second:.2f} episodes/s  {summary.writes_per_second:.2f} writes/s"
     return (
         f"version {summary.version}  reward {summary.reward:.3f}  staleness {summary.staleness:.1f}  "
-        f"{summary.episodes_per_second:.2f} episodes/s  {summary.writes_per_second:.2f} writes/s{failed}{idle}"
+        f"{speed}{failed}{idle}"
     )

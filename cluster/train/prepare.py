@@ -1,11 +1,14 @@
-"""Everything that a user's mistake can break, done before Ray or an engine starts: so it fails in a second, in one line.
+"""Prepares a training: all that a user's mistake can break fails here, in a second and in one line.
 
-RunConfig --> environment (reads its file) --> model (on disk) --> checkpoint --> run folder --> Preparation
+    RunConfig --> environment (reads its file) --> model (on disk) --> checkpoint --> run folder
+              --> RunSpec: what the run is made of   RunFolder: where it lies   Start: what it begins from
+
+Ray and the engines start only afterwards.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.environments.base import Environment
@@ -17,17 +20,18 @@ from actors.protocols import TaskError
 from actors.types import Task
 from cluster.common.errors import CheckpointError
 from cluster.common.tasks import TaskSource
-from cluster.runs.checkpoint import Checkpoint, find_checkpoint
+from cluster.runs.checkpoint import START, Checkpoint, TrainState, find_checkpoint
 from cluster.runs.resume import begun_run, new_run, run_id_of
 from cluster.runs.run_lock import require_free
 from cluster.train.warm_start import require_demonstrations
+from configs.files import write_text
 from configs.load import flatten, load_config, to_yaml
 from configs.models import resolve_model
 from configs.schema import RunConfig
 from learner.advantage import estimator
 
 BASIS_FILE = "basis.safetensors"  # in the folder of a run
-KEPT = (  # settings and sections that a training goes on with: its rows are measured under them, and the report compares the last with the first
+KEPT = (
     "seed",
     "model",
     "environment",
@@ -39,63 +43,110 @@ KEPT = (  # settings and sections that a training goes on with: its rows are mea
     "rollout.max_turns",
     "evaluation.temperature",
 )
+"""Settings and sections that a resumed training keeps: its rows are measured under them, and compared."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Preparation:
-    """A run that can start. ``model_path`` is the base model; ``policy_path`` the weights to begin with (a checkpoint's when there is one)."""
+class RunSpec:
+    """What a run is made of. ``model_path`` is the base model; ``eval_tasks`` are held-out tasks."""
 
     config: RunConfig
     environment: Environment
     model_path: Path
-    checkpoint: Checkpoint | None
-    run_dir: Path
     eval_tasks: tuple[Task, ...]
-    tracking_run_id: str  # of the MLflow run that goes on; empty for a new one
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The folder of a run, and the files in it."""
+
+    path: Path
 
     @property
-    def policy_path(self) -> Path:
-        return self.model_path if self.checkpoint is None else self.checkpoint.model
+    def config(self) -> Path:
+        return self.path / "config.yaml"
 
     @property
-    def basis_path(self) -> Path:
-        return self.run_dir / BASIS_FILE
+    def basis(self) -> Path:
+        return self.path / BASIS_FILE
 
     @property
-    def config_path(self) -> Path:
-        return self.run_dir / "config.yaml"
+    def report(self) -> Path:
+        return self.path / "report"
 
-    @property
-    def timeline_path(self) -> Path:
-        return self.run_dir / "timeline.jsonl"
-
-    @property
-    def output_dir(self) -> Path:
-        return self.run_dir.parent
+    def row(self, key: str) -> Path:
+        """The file of an evaluated row."""
+        return self.path / "evaluation" / f"{key}.json"
 
 
-def prepare_training(config: RunConfig) -> Preparation:
-    """Raises TaskError, ModelError, CheckpointError, ValueError: one line each. Creates the run folder last, when nothing else can fail."""
-    estimator(config.objective)  # the user's own are found now, not by a worker
-    environment, tasks = _tasks(config)
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a run begins from: nothing, or a checkpoint of an earlier process.
+
+    ``policy_path`` holds the weights of ``state.version``: the base model's, or the checkpoint's.
+    """
+
+    checkpoint: Checkpoint | None
+    state: TrainState
+    policy_path: Path
+
+
+def prepare_training(config: RunConfig) -> tuple[RunSpec, RunFolder, Start]:
+    """Check everything, then create the run folder.
+
+    Raises TaskError, ModelError, CheckpointError, InUseError, ValueError: one line each.
+    """
+    estimator(config.objective)  # a user's own is found now, not by a worker
+    environment = open_environment(config)
+    TaskSource(environment, "train", config.seed).first(1)
+    eval_tasks = held_out(environment, config)
     require_demonstrations(config, environment)
-    model = resolve_model(config.model)
+    spec = RunSpec(config, environment, resolve_model(config.model).path, eval_tasks)
+    folder, start = _where_to_start(spec)
+    require_free(folder.path)
+    _create_folder(spec, folder, start)
+    return spec, folder, start
+
+
+def _where_to_start(spec: RunSpec) -> tuple[RunFolder, Start]:
+    """Choose a new run, a run without a checkpoint (resume=auto), or the checkpoint that ``resume`` names."""
+    config = spec.config
     output_dir = Path(config.output_dir).expanduser().absolute()
     checkpoint = find_checkpoint(config.resume, output_dir)
     begun = begun_run(output_dir, config, checkpoint) if config.resume == "auto" else None
     if begun is not None:
-        run_dir, run_id, checkpoint = begun, run_id_of(begun), None
-    elif checkpoint is not None:
+        state = replace(START, tracking_run_id=run_id_of(begun))
+        return RunFolder(begun), Start(None, state, spec.model_path)
+    if checkpoint is not None:
         check_unchanged(config, checkpoint, KEPT)
-        run_dir, run_id = checkpoint.run_dir, checkpoint.state.tracking_run_id
+        return RunFolder(checkpoint.run_dir), Start(checkpoint, checkpoint.state, checkpoint.model)
+    return RunFolder(new_run(output_dir, config.name)), Start(None, START, spec.model_path)
+
+
+def _create_folder(spec: RunSpec, folder: RunFolder, start: Start) -> None:
+    """Create the run folder with config and basis.
+
+    A basis belongs to the weights that the run started from: a resumed run keeps its own.
+    """
+    if folder.basis.exists():
+        basis = None
+    elif start.checkpoint is not None:
+        basis = load_basis(start.checkpoint.run_dir / BASIS_FILE)
     else:
-        run_dir, run_id = new_run(output_dir, config.name), ""
-    require_free(run_dir)
-    return _with_files(Preparation(config, environment, model.path, checkpoint, run_dir, tasks, run_id))
+        basis = run_basis(
+            spec.model_path, spec.config
+        )  # before the folder: a calibration text may be missing
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_text(folder.config, to_yaml(spec.config))
+    if basis is not None:
+        save_basis(basis, folder.basis)
 
 
 def open_environment(config: RunConfig) -> Environment:
-    """The environment with its files read, and the memory if it is the user's own. Raises TaskError, ExtensionError."""
+    """Build the environment, which reads its files, and find the memory if it is the user's own.
+
+    Raises TaskError, ExtensionError.
+    """
     if config.memory.policy == "custom":
         custom_memory(config.memory)
     try:
@@ -110,44 +161,19 @@ def held_out(environment: Environment, config: RunConfig) -> tuple[Task, ...]:
 
 
 def run_basis(model_path: Path, config: RunConfig) -> Basis:
-    """The basis of a run that starts from the weights in ``model_path``. Raises BasisError."""
+    """Compute the basis of a run that starts from the weights in ``model_path``. Raises BasisError."""
     return compute_basis_from_checkpoint(model_path, config.fast_weights, config.seed)
 
 
-def _tasks(config: RunConfig) -> tuple[Environment, tuple[Task, ...]]:
-    environment = open_environment(config)
-    TaskSource(environment, "train", config.seed).first(1)
-    return environment, held_out(environment, config)
-
-
-def _with_files(preparation: Preparation) -> Preparation:
-    """The run folder with config and basis. A basis belongs to the weights that the run started from: a resumed run keeps its own."""
-    if preparation.basis_path.exists():
-        basis = None
-    elif preparation.checkpoint is not None:
-        basis = load_basis(preparation.checkpoint.run_dir / BASIS_FILE)
-    else:
-        basis = run_basis(
-            preparation.model_path, preparation.config
-        )  # before the folder: a calibration text may be missing
-    preparation.run_dir.mkdir(parents=True, exist_ok=True)
-    preparation.config_path.write_text(to_yaml(preparation.config), encoding="utf-8")
-    if basis is not None:
-        save_basis(basis, preparation.basis_path)
-    return preparation
-
-
 def check_unchanged(config: RunConfig, checkpoint: Checkpoint, keys: tuple[str, ...]) -> None:
-    """What must not change between a checkpoint and what goes on from it: otherwise weights, basis, task positions or rows lose their meaning.
+    """Raise CheckpointError when a setting of ``keys`` (settings, or sections) differs from the checkpoint's.
 
-    ``keys`` are settings, or sections of them.
+    Otherwise weights, basis, task positions or rows would lose their meaning.
     """
     saved, given = flatten(load_config(checkpoint.folder / "config.yaml", [])), flatten(config)
-    changed = [
-        key for key in saved if (key in keys or key.split(".")[0] in keys) and saved[key] != given[key]
-    ]
-    if changed:
-        key = changed[0]
-        raise CheckpointError(
-            f"{checkpoint.folder} was made with {key}={saved[key]}, not {given[key]}: use that value, or start anew"
-        )
+    for key in saved:
+        if (key in keys or key.split(".")[0] in keys) and saved[key] != given[key]:
+            raise CheckpointError(
+                f"{checkpoint.folder} was made with {key}={saved[key]}, not {given[key]}: "
+                "use that value, or start anew"
+            )

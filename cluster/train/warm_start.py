@@ -1,9 +1,10 @@
 """The supervised stage before reinforcement learning: a small model learns to write parsable flashcards.
 
-    train tasks (never the held-out ones) --> demonstrations: segments of an ideal agent --> learner.warm_start_step
+    train tasks, never held-out ones --> demonstrations: segments of an ideal agent --> warm_start_step
 
-Off unless ``warm_start.steps > 0``. It is visible: a progress bar, metrics of its own (warm_start/...) and a row of its own in the final table.
-Its tasks come from the train split under a seed of their own, so an unlimited environment never gives them to the RL stage again.
+Off unless ``warm_start.steps > 0``. It has a progress bar, metrics (warm_start/...) and a row in the final
+table. Its tasks come from the train split under another seed, so that an unlimited environment never gives
+them to the RL stage again.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from learner.types import WarmStartReport
 
 
 class SupervisedTrainer(Protocol):
-    """What the stage asks of the learner: a blocking call with its own deadline."""
+    """What the stage asks of the learner."""
 
-    def warm_start_step(self, segments: Sequence[Segment], learning_rate: float) -> WarmStartReport: ...
+    def warm_start_step(self, segments: Sequence[Segment], learning_rate: float) -> WarmStartReport:
+        """Blocks, with a deadline of its own."""
+        ...
 
 
 class Demonstrations:
@@ -38,8 +41,7 @@ class Demonstrations:
     def __init__(self, config: RunConfig, environment: DemonstratingEnvironment, model_path: Path) -> None:
         from transformers import AutoTokenizer
 
-        self._config = config
-        self._environment = environment
+        self._config, self._environment = config, environment
         self._chat = ChatFormat(AutoTokenizer.from_pretrained(model_path))
         self._tasks = TaskSource(environment, "train", derived_seed(config.seed, "warm start"))
 
@@ -56,14 +58,16 @@ class Demonstrations:
 
 
 def can_demonstrate(environment: Environment) -> TypeGuard[DemonstratingEnvironment]:
+    """Whether the environment can teach a warm start."""
     return hasattr(environment, "demonstrate_flashcards")
 
 
 def require_demonstrations(config: RunConfig, environment: Environment) -> None:
-    """Raises TaskError when the config asks for a warm start and the environment cannot teach one."""
+    """Raise TaskError when the config asks for a warm start and the environment cannot teach one."""
     if config.warm_start.steps > 0 and not can_demonstrate(environment):
         raise TaskError(
-            f"warm_start.steps={config.warm_start.steps} is not possible: {environment.name} has no demonstrations; set warm_start.steps=0"
+            f"warm_start.steps={config.warm_start.steps} is not possible: {environment.name} has no "
+            "demonstrations; set warm_start.steps=0"
         )
 
 
@@ -74,7 +78,7 @@ async def warm_start(
     tracker: Tracker,
     on_step: Callable[[str], None],
 ) -> None:
-    """Run the stage. Raises LearnerError, TaskError."""
+    """Run the stage; ``on_step`` is given a line for each step. Raises LearnerError, TaskError."""
     for step in range(config.warm_start.steps):
         segments = await asyncio.to_thread(demonstrations.of_step, step)
         report = await asyncio.to_thread(trainer.warm_start_step, segments, config.warm_start.learning_rate)

@@ -1,6 +1,7 @@
-"""The whole circle on real parts: vLLM, DeepSpeed, Ray and MLflow train a tiny model for two steps; then a checkpoint goes on for one more.
+"""The whole circle on real parts: vLLM, DeepSpeed, Ray and MLflow train a tiny model; a checkpoint goes on.
 
-The tiny model is random: it writes no parsable flashcard and earns no reward, so the weights move by the warm start. What is tested is the circle.
+The tiny model is random: it writes no parsable flashcard and earns no reward, so the weights move by the warm
+start. What is tested is the circle.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,12 @@ from actors.types import TrajectoryGroup
 from actors.worker import WorkerReport
 from cluster.common.display import Display
 from cluster.inspection.record import EpisodeRecord, list_records, load
-from cluster.runs.checkpoint import START, Checkpoint, TrainState, list_checkpoints, load_checkpoint
+from cluster.runs.checkpoint import Checkpoint, TrainState, list_checkpoints, load_checkpoint
 from cluster.tracking.tracker import start_tracking
 from cluster.train import run
 from cluster.train.build import training_cluster
-from cluster.train.prepare import Preparation, prepare_training
+from cluster.train.prepare import RunFolder, RunSpec, Start, prepare_training
+from cluster.train.scoreboard import evaluation_rows
 from configs.load import load_config
 
 SETTINGS = (
@@ -42,7 +44,7 @@ SETTINGS = (
     "train.checkpoint_every=1",
     "warm_start.steps=1",
     "warm_start.tasks_per_step=2",
-    "warm_start.learning_rate=1e-2",  # far more than anyone would train with: the new weights must be told from the old ones
+    "warm_start.learning_rate=1e-2",  # so high that the new weights can be told from the old ones
     "evaluation.tasks=2",
     "evaluation.bootstrap_samples=200",
     "memory.max_extract_tokens=24",
@@ -56,7 +58,8 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Trained:
-    preparation: Preparation
+    spec: RunSpec
+    folder: RunFolder
     state: TrainState
     episode: TrajectoryGroup
     report: WorkerReport
@@ -75,44 +78,41 @@ def trained(settings: list[str]) -> Iterator[Trained]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         output = io.StringIO()
-        yield asyncio.run(
-            _train(prepare_training(load_config(Path("configs/quickstart.yaml"), settings)), output)
-        )
+        config = load_config(Path("configs/quickstart.yaml"), settings)
+        yield asyncio.run(_train(*prepare_training(config), output))
 
 
-async def _train(preparation: Preparation, output: io.StringIO) -> Trained:
+async def _train(spec: RunSpec, folder: RunFolder, start: Start, output: io.StringIO) -> Trained:
     display = Display(Console(file=output, width=160))
-    tracker = start_tracking(preparation.config, preparation.output_dir, "test", preparation.config_path, "")
-    async with training_cluster(preparation) as cluster:
-        state = await run.train_on(
-            cluster, preparation, tracker, display, replace(START, tracking_run_id=tracker.run_id)
-        )
-        row = run.evaluation_rows(preparation.config)["memory_off"]
-        episode = await cluster.workers[0].episode(99, preparation.eval_tasks[0], row)
+    tracker = start_tracking(spec.config, folder.path.parent, "test", folder.config, "")
+    async with training_cluster(spec, folder, start) as cluster:
+        state = await run.train_on(cluster, spec, folder, start, tracker, display)
+        row = evaluation_rows(spec.config)["memory_off"]
+        episode = await cluster.workers[0].episode(99, spec.eval_tasks[0], row)
         report = await cluster.workers[0].report()
     tracker.finish("FINISHED")
-    checkpoint = load_checkpoint(list_checkpoints(preparation.run_dir)[-1])
-    return Trained(preparation, state, episode, report, checkpoint, output.getvalue())
+    checkpoint = load_checkpoint(list_checkpoints(folder.path)[-1])
+    return Trained(spec, folder, state, episode, report, checkpoint, output.getvalue())
 
 
 def tracked_run(trained: Trained) -> Run:
-    return MlflowClient(f"sqlite:///{trained.preparation.output_dir}/mlflow.db").get_run(
-        trained.checkpoint.state.tracking_run_id
-    )
+    return store(trained).get_run(trained.checkpoint.state.tracking_run_id)
+
+
+def store(trained: Trained) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{trained.folder.path.parent}/mlflow.db")
 
 
 def test_each_step_makes_a_version_that_the_worker_serves(trained: Trained) -> None:
     assert (trained.state.step, trained.state.warm_steps, trained.state.version) == (2, 1, 3)
     assert trained.report.version == 3
-    assert trained.report.refreshes in (
-        3,
-        4,
-    )  # the warm start's, one after its row, the last step's; one that is late skips the version between
+    # the warm start's, one after its row, the last step's; a late refresh skips the version between
+    assert trained.report.refreshes in (3, 4)
     assert trained.episode.policy_version == 3
 
 
 def largest_difference(trajectory_group: TrajectoryGroup, folder: Path) -> float:
-    """Between the engine's log-probs of what it sampled and those of the Hugging Face model in ``folder`` (nats)."""
+    """Between the engine's log-probs of what it sampled and those of the model in ``folder``, in nats."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     differences = []
     for segment in trajectory_group.trajectories[0].segments:
@@ -128,9 +128,7 @@ def largest_difference(trajectory_group: TrajectoryGroup, folder: Path) -> float
 
 def test_after_the_broadcast_the_engine_has_the_learners_weights(trained: Trained) -> None:
     assert largest_difference(trained.episode, trained.checkpoint.model) <= 1e-3
-    assert (
-        largest_difference(trained.episode, trained.preparation.model_path) > 0.05
-    )  # and no longer the base model's
+    assert largest_difference(trained.episode, trained.spec.model_path) > 0.05  # no longer the base model's
 
 
 def test_the_ledger_balances(trained: Trained) -> None:
@@ -158,15 +156,12 @@ def test_the_tracked_run_is_complete(trained: Trained) -> None:
         "timeline",
         "perf",
     }
-    assert sections - {"system"} == of_training | {
-        "eval",
-        "warm_start",
-    }  # the machine is looked at every 10 s
+    assert sections - {"system"} == of_training | {"eval", "warm_start"}  # the system is looked at every 10 s
     assert tracked.data.metrics["sync/policy_version"] >= 3
 
 
 def test_episodes_of_every_step_and_row_are_kept_and_traced(trained: Trained) -> None:
-    kept = [load(path) for path in list_records(trained.preparation.run_dir)]
+    kept = [load(path) for path in list_records(trained.folder.path)]
     assert sorted(
         (record.origin.step, record.origin.label) for record in kept if isinstance(record, EpisodeRecord)
     ) == [
@@ -180,16 +175,14 @@ def test_episodes_of_every_step_and_row_are_kept_and_traced(trained: Trained) ->
     for record in kept:
         assert isinstance(record, EpisodeRecord)
         first = {"": 1, "TMEM after warm start": 1, "TMEM after RL": 3}.get(record.origin.label, 0)
-        assert (
-            first <= record.policy_version <= max(first, record.origin.step)
-        )  # a step may learn from what the version before sampled
+        # a step may learn from what the version before sampled
+        assert first <= record.policy_version <= max(first, record.origin.step)
         assert any(passage.kind == "act" for segment in record.segments for passage in segment.passages)
-    run, uri = tracked_run(trained), f"sqlite:///{trained.preparation.output_dir}/mlflow.db"
+    run, uri = tracked_run(trained), f"sqlite:///{trained.folder.path.parent}/mlflow.db"
     ours = f"metadata.`mlflow.sourceRun` = '{run.info.run_id}'"
     found = TracingClient(uri).search_traces(experiment_ids=[run.info.experiment_id], filter_string=ours)
-    assert (
-        len(kept) - 2 <= len(found) <= len(kept)
-    )  # the last row's have seconds to arrive, on a machine that may be busy
+    # the last row's two have only seconds to arrive, on a machine that may be busy
+    assert len(kept) - 2 <= len(found) <= len(kept)
 
 
 def test_the_user_sees_rows_progress_and_where_to_look(trained: Trained) -> None:
@@ -203,7 +196,7 @@ def test_the_user_sees_rows_progress_and_where_to_look(trained: Trained) -> None
     ):
         assert text in trained.output
     assert trained.output.count("train step ") == 2  # one line a step where the output is no terminal
-    report = json.loads((trained.preparation.run_dir / "report" / "report.json").read_text())
+    report = json.loads((trained.folder.report / "report.json").read_text())
     assert [row["tasks"] for row in report["rows"]] == [2, 2, 2, 2]
     assert [row["policy_version"] for row in report["rows"]] == [0, 0, 1, 3]
     assert len(report["rewards"]) == 2
@@ -223,9 +216,8 @@ def test_a_checkpoint_goes_on_where_it_was_and_an_interrupt_says_how_to_go_on(
         f"resume={trained.checkpoint.folder}",
         "train.steps=500",
     ]
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # in the background of a shell it is ignored, and so it would be by the process
+    # in the background of a shell it is ignored, and a child process would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = []
@@ -238,12 +230,10 @@ def test_a_checkpoint_goes_on_where_it_was_and_an_interrupt_says_how_to_go_on(
     output = "".join(lines) + rest
     assert process.returncode == 130, output + errors
     assert "Traceback" not in errors
-    newest = load_checkpoint(list_checkpoints(trained.preparation.run_dir)[-1])
+    newest = load_checkpoint(list_checkpoints(trained.folder.path)[-1])
     assert f"saved: {newest.folder}" in output
-    assert (
-        f"to go on: python -m cluster train {trained.preparation.config_path} resume={newest.folder}"
-        in output
-    )
+    command = f"python -m cluster train {trained.folder.config} resume={newest.folder}"
+    assert f"to go on: {command}" in output
 
     step = newest.state.step
     assert step >= 3
@@ -252,7 +242,5 @@ def test_a_checkpoint_goes_on_where_it_was_and_an_interrupt_says_how_to_go_on(
     assert newest.state.rewards[:2] == trained.state.rewards
     tracked = tracked_run(trained)
     assert tracked.info.status == "KILLED"
-    history = MlflowClient(f"sqlite:///{trained.preparation.output_dir}/mlflow.db").get_metric_history(
-        tracked.info.run_id, "reward/mean"
-    )
+    history = store(trained).get_metric_history(tracked.info.run_id, "reward/mean")
     assert sorted(point.step for point in history)[:3] == [1, 2, 3]

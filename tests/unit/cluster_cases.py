@@ -1,4 +1,4 @@
-"""Small trajectories and scripted workers for the tests of the cluster room. What is under test there is who gets what and when, not sampling."""
+"""Small trajectories and a scripted worker for the tests of cluster/: who gets what and when, not sampling."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def task_at(position: int) -> Task:
 def trajectory(
     task: Task, version: int, reward: float, writes: Sequence[WriteOutcome] = (), seconds: float = 1.0
 ) -> Trajectory:
-    """One segment of four tokens, the last two sampled."""
+    """A segment of four tokens, the last two sampled."""
     mask = np.array([False, False, True, True])
     segment = Segment(
         np.arange(4, dtype=np.int32),
@@ -80,12 +80,12 @@ def group(
 
 
 def finished_group(content: TrajectoryGroup) -> FinishedGroup:
-    """As a worker gives it back; without Ray the content itself stands for the reference to it."""
+    """A group as a worker returns it. Without Ray the content itself stands for the reference to it."""
     return FinishedGroup(GroupSummary.of(content), cast("Any", content))
 
 
 class ScriptedWorker:
-    """Finishes groups when told to: ``finish(position)``; samples under ``version``."""
+    """Finishes a group at ``finish(position)``, sampled under ``version``."""
 
     def __init__(self, name: str, version: int = 0) -> None:
         self.name = name
@@ -109,21 +109,6 @@ class ScriptedWorker:
     @property
     def open(self) -> list[int]:
         return sorted(self._answers)
-
-
-class EagerWorker:
-    """Finishes every group at once, under the version it was refreshed to last."""
-
-    def __init__(self, name: str, version: int = 0) -> None:
-        self.name = name
-        self.version = version
-        self.positions: list[int] = []
-
-    async def group(self, position: int, task: Task) -> FinishedGroup:
-        self.positions.append(position)
-        version = self.version
-        await asyncio.sleep(0)
-        return finished_group(group(task, version))
 
 
 async def settle() -> None:

@@ -1,8 +1,9 @@
-"""What ``resume=auto`` goes on from, and who may: the newest whole checkpoint, a run that never came to one, one process at a time."""
+"""What ``resume=auto`` goes on from: the newest whole checkpoint, or a run without one; and the run's lock."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +43,10 @@ def _cut(folder: Path) -> None:
     os.truncate(folder / "learner/model/model.safetensors", 999)
 
 
+def _grow(folder: Path) -> None:
+    os.truncate(folder / "learner/model/model.safetensors", 1001)
+
+
 def _lose(folder: Path) -> None:
     (folder / "learner/model/model.safetensors").unlink()
 
@@ -54,19 +60,19 @@ def _lose_state(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "reason"),
     [
-        (_cut, r"is incomplete: learner/model/model\.safetensors has 999 bytes, 1000 were written$"),
+        (_cut, r"is damaged: learner/model/model\.safetensors has 999 bytes, 1000 were written$"),
+        (_grow, r"is damaged: learner/model/model\.safetensors has 1001 bytes, 1000 were written$"),
         (_lose, r"is incomplete: learner/model/model\.safetensors is missing$"),
         (_spoil, r"state\.json cannot be used"),
         (_lose_state, r"is no checkpoint: it has no state\.json"),
     ],
-    ids=["cut", "lost", "spoiled", "no state"],
+    ids=["cut", "grown", "lost", "spoiled", "no state"],
 )
-def test_a_damaged_checkpoint_is_passed_over_in_one_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: object, told: str
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], reason: str
 ) -> None:
-    assert callable(damage)
     run = tmp_path / "run"
     older, newer = save(run, 2), save(run, 4)
     found = find_checkpoint("auto", tmp_path)
@@ -75,22 +81,20 @@ def test_a_damaged_checkpoint_is_passed_over_in_one_line(
     found = find_checkpoint("auto", tmp_path)
     assert found is not None and found.folder == older
     (line,) = warnings(caplog)
-    assert (
-        "\n" not in line
-        and line.startswith("resume=auto passes over a damaged checkpoint: ")
-        and re.search(told, line)
-    )
-    with pytest.raises(CheckpointError, match=told.removesuffix("$")):
+    assert "\n" not in line and re.search(reason, line)
+    assert line.startswith("resume=auto skips a damaged checkpoint: ")
+    with pytest.raises(CheckpointError, match=reason.removesuffix("$")):
         find_checkpoint(str(newer), tmp_path)
     damage(older)
     with pytest.raises(CheckpointError, match=r"no checkpoint in \S+ is whole: start anew"):
         find_checkpoint("auto", tmp_path)
 
 
-def test_a_checkpoint_of_before_sizes_were_kept_is_believed(tmp_path: Path) -> None:
+def test_sizes_are_not_checked_where_an_older_version_wrote_none(tmp_path: Path) -> None:
     folder = save(tmp_path / "run", 2)
-    state = (folder / "state.json").read_text()
-    (folder / "state.json").write_text(re.sub(r'"files": \{[^}]*\},', "", state))
+    state = json.loads((folder / "state.json").read_text())
+    assert state.pop("files") and state.pop("written")
+    (folder / "state.json").write_text(json.dumps(state))
     _cut(folder)
     assert find_checkpoint("auto", tmp_path) is not None
 
@@ -115,11 +119,10 @@ def test_a_run_that_died_before_its_first_checkpoint_goes_on_under_its_id(tmp_pa
     assert new_run(tmp_path, "trial").name.startswith("trial-20")
 
 
-def test_another_configuration_a_newer_checkpoint_or_one_of_its_own_lets_it_lie(tmp_path: Path) -> None:
+def test_a_begun_run_is_not_continued_with_other_settings_or_beside_a_checkpoint(tmp_path: Path) -> None:
     run = begin(tmp_path, CONFIG, "20260101-130000", "abc")
-    assert (
-        begun_run(tmp_path, replace(CONFIG, learner=replace(CONFIG.learner, learning_rate=1.0)), None) is None
-    )
+    other = replace(CONFIG, learner=replace(CONFIG.learner, learning_rate=1.0))
+    assert begun_run(tmp_path, other, None) is None
     newer = Checkpoint(save(tmp_path / "elsewhere", 2), START)
     assert begun_run(tmp_path, CONFIG, newer) is None
     late = begin(tmp_path, CONFIG, time.strftime("%Y%m%d-%H%M%S", time.localtime(time.time() + 60)), "def")
@@ -139,10 +142,8 @@ def test_two_processes_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "in\n"
         for attempt in (lambda: require_free(tmp_path), lambda: held(tmp_path).__enter__()):
-            with pytest.raises(
-                InUseError,
-                match=rf"{tmp_path} is in use by process {other.pid} on \S+: wait for it or stop it",
-            ):
+            holder = rf"{tmp_path} is in use by process {other.pid} on \S+: wait for it or stop it"
+            with pytest.raises(InUseError, match=holder):
                 attempt()
         other.send_signal(signal.SIGKILL)
     require_free(tmp_path)

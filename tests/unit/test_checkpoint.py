@@ -8,16 +8,18 @@ import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from actors.fast_weights.delta import Basis
 from cluster.common.errors import CheckpointError, SaveError
+from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.runs.checkpoint import (
     START,
     Checkpoint,
+    TrainState,
     best_checkpoint,
     find_checkpoint,
     list_checkpoints,
@@ -51,29 +53,36 @@ def hidden(run_dir: Path) -> list[str]:
     return [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
+def test_a_checkpoint_gives_back_the_whole_state(tmp_path: Path) -> None:
+    """Each field has a value of its own, so that none can be left out, or take another's place."""
+    ledger = LedgerSnapshot(9, (3, 5), {"trained": 4, "stale": 1}, {"engine": 2}, 6, {"continued": 7})
+    state = TrainState(11, 12, 13, ledger, "run", (0.25, 1.0))
+    defaults = LedgerSnapshot()
+    assert all(getattr(ledger, item.name) != getattr(defaults, item.name) for item in fields(ledger))
+
+    async def write(target: Path) -> None:
+        target.mkdir()
+
+    folder = asyncio.run(save_checkpoint(tmp_path, state, "name: test\n", write, 2)).folder
+    assert load_checkpoint(folder).state == state
+    assert Ledger(load_checkpoint(folder).state.ledger).snapshot() == ledger
+
+
 def test_the_best_is_kept_besides_the_newest(tmp_path: Path) -> None:
     scores = {1: 0.1, 2: 0.4, 3: 0.4, 4: 0.2, 5: 0.3}
     best = []
     for step, score in scores.items():
         save(tmp_path, step)
         best.append(score_checkpoint(tmp_path, step, score, tasks=16, keep=2))
-    assert best == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]  # of equal ones the earlier stays: nothing says that the later is better
+    assert best == [True, True, False, False, False]  # of equal scores the earlier checkpoint stays the best
     assert names(tmp_path) == ["step-000002", "step-000004", "step-000005"]
     assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000002"
     save(tmp_path, 6)
     assert score_of(tmp_path / "checkpoints" / "step-000006") is None
     score_checkpoint(tmp_path, 6, 0.9, tasks=16, keep=2)
-    assert names(tmp_path) == ["step-000005", "step-000006"]  # the old best is one of many again
+    assert names(tmp_path) == ["step-000005", "step-000006"]  # the old best is not kept any longer
     copy = shutil.copytree(tmp_path / "checkpoints", tmp_path / "elsewhere" / "checkpoints").parent
-    assert (
-        best_checkpoint(copy) == copy / "checkpoints" / "step-000006"
-    )  # it lies in the checkpoints themselves
+    assert best_checkpoint(copy) == copy / "checkpoints" / "step-000006"  # the scores go with a copy
     assert hidden(tmp_path) == []
 
 
@@ -84,7 +93,7 @@ def test_without_an_evaluation_the_newest_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_run_resumed_from_an_earlier_step_keeps_what_it_writes(tmp_path: Path) -> None:
-    """Newest is what was written last, not the highest step: the steps of the life that was left behind go first."""
+    """The newest is what was written last, not the highest step."""
     for step in (2, 4, 6):
         save(tmp_path, step, keep=3)
     save(tmp_path, 3, keep=2)
@@ -135,12 +144,12 @@ def test_evaluations_are_at_checkpoints() -> None:
         load_config(QUICKSTART, ["train.evaluate_every=3", "train.checkpoint_every=2"])
 
 
-# --- a full disk ---------------------------------------------------------------------------------------------------------------------------------
+# --- a full disk ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """No file of this process grows beyond ``size`` bytes: what a full disk does to whoever writes."""
+    """Let no file of this process grow beyond ``size`` bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -173,9 +182,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint_whole(
     with files_up_to(room), pytest.raises(SaveError) as raised:
         asyncio.run(save_checkpoint(tmp_path, replace(START, step=2), "name: test\n", write, 2))
     message = str(raised.value)
-    assert "\n" not in message and message.startswith(
-        f"step 2 could not be saved in {tmp_path / 'checkpoints'} ("
-    )
+    assert "\n" not in message
+    assert message.startswith(f"step 2 could not be saved in {tmp_path / 'checkpoints'} (")
     assert "File too large" in message and message.endswith("; earlier checkpoints are whole")
     assert names(tmp_path) == ["step-000001"] and hidden(tmp_path) == []
     assert all(path.read_bytes() == content for path, content in whole.items())
@@ -212,11 +220,9 @@ def test_a_score_that_cannot_be_written_leaves_the_checkpoint_whole(tmp_path: Pa
 )
 def test_what_gives_a_checkpoint_its_meaning_may_not_change(tmp_path: Path, changed: str) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(RunConfig()), encoding="utf-8")
-    other, key = load_config(tmp_path / "config.yaml", [changed]), changed.partition("=")[0]
-    with pytest.raises(
-        CheckpointError,
-        match=rf"was made with {key}=\S+, not {changed.partition('=')[2]}: use that value, or start anew",
-    ):
+    other, (key, _, value) = load_config(tmp_path / "config.yaml", [changed]), changed.partition("=")
+    reason = rf"was made with {key}=\S+, not {value}: use that value, or start anew"
+    with pytest.raises(CheckpointError, match=reason):
         check_unchanged(other, Checkpoint(tmp_path, START), KEPT)
 
 

@@ -19,13 +19,18 @@ from actors.engine.step_loop import PHASES
 from actors.types import Boundary, TrajectoryGroup
 from actors.worker import WorkerReport
 from cluster.cli import command_line
-from cluster.fleet.fleet import ElasticFleet, FleetPlan
+from cluster.fleet.fleet import ElasticFleet, FleetPlan, phase_seconds
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.stream import Batch
-from cluster.fleet.worker_timeline import worker_timeline
 from cluster.measure.rows import RowResult, row_metrics, score_episode
-from cluster.train.metrics import StepSeconds, step_metrics, warm_start_metrics, worker_metrics
-from cluster.train.run import ROW_ORDER
+from cluster.train.metrics import (
+    StepSeconds,
+    step_metrics,
+    warm_start_metrics,
+    worker_metrics,
+    worker_timeline,
+)
+from cluster.train.scoreboard import ROW_ORDER
 from cluster.train.step_checkpoints import METRICS
 from configs.load import ConfigError, load_config
 from configs.reference import PATH, reference, settings
@@ -150,7 +155,7 @@ def _logged() -> set[str]:
             report, Batch((0,), (finished_group(groups),), (0,), 0), StepSeconds(1.0, 1.0, 1.0, 4.0), ledger
         ),
         worker_metrics([worker]),
-        worker_timeline({}, {"worker-0": worker}),
+        worker_timeline(phase_seconds({}, {"worker-0": worker})),
         fleet.metrics(),
         warm_start_metrics(_zeros(WarmStartReport)),
         *(row_metrics(row, key) for key in (*ROW_ORDER, METRICS)),

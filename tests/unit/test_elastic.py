@@ -10,20 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from actors.types import PolicyVersion, Task, TrajectoryGroup
+from actors.types import PolicyVersion, TrajectoryGroup
 from actors.worker import WorkerReport
 from cluster.common.errors import ClusterError, FleetError, StreamError, WorkerLost
-from cluster.fleet.contract import FinishedGroup
 from cluster.fleet.fleet import ElasticFleet, FleetPlan
 from cluster.fleet.ledger import MOST_LOSSES, Ledger, LedgerSnapshot, ledger_line
-from cluster.fleet.stream import GroupStream, StreamPlan
+from cluster.fleet.stream import GroupStream, StreamCalls, StreamPlan
 from cluster.runs.checkpoint import START, TrainState
 from cluster.runs.wanted_workers import ScaleError, WantedWorkers, ask_for, newest_run, read_wanted, scheduled
-from cluster.train.loop import LoopParts, run_loop
+from cluster.train.loop import run_loop
 from configs.schema import TrainConfig
 from learner.types import StepReport
 from tests.unit.cluster_cases import task_at
-from tests.unit.test_loop import Channel, Recorder, Trainer, Worker
+from tests.unit.loop_cases import Channel, Recorder, Trainer, Worker, wire
 
 
 class Mortal(Worker):
@@ -42,12 +41,13 @@ class Mortal(Worker):
         if self.start_fails:
             raise WorkerLost(f"{self.name} died during starting: out of memory")
 
-    async def group(self, position: int, task: Task) -> FinishedGroup:
-        self.served.append((self.version, position))
+    async def play(self, position: int) -> PolicyVersion:
+        version = self.version
+        self.served.append((version, position))
         await (self.gone.wait() if self.hung else asyncio.sleep(0.001))
         self.dead = self.dead or self._dies(self.name, position)
         self._check()
-        return await super().group(position, task)
+        return version
 
     async def report(self) -> WorkerReport:
         if self.hung and self.asked:
@@ -103,29 +103,23 @@ class Lab:
         return worker
 
     async def run(self) -> TrainState:
-        plan = StreamPlan(self.plan.steps, self.plan.tasks_per_step, self.plan.max_staleness, 2, 5.0)
-        first = list(self.all.values())
-        self.stream = GroupStream(plan, first, 0, task_at, self.ledger)
-        self.fleet = ElasticFleet(
-            first,
-            FleetPlan(
-                self.launch, lambda: self.wanted, 0, 2, self.health_s, self.said.append, self.in_flight
-            ),
-            newest=None,
-        )
-
         async def save(state: TrainState) -> None:
             self.saved.append(state)
 
-        parts = LoopParts(
-            self.stream,
+        parts = wire(
+            list(self.all.values()),
+            FleetPlan(
+                self.launch, lambda: self.wanted, 0, 2, self.health_s, self.said.append, self.in_flight
+            ),
             self.trainer,
-            self.fleet,
-            Channel(),
             self.tracker,
+            self.ledger,
+            self.plan,
+            START,
             lambda summary, batch: self.on_step(summary.step),
             save,
         )
+        self.fleet, self.stream = parts.fleet, parts.stream
         return await asyncio.wait_for(run_loop(parts, self.plan, START), 20)
 
     def serving(self) -> set[str]:
@@ -225,16 +219,15 @@ def test_more_and_fewer_workers_while_training() -> None:
 def test_in_flight_a_worker_takes_new_weights_while_its_groups_run() -> None:
     """The third group ends only under version 1, which a worker that drains first would never come to."""
     lab = Lab(1, steps=4, staleness=1)
-    lab.in_flight = True
     worker = lab.all["worker-0"]
-    group = worker.group
+    lab.in_flight = worker.in_flight = True
 
-    async def long(position: int, task: Task) -> FinishedGroup:
+    async def long(position: int) -> PolicyVersion:
         while position == 2 and worker.version < 1:
             await asyncio.sleep(0.001)
-        return await group(position, task)
+        return worker.version
 
-    worker.group = long  # type: ignore[method-assign]
+    worker.play = long  # type: ignore[method-assign]
     assert asyncio.run(lab.run()).step == 4
     assert lab.ledger.balanced and lab.ledger.settled["trained"] == 8
 
@@ -255,21 +248,24 @@ def test_without_a_way_to_launch_a_lost_worker_ends_the_run() -> None:
     lab = Lab(1, dies=lambda name, position: True)
 
     async def body() -> None:
-        plan = StreamPlan(2, 2, 0, 2, 5.0)
-        stream = GroupStream(plan, list(lab.all.values()), 0, task_at, lab.ledger)
-        fleet = ElasticFleet(
-            list(lab.all.values()),
-            FleetPlan(None, lambda: 1, 0, 1, 60.0, lab.said.append, in_flight=False),
-            newest=None,
-        )
-
         async def save(state: TrainState) -> None: ...
 
-        await run_loop(
-            LoopParts(stream, lab.trainer, fleet, Channel(), lab.tracker, lambda summary, batch: None, save),
+        no_launch: FleetPlan[Mortal] = FleetPlan(
+            None, lambda: 1, 0, 1, 60.0, lab.said.append, in_flight=False
+        )
+        workers = list(lab.all.values())
+        parts = wire(
+            workers,
+            no_launch,
+            lab.trainer,
+            lab.tracker,
+            lab.ledger,
             lab.plan,
             START,
+            lambda summary, batch: None,
+            save,
         )
+        await run_loop(parts, lab.plan, START)
 
     with pytest.raises((ClusterError, StreamError), match="SIGKILL"):
         asyncio.run(asyncio.wait_for(body(), 10))
@@ -337,7 +333,8 @@ def test_a_fleet_that_is_closed_at_once_leaves_nothing_unawaited() -> None:
             FleetPlan(lab.launch, lambda: 2, 0, 2, 60.0, lab.said.append, in_flight=False),
             newest=None,
         )
-        await fleet.start(GroupStream(StreamPlan(1, 2, 1, 2, 5.0), workers, 0, task_at, lab.ledger))
+        stream_plan = StreamPlan(1, 2, 1, 2, 5.0)
+        await fleet.start(GroupStream(stream_plan, workers, 0, lab.ledger, StreamCalls(task_at)))
         fleet.begin(Channel().publish(lab.trainer))
         await fleet.close()  # the watch and both refreshes are cancelled before they begin
 

@@ -1,23 +1,24 @@
-"""The training loop over scripted parts: versions, staleness, checkpoints, and every failure ends it. The real parts are in tests/integration."""
+"""The training loop over scripted parts: versions, staleness, checkpoints, and every failure ends it.
+
+The real parts are in tests/integration.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from actors.engine.policy import EngineStats
-from actors.types import PolicyVersion, Task, TrajectoryGroup
+from actors.types import PolicyVersion
 from actors.worker import WorkerReport
 from cluster.common.errors import CheckpointError, SaveError, WorkerLost
 from cluster.fleet.broadcast import ObjectStoreWeights
-from cluster.fleet.fleet import ElasticFleet, FleetPlan
+from cluster.fleet.fleet import FleetPlan
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
-from cluster.fleet.stream import Batch, GroupStream, StreamPlan
+from cluster.fleet.stream import Batch
 from cluster.runs.checkpoint import (
     START,
     TrainState,
@@ -26,83 +27,12 @@ from cluster.runs.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from cluster.tracking.tracker import RunStatus
-from cluster.train.loop import LoopParts, run_loop
+from cluster.train.loop import run_loop
 from cluster.train.metrics import StepSeconds, StepSummary, step_line, summarize
 from configs.schema import TrainConfig
-from learner.types import LearnerError, StepReport
-from tests.unit.cluster_cases import EagerWorker, finished_group, group, task_at
-
-
-class Worker(EagerWorker):
-    """An eager worker that can be refreshed."""
-
-    refused: Exception | None = None
-    on_refresh: Callable[[PolicyVersion], None] = staticmethod(lambda version: None)
-
-    async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
-        await asyncio.sleep(0)
-        if self.refused is not None:
-            raise self.refused
-        assert weights.version > self.version, "never back, and none twice"
-        self.version = weights.version
-        self.on_refresh(self.version)
-        return await self.report()
-
-    async def ready(self) -> None: ...
-
-    def kill(self) -> None: ...
-
-    async def report(self) -> WorkerReport:
-        """An engine that acts for 3 s of a version's 4."""
-        stats = EngineStats(
-            10, 5, 2, 2, 0, 0, 0.1, 1, 9, {"act": 3.0 * self.version, "idle": 1.0 * self.version}
-        )
-        return WorkerReport(self.name, self.version, len(self.positions), 0, 1, 0.1, 0.0, 0.2, stats)
-
-
-class Trainer:
-    """Counts versions as the learner does and remembers what it was given."""
-
-    def __init__(self, version: PolicyVersion = 0) -> None:
-        self.version = version
-        self.batches: list[list[str]] = []
-        self.fail_at = -1
-
-    def missing(self, groups: Sequence[TrajectoryGroup]) -> list[int]:
-        return []
-
-    def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
-        if self.version == self.fail_at:
-            raise LearnerError("learner step: a rank's process died; resume from the last checkpoint")
-        self.batches.append([group.task.id for group in groups])
-        self.version += 1
-        values: dict[str, Any] = {field.name: 0 for field in fields(StepReport)}
-        return StepReport(**(values | {"version": self.version, "tokens": 100}))
-
-    def weights_ref(self, trainable_only: bool) -> Any:
-        return object()
-
-
-class Channel:
-    def publish(self, source: Trainer) -> ObjectStoreWeights:
-        return ObjectStoreWeights(source.version, True, source.weights_ref(False))
-
-
-class Recorder:
-    """A tracker that keeps what it is given."""
-
-    run_id, location = "run", "here"
-
-    def __init__(self) -> None:
-        self.steps: dict[int, Mapping[str, float]] = {}
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self.steps[step] = {**self.steps.get(step, {}), **metrics}
-
-    def artifact(self, path: Path) -> None: ...
-
-    def finish(self, status: RunStatus) -> None: ...
+from learner.types import LearnerError
+from tests.unit.cluster_cases import finished_group, group, task_at
+from tests.unit.loop_cases import Recorder, Trainer, Worker, wire
 
 
 class Bench:
@@ -125,22 +55,22 @@ class Bench:
             await save_checkpoint(self.folder, state, "name: test\n", save, self.plan.keep_checkpoints)
 
         async def body() -> TrainState:
-            plan = StreamPlan(
-                self.plan.steps - self.state.step, self.plan.tasks_per_step, self.plan.max_staleness, 2, 5.0
+            count = len(self.workers)
+            at_once = count if self.plan.max_staleness == 0 else max(1, count // 2)
+            fleet_plan: FleetPlan[Worker] = FleetPlan(
+                None, lambda: count, self.state.version, at_once, 60.0, lambda text: None, in_flight=False
             )
-            stream = GroupStream(plan, self.workers, self.state.version, self.task_at, self.ledger)
-            at_once = len(self.workers) if self.plan.max_staleness == 0 else max(1, len(self.workers) // 2)
-            fleet_plan = FleetPlan(
-                None,
-                lambda: len(self.workers),
-                self.state.version,
-                at_once,
-                60.0,
-                lambda text: None,
-                in_flight=False,
+            parts = wire(
+                self.workers,
+                fleet_plan,
+                self.trainer,
+                self.tracker,
+                self.ledger,
+                self.plan,
+                self.state,
+                self.show,
+                checkpoint,
             )
-            fleet = ElasticFleet(self.workers, fleet_plan, newest=None)
-            parts = LoopParts(stream, self.trainer, fleet, Channel(), self.tracker, self.show, checkpoint)
             return await asyncio.wait_for(run_loop(parts, self.plan, self.state), 20)
 
         return asyncio.run(body())
@@ -149,9 +79,6 @@ class Bench:
         assert len(batch.groups) == len(batch.staleness)
         self.summaries.append(summary)
         self.on_summary(summary)
-
-    def task_at(self, position: int) -> Task:
-        return task_at(position)
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
@@ -292,7 +219,7 @@ def test_no_steps_is_a_run_too(tmp_path: Path) -> None:
     assert bench.ledger.issued == 0
 
 
-# --- checkpoints on disk -------------------------------------------------------------------------------------------------------------------------
+# --- checkpoints on disk -----------------------------------------------------------------------------------
 
 
 async def _save(folder: Path, step: int, keep: int = 2, broken: bool = False) -> None:

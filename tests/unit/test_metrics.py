@@ -10,8 +10,14 @@ from actors.engine.policy import EngineStats
 from actors.engine.step_loop import PHASES, Phase
 from actors.episodes.group_summary import EpisodeSummary
 from actors.worker import WorkerReport
-from cluster.fleet.worker_timeline import worker_timeline
-from cluster.train.metrics import StepSeconds, episode_timeline, learner_timeline, rollout_metrics
+from cluster.fleet.fleet import phase_seconds
+from cluster.train.metrics import (
+    StepSeconds,
+    episode_timeline,
+    learner_timeline,
+    rollout_metrics,
+    worker_timeline,
+)
 from tests.unit.cluster_cases import task_at, trajectory
 
 
@@ -29,20 +35,20 @@ def test_the_workers_timeline_is_what_passed_between_two_reports_of_each() -> No
     after = by_name(
         report("a", {"act": 6.0, "idle": 1.0, "write": 2.0}), report("b", {"act": 2.0, "idle": 7.0})
     )
-    timeline = worker_timeline(before, after)
+    timeline = worker_timeline(phase_seconds(before, after))
     assert set(timeline) == {f"timeline/worker_{phase}" for phase in PHASES} and sum(
         timeline.values()
     ) == pytest.approx(1.0)
     assert [
         timeline[f"timeline/worker_{phase}"] for phase in ("act", "write", "idle", "install")
     ] == pytest.approx([0.1, 0.2, 0.7, 0.0])
-    assert worker_timeline(after, after) == {} and worker_timeline({}, {}) == {}
+    assert worker_timeline(phase_seconds(after, after)) == worker_timeline(phase_seconds({}, {})) == {}
 
 
 def test_a_new_worker_and_one_that_began_anew_count_from_their_start() -> None:
     before = by_name(report("a", {"act": 50.0, "idle": 50.0}))
     after = by_name(report("a", {"act": 1.0}), report("b", {"extract": 3.0}))
-    timeline = worker_timeline(before, after)
+    timeline = worker_timeline(phase_seconds(before, after))
     assert (timeline["timeline/worker_act"], timeline["timeline/worker_extract"]) == (0.25, 0.75)
 
 

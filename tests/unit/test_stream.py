@@ -10,16 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.episodes.group_summary import GroupSummary
 from cluster.common.errors import StreamError, WorkerLost
 from cluster.fleet.contract import FinishedGroup, Lane, Openings
 from cluster.fleet.ledger import MOST_LOSSES, Ledger, LedgerSnapshot
-from cluster.fleet.stream import GroupStream, StreamPlan, may_issue
+from cluster.fleet.stream import GroupStream, StreamCalls, StreamPlan, may_issue
 from tests.unit.cluster_cases import ScriptedWorker, settle, task_at
 
 
-def stream_of(
-    workers: list[ScriptedWorker], ledger: Ledger | None = None, version: int = 0, **plan: float
-) -> GroupStream:
+TASKS_ONLY = StreamCalls(task_at)
+
+
+def stream_of(workers: list[ScriptedWorker], calls: StreamCalls = TASKS_ONLY, **plan: float) -> GroupStream:
     values = {"steps": 100, "per_step": 2, "max_staleness": 0, "credits": 4, "stall_s": 5.0} | plan
     built = StreamPlan(
         int(values["steps"]),
@@ -28,7 +30,7 @@ def stream_of(
         int(values["credits"]),
         values["stall_s"],
     )
-    return GroupStream(built, workers, version, task_at, ledger or Ledger(LedgerSnapshot()))
+    return GroupStream(built, workers, 0, Ledger(LedgerSnapshot()), calls)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +129,12 @@ def test_a_stale_group_is_dropped_counted_and_replaced() -> None:
 def test_a_group_without_two_finished_siblings_is_replaced() -> None:
     async def body() -> None:
         worker = ScriptedWorker("w")
-        stream = stream_of([worker])
-        told: list[tuple[str, int]] = []
-        stream.watch(lambda summary: told.append((summary.task_id, len(summary.failed))))
+        seen: list[tuple[str, int]] = []
+
+        def on_failures(summary: GroupSummary) -> None:
+            seen.append((summary.task_id, len(summary.failed)))
+
+        stream = stream_of([worker], StreamCalls(task_at, on_failures=on_failures))
         taking = asyncio.create_task(stream.take())
         await settle()
         worker.finish(0, finished=1, failed=1)
@@ -141,7 +146,7 @@ def test_a_group_without_two_finished_siblings_is_replaced() -> None:
         assert [group.summary.task_id for group in batch.groups] == ["t1", "t2"]
         assert stream.ledger.settled["failed"] == 1
         assert stream.ledger.failures["engine"] == 2
-        assert told == [("t0", 1), ("t2", 1)]  # of every group with failures, also of one that is not used
+        assert seen == [("t0", 1), ("t2", 1)]  # of every group with failures, also of one that is not used
         await stream.close()
 
     asyncio.run(body())
@@ -320,11 +325,11 @@ def test_a_paused_worker_is_drained_once_its_last_group_has_ended() -> None:
     async def body() -> None:
         worker = ScriptedWorker("w")
         stream = stream_of([worker])
-        await asyncio.wait_for(stream.drained("w"), 5)  # nothing was issued yet
+        await asyncio.wait_for(stream.delivered("w"), 5)  # nothing was issued yet
         taking = asyncio.create_task(stream.take())
         await settle()
         stream.pause("w")
-        draining = asyncio.create_task(stream.drained("w"))
+        draining = asyncio.create_task(stream.delivered("w"))
         worker.finish(0)
         await settle()
         assert not draining.done()
@@ -390,13 +395,12 @@ def test_a_finished_group_whose_content_is_lost_is_issued_again_and_replaced() -
 
     async def body() -> None:
         worker, asked = ScriptedWorker("w"), list[list[str]]()
-        stream = stream_of([worker], steps=1, per_step=3)
 
         async def missing(groups: Sequence[FinishedGroup]) -> list[int]:
             asked.append([group.summary.task_id for group in groups])
             return [0, 2] if len(asked) == 1 else []
 
-        stream.deliver(missing)
+        stream = stream_of([worker], StreamCalls(task_at, missing), steps=1, per_step=3)
         taking = asyncio.create_task(stream.take())
         await settle()
         for position in (0, 1, 2):
@@ -425,12 +429,11 @@ def test_a_finished_group_whose_content_is_lost_is_issued_again_and_replaced() -
 def test_a_group_that_is_lost_each_time_it_is_finished_ends_as_failed() -> None:
     async def body() -> None:
         worker = ScriptedWorker("w")
-        stream = stream_of([worker], steps=1, per_step=1)
 
         async def missing(groups: Sequence[FinishedGroup]) -> list[int]:
             return [0] if groups[0].summary.task_id == "t0" else []
 
-        stream.deliver(missing)
+        stream = stream_of([worker], StreamCalls(task_at, missing), steps=1, per_step=1)
         taking = asyncio.create_task(stream.take())
         for _ in range(MOST_LOSSES):
             await settle()

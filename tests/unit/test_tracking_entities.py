@@ -18,7 +18,7 @@ from actors.types import Answer, FailedEpisode, Flashcard, Outcome, Timings, Wri
 from cluster.inspection.describe import describe_failure
 from cluster.inspection.record import EpisodeRecord, Origin, Passage, SegmentRecord, WriteEntry
 from cluster.inspection.traces import EpisodeTraces, steps_of
-from cluster.runs.kept_models import kept_models
+from cluster.runs.checkpoint import kept_models
 from cluster.tracking.outbox import Entity
 from cluster.tracking.registry import dataset_values
 from cluster.tracking.sender import MlflowRun
