@@ -17,7 +17,6 @@ from cluster.fleet.ledger import MOST_LOSSES, Ledger, LedgerSnapshot
 from cluster.fleet.stream import GroupStream, StreamCalls, StreamPlan, may_issue
 from tests.unit.cluster_cases import ScriptedWorker, settle, task_at
 
-
 TASKS_ONLY = StreamCalls(task_at)
 
 
