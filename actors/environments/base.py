@@ -1,16 +1,23 @@
-"""What a task source is. An environment is built once per process from its config; a session is one episode's single-use view of a task.
+"""What a task source is, and the parts that the shipped ones share.
 
-env.prepare()             ->  if it has it: once in every rollout worker, before its first episode; whoever only lists tasks does not call it
-env.tasks("train", seed)  ->  endless (or finite, repeatable) iterator of Task, the same for the same seed
-session = env.start(task)
-while (observation := session.observe()) is not None:
-    if observation.wants_action: session.act(text)      # text of the policy, decoded, without the stop token
-session.outcome()
+An environment is built once per process from its config. A session is the view that one episode has of a
+task; it is used once.
+
+    env.prepare()                     if it has it: once in every rollout worker, before the first episode
+    env.tasks("train", seed, start)   iterator of Task, the same for the same seed
+    session = env.start(task)
+    while (observation := session.observe()) is not None:
+        if observation.wants_action:
+            session.act(text)         text of the policy, decoded, without the stop token
+    session.outcome()
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -21,7 +28,7 @@ Split = Literal["train", "eval"]
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """A user turn for the agent. After one with ``wants_action`` the next call of the session is ``act``."""
+    """A user turn for the agent. Where it ``wants_action``, the next call of the session is ``act``."""
 
     text: str
     wants_action: bool
@@ -30,7 +37,7 @@ class Observation:
 class Session(Protocol):
     @property
     def question(self) -> str:
-        """What the episode is about: shown to the extraction prompt unless the memory is question-blind."""
+        """What the episode is about. The extraction prompt shows it, unless the memory is question-blind."""
         ...
 
     def observe(self) -> Observation | None:
@@ -40,7 +47,10 @@ class Session(Protocol):
     def act(self, text: str) -> None: ...
 
     def outcome(self) -> Outcome:
-        """Reward and answers; only after ``observe`` returned None (or the turn limit ended the episode: unanswered questions score 0)."""
+        """Reward and answers; questions without an answer score 0.
+
+        Called when ``observe`` has returned None, or when the turn limit has ended the episode.
+        """
         ...
 
 
@@ -52,7 +62,10 @@ class Environment(Protocol):
     def system_prompt(self) -> str: ...
 
     def tasks(self, split: Split, seed: int, start: int) -> Iterator[Task]:
-        """Tasks from position ``start`` on; position and seed alone determine a task, so a resumed run goes on where it was."""
+        """Tasks from position ``start`` on, endless or finite.
+
+        Seed and position alone determine a task, so a resumed run goes on where it was.
+        """
         ...
 
     def start(self, task: Task) -> Session: ...
@@ -60,27 +73,82 @@ class Environment(Protocol):
 
 @runtime_checkable
 class Preparer(Protocol):
-    """What an environment adds whose first episode needs something that takes long to make, such as an index: an episode has a deadline.
+    """An optional part of an environment that needs something slow to build, such as an index.
 
-    Optional: an environment without it is started as it is.
+    Without ``prepare``, the first episode would build it, and an episode has a deadline.
     """
 
     def prepare(self) -> None:
-        """Make it now. Blocks, under ``ray.startup_timeout_s``. Raises TaskError."""
+        """Build it now. Blocks, under ``ray.startup_timeout_s``. Raises TaskError."""
         ...
 
 
 def prepare(environment: Environment) -> None:
-    """Raises what its ``prepare`` raises, if it has one."""
+    """Call the environment's ``prepare`` if it has one, and raise what that raises."""
     if isinstance(environment, Preparer):
         environment.prepare()
 
 
 class Demonstrator(Protocol):
-    """What an environment adds so that a warm start can teach flashcard writing: what an ideal agent would do next."""
+    """An optional part of an environment: it knows the flashcards that an ideal agent would write.
+
+    A warm start teaches flashcard writing with them.
+    """
 
     def demonstrate_flashcards(
         self, task: Task, text_in_context: str, question_blind: bool
     ) -> tuple[Flashcard, ...]:
         """The gold flashcards for the part of the task that stands in ``text_in_context``."""
         ...
+
+
+class ReadThenAsk:
+    """The usual session: all texts are read, then each question is asked once. Subclasses add ``outcome``."""
+
+    def __init__(self, texts: Sequence[str], questions: Sequence[str]) -> None:
+        self.question = " ".join(questions)
+        read = [Observation(text, wants_action=False) for text in texts]
+        self._observations = iter([*read, *(Observation(text, wants_action=True) for text in questions)])
+        self._unanswered = len(questions)
+        self._answers: list[str] = []
+
+    def observe(self) -> Observation | None:
+        return next(self._observations, None)
+
+    def act(self, text: str) -> None:
+        self._answers.append(text.strip())
+        self._unanswered -= 1
+
+    @property
+    def answers(self) -> list[str]:
+        """The answer to each question, "" where there is none."""
+        return self._answers + [""] * self._unanswered
+
+
+def held_out(ids: Sequence[str], fraction: float) -> set[str]:
+    """Choose the ids of the eval split: the same in every process and for every order of the file.
+
+    Of two or more ids, each split gets at least one.
+    """
+    ranked = sorted(set(ids), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    return set(ranked[: min(len(ranked) - 1, max(1, round(len(ranked) * fraction)))])
+
+
+def passes(name: str, size: int, split: Split, seed: int, start: int) -> Iterator[tuple[int, int]]:
+    """(position, place among ``size`` tasks) from position ``start`` on.
+
+    Endless for train, in a new order every pass; one pass for eval.
+    """
+    positions = itertools.count(start) if split == "train" else range(start, size)
+    order: list[int] = []
+    ordered_pass = -1
+    for position in positions:
+        if position // size != ordered_pass:
+            ordered_pass, order = position // size, list(range(size))
+            random.Random(f"{name}/{split}/{seed}/{ordered_pass}").shuffle(order)
+        yield position, order[position % size]
+
+
+def task_seed(split: Split, seed: int, position: int) -> int:
+    """The seed of the task at a position."""
+    return random.Random(f"task/{split}/{seed}/{position}").getrandbits(31)

@@ -1,24 +1,33 @@
-"""From the config's name to an environment."""
+"""Builds an environment from the configuration: a shipped one or a user's own, with the user's own reward.
+
+``environment.custom`` and ``environment.reward`` name the user's code as ``package.module:name``.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
-from actors.environments.base import Environment
+from actors.environments.base import Demonstrator, Environment, Observation, Session, Split, prepare
+from actors.protocols import TaskError
+from actors.types import Flashcard, Outcome, Task
+from configs.extensions import load_extension, require_members
 from configs.schema import EmbedderConfig, EnvironmentConfig
+
+Reward = Callable[[Task, Outcome], float]
+_MEMBERS = ("name", "system_prompt", "tasks", "start")
 
 
 def build_environment(config: EnvironmentConfig, embedder: EmbedderConfig) -> Environment:
-    """The environment that ``config.name`` says, with ``config.reward`` if there is one; ``embedder`` is loaded only where it searches by meaning.
+    """Build the environment named ``config.name``, with the reward ``config.reward`` if that is set.
 
-    Raises TaskError, ExtensionError or ValueError, one line, when its settings or its files cannot be used.
+    ``embedder`` is loaded only by an environment that searches by meaning.
+    Raises TaskError, ExtensionError or ValueError when its settings or its files cannot be used.
     """
     environment = _named(config, embedder)
-    if not config.reward:
-        return environment
-    from actors.environments.custom import rewarded
-
-    return rewarded(environment, config.reward)
+    return _with_reward(environment, config.reward) if config.reward else environment
 
 
 def _named(config: EnvironmentConfig, embedder: EmbedderConfig) -> Environment:
@@ -40,9 +49,93 @@ def _named(config: EnvironmentConfig, embedder: EmbedderConfig) -> Environment:
 
         return RecordsEnvironment(config.records)
     if config.name == "custom":
-        from actors.environments.custom import custom_environment
-
-        return custom_environment(config)
+        return _custom(config)
     from actors.environments.conversation import ConversationEnvironment
 
     return ConversationEnvironment(config.conversation)
+
+
+def _custom(config: EnvironmentConfig) -> Environment:
+    """Call ``config.custom`` with ``config.options``. Raises ExtensionError, and what that call raises."""
+    setting = "environment.custom"
+    environment: Environment = load_extension(setting, config.custom)(config.options)
+    contract = "Environment in actors/environments/base.py"
+    require_members(setting, config.custom, environment, _MEMBERS, contract)
+    return environment
+
+
+def _with_reward(environment: Environment, path: str) -> Environment:
+    """Replace the environment's reward by the function at ``path``. Raises ExtensionError.
+
+    The environment's own reward becomes the part "environment" of the outcome.
+    """
+    reward: Reward = load_extension("environment.reward", path)
+    if hasattr(environment, "demonstrate_flashcards"):
+        return _RewardedDemonstrator(environment, reward, path)
+    return _Rewarded(environment, reward, path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rewarded:
+    inner: Environment
+    reward: Reward
+    path: str
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def system_prompt(self) -> str:
+        return self.inner.system_prompt
+
+    def prepare(self) -> None:
+        prepare(self.inner)
+
+    def tasks(self, split: Split, seed: int, start: int) -> Iterator[Task]:
+        return self.inner.tasks(split, seed, start)
+
+    def start(self, task: Task) -> Session:
+        return _RewardedSession(self.inner.start(task), task, self.reward, self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class _RewardedDemonstrator(_Rewarded):
+    def demonstrate_flashcards(
+        self, task: Task, text_in_context: str, question_blind: bool
+    ) -> tuple[Flashcard, ...]:
+        inner: Demonstrator = self.inner  # type: ignore[assignment]  # `_with_reward` has checked
+        return inner.demonstrate_flashcards(task, text_in_context, question_blind)
+
+
+@dataclass(frozen=True, slots=True)
+class _RewardedSession:
+    inner: Session
+    task: Task
+    reward: Reward
+    path: str
+
+    @property
+    def question(self) -> str:
+        return self.inner.question
+
+    def observe(self) -> Observation | None:
+        return self.inner.observe()
+
+    def act(self, text: str) -> None:
+        self.inner.act(text)
+
+    def outcome(self) -> Outcome:
+        """Raises TaskError when the user's function raises or returns no number: that episode alone fails."""
+        outcome = self.inner.outcome()
+        try:
+            value = float(self.reward(self.task, outcome))
+        except Exception as error:
+            raise self._fault(f"raised {type(error).__name__}: {error}") from error
+        if not math.isfinite(value):
+            raise self._fault(f"returned {value}: a reward is a finite number")
+        parts = {**outcome.reward_parts, "environment": outcome.reward}
+        return replace(outcome, reward=value, reward_parts=parts)
+
+    def _fault(self, what: str) -> TaskError:
+        return TaskError(f"task {self.task.id}: environment.reward={self.path} {what}")

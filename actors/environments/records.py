@@ -1,8 +1,13 @@
-"""Tasks from a user's own records: texts to read, then one question. One record a line of JSON Lines, or a row of a Parquet file.
+"""Tasks from a user's own records: texts to read, then one question.
 
-    {"texts": ["Nora moved to Lisbon.", "Omar bakes."], "question": "Where does Nora live?", "answer": ["Lisbon", "in Lisbon"]}
+A record is a line of JSON Lines, or a row of a Parquet file. The names of its fields are configured.
 
-The reward is the token F1 against the best of the right answers. Records with the same texts are on the same side of the split.
+    {"texts": ["Nora moved to Lisbon.", "Omar bakes."],
+     "question": "Where does Nora live?",
+     "answer": ["Lisbon", "in Lisbon"]}
+
+The reward is the token F1 against the best of the right answers. Records with the same texts are on the same
+side of the split.
 """
 
 from __future__ import annotations
@@ -13,16 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.environments.base import Observation, Split
-from actors.environments.fields import Field, Source
+from pydantic import BaseModel, Field, ValidationError, create_model
+
+from actors.environments.base import ReadThenAsk, Split, held_out, passes, task_seed
+from actors.environments.data_file import DataFile, Text, TextOrNumber, Texts, TextsOrNumbers
 from actors.environments.scoring import plain_em, plain_f1
-from actors.environments.splits import held_out, passes, task_seed
 from actors.protocols import TaskError
 from actors.types import Answer, Outcome, Task
+from configs.files import one_line
 from configs.schema import RecordsConfig
 
 SYSTEM_PROMPT = "Remember what you read. Answer the question in a few words."
-_ONE_CATEGORY = "records"
+_NO_CATEGORY = "records"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +46,13 @@ class Record:
 
 
 class RecordsEnvironment:
-    """The `records` task source. Raises TaskError from the constructor: the file, the line and the field."""
+    """The `records` task source."""
 
     name = "records"
     system_prompt = SYSTEM_PROMPT
 
     def __init__(self, config: RecordsConfig) -> None:
+        """Raises TaskError when the file is malformed or nothing can be held out."""
         records = read_records(config)
         out = held_out([record.key for record in records], config.eval_fraction)
         self._records: dict[Split, list[Record]] = {
@@ -53,7 +61,8 @@ class RecordsEnvironment:
         }
         if not all(self._records.values()):
             raise TaskError(
-                f"{config.path}: its records have one and the same texts, so that none can be held out: two different ones are needed"
+                f"{config.path}: all its records have the same texts, so none can be held out: "
+                "at least two records with different texts are needed"
             )
 
     def tasks(self, split: Split, seed: int, start: int) -> Iterator[Task]:
@@ -75,82 +84,63 @@ class RecordsEnvironment:
         return RecordSession(task)
 
 
-class RecordSession:
-    """One episode's view of a record: its texts in order, then the question."""
+class RecordSession(ReadThenAsk):
+    """One episode: the texts in order, then the question."""
 
     def __init__(self, task: Task) -> None:
-        self._payload = task.payload
-        self._turns = [Observation(text, wants_action=False) for text in task.payload["texts"]]
-        self._turns.append(Observation(task.payload["question"], wants_action=True))
-        self._next = 0
-        self._prediction = ""
-
-    @property
-    def question(self) -> str:
-        return str(self._payload["question"])
-
-    def observe(self) -> Observation | None:
-        self._next += 1
-        return self._turns[self._next - 1] if self._next <= len(self._turns) else None
-
-    def act(self, text: str) -> None:
-        self._prediction = text.strip()
+        super().__init__(task.payload["texts"], [task.payload["question"]])
+        self._right_answers = tuple(task.payload["answers"])
+        self._category = task.payload["category"]
 
     def outcome(self) -> Outcome:
-        gold = tuple(self._payload["answers"])
+        (prediction,) = self.answers
         scores = {
-            "f1": max(plain_f1(self._prediction, one) for one in gold),
-            "em": max(plain_em(self._prediction, one) for one in gold),
+            "f1": max(plain_f1(prediction, right) for right in self._right_answers),
+            "em": max(plain_em(prediction, right) for right in self._right_answers),
         }
-        answer = Answer(self.question, gold, self._prediction, self._payload["category"], scores)
+        answer = Answer(self.question, self._right_answers, prediction, self._category, scores)
         return Outcome(reward=scores["f1"], reward_parts=dict(scores), answers=(answer,))
 
 
 def read_records(config: RecordsConfig) -> list[Record]:
-    """In the file's order, at least one. Raises TaskError."""
-    source = Source(config.path, "environment.records.path", "a file of records (.jsonl or .parquet)")
-    items = _rows(source, config) if config.path.endswith(".parquet") else source.json_lines()
-    records = [_record(item, config) for item in items]
+    """All records, in the file's order: at least one. Raises TaskError."""
+    file = DataFile(config.path, "environment.records.path", "a file of records (.jsonl or .parquet)")
+    kind = _columns(config)
+    is_table = config.path.endswith(".parquet")
+    rows = _rows(file, kind) if is_table else (row for _, row in file.lines(kind))
+    records = [Record(tuple(row.texts), row.question, tuple(row.answers), row.category) for row in rows]
     if not records:
-        raise TaskError(f"{config.path}: it has no record: give {source.setting} the path of {source.what}")
+        raise file.empty("records")
     return records
 
 
-def _record(item: Field, config: RecordsConfig) -> Record:
-    category = item[config.category_field].scalar() if config.category_field else _ONE_CATEGORY
-    texts, answers = _one_or_more(item[config.texts_field]), _one_or_more(item[config.answer_field])
-    return Record(
-        texts=tuple(text.text() for text in texts),
-        question=item[config.question_field].text(),
-        answers=tuple(answer.scalar() for answer in answers),
-        category=category,
+def _columns(config: RecordsConfig) -> Any:
+    """A pydantic model that reads the configured columns, so that its messages name them."""
+    category: Any = (TextOrNumber, Field(alias=config.category_field))
+    return create_model(
+        "Columns",
+        texts=(Texts, Field(alias=config.texts_field)),
+        question=(Text, Field(alias=config.question_field)),
+        answers=(TextsOrNumbers, Field(alias=config.answer_field)),
+        category=category if config.category_field else (str, _NO_CATEGORY),
     )
 
 
-def _one_or_more(field: Field) -> list[Field]:
-    if not isinstance(field.value, list):
-        return [field]
-    if not field.value:
-        raise field.error("at least one entry")
-    return field.items()
-
-
-def _rows(source: Source, config: RecordsConfig) -> Iterator[Field]:
+def _rows(file: DataFile, kind: type[BaseModel]) -> Iterator[Any]:
+    """The rows of a Parquet file, batch by batch."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    source.read_bytes(size=1)  # gives the reasons why a file cannot be read
-    wanted = {config.texts_field, config.question_field, config.answer_field, config.category_field} - {""}
+    file.open().close()  # says why a file cannot be read
+    wanted = {field.alias for field in kind.model_fields.values()}
     try:
-        file = parquet.ParquetFile(Path(source.path))
-        columns = [
-            name for name in file.schema_arrow.names if name in wanted
-        ]  # a missing one is found with its row, like a missing field
-        number = 0
-        for batch in file.iter_batches(columns=columns):
-            rows: list[dict[str, Any]] = batch.to_pylist()
-            for row in rows:
-                yield Field(source.path, f"row {number}", row)
-                number += 1
+        table = parquet.ParquetFile(Path(file.path))
+        columns = [name for name in table.schema_arrow.names if name in wanted]
+        rows = (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist())
+        for number, row in enumerate(rows):
+            try:
+                yield kind.model_validate(row, strict=True)
+            except ValidationError as error:
+                raise file.fault(f"row {number}", one_line(error)) from None
     except (pa.ArrowException, OSError) as error:
-        raise TaskError(f"{source.path}: not a Parquet file that can be read: {error}") from error
+        raise file.fault("", f"not a Parquet file that can be read: {error}") from error

@@ -1,41 +1,73 @@
-"""Context learning judged by rubrics: CL-Bench's schema (arXiv 2602.03587) from a file the user gives.
+"""Tasks whose answers are judged by rubrics, from a file in CL-Bench's schema (arXiv 2602.03587).
 
-The item's messages are read in their order, then comes what the user's last one asks, and the answer is checked against every rubric: all of them met
-scores 1, anything less 0, and so does an empty answer, which is not sent to a judge (the benchmark's rules). Of an answer that begins with a
-``<think>`` block only what follows it counts, also by the benchmark's rules.
+It has JSON lines; the last message is the request. A metadata field that is missing is filled: the line's
+number is the id, the item is its own context.
 
-``Answer.scores``: ``solved`` is that score, and so are ``f1`` and ``em``, the two that every table has: there is nothing to overlap here, and a share
-of the rubrics in a table's main column would be taken for the benchmark's result. That share is ``rubrics_met``. The reward is ``solved``.
-What a judge took stands in ``Outcome.reward_parts`` as ``judge_requests``, ``judge_usd`` and so on (`JudgeCost`).
+    {"messages": [{"role": "system" | "user" | "assistant", "content": text}, ...],
+     "rubrics": [text, ...],
+     "metadata": {"task_id": text, "context_id": text, "context_category": text}}
 
-Our choices: items that share a context (``metadata.context_id``) are on the same side of the train and eval split. The agent's system prompt is
-Engram's; an item's system message is read like the rest, under its role. A last message that is long, as where it holds context and task at once, is
-read too, but for its end: that is the turn that wants the answer and the question that the memory writing and the judge are shown.
+The agent reads the messages in their order and answers the request. Each rubric is checked. An answer that
+meets all rubrics scores 1, any other 0, as in the benchmark. An empty answer scores 0 and is not sent to a
+judge. Of an answer that begins with a ``<think>`` block, only the rest counts.
 
-CL-Bench's licence allows evaluation only; training is for files of your own.
+``Answer.scores``: ``solved`` is that score and the reward. ``f1`` and ``em``, which every report shows, equal
+it: a share of the rubrics in a main column would be taken for the benchmark's result. That share is
+``rubrics_met``. ``Outcome.reward_parts`` has the judge's cost: ``judge_requests``, ``judge_usd``
+(`JudgeCost`).
+
+Our choices. Items that share a context are on the same side of the train and eval split. The system prompt is
+Engram's; an item's system message is read like the other messages, under its role. Of a long last message
+only the end is the request; the part before it is read first. Memory and judge are shown the request.
+
+CL-Bench's licence allows evaluation only. Train on your own files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
 
-from actors.environments.base import Observation, Split
+from pydantic import AfterValidator
+
+from actors.environments.base import ReadThenAsk, Split, held_out, passes, task_seed
+from actors.environments.data_file import DataFile, Text, TextOrNumber, invalid
 from actors.environments.judge.judge import NO_COST, EndpointJudge, Judge, Verdict
-from actors.environments.rubric_file import RubricItem, read_rubric_items
 from actors.environments.rubric_rules import RuleChecker, RuleError, parse_rule
-from actors.environments.splits import held_out, passes, task_seed
 from actors.protocols import TaskError
 from actors.types import Answer, Outcome, Task
 from configs.schema import RubricConfig
 
 SYSTEM_PROMPT = (
-    "You are shown instructions and material, and then asked for something. Follow the instructions, and take what you need from the material, "
-    "also where it differs from what you know. Do all that is asked: the answer is checked point by point."
+    "You are shown instructions and material, and then asked for something. Follow the instructions, "
+    "and take what you need from the material, also where it differs from what you know. "
+    "Do all that is asked: the answer is checked point by point."
 )
 _LABELS = {"system": "[Instructions]", "user": "[User]", "assistant": "[Assistant]"}
 _REQUEST_CHARACTERS = 2000  # about 500 tokens
 _BREAKS = ("\n\n", "\n", ". ", " ")
+_NO_CATEGORY = "uncategorised"
+_SHOWN_RUBRIC = 80  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class RubricItem:
+    """One task: ``messages``, none of them blank, then ``request``. ``line`` is its line, counted from 1."""
+
+    id: str
+    context_id: str
+    category: str
+    messages: tuple[Message, ...]
+    request: str
+    rubrics: tuple[str, ...]
+    line: int
 
 
 class RubricEnvironment:
@@ -45,7 +77,10 @@ class RubricEnvironment:
     system_prompt = SYSTEM_PROMPT
 
     def __init__(self, config: RubricConfig) -> None:
-        """Raises TaskError, one line, when the file is missing, malformed, has one context only, or a rubric that its checker cannot check."""
+        """Raises TaskError when the file is missing or malformed, or has a single context.
+
+        Also when a rubric is not one that the checker ``rules`` can check.
+        """
         self._path = config.path
         items = read_rubric_items(config.path)
         if config.checker == "rules":
@@ -55,7 +90,8 @@ class RubricEnvironment:
         contexts = [item.context_id for item in items]
         if len(set(contexts)) < 2:
             raise TaskError(
-                f"{config.path}: all its items share one context, and at least 2 are needed: one to train on, one held out"
+                f"{config.path}: all its items share one context, and at least 2 are needed: "
+                "one to train on, one held out"
             )
         for_eval = held_out(contexts, config.eval_fraction)
         self._ids: dict[Split, list[str]] = {
@@ -81,46 +117,27 @@ class RubricEnvironment:
         return RubricSession(task.id, item, self._judge)
 
 
-class RubricSession:
-    """One episode's view: the messages, then what is asked."""
+class RubricSession(ReadThenAsk):
+    """One episode: the messages, then the request."""
 
     def __init__(self, task_id: str, item: RubricItem, judge: Judge) -> None:
+        material, request = split_request(item.request)
+        messages = [*item.messages, *([Message("user", material)] if material else [])]
+        super().__init__([f"{_LABELS[message.role]}\n{message.content}" for message in messages], [request])
         self._task_id = task_id
         self._item = item
         self._judge = judge
-        material, self._request = split_request(item.request)
-        told = [(message.role, message.content) for message in item.told] + (
-            [("user", material)] if material else []
-        )
-        self._observations = [
-            Observation(f"{_LABELS[role]}\n{content}", wants_action=False) for role, content in told
-        ]
-        self._observations.append(Observation(self._request, wants_action=True))
-        self._next = 0
-        self._prediction = ""
-
-    @property
-    def question(self) -> str:
-        return self._request
-
-    def observe(self) -> Observation | None:
-        if self._next == len(self._observations):
-            return None
-        self._next += 1
-        return self._observations[self._next - 1]
-
-    def act(self, text: str) -> None:
-        self._prediction = text.strip()
 
     def outcome(self) -> Outcome:
         """Blocks while the judge decides. Raises TaskError when it cannot."""
-        verdict = self._verdict(final_answer(self._prediction))
+        (prediction,) = self.answers
+        verdict = self._verdict(final_answer(prediction))
         solved, share = float(all(verdict.met)), sum(verdict.met) / len(verdict.met)
         scores = {"f1": solved, "em": solved, "solved": solved, "rubrics_met": share}
         answer = Answer(
-            question=self._request,
+            question=self.question,
             gold=self._item.rubrics,
-            prediction=self._prediction,
+            prediction=prediction,
             category=self._item.category,
             scores=scores,
         )
@@ -134,13 +151,17 @@ class RubricSession:
                 met=(False,) * len(rubrics), reasons=("the answer is empty",) * len(rubrics), cost=NO_COST
             )
         try:
-            return self._judge.verdict(self._request, answer, rubrics)
+            return self._judge.verdict(self.question, answer, rubrics)
         except TaskError as error:
             raise TaskError(f"task {self._task_id}: {error}") from None
 
 
 def split_request(text: str) -> tuple[str, str]:
-    """(what is read before, what is asked): the last 1000 to 2000 characters of a long message, from a paragraph's start, a line's or a word's."""
+    """Split a long message into (what is read before, the request).
+
+    The request is the last 1000 to 2000 characters. It begins with a paragraph, a line, a sentence or a word:
+    the first of these that begins there.
+    """
     text = text.strip()
     if len(text) <= _REQUEST_CHARACTERS:
         return "", text
@@ -151,9 +172,72 @@ def split_request(text: str) -> tuple[str, str]:
 
 
 def final_answer(text: str) -> str:
-    """What follows a thinking block at the front; "" where that does not end."""
+    """The answer without a thinking block at its front; "" where that block does not end."""
     text = text.strip()
     return text.partition("</think>")[2].strip() if text.startswith("<think>") else text
+
+
+# --- the file ---
+
+
+def _ends_with_request(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
+        raise invalid("The last message should be the user's, with a text: it is the request")
+    return messages
+
+
+def _not_empty(rubrics: tuple[str, ...]) -> tuple[str, ...]:
+    if not rubrics:
+        raise invalid("Input should have at least one rubric")
+    return rubrics
+
+
+@dataclass(frozen=True, slots=True)
+class _Metadata:
+    task_id: TextOrNumber | None = None
+    context_id: TextOrNumber | None = None
+    context_category: TextOrNumber | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    messages: Annotated[tuple[Message, ...], AfterValidator(_ends_with_request)]
+    rubrics: Annotated[tuple[Text, ...], AfterValidator(_not_empty)]
+    metadata: _Metadata = _Metadata()
+
+    def as_item(self, number: int) -> RubricItem:
+        task_id, context_id, category = (
+            (value or "").strip()
+            for value in (self.metadata.task_id, self.metadata.context_id, self.metadata.context_category)
+        )
+        return RubricItem(
+            id=task_id or f"line-{number}",
+            context_id=context_id or task_id or f"line-{number}",
+            category=category or _NO_CATEGORY,
+            messages=tuple(message for message in self.messages[:-1] if message.content.strip()),
+            request=self.messages[-1].content,
+            rubrics=tuple(rubric.strip() for rubric in self.rubrics),
+            line=number,
+        )
+
+
+def read_rubric_items(path: str) -> list[RubricItem]:
+    """All items of the file: at least one, with unique ids. Raises TaskError."""
+    file = DataFile(
+        path,
+        "environment.rubric.path",
+        "a file of JSON lines with messages, rubrics and metadata (CL-Bench's schema)",
+    )
+    items = [line.as_item(number) for number, line in file.lines(_Line)]
+    if not items:
+        raise file.empty("items")
+    lines: dict[str, int] = {}
+    for item in items:
+        if item.id in lines:
+            fault = f"metadata.task_id {item.id!r} stands in line {lines[item.id]} already"
+            raise file.fault(f"line {item.line}", fault)
+        lines[item.id] = item.line
+    return items
 
 
 def _check_rules(path: str, items: list[RubricItem]) -> None:
@@ -162,10 +246,7 @@ def _check_rules(path: str, items: list[RubricItem]) -> None:
             try:
                 parse_rule(rubric)
             except RuleError as error:
-                shown = rubric if len(rubric) < 80 else f"{rubric[:76]}..."
-                cure = "or take environment.rubric.checker=judge"
-                raise TaskError(
-                    " ".join(
-                        f"{path}: line {item.line}, rubrics[{number}]: {shown!r} {error}; {cure}".split()
-                    )
-                ) from None
+                shown = rubric if len(rubric) < _SHOWN_RUBRIC else f"{rubric[: _SHOWN_RUBRIC - 4]}..."
+                where = f"{path}: line {item.line}: rubrics.{number}"
+                message = f"{where}: {shown!r} {error}; or take environment.rubric.checker=judge"
+                raise TaskError(" ".join(message.split())) from None

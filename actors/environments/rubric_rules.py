@@ -1,13 +1,15 @@
-"""Rubrics that a rule decides, without a language model: a rubric's text is one rule of this grammar (our own; CL-Bench's rubrics are prose).
+"""Decides a rubric by a rule, without a language model. The rubric's text is a rule of this grammar.
 
-    contains: TEXT                contains any of: TEXT | TEXT | ...      starts with: TEXT        matches: REGEX
-    not contains: TEXT            equals: TEXT                            ends with: TEXT          not matches: REGEX
-    at most N UNIT                at least N UNIT                         exactly N UNIT           valid JSON
-                                                                          (UNIT: words, lines, characters)
+    contains: TEXT                contains any of: TEXT | TEXT | ...      starts with: TEXT
+    not contains: TEXT            equals: TEXT                            ends with: TEXT
+    at most N UNIT                at least N UNIT                         exactly N UNIT
+    matches: REGEX                not matches: REGEX                      valid JSON
 
-Texts are compared without case, with white space of any kind and length as one space; the answer's ends are trimmed. A regular expression is searched
-for in the answer as it is, with case (``(?i)`` at its front: without). The ``regex`` library runs it, which can stop: files come from outside, and a
-pattern such as ``(a|aa)+$`` may take longer than anyone waits.
+UNIT is words, lines or characters. The grammar is our own; CL-Bench's rubrics are prose.
+
+Texts are compared without case, and any white space counts as one space. The answer's ends are trimmed. A
+regular expression is searched in the answer as it is, with case; ``(?i)`` at its front turns case off. The
+``regex`` library runs it with a time limit: files come from outside, and ``(a|aa)+$`` may take for ever.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from actors.protocols import TaskError
 Rule = Callable[[str], bool]
 
 GRAMMAR = (
-    "contains: TEXT, not contains: TEXT, contains any of: A | B, equals: TEXT, starts with: TEXT, ends with: TEXT, matches: REGEX, "
-    "not matches: REGEX, at most | at least | exactly N words | lines | characters, valid JSON"
+    "contains: TEXT, not contains: TEXT, contains any of: A | B, equals: TEXT, starts with: TEXT, "
+    "ends with: TEXT, matches: REGEX, not matches: REGEX, "
+    "at most | at least | exactly N words | lines | characters, valid JSON"
 )
 _REGEX_SECONDS = 1.0
 _MAX_PATTERN_CHARACTERS = 1000
@@ -39,10 +42,10 @@ class RuleError(ValueError):
 
 
 class RuleChecker:
-    """The `rules` checker: a Judge whose every rubric states its rule."""
+    """The `rules` checker: a Judge for rubrics that are rules."""
 
     def verdict(self, question: str, answer: str, rubrics: Sequence[str]) -> Verdict:
-        """Decide every rubric by its rule; the question has no part in it. Raises TaskError where a rule cannot be decided in time."""
+        """Decide each rubric by its rule. Raises TaskError when a rule takes too long."""
         met = []
         for number, rubric in enumerate(rubrics):
             try:
@@ -54,7 +57,10 @@ class RuleChecker:
 
 @lru_cache(maxsize=4096)
 def parse_rule(rubric: str) -> Rule:
-    """The rule that ``rubric`` states, as a test of an answer. Raises RuleError; so does the test when a regular expression takes too long."""
+    """Read ``rubric`` as a test of an answer. Raises RuleError.
+
+    The test raises RuleError too, when a regular expression takes too long.
+    """
     text = rubric.strip()
     if " ".join(text.lower().split()) == "valid json":
         return _is_json
@@ -99,24 +105,22 @@ def _ends(text: str) -> Rule:
 def _matches(text: str) -> Rule:
     source = text.strip()
     if len(source) > _MAX_PATTERN_CHARACTERS:
-        raise RuleError(
-            f"has a regular expression of {len(source)} characters, and {_MAX_PATTERN_CHARACTERS} are the most"
-        )
+        most = _MAX_PATTERN_CHARACTERS
+        raise RuleError(f"has a regular expression of {len(source)} characters, and {most} are the most")
     try:
         pattern = regex.compile(source)
     except (regex.error, RecursionError, OverflowError) as error:
-        raise RuleError(
-            f"has a regular expression that does not compile: {' '.join(str(error).split())}"
-        ) from None
+        cause = " ".join(str(error).split())
+        raise RuleError(f"has a regular expression that does not compile: {cause}") from None
 
     def search(answer: str) -> bool:
         try:
-            return (
-                pattern.search(answer, timeout=_REGEX_SECONDS, concurrent=True) is not None
-            )  # concurrent: other threads run meanwhile
+            # concurrent: other threads run meanwhile.
+            return pattern.search(answer, timeout=_REGEX_SECONDS, concurrent=True) is not None
         except TimeoutError:
             raise RuleError(
-                f"has a regular expression that was not done after {_REGEX_SECONDS:g} s on this answer: write a simpler one"
+                f"has a regular expression that was not done after {_REGEX_SECONDS:g} s on this answer: "
+                "write a simpler one"
             ) from None
 
     return search
@@ -146,9 +150,9 @@ def _count_rule(bound: str, number: int, unit: str) -> Rule:
     def measure(answer: str) -> int:
         if unit == "word":
             return len(answer.split())
-        return (
-            sum(bool(line.strip()) for line in answer.splitlines()) if unit == "line" else len(answer.strip())
-        )
+        if unit == "line":
+            return sum(bool(line.strip()) for line in answer.splitlines())
+        return len(answer.strip())
 
     if bound == "at most":
         return lambda answer: measure(answer) <= number
@@ -160,7 +164,7 @@ def _count_rule(bound: str, number: int, unit: str) -> Rule:
 def _is_json(answer: str) -> bool:
     try:
         json.loads(answer, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):  # also the integer that is longer than Python converts
+    except (ValueError, RecursionError):  # ValueError also for an integer that is too long for Python
         return False
     return True
 

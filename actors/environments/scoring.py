@@ -1,7 +1,10 @@
-"""Token F1 and exact match of short answers: the plain scorer (paper's), LoCoMo's official one and MEM1's. Pure functions, every score in 0..1.
+"""Token F1 and exact match of short answers, as pure functions. Every score is in 0..1.
 
-The official rules are those of LoCoMo's public evaluation (arXiv 2402.17753) and of MEM1's (2506.15841). A side without any token scores 0, but for
-MEM1's exact match.
+plain       TMEM's rules (arXiv 2606.04536)
+official    LoCoMo's public evaluation (arXiv 2402.17753)
+mem1        MEM1's public evaluation (arXiv 2506.15841)
+
+Where a prediction or a right answer has no token the score is 0, except in MEM1's exact match.
 """
 
 from __future__ import annotations
@@ -24,13 +27,13 @@ CATEGORY_NAMES = {
     ADVERSARIAL: "adversarial",
 }
 _ASCII_PUNCTUATION = frozenset(string.punctuation)
-_FILLED_WORDS = regex.compile(
-    r"\b(?:a|an|the|and)\b"
-)  # not re, whose word ends before a combining mark: a decomposed "à" would be an article
+# Not re: there a word ends before a combining mark, so a decomposed "à" would be an article.
+_FILLER_WORDS = regex.compile(r"\b(?:a|an|the|and)\b")
 _NOT_MENTIONED = ("no information available", "not mentioned")
 _UNKNOWN = re.compile(
-    r"\b(?:unknown|(?:no|insufficient|not enough) information|not (?:known|stated|specified|provided)|never mentioned"
-    r"|(?:do|does|did)(?: not|n't) (?:know|say|tell|mention|state|specify)|(?:can ?not|can't) be determined)\b|n't enough information\b"
+    r"\b(?:unknown|(?:no|insufficient|not enough) information|not (?:known|stated|specified|provided)"
+    r"|never mentioned|(?:do|does|did)(?: not|n't) (?:know|say|tell|mention|state|specify)"
+    r"|(?:can ?not|can't) be determined)\b|n't enough information\b"
 )
 
 
@@ -40,13 +43,13 @@ def plain_f1(prediction: str, gold: str) -> float:
 
 
 def plain_em(prediction: str, gold: str) -> float:
-    """1.0 when both are the same, and not nothing, after lowering and stripping punctuation."""
+    """1.0 when both are the same and not empty, after lowering and stripping punctuation."""
     tokens = _plain_tokens(gold)
     return float(bool(tokens) and _plain_tokens(prediction) == tokens)
 
 
 def official_f1(prediction: str, gold: str, category: int) -> float:
-    """LoCoMo's score of one answer. ``gold`` is ignored for category 5, where saying that the text does not tell is right.
+    """LoCoMo's score of one answer. In category 5 "not mentioned" is right, and ``gold`` is ignored.
 
     Raises ValueError for a category outside 1..5.
     """
@@ -63,25 +66,25 @@ def official_f1(prediction: str, gold: str, category: int) -> float:
 
 
 def mem1_f1(prediction: str, gold: str) -> float:
-    """MEM1's score of one answer: as F1, but a word that stands twice counts once."""
+    """MEM1's score of one answer: F1 over sets, so that a repeated word counts once."""
     return _overlap_f1(set(_mem1_tokens(prediction)), set(_mem1_tokens(gold)))
 
 
 def mem1_em(prediction: str, gold: str) -> float:
-    """MEM1's exact match: 1.0 when both are the same in its rules, also when nothing is left of both (gold "!!!", prediction "")."""
+    """MEM1's exact match: 1.0 when the tokens are the same, also when both have none ("!!!" and "")."""
     return float(_mem1_tokens(prediction) == _mem1_tokens(gold))
 
 
 def says_not_mentioned(prediction: str) -> bool:
-    """Whether the answer says that the conversation does not tell (LoCoMo's two phrases)."""
+    """True when the answer says, in one of LoCoMo's two phrases, that the conversation does not tell."""
     lowered = prediction.lower()
     return any(phrase in lowered for phrase in _NOT_MENTIONED)
 
 
 def says_unknown(prediction: str) -> bool:
-    """Whether the answer says that it cannot be known, in LoCoMo's phrases or the other usual ones.
+    """True when the answer says, in LoCoMo's phrases or other usual ones, that it cannot be known.
 
-    Our stand-in for the LLM judge of LongMemEval (arXiv 2410.10813), which takes any wording of "unanswerable".
+    It stands for LongMemEval's LLM judge (arXiv 2410.10813), which accepts any wording of "unanswerable".
     """
     return (
         says_not_mentioned(prediction)
@@ -90,28 +93,25 @@ def says_unknown(prediction: str) -> bool:
 
 
 def _plain_tokens(text: str) -> list[str]:
-    return "".join(
-        " " if _is_dash(char) else "" if _is_punctuation(char) else char for char in text.lower()
-    ).split()
+    return "".join(map(_plain_character, text.lower())).split()
 
 
-def _is_punctuation(char: str) -> bool:
-    return char in _ASCII_PUNCTUATION or unicodedata.category(char).startswith("P")
-
-
-def _is_dash(char: str) -> bool:
-    # Only the long dashes separate words ("Paris—Rome"); a hyphen joins one ("well-known") and goes like other punctuation.
-    return char in "\u2013\u2014"
+def _plain_character(char: str) -> str:
+    # A long dash separates words ("Paris—Rome"). A hyphen joins them ("well-known") and is dropped.
+    if char in "\u2013\u2014":
+        return " "
+    is_punctuation = char in _ASCII_PUNCTUATION or unicodedata.category(char).startswith("P")
+    return "" if is_punctuation else char
 
 
 def _official_tokens(text: str) -> list[str]:
     kept = "".join(char for char in text.lower() if char not in _ASCII_PUNCTUATION)
     stem = _stemmer()
-    return [stem(word) for word in _FILLED_WORDS.sub(" ", kept).split()]
+    return [stem(word) for word in _FILLER_WORDS.sub(" ", kept).split()]
 
 
 def _mem1_tokens(text: str) -> list[str]:
-    # Punctuation, only ASCII's, parts words: "Jay-Z" is "jay z". Articles stay.
+    # ASCII punctuation separates words: "Jay-Z" is "jay z". Articles stay.
     return "".join(" " if char in _ASCII_PUNCTUATION else char for char in text.lower()).split()
 
 
@@ -129,7 +129,7 @@ def _overlap_f1(prediction: Collection[str], gold: Collection[str]) -> float:
 
 @cache
 def _stemmer() -> Callable[[str], str]:
-    # Imported late: it takes a quarter of a second, and only conversations need it.
+    # The import takes a quarter of a second, and only conversations need it.
     from nltk.stem import PorterStemmer
 
     stem: Callable[[str], str] = PorterStemmer().stem

@@ -1,49 +1,79 @@
-"""Multi-objective search (MEM1's construction, arXiv 2506.15841): several questions at once, a search tool, a bounded number of turns.
+"""Multi-objective search, as MEM1 builds it (arXiv 2506.15841): several questions, a search tool, few turns.
 
     question:  "Who wrote Alpha?; Where is Beta?"
     reply:     "<search>Alpha novel author</search>"      ->  passages
     reply:     "<answer>Ida Holm; Oslo</answer>"          ->  the end
 
-A task joins ``objectives`` consecutive questions of its split by "; ". Answers are split at ";": as many as questions, or everything scores 0; else
-the score is the mean over the positions, by the plain F1 and EM (of several right answers the nearest counts). Out of turns, unanswered: 0.
+A task joins ``objectives`` consecutive questions of its split by "; ". The answer is split at ";". Its parts
+must be as many as the questions, or everything scores 0. The score is the mean over the positions of the
+plain F1 and EM; a question with several right answers takes the best. Without an answer in the last turn it
+is 0. The reward is the plain F1.
 
-Beside them always official_f1 and official_em, by the rules of MEM1's public evaluation (Mem1/inference/eval.py): its own tokens, and the last
-<answer> of all replies, or 0 where an <answer> stays open. Here too the mean over the positions, in 0..1: MEM1 prints the sum, ``objectives`` times
-as much. The reward is the plain F1.
+official_f1 and official_em stand beside them. They follow MEM1's public evaluation (Mem1/inference/eval.py):
+its own tokens, the last <answer> of all replies, and 0 where an <answer> stays open. Here they are means over
+the positions, in 0..1; MEM1 prints sums, ``objectives`` times as large.
 
-Our choices. *Every turn repeats the questions and the form*, because a memory may clear the context between any two turns: TMEM (2606.04536) has the
-question in each context, c_t = (q, h_t, m_t), and an agent that forgot what it was asked could only search at random. For four questions of HotpotQA
-that is about 140 tokens a turn, beside 370 of results, and the same for every memory that is compared. They stand below the results, where a
-truncated context still has them. Of a reply's tags the first closed one counts. Fewer questions than make a task remain unused.
+Files. Questions: HotpotQA's JSON list ({question, answer, _id, type, ...}, arXiv 1809.09600), or JSON lines
+of {question, answer[, category, id]}. Passages: a JSON object of title to sentences (or to one text), or JSON
+lines of {title, text}. A name that ends in .jsonl means JSON lines.
+
+Our choices. *Every turn repeats the questions and the form*, because a memory may clear the context between
+any two turns. TMEM (arXiv 2606.04536) has the question in each context, c_t = (q, h_t, m_t). An agent that
+forgot what it was asked could only search at random. For four questions of HotpotQA this takes about 140
+tokens a turn, beside 370 tokens of results, and the same for every memory that is compared. The questions
+stand below the results, where a truncated context still has them. Of a reply's tags the first closed one
+counts. Left-over questions, too few for a task, stay unused.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Annotated, Protocol
 
-from actors.environments.base import Observation, Split
+from pydantic import AliasChoices, BeforeValidator, Field
+
+from actors.environments.base import Observation, Split, held_out, passes, task_seed
+from actors.environments.data_file import DataFile, Text, TextOrNumber, TextsOrNumbers, text
 from actors.environments.scoring import mem1_em, mem1_f1, plain_em, plain_f1
-from actors.environments.search_file import Passage, SearchQuestion, read_corpus, read_questions
-from actors.environments.splits import held_out, passes, task_seed
 from actors.protocols import TaskError
 from actors.text.retrieval import Embedder, Hit, VectorIndex, WordIndex
+from actors.text.split_text import split_text
 from actors.types import Answer, Outcome, Task
 from configs.schema import SearchConfig
 
 SYSTEM_PROMPT = (
     "You are given several questions and can search a collection of passages for what they ask. "
-    "Every reply of yours is one search, <search>what to look for</search>, or the end, <answer>first answer; second answer</answer>: "
+    "Every reply of yours is one search, <search>what to look for</search>, or the end, "
+    "<answer>first answer; second answer</answer>: "
     "a few words for each question, in the order of the questions."
 )
 Scorer = Callable[[str, str], float]  # of a prediction and a right answer
 _REPLY = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_MALFORMED = "Your last reply was neither a search nor an answer in the form that is asked for."
 _SHOWN_QUERY = 200  # characters
+_PASSAGE_CHARACTERS = 1000  # our choice, about 250 tokens: it bounds a turn with results
 _PLAIN: dict[str, Scorer] = {"f1": plain_f1, "em": plain_em}
 _OFFICIAL: dict[str, Scorer] = {"official_f1": mem1_f1, "official_em": mem1_em}
+
+
+@dataclass(frozen=True, slots=True)
+class SearchQuestion:
+    """Each of ``answers`` is right; there is at least one. ``key`` decides the side of the split."""
+
+    key: str  # the file's id, else the text
+    text: str
+    answers: tuple[str, ...]
+    category: str
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    title: str
+    text: str
 
 
 class Index(Protocol):
@@ -57,7 +87,7 @@ class SearchEnvironment:
     system_prompt = SYSTEM_PROMPT
 
     def __init__(self, config: SearchConfig, embedder: Callable[[], Embedder]) -> None:
-        """Raises TaskError, one line, when a file cannot be used or has too few questions for both splits, or the embedder cannot be loaded."""
+        """Raises TaskError when a file is malformed or too small, or the embedder cannot be loaded."""
         self._config = config
         self._questions = read_questions(config.questions_path)
         self._passages = read_corpus(config.corpus_path)
@@ -76,25 +106,22 @@ class SearchEnvironment:
             )
 
     def start(self, task: Task) -> SearchSession:
-        numbers = task.payload.get("questions", ())
-        if not numbers or not all(
-            isinstance(number, int) and 0 <= number < len(self._questions) for number in numbers
-        ):
+        numbers, count = task.payload.get("questions", ()), len(self._questions)
+        if not numbers or not all(isinstance(number, int) and 0 <= number < count for number in numbers):
             path = self._config.questions_path
             raise TaskError(
-                f"task {task.id}: questions={numbers!r} must be places in the {len(self._questions)} questions of {path}"
+                f"task {task.id}: questions={numbers!r} must be places in the {count} questions of {path}"
             )
-        return SearchSession(
-            [self._questions[number] for number in numbers], self._index, self._passages, self._config
-        )
+        questions = [self._questions[number] for number in numbers]
+        return SearchSession(questions, self._index, self._passages, self._config)
 
     def prepare(self) -> None:
-        """Build the index: embedding a large corpus takes its time."""
+        """Build the index: it takes long to embed a large corpus."""
         _ = self._index
 
     @cached_property
     def _index(self) -> Index:
-        """Not built by the constructor: whoever only lists tasks needs none."""
+        """Built late: a process that only lists tasks needs none."""
         texts = [f"{passage.title}: {passage.text}" for passage in self._passages]
         if self._embedder is None:
             return WordIndex(texts)
@@ -117,15 +144,16 @@ class SearchEnvironment:
                 tuple(numbers[place : place + size]) for place in range(0, len(numbers) - size + 1, size)
             ]
             if not chunks[split]:
+                share = f"{len(numbers)} of its {len(self._questions)} questions are for {split}"
                 raise TaskError(
-                    f"{self._config.questions_path}: {len(numbers)} of its {len(self._questions)} questions are for {split}, and a task takes "
-                    f"environment.search.objectives={size}: lower it, move environment.search.eval_fraction, or give more questions"
+                    f"{self._config.questions_path}: {share}, and a task takes environment.search.objectives="
+                    f"{size}: lower it, move environment.search.eval_fraction, or give more questions"
                 )
         return chunks
 
 
 class SearchSession:
-    """One episode's view: every turn shows what the last reply led to, the questions, and the turns that are left."""
+    """One episode. A turn shows what the last reply led to, the questions, and how many turns are left."""
 
     def __init__(
         self,
@@ -143,7 +171,7 @@ class SearchSession:
         self._malformed = 0
         self._replies: list[str] = []
         self._answer: str | None = None
-        self._news = ""  # what the last reply led to
+        self._results = ""  # of the last reply
 
     @property
     def question(self) -> str:
@@ -154,45 +182,45 @@ class SearchSession:
         if self._answer is not None or left == 0:
             return None
         count = len(self._questions)
-        answers = (
-            f"<answer>{'; '.join(['...'] * count)}</answer> with {count} answer{'s' if count > 1 else ''}"
-        )
-        form = (
-            f"Reply with <search>...</search> or {answers}."
-            if left > 1
-            else f"This is the last turn: reply with {answers}."
-        )
-        asked = f"Question{'s' if count > 1 else ''}: {self.question}\nTurns left: {left}. {form}"
-        return Observation(f"{self._news}\n\n{asked}" if self._news else asked, wants_action=True)
+        plural = "s" if count > 1 else ""
+        answer = f"<answer>{'; '.join(['...'] * count)}</answer> with {count} answer{plural}"
+        if left > 1:
+            form = f"Reply with <search>...</search> or {answer}."
+        else:
+            form = f"This is the last turn: reply with {answer}."
+        turn = f"Question{plural}: {self.question}\nTurns left: {left}. {form}"
+        return Observation(f"{self._results}\n\n{turn}" if self._results else turn, wants_action=True)
 
     def act(self, text: str) -> None:
         self._turns += 1
         self._replies.append(text)
-        found = _REPLY.search(text)
-        content = found[2].strip() if found else ""
-        if found and found[1] == "answer":
+        reply = _REPLY.search(text)
+        content = reply[2].strip() if reply else ""
+        if reply and reply[1] == "answer":
             self._answer = content
         elif content:
             self._searches += 1
-            self._news = self._search(content)
+            self._results = self._search(content)
         else:
             self._malformed += 1
-            self._news = "Your last reply was neither a search nor an answer in the form that is asked for."
+            self._results = _MALFORMED
 
     def outcome(self) -> Outcome:
         count = len(self._questions)
         whole = self._answer or ""
         predictions = _in_places(self._answer, count)
-        official = _in_places(_official_answer(self._replies), count)
+        official_predictions = _in_places(_official_answer(self._replies), count)
         answers = tuple(
             Answer(
                 question=question.text,
                 gold=question.answers,
                 prediction=whole if prediction is None else prediction,
                 category=question.category,
-                scores=_nearest(_PLAIN, question, prediction) | _nearest(_OFFICIAL, question, officially),
+                scores=_best(_PLAIN, question, prediction) | _best(_OFFICIAL, question, official_prediction),
             )
-            for question, prediction, officially in zip(self._questions, predictions, official, strict=True)
+            for question, prediction, official_prediction in zip(
+                self._questions, predictions, official_predictions, strict=True
+            )
         )
         parts = {
             name: sum(answer.scores[name] for answer in answers) / count for name in (*_PLAIN, *_OFFICIAL)
@@ -217,7 +245,10 @@ class SearchSession:
 
 
 def _official_answer(replies: Sequence[str]) -> str | None:
-    """The one that MEM1's evaluation takes: the last of the episode; None without one, or where not every <answer> is closed."""
+    """The answer that MEM1's evaluation takes: the last one of the episode.
+
+    None without an answer, or where not every <answer> is closed.
+    """
     said = "\n".join(replies).lower()
     opened, closed = "<answer>", "</answer>"
     if said.count(opened) != said.count(closed) or said.rfind(opened) > said.rfind(closed):
@@ -226,16 +257,85 @@ def _official_answer(replies: Sequence[str]) -> str | None:
 
 
 def _in_places(answer: str | None, count: int) -> list[str] | list[None]:
-    """The answer to each of ``count`` questions; None for all of them where there are not as many."""
+    """The answer to each of ``count`` questions; None for all of them when the numbers differ."""
     parts = [part.strip() for part in answer.split(";")] if answer is not None else []
     return parts if len(parts) == count else [None] * count
 
 
-def _nearest(
+def _best(
     scorers: Mapping[str, Scorer], question: SearchQuestion, prediction: str | None
 ) -> dict[str, float]:
+    """Each score of the prediction against the right answer that it comes nearest to."""
     if prediction is None:
         return dict.fromkeys(scorers, 0.0)
     return {
         name: max(score(prediction, answer) for answer in question.answers) for name, score in scorers.items()
     }
+
+
+# --- the files ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    question: Text
+    answer: TextsOrNumbers
+    id: Annotated[TextOrNumber, Field(validation_alias=AliasChoices("_id", "id"))] = ""
+    category: Annotated[Text, Field(validation_alias=AliasChoices("category", "type"))] = "search"
+
+
+@dataclass(frozen=True, slots=True)
+class _Passage:
+    title: Text
+    text: Text
+
+
+def read_questions(path: str) -> list[SearchQuestion]:
+    """All questions, in the file's order. Raises TaskError."""
+    file = DataFile(
+        path,
+        "environment.search.questions_path",
+        "a file of questions (HotpotQA's JSON list, or JSON lines in a .jsonl file)",
+    )
+    items = file.lines(_Question) if _is_lines(path) else file.items(_Question, "_id")
+    return [
+        SearchQuestion(
+            key=item.id or item.question.strip(),
+            text=item.question.strip(),
+            answers=tuple(item.answer),
+            category=item.category,
+        )
+        for _, item in items
+    ]
+
+
+def _sentences(value: object) -> object:
+    """Let one text stand for a list of sentences, for pydantic. A sentence of a list may be blank."""
+    return value if isinstance(value, list) else [text(value)]
+
+
+def read_corpus(path: str) -> list[Passage]:
+    """All passages, in the file's order: at least one. A long text becomes several. Raises TaskError."""
+    file = DataFile(
+        path,
+        "environment.search.corpus_path",
+        "a file of passages (a JSON object of title to sentences, or JSON lines in a .jsonl file)",
+    )
+    if _is_lines(path):
+        texts = [(line.title, line.text) for _, line in file.lines(_Passage)]
+    else:
+        corpus = file.parse(file.read(), dict[str, Annotated[list[str], BeforeValidator(_sentences)]])
+        stripped = {title: [sentence.strip() for sentence in value] for title, value in corpus.items()}
+        texts = [(title, " ".join(filter(None, sentences))) for title, sentences in stripped.items()]
+    passages = [
+        Passage(title, piece.strip())
+        for title, text in texts
+        for piece in split_text(text, len, _PASSAGE_CHARACTERS)
+    ]
+    if not passages:
+        raise file.empty("passages")
+    return passages
+
+
+def _is_lines(path: str) -> bool:
+    return path.endswith(".jsonl")

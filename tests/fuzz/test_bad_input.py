@@ -19,10 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.environments.locomo_file import read_locomo
-from actors.environments.longmemeval_file import read_longmemeval
-from actors.environments.rubric_file import read_rubric_items
-from actors.environments.search_file import read_corpus, read_questions
+from actors.environments.conversation_files import read_locomo, read_longmemeval
+from actors.environments.rubric import read_rubric_items
+from actors.environments.search import read_corpus, read_questions
 from actors.fast_weights.basis import load_basis, make_basis, save_basis, with_sensitivity
 from actors.fast_weights.delta import BasisError
 from actors.fast_weights.peft_format import export_peft, from_peft

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.environments import json_list
+from actors.environments import data_file
 from actors.environments.conversation import ConversationEnvironment
-from actors.environments.fields import Source
-from actors.environments.json_list import stream_list
-from actors.environments.longmemeval_file import read_longmemeval
+from actors.environments.conversation_files import read_longmemeval
+from actors.environments.data_file import DataFile
 from actors.environments.scoring import says_unknown
 from actors.protocols import TaskError
 from actors.types import Outcome, Task
@@ -22,7 +22,6 @@ from configs.bounds import BoundError
 from configs.schema import ConversationConfig
 
 SAMPLE = Path(__file__).parents[1] / "data" / "longmemeval_sample.json"
-SOURCE = Source(str(SAMPLE), "environment.conversation.path", "a LongMemEval file")
 
 
 def _environment(path: Path = SAMPLE, **settings: Any) -> ConversationEnvironment:
@@ -136,33 +135,76 @@ def test_locomos_settings_do_not_reach_it() -> None:
 def test_a_list_comes_item_by_item_wherever_it_is_cut(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chunk: int, form: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(json_list, "_CHUNK", chunk)
-    values = [{"text": "⛵ naïve", "of": [1, {"a": 'b\\"]'}]}, {}, {"x": "é" * 20}]
-    source = Source(str(tmp_path / "list.json"), "path", "a list")
-    Path(source.path).write_text(f" {json.dumps(values, **form)}\n", encoding="utf-8")
-    items = list(stream_list(source))
-    assert [value for _, _, value in items] == values
-    assert [json.loads(source.read_bytes(start, size)) for start, size, _ in items] == values
+    monkeypatch.setattr(data_file, "_CHUNK", chunk)
+    values = [{"text": "⛵ naïve", "of": [1, {"a": 'b\\"}]{'}]}, {}, {"x": {"y": {}}}, {"}": "é" * 20}]
+    file = DataFile(str(tmp_path / "list.json"), "path", "a list")
+    Path(file.path).write_text(f" {json.dumps(values, **form)}\n", encoding="utf-8")
+    items = list(file.items(dict[str, Any], "text"))
+    assert [value for _, value in items] == values
+    assert [place.number for place, _ in items] == [0, 1, 2, 3]
+    assert [file.read_item(place, dict[str, Any]) for place, _ in items] == values
+    content = Path(file.path).read_bytes()
+    assert [json.loads(content[place.start : place.end]) for place, _ in items] == values
+
+
+@pytest.mark.parametrize("content", [b"[]", b" [ \n ] "])
+def test_an_empty_list_has_no_items(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "list.json").write_bytes(content)
+    assert list(DataFile(str(tmp_path / "list.json"), "path", "a list").items(dict[str, Any], "id")) == []
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "expected a list, got something else"),
-        (b'{"a": 1}', "expected a list, got something else: give environment.conversation.path the path of"),
-        (b'["\xc3\xa9", {"b": ]', "item 1: not JSON at byte 13: Expecting value"),
-        (b"[1 2]", "not JSON after item 0: expected ',' or ']', got '2'"),
-        (b"[1", "not JSON after item 0: expected ',' or ']', got 'the end of the file'"),
-        (b'["\xff"]', "not UTF-8 text near byte 2"),
-        (b"[" * 100_000, "item 0: nested too deeply|item 0: not JSON"),
+        (b"", r"item 0: not JSON \(premature EOF\) after byte 0"),
+        (b'{"a": 1}', "Input should be a JSON list: give a.setting the path of a list"),
+        (b"3", "Input should be a JSON list"),
+        (
+            b'[{"a": 1}, {"b": ]',
+            r"item 1: not JSON \(unallowed token at this point in JSON text\) after byte 9",
+        ),
+        (b"[{} 2]", "item 1: not JSON .after array element, I expect ',' or ']'. after byte 3"),
+        (b"[{}", r"item 1: not JSON \(premature EOF\) after byte 3"),
+        (b"[{}] {}", r"item 1: not JSON \(trailing garbage\)"),
+        (b"[{}, 1]", "item 1: Input should be an object"),
+        (b'[{}, "}"]', "item 1: Input should be an object"),
+        (b"[[{}], {}]", "item 0: Input should be an object"),
+        (b'[{"a": "\xff"}]', "item 0: not JSON .invalid bytes in UTF8 string"),
+        (b'[{"a": ' + b"7" * 5000 + b"}]", "item 0: not JSON .integer overflow"),
+        (b"[" * 100_000, "item 0: not JSON"),
+        (b'[{"a": ' + b"[" * 1000 + b"]" * 1000 + b"}]", "item 0: Invalid JSON: recursion limit exceeded"),
     ],
 )
 def test_a_file_that_is_something_else(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "other.json"
     path.write_bytes(content)
-    with pytest.raises(TaskError, match=message) as error:
-        list(stream_list(Source(str(path), SOURCE.setting, SOURCE.what)))
+    with pytest.raises(TaskError, match=rf"other\.json: {message}") as error:
+        list(DataFile(str(path), "a.setting", "a list").items(dict[str, Any], "id"))
     assert "\n" not in str(error.value)
+
+
+def test_a_fault_shows_no_more_of_the_file_than_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps([{"id": "n\n" * 5000, "x" * 5000: 3}]))
+    with pytest.raises(TaskError, match=r"long\.json: item 0 \('n\\n") as error:
+        list(DataFile(str(path), "a.setting", "a list").items(dict[str, str], "id"))
+    assert "\n" not in str(error.value) and len(str(error.value)) < len(str(path)) + 600
+
+
+def test_a_long_file_is_read_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "long.json"
+    size, count = 200_000, 100
+    with path.open("w") as file:
+        file.write("[" + ", ".join(json.dumps({"id": "x", "text": "a" * size}) for _ in range(count)) + "]")
+    source = DataFile(str(path), "a.setting", "a list")
+    tracemalloc.start()
+    places = [place for place, _ in source.items(dict[str, str], "id")]
+    assert len(places) == count and tracemalloc.get_traced_memory()[1] < 10 * size
+    tracemalloc.reset_peak()
+    assert source.read_item(places[-1], dict[str, str]) == {"id": "x", "text": "a" * size}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * size
 
 
 def test_a_missing_file_or_no_path(tmp_path: Path) -> None:
@@ -177,37 +219,37 @@ def test_a_missing_file_or_no_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda items: items.__setitem__(0, 3), "item 0: expected an object, got 3"),
-        (lambda items: items[1].pop("question_id"), "item 1, question_id: expected a text, got nothing"),
+        (lambda items: items.__setitem__(0, 3), "item 0: Input should be an object"),
+        (lambda items: items[1].pop("question_id"), "item 1: question_id: Field required"),
         (lambda items: items[1].update(question_id="q_boat"), "item 1: question_id 'q_boat' occurs twice"),
         (
             lambda items: items[0].pop("question_type"),
-            r"item 0 \(q_boat\), question_type: expected a text, got nothing",
+            r"item 0 \('q_boat'\): question_type: Field required",
         ),
         (
             lambda items: items[0].update(answer=None),
-            r"item 0 \(q_boat\), answer: expected a text or a number, got null",
+            r"item 0 \('q_boat'\): answer: Input should be a text or a number",
         ),
-        (lambda items: items[0].pop("haystack_sessions"), "haystack_sessions: expected a list, got nothing"),
+        (lambda items: items[0].pop("haystack_sessions"), "haystack_sessions: Field required"),
         (
             lambda items: items[0].update(haystack_sessions=[[], [], []]),
-            "haystack_sessions: expected at least one turn, got a list",
+            "haystack_sessions: Input should have at least one turn with a text",
         ),
         (
             lambda items: items[0]["haystack_dates"].pop(),
-            "haystack_dates: expected as many as the 3 haystack_sessions, got a list",
+            "haystack_dates: 2 dates stand beside 3 haystack_sessions",
         ),
         (
             lambda items: items[0]["haystack_sessions"][1].append("x"),
-            r"haystack_sessions\[1\]\[2\]: expected an object, got 'x'",
+            "haystack_sessions.1.2: Input should be an object",
         ),
         (
             lambda items: items[0]["haystack_sessions"][1][0].update(role="bot"),
-            r"haystack_sessions\[1\]\[0\].role: expected user or assistant, got 'bot'",
+            "haystack_sessions.1.0.role: Input should be 'user' or 'assistant'",
         ),
         (
             lambda items: items[0]["haystack_sessions"][1][0].pop("content"),
-            r"haystack_sessions\[1\]\[0\].content: expected a text, got nothing",
+            "haystack_sessions.1.0.content: Field required",
         ),
         (lambda items: items.__delitem__(slice(1, 3)), "it has 1 conversation, and at least 2 are needed"),
     ],
@@ -226,6 +268,14 @@ def test_a_file_that_changes_under_a_run_is_noticed(tmp_path: Path, shifted: Cal
     environment = _environment(path)
     path.write_text(shifted(path.read_text()))
     with pytest.raises(TaskError, match="the file was changed after it was first read"):
+        environment.start(Task("t", "conversation", {"conversation": "q_boat", "questions": [0]}, 0))
+
+
+def test_a_file_that_is_gone_is_said_to_be_unreadable(tmp_path: Path) -> None:
+    path = _changed(tmp_path, lambda items: None)
+    environment = _environment(path)
+    path.unlink()
+    with pytest.raises(TaskError, match=r"changed\.json: cannot be read \(No such file"):
         environment.start(Task("t", "conversation", {"conversation": "q_boat", "questions": [0]}, 0))
 
 

@@ -19,8 +19,14 @@ from hypothesis import strategies as st
 from actors.environments import rubric_rules
 from actors.environments.build import build_environment
 from actors.environments.judge.judge import JudgeCost, Verdict
-from actors.environments.rubric import RubricEnvironment, RubricSession, final_answer, split_request
-from actors.environments.rubric_file import read_rubric_items
+from actors.environments.rubric import (
+    RubricEnvironment,
+    RubricSession,
+    final_answer,
+    read_rubric_items,
+    split_request,
+)
+
 from actors.environments.rubric_rules import RuleChecker, RuleError, parse_rule
 from actors.episodes.rollout import Rollout, RolloutRequest
 from actors.protocols import TaskError
@@ -284,7 +290,7 @@ def test_blank_lines_and_blank_earlier_messages_are_passed_over(tmp_path: Path) 
     path = _file(tmp_path, items)
     path.write_text("\n\n" + path.read_text().replace("\n", "\r\n"))
     first = read_rubric_items(str(path))[0]
-    assert first.told == () and first.line == 3
+    assert first.messages == () and first.line == 3
 
 
 def _with(value: Any, *keys: Any) -> Callable[[Any], None]:
@@ -299,46 +305,32 @@ def _with(value: Any, *keys: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_with(3, 0), "line 1: expected an object, got 3"),
-        (_with({}, 1), "line 2, messages: expected a list, got nothing"),
-        (
-            _with([], 0, "messages"),
-            "line 1, messages: expected at least one message, the last one of the user",
-        ),
-        (_with("hi", 0, "messages", 0), r"messages\[0\]: expected an object, got 'hi'"),
-        (
-            _with("tool", 0, "messages", 0, "role"),
-            r"messages\[0\].role: expected one of system, user, assistant, got 'tool'",
-        ),
-        (
-            _with(["user"], 0, "messages", 0, "role"),
-            r"messages\[0\].role: expected one of system, user, assistant, got a list",
-        ),
-        (_with(None, 0, "messages", 0, "content"), r"messages\[0\].content: expected a text, got null"),
-        (
-            _with(" ", 0, "messages", 1, "content"),
-            "line 1, messages: expected at least one message, the last one of the user",
-        ),
-        (
-            _with("assistant", 0, "messages", 1, "role"),
-            "line 1, messages: expected at least one message, the last one of the user",
-        ),
-        (_with("be good", 2, "rubrics"), "line 3, rubrics: expected a list, got 'be good'"),
-        (_with([], 2, "rubrics"), "line 3, rubrics: expected at least one rubric, got a list"),
-        (_with("", 2, "rubrics", 1), r"line 3, rubrics\[1\]: expected a text, got ''"),
-        (_with(["x"], 0, "metadata"), "line 1, metadata: expected an object, got a list"),
-        (_with(["x"], 0, "metadata", "task_id"), "metadata.task_id: expected a text or a number, got a list"),
+        (_with(3, 0), "line 1: Input should be an object"),
+        (_with({}, 1), "line 2: messages: Field required"),
+        (_with([], 0, "messages"), "line 1: messages: The last message should be the user's"),
+        (_with("hi", 0, "messages", 0), "messages.0: Input should be an object"),
+        (_with("tool", 0, "messages", 0, "role"), "messages.0.role: Input should be 'system', 'user' or"),
+        (_with(["user"], 0, "messages", 0, "role"), "messages.0.role: Input should be 'system', 'user' or"),
+        (_with(None, 0, "messages", 0, "content"), "messages.0.content: Input should be a valid string"),
+        (_with(" ", 0, "messages", 1, "content"), "line 1: messages: The last message should be the user's"),
+        (_with("assistant", 0, "messages", 1, "role"), "messages: The last message should be the user's"),
+        (_with("be good", 2, "rubrics"), "line 3: rubrics: Input should be a valid array"),
+        (_with([], 2, "rubrics"), "line 3: rubrics: Input should have at least one rubric"),
+        (_with("", 2, "rubrics", 1), "line 3: rubrics.1: Input should be a text that is not blank"),
+        (_with(["x"], 0, "metadata"), "line 1: metadata: Input should be an object"),
+        (_with(["x"], 0, "metadata", "task_id"), "metadata.task_id: Input should be a text or a number"),
+        (_with(" ", 0, "metadata", "task_id"), "metadata.task_id: Input should be a text or a number"),
         (
             _with("tarn-nested", 2, "metadata", "task_id"),
             "line 3: metadata.task_id 'tarn-nested' stands in line 2 already",
         ),
         (
             _with("It is correct.", 3, "rubrics", 1),
-            r"line 4, rubrics\[1\]: 'It is correct.' is no rule; one of: contains: TEXT, .*checker=judge",
+            r"line 4: rubrics.1: 'It is correct.' is no rule; one of: contains: TEXT, .*checker=judge",
         ),
         (
             _with("matches: (a", 3, "rubrics", 0),
-            r"line 4, rubrics\[0\]: 'matches: \(a' has a regular expression that does not compile",
+            r"line 4: rubrics.0: 'matches: \(a' has a regular expression that does not compile",
         ),
     ],
 )
@@ -353,10 +345,10 @@ def test_a_malformed_file_gives_line_field_and_expectation(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"messages": [}', "line 1: not JSON at column 15"),
+        (b'{"messages": [}', "line 1: Invalid JSON: .* column 15"),
         (b"", "it has no items"),
         (b"\n \n", "it has no items"),
-        (b"[\xff]", "not UTF-8"),
+        (b"[\xff]", "line 1: Invalid JSON"),
     ],
 )
 def test_a_file_that_is_something_else(tmp_path: Path, content: bytes, message: str) -> None:

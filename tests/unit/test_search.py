@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from actors.environments.base import prepare
 from actors.environments.build import build_environment
-from actors.environments.search import SearchEnvironment, SearchSession
-from actors.environments.search_file import read_corpus, read_questions
+from actors.environments.search import SearchEnvironment, SearchSession, read_corpus, read_questions
 from actors.protocols import TaskError
 from actors.text.embedder import load_embedder
 from actors.text.retrieval import Embedder
@@ -284,18 +283,14 @@ def test_a_corpus_is_embedded_by_prepare_and_by_no_episode() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda items: items.__setitem__(2, "x"), "item 2: expected an object, got 'x'"),
-        (lambda items: items[2].pop("question"), "item 2, question: expected a text, got nothing"),
-        (lambda items: items[2].pop("answer"), "item 2, answer: expected a text or a number, got nothing"),
-        (
-            lambda items: items[2].update(answer=[]),
-            "item 2, answer: expected at least one answer, got a list",
-        ),
-        (
-            lambda items: items[2].update(answer=["a", None]),
-            r"item 2, answer\[1\]: expected a text or a number, got null",
-        ),
-        (lambda items: items[2].update(type=3), "item 2, type: expected a text, got 3"),
+        (lambda items: items.__setitem__(2, "x"), "item 2: Input should be an object"),
+        (lambda items: items[2].pop("question"), r"item 2 \('s03'\): question: Field required"),
+        (lambda items: items[2].pop("answer"), "answer: Field required"),
+        (lambda items: items[2].update(answer=[]), "answer: Input should have at least one entry"),
+        (lambda items: items[2].update(answer=None), "answer: Input should be a text or a number"),
+        (lambda items: items[2].update(answer=["a", None]), "answer.1: Input should be a text or a number"),
+        (lambda items: items[2].update(type=3), "type: Input should be a text that is not blank"),
+        (lambda items: items[2].update(_id=None), "item 2: _id: Input should be a text or a number"),
         (
             lambda items: items.__delitem__(slice(3, 9)),
             "questions are for .*, and a task takes environment.search.objectives=2: lower it",
@@ -310,17 +305,17 @@ def test_a_malformed_file_of_questions(tmp_path: Path, change: Callable[[Any], o
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.json", "[]", "the file: expected an object, got a list"),
-        ("c.json", "{}", "it has no passage: give environment.search.corpus_path the path of"),
-        ("c.json", '{"Sea": 3}', "title 'Sea': expected a text, got 3"),
-        ("c.json", '{"Sea": ["a", 3]}', r"title 'Sea', \[1\]: expected a text, got 3"),
-        ("c.json", '{"title": "a"}\n{"title": "b"}', r"not JSON at line 2 column 1"),
+        ("c.json", "[]", "c.json: Input should be an object"),
+        ("c.json", "{}", "it has no passages: give environment.search.corpus_path the path of"),
+        ("c.json", '{"Sea": 3}', "Sea: Input should be a text that is not blank"),
+        ("c.json", '{"Sea": ["a", 3]}', "Sea.1: Input should be a valid string"),
+        ("c.json", '{"title": "a"}\n{"title": "b"}', "Invalid JSON: trailing characters at line 2 column 1"),
         (
             "c.jsonl",
             '{"title": "a", "text": "b"}\n\n{"title": "b"}',
-            "line 3, text: expected a text, got nothing",
+            "line 3: text: Field required",
         ),
-        ("c.jsonl", '{"title": "a", "text": "b"}\n{"title', "line 2: not JSON at column 2"),
+        ("c.jsonl", '{"title": "a", "text": "b"}\n{"title', "line 2: Invalid JSON"),
     ],
 )
 def test_a_malformed_corpus(tmp_path: Path, name: str, content: str, message: str) -> None:

@@ -1,7 +1,7 @@
-"""One request to an OpenAI-compatible endpoint, and what may go wrong with it, in words.
+"""Sends a request to an OpenAI-compatible endpoint, and puts each failure into words.
 
-The key is read once from the environment variable that the config names. It goes into the request's header and nowhere else: not into a log, not into
-a message (a server that refused it may repeat it, so what such a server says is not shown).
+The key is read once, from the environment variable that the config names. It stands in the request's header
+only, never in a log or a message. A server that refuses the key may repeat it, so its words are not shown.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     import openai
 
 SETTING = "environment.rubric.judge"
-_NO_KEY = "none"  # what the client sends where the variable is not set: local servers ask for none, and the client does not go without
+_NO_KEY = "none"  # sent when the variable is not set: local servers need no key, but the client does
 _SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The model's text, and the tokens that the endpoint counted; None where it did not say."""
+    """The model's text, and the endpoint's token counts; None where it gives none."""
 
     text: str
     prompt_tokens: int | None
@@ -34,27 +34,28 @@ class Reply:
 
 
 class EndpointFault(RuntimeError):
-    """A request without a reply. ``again``: whether another try may help, after ``pause`` seconds if the endpoint asked for that."""
+    """A request failed.
 
-    def __init__(self, cause: str, cure: str, again: bool, pause: float | None = None) -> None:
+    ``may_pass``: another try may help. ``pause``: the seconds that the endpoint asks to wait before it.
+    """
+
+    def __init__(self, cause: str, cure: str, may_pass: bool, pause: float | None = None) -> None:
         super().__init__(cause, cure)
-        self.cause, self.cure, self.again, self.pause = cause, cure, again, pause
+        self.cause, self.cure, self.may_pass, self.pause = cause, cure, may_pass, pause
 
 
 class Endpoint:
-    """Where the judge is. ``address`` is safe to show: without a user, a password or a query."""
+    """The judge's server. ``address`` is safe to show: it has no user, password or query."""
 
     def __init__(self, config: JudgeConfig) -> None:
         """Sends nothing yet. Raises TaskError for a url or a key that cannot be used."""
         self.address = _address(config.url)
         self._config = config
         self._key = _key(config.api_key_env)
-        self._certificates = (
-            ssl.create_default_context()
-        )  # once, for it takes a while: the system's, or those of SSL_CERT_FILE
+        self._certificates = ssl.create_default_context()  # slow, so once: the system's, or SSL_CERT_FILE's
 
     def client(self) -> openai.AsyncOpenAI:
-        """A client for one event loop; to be closed on it. It does not retry by itself."""
+        """A client for one event loop, to be closed on that loop. It does not retry by itself."""
         import openai
 
         return openai.AsyncOpenAI(
@@ -66,7 +67,7 @@ class Endpoint:
         )
 
     async def ask(self, client: openai.AsyncOpenAI, system: str, user: str) -> Reply:
-        """Greedy. Raises EndpointFault."""
+        """Send one request, sampled greedily. Raises EndpointFault."""
         import openai
 
         try:
@@ -75,15 +76,16 @@ class Endpoint:
                 temperature=0,
                 messages=[{"role": "system", "content": system}, {"role": "user", "content": user}],
             )
-        except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
+        except (openai.OpenAIError, ValueError) as error:  # ValueError: the body is not JSON
             raise self._fault(error) from None
         return _reply(completion)
 
     def late(self) -> EndpointFault:
+        """The fault of a request that took too long."""
         return EndpointFault(
             f"gave no answer in {self._config.timeout_s:g} s",
             f"look after its server, or raise {SETTING}.timeout_s",
-            again=True,
+            may_pass=True,
         )
 
     def _fault(self, error: Exception) -> EndpointFault:
@@ -95,7 +97,7 @@ class Endpoint:
             return EndpointFault(
                 f"is unreachable ({self._safe(_root_cause(error))})",
                 f"start it, or change {SETTING}.url",
-                again=True,
+                may_pass=True,
             )
         if isinstance(error, openai.APIStatusError):
             return self._refusal(
@@ -104,33 +106,36 @@ class Endpoint:
         return _no_protocol()
 
     def _refusal(self, status: int, message: str, pause: float | None) -> EndpointFault:
-        told = f"{status}: {self._safe(message)}"
+        reason = f"{status}: {self._safe(message)}"
         if status in (401, 403):
-            return EndpointFault(f"refuses the key ({status})", self._key_cure(), again=False)
+            return EndpointFault(f"refuses the key ({status})", self._key_cure(), may_pass=False)
         if status == 404:
             return EndpointFault(
-                f"knows no such model or path ({told})",
+                f"knows no such model or path ({reason})",
                 f"change {SETTING}.model, or {SETTING}.url (most end in /v1)",
-                again=False,
+                may_pass=False,
             )
         if status == 429:
             cure = f"lower {SETTING}.max_concurrent, raise {SETTING}.retries, or look at the account's limits"
-            return EndpointFault(f"takes no more requests ({told})", cure, again=True, pause=pause)
+            return EndpointFault(f"takes no more requests ({reason})", cure, may_pass=True, pause=pause)
         if status in (408, 409) or status >= 500:
             return EndpointFault(
-                f"fails ({told})", f"look after its server, or change {SETTING}.url", again=True, pause=pause
+                f"fails ({reason})",
+                f"look after its server, or change {SETTING}.url",
+                may_pass=True,
+                pause=pause,
             )
         return EndpointFault(
-            f"refuses the request ({told})", f"change {SETTING}.model, or {SETTING}.url", again=False
+            f"refuses the request ({reason})", f"change {SETTING}.model, or {SETTING}.url", may_pass=False
         )
 
     def _key_cure(self) -> str:
         name = self._config.api_key_env
+        setting = f"{SETTING}.api_key_env"
         if not name:
-            return (
-                f"name the environment variable that holds its key in {SETTING}.api_key_env, which is empty"
-            )
-        return f"set the environment variable {name}, which {'holds another key' if self._key else 'is not set'}, or change {SETTING}.api_key_env"
+            return f"name the environment variable that holds its key in {setting}, which is empty"
+        state = "holds another key" if self._key else "is not set"
+        return f"set the environment variable {name}, which {state}, or change {setting}"
 
     def _safe(self, text: str) -> str:
         line = " ".join((text.replace(self._key, "***") if self._key else text).split())
@@ -139,12 +144,12 @@ class Endpoint:
 
 def _no_protocol() -> EndpointFault:
     return EndpointFault(
-        "does not speak the OpenAI protocol", f"change {SETTING}.url (most end in /v1)", again=True
+        "does not speak the OpenAI protocol", f"change {SETTING}.url (most end in /v1)", may_pass=True
     )
 
 
 def _reply(completion: Any) -> Reply:
-    """What a completion says. The client builds one of whatever JSON came, so nothing about it is certain."""
+    """Read a completion. The client builds it from any JSON, so no field is certain to exist."""
     choices = getattr(completion, "choices", None)
     if not isinstance(choices, list) or not choices:
         raise _no_protocol()
@@ -173,24 +178,27 @@ def _address(url: str) -> str:
         usable = False
     if not usable:
         raise TaskError(
-            f"{SETTING}.url must be an address such as http://127.0.0.1:8000/v1; it has no http(s), no host, or no usable port"
+            f"{SETTING}.url must be an address such as http://127.0.0.1:8000/v1; "
+            "it has no http(s), no host, or no usable port"
         )
     host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
     return f"{parts.scheme}://{host}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
 def _key(variable: str) -> str:
-    """The key, "" where there is none."""
+    """The key in an environment variable, "" when there is none."""
     key = os.environ.get(variable, "").strip() if variable else ""
-    if any(not "!" <= char <= "~" for char in key):  # it would fail in the header, with the key in the error
+    # Such a key would fail in the header later, and that error would show it.
+    if any(not "!" <= char <= "~" for char in key):
         raise TaskError(
-            f"the environment variable {variable} holds white space or letters that no key has: set it anew, or change {SETTING}.api_key_env"
+            f"the environment variable {variable} holds white space or letters that no key has: "
+            f"set it anew, or change {SETTING}.api_key_env"
         )
     return key
 
 
 def _retry_after(header: str) -> float | None:
-    """Seconds; None for a date or anything else."""
+    """The header in seconds; None for a date or anything else."""
     try:
         seconds = float(header)
     except ValueError:

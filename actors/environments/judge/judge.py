@@ -1,11 +1,17 @@
-"""Who decides whether an answer meets its rubrics, and a judge that is an LLM behind an OpenAI-compatible endpoint.
+"""Judges that decide whether an answer meets its rubrics. One is an LLM behind an OpenAI-compatible endpoint.
 
-    verdict(question, answer, rubrics) -> cache -> a place (max_concurrent) -> request -> parse -> Verdict
-                                                             ^-- pause -- again, while it fails or is malformed, up to ``retries`` times
+    verdict(question, answer, rubrics)
+      -> cache -> slot (max_concurrent) -> request -> parse -> Verdict
+                                              ^
+                                              +-- pause, again: up to ``retries`` times while it fails
 
-A verdict that cannot be had is a TaskError, one line with the cause and the setting to change: the episode fails and is counted, it never scores 0.
-Waits: for a place (freed when another verdict ends), then for the endpoint: each request at most ``timeout_s``, all requests of a verdict and the
-pauses between them together at most ``timeout_s * (retries + 1)``.
+Without a verdict there is a TaskError with the cause and the setting to change. The episode then fails and is
+counted; it never scores 0.
+
+Every wait, and what ends it:
+    for a slot            another verdict that ends
+    for the endpoint      ``timeout_s`` for a request, ``timeout_s * (retries + 1)`` for all requests of a
+                          verdict and the pauses between them
 """
 
 from __future__ import annotations
@@ -14,12 +20,15 @@ import asyncio
 import hashlib
 import json
 import random
+import sqlite3
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
-from actors.environments.judge.cache import ReplyCache
+import diskcache
+from diskcache.core import MODE_RAW, MODE_TEXT
+
 from actors.environments.judge.endpoint import SETTING, Endpoint, EndpointFault, Reply
 from actors.environments.judge.prompt import JudgePrompt, MalformedVerdictError, judge_prompt, parse_verdict
 from actors.protocols import TaskError
@@ -31,14 +40,11 @@ _LONGEST_PAUSE_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class JudgeCost:
-    """What verdicts took. ``requests`` counts every HTTP request, failed and malformed ones too; ``cached`` the verdicts that needed none.
+    """What verdicts cost. Tokens are as the endpoint reports them."""
 
-    Tokens are those that the endpoint reported; ``unmetered`` replies came without a report, so that tokens and ``usd`` leave them out.
-    """
-
-    requests: int = 0
-    cached: int = 0
-    unmetered: int = 0
+    requests: int = 0  # HTTP requests, also those that failed or gave a malformed verdict
+    cached: int = 0  # verdicts without a request
+    unmetered: int = 0  # replies without a token count: tokens and usd leave them out
     prompt_tokens: int = 0
     generated_tokens: int = 0
     usd: float = 0.0
@@ -52,7 +58,7 @@ NO_COST = JudgeCost()
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether each rubric is met, and why ("" where no reason was given), in the rubrics' order; and what it took to find out."""
+    """For each rubric, in order: is it met, and why ("" without a reason). ``cost`` is this verdict's own."""
 
     met: tuple[bool, ...]
     reasons: tuple[str, ...]
@@ -65,40 +71,42 @@ class Verdict:
 
 class Judge(Protocol):
     def verdict(self, question: str, answer: str, rubrics: Sequence[str]) -> Verdict:
-        """One decision for each of ``rubrics`` (at least one). Blocks; called from many threads at once. Raises TaskError, one line."""
+        """Decide each of ``rubrics``, at least one. Blocks; threads may call it at once. Raises TaskError."""
         ...
 
 
 class EndpointJudge:
-    """An LLM at ``config.url``, greedy. Kept replies are keyed by model and prompt, not by the endpoint: a server may move to another port."""
+    """An LLM at ``config.url``, sampled greedily.
+
+    The cache's key is model and prompt, without the url: a server may move to another port.
+    """
 
     def __init__(self, config: JudgeConfig) -> None:
         """Sends nothing yet. Raises TaskError for a url, a key or a cache folder that cannot be used."""
         self._config = config
         self._endpoint = Endpoint(config)
-        self._cache = ReplyCache(config.cache_dir) if config.cache_dir else None
-        self._places = threading.BoundedSemaphore(config.max_concurrent)
+        self._cache = _ReplyCache(config.cache_dir) if config.cache_dir else None
+        self._slots = threading.BoundedSemaphore(config.max_concurrent)
         self._spent = NO_COST
         self._spent_lock = threading.Lock()
 
     @property
     def spent(self) -> JudgeCost:
-        """Everything so far, verdicts that failed included."""
+        """The cost of all verdicts so far, failed ones too."""
         with self._spent_lock:
             return self._spent
 
     def verdict(self, question: str, answer: str, rubrics: Sequence[str]) -> Verdict:
-        """See Judge. Runs an event loop of its own, so not to be called from a coroutine."""
+        """See Judge. Runs its own event loop, so a coroutine must not call it."""
         prompt = judge_prompt(question, answer, rubrics)
-        key = hashlib.sha256(
-            json.dumps([self._config.model, prompt.system, prompt.user]).encode()
-        ).hexdigest()
-        kept = self._kept(key, prompt)
-        if kept is not None:
-            self._account(kept.cost)
-            return kept
+        identity = json.dumps([self._config.model, prompt.system, prompt.user])
+        key = hashlib.sha256(identity.encode()).hexdigest()
+        cached = self._cached(key, prompt)
+        if cached is not None:
+            self._account(cached.cost)
+            return cached
         costs: list[JudgeCost] = []
-        with self._places:
+        with self._slots:
             try:
                 reply = asyncio.run(self._reply(prompt, costs))
             finally:
@@ -107,17 +115,17 @@ class EndpointJudge:
             self._cache.keep(key, reply)
         return Verdict(*parse_verdict(reply, prompt), sum(costs, NO_COST))
 
-    def _kept(self, key: str, prompt: JudgePrompt) -> Verdict | None:
+    def _cached(self, key: str, prompt: JudgePrompt) -> Verdict | None:
         reply = self._cache.find(key) if self._cache is not None else None
         if reply is None:
             return None
         try:
             return Verdict(*parse_verdict(reply, prompt), JudgeCost(cached=1))
-        except MalformedVerdictError:  # kept by a version with another parser, or changed by hand: ask again
+        except MalformedVerdictError:  # cached by a version with another parser, or changed by hand
             return None
 
     async def _reply(self, prompt: JudgePrompt, costs: list[JudgeCost]) -> str:
-        """A reply that is a verdict; what it took is added to ``costs``, also when it ends in TaskError."""
+        """A reply that is a verdict. Adds to ``costs``, also when it ends in TaskError."""
         config, clock = self._config, asyncio.get_running_loop().time
         fault, malformed, pause = self._endpoint.late(), "", 0.0
         async with self._endpoint.client() as client:
@@ -128,31 +136,28 @@ class EndpointJudge:
                 await asyncio.sleep(pause)
                 costs.append(JudgeCost(requests=1))
                 try:
+                    # The client's own timeout is for each byte: a server that drips bytes would never end.
                     async with asyncio.timeout_at(min(deadline, clock() + config.timeout_s)):
                         reply = await self._endpoint.ask(client, prompt.system, prompt.user_after(malformed))
-                    costs.append(self._metered(reply))
+                    costs.append(self._cost(reply))
                     parse_verdict(reply.text, prompt)
                     return reply.text
                 except TimeoutError:
                     fault = self._endpoint.late()
                 except MalformedVerdictError as error:
                     malformed = str(error)
-                    fault = EndpointFault(
-                        f"gives no usable verdict: {malformed}",
-                        f"choose another {SETTING}.model",
-                        again=True,
-                        pause=0.0,
-                    )
+                    cause, cure = f"gives no usable verdict: {malformed}", f"choose another {SETTING}.model"
+                    fault = EndpointFault(cause, cure, may_pass=True, pause=0.0)
                 except EndpointFault as error:
                     fault = error
-                if not fault.again:
+                if not fault.may_pass:
                     break
                 pause = _pause(number) if fault.pause is None else fault.pause
         requests = sum(costs, NO_COST).requests
-        where = f"the judge {config.model} at {self._endpoint.address}"
-        raise TaskError(f"{where} {fault.cause} (requests: {requests}): {fault.cure}")
+        judge = f"the judge {config.model} at {self._endpoint.address}"
+        raise TaskError(f"{judge} {fault.cause} (requests: {requests}): {fault.cure}")
 
-    def _metered(self, reply: Reply) -> JudgeCost:
+    def _cost(self, reply: Reply) -> JudgeCost:
         config = self._config
         if reply.prompt_tokens is None or reply.generated_tokens is None:
             return JudgeCost(unmetered=1)
@@ -170,5 +175,62 @@ class EndpointJudge:
 
 
 def _pause(number: int) -> float:
-    """Seconds before try ``number`` + 1: doubled each time, a little apart for those that failed together."""
+    """Seconds to wait after try ``number``: doubled each time, with jitter for tries that failed together."""
     return min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**number) * random.uniform(0.75, 1.25)
+
+
+class _TextDisk(diskcache.Disk):
+    """Stores texts only.
+
+    Why: diskcache pickles other values, and unpickles an entry that says it is a pickle. A cache folder may
+    come from elsewhere, and a pickle can run code.
+    """
+
+    def store(self, value: Any, read: bool, key: Any = diskcache.UNKNOWN) -> Any:
+        if not isinstance(value, str):
+            raise TypeError(f"a text is stored, got {type(value).__name__}")
+        return super().store(value, read, key=key)
+
+    def get(self, key: Any, raw: Any) -> Any:
+        if not raw or not isinstance(key, str):
+            raise ValueError("its key is no text")
+        return key
+
+    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
+        if mode not in (MODE_RAW, MODE_TEXT):
+            raise ValueError(f"its mode is {mode}, and texts have {MODE_RAW} or {MODE_TEXT}")
+        return super().fetch(mode, filename, value, read)
+
+
+class _ReplyCache:
+    """A folder of replies by key: no verdict is paid for twice. Threads and processes may share it."""
+
+    def __init__(self, folder: str) -> None:
+        """Raises TaskError when the folder cannot be used."""
+        self._folder = folder
+        try:
+            self._cache = diskcache.Cache(folder, disk=_TextDisk, eviction_policy="none")
+        except (OSError, sqlite3.Error) as error:
+            raise self._unusable(error) from None
+
+    def find(self, key: str) -> str | None:
+        """The reply under ``key``; None without one, or for an entry that is no text. Raises TaskError."""
+        try:
+            reply = self._cache.get(key)
+        except ValueError:
+            return None
+        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+            raise self._unusable(error) from None
+        return reply if isinstance(reply, str) else None
+
+    def keep(self, key: str, reply: str) -> None:
+        """Raises TaskError."""
+        try:
+            self._cache.set(key, reply)
+        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> TaskError:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        cure = f"change {SETTING}.cache_dir, or empty it"
+        return TaskError(f"the folder {self._folder} cannot keep verdicts ({cause}): {cure}")

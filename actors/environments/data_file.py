@@ -1,0 +1,208 @@
+"""Reads users' data files: JSON lists item by item, JSON Lines line by line. pydantic checks each item.
+
+    file = DataFile("talks.json", "environment.conversation.path", "a LoCoMo file (a list of conversations)")
+    for place, talk in file.items(Talk, "sample_id"): ...
+
+Every fault is a TaskError of one line: file, item or line, field, what is allowed. An example:
+"talks.json: item 3 ('harbour'): qa.1.answer: Input should be a text or a number".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, BinaryIO, TypeVar
+
+import ijson
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
+
+from actors.protocols import TaskError
+from configs.files import FileError, parse_json
+
+T = TypeVar("T")
+_CHUNK = 1 << 16  # bytes
+_SHOWN_FAULT = 300  # characters: a file's own keys stand in a fault's place, and they may be long
+_SHOWN_NAME = 80  # characters
+_DEPTH = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
+_TO_BRACE = re.compile(rb"[^}]*}|[^}]+")
+_PARSER_REASON = re.compile(r"error: ([^\\\n]+)")  # the rest of its message draws the place on two more lines
+
+
+def invalid(message: str) -> PydanticCustomError:
+    """An error for pydantic validators, reported with exactly these words."""
+    return PydanticCustomError("data_file", "{message}", {"message": message})
+
+
+def text(value: object) -> str:
+    """Check that ``value`` is a text and not blank, for pydantic."""
+    if not isinstance(value, str) or not value.strip():
+        raise invalid("Input should be a text that is not blank")
+    return value
+
+
+def text_or_number(value: object) -> str:
+    """Turn a text or a number into a text, for pydantic."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
+        raise invalid("Input should be a text or a number")
+    return str(value)
+
+
+def _one_or_more(check: Callable[[object], str]) -> Callable[[object], object]:
+    """Let a single value stand for a list of one."""
+
+    def as_list(value: object) -> object:
+        if not isinstance(value, list):
+            return [check(value)]
+        if not value:
+            raise invalid("Input should have at least one entry")
+        return value
+
+    return as_list
+
+
+Text = Annotated[str, BeforeValidator(text)]
+TextOrNumber = Annotated[str, BeforeValidator(text_or_number)]
+Texts = Annotated[list[Text], BeforeValidator(_one_or_more(text))]
+TextsOrNumbers = Annotated[list[TextOrNumber], BeforeValidator(_one_or_more(text_or_number))]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an item of a JSON list stands: its number from 0, and its bytes [start, end) of the file."""
+
+    number: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file that a setting names. ``what`` describes it: "a LoCoMo file (a list of conversations)".
+
+    Every method raises TaskError.
+    """
+
+    path: str
+    setting: str
+    what: str
+
+    def open(self) -> BinaryIO:
+        """Open the file for reading."""
+        if not self.path:
+            raise TaskError(f"{self.setting} is empty: give the path of {self.what}")
+        try:
+            return Path(self.path).open("rb")
+        except OSError as error:
+            cause = f"{self.path}: cannot be read ({error.strerror})"
+            raise TaskError(f"{cause}: give {self.setting} the path of {self.what}") from error
+
+    def read(self) -> bytes:
+        """The whole file."""
+        with self.open() as file:
+            return file.read()
+
+    def parse(self, content: bytes, kind: type[T], name: str = "") -> T:
+        """``content`` as ``kind``. ``name`` says in messages which part of the file it is."""
+        try:
+            return parse_json(content, kind)
+        except FileError as error:
+            raise self.fault(name, str(error)) from None
+
+    def lines(self, kind: type[T]) -> Iterator[tuple[int, T]]:
+        """(line number from 1, value) of each line that is not blank."""
+        with self.open() as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, self.parse(line, kind, f"line {number}")
+
+    def items(self, kind: type[T], id_field: str) -> Iterator[tuple[Place, T]]:
+        """Each item of a JSON list of objects. Messages name an item by its number and its ``id_field``.
+
+        Holds one item and one chunk at a time: LongMemEval-S is a quarter of a gigabyte, and each rollout
+        worker reads it.
+        """
+        start = 0
+        with self.open() as file:
+            for number, end in enumerate(self._item_ends()):
+                content = file.read(end - start).lstrip(b"[, \t\r\n")
+                place, start = Place(number, end - len(content), end), end
+                try:
+                    yield place, parse_json(content, kind)
+                except FileError as error:
+                    raise self.fault(_name(number, content, id_field), str(error)) from None
+
+    def read_item(self, place: Place, kind: type[T]) -> T | None:
+        """An item again; None where the file has changed and holds no such item there."""
+        with self.open() as file:
+            file.seek(place.start)
+            content = file.read(place.end - place.start)
+        try:
+            return parse_json(content, kind)
+        except FileError:
+            return None
+
+    def fault(self, name: str, fault: str) -> TaskError:
+        """The error that a part of the file is wrong."""
+        shown = fault if len(fault) <= _SHOWN_FAULT else f"{fault[:_SHOWN_FAULT]}..."
+        return TaskError(f"{self.path}: {name}: {shown}" if name else f"{self.path}: {shown}")
+
+    def empty(self, parts: str) -> TaskError:
+        """The error that the file has none of its ``parts`` ("items")."""
+        return self.fault("", f"it has no {parts}: give {self.setting} the path of {self.what}")
+
+    def no_list(self) -> TaskError:
+        """The error that the file is no JSON list."""
+        return self.fault("", f"Input should be a JSON list: give {self.setting} the path of {self.what}")
+
+    def _item_ends(self) -> Iterator[int]:
+        """The byte after each item of the list.
+
+        Why: ijson parses a stream but tells no byte offsets, and an episode reads its own item again. Only
+        a "}" ends an object. So the parser gets the file in pieces that end at the next "}": when it reports
+        the end of an item, the item ends with the piece.
+        """
+        events = ijson.sendable_list()
+        # Basic events: ijson's other events name their path, which takes memory quadratic in the depth.
+        # use_float: without it a number of thousands of digits is a SystemError of ijson 3.6.
+        parser = ijson.basic_parse_coro(events, use_float=True)
+        number, depth, end = 0, 0, 0
+        try:
+            for piece in self._pieces():
+                parser.send(piece)
+                end += len(piece)
+                for event, _ in events:
+                    outside = depth == 0
+                    depth += _DEPTH.get(event, 0)
+                    if outside and event != "start_array":
+                        raise self.no_list()
+                    if depth == 1 and not outside:
+                        if event != "end_map":
+                            raise self.fault(f"item {number}", "Input should be an object")
+                        yield end
+                        number += 1
+                events.clear()
+            parser.close()
+        except ijson.JSONError as error:
+            reason = _PARSER_REASON.search(str(error))
+            cause = f"not JSON ({reason[1] if reason else error}) after byte {end}"
+            raise self.fault(f"item {number}", cause) from None
+        if events:  # a number is over only when the file is
+            raise self.no_list()
+
+    def _pieces(self) -> Iterator[bytes]:
+        with self.open() as file:
+            while chunk := file.read(_CHUNK):
+                yield from _TO_BRACE.findall(chunk)
+
+
+def _name(number: int, content: bytes, id_field: str) -> str:
+    try:
+        item = json.loads(content)
+    except (ValueError, RecursionError):
+        item = None
+    name = item.get(id_field) if isinstance(item, dict) else None
+    return f"item {number} ({name[:_SHOWN_NAME]!r})" if isinstance(name, str) and name else f"item {number}"
