@@ -26,7 +26,6 @@ from actors.environments.rubric import (
     read_rubric_items,
     split_request,
 )
-
 from actors.environments.rubric_rules import RuleChecker, RuleError, parse_rule
 from actors.episodes.rollout import Rollout, RolloutRequest
 from actors.protocols import TaskError
