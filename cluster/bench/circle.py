@@ -1,7 +1,9 @@
-"""The quickstart's RL steps with rollouts and learning at once (staleness 1) against taking turns (staleness 0), on the real parts and this machine.
+"""The quickstart's RL steps, rollouts and learning at once (staleness 1) against taking turns (staleness 0).
 
-The base model earns no reward, and a step without one teaches nothing and costs the learner nothing. So the reward here is drawn by lot from what an
-episode answered (``lottery``): siblings differ, and the learner has a full step's work. ``--threads`` are those of the worker, and of the learner.
+Worker, learner and machine are real. The base model earns no reward, and a step without a reward costs the
+learner nothing. So the reward here is a random number drawn from the episode's answers (``lottery``):
+siblings differ, and the learner has a full step's work. ``--threads`` sets the threads of the worker, and
+those of the learner.
 """
 
 from __future__ import annotations
@@ -10,15 +12,17 @@ import asyncio
 import random
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import configs
 from actors.types import Outcome as EpisodeOutcome
 from actors.types import Task
-from cluster.bench.overlap import WaitingTimes, idle_table
 from cluster.bench.values import Case, Context, Outcome
 from cluster.fleet.stream import Batch
+from cluster.measure.report import Table
 from cluster.runs.checkpoint import TrainState
+from cluster.tracking.tracker import NullTracker
 from cluster.train.build import TrainingCluster, build_fleet, build_stream, training_cluster
 from cluster.train.loop import LoopParts, run_loop
 from cluster.train.metrics import StepSummary
@@ -30,22 +34,36 @@ STALENESS = (0, 1)
 STEPS, QUICK_STEPS = 6, 2
 
 
+class WaitingTimes(NullTracker):
+    """A tracker that keeps, for each step, the learner's waiting share and the staleness of its batch."""
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []
+        self.staleness: list[float] = []
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        if "timeline/learner_wait" in metrics:
+            self.waits.append(metrics["timeline/learner_wait"])
+            self.staleness.append(metrics["staleness/mean"])
+
+
 def lottery(task: Task, outcome: EpisodeOutcome) -> float:
-    """A reward in [0, 1) that depends on the task and the answers only."""
+    """Return a reward in [0, 1) that depends on the task and the answers alone."""
     return random.Random(f"{task.id}/{[answer.prediction for answer in outcome.answers]}").random()
 
 
 def run(context: Context) -> Outcome:
     seconds: dict[int, list[float]] = {staleness: [] for staleness in STALENESS}
-    waits: dict[int, WaitingTimes] = {}
+    trackers: dict[int, WaitingTimes] = {}
     steps = QUICK_STEPS if context.quick else STEPS
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(context.repeats):
             for staleness in STALENESS:
-                waits[staleness] = WaitingTimes()
+                trackers[staleness] = WaitingTimes()
                 config = _config(context, Path(folder), staleness, steps)
-                spent = asyncio.run(_steps(*prepare_training(config), waits[staleness]))
-                seconds[staleness].append(spent / steps)
+                wall_s = asyncio.run(_run_steps(*prepare_training(config), trackers[staleness]))
+                seconds[staleness].append(wall_s / steps)
+    episodes = f"{config.train.tasks_per_step} x {config.train.group_size} episodes"
     case = Case(
         "a step, staleness 1",
         "staleness 0",
@@ -55,9 +73,9 @@ def run(context: Context) -> Outcome:
         tuple(seconds[1]),
         "baseline/candidate",
         None,
-        f"{steps} steps of {config.train.tasks_per_step} x {config.train.group_size} episodes without the start; the first and last cannot overlap",
+        f"{steps} steps of {episodes}, without the start; the first and last step cannot overlap",
     )
-    return Outcome((case,), (idle_table(waits),))
+    return Outcome((case,), (_idle_table(trackers),))
 
 
 def _config(context: Context, folder: Path, staleness: int, steps: int) -> RunConfig:
@@ -74,20 +92,20 @@ def _config(context: Context, folder: Path, staleness: int, steps: int) -> RunCo
         "evaluation.tasks=1",
         "tracking.enabled=false",
     ]
-    small = [
-        "train.tasks_per_step=2",
-        "train.group_size=2",
-        "memory.max_extract_tokens=24",
-        "learner.trainable_layers=1",
-    ]
-    small += ["engine.kv_cache_gib=0.2", "ray.object_store_gib=0.5"]
-    return load_config(
-        Path(configs.__file__).parent / "quickstart.yaml", settings + (small if context.quick else [])
-    )
+    if context.quick:
+        settings += [
+            "train.tasks_per_step=2",
+            "train.group_size=2",
+            "memory.max_extract_tokens=24",
+            "learner.trainable_layers=1",
+            "engine.kv_cache_gib=0.2",
+            "ray.object_store_gib=0.5",
+        ]
+    return load_config(Path(configs.__file__).parent / "quickstart.yaml", settings)
 
 
-async def _steps(spec: RunSpec, folder: RunFolder, start: Start, tracker: WaitingTimes) -> float:
-    """Seconds of the RL steps, on a cluster that is up."""
+async def _run_steps(spec: RunSpec, folder: RunFolder, start: Start, tracker: WaitingTimes) -> float:
+    """Run the RL steps on a cluster that is up; returns their wall seconds."""
     async with training_cluster(spec, folder, start) as cluster:
         began = time.perf_counter()
         await run_loop(_parts(spec, start, cluster, tracker), spec.config.train, start.state)
@@ -102,3 +120,15 @@ def _parts(spec: RunSpec, start: Start, cluster: TrainingCluster, tracker: Waiti
     fleet = build_fleet(spec.config, cluster, lambda: spec.config.rollout.workers, lambda text: None)
     stream = build_stream(spec, cluster, start.state, fleet, on_failures=lambda summary: None)
     return LoopParts(stream, cluster.learner, fleet, cluster.channel, tracker, on_step, on_checkpoint)
+
+
+def _idle_table(trackers: Mapping[int, WaitingTimes]) -> Table:
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    rows = tuple(
+        (str(staleness), f"{100 * mean(tracker.waits):.0f} %", f"{mean(tracker.staleness):.2f}")
+        for staleness, tracker in trackers.items()
+    )
+    header = ("max_staleness", "learner waits", "mean staleness trained on")
+    return Table("the learner's idle time (of the last repeat)", header, rows)

@@ -1,9 +1,11 @@
-"""One controller over 1 to 1,000 virtual rollout workers: the share of their ideal throughput that it keeps up, and what it costs.
+"""One controller over 1 to 1,000 virtual rollout workers: its share of their ideal throughput, and its CPU.
 
-    VirtualWorkers (a few actors) --groups--> RemoteWorker, GroupStream, run_loop, LearnerGroup, all real --batches--> VirtualRank
+    VirtualWorkers --groups--> RemoteWorker, GroupStream, run_loop, LearnerGroup --batches--> VirtualRank
+    (a few actors)             all real
 
-A virtual worker takes GROUP_S for a group and has one group in flight: the ideal is workers / GROUP_S groups a second. With more in flight, the drain
-before each refresh leaves slots idle by design (an episode lives on one version), and that would be measured instead of the controller.
+A virtual worker takes GROUP_S for a group and has one group in flight, so the ideal is workers / GROUP_S
+groups a second. Why one: an episode lives on one version, so with more in flight the drain before each
+refresh leaves slots idle by design. The benchmark would measure that instead of the controller.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from actors.fast_weights.delta import Basis
 from actors.types import PolicyVersion, TrajectoryGroup
 from actors.worker import WorkerSpec
 from cluster.bench.controller_actors import EpisodeParts, Template, VirtualHandle, VirtualRank, VirtualWorkers
-from cluster.bench.values import Case, Context, Goal, Outcome, Spread
+from cluster.bench.values import Case, Context, Goal, Outcome, RatioOf, Spread
 from cluster.common.tasks import TaskSource
 from cluster.fleet.broadcast import ObjectStoreChannel
 from cluster.fleet.fleet import ElasticFleet, FleetPlan
@@ -44,9 +46,9 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
 WORKERS, QUICK_WORKERS = (1, 10, 100, 300, 1000), (1, 12)
-GROUP_S, QUICK_GROUP_S = 20.0, 0.5  # a real one on a GPU takes 30 to 120 s: this asks more of the controller
+GROUP_S, QUICK_GROUP_S = 20.0, 0.5  # a real group on a GPU takes 30 to 120 s: this is harder to keep up with
 SIBLINGS = 4
-PROCESSES = 4  # that the virtual workers share
+PROCESSES = 4  # shared by the virtual workers
 STALENESS = 16  # wide: the controller's pace is measured, not the gate's
 START_S = 120.0
 TIGHT_GOAL, CPU_GOAL = Goal("at least", 0.95), Goal("at most", 0.25)
@@ -54,7 +56,11 @@ TIGHT_GOAL, CPU_GOAL = Goal("at least", 0.95), Goal("at most", 0.25)
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A moment when the learner was given a batch, with CPU seconds so far: of this process, of Ray's own, of the actors (workers and learner)."""
+    """The moment when the learner gets a batch, with the CPU seconds so far.
+
+    ``controller``: of this process. ``ray``: of Ray's own. ``actors``: of the virtual workers and the
+    learner.
+    """
 
     wall: float
     controller: float
@@ -64,8 +70,11 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One size of the fleet. ``throughput`` (groups/s) and ``controller`` (cores) have a value for each window of GROUP_S; ``ray`` and ``actors`` are
-    cores over all windows, ``staleness`` the mean in versions of what the learner was given."""
+    """The figures of one fleet size.
+
+    ``throughput`` (groups/s) and ``controller`` (cores) have a value for each window of GROUP_S. ``ray`` and
+    ``actors`` are cores over all windows. ``staleness`` is the mean of the learner's batches, in versions.
+    """
 
     workers: int
     ideal: float
@@ -81,7 +90,7 @@ class Point:
 
 
 class MarkedLearner:
-    """A trainer that notes when each of its steps begins."""
+    """A LearnerGroup that marks the beginning of each step."""
 
     def __init__(self, inner: LearnerGroup) -> None:
         self._inner = inner
@@ -111,24 +120,26 @@ def run(context: Context) -> Outcome:
     task = TaskSource(build_environment(config.environment, config.embedder), "train", config.seed).at(0)
     group = template.group(task, 0, "worker-0")
     content, summary = _bytes(group), _bytes(GroupSummary.of(group))
-    store = (
-        0.2 + 3 * max(sizes) / 2 * content / 2**30
-    )  # a batch being learned, one being collected, and one's worth to spare
+    # Room for the batch being learned, the batch being collected, and a third to spare.
+    store = 0.2 + 3 * max(sizes) / 2 * content / 2**30
     config = replace(config, ray=RayConfig(object_store_gib=store))
     with ray_runtime(config, Demand(cpus=1, gpus=0)):
-        points = [
-            asyncio.run(_Fleet(config, template, workers, group_s).measure(context.repeats))
-            for workers in sizes
-        ]
+        fleets = [_Fleet(config, template, workers, group_s) for workers in sizes]
+        points = [asyncio.run(fleet.measure(context.repeats)) for fleet in fleets]
     largest = points[-1]
     note = (
-        f"{largest.workers} workers, {group_s:g} s a group (on a GPU a real one takes 30 to 120 s), {largest.ideal:g} groups/s of "
-        f"{content / 2**20:.2f} MiB ({SIBLINGS} episodes), of which the controller sees {summary / 2**10:.1f} KiB; every {group_s / 2:g} s a step "
-        f"and a refresh of the workers. Of the machine's {os.cpu_count()} cores Ray's own processes took {largest.ray:.2f}, the virtual workers and "
-        f"the learner's rank {largest.actors:.2f}. The tracker is off (1 ms a step with MLflow)"
+        f"{largest.workers} workers, {group_s:g} s a group (on a GPU a real group takes 30 to 120 s), "
+        f"{largest.ideal:g} groups/s of {content / 2**20:.2f} MiB ({SIBLINGS} episodes), "
+        f"of which the controller sees {summary / 2**10:.1f} KiB; "
+        f"every {group_s / 2:g} s a step and a refresh of the workers. "
+        f"Of the machine's {os.cpu_count()} cores Ray's own processes took {largest.ray:.2f}, "
+        f"the virtual workers and the learner's rank {largest.actors:.2f}. "
+        "The tracker is off (1 ms a step with MLflow)"
     )
     ideal, one_core = (largest.ideal,) * context.repeats, (1.0,) * context.repeats
     name = f"{largest.workers} workers"
+    ratio: RatioOf = "candidate/baseline"
+    throughput, cores = largest.throughput, largest.controller
     cases = (
         Case(
             f"throughput, {name}",
@@ -136,21 +147,12 @@ def run(context: Context) -> Outcome:
             "controller",
             "groups/s",
             ideal,
-            largest.throughput,
-            "candidate/baseline",
+            throughput,
+            ratio,
             TIGHT_GOAL,
             note,
         ),
-        Case(
-            f"controller CPU, {name}",
-            "one core",
-            "controller",
-            "cores",
-            one_core,
-            largest.controller,
-            "candidate/baseline",
-            CPU_GOAL,
-        ),
+        Case(f"controller CPU, {name}", "one core", "controller", "cores", one_core, cores, ratio, CPU_GOAL),
     )
     figures = {f"throughput_share_{point.workers}": point.share.median for point in points}
     figures |= {f"controller_cores_{point.workers}": Spread.of(point.controller).median for point in points}
@@ -158,7 +160,7 @@ def run(context: Context) -> Outcome:
 
 
 class _Fleet:
-    """The real controller over ``workers`` virtual ones."""
+    """The real controller over ``workers`` virtual workers."""
 
     def __init__(self, config: RunConfig, template: Template, workers: int, group_s: float) -> None:
         self._template, self._workers, self._group_s = template, workers, group_s
@@ -168,12 +170,16 @@ class _Fleet:
         self._config = replace(config, train=train)
 
     async def measure(self, windows: int) -> Point:
-        """A ramp of one group time, then ``windows`` of them. Raises ClusterError, LearnerError."""
+        """Run a ramp of one group time, then measure ``windows`` of them.
+
+        Raises ClusterError, LearnerError.
+        """
         import ray
 
         every = self._steps_per_window
         wanted = every * (1 + windows) + 1
-        steps = wanted + 4 * every  # nothing is issued beyond the last step: that must not be seen
+        # The stream issues nothing beyond the last step: keep that end out of the windows.
+        steps = wanted + 4 * every
         plan = replace(self._config.train, steps=steps, checkpoint_every=steps + 1)
         stored = ray.put(self._template)
         actor: Any = VirtualWorkers
@@ -191,14 +197,14 @@ class _Fleet:
         finally:
             if learner is not None:
                 learner.close()
-            for one in actors:
-                ray.kill(one)
+            for virtual in actors:
+                ray.kill(virtual)
         return self._point(trainer.marks[every::every][: windows + 1], staleness[every:])
 
     async def _loop(
         self, plan: TrainConfig, workers: list[RemoteWorker], trainer: MarkedLearner, wanted: int
     ) -> list[float]:
-        """Run the loop until ``wanted`` steps are done; the staleness of each."""
+        """Run the loop until ``wanted`` steps are done; returns the staleness of each."""
         tasks = TaskSource(
             build_environment(self._config.environment, self._config.embedder), "train", self._config.seed
         )
@@ -221,7 +227,7 @@ class _Fleet:
                 enough.set()
 
         async def on_checkpoint(state: TrainState) -> None:
-            """There is none before the last step."""
+            """The loop saves none before its last step, which is never reached."""
 
         fleet_plan: FleetPlan[RemoteWorker] = FleetPlan(
             None,
@@ -253,7 +259,7 @@ class _Fleet:
         return staleness
 
     def _worker(self, number: int, actor: Any) -> RemoteWorker:
-        """First groups end evenly spread over one group time, as if the workers had been running for long."""
+        """A virtual worker. First groups end evenly spread over a group time, as after a long run."""
         first_s = self._group_s * (number + 1) / self._workers
         return RemoteWorker(
             WorkerSpec(f"worker-{number}", self._config, "", "", 0),
@@ -285,15 +291,8 @@ class _Fleet:
 
 
 def _table(points: Sequence[Point]) -> Table:
-    shown = (
-        "workers",
-        "ideal groups/s",
-        "throughput / ideal [quartiles]",
-        "controller, cores",
-        "Ray's own, cores",
-        "virtual workers, cores",
-    )
-    header = (*shown, "staleness")
+    throughput = ("workers", "ideal groups/s", "throughput / ideal [quartiles]")
+    cores = ("controller, cores", "Ray's own, cores", "virtual workers, cores")
     rows = tuple(
         (
             str(point.workers),
@@ -306,6 +305,7 @@ def _table(points: Sequence[Point]) -> Table:
         )
         for point in points
     )
+    header = (*throughput, *cores, "staleness")
     return Table("Throughput and CPU against the number of workers", header, rows)
 
 
@@ -347,7 +347,7 @@ def _plot(points: Sequence[Point], folder: Path) -> Path:
 
 
 def _bytes(value: object) -> int:
-    """As the value travels."""
+    """The pickled size, as the value travels."""
     from ray import cloudpickle
 
     return len(cloudpickle.dumps(value))
@@ -356,25 +356,24 @@ def _bytes(value: object) -> int:
 def _mark() -> Mark:
     descendants = _descendants(os.getpid())
     actors = sum(seconds for name, seconds in descendants if name.startswith("ray::"))
-    return Mark(
-        time.monotonic(), time.process_time(), sum(seconds for _, seconds in descendants) - actors, actors
-    )
+    everything = sum(seconds for _, seconds in descendants)
+    return Mark(time.monotonic(), time.process_time(), everything - actors, actors)
 
 
 def _descendants(root: int) -> list[tuple[str, float]]:
-    """Name and CPU seconds of every process below ``root`` (Linux; elsewhere none)."""
+    """Name and CPU seconds of every process below ``root``; empty where there is no /proc."""
     tick = os.sysconf("SC_CLK_TCK")
     processes: dict[int, tuple[int, str, float]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             text = stat.read_text(encoding="utf-8", errors="replace")
-        except OSError:  # it has ended since
+        except OSError:  # the process has ended since
             continue
         name, values = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
         processes[int(stat.parent.name)] = (int(values[1]), name, (int(values[11]) + int(values[12])) / tick)
-    found: list[tuple[str, float]] = []
-    parents = {root}
-    while parents:
-        parents = {number for number, (parent, _, _) in processes.items() if parent in parents}
-        found += [processes[number][1:] for number in parents]
-    return found
+    descendants: list[tuple[str, float]] = []
+    generation = {root}
+    while generation:
+        generation = {number for number, (parent, _, _) in processes.items() if parent in generation}
+        descendants += [processes[number][1:] for number in generation]
+    return descendants

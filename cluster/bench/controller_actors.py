@@ -1,7 +1,7 @@
-"""Rollout workers and a learner rank that only wait, for the benchmark of the controller: real values and sizes, no model.
+"""Virtual rollout workers and a virtual learner rank, which only wait. Values and sizes are real.
 
-One async actor stands for many rollout workers, because each process costs 60 MB and half a second to start. What it returns is pickled, stored and
-sent anew for each group, as a real one is.
+One async actor stands for many rollout workers, because each process costs 60 MB and half a second to start.
+What it returns is pickled, stored and sent anew for each group, as from a real worker.
 """
 
 from __future__ import annotations
@@ -38,23 +38,20 @@ if TYPE_CHECKING:
     from actors.episodes.rollout import RolloutRequest
     from learner.worker import LearnerSpec
 
-SEGMENTS, SEGMENT_TOKENS, SAMPLED_TOKENS = (
-    3,
-    185,
-    40,
-)  # an episode of the quickstart: two told sessions and the questions
+# An episode of the quickstart: two told sessions and the questions.
+SEGMENTS, SEGMENT_TOKENS, SAMPLED_TOKENS = 3, 185, 40
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EpisodeParts:
-    """Tokens and fast weights of one episode."""
+    """The tokens and fast weights of one episode."""
 
     segments: tuple[Segment, ...]
     revisions: tuple[FastWeights, ...]
 
     @staticmethod
     def draw(model_path: Path, shape: FastWeightsConfig, seed: int) -> EpisodeParts:
-        """B has the shapes that this model would give it, float32 [d_out, rank]."""
+        """Draw random parts. B has the shapes of this model's: float32 [d_out, rank]."""
         config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
         rows = {
             "gate_proj": config["intermediate_size"],
@@ -99,12 +96,12 @@ class EpisodeParts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Template:
-    """What every virtual group is made of: parts of its own for each sibling, as arrays that siblings share would travel only once."""
+    """The parts of every virtual group. Siblings share no array: a shared array would travel only once."""
 
     siblings: tuple[EpisodeParts, ...]
 
     def group(self, task: Task, version: PolicyVersion, worker: str) -> TrajectoryGroup:
-        """Rewards differ between siblings."""
+        """A group with a different reward for each sibling."""
         trajectories = tuple(
             _trajectory(task, version, number, parts) for number, parts in enumerate(self.siblings)
         )
@@ -113,8 +110,8 @@ class Template:
 
 def _trajectory(task: Task, version: PolicyVersion, number: int, parts: EpisodeParts) -> Trajectory:
     cards = tuple(
-        Flashcard(f"Where does the person number {one} of {task.id}.{number} live?", "in Lisbon")
-        for one in range(2)
+        Flashcard(f"Where does the person number {person} of {task.id}.{number} live?", "in Lisbon")
+        for person in range(2)
     )
     extraction = " ".join(f"Q: {card.question} A: {card.answer}" for card in cards)
     writes = tuple(
@@ -122,9 +119,10 @@ def _trajectory(task: Task, version: PolicyVersion, number: int, parts: EpisodeP
         for weights in parts.revisions
     )
     reward = 1 / (1 + number)
+    scores = {"f1": reward, "em": reward}
     answers = tuple(
-        Answer(f"Where does number {one} live?", ("Lisbon",), "Lisbon", "home", {"f1": reward, "em": reward})
-        for one in range(2)
+        Answer(f"Where does number {person} live?", ("Lisbon",), "Lisbon", "home", scores)
+        for person in range(2)
     )
     return Trajectory(
         task=task,
@@ -134,7 +132,7 @@ def _trajectory(task: Task, version: PolicyVersion, number: int, parts: EpisodeP
         revisions=parts.revisions,
         writes=writes,
         memory_events={},
-        outcome=Outcome(reward, {"f1": reward, "em": reward}, answers),
+        outcome=Outcome(reward, scores, answers),
         stop_reason="done",
         timings=Timings(**{field.name: 1.0 for field in fields(Timings)}),
     )
@@ -142,7 +140,7 @@ def _trajectory(task: Task, version: PolicyVersion, number: int, parts: EpisodeP
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """One virtual worker: ``first_s`` shortens its first group, as if it had been running for a while, so that the workers do not march in step."""
+    """One virtual worker. ``first_s`` shortens its first group, so that the workers do not march in step."""
 
     spec: WorkerSpec
     first_s: float
@@ -154,7 +152,10 @@ class _Worker:
 
 
 class _VirtualWorkers:
-    """The methods of actors.worker.RolloutActor with the worker's number in front. A group takes ``group_s`` and no computing."""
+    """The methods of actors.worker.RolloutActor with the worker's number in front.
+
+    A group takes ``group_s`` and no computing.
+    """
 
     def __init__(self, template: Template, group_s: float) -> None:
         self._template, self._group_s = template, group_s
@@ -216,7 +217,7 @@ VirtualWorkers = ray.remote(num_cpus=0, max_restarts=0)(_VirtualWorkers)
 
 @dataclass(frozen=True, slots=True)
 class _Method:
-    """A method of one virtual worker, called as Ray's are."""
+    """A method of one virtual worker, called as a method of a Ray actor."""
 
     method: Any
     arguments: tuple[Any, ...]
@@ -226,7 +227,7 @@ class _Method:
 
 
 class VirtualHandle:
-    """One virtual worker as the driver-side proxy sees an actor."""
+    """One virtual worker, with the methods of an actor handle that RemoteWorker calls."""
 
     def __init__(self, actor: Any, number: int, first_s: float) -> None:
         self.start = _Method(actor.start, (number, first_s))
@@ -238,7 +239,10 @@ class VirtualHandle:
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class VirtualRank:
-    """The methods of learner.worker.LearnerActor that the loop uses. A step reads every group and learns nothing."""
+    """The methods of learner.worker.LearnerActor that the loop uses.
+
+    A step reads every group and learns nothing.
+    """
 
     def __init__(self, spec: LearnerSpec, rank: int) -> None:
         self._version: PolicyVersion = 0
@@ -253,7 +257,7 @@ class VirtualRank:
 
     @ray.method
     def hold(self, *groups: TrajectoryGroup) -> None:
-        """The groups are here: nothing else is asked."""
+        """Nothing to do: Ray has fetched the groups before the call."""
 
     @ray.method
     def step(self, *groups: TrajectoryGroup) -> StepReport:

@@ -1,4 +1,4 @@
-"""One cell of the cost benchmark (cost.py): an engine, a writer and one episode over a history of a given length, in a process of their own."""
+"""One cell of the cost benchmark (cost.py), in a process of its own: an engine, a writer and one episode."""
 
 from __future__ import annotations
 
@@ -7,21 +7,13 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from actors.types import (
-    AdapterKey,
-    FastWeights,
-    Flashcard,
-    Generation,
-    PolicyVersion,
-    Probe,
-    Sampling,
-    Task,
-    Trajectory,
-)
-from cluster.bench import memory as resident_memory
+from actors.text.flashcards import extraction_prompt, render_flashcards
+from actors.types import AdapterKey, Flashcard, Sampling, Task, Trajectory
+from cluster.bench import machine
+from cluster.bench.scripted import Script, ScriptedPolicy
 from cluster.bench.values import BenchError
 from configs.schema import (
     EmbedderConfig,
@@ -35,42 +27,25 @@ from configs.schema import (
 )
 
 if TYPE_CHECKING:
-    from actors.engine.policy import VLLMPolicy
     from actors.text.chat_template import ChatFormat
 
 MemoryKind = Literal["none", "parametric"]
 
-BLOCK = 128
-"""Tokens of one block of vLLM's KV cache on CPU; a multiple of the GPU's."""
+BLOCK = 128  # tokens of one block of vLLM's KV cache on CPU; a multiple of the GPU's
 
 EPISODE_S = 3000.0
 MIB = 2**20
 QUESTION = "What did they say about the harbour?"
-WORDS = (
-    "they",
-    "said",
-    "that",
-    "the",
-    "old",
-    "house",
-    "was",
-    "near",
-    "water",
-    "and",
-    "we",
-    "went",
-    "there",
-    "after",
-    "work",
-    "with",
-    "some",
-    "friends",
-)
+_FILLER = "they said that the old house was near water and we went there after work with some friends"
+WORDS = _FILLER.split()
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """All in tokens. ``lengths``: of the histories, multiples of ``turn``. ``limit``: L_max. ``extraction``: the most that one may have."""
+    """Sizes in tokens. ``lengths``: of the histories, multiples of ``turn``. ``limit``: L_max.
+
+    ``extraction``: the longest extraction.
+    """
 
     lengths: tuple[int, ...]
     turn: int
@@ -81,7 +56,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One episode to be measured. ``memory`` "none" is full context."""
+    """An episode to measure. ``memory`` "none" is full context."""
 
     memory: MemoryKind
     length: int
@@ -92,9 +67,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """``peak``: bytes, from after the start to the episode's end. ``context``: tokens that the engine must admit, ``cache``: bytes of their KV cache.
+    """``peak``: bytes, from the end of the start to the episode's end. ``writes``: all were accepted.
 
-    ``adapter``: bytes of one revision's B. ``writes``: accepted ones; another outcome is an error here.
+    ``context``: tokens that the engine must admit. ``cache``: bytes of their KV cache. ``adapter``: bytes of
+    one revision's B.
     """
 
     peak: int
@@ -107,7 +83,7 @@ class Cost:
 
 
 class PeakMemory:
-    """Of this process: resident memory, or the GPU's allocated memory where there is one."""
+    """The GPU's allocated memory where there is a GPU, else the process's resident memory."""
 
     def __init__(self) -> None:
         import torch
@@ -116,69 +92,48 @@ class PeakMemory:
 
     @property
     def resident(self) -> bool:
-        """Whether this is resident memory."""
         return self._cuda is None
 
     def reset(self) -> None:
-        """Forget the peak so far: that of loading a model would hide that of an episode. Raises BenchError where the system has no such thing.
+        """Forget the peak so far: loading a model takes more than an episode. Raises BenchError.
 
-        What the start freed and the C library kept goes back to the system first: it differs by hundreds of MiB from run to run.
+        Why memory that the start freed goes back to the system: it differs by hundreds of MiB from run to
+        run.
         """
         if self._cuda is not None:
             self._cuda.reset_peak_memory_stats()
         else:
-            resident_memory.reset_peak()
+            machine.reset_peak()
 
     def read(self) -> int:
-        """Bytes since the last reset."""
-        if self._cuda is not None:
-            return int(self._cuda.max_memory_allocated())
-        return resident_memory.peak()
+        """The peak in bytes since the last reset."""
+        return machine.peak() if self._cuda is None else int(self._cuda.max_memory_allocated())
 
 
-class ScriptedExtractions:
-    """The engine as a Policy whose extractions are scripted: it samples as many tokens as the script has, and the script is handed back."""
+def extraction_script(chat: ChatFormat) -> Script:
+    """A script (scripted.Script) that writes two new flashcards an extraction and leaves answers alone."""
+    count = 0
 
-    def __init__(self, policy: VLLMPolicy, chat: ChatFormat) -> None:
-        self._policy = policy
-        self._chat = chat
-        self._count = 0
-
-    @property
-    def version(self) -> PolicyVersion:
-        return self._policy.version
-
-    async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey
-    ) -> Generation:
+    def script(prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> tuple[int, ...] | None:
+        nonlocal count
         if sampling.kind == "act":
-            return await self._policy.generate(prompt_ids, sampling, adapter)
-        from actors.text.flashcards import render_flashcards
-
-        self._count += 1
-        cards = [
-            Flashcard(
-                f"Who came to the harbour on day {self._count}{half}?", f"The keeper of house {self._count}."
-            )
-            for half in ("a", "b")
-        ]
-        script = self._chat.reply(render_flashcards(cards))
-        if len(script) > sampling.max_tokens:
+            return None
+        count += 1
+        answer = f"The keeper of house {count}."
+        cards = [Flashcard(f"Who came to the harbour on day {count}{half}?", answer) for half in ("a", "b")]
+        ids = chat.reply(render_flashcards(cards))
+        if len(ids) > sampling.max_tokens:
             raise BenchError(
-                f"the scripted extraction has {len(script)} tokens of this tokenizer, {sampling.max_tokens} are allowed"
+                f"the scripted extraction has {len(ids)} tokens of this tokenizer, "
+                f"{sampling.max_tokens} are allowed"
             )
-        sampled = await self._policy.generate(prompt_ids, replace(sampling, max_tokens=len(script)), adapter)
-        return Generation(script, sampled.logprobs, "stop")
+        return ids
 
-    async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
-        await self._policy.install(key, weights, probe)
-
-    async def release(self, keys: Sequence[AdapterKey]) -> None:
-        await self._policy.release(keys)
+    return script
 
 
 class Episode:
-    """What a cell's process holds: engine, writer and one episode."""
+    """A cell's engine, writer and episode. Held by a child process."""
 
     def __init__(self, cell: Cell) -> None:
         import torch
@@ -196,30 +151,26 @@ class Episode:
         self._chat = ChatFormat(AutoTokenizer.from_pretrained(cell.model_path))
         environment = build_environment(EnvironmentConfig(), EmbedderConfig())
         self._memory, self._context = _memory(cell, self._chat, environment.system_prompt)
-        model = ModelConfig()
-        self._token_bytes = _token_bytes(
-            AutoConfig.from_pretrained(cell.model_path), getattr(torch, model.dtype).itemsize
-        )
+        model, architecture = ModelConfig(), AutoConfig.from_pretrained(cell.model_path)
+        self._token_bytes = _token_bytes(architecture, getattr(torch, model.dtype).itemsize)
         basis = compute_basis_from_checkpoint(cell.model_path, FastWeightsConfig(), seed=0)
         self._adapter = 4 * basis.parameters
-        engine = EngineConfig(
-            slots=1,
-            max_model_tokens=self._context,
-            kv_cache_gib=_cached_tokens(self._context) * self._token_bytes / 2**30,
-        )
+        cache_gib = _cached_tokens(self._context) * self._token_bytes / 2**30
+        engine = EngineConfig(slots=1, max_model_tokens=self._context, kv_cache_gib=cache_gib)
+        stop: tuple[int, ...] = ()  # every request samples the number of tokens that it is given
         self._policy = VLLMPolicy(
-            cell.model_path, model, engine, basis, (), version=0, threads=cell.threads, seed=0
-        )  # no stop: lengths are given
+            cell.model_path, model, engine, basis, stop, version=0, threads=cell.threads, seed=0
+        )
         write, writer = WriteConfig(), self._policy.writer(WriteConfig())
         rollout = RolloutConfig(threads=cell.threads, episode_timeout_s=EPISODE_S)
-        policy = ScriptedExtractions(self._policy, self._chat)
+        policy = ScriptedPolicy(self._policy, extraction_script(self._chat))
         around = surroundings(self._context, cell.sizes.answer, EmbedderConfig())
         self._rollout = Rollout(
             policy, writer, environment, self._chat, write, rollout, engine.slots, around, basis.id, "cost"
         )
 
     def cache_tokens(self) -> tuple[int, int]:
-        """That the KV cache admits: as computed here, and as vLLM made it."""
+        """The tokens that the KV cache admits: as computed here, and as vLLM made it."""
 
         def made(engine: Any) -> int:
             cache = engine.vllm_config.cache_config
@@ -228,7 +179,10 @@ class Episode:
         return _cached_tokens(self._context), self._policy._loop.call(made, "other").result(60)
 
     def play(self) -> Cost:
-        """An episode of one full context that warms up, then the measured one. Raises BenchError when it, or a write of it, fails."""
+        """Warm up with an episode of one full context, then measure the cell's episode.
+
+        Raises BenchError when the episode, or a write in it, fails.
+        """
         cell, memory = self._cell, PeakMemory()
         self._run(cell.sizes.limit, seed=1)
         memory.reset()
@@ -241,20 +195,19 @@ class Episode:
         needed, made = self.cache_tokens()
         if memory.resident and made != needed:
             raise BenchError(
-                f"vLLM made a KV cache of {made} tokens, not of {needed}: what its blocks need is computed wrongly here"
+                f"vLLM made a KV cache of {made} tokens, not of {needed}: "
+                "_cached_tokens is wrong about its blocks"
             )
-        spare = (
-            made - needed
-        ) * self._token_bytes  # on GPU vLLM takes gpu_memory_utilization, however little is needed
-        cache = needed * self._token_bytes
+        # On a GPU vLLM takes gpu_memory_utilization, however little is needed.
+        spare = (made - needed) * self._token_bytes
         return Cost(
-            memory.read() - spare,
-            self._context,
-            cache,
-            trajectory.timings.total,
-            cpu_s,
-            len(trajectory.writes),
-            self._adapter,
+            peak=memory.read() - spare,
+            context=self._context,
+            cache=needed * self._token_bytes,
+            seconds=trajectory.timings.total,
+            cpu_s=cpu_s,
+            writes=len(trajectory.writes),
+            adapter=self._adapter,
         )
 
     def _run(self, length: int, seed: int) -> Trajectory:
@@ -273,7 +226,7 @@ class Episode:
 
 
 def history(chat: ChatFormat, length: int, turn: int, seed: int) -> list[str]:
-    """Filler texts; as user turns of ``chat`` each has exactly ``turn`` tokens, ``length`` in all (a multiple of it)."""
+    """Filler texts, ``length`` tokens in all. Each is a user turn of exactly ``turn`` tokens."""
     draw = random.Random(seed)
     return [_filler(chat, turn, draw) for _ in range(length // turn)]
 
@@ -292,24 +245,22 @@ def _filler(chat: ChatFormat, tokens: int, draw: random.Random) -> str:
 
 
 def _memory(cell: Cell, chat: ChatFormat, system_prompt: str) -> tuple[MemoryConfig, int]:
-    """The memory of a cell, and the tokens that its engine must admit: the longest prompt and what is sampled after it."""
-    from actors.text.flashcards import extraction_prompt
-
+    """The cell's memory, and the tokens that its engine must admit: the longest prompt and its sample."""
     sizes = cell.sizes
     opening = len(chat.system(system_prompt)) + len(chat.assistant_open)
     if cell.memory == "none":
         needed = opening + cell.length + len(chat.user(QUESTION)) + sizes.answer
         return MemoryConfig(policy="truncation", max_context_tokens=needed), needed
-    # A context is relieved once it is over L_max: by a turn at most. The extraction lists earlier flashcards, ``extraction`` tokens at most.
-    asking = len(chat.user(extraction_prompt(QUESTION, [Flashcard("q", "a")]))) + len(chat.assistant_open)
-    config = MemoryConfig(
-        policy="parametric", max_context_tokens=sizes.limit, max_extract_tokens=sizes.extraction
-    )
-    return config, sizes.limit + sizes.turn + asking + 2 * sizes.extraction
+    # A context is relieved once it is over L_max, by at most a turn. The extraction's prompt lists earlier
+    # flashcards, at most ``extraction`` tokens of them.
+    prompt = chat.user(extraction_prompt(QUESTION, [Flashcard("q", "a")])) + chat.assistant_open
+    limit, extraction = sizes.limit, sizes.extraction
+    config = MemoryConfig(policy="parametric", max_context_tokens=limit, max_extract_tokens=extraction)
+    return config, limit + sizes.turn + len(prompt) + 2 * extraction
 
 
 def _cached_tokens(context: int) -> int:
-    """What the KV cache must hold for ``context`` tokens: whole blocks, and the one that vLLM keeps for itself."""
+    """Tokens of a KV cache for ``context`` tokens: whole blocks, and one that vLLM keeps for itself."""
     return (math.ceil(context / BLOCK) + 1) * BLOCK
 
 

@@ -1,22 +1,26 @@
-"""The learner: a step under one Delta per segment against the same step without; memory of the head; padding of its microbatches.
+"""The learner: the cost of one Delta per segment, the memory of the head, the padding of its microbatches.
 
-Real Learner (DeepSpeed, ZeRO 1, float32) on groups with the quickstart's shapes. Both steps run on one learner in turns: same tokens, same rows.
+The learner is real (DeepSpeed, ZeRO 1, float32), on groups with the quickstart's shapes. A step with Deltas
+and the same step without run on one learner in turns: the same tokens in the same rows. The head's log-probs
+of many tokens, forward and backward, are compared in three ways, in a process for each size: full logits,
+torch's chunked loss, ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Literal
 
 from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.fast_weights.delta import Basis
 from actors.types import TrajectoryGroup
-from cluster.bench.harness import in_turns, timed
-from cluster.bench.learner_groups import recall_groups, shared_prefix_fraction, without_deltas
-from cluster.bench.learner_head import HeadSize, head_plot, head_table
-from cluster.bench.memory import why_unmeasurable
+from cluster.bench.harness import child, in_turns, timed
+from cluster.bench.machine import peak_above, why_unmeasurable
+from cluster.bench.scripted import recall_groups, without_deltas
 from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Timing
 from cluster.measure.report import Table
 from configs.load import load_config
@@ -27,11 +31,19 @@ from learner.learner import Learner
 from learner.types import Row
 
 Trainable = Literal["last_layers", "full"]
+Way = Literal["full logits", "torch's chunked loss", "TokenHead"]
+
 STEP_GOAL = Goal("at most", 1.05)
 PADDING_GOAL = Goal("at most", 1 / 0.9)  # less than a tenth of what goes through the model is padding
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
-_VOCABULARIES = (49_152, 151_936)  # SmolLM2's and Qwen3's
-_RANKS = (1, 2, 4)
+RANKS = (1, 2, 4)
+WAYS: tuple[Way, ...] = ("full logits", "torch's chunked loss", "TokenHead")
+VOCABULARIES = (49_152, 151_936)  # SmolLM2's and Qwen3's
+# Tokens, about as many as TokenHead's. With these vocabularies torch picks a few, which is many times slower
+# on CPU.
+TORCH_CHUNK = 128
+HEAD_S = 900.0
+MIB = 2**20
 
 
 def run(context: Context) -> Outcome:
@@ -44,60 +56,33 @@ def run(context: Context) -> Outcome:
         cases += step_cases(context, config, basis, groups[: max(1, tasks // 2)], trainable)
     padding, padding_table = padding_of(groups, config)
     shared = shared_prefix_fraction(groups)
+    rows = sum(len(trajectory.segments) for group in groups for trajectory in group.trajectories)
     prefixes = Table(
-        "A lead: tokens that a sibling's row under revision 0 begins with as well, computed once a group if prefixes were shared",
+        "Tokens that a sibling's row under revision 0 begins with too: what sharing prefixes could save",
         ("rows", "share of all tokens"),
-        ((f"{sum(len(one.segments) for group in groups for one in group.trajectories)}", f"{shared:.1%}"),),
+        ((str(rows), f"{shared:.1%}"),),
     )
     table, plots, figures = head(context)
-    return Outcome(
-        (*cases, padding),
-        (table, padding_table, prefixes),
-        plots,
-        {"shared_prefix_fraction": shared, **figures},
-    )
+    tables = (table, padding_table, prefixes)
+    return Outcome((*cases, padding), tables, plots, {"shared_prefix_fraction": shared, **figures})
 
 
-def head(context: Context) -> tuple[Table, tuple[Path, ...], dict[str, float]]:
-    """Memory of the head; where peaks cannot be measured, a table that says why."""
-    if reason := why_unmeasurable():
-        return (
-            Table("Log-probs of many tokens, forward and backward: not measured", ("reason",), ((reason,),)),
-            (),
-            {},
-        )
-    table, costs = head_table(_head_sizes(context.quick), context.threads)
-    figures = {
-        f"head_peak_mib {way} {size.vocabulary} {'trained' if size.trained else 'frozen'}": cost.peak / 2**20
-        for (size, way), cost in costs.items()
-    }
-    return table, (head_plot(costs, context.folder),), figures
+# --- a step -----------------------------------------------------------------------------------------------
 
 
 def step_cases(
     context: Context, config: RunConfig, basis: Basis, groups: Sequence[TrajectoryGroup], trainable: Trainable
 ) -> tuple[Case, Case]:
-    """By CPU seconds (steadier where others use the machine too) and by wall seconds."""
+    """Compare CPU seconds (steadier where others use the machine too) and wall seconds."""
     settings = replace(config.learner, trainable=trainable, learning_rate=1e-7, threads=context.threads)
     if context.quick:
         settings = replace(settings, trainable_layers=min(2, settings.trainable_layers))
-    temperature = config.sampling.temperature
-    learner = Learner(
-        settings,
-        config.objective,
-        str(context.model_path),
-        basis,
-        config.seed,
-        temperature,
-        rank=0,
-        world_size=1,
-    )
+    path, temperature = str(context.model_path), config.sampling.temperature
+    learner = Learner(settings, config.objective, path, basis, config.seed, temperature, rank=0, world_size=1)
     bare = without_deltas(groups)
     report = learner.step(groups)
     if report.tokens != learner.step(bare).tokens or report.tokens == 0:
-        raise BenchError(
-            "the step without Deltas evaluated other tokens than the step with them, or neither any: no comparison"
-        )
+        raise BenchError("no comparison: the steps with and without Deltas evaluated other tokens, or none")
     timings = in_turns(
         {
             "without": lambda: timed(lambda: learner.step(bare)),
@@ -105,64 +90,33 @@ def step_cases(
         },
         context.repeats,
     )
+    floor = f"the Deltas add {_added_work(learner, basis):.2%} to the multiplications of the layers"
     note = (
-        f"{report.tokens} tokens in {report.microbatches} microbatches, {report.action_tokens} of them sampled; "
-        f"the Deltas add {_added_work(learner, basis):.2%} to the multiplications of the layers: the floor of their cost"
+        f"{report.tokens} tokens in {report.microbatches} microbatches, "
+        f"{report.action_tokens} of them sampled; "
+        f"{floor}: the floor of their cost"
     )
-    return _case(f"step, {trainable}, CPU", "cpu_s", timings, note), _case(
-        f"step, {trainable}, wall", "wall_s", timings, ""
+    return (
+        _step_case(f"step, {trainable}, CPU", "cpu_s", timings, note),
+        _step_case(f"step, {trainable}, wall", "wall_s", timings, ""),
     )
 
 
-def padding_of(groups: Sequence[TrajectoryGroup], config: RunConfig) -> tuple[Case, Table]:
-    """Of one quickstart step: as packed, beside sorting by length and filling up each microbatch."""
-    estimate = estimator(config.objective)
-    scored = [one for group in groups for one in score(group, estimate)]
-    rows = rows_of(scored, config.objective.aggregate, skip_zero_advantage=True).rows
-    budget = config.learner.microbatch_tokens
-    tokens = sum(len(row.segment.token_ids) for row in rows)
-    filled = sort_and_fill(rows, budget)
-    lines = [("sort and fill", "1", f"{len(filled)}", f"{1 - tokens / sum(filled):.1%}")]
-    places: dict[int, int] = {}
-    for ranks in _RANKS:
-        plan = pack(rows, budget, ranks, config.sampling.temperature)
-        if len({len(part) for part in plan}) != 1:
-            raise BenchError(
-                f"ranks have {[len(part) for part in plan]} microbatches: they must have as many each"
-            )
-        places[ranks] = sum(one.token_ids.size for part in plan for one in part)
-        lines.append(
-            ("learner.batch.pack", f"{ranks}", f"{len(plan[0])}", f"{1 - tokens / places[ranks]:.1%}")
-        )
-    note = f"{1 - tokens / places[1]:.1%} of what goes through the model is padding (goal: under 10 %), {1 - tokens / sum(filled):.1%} by sort and fill"
-    case = Case(
-        "padding",
-        "tokens",
-        "with padding",
-        "tokens",
-        (float(tokens),),
-        (float(places[1]),),
-        "candidate/baseline",
-        PADDING_GOAL,
-        note,
+def _step_case(
+    name: str, clock: Literal["cpu_s", "wall_s"], timings: dict[str, list[Timing]], note: str
+) -> Case:
+    without, under = (
+        tuple(float(getattr(timing, clock)) for timing in timings[side]) for side in ("without", "with")
     )
-    title = f"Padding of {len(rows)} rows, {tokens} tokens, in microbatches of at most {budget}"
-    return case, Table(title, ("packing", "ranks", "microbatches a rank", "padding"), tuple(lines))
-
-
-def sort_and_fill(rows: Sequence[Row], budget: int) -> list[int]:
-    """The simple packing: from the longest row on, as many as fit. Sizes of the microbatches, padding included."""
-    batches: list[list[int]] = []
-    for length in sorted((len(row.segment.token_ids) for row in rows), reverse=True):
-        if batches and (len(batches[-1]) + 1) * batches[-1][0] <= budget:
-            batches[-1].append(length)
-        else:
-            batches.append([length])
-    return [len(batch) * batch[0] for batch in batches]
+    names = ("Deltas taken away", "a Delta per segment")
+    return Case(name, *names, "s", without, under, "candidate/baseline", STEP_GOAL, note)
 
 
 def _added_work(learner: Learner, basis: Basis) -> float:
-    """Multiplications of the Deltas over those of the layers' own weights, forward and backward (no gradient of B or A, none of frozen weights)."""
+    """Multiplications of the Deltas over those of the layers' own weights, forward and backward.
+
+    No gradient of B or A is counted, and none of frozen weights.
+    """
     layers = {
         name: value.numel()
         for name, value in learner.weights(trainable_only=False).items()
@@ -173,27 +127,222 @@ def _added_work(learner: Learner, basis: Basis) -> float:
     return 2 * delta / (sum(layers.values()) + 2 * trained)
 
 
-def _case(name: str, clock: Literal["cpu_s", "wall_s"], timings: dict[str, list[Timing]], note: str) -> Case:
-    without, under = (
-        tuple(float(getattr(one, clock)) for one in timings[side]) for side in ("without", "with")
+# --- padding and prefixes ---------------------------------------------------------------------------------
+
+
+def padding_of(groups: Sequence[TrajectoryGroup], config: RunConfig) -> tuple[Case, Table]:
+    """Padding of one quickstart step, packed by the learner and by sort_and_fill."""
+    estimate = estimator(config.objective)
+    scored = [trajectory for group in groups for trajectory in score(group, estimate)]
+    rows = rows_of(scored, config.objective.aggregate, skip_zero_advantage=True).rows
+    budget = config.learner.microbatch_tokens
+    tokens = sum(len(row.segment.token_ids) for row in rows)
+
+    def padding(places: int) -> str:
+        return f"{1 - tokens / places:.1%}"
+
+    filled = sort_and_fill(rows, budget)
+    lines = [("sort and fill", "1", f"{len(filled)}", padding(sum(filled)))]
+    places: dict[int, int] = {}
+    for ranks in RANKS:
+        plan = pack(rows, budget, ranks, config.sampling.temperature)
+        counts = [len(part) for part in plan]
+        if len(set(counts)) != 1:
+            raise BenchError(f"the ranks have {counts} microbatches, but each must have as many")
+        places[ranks] = sum(microbatch.token_ids.size for part in plan for microbatch in part)
+        lines.append(("learner.batch.pack", f"{ranks}", f"{len(plan[0])}", padding(places[ranks])))
+    note = (
+        f"{padding(places[1])} of what goes through the model is padding (goal: under 10 %), "
+        f"{padding(sum(filled))} by sort and fill"
     )
-    return Case(
-        name,
-        "Deltas taken away",
-        "a Delta per segment",
-        "s",
-        without,
-        under,
-        "candidate/baseline",
-        STEP_GOAL,
-        note,
-    )
+    values = ((float(tokens),), (float(places[1]),))
+    names = ("tokens", "with padding")
+    case = Case("padding", *names, "tokens", *values, "candidate/baseline", PADDING_GOAL, note)
+    title = f"Padding of {len(rows)} rows, {tokens} tokens, in microbatches of at most {budget}"
+    return case, Table(title, ("packing", "ranks", "microbatches a rank", "padding"), tuple(lines))
+
+
+def sort_and_fill(rows: Sequence[Row], budget: int) -> list[int]:
+    """The simple packing: longest row first, as many rows as fit.
+
+    Sizes of the microbatches with their padding.
+    """
+    batches: list[list[int]] = []
+    for length in sorted((len(row.segment.token_ids) for row in rows), reverse=True):
+        if batches and (len(batches[-1]) + 1) * batches[-1][0] <= budget:
+            batches[-1].append(length)
+        else:
+            batches.append([length])
+    return [len(batch) * batch[0] for batch in batches]
+
+
+def shared_prefix_fraction(groups: Sequence[TrajectoryGroup]) -> float:
+    """Share of all tokens that an earlier row of the group starts with too, under revision 0."""
+    shared = total = 0
+    for group in groups:
+        earlier: list[tuple[int, ...]] = []
+        for segment in (segment for trajectory in group.trajectories for segment in trajectory.segments):
+            ids = tuple(int(token) for token in segment.token_ids)
+            total += len(ids)
+            if segment.revision == 0:  # later revisions differ between siblings, and so do hidden states
+                shared += max((_common_prefix(ids, row) for row in earlier), default=0)
+                earlier.append(ids)
+    return shared / total
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+
+
+# --- the head ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSize:
+    """``trained``: the head's weight needs a gradient (learner.trainable=full), else none (last_layers)."""
+
+    tokens: int
+    width: int
+    vocabulary: int
+    trained: bool
+
+    @property
+    def state(self) -> str:
+        return "trained" if self.trained else "frozen"
+
+
+@dataclass(frozen=True, slots=True)
+class HeadCost:
+    """``peak``: bytes above states, weight and targets. ``total``: the sum of the log-probs."""
+
+    peak: int
+    wall_s: float
+    cpu_s: float
+    total: float
+
+
+HeadCosts = Mapping[tuple[HeadSize, Way], HeadCost]
+
+
+class Head:
+    """A child process's random states and weight of one size."""
+
+    def __init__(self, size: HeadSize, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        self._layer = torch.nn.Linear(size.width, size.vocabulary, bias=False).requires_grad_(size.trained)
+        self._states = torch.randn(size.tokens, size.width).requires_grad_(True)
+        self._targets = torch.randint(size.vocabulary, (size.tokens,))
+
+    def measure(self, way: Way) -> HeadCost:
+        """Run forward and backward once, after a small warm-up.
+
+        Raises BenchError where peaks are unmeasurable.
+        """
+        self._run(way, slice(0, 2))  # imports, thread pools
+        self._layer.weight.grad = self._states.grad = None
+
+        def measured_run() -> tuple[float, float, float]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            total = self._run(way, slice(None))
+            return time.perf_counter() - wall, time.process_time() - cpu, total
+
+        (wall_s, cpu_s, total), peak = peak_above(measured_run)
+        self._layer.weight.grad = self._states.grad = None  # else the next way would find them in memory
+        return HeadCost(peak, wall_s, cpu_s, total)
+
+    def _run(self, way: Way, part: slice) -> float:
+        import torch
+        from torch.nn import LinearCrossEntropyOptions
+        from torch.nn.functional import linear_cross_entropy
+
+        from learner.head import TokenHead
+
+        states, targets, weight = self._states[part], self._targets[part], self._layer.weight
+        if way == "TokenHead":
+            logp = TokenHead(self._layer)(states, targets, 1.0)[0]
+        elif way == "full logits":
+            logp = self._layer(states).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        else:
+            options = LinearCrossEntropyOptions(batch_chunk_size=TORCH_CHUNK)
+            logp = -linear_cross_entropy(states, weight, targets, reduction="none", options=options)
+        total: torch.Tensor = logp.sum()
+        total.backward()
+        return float(total.detach())
+
+
+def head(context: Context) -> tuple[Table, tuple[Path, ...], dict[str, float]]:
+    """Measure the memory of the head. Where peaks are unmeasurable, the table says why."""
+    if reason := why_unmeasurable():
+        title = "Log-probs of many tokens, forward and backward: not measured"
+        return Table(title, ("reason",), ((reason,),)), (), {}
+    costs = _head_costs(_head_sizes(context.quick), context.threads)
+    figures = {
+        f"head_peak_mib {way} {size.vocabulary} {size.state}": cost.peak / MIB
+        for (size, way), cost in costs.items()
+    }
+    return _head_table(costs), (_head_plot(costs, context.folder),), figures
 
 
 def _head_sizes(quick: bool) -> tuple[HeadSize, ...]:
     if quick:
         return (HeadSize(tokens=512, width=32, vocabulary=30_000, trained=False),)
-    # 1,024 tokens: enough to tell the ways apart; more only take longer
+    # 1,024 tokens tell the ways apart; more only take longer.
     return tuple(
-        HeadSize(1024, 576, vocabulary, trained) for vocabulary in _VOCABULARIES for trained in (False, True)
+        HeadSize(1024, 576, vocabulary, trained)
+        for vocabulary, trained in product(VOCABULARIES, (False, True))
     )
+
+
+def _head_costs(sizes: Sequence[HeadSize], threads: int) -> HeadCosts:
+    """Measure every way at every size. Raises BenchError when two ways disagree by more than rounding."""
+    costs: dict[tuple[HeadSize, Way], HeadCost] = {}
+    for size in sizes:
+        with child(f"log-probs at {size.vocabulary}", Head, (size, threads)) as process:
+            costs |= {(size, way): process.call("measure", (way,), HEAD_S) for way in WAYS}
+    for (size, way), cost in costs.items():
+        plain = costs[size, "full logits"].total
+        if abs(cost.total - plain) > 1e-4 * abs(plain):
+            raise BenchError(
+                f"{way} at {size}: the log-probs sum to {cost.total}, full logits to {plain}; "
+                "learner/head.py is wrong"
+            )
+    return costs
+
+
+def _head_table(costs: HeadCosts) -> Table:
+    rows = []
+    for (size, way), cost in costs.items():
+        plain = costs[size, "full logits"]
+        memory = (f"{cost.peak / MIB:.0f}", f"{cost.peak / plain.peak:.2f}")
+        seconds = (f"{cost.cpu_s:.2f}", f"{cost.cpu_s / plain.cpu_s:.2f}")
+        rows.append((f"{size.vocabulary}", size.state, way, *memory, *seconds))
+    memory_header = ("peak MiB above inputs", "of full logits")
+    header = ("vocabulary", "head", "log-probs by", *memory_header, "CPU s", "of full logits")
+    size = next(iter(costs))[0]
+    title = f"Log-probs of {size.tokens:,} tokens at width {size.width}, forward and backward, float32"
+    return Table(title, header, tuple(rows))
+
+
+def _head_plot(costs: HeadCosts, folder: Path) -> Path:
+    """Draw bars of peak memory, a group for each size."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    sizes = list(dict.fromkeys(size for size, _ in costs))
+    for place, way in enumerate(WAYS):
+        heights = [costs[size, way].peak / MIB for size in sizes]
+        lefts = [number + (place - 1) * 0.27 for number in range(len(sizes))]
+        axes.bar(lefts, heights, width=0.25, label=way)
+    axes.set_xticks(range(len(sizes)), [f"{size.vocabulary}\n{size.state}" for size in sizes])
+    axes.set_xlabel("vocabulary and head")
+    axes.set_ylabel("peak MiB above inputs")
+    axes.legend(frameon=False)
+    FigureCanvasAgg(figure)
+    path = folder / "learner-head-memory.png"
+    figure.savefig(path)
+    return path

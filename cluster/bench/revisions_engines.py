@@ -1,6 +1,10 @@
-"""What the processes of the revisions benchmark hold: engines with and without adapters, a policy that installs, vLLM as it comes, its manager.
+"""The processes of the revisions benchmark (revisions.py).
 
-Sampling is greedy with the log-prob of the sampled token, the end-of-text token is ignored, and no prompt is ever seen twice, so no prefix is cached.
+SteppedEngine      an engine with or without adapters     InstallingPolicy   Engram's way to install
+FileEngine         vLLM's way to install                  SteppedManager     the worker's adapter manager
+
+Sampling is greedy with the log-prob of the sampled token, and the end-of-text token is ignored. No prompt
+comes twice, so no prefix is cached.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ _CALL_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What every engine here has in common."""
+    """The settings that all engines here share."""
 
     model_path: Path
     threads: int
@@ -48,22 +52,27 @@ class Setup:
 
     @property
     def engine(self) -> EngineConfig:
-        return EngineConfig(
-            slots=self.slots, max_model_tokens=self.max_tokens, kv_cache_gib=0.5, receipts="off"
-        )
+        slots, tokens = self.slots, self.max_tokens
+        return EngineConfig(slots=slots, max_model_tokens=tokens, kv_cache_gib=0.5, receipts="off")
 
     @property
     def model(self) -> ModelConfig:
         return ModelConfig(dtype="float32")
 
     def basis(self) -> Basis:
-        return compute_basis_from_checkpoint(
-            self.model_path, FastWeightsConfig(basis="random"), seed=0
-        )  # its values make no difference here
+        """A random basis: its values make no difference here."""
+        return compute_basis_from_checkpoint(self.model_path, FastWeightsConfig(basis="random"), seed=0)
+
+    def engine_with_adapters(self, basis: Basis) -> Any:
+        return build_engine(self.model_path, self.model, self.engine, basis, threads=self.threads, seed=0)
+
+    def arguments(self, basis: Basis) -> Any:
+        """vLLM's EngineArgs."""
+        return engine_arguments(self.model_path, self.model, self.engine, basis, 0)
 
 
 class Revisions:
-    """Fresh revisions of random values, and fresh prompts."""
+    """Draws revisions and prompts that were never seen before."""
 
     def __init__(self, basis: Basis, vocabulary: int) -> None:
         self._basis, self._vocabulary = basis, vocabulary
@@ -87,7 +96,7 @@ class Revisions:
 
 
 class SteppedEngine:
-    """An engine with or without adapters, stepped by hand so that prefill and decode are timed apart."""
+    """An engine that is stepped by hand, so that prefill and decode are timed apart."""
 
     def __init__(self, setup: Setup, adapters: bool) -> None:
         prepare_environment(setup.threads)
@@ -96,22 +105,18 @@ class SteppedEngine:
         self._adapters, self._requests = adapters, 0
         self._table = AdapterTable(0)
         if adapters:
-            self._engine = build_engine(
-                setup.model_path, setup.model, setup.engine, basis, threads=setup.threads, seed=0
-            )
+            self._engine = setup.engine_with_adapters(basis)
             return
-        arguments = engine_arguments(setup.model_path, setup.model, setup.engine, basis, 0)
-        self._engine = start_engine(
-            replace(arguments, enable_lora=False, lora_target_modules=None), setup.threads
-        )
+        plain = replace(setup.arguments(basis), enable_lora=False, lora_target_modules=None)
+        self._engine = start_engine(plain, setup.threads)
         _use_our_count()
 
     def prefill(self, sequences: int, length: int) -> Timing:
-        """Seconds of ``sequences`` prompts of ``length`` tokens, one token sampled after each."""
+        """Time ``sequences`` prompts of ``length`` tokens, with one token sampled after each."""
         return self._run(sequences, length, tokens=1, untimed_steps=0)
 
     def decode(self, sequences: int, length: int, tokens: int) -> Timing:
-        """Seconds of the steps that give each of ``sequences`` its second to last of ``tokens`` tokens."""
+        """Time the steps that sample the second to the last of ``tokens`` tokens of each sequence."""
         return self._run(sequences, length, tokens, untimed_steps=1)
 
     def _run(self, sequences: int, length: int, tokens: int, untimed_steps: int) -> Timing:
@@ -133,12 +138,8 @@ class SteppedEngine:
         for place in range(sequences):
             self._requests += 1
             adapter = self._table.find(keys[place]) if keys else None
-            self._engine.add_request(
-                str(self._requests),
-                tokens_input(self._revisions.prompt(length)),
-                sampling,
-                lora_request=adapter,
-            )
+            prompt = tokens_input(self._revisions.prompt(length))
+            self._engine.add_request(str(self._requests), prompt, sampling, lora_request=adapter)
         for _ in range(untimed_steps):
             self._engine.step()
 
@@ -162,7 +163,7 @@ class InstallingPolicy:
         )
 
     def install(self, count: int) -> Timing:
-        """Seconds of ``count`` installs asked for at once."""
+        """Time ``count`` installs that are asked for at once."""
         wanted = [(self._revisions.key(), self._revisions.weights()) for _ in range(count)]
 
         async def work() -> Timing:
@@ -174,7 +175,10 @@ class InstallingPolicy:
         return asyncio.run(work())
 
     def load_slots(self) -> Timing:
-        """Seconds in which the adapters of the last ``install`` get their slots, as in the first step that names them all; then they are released."""
+        """Time the slot loads of the last ``install``'s adapters, as in the first step that names them all.
+
+        The adapters are released afterwards.
+        """
 
         def load(engine: Any) -> Timing:
             manager = _adapter_manager(engine)
@@ -187,21 +191,19 @@ class InstallingPolicy:
 
 
 class FileEngine:
-    """vLLM as it comes: an adapter is a folder with a safetensors file."""
+    """Unchanged vLLM: an adapter is a folder with a safetensors file."""
 
     def __init__(self, setup: Setup) -> None:
         prepare_environment(setup.threads)
         self._basis = setup.basis()
         self._revisions = Revisions(self._basis, 2)
-        self._engine = start_engine(
-            engine_arguments(setup.model_path, setup.model, setup.engine, self._basis, 0), setup.threads
-        )
+        self._engine = start_engine(setup.arguments(self._basis), setup.threads)
         shared_memory = Path("/dev/shm")
         self._folder = tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else None)
         self._number = 0
 
     def install(self, count: int) -> Timing:
-        """Seconds of writing ``count`` adapters and having vLLM load each into a slot, one after the other."""
+        """Time to write ``count`` adapters and let vLLM load each into a slot, one after the other."""
         from vllm.lora.request import LoRARequest
 
         wanted = [self._revisions.weights() for _ in range(count)]
@@ -212,9 +214,8 @@ class FileEngine:
                 self._number += 1
                 path = Path(self._folder.name) / str(self._number)
                 self._write(path, weights)
-                self._engine.add_lora(
-                    LoRARequest(lora_name=path.name, lora_int_id=self._number, lora_path=str(path))
-                )
+                request = LoRARequest(lora_name=path.name, lora_int_id=self._number, lora_path=str(path))
+                self._engine.add_lora(request)
 
         timing = timed(work)
         for number in range(first, self._number + 1):
@@ -240,39 +241,37 @@ class FileEngine:
 
 
 class SteppedManager:
-    """The worker's adapter manager with many adapters, to call what each step calls."""
+    """The worker's adapter manager with many adapters. It calls what each engine step calls."""
 
     def __init__(self, setup: Setup) -> None:
         prepare_environment(setup.threads)
         basis = setup.basis()
         self._revisions = Revisions(basis, 2)
-        self._engine = build_engine(
-            setup.model_path, setup.model, setup.engine, basis, threads=setup.threads, seed=0
-        )
+        self._engine = setup.engine_with_adapters(basis)
         self._manager = _adapter_manager(self._engine)
         self._table = AdapterTable(0)
-        self._known: list[Any] = []
+        self._registered: list[Any] = []
 
     def fill(self, active: int, registered: int) -> None:
-        """Have ``registered`` adapters known to the manager, the last ``active`` of them in slots."""
-        while len(self._known) < registered:
+        """Register adapters until there are ``registered``; put the last ``active`` into slots."""
+        while len(self._registered) < registered:
             key = self._revisions.key()
             self._table.put(self._engine, key, as_tensors(self._revisions.weights()))
-            self._known.append(self._table.find(key))
-            self._manager.add_adapter(self._known[-1])
-        self._requests = set(self._known[-active:])
+            self._registered.append(self._table.find(key))
+            self._manager.add_adapter(self._registered[-1])
+        self._requests = set(self._registered[-active:])
         self._manager._apply_adapters(self._requests)
 
     def ours(self, calls: int) -> Timing:
         return self._calls(calls, self._manager._apply_adapters)
 
     def theirs(self, calls: int) -> Timing:
-        """vLLM's own methods, by taking away for the moment what stands in for them on this object."""
-        mine = {name: self._manager.__dict__.pop(name) for name in ("_apply_adapters", "list_adapters")}
+        """Time vLLM's own methods: the stand-ins on this object are taken away for the moment."""
+        stand_ins = {name: self._manager.__dict__.pop(name) for name in ("_apply_adapters", "list_adapters")}
         try:
             return self._calls(calls, self._manager._apply_adapters)
         finally:
-            self._manager.__dict__.update(mine)
+            self._manager.__dict__.update(stand_ins)
 
     def _calls(self, calls: int, apply: Callable[[set[Any]], None]) -> Timing:
         def work() -> None:
@@ -288,7 +287,10 @@ def _adapter_manager(engine: Any) -> Any:
 
 
 def _use_our_count() -> None:
-    """The rank of sampled tokens as Engram's engines count it: vLLM's own would compile for a while, and is no part of the comparison."""
+    """Count the rank of sampled tokens as Engram's engines do.
+
+    Why: vLLM's own function would compile for a while, and is no part of the comparison.
+    """
     from vllm.v1.sample import sampler
 
     from actors.engine.vllm_internals.worker_extension import count_at_least

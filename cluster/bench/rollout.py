@@ -1,9 +1,11 @@
-"""The rollout side of the quickstart against vLLM alone: what episodes cost beyond the tokens that they sample, and where the time goes.
+"""The quickstart's rollout side against vLLM alone: what episodes cost beyond their sampled tokens.
 
-    Engram    configs/quickstart.yaml: engine with adapters and receipts, writer, recall environment, groups of siblings (rollout_sides.EngramSide)
-    baseline  vLLM without adapters replays the very requests, chained per episode, as many episodes at once; nothing is written
+    Engram     configs/quickstart.yaml: engine with adapters and receipts, writer, recall environment, groups
+    baseline   vLLM without adapters replays the same requests, chained per episode, as many episodes at once;
+               nothing is written
 
-A round is the episodes of one training step, all at once, on an empty prefix cache. Both sides have the same number of engine threads.
+A round is the episodes of one training step, all at once, on an empty prefix cache. Both sides have the same
+number of engine threads. The two sides are in rollout_sides.py.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import configs
 from cluster.bench.harness import child, in_turns
-from cluster.bench.rollout_sides import Asked, EngramSide, Round, Setup, VLLMSide
+from cluster.bench.rollout_sides import EngramSide, Request, Round, Setup, VLLMSide
 from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Spread, Timing
 from cluster.measure.report import Table
 from configs.load import load_config
@@ -29,7 +31,7 @@ STEP_PHASES = ("act", "extract", "receipt", "write", "install", "other", "idle")
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """The least that the writes of a round can take: their FLOPs in one batch, at the rate of a large matmul."""
+    """The least time of a round's writes: their FLOPs as one batch, at the rate of a large matmul."""
 
     flops: float
     rate: float
@@ -39,54 +41,35 @@ class Floor:
         return self.flops / self.rate
 
 
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Repeats of both sides, of ``episodes`` a round. ``steps``: vLLM's engine steps of a round."""
+
+    episodes: int
+    vllm: tuple[Timing, ...]
+    engram: tuple[Timing, ...]
+    rounds: tuple[Round, ...]
+    steps: int
+    floor: Floor
+
+
 def run(context: Context) -> Outcome:
     from actors.fast_weights.basis import compute_basis_from_checkpoint, save_basis
 
     config = _config(context)
-    # A task of its own for each episode: the scripted siblings of one task would all write the same flashcards, which the writer reads only once.
-    tasks, siblings = (
-        (QUICK_TASKS, QUICK_SIBLINGS)
-        if context.quick
-        else (config.train.tasks_per_step * config.train.group_size, 1)
-    )
+    # Each episode has its own task: the scripted siblings of one task would all write the same flashcards,
+    # and the writer reads those only once.
+    tasks, siblings = config.train.tasks_per_step * config.train.group_size, 1
+    if context.quick:
+        tasks, siblings = QUICK_TASKS, QUICK_SIBLINGS
     with tempfile.TemporaryDirectory() as folder:
         basis_path = Path(folder) / "basis.safetensors"
-        save_basis(
-            compute_basis_from_checkpoint(context.model_path, config.fast_weights, config.seed), basis_path
+        basis = compute_basis_from_checkpoint(context.model_path, config.fast_weights, config.seed)
+        save_basis(basis, basis_path)
+        measurement = _measure(
+            Setup(config, context.model_path, basis_path, tasks, siblings), context.repeats
         )
-        setup = Setup(config, context.model_path, basis_path, tasks, siblings)
-        with (
-            child("Engram's rollout side", EngramSide, (setup,)) as engram,
-            child("vLLM", VLLMSide, (setup,)) as vllm,
-        ):
-            rounds: list[Round] = [
-                engram.call("play", (), ROUND_S)
-            ]  # the first is a warm-up and says what the baseline replays
-
-            steps = 0
-
-            def play() -> Timing:
-                rounds.append(engram.call("play", (), ROUND_S))
-                if _counts(rounds[-1]) != _counts(rounds[0]):
-                    raise BenchError("two rounds of the same episodes asked for different numbers of tokens")
-                return rounds[-1].timing
-
-            def replay() -> Timing:
-                nonlocal steps
-                timing, steps = vllm.call("play", (rounds[0].episodes,), ROUND_S)
-                assert isinstance(timing, Timing)
-                return timing
-
-            timings = in_turns({"vllm": replay, "engram": play}, context.repeats)
-            flops, rate = engram.call("write_floor", (), ROUND_S)
-    return _outcome(
-        tasks * siblings,
-        timings["vllm"],
-        timings["engram"],
-        rounds[-context.repeats :],
-        steps,
-        Floor(flops, rate),
-    )
+    return _outcome(measurement)
 
 
 def _config(context: Context) -> RunConfig:
@@ -94,46 +77,69 @@ def _config(context: Context) -> RunConfig:
     return replace(config, rollout=replace(config.rollout, threads=context.threads))
 
 
-def _counts(one: Round) -> list[list[tuple[int, int]]]:
+def _measure(setup: Setup, repeats: int) -> Measurement:
+    with (
+        child("Engram's rollout side", EngramSide, (setup,)) as engram,
+        child("vLLM", VLLMSide, (setup,)) as vllm,
+    ):
+        # The first round warms up, and its requests are those that vLLM replays.
+        rounds: list[Round] = [engram.call("play", (), ROUND_S)]
+        steps = 0
+
+        def play() -> Timing:
+            rounds.append(engram.call("play", (), ROUND_S))
+            if _token_counts(rounds[-1]) != _token_counts(rounds[0]):
+                raise BenchError("two rounds of the same episodes asked for different numbers of tokens")
+            return rounds[-1].timing
+
+        def replay() -> Timing:
+            nonlocal steps
+            timing, steps = vllm.call("play", (rounds[0].episodes,), ROUND_S)
+            assert isinstance(timing, Timing)
+            return timing
+
+        timings = in_turns({"vllm": replay, "engram": play}, repeats)
+        floor = Floor(*engram.call("write_floor", (), ROUND_S))
+    taken = (tuple(timings["vllm"]), tuple(timings["engram"]), tuple(rounds[-repeats:]))
+    return Measurement(setup.tasks * setup.siblings, *taken, steps, floor)
+
+
+def _token_counts(played: Round) -> list[list[tuple[int, int]]]:
     return sorted(
-        [(len(asked.prompt_ids), asked.generated) for asked in requests] for requests in one.episodes
+        [(len(request.prompt_ids), request.generated) for request in requests] for requests in played.episodes
     )
 
 
-def _outcome(
-    episodes: int,
-    vllm: Sequence[Timing],
-    engram: Sequence[Timing],
-    rounds: Sequence[Round],
-    plain_steps: int,
-    floor: Floor,
-) -> Outcome:
-    spent = {phase: Spread.of(tuple(one.phases[phase] for one in rounds)).median for phase in STEP_PHASES}
-    wall, plain = (Spread.of(tuple(timing.wall_s for timing in timings)).median for timings in (engram, vllm))
-    beyond = sum(spent[phase] for phase in ("write", "receipt", "install"))
-    case = Case(
-        "episodes/s",
-        "vLLM alone",
-        "Engram",
-        "episodes/s",
-        tuple(episodes / timing.wall_s for timing in vllm),
-        tuple(episodes / timing.wall_s for timing in engram),
-        "candidate/baseline",
-        GOAL,
-        f"writes, receipts and installs are {beyond / wall:.0%} of Engram's time; were they free, the ratio would be {plain / (wall - beyond):.2f}; "
-        f"the writes' {floor.flops / 1e9:.0f} GFLOP at the {floor.rate / 1e9:.0f} GFLOP/s of a large matmul alone allow "
-        f"{plain / (plain + floor.seconds):.2f}; "
-        f"{rounds[-1].steps} engine steps against {plain_steps}",
+def _outcome(measured: Measurement) -> Outcome:
+    episodes, rounds, floor = measured.episodes, measured.rounds, measured.floor
+
+    def median(values: Sequence[float]) -> float:
+        return Spread.of(tuple(values)).median
+
+    spent = {phase: median([played.phases[phase] for played in rounds]) for phase in STEP_PHASES}
+    wall = median([timing.wall_s for timing in measured.engram])
+    plain = median([timing.wall_s for timing in measured.vllm])
+    writing = sum(spent[phase] for phase in ("write", "receipt", "install"))
+    floor_ratio = plain / (plain + floor.seconds)
+    note = (
+        f"writes, receipts and installs are {writing / wall:.0%} of Engram's time; "
+        f"were they free, the ratio would be {plain / (wall - writing):.2f}; "
+        f"the writes' {floor.flops / 1e9:.0f} GFLOP at the {floor.rate / 1e9:.0f} GFLOP/s of a large matmul "
+        f"alone allow {floor_ratio:.2f}; {rounds[-1].steps} engine steps against {measured.steps}"
     )
+    rates = [tuple(episodes / timing.wall_s for timing in side) for side in (measured.vllm, measured.engram)]
+    unit = "episodes/s"
+    case = Case(unit, "vLLM alone", "Engram", unit, rates[0], rates[1], "candidate/baseline", GOAL, note)
     figures = {f"{phase}_fraction": seconds / sum(spent.values()) for phase, seconds in spent.items()}
-    figures |= {"engine_steps": rounds[-1].steps, "vllm_steps": plain_steps}
-    figures["environment_s_per_episode"] = Spread.of(
-        tuple(one.environment_s / episodes for one in rounds)
-    ).median
-    figures |= {"write_gflop": floor.flops / 1e9, "write_floor_ratio": plain / (plain + floor.seconds)}
-    figures["cpu_ratio"] = Spread.of(
-        tuple(a.cpu_s / b.cpu_s for a, b in zip(vllm, engram, strict=True))
-    ).median
+    pairs = zip(measured.vllm, measured.engram, strict=True)
+    figures |= {
+        "engine_steps": rounds[-1].steps,
+        "vllm_steps": measured.steps,
+        "environment_s_per_episode": median([played.environment_s / episodes for played in rounds]),
+        "write_gflop": floor.flops / 1e9,
+        "write_floor_ratio": floor_ratio,
+        "cpu_ratio": median([vllm.cpu_s / engram.cpu_s for vllm, engram in pairs]),
+    }
     return Outcome((case,), (_timeline(episodes, spent, plain), _requests(rounds[-1])), figures=figures)
 
 
@@ -142,47 +148,29 @@ def _timeline(episodes: int, spent: dict[str, float], plain: float) -> Table:
     total = sum(spent.values())
     rows = [
         (phase, f"{seconds / episodes:.3f}", f"{seconds / total:.1%}", f"{seconds / plain:.1%}")
-        for phase, seconds in spent.items()
+        for phase, seconds in [*spent.items(), ("all", total)]
     ]
-    rows.append(("all", f"{total / episodes:.3f}", "100.0%", f"{total / plain:.1%}"))
-    return Table(
-        "Timeline of Engram's step thread",
-        ("phase", "s per episode", "of the step thread's time", "of vLLM's time alone"),
-        tuple(rows),
-    )
+    header = ("phase", "s per episode", "of the step thread's time", "of vLLM's time alone")
+    return Table("Timeline of Engram's step thread", header, tuple(rows))
 
 
-def _requests(one: Round) -> Table:
-    """What was asked of the engine, per episode."""
-    asked = [request for requests in one.episodes for request in requests]
-    episodes = len(one.episodes)
+def _requests(played: Round) -> Table:
+    """The requests to the engine and the writes, per episode."""
+    requests = [request for episode in played.episodes for request in episode]
+    episodes = len(played.episodes)
+    all_tokens = sum(len(request.prompt_ids) + request.generated for request in requests)
 
-    def row(name: str, requests: Sequence[Asked]) -> tuple[str, ...]:
-        prompts, generated = (
-            sum(len(request.prompt_ids) for request in requests),
-            sum(request.generated for request in requests),
-        )
-        tokens = sum(len(request.prompt_ids) + request.generated for request in asked)
-        per = (len(requests), prompts, generated)
-        return (name, *(f"{value / episodes:.1f}" for value in per), f"{(prompts + generated) / tokens:.0%}")
+    def row(kind: str) -> tuple[str, ...]:
+        of_kind: list[Request] = [request for request in requests if request.kind == kind]
+        prompts = sum(len(request.prompt_ids) for request in of_kind)
+        generated = sum(request.generated for request in of_kind)
+        means = (f"{value / episodes:.1f}" for value in (len(of_kind), prompts, generated))
+        return (kind, *means, f"{(prompts + generated) / all_tokens:.0%}")
 
-    rows = [row(kind, [request for request in asked if request.kind == kind]) for kind in ("extract", "act")]
-    written = [record for record in one.writes if record.outcome == "accepted"]
-    prompts, answers = (
-        sum(getattr(record, name) for record in written) / episodes
-        for name in ("prompt_tokens", "answer_tokens")
-    )
-    rows.append(
-        (
-            "write",
-            f"{len(written) / episodes:.1f}",
-            f"{prompts:.1f}",
-            f"{answers:.1f}",
-            "trained, not sampled",
-        )
-    )
-    return Table(
-        "Requests per episode",
-        ("kind", "requests", "prompt tokens", "sampled tokens", "of all tokens"),
-        tuple(rows),
-    )
+    accepted = [record for record in played.writes if record.outcome == "accepted"]
+    prompts = sum(record.prompt_tokens for record in accepted)
+    answers = sum(record.answer_tokens for record in accepted)
+    means = (f"{value / episodes:.1f}" for value in (len(accepted), prompts, answers))
+    rows = (row("extract"), row("act"), ("write", *means, "trained, not sampled"))
+    header = ("kind", "requests", "prompt tokens", "sampled tokens", "of all tokens")
+    return Table("Requests per episode", header, rows)

@@ -1,4 +1,7 @@
-"""The benchmarks by name. Each is a module of this folder with ``run(context) -> Outcome``, imported only in the process that runs it."""
+"""The benchmarks by name. Each is a module of this folder with ``run(context) -> Outcome``.
+
+A module is imported only in the process that runs it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from configs.load import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """``about``: what is compared with what, in a line."""
+    """``about`` says in one line what is compared with what."""
 
     name: str
     about: str
@@ -33,18 +36,14 @@ SUITE = (
     ),
     Entry(
         "rollout",
-        "the rollout side of the quickstart against raw vLLM emitting the same tokens without writes; where its time goes",
+        "the quickstart's rollout side against raw vLLM that emits the same tokens without writes",
     ),
     Entry(
         "controller", "one controller over 1 to 1,000 virtual rollout workers, against their ideal throughput"
     ),
     Entry(
-        "overlap",
-        "rollouts and learning at once (staleness 1 and 2) against taking turns (0), with workers and a learner that only take time",
-    ),
-    Entry(
         "circle",
-        "the quickstart's real RL steps with staleness 1 against staleness 0, worker and learner on this machine",
+        "the quickstart's real RL steps with staleness 1 against staleness 0, all on this machine",
     ),
     Entry(
         "cost", "memory and seconds per episode against the length of the history: full context beside TMEM"
@@ -53,16 +52,16 @@ SUITE = (
 
 
 def find(names: Sequence[str]) -> tuple[Entry, ...]:
-    """The entries of ``names`` in the suite's order; all of them when none is named. Raises ConfigError."""
-    known = {entry.name: entry for entry in SUITE}
+    """The entries of ``names`` in the suite's order, all without names. Raises ConfigError."""
+    suite_names = [entry.name for entry in SUITE]
     for name in names:
-        if name not in known:
-            raise ConfigError(f"no benchmark {name!r}: there are {', '.join(known)}")
+        if name not in suite_names:
+            raise ConfigError(f"no benchmark {name!r}: there are {', '.join(suite_names)}")
     return tuple(entry for entry in SUITE if not names or entry.name in names)
 
 
 def run_one(name: str, context: Context) -> Outcome:
-    """In this process; threads are ``context.threads``."""
+    """Run a benchmark in this process, with ``context.threads`` threads."""
     import torch
 
     torch.set_num_threads(context.threads)

@@ -1,4 +1,4 @@
-"""The circle benchmark on the tiny model: the real loop takes its steps under both bounds, and every group is learned from."""
+"""The circle benchmark on the tiny model: the real loop takes its steps under both staleness bounds."""
 
 from __future__ import annotations
 

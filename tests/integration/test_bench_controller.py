@@ -1,4 +1,4 @@
-"""The controller over virtual workers on a real Ray: groups stay in the object store, and the benchmark measures what it says."""
+"""The controller over virtual workers on a real Ray: groups stay in the object store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from actors.types import TrajectoryGroup
 from actors.worker import WorkerSpec
 from cluster.bench.controller import SIBLINGS, run
 from cluster.bench.controller_actors import EpisodeParts, Template, VirtualHandle, VirtualWorkers
-from cluster.bench.values import Context
+from cluster.bench.values import Context, Goal
 from cluster.common.errors import WorkerLost
 from cluster.fleet.ray_runtime import Demand, ray_runtime
 from cluster.fleet.remote_worker import RemoteWorker
@@ -47,18 +47,13 @@ def test_only_the_summary_comes_to_the_controller_and_the_group_outlives_its_wor
         ray.kill(process)
         content: TrajectoryGroup = await finished.content
         assert finished.summary == GroupSummary.of(content)
-        assert (
-            finished.summary.task_id,
-            finished.summary.policy_version,
-            len(finished.summary.episodes),
-        ) == ("t5", 3, SIBLINGS)
+        summary = finished.summary
+        assert (summary.task_id, summary.policy_version, len(summary.episodes)) == ("t5", 3, SIBLINGS)
         first, second = (trajectory.revisions[1].b for trajectory in content.trajectories[:2])
-        assert (
-            sum(matrix.nbytes for matrix in first.values()) == 4 * (2 * 1536 + 576) * 6 * 4
-        )  # SmolLM2-135M: layers x rows x rank x float32
-        assert not any(
-            np.array_equal(first[name], second[name]) for name in first
-        )  # siblings share no array: it would travel once
+        # SmolLM2-135M: layers x rows x rank x float32.
+        assert sum(matrix.nbytes for matrix in first.values()) == 4 * (2 * 1536 + 576) * 6 * 4
+        # Siblings share no array: a shared array would travel once.
+        assert not any(np.array_equal(first[name], second[name]) for name in first)
         with pytest.raises(WorkerLost, match="worker-0 died during task t6"):
             await worker.group(6, task_at(6))
 
@@ -69,15 +64,10 @@ def test_only_the_summary_comes_to_the_controller_and_the_group_outlives_its_wor
 def test_the_benchmark_has_its_cases_its_table_and_its_plot(tiny_model_path: Path, tmp_path: Path) -> None:
     outcome = run(Context(tiny_model_path, repeats=2, threads=1, quick=True, folder=tmp_path))
     throughput, cpu = outcome.cases
-    assert throughput.goal is not None and (throughput.goal.sense, throughput.goal.value) == (
-        "at least",
-        0.95,
-    )
-    assert cpu.goal is not None and (cpu.goal.sense, cpu.goal.value) == ("at most", 0.25)
+    assert (throughput.goal, cpu.goal) == (Goal("at least", 0.95), Goal("at most", 0.25))
     assert throughput.baseline_values == (24.0, 24.0)  # 12 workers, half a second a group
     assert all(value > 0 for case in outcome.cases for value in case.candidate_values)
     (table,) = outcome.tables
-    assert [row[0] for row in table.rows] == ["1", "12"] and all(
-        len(row) == len(table.header) for row in table.rows
-    )
+    assert [row[0] for row in table.rows] == ["1", "12"]
+    assert all(len(row) == len(table.header) for row in table.rows)
     assert outcome.plots == (tmp_path / "controller.png",) and outcome.plots[0].stat().st_size > 5000

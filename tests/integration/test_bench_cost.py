@@ -1,4 +1,4 @@
-"""The cost benchmark on the tiny model: real engines and writes, caches as small as they can be, histories as long as they say."""
+"""The cost benchmark on the tiny model: real engines and writes, and histories of exact length."""
 
 from __future__ import annotations
 

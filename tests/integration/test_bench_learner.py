@@ -1,4 +1,7 @@
-"""The learner's benchmark at its quick size on the tiny model: it runs, compares like with like, and its groups are what a rollout would give."""
+"""The learner's benchmark at its quick size on the tiny model.
+
+It runs and compares like with like, and its groups have the form of a rollout's.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,9 @@ from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.fast_weights.delta import Basis, check
 from actors.text.chat_template import ChatFormat
 from actors.types import TrajectoryGroup
-from cluster.bench import memory
-from cluster.bench.learner import QUICKSTART, head, padding_of, sort_and_fill
-from cluster.bench.learner_groups import recall_groups, shared_prefix_fraction, without_deltas
-from cluster.bench.learner_head import WAYS
+from cluster.bench.learner import QUICKSTART, WAYS, head, padding_of, shared_prefix_fraction, sort_and_fill
+from cluster.bench.machine import peak_above
+from cluster.bench.scripted import recall_groups, without_deltas
 from cluster.bench.values import BenchError, Context
 from cluster.cli import main
 from configs.load import load_config
@@ -45,110 +47,85 @@ def test_groups_have_the_quickstarts_form(
     groups: tuple[TrajectoryGroup, ...], tiny_model_path: Path, config: RunConfig, basis: Basis
 ) -> None:
     again = recall_groups(tiny_model_path, config, basis, 1, 2)[0]
-    for one, other in zip(groups[0].trajectories, again.trajectories, strict=False):
-        pairs = zip(one.segments, other.segments, strict=True)
-        assert all(
-            np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.logprobs, b.logprobs)
-            for a, b in pairs
-        )
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
-    chat = ChatFormat(tokenizer)
+    for first, second in zip(groups[0].trajectories, again.trajectories, strict=False):
+        for a, b in zip(first.segments, second.segments, strict=True):
+            assert np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.logprobs, b.logprobs)
+    chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
     rewards = set()
-    for trajectory in (one for group in groups for one in group.trajectories):
+    for trajectory in (trajectory for group in groups for trajectory in group.trajectories):
         rewards.add(trajectory.outcome.reward)
-        assert [segment.revision for segment in trajectory.segments] == list(
-            range(len(trajectory.revisions) + 1)
-        )
-        assert [segment.spans[0].kind for segment in trajectory.segments] == ["extract"] * len(
-            trajectory.revisions
-        ) + ["act"]
+        writes = len(trajectory.revisions)
+        assert [segment.revision for segment in trajectory.segments] == list(range(writes + 1))
+        kinds = [segment.spans[0].kind for segment in trajectory.segments]
+        assert kinds == ["extract"] * writes + ["act"]
         for weights in trajectory.revisions:
             check(weights, basis)
         for segment in trajectory.segments:
             assert 50 <= len(segment.token_ids) <= 200 and (segment.logprobs[segment.action_mask] < 0).all()
-        first = trajectory.segments[0]
-        assert chat.decode(first.token_ids[first.action_mask]).startswith('[{"instruction": ')
+        opening = trajectory.segments[0]
+        assert chat.decode(opening.token_ids[opening.action_mask]).startswith('[{"instruction": ')
     assert len(rewards) > 1
-    bare = [one for group in without_deltas(groups) for one in group.trajectories]
-    assert all(segment.revision == 0 for one in bare for segment in one.segments) and not any(
-        one.revisions for one in bare
-    )
+    bare = [trajectory for group in without_deltas(groups) for trajectory in group.trajectories]
+    assert not any(trajectory.revisions for trajectory in bare)
+    assert all(segment.revision == 0 for trajectory in bare for segment in trajectory.segments)
 
 
 def test_padding_is_counted_and_under_a_tenth(groups: tuple[TrajectoryGroup, ...], config: RunConfig) -> None:
     case, table = padding_of(groups, config)
     assert case.goal is not None and case.goal.met(case.ratios.median)
     assert [line[1] for line in table.rows] == ["1", "1", "2", "4"]
-    rows = supervised_rows(
-        [segment for group in groups for one in group.trajectories for segment in one.segments]
-    )
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    rows = supervised_rows([segment for trajectory in trajectories for segment in trajectory.segments])
     assert sort_and_fill(rows[:3], 10**6) == [3 * max(len(row.segment.token_ids) for row in rows[:3])]
     assert sort_and_fill(rows, 1) == sorted((len(row.segment.token_ids) for row in rows), reverse=True)
 
 
 def test_shared_prefixes_are_counted_by_hand(groups: tuple[TrajectoryGroup, ...]) -> None:
-    one = groups[0].trajectories[0]
-    first, *rest = one.segments
-    other = replace(
+    trajectory = groups[0].trajectories[0]
+    first, *rest = trajectory.segments
+    changed = replace(
         first,
         token_ids=np.concatenate([first.token_ids[:10], [1, 2, 3]]).astype(np.int32),
         action_mask=np.zeros(13, bool),
         logprobs=np.zeros(13, np.float32),
         spans=(),
     )
-    pair = replace(groups[0], trajectories=(one, replace(one, segments=(other, *rest))))
+    sibling = replace(trajectory, segments=(changed, *rest))
+    pair = replace(groups[0], trajectories=(trajectory, sibling))
     total = 2 * sum(len(segment.token_ids) for segment in rest) + len(first.token_ids) + 13
     assert shared_prefix_fraction([pair]) == pytest.approx(10 / total)
 
 
 def touch(mib: int) -> int:
-    """Every byte written, then freed."""
+    """Write every byte of ``mib`` MiB, then free them."""
     return np.ones(mib * 2**20, np.uint8).nbytes
 
 
 def test_the_peak_is_that_of_the_work_not_of_what_came_before() -> None:
     touch(256)
-    result, peak = memory.peak_above(lambda: touch(64))
+    result, peak = peak_above(lambda: touch(64))
     assert result == 64 * 2**20
     assert 55 * 2**20 < peak < 90 * 2**20
-    assert memory.peak_above(lambda: touch(8))[1] < 30 * 2**20  # the 64 MiB before are forgotten
+    assert peak_above(lambda: touch(8))[1] < 30 * 2**20  # the 64 MiB before are forgotten
 
 
 def test_quick_benchmark(tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(
-        "TORCHDYNAMO_DISABLE", "1"
-    )  # nothing here is compiled, yet importing DeepSpeed's optimizers loads torch's compiler: seconds
-    arguments = [
-        "bench",
-        "learner",
-        "--quick",
-        "--repeats",
-        "1",
-        "--no-tracking",
-        "--output-dir",
-        str(tmp_path),
-        "--model",
-        str(tiny_model_path),
-    ]
-    assert main(arguments) == 0
+    # Nothing here is compiled, yet the import of DeepSpeed's optimizers would load torch's compiler, for
+    # seconds.
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    options = ["--quick", "--repeats", "1", "--no-tracking", "--output-dir", str(tmp_path)]
+    assert main(["bench", "learner", *options, "--model", str(tiny_model_path)]) == 0
     (report,) = tmp_path.rglob("report.json")
-    found = json.loads(report.read_text())["benchmarks"]["learner"]
-    names = [case["name"] for case in found["cases"]]
-    assert names == [
-        "step, last_layers, CPU",
-        "step, last_layers, wall",
-        "step, full, CPU",
-        "step, full, wall",
-        "padding",
-    ]
-    assert [case["goal"]["value"] for case in found["cases"]][:4] == [1.05] * 4
-    peaks = {name: value for name, value in found["figures"].items() if name.startswith("head_peak_mib")}
+    outcome = json.loads(report.read_text())["benchmarks"]["learner"]
+    steps = [f"step, {part}, {clock}" for part in ("last_layers", "full") for clock in ("CPU", "wall")]
+    assert [case["name"] for case in outcome["cases"]] == [*steps, "padding"]
+    assert [case["goal"]["value"] for case in outcome["cases"]][:4] == [1.05] * 4
+    peaks = {name: value for name, value in outcome["figures"].items() if name.startswith("head_peak_mib")}
     assert len(peaks) == len(WAYS)
     plain, ours = (value for name, value in peaks.items() if "torch" not in name)
     assert ours < plain  # full logits are several times what the chunks are, also at this size
-    assert [Path(plot).name for plot in found["plots"]] == ["learner-head-memory.png"] and next(
-        tmp_path.rglob("*.png")
-    ).stat().st_size > 1000
+    assert [Path(plot).name for plot in outcome["plots"]] == ["learner-head-memory.png"]
+    assert next(tmp_path.rglob("*.png")).stat().st_size > 1000
 
 
 def test_without_proc_the_heads_memory_is_left_out_with_a_note(
@@ -159,4 +136,4 @@ def test_without_proc_the_heads_memory_is_left_out_with_a_note(
     assert "not measured" in table.title and "no-proc" in table.rows[0][0]
     assert (plots, figures) == ((), {})
     with pytest.raises(BenchError, match="/proc"):
-        memory.peak_above(lambda: None)
+        peak_above(lambda: None)

@@ -1,4 +1,4 @@
-"""The revisions benchmark from end to end on the tiny model: that it runs and measures what it says, not how quick anything is."""
+"""The revisions benchmark on the tiny model, end to end: it runs and measures each part."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from cluster.bench.values import Context
 
 
 def test_the_benchmark_measures_every_part(tiny_model_path: Path, tmp_path: Path) -> None:
-    outcome = run_one(
-        "revisions", Context(tiny_model_path, repeats=2, threads=1, quick=True, folder=tmp_path)
-    )
+    context = Context(tiny_model_path, repeats=2, threads=1, quick=True, folder=tmp_path)
+    outcome = run_one("revisions", context)
     assert [case.name for case in outcome.cases] == [
         "install, each of 4",
         "install and slot load, each of 4",

@@ -1,4 +1,4 @@
-"""The rollout benchmark on a tiny model: real engine, writer and environment on one side, vLLM alone on the other."""
+"""The rollout benchmark on the tiny model: Engram's real rollout side, and vLLM alone."""
 
 from __future__ import annotations
 
@@ -19,10 +19,6 @@ def test_both_sides_play_the_quickstarts_episodes(tiny_model_path: Path, tmp_pat
     assert sum(outcome.figures[f"{phase}_fraction"] for phase in STEP_PHASES) == pytest.approx(1.0)
     for phase in ("act", "extract", "receipt", "write", "install"):
         assert outcome.figures[f"{phase}_fraction"] > 0
-    by_kind = {row[0]: row[1] for row in requests.rows}
-    assert by_kind == {
-        "extract": "2.0",
-        "act": "2.0",
-        "write": "2.0",
-    }  # two told sessions, two questions, every extraction written
+    # Two told sessions, two questions, every extraction written.
+    assert {row[0]: row[1] for row in requests.rows} == {"extract": "2.0", "act": "2.0", "write": "2.0"}
     assert outcome.figures["vllm_steps"] > 0 and outcome.figures["engine_steps"] > 0

@@ -1,4 +1,7 @@
-"""`python -m cluster bench writer --quick` as a user calls it: tables, report, JSON and an MLflow run; the writer's B is the PEFT loop's."""
+"""`python -m cluster bench writer --quick` as a user calls it: tables, report, JSON and an MLflow run.
+
+The writer's B equals the PEFT loop's.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,8 @@ def test_the_command_measures_reports_and_tracks(
 ) -> None:
     from mlflow.tracking import MlflowClient
 
-    assert (
-        main(["bench", "writer", "--quick", "--model", str(tiny_model_path), "--output-dir", str(tmp_path)])
-        == EXIT_OK
-    )
+    options = ["--quick", "--model", str(tiny_model_path), "--output-dir", str(tmp_path)]
+    assert main(["bench", "writer", *options]) == EXIT_OK
     shown = capsys.readouterr().out
     assert "1 episode" in shown and "PEFT loop" in shown and "at least 5" in shown
     folder = next(tmp_path.glob("bench-*"))
@@ -37,7 +38,5 @@ def test_the_command_measures_reports_and_tracks(
     assert [run.info.status for run in runs] == ["FINISHED"]
     assert runs[0].data.metrics["bench/writer/1_episode"] == pytest.approx(wall["ratios"]["median"])
     assert runs[0].data.params["quick"].startswith("yes")
-    assert {artifact.path for artifact in client.list_artifacts(runs[0].info.run_id)} >= {
-        "report.md",
-        "report.json",
-    }
+    artifacts = {artifact.path for artifact in client.list_artifacts(runs[0].info.run_id)}
+    assert artifacts >= {"report.md", "report.json"}

@@ -1,0 +1,188 @@
+"""Scripted stand-ins for what the base model cannot do: write flashcards that parse, and answer right.
+
+ScriptedPolicy   the engine samples as many tokens as the script has, and the script is handed back
+recall_groups    trajectory groups with the quickstart's shapes, without an engine
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from actors.environments.recall import RecallEnvironment
+from actors.episodes.episode import play
+from actors.fast_weights.delta import Basis, zero
+from actors.memory.base import Agent
+from actors.memory.parametric import ParametricMemory
+from actors.protocols import Policy
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import render_flashcards
+from actors.types import (
+    AdapterKey,
+    FastWeights,
+    Generation,
+    PolicyVersion,
+    Probe,
+    Sampling,
+    SpanKind,
+    Task,
+    Timings,
+    Trajectory,
+    TrajectoryGroup,
+    WriteExample,
+    WriteResult,
+)
+from configs.schema import RunConfig
+
+Script = Callable[[Sequence[int], Sampling, AdapterKey], tuple[int, ...] | None]
+"""The tokens that are to be sampled for a request; None leaves the request to the engine."""
+
+_B_SIZE = 5e-3  # the largest entries of a written B
+_NO_TIMES = Timings(total=0, act=0, extract=0, write=0, install=0, environment=0)
+
+
+class ScriptedPolicy:
+    """A Policy with scripted samples: time and log-probs are the engine's, tokens the script's."""
+
+    def __init__(self, policy: Policy, script: Script) -> None:
+        self._policy, self._script = policy, script
+
+    @property
+    def version(self) -> PolicyVersion:
+        return self._policy.version
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey
+    ) -> Generation:
+        script = self._script(prompt_ids, sampling, adapter)
+        if script is None:
+            return await self._policy.generate(prompt_ids, sampling, adapter)
+        as_long = replace(sampling, max_tokens=len(script))
+        generation = await self._policy.generate(prompt_ids, as_long, adapter)
+        return Generation(script, generation.logprobs, "stop")
+
+    async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
+        await self._policy.install(key, weights, probe)
+
+    async def release(self, keys: Sequence[AdapterKey]) -> None:
+        await self._policy.release(keys)
+
+
+# --- groups without an engine -----------------------------------------------------------------------------
+
+
+def recall_groups(
+    model_path: Path, config: RunConfig, basis: Basis, tasks: int, group_size: int
+) -> tuple[TrajectoryGroup, ...]:
+    """``tasks`` groups of ``group_size`` siblings each, the same for the same arguments.
+
+    Episode loop, memory, prompts and chat template are real. What an engine and a writer would add is drawn
+    from a seed: the log-probs, and each revision's B at the size of a written B.
+    """
+    from transformers import AutoTokenizer
+
+    chat = ChatFormat(AutoTokenizer.from_pretrained(model_path))
+    environment = RecallEnvironment(config.environment.recall)
+    stream = environment.tasks("train", config.seed, 0)
+
+    def group(task: Task) -> TrajectoryGroup:
+        actors = [ScriptedActor(task, number, environment, chat, basis) for number in range(group_size)]
+        return TrajectoryGroup(task, 0, tuple(_played(actor, config) for actor in actors), (), "bench")
+
+    return tuple(group(next(stream)) for _ in range(tasks))
+
+
+class ScriptedActor:
+    """Plays one sibling of a recall task.
+
+    It writes the gold flashcards or all but one, and gives the right answer or another question's. So
+    siblings differ, as sampled ones do.
+    """
+
+    version: PolicyVersion = 0
+
+    def __init__(
+        self, task: Task, number: int, environment: RecallEnvironment, chat: ChatFormat, basis: Basis
+    ) -> None:
+        self.task, self.number, self.environment, self.chat = task, number, environment, chat
+        self.weights = zero(basis)
+        self.revisions: list[FastWeights] = []
+        self._basis = basis
+        self._numbers = np.random.default_rng([task.seed, number])
+        # A generator of its own: rewards must not depend on a model's sizes or tokens.
+        self._choices = np.random.default_rng([task.seed, number, 1])
+        self._questions_asked = 0
+
+    async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
+        text = self._answer() if kind == "act" else self._flashcards(prompt_ids)
+        ids = self.chat.reply(text)[:max_tokens]
+        logprobs = tuple(-self._numbers.exponential(0.5, len(ids)))
+        return Generation(ids, logprobs, "stop" if ids[-1] in self.chat.stop_token_ids else "length")
+
+    async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
+        b = {
+            name: self._numbers.normal(0, _B_SIZE / 3, (rows, self._basis.rank)).astype(np.float32)
+            for name, rows in self._basis.d_out.items()
+        }
+        self.weights = FastWeights(self._basis.id, self.weights.revision + 1, b)
+        self.revisions.append(self.weights)
+        return WriteResult(
+            self.weights,
+            None,
+            loss_before=0.0,
+            loss_after=0.0,
+            steps=0,
+            seconds=0.0,
+            outcome="accepted",
+            reason="",
+        )
+
+    def _answer(self) -> str:
+        questions = self.task.payload["questions"]
+        right = questions[self._questions_asked]["answer"]
+        wrong = questions[(self._questions_asked + 1) % len(questions)]["answer"]
+        self._questions_asked += 1
+        return str(right if self._choices.random() < 0.5 else wrong)
+
+    def _flashcards(self, prompt_ids: Sequence[int]) -> str:
+        text = self.chat.decode(prompt_ids)
+        cards = self.environment.demonstrate_flashcards(self.task, text, question_blind=False)
+        if len(cards) > 1 and self._choices.random() < 0.5:
+            cards = cards[:-1]
+        return render_flashcards(cards)
+
+
+def _played(actor: ScriptedActor, config: RunConfig) -> Trajectory:
+    task, environment = actor.task, actor.environment
+    session = environment.start(task)
+    agent = Agent(actor, actor.chat, environment.system_prompt, session.question)
+    memory = ParametricMemory(config.memory, config.write)
+    turns = len(task.payload["questions"])
+    stop = asyncio.run(play(agent, session, memory, config.sampling.max_answer_tokens, max_turns=turns))
+    segments, revisions = agent.finish(), tuple(actor.revisions)
+    return Trajectory(
+        task,
+        f"{task.id}/{actor.number}",
+        0,
+        segments,
+        revisions,
+        tuple(agent.writes),
+        {},
+        session.outcome(),
+        stop,
+        _NO_TIMES,
+    )
+
+
+def without_deltas(groups: Sequence[TrajectoryGroup]) -> tuple[TrajectoryGroup, ...]:
+    """The same tokens, rewards and log-probs, with every segment under Delta = 0."""
+
+    def bare(trajectory: Trajectory) -> Trajectory:
+        segments = tuple(replace(segment, revision=0) for segment in trajectory.segments)
+        return replace(trajectory, segments=segments, revisions=())
+
+    return tuple(replace(group, trajectories=tuple(map(bare, group.trajectories))) for group in groups)
