@@ -41,7 +41,7 @@ def _named(config: EnvironmentConfig, embedder: EmbedderConfig) -> Environment:
         return RubricEnvironment(config.rubric)
     if config.name == "search":
         from actors.environments.search import SearchEnvironment
-        from actors.text.embedder import load_embedder
+        from actors.text.retrieval import load_embedder
 
         return SearchEnvironment(config.search, partial(load_embedder, embedder))
     if config.name == "records":

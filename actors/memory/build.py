@@ -12,8 +12,7 @@ from actors.memory.paging import PagingMemory
 from actors.memory.parametric import HybridMemory, ParametricMemory
 from actors.memory.summary import StateMemory, SummaryMemory
 from actors.memory.supervised import ImplicationsMemory, RawMemory, SummaryWriteMemory
-from actors.text.embedder import load_embedder
-from actors.text.retrieval import Embedder
+from actors.text.retrieval import Embedder, load_embedder
 from configs.extensions import load_extension
 from configs.schema import EmbedderConfig, MemoryConfig, MemoryPolicy, WriteConfig
 

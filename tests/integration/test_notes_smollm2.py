@@ -15,7 +15,7 @@ from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.memory.base import Agent
 from actors.memory.notes import NotesMemory
 from actors.text.chat_template import ChatFormat
-from actors.text.embedder import load_embedder
+from actors.text.retrieval import load_embedder
 from actors.types import Segment, Task, WriteRequest, WriteResult
 from configs.schema import (
     EmbedderConfig,

@@ -19,8 +19,7 @@ from actors.memory.base import Agent
 from actors.memory.paging import PagingMemory
 from actors.memory.paging_tools import Call
 from actors.text.chat_template import ChatFormat
-from actors.text.embedder import load_embedder
-from actors.text.retrieval import Embedder
+from actors.text.retrieval import Embedder, load_embedder
 from actors.types import AdapterKey, FastWeights, Generation, Probe, Sampling, Segment
 from configs.schema import (
     EmbedderConfig,

@@ -25,8 +25,7 @@ from actors.memory.note_text import (
 )
 from actors.memory.notes import NotesMemory
 from actors.text.chat_template import ChatFormat
-from actors.text.embedder import load_embedder
-from actors.text.retrieval import Embedder
+from actors.text.retrieval import Embedder, load_embedder
 from actors.types import FastWeights, Generation, SpanKind, WriteExample, WriteResult
 from configs.schema import EmbedderConfig, MemoryConfig, NotesConfig
 from tests.unit.rollout_fakes import sampled

@@ -20,8 +20,7 @@ from actors.memory.paging import PagingMemory
 from actors.memory.paging_tools import BadCall, Call, Storage, parse_call
 from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat
-from actors.text.embedder import load_embedder
-from actors.text.retrieval import Embedder
+from actors.text.retrieval import Embedder, load_embedder
 from actors.types import FastWeights, Generation, SpanKind, WriteExample, WriteResult
 from configs.schema import EmbedderConfig, MemoryConfig, PagingConfig
 from tests.unit.rollout_fakes import sampled

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from actors.protocols import TaskError
-from actors.text.embedder import load_embedder
-from actors.text.retrieval import Embedder, Hit, VectorIndex, WordIndex
+from actors.text.retrieval import Embedder, Hit, VectorIndex, WordIndex, load_embedder
 from configs.schema import EmbedderConfig
 
 TEXTS = (

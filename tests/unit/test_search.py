@@ -18,8 +18,7 @@ from actors.environments.base import prepare
 from actors.environments.build import build_environment
 from actors.environments.search import SearchEnvironment, SearchSession, read_corpus, read_questions
 from actors.protocols import TaskError
-from actors.text.embedder import load_embedder
-from actors.text.retrieval import Embedder
+from actors.text.retrieval import Embedder, load_embedder
 from actors.types import Outcome, Task
 from configs.schema import EmbedderConfig, EnvironmentConfig, SearchConfig
 
