@@ -1,6 +1,7 @@
-"""The most memory that this process held: resident, through Linux's /proc, and on the GPU, through torch.
+"""Measures the most memory that this process held: resident, by Linux's /proc, and on the GPU, by torch.
 
-The system's peak is that of the whole life, so it is reset first: without that a high import or warm-up of earlier hides what comes later.
+The system's peak is that of the whole life of the process, so it is reset first. Otherwise an early import or
+warm-up would hide what comes later.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc/self")
+_REFUSED = "peak memory is read from Linux's /proc, which does not allow it here ({})"
 
 
 class UnmeasurableError(RuntimeError):
-    """The system does not let this process read or reset its peak; the message says why."""
+    """The system does not let this process read or reset its peak. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeakMemory:
-    """Bytes held at the worst. ``resident_bytes`` is None where it cannot be measured, which ``problem`` then explains; ``device_bytes`` 0: no GPU.
+    """The highest number of bytes held.
 
-    Both hold what the engine reserves ahead (its key-value cache), used or not: compare rows that ran on engines of one configuration.
+    resident_bytes: None where it cannot be measured; ``problem`` then says why. device_bytes: 0 without a
+    GPU. Both include what the engine reserves ahead (its key-value cache), used or not. So compare only rows
+    that ran on engines of one configuration.
     """
 
     resident_bytes: int | None
@@ -31,9 +35,9 @@ class PeakMemory:
 
 
 def take_peak() -> PeakMemory:
-    """The peaks since the last call (or the process's start), then forget them."""
+    """The peaks since the last call, or since the process started. Forgets them."""
     device = 0
-    torch = sys.modules.get("torch")  # what has not been imported holds nothing
+    torch = sys.modules.get("torch")  # a library that is not imported holds nothing
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         device = int(torch.cuda.max_memory_allocated())
         torch.cuda.reset_peak_memory_stats()
@@ -46,7 +50,7 @@ def take_peak() -> PeakMemory:
 
 
 def resident_peak() -> int:
-    """Bytes resident at the worst since ``reset_resident_peak``, else since the process started. Raises UnmeasurableError."""
+    """The most bytes resident since ``reset_resident_peak``, or since the start. Raises UnmeasurableError."""
     return _bytes_of("VmHWM")
 
 
@@ -56,16 +60,14 @@ def resident() -> int:
 
 
 def reset_resident_peak() -> None:
-    """Give back what is free, then forget the peak so far. Raises UnmeasurableError where the system does not allow it."""
+    """Give free memory back to the system, then forget the peak so far. Raises UnmeasurableError."""
     gc.collect()
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc's
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # only glibc has it
         trim(0)
     try:
         (_PROC / "clear_refs").write_text("5", encoding="ascii")  # VmHWM becomes VmRSS
     except OSError as error:
-        raise UnmeasurableError(
-            f"peak memory is read from Linux's /proc, which does not allow it here ({error})"
-        ) from error
+        raise UnmeasurableError(_REFUSED.format(error)) from error
     resident_peak()
 
 
@@ -73,9 +75,7 @@ def _bytes_of(field: str) -> int:
     try:
         lines = (_PROC / "status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError as error:
-        raise UnmeasurableError(
-            f"peak memory is read from Linux's /proc, which does not allow it here ({error})"
-        ) from error
+        raise UnmeasurableError(_REFUSED.format(error)) from error
     for line in lines:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

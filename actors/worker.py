@@ -199,8 +199,7 @@ class RolloutWorker:
 
     async def _load(self, weights: PublishedWeights, tensors: Mapping[str, Tensor]) -> None:
         try:
-            refresh = self._policy.refresh_in_flight if self._in_flight else self._policy.refresh
-            await refresh(weights.version, tensors, weights.complete)
+            await self._policy.refresh(weights.version, tensors, weights.complete, self._in_flight)
         except BaseException as error:  # a cancelled call as well: the engine goes on loading without us
             self._broken = f"loading version {weights.version} failed ({type(error).__name__}: {error})"
             raise

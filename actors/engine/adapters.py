@@ -1,9 +1,13 @@
-"""Which adapters an engine knows, and under which names vLLM knows them.
+"""The adapters of an engine, the names under which vLLM knows them, and the receipt that proves one.
 
-    AdapterKey(3, "episode-7", 2)  ->  LoRARequest(name "v3/episode-7@2", a fresh int id, path "mem://v3/episode-7@2")
+    AdapterKey(3, "episode-7", 2)  ->  LoRARequest(name "v3/episode-7@2", a fresh int id, "mem://v3/episode-7@2")
 
-vLLM picks the weights by the int id and the prefix cache's keys and values by the name: both are fresh for each revision and never come back.
-A request that names an adapter which vLLM cannot load would kill the engine, so unknown keys are refused here.
+    install --> AdapterTable.put --> the worker's store
+            --> score the probe under the adapter --> check_receipt: does it act as the writer computed?
+
+vLLM picks the weights by the int id, and the prefix cache's keys and values by the name. Both are fresh for
+each revision and never come back. A request for an adapter that vLLM cannot load would kill the engine, so
+unknown keys are refused here.
 """
 
 from __future__ import annotations
@@ -27,14 +31,15 @@ if TYPE_CHECKING:
 
 PATH_PREFIX = "mem://"
 OLDEST_KEY = 100
-"""Refreshes that an adapter may live through (``follow_on``): the names that were used are remembered for so long."""
+"""Refreshes that an adapter may live through (``follow_on``). Used names are remembered for as long."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterTensors:
-    """A revision for the engine, by module. b: float32 [d_out, rank], with d_out innermost in memory as the CPU's slots have it.
+    """A revision for the engine, by module.
 
-    a: float32 [rank, d_in], empty where A is the basis'.
+    b: float32 [d_out, rank], with d_out innermost in memory, as the CPU's slots have it.
+    a: float32 [rank, d_in], empty where A is the basis.
     """
 
     b: Mapping[str, Tensor]
@@ -42,7 +47,7 @@ class AdapterTensors:
 
 
 def as_tensors(weights: FastWeights) -> AdapterTensors:
-    """Copies of the engine's own."""
+    """Copy a revision into tensors of the engine's own."""
     b = {
         module: torch.from_numpy(np.array(matrix.T, dtype=np.float32, order="C")).T
         for module, matrix in weights.b.items()
@@ -51,8 +56,9 @@ def as_tensors(weights: FastWeights) -> AdapterTensors:
 
 
 class AdapterTable:
-    """Installed adapters of one policy version, or, with ``follow_on``, of those since ``start_version``. All methods run on the engine's step
-    thread; ``version`` may be read anywhere.
+    """The installed adapters of one policy version; with ``follow_on`` of all since ``start_version``.
+
+    All methods run on the engine's step thread; ``version`` may be read anywhere.
     """
 
     def __init__(self, version: PolicyVersion) -> None:
@@ -63,7 +69,10 @@ class AdapterTable:
         self._ids = itertools.count(1)
 
     def find(self, key: AdapterKey) -> LoRARequest | None:
-        """vLLM's request object of ``key``, None for revision 0 (the base model). Raises EngineError when it is not installed."""
+        """vLLM's request object of ``key``, None for revision 0, which is the base model.
+
+        Raises EngineError when the adapter is not installed.
+        """
         self._check_version(key)
         if key.revision == 0:
             return None
@@ -73,13 +82,17 @@ class AdapterTable:
         return self._installed[key.name]
 
     def put(self, engine: LLMEngine, key: AdapterKey, tensors: AdapterTensors) -> None:
-        """Store a revision in the worker; vLLM reads it into a slot when the first request names it. Raises EngineError for a used name."""
+        """Store a revision in the worker. Raises EngineError for a used name.
+
+        vLLM reads it into a slot when the first request names it.
+        """
         from vllm.lora.request import LoRARequest
 
         self._check_version(key)
         if key.name in self._used:
             raise EngineError(
-                f"adapter {key.name} was installed before: names are never reused (the prefix cache is keyed by them); write a new revision"
+                f"adapter {key.name} was installed before: names are never reused "
+                "(the prefix cache is keyed by them); write a new revision"
             )
         self._used[key.name] = key.policy_version
         path = PATH_PREFIX + key.name
@@ -89,8 +102,9 @@ class AdapterTable:
         )
 
     def drop(self, engine: LLMEngine, keys: Sequence[AdapterKey], running: set[str]) -> None:
-        """Forget adapters. One that a ``running`` request names goes at the first later call that finds it idle: vLLM may still have to read it."""
+        """Forget adapters. An adapter that a ``running`` request names goes at a later call without one."""
         self._leaving.update(key.name for key in keys if key.name in self._installed)
+        # vLLM may still have to read the adapter of a running request: it reads again after an eviction.
         for name in self._leaving - running:
             self._leaving.discard(name)
             request = self._installed.pop(name)
@@ -98,9 +112,11 @@ class AdapterTable:
             engine.collective_rpc("engram_drop", args=(request.lora_path,))
 
     def check_successor(self, version: PolicyVersion) -> None:
+        """Raise EngineError for a version that goes backwards."""
         if version < self.version:
             raise EngineError(
-                f"cannot refresh to version {version}: the engine is at {self.version}, and adapter names of an older version may come back"
+                f"cannot refresh to version {version}: the engine is at {self.version}, "
+                "and adapter names of an older version may come back"
             )
 
     def start_version(self, engine: LLMEngine, version: PolicyVersion) -> None:
@@ -113,7 +129,7 @@ class AdapterTable:
         self.version = self._oldest = version
 
     def follow_on(self, version: PolicyVersion) -> None:
-        """New weights under the same adapters: every key stays valid, and more of the episodes that have them may be installed.
+        """Move to new weights and keep the adapters: keys stay valid, and their episodes may install more.
 
         vLLM dropped its own copies with the old weights and loads them again from the worker's store.
         """
@@ -123,21 +139,26 @@ class AdapterTable:
     def _check_version(self, key: AdapterKey) -> None:
         if not self._oldest <= key.policy_version <= self.version:
             raise EngineError(
-                f"adapter {key.name} belongs to policy version {key.policy_version}, the engine is at {self.version}"
+                f"adapter {key.name} belongs to policy version {key.policy_version}, "
+                f"the engine is at {self.version}"
             )
 
 
 def check_receipt(scored: Sequence[float], probe: Probe, tolerance: float) -> bool:
     """Compare the engine's log-probs of a probe's last tokens with the writer's own (nats, float32).
 
-    Returns whether the write moved the probe by more than ``tolerance`` (a smaller move cannot tell the new weights from the old).
-    Raises ReceiptError when a token differs by more than ``tolerance``, or when the writer's forward moved and the engine's did not.
+    Returns whether the write moved the probe by more than ``tolerance``: a smaller move cannot tell the new
+    weights from the old. Raises ReceiptError when a token differs by more than ``tolerance``, or when the
+    writer's forward moved and the engine's did not.
     """
     difference = max(abs(ours - theirs) for ours, theirs in zip(scored, probe.after, strict=True))
     shift = max(abs(after - before) for after, before in zip(probe.after, probe.before, strict=True))
     moved = max(abs(ours - before) for ours, before in zip(scored, probe.before, strict=True))
-    numbers = f"largest difference {difference:.4f} nats, writer moved {shift:.4f}, engine moved {moved:.4f}, engine.receipt_tolerance={tolerance}"
-    if not difference <= tolerance:
+    numbers = (
+        f"largest difference {difference:.4f} nats, writer moved {shift:.4f}, engine moved {moved:.4f}, "
+        f"engine.receipt_tolerance={tolerance}"
+    )
+    if not difference <= tolerance:  # so that NaN is refused too
         raise ReceiptError(f"the engine does not act as the writer computed: {numbers}")
     if shift > tolerance and moved < shift / 2:
         raise ReceiptError(f"the engine did not move with the write: {numbers}")

@@ -1,17 +1,19 @@
 """vLLM behind the Policy protocol: act under theta + Delta, install a revision, refresh theta.
 
-One engine in this process, stepped by a thread of its own (engine_loop.py); the part inside vLLM's worker is engine_extension.py.
-
     policy = VLLMPolicy(path, model, engine, basis, stop_token_ids, version=0, threads=1, seed=0)
-    writer = policy.writer(write)                                               # on the engine's own weights, between two of its steps
-    await policy.install(AdapterKey(0, "episode-7", 1), weights, probe)         # raises ReceiptError when it does not act as the writer computed
-    generation = await policy.generate(prompt_ids, sampling, AdapterKey(0, "episode-7", 1))
-    await policy.release([AdapterKey(0, "episode-7", 1)])
-    await policy.refresh(1, tensors, complete=True)                             # no request may run; all adapters are forgotten
+    writer = policy.writer(write)                        # on the engine's own weights, between its steps
+    key = AdapterKey(0, "episode-7", 1)
+    await policy.install(key, weights, probe)            # ReceiptError: it acts not as the writer computed
+    generation = await policy.generate(prompt_ids, sampling, key)
+    await policy.release([key])
+    await policy.refresh(1, tensors, complete=True)      # no request may run; all adapters are forgotten
 
-Revision 0 is the base model itself: no adapter is named, nothing is added (Delta = 0 costs and changes nothing).
-Log-probs are log_softmax(z / T) of the sampled token (of z when greedy); no top-p, top-k or penalty ever touches z.
-Method: TMEM, arXiv 2606.04536, the policy pi_{theta + Delta}.
+One engine lives in this process. A thread of its own steps it (step_loop.py); vllm_internals/ is the part
+inside vLLM's worker. Every coroutine here waits for that thread, which resolves its future between two steps.
+
+Revision 0 is the base model itself: no adapter is named and nothing is added (Delta = 0 costs and changes
+nothing). Log-probs are log_softmax(z / T) of the sampled token, of z when greedy. No top-p, top-k or penalty
+ever touches z. Method: TMEM, arXiv 2606.04536, the policy pi_{theta + Delta}.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import itertools
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +58,10 @@ CLOSE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class RefreshReport:
-    """Theta is now ``version``. ``seconds_load`` covers loading and repacking inside vLLM; ``bytes`` is what was handed over."""
+    """Theta is now ``version``.
+
+    seconds_load: loading and repacking inside vLLM. bytes: of the tensors that were handed over.
+    """
 
     version: PolicyVersion
     seconds_load: float
@@ -65,9 +70,11 @@ class RefreshReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counted since the engine started. An *unseen* receipt passed, but the write moved the probe by less than the tolerance: it proves little.
+    """Counted since the engine started.
 
-    ``seconds`` are the step thread's by phase, see engine_loop.LoopTimes. ``install_seconds`` are the callers', their waits and receipts included.
+    receipts_unseen: receipts that passed although the write moved the probe by less than the tolerance. They
+    prove little. seconds: the step thread's by phase, see step_loop.LoopTimes. install_seconds: the callers',
+    with their waits and receipts.
     """
 
     prompt_tokens: int
@@ -95,10 +102,11 @@ class _Counters:
 
 
 class VLLMPolicy:
-    """actors.protocols.Policy on vLLM. The constructor blocks until the engine is up and raises EngineError.
+    """actors.protocols.Policy on vLLM. The constructor blocks until the engine is up; it raises EngineError.
 
-    ``threads`` is the CPU threads of the step thread; ``stop_token_ids`` end every generation. Invariant: an adapter name that was used once is
-    never used again, so the prefix cache (keyed by that name) cannot hold another adapter's keys and values.
+    threads: the CPU threads of the step thread. stop_token_ids: each ends a generation. Invariant: an adapter
+    name that was used once is never used again. So the prefix cache, which is keyed by that name, cannot hold
+    another adapter's keys and values.
     """
 
     def __init__(
@@ -124,12 +132,12 @@ class VLLMPolicy:
             shut_down,
             START_TIMEOUT_S,
         )
-        self._weights = self._loop.call(
+        weights = self._loop.call(
             lambda engine: EngineWeights(model_of(engine), Path(model_path), basis), "other"
-        ).result(START_TIMEOUT_S)
-        self._loop.call(lambda engine: engine.set_weight_version(str(version)), "other").result(
-            START_TIMEOUT_S
         )
+        self._weights = weights.result(START_TIMEOUT_S)
+        named = self._loop.call(lambda engine: engine.set_weight_version(str(version)), "other")
+        named.result(START_TIMEOUT_S)
 
     @property
     def version(self) -> PolicyVersion:
@@ -137,11 +145,11 @@ class VLLMPolicy:
 
     @property
     def failure(self) -> str:
-        """Why the engine is dead; "" while it serves."""
+        """Why the engine is dead, "" while it serves."""
         return self._loop.failure
 
     def writer(self, config: WriteConfig) -> EngineWriter:
-        """A writer on this engine's weights, whatever version they are."""
+        """A writer on this engine's weights. It follows every refresh."""
         return EngineWriter(self._loop, self._weights, self._basis, config)
 
     async def generate(
@@ -149,8 +157,9 @@ class VLLMPolicy:
     ) -> Generation:
         """Sample a continuation of ``prompt_ids``. Cancelling the coroutine aborts the request.
 
-        Raises EngineError for an adapter that is not installed, another policy version, token ids outside the vocabulary, a prompt that leaves no
-        room in ``engine.max_model_tokens``, or a dead engine. The generation ends with reason "length" where that limit cuts it short.
+        The generation ends with reason "length" where ``engine.max_model_tokens`` cuts it short.
+        Raises EngineError for an adapter that is not installed, another policy version, token ids outside the
+        vocabulary, a prompt that leaves no room in ``engine.max_model_tokens``, or a dead engine.
         """
         parameters = sampling_parameters(
             sampling.temperature, sampling.max_tokens, sampling.seed, self._stop, prompt_logprobs=False
@@ -165,76 +174,74 @@ class VLLMPolicy:
         return Generation(tuple(sampled.token_ids), tuple(sampled.logprobs.logprobs), reason, versions)
 
     async def score(self, token_ids: Sequence[int], adapter: AdapterKey) -> list[float]:
-        """Log-probs (T = 1) of tokens 1..n-1 of ``token_ids``, each given those before it, under ``adapter``. Raises EngineError as ``generate``."""
-        output = await self._run(
-            token_ids, sampling_parameters(0.0, 1, 0, (), prompt_logprobs=True), adapter, "receipt"
-        )
+        """Log-probs (T = 1) of tokens 1..n-1 of ``token_ids`` under ``adapter``, each given those before it.
+
+        Raises EngineError as ``generate`` does.
+        """
+        parameters = sampling_parameters(0.0, 1, 0, (), prompt_logprobs=True)
+        output = await self._run(token_ids, parameters, adapter, "receipt")
         return list(output.prompt_logprobs.logprobs)
 
     async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
-        """Make ``weights`` act under ``key``. With a probe and ``engine.receipts: always`` the engine scores the probe and proves it.
+        """Make ``weights`` act under ``key``.
 
-        Raises EngineError (another version, a used name, weights of another basis or shape) and ReceiptError; nothing stays installed then.
+        With a probe and ``engine.receipts: always`` the engine scores the probe, which proves that the
+        adapter acts. Raises EngineError (another version, a used name, weights of another basis or shape) and
+        ReceiptError. Then nothing stays installed.
         """
         started = time.perf_counter()
         if key.revision == 0 or key.revision != weights.revision:
             raise EngineError(
-                f"cannot install revision {weights.revision} as {key.name}: the revisions must be equal, and 0 is the base model itself"
+                f"cannot install revision {weights.revision} as {key.name}: "
+                "the revisions must be equal, and 0 is the base model itself"
             )
         try:
             check(weights, self._basis)
         except BasisError as error:
             raise EngineError(f"cannot install {key.name}: {error}") from error
         tensors, version = as_tensors(weights), self.version
-        await asyncio.wrap_future(
-            self._loop.call(lambda engine: self._table.put(engine, key, tensors), "install")
-        )
+        stored = self._loop.call(lambda engine: self._table.put(engine, key, tensors), "install")
+        await asyncio.wrap_future(stored)
         self._counters.installs += 1
         try:
             if probe is not None and self._config.receipts == "always":
                 await self._demand_receipt(key, probe, version)
-        except (
-            BaseException
-        ):  # a failed receipt, or the caller went away: the name stays used, the adapter goes
-            self._loop.post(
-                lambda engine: self._table.drop(engine, [key], self._loop.running_labels()), "install"
-            )
+        except BaseException:
+            # The receipt failed, or the caller was cancelled: the adapter goes, its name stays used.
+            self._loop.post(lambda engine: self._drop(engine, [key]), "install")
             raise
         finally:
             self._counters.install_seconds += time.perf_counter() - started
 
     async def release(self, keys: Sequence[AdapterKey]) -> None:
-        """Forget adapters. Unknown ones and revision 0 are passed over; one with unfinished requests goes when the last of them ends."""
-        await asyncio.wrap_future(
-            self._loop.call(
-                lambda engine: self._table.drop(engine, keys, self._loop.running_labels()), "install"
-            )
-        )
+        """Forget adapters. Unknown keys and revision 0 are skipped.
+
+        An adapter with unfinished requests goes at a later release, after the last of them has ended.
+        """
+        released = self._loop.call(lambda engine: self._drop(engine, keys), "install")
+        await asyncio.wrap_future(released)
 
     async def refresh(
-        self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool
+        self,
+        version: PolicyVersion,
+        tensors: Mapping[str, torch.Tensor],
+        complete: bool,
+        in_flight: bool = False,
     ) -> RefreshReport:
-        """Overwrite theta with ``tensors`` (Hugging Face names; a tied lm_head may be left out) and call it ``version``.
+        """Overwrite theta with ``tensors`` (Hugging Face names; a tied lm_head may be left out).
 
-        ``complete`` demands all of the model's tensors; otherwise those that are not there keep the values they have. Afterwards every adapter of
-        the old version is unknown and the prefix cache is empty. Raises EngineError, with the engine as it was, when requests run, the version goes
-        backwards, or a name, a shape or a part of a packed matrix is wrong; when loading itself fails the engine is dead.
+        ``complete`` demands all of the model's tensors; otherwise the others keep their values. Afterwards
+        the prefix cache is empty, and every adapter of the old version is unknown.
+
+        With ``in_flight`` requests may run: they sample on under the new weights, and the adapters stay,
+        under their names. The keys and values of running requests are computed again, so each token's
+        log-prob is that of one theta; Generation.versions tells which. A receipt that a refresh overtakes
+        proves nothing and is left out.
+
+        Raises EngineError, with the engine as it was, when requests run (unless ``in_flight``), the version
+        goes backwards, or a name, a shape or a part of a packed matrix is wrong. When loading itself fails,
+        the engine is dead.
         """
-        return await self._refreshed(version, tensors, complete, in_flight=False)
-
-    async def refresh_in_flight(
-        self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool
-    ) -> RefreshReport:
-        """As ``refresh`` between two steps of running requests, which sample on under the new weights; the adapters stay, under their names.
-
-        The keys and values of running requests are computed again, so that each token's log-prob is that of one theta. Generation.versions tells
-        which. A receipt that a refresh overtakes proves nothing and is left out.
-        """
-        return await self._refreshed(version, tensors, complete, in_flight=True)
-
-    async def _refreshed(
-        self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool, in_flight: bool
-    ) -> RefreshReport:
         done = self._loop.call(
             lambda engine: self._refresh(engine, version, tensors, complete, in_flight), "refresh"
         )
@@ -246,25 +253,14 @@ class VLLMPolicy:
             ) from error
 
     def stats(self) -> EngineStats:
-        c, times = self._counters, self._loop.times
-        return EngineStats(
-            prompt_tokens=c.prompt_tokens,
-            generated_tokens=c.generated_tokens,
-            installs=c.installs,
-            receipts_passed=c.receipts_passed,
-            receipts_failed=c.receipts_failed,
-            receipts_unseen=c.receipts_unseen,
-            install_seconds=c.install_seconds,
-            refreshes=c.refreshes,
-            steps=times.steps,
-            seconds=times.seconds,
-        )
+        times = self._loop.times
+        return EngineStats(**asdict(self._counters), steps=times.steps, seconds=times.seconds)
 
     def close(self) -> None:
-        """End the step thread and free vLLM's memory; what is pending fails with EngineError. Safe to call twice."""
+        """End the step thread and free vLLM's memory. Pending calls fail. Safe to call twice."""
         self._loop.close(CLOSE_TIMEOUT_S)
 
-    # --- on the caller's event loop ------------------------------------------------------------------------------------------------------------
+    # --- on the caller's event loop -------------------------------------------------------------------------
 
     async def _run(
         self, token_ids: Sequence[int], parameters: SamplingParams, adapter: AdapterKey, kind: RequestKind
@@ -273,11 +269,13 @@ class VLLMPolicy:
         limit = self._config.max_model_tokens
         if not 0 < len(ids) < limit:
             raise EngineError(
-                f"a prompt of {len(ids)} tokens does not fit: it must have 1 to {limit - 1} (engine.max_model_tokens={limit})"
+                f"a prompt of {len(ids)} tokens does not fit: it must have 1 to {limit - 1} "
+                f"(engine.max_model_tokens={limit})"
             )
         if min(ids) < 0 or max(ids) >= self._vocabulary:
             raise EngineError(
-                f"a prompt holds token ids {min(ids)} to {max(ids)}, the model has 0 to {self._vocabulary - 1}: it is another tokenizer's"
+                f"a prompt holds token ids {min(ids)} to {max(ids)}, "
+                f"the model has 0 to {self._vocabulary - 1}: it is another tokenizer's"
             )
         request_id = str(next(self._request_ids))
         add = functools.partial(
@@ -290,7 +288,7 @@ class VLLMPolicy:
     async def _demand_receipt(self, key: AdapterKey, probe: Probe, version: PolicyVersion) -> None:
         scored = await self.score(probe.token_ids, key)
         if self.version != version:
-            return  # overtaken by a refresh in flight: the probe is of the weights before it
+            return  # a refresh in flight overtook it: the probe is of the weights before
         try:
             seen = check_receipt(scored[-len(probe.after) :], probe, self._config.receipt_tolerance)
         except ReceiptError as error:
@@ -299,7 +297,10 @@ class VLLMPolicy:
         self._counters.receipts_passed += 1
         self._counters.receipts_unseen += not seen
 
-    # --- on the step thread --------------------------------------------------------------------------------------------------------------------
+    # --- on the step thread ---------------------------------------------------------------------------------
+
+    def _drop(self, engine: LLMEngine, keys: Sequence[AdapterKey]) -> None:
+        self._table.drop(engine, keys, self._loop.running_labels())
 
     def _add(
         self,
@@ -330,7 +331,8 @@ class VLLMPolicy:
         running = self._loop.running_labels()
         if running and not in_flight:
             raise EngineError(
-                f"cannot refresh to version {version}: requests run under {', '.join(sorted(running)[:3])}; drain the worker first"
+                f"cannot refresh to version {version}: requests run under "
+                f"{', '.join(sorted(running)[:3])}; drain the worker first"
             )
         self._table.check_successor(version)
         seconds = load_weights(engine, version, tensors, complete, in_flight)
@@ -346,7 +348,10 @@ class VLLMPolicy:
 def sampling_parameters(
     temperature: float, max_tokens: int, seed: int, stop_token_ids: tuple[int, ...], prompt_logprobs: bool
 ) -> SamplingParams:
-    """Plain sampling, ids in and ids out. ``prompt_logprobs`` turns the prefix cache off for the request: receipts and tests only."""
+    """Plain sampling, ids in and ids out.
+
+    ``prompt_logprobs`` turns the prefix cache off for the request: for receipts and tests only.
+    """
     from vllm import SamplingParams
     from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind

@@ -1,9 +1,11 @@
-"""Building vLLM's engine, loading new weights into it, taking it down. Everything here runs on the engine's step thread, except the first two.
+"""Builds vLLM's engine, loads new weights into it, takes it down.
 
-Environment variables set here before vLLM is imported (vLLM reads most of them then):
+Everything here runs on the engine's step thread, except ``prepare_environment`` and ``read_vocabulary``,
+which run before there is one. Environment variables, set before vLLM is imported (vLLM reads most of them
+then):
 
     VLLM_ENABLE_V1_MULTIPROCESSING=0   the engine core and its worker live in this process
-    VLLM_CPU_OMP_THREADS_BIND=nobind   several workers share a machine; pinning each to core 0.. would pile them up
+    VLLM_CPU_OMP_THREADS_BIND=nobind   no pinning: it would put all workers of a machine on its first cores
     VLLM_USE_V2_MODEL_RUNNER=0         the runner whose log-probs the tests cover, on CPU and GPU alike
     VLLM_NO_USAGE_STATS=1, DO_NOT_TRACK=1
     VLLM_LOGGING_LEVEL=WARNING         unless the user set it
@@ -33,13 +35,17 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The slot widths that vLLM 0.32 accepts; a smaller rank is padded with zeros."""
 
 _PREFILL_TOKENS = 64
-"""Tokens of one engine step on CPU, per slot: enough for a good matmul, few enough that running requests go on."""
+"""Tokens of one engine step on CPU, per slot: enough for a good matmul, and running requests still go on."""
 
 PACKED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 """vLLM holds these two as one matrix (Llama, Mistral, Qwen2, Qwen3)."""
 
+WORKER_EXTENSION = "actors.engine.vllm_internals.worker_extension.EngramWorker"
+"""The class that vLLM's worker imports by this name, before it loads the model."""
+
 
 def prepare_environment(threads: int) -> None:
+    """Set the variables above. ``threads``: of the worker, on the CPU."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_OMP_THREADS_BIND="nobind",
@@ -52,14 +58,18 @@ def prepare_environment(threads: int) -> None:
 
 
 def read_vocabulary(model_path: str | os.PathLike[str], model: ModelConfig, engine: EngineConfig) -> int:
-    """The model's vocabulary size, from its config.json. Raises EngineError when its window is shorter than ``engine.max_model_tokens``."""
+    """The model's vocabulary size, from its config.json.
+
+    Raises EngineError when the model's window is shorter than ``engine.max_model_tokens``.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(model_path), trust_remote_code=model.trust_remote_code)
     window = getattr(config, "max_position_embeddings", None)
     if window is not None and engine.max_model_tokens > window:
         raise EngineError(
-            f"engine.max_model_tokens={engine.max_model_tokens} is more than the model's window of {window}: lower it"
+            f"engine.max_model_tokens={engine.max_model_tokens} is more than the model's window of {window}: "
+            "lower it"
         )
     return int(config.vocab_size)
 
@@ -70,7 +80,10 @@ def slot_width(rank: int) -> int:
 
 
 def engine_modules(modules: Sequence[str]) -> list[str]:
-    """vLLM's names of the adapted matrices: full names, so that only the last layers are wrapped (wrapping all costs several times the prefill)."""
+    """vLLM's names of the adapted matrices.
+
+    Full names, so that only the last layers are wrapped: wrapping all would cost several times the prefill.
+    """
     renamed = []
     for module in modules:
         parent, _, projection = module.rpartition(".")
@@ -81,11 +94,13 @@ def engine_modules(modules: Sequence[str]) -> list[str]:
 def engine_arguments(
     model_path: str | os.PathLike[str], model: ModelConfig, engine: EngineConfig, basis: Basis, seed: int
 ) -> EngineArgs:
-    """All that vLLM is told: ``engine.slots`` requests at once, each under an adapter of its own on the matrices of ``basis``."""
+    """All of vLLM's settings: ``engine.slots`` requests at once, each under its own adapter of ``basis``."""
     from vllm import EngineArgs
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
+    # Room for a whole prompt, as partial prefills are off on CPU.
+    step_tokens = max(engine.max_model_tokens, _PREFILL_TOKENS * engine.slots) if on_cpu else None
     return EngineArgs(
         model=str(model_path),
         skip_tokenizer_init=True,
@@ -95,13 +110,12 @@ def engine_arguments(
         generation_config="vllm",  # never the model's own penalties and temperatures
         max_model_len=engine.max_model_tokens,
         max_num_seqs=engine.slots,
-        # vLLM 0.32 rewinds a seeded request's generator after a partial prefill, which CPU generators cannot do: the engine dies. So no partial ones.
+        # vLLM 0.32 rewinds a seeded request's generator after a partial prefill. A CPU generator cannot be
+        # rewound, and the engine dies.
         enable_chunked_prefill=not on_cpu,
-        max_num_batched_tokens=max(engine.max_model_tokens, _PREFILL_TOKENS * engine.slots)
-        if on_cpu
-        else None,
-        enforce_eager=engine.enforce_eager
-        or on_cpu,  # compiling takes minutes on CPU, and vLLM turns it off there with adapters anyway
+        max_num_batched_tokens=step_tokens,
+        # Compiling takes minutes on CPU, and with adapters vLLM turns it off there anyway.
+        enforce_eager=engine.enforce_eager or on_cpu,
         enable_prefix_caching=True,
         kv_cache_memory_bytes=int(engine.kv_cache_gib * 2**30) if on_cpu else None,
         gpu_memory_utilization=engine.gpu_memory_utilization,
@@ -111,14 +125,14 @@ def engine_arguments(
         max_cpu_loras=2 * engine.slots,
         max_lora_rank=slot_width(basis.rank),
         lora_target_modules=engine_modules(basis.modules),
-        worker_extension_cls="actors.engine.vllm_internals.worker_extension.EngramWorker",
+        worker_extension_cls=WORKER_EXTENSION,
         weight_transfer_config={"backend": "engram"},
         disable_log_stats=True,
     )
 
 
 def start_engine(arguments: EngineArgs, threads: int) -> LLMEngine:
-    """vLLM's engine as ``arguments`` say, on this thread with ``threads`` CPU threads. Raises what vLLM raises."""
+    """Start vLLM's engine on this thread, with ``threads`` CPU threads. Raises what vLLM raises."""
     from vllm.v1.engine.llm_engine import LLMEngine
 
     search_with_care()
@@ -127,9 +141,8 @@ def start_engine(arguments: EngineArgs, threads: int) -> LLMEngine:
     try:
         return LLMEngine.from_engine_args(arguments)
     finally:
-        torch.set_num_threads = (
-            set_num_threads  # vLLM's CPU worker turns it into a warning for the whole process
-        )
+        # vLLM's CPU worker replaces this function by a warning, for the whole process.
+        torch.set_num_threads = set_num_threads
 
 
 def build_engine(
@@ -141,7 +154,10 @@ def build_engine(
     threads: int,
     seed: int,
 ) -> LLMEngine:
-    """An LLMEngine with ``engine.slots`` adapter slots whose worker knows ``basis``. Raises EngineError, or what vLLM raises."""
+    """An LLMEngine with ``engine.slots`` adapter slots, whose worker knows ``basis``.
+
+    Raises EngineError, or what vLLM raises.
+    """
     built = start_engine(engine_arguments(model_path, model, engine, basis, seed), threads)
     built.collective_rpc("engram_setup", args=(dict(basis.a), basis.train_a))
     return built
@@ -161,9 +177,10 @@ def load_weights(
 ) -> float:
     """Replace the base weights (with ``complete`` all of them) and empty the prefix cache; returns seconds.
 
-    ``in_flight``: requests may run; vLLM computes their keys and values again under the new weights, from their tokens so far, and samples on.
-
-    Raises EngineError before touching anything when a name, a shape or a part of a packed matrix is wrong; what else it raises leaves it half-way.
+    ``in_flight``: requests may run. vLLM computes their keys and values again under the new weights, from
+    their tokens so far, and samples on.
+    Raises EngineError, with nothing changed, when a name, a shape or a part of a packed matrix is wrong.
+    After any other exception the model is half-loaded.
     """
     started = time.perf_counter()
     engine.collective_rpc("start_weight_update")

@@ -1,14 +1,19 @@
-"""A thread of its own for a stepping engine: callers hand it work, it runs the work between two steps.
+"""A thread of its own for a stepping engine: callers hand it work, and it runs the work between two steps.
 
-    caller (any thread, any event loop)                      step thread
-    call(f, kind)      -> Future of f(engine)       --->     run everything that waits, a moment of patience, one engine.step(), and again
-    request(id, add)   -> Future of the output      --->     add(engine); resolved when step() reports the request finished
-    future.cancel()                                 --->     engine.abort_request([id])
-    times                                           <---     where every second of the step thread went, by phase
+    caller (any thread, any event loop)                  step thread
+    call(f, kind)      -> Future of f(engine)    --->    run all work that waits, have a moment's patience,
+    request(id, add)   -> Future of the output   --->    take one engine.step(), and again
+    future.cancel()                              --->    engine.abort_request([id])
+    times                                        <---    where every second of the thread went, by phase
 
-Who waits for whom: the step thread waits (without a deadline) for callers when there is nothing to do; callers wait for the step thread and put
-their own deadline on the future. Work refuses by raising EngineError and must then have changed nothing; any other exception ends the thread. When
-the thread dies, every pending future and every later call raises EngineError with the reason.
+Every wait, and who unblocks it:
+
+    the step thread waits, without a deadline, when there is nothing to do      a caller's work, or close
+    it waits for PATIENCE of a step, when answered callers may come back        their work, or that time
+    a caller waits for its future, with a deadline of its own                   the step thread, or its death
+
+Work that refuses raises EngineError and must then have changed nothing. Any other exception ends the thread.
+When the thread dies, every pending future and every later call raises EngineError with the reason.
 """
 
 from __future__ import annotations
@@ -31,11 +36,13 @@ WorkKind = Literal["write", "install", "refresh", "other"]
 Phase = RequestKind | WorkKind | Literal["idle"]
 PHASES: tuple[Phase, ...] = (*get_args(RequestKind), *get_args(WorkKind), "idle")
 
-_ANSWERED: tuple[Phase, ...] = ("write", "install")  # work after which its caller goes on with an episode
+_ANSWERED: tuple[Phase, ...] = ("write", "install")  # after such work its caller goes on with an episode
 
 PATIENCE = 0.05
-"""How long a step waits for callers who were answered since the step before, as a share of that step's time: the next request of an episode is a
-moment away (its text is parsed, its next turn encoded), and a step takes it along for less than a step of its own costs.
+"""How long a step waits for callers who were answered since the step before, as a share of that step's time.
+
+The next request of an episode is a moment away (its text is parsed, its next turn encoded). The coming step
+takes it along for less than a step of its own would cost.
 """
 
 
@@ -61,10 +68,11 @@ E = TypeVar("E", bound=StepEngine)
 
 @dataclass(frozen=True, slots=True)
 class LoopTimes:
-    """Steps taken, and the step thread's seconds by phase; all phases are there, and they sum to its wall time up to the work that runs now.
+    """Steps taken, and the step thread's seconds by phase. All phases are there; "idle" is waiting.
 
-    The phases of requests are the engine's steps: a step's seconds are shared out by the tokens that its running requests of each kind have to
-    compute in it (a prompt in its first step, one token in each later step; what the prefix cache saves is not known here). "idle" is waiting.
+    They sum to the thread's wall time, up to the work that runs now. A step's seconds are shared out by the
+    tokens that the running requests of each kind have to compute in it: a prompt in its first step, one token
+    in each later step. What the prefix cache saves is not known here.
     """
 
     steps: int
@@ -80,14 +88,14 @@ class _Running:
 
 
 class _Account:
-    """Charges every second since it was made to a phase."""
+    """Charges every second since its construction to a phase."""
 
     def __init__(self) -> None:
         self.seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self._since = time.perf_counter()
 
     def charge(self, shares: Mapping[Phase, float]) -> None:
-        """What has passed since the last charge, in proportion to ``shares`` (positive)."""
+        """Charge what has passed since the last charge, in proportion to ``shares`` (positive)."""
         now = time.perf_counter()
         per_share = (now - self._since) / sum(shares.values())
         for phase, share in shares.items():
@@ -96,10 +104,11 @@ class _Account:
 
 
 class StepLoop(Generic[E]):
-    """Owns one engine: built, stepped and taken down on one thread, so that thread-bound settings (OpenMP's thread count) hold for all its work.
+    """Owns one engine: builds it, steps it and takes it down on one thread.
 
-    Invariant: ``engine`` is touched by the step thread only. Raises EngineError from the constructor when ``build`` fails or takes longer than
-    ``start_timeout_s`` seconds.
+    Why one thread: settings that are bound to a thread, such as OpenMP's thread count, hold for all its work.
+    Invariant: the step thread alone touches the engine. The constructor raises EngineError when ``build``
+    fails or takes longer than ``start_timeout_s`` seconds.
     """
 
     def __init__(
@@ -122,19 +131,24 @@ class StepLoop(Generic[E]):
             started.result(timeout=start_timeout_s)
         except FutureTimeoutError as error:
             raise EngineError(
-                f"{name} did not start within {start_timeout_s:.0f} s: is the machine overloaded or out of memory?"
+                f"{name} did not start within {start_timeout_s:.0f} s: "
+                "is the machine overloaded or out of memory?"
             ) from error
 
     def call(self, work: Callable[[E], T], kind: WorkKind) -> Future[T]:
-        """Run ``work`` on the step thread before the next step, after all that waits already. ``kind`` is the phase that its seconds count as."""
+        """Run ``work`` on the step thread before the next step, after all that waits already.
+
+        ``kind`` is the phase to which its seconds are charged.
+        """
         return self._submit(work, kind)
 
     def request(
         self, request_id: str, label: str, kind: RequestKind, prompt_tokens: int, add: Callable[[E], None]
     ) -> Future[Any]:
-        """Add a request; the future gets the engine's finished output, or what ``add`` raised. Cancelling the future aborts the request.
+        """Add a request; the future gets the engine's finished output, or what ``add`` raised.
 
-        ``label`` says what the request depends on, see ``running_labels``. ``kind`` and ``prompt_tokens`` are for the account of ``times``.
+        Cancelling the future aborts the request. ``label`` says what the request depends on, see
+        ``running_labels``. ``kind`` and ``prompt_tokens`` are for the account of ``times``.
         """
         done: Future[Any] = Future()
 
@@ -143,7 +157,7 @@ class StepLoop(Generic[E]):
                 return
             try:
                 add(engine)
-            except EngineError as error:  # refused: this request's own failure
+            except EngineError as error:  # refused: this request fails, the thread goes on
                 if done.set_running_or_notify_cancel():
                     done.set_exception(error)
             else:
@@ -158,35 +172,39 @@ class StepLoop(Generic[E]):
         return done
 
     def post(self, work: Callable[[E], None], kind: WorkKind) -> None:
-        """As ``call``, for clean-up that nobody waits for: dropped when the loop is closed or dead."""
+        """Call ``work`` without an answer, for clean-up. Dropped when the loop is closed or dead."""
         with self._wake:
             if self._failure is None and not self._closing:
                 self._work.append((Future(), work, kind))
                 self._wake.notify()
 
     def running_labels(self) -> set[str]:
-        """Labels of the requests inside the engine. For work on the step thread, where the answer cannot change meanwhile."""
+        """Labels of the requests inside the engine.
+
+        For work on the step thread, where the answer cannot change meanwhile.
+        """
         return {running.label for running in self._requests.values()}
 
     @property
     def times(self) -> LoopTimes:
-        """For any thread; a step or work that runs is counted when it ends."""
+        """The account, for any thread. A step, or work, is counted when it ends."""
         return LoopTimes(self._steps, dict(self._account.seconds))
 
     def close(self, timeout_s: float) -> None:
-        """End the thread after its running step; what is pending fails. Safe to call twice."""
+        """End the thread after its running step. Pending work fails. Safe to call twice."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise EngineError(
-                f"{self._name} did not stop within {timeout_s:.0f} s: a step of the engine hangs; end the process"
+                f"{self._name} did not stop within {timeout_s:.0f} s: "
+                "a step of the engine hangs; end the process"
             )
 
     @property
     def failure(self) -> str:
-        """Why the thread has ended, "" while it works or when it was closed."""
+        """Why the thread has ended; "" while it works, and after ``close``."""
         return "" if self._closing else self._failure or ""
 
     def _submit(self, work: Callable[[E], T], phase: Phase) -> Future[T]:
@@ -206,32 +224,29 @@ class StepLoop(Generic[E]):
     def _run(self, build: Callable[[], E], teardown: Callable[[E], None], started: Future[None]) -> None:
         try:
             engine = build()
-        except BaseException as error:  # noqa: BLE001  (a thread's boundary: the failure belongs to whoever waits, whatever it is)
+        except BaseException as error:  # noqa: BLE001  (a thread's boundary: every failure goes to the callers)
             self._die(_one_line(error))
-            started.set_exception(
-                error
-                if isinstance(error, EngineError)
-                else EngineError(f"{self._name} did not start: {_one_line(error)}")
-            )
+            if not isinstance(error, EngineError):
+                error = EngineError(f"{self._name} did not start: {_one_line(error)}")
+            started.set_exception(error)
             return
-        self._account = _Account()  # the thread's life as a servant begins
+        self._account = _Account()  # the thread starts to serve requests; its start is no phase
         started.set_result(None)
         reason = "closed"
         try:
             self._serve(engine)
-        except BaseException as error:  # noqa: BLE001  (as above)
+        except BaseException as error:  # noqa: BLE001  (a thread's boundary)
             reason = f"{type(error).__name__}: {_one_line(error)}"
         self._die(reason)
         teardown(engine)
 
     def _serve(self, engine: E) -> None:
-        expected, patience_s = (
-            0,
-            0.0,
-        )  # callers who were answered and did not come back yet; how long a step waits for them
+        expected = 0  # callers who were answered and did not come back yet
+        patience_s = 0.0  # how long a step waits for them
         while (work := self._next_work(engine, patience_s if expected > 0 else 0.0)) is not None:
             for future, function, phase in work:
                 self._perform(engine, future, function, phase)
+                # A caller came back with this work; after a write or an install it will come back again.
                 expected += (phase in _ANSWERED) - 1
             if not work and engine.has_unfinished_requests():
                 began = time.perf_counter()
@@ -244,7 +259,10 @@ class StepLoop(Generic[E]):
     def _next_work(
         self, engine: E, patience_s: float
     ) -> deque[tuple[Future[Any], Callable[[E], Any], Phase]] | None:
-        """What waits to be run; empty when a step is due instead, None when the loop is closing. Waits as long as there is nothing to do at all."""
+        """All work that waits; empty when a step is due instead, None when the loop is closing.
+
+        Waits as long as there is nothing to do at all.
+        """
         with self._wake:
             timeout = patience_s if engine.has_unfinished_requests() else None
             if timeout != 0.0:
@@ -256,7 +274,7 @@ class StepLoop(Generic[E]):
             return work
 
     def _shares(self) -> dict[Phase, float]:
-        """Of the step that was just taken."""
+        """The tokens of the step that was just taken, by kind of request."""
         tokens: dict[Phase, float] = {}
         for running in self._requests.values():
             tokens[running.kind] = tokens.get(running.kind, 0.0) + running.tokens
@@ -264,7 +282,7 @@ class StepLoop(Generic[E]):
         return tokens or {"other": 1.0}
 
     def _perform(self, engine: E, future: Future[Any], function: Callable[[E], Any], phase: Phase) -> None:
-        """Run one piece of work. It is charged before its caller hears of it, who may look at ``times``."""
+        """Run one piece of work. Charge its seconds first, then tell the caller, who may read ``times``."""
         if not future.set_running_or_notify_cancel():
             return
         try:
@@ -272,7 +290,7 @@ class StepLoop(Generic[E]):
         except EngineError as error:  # refused: the engine is as it was
             self._account.charge({phase: 1.0})
             future.set_exception(error)
-        except BaseException as error:  # broke half-way: the caller learns first, then the thread ends
+        except BaseException as error:  # broke half-way: the caller is told, then the thread ends
             future.set_exception(
                 EngineError(f"{self._name} broke: {type(error).__name__}: {_one_line(error)}")
             )
@@ -282,7 +300,7 @@ class StepLoop(Generic[E]):
             future.set_result(result)
 
     def _deliver(self, outputs: Sequence[StepOutput]) -> int:
-        """Answer those whose requests are finished; returns how many."""
+        """Answer the callers whose requests are finished; returns how many."""
         answered = 0
         for output in outputs:
             if output.finished:

@@ -1,8 +1,14 @@
-"""The writer inside the rollout process: writes run on the engine's step thread, between two steps, on the engine's own weights.
+"""The writer inside the rollout process, on the engine's own weights.
 
-    episodes --write--> WriteBatcher --(one call for all that wait)--> EngineWriter --> step thread: ... step, write, install, step ...
+    episodes --write--> WriteBatcher --(one call for all that wait)--> EngineWriter
+                                                                           |
+    step thread: ... step, write, install, step ...  <--- StepLoop.call ---+
 
-So engine and writer never compete for cores, no lock guards the weights, and a refresh cannot come in the middle of a write.
+Writes run on the engine's step thread, between two steps. So engine and writer never compete for cores, no
+lock guards the weights, and a refresh cannot come in the middle of a write.
+
+    EngineWeights: vLLM's tensors --> FrozenLlama (no copy where vLLM shows a weight)
+                   the layers under Delta, where vLLM packs weights away --> plain copies, from the checkpoint
 """
 
 from __future__ import annotations
@@ -31,7 +37,10 @@ WRITE_TIMEOUT_S = 900.0
 
 
 class EngineWriter:
-    """FastWeightWriter of one engine, made by ``VLLMPolicy.writer``. ``write`` blocks its caller: not for an event loop's thread."""
+    """The FastWeightWriter of one engine, made by ``VLLMPolicy.writer``.
+
+    ``write`` blocks its caller: not for an event loop's thread.
+    """
 
     def __init__(
         self, loop: StepLoop[LLMEngine], weights: EngineWeights, basis: Basis, config: WriteConfig
@@ -40,61 +49,66 @@ class EngineWriter:
         self._built: tuple[FrozenLlama, BatchedWriter] | None = None
 
     def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:
-        """See BatchedWriter.write. Raises what that raises, or EngineError when the engine is dead or ``WRITE_TIMEOUT_S`` pass."""
+        """Write as BatchedWriter.write does, and raise what that raises.
+
+        Raises EngineError when the engine is dead, or the write takes longer than ``WRITE_TIMEOUT_S``.
+        """
+        future = self._loop.call(lambda engine: self._attempt(requests), "write")
         try:
-            results, error = self._loop.call(lambda engine: self._attempt(requests), "write").result(
-                WRITE_TIMEOUT_S
-            )
+            results, error = future.result(WRITE_TIMEOUT_S)
         except FutureTimeoutError:
             raise EngineError(
-                f"a write of {len(requests)} episodes did not end within {WRITE_TIMEOUT_S:.0f} s on the engine's step thread"
+                f"a write of {len(requests)} episodes did not end within {WRITE_TIMEOUT_S:.0f} s "
+                "on the engine's step thread"
             ) from None
         if error is not None:
             raise error
         return results
 
     def _attempt(self, requests: Sequence[WriteRequest]) -> tuple[list[WriteResult], Exception | None]:
-        """On the step thread. A write only reads the engine, so whatever it raises is its callers', and the engine goes on."""
+        """Run on the step thread. A write only reads the engine, so its errors must not end the thread."""
         try:
             return self._current().write(requests), None
         except Exception as error:  # noqa: BLE001  (handed to the caller, who raises it)
             return [], error
 
     def _current(self) -> BatchedWriter:
-        """Over the present weights: a refresh makes another model."""
+        """The writer over the present weights: a refresh makes another model."""
         if self._built is None or self._built[0] is not self._weights.model:
             self._built = (self._weights.model, BatchedWriter(self._weights.model, self._basis, self._config))
         return self._built[1]
 
 
 class EngineWeights:
-    """``model`` is the engine's theta, now. Lives on the engine's step thread; ``refresh`` makes another ``model``."""
+    """The engine's theta as a frozen llama, ``model``, for the step thread. A refresh makes a new ``model``.
+
+    On a CPU vLLM packs the weights of its matmuls away. The lower layers then run vLLM's own matmuls. The
+    layers that Delta touches need a gradient, so they get plain copies.
+    """
 
     def __init__(self, vllm_model: Any, model_path: Path, basis: Basis) -> None:
-        """``model_path`` holds the weights that the engine has now: the plain copies are read from there. Raises WriterError."""
+        """Bind vLLM's tensors; read copies from ``model_path``, the same weights. Raises WriterError."""
         self._vllm_model, self._first = vllm_model, basis.first_layer
         self._owned: OwnedWeights | None = None
         self._copies: tuple[FrozenLayer, ...] = ()
         layers = vllm_model.model.layers
         if any(_weight(part) is None for layer in layers[self._first :] for part in _parts(layer)):
             numbers = range(self._first, len(layers))
-            tensors, embed = (
-                read_tensors(model_path, *(f"model.layers.{number}." for number in numbers)),
-                vllm_model.model.embed_tokens.weight,
-            )
-            owned = OwnedWeights(tensors, embed.dtype, embed.device)
-            self._owned, self._copies = owned, tuple(owned.layer(number) for number in numbers)
+            tensors = read_tensors(model_path, *(f"model.layers.{number}." for number in numbers))
+            embed = vllm_model.model.embed_tokens.weight
+            self._owned = owned = OwnedWeights(tensors, embed.dtype, embed.device)
+            self._copies = tuple(owned.layer(number) for number in numbers)
         self.model = self._bind()
 
     def refresh(self, tensors: Mapping[str, Tensor]) -> None:
-        """vLLM has loaded ``tensors``; the plain copies follow."""
+        """Follow vLLM, which has loaded ``tensors``: the plain copies get them too."""
         if self._owned is not None:
             self._owned.refresh(tensors)
         self.model = self._bind()
 
     @property
     def copied_bytes(self) -> int:
-        """Of the plain copies."""
+        """Bytes of the plain copies."""
         return sum(
             part.weight.nbytes
             for layer in self._copies
@@ -104,19 +118,16 @@ class EngineWeights:
 
     def _bind(self) -> FrozenLlama:
         core = self._vllm_model.model
-        below = core.layers if not self._copies else core.layers[: self._first]
-        layers = (*(_layer(layer) for layer in below), *self._copies)
+        shared = core.layers[: self._first] if self._copies else core.layers
+        layers = (*(_layer(layer) for layer in shared), *self._copies)
+        embed, norm, head = core.embed_tokens, core.norm, self._vllm_model.lm_head
         return FrozenLlama(
-            self._vllm_model.config,
-            core.embed_tokens.weight.data,
-            layers,
-            core.norm.weight.data,
-            self._vllm_model.lm_head.weight.data,
+            self._vllm_model.config, embed.weight.data, layers, norm.weight.data, head.weight.data
         )
 
 
 def _parts(layer: Any) -> tuple[Any, Any, Any, Any]:
-    """The four linear modules, without the wrapper that adds an adapter."""
+    """The four linear modules of a vLLM layer, without the wrapper that adds an adapter."""
     parts = (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
     qkv, out, gate_up, down = (getattr(part, "base_layer", part) for part in parts)
     return qkv, out, gate_up, down
@@ -147,7 +158,7 @@ def _vllm_matmul(module: Any, x: Tensor) -> Tensor:
 
 
 def _weight(module: Any) -> Tensor | None:
-    """None where vLLM has packed it away."""
+    """The module's matrix, or None where vLLM has packed it away."""
     weight: Tensor = module.weight.data
     return weight if weight.ndim == 2 and weight.numel() > 0 else None
 

@@ -87,8 +87,10 @@ def test_generations_go_on_under_new_weights_and_each_token_is_of_the_weights_it
         for version in (1, 2):
             await steps(policy, STEPS)
             with pytest.raises(EngineError, match="unknown, first extra"):
-                await policy.refresh_in_flight(version, {"extra": state["model.norm.weight"]}, complete=False)
-            await policy.refresh_in_flight(version, versions[version], complete=True)
+                await policy.refresh(
+                    version, {"extra": state["model.norm.weight"]}, complete=False, in_flight=True
+                )
+            await policy.refresh(version, versions[version], complete=True, in_flight=True)
         return list(await asyncio.gather(*running))
 
     generations = run(story())
@@ -148,7 +150,7 @@ def test_a_receipt_that_a_refresh_overtakes_proves_nothing(
         score = policy.score
 
         async def late(token_ids: list[int], adapter: AdapterKey) -> list[float]:
-            await policy.refresh_in_flight(version + 1, moved(state, 9), complete=True)
+            await policy.refresh(version + 1, moved(state, 9), complete=True, in_flight=True)
             return await score(token_ids, adapter)
 
         policy.score = late  # type: ignore[method-assign, assignment]

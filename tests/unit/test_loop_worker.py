@@ -34,7 +34,7 @@ class Policy:
         self.failure = ""
 
     async def refresh(
-        self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool
+        self, version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool, in_flight: bool
     ) -> None:
         await asyncio.sleep(0.01)
         if self.refused:
@@ -198,7 +198,7 @@ def test_a_refresh_cut_short_while_loading_breaks_the_worker_too(monkeypatch: py
         loading = asyncio.Event()
 
         async def refresh(
-            version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool
+            version: PolicyVersion, tensors: Mapping[str, torch.Tensor], complete: bool, in_flight: bool
         ) -> None:
             loading.set()
             await asyncio.Event().wait()

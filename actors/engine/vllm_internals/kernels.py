@@ -1,10 +1,14 @@
-"""vLLM's CPU platform puts its own functions where Triton's kernels stand, when the first engine of a process starts.
+"""Mends the search by which vLLM's CPU platform puts its own functions in the place of Triton's kernels.
 
-It looks for them in everything that any imported module holds, and stumbles over objects that answer oddly when asked for their ``__dict__``:
-llvmlite's handle of its library (numba, so bm25s) gives a C function, Flask's ``request`` (MLflow's server) raises. The engine then does not
-start. Here is that search, without the stumbling.
+vLLM does that when the first engine of a process starts. It looks for kernels in everything that any imported
+module holds.
 
-Checked against vLLM 0.32 (vllm/triton_utils/dispatcher.py); tests/integration/test_engine.py starts an engine after both imports.
+Why: the search stumbles over objects that answer oddly when asked for their ``__dict__``: llvmlite's handle
+of its library (numba, so bm25s) gives a C function, Flask's ``request`` (MLflow's server) raises. The engine
+then does not start. Here is the same search, without the stumbling.
+
+Checked on vLLM 0.32 (vllm/triton_utils/dispatcher.py). test_engine.py fails when vLLM changes: it starts an
+engine after both imports (test_the_engine_starts_after_modules_that_answer_oddly).
 """
 
 from __future__ import annotations
@@ -16,18 +20,22 @@ from typing import Any
 
 
 def search_with_care() -> None:
-    """Before an engine starts: the stand-in for vLLM's own search. Again and again is the same as once."""
+    """Put ``rebind`` in the place of vLLM's search. Call it before an engine starts; safe to call twice."""
     from vllm.triton_utils import dispatcher
 
     if not callable(getattr(dispatcher, "_rebind_kernels", None)):
         raise RuntimeError(
-            "vllm.triton_utils.dispatcher has no _rebind_kernels any more: actors/engine/vllm_internals/kernels.py is for vLLM 0.32"
+            "vllm.triton_utils.dispatcher has no _rebind_kernels any more: "
+            "actors/engine/vllm_internals/kernels.py is for vLLM 0.32"
         )
     dispatcher._rebind_kernels = rebind
 
 
 def rebind(overrides: Sequence[tuple[Callable[..., Any], Any]]) -> None:
-    """Each (kernel, what stands in for it): in the namespaces of all modules, and as the ``kernel`` of what they hold."""
+    """Put each kernel's stand-in into the namespaces of all modules, and into what holds it as ``kernel``.
+
+    ``overrides``: pairs of a kernel and its stand-in.
+    """
     stand_ins = {id(kernel): stand_in for kernel, stand_in in overrides}
     for module in list(sys.modules.values()):
         for name, value in list(_namespace(module).items()):
@@ -42,9 +50,9 @@ def rebind(overrides: Sequence[tuple[Callable[..., Any], Any]]) -> None:
 
 
 def _namespace(thing: object) -> Mapping[str, Any]:
-    """Empty for what has none."""
+    """The attributes of ``thing``; empty for a thing that has none, or gives none."""
     try:
-        found = vars(thing)
-    except Exception:  # noqa: BLE001  a proxy raises whatever it likes
+        attributes = vars(thing)
+    except Exception:  # noqa: BLE001  (a proxy may raise anything)
         return {}
-    return found if isinstance(found, dict | MappingProxyType) else {}
+    return attributes if isinstance(attributes, dict | MappingProxyType) else {}

@@ -1,8 +1,15 @@
-"""Adapters inside the vLLM worker: the revisions it holds, the bookkeeping of each step, and the CPU's matmul. Each reach into vLLM is listed,
-with its reason, in ``engine_extension``, which puts these stand-ins in place.
+"""Adapters inside the vLLM worker: the store of revisions, the bookkeeping of a step, the CPU's matmul.
 
-All adapters of an engine share one A (the basis) and differ in B. So x A^T is computed once for all tokens of a step, whoever they belong to, and
-only the product with B is taken per token (decode: one token each) or per run of tokens (prefill). Where writes move A both products are.
+worker_extension.py puts these stand-ins in place, and lists each reach into vLLM with its reason.
+
+    AdapterStore                         revisions by path        instead of adapter files
+    StepAdapters                         adapters of a step       each gets a slot, used ones stay
+    StepRoutes --> SharedBasisDelta      CPU: tokens -> slots     y += x A^T B^T
+                   OwnBasisDelta         the same, where writes move A
+
+All adapters of an engine share one A (the basis) and differ in B. So x A^T is computed once for all tokens of
+a step. Only the product with B is taken per token (decode: one token each) or per run of tokens (prefill).
+Where writes move A, both products are.
 """
 
 from __future__ import annotations
@@ -21,14 +28,18 @@ from vllm.lora.request import LoRARequest
 from actors.protocols import EngineError
 
 RUN = 4
-"""Tokens in a row under one adapter that are worth a matmul of their own; shorter runs go token by token through one batched product."""
+"""Tokens in a row under one adapter that are worth a matmul of their own.
+
+Shorter runs go token by token through one batched product.
+"""
 
 
 class AdapterStore:
-    """The revisions that this worker can act under, by path. A of the basis is held once; each revision holds its B, and its A where writes move it.
+    """The revisions that this worker can act under, by path.
 
-    a: module -> [rank, d_in]; b of a revision: module -> [d_out, rank], quickest with d_out innermost in memory (see ``SharedBasisDelta``).
-    Both in ``dtype`` on the CPU; W + B A acts (no alpha / rank factor).
+    A of the basis is held once. Each revision holds its B, and its A where writes move it. a: module ->
+    [rank, d_in]. b of a revision: module -> [d_out, rank], quickest with d_out innermost in memory (see
+    ``SharedBasisDelta``). Both in ``dtype`` on the CPU. W + B A acts, without a factor alpha / rank.
     """
 
     def __init__(self, a: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -39,11 +50,11 @@ class AdapterStore:
         self._own_a: dict[str, dict[str, Tensor]] = {}
 
     def a_of(self, modules: Sequence[str]) -> Tensor:
-        """A of ``modules`` one below the other: [len(modules) * rank, d_in]."""
+        """The A of ``modules``, one below the other: [len(modules) * rank, d_in]."""
         return torch.cat([self._a[module] for module in modules])
 
     def put(self, path: str, b: Mapping[str, Tensor], a: Mapping[str, Tensor]) -> None:
-        """``a`` is empty where A is the basis'."""
+        """Hold a revision under ``path``; ``a`` is empty where A is the basis."""
         self._b[path] = {module: matrix.to(self._dtype) for module, matrix in b.items()}
         if a:
             self._own_a[path] = {module: matrix.to(self._dtype) for module, matrix in a.items()}
@@ -57,10 +68,14 @@ class AdapterStore:
         self._own_a.clear()
 
     def load(self, request: LoRARequest) -> LoRAModel:
-        """vLLM's view of a stored revision; stands in for WorkerLoRAManager._load_adapter. vLLM pads the rank up to the slot's width with zeros."""
+        """vLLM's view of a stored revision. Stands in for WorkerLoRAManager._load_adapter.
+
+        vLLM pads the rank up to the slot's width with zeros.
+        """
         if request.lora_path not in self._b:
             raise EngineError(
-                f"adapter {request.lora_path} is not in the store: it was never installed, or released while a request named it"
+                f"adapter {request.lora_path} is not in the store: "
+                "it was never installed, or released while a request named it"
             )
         a = self._own_a.get(request.lora_path, self._a)
         layers = {
@@ -73,21 +88,26 @@ class AdapterStore:
 
 
 class StepAdapters:
-    """What vLLM's worker does with the adapters of a step before it runs: make sure that each is in a slot, and mark it as used.
+    """Prepares the adapters of a step before it runs: each gets a slot and is marked as used.
 
-    Work is O(active), and almost none for an adapter that is in its slot. Invariant: no adapter of the step is evicted for another one of the step
-    (those that are in place are marked as used before the first new one is loaded, and vLLM never schedules more than there are slots).
+    Work is O(active), and almost none for an adapter that is in its slot.
+    Invariant: no adapter of a step is evicted for another of the same step. Adapters in place are marked as
+    used before the first new one is loaded, and vLLM never schedules more of them than there are slots.
     """
 
     def __init__(self, manager: Any) -> None:
         self._manager, self._adapters = manager, manager._adapter_manager
 
     def apply(self, requests: set[LoRARequest]) -> None:
-        """Stands in for LRUCacheWorkerLoRAManager._apply_adapters. Raises EngineError for an adapter that the store does not have."""
+        """Give each adapter of the step a slot. Stands in for LRUCacheWorkerLoRAManager._apply_adapters.
+
+        Raises EngineError for an adapter that the store does not have.
+        """
         adapters = self._adapters
         if len(requests) > adapters.lora_slots:
             raise EngineError(
-                f"a step names {len(requests)} adapters, the engine has {adapters.lora_slots} slots (engine.slots)"
+                f"a step names {len(requests)} adapters, "
+                f"the engine has {adapters.lora_slots} slots (engine.slots)"
             )
         registered, active = adapters._registered_adapters, adapters._active_adapters
         absent = []
@@ -98,15 +118,14 @@ class StepAdapters:
                 registered.touch(number)
             else:
                 absent.append(request)
+        # An adapter that only lost its slot must not be evicted when the next loop loads a new one.
         for request in absent:
-            registered.touch(
-                request.lora_int_id
-            )  # one that only lost its slot must not be evicted for the next line's sake
+            registered.touch(request.lora_int_id)
         for request in absent:
             self._manager.add_adapter(request)
 
     def list(self) -> KeysView[int]:
-        """Ids of the registered adapters, without copying them. Stands in for WorkerLoRAManager.list_adapters."""
+        """Ids of the registered adapters, not copied. Stands in for WorkerLoRAManager.list_adapters."""
         ids: KeysView[int] = self._adapters._registered_adapters.keys()
         return ids
 
@@ -115,8 +134,9 @@ class StepAdapters:
 class Routes:
     """Which tokens of a step belong to which slot.
 
-    runs: (slot, first token, end) of the longer runs. rows, slots: int64 [n], the other adapted tokens and the slot of each; ``rows`` is None where
-    they are all tokens of the step in order. Tokens in neither have no adapter.
+    runs: (slot, first token, end) of each long run. rows, slots: int64 [n], the other adapted tokens and the
+    slot of each; ``rows`` is None where they are all tokens of the step in order. Tokens in neither have no
+    adapter.
     """
 
     runs: tuple[tuple[int, int, int], ...]
@@ -125,7 +145,7 @@ class Routes:
 
 
 def find_routes(token_slots: Tensor) -> Routes:
-    """From the slot of each token of a step, int64 [tokens], -1 for none."""
+    """The routes of a step, from the slot of each token, int64 [tokens]; -1 is no adapter."""
     of_run, counts = torch.unique_consecutive(token_slots, return_counts=True)
     runs: list[tuple[int, int, int]] = []
     rows: list[int] = []
@@ -144,7 +164,7 @@ def find_routes(token_slots: Tensor) -> Routes:
 
 
 class StepRoutes:
-    """The routes of the running step, worked out once for all modules."""
+    """The routes of the running step, computed once for all modules."""
 
     def __init__(self, punica: Any) -> None:
         self._punica, self._read_mapping = punica, punica.update_metadata
@@ -153,17 +173,20 @@ class StepRoutes:
     def update_metadata(
         self, mapping: LoRAMapping, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int
     ) -> None:
-        """Stands in for PunicaWrapperBase.update_metadata, which vLLM calls when the tokens' adapters or the slots have changed."""
+        """Follow a change of the batch or of the slots. Stands in for PunicaWrapperBase.update_metadata."""
         self._read_mapping(mapping, lora_index_to_id, max_loras, vocab_size)
         self.current = find_routes(self._punica.token_lora_indices)
 
 
 class SharedBasisDelta:
-    """One adapted matrix of vLLM, or several that it holds as one: every slot's B, and the Delta of every token. For one module on the CPU it stands
-    in for vLLM's slots (``set_lora``, ``reset_lora``) and for its PunicaWrapperCPU (``add_lora_linear``); the arguments are vLLM's.
+    """Every slot's B of one module, and the Delta of every token. The module may be several matrices in one.
 
-    a [slices * rank, d_in]: the A of each slice of the output, one below the other. widths: d_out of each slice; they add up to the output's width.
-    The slots are kept as [slots, rank, width]: without padding, and with the long side innermost, as the product of a single token wants it.
+    On the CPU it stands in for vLLM's slots (``set_lora``, ``reset_lora``) and for its PunicaWrapperCPU
+    (``add_lora_linear``); the arguments are vLLM's.
+
+    a [slices * rank, d_in]: the A of each slice of the output, one below the other. widths: d_out of each
+    slice; they add up to the output's width. The slots are kept as [slots, rank, width]: without padding, and
+    with the long side innermost, as the product of a single token wants it.
     """
 
     def __init__(self, routes: StepRoutes, a: Tensor, widths: Sequence[int], slots: int) -> None:
@@ -171,7 +194,10 @@ class SharedBasisDelta:
         self._b = [torch.zeros(slots, self._rank, width, dtype=a.dtype) for width in widths]
 
     def set_lora(self, index: int, lora_a: Tensor | list[Tensor], lora_b: Tensor | list[Tensor]) -> None:
-        """Slot ``index`` gets ``lora_b`` [width, rank], one for each slice where there are several. A is the basis' and is not read."""
+        """Fill slot ``index`` with ``lora_b`` [width, rank], a list where there are several slices.
+
+        ``lora_a`` is the basis, and is not read.
+        """
         matrices = lora_b if isinstance(lora_b, list) else [lora_b]
         for slot, matrix in zip(self._b, matrices, strict=True):
             slot[index].copy_(matrix.T)
@@ -191,7 +217,8 @@ class SharedBasisDelta:
     ) -> None:
         """y[t] += x[t] A^T B^T with the B of token t's slot; a token without adapter is left alone.
 
-        y [tokens, width of all slices] is changed in place; x [tokens, d_in]. vLLM's own slots ``a`` and ``b`` are not read; its ``scale`` is 1.
+        y [tokens, width of all slices] is changed in place; x [tokens, d_in]. vLLM's own slots ``a`` and
+        ``b`` are not read; its ``scale`` is 1.
         """
         assert scale == 1.0, scale
         routes = self._routes.current
@@ -200,36 +227,31 @@ class SharedBasisDelta:
         hidden = self._shrunk(x, routes)
         left = 0
         for place, slots in enumerate(self._b):
-            columns, mine = (
-                y[:, left : left + slots.shape[2]],
-                hidden[:, place * self._rank : (place + 1) * self._rank],
-            )
+            columns = y[:, left : left + slots.shape[2]]
+            shrunk = hidden[:, place * self._rank : (place + 1) * self._rank]
             for slot, start, end in routes.runs:
-                columns[start:end].addmm_(mine[start:end], slots[slot])
+                columns[start:end].addmm_(shrunk[start:end], slots[slot])
             if routes.rows is None:
-                columns += torch.bmm(mine[:, None], slots.index_select(0, routes.slots))[:, 0]
+                columns += torch.bmm(shrunk[:, None], slots.index_select(0, routes.slots))[:, 0]
             elif len(routes.rows):
-                columns.index_add_(
-                    0,
-                    routes.rows,
-                    torch.bmm(mine[routes.rows, None], slots.index_select(0, routes.slots))[:, 0],
-                )
+                added = torch.bmm(shrunk[routes.rows, None], slots.index_select(0, routes.slots))[:, 0]
+                columns.index_add_(0, routes.rows, added)
             left += slots.shape[2]
 
     def _shrunk(self, x: Tensor, routes: Routes) -> Tensor:
-        """x A^T [tokens, slices * rank]; rows of tokens without adapter are not read."""
+        """x A^T [tokens, slices * rank]. Nobody reads the rows of tokens without adapter."""
         return x @ self._a.T
 
 
 class OwnBasisDelta(SharedBasisDelta):
-    """The same where every revision has its own A: the slots hold that too, as [slots, slices * rank, d_in]."""
+    """For revisions with an A of their own. The slots hold A too: [slots, slices * rank, d_in]."""
 
     def __init__(self, routes: StepRoutes, a: Tensor, widths: Sequence[int], slots: int) -> None:
         super().__init__(routes, a, widths, slots)
         self._own = a.expand(slots, *a.shape).clone()
 
     def set_lora(self, index: int, lora_a: Tensor | list[Tensor], lora_b: Tensor | list[Tensor]) -> None:
-        """As of the base class, ``lora_a`` [rank, d_in] included."""
+        """Fill slot ``index`` with ``lora_b``, and with ``lora_a`` [rank, d_in] of each slice."""
         super().set_lora(index, lora_a, lora_b)
         self._own[index].copy_(torch.cat(lora_a) if isinstance(lora_a, list) else lora_a)
 
@@ -244,18 +266,14 @@ class OwnBasisDelta(SharedBasisDelta):
 
 
 def replace_matmuls(adapters: Any, store: AdapterStore, train_a: bool) -> None:
-    """Put the CPU's stand-ins in place. ``adapters`` is vLLM's LoRAModelManager; its own slots are given up."""
+    """Put the CPU's stand-ins in place. ``adapters``: vLLM's LoRAModelManager, which loses its own slots."""
     kind = OwnBasisDelta if train_a else SharedBasisDelta
     (punica,) = adapters.punica_wrapper_mapping.values()
     routes = StepRoutes(punica)
     punica.update_metadata = routes.update_metadata
     for name, module in adapters.modules.items():
-        delta = kind(
-            routes,
-            store.a_of(adapters.packed_modules.get(name, [name])),
-            module.output_slices,
-            adapters.lora_slots,
-        )
+        a = store.a_of(adapters.packed_modules.get(name, [name]))
+        delta = kind(routes, a, module.output_slices, adapters.lora_slots)
         module.set_mapping(delta)
         module.set_lora, module.reset_lora = delta.set_lora, delta.reset_lora
         module.lora_a_stacked = module.lora_b_stacked = ()

@@ -1,13 +1,20 @@
-"""Where a checkpoint's tensors live in vLLM's model, and how new values get there without loading the model anew.
+"""Where a checkpoint's tensors live in vLLM's model, and how new values get there without loading it anew.
 
     tensors by Hugging Face name --check--> Places --load--> vLLM's modules
-      q_proj, k_proj, v_proj                 qkv_proj        CPU: vLLM packs the matrix for its matmul and drops it: joined, packed again
-      gate_proj, up_proj                     gate_up_proj    where the matrix is whole (GPU; not packed): the rows are overwritten
-      embed_tokens, norms, biases            the same        overwritten; a head that shares the embedding is packed again
+      q_proj, k_proj, v_proj     qkv_proj      CPU: vLLM packs the matrix for its matmul and drops it:
+      gate_proj, up_proj         gate_up_proj       parts are joined, and packed again
+                                               where the matrix is whole (GPU; not packed): rows are
+                                               overwritten
+      embed_tokens, norms,       the same      overwritten; a head that shares the embedding is packed again
+      biases
 
-Values are overwritten in place wherever they are whole, so whoever holds such a tensor sees the new ones. A packed matrix goes through vLLM's own
-packing, with the same values as at a start: the engine then equals a fresh one to the bit. Checked on vLLM 0.32, tensor parallelism 1;
-tests/integration/test_engine.py fails when vLLM changes underneath.
+Values are overwritten in place wherever they are whole, so every holder of such a tensor sees the new ones. A
+packed matrix goes through vLLM's own packing, with the same values as at a start: the engine then equals a
+fresh one to the bit.
+
+Why: vLLM's own loader cannot write into a running CPU engine, as the matrices that it would fill are packed
+away. Checked on vLLM 0.32, tensor parallelism 1. tests/integration/test_engine.py fails when vLLM changes
+underneath (test_every_tensor_of_the_checkpoint_has_a_place_in_vllms_model).
 """
 
 from __future__ import annotations
@@ -30,19 +37,25 @@ from actors.protocols import EngineError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """One parameter of vLLM's model. ``owners``: the modules that hold it (two where the head is tied to the embedding), not empty.
+    """One parameter of vLLM's model.
 
-    ``parts``: Hugging Face name -> shape of the tensors that make it up, below each other in this order; one, except in packed modules.
+    owners: the modules that hold it, one or more; two where the head is tied to the embedding. parts: Hugging
+    Face name -> shape of the tensors that make it up, below each other in this order; a single one, except in
+    packed modules.
+    alias: a name under which a checkpoint may hold the same values once more (a tied head's), or "".
     """
 
     owners: tuple[Any, ...]
     leaf: str
     parts: Mapping[str, tuple[int, ...]]
-    alias: str  # a name under which a checkpoint may hold the same values once more (a tied head's), or ""
+    alias: str
 
 
 def find_places(model: nn.Module) -> tuple[Place, ...]:
-    """All parameters of vLLM's ``model``. Raises EngineError for a model whose tensors cannot be found by name and shape (quantized, or sharded)."""
+    """All parameters of vLLM's ``model``.
+
+    Raises EngineError for a model whose tensors have no name and shape of their own (quantized, or sharded).
+    """
     owned: dict[int, list[tuple[str, Any, str]]] = {}
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -51,7 +64,10 @@ def find_places(model: nn.Module) -> tuple[Place, ...]:
 
 
 def check(places: Sequence[Place], tensors: Mapping[str, Tensor], complete: bool) -> None:
-    """Raises EngineError unless every tensor has a place and its shape, and all parts of a place come together; with ``complete``, all places."""
+    """Raise EngineError unless every tensor has a place and its shape, and all parts of a place are there.
+
+    With ``complete``, every place must get its tensors.
+    """
     shapes = {name: shape for place in places for name, shape in place.parts.items()}
     aliases = {place.alias for place in places}
     wanted = {
@@ -73,7 +89,8 @@ def check(places: Sequence[Place], tensors: Mapping[str, Tensor], complete: bool
     if misshapen:
         first = misshapen[0]
         faults.append(
-            f"{len(misshapen)} of another shape, first {first} {list(tensors[first].shape)} in place of {list(shapes[first])}"
+            f"{len(misshapen)} of another shape, first {first} "
+            f"{list(tensors[first].shape)} in place of {list(shapes[first])}"
         )
     if faults:
         cure = (
@@ -85,7 +102,7 @@ def check(places: Sequence[Place], tensors: Mapping[str, Tensor], complete: bool
 
 
 def load(model: nn.Module, places: Sequence[Place], tensors: Mapping[str, Tensor]) -> None:
-    """Put checked ``tensors`` (any device and dtype) in their places; places without a tensor keep their values."""
+    """Put checked ``tensors`` (any device and dtype) in their places. Other places keep their values."""
     with torch.inference_mode():
         for place in places:
             if all(name in tensors for name in place.parts):
@@ -96,7 +113,7 @@ def _fill(place: Place, values: Sequence[Tensor], head: Any) -> None:
     module = place.owners[0]
     whole = getattr(module, place.leaf)
     if whole.numel() == 0:
-        module.cpu_linear = None  # frees the old packed matrix, whose memory the new one then takes
+        module.cpu_linear = None  # first free the old packed matrix: the new one then takes its memory
         module.weight = nn.Parameter(_joined(values, module.params_dtype), requires_grad=False)
         module.quant_method.process_weights_after_loading(module)
         return
@@ -105,19 +122,16 @@ def _fill(place: Place, values: Sequence[Tensor], head: Any) -> None:
         whole.data[start : start + len(value)].copy_(value)
         start += len(value)
     for owner in place.owners:
-        if (
-            place.leaf == "weight" and getattr(owner, "cpu_linear", linear) is not linear
-        ):  # vLLM keeps a packed copy beside it
+        # vLLM may keep a packed copy beside the whole matrix. An embedding's copy is read only as the head.
+        if place.leaf == "weight" and getattr(owner, "cpu_linear", linear) is not linear:
             owner.cpu_linear = linear
-            if owner is head or not isinstance(
-                owner, VocabParallelEmbedding
-            ):  # an embedding's is read by nobody, unless it is the head
+            if owner is head or not isinstance(owner, VocabParallelEmbedding):
                 owner.quant_method.process_weights_after_loading(owner)
                 owner.weight = whole
 
 
 def _joined(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """A matrix of its own: what vLLM is given to pack it may keep."""
+    """A new matrix: vLLM may keep what it is given to pack, so it must not be the sender's memory."""
     return torch.cat([value.to("cpu", dtype) for value in values])
 
 
@@ -140,7 +154,7 @@ def _place(model: nn.Module, holders: Sequence[tuple[str, Any, str]]) -> Place:
 
 
 def _shapes(path: str, module: Any, leaf: str, parameter: Tensor) -> list[tuple[int, ...]]:
-    """Of the checkpoint's tensors behind ``parameter``, which is empty where vLLM keeps the matrix only in packed form."""
+    """Shapes of the checkpoint's tensors behind ``parameter``, which is empty where vLLM has packed it."""
     method = getattr(module, "quant_method", None)
     if method is not None and not isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
         raise EngineError(

@@ -1,9 +1,12 @@
-"""How a new theta enters a running vLLM engine: a weight-transfer backend (vLLM's public registry) that takes tensors from this process.
+"""Brings a new theta into a running vLLM engine: an in-process backend of vLLM's weight transfer.
 
-    engine_start.load_weights --> start_weight_update, update_weights(tensors), finish_weight_update --> engine_tensors: check, then load
+    start.load_weights --> start_weight_update, update_weights(tensors), finish_weight_update
+                                                        |
+                                      tensors.py: find the places, check, then load
 
-vLLM's own backends reload layer by layer through temporary copies of every tensor, twice the seconds of this one on CPU.
-Checked on vLLM 0.32 (CPU build); tests/integration/test_engine.py fails when vLLM changes underneath.
+Why: vLLM's own backends reload layer by layer through temporary copies of every tensor, in twice the time on
+CPU. Checked on vLLM 0.32 (CPU build). tests/integration/test_engine.py fails when vLLM changes underneath:
+the tests of refresh compare the engine with transformers, and with a fresh engine to the bit.
 """
 
 from __future__ import annotations
@@ -34,14 +37,21 @@ class NoInit(WeightTransferInitInfo):
 
 @dataclass
 class TensorsInProcess(WeightTransferUpdateInfo):
-    """``tensors``: Hugging Face name -> full tensor in this process, on any device. ``complete``: whether they must be all of the model's."""
+    """The new weights.
+
+    tensors: Hugging Face name -> full tensor in this process, on any device. complete: they must be all of
+    the model.
+    """
 
     tensors: Mapping[str, Tensor]
     complete: bool
 
 
 class InProcessTransfer(WeightTransferEngine[NoInit, TensorsInProcess]):
-    """One ``update_weights`` is one whole update. It raises EngineError with the model untouched, or something else with the model broken."""
+    """One ``update_weights`` is one whole update.
+
+    It raises EngineError with the model untouched; after any other exception the model is broken.
+    """
 
     init_info_cls = NoInit
     update_info_cls = TensorsInProcess
@@ -63,13 +73,13 @@ class InProcessTransfer(WeightTransferEngine[NoInit, TensorsInProcess]):
         load(self.model, places, update_info.tensors)
 
     def finish_weight_update(self) -> None:
-        """Nothing left to do here; vLLM's worker forgets its adapters now."""
+        """Nothing to do here; vLLM's worker forgets its adapters now."""
 
     def shutdown(self) -> None:
         """Nothing is held."""
 
 
 def register() -> None:
-    """Make the backend known to vLLM. Called where vLLM imports the worker's extension; safe to call twice."""
+    """Register the backend with vLLM. Called when vLLM imports the worker's extension; safe to call twice."""
     if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, InProcessTransfer)
