@@ -1,4 +1,7 @@
-"""The basis, the algebra of B, per-sequence Deltas in a Hugging Face model, and PEFT's format. Tiny random models of each supported family."""
+"""The basis, the algebra of B, Deltas by sequence in a Hugging Face model, and PEFT's format.
+
+On tiny random models of each supported family.
+"""
 
 from __future__ import annotations
 
@@ -106,9 +109,7 @@ def test_svd_basis_is_the_top_right_factor(shape: tuple[int, int]) -> None:
     got = basis.a["model.layers.0.mlp.up_proj"].double()
     assert torch.allclose(got * torch.sign((got * wanted).sum(1, keepdim=True)), wanted, atol=1e-5)
     peaks = got.gather(1, got.abs().argmax(1, keepdim=True))
-    assert bool(
-        (peaks > 0).all()
-    )  # the sign convention, so that the id does not depend on the solver's choice
+    assert bool((peaks > 0).all())  # a sign convention: the id must not depend on the solver's choice
 
 
 def test_random_basis_depends_on_the_seed_and_has_pefts_scale() -> None:
@@ -131,7 +132,10 @@ def test_unit_svd_is_svd_at_unit_length() -> None:
 
 
 def test_data_basis_spans_what_the_layers_read() -> None:
-    """Against a plain SVD of the inputs that hooks of the test's own gathered, the first token of each window left out; c by its definition."""
+    """Against a plain SVD of the inputs that the test's own hooks gather; c by its definition.
+
+    The first token of each window is left out.
+    """
     model, windows = tiny_model(), [IDS[0].tolist(), IDS[1].tolist(), IDS[1].flip(0).tolist()]
     svd = basis_of(model)
     config = replace(CONFIG, basis="data", calibration_path="text")
@@ -251,7 +255,7 @@ def test_damaged_basis_files_are_refused_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_each_row_acts_under_its_own_delta(family: str) -> None:
-    """Row i of a mixed batch gives what a model with W + B_i A merged by hand gives; row 1 is the base model."""
+    """Row i of a mixed batch equals a model with W + B_i A merged by hand; row 1 is the base model."""
     model, merged = tiny_model(family), tiny_model(family)
     basis = basis_of(model)
     weights = [random_weights(basis, 1), None, random_weights(basis, 2)]
@@ -264,9 +268,7 @@ def test_each_row_acts_under_its_own_delta(family: str) -> None:
             for name in basis.modules:
                 merged.get_submodule(name).weight.data += torch.from_numpy(one.b[name]) @ basis.a[name]
         assert torch.allclose(got[row], logits(merged, IDS[row : row + 1])[0], atol=2e-4)
-    assert (
-        got[0] - got[2]
-    ).abs().max() > 0.05  # the same tokens under two Deltas: the test can tell them apart
+    assert (got[0] - got[2]).abs().max() > 0.05, "two Deltas on the same tokens must differ visibly"
 
 
 def test_delta_zero_is_the_base_model_to_the_bit() -> None:
@@ -286,7 +288,10 @@ def test_delta_zero_is_the_base_model_to_the_bit() -> None:
 
 
 def test_gradients_reach_theta_and_never_the_constants() -> None:
-    """theta's gradient under a constant Delta equals that of a model with W + B A merged in; none reaches A or a detached B."""
+    """theta's gradient under a constant Delta equals that of a model with W + B A merged in.
+
+    None reaches A or a detached B.
+    """
     model, merged = tiny_model(), tiny_model()
     basis = basis_of(model)
     one = random_weights(basis, 1)
@@ -349,7 +354,10 @@ def with_own_a(basis: Basis, seed: int) -> FastWeights:
 
 
 def test_rows_with_an_a_of_their_own_act_under_it(tmp_path: Path) -> None:
-    """Where writes move A: each row under W + B_i A_i merged by hand, in PEFT too; both are constants to theta's gradient."""
+    """Where writes move A: each row equals W + B_i A_i merged by hand, in PEFT too.
+
+    Both are constants to theta's gradient.
+    """
     from peft import PeftModel
 
     model, merged = tiny_model(), tiny_model()

@@ -1,4 +1,4 @@
-"""The parts of the writer's own forward pass against plain references: attention over a flat stream, and the head's gradient beside its log-probs."""
+"""The kernels of a write against plain references: attention in a flat stream, the products, the head."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ GROUPS = ((RowSpan(5, 2), RowSpan(3, 3)), (RowSpan(4, 1),), (RowSpan(1, 1), RowS
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
 
-def places(layout: FlatBatch, prefix: int) -> list[tuple[list[int], list[int], RowSpan]]:
+def places(batch: FlatBatch, prefix: int) -> list[tuple[list[int], list[int], RowSpan]]:
     """For each row: where its group's prefix and its own tokens are, counted by hand."""
-    found, start = [], 0
+    counted, start = [], 0
     for group in GROUPS:
         own = start + prefix
         for row in group:
-            found.append((list(range(start, start + prefix)), list(range(own, own + row.length)), row))
+            counted.append((list(range(start, start + prefix)), list(range(own, own + row.length)), row))
             own += row.length
         start = own
-    assert start == layout.offsets[-1] == len(layout.positions)
-    return found
+    assert start == batch.offsets[-1] == len(batch.positions)
+    return counted
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -37,24 +37,22 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
 
 @pytest.mark.parametrize("prefix", [0, 3])
 def test_a_row_attends_to_its_groups_prefix_and_to_itself_and_to_nobody_else(prefix: int) -> None:
-    layout = make_flat_batch(prefix, GROUPS, CPU)
+    batch = make_flat_batch(prefix, GROUPS, CPU)
     draw = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(layout.offsets[-1], heads, WIDTH, generator=draw) for heads in (HEADS, KV_HEADS, KV_HEADS)
+        torch.randn(batch.offsets[-1], heads, WIDTH, generator=draw) for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
-    attended = layout.attend(q, k, v)
-    answered = layout.attend_answers(layout.answers_of(q), k, v)
+    attended = batch.attend(q, k, v)
+    answered = batch.attend_answers(batch.answers_of(q), k, v)
     taken = 0
-    for before, own, row in places(layout, prefix):
+    for before, own, row in places(batch, prefix):
         index = torch.tensor(before + own)
         expected = plain_attention(q[index], k[index], v[index])
-        assert layout.positions[index].tolist() == list(range(prefix + row.length))
-        assert torch.allclose(
-            attended[index], expected, atol=1e-6
-        )  # the prefix too: it comes out the same behind every row of its group
+        assert batch.positions[index].tolist() == list(range(prefix + row.length))
+        assert torch.allclose(attended[index], expected, atol=1e-6)  # the prefix of its group included
         assert torch.allclose(answered[taken : taken + row.answers], expected[-row.answers :], atol=1e-6)
         taken += row.answers
-    assert taken == len(answered) == layout.answer_offsets[-1]
+    assert taken == len(answered) == batch.answer_offsets[-1]
 
 
 @pytest.mark.parametrize("count", [3, 300])  # one block of logits, and two

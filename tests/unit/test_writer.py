@@ -1,9 +1,10 @@
-"""The batched writer against a plain PEFT + torch.optim loop, one episode at a time, on tiny random models of each supported family."""
+"""The batched writer against a plain PEFT + torch.optim loop, on a tiny random model of each family."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -100,7 +101,7 @@ def random_weights(basis: Basis, seed: int) -> FastWeights:
 
 
 def ragged_requests(basis: Basis, shared_prefix: int = 0) -> list[WriteRequest]:
-    """Three episodes: from zero with three minibatches an epoch, from an earlier revision with one, from zero with one."""
+    """Three episodes: from zero with three minibatches an epoch, from revision 2 and zero with one."""
     return [
         WriteRequest("a", zero(basis), examples(1, 7, shared_prefix)),
         WriteRequest("b", random_weights(basis, 5), examples(2, 2, shared_prefix)),
@@ -120,7 +121,7 @@ def frozen(model: nn.Module) -> FrozenLlama:
 
 
 def mean_loss(model: nn.Module, batch: Sequence[WriteExample]) -> Tensor:
-    """Mean nats per answer token of whole forwards, one example at a time: no padding, no cut, no cache."""
+    """Mean nats per answer token of whole forwards, one example at a time: no padding, no split, no cache."""
     losses = []
     for example in batch:
         ids = torch.tensor([example.prompt_ids + example.answer_ids])
@@ -173,7 +174,10 @@ def largest_difference(left: FastWeights, right: dict[str, np.ndarray]) -> float
 def test_batched_writes_equal_the_sequential_peft_loop(
     config: WriteConfig, family: str, shared_prefix: int
 ) -> None:
-    """SGD: |dB| <= 1e-6. Adam's first step is lr * sign(gradient), so rounding of gradients near 0 shows: |dB| <= 1 % of one step (lr)."""
+    """SGD: |dB| <= 1e-6. Adam: |dB| <= 1 % of one step (lr).
+
+    Adam's first step is lr * sign(gradient), so the rounding of gradients near 0 shows.
+    """
     basis = basis_of(tiny_model(family))
     requests = ragged_requests(basis, shared_prefix)
     results = write(requests, config, family)
@@ -185,9 +189,8 @@ def test_batched_writes_equal_the_sequential_peft_loop(
         assert largest_difference(result.weights, expected) <= (
             1e-6 if config is SGD else 0.01 * config.learning_rate
         )
-        assert (
-            max(float(np.abs(matrix).max()) for matrix in expected.values()) > 1e-3
-        )  # it moved: the bounds above mean something
+        moved = max(float(np.abs(matrix).max()) for matrix in expected.values())
+        assert moved > 1e-3, "the write is too small for the bounds above to mean anything"
         assert result.loss_before == pytest.approx(before, abs=2e-5)
         assert result.loss_after == pytest.approx(after, abs=2e-4)
         assert all(matrix.dtype == np.float32 for matrix in result.weights.b.values())
@@ -198,7 +201,10 @@ def test_batched_writes_equal_the_sequential_peft_loop(
 def test_writes_that_move_a_equal_the_peft_loop_with_both_trained(
     config: WriteConfig, last_layers: int
 ) -> None:
-    """Against the loop in float64, two writes in a row, the second from the first's A and B. SGD: |dB|, |dA| <= 1e-5. Adam, as above: 2 % of lr."""
+    """Against the loop in float64: two writes in a row, the second from the first's A and B.
+
+    SGD: |dB|, |dA| <= 1e-5. Adam, as above: 2 % of lr.
+    """
     model, frozen_basis = tiny_model(), basis_of(tiny_model(), last_layers)
     basis = make_basis(frozen_basis.kind, frozen_basis.a, frozen_basis.d_out, train_a=True)
     writer = BatchedWriter(frozen(model), basis, config)
@@ -215,9 +221,8 @@ def test_writes_that_move_a_equal_the_peft_loop_with_both_trained(
             assert max(float(np.abs(result.weights.b[name] - b[name]).max()) for name in b) <= tolerance
             assert max(float(np.abs(result.weights.a[name] - a[name]).max()) for name in a) <= tolerance
             begin = {name: request.weights.a.get(name, matrix.numpy()) for name, matrix in basis.a.items()}
-            assert (
-                min(float(np.abs(a[name] - begin[name]).max()) for name in a) > 3 * tolerance
-            )  # every A moved, and visibly
+            moved = min(float(np.abs(a[name] - begin[name]).max()) for name in a)
+            assert moved > 3 * tolerance, "an A moved too little for the bounds above to mean anything"
             assert result.probe is not None
             injector = DeltaInjector(model, basis)
             with torch.no_grad(), injector.use(stack([result.weights], basis)):
@@ -276,7 +281,10 @@ def test_number_of_adapted_layers_and_small_chunks_change_nothing(last_layers: i
 
 
 def test_prompts_that_are_the_shared_prefix_or_equal() -> None:
-    """The prefix may not swallow the prompt's last token, which predicts an answer: also when one prompt begins another, and for a lone example."""
+    """The prefix must leave the prompt's last token, which predicts an answer, to its row.
+
+    Also when one prompt begins another, and for a lone example.
+    """
     basis = basis_of(tiny_model())
     prompt = tuple(range(9))
     cases = (
@@ -342,8 +350,27 @@ def test_a_diverged_write_is_rolled_back(optimizer: Literal["sgd", "adam"]) -> N
     assert not result.loss_after <= config.max_loss_ratio * result.loss_before
 
 
+@pytest.mark.parametrize(("share", "outcome"), [(0.98, "rolled_back"), (1.02, "accepted")])
+def test_a_write_is_rolled_back_where_its_loss_rose_past_the_ratio(share: float, outcome: str) -> None:
+    """One write, under a ratio just below its rise and under one just above."""
+    basis = basis_of(tiny_model())
+    first = WriteRequest("a", zero(basis), examples(1, 7))
+    known = write([first], WriteConfig(optimizer="adam", learning_rate=0.01, epochs=40))[0]
+    request = replace(first, weights=known.weights)
+    harmful = WriteConfig(optimizer="adam", learning_rate=1.0, epochs=1, max_loss_ratio=1e9)
+    free = write([request], harmful)[0]
+    rise = free.loss_after / free.loss_before
+    assert free.outcome == "accepted" and rise > 2 and free.loss_after > 0.1
+    result = write([request], replace(harmful, max_loss_ratio=share * rise))[0]
+    assert result.outcome == outcome
+    assert (result.loss_before, result.loss_after) == (free.loss_before, free.loss_after)
+    if outcome == "rolled_back":
+        assert result.weights is request.weights and result.probe is None
+        assert f"past write.max_loss_ratio={share * rise:g}" in result.reason
+
+
 def test_a_loss_that_rises_and_stays_small_is_no_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rise itself is past ``max_loss_ratio``: it is refused where that little is not yet known."""
+    """The rise is past ``max_loss_ratio``. Where all of it is below ``KNOWN``, the write is accepted."""
     basis = basis_of(tiny_model())
     config = WriteConfig(optimizer="adam", learning_rate=10.0, epochs=1)
     known = write(
@@ -361,7 +388,7 @@ def test_a_loss_that_rises_and_stays_small_is_no_divergence(monkeypatch: pytest.
 
 
 def test_probe_is_the_middle_of_the_shortest_example_under_old_and_new_weights() -> None:
-    """The last 3 tokens of its prompt and the first 3 of its answer, scored on their own by a plain forward."""
+    """The last 3 tokens of its prompt and the first 3 of its answer, scored alone by a plain forward."""
     model = tiny_model()
     basis = basis_of(model)
     shortest = WriteExample(tuple(range(10, 21)), tuple(range(30, 41)))
@@ -440,7 +467,10 @@ def test_refresh_loads_new_values_or_refuses_whole() -> None:
 def test_rehearsed_examples_are_not_read_again_and_the_result_is_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A second write brings two old examples and one new: the trunk sees the new one only, and B is that of a writer that remembers nothing."""
+    """A second write brings two old examples and a new one: the lower layers run the new one alone.
+
+    B is that of a writer that remembers nothing.
+    """
     model = tiny_model()
     basis = basis_of(model)
     old = examples(1, 2, shared_prefix=5)
@@ -449,14 +479,13 @@ def test_rehearsed_examples_are_not_read_again_and_the_result_is_the_same(
     first = writer.write([WriteRequest("a", zero(basis), old)])[0]
     again = WriteRequest("a", first.weights, new + old)
     ran: list[int] = []
-    trunk = LowerLayers._pass
+    original = LowerLayers._pass
     monkeypatch.setattr(
-        LowerLayers, "_pass", lambda self, ids, layout: ran.append(len(ids)) or trunk(self, ids, layout)
+        LowerLayers, "_pass", lambda self, ids, pattern: ran.append(len(ids)) or original(self, ids, pattern)
     )
     second = writer.write([again])[0]
-    assert ran == [
-        len(new[0].prompt_ids) + len(new[0].answer_ids) - 1
-    ]  # the shortest is an old one, whose probe is remembered too
+    # The shortest example is an old one, so its probe is remembered too.
+    assert ran == [len(new[0].prompt_ids) + len(new[0].answer_ids) - 1]
     monkeypatch.undo()
     fresh = BatchedWriter(frozen(model), basis, SGD).write([again])[0]
     assert largest_difference(second.weights, dict(fresh.weights.b)) <= 1e-7
