@@ -1,4 +1,4 @@
-"""Workers that die, hang, come and go while the loop trains: every task is still accounted for, and no newcomer serves old weights."""
+"""Workers that die, hang, come and go while the loop trains: no task is lost, no newcomer serves old weights."""
 
 from __future__ import annotations
 
@@ -214,6 +214,44 @@ def test_more_and_fewer_workers_while_training() -> None:
     assert len(lab.settled) == 2 and lab.fleet.state.lost == 0
     assert {name for name, worker in lab.all.items() if worker.killed} == set(lab.all) - lab.settled
     assert lab.ledger.balanced
+
+
+def test_a_worker_ends_its_groups_before_it_loads_new_weights() -> None:
+    """``Worker.refresh`` itself refuses to load while a group runs."""
+    lab = Lab(1, steps=4, staleness=1)
+    worker, waits = lab.all["worker-0"], list[int]()
+    drain = worker.drain
+
+    async def slow(position: int) -> PolicyVersion:
+        version = worker.version
+        await asyncio.sleep(0.05)
+        assert worker.version == version
+        return version
+
+    async def observed() -> None:
+        waits.append(worker.running)
+        await drain()
+
+    worker.play, worker.drain = slow, observed  # type: ignore[method-assign]
+    assert asyncio.run(lab.run()).step == 4
+    assert max(waits) > 0, "no refresh met a running group"
+    assert lab.ledger.balanced
+
+
+def test_a_worker_with_long_groups_loads_the_version_that_is_newest_when_they_end() -> None:
+    lab = Lab(2, steps=5, staleness=4)
+    slow, loaded = lab.all["worker-1"], list[PolicyVersion]()
+    slow.on_refresh = loaded.append
+
+    async def long(position: int) -> PolicyVersion:
+        version = slow.version
+        while lab.trainer.version < 3:
+            await asyncio.sleep(0.001)
+        return version
+
+    slow.play = long  # type: ignore[method-assign]
+    assert asyncio.run(lab.run()).step == 5
+    assert loaded[0] >= 3 and loaded[-1] == 5
 
 
 def test_in_flight_a_worker_takes_new_weights_while_its_groups_run() -> None:

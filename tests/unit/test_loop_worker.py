@@ -136,6 +136,38 @@ def test_a_refresh_waits_for_the_running_groups_and_holds_back_new_ones(
     asyncio.run(body())
 
 
+def test_a_drained_worker_starts_no_group_before_its_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        bench = Bench(monkeypatch)
+        early = bench.begin(0)
+        await settle()
+        draining = asyncio.create_task(bench.worker.drain(5))
+        await settle()
+        assert not draining.done()
+        bench.rollout.end.set()
+        await draining
+        late = bench.begin(1)
+        await settle()
+        assert early.done() and not late.done()
+        await bench.worker.refresh(Weights(1), 5)
+        assert (await late).policy_version == 1
+
+    asyncio.run(body())
+
+
+def test_a_worker_that_cannot_be_drained_goes_on_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        bench = Bench(monkeypatch)
+        running = bench.begin(0)
+        await settle()
+        with pytest.raises(WorkerError, match="worker-7: 1 groups did not end within 0 s"):
+            await bench.worker.drain(0.02)
+        bench.rollout.end.set()
+        await asyncio.wait_for(asyncio.gather(running, bench.begin(1)), 5)
+
+    asyncio.run(body())
+
+
 def test_a_worker_whose_engine_died_gives_its_groups_back_and_serves_nobody_any_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

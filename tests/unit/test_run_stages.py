@@ -1,16 +1,31 @@
-"""The stages of a run: which rows are measured, when, and on which workers."""
+"""The stages of a run: which rows are measured, when, and on which workers; and how a step is saved and scored."""
+
+from __future__ import annotations
 
 import asyncio
+import io
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from cluster.runs.checkpoint import START, TrainState
+from actors.types import Task, TrajectoryGroup
+from cluster.common.display import Display
+from cluster.common.errors import ClusterError, WorkerLost
+from cluster.measure.rows import EvaluationRow
+from cluster.runs.checkpoint import START, TrainState, list_checkpoints, load_checkpoint, score_of
 from cluster.train import run
-from cluster.train.prepare import Start
+from cluster.train.prepare import RunFolder, RunSpec, Start
+from cluster.train.scoreboard import Observers
+from cluster.train.step_checkpoints import StepCheckpoints, save_state
+from configs.schema import RunConfig, TrainConfig
+from tests.unit.cluster_cases import group, task_at
+from tests.unit.loop_cases import Recorder
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, rl_steps: int) -> list[tuple[str, int, str]]:
@@ -51,3 +66,120 @@ def test_the_trained_policy_is_measured_last_on_the_workers_that_are_left(
 
 def test_without_an_rl_step_no_row_says_after_rl(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [key for key, _, _ in measured(monkeypatch, 0)] == ["memory_off", "before"]
+
+
+# --- a step that is saved and scored -------------------------------------------------------------------------
+
+
+class Seat:
+    """Stands for learner, stream, fleet, worker and recorder; keeps the order of the calls."""
+
+    name = "worker-0"
+
+    def __init__(self, score: float | ClusterError = 0.5) -> None:
+        self.calls: list[str] = []
+        self._score = score
+
+    @property
+    def workers(self) -> tuple[Seat, ...]:
+        return (self,)
+
+    def save(self, folder: str) -> None:
+        self.calls.append("save")
+        Path(folder).mkdir()
+
+    def hold(self) -> None:
+        self.calls.append("hold")
+
+    def release(self) -> None:
+        self.calls.append("release")
+
+    async def finish(self) -> None:
+        self.calls.append("finish")
+
+    async def load_again(self) -> None:
+        self.calls.append("load again")
+
+    def watch(self, sources: Sequence[Seat], config: RunConfig, step: int) -> Sequence[Seat]:
+        return sources
+
+    async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
+        self.calls.append(f"{task.id}: {row.label}")
+        if isinstance(self._score, ClusterError):
+            raise self._score
+        return group(task, 2, rewards=[self._score])
+
+
+TRAIN = TrainConfig(evaluate_every=2, evaluate_tasks=2, checkpoint_every=1, keep_checkpoints=3)
+
+
+def checkpoints(folder: Path, seat: Any) -> tuple[StepCheckpoints, Recorder, io.StringIO]:
+    environment: Any = None
+    spec = RunSpec(RunConfig(train=TRAIN), environment, Path(), tuple(task_at(number) for number in range(3)))
+    tracker, output = Recorder(), io.StringIO()
+    observers = Observers(tracker, Display(Console(file=output, width=160)), seat)
+    return StepCheckpoints(spec, RunFolder(folder), seat, seat, seat, observers), tracker, output
+
+
+def run_to(built: StepCheckpoints, *steps: int) -> None:
+    async def body() -> None:
+        for step in steps:
+            built.on_step(step)
+            await built.on_checkpoint(replace(START, step=step, version=step))
+
+    asyncio.run(body())
+
+
+def test_an_evaluated_step_is_a_barrier_and_leaves_workers_as_a_new_start_would(tmp_path: Path) -> None:
+    seat = Seat()
+    built, tracker, output = checkpoints(tmp_path, seat)
+    run_to(built, 1, 2)
+    label = "TMEM after RL at step 2"
+    evaluation = ["finish", f"t0: {label}", f"t1: {label}", "load again", "release"]
+    assert seat.calls == ["save", "hold", "save", *evaluation]
+    assert [score_of(folder) for folder in list_checkpoints(tmp_path)] == [None, 0.5]
+    assert list(tracker.steps) == [2] and tracker.steps[2]["eval/held_out/f1"] == 0.5
+    assert "step 2: held-out F1 50.0 % of 2 tasks (the best so far: kept)" in output.getvalue()
+
+
+def test_a_step_is_saved_and_evaluated_once(tmp_path: Path) -> None:
+    seat = Seat()
+    built, _, _ = checkpoints(tmp_path, seat)
+    run_to(built, 2)
+    calls = list(seat.calls)
+    asyncio.run(built.on_checkpoint(replace(START, step=2)))
+    assert seat.calls == calls
+
+
+def test_a_lost_worker_costs_the_step_its_score_and_not_the_run(tmp_path: Path) -> None:
+    seat = Seat(WorkerLost("worker-0 died during task t0"))
+    built, _, output = checkpoints(tmp_path, seat)
+    run_to(built, 2)
+    assert seat.calls[-2:] == ["load again", "release"]
+    (folder,) = list_checkpoints(tmp_path)
+    assert score_of(folder) is None
+    assert "step 2 has no held-out score: worker-0 died during task t0" in output.getvalue()
+
+
+def test_a_cancelled_run_ends_the_checkpoint_that_it_writes(tmp_path: Path) -> None:
+    writing, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def save(self, folder: str) -> None:
+            writing.set()
+            go_on.wait(10)
+            Path(folder).mkdir()
+
+    async def body() -> None:
+        state = replace(START, step=2)
+        saving = asyncio.create_task(save_state(RunFolder(tmp_path), RunConfig(train=TRAIN), Slow(), state))
+        await asyncio.to_thread(writing.wait, 10)
+        saving.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await saving
+
+    asyncio.run(body())
+    (folder,) = list_checkpoints(tmp_path)
+    assert load_checkpoint(folder).state.step == 2
