@@ -1,4 +1,7 @@
-"""One run of `python -m cluster train` under faults: its processes, its lines, its books. Faults inside its processes: inject/sitecustomize.py."""
+"""A run of `python -m cluster train` under faults: its processes, its lines, its books.
+
+inject/sitecustomize.py brings faults into its processes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from typing import Any, Literal
 ROOT = Path(__file__).parents[2]
 WORKER, LEARNER = "ray::_RolloutActor", "ray::LearnerActor"
 WAIT_S = float(os.environ.get("ENGRAM_CHAOS_WAIT_S", "300"))
-"""The longest that anything a trial waits for may take; only a very busy machine needs more."""
+"""The longest wait of a trial; only a very busy machine needs more."""
 
 Fault = Literal["engine", "refresh", "nan_reward", "nan_write"]
 
@@ -49,7 +52,10 @@ class ChaosError(AssertionError):
 
 
 class Run:
-    """One process of the run, in the folder ``folder``: its MLflow store, checkpoints and audit are there. Read line by line while it lives."""
+    """A process of the run, read line by line while it lives.
+
+    ``folder`` holds its MLflow store, checkpoints and audit.
+    """
 
     def __init__(self, folder: Path, settings: Sequence[str], environment: Mapping[str, str] = {}) -> None:
         self.folder = folder
@@ -90,7 +96,7 @@ class Run:
             self._more.notify_all()
 
     def wait_for(self, pattern: str, after: int = 0) -> int:
-        """Until a line from place ``after`` on matches; the place behind it."""
+        """Wait until a line from place ``after`` on matches. Returns the place behind it."""
         end = time.monotonic() + WAIT_S
         with self._more:
             while True:
@@ -101,9 +107,8 @@ class Run:
                 if not self._more.wait(min(1.0, max(0.0, end - time.monotonic()))) and (
                     over or time.monotonic() > end
                 ):
-                    raise ChaosError(
-                        f"no line like {pattern!r} {'before the run ended' if over else f'within {WAIT_S:g} s'}: {self.tail()}"
-                    )
+                    limit = "before the run ended" if over else f"within {WAIT_S:g} s"
+                    raise ChaosError(f"no line like {pattern!r} {limit}: {self.tail()}")
 
     def wait_until(self, reached: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + WAIT_S
@@ -113,7 +118,7 @@ class Run:
             time.sleep(0.05)
 
     def processes(self, title: str) -> list[int]:
-        """Those of this run whose title begins so, oldest first."""
+        """The run's processes whose title begins with ``title``, oldest first."""
         self.look()
         return [pid for pid in descendants([self.process.pid]) if command_line(pid).startswith(title)]
 
@@ -122,19 +127,19 @@ class Run:
         self.seen |= {(pid, start) for pid in descendants([self.process.pid]) if (start := started(pid))}
 
     def kill(self, title: str, number: int = 0) -> int:
-        """SIGKILL the run's process of that title; its pid."""
+        """SIGKILL a process of that title. Returns its pid."""
         self.wait_until(lambda: len(self.processes(title)) > number, f"a process {title}")
         pid = self.processes(title)[number]
         os.kill(pid, signal.SIGKILL)
         return pid
 
     def inflict(self, fault: Fault) -> None:
-        """Until a process has taken it."""
+        """Order a fault, and wait until a process has taken it."""
         (self.folder / f"fault.{fault}").touch()
         self.wait_until(lambda: any(self.folder.glob(f"done.{fault}.*")), f"the fault {fault}")
 
     def end(self) -> int:
-        """Until it has ended, and all of its processes with it; the exit status."""
+        """Wait until the run and all of its processes have ended. Returns the exit status."""
         end = time.monotonic() + WAIT_S
         while self.process.poll() is None:
             if time.monotonic() > end:
@@ -153,7 +158,7 @@ class Run:
         return [f"{pid} {command_line(pid)[:60]}" for pid, start in self.seen if started(pid) == start]
 
     def destroy(self) -> None:
-        """Whatever is left of it."""
+        """Kill what is left of the run."""
         self.look()
         for pid, start in self.seen | {(self.process.pid, started(self.process.pid))}:
             if start and started(pid) == start:
@@ -166,11 +171,11 @@ class Run:
         return self._errors.read_text()
 
     def one_line(self) -> str:
-        """What it said of its end. One line, for a person."""
-        said = [line for line in self.errors.splitlines() if line.startswith("error: ")]
-        if len(said) != 1 or "Traceback" in self.errors or "Unhandled error" in self.errors:
+        """The error with which the run ended. Raises ChaosError when it is not one line."""
+        lines = [line for line in self.errors.splitlines() if line.startswith("error: ")]
+        if len(lines) != 1 or "Traceback" in self.errors or "Unhandled error" in self.errors:
             raise ChaosError(f"the run did not end with one line: {self.errors[-3000:]}")
-        return said[0]
+        return lines[0]
 
     def tail(self) -> str:
         return " | ".join([*self.lines[-6:], *self.errors.splitlines()[-4:]])
@@ -198,22 +203,32 @@ class Books:
             fate: int(count) for count, fate in re.findall(r"(\d+) (trained|stale|failed|abandoned)", tasks)
         }
         failed = {boundary: int(count) for count, boundary in re.findall(r"(\d+) (\w+)", episodes)}
-        found = [
-            int(re.search(pattern, tasks)[1])
-            for pattern in (r"(\d+) issued", r"(\d+) in flight", r"(\d+) re-issued")
-        ]  # type: ignore[index]
         again = re.search(r"\((\d+) episodes recovered, (\d+) restarted\)", tasks)
-        recovered, restarted = (int(again[1]), int(again[2])) if again else (0, 0)
-        books = Books(found[0], settled, found[1], found[2], failed, recovered, restarted)
+        books = Books(
+            issued=_count(r"(\d+) issued", tasks),
+            settled=settled,
+            in_flight=_count(r"(\d+) in flight", tasks),
+            reissued=_count(r"(\d+) re-issued", tasks),
+            failed=failed,
+            recovered=int(again[1]) if again else 0,
+            restarted=int(again[2]) if again else 0,
+        )
         if books.issued != sum(settled.values()) + books.in_flight:
             raise ChaosError(f"the ledger's line does not add up: {line}")
         return books
 
 
-def checkpoint_state(folder: Path) -> dict[str, object]:
-    """Of the newest checkpoint; {} without one."""
-    found = sorted((folder / "runs").glob("*/checkpoints/step-*/state.json"))
-    return json.loads(found[-1].read_text()) if found else {}
+def _count(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    assert match is not None, f"no {pattern} in {text!r}"
+    return int(match[1])
+
+
+def checkpoint_state(folder: Path) -> dict[str, Any]:
+    """The state of the newest checkpoint; {} without one."""
+    files = sorted((folder / "runs").glob("*/checkpoints/step-*/state.json"))
+    state: dict[str, Any] = json.loads(files[-1].read_text()) if files else {}
+    return state
 
 
 def check_finished(
@@ -224,50 +239,48 @@ def check_finished(
     writes: bool = True,
     in_flight: bool = False,
 ) -> Books:
-    """The promises to a run that has ended well: nothing lost, nothing wrong trained on, no generation under a wrong adapter, one MLflow run.
+    """Check the promises to a run that has ended well.
 
-    ``in_flight``: episodes live through refreshes, so a group is as old as its oldest token instead of being of one version.
+    Nothing is lost, nothing wrong was trained on, no generation was under a wrong adapter, there is one
+    MLflow run. ``in_flight``: episodes live through refreshes, so a group is as old as its oldest token.
     """
     promise(run.process.returncode == 0, f"it finishes: status {run.process.returncode}, {run.tail()}")
     books, state = Books.of(run.lines), checkpoint_state(run.folder)
     ledger = state["ledger"]
-    promise((state["step"], len(state["rewards"])) == (steps, steps), f"all steps are made: {state}")  # type: ignore[arg-type]
-    promise(
-        books.settled.get("trained") == 2 * steps and books.in_flight == 0, f"each task is settled: {books}"
-    )
-    promise(
-        ledger["settled"] == books.settled and not ledger["pending"],
-        f"the checkpoint has the same books: {ledger}",
-    )  # type: ignore[index]
+    promise((state["step"], len(state["rewards"])) == (steps, steps), f"all steps are made: {state}")
+    settled = books.settled.get("trained") == 2 * steps and books.in_flight == 0
+    promise(settled, f"each task is settled: {books}")
+    same = ledger["settled"] == books.settled and not ledger["pending"]
+    promise(same, f"the checkpoint has the same books: {ledger}")
 
     audit = audited(run.folder)
     promise(len(audit) >= 2 * steps, f"every group was audited: {len(audit)}")
     for group in audit:
-        if in_flight:
-            promise(
-                group["tokens"][0] == group["version"] and group["tokens"][-1] <= group["learner"],
-                f"a group is as old as its oldest token: {group}",
-            )
-        else:
-            promise(
-                group["episodes"] == group["segments"] == group["tokens"] == [group["version"]],
-                f"a group is of one version: {group}",
-            )
-        promise(group["finite"], f"every reward is a number: {group}")
-        promise(0 <= group["learner"] - group["version"] <= max_staleness, f"a group is fresh: {group}")
+        _check_group(group, max_staleness, in_flight)
     promise(not writes or sum(group["revisions"] for group in audit) > 0, "episodes wrote")
 
     figures, runs = stored(database or run.folder / "runs" / "mlflow.db")
     promise(max(figures["fast_weights/receipts_failed"]) == 0, "no generation was under a wrong adapter")
     promise(not writes or max(figures["fast_weights/receipts_passed"]) > 0, "and receipts were checked")
-    promise(
-        [status for _, status in runs] == ["FINISHED"], f"there is one MLflow run, and it is ended: {runs}"
-    )
+    statuses = [status for _, status in runs]
+    promise(statuses == ["FINISHED"], f"there is one MLflow run, and it is ended: {runs}")
     return books
 
 
+def _check_group(group: dict[str, Any], max_staleness: int, in_flight: bool) -> None:
+    """A group that the learner trained on: of one version, with finite rewards, fresh."""
+    if in_flight:
+        dated = group["tokens"][0] == group["version"] and group["tokens"][-1] <= group["learner"]
+        promise(dated, f"a group is as old as its oldest token: {group}")
+    else:
+        pure = group["episodes"] == group["segments"] == group["tokens"] == [group["version"]]
+        promise(pure, f"a group is of one version: {group}")
+    promise(group["finite"], f"every reward is a number: {group}")
+    promise(0 <= group["learner"] - group["version"] <= max_staleness, f"a group is fresh: {group}")
+
+
 def audited(folder: Path) -> list[dict[str, Any]]:
-    """What the learner trained on, a group a line."""
+    """The groups that the learner trained on."""
     return [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
 
 
@@ -287,23 +300,23 @@ def promise(kept: bool, what: str) -> None:
 
 
 def chaos_environment(folder: Path) -> dict[str, str]:
-    """For the run and for nodes that it joins: faults, and no buffering of lines."""
+    """The environment of the run and of nodes that it joins: faults, and no buffering of lines."""
     path = [str(Path(__file__).parent / "inject"), *filter(None, [os.environ.get("PYTHONPATH", "")])]
     return {"ENGRAM_CHAOS": str(folder), "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
 
 
 def descendants(roots: Sequence[int]) -> list[int]:
-    """Of the processes ``roots``, by pid."""
+    """The descendants of the processes ``roots``, by pid."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").iterdir():
         if path.name.isdecimal() and (fields := _stat(int(path.name))):
             children.setdefault(int(fields[1]), []).append(int(path.name))
-    found, queue = [], list(roots)
+    pids, queue = list[int](), list(roots)
     while queue:
         below = children.get(queue.pop(), [])
-        found += below
+        pids += below
         queue += below
-    return sorted(found)
+    return sorted(pids)
 
 
 def command_line(pid: int) -> str:
@@ -314,13 +327,16 @@ def command_line(pid: int) -> str:
 
 
 def started(pid: int) -> str:
-    """When the process began, in the kernel's ticks: with the pid its identity. "" when it is gone, or a zombie."""
+    """When the process began, in the kernel's ticks. "" when it is gone, or a zombie.
+
+    With the pid this is its identity.
+    """
     fields = _stat(pid)
     return "" if not fields or fields[0] == "Z" else fields[19]
 
 
 def _stat(pid: int) -> list[str]:
-    """State, parent, ... (proc_pid_stat(5), from the third field on)."""
+    """State, parent, ...: the fields of proc_pid_stat(5) from the third on."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,7 @@
-"""What waits for the learner on a node that dies, on a real Ray of two nodes. The stream issues those tasks again (unit/test_stream.py)."""
+"""Groups that wait for the learner on a node that dies, on a real Ray of two nodes.
+
+The stream issues their tasks again (unit/test_stream.py).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from learner.worker import LearnerGroup, LearnerSpec
 
 pytestmark = pytest.mark.timeout(300)
 STORE = 100 * 2**20
-LARGE = 200_000  # bytes: what is smaller than 100 KB travels with the answer and is never lost
+LARGE = 200_000  # bytes; a result below 100 KB travels with the answer and is never lost
 
 
 @ray.remote(num_cpus=1, max_restarts=0)
@@ -67,7 +70,7 @@ def test_groups_that_die_with_their_node_are_named_and_a_dead_rank_is_an_error(c
     cluster.remove_node(node, allow_graceful=False)
     assert learner.missing(groups) == [1, 3]
     assert learner.missing([groups[0], groups[2]]) == []
-    assert learner.missing([fetched]) == []  # it has been brought to the learner's node
+    assert learner.missing([fetched]) == []  # it was brought to the learner's node before
     (rank,) = learner._actors
     ray.kill(rank)
     with pytest.raises(LearnerError, match="learner hold: a rank's process died"):

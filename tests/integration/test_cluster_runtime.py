@@ -1,4 +1,4 @@
-"""Waiting for actors on a real Ray: whoever is late, dies, refuses or cannot be placed is named, and nothing hangs."""
+"""Waiting for actors on a real Ray: an actor that is late, dead, failing or without a place is named."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_published_weights_are_fetched_by_version(actor: Any) -> None:
 
 
 def test_a_published_version_stays_what_it_was_when_the_learner_steps_on() -> None:
-    """The learner hands out its own memory, not a copy: Ray must have written it to the object store before the next call overwrites it."""
+    """The learner hands out its own memory: Ray must have stored it before the next step overwrites it."""
 
     @ray.remote
     class Holder:

@@ -1,9 +1,10 @@
-"""Deterministic mode: a run that was killed and stopped in between ends with the weights of one that never was, to the bit.
+"""Deterministic mode: a run that was killed and stopped in between ends with the same weights to the bit.
 
-The mode: one worker, one thread each, train.max_staleness=0, float32 and engine.slots=1. With more slots timing decides who shares an engine
-step, and matrix products of other sizes may round differently: runs may then agree to the bit, but nothing promises it. Four real runs of vLLM,
-DeepSpeed, Ray and MLflow on the tiny model; it earns no reward, so a KL term against the base model gives the gradient, through what was sampled and
-through every bit of the fast weights in force.
+The mode: one worker, one thread each, train.max_staleness=0, float32 and engine.slots=1. With more slots
+timing decides which requests share an engine step, and matrix products of other sizes may round
+differently: nothing promises then that runs agree to the bit. Four real runs of vLLM, DeepSpeed, Ray and
+MLflow on the tiny model. It earns no reward, so a KL term against the base model gives the gradient,
+through what was sampled and through every bit of the fast weights in force.
 """
 
 from __future__ import annotations
@@ -26,9 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster.runs.checkpoint import Checkpoint, best_checkpoint, list_checkpoints, load_checkpoint
 
-pytestmark = pytest.mark.timeout(
-    2400
-)  # four lives, most of them start-up, on machines that may be doing other things
+pytestmark = pytest.mark.timeout(2400)  # four lives, most of them start-up, on machines that may be busy
 
 STEPS = 4
 SETTINGS = (
@@ -92,9 +91,10 @@ class Run:
 
     def end(self, with_signal: signal.Signals | None = None) -> int:
         if with_signal is not None:
-            os.killpg(
-                self.process.pid, with_signal
-            ) if with_signal == signal.SIGKILL else self.process.send_signal(with_signal)
+            if with_signal == signal.SIGKILL:
+                os.killpg(self.process.pid, with_signal)
+            else:
+                self.process.send_signal(with_signal)
         rest, errors = self.process.communicate(timeout=900)
         self.output += rest + errors
         return self.process.returncode
@@ -102,7 +102,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Story:
-    """The checkpoints at the end of both runs, and what the interrupted one said and left behind each time."""
+    """The checkpoints at the end of both runs, and what the interrupted run left behind each time."""
 
     output_dir: Path
     whole: Checkpoint
@@ -133,20 +133,17 @@ def story(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     began = time.monotonic()
     status = stopped.end(signal.SIGTERM)
     assert status == 130, stopped.output
-    assert (
-        time.monotonic() - began < 60
-    )  # on a machine that does other things; the learner's step and the writing are a second
+    # The learner's step and the writing take a second; the machine may be busy.
+    assert time.monotonic() - began < 60
     after_stop = newest(folder)
-    tracked = (
-        MlflowClient(f"sqlite:///{output_dir}/mlflow.db")
-        .get_run(after_stop.state.tracking_run_id)
-        .info.status
-    )
+    client = MlflowClient(f"sqlite:///{output_dir}/mlflow.db")
+    status_after_stop = client.get_run(after_stop.state.tracking_run_id).info.status
 
     resumed = Run(settings, name="interrupted", resume="auto")
     assert resumed.end() == 0, resumed.output
     (other,) = output_dir.glob("whole-*/")
-    yield Story(output_dir, newest(other), newest(folder), left, stopped, after_stop, tracked, resumed)
+    ends = newest(other), newest(folder)
+    yield Story(output_dir, *ends, left, stopped, after_stop, status_after_stop, resumed)
 
 
 def newest(run_dir: Path) -> Checkpoint:
@@ -162,22 +159,20 @@ def test_killed_and_stopped_it_ends_with_the_same_weights_to_the_bit(story: Stor
         "optimizer/exp_avg.safetensors",
         "optimizer/exp_avg_sq.safetensors",
     ):
-        whole, other = (
-            safetensors.torch.load_file(one.learner / file) for one in (story.whole, story.interrupted)
-        )
+        whole = safetensors.torch.load_file(story.whole.learner / file)
+        other = safetensors.torch.load_file(story.interrupted.learner / file)
         assert whole.keys() == other.keys()
         assert [name for name in whole if not whole[name].equal(other[name])] == [], file
     first, last = (
-        safetensors.torch.load_file(one / "learner/optimizer/master.safetensors")
-        for one in list_checkpoints(story.whole.run_dir)
+        safetensors.torch.load_file(folder / "learner/optimizer/master.safetensors")
+        for folder in list_checkpoints(story.whole.run_dir)
     )
-    assert all(
-        not first[name].equal(last[name]) for name in last if name.endswith("proj.weight")
-    )  # RL moved them: equal means something
+    moved = [not first[name].equal(last[name]) for name in last if name.endswith("proj.weight")]
+    assert moved and all(moved)  # RL moved them: equal means something
 
 
 def test_every_step_of_both_runs_saw_the_same_engine(story: Story) -> None:
-    """The engine's own log-probs of what it sampled show in these figures; the steps that were taken twice gave the same twice."""
+    """These figures contain the engine's log-probs. A step that was taken twice gave the same twice."""
     client = MlflowClient(f"sqlite:///{story.output_dir}/mlflow.db")
     for key in (
         "learner/engine_logprob_diff_mean",
@@ -187,61 +182,45 @@ def test_every_step_of_both_runs_saw_the_same_engine(story: Story) -> None:
         "learner/entropy",
     ):
         whole, other = (
-            client.get_metric_history(one.state.tracking_run_id, key)
-            for one in (story.whole, story.interrupted)
+            client.get_metric_history(end.state.tracking_run_id, key)
+            for end in (story.whole, story.interrupted)
         )
         expected = {point.step: point.value for point in whole}
         assert sorted(expected) == [1, 2, 3, 4] and {point.step for point in other} == set(expected)
-        assert [(point.step, point.value) for point in other if point.value != expected[point.step]] == [], (
-            key
-        )
+        unequal = [(point.step, point.value) for point in other if point.value != expected[point.step]]
+        assert unequal == [], key
         assert len(set(expected.values())) > 1
 
 
 def test_the_ledger_balances_over_all_lives(story: Story) -> None:
-    for one in (story.whole, story.interrupted):
-        ledger = one.state.ledger
-        assert (
-            ledger.settled == {"trained": 2 * STEPS}
-            and ledger.pending == ()
-            and ledger.next_position == 2 * STEPS
-            and ledger.failures == {}
-        )
+    for end in (story.whole, story.interrupted):
+        ledger = end.state.ledger
+        assert ledger.settled == {"trained": 2 * STEPS} and ledger.next_position == 2 * STEPS
+        assert ledger.pending == () and ledger.failures == {}
     assert story.whole.state.rewards == story.interrupted.state.rewards
-    assert (
-        "THE LEDGER DOES NOT BALANCE" not in story.resumed.output
-        and "tasks: 8 issued: 8 trained, 0 in flight" in story.resumed.output
-    )
+    assert "THE LEDGER DOES NOT BALANCE" not in story.resumed.output
+    assert "tasks: 8 issued: 8 trained, 0 in flight" in story.resumed.output
 
 
 def test_sigterm_saves_the_last_step_and_says_how_to_go_on(story: Story) -> None:
     saved = story.after_stop
     assert saved.state.step in (3, 4) and saved.state.ledger.settled["trained"] == 2 * saved.state.step
     assert f"saved: {saved.folder}" in story.stopped.output
-    assert (
-        f"to go on: python -m cluster train {saved.run_dir / 'config.yaml'} resume={saved.folder}"
-        in story.stopped.output
-    )
+    command = f"python -m cluster train {saved.run_dir / 'config.yaml'} resume={saved.folder}"
+    assert f"to go on: {command}" in story.stopped.output
     assert "Traceback" not in story.stopped.output
     assert story.status_after_stop == "KILLED"
-    info = (
-        MlflowClient(f"sqlite:///{story.output_dir}/mlflow.db")
-        .get_run(story.interrupted.state.tracking_run_id)
-        .info
-    )
-    assert (
-        story.interrupted.state.tracking_run_id == saved.state.tracking_run_id and info.status == "FINISHED"
-    )
+    run_id = story.interrupted.state.tracking_run_id
+    client = MlflowClient(f"sqlite:///{story.output_dir}/mlflow.db")
+    assert run_id == saved.state.tracking_run_id and client.get_run(run_id).info.status == "FINISHED"
     assert [path for path in (saved.run_dir / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
 
 def test_the_best_checkpoint_is_kept_and_is_a_model_for_others(story: Story) -> None:
-    for one in (story.whole, story.interrupted):
-        best = best_checkpoint(one.run_dir)
-        assert (
-            best is not None and best.name == "step-000002"
-        )  # of equal scores (the tiny model's are 0) the first
-        assert [path.name for path in list_checkpoints(one.run_dir)] == ["step-000002", "step-000004"]
+    for end in (story.whole, story.interrupted):
+        best = best_checkpoint(end.run_dir)
+        assert best is not None and best.name == "step-000002"  # the first of equal scores: all are 0
+        assert [path.name for path in list_checkpoints(end.run_dir)] == ["step-000002", "step-000004"]
     model = AutoModelForCausalLM.from_pretrained(story.interrupted.model, dtype=torch.float32)
     theta = safetensors.torch.load_file(story.interrupted.learner / "model" / "model.safetensors")
     assert all(parameter.equal(theta[name]) for name, parameter in model.named_parameters())

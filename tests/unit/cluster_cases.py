@@ -1,4 +1,4 @@
-"""Small trajectories and a scripted worker for the tests of cluster/: who gets what and when, not sampling."""
+"""Small trajectories and a scripted worker for the tests of cluster/, which are not about sampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scripted parts of the training loop, a worker, a learner, a channel and a tracker without Ray; and their wiring."""
+"""Scripted parts of the training loop without Ray, and their wiring."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def wire(
     on_step: Callable[[StepSummary, Batch], None],
     on_checkpoint: Callable[[TrainState], Awaitable[None]],
 ) -> LoopParts:
-    """As cluster/train/build.py does it: two groups in flight on a worker, 5 s without any event are too long."""
+    """Wire the loop as cluster/train/build.py does, with two groups in flight on a worker."""
     fleet = ElasticFleet(workers, fleet_plan, newest=None)
     calls = StreamCalls(task_at, delivery(trainer), on_group=fleet.state.progress, on_lost=fleet.lost)
     steps = plan.steps - state.step

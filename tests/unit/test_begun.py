@@ -1,4 +1,4 @@
-"""What ``resume=auto`` goes on from: the newest whole checkpoint, or a run without one; and the run's lock."""
+"""What ``resume=auto`` goes on from: the newest whole checkpoint, or a run without one. The run's lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run on disk: kept by count and by score, whole or absent whatever happens while they are written."""
+"""Checkpoints on disk: kept by count and by score; whole or absent, whatever happens during writing."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_evaluations_are_at_checkpoints() -> None:
         load_config(QUICKSTART, ["train.evaluate_every=3", "train.checkpoint_every=2"])
 
 
-# --- a full disk ---------------------------------------------------------------------------------------------
+# --- a full disk -------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The fleet's books: who may serve, who is replaced, who goes first when fewer are wanted. Pure, so every path can be walked."""
+"""The fleet's states: which worker may serve, is replaced, or goes first when fewer are wanted."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_lost_worker_is_replaced_under_a_new_name() -> None:
     assert state.reasons() == ["worker-1: died"]
 
 
-def test_one_missed_check_makes_a_worker_suspect_and_the_second_is_once_too_often() -> None:
+def test_one_missed_check_makes_a_worker_suspect_and_the_second_in_a_row_loses_it() -> None:
     state = fleet(1, healthy=1)
     assert not state.missed("worker-0") and state.members["worker-0"].state == "suspect"
     state.answered("worker-0")
@@ -83,7 +83,7 @@ def test_deaths_without_a_group_in_between_are_hopeless() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_whatever_happens_the_plan_leads_to_the_target(seed: int) -> None:
-    """Random deaths, misses, weights and targets: who follows the plan ends with as many workers as wanted, none of them with old weights."""
+    """Random deaths, misses, weights and targets: the plan leads to the wanted number of current workers."""
     rng = random.Random(seed)
     state, version = fleet(rng.randint(1, 4)), 0
     for _ in range(60):

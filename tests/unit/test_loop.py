@@ -36,7 +36,7 @@ from tests.unit.loop_cases import Recorder, Trainer, Worker, wire
 
 
 class Bench:
-    """One loop over scripted parts; checkpoints hold the trainer's version as the learner's file."""
+    """A loop over scripted parts. Checkpoints hold the trainer's version as the learner's file."""
 
     def __init__(self, folder: Path, plan: TrainConfig, state: TrainState = START, workers: int = 2) -> None:
         self.folder, self.plan, self.state = folder, plan, state
@@ -129,9 +129,8 @@ def test_each_step_has_a_timeline_whose_views_sum_to_1(tmp_path: Path) -> None:
     for figures in bench.tracker.steps.values():
         assert figures["timeline/worker_act"] == 0.75 and figures["timeline/worker_idle"] == 0.25
         for view in ("worker", "episode", "learner"):
-            assert sum(
-                value for name, value in figures.items() if name.startswith(f"timeline/{view}_")
-            ) == pytest.approx(1.0)
+            shares = [value for name, value in figures.items() if name.startswith(f"timeline/{view}_")]
+            assert sum(shares) == pytest.approx(1.0)
 
 
 def test_two_and_two_resumed_steps_are_four_steps(tmp_path: Path) -> None:
@@ -234,10 +233,8 @@ async def _save(folder: Path, step: int, keep: int = 2, broken: bool = False) ->
 def test_only_the_newest_checkpoints_are_kept_and_a_broken_one_is_never_seen(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         asyncio.run(_save(tmp_path, step))
-    with pytest.raises(
-        SaveError,
-        match=r"^step 4 could not be saved in \S+ \(\d+ MiB free\): disk full; earlier checkpoints are whole$",
-    ):
+    reason = r"^step 4 could not be saved in \S+ \(\d+ MiB free\): disk full; earlier checkpoints are whole$"
+    with pytest.raises(SaveError, match=reason):
         asyncio.run(_save(tmp_path, 4, broken=True))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
 

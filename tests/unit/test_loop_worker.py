@@ -1,4 +1,4 @@
-"""The rollout worker's gate: no episode sees two versions. Engine and writer are scripted here; the real ones are in tests/integration."""
+"""The rollout worker's gate: no episode sees two versions. Engine and writer are scripted here."""
 
 from __future__ import annotations
 
@@ -177,9 +177,8 @@ def test_a_worker_whose_engine_died_gives_its_groups_back_and_serves_nobody_any_
         await settle()
         bench.policy.failure = "MemoryError: cannot allocate"
         bench.rollout.end.set()
-        with pytest.raises(
-            WorkerError, match=r"worker-7 serves nobody any more, its engine is dead.*cannot allocate"
-        ):
+        reason = r"worker-7 serves nobody any more, its engine is dead.*cannot allocate"
+        with pytest.raises(WorkerError, match=reason):
             await running
         with pytest.raises(WorkerError, match="start another worker"):
             await bench.begin(1)
@@ -202,7 +201,7 @@ def test_groups_that_do_not_end_are_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_worker_whose_loading_failed_serves_nobody_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it holds may be half of one version and half of another. Groups that waited at the gate hear of it, and so do later calls."""
+    """It may hold a mixture of two versions. Groups that waited at the gate fail, and so do later calls."""
 
     async def body() -> None:
         bench = Bench(monkeypatch)
@@ -214,7 +213,8 @@ def test_a_worker_whose_loading_failed_serves_nobody_and_says_why(monkeypatch: p
         with pytest.raises(EngineError, match="names are missing"):
             await refreshing
         bench.policy.refused = False
-        broken = r"worker-7 serves nobody any more, loading version 1 failed .EngineError: names are missing.: start another worker"
+        reason = "loading version 1 failed .EngineError: names are missing."
+        broken = f"worker-7 serves nobody any more, {reason}: start another worker"
         for work in (waiting, bench.begin(1), bench.worker.refresh(Weights(2), 5)):
             with pytest.raises(WorkerError, match=broken):
                 await asyncio.wait_for(work, 5)
@@ -278,7 +278,7 @@ def test_the_engine_is_given_what_was_published_and_told_whether_it_is_all(
 def test_the_report_tells_the_drain_from_the_wait_for_weights_and_from_the_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Fetching goes on while groups end: only what is left of it afterwards counts."""
+    """Weights are fetched while groups end: only the rest of that time counts as fetching."""
 
     class Slow(Weights):
         def __init__(self, version: int) -> None:

@@ -27,7 +27,7 @@ def report(name: str, seconds: Mapping[Phase, float]) -> WorkerReport:
 
 
 def by_name(*reports: WorkerReport) -> dict[str, WorkerReport]:
-    return {one.name: one for one in reports}
+    return {worker.name: worker for worker in reports}
 
 
 def test_the_workers_timeline_is_what_passed_between_two_reports_of_each() -> None:
@@ -36,12 +36,9 @@ def test_the_workers_timeline_is_what_passed_between_two_reports_of_each() -> No
         report("a", {"act": 6.0, "idle": 1.0, "write": 2.0}), report("b", {"act": 2.0, "idle": 7.0})
     )
     timeline = worker_timeline(phase_seconds(before, after))
-    assert set(timeline) == {f"timeline/worker_{phase}" for phase in PHASES} and sum(
-        timeline.values()
-    ) == pytest.approx(1.0)
-    assert [
-        timeline[f"timeline/worker_{phase}"] for phase in ("act", "write", "idle", "install")
-    ] == pytest.approx([0.1, 0.2, 0.7, 0.0])
+    assert set(timeline) == {f"timeline/worker_{phase}" for phase in PHASES}
+    shares = {phase: timeline[f"timeline/worker_{phase}"] for phase in ("act", "write", "idle", "install")}
+    assert shares == pytest.approx({"act": 0.1, "write": 0.2, "idle": 0.7, "install": 0.0})
     assert worker_timeline(phase_seconds(after, after)) == worker_timeline(phase_seconds({}, {})) == {}
 
 
@@ -54,19 +51,13 @@ def test_a_new_worker_and_one_that_began_anew_count_from_their_start() -> None:
 
 def test_the_learners_and_the_episodes_views() -> None:
     learner = learner_timeline(StepSeconds(wait=5.0, learn=3.0, publish=1.0, total=10.0))
-    assert learner == pytest.approx(
-        {
-            f"timeline/learner_{k}": v
-            for k, v in {"wait": 0.5, "learn": 0.3, "publish": 0.1, "other": 0.1}.items()
-        }
-    )
+    shares = {"wait": 0.5, "learn": 0.3, "publish": 0.1, "other": 0.1}
+    assert learner == pytest.approx({f"timeline/learner_{phase}": value for phase, value in shares.items()})
     episodes = [EpisodeSummary.of(trajectory(task_at(number), 0, 0.5)) for number in range(3)]
     timeline = episode_timeline(episodes)
-    assert set(timeline) == {
-        f"timeline/episode_{phase}" for phase in ("act", "extract", "write", "install", "environment")
-    }
-    assert sum(timeline.values()) == pytest.approx(1.0) and timeline["timeline/episode_act"] == pytest.approx(
-        0.3 / 0.9
-    )
+    phases = ("act", "extract", "write", "install", "environment")
+    assert set(timeline) == {f"timeline/episode_{phase}" for phase in phases}
+    assert sum(timeline.values()) == pytest.approx(1.0)
+    assert timeline["timeline/episode_act"] == pytest.approx(0.3 / 0.9)
     assert rollout_metrics(episodes)["timing_s/episode_extract"] == pytest.approx(0.2)
     assert episode_timeline([]) == {}

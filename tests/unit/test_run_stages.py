@@ -1,4 +1,4 @@
-"""The stages of a run: which rows are measured, when, and on which workers; and how a step is saved and scored."""
+"""The stages of a run: which rows are measured, when, on which workers; how a step is saved and scored."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_without_an_rl_step_no_row_says_after_rl(monkeypatch: pytest.MonkeyPatch
     assert [key for key, _, _ in measured(monkeypatch, 0)] == ["memory_off", "before"]
 
 
-# --- a step that is saved and scored -------------------------------------------------------------------------
+# --- a step that is saved and scored ---------------------------------------------------------------------
 
 
 class Seat:

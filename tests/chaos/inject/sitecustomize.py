@@ -1,13 +1,15 @@
-"""Faults inside a run's own processes, brought in from outside the product.
+"""Injects faults into a run's own processes, from outside the product.
 
-Python imports a module of this name when it starts, if its folder is on PYTHONPATH. Here it acts in Ray's worker processes of a trial only
-(ENGRAM_CHAOS names the trial's folder), and changes attributes of modules right after their import:
+Python imports a module of this name when it starts, if its folder is on PYTHONPATH. This one acts only in
+Ray's worker processes of a trial: ENGRAM_CHAOS names the trial's folder. It changes attributes of modules
+right after their import:
 
-    always    flashcards where the model wrote none and rewards that differ (the tiny model is random: nothing would be written or learned),
-              and a line in audit.jsonl for each group that the learner trains on
-    a fault   once a file fault.NAME lies in the folder, in one process, once: whoever renames the file first
+    always    flashcards where the model wrote none, and rewards that differ: the tiny model is random, and
+              nothing would be written or learned otherwise; and a line in audit.jsonl for each trained group
+    a fault   when a file fault.NAME lies in the folder, once, in the process that renames the file first
 
-What a fault replaces is what fails for users: the engine's step, the optimizer's gradients, the environment's reward, the weights' loading.
+A fault breaks what breaks for users: the engine's step, the optimizer's gradients, the environment's
+reward, the loading of weights.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ FOLDER = Path(os.environ.get("ENGRAM_CHAOS", ""))
 
 
 def claimed(fault: str) -> bool:
-    """Whether ``fault`` is wanted and this process is the one that has it."""
+    """Take ``fault`` if it is wanted. False when it is not, or when another process took it."""
     try:
         (FOLDER / f"fault.{fault}").rename(FOLDER / f"done.{fault}.{os.getpid()}")
     except FileNotFoundError:
@@ -40,7 +42,7 @@ def claimed(fault: str) -> bool:
 
 
 def write_flashcards(module: ModuleType) -> None:
-    """The text's own flashcards, or two that follow from it."""
+    """Parse the text's own flashcards, or make two that follow from it."""
     parse = module.parse_flashcards
     from actors.text.flashcards import ParsedFlashcards
     from actors.types import Flashcard
@@ -55,17 +57,13 @@ def write_flashcards(module: ModuleType) -> None:
 
 
 def vary_rewards(module: ModuleType) -> None:
-    """A reward that follows from the answers; one that is no number on demand."""
+    """Let the reward follow from the answers, or be NaN when that fault is wanted."""
     outcome = module.RecallSession.outcome
 
     def varied(session: Any) -> Any:
         result = outcome(session)
-        drawn = (
-            hashlib.blake2b(
-                "".join(answer.prediction for answer in result.answers).encode(), digest_size=1
-            ).digest()[0]
-            / 255
-        )
+        answers = "".join(answer.prediction for answer in result.answers)
+        drawn = hashlib.blake2b(answers.encode(), digest_size=1).digest()[0] / 255
         return replace(result, reward=math.nan if claimed("nan_reward") else drawn)
 
     module.RecallSession.outcome = varied
@@ -83,7 +81,7 @@ def break_engine(module: ModuleType) -> None:
 
 
 def break_gradients(module: ModuleType) -> None:
-    """In a rollout worker only the writer has an optimizer."""
+    """Make a gradient NaN. In a rollout worker only the writer has an optimizer."""
     import torch
 
     step = torch.optim.Adam.step
@@ -112,7 +110,7 @@ def audit_training(module: ModuleType) -> None:
     step = module.Learner.step
 
     def audited(learner: Any, groups: Sequence[Any]) -> Any:
-        lines = [json.dumps(_of(group, learner.version)) for group in groups]
+        lines = [json.dumps(_audit_entry(group, learner.version)) for group in groups]
         with (FOLDER / "audit.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
         return step(learner, groups)
@@ -120,22 +118,22 @@ def audit_training(module: ModuleType) -> None:
     module.Learner.step = audited
 
 
-def _of(group: Any, learner_version: int) -> dict[str, Any]:
+def _audit_entry(group: Any, learner_version: int) -> dict[str, Any]:
+    """The versions in a group: of its episodes, its segments, its tokens."""
     trajectories = group.trajectories
     segments = [segment for trajectory in trajectories for segment in trajectory.segments]
+    tokens = {
+        segment.policy_version if span.version is None else span.version
+        for segment in segments
+        for span in segment.spans
+    }
     return {
         "task": group.task.id,
         "learner": learner_version,
         "version": group.policy_version,
         "episodes": sorted({trajectory.policy_version for trajectory in trajectories}),
         "segments": sorted({segment.policy_version for segment in segments}),
-        "tokens": sorted(
-            {
-                segment.policy_version if span.version is None else span.version
-                for segment in segments
-                for span in segment.spans
-            }
-        ),
+        "tokens": sorted(tokens),
         "revisions": sum(len(trajectory.revisions) for trajectory in trajectories),
         "finite": all(math.isfinite(trajectory.outcome.reward) for trajectory in trajectories),
     }
@@ -158,9 +156,8 @@ class AfterImport(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Any, target: Any = None
     ) -> importlib.machinery.ModuleSpec | None:
         change = CHANGES.pop(fullname, None)
-        spec = (
-            None if change is None else importlib.util.find_spec(fullname)
-        )  # by the finders behind this one, as the change is taken
+        # The change was taken out above, so that find_spec asks the finders behind this one.
+        spec = None if change is None else importlib.util.find_spec(fullname)
         if change is None or spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
