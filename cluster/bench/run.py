@@ -1,28 +1,30 @@
-"""``python -m cluster bench``: each benchmark in a process of its own, then tables, Markdown, JSON, plots and MLflow."""
+"""``bench``: each benchmark in its own process, then tables, Markdown, JSON, plots and MLflow."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.bench.harness import child
 from cluster.bench.machine import describe
-from cluster.bench.report import HEADER, case_cells, metrics, save
 from cluster.bench.suite import Entry, find, run_one
-from cluster.bench.values import BenchError, Context, Outcome
+from cluster.bench.values import BenchError, Case, Context, Outcome, Spread
 from cluster.common.display import Display, duration
-from cluster.measure.report import rich_table
+from cluster.measure.report import Document, Section, Table, save_document, show
 from cluster.tracking.tracker import RunStatus, open_run
 from configs.models import resolve_model
 from configs.schema import ModelConfig, TrackingConfig
 
 LONGEST_S = 7200.0
+HEADER = ("case", "baseline", "candidate", "ratio [quartiles]", "goal", "")
 
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """What the command line says. No ``names``: all."""
+    """The command line. No ``names``: all."""
 
     names: tuple[str, ...]
     model: str
@@ -34,15 +36,18 @@ class BenchOptions:
 
 
 class Runner:
-    """What the child process holds."""
+    """The object in the child process."""
 
     def run(self, name: str, context: Context) -> Outcome:
         return run_one(name, context)
 
 
 def bench(options: BenchOptions, display: Display) -> dict[str, Outcome]:
-    """Run, show, save, track. A benchmark that fails does not keep the others from running; BenchError at the end names it. Raises ModelError,
-    TrackingError; what was measured by then is in the folder."""
+    """Run, show, save, track. A benchmark that fails does not keep the others from running.
+
+    Raises BenchError at the end for those that failed, ModelError, TrackingError. The folder keeps what was
+    measured before.
+    """
     entries = find(options.names)
     model = resolve_model(ModelConfig(name=options.model))
     folder = (options.output_dir / f"bench-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
@@ -59,19 +64,19 @@ def bench(options: BenchOptions, display: Display) -> dict[str, Outcome]:
         resumed_run_id="",
     )
     status: RunStatus = "FAILED"
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[Entry, Outcome] = {}
     paths: list[Path] = []
     failed: list[str] = []
     try:
         for entry in entries:
             try:
-                outcomes[entry.name] = _run_child(entry, context, display)
+                outcomes[entry] = _run_child(entry, context, display)
             except BenchError as error:
                 failed.append(f"{entry.name}: {error}")
                 display.say(f"FAILED {failed[-1]}")
                 continue
-            paths = save(folder, facts, outcomes, {one.name: one.about for one in entries})
-            tracker.log(metrics(entry.name, outcomes[entry.name]), step=0)
+            paths = save(folder, facts, outcomes)  # each time: a run that is stopped keeps what it measured
+            tracker.log(metrics(entry.name, outcomes[entry]), step=0)
         for path in [*paths, *(plot for outcome in outcomes.values() for plot in outcome.plots)]:
             tracker.artifact(path)
         status = "FAILED" if failed else "FINISHED"
@@ -81,7 +86,7 @@ def bench(options: BenchOptions, display: Display) -> dict[str, Outcome]:
     display.say(f"metrics: {tracker.location}")
     if failed:
         raise BenchError("; ".join(failed))
-    return outcomes
+    return {entry.name: outcome for entry, outcome in outcomes.items()}
 
 
 def _run_child(entry: Entry, context: Context, display: Display) -> Outcome:
@@ -91,17 +96,61 @@ def _run_child(entry: Entry, context: Context, display: Display) -> Outcome:
         outcome: Outcome = process.call("run", (entry.name, context), LONGEST_S)
     if not isinstance(outcome, Outcome):
         raise BenchError(f"{entry.name} gave back a {type(outcome).__name__}, not an Outcome")
-    if outcome.cases:
-        display.console.print(
-            rich_table(
-                f"{entry.name} ({duration(time.monotonic() - began)})",
-                HEADER,
-                [case_cells(case) for case in outcome.cases],
-            )
-        )
-    for case in outcome.cases:
-        if case.note:
-            display.say(f"  {case.name}: {case.note}")
-    for table in outcome.tables:
-        display.console.print(rich_table(table.title, table.header, table.rows))
+    show(Document(entry.name, {}, (section(entry, outcome),)), display)
+    display.say(f"{entry.name}: measured in {duration(time.monotonic() - began)}")
     return outcome
+
+
+# --- the report -------------------------------------------------------------------------------------------
+
+
+def section(entry: Entry, outcome: Outcome) -> Section:
+    """The cases in one table, then the benchmark's own tables."""
+    cases = Table("", HEADER, tuple(map(case_cells, outcome.cases)))
+    tables = (cases, *outcome.tables) if outcome.cases else outcome.tables
+    notes = tuple(f"{case.name}: {case.note}" for case in outcome.cases if case.note)
+    return Section(entry.name, f"{entry.about}.", tables, notes, outcome.plots)
+
+
+def case_cells(case: Case) -> tuple[str, ...]:
+    """One line of the table, in the order of HEADER."""
+    ratios = case.ratios
+    goal, verdict = "-", ""
+    if case.goal is not None:
+        goal = f"{case.goal.sense} {case.goal.value:g}"
+        verdict = "met" if case.goal.met(ratios.median) else "MISSED"
+    return (
+        case.name,
+        f"{case.baseline}: {Spread.of(case.baseline_values).median:.4g} {case.unit}",
+        f"{case.candidate}: {Spread.of(case.candidate_values).median:.4g} {case.unit}",
+        f"{case.ratio} {ratios.median:.3g} [{ratios.low:.3g}, {ratios.high:.3g}]",
+        goal,
+        verdict,
+    )
+
+
+def metrics(name: str, outcome: Outcome) -> dict[str, float]:
+    """For the tracker: the median ratio of each case, and the figures."""
+    ratios = {case.name: case.ratios.median for case in outcome.cases}
+    return {f"bench/{name}/{_key(key)}": value for key, value in {**ratios, **outcome.figures}.items()}
+
+
+def save(folder: Path, facts: Mapping[str, str], outcomes: Mapping[Entry, Outcome]) -> list[Path]:
+    """Write report.md, and report.json with every value that was measured, not only the medians."""
+    benchmarks: dict[str, Any] = {
+        entry.name: {
+            "cases": [{**asdict(case), "ratios": case.ratios} for case in outcome.cases],
+            "figures": outcome.figures,
+            "tables": outcome.tables,
+            "plots": [plot.name for plot in outcome.plots],
+        }
+        for entry, outcome in outcomes.items()
+    }
+    sections = tuple(section(entry, outcome) for entry, outcome in outcomes.items())
+    data = {"environment": facts, "benchmarks": benchmarks}
+    return save_document(Document("Benchmarks", facts, sections), folder, data)
+
+
+def _key(name: str) -> str:
+    """``name`` in characters that MLflow takes."""
+    return "".join(char if char.isalnum() or char in "_-." else "_" for char in name)

@@ -1,4 +1,4 @@
-"""What a benchmark gives back: cases against a named baseline, tables, plots. Frozen, picklable, plain numbers."""
+"""The outcome of a benchmark: cases against a named baseline, tables, plots. Frozen and picklable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ class BenchError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What every benchmark is given. ``quick``: sizes and repeats that only show that it runs, as the tests do; its figures mean nothing."""
+    """What every benchmark is given.
+
+    ``quick``: sizes and repeats that only show that it runs, as the tests do. Its figures mean nothing.
+    """
 
     model_path: Path
     repeats: int
@@ -31,7 +34,7 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One run: wall seconds, and CPU seconds of its process (on a machine that others use too, the steadier of the two)."""
+    """One run: wall seconds, and CPU seconds of its process, which are steadier on a shared machine."""
 
     wall_s: float
     cpu_s: float
@@ -39,7 +42,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What the median ratio should be. A goal that is missed is shown as missed."""
+    """What the median ratio should be."""
 
     sense: Literal["at least", "at most"]
     value: float
@@ -65,10 +68,10 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A candidate beside its baseline, measured in turns: value i of one was measured next to value i of the other.
+    """A candidate beside its baseline, measured in turns: value i of one next to value i of the other.
 
-    ``values`` are in ``unit`` ("s" lower is better, "tokens/s" higher is better, ...). ``ratio`` says which way round, so that a person reads it as
-    the goal does: a speed-up or a share is "how many times as good", a cost is "how many times as dear".
+    ``values`` are in ``unit`` ("s": lower is better, "tokens/s": higher is better, ...). ``ratio`` reads as
+    the goal does: a speed-up or a share is "how many times as good", a cost "how many times as dear".
     """
 
     name: str
@@ -83,9 +86,8 @@ class Case:
 
     def __post_init__(self) -> None:
         if not self.baseline_values or len(self.baseline_values) != len(self.candidate_values):
-            raise ValueError(
-                f"case {self.name}: {len(self.baseline_values)} values of the baseline, {len(self.candidate_values)} of the candidate"
-            )
+            counts = f"{len(self.baseline_values)} values of the baseline, {len(self.candidate_values)}"
+            raise ValueError(f"case {self.name}: {counts} of the candidate")
 
     @property
     def ratios(self) -> Spread:
@@ -96,7 +98,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """All of one benchmark. ``figures`` are single numbers for JSON and MLflow (name without the benchmark's own, e.g. "head_fraction")."""
+    """All of one benchmark. ``figures``: single numbers for JSON and MLflow, e.g. "head_fraction"."""
 
     cases: tuple[Case, ...]
     tables: tuple[Table, ...] = ()

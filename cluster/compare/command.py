@@ -41,17 +41,14 @@ def add_pool(commands: Any) -> None:
 def run_pool(options: argparse.Namespace) -> None:
     """Raises CheckpointError, before any table is shown where the output folder cannot be written."""
     from cluster.common.display import Display
-    from cluster.compare.report import Pool, open_output, save_pool
+    from cluster.compare.report import open_output, pool_groups, save_pool
     from cluster.compare.runs import load_groups
-    from cluster.measure.report import rich_table
+    from cluster.measure.report import show
 
     groups = load_groups(options.runs)
     open_output(options.output)
     config = groups[0].runs[0].config
-    pool, display = Pool(groups, config.evaluation.bootstrap_samples, config.seed), Display()
-    for table in pool.tables():
-        display.console.print(rich_table(table.title, table.header, table.rows))
-    for note in pool.notes():
-        display.say(note)
+    pool, display = pool_groups(groups, config.evaluation.bootstrap_samples, config.seed), Display()
+    show(pool.document(), display)
     for path in save_pool(pool, options.output):
         display.say(f"saved: {path}")

@@ -1,11 +1,13 @@
-"""Run the cells that are not there yet: on shared workers where their configurations allow it, an episode on disk as soon as it ends.
+"""Run the cells that are missing, on shared workers where their configurations allow it.
 
-    cells --> batches of one worker configuration --> workers --> cell: run_episodes --> journal --> finished file
+    cells --> batches of one worker configuration --> workers --> cell: run_episodes --> journal --> file
                  ^                                       |
-                 +-- once more, on new workers ----------+  a worker died: what it had finished is kept; the second time the cell is given up
+                 +-- once more, on new workers ----------+  a worker died: its finished episodes are kept;
+                                                            the second time the cell is given up
 
-An episode that failed is no finished one: it is counted in its cell, and whoever runs the cell again runs it again.
-Waits: every episode has a deadline on its worker and another here, so a cell ends; starting workers have ray.startup_timeout_s.
+A failed episode is counted in its cell, and runs again when the cell does.
+Waits: every episode has a deadline on its worker and another here, so a cell ends. Starting workers have
+ray.startup_timeout_s.
 """
 
 from __future__ import annotations
@@ -13,15 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from actors.peak_memory import PeakMemory
-from actors.types import TrajectoryGroup
 from cluster.common.errors import ClusterError, SaveError, StartupError
 from cluster.evaluation.plan import Cell
 from cluster.evaluation.prepare import Comparison
-from cluster.evaluation.store import CellStore, Done
+from cluster.evaluation.store import worst
 from cluster.fleet.ray_runtime import Demand, cancel_on_sigterm, demand, ray_runtime
 from cluster.fleet.remote_worker import RemoteWorker
-from cluster.measure.rows import EpisodeSource, EvaluationRow, run_episodes
+from cluster.measure.rows import EpisodeSource, EvaluationRow, TaskResult, run_episodes
 from cluster.train.build import worker_set, worker_specs
 
 ATTEMPTS = 2
@@ -29,8 +29,9 @@ ATTEMPTS = 2
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """Who wants to know: a cell begins (how many of its tasks are left), a task of it is over, it is finished, it
-    is run again. ``watch`` puts somebody between a cell and its workers.
+    """Calls to the display and the recorder.
+
+    ``begins``: with the number of tasks left. ``watch``: put the recorder between a cell and its workers.
     """
 
     begins: Callable[[Cell, int], None]
@@ -41,18 +42,23 @@ class Hooks:
 
 
 def batches(cells: Sequence[Cell], basis_of: Callable[[Cell], object]) -> list[list[Cell]]:
-    """Cells by what their workers are built from, in the order of the first of each; the memory and the seed come with each episode."""
-    found: dict[object, list[Cell]] = {}
+    """Group cells by what their workers are built from, in the order of each group's first cell.
+
+    The memory and the seed come with each episode, so they do not matter here.
+    """
+    groups: dict[object, list[Cell]] = {}
     for cell in cells:
         c = cell.config
         parts = (c.model, c.environment, c.fast_weights, c.write, c.engine, c.rollout, c.embedder, c.sampling)
-        key = (*parts, c.evaluation.temperature, basis_of(cell))
-        found.setdefault(key, []).append(cell)
-    return list(found.values())
+        groups.setdefault((*parts, c.evaluation.temperature, basis_of(cell)), []).append(cell)
+    return list(groups.values())
 
 
 async def run_cells(comparison: Comparison, cells: Sequence[Cell], hooks: Hooks) -> dict[str, str]:
-    """Run ``cells``; returns why, for each that was given up (by key). Raises StartupError when Ray itself does not start, SaveError."""
+    """Run ``cells``; return the reason, by key, for each that was given up.
+
+    Raises StartupError when Ray itself does not start, SaveError.
+    """
     if not cells:
         return {}
     needs = [demand(cell.config, learner=False) for cell in cells]
@@ -69,20 +75,20 @@ async def _run_batch(comparison: Comparison, batch: Sequence[Cell], hooks: Hooks
     waiting = list(batch)
     attempts: dict[str, int] = {}
     given_up: dict[str, str] = {}
-    starts = 0  # in a row that failed
+    failed_starts = 0  # in a row
     specs = worker_specs(
         batch[0].config, comparison.policy_path, comparison.bases[batch[0].key], comparison.version
     )
     while waiting:
         try:
             async with worker_set(specs) as workers:
-                starts = 0
+                failed_starts = 0
                 while waiting:
                     await _run_cell(comparison, waiting[0], workers, hooks)
                     waiting.pop(0)
         except StartupError as error:
-            starts += 1
-            if starts == ATTEMPTS:  # without workers none of the rest can run
+            failed_starts += 1
+            if failed_starts == ATTEMPTS:  # without workers none of the rest can run
                 return given_up | dict.fromkeys((cell.key for cell in waiting), str(error))
             hooks.retries(waiting[0], str(error))
         except SaveError:  # new workers make no room on the disk
@@ -101,34 +107,26 @@ async def _run_batch(comparison: Comparison, batch: Sequence[Cell], hooks: Hooks
 async def _run_cell(
     comparison: Comparison, cell: Cell, workers: Sequence[RemoteWorker], hooks: Hooks
 ) -> None:
-    """Every task that its journal does not have finished yet."""
-    store: CellStore = comparison.store
+    """Run every task that the cell's journal does not have yet."""
+    store = comparison.store
     begun = store.begun(cell)
-    have = {done.position for done in begun}
+    have = {task.position for task in begun}
     left = [
         (position, task) for position, task in enumerate(comparison.tasks[cell.key]) if position not in have
     ]
     hooks.begins(cell, len(left))
     for worker in workers:
-        await worker.measure()  # forget the peak of what came before
+        await worker.measure()  # forget the peak of the cell before
     with store.journal(cell, begun) as journal:
 
-        def keep(position: int, group: TrajectoryGroup) -> None:
-            journal.add(Done.of(position, group))
+        def keep(result: TaskResult) -> None:
+            journal.add(result)
             hooks.advances()
 
         row = EvaluationRow(cell.key, cell.config.memory, cell.config.seed)
         await run_episodes(row, left, hooks.watch(cell, workers), cell.config.engine.slots, keep)
     peaks = [await worker.measure() for worker in workers]
-    if (before := store.finished(cell)) is not None:  # only what failed then was run now
+    if (before := store.finished(cell)) is not None:  # this run repeated only the failed episodes
         peaks.append(before.peak)
-    store.finish(cell, journal.done, worst(peaks))
+    store.finish(cell, journal.tasks, worst(peaks))
     hooks.finished(cell)
-
-
-def worst(peaks: Sequence[PeakMemory]) -> PeakMemory:
-    """Of several workers: the largest of each; unknown when one of them is."""
-    problem = next((peak.problem for peak in peaks if peak.problem), "")
-    residents = [peak.resident_bytes for peak in peaks if peak.resident_bytes is not None]
-    resident = max(residents) if len(residents) == len(peaks) else None
-    return PeakMemory(resident, max(peak.device_bytes for peak in peaks), problem)

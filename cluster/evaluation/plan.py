@@ -1,9 +1,10 @@
-"""What an evaluation compares: rows x benchmarks x seeds, each combination a cell with a configuration of its own.
+"""What an evaluation compares: rows x benchmarks x seeds, each combination a cell with its own configuration.
 
-    base file  <-  benchmark file  <-  row file  <-  swept settings  <-  arguments         (later wins; see configs.load)
+    base file  <-  benchmark file  <-  row file  <-  swept settings  <-  arguments    (later wins)
 
-A row file sets the memory and how it writes; a benchmark file the tasks and the room that they need. Both may be the user's own. What the base
-decides for every row alike is the scale: model, L_max, token limits, and T where the row's source does not define it.
+A row file sets the memory and how it writes. A benchmark file sets the tasks and the room that they need.
+Both may be the user's own. The base decides the scale for every row: model, L_max, token limits, and T where
+the row's source does not define it.
 """
 
 from __future__ import annotations
@@ -30,27 +31,20 @@ BENCHMARK_SETTINGS = (
     "evaluation.temperature",
     "memory.max_",
 )
-WRITING = (
-    "raw",
-    "summary_write",
-    "implications",
-    "parametric",
-    "hybrid",
-    "custom",
-)  # policies that may have fast weights other than 0
-TASKS = ("environment.name", "environment.conversation.format")  # what makes a benchmark another one
-OWN = "config"  # the row that is the configuration's own memory
+WRITING = ("raw", "summary_write", "implications", "parametric", "hybrid", "custom")
+"""Memory policies whose fast weights may differ from 0."""
+
+TASKS = ("environment.name", "environment.conversation.format")  # settings that make another benchmark
+OWN = "config"  # the row with the configuration's own memory
 BASELINE = "truncation"
-L_MAX_KEY, L_MAX = (
-    "memory.max_context_tokens",
-    "L_max",
-)  # the setting, and the paper's name for it in labels and plots
+L_MAX_KEY = "memory.max_context_tokens"
+L_MAX = "L_max"  # the paper's name of this setting, for labels and plots
 _LIST = re.compile(r",(?![^\[]*\])")  # commas outside brackets
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """``python -m cluster evaluate`` as it was asked for; ``rows`` and ``benchmarks`` hold names of shipped files, or files of the user's."""
+    """The arguments of ``evaluate``. ``rows`` and ``benchmarks``: names of shipped files, or user files."""
 
     config: Path
     overrides: tuple[str, ...]
@@ -65,27 +59,20 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A row, and the swept settings that tell it from the row's other variants."""
+    """A row, and the swept settings that distinguish it from the row's other variants."""
 
     row: str
     swept: tuple[tuple[str, str], ...]
 
     @property
     def label(self) -> str:
-        return " ".join(
-            [
-                self.row,
-                *(
-                    f"{L_MAX if key == L_MAX_KEY else key.rpartition('.')[2]}={value}"
-                    for key, value in self.swept
-                ),
-            ]
-        )
+        names = {key: L_MAX if key == L_MAX_KEY else key.rpartition(".")[2] for key, _ in self.swept}
+        return " ".join([self.row, *(f"{names[key]}={value}" for key, value in self.swept)])
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One row on one benchmark with one seed: what is run, saved and resumed as a whole."""
+    """One row on one benchmark with one seed: the unit that is run, saved and resumed."""
 
     benchmark: str
     variant: Variant
@@ -99,11 +86,11 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All cells, benchmarks first, then rows, then seeds. ``base`` is the configuration without benchmark or row."""
+    """All cells, by benchmark, then row, then seed. ``base``: the configuration without benchmark and row."""
 
     base: RunConfig
     cells: tuple[Cell, ...]
-    baselines: tuple[tuple[str, str], ...]  # (label, label of what it is compared with)
+    baselines: tuple[tuple[str, str], ...]  # (label, label of its baseline)
 
     @property
     def benchmarks(self) -> tuple[str, ...]:
@@ -116,7 +103,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A row or a benchmark: the file laid over the base, or the arguments that stand for it."""
+    """A row or a benchmark: a file laid over the base, or arguments in its place."""
 
     name: str
     layers: tuple[Layer, ...]
@@ -124,7 +111,7 @@ class _Part:
 
 
 def plan_cells(request: Request) -> Plan:
-    """Raises ConfigError, one line, for whatever cannot be compared."""
+    """Read the files and build every cell. Raises ConfigError, one line, for a mistake in the request."""
     _check_overrides(request)
     first = _benchmarks(request)[0]
     base = load_config(request.config, request.overrides, first.layers)
@@ -143,11 +130,11 @@ def plan_cells(request: Request) -> Plan:
 
 
 def slug(text: str) -> str:
-    """``text`` as a file's name and as part of an MLflow metric."""
+    """``text`` in characters that a file's name and an MLflow metric allow."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("_")
 
 
-# --- rows, benchmarks, sweeps -------------------------------------------------------------------------------------------------------------------
+# --- rows, benchmarks, sweeps -----------------------------------------------------------------------------
 
 
 def _rows(request: Request, base: RunConfig) -> list[_Part]:
@@ -164,29 +151,30 @@ def _row(name: str, base: RunConfig) -> _Part:
 
 
 def _benchmarks(request: Request) -> list[_Part]:
-    """Without any: the base's own environment, under its name."""
-    return [_part(name, "benchmarks", "benchmark", BENCHMARK_SETTINGS) for name in request.benchmarks] or [
-        _Part("", (), ())
-    ]
+    """The named ones, or the base's own environment under its name."""
+    named = [_part(name, "benchmarks", "benchmark", BENCHMARK_SETTINGS) for name in request.benchmarks]
+    return named or [_Part("", (), ())]
 
 
 def _part(name: str, folder: str, kind: str, allowed: tuple[str, ...]) -> _Part:
-    known = shipped(folder)
-    if name in known:
-        return _Part(name, (Layer(known[name], kind, allowed),), ())
+    files = shipped(folder)
+    if name in files:
+        return _Part(name, (Layer(files[name], kind, allowed),), ())
     path = Path(name)
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
         own = f", {OWN} (the configuration's own memory)" if kind == "row" else ""
-        raise ConfigError(
-            f"--{folder} {name}: no such {kind}; shipped are {', '.join(known)}{own}; or give a YAML file"
-        )
+        there = f"shipped are {', '.join(files)}{own}"
+        raise ConfigError(f"--{folder} {name}: no such {kind}; {there}; or give a YAML file")
     return _Part(path.stem, (Layer(path, kind, allowed),), ())
 
 
 def _variants(
     row: _Part, benchmark: _Part, request: Request, sweep: Sequence[tuple[str, list[str]]]
 ) -> list[Variant]:
-    """One per combination of the swept settings that this row's memory looks at: others would run the same cell again under another name."""
+    """One for each combination of the swept settings that this row's memory uses.
+
+    A setting that it ignores would run the same cell again under another name.
+    """
     if not sweep:
         return [Variant(row.name, ())]
     policy = _load(request, benchmark, row, ()).memory.policy
@@ -195,7 +183,7 @@ def _variants(
 
 
 def _matters(key: str, policy: str) -> bool:
-    if policy == "custom":  # it is given every setting, and alone knows which it looks at
+    if policy == "custom":  # it gets every setting, and only its author knows which it uses
         return True
     if key.startswith(("write.", "fast_weights.")):
         return policy in WRITING
@@ -213,11 +201,10 @@ def _swept(argument: str, request: Request) -> tuple[str, list[str]]:
     if not equals or not all(values):
         raise ConfigError(f"--sweep {argument}: write key=value,value, e.g. fast_weights.basis=svd,random")
     if not key.startswith(ROW_SETTINGS) or key == "memory.policy":
-        raise ConfigError(
-            f"--sweep {argument}: {key} cannot be swept; what can is memory.* (without memory.policy), write.* and fast_weights.*"
-        )
+        allowed = "memory.* (without memory.policy), write.* and fast_weights.*"
+        raise ConfigError(f"--sweep {argument}: {key} cannot be swept; you can sweep {allowed}")
     if key not in settings():
-        load_config(request.config, [argument])  # its message has a guess at what was meant
+        load_config(request.config, [argument])  # its message guesses the right name
     if any(override.startswith(f"{key}=") for override in request.overrides):
         raise ConfigError(f"--sweep {argument}: {key} is also given as an argument; leave one out")
     return key, values
@@ -228,44 +215,47 @@ def _load(request: Request, benchmark: _Part, row: _Part, swept: Sequence[tuple[
     return load_config(request.config, arguments, [*benchmark.layers, *row.layers])
 
 
-# --- checks, and what is compared with what -----------------------------------------------------------------------------------------------------
+# --- checks and baselines ---------------------------------------------------------------------------------
 
 
 def _check_overrides(request: Request) -> None:
     for override in request.overrides:
         key = override.partition("=")[0]
+        problem = ""
         if key == "memory.policy" and request.rows:
-            raise ConfigError(
-                f"argument {override!r}: with --rows it would turn every row into the same memory; leave one of the two out"
-            )
-        if key in TASKS and request.benchmarks:
-            raise ConfigError(
-                f"argument {override!r}: with --benchmarks it would turn every benchmark into the same tasks; leave one of the two out"
-            )
-        if key == "seed" and request.seeds:
-            raise ConfigError(f"argument {override!r}: --seeds is given too; leave one of the two out")
+            problem = "with --rows it would turn every row into the same memory"
+        elif key in TASKS and request.benchmarks:
+            problem = "with --benchmarks it would turn every benchmark into the same tasks"
+        elif key == "seed" and request.seeds:
+            problem = "--seeds is given too"
+        if problem:
+            raise ConfigError(f"argument {override!r}: {problem}; leave one of the two out")
 
 
 def _check_unique(keys: Sequence[str]) -> None:
-    """Also where a worker (letters and digits only) or a file system (upper and lower case) would take two for one."""
+    """Refuse keys that differ only by case or punctuation.
+
+    A worker's names keep letters and digits alone, and a file system may ignore case.
+    """
     plain = [re.sub("[^a-z0-9]+", "-", key.lower()) for key in keys]
     twice = next((key for key, name in zip(keys, plain, strict=True) if plain.count(name) > 1), None)
     if twice is not None:
         row = twice.split("--")[1]
-        raise ConfigError(
-            f"--rows, --benchmarks, --seeds or --sweep name {row!r} twice (cell {twice}); each needs a name of its own"
-        )
+        options = "--rows, --benchmarks, --seeds or --sweep"
+        raise ConfigError(f"{options} name {row!r} twice (cell {twice}); each needs its own name")
 
 
 def _baselines(variants: Sequence[Variant], wanted: str) -> list[tuple[str, str]]:
-    """Each variant with the one to compare it with: the baseline row's variant that shares its swept settings, or the one with exactly that label."""
+    """Each variant's label with its baseline's.
+
+    It is the variant with exactly the wanted label, or the baseline row's variant of the same settings.
+    """
     name = wanted or BASELINE
     exact = next((variant for variant in variants if variant.label == name), None)
     candidates = [exact] if exact is not None else [variant for variant in variants if variant.row == name]
     if wanted and not candidates:
-        raise ConfigError(
-            f"--baseline {wanted}: no such row here; there are {', '.join(variant.label for variant in variants)}"
-        )
+        there = ", ".join(variant.label for variant in variants)
+        raise ConfigError(f"--baseline {wanted}: no such row here; there are {there}")
     pairs = []
     for variant in variants:
         fits = [

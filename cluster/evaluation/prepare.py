@@ -1,4 +1,4 @@
-"""Everything that a user's mistake can break in an evaluation, done before Ray or an engine starts: it fails in seconds, in one line.
+"""Prepare an evaluation before Ray or an engine starts: a user's mistake fails in seconds, in one line.
 
 Request --> Plan --> each benchmark's tasks, the model, the checkpoint --> run folder, bases --> Comparison
 """
@@ -23,6 +23,7 @@ from cluster.evaluation.store import CellStore
 from cluster.runs.checkpoint import Checkpoint, load_checkpoint
 from cluster.runs.run_lock import held, require_free
 from cluster.train.prepare import BASIS_FILE, check_unchanged, held_out, open_environment, run_basis
+from configs.files import write_text
 from configs.load import ConfigError, load_config, to_yaml
 from configs.models import ResolvedModel, resolve_model
 from configs.schema import FastWeightsConfig, RunConfig
@@ -59,23 +60,21 @@ class Comparison:
 
 
 def prepare_comparison(request: Request) -> Comparison:
-    """Raises ConfigError, TaskError, ExtensionError, ModelError, CheckpointError, BasisError, InUseError: one line each.
+    """Check everything, then create the folder. A folder that another process works in is left as it is.
 
-    Creates the folder last, when little else can fail; one that another process works in is left as it is.
+    Raises ConfigError, TaskError, ExtensionError, ModelError, CheckpointError, BasisError and InUseError,
+    each in one line.
     """
     plan = plan_cells(request)
     config = plan.base
     tasks = _tasks(plan)
     model = resolve_model(config.model)
-    checkpoint = (
-        None if request.checkpoint is None else load_checkpoint(request.checkpoint.expanduser().absolute())
-    )
-    if checkpoint is not None:
+    checkpoint = None
+    if request.checkpoint is not None:
+        checkpoint = load_checkpoint(request.checkpoint.expanduser().absolute())
         check_unchanged(config, checkpoint, ("model",))
-    folder = (
-        _resumed_folder(request, config)
-        or _output_dir(config) / f"{config.name}-evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+    new_name = f"{config.name}-evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = _resumed_folder(request, config) or _output_dir(config) / new_name
     with _writing(folder):
         require_free(folder)  # now: a basis may take minutes
     store = CellStore(folder / "cells", _identity(model, checkpoint))
@@ -89,38 +88,38 @@ def prepare_comparison(request: Request) -> Comparison:
 
 
 def _save(comparison: Comparison, request: Request, bases: Mapping[Path, Basis]) -> None:
-    """All that the folder holds before the first cell. Raises ConfigError, and InUseError when another process began in it meanwhile."""
+    """Write what the folder holds before the first cell.
+
+    Raises ConfigError, and InUseError when another process has taken the folder meanwhile.
+    """
     folder = comparison.folder
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with held(folder):
             for path, basis in bases.items():
                 save_basis(basis, path)
-            comparison.config_path.write_text(to_yaml(comparison.plan.base), encoding="utf-8")
+            write_text(comparison.config_path, to_yaml(comparison.plan.base))
             save_request(request, folder)
 
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Raises ConfigError where ``folder`` cannot be made or written in the block."""
+    """Raise ConfigError where the block cannot make or write ``folder``."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{folder}: cannot be written ({reason}); make room or get the right to it, or give another output_dir=FOLDER"
-        ) from error
+        cure = "make room or get the right to it, or give another output_dir=FOLDER"
+        raise ConfigError(f"{folder}: cannot be written ({reason}); {cure}") from error
 
 
 def _resumed_folder(request: Request, config: RunConfig) -> Path | None:
-    """--resume FOLDER, or "auto": the newest evaluation of this name in the output folder, if there is one."""
-    if request.resume in ("", "auto"):
-        found = (
-            sorted(_output_dir(config).glob(f"{config.name}-evaluate-*/{REQUEST_FILE}"))
-            if request.resume
-            else []
-        )
-        return found[-1].parent if found else None
+    """--resume FOLDER, or "auto": the newest evaluation of this name in the output folder, if any."""
+    if not request.resume:
+        return None
+    if request.resume == "auto":
+        requests = sorted(_output_dir(config).glob(f"{config.name}-evaluate-*/{REQUEST_FILE}"))
+        return requests[-1].parent if requests else None
     folder = Path(request.resume).expanduser().absolute()
     saved_request(folder)
     return folder
@@ -131,7 +130,7 @@ def _output_dir(config: RunConfig) -> Path:
 
 
 def _tasks(plan: Plan) -> dict[str, tuple[Task, ...]]:
-    """Every cell's, each data file read once. A row's own memory is found now, not by a worker."""
+    """The tasks of every cell; each data file is read once. A custom memory that is missing fails here."""
     for cell in plan.cells:
         if cell.config.memory.policy == "custom":
             custom_memory(cell.config.memory)
@@ -141,7 +140,7 @@ def _tasks(plan: Plan) -> dict[str, tuple[Task, ...]]:
 
 
 def _identity(model: ResolvedModel, checkpoint: Checkpoint | None) -> dict[str, str]:
-    """The weights: those of the model, or of a checkpoint by its name and steps (its folder may have been moved)."""
+    """Name the weights: the model's, or a checkpoint's by name and version (its folder may have moved)."""
     policy = "the base model"
     if checkpoint is not None:
         policy = f"{checkpoint.run_dir.name}/{checkpoint.folder.name} version {checkpoint.state.version}"
@@ -151,10 +150,11 @@ def _identity(model: ResolvedModel, checkpoint: Checkpoint | None) -> dict[str, 
 def _bases(
     plan: Plan, model: Path, checkpoint: Checkpoint | None, folder: Path
 ) -> tuple[dict[str, Path], dict[Path, Basis]]:
-    """The file of every cell's basis, one for those that share it, and what is to be written to those of ``folder``.
+    """The basis file of every cell, by key, and the bases that are still to be written, by file.
 
-    A checkpoint's policy learnt with its run's own basis, which is used where the fast weights are as in that run. Any other is computed from the
-    base model's weights, as that one was. Its file is named by its content: no request, whatever its rows, turns it into another basis.
+    A checkpoint's policy learnt with its run's basis: cells with the fast weights of that run use it. Any
+    other basis is computed from the base model's weights, as that one was. Its file is named by its content,
+    so no other request can change it.
     """
     trained = None if checkpoint is None else load_config(checkpoint.folder / "config.yaml", []).fast_weights
     files: dict[str, Path] = {}
@@ -163,7 +163,7 @@ def _bases(
     for cell in plan.cells:
         if checkpoint is not None and cell.config.fast_weights == trained:
             files[cell.key] = checkpoint.run_dir / BASIS_FILE
-            load_basis(files[cell.key])  # a damaged one is found now
+            load_basis(files[cell.key])  # find a damaged file now
             continue
         kind = (cell.config.fast_weights, _basis_seed(cell, plan.base.seed))
         if kind not in shared:
@@ -175,11 +175,11 @@ def _bases(
 
 
 def _basis_seed(cell: Cell, base: int) -> int:
-    """A random A differs by seed, to who writes. All else shares one basis, and so its workers, over the seeds; what of it is measured on samples
-    (fast_weights.sensitivity_rank) is measured under the configuration's seed, whichever ``--seeds`` are asked for or left.
+    """The seed that a cell's basis is drawn or measured with.
+
+    A random A differs by seed, for a memory that writes. All other cells share one basis over the seeds, and
+    so their workers. A sensitivity is measured on samples (fast_weights.sensitivity_rank), always under the
+    configuration's own seed: it must not depend on which ``--seeds`` are given.
     """
-    return (
-        cell.config.seed
-        if cell.config.fast_weights.basis == "random" and cell.config.memory.policy in WRITING
-        else base
-    )
+    drawn = cell.config.fast_weights.basis == "random" and cell.config.memory.policy in WRITING
+    return cell.config.seed if drawn else base

@@ -1,28 +1,42 @@
-"""The tables of an evaluation: for the terminal, and as report.md, report.csv (one figure a line) and report.json."""
+"""The report of an evaluation: tables, plots and files, from the rows' summaries.
+
+Plots: the score against what it costs, a point for each row; the score against L_max, where it was swept.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from actors.types import Answer
-from cluster.evaluation.plan import slug
-from cluster.evaluation.summary import Bootstrap, Chosen, Cost, Difference, RowSummary
-from cluster.measure.report import UNANSWERABLE, interval_text, markdown_table, percent, plain_json
+from cluster.evaluation.plan import L_MAX, slug
+from cluster.evaluation.summary import PRIMARY, Bootstrap, Cost, Difference, RowSummary
+from cluster.measure.report import (
+    MOST_CATEGORIES,
+    Curve,
+    Document,
+    Panel,
+    Section,
+    Table,
+    comparison_sentence,
+    interval_text,
+    percent,
+    save_document,
+    save_plot,
+)
+from cluster.measure.rows import OUTCOMES, answer_groups, score_order
 from cluster.measure.statistics import Interval
 
 SCORES_LEGEND = (
-    "Intervals: 95 % bootstrap over different questions, seeds pooled. p: sign-flip test, paired with the baseline, adjusted for all "
-    "{count} comparison(s) of this report (Holm)."
+    "Intervals: 95 % bootstrap over different questions, seeds pooled. p: sign-flip test, paired with the "
+    "baseline, adjusted for all {count} comparison(s) of this report (Holm)."
 )
 COST_LEGEND = (
-    "Per episode: tokens read (each context once) + generated, seconds. writes: accepted/empty/rolled back. Memory: the worst of a worker while the "
-    "row ran, with all that the engine reserves; KV: computed for the longest context."
+    "Per episode: tokens read (each context once) + generated, seconds. writes: accepted/empty/rolled back. "
+    "Memory: the worst of a worker while the row ran, with all that the engine reserves; "
+    "KV: computed for the longest context."
 )
 COST_HEADER = (
     "row",
@@ -37,18 +51,12 @@ COST_HEADER = (
 )
 _MIB = 1024 * 1024
 _MOST_MESSAGES = 3  # different failures shown of each row
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    title: str
-    header: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
+_Y_LABEL = f"{PRIMARY.upper()} % with 95 % interval"
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonReport:
-    """Everything that is shown. ``costs`` has one entry for each of ``rows``; ``facts`` are the lines above all tables."""
+    """``costs`` has one entry for each of ``rows``. ``facts``: the lines above all tables."""
 
     facts: Mapping[str, str]
     rows: tuple[RowSummary, ...]
@@ -56,206 +64,168 @@ class ComparisonReport:
     differences: tuple[Difference, ...]
     bootstrap: Bootstrap
 
-    @property
-    def benchmarks(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(row.benchmark for row in self.rows))
+    def document(self, plots: Sequence[Path] = ()) -> Document:
+        benchmarks = dict.fromkeys(row.benchmark for row in self.rows)
+        verdicts = tuple(map(_verdict, self.differences))
+        ends = (
+            Section("Comparisons", notes=verdicts),
+            Section("Problems", notes=tuple(self.problems())),
+        )
+        sections = (self._section(benchmark, plots) for benchmark in benchmarks)
+        return Document("Evaluation", self.facts, (*sections, *ends))
 
     def of(self, benchmark: str) -> list[tuple[RowSummary, Cost]]:
-        return [
-            (row, cost) for row, cost in zip(self.rows, self.costs, strict=True) if row.benchmark == benchmark
-        ]
-
-    @property
-    def scores_legend(self) -> str:
-        return SCORES_LEGEND.format(count=sum(one.difference.count > 0 for one in self.differences))
-
-    def scores(self, benchmark: str) -> Table:
-        rows = [row for row, _ in self.of(benchmark)]
-        names, parts = score_names(rows), sorted({part for row in rows for part in row.reward_parts()})
-        compared = {one.label: one for one in self.differences if one.benchmark == benchmark}
-        baselines = sorted({one.baseline for one in compared.values()})
-        against = f"F1 against {baselines[0] if len(baselines) == 1 else 'its baseline'}"
-        header = [
-            "row",
-            "tasks",
-            *(f"{_shown(name)} % [95% CI]" for name in names),
-            *parts,
-            *((against, "p") if compared else ()),
-        ]
-        lines = []
-        for row in rows:
-            line = [
-                row.label,
-                _tasks(row),
-                *(interval_text(row.interval(name, self.bootstrap)) for name in names),
-            ]
-            line += [
-                f"{row.reward_parts()[part]:.3f}" if part in row.reward_parts() else "-" for part in parts
-            ]
-            lines.append((*line, *(_difference(compared.get(row.label)) if compared else ())))
-        return Table(f"{benchmark}: scores", tuple(header), tuple(lines))
-
-    def categories(self, benchmark: str, score: str) -> Table:
-        """A column for each category, and one without the questions that have no answer; no line where there is one category."""
-        rows = [row for row, _ in self.of(benchmark)]
-        columns = [
-            (name, [row.interval(score, self.bootstrap, chosen) for row in rows])
-            for name, chosen in groups(rows)
-        ]
-        header = [f"{name} ({max(interval.count for interval in intervals)})" for name, intervals in columns]
-        lines = [
-            (row.label, *(percent(intervals[place].mean) for _, intervals in columns))
-            for place, row in enumerate(rows)
-            if columns
-        ]
-        return Table(f"{benchmark}: {_shown(score)} % by category (tasks)", ("row", *header), tuple(lines))
-
-    def cost(self, benchmark: str) -> Table:
-        return Table(
-            f"{benchmark}: cost",
-            COST_HEADER,
-            tuple(_cost_cells(row, cost) for row, cost in self.of(benchmark)),
-        )
-
-    def events(self, benchmark: str) -> list[str]:
-        """What each memory did and where the model failed to keep to a form, summed over its episodes."""
-        return [
-            f"{row.label}: {', '.join(f'{name} {count}' for name, count in cost.events.items())}"
-            for row, cost in self.of(benchmark)
-            if cost.events
-        ]
+        pairs = zip(self.rows, self.costs, strict=True)
+        return [(row, cost) for row, cost in pairs if row.benchmark == benchmark]
 
     def problems(self) -> list[str]:
-        found = []
+        """Cells that were not measured, episodes that failed, peaks that are unknown."""
+        problems = []
         for row in self.rows:
-            found += [f"{row.benchmark}, {row.label}: NOT MEASURED, {reason}" for reason in row.missing]
+            problems += [f"{row.benchmark}, {row.label}: NOT MEASURED, {reason}" for reason in row.missing]
             for message, count in Counter(row.failed).most_common(_MOST_MESSAGES):
-                found.append(
-                    f"{row.benchmark}, {row.label}: {count} episode(s) failed and are left out: {message}"
-                )
+                failed = f"{count} episode(s) failed and are left out"
+                problems.append(f"{row.benchmark}, {row.label}: {failed}: {message}")
             unmeasured = next((cell.peak.problem for _, cell in row.cells if cell.peak.problem), "")
-            found += [f"{row.benchmark}, {row.label}: no peak memory: {unmeasured}"] if unmeasured else []
-        return found
-
-    def verdicts(self) -> list[str]:
-        return [_verdict(one) for one in self.differences]
+            problems += [f"{row.benchmark}, {row.label}: no peak memory: {unmeasured}"] if unmeasured else []
+        return problems
 
     def metrics(self) -> dict[str, float]:
-        """For the tracker, flat: eval/<benchmark>/<row>/<measure>; what is unknown is left out."""
-        found = {
+        """For the tracker: eval/<benchmark>/<row>/<measure>. What is unknown is left out."""
+        figures = {
             f"eval/{slug(row.benchmark)}/{slug(row.label)}/{slug(name)}": value.mean
             for row, cost in zip(self.rows, self.costs, strict=True)
             for name, value in self._overall(row, cost).items()
         }
-        return {key: value for key, value in found.items() if math.isfinite(value)}
+        return {key: value for key, value in figures.items() if math.isfinite(value)}
 
-    def figures(self) -> Iterator[tuple[str, str, str, str, Interval]]:
-        """(benchmark, row, measure, category or "", value) of every figure; a cost has no interval."""
+    def figures(self) -> Iterator[dict[str, object]]:
+        """Every figure for JSON and CSV. ``category`` is "" for all answers. A cost has no interval."""
         for row, cost in zip(self.rows, self.costs, strict=True):
-            for name, value in self._overall(row, cost).items():
-                yield row.benchmark, row.label, name, "", value
-            for group, chosen in groups([row]):
-                for name in score_names([row]):
-                    yield row.benchmark, row.label, name, group, row.interval(name, self.bootstrap, chosen)
+            figures = [(name, "", value) for name, value in self._overall(row, cost).items()]
+            figures += [
+                (score, group, row.interval(score, self.bootstrap, chosen))
+                for group, chosen in answer_groups(row.answers).items()
+                for score in _scores([row])
+            ]
+            for measure, category, value in figures:
+                where = {
+                    "benchmark": row.benchmark,
+                    "row": row.label,
+                    "measure": measure,
+                    "category": category,
+                }
+                numbers = {"value": value.mean, "low": value.low, "high": value.high, "items": value.count}
+                yield {**where, **numbers}
+
+    def _section(self, benchmark: str, plots: Sequence[Path]) -> Section:
+        rows = [row for row, _ in self.of(benchmark)]
+        tables = [self._score_table(benchmark), *(self._categories(rows, score) for score in _scores(rows))]
+        tables += [self._cost_table(benchmark), self._events(benchmark)]
+        own = tuple(plot for plot in plots if plot.name.startswith(f"{slug(benchmark)}-"))
+        return Section(benchmark, tables=tuple(table for table in tables if table.rows), plots=own)
+
+    def _score_table(self, benchmark: str) -> Table:
+        rows = [row for row, _ in self.of(benchmark)]
+        scores, parts = _scores(rows), sorted({part for row in rows for part in row.reward_parts()})
+        compared = {
+            difference.label: difference
+            for difference in self.differences
+            if difference.benchmark == benchmark
+        }
+        baselines = sorted({difference.baseline for difference in compared.values()})
+        against = f"F1 against {baselines[0] if len(baselines) == 1 else 'its baseline'}"
+        header = ["row", "tasks", *(f"{_shown(score)} % [95% CI]" for score in scores), *parts]
+        lines = []
+        for row in rows:
+            line = [row.label, _tasks(row)]
+            line += [interval_text(row.interval(score, self.bootstrap)) for score in scores]
+            line += [
+                f"{row.reward_parts()[part]:.3f}" if part in row.reward_parts() else "-" for part in parts
+            ]
+            lines.append((*line, *(_change(compared.get(row.label)) if compared else ())))
+        count = sum(difference.difference.count > 0 for difference in self.differences)
+        return Table(
+            "Scores",
+            (*header, *((against, "p") if compared else ())),
+            tuple(lines),
+            SCORES_LEGEND.format(count=count),
+        )
+
+    def _categories(self, rows: Sequence[RowSummary], score: str) -> Table:
+        """A column for each category; without rows where there is one category."""
+        groups = answer_groups(answer for row in rows for answer in row.answers)
+        columns = {
+            name: [row.interval(score, self.bootstrap, chosen) for row in rows]
+            for name, chosen in groups.items()
+        }
+        counts = {name: max(interval.count for interval in column) for name, column in columns.items()}
+        lines = [
+            (row.label, *(percent(column[place].mean) for column in columns.values()))
+            for place, row in enumerate(rows)
+            if columns
+        ]
+        return Table(
+            f"{_shown(score)} % by category (tasks)",
+            ("row", *(f"{name} ({count})" for name, count in counts.items())),
+            tuple(lines),
+            detail=score != PRIMARY or len(columns) > MOST_CATEGORIES,
+        )
+
+    def _cost_table(self, benchmark: str) -> Table:
+        lines = [_cost_cells(row, cost) for row, cost in self.of(benchmark)]
+        return Table("Cost", COST_HEADER, tuple(lines), COST_LEGEND)
+
+    def _events(self, benchmark: str) -> Table:
+        """What each memory did, and where the model did not keep to a form."""
+        lines = [
+            (row.label, ", ".join(f"{name} {count}" for name, count in cost.events.items()))
+            for row, cost in self.of(benchmark)
+            if cost.events
+        ]
+        return Table("What the memories did", ("row", "events, summed over the episodes"), tuple(lines))
 
     def _overall(self, row: RowSummary, cost: Cost) -> dict[str, Interval]:
-        scores = {name: row.interval(name, self.bootstrap) for name in score_names([row])}
+        scores = {score: row.interval(score, self.bootstrap) for score in _scores([row])}
         plain = {**row.reward_parts(), **_flat(cost), "failed_episodes": float(len(row.failed))}
-        return {
-            **scores,
-            **{name: Interval(value, math.nan, math.nan, len(row.episodes)) for name, value in plain.items()},
-        }
+        count = len(row.episodes)
+        return scores | {name: Interval(value, math.nan, math.nan, count) for name, value in plain.items()}
 
 
-def score_names(rows: Sequence[RowSummary]) -> tuple[str, ...]:
-    """f1 and em first, then what else the scorers report."""
-    names = {name for row in rows for answer in row.answers for name in answer.scores}
-    return tuple(name for name in ("f1", "em", *sorted(names - {"f1", "em"})) if name in names)
-
-
-def groups(rows: Sequence[RowSummary]) -> list[tuple[str, Chosen]]:
-    """Categories of the answers, by name; none where there is only one."""
-    names = sorted({answer.category for row in rows for answer in row.answers})
-    if len(names) < 2:
-        return []
-    found: list[tuple[str, Chosen]] = [(name, _is(name)) for name in names]
-    if UNANSWERABLE in names:
-        found.append((f"all but {UNANSWERABLE}", lambda answer: answer.category != UNANSWERABLE))
-    return found
-
-
-def save_comparison(report: ComparisonReport, plots: Sequence[Path], folder: Path) -> list[Path]:
-    """report.md, report.csv and report.json; returns their paths."""
-    paths = [folder / name for name in ("report.md", "report.csv", "report.json")]
-    found = list(report.figures())
-    paths[0].write_text(markdown(report, plots), encoding="utf-8")
-    with paths[1].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("benchmark", "row", "measure", "category", "value", "low", "high", "items"))
-        for benchmark, label, name, group, value in found:
-            writer.writerow(
-                (
-                    benchmark,
-                    label,
-                    name,
-                    group,
-                    *(_blank(number) for number in (value.mean, value.low, value.high)),
-                    value.count,
-                )
-            )
-    figures = [
-        {"benchmark": b, "row": r, "measure": m, "category": c, **plain_json(asdict(value))}
-        for b, r, m, c, value in found
+def save_comparison(report: ComparisonReport, folder: Path) -> list[Path]:
+    """Write report.md, report.csv, report.json and the plots; return their paths. Raises OSError."""
+    folder.mkdir(exist_ok=True)
+    benchmarks = dict.fromkeys(row.benchmark for row in report.rows)
+    plots = [
+        path
+        for benchmark in benchmarks
+        for path in save_plots(report.of(benchmark), report.bootstrap, folder)
     ]
     compared = [
         {
             "benchmark": d.benchmark,
             "row": d.label,
             "baseline": d.baseline,
-            **plain_json({**asdict(d.difference), "adjusted_p": d.adjusted_p}),
+            **asdict(d.difference),
+            "adjusted_p": d.adjusted_p,
         }
         for d in report.differences
     ]
-    content = {
-        "facts": dict(report.facts),
+    figures = list(report.figures())
+    data = {
+        "facts": report.facts,
         "figures": figures,
         "comparisons": compared,
         "problems": report.problems(),
     }
-    paths[2].write_text(json.dumps(content, indent=1), encoding="utf-8")
-    return paths
+    return [*save_document(report.document(plots), folder, data, figures), *plots]
 
 
-def markdown(report: ComparisonReport, plots: Sequence[Path]) -> str:
-    lines = ["# Evaluation", "", *(f"- {key}: {value}" for key, value in report.facts.items())]
-    for benchmark in report.benchmarks:
-        lines += ["", f"## {benchmark}", "", *_markdown(report.scores(benchmark)), "", report.scores_legend]
-        for score in score_names([row for row, _ in report.of(benchmark)]):
-            table = report.categories(benchmark, score)
-            lines += (
-                ["", f"### {_shown(score)} % by category (tasks)", "", *_markdown(table)]
-                if table.lines
-                else []
-            )
-        lines += ["", "### Cost", "", *_markdown(report.cost(benchmark)), "", COST_LEGEND]
-        events = report.events(benchmark)
-        lines += ["", "### What the memories did", "", *(f"- {event}" for event in events)] if events else []
-        own = [plot for plot in plots if plot.name.startswith(f"{slug(benchmark)}-")]
-        lines += ["", *(f"![{plot.stem}]({plot.name})" for plot in own)] if own else []
-    for title, found in (("Comparisons", report.verdicts()), ("Problems", report.problems())):
-        lines += ["", f"## {title}", "", *(f"- {line}" for line in found)] if found else []
-    return "\n".join(lines) + "\n"
+# --- cells of the tables ----------------------------------------------------------------------------------
 
 
-def _markdown(table: Table) -> list[str]:
-    return markdown_table(table.header, table.lines)
-
-
-def _is(name: str) -> Chosen:
-    def chosen(answer: Answer) -> bool:
-        return answer.category == name
-
-    return chosen
+def _scores(rows: Sequence[RowSummary]) -> tuple[str, ...]:
+    return score_order({name for row in rows for answer in row.answers for name in answer.scores})
 
 
 def _shown(score: str) -> str:
@@ -265,56 +235,42 @@ def _shown(score: str) -> str:
 def _tasks(row: RowSummary) -> str:
     repeated = f" of {row.items} questions" if row.items != len(row.episodes) else ""
     notes = [f"{len(row.failed)} failed"] if row.failed else []
-    notes += (
-        [f"{len(row.missing)} of {len(row.missing) + len(row.cells)} cells missing"] if row.missing else []
-    )
+    if row.missing:
+        notes.append(f"{len(row.missing)} of {len(row.missing) + len(row.cells)} cells missing")
     noted = f" ({', '.join(notes)})" if notes else ""
     return f"{len(row.episodes)}{repeated}{noted}"
 
 
-def _difference(one: Difference | None) -> tuple[str, str]:
-    if one is None or one.difference.count == 0:
+def _change(compared: Difference | None) -> tuple[str, str]:
+    if compared is None or compared.difference.count == 0:
         return "-", "-"
-    d = one.difference
-    return f"{100 * d.mean:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]", f"{one.adjusted_p:.3f}"
+    return interval_text(compared.difference, sign="+"), f"{compared.adjusted_p:.3f}"
 
 
-def _verdict(one: Difference) -> str:
-    d = one.difference
-    if d.count == 0:
-        return f"{one.benchmark}: {one.label} and {one.baseline} share no finished task: nothing can be compared."
-    change, p = _difference(one)
-    verdict = (
-        "NOT significant"
-        if one.adjusted_p >= 0.05
-        else ("a significant gain" if d.mean > 0 else "a significant LOSS")
-    )
-    return f"{one.benchmark}: {one.label} against {one.baseline}: F1 {change} points on {d.count} questions, adjusted p = {p}: {verdict}."
+def _verdict(d: Difference) -> str:
+    sentence = comparison_sentence(d.label, d.baseline, d.difference, d.adjusted_p, "questions")
+    return f"{d.benchmark}: {sentence}"
 
 
 def _cost_cells(row: RowSummary, cost: Cost) -> tuple[str, ...]:
-    judge = ", ".join(f"{name.removeprefix('judge_')} {value:g}" for name, value in cost.judge.items()) or "-"
-    memory = "-" if cost.resident_bytes is None else f"{cost.resident_bytes / _MIB:.0f}"
-    writes = "/".join(str(cost.writes.get(outcome, 0)) for outcome in ("accepted", "empty", "rolled_back"))
     if not row.episodes:
         return (row.label, *("-" for _ in COST_HEADER[1:]))
-    tokens = f"{cost.prompt_tokens:.0f}+{cost.generated_tokens:.0f}"
-    device = f"{cost.device_bytes / _MIB:.0f}" if cost.device_bytes else "-"
+    judge = ", ".join(f"{name.removeprefix('judge_')} {value:g}" for name, value in cost.judge.items())
     return (
         row.label,
-        tokens,
+        f"{cost.prompt_tokens:.0f}+{cost.generated_tokens:.0f}",
         f"{cost.seconds:.1f}",
         str(cost.peak_context),
         f"{cost.kv_bytes / _MIB:.1f}",
-        memory,
-        device,
-        writes,
-        judge,
+        "-" if cost.resident_bytes is None else f"{cost.resident_bytes / _MIB:.0f}",
+        f"{cost.device_bytes / _MIB:.0f}" if cost.device_bytes else "-",
+        "/".join(str(cost.writes.get(outcome, 0)) for outcome in OUTCOMES),
+        judge or "-",
     )
 
 
 def _flat(cost: Cost) -> dict[str, float]:
-    plain = {
+    return {
         "prompt_tokens": cost.prompt_tokens,
         "generated_tokens": cost.generated_tokens,
         "seconds": cost.seconds,
@@ -322,13 +278,66 @@ def _flat(cost: Cost) -> dict[str, float]:
         "kv_bytes": float(cost.kv_bytes),
         "memory_bytes": math.nan if cost.resident_bytes is None else float(cost.resident_bytes),
         "gpu_bytes": float(cost.device_bytes),
+        **{f"writes_{name}": float(count) for name, count in cost.writes.items()},
+        **{f"event_{name}": float(count) for name, count in cost.events.items()},
+        **cost.judge,
     }
-    counted = {
-        **{f"writes_{name}": count for name, count in cost.writes.items()},
-        **{f"event_{name}": count for name, count in cost.events.items()},
-    }
-    return {**plain, **{name: float(count) for name, count in counted.items()}, **cost.judge}
 
 
-def _blank(value: float) -> str:
-    return f"{value:.6g}" if math.isfinite(value) else ""
+# --- plots ------------------------------------------------------------------------------------------------
+
+
+def save_plots(pairs: Sequence[tuple[RowSummary, Cost]], bootstrap: Bootstrap, folder: Path) -> list[Path]:
+    """Draw one benchmark: cost-tokens, cost-seconds and, with two values of L_max, context.
+
+    Rows without a score are left out; without any there is no plot.
+    """
+    drawn = [(row, cost) for row, cost in pairs if row.values(PRIMARY)]
+    if not drawn:
+        return []
+    rows = [row for row, _ in drawn]
+    intervals = {row.label: row.interval(PRIMARY, bootstrap) for row in rows}
+    tokens = {row.label: cost.prompt_tokens + cost.generated_tokens for row, cost in drawn}
+    seconds = {row.label: cost.seconds for row, cost in drawn}
+    panels = {
+        "cost-tokens": _cost_panel("tokens read and generated per episode", tokens, intervals),
+        "cost-seconds": _cost_panel("seconds per episode", seconds, intervals),
+    }
+    if lines := context_lines(rows):
+        curves = [
+            _curve(
+                [row.max_context_tokens for row in line], [intervals[row.label] for row in line], series, name
+            )
+            for series, (name, line) in enumerate(lines.items())
+        ]
+        panels["context"] = Panel("memory.max_context_tokens (L_max)", _Y_LABEL, tuple(curves))
+    benchmark = rows[0].benchmark
+    return [
+        save_plot([replace(panel, title=benchmark)], folder / f"{slug(benchmark)}-{name}.png")
+        for name, panel in panels.items()
+    ]
+
+
+def context_lines(rows: Sequence[RowSummary]) -> dict[str, list[RowSummary]]:
+    """Rows that differ only in L_max, in its order, by their label without it. Single rows are left out."""
+    lines: dict[str, list[RowSummary]] = {}
+    for row in rows:
+        words = [word for word in row.label.split() if not word.startswith(f"{L_MAX}=")]
+        lines.setdefault(" ".join(words), []).append(row)
+    return {
+        name: sorted(line, key=lambda row: row.max_context_tokens)
+        for name, line in lines.items()
+        if len(line) > 1
+    }
+
+
+def _cost_panel(x_label: str, xs: Mapping[str, float], intervals: Mapping[str, Interval]) -> Panel:
+    """A point for each row."""
+    curves = [_curve([x], [intervals[label]], series, label) for series, (label, x) in enumerate(xs.items())]
+    wide = min(xs.values()) > 0 and max(xs.values()) > 10 * min(xs.values())
+    return Panel(x_label, _Y_LABEL, tuple(curves), log_x=wide)
+
+
+def _curve(xs: Sequence[float], values: Sequence[Interval], series: int, label: str) -> Curve:
+    spans = [(100 * value.low, 100 * value.high) for value in values]
+    return Curve(xs, [100 * value.mean for value in values], series, label, "dots", spans)

@@ -1,9 +1,8 @@
-"""The story of ``python -m cluster evaluate``: what is there already, what is missing, run it, show all of it."""
+"""The story of ``evaluate``: what is measured already, what is missing, run it, show all of it."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,26 +13,28 @@ from cluster.common.git import git_commit
 from cluster.evaluation.arguments import REQUEST_FILE
 from cluster.evaluation.drive import Hooks, run_cells
 from cluster.evaluation.plan import Cell
-from cluster.evaluation.plots import save_plots
 from cluster.evaluation.prepare import Comparison
-from cluster.evaluation.report import COST_LEGEND, ComparisonReport, Table, save_comparison
+from cluster.evaluation.report import ComparisonReport, save_comparison
 from cluster.evaluation.store import saving
 from cluster.evaluation.summary import PRIMARY, Bootstrap, compare_rows, summarize
 from cluster.inspection.recorder import EpisodeRecorder
 from cluster.inspection.start import recording
-from cluster.measure.report import MOST_CATEGORIES, decoding, rich_table
+from cluster.measure.report import decoding, show
 from cluster.measure.rows import EpisodeSource
 from cluster.runs.run_lock import held
 from cluster.tracking.registry import dataset_values
 from cluster.tracking.tracker import Tracker, start_tracking
 from cluster.train.run import ending
+from configs.files import write_text
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 async def evaluate(comparison: Comparison, display: Display) -> None:
-    """Raises ClusterError when Ray does not start or the disk is full, or at the end, the report being written, when a cell was given up or has no
-    finished episode.
+    """Run the missing cells, then report.
+
+    Raises ClusterError when Ray does not start or the disk is full. Also after the report is written, when a
+    cell was given up or has no finished episode.
     """
     with held(comparison.folder):
         await _evaluate(comparison, display)
@@ -42,20 +43,17 @@ async def evaluate(comparison: Comparison, display: Display) -> None:
 async def _evaluate(comparison: Comparison, display: Display) -> None:
     tracker = _track(comparison)
     with ending(tracker, display), _resumable(comparison, display):
-        missing = _missing(comparison)
-        display.say(
-            f"{_overview(comparison)}; {len(comparison.plan.cells) - len(missing)} done before: {comparison.folder}"
-        )
-        with recording(
-            comparison.plan.base, comparison.folder, comparison.model.path, tracker.run_id
-        ) as recorder:
+        missing, base = _missing(comparison), comparison.plan.base
+        done = len(comparison.plan.cells) - len(missing)
+        display.say(f"{_overview(comparison)}; {done} done before: {comparison.folder}")
+        with recording(base, comparison.folder, comparison.model.path, tracker.run_id) as recorder:
             given_up = await _measure(comparison, missing, display, recorder)
         _report(comparison, given_up, tracker, display)
         require_measured(comparison, given_up)
 
 
 def _missing(comparison: Comparison) -> list[Cell]:
-    """The cells that are not finished, or not without a failed episode."""
+    """The cells that are not finished, or have a failed episode."""
     return [
         cell
         for cell in comparison.plan.cells
@@ -64,54 +62,49 @@ def _missing(comparison: Comparison) -> list[Cell]:
 
 
 def require_measured(comparison: Comparison, given_up: Mapping[str, str]) -> None:
-    """Raises ClusterError for cells that were given up, or of which every episode failed: a script must not take those for measured."""
-    problems = dict(given_up)
-    for cell in comparison.plan.cells:
+    """Raise ClusterError for cells that were given up, or whose episodes all failed.
+
+    Else a script would take these for measured.
+    """
+    cells, problems = comparison.plan.cells, dict(given_up)
+    for cell in cells:
         done = comparison.store.finished(cell)
         if done is not None and not done.result.episodes:
-            problems[cell.key] = (
-                f"all its {len(done.result.failed)} episodes failed, the first with {done.result.failed[0]}"
-            )
+            failed = done.result.failed
+            problems[cell.key] = f"all its {len(failed)} episodes failed, the first with {failed[0]}"
     if problems:
         key, why = next(iter(problems.items()))
+        count = f"{len(problems)} of {len(cells)} cells could not be measured"
         cure = f"mend the cause, then --resume {comparison.folder} runs them again"
-        raise ClusterError(
-            f"{len(problems)} of {len(comparison.plan.cells)} cells could not be measured, the first {key}: {why}; {cure}"
-        )
+        raise ClusterError(f"{count}, the first {key}: {why}; {cure}")
 
 
 async def _measure(
     comparison: Comparison, missing: list[Cell], display: Display, recorder: EpisodeRecorder
 ) -> dict[str, str]:
-    """Run the missing cells with progress over their episodes; returns why some were given up."""
+    """Run the missing cells with progress over their episodes; return why some were given up."""
     if not missing:
         return {}
-    for benchmark, (there, wanted) in {
-        cell.benchmark: (len(comparison.tasks[cell.key]), cell.config.evaluation.tasks) for cell in missing
-    }.items():
+    for cell in {cell.benchmark: cell for cell in missing}.values():
+        there, wanted = len(comparison.tasks[cell.key]), cell.config.evaluation.tasks
         if there < wanted:
-            display.say(
-                f"{benchmark}: its held-out split has {there} tasks, fewer than evaluation.tasks={wanted}: all are used"
-            )
+            fewer = f"its held-out split has {there} tasks, fewer than evaluation.tasks={wanted}"
+            display.say(f"{cell.benchmark}: {fewer}: all are used")
     total = sum(len(comparison.tasks[cell.key]) - len(comparison.store.begun(cell)) for cell in missing)
     with display.counting("evaluate", total) as counter:
         numbers = {cell.key: number for number, cell in enumerate(missing, start=1)}
 
         def begins(cell: Cell, left: int) -> None:
-            display.say(
-                f"cell {numbers[cell.key]} of {len(missing)}: {_named(cell)}, {left} episodes; all in {counter.time_left}"
-            )
+            place = f"cell {numbers[cell.key]} of {len(missing)}"
+            display.say(f"{place}: {_named(cell)}, {left} episodes; all in {counter.time_left}")
 
         def finished(cell: Cell) -> None:
             done = comparison.store.finished(cell)
             assert done is not None
-            scores = [
-                value for episode in done.result.episodes if math.isfinite(value := episode.mean(PRIMARY))
-            ]
+            row = done.result
+            scores = row.values(PRIMARY)
             mean = f"{PRIMARY.upper()} {100 * sum(scores) / len(scores):.1f} %" if scores else "no score"
-            display.say(
-                f"  {_named(cell)}: {mean}, {len(done.result.episodes)} finished, {len(done.result.failed)} failed"
-            )
+            display.say(f"  {_named(cell)}: {mean}, {len(row.episodes)} finished, {len(row.failed)} failed")
 
         def retries(cell: Cell, why: str) -> None:
             display.say(f"  {_named(cell)}: {why}; once more on new workers")
@@ -123,13 +116,12 @@ async def _measure(
 
 
 def build_report(comparison: Comparison, given_up: Mapping[str, str]) -> ComparisonReport:
-    """Of whatever is finished."""
+    """Report the cells that are finished."""
     plan, base = comparison.plan, comparison.plan.base
-    found = {
-        cell.key: result for cell in plan.cells if (result := comparison.store.finished(cell)) is not None
-    }
+    finished = {cell.key: comparison.store.finished(cell) for cell in plan.cells}
+    results = {key: result for key, result in finished.items() if result is not None}
     bootstrap = Bootstrap(base.evaluation.bootstrap_samples, base.seed)
-    rows = summarize(plan.cells, found, given_up)
+    rows = summarize(plan.cells, results, given_up)
     return ComparisonReport(
         facts=_facts(comparison),
         rows=rows,
@@ -141,58 +133,35 @@ def build_report(comparison: Comparison, given_up: Mapping[str, str]) -> Compari
 
 def _report(comparison: Comparison, given_up: Mapping[str, str], tracker: Tracker, display: Display) -> None:
     report = build_report(comparison, given_up)
+    show(report.document(), display)  # first: the disk may be full
     folder = comparison.folder / "report"
     with saving(folder):
-        folder.mkdir(exist_ok=True)
-    plots: list[Path] = []
-    for benchmark in report.benchmarks:
-        _show(report.scores(benchmark), display)
-        by_category = report.categories(benchmark, PRIMARY)
-        if by_category.lines and len(by_category.header) <= 1 + MOST_CATEGORIES:
-            _show(by_category, display)
-        _show(report.cost(benchmark), display)
-        for event in report.events(benchmark):
-            display.say(event)
-        pairs = report.of(benchmark)
-        with saving(folder):
-            plots += save_plots(
-                [row for row, _ in pairs], [cost for _, cost in pairs], report.bootstrap, folder
-            )
-    for line in (report.scores_legend, COST_LEGEND, *report.verdicts(), *report.problems()):
-        display.say(line)
-    with saving(folder):
-        written = save_comparison(report, plots, folder)
-    for path in [*written, *plots, comparison.folder / REQUEST_FILE]:
+        written = save_comparison(report, folder)
+    for path in [*written, comparison.folder / REQUEST_FILE]:
         tracker.artifact(path)
     tracker.log(report.metrics(), comparison.step)
     display.say(f"report:  {folder}")
     display.say(f"metrics: {tracker.location}")
 
 
-def _show(table: Table, display: Display) -> None:
-    display.console.print(rich_table(table.title, table.header, table.lines))
-
-
 def _track(comparison: Comparison) -> Tracker:
-    """The run in MLflow; a resumed evaluation goes on with its own."""
+    """Open the run in MLflow; a resumed evaluation continues its own."""
     path = comparison.folder / "tracking-run"
     config = comparison.plan.base
     before = path.read_text(encoding="utf-8") if path.exists() and config.tracking.enabled else ""
     tracker = start_tracking(
         config, comparison.folder.parent, comparison.folder.name, comparison.config_path, before
     )
-    for environment in {
-        repr(cell.config.environment): cell.config.environment for cell in comparison.plan.cells
-    }.values():
+    for environment in dict.fromkeys(cell.config.environment for cell in comparison.plan.cells):
         tracker.dataset(dataset_values(environment, "evaluation"))
     if tracker.run_id:
-        path.write_text(tracker.run_id, encoding="utf-8")
+        write_text(path, tracker.run_id)
     return tracker
 
 
 @contextmanager
 def _resumable(comparison: Comparison, display: Display) -> Iterator[None]:
-    """Tell the user of an evaluation that broke or was stopped how to go on."""
+    """When an evaluation fails or is stopped, tell the user how to continue it."""
     try:
         yield
     except (ClusterError, KeyboardInterrupt, asyncio.CancelledError):
@@ -215,14 +184,14 @@ def _named(cell: Cell) -> str:
 def _facts(comparison: Comparison) -> dict[str, str]:
     config, checkpoint = comparison.plan.base, comparison.checkpoint
     seeds = sorted({cell.config.seed for cell in comparison.plan.cells})
+    policy = "the base model"
+    if checkpoint is not None:
+        policy = f"{checkpoint.run_dir.name}/{checkpoint.folder.name}"
+    decodings = {decoding(cell.config.evaluation.temperature) for cell in comparison.plan.cells}
     return {
-        "policy": "the base model"
-        if checkpoint is None
-        else f"{checkpoint.run_dir.name}/{checkpoint.folder.name}",
+        "policy": policy,
         "model": f"{config.model.name} ({config.model.dtype}, weights {comparison.model.fingerprint[:12]})",
         "configuration": f"{config.name}, seeds {', '.join(map(str, seeds))}",
-        "decoding": ", ".join(
-            sorted({decoding(cell.config.evaluation.temperature) for cell in comparison.plan.cells})
-        ),
+        "decoding": ", ".join(sorted(decodings)),
         "commit": git_commit(Path(__file__).parent) or "unknown",
     }

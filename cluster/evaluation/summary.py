@@ -1,33 +1,34 @@
-"""A row's cells on one benchmark as figures: scores with intervals, the difference to its baseline, what it cost.
+"""A row's cells on one benchmark as figures: scores with intervals, the difference to its baseline, the cost.
 
-Seeds are pooled. What is resampled is the *item*, the question itself: where another seed asks the same question again, its values are averaged
-first, because a repeated question is no new evidence.
+Seeds are pooled. The bootstrap resamples *items*, the questions themselves. Where another seed asks the same
+question again, its values are averaged first: a repeated question is no new evidence.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from actors.types import Answer
 from cluster.evaluation.plan import Cell
-from cluster.evaluation.store import CellResult
-from cluster.measure.rows import EpisodeScore
+from cluster.evaluation.store import CellResult, worst
+from cluster.measure.rows import Chosen, EpisodeScore
 from cluster.measure.statistics import (
     Interval,
     PairedDifference,
     Played,
     adjusted_p_values,
     bootstrap_interval,
+    item_means,
     paired_by_item,
 )
 from configs.models import ResolvedModel
 
-Chosen = Callable[[Answer], bool]
-PRIMARY = "f1"  # what rows are compared by
+PRIMARY = "f1"  # rows are compared by it
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,10 @@ class Bootstrap:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Means per episode but for the peaks (the worst of all) and the counts (sums). ``resident_bytes`` and ``judge`` may be unknown or empty.
+    """Tokens and seconds are means per episode, peaks the worst of all, counts and the judge's cost sums.
 
-    ``kv_bytes`` is computed, not measured: keys and values of the longest context in the engine's type, which is what grows with it; the measured
-    peaks hold the engine's whole reserve.
+    ``resident_bytes`` may be unknown. ``kv_bytes`` is computed: keys and values of the longest context in the
+    engine's dtype. It grows with the context, while the measured peaks hold the engine's whole reserve.
     """
 
     resident_bytes: int | None
@@ -75,58 +76,59 @@ class RowSummary:
         return [message for _, cell in self.cells for message in cell.result.failed]
 
     @property
-    def answers(self) -> Iterator[Answer]:
-        return (answer for episode in self.episodes for answer in episode.answers)
+    def answers(self) -> list[Answer]:
+        return [answer for episode in self.episodes for answer in episode.answers]
 
     @property
     def items(self) -> int:
         return len({episode.item for episode in self.episodes})
 
-    def values(self, score: str, chosen: Chosen) -> dict[str, float]:
-        """Mean of ``score`` over the chosen answers of each item that has any."""
-        found: dict[str, list[float]] = {}
-        for episode in self.episodes:
-            if (value := _mean(episode, score, chosen)) is not None:
-                found.setdefault(episode.item, []).append(value)
-        return {item: float(np.mean(values)) for item, values in found.items()}
+    def values(self, score: str, chosen: Chosen = lambda _: True) -> dict[Played, float]:
+        """The mean of ``score`` over the chosen answers of each episode that has any."""
+        means = {
+            (seed, episode.task_id, episode.item): episode.mean(score, chosen)
+            for seed, cell in self.cells
+            for episode in cell.result.episodes
+        }
+        return {played: mean for played, mean in means.items() if np.isfinite(mean)}
 
     def interval(self, score: str, bootstrap: Bootstrap, chosen: Chosen = lambda _: True) -> Interval:
-        return bootstrap_interval(
-            list(self.values(score, chosen).values()), bootstrap.samples, bootstrap.seed
-        )
+        means = list(item_means(self.values(score, chosen)).values())
+        return bootstrap_interval(means, bootstrap.samples, bootstrap.seed)
 
     def reward_parts(self) -> dict[str, float]:
-        """What the environment reports beside scores (a wrong count of answers, ...): means per episode, the judge's cost left out."""
+        """Means per episode of what the environment reports beside scores and the judge's cost."""
         scores = {name for answer in self.answers for name in answer.scores}
-        found: dict[str, list[float]] = {}
+        values: dict[str, list[float]] = {}
         for episode in self.episodes:
             for name, value in episode.reward_parts.items():
                 if name not in scores and not name.startswith("judge_"):
-                    found.setdefault(name, []).append(value)
-        return {name: float(np.mean(values)) for name, values in sorted(found.items())}
+                    values.setdefault(name, []).append(value)
+        return {name: float(np.mean(parts)) for name, parts in sorted(values.items())}
 
     def cost(self, model: ResolvedModel, bytes_per_value: int) -> Cost:
-        episodes, peaks = self.episodes, [cell.peak for _, cell in self.cells]
+        episodes = self.episodes
+        peak = worst([cell.peak for _, cell in self.cells])
         context = max((episode.peak_context for episode in episodes), default=0)
-        residents = [peak.resident_bytes for peak in peaks]
-        known = [value for value in residents if value is not None]
+        values_per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim  # keys and values
+        judged = _summed(episode.reward_parts for episode in episodes)
         return Cost(
-            resident_bytes=max(known) if known and len(known) == len(residents) else None,
-            device_bytes=max((peak.device_bytes for peak in peaks), default=0),
-            kv_bytes=2 * model.num_layers * model.num_kv_heads * model.head_dim * bytes_per_value * context,
+            resident_bytes=peak.resident_bytes,
+            device_bytes=peak.device_bytes,
+            kv_bytes=values_per_token * bytes_per_value * context,
             peak_context=context,
             prompt_tokens=_average([episode.prompt_tokens for episode in episodes]),
             generated_tokens=_average([episode.generated_tokens for episode in episodes]),
             seconds=_average([episode.seconds for episode in episodes]),
             writes=_summed(episode.writes for episode in episodes),
             events=_summed(episode.memory_events for episode in episodes),
-            judge=_judge(episodes),
+            judge={name: value for name, value in judged.items() if name.startswith("judge_")},
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """``label`` minus ``baseline`` on the items that both finished; ``adjusted_p`` is Holm's over all comparisons of the report."""
+    """``label`` minus ``baseline`` on the items that both finished. ``adjusted_p``: Holm, whole report."""
 
     benchmark: str
     label: str
@@ -136,9 +138,9 @@ class Difference:
 
 
 def summarize(
-    cells: Sequence[Cell], found: Mapping[str, CellResult], reasons: Mapping[str, str]
+    cells: Sequence[Cell], results: Mapping[str, CellResult], reasons: Mapping[str, str]
 ) -> tuple[RowSummary, ...]:
-    """The rows in the order of the plan. ``reasons`` says, by key, why a cell without a result was given up."""
+    """The rows in the order of the plan. ``reasons``: why a cell without a result was given up, by key."""
     grouped: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         grouped.setdefault((cell.benchmark, cell.variant.label), []).append(cell)
@@ -147,11 +149,11 @@ def summarize(
             benchmark=benchmark,
             label=label,
             max_context_tokens=group[0].config.memory.max_context_tokens,
-            cells=tuple((cell.config.seed, found[cell.key]) for cell in group if cell.key in found),
+            cells=tuple((cell.config.seed, results[cell.key]) for cell in group if cell.key in results),
             missing=tuple(
                 f"seed {cell.config.seed}: {reasons.get(cell.key, 'not run yet')}"
                 for cell in group
-                if cell.key not in found
+                if cell.key not in results
             ),
         )
         for (benchmark, label), group in grouped.items()
@@ -161,50 +163,32 @@ def summarize(
 def compare_rows(
     rows: Sequence[RowSummary], baselines: Sequence[tuple[str, str]], bootstrap: Bootstrap
 ) -> tuple[Difference, ...]:
-    """Each row against its baseline on each benchmark, by F1. Pairs share seed, task and item; those of one item are averaged."""
+    """Compare each row with its baseline on each benchmark, by F1."""
     by_name = {(row.benchmark, row.label): row for row in rows}
-    found = []
-    for row in rows:
-        for label, baseline in baselines:
-            if label == row.label and (row.benchmark, baseline) in by_name:
-                other = by_name[row.benchmark, baseline]
-                difference = paired_by_item(_primary(other), _primary(row), bootstrap.samples, bootstrap.seed)
-                found.append(Difference(row.benchmark, label, baseline, difference, float("nan")))
-    adjusted = adjusted_p_values([one.difference for one in found])
-    return tuple(replace(one, adjusted_p=p) for one, p in zip(found, adjusted, strict=True))
-
-
-def _primary(row: RowSummary) -> dict[Played, float]:
-    """The score of the episodes that have one."""
-    found = {}
-    for seed, cell in row.cells:
-        for episode in cell.result.episodes:
-            if (value := _mean(episode, PRIMARY, lambda _: True)) is not None:
-                found[seed, episode.task_id, episode.item] = value
-    return found
-
-
-def _mean(episode: EpisodeScore, score: str, chosen: Chosen) -> float | None:
-    values = [answer.scores[score] for answer in episode.answers if score in answer.scores and chosen(answer)]
-    return float(np.mean(values)) if values else None
+    pairs = [
+        (row, by_name[row.benchmark, baseline])
+        for row in rows
+        for label, baseline in baselines
+        if label == row.label and (row.benchmark, baseline) in by_name
+    ]
+    differences = [
+        paired_by_item(other.values(PRIMARY), row.values(PRIMARY), bootstrap.samples, bootstrap.seed)
+        for row, other in pairs
+    ]
+    adjusted = adjusted_p_values(differences)
+    return tuple(
+        Difference(row.benchmark, row.label, other.label, difference, p)
+        for (row, other), difference, p in zip(pairs, differences, adjusted, strict=True)
+    )
 
 
 def _average(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
-def _summed(counts: Iterator[Mapping[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for one in counts:
-        total.update(one)
+def _summed(counts: Iterable[Mapping[str, Number]]) -> dict[str, Number]:
+    total: dict[str, Number] = {}
+    for count in counts:
+        for name, value in count.items():
+            total[name] = total[name] + value if name in total else value
     return dict(sorted(total.items()))
-
-
-def _judge(episodes: Sequence[EpisodeScore]) -> dict[str, float]:
-    """The judge's cost as the environment reports it (requests, tokens, money): sums."""
-    found: dict[str, float] = {}
-    for episode in episodes:
-        for name, value in episode.reward_parts.items():
-            if name.startswith("judge_"):
-                found[name] = found.get(name, 0.0) + value
-    return found

@@ -1,277 +1,276 @@
-"""The end of a run for people: the table of evaluation rows, what the difference means, and the same as Markdown, CSV, JSON and a plot."""
+"""The report kit: train, evaluate, pool, probe and bench show what they measured through it.
+
+    figures --> Table --> Section --> Document --> show: the terminal
+                                               --> save_document: report.md, report.json, report.csv
+    figures --> Curve --> Panel --> save_plot: a PNG, drawn without a display
+
+Cells of a table are text, ready to show. Programs read the numbers themselves, from JSON or CSV.
+"""
 
 from __future__ import annotations
 
 import csv
-import json
+import io
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import rich.table
 from rich.box import SIMPLE
 
-from cluster.measure.rows import RowResult, compare
-from cluster.measure.statistics import Interval, PairedDifference, adjusted_p_values
+from cluster.common.display import Display
+from cluster.measure.statistics import Interval, PairedDifference
+from configs.files import dump_json, write_text
 
-HEADER = ("row", "tasks", "F1 % [95% CI]", "EM % [95% CI]", "writes", "tokens", "s/ep")
-LEGEND = (
-    "writes: accepted/empty/rolled back · tokens: read+generated per episode · s/ep: seconds per episode · intervals: bootstrap over tasks · "
-    "p: sign-flip test over tasks, adjusted for all comparisons of this report (Holm)"
-)
-MOST_CATEGORIES = 12
-UNANSWERABLE = "adversarial"  # LoCoMo's category 5 has no plain answer: means are reported with and without it (method: section on LoCoMo)
+MOST_CATEGORIES = 12  # the terminal shows no table by category with more; the file does
+MOST_LABELS = 24  # of a plot's legend
+NAMED_COLOURS = 10  # matplotlib's C0 to C9
+SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """Two rows on the same tasks, and what a person should conclude. ``adjusted_p``: over all of the report (Holm); NaN without a task."""
+class Table:
+    """``legend`` explains the header. ``detail``: the file shows the table, the terminal does not."""
 
-    before: str
-    after: str
-    score: str
-    difference: PairedDifference
-    adjusted_p: float
-
-    @property
-    def sentence(self) -> str:
-        d = self.difference
-        if d.count == 0:
-            return f"{self.after} and {self.before} share no finished task: nothing can be compared."
-        interval = f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-        figures = f"{self.score.upper()} {100 * d.mean:+.1f} points {interval}, p = {self.adjusted_p:.3f} (paired, {d.count} tasks)"
-        if self.adjusted_p >= 0.05:
-            verdict = "NOT significant: this run shows no difference. More train.steps or more evaluation.tasks may."
-        elif d.mean > 0:
-            verdict = "a significant gain."
-        else:
-            verdict = "a significant LOSS."
-        return f"{self.after} against {self.before}: {figures}: {verdict}"
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    legend: str = ""
+    detail: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """All rows of a run with the settings of its bootstrap. ``rewards`` is the mean reward of each training step, in order."""
+class Section:
+    """A part of a document, in this order. Without content it is skipped. ``text``: for the file only."""
 
-    rows: tuple[RowResult, ...]
-    rewards: tuple[float, ...]
-    samples: int
-    seed: int
-    temperature: float  # of the evaluation
-
-    @property
-    def title(self) -> str:
-        return f"Held-out evaluation, {decoding(self.temperature)}"
-
-    def comparisons(self, pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
-        """F1 of each (before, after) pair of labels of which both rows exist."""
-        rows = {row.label: row for row in self.rows}
-        found = [(rows[before], rows[after]) for before, after in pairs if before in rows and after in rows]
-        differences = [compare(b, a, "f1", self.samples, self.seed) for b, a in found]
-        adjusted = adjusted_p_values(differences)
-        return [
-            Comparison(b.label, a.label, "f1", d, p)
-            for (b, a), d, p in zip(found, differences, adjusted, strict=True)
-        ]
-
-    def cells(self) -> list[tuple[str, ...]]:
-        """One tuple per row, in the order of HEADER."""
-        return [self._cells(row) for row in self.rows]
-
-    def category_cells(self, score: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Header and lines of ``score`` by category, a column for each row; no line where there is one category."""
-        categories = sorted({category for row in self.rows for category in row.categories})
-        lines = []
-        for category in categories if len(categories) > 1 else ():
-            figures = [row.category_mean(category, score) for row in self.rows]
-            lines.append(_category_line(category, figures))
-        if UNANSWERABLE in categories and len(categories) > 1:
-            lines.append(
-                _category_line(
-                    f"all but {UNANSWERABLE}", [row.mean_without(UNANSWERABLE, score) for row in self.rows]
-                )
-            )
-        return (f"{score} %", "questions", *(row.label for row in self.rows)), lines
-
-    @property
-    def score_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for row in self.rows for name in row.score_names))
-
-    def _cells(self, row: RowResult) -> tuple[str, ...]:
-        failed = f" ({len(row.failed)} failed)" if row.failed else ""
-        tokens = "-"
-        if row.episodes:
-            tokens = f"{row.per_episode('prompt_tokens'):.0f}+{row.per_episode('generated_tokens'):.0f}"
-        return (
-            row.label,
-            f"{len(row.episodes)}{failed}",
-            interval_text(row.interval("f1", self.samples, self.seed)),
-            interval_text(row.interval("em", self.samples, self.seed)),
-            f"{row.writes('accepted')}/{row.writes('empty')}/{row.writes('rolled_back')}",
-            tokens,
-            f"{row.per_episode('seconds'):.1f}",
-        )
+    title: str
+    text: str = ""
+    tables: tuple[Table, ...] = ()
+    notes: tuple[str, ...] = ()
+    plots: tuple[Path, ...] = ()
 
 
-def rich_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> rich.table.Table:
-    table = rich.table.Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-    for number, name in enumerate(header):
-        table.add_column(
-            name.replace("[", r"\["), justify="left" if number == 0 else "right", no_wrap=number == 0
-        )
-    for line in lines:
-        table.add_row(*(cell.replace("[", r"\[") for cell in line))
-    return table
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A report before it is shown. ``facts``: what was measured, and with what; only the file shows them."""
+
+    title: str
+    facts: Mapping[str, str]
+    sections: tuple[Section, ...]
 
 
-def save_report(report: Report, comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
-    """Write report.md, report.csv, report.json and, with at least one training step, reward.png; returns their paths."""
+# --- the terminal and the files ---------------------------------------------------------------------------
+
+
+def show(document: Document, display: Display) -> None:
+    """Print tables first, then each legend once, then the notes."""
+    tables = [
+        (section, table) for section in document.sections for table in section.tables if not table.detail
+    ]
+    for section, table in tables:
+        title = ": ".join(part for part in (section.title, table.title) if part)
+        display.say(title or document.title)  # not the table's own title: a narrow table would wrap it
+        display.console.print(_rich_table(table))
+    legends = dict.fromkeys(table.legend for _, table in tables if table.legend)
+    for line in (*legends, *(note for section in document.sections for note in section.notes)):
+        display.say(line)
+
+
+def markdown(document: Document) -> str:
+    blocks = [f"# {document.title}", _bullets([f"{key}: {value}" for key, value in document.facts.items()])]
+    blocks += [block for section in document.sections for block in _section_blocks(section)]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def save_document(
+    document: Document,
+    folder: Path,
+    data: Mapping[str, Any],
+    csv_lines: Sequence[Mapping[str, object]] = (),
+    name: str = "report",
+) -> list[Path]:
+    """Write NAME.md, NAME.csv (when it has lines) and NAME.json with ``data``; return their paths.
+
+    NaN is null in JSON and an empty cell in CSV. Raises OSError.
+    """
+    texts = {"md": markdown(document), "csv": _csv_text(csv_lines), "json": dump_json(data)}
+    paths = {folder / f"{name}.{suffix}": text for suffix, text in texts.items() if text}
     folder.mkdir(parents=True, exist_ok=True)
-    written = [
-        _save_markdown(report, comparisons, folder),
-        _save_csv(report, folder),
-        _save_json(report, comparisons, folder),
-    ]
-    if report.rewards:
-        written.append(_save_plot(report.rewards, folder))
-    return written
+    for path, text in paths.items():
+        write_text(path, text)
+    return list(paths)
 
 
-def _save_markdown(report: Report, comparisons: Sequence[Comparison], folder: Path) -> Path:
-    lines = [f"# {report.title}", "", *markdown_table(HEADER, report.cells()), "", LEGEND, ""]
-    for score in report.score_names:
-        header, by_category = report.category_cells(score)
-        if by_category:
-            lines += [f"## {score} by category", "", *markdown_table(header, by_category), ""]
-    lines += [f"- {comparison.sentence}" for comparison in comparisons]
-    path = folder / "report.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+def _section_blocks(section: Section) -> Iterator[str]:
+    content = (section.text, section.tables, section.notes, section.plots)
+    yield f"## {section.title}" if section.title and any(content) else ""
+    yield section.text
+    for table in section.tables:
+        yield f"{'###' if section.title else '##'} {table.title}" if table.title else ""
+        lines = [table.header, ("---",) * len(table.header), *table.rows]
+        yield "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+        yield table.legend
+    yield _bullets(section.notes)
+    yield "\n".join(f"![{plot.stem}]({plot.name})" for plot in section.plots)
 
 
-def _save_csv(report: Report, folder: Path) -> Path:
-    path = folder / "report.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            (
-                "row",
-                "version",
-                "tasks",
-                "failed",
-                "score",
-                "mean",
-                "low",
-                "high",
-                "accepted",
-                "empty",
-                "rolled_back",
-            )
-        )
-        for row in report.rows:
-            for name in row.score_names:
-                interval = row.interval(name, report.samples, report.seed)
-                writes = (row.writes("accepted"), row.writes("empty"), row.writes("rolled_back"))
-                figures = (interval.mean, interval.low, interval.high)
-                writer.writerow(
-                    (
-                        row.label,
-                        row.policy_version,
-                        len(row.episodes),
-                        len(row.failed),
-                        name,
-                        *figures,
-                        *writes,
-                    )
-                )
-    return path
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
-def _save_json(report: Report, comparisons: Sequence[Comparison], folder: Path) -> Path:
-    rows = [
-        {
-            "label": row.label,
-            "policy_version": row.policy_version,
-            "tasks": len(row.episodes),
-            "failed": list(row.failed),
-            "scores": {
-                name: plain_json(asdict(row.interval(name, report.samples, report.seed)))
-                for name in row.score_names
-            },
-            "writes": {outcome: row.writes(outcome) for outcome in ("accepted", "empty", "rolled_back")},
+def _rich_table(table: Table) -> rich.table.Table:
+    shown = rich.table.Table(box=SIMPLE, pad_edge=False)
+    for number, name in enumerate(table.header):
+        shown.add_column(_plain(name), justify="right" if number else "left", no_wrap=number == 0)
+    for row in table.rows:
+        shown.add_row(*map(_plain, row))
+    return shown
+
+
+def _plain(text: str) -> str:
+    """``text`` as rich shows it unchanged: a bracket would begin markup."""
+    return text.replace("[", r"\[")
+
+
+def _csv_text(lines: Sequence[Mapping[str, object]]) -> str:
+    if not lines:
+        return ""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    for line in lines:
+        missing = {
+            key: "" for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)
         }
-        for row in report.rows
-    ]
-    compared = [
-        {**plain_json(asdict(comparison.difference)), "before": comparison.before, "after": comparison.after}
-        for comparison in comparisons
-    ]
-    path = folder / "report.json"
-    path.write_text(
-        json.dumps({"rows": rows, "comparisons": compared, "rewards": list(report.rewards)}, indent=1),
-        encoding="utf-8",
-    )
-    return path
+        writer.writerow({**line, **missing})
+    return file.getvalue()
 
 
-def _save_plot(rewards: Sequence[float], folder: Path) -> Path:
-    """Reward per step with its running mean over the last ten steps."""
+# --- figures in words -------------------------------------------------------------------------------------
+
+
+def interval_text(value: Interval | PairedDifference, digits: int = 1, sign: Literal["", "+"] = "") -> str:
+    """A share in percent with its interval; with ``sign`` "+" a change, in points. "-" without a task."""
+    if value.count == 0:
+        return "-"
+    mean, low, high = (f"{100 * number:{sign}.{digits}f}" for number in (value.mean, value.low, value.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+def comparison_sentence(
+    after: str, before: str, difference: PairedDifference, adjusted_p: float, unit: str
+) -> str:
+    """What a person may conclude from two rows. ``unit``: what was paired, "tasks" or "questions"."""
+    if difference.count == 0:
+        return f"{after} and {before} share no finished task: nothing can be compared."
+    verdict = "a significant gain" if difference.mean > 0 else "a significant LOSS"
+    if adjusted_p >= SIGNIFICANT:
+        verdict = "NOT significant"
+    change = f"F1 {interval_text(difference, sign='+')} points on {difference.count} {unit}"
+    return f"{after} against {before}: {change}, adjusted p = {adjusted_p:.3f}: {verdict}."
+
+
+def decoding(temperature: float) -> str:
+    """How an evaluation's episodes were sampled."""
+    return f"sampled at temperature {temperature:g}" if temperature > 0 else "greedy"
+
+
+# --- plots ------------------------------------------------------------------------------------------------
+
+Style = Literal["line", "thin", "dashed", "dots", "points", "crosses"]
+_STYLES: dict[Style, dict[str, Any]] = {
+    "line": {"linewidth": 2},
+    "thin": {"linewidth": 0.6, "alpha": 0.5},
+    "dashed": {"linestyle": "--"},
+    "dots": {"marker": "o", "markersize": 4, "linewidth": 0.8},  # a line through dots
+    "points": {"marker": "o", "linestyle": "none"},
+    "crosses": {"marker": "x", "linestyle": "none"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """``ys`` over ``xs``. ``series``: curves of one number share a colour. No ``label``: not in the legend.
+
+    ``intervals``: (low, high) of each point, drawn as error bars.
+    """
+
+    xs: Sequence[float]
+    ys: Sequence[float]
+    series: int
+    label: str = ""
+    style: Style = "line"
+    intervals: Sequence[tuple[float, float]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One pair of axes. ``steps``: x counts whole things (steps, writes), so ticks are whole numbers."""
+
+    x_label: str
+    y_label: str
+    curves: tuple[Curve, ...]
+    title: str = ""
+    y_range: tuple[float, float] | None = None
+    log_x: bool = False
+    steps: bool = False
+
+
+def save_plot(panels: Sequence[Panel], path: Path) -> Path:
+    """Draw the panels side by side, with one legend below them. Raises OSError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.add_subplot()
-    steps = list(range(1, len(rewards) + 1))
-    running = [sum(rewards[max(0, step - 10) : step]) / min(step, 10) for step in steps]
-    axes.plot(
-        steps, rewards, marker="o", markersize=3, linewidth=0.8, alpha=0.5, label="mean reward of the step"
-    )
-    axes.plot(steps, running, linewidth=2, label="mean of the last 10 steps")
-    axes.set_xlabel("training step")
-    axes.set_ylabel("reward")
-    axes.legend(frameon=False)
-    path = folder / "reward.png"
+    curves = [curve for panel in panels for curve in panel.curves]
+    labels = list(dict.fromkeys(curve.label for curve in curves if curve.label))[:MOST_LABELS]
+    series = 1 + max((curve.series for curve in curves), default=0)
+    width = 7.0 if len(panels) == 1 else 5.5 * len(panels)
+    figure = Figure(figsize=(width, 4 + 0.2 * len(labels)), layout="constrained")
+    handles: dict[str, Any] = {}
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for curve in panel.curves:
+            handle = axes.errorbar(
+                curve.xs,
+                curve.ys,
+                yerr=_error_bars(curve) if curve.intervals else None,
+                color=colour(curve.series, series),
+                capsize=3,
+                **_STYLES[curve.style],
+            )
+            handles.setdefault(curve.label, handle)
+        axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title, ylim=panel.y_range)
+        axes.grid(alpha=0.3)
+        if panel.log_x:
+            axes.set_xscale("log")
+        if panel.steps:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    shown = [handles[label] for label in labels]
+    figure.legend(handles=shown, labels=labels, loc="outside lower left", frameon=False, fontsize="small")
     FigureCanvasAgg(figure)
     figure.savefig(path)
     return path
 
 
-def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    rows = [header, ["---"] * len(header), *lines]
-    return ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+def colour(number: int, count: int) -> Any:
+    """The colour of series ``number`` of ``count``: a named one, or from a scale where they are many."""
+    from matplotlib import colormaps
+
+    return f"C{number}" if count <= NAMED_COLOURS else colormaps["turbo"](number / (count - 1))
 
 
-def _category_line(name: str, figures: Sequence[tuple[float, int]]) -> tuple[str, ...]:
-    return (name, str(max(count for _, count in figures)), *(percent(mean) for mean, _ in figures))
+def running_mean(values: Sequence[float], width: int = 10) -> list[float]:
+    """At each place the mean of the last ``width`` values, fewer at the start."""
+    return [sum(values[max(0, end - width) : end]) / min(end, width) for end in range(1, len(values) + 1)]
 
 
-def interval_text(interval: Interval) -> str:
-    return (
-        "-"
-        if interval.count == 0
-        else f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-    )
-
-
-def decoding(temperature: float) -> str:
-    """How an evaluation's episodes were sampled, in words."""
-    return f"sampled at temperature {temperature:g}" if temperature > 0 else "greedy"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}" if math.isfinite(value) else "-"
-
-
-def plain_json(values: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN."""
-    return {key: value if math.isfinite(value) else None for key, value in values.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Figures beside the cases, ready to show."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+def _error_bars(curve: Curve) -> list[list[float]]:
+    """Lengths below and above. matplotlib refuses negative ones, but a mean may lie beyond its interval."""
+    pairs = list(zip(curve.ys, curve.intervals, strict=True))
+    return [[max(0.0, y - low) for y, (low, _) in pairs], [max(0.0, high - y) for y, (_, high) in pairs]]

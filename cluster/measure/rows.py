@@ -1,10 +1,11 @@
-"""Held-out tasks over the rollout workers: one row of the final table per (policy, memory) pair.
+"""Evaluation rows: the held-out tasks played by one policy with one memory, and what is kept of them.
 
-    tasks --> run_episodes: lanes (engine.slots per worker), one episode each --> EpisodeScore --> RowResult --> summary with bootstrap intervals
+    tasks --> run_episodes: lanes (engine.slots per worker), one episode each
+          --> TaskResult, EpisodeScore --> RowResult --> means, intervals, metrics
 
-``evaluate_row`` measures a training's rows; the command evaluate keeps episodes as they finish (comparison/drive.py). Both read the same values here.
-
-An episode that failed is counted and left out of the means; a paired comparison takes only the tasks that both rows finished.
+A training run measures its rows with ``evaluate_row``. The command evaluate keeps each task as it ends
+(evaluation/drive.py). An episode that failed is counted and left out of the means; a paired comparison takes
+only the tasks that both rows finished.
 """
 
 from __future__ import annotations
@@ -12,22 +13,33 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, get_args
 
 import numpy as np
 
 from actors.types import Answer, FailedEpisode, PolicyVersion, Task, Trajectory, TrajectoryGroup, WriteOutcome
 from cluster.common.errors import CheckpointError
 from cluster.measure.statistics import Interval, PairedDifference, bootstrap_interval, paired_difference
+from configs.files import FileError, Measured, dump_json, read_json, write_text
 from configs.schema import MemoryConfig
+
+UNANSWERABLE = "adversarial"
+"""LoCoMo's category 5 has no plain answer: means are shown with it and without it (as the paper does)."""
+
+OUTCOMES: tuple[WriteOutcome, ...] = get_args(WriteOutcome)
+
+Chosen = Callable[[Answer], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRow:
-    """What to run: ``memory`` may differ from the memory the policy trains with ("memory off"). A worker is never given a ``label`` twice."""
+    """What to run. A worker never gets one ``label`` twice.
+
+    ``memory`` may differ from the memory that the policy trains with ("memory off").
+    """
 
     label: str
     memory: MemoryConfig
@@ -41,7 +53,7 @@ class EpisodeSource(Protocol):
     def name(self) -> str: ...
 
     async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
-        """One episode (a group of one); raises ClusterError when the worker is lost or late."""
+        """Play one episode (a group of one). Raises ClusterError when the worker is lost or late."""
         ...
 
 
@@ -49,14 +61,15 @@ class EpisodeSource(Protocol):
 class EpisodeScore:
     """One finished episode without its tokens: what was answered and what it cost.
 
-    ``item`` names what the task asks, the same under every seed: the same question asked twice is one item, not two. ``prompt_tokens`` and
-    ``generated_tokens`` are sums over the segments, ``peak_context`` the tokens of the longest; ``seconds`` is wall time.
+    ``item`` names what the task asks. It is the same under every seed: a question asked twice is one item.
+    ``prompt_tokens`` and ``generated_tokens`` are sums over the segments, ``peak_context`` the tokens of the
+    longest segment, ``seconds`` wall time.
     """
 
     task_id: str
     item: str
-    reward: float
-    reward_parts: Mapping[str, float]
+    reward: Measured
+    reward_parts: Mapping[str, Measured]
     answers: tuple[Answer, ...]
     writes: Mapping[str, int]
     memory_events: Mapping[str, int]
@@ -65,9 +78,28 @@ class EpisodeScore:
     peak_context: int
     seconds: float
 
-    def mean(self, score: str) -> float:
-        values = [answer.scores[score] for answer in self.answers if score in answer.scores]
-        return float(np.mean(values)) if values else float("nan")
+    def mean(self, score: str, chosen: Chosen = lambda _: True) -> float:
+        """Over the chosen answers that have ``score``; NaN without one."""
+        return answers_mean(self.answers, score, chosen)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """One task that was played: an episode, or "boundary: message" for why there is none."""
+
+    position: int
+    policy_version: PolicyVersion
+    episodes: tuple[EpisodeScore, ...]
+    failed: tuple[str, ...]
+
+    @staticmethod
+    def of(position: int, group: TrajectoryGroup) -> TaskResult:
+        return TaskResult(
+            position,
+            group.policy_version,
+            episodes=tuple(score_episode(trajectory) for trajectory in group.trajectories),
+            failed=tuple(failure_text(failure) for failure in group.failed),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,47 +111,79 @@ class RowResult:
     episodes: tuple[EpisodeScore, ...]
     failed: tuple[str, ...]
 
+    @staticmethod
+    def of(label: str, tasks: Iterable[TaskResult]) -> RowResult:
+        ordered = sorted(tasks, key=lambda task: task.position)
+        return RowResult(
+            label,
+            policy_version=max((task.policy_version for task in ordered), default=0),
+            episodes=tuple(episode for task in ordered for episode in task.episodes),
+            failed=tuple(message for task in ordered for message in task.failed),
+        )
+
+    @property
+    def answers(self) -> list[Answer]:
+        return [answer for episode in self.episodes for answer in episode.answers]
+
     @property
     def score_names(self) -> tuple[str, ...]:
-        """f1 and em first, then what else the environment's scorers report."""
-        names = {name for episode in self.episodes for answer in episode.answers for name in answer.scores}
-        return ("f1", "em", *sorted(names - {"f1", "em"}))
+        """f1 and em, whether there are answers or not, then what else the environment's scorers report."""
+        return score_order({"f1", "em", *(name for answer in self.answers for name in answer.scores)})
 
     @property
-    def categories(self) -> tuple[str, ...]:
-        return tuple(sorted({answer.category for episode in self.episodes for answer in episode.answers}))
+    def writes(self) -> dict[str, int]:
+        """By outcome."""
+        return {
+            outcome: sum(episode.writes.get(outcome, 0) for episode in self.episodes) for outcome in OUTCOMES
+        }
 
-    def writes(self, outcome: WriteOutcome) -> int:
-        return sum(episode.writes.get(outcome, 0) for episode in self.episodes)
+    def values(self, score: str) -> list[float]:
+        """The mean of each task that has ``score``."""
+        return [value for episode in self.episodes if np.isfinite(value := episode.mean(score))]
 
     def interval(self, score: str, samples: int, seed: int) -> Interval:
         """Mean over tasks (each the mean of its answers)."""
-        return bootstrap_interval(_finite([episode.mean(score) for episode in self.episodes]), samples, seed)
-
-    def category_mean(self, category: str, score: str) -> tuple[float, int]:
-        """Mean over the answers of a category, and how many there are."""
-        values = [
-            a.scores[score]
-            for episode in self.episodes
-            for a in episode.answers
-            if a.category == category and score in a.scores
-        ]
-        return (float(np.mean(values)) if values else float("nan")), len(values)
-
-    def mean_without(self, category: str, score: str) -> tuple[float, int]:
-        """Mean over the answers of all other categories, and how many there are."""
-        values = [
-            a.scores[score]
-            for episode in self.episodes
-            for a in episode.answers
-            if a.category != category and score in a.scores
-        ]
-        return (float(np.mean(values)) if values else float("nan")), len(values)
+        return bootstrap_interval(self.values(score), samples, seed)
 
     def per_episode(self, field: str) -> float:
         """Mean over episodes of one of reward, prompt_tokens, generated_tokens, seconds."""
         values = [float(getattr(episode, field)) for episode in self.episodes]
         return float(np.mean(values)) if values else float("nan")
+
+
+# --- from answers to means --------------------------------------------------------------------------------
+
+
+def answers_mean(answers: Sequence[Answer], score: str, chosen: Chosen) -> tuple[float, int]:
+    """Mean of ``score`` over the chosen answers that have it, and their count. NaN and 0 without any."""
+    values = [answer.scores[score] for answer in answers if score in answer.scores and chosen(answer)]
+    return (float(np.mean(values)) if values else float("nan")), len(values)
+
+
+def score_order(names: set[str]) -> tuple[str, ...]:
+    """f1 and em first."""
+    return tuple(sorted(names, key=lambda name: (("f1", "em", name).index(name), name)))
+
+
+def categories(answers: Iterable[Answer]) -> dict[str, Chosen]:
+    """A choice of answers for each category; empty where there is only one category."""
+    names = sorted({answer.category for answer in answers})
+    return {name: _of_category(name) for name in names} if len(names) > 1 else {}
+
+
+def answer_groups(answers: Iterable[Answer]) -> dict[str, Chosen]:
+    """The categories, and all answers but the unanswerable ones where there are such."""
+    groups = categories(answers)
+    if UNANSWERABLE in groups:
+        groups[f"all but {UNANSWERABLE}"] = lambda answer: answer.category != UNANSWERABLE
+    return groups
+
+
+def _of_category(name: str) -> Chosen:
+    return lambda answer: answer.category == name
+
+
+# --- playing a row ----------------------------------------------------------------------------------------
 
 
 async def evaluate_row(
@@ -129,21 +193,15 @@ async def evaluate_row(
     lanes_per_worker: int,
     on_episode: Callable[[], None],
 ) -> RowResult:
-    """Run every task once. Raises what a worker raises; each episode has the worker's own deadline, so this ends."""
-    groups: dict[int, TrajectoryGroup] = {}
+    """Run every task once. Raises what a worker raises. Ends, since workers give each episode a deadline."""
+    results: list[TaskResult] = []
 
-    def keep(position: int, group: TrajectoryGroup) -> None:
-        groups[position] = group
+    def keep(result: TaskResult) -> None:
+        results.append(result)
         on_episode()
 
     await run_episodes(row, list(enumerate(tasks)), workers, lanes_per_worker, keep)
-    ordered = [groups[position] for position in sorted(groups)]
-    return RowResult(
-        label=row.label,
-        policy_version=max((group.policy_version for group in ordered), default=0),
-        episodes=tuple(score_episode(trajectory) for group in ordered for trajectory in group.trajectories),
-        failed=tuple(failure_text(failure) for group in ordered for failure in group.failed),
-    )
+    return RowResult.of(row.label, results)
 
 
 async def run_episodes(
@@ -151,14 +209,17 @@ async def run_episodes(
     tasks: Sequence[tuple[int, Task]],
     workers: Sequence[EpisodeSource],
     lanes_per_worker: int,
-    on_group: Callable[[int, TrajectoryGroup], None],
+    on_task: Callable[[TaskResult], None],
 ) -> None:
-    """One episode of each (position, task); ``on_group`` is called as each finishes. The first worker that raises ends the others' lanes."""
+    """Play one episode of each (position, task) and call ``on_task`` as each finishes.
+
+    The first worker that raises ends the other lanes; its error is raised.
+    """
     queue: Iterator[tuple[int, Task]] = iter(tasks)
 
     async def lane(worker: EpisodeSource) -> None:
         for position, task in queue:
-            on_group(position, await worker.episode(position, task, row))
+            on_task(TaskResult.of(position, await worker.episode(position, task, row)))
 
     try:
         async with asyncio.TaskGroup() as lanes:
@@ -166,9 +227,8 @@ async def run_episodes(
                 for _ in range(lanes_per_worker):
                     lanes.create_task(lane(worker))
     except BaseExceptionGroup as failures:
-        raise failures.exceptions[
-            0
-        ] from None  # the first failure cancelled the other lanes: it is the message
+        first = failures.exceptions[0]  # it cancelled the other lanes: it is the message
+        raise first from None
 
 
 def failure_text(failure: FailedEpisode) -> str:
@@ -176,11 +236,12 @@ def failure_text(failure: FailedEpisode) -> str:
 
 
 def score_episode(trajectory: Trajectory) -> EpisodeScore:
-    """What is kept of an episode. Figures become plain floats: a custom environment's may be numpy's, which JSON does not take."""
+    """Keep the figures of an episode. They become plain floats: JSON does not take a user's numpy numbers."""
     outcome = trajectory.outcome
-    writes: dict[str, int] = {"accepted": 0, "empty": 0, "rolled_back": 0}
+    writes: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
     for record in trajectory.writes:
         writes[record.outcome] += 1
+    lengths = [len(segment.token_ids) for segment in trajectory.segments]
     generated = sum(int(segment.action_mask.sum()) for segment in trajectory.segments)
     return EpisodeScore(
         task_id=trajectory.task.id,
@@ -190,15 +251,23 @@ def score_episode(trajectory: Trajectory) -> EpisodeScore:
         answers=tuple(replace(answer, scores=_floats(answer.scores)) for answer in outcome.answers),
         writes=writes,
         memory_events=dict(trajectory.memory_events),
-        prompt_tokens=sum(len(segment.token_ids) for segment in trajectory.segments) - generated,
+        prompt_tokens=sum(lengths) - generated,
         generated_tokens=generated,
-        peak_context=max((len(segment.token_ids) for segment in trajectory.segments), default=0),
+        peak_context=max(lengths, default=0),
         seconds=trajectory.timings.total,
     )
 
 
 def _floats(values: Mapping[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
+
+
+def _item(task: Task) -> str:
+    text = json.dumps([task.environment, task.payload], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+# --- what a row says --------------------------------------------------------------------------------------
 
 
 def compare(before: RowResult, after: RowResult, score: str, samples: int, seed: int) -> PairedDifference:
@@ -215,65 +284,27 @@ def compare(before: RowResult, after: RowResult, score: str, samples: int, seed:
 
 def row_metrics(result: RowResult, key: str) -> dict[str, float]:
     """The row's figures for the tracker: eval/<key>/f1 ..., by category where there is more than one."""
-    metrics = {
-        f"eval/{key}/{score}": float(np.mean(values))
-        for score in result.score_names
-        if (values := _score_values(result, score))
+    figures = {
+        score: float(np.mean(values)) for score in result.score_names if (values := result.values(score))
     }
-    if len(result.categories) > 1:
-        for category in result.categories:
-            metrics[f"eval/{key}/f1_{category}"] = result.category_mean(category, "f1")[0]
-    metrics |= {
-        f"eval/{key}/writes_{outcome}": float(result.writes(outcome))
-        for outcome in ("accepted", "empty", "rolled_back")
-    }
-    metrics[f"eval/{key}/failed_episodes"] = float(len(result.failed))
+    for category, chosen in categories(result.answers).items():
+        figures[f"f1_{category}"] = answers_mean(result.answers, "f1", chosen)[0]
+    figures |= {f"writes_{outcome}": float(count) for outcome, count in result.writes.items()}
+    figures["failed_episodes"] = float(len(result.failed))
     if result.episodes:
-        metrics |= {
-            f"eval/{key}/{field}": result.per_episode(field)
-            for field in ("prompt_tokens", "generated_tokens", "seconds")
-        }
-    return metrics
+        costs = ("prompt_tokens", "generated_tokens", "seconds")
+        figures |= {field: result.per_episode(field) for field in costs}
+    return {f"eval/{key}/{name}": value for name, value in figures.items()}
 
 
 def save_row(result: RowResult, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
+    write_text(path, dump_json(result))
 
 
 def load_row(path: Path) -> RowResult:
-    """Raises CheckpointError for a file that another version of Engram wrote."""
+    """Raises CheckpointError for a file that this version of Engram did not write."""
     try:
-        return row_from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: is not a row as this version of Engram saves it ({type(error).__name__}: {error}); delete it"
-        ) from error
-
-
-def row_from_json(data: Mapping[str, Any]) -> RowResult:
-    """What ``dataclasses.asdict`` and JSON made of a row. Raises KeyError or TypeError where it is none."""
-    return RowResult(
-        data["label"],
-        data["policy_version"],
-        tuple(map(episode_from_json, data["episodes"])),
-        tuple(data["failed"]),
-    )
-
-
-def episode_from_json(data: Mapping[str, Any]) -> EpisodeScore:
-    answers = tuple(Answer(**{**answer, "gold": tuple(answer["gold"])}) for answer in data["answers"])
-    return EpisodeScore(**{**data, "answers": answers})
-
-
-def _item(task: Task) -> str:
-    text = json.dumps([task.environment, task.payload], sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-def _score_values(result: RowResult, score: str) -> list[float]:
-    return _finite([episode.mean(score) for episode in result.episodes])
-
-
-def _finite(values: Sequence[float]) -> list[float]:
-    return [value for value in values if np.isfinite(value)]
+        return read_json(path, RowResult)
+    except FileError as error:
+        raise CheckpointError(f"{error}; delete it, and the row is measured again") from error

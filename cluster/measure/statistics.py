@@ -1,4 +1,4 @@
-"""Bootstrap intervals, and the paired comparison of two evaluation rows by a sign-flip test. Pure numpy, seeded."""
+"""Bootstrap intervals, and the paired comparison of two rows by a sign-flip test. Pure numpy, seeded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Played = tuple[int, str, str]
-"""Seed, task id, item (``EpisodeScore.item``). The item is part of it: an id may stand for other questions where the environment is set otherwise."""
+"""Seed, task id, item (``EpisodeScore.item``). An id may stand for other questions elsewhere."""
+
+_NAN = float("nan")
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean over ``count`` tasks with the 95 % percentile-bootstrap interval of the mean. All NaN when there is no task."""
+    """The mean of ``count`` tasks and its 95 % percentile-bootstrap interval. All NaN without a task."""
 
     mean: float
     low: float
@@ -24,7 +26,10 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """Mean of (after - before) over the ``count`` tasks that both rows finished, its 95 % bootstrap interval and two-sided sign-flip p-value."""
+    """Mean of (after - before) over the ``count`` tasks that both rows finished.
+
+    With its 95 % bootstrap interval and the two-sided p-value of a sign-flip test.
+    """
 
     mean: float
     low: float
@@ -37,20 +42,19 @@ def bootstrap_interval(values: Sequence[float], samples: int, seed: int) -> Inte
     """Percentile bootstrap over tasks: ``values`` has one number per task."""
     data = np.asarray(values, dtype=np.float64)
     if data.size == 0:
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
-    means = _resampled_means(data, samples, seed)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(data.mean()), float(low), float(high), data.size)
+        return Interval(_NAN, _NAN, _NAN, 0)
+    return Interval(float(data.mean()), *_central_95(_resampled_means(data, samples, seed)), data.size)
 
 
 def nested_interval(groups: Sequence[Sequence[float]], samples: int, seed: int) -> Interval:
-    """Percentile bootstrap of the mean over all values where those of a group rise and fall together (cards of one write, tasks of one training).
+    """Bootstrap of the mean of all values, where the values of a group rise and fall together.
 
-    Groups are resampled, and within each group drawn its values. Of few groups any interval is too narrow; with one it is ``bootstrap_interval``.
+    A group is one write's cards, or one training's tasks. Each sample draws groups, and values within each.
+    With few groups any interval is too narrow. With one group it is ``bootstrap_interval``.
     """
     data = [np.asarray(group, dtype=np.float64) for group in groups if len(group)]
     if not data:
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
+        return Interval(_NAN, _NAN, _NAN, 0)
     count = len(data)
     picked = np.random.default_rng([seed, count]).integers(0, count, (samples, count))
     means = np.stack(
@@ -61,61 +65,60 @@ def nested_interval(groups: Sequence[Sequence[float]], samples: int, seed: int) 
     )
     sizes = np.array([group.size for group in data])[picked]
     drawn = np.take_along_axis(means, picked[None], axis=0)[0]  # [samples, groups]
-    low, high = np.quantile((drawn * sizes).sum(axis=1) / sizes.sum(axis=1), [0.025, 0.975])
     whole = np.concatenate(data)
-    return Interval(float(whole.mean()), float(low), float(high), whole.size)
+    # Groups differ in size. Weighing by size keeps this the mean of values, not of groups.
+    central = _central_95((drawn * sizes).sum(axis=1) / sizes.sum(axis=1))
+    return Interval(float(whole.mean()), *central, whole.size)
 
 
 def paired_difference(
     before: Sequence[float], after: Sequence[float], samples: int, seed: int
 ) -> PairedDifference:
-    """Paired: tasks are resampled together, so the tasks' own difficulty cancels.
+    """Compare two rows task by task, so that the difficulty of tasks cancels.
 
-    p is that of a sign-flip test: if neither row were better, each task's difference could as well have had the other sign. The share of ``samples``
-    random signs (and the ones seen) under which the mean is as far from 0; unlike the share of bootstrap means beyond 0 it holds with a dozen tasks.
+    p is that of a sign-flip test. If neither row were better, each difference could have had the other sign.
+    p is the share of ``samples`` random signs (and the observed ones) whose mean is as far from 0.
+    Unlike the share of bootstrap means beyond 0, it keeps its level with a dozen tasks.
     """
     if len(before) != len(after):
-        raise ValueError(
-            f"a paired comparison needs one value per task on both sides, got {len(before)} and {len(after)}"
-        )
+        counts = f"got {len(before)} and {len(after)}"
+        raise ValueError(f"a paired comparison needs one value per task on both sides, {counts}")
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     if difference.size == 0:
-        return PairedDifference(float("nan"), float("nan"), float("nan"), 1.0, 0)
-    low, high = np.quantile(_resampled_means(difference, samples, seed), [0.025, 0.975])
-    return PairedDifference(
-        float(difference.mean()),
-        float(low),
-        float(high),
-        _sign_flip_p(difference, samples, seed),
-        difference.size,
-    )
+        return PairedDifference(_NAN, _NAN, _NAN, 1.0, 0)
+    low, high = _central_95(_resampled_means(difference, samples, seed))
+    p_value = _sign_flip_p(difference, samples, seed)
+    return PairedDifference(float(difference.mean()), low, high, p_value, difference.size)
 
 
 def item_means(values: Mapping[Played, float]) -> dict[str, float]:
-    """What may be resampled: one value for each item. A question that another seed asks again is no new evidence, so its values are averaged."""
-    found: dict[str, list[float]] = {}
+    """The mean of each item, which is the unit to resample: a question asked again is no new evidence."""
+    by_item: dict[str, list[float]] = {}
     for (_, _, item), value in values.items():
-        found.setdefault(item, []).append(value)
-    return {item: float(np.mean(some)) for item, some in found.items()}
+        by_item.setdefault(item, []).append(value)
+    return {item: float(np.mean(repeats)) for item, repeats in by_item.items()}
 
 
 def paired_by_item(
     before: Mapping[Played, float], after: Mapping[Played, float], samples: int, seed: int
 ) -> PairedDifference:
-    """Paired bootstrap over items: pairs share seed, task and item, and those of one item are averaged. ``count`` is of items."""
+    """Compare over items. Pairs share seed, task and item; those of one item are averaged first."""
     shared = [played for played in after if played in before]
     first, second = (item_means({played: side[played] for played in shared}) for side in (before, after))
     return paired_difference(list(first.values()), list(second.values()), samples, seed)
 
 
 def adjusted_p_values(differences: Sequence[PairedDifference]) -> list[float]:
-    """Holm over the comparisons that compared anything; NaN for the others, which test nothing and so must not dilute the rest."""
-    adjusted = iter(holm([one.p_value for one in differences if one.count > 0]))
-    return [next(adjusted) if one.count > 0 else float("nan") for one in differences]
+    """Holm over the comparisons that have tasks. The others test nothing: they get NaN and do not count."""
+    adjusted = iter(holm([difference.p_value for difference in differences if difference.count > 0]))
+    return [next(adjusted) if difference.count > 0 else _NAN for difference in differences]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values in the order given (Holm 1979): below alpha, all together, with at most alpha chance of one false finding."""
+    """Adjusted p-values in the order given (Holm 1979).
+
+    Calling those below alpha significant makes one false claim or more with probability alpha at most.
+    """
     order = sorted(range(len(p_values)), key=lambda place: p_values[place])
     adjusted = [1.0] * len(p_values)
     highest = 0.0
@@ -125,31 +128,35 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def _central_95(means: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def _resampled_means(data: NDArray[np.float64], samples: int, seed: int) -> NDArray[np.float64]:
     """Means of ``samples`` resamples with replacement, float64 [samples]."""
     generator = np.random.default_rng(seed)
-    return np.concatenate(
-        [
-            data[generator.integers(0, data.size, (rows, data.size))].mean(axis=1)
-            for rows in _blocks(data.size, samples)
-        ]
-    )
+    blocks = [
+        data[generator.integers(0, data.size, (rows, data.size))].mean(axis=1)
+        for rows in _blocks(data.size, samples)
+    ]
+    return np.concatenate(blocks)
 
 
 def _sign_flip_p(difference: NDArray[np.float64], samples: int, seed: int) -> float:
-    """(1 + flips as far from 0) / (1 + samples); sums that differ in rounding alone count as equal."""
+    """(1 + flips as far from 0) / (1 + samples)."""
     generator = np.random.default_rng(seed)
     signs = (
         generator.integers(0, 2, (rows, difference.size)) * 2 - 1
         for rows in _blocks(difference.size, samples)
     )
+    # Sums that differ in rounding alone count as equal, hence the margin.
     reached = abs(difference.sum()) - 1e-9 * np.abs(difference).sum()
-    return float(1 + sum(int((np.abs(flips @ difference) >= reached).sum()) for flips in signs)) / (
-        1 + samples
-    )
+    as_far = sum(int((np.abs(flips @ difference) >= reached).sum()) for flips in signs)
+    return float(1 + as_far) / (1 + samples)
 
 
 def _blocks(width: int, samples: int) -> list[int]:
-    """``samples`` rows in blocks of a million numbers at most, so that 10,000 tasks need no gigabytes."""
+    """``samples`` rows in blocks of at most a million numbers, so that 10,000 tasks need no gigabytes."""
     rows = max(1, 1_000_000 // width)
     return [min(rows, samples - start) for start in range(0, samples, rows)]

@@ -1,65 +1,59 @@
-"""A probe for people and machines: terminal tables, Markdown, CSV (a line a point), JSON (every card), metrics, plots.
+"""A probe's report: terminal tables, Markdown, CSV (a line a point), JSON (every card), metrics, plots.
 
-The cards of a seed share their writes, so they succeed or fail together: intervals are 95 % bootstrap intervals over seeds and the cards of each.
-Where every seed has the same cards (a file), they are over cards, each averaged over its seeds: a card asked again is no new evidence. A write
-that was rolled back stays in: its cell shows the state that was in force afterwards, how many were rolled back, and why.
+The cards of a seed share their writes, so they succeed or fail together. Intervals are 95 % bootstrap
+intervals over seeds and the cards of each. Where every seed has the same cards (a file), they are over cards,
+each averaged over its seeds: a card asked again is no new evidence.
+
+A write that was rolled back stays in. Its cell shows the state that was in force afterwards, how many writes
+were rolled back, and why.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.measure.report import Table, markdown_table
+from cluster.measure.report import (
+    Curve,
+    Document,
+    Panel,
+    Section,
+    Style,
+    Table,
+    interval_text,
+    percent,
+    save_document,
+    save_plot,
+)
+from cluster.measure.rows import OUTCOMES
 from cluster.measure.statistics import Interval, nested_interval
-from cluster.probe.plots import save_plots
 from cluster.probe.values import Card, CellRun, Point
 
 HEADER = (
-    "cell",
-    "loss",
-    "reworded",
-    "recall %",
-    "reworded %",
-    "damage",
-    "KL",
-    "replies",
-    "KL",
-    "s/write",
-    "writes",
+    *("cell", "loss", "reworded", "recall %", "reworded %", "damage", "KL", "replies", "KL"),
+    *("s/write", "writes"),
 )
 LEGEND = (
-    "loss: nats per answer token, before→after the last write · recall: greedy answers that match exactly (plain EM) [95 % CI] · reworded: the same "
-    "for paraphrases, which were not written · damage: rise of the loss on unrelated text, nats per token, with KL(base || now); replies: the same "
-    "for unrelated questions in the chat format · writes: accepted/empty/rolled back · against: the last cell minus (or divided by) "
-    "the other, paired over cards; by seed: points of paraphrases (of the written questions, where cards have none) · intervals: over seeds and "
-    "the cards of each; of three seeds or fewer they are too narrow"
+    "loss: nats per answer token, before→after the last write · "
+    "recall: greedy answers that match exactly (plain EM) [95 % CI] · "
+    "reworded: the same for paraphrases, which were not written · "
+    "damage: rise of the loss on unrelated text, nats per token, with KL(base || now); "
+    "replies: the same for unrelated questions in the chat format · "
+    "writes: accepted/empty/rolled back · "
+    "against: the last cell minus (or divided by) the other, paired over cards; "
+    "by seed: points of paraphrases (of the written questions, where cards have none) · "
+    "intervals: over seeds and the cards of each; of three seeds or fewer they are too narrow"
 )
 FORGETTING = (
-    "cell",
-    "after write",
-    "cards",
-    "newest %",
-    "earlier %",
-    "all %",
-    "all, reworded %",
-    "damage",
-    "KL",
-    "rolled back",
+    *("cell", "after write", "cards", "newest %", "earlier %", "all %", "all, reworded %"),
+    *("damage", "KL", "rolled back"),
 )
 VERSUS = (
-    "against",
-    "recall, points",
-    "reworded, points",
-    "by seed",
-    "KL, times",
-    "replies' KL, times",
-    "time, times",
+    *("against", "recall, points", "reworded, points", "by seed"),
+    *("KL, times", "replies' KL, times", "time, times"),
 )
 FIGURES: tuple[tuple[str, bool, Literal["em", "f1"]], ...] = (
     ("em_written", False, "em"),
@@ -67,11 +61,19 @@ FIGURES: tuple[tuple[str, bool, Literal["em", "f1"]], ...] = (
     ("f1_written", False, "f1"),
     ("f1_paraphrased", True, "f1"),
 )
+_KINDS: tuple[Literal["text", "reply"], ...] = ("text", "reply")
+_TEXT_FIGURES: tuple[tuple[Literal["text", "reply"], Literal["damage", "kl"]], ...] = (
+    ("text", "damage"),
+    ("text", "kl"),
+    ("reply", "damage"),
+    ("reply", "kl"),
+)
+_SHARES = (-4.0, 104.0)  # the y axis of percent, with room for the marks at 0 and 100
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
-    """All cells on all seeds, cell by cell. ``cards``: by seed. ``facts``: what was probed. ``samples``, ``seed``: bootstrap."""
+    """All cells on all seeds. ``cards``: by seed. ``samples`` and ``seed`` are the bootstrap's."""
 
     runs: tuple[CellRun, ...]
     cards: Mapping[int, tuple[Card, ...]]
@@ -81,31 +83,34 @@ class ProbeReport:
 
     @property
     def by_label(self) -> dict[str, list[CellRun]]:
-        """By label, the runs of all seeds."""
-        found: dict[str, list[CellRun]] = {}
+        """The runs of all seeds, by label."""
+        cells: dict[str, list[CellRun]] = {}
         for run in self.runs:
-            found.setdefault(run.label, []).append(run)
-        return found
+            cells.setdefault(run.label, []).append(run)
+        return cells
+
+    def document(self, plots: Sequence[Path] = ()) -> Document:
+        section = Section("", tables=tuple(self.tables()), notes=tuple(self.notes()), plots=tuple(plots))
+        return Document("Write quality", self.facts, (section,))
 
     def tables(self) -> list[Table]:
         """The grid, and where there were several writes the forgetting curve."""
-        made = [
-            Table(
-                "Write quality",
-                HEADER,
-                tuple(self._line(label, runs) for label, runs in self.by_label.items()),
-            )
-        ]
+        cells = self.by_label
+        grid = tuple(self._line(label, runs) for label, runs in cells.items())
+        tables = [Table("Write quality", HEADER, grid)]
         if any(len(run.writes) > 1 for run in self.runs):
-            lines = [line for label, runs in self.by_label.items() for line in self._forgetting(label, runs)]
-            made.append(Table("Successive writes: what was written is asked again", FORGETTING, tuple(lines)))
-        if len(self.by_label) > 1:
-            *others, last = self.by_label
-            made.append(Table(f"{last}, against each other cell", VERSUS, tuple(self._versus(others, last))))
-        return made
+            lines = [line for label, runs in cells.items() for line in self._forgetting(label, runs)]
+            tables.append(
+                Table("Successive writes: what was written is asked again", FORGETTING, tuple(lines))
+            )
+        if len(cells) > 1:
+            *others, last = cells
+            versus = tuple(self._versus(others, last))
+            tables.append(Table(f"{last}, against each other cell", VERSUS, versus))
+        return tables
 
     def notes(self) -> list[str]:
-        """What the figures mean, and each reason for which writes were rolled back."""
+        """What the figures mean, and why writes were not accepted."""
         reasons = [
             f"{run.label}, seed {run.seed}, write {number}: {line.outcome.replace('_', ' ')}: {line.reason}"
             for run in self.runs
@@ -117,82 +122,81 @@ class ProbeReport:
     def _line(self, label: str, runs: Sequence[CellRun]) -> tuple[str, ...]:
         first, last = [run.after[0] for run in runs], [run.after[-1] for run in runs]
         writes = [line for run in runs for line in run.writes]
-        outcomes = [
-            sum(line.outcome == outcome for line in writes)
-            for outcome in ("accepted", "empty", "rolled_back")
+        losses = [
+            f"{_mean([p.loss(reworded) for p in first]):.2f}→{_mean([p.loss(reworded) for p in last]):.2f}"
+            for reworded in (False, True)
+        ]
+        recalls = [
+            interval_text(self._interval(self._recalled(runs, reworded)), 0) for reworded in (False, True)
         ]
         return (
             label,
-            f"{_loss(first, False):.2f}→{_loss(last, False):.2f}",
-            f"{_loss(first, True):.2f}→{_loss(last, True):.2f}",
-            self._percent(runs, False),
-            self._percent(runs, True),
+            *losses,
+            *recalls,
             *(_short(_mean([point.text(kind, figure) for point in last])) for kind, figure in _TEXT_FIGURES),
             f"{_mean([line.seconds for line in writes]):.1f}",
-            "/".join(map(str, outcomes)),
+            "/".join(str(sum(line.outcome == outcome for line in writes)) for outcome in OUTCOMES),
         )
 
     def _forgetting(self, label: str, runs: Sequence[CellRun]) -> Iterator[tuple[str, ...]]:
         for write in range(1, len(runs[0].after)):
             points = [run.after[write] for run in runs]
-            newest, earlier = recall_by_age(points)
             refused = sum(run.writes[write - 1].outcome == "rolled_back" for run in runs)
+            recalls = (
+                *recall_by_age(points),
+                *(
+                    [em for point in points for em in point.recall(reworded, "em").values()]
+                    for reworded in (False, True)
+                ),
+            )
             yield (
                 label,
                 str(write),
                 str(sum(len(point.cards) for point in points)),
-                _bare(newest),
-                _bare(earlier),
-                _bare(_pooled(points, False, "em")),
-                _bare(_pooled(points, True, "em")),
-                _short(_mean([point.text("text", "damage") for point in points])),
-                _short(_mean([point.text("text", "kl") for point in points])),
+                *(percent(_mean(values), 0) for values in recalls),
+                *(
+                    _short(_mean([point.text("text", figure) for point in points]))
+                    for figure in ("damage", "kl")
+                ),
                 str(refused),
             )
 
     def _versus(self, others: Sequence[str], last: str) -> Iterator[tuple[str, ...]]:
         """Paired over the cards of each seed."""
+        cells = self.by_label
         for label in others:
-            pair = [
-                self._differences(self.by_label[label], self.by_label[last], paraphrased)
-                for paraphrased in (False, True)
-            ]
-            by_seed = [
-                f"{100 * _mean(list(cards.values())):+.0f}"
-                for cards in (pair[1] if any(pair[1]) else pair[0])
-                if cards
-            ]
+            pair = [self._differences(cells[label], cells[last], reworded) for reworded in (False, True)]
+            shown = pair[1] if any(pair[1]) else pair[0]
+            by_seed = [f"{100 * _mean(list(cards.values())):+.0f}" for cards in shown if cards]
             times = [
                 _ratio(
-                    _mean([run.after[-1].text(kind, "kl") for run in self.by_label[name]])
-                    for name in (last, label)
+                    [_mean([run.after[-1].text(kind, "kl") for run in cells[name]]) for name in (last, label)]
                 )
                 for kind in _KINDS
             ]
-            seconds = _ratio(
-                _mean([line.seconds for run in self.by_label[name] for line in run.writes])
-                for name in (last, label)
-            )
+            seconds = [
+                _mean([line.seconds for run in cells[name] for line in run.writes]) for name in (last, label)
+            ]
             yield (
                 label,
-                *(_span(self._interval(cards)) for cards in pair),
+                *(interval_text(self._interval(cards), 0, sign="+") for cards in pair),
                 ", ".join(by_seed),
                 *times,
-                seconds,
+                _ratio(seconds),
             )
 
     def _differences(
-        self, theirs: Sequence[CellRun], mine: Sequence[CellRun], paraphrased: bool
+        self, before: Sequence[CellRun], after: Sequence[CellRun], reworded: bool
     ) -> list[dict[Card, float]]:
-        """By seed, by card: EM of mine minus theirs."""
-        pairs = zip(self._recalled(theirs, paraphrased), self._recalled(mine, paraphrased), strict=True)
-        return [{card: after[card] - before[card] for card in after} for before, after in pairs]
+        """EM of ``after`` minus ``before``, by seed, by card."""
+        pairs = zip(self._recalled(before, reworded), self._recalled(after, reworded), strict=True)
+        return [{card: new[card] - old[card] for card in new} for old, new in pairs]
 
-    def _recalled(self, runs: Sequence[CellRun], paraphrased: bool) -> list[dict[Card, float]]:
-        """By seed, by card: EM after the last write."""
+    def _recalled(self, runs: Sequence[CellRun], reworded: bool) -> list[dict[Card, float]]:
+        """EM after the last write, by seed, by card."""
         points = [(self.cards[run.seed], run.after[-1]) for run in sorted(runs, key=lambda run: run.seed)]
         return [
-            {cards[place]: em for place, em in point.recall(paraphrased, "em").items()}
+            {cards[place]: em for place, em in point.recall(reworded, "em").items()}
             for cards, point in points
         ]
 
@@ -200,23 +204,6 @@ class ProbeReport:
         if all(set(cards) == set(by_seed[0]) for cards in by_seed):
             by_seed = [{card: _mean([cards[card] for cards in by_seed]) for card in by_seed[0]}]
         return nested_interval([list(cards.values()) for cards in by_seed], self.samples, self.seed)
-
-    def _percent(self, runs: Sequence[CellRun], paraphrased: bool) -> str:
-        interval = self._interval(self._recalled(runs, paraphrased))
-        return (
-            "-"
-            if interval.count == 0
-            else f"{100 * interval.mean:.0f} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
-        )
-
-
-_KINDS: tuple[Literal["text", "reply"], ...] = ("text", "reply")
-_TEXT_FIGURES: tuple[tuple[Literal["text", "reply"], Literal["damage", "kl"]], ...] = (
-    ("text", "damage"),
-    ("text", "kl"),
-    ("reply", "damage"),
-    ("reply", "kl"),
-)
 
 
 def recall_by_age(points: Sequence[Point]) -> tuple[list[float], list[float]]:
@@ -228,20 +215,20 @@ def recall_by_age(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 def figures(point: Point) -> dict[str, float]:
     """The point in single numbers; NaN where there is nothing to average."""
     recalled = {
-        name: _mean(list(point.recall(paraphrased, score).values())) for name, paraphrased, score in FIGURES
+        name: _mean(list(point.recall(reworded, score).values())) for name, reworded, score in FIGURES
     }
     texts = {f"{figure}_{kind}": point.text(kind, figure) for kind, figure in _TEXT_FIGURES}
     return {"loss_written": point.loss(False), "loss_paraphrased": point.loss(True), **recalled, **texts}
 
 
 def metrics(run: CellRun) -> list[tuple[dict[str, float], int]]:
-    """For the tracker, with the step they belong to: after each write, and after each optimizer step (counted over all writes)."""
+    """For the tracker, with their step: after each write, and after each optimizer step (over all writes)."""
     key = "".join(char if char.isalnum() or char in "_-. " else "_" for char in run.label)
     ends = [(f"probe/{key}/seed_{run.seed}", point, point.write) for point in run.after]
     inside = [
         (f"probe_steps/{key}/seed_{run.seed}", point, step) for step, point in enumerate(run.steps, start=1)
     ]
-    found = [
+    points = [
         (
             {f"{name}/{figure}": value for figure, value in figures(point).items() if math.isfinite(value)},
             step,
@@ -249,90 +236,112 @@ def metrics(run: CellRun) -> list[tuple[dict[str, float], int]]:
         for name, point, step in (*ends, *inside)
     ]
     refused = float(sum(line.outcome == "rolled_back" for line in run.writes))
-    return [*found, ({f"probe/{key}/seed_{run.seed}/writes_rolled_back": refused}, len(run.writes))]
+    return [*points, ({f"probe/{key}/seed_{run.seed}/writes_rolled_back": refused}, len(run.writes))]
 
 
 def save_report(report: ProbeReport, folder: Path) -> list[Path]:
-    """report.md, report.csv, report.json and the plots; returns their paths."""
+    """Write report.md, report.csv, report.json and the plots; return their paths. Raises OSError."""
     plots = save_plots(report.by_label, folder)
-    markdown, table, data = folder / "report.md", folder / "report.csv", folder / "report.json"
-    markdown.write_text(_markdown(report, plots), encoding="utf-8")
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        lines = list(_csv_lines(report.runs))
-        writer.writerow(lines[0])
-        writer.writerows(line.values() for line in lines)
-    content = {"facts": dict(report.facts), "runs": [_no_nan(run.to_json()) for run in report.runs]}
-    data.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    return [markdown, table, data, *plots]
+    data = {"facts": report.facts, "runs": report.runs}
+    return [*save_document(report.document(plots), folder, data, list(_csv_lines(report.runs))), *plots]
 
 
 def _csv_lines(runs: Sequence[CellRun]) -> Iterator[dict[str, Any]]:
-    """A line a point; ``outcome`` is that of the write which the point belongs to."""
+    """A line a point; ``outcome`` is that of the point's write."""
     for run in runs:
         for phase, points in (("after", run.after), ("step", run.steps)):
             for point in points:
                 outcome = run.writes[point.write - 1].outcome if point.write else ""
-                where = {
-                    "cell": run.label,
-                    "seed": run.seed,
-                    "phase": phase,
-                    "write": point.write,
-                    "step": point.step,
-                }
-                yield {**where, "outcome": outcome, "cards": len(point.cards), **figures(point)}
+                where = {"cell": run.label, "seed": run.seed, "phase": phase}
+                state = {"write": point.write, "step": point.step, "outcome": outcome}
+                yield {**where, **state, "cards": len(point.cards), **figures(point)}
 
 
-def _markdown(report: ProbeReport, plots: Sequence[Path]) -> str:
-    lines = ["# Write quality", "", *(f"- {key}: {value}" for key, value in report.facts.items())]
-    for table in report.tables():
-        lines += ["", f"## {table.title}", "", *markdown_table(table.header, table.rows)]
-    lines += [
-        "",
-        *(f"- {note}" for note in report.notes()),
-        "",
-        *(f"![{plot.stem}]({plot.name})" for plot in plots),
-    ]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _loss(points: Sequence[Point], paraphrased: bool) -> float:
-    return _mean([point.loss(paraphrased) for point in points])
-
-
-def _pooled(points: Sequence[Point], paraphrased: bool, score: Literal["em", "f1"]) -> list[float]:
-    return [value for point in points for value in point.recall(paraphrased, score).values()]
-
-
-def _span(points: Interval) -> str:
-    return (
-        f"{100 * points.mean:+.0f} [{100 * points.low:+.0f}, {100 * points.high:+.0f}]"
-        if points.count
-        else "-"
-    )
-
-
-def _ratio(pair: Iterable[float]) -> str:
-    mine, theirs = pair
-    return f"{mine / theirs:.2f}" if theirs > 0 and math.isfinite(mine / theirs) else "-"
+def _ratio(pair: Sequence[float]) -> str:
+    above, below = pair
+    return f"{above / below:.2f}" if below > 0 and math.isfinite(above / below) else "-"
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def _bare(values: Sequence[float]) -> str:
-    return f"{100 * _mean(values):.0f}" if values else "-"
-
-
 def _short(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}" if math.isfinite(value) else "-"  # + 0.0: no "-0.000"
 
 
-def _no_nan(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _no_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_no_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+# --- plots: a colour a cell; thin lines are single seeds --------------------------------------------------
+
+
+def save_plots(cells: Mapping[str, Sequence[CellRun]], folder: Path) -> list[Path]:
+    """Draw recall_damage.png, steps.png where steps were measured, forgetting.png where there are writes."""
+    plots = {"recall_damage": _recall_damage(cells)}
+    if any(run.steps for runs in cells.values() for run in runs):
+        plots["steps"] = _curves(cells, "optimizer step", lambda run: [run.after[0], *run.steps])
+    if any(len(run.writes) > 1 for runs in cells.values() for run in runs):
+        plots["forgetting"] = _curves(cells, "write", lambda run: run.after)
+    return [save_plot(panels, folder / f"{name}.png") for name, panels in plots.items()]
+
+
+def _recall_damage(cells: Mapping[str, Sequence[CellRun]]) -> list[Panel]:
+    """A point a seed: up and to the left is better. Crosses are cells with a write that was rolled back."""
+    panels = []
+    for title, reworded in (("written questions", False), ("paraphrases", True)):
+        curves = []
+        for series, (label, runs) in enumerate(cells.items()):
+            for run in runs:
+                refused = any(line.outcome == "rolled_back" for line in run.writes)
+                damage, recall = [run.after[-1].text("text", "damage")], [_recall(run.after[-1], reworded)]
+                curves.append(Curve(damage, recall, series, label, "crosses" if refused else "points"))
+        x_label = "damage (nats per token of unrelated text)"
+        panels.append(Panel(x_label, "recall %", tuple(curves), title, y_range=_SHARES))
+    return panels
+
+
+def _curves(
+    cells: Mapping[str, Sequence[CellRun]], unit: str, points: Callable[[CellRun], Sequence[Point]]
+) -> list[Panel]:
+    """Recall and damage, from the untouched model on."""
+    recall: list[Curve] = []
+    damage: list[Curve] = []
+    for series, (label, runs) in enumerate(cells.items()):
+        seeds = [points(run) for run in runs]
+        for curve in seeds if len(seeds) > 1 else []:
+            recall.append(_curve([[point] for point in curve], _written, series, "", "thin"))
+            damage.append(_curve([[point] for point in curve], _damage, series, "", "thin"))
+        columns = list(zip(*seeds, strict=False))  # a write that diverged has fewer steps
+        recall.append(_curve(columns, _written, series, label, "line"))
+        recall.append(_curve(columns, _reworded, series, "", "dashed"))
+        damage.append(_curve(columns, _damage, series, label, "line"))
+    title, y_label = "full: written, dashed: paraphrases", "recall % of what is written so far"
+    return [
+        Panel(unit, y_label, tuple(recall), title, y_range=_SHARES, steps=True),
+        Panel(unit, "nats per token", tuple(damage), "damage to unrelated text", steps=True),
+    ]
+
+
+def _curve(
+    columns: Sequence[Sequence[Point]],
+    value: Callable[[Point], float],
+    series: int,
+    label: str,
+    style: Style,
+) -> Curve:
+    means = [_mean([value(point) for point in column]) for column in columns]
+    return Curve(range(len(means)), means, series, label, style)
+
+
+def _recall(point: Point, reworded: bool) -> float:
+    return 100 * _mean(list(point.recall(reworded, "em").values()))
+
+
+def _written(point: Point) -> float:
+    return _recall(point, reworded=False)
+
+
+def _reworded(point: Point) -> float:
+    return _recall(point, reworded=True)
+
+
+def _damage(point: Point) -> float:
+    return point.text("text", "damage")

@@ -24,7 +24,7 @@ from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.writer import BatchedWriter
 from cluster.common.display import Display
 from cluster.common.git import git_commit
-from cluster.measure.report import rich_table
+from cluster.measure.report import show
 from cluster.probe.cards import cards_of
 from cluster.probe.cell import in_writes, points_of, run_cell
 from cluster.probe.examiner import Examiner
@@ -99,7 +99,7 @@ def probe(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions, displ
         status = "FINISHED"
     finally:
         tracker.finish(status)
-    _show(report, display)
+    show(report.document(), display)
     display.say(f"report:  {prepared.folder / 'report.md'}")
     display.say(f"metrics: {tracker.location}")
     return report
@@ -325,13 +325,6 @@ def _in_short(run: CellRun) -> str:
     share = [100 * sum(values) / len(values) if values else float("nan") for values in asked]
     note = f", {refused} of {len(run.writes)} writes ROLLED BACK" if refused else ""
     return f"recall {share[0]:.0f} %, of paraphrases {share[1]:.0f} %, damage {last.text('text', 'damage'):.3f}{note}"
-
-
-def _show(report: ProbeReport, display: Display) -> None:
-    for table in report.tables():
-        display.console.print(rich_table(table.title, table.header, table.rows))
-    for note in report.notes():
-        display.say(note)
 
 
 def _digest(value: object) -> str:

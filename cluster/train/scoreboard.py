@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 
 from cluster.common.display import Display
 from cluster.inspection.recorder import EpisodeRecorder
-from cluster.measure.report import HEADER, LEGEND, MOST_CATEGORIES, Report, rich_table, save_report
+from cluster.measure.report import show
 from cluster.measure.rows import (
     EpisodeSource,
     EvaluationRow,
-    RowResult,
     evaluate_row,
     load_row,
     row_metrics,
@@ -24,6 +23,7 @@ from cluster.measure.rows import (
 )
 from cluster.tracking.tracker import Tracker
 from cluster.train.prepare import RunFolder, RunSpec
+from cluster.train.report import STAGES, save_report, training_report
 from configs.schema import MemoryPolicy, RunConfig
 
 _MEMORY_NAMES: Mapping[MemoryPolicy, str] = {
@@ -40,13 +40,6 @@ _MEMORY_NAMES: Mapping[MemoryPolicy, str] = {
     "hybrid": "summary + TMEM",
     "custom": "custom memory",
 }
-ROW_ORDER = ("memory_off", "before", "after_warm_start", "after_rl")
-_COMPARED = (
-    ("before", "after_rl"),
-    ("after_warm_start", "after_rl"),
-    ("memory_off", "after_rl"),
-    ("memory_off", "before"),
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,32 +101,12 @@ class Scoreboard:
     def report(self, rewards: tuple[float, ...]) -> None:
         """Show the table and what it means; save and track the same."""
         config, display = self.spec.config, self.observers.display
-        files = {key: self.folder.row(key) for key in ROW_ORDER}
-        rows = {key: load_row(file) for key, file in files.items() if file.exists()}
-        report = Report(
-            tuple(rows.values()),
-            rewards,
-            config.evaluation.bootstrap_samples,
-            config.seed,
-            config.evaluation.temperature,
-        )
-        pairs = [(before, after) for before, after in _COMPARED if before in rows and after in rows]
-        comparisons = report.comparisons([(rows[before].label, rows[after].label) for before, after in pairs])
-        display.console.print(rich_table(report.title, HEADER, report.cells()))
-        display.say(LEGEND)
-        header, by_category = report.category_cells("f1")
-        if 0 < len(by_category) <= MOST_CATEGORIES:
-            display.console.print(rich_table("By category", header, by_category))
-        for comparison in comparisons:
-            display.say(comparison.sentence)
-        _show_failures(display, list(rows.values()))
-        for path in save_report(report, comparisons, self.folder.report):
+        files = {stage: self.folder.row(stage) for stage in STAGES}
+        rows = {stage: load_row(file) for stage, file in files.items() if file.exists()}
+        samples, temperature = config.evaluation.bootstrap_samples, config.evaluation.temperature
+        report = training_report(rows, rewards, samples, config.seed, temperature)
+        show(report.document(), display)
+        for path in save_report(report, self.folder.report):
             self.observers.tracker.artifact(path)
         display.say(f"report:  {self.folder.report}")
         display.say(f"metrics: {self.observers.tracker.location}")
-
-
-def _show_failures(display: Display, rows: Sequence[RowResult]) -> None:
-    for row in rows:
-        for message in sorted(set(row.failed))[:3]:
-            display.say(f"{row.label}: {row.failed.count(message)} episode(s) failed: {message}")

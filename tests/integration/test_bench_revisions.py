@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.bench.report import markdown
-from cluster.bench.suite import run_one
+from cluster.bench.run import section
+from cluster.bench.suite import Entry, run_one
 from cluster.bench.values import Context
 
 
@@ -28,4 +28,5 @@ def test_the_benchmark_measures_every_part(tiny_model_path: Path, tmp_path: Path
     install, both = (case.candidate_values for case in outcome.cases[:2])
     assert all(slot_too > alone for alone, slot_too in zip(install, both, strict=True))
     assert [row[0] for row in outcome.tables[0].rows] == ["decode, 4 sequences", "prefill, 4 sequences"]
-    assert "decode, 4 sequences" in markdown({}, {"revisions": outcome}, {"revisions": "about"})
+    cases, *_ = section(Entry("revisions", "about"), outcome).tables
+    assert "decode, 4 sequences" in [row[0] for row in cases.rows]

@@ -1,10 +1,11 @@
-"""Small cells with made-up results, a comparison over them, and scripted workers, for the tests of the report and of what is run."""
+"""Small cells with made-up results, a comparison over them, and scripted workers."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,26 +31,18 @@ PEAK = PeakMemory(100, 0, "")
 Counts = dict[tuple[str, int], int]  # by the cell's key and the task's position
 
 
+@cache
 def plan(*rows: str, seeds: tuple[int, ...] = (0, 1), sweep: tuple[str, ...] = ()) -> Plan:
-    return plan_cells(
-        Request(Path("configs/quickstart.yaml"), (), None, rows, ("recall",), seeds, "", sweep, "")
-    )
+    config = Path("configs/quickstart.yaml")
+    return plan_cells(Request(config, (), None, rows, ("recall",), seeds, "", sweep, ""))
 
 
 def comparison(folder: Path, planned: Plan, tasks: int = 3) -> Comparison:
-    """Without a model or a basis: for what needs neither."""
+    """Without weights or a basis: scripted workers need neither."""
     store = CellStore(folder / "cells", {"policy": "the base model"})
-    listed = tuple(task_at(position) for position in range(tasks))
     keys = [cell.key for cell in planned.cells]
-    return Comparison(
-        planned,
-        MODEL,
-        None,
-        folder,
-        store,
-        dict.fromkeys(keys, listed),
-        dict.fromkeys(keys, folder / "basis"),
-    )
+    by_cell = dict.fromkeys(keys, tuple(task_at(position) for position in range(tasks)))
+    return Comparison(planned, MODEL, None, folder, store, by_cell, dict.fromkeys(keys, folder / "basis"))
 
 
 def scored(
@@ -61,9 +54,8 @@ def scored(
     context: int = 60,
     **parts: float,
 ) -> EpisodeScore:
-    answer = Answer(
-        "Where?", ("here",), "here", category, {"f1": f1, "em": float(f1 == 1.0), "official_f1": f1 / 2}
-    )
+    scores = {"f1": f1, "em": float(f1 == 1.0), "official_f1": f1 / 2}
+    answer = Answer("Where?", ("here",), "here", category, scores)
     counts = {"accepted": 1, "empty": 0, "rolled_back": 0}
     return EpisodeScore(
         task, item, f1, {"f1": f1, **parts}, (answer,), counts, {"malformed": 1}, tokens, 20, context, 1.5
@@ -85,7 +77,7 @@ def any_worker(worker: object) -> Any:
 
 
 class Worker:
-    """Plays every task; dies at those of ``fatal``, and fails at those of ``failing``, as long as their count lasts."""
+    """Plays every task. Dies at those of ``fatal`` and fails at those of ``failing`` until their count is used."""
 
     name = "worker-0"
 
@@ -108,7 +100,7 @@ class Worker:
 
 
 class Stage:
-    """Ray and workers for the time of a test: what was started, what was played."""
+    """Ray and workers during a test: notes what was started and played."""
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cluster.bench import run as bench_run
 from cluster.bench.harness import child, in_turns
-from cluster.bench.report import as_json, case_cells, markdown, metrics
+from cluster.bench.run import case_cells, metrics, save
 from cluster.bench.suite import SUITE, Entry, find
 from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Timing
 from cluster.cli import EXIT_USAGE, main
@@ -104,13 +104,16 @@ def test_the_report_holds_every_value_and_says_what_it_compared(tmp_path: Path) 
         (tmp_path / "plot.png",),
         {"rate": 0.5},
     )
-    text = markdown({"machine": "two cores"}, {"writer": outcome}, {"writer": "one against the other"})
+    entry = Entry("writer", "one against the other")
+    markdown, saved = save(tmp_path, {"machine": "two cores"}, {entry: outcome})
+    text = markdown.read_text()
+    assert "- machine: two cores" in text
     assert "one against the other." in text
     measured = "PEFT loop: 8 s | writer: 2 s | baseline/candidate 6 [5, 6] | at least 7 | MISSED |"
     assert rf"| eight \| episodes | {measured}" in text
     assert "- eight | episodes: a note" in text
     assert "| 8 | 12 |" in text and "![plot](plot.png)" in text
-    data = json.loads(as_json({}, {"writer": outcome}))["benchmarks"]["writer"]
+    data = json.loads(saved.read_text())["benchmarks"]["writer"]
     assert data["cases"][0]["baseline_values"] == [6.0, 12.0, 8.0]
     assert metrics("writer", outcome) == {"bench/writer/eight___episodes": 6.0, "bench/writer/rate": 0.5}
 

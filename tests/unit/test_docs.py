@@ -30,7 +30,7 @@ from cluster.train.metrics import (
     worker_metrics,
     worker_timeline,
 )
-from cluster.train.scoreboard import ROW_ORDER
+from cluster.train.report import STAGES
 from cluster.train.step_checkpoints import METRICS
 from configs.load import ConfigError, load_config
 from configs.reference import PATH, reference, settings
@@ -158,7 +158,7 @@ def _logged() -> set[str]:
         worker_timeline(phase_seconds({}, {"worker-0": worker})),
         fleet.metrics(),
         warm_start_metrics(_zeros(WarmStartReport)),
-        *(row_metrics(row, key) for key in (*ROW_ORDER, METRICS)),
+        *(row_metrics(row, key) for key in (*STAGES, METRICS)),
     ]
     return {name for some in figures for name in some}
 

@@ -1,17 +1,18 @@
-"""What an evaluation shows: pooled seeds, paired differences, honest p-values, costs, and the files."""
+"""What an evaluation shows: pooled seeds, paired differences, adjusted p-values, costs, and the files."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from cluster.evaluation.plots import context_lines, save_plots
-from cluster.evaluation.report import ComparisonReport, markdown, save_comparison
+from cluster.evaluation.report import ComparisonReport, context_lines, save_comparison, save_plots
 from cluster.evaluation.summary import Bootstrap, RowSummary, compare_rows, summarize
-from cluster.measure.statistics import holm
+from cluster.measure.report import markdown
+from cluster.measure.rows import EpisodeScore
 from tests.unit.comparison_cases import MODEL, plan, result, scored
 
 BOOTSTRAP = Bootstrap(500, 0)
@@ -22,14 +23,18 @@ GOLDEN = """\
 
 ## recall
 
-| row | tasks | F1 % [95% CI] | EM % [95% CI] | official_f1 % [95% CI] | count_mismatch | F1 against truncation | p |
+### Scores
+
+| row | tasks | F1 % [95% CI] | EM % [95% CI] | official_f1 % [95% CI] | count_mismatch | \
+F1 against truncation | p |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 | truncation | 4 (1 failed) | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.500 | - | - |
 | tmem | 4 | 50.0 [50.0, 50.0] | 0.0 [0.0, 0.0] | 25.0 [25.0, 25.0] | - | +50.0 [+50.0, +50.0] | 0.228 |
-| hybrid | 2 (1 of 2 cells missing) | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | - | +0.0 [+0.0, +0.0] | 1.000 |
+| hybrid | 2 (1 of 2 cells missing) | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | - | \
++0.0 [+0.0, +0.0] | 1.000 |
 
-Intervals: 95 % bootstrap over different questions, seeds pooled. p: sign-flip test, paired with the baseline, adjusted for all 2 comparison(s) \
-of this report (Holm).
+Intervals: 95 % bootstrap over different questions, seeds pooled. p: sign-flip test, paired with the \
+baseline, adjusted for all 2 comparison(s) of this report (Holm).
 
 ### F1 % by category (tasks)
 
@@ -72,40 +77,28 @@ def report() -> ComparisonReport:
 
 
 def test_markdown_is_as_it_should_be() -> None:
-    text = markdown(report(), [Path("recall-cost-tokens.png")])
+    text = markdown(report().document([Path("recall-cost-tokens.png")]))
     assert text.startswith(GOLDEN)
     cost = text[text.index("### Cost") :]
     assert "| truncation | 100+20 | 1.5 | 70 | 0.0 | 512 | - | 4/0/0 | usd 1 |" in cost
-    assert "- tmem: malformed 4" in cost
+    assert "| tmem | malformed 4 |" in cost
     assert "![recall-cost-tokens](recall-cost-tokens.png)" in cost
-    assert (
-        "- recall: tmem against truncation: F1 +50.0 [+50.0, +50.0] points on 4 questions, adjusted p = 0.228: NOT significant."
-        in cost
-    )
-    assert (
-        "- recall: hybrid against truncation: F1 +0.0 [+0.0, +0.0] points on 2 questions, adjusted p = 1.000: NOT significant."
-        in cost
-    )
+    gain = "F1 +50.0 [+50.0, +50.0] points on 4 questions, adjusted p = 0.228: NOT significant."
+    nothing = "F1 +0.0 [+0.0, +0.0] points on 2 questions, adjusted p = 1.000: NOT significant."
+    assert f"- recall: tmem against truncation: {gain}" in cost
+    assert f"- recall: hybrid against truncation: {nothing}" in cost
     assert "- recall, truncation: 1 episode(s) failed and are left out: engine: out of memory" in cost
     assert "- recall, hybrid: NOT MEASURED, seed 1: worker-0 died during task t1" in cost
 
 
-def test_holm_is_the_textbooks() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.7]) == [1.0, 1.0]
-    assert holm([]) == []
+def one_seed(label: str, episodes: list[EpisodeScore], seed: int = 0) -> RowSummary:
+    return RowSummary("b", label, 1, ((seed, result(label, episodes)),), ())
 
 
 def test_a_question_that_a_seed_repeats_is_no_new_evidence() -> None:
-    """The same four questions under five seeds: the interval must be that of four questions, not of twenty."""
+    """The same four questions under five seeds: the interval is that of four questions, not of twenty."""
     values = (0.0, 0.0, 1.0, 1.0)
-    once = RowSummary(
-        "b",
-        "r",
-        1,
-        ((0, result("r", [scored(f"t{n}", f"q{n}", value) for n, value in enumerate(values)])),),
-        (),
-    )
+    once = one_seed("r", [scored(f"t{n}", f"q{n}", value) for n, value in enumerate(values)])
     again = [
         (seed, result("r", [scored(f"t{seed}-{n}", f"q{n}", value) for n, value in enumerate(values)]))
         for seed in range(5)
@@ -117,22 +110,20 @@ def test_a_question_that_a_seed_repeats_is_no_new_evidence() -> None:
 
 def test_pairs_share_seed_and_task() -> None:
     """The rows' means are equal; only pairs of one seed and task show that each of them lost or won."""
-    first = RowSummary(
-        "b", "one", 1, ((0, result("one", [scored("t0", "a", 0.0), scored("t1", "b", 1.0)])),), ()
-    )
-    second = RowSummary(
-        "b",
-        "two",
-        1,
-        ((0, result("two", [scored("t1", "b", 0.4), scored("t0", "a", 0.6), scored("t9", "c", 1.0)])),),
-        (),
-    )
-    (found,) = compare_rows((first, second), (("two", "one"),), BOOTSTRAP)
-    assert found.difference.count == 2
-    assert found.difference.mean == pytest.approx(0.0)
-    other_seed = RowSummary("b", "two", 1, ((1, second.cells[0][1]),), ())
+    first = one_seed("one", [scored("t0", "a", 0.0), scored("t1", "b", 1.0)])
+    episodes = [scored("t1", "b", 0.4), scored("t0", "a", 0.6), scored("t9", "c", 1.0)]
+    (compared,) = compare_rows((first, one_seed("two", episodes)), (("two", "one"),), BOOTSTRAP)
+    assert compared.difference.count == 2
+    assert compared.difference.mean == pytest.approx(0.0)
+    other_seed = one_seed("two", episodes, seed=1)
     (nothing,) = compare_rows((first, other_seed), (("two", "one"),), BOOTSTRAP)
     assert nothing.difference.count == 0
+
+
+def test_a_difference_is_the_row_minus_its_baseline() -> None:
+    low, high = one_seed("low", [scored("t0", "a", 0.25)]), one_seed("high", [scored("t0", "a", 0.75)])
+    (compared,) = compare_rows((low, high), (("high", "low"),), BOOTSTRAP)
+    assert (compared.label, compared.baseline, compared.difference.mean) == ("high", "low", 0.5)
 
 
 def test_costs_are_means_peaks_and_sums() -> None:
@@ -147,33 +138,29 @@ def test_costs_are_means_peaks_and_sums() -> None:
         2,
         {"malformed": 2},
     )
-    assert (
-        cost.kv_bytes == 2 * 2 * 1 * 32 * 4 * 80
-    )  # keys and values, layers, key-value heads, their size, bytes, tokens
+    # keys and values, layers, key-value heads, their size, bytes, tokens
+    assert cost.kv_bytes == 2 * 2 * 1 * 32 * 4 * 80
     assert cost.resident_bytes is None  # one of the two is unknown: so is the worst
 
 
 def test_files_hold_every_figure(tmp_path: Path) -> None:
     made = report()
-    paths = {path.name: path for path in save_comparison(made, [], tmp_path)}
+    paths = {path.name: path for path in save_comparison(made, tmp_path)}
     with paths["report.csv"].open() as file:
         lines = list(csv.DictReader(file))
     assert {line["row"] for line in lines} == {"truncation", "tmem", "hybrid"}
-    found = {(line["row"], line["measure"], line["category"]): line for line in lines}
-    assert float(found["tmem", "f1", ""]["value"]) == 0.5
-    assert float(found["tmem", "official_f1", "all but adversarial"]["value"]) == 0.25
-    assert float(found["truncation", "judge_usd", ""]["value"]) == 1.0
-    assert float(found["tmem", "event_malformed", ""]["value"]) == 4.0
+    by_place = {(line["row"], line["measure"], line["category"]): line for line in lines}
+    assert float(by_place["tmem", "f1", ""]["value"]) == 0.5
+    assert float(by_place["tmem", "official_f1", "all but adversarial"]["value"]) == 0.25
+    assert float(by_place["truncation", "judge_usd", ""]["value"]) == 1.0
+    assert float(by_place["tmem", "event_malformed", ""]["value"]) == 4.0
     data = json.loads(paths["report.json"].read_text(), parse_constant=pytest.fail)
-    assert [one["row"] for one in data["comparisons"]] == ["tmem", "hybrid"]
+    assert [comparison["row"] for comparison in data["comparisons"]] == ["tmem", "hybrid"]
     assert len(data["figures"]) == len(lines)
     metrics = made.metrics()
     assert metrics["eval/recall/tmem/f1"] == 0.5
     assert metrics["eval/recall/truncation/failed_episodes"] == 1.0
-    assert all(
-        set(key) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. /")
-        for key in metrics
-    )
+    assert all(re.fullmatch(r"[A-Za-z0-9_\-. /]+", key) for key in metrics)  # what MLflow allows
 
 
 def test_plots_are_drawn_against_cost_and_against_l_max(tmp_path: Path) -> None:
@@ -187,19 +174,15 @@ def test_plots_are_drawn_against_cost_and_against_l_max(tmp_path: Path) -> None:
     assert {name: [row.max_context_tokens for row in line] for name, line in lines.items()} == {
         "truncation": [54, 100]
     }
-    plots = save_plots(swept, [row.cost(MODEL, 4) for row in swept], BOOTSTRAP, tmp_path)
+    pairs = [(row, row.cost(MODEL, 4)) for row in swept]
+    plots = save_plots(pairs, BOOTSTRAP, tmp_path)
     assert [plot.name for plot in plots] == [
         "recall-cost-tokens.png",
         "recall-cost-seconds.png",
         "recall-context.png",
     ]
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
-    assert (
-        len(save_plots(swept, [row.cost(MODEL, 4) for row in swept], Bootstrap(1, 0), tmp_path)) == 3
-    )  # one resample: the mean is outside
-    assert (
-        save_plots(
-            [RowSummary("b", "r", 1, (), ("not run yet",))], [swept[0].cost(MODEL, 4)], BOOTSTRAP, tmp_path
-        )
-        == []
-    )
+    one_sample = Bootstrap(1, 0)  # then the mean lies beyond its interval
+    assert len(save_plots(pairs, one_sample, tmp_path)) == 3
+    without_score = (RowSummary("b", "r", 1, (), ("not run yet",)), pairs[0][1])
+    assert save_plots([without_score], BOOTSTRAP, tmp_path) == []

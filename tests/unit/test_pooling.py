@@ -1,4 +1,4 @@
-"""Runs pooled over seeds: gains are paired by seed, task and item, groups compared on what both played, a mixture is refused."""
+"""Runs pooled over seeds: gains are paired by seed, task and item, and groups compared on shared tasks."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from actors.types import Answer
 from cluster.cli import main
 from cluster.common.errors import CheckpointError
 from cluster.compare.command import _EXAMPLES
-from cluster.compare.report import Pool, save_pool
+from cluster.compare.report import Pool, pool_groups, save_pool
 from cluster.compare.runs import FREE, MAY_DIFFER, load_groups
 from cluster.measure.rows import EpisodeScore, RowResult, save_row
 from cluster.measure.statistics import holm
 from configs.load import load_config, to_yaml
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-FIXED = "question {number}"  # the item where every seed is asked the same
-BEFORE, AFTER = (
-    (0.0, 0.5, 0.5, 0.25, 0.0, 0.5),
-    (0.5, 0.25, 1.0, 0.25, 0.25, 0.5),
-)  # six questions: a gain that may be chance
+FIXED = "question {number}"  # the item where every seed gets the same questions
+BEFORE = (0.0, 0.5, 0.5, 0.25, 0.0, 0.5)
+AFTER = (0.5, 0.25, 1.0, 0.25, 0.25, 0.5)  # six questions: a gain that may be chance
 
 
 def save_run(
@@ -34,22 +32,19 @@ def save_run(
     more: Sequence[str] = (),
     item: str = "seed {seed}, question {number}",
 ) -> Path:
-    """A run whose tasks 0, 1, ... scored the given F1 at each stage; a stage without scores has one failed episode."""
+    """A run whose tasks 0, 1, ... have the given F1 at each stage; without scores, one failed episode."""
     run = folder / f"{name}-{seed}-{len(more)}"
     (run / "report").mkdir(parents=True)
-    (run / "config.yaml").write_text(
-        to_yaml(load_config(QUICKSTART, [f"name={name}", f"seed={seed}", *more]))
-    )
+    config = load_config(QUICKSTART, [f"name={name}", f"seed={seed}", *more])
+    (run / "config.yaml").write_text(to_yaml(config))
     for stage, scores in stages.items():
         episodes = tuple(
             episode(f"task-{seed}-{number}", item.format(seed=seed, number=number), score)
             for number, score in enumerate(scores)
         )
-        save_row(
-            RowResult(stage, 0, episodes, () if scores else ("engine: out of memory",)),
-            run / "evaluation" / f"{stage}.json",
-        )
-    (run / "report" / "report.json").write_text(json.dumps({"rewards": [0.1, 0.2, 0.3]}))
+        failed = () if scores else ("engine: out of memory",)
+        save_row(RowResult(stage, 0, episodes, failed), run / "evaluation" / f"{stage}.json")
+    (run / "report" / "report.json").write_text(json.dumps({"rewards": [0.1, 0.2, 0.3], "rows": []}))
     return run
 
 
@@ -58,106 +53,109 @@ def episode(task: str, item: str, score: float) -> EpisodeScore:
     return EpisodeScore(task, item, score, {}, (answer,), {}, {}, 1, 1, 1, 0.0)
 
 
+def pooled(*folders: Path, samples: int = 50) -> Pool:
+    return pool_groups(load_groups(folders), samples, 0)
+
+
+def rows_of(pool: Pool, place: int) -> tuple[tuple[str, ...], ...]:
+    return list(pool.tables())[place].rows
+
+
 def test_gains_are_paired_and_groups_compared_on_shared_tasks(tmp_path: Path) -> None:
-    folders = [
+    """Seed 1 and the third task were not played by both groups."""
+    pool = pooled(
         save_run(tmp_path, "tmem", 0, {"after_warm_start": [0.0, 0.5], "after_rl": [0.5, 1.0]}),
         save_run(tmp_path, "tmem", 1, {"after_warm_start": [0.25, 0.5], "after_rl": [0.5, 0.5]}),
         save_run(tmp_path, "off", 0, {"after_warm_start": [0.0, 0.0, 0.0], "after_rl": [0.0, 0.25, 1.0]}),
-    ]
-    pool = Pool(load_groups(folders), 1000, 0)
-    tmem, off = pool.gains()
-    assert (tmem.name, tmem.difference.count, tmem.difference.mean, tmem.by_seed) == (
-        "tmem",
-        4,
-        0.3125,
-        (0.5, 0.125),
     )
+    tmem, off = pool.gains
+    assert (tmem.name, tmem.stage, tmem.by_seed) == ("tmem", "after_warm_start", (0.5, 0.125))
+    assert (tmem.difference.count, tmem.difference.mean) == (4, 0.3125)
     assert (off.difference.count, off.difference.mean) == (3, pytest.approx(1.25 / 3))
-    (versus,) = pool.versus()
-    assert (versus.name, versus.other, versus.difference.count) == (
-        "tmem",
-        "off",
-        2,
-    )  # seed 1 and the third task were not played by both
+    (versus,) = pool.versus
+    assert (versus.name, versus.other, versus.difference.count) == ("tmem", "off", 2)
     assert versus.difference.mean == pytest.approx(0.5 - 0.125)
 
 
+def test_groups_are_compared_since_the_last_stage_before_rl(tmp_path: Path) -> None:
+    stages = {"before": [0.0], "after_warm_start": [0.25], "after_rl": [1.0]}
+    warm = save_run(tmp_path, "warm", 0, stages)
+    also = save_run(tmp_path, "also", 0, {**stages, "after_rl": [0.5]})
+    cold = save_run(tmp_path, "cold", 0, {"before": [0.5], "after_rl": [0.5]})
+    first, second = pooled(warm, also, cold).versus
+    assert (first.other, first.stage, first.difference.mean) == ("also", "after_warm_start", 0.5)
+    assert (second.other, second.stage, second.difference.mean) == ("cold", "before", 1.0)
+
+
 def test_a_question_under_several_seeds_is_no_new_evidence(tmp_path: Path) -> None:
-    """A fixed eval set under five seeds: interval and p must be those of six questions, not of thirty."""
-    stages = {"before": BEFORE, "after_rl": AFTER}
-    off = {"before": BEFORE, "after_rl": BEFORE}
-    once = [
+    """A fixed eval set under five seeds: interval and p are those of six questions, not of thirty."""
+    stages, off = {"before": BEFORE, "after_rl": AFTER}, {"before": BEFORE, "after_rl": BEFORE}
+    once = pooled(
         save_run(tmp_path / "once", "tmem", 0, stages, item=FIXED),
         save_run(tmp_path / "once", "off", 0, off, item=FIXED),
-    ]
+        samples=500,
+    )
     again = [
         save_run(tmp_path, name, seed, played, item=FIXED)
         for name, played in (("tmem", stages), ("off", off))
         for seed in range(5)
     ]
-    one, five = (Pool(load_groups(folders), 2000, 0) for folders in (once, again))
-    assert [gain.difference for gain in five.gains()] == [gain.difference for gain in one.gains()]
-    assert [versus.difference for versus in five.versus()] == [versus.difference for versus in one.versus()]
-    assert five.gains()[0].difference.p_value > 0.1
-    assert five.tables()[0].rows[0][2:4] == ("30 of 6 questions", one.tables()[0].rows[0][3])
+    five = pooled(*again, samples=500)
+    assert [gain.difference for gain in five.gains] == [gain.difference for gain in once.gains]
+    assert [versus.difference for versus in five.versus] == [versus.difference for versus in once.versus]
+    assert five.gains[0].difference.p_value > 0.1
+    assert rows_of(five, 0)[0][2:4] == ("30 of 6 questions", rows_of(once, 0)[0][3])
 
-    apart = Pool(
-        load_groups([save_run(tmp_path / "apart", "tmem", seed, stages) for seed in range(5)]), 2000, 0
-    )
-    assert apart.gains()[0].difference.count == 30  # thirty questions are more evidence
-    assert apart.gains()[0].difference.p_value < 0.01
+    folders = [save_run(tmp_path / "apart", "tmem", seed, stages) for seed in range(5)]
+    apart = pooled(*folders, samples=500).gains[0].difference
+    assert apart.count == 30  # thirty questions are more evidence
+    assert apart.p_value < 0.05
 
 
 def test_seeds_of_one_question_are_averaged(tmp_path: Path) -> None:
-    folders = [
+    """The first question gained (1 + 0) / 2, the other 0."""
+    pool = pooled(
         save_run(tmp_path, "tmem", 0, {"before": [0.0, 0.0], "after_rl": [1.0, 0.0]}, item=FIXED),
         save_run(tmp_path, "tmem", 1, {"before": [0.5], "after_rl": [0.5]}, item=FIXED),
-    ]
-    (gain,) = Pool(load_groups(folders), 100, 0).gains()
-    assert (gain.difference.count, gain.difference.mean, gain.by_seed) == (
-        2,
-        0.25,
-        (0.5, 0.0),
-    )  # (1 + 0) / 2 of the first question, 0 of the other
+    )
+    (gain,) = pool.gains
+    assert (gain.difference.count, gain.difference.mean, gain.by_seed) == (2, 0.25, (0.5, 0.0))
 
 
 def test_equal_ids_of_different_questions_are_not_paired(tmp_path: Path) -> None:
-    """Recall calls its tasks by seed and place, whatever environment.recall.* asks."""
+    """Recall names its tasks by seed and place, whatever environment.recall.* asks."""
     stages = {"before": [0.0, 0.5], "after_rl": [0.5, 1.0]}
     other = save_run(tmp_path, "long", 0, stages, item="another question {number}")
     mixed = save_run(tmp_path, "mixed", 0, {"before": [0.0], "after_rl": [0.0]})
-    pool = Pool(load_groups([save_run(tmp_path, "tmem", 0, stages), other, mixed]), 100, 0)
-    first, second = pool.versus()
+    pool = pooled(save_run(tmp_path, "tmem", 0, stages), other, mixed)
+    first, second = pool.versus
     assert (first.difference.count, first.not_paired) == (0, 2)
     assert (second.difference.count, second.difference.mean, second.not_paired) == (1, 0.5, 0)
-    assert pool.tables()[2].rows[0] == ("tmem", "long", "before", "0", "-", "-")
-    (note,) = pool.notes()[1:]
-    assert (
-        "tmem and long: 2 task(s) of the same seed and id ask different things" in note and "\n" not in note
-    )
-    apart = Pool(load_groups([mixed, save_run(tmp_path, "tmem", 1, stages)]), 100, 0)
-    assert apart.notes()[1:] == ["mixed and tmem share no finished task: their gains cannot be compared."]
+    assert rows_of(pool, 2)[0] == ("tmem", "long", "before", "0", "-", "-")
+    (note,) = list(pool.notes())[1:]
+    assert "tmem and long: 2 task(s) of the same seed and id ask different things" in note
+    assert "\n" not in note
+    apart = pooled(mixed, save_run(tmp_path, "tmem", 1, stages))
+    said = "mixed and tmem share no finished task: their gains cannot be compared."
+    assert list(apart.notes())[1:] == [said]
 
 
 def test_what_failed_is_a_dash_and_null_and_no_test(tmp_path: Path) -> None:
     stages, failed = {"before": BEFORE, "after_rl": AFTER}, {"before": BEFORE, "after_rl": []}
-    folders = [
+    pool = pooled(
         save_run(tmp_path, "tmem", 0, stages),
         save_run(tmp_path, "tmem", 1, failed),
         save_run(tmp_path, "off", 0, failed),
-    ]
-    pool = Pool(load_groups(folders), 2000, 0)
-    gains = pool.tables()[1].rows
-    assert gains[0][-1].endswith(", -") and gains[1][3:] == ("0", "-", "-", "-")
-    assert (
-        gains[0][5]
-        == f"{pool.gains()[0].difference.p_value:.4f}"
-        != f"{holm([pool.gains()[0].difference.p_value, 1.0])[0]:.4f}"
+        samples=500,
     )
-    assert pool.tables()[0].rows[-1] == ("off (seeds 0)", "after_rl", "0", "-", "-", "1")
+    gains = rows_of(pool, 1)
+    assert gains[0][-1].endswith(", -") and gains[1][3:] == ("0", "-", "-", "-")
+    p_value = pool.gains[0].difference.p_value
+    assert gains[0][5] == f"{p_value:.4f}" != f"{holm([p_value, 1.0])[0]:.4f}"
+    assert rows_of(pool, 0)[-1] == ("off (seeds 0)", "after_rl", "0", "-", "-", "1")
     save_pool(pool, tmp_path / "pool")
-    found = json.loads((tmp_path / "pool" / "pool.json").read_text(), parse_constant=pytest.fail)
-    assert found["gains"][0]["by_seed"][1] is None and found["gains"][1]["difference"]["mean"] is None
+    saved = json.loads((tmp_path / "pool" / "pool.json").read_text(), parse_constant=pytest.fail)
+    assert saved["gains"][0]["by_seed"][1] is None and saved["gains"][1]["difference"]["mean"] is None
     assert "nan" not in (tmp_path / "pool" / "pool.md").read_text()
 
 
@@ -165,8 +163,8 @@ def test_models_that_differ_inside_a_group_are_named(tmp_path: Path) -> None:
     stages = {"before": [0.0], "after_rl": [0.5]}
     folders = [save_run(tmp_path, "tmem", seed, stages, [f"model.name=start-{seed}"]) for seed in (0, 1)]
     note = "tmem: its runs start from different models (seed 0: start-0, seed 1: start-1)."
-    pool = Pool(load_groups([*folders, save_run(tmp_path, "off", 0, stages)]), 100, 0)
-    assert pool.notes()[1:] == [note]
+    pool = pooled(*folders, save_run(tmp_path, "off", 0, stages))
+    assert list(pool.notes())[1:] == [note]
     save_pool(pool, tmp_path / "pool")
     assert f"- {note}\n" in (tmp_path / "pool" / "pool.md").read_text()
     for text in (_EXAMPLES, MAY_DIFFER):
@@ -183,23 +181,21 @@ def test_an_output_that_cannot_be_written_is_one_line_before_the_tables(
     for folder, reason in ((file, "it is no folder"), (file / "pool", "Not a directory")):
         assert main(["pool", str(run), "--output", str(folder)]) == 2
         said = capsys.readouterr()
-        assert (said.out, said.err) == (
-            "",
-            f"error: {folder}: cannot be written ({reason}); name another folder with --output\n",
-        )
+        cure = "name another folder with --output"
+        assert (said.out, said.err) == ("", f"error: {folder}: cannot be written ({reason}); {cure}\n")
     assert file.read_text() == "mine"
-    assert main(["pool", str(run), "--output", str(tmp_path / "taken")]) == 2  # found only when it is written
+    taken = str(tmp_path / "taken")  # its pool.md is a folder: only writing shows that
+    assert main(["pool", str(run), "--output", taken]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_stage_that_one_run_has_not_got_is_left_out(tmp_path: Path) -> None:
-    folders = [
+    pool = pooled(
         save_run(tmp_path, "tmem", 0, {"before": [0.0], "after_rl": [0.5]}),
         save_run(tmp_path, "tmem", 1, {"after_rl": [0.5]}),
-    ]
-    pool = Pool(load_groups(folders), 100, 0)
-    assert pool.gains() == []
-    assert [line[1] for line in pool.tables()[0].rows] == ["after_rl"]
+    )
+    assert pool.gains == ()
+    assert [line[1] for line in rows_of(pool, 0)] == ["after_rl"]
 
 
 def test_from_the_command_line_to_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,7 +205,8 @@ def test_from_the_command_line_to_the_files(tmp_path: Path, capsys: pytest.Captu
     assert "+50.0 [+50.0, +50.0]" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "pool").iterdir()} == {"pool.md", "pool.json", "reward.png"}
     assert json.loads((tmp_path / "pool" / "pool.json").read_text())["gains"][0]["difference"]["mean"] == 0.5
-    assert "Whether it gained more" in (tmp_path / "pool" / "pool.md").read_text()
+    text = (tmp_path / "pool" / "pool.md").read_text()
+    assert "## Whether it gained more" in text and f"- tmem: {runs[0]}, {runs[1]}\n" in text
 
 
 def test_what_does_not_belong_together_is_refused_in_one_line(
@@ -217,17 +214,16 @@ def test_what_does_not_belong_together_is_refused_in_one_line(
 ) -> None:
     done = {"before": [0.0], "after_rl": [0.5]}
     first = save_run(tmp_path, "tmem", 0, done)
+    damaged = save_run(tmp_path, "damaged", 0, done)
+    (damaged / "report" / "report.json").write_text('{"rewards": ["0.1"]}')
+    again, longer = (save_run(tmp_path, "tmem", seed, done, ["train.steps=9"]) for seed in (0, 1))
+    unfinished = save_run(tmp_path, "unfinished", 0, {"before": [0.0]})
     cases = [
         ([tmp_path / "nowhere"], "holds no config.yaml"),
-        ([save_run(tmp_path, "unfinished", 0, {"before": [0.0]})], "its run has not finished"),
-        (
-            [first, save_run(tmp_path, "tmem", 0, done, ["train.steps=9"])],
-            "is a second run of name=tmem seed=0",
-        ),
-        (
-            [first, save_run(tmp_path, "tmem", 1, done, ["train.steps=9"])],
-            "has train.steps=9.* nothing but seed, model.name",
-        ),
+        ([unfinished], "its run has not finished"),
+        ([damaged], r"report\.json cannot be used: rewards.0: .*; go on with resume="),
+        ([first, again], "is a second run of name=tmem seed=0"),
+        ([first, longer], "has train.steps=9.* nothing but seed, model.name"),
     ]
     for folders, part in cases:
         with pytest.raises(CheckpointError, match=part) as caught:

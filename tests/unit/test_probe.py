@@ -25,12 +25,12 @@ from actors.types import FastWeights, Flashcard, WriteExample, WriteRequest, Wri
 from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.writer import BatchedWriter
 from cluster.cli import main
+from cluster.measure.report import colour
 from cluster.probe import run as probe_run
 from cluster.probe.cards import PARAPHRASES, cards_of, read_cards, recall_cards
 from cluster.probe.cell import in_writes, points_of, run_cell
 from cluster.probe.examiner import RUN_ON, Examiner
 from cluster.probe.grid import load_grid
-from cluster.probe.plots import cell_colour
 from cluster.probe.reading import Reader, merged_layers
 from cluster.probe.report import ProbeReport, metrics, save_report
 from cluster.probe.supervision import examples_of
@@ -471,7 +471,7 @@ def test_a_write_that_is_rolled_back_after_its_last_step_counts_no_more_than_was
 def test_no_two_cells_of_a_plot_have_one_colour(cells: int) -> None:
     from matplotlib.colors import to_rgba
 
-    assert len({to_rgba(cell_colour(number, cells)) for number in range(cells)}) == cells
+    assert len({to_rgba(colour(number, cells)) for number in range(cells)}) == cells
 
 
 def test_a_run_survives_json(tiny: SimpleNamespace) -> None:

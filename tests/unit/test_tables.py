@@ -1,18 +1,33 @@
-"""Figures for people: intervals, paired comparison, tables and files."""
+"""Figures for people: the report kit, the rows of a training run, and its report."""
 
 from __future__ import annotations
 
+import asyncio
 import csv
+import io
 import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
+from rich.console import Console
 
 from actors.types import Answer
+from cluster.common.display import Display
 from cluster.common.errors import CheckpointError
-from cluster.measure.report import HEADER, Comparison, Report, rich_table, save_report
+from cluster.measure.report import (
+    Curve,
+    Document,
+    Panel,
+    Section,
+    Table,
+    interval_text,
+    markdown,
+    running_mean,
+    save_document,
+    save_plot,
+    show,
+)
 from cluster.measure.rows import (
     EpisodeScore,
     EvaluationRow,
@@ -23,8 +38,12 @@ from cluster.measure.rows import (
     row_metrics,
     save_row,
 )
-from cluster.measure.statistics import bootstrap_interval, nested_interval, paired_difference
+from cluster.measure.statistics import PairedDifference, bootstrap_interval
+from cluster.train.report import Comparison, TrainingReport, save_report, training_report
 from configs.schema import MemoryConfig
+from tests.unit.cluster_cases import group, task_at
+
+PNG = b"\x89PNG"
 
 
 def episode(task: int, f1: float, em: float = 0.0, category: str = "home") -> EpisodeScore:
@@ -36,181 +55,159 @@ def episode(task: int, f1: float, em: float = 0.0, category: str = "home") -> Ep
 
 
 def row(label: str, values: list[float], failed: tuple[str, ...] = ()) -> RowResult:
-    return RowResult(
-        label,
-        3,
-        tuple(
-            episode(number, value, category="home" if number % 2 else "work")
-            for number, value in enumerate(values)
+    """Answers of the categories work, home, work, ..."""
+    episodes = [
+        episode(number, value, category="home" if number % 2 else "work")
+        for number, value in enumerate(values)
+    ]
+    return RowResult(label, 3, tuple(episodes), failed)
+
+
+def training(*rewards: float, **rows: RowResult) -> TrainingReport:
+    return training_report(rows, rewards, samples=50, seed=0, temperature=0.7)
+
+
+# --- the kit ----------------------------------------------------------------------------------------------
+
+DOCUMENT = Document(
+    "Speed",
+    {"machine": "two cores"},
+    (
+        Section(
+            "writer",
+            "One against the other.",
+            (
+                Table("", ("case", "s [95 %]"), (("a|b", "1 [0, 2]"),), "s: seconds"),
+                Table("Memory", ("rows", "MiB"), (("8", "12"),), "s: seconds"),
+                Table("All rows", ("rows",), (("1",),), "never said", detail=True),
+            ),
+            ("measured twice",),
+            (Path("writer.png"),),
         ),
-        failed,
-    )
-
-
-def test_interval_holds_the_mean_and_narrows_with_more_tasks() -> None:
-    rng = np.random.default_rng(0)
-    few, many = rng.random(20).tolist(), rng.random(2000).tolist()
-    small, large = bootstrap_interval(few, 2000, 0), bootstrap_interval(many, 2000, 0)
-    for interval, values in ((small, few), (large, many)):
-        assert interval.low < np.mean(values) < interval.high
-        assert interval.mean == pytest.approx(np.mean(values))
-    assert large.high - large.low < (small.high - small.low) / 3
-    standard_error = np.std(many) / math.sqrt(len(many))
-    assert large.high - large.low == pytest.approx(2 * 1.96 * standard_error, rel=0.15)
-
-
-def test_interval_is_the_same_for_the_same_seed_and_nan_without_tasks() -> None:
-    assert bootstrap_interval([0.1, 0.9, 0.4], 500, 7) == bootstrap_interval([0.1, 0.9, 0.4], 500, 7)
-    empty = bootstrap_interval([], 500, 0)
-    assert empty.count == 0
-    assert math.isnan(empty.mean)
-
-
-def test_paired_comparison_sees_what_the_spread_of_tasks_hides() -> None:
-    """Each task improves by 0.05 +- 0.02 while tasks differ by far more: only pairing can tell."""
-    rng = np.random.default_rng(1)
-    before = rng.random(40)
-    after = before + rng.normal(0.05, 0.02, 40)
-    difference = paired_difference(before.tolist(), after.tolist(), 2000, 0)
-    assert difference.p_value < 0.05
-    assert difference.mean == pytest.approx(0.05, abs=0.01)
-    assert difference.low > 0
-
-
-def test_paired_comparison_rejects_at_about_its_level_when_nothing_changed() -> None:
-    rng = np.random.default_rng(2)
-    rejected = sum(
-        paired_difference(rng.random(30).tolist(), rng.random(30).tolist(), 400, number).p_value < 0.05
-        for number in range(200)
-    )
-    assert 1 <= rejected <= 26  # 5 % of 200 is 10
-
-
-@pytest.mark.parametrize("values", [[0.3] * 10, [0.0] * 5])
-def test_equal_rows_are_never_significant(values: list[float]) -> None:
-    assert paired_difference(values, values, 500, 0).p_value == 1.0
-
-
-def test_p_value_never_claims_more_than_the_flips_show() -> None:
-    assert paired_difference([0.0] * 40, [1.0] * 40, 500, 0).p_value == pytest.approx(1 / 501)
-
-
-@pytest.mark.parametrize(
-    ("won", "tied", "exact"), [(1, 0, 1.0), (3, 0, 0.25), (4, 20, 0.125), (8, 0, 2 / 256)]
+        Section("Problems"),
+        Section("", tables=(Table("End", ("x",), ()),)),
+    ),
 )
-def test_p_value_is_the_exact_tests_with_few_tasks(won: int, tied: int, exact: float) -> None:
-    """Two-sided: all signs equal in 2 of 2^won cases. A bootstrap of three wins in three never sees a loss, whatever chance is."""
-    rows = [0.1] * (won + tied), [0.4] * won + [0.1] * tied
-    assert paired_difference(*rows, 20_000, 0).p_value == pytest.approx(exact, abs=0.005)
+MARKDOWN = r"""# Speed
+
+- machine: two cores
+
+## writer
+
+One against the other.
+
+| case | s [95 %] |
+| --- | --- |
+| a\|b | 1 [0, 2] |
+
+s: seconds
+
+### Memory
+
+| rows | MiB |
+| --- | --- |
+| 8 | 12 |
+
+s: seconds
+
+### All rows
+
+| rows |
+| --- |
+| 1 |
+
+never said
+
+- measured twice
+
+![writer](writer.png)
+
+## End
+
+| x |
+| --- |
+"""
 
 
-@pytest.mark.parametrize("count", [4, 8, 12])
-def test_paired_comparison_keeps_its_level_with_few_tasks(count: int) -> None:
-    rng = np.random.default_rng(count)
-    differences = rng.normal(0, 1, (400, count))
-    rejected = sum(
-        paired_difference([0.0] * count, row.tolist(), 400, number).p_value < 0.05
-        for number, row in enumerate(differences)
+def test_a_document_as_markdown() -> None:
+    assert markdown(DOCUMENT) == MARKDOWN
+
+
+def test_a_document_on_the_terminal() -> None:
+    """Titles with their section, brackets as they are, each legend once, no details, no facts."""
+    file = io.StringIO()
+    show(DOCUMENT, Display(Console(file=file, width=80)))
+    text = file.getvalue()
+    lines = [line.strip() for line in text.splitlines()]
+    assert "writer" in lines and "writer: Memory" in lines and "End" in lines
+    assert "a|b" in text and "1 [0, 2]" in text and "s [95 %]" in text
+    assert text.count("s: seconds") == 1
+    assert text.index("12") < text.index("s: seconds") < text.index("measured twice")
+    for hidden in ("All rows", "never said", "two cores", "Problems"):
+        assert hidden not in text
+    untitled = Document("Alone", {}, (Section("", tables=(Table("", ("x",), ()),)),))
+    show(untitled, Display(Console(file=file, width=80)))
+    assert "Alone" in file.getvalue()
+
+
+def test_the_files_of_a_document_hold_no_nan(tmp_path: Path) -> None:
+    lines = [{"case": "a, b", "value": 0.5}, {"case": "c", "value": math.nan}]
+    paths = save_document(DOCUMENT, tmp_path / "new", {"lines": lines}, lines, name="pool")
+    assert [path.name for path in paths] == ["pool.md", "pool.csv", "pool.json"]
+    assert paths[0].read_text() == MARKDOWN
+    assert paths[1].read_text() == 'case,value\n"a, b",0.5\nc,\n'
+    data = json.loads(paths[2].read_text(), parse_constant=pytest.fail)
+    assert data == {"lines": [{"case": "a, b", "value": 0.5}, {"case": "c", "value": None}]}
+    assert [path.name for path in save_document(DOCUMENT, tmp_path, {})] == ["report.md", "report.json"]
+
+
+def test_intervals_in_words() -> None:
+    assert interval_text(bootstrap_interval([0.25, 0.25], 10, 0)) == "25.0 [25.0, 25.0]"
+    change = PairedDifference(0.105, -0.0025, 0.2, 0.04, 9)
+    assert interval_text(change, sign="+") == "+10.5 [-0.2, +20.0]"
+    assert interval_text(change, digits=0) == "10 [-0, 20]"
+    assert interval_text(bootstrap_interval([], 10, 0)) == "-"
+
+
+def test_the_running_mean_begins_with_the_values_there_are() -> None:
+    assert running_mean([1.0, 3.0, 5.0, 7.0], width=2) == [1.0, 2.0, 4.0, 6.0]
+    assert running_mean([]) == []
+
+
+@pytest.mark.parametrize("series", [1, 13])
+def test_a_plot_has_a_legend_of_each_series_and_whole_steps(
+    series: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    curves = []
+    for number in range(series):
+        curves.append(Curve([0, 1, 2], [0.1, 0.2, 0.3], number, f"row {number}", "dots", [(0.0, 0.15)] * 3))
+        curves.append(Curve([0, 1, 2], [0.3, 0.3, 0.3], number, style="thin"))
+    save_plot(
+        [Panel("step", "F1", tuple(curves), steps=True), Panel("s", "F1", (), "cost", log_x=True)], tmp_path
     )
-    assert rejected <= 34  # 5 % of 400 is 20, its standard error 4.4
+    (figure,) = drawn
+    first, second = figure.axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"row {n}" for n in range(series)]
+    assert all(float(tick).is_integer() for tick in first.get_xticks())
+    lines = [line for line in first.get_lines() if len(line.get_xdata()) == 3 and line.get_linestyle() == "-"]
+    colours = [line.get_color() for line in lines]
+    assert len(set(colours)) == series
+    assert second.get_xscale() == "log" and second.get_title() == "cost"
 
 
-def test_nested_interval_is_as_wide_as_groups_that_rise_and_fall_together() -> None:
-    """Twelve cards of one write that all succeed or all fail are one piece of evidence, not twelve."""
-    together = [[1.0] * 12, [0.0] * 12, [1.0] * 12, [0.0] * 12]
-    apart = [[1.0, 0.0] * 6] * 4
-    wide, narrow = nested_interval(together, 4000, 0), nested_interval(apart, 4000, 0)
-    assert wide.mean == narrow.mean == 0.5 and wide.count == narrow.count == 48
-    assert (wide.low, wide.high) == (0.0, 1.0)
-    assert narrow.high - narrow.low < 0.4
-
-
-def test_nested_interval_of_one_group_is_the_plain_one() -> None:
-    values = np.random.default_rng(3).random(30).tolist()
-    nested, plain = nested_interval([values], 4000, 0), bootstrap_interval(values, 4000, 0)
-    assert (nested.low, nested.high) == pytest.approx((plain.low, plain.high), abs=0.02)
-    assert nested_interval([[], []], 100, 0).count == 0
-
-
-def test_nested_interval_weighs_values_not_groups() -> None:
-    interval = nested_interval([[1.0] * 30, [0.0] * 10], 2000, 0)
-    assert interval.mean == 0.75 and interval.low <= 0.75 <= interval.high
-
-
-def test_comparison_needs_the_same_tasks() -> None:
-    with pytest.raises(ValueError, match="one value per task on both sides, got 1 and 2"):
-        paired_difference([1.0], [1.0, 2.0], 10, 0)
+# --- rows -------------------------------------------------------------------------------------------------
 
 
 def test_rows_are_compared_on_the_tasks_that_both_finished() -> None:
     before = RowResult("a", 0, (episode(0, 0.0), episode(1, 0.2), episode(2, 0.5)), ("engine: gone",))
     after = RowResult("b", 1, (episode(1, 0.4), episode(2, 0.7), episode(9, 1.0)), ())
-    difference = compare(before, after, "f1", 200, 0)
+    difference = compare(before, after, "f1", 50, 0)
     assert difference.count == 2
     assert difference.mean == pytest.approx(0.2)
-
-
-def test_sentence_says_plainly_what_was_shown() -> None:
-    low, high = row("TMEM before", [0.1, 0.2] * 20), row("TMEM after RL", [0.4, 0.6] * 20)
-    gain = Comparison("TMEM before", "TMEM after RL", "f1", compare(low, high, "f1", 500, 0), 0.01).sentence
-    loss = Comparison("TMEM after RL", "TMEM before", "f1", compare(high, low, "f1", 500, 0), 0.01).sentence
-    nothing = Comparison("TMEM before", "TMEM before", "f1", compare(low, low, "f1", 500, 0), 1.0).sentence
-    assert "+35.0 points" in gain
-    assert "a significant gain" in gain
-    assert "significant LOSS" in loss
-    assert "NOT significant" in nothing
-    assert "p = 1.000" in nothing
-
-
-def test_no_shared_task_is_said() -> None:
-    empty = RowResult("b", 0, (), ("engine: gone",))
-    assert (
-        "nothing can be compared"
-        in Comparison("a", "b", "f1", compare(row("a", [0.5]), empty, "f1", 10, 0), math.nan).sentence
-    )
-
-
-def test_table_shows_rows_intervals_writes_and_failures() -> None:
-    report = Report(
-        (row("memory off", [0.0, 0.0]), row("TMEM", [0.25, 0.75], ("engine: gone",))), (0.1, 0.2), 200, 0, 0.0
-    )
-    cells = report.cells()
-    assert cells[0][:2] == ("memory off", "2")
-    assert cells[1][1] == "2 (1 failed)"
-    assert cells[1][2].startswith("50.0 [25.0, 75.0")
-    assert cells[1][4] == "2/4/0"
-    header, lines = report.category_cells("official")
-    assert header == ("official %", "questions", "memory off", "TMEM")
-    assert lines == [("home", "1", "0.0", "37.5"), ("work", "1", "0.0", "12.5")]
-    assert [column.header for column in rich_table("x", HEADER, cells).columns][2] == r"F1 % \[95% CI]"
-
-
-def test_report_files(tmp_path: Path) -> None:
-    report = Report(
-        (row("before", [0.1, 0.2]), row("after", [0.4, 0.6]), RowResult("empty", 0, (), ("engine: gone",))),
-        (0.1, 0.3),
-        200,
-        0,
-        0.7,
-    )
-    comparisons = report.comparisons([("before", "after"), ("before", "never measured")])
-    assert [comparison.after for comparison in comparisons] == ["after"]
-    paths = {path.name: path for path in save_report(report, comparisons, tmp_path)}
-    assert set(paths) == {"report.md", "report.csv", "report.json", "reward.png"}
-    text = paths["report.md"].read_text()
-    assert "| before | 2 |" in text
-    assert text.startswith("# Held-out evaluation, sampled at temperature 0.7\n")
-    assert "## official by category" in text
-    with paths["report.csv"].open() as file:
-        lines = list(csv.DictReader(file))
-    assert [line["row"] for line in lines if line["score"] == "f1"] == ["before", "after", "empty"]
-    assert float(lines[0]["mean"]) == pytest.approx(0.15)
-    data = json.loads(
-        paths["report.json"].read_text(), parse_constant=pytest.fail
-    )  # JSON has no NaN: other programs would stumble
-    assert data["rows"][2]["scores"]["f1"]["mean"] is None
-    assert data["rewards"] == [0.1, 0.3]
-    assert paths["reward.png"].read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_row_survives_its_file(tmp_path: Path) -> None:
@@ -219,20 +216,36 @@ def test_a_row_survives_its_file(tmp_path: Path) -> None:
     assert load_row(tmp_path / "evaluation" / "before.json") == measured
 
 
-def test_a_row_of_another_version_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (
+            '{"label": "TMEM", "policy_version": 0, "episodes": [{"task_id": "t0"}], "failed": []}',
+            "Field required",
+        ),
+        ('{"label": "TMEM", "policy_version": "0", "episodes": [], "failed": []}', "policy_version: Input"),
+        ("{", "Invalid JSON"),
+    ],
+)
+def test_a_row_of_another_version_is_one_line(content: str, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "before.json"
-    path.write_text('{"label": "TMEM", "policy_version": 0, "episodes": [{"task_id": "t0"}], "failed": []}')
-    with pytest.raises(CheckpointError, match=r"before\.json: is not a row as this version .* delete it"):
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=r"before\.json cannot be used: .*; delete it") as caught:
         load_row(path)
+    assert problem in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_row_metrics_by_category_and_write_outcome() -> None:
     metrics = row_metrics(row("TMEM", [0.25, 0.75]), "before")
     assert metrics["eval/before/f1"] == 0.5
     assert metrics["eval/before/f1_home"] == 0.75
+    assert metrics["eval/before/f1_work"] == 0.25
     assert metrics["eval/before/writes_empty"] == 4
     assert metrics["eval/before/official"] == 0.25
+    assert metrics["eval/before/seconds"] == 1.5
     assert all(math.isfinite(value) for value in row_metrics(RowResult("x", 0, (), ()), "x").values())
+    same = row_metrics(RowResult("x", 0, (episode(0, 0.5),), ()), "x")
+    assert "eval/x/f1_home" not in same  # one category: the mean says it
 
 
 class _Worker:
@@ -245,10 +258,6 @@ class _Worker:
         self.most = 0
 
     async def episode(self, position: int, task: object, row: EvaluationRow) -> object:
-        import asyncio
-
-        from tests.unit.cluster_cases import group, task_at
-
         self.running += 1
         self.most = max(self.most, self.running)
         await asyncio.sleep(0.001 * (5 - position % 5))
@@ -259,33 +268,103 @@ class _Worker:
 
 
 def test_evaluation_runs_every_task_once_in_order_within_its_lanes() -> None:
-    import asyncio
-
-    from tests.unit.cluster_cases import task_at
-
     worker, done = _Worker(), []
     tasks = [task_at(position) for position in range(8)]
-    result = asyncio.run(
-        evaluate_row(EvaluationRow("TMEM", MemoryConfig(), 0), tasks, [worker], 3, lambda: done.append(1))
-    )  # type: ignore[list-item]
-    assert [episode.task_id for episode in result.episodes] == [
-        f"t{position}" for position in range(8) if position != 3
-    ]
+    row = EvaluationRow("TMEM", MemoryConfig(), 0)
+    result = asyncio.run(evaluate_row(row, tasks, [worker], 3, lambda: done.append(1)))  # type: ignore[list-item]
+    finished = [position for position in range(8) if position != 3]
+    assert [episode.task_id for episode in result.episodes] == [f"t{position}" for position in finished]
     assert result.episodes[4].mean("f1") == 0.5
     assert result.failed == ("engine: out of memory",)
-    assert result.policy_version == 4
+    assert (result.label, result.policy_version) == ("TMEM", 4)
     assert worker.most == 3
     assert len(done) == 8
     assert result.episodes[0].prompt_tokens == 2
     assert result.episodes[0].generated_tokens == 2
 
 
-def test_unanswerable_questions_are_reported_with_and_without() -> None:
+# --- the report of a training run -------------------------------------------------------------------------
+
+
+def test_the_sentence_says_plainly_what_was_shown() -> None:
+    low, high = row("TMEM before", [0.1, 0.2] * 20), row("TMEM after RL", [0.4, 0.6] * 20)
+    (gain,) = training(before=low, after_rl=high).comparisons
+    (loss,) = training(before=high, after_rl=low).comparisons
+    (nothing,) = training(before=low, after_rl=low).comparisons
+    assert gain.sentence.startswith("TMEM after RL against TMEM before: F1 +35.0 [+33.")
+    assert gain.sentence.endswith("points on 40 tasks, adjusted p = 0.020: a significant gain.")
+    assert "F1 -35.0" in loss.sentence and "significant LOSS." in loss.sentence
+    assert "adjusted p = 1.000: NOT significant. More train.steps or" in nothing.sentence
+    edge = Comparison("a", "b", gain.difference, 0.05)
+    assert "NOT significant" in edge.sentence
+
+
+def test_no_shared_task_is_said() -> None:
+    empty = RowResult("TMEM after RL", 0, (), ("engine: gone",))
+    report = training(before=row("TMEM before", [0.5]), after_rl=empty)
+    (comparison,) = report.comparisons
+    assert math.isnan(comparison.adjusted_p)
+    assert comparison.sentence == (
+        "TMEM after RL and TMEM before share no finished task: nothing can be compared."
+    )
+
+
+def test_comparisons_are_adjusted_over_the_report() -> None:
+    low, high = row("low", [0.1] * 12), row("high", [0.4] * 12)
+    report = training(memory_off=low, before=low, after_rl=high)
+    pairs = [(comparison.before, comparison.after) for comparison in report.comparisons]
+    assert pairs == [("low", "high"), ("low", "high"), ("low", "low")]
+    first = report.comparisons[0]
+    assert first.adjusted_p == 3 * first.difference.p_value
+
+
+def test_tables_show_rows_intervals_writes_failures_and_categories() -> None:
+    off, tmem = row("memory off", [0.0, 0.0]), row("TMEM", [0.25, 0.75], ("engine: gone",) * 2)
+    document = training(before=tmem, memory_off=off).document()
+    assert document.title == "Held-out evaluation, sampled at temperature 0.7"
+    (section,) = document.sections
+    rows, f1, _, official = section.tables
+    assert rows.rows[0][:2] == ("memory off", "2")
+    assert rows.rows[1][:2] == ("TMEM", "2 (2 failed)")
+    assert rows.rows[1][2].startswith("50.0 [25.0, 75.0")
+    assert rows.rows[1][4:] == ("2/4/0", "100+20", "1.5")
+    assert official.header == ("official %", "questions", "memory off", "TMEM")
+    assert official.rows == (("home", "1", "0.0", "37.5"), ("work", "1", "0.0", "12.5"))
+    assert (f1.title, f1.detail, official.detail) == ("f1 by category", False, True)
+    assert "TMEM: 2 episode(s) failed: engine: gone" in section.notes
+
+
+def test_unanswerable_questions_are_shown_with_and_without() -> None:
     asked = (
         episode(0, 0.0, category="adversarial"),
         episode(1, 0.4, category="temporal"),
         episode(2, 0.6, category="multi-hop"),
     )
-    _, lines = Report((RowResult("TMEM", 0, asked, ()),), (), 100, 0, 0.0).category_cells("f1")
+    (section,) = training(before=RowResult("TMEM", 0, asked, ())).document().sections
+    lines = section.tables[1].rows
     assert lines[-1] == ("all but adversarial", "2", "50.0")
     assert ("adversarial", "1", "0.0") in lines
+
+
+def test_the_files_of_a_training_run(tmp_path: Path) -> None:
+    before, after = row("before", [0.1, 0.2]), row("after", [0.4, 0.6])
+    empty = RowResult("empty", 0, (), ("engine: gone",))
+    report = training(0.1, 0.3, memory_off=before, before=after, after_rl=empty)
+    paths = {path.name: path for path in save_report(report, tmp_path)}
+    assert set(paths) == {"report.md", "report.csv", "report.json", "reward.png"}
+    text = paths["report.md"].read_text()
+    assert text.startswith("# Held-out evaluation, sampled at temperature 0.7\n")
+    assert "| before | 2 |" in text and "## official by category" in text and "![reward](reward.png)" in text
+    with paths["report.csv"].open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["row"] for line in lines if line["score"] == "f1"] == ["before", "after", "empty"]
+    assert float(lines[0]["mean"]) == pytest.approx(0.15)
+    assert (lines[0]["tasks"], lines[0]["empty"], lines[0]["version"]) == ("2", "4", "3")
+    data = json.loads(paths["report.json"].read_text(), parse_constant=pytest.fail)
+    assert data["rows"][2]["scores"]["f1"]["mean"] is None
+    assert data["rows"][2]["failed"] == ["engine: gone"]
+    assert data["rows"][0]["writes"] == {"accepted": 2, "empty": 4, "rolled_back": 0}
+    assert (data["comparisons"][2]["before"], data["comparisons"][2]["after"]) == ("before", "after")
+    assert data["rewards"] == [0.1, 0.3]
+    assert paths["reward.png"].read_bytes().startswith(PNG)
+    assert "reward.png" not in {path.name for path in save_report(training(before=before), tmp_path)}

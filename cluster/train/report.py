@@ -1,0 +1,183 @@
+"""The report of a training run: its evaluation rows, what training changed, and the reward by step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.measure.report import (
+    MOST_CATEGORIES,
+    SIGNIFICANT,
+    Curve,
+    Document,
+    Panel,
+    Section,
+    Table,
+    comparison_sentence,
+    decoding,
+    interval_text,
+    percent,
+    running_mean,
+    save_document,
+    save_plot,
+)
+from cluster.measure.rows import RowResult, answer_groups, answers_mean, compare
+from cluster.measure.statistics import Interval, PairedDifference, adjusted_p_values
+
+STAGES = ("memory_off", "before", "after_warm_start", "after_rl")
+"""Keys of the rows that a run can have, in the order of the table."""
+
+COMPARED = (
+    ("before", "after_rl"),
+    ("after_warm_start", "after_rl"),
+    ("memory_off", "after_rl"),
+    ("memory_off", "before"),
+)
+HEADER = ("row", "tasks", "F1 % [95% CI]", "EM % [95% CI]", "writes", "tokens", "s/ep")
+LEGEND = (
+    "writes: accepted/empty/rolled back · tokens: read+generated per episode · s/ep: seconds per episode · "
+    "intervals: bootstrap over tasks · "
+    "p: sign-flip test over tasks, adjusted for all comparisons of this report (Holm)"
+)
+_MOST_MESSAGES = 3  # different failures shown of each row
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """F1 of two rows on the same tasks. ``adjusted_p``: over all of the report (Holm); NaN without a task."""
+
+    before: str
+    after: str
+    difference: PairedDifference
+    adjusted_p: float
+
+    @property
+    def sentence(self) -> str:
+        sentence = comparison_sentence(self.after, self.before, self.difference, self.adjusted_p, "tasks")
+        cure = " More train.steps or more evaluation.tasks may show a difference."
+        return sentence + (cure if self.adjusted_p >= SIGNIFICANT else "")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingReport:
+    """Rows by stage with their intervals by score. ``rewards``: the mean reward of each step, in order."""
+
+    rows: Mapping[str, RowResult]
+    intervals: Mapping[str, Mapping[str, Interval]]
+    comparisons: tuple[Comparison, ...]
+    rewards: tuple[float, ...]
+    temperature: float  # of the evaluation
+
+    def document(self, plots: Sequence[Path] = ()) -> Document:
+        rows = tuple(self._cells(stage) for stage in self.rows)
+        notes = (*(comparison.sentence for comparison in self.comparisons), *self._failures())
+        tables = (Table("", HEADER, rows, LEGEND), *self._by_category())
+        title = f"Held-out evaluation, {decoding(self.temperature)}"
+        return Document(title, {}, (Section("", tables=tables, notes=notes, plots=tuple(plots)),))
+
+    def data(self) -> dict[str, Any]:
+        """The content of report.json. ``pool`` reads the rewards."""
+        rows = [
+            {
+                "label": row.label,
+                "policy_version": row.policy_version,
+                "tasks": len(row.episodes),
+                "failed": row.failed,
+                "scores": self.intervals[stage],
+                "writes": row.writes,
+            }
+            for stage, row in self.rows.items()
+        ]
+        comparisons = [
+            {**asdict(comparison.difference), "before": comparison.before, "after": comparison.after}
+            for comparison in self.comparisons
+        ]
+        return {"rows": rows, "comparisons": comparisons, "rewards": self.rewards}
+
+    def csv_lines(self) -> Iterator[dict[str, object]]:
+        """A line for each row and score."""
+        for stage, row in self.rows.items():
+            counts = {"tasks": len(row.episodes), "failed": len(row.failed)}
+            for score, interval in self.intervals[stage].items():
+                figures = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+                where = {"row": row.label, "version": row.policy_version, **counts, "score": score}
+                yield {**where, **figures, **row.writes}
+
+    def _cells(self, stage: str) -> tuple[str, ...]:
+        row, scores = self.rows[stage], self.intervals[stage]
+        tokens = "-"
+        if row.episodes:
+            tokens = f"{row.per_episode('prompt_tokens'):.0f}+{row.per_episode('generated_tokens'):.0f}"
+        return (
+            row.label,
+            f"{len(row.episodes)}{f' ({len(row.failed)} failed)' if row.failed else ''}",
+            interval_text(scores["f1"]),
+            interval_text(scores["em"]),
+            "/".join(map(str, row.writes.values())),
+            tokens,
+            f"{row.per_episode('seconds'):.1f}",
+        )
+
+    def _by_category(self) -> Iterator[Table]:
+        """For each score a line for each category, and a column for each row of the run."""
+        rows = list(self.rows.values())
+        groups = answer_groups(answer for row in rows for answer in row.answers)
+        for score in dict.fromkeys(score for scores in self.intervals.values() for score in scores):
+            lines = []
+            for name, chosen in groups.items():
+                means = [answers_mean(row.answers, score, chosen) for row in rows]
+                questions = str(max(count for _, count in means))
+                lines.append((name, questions, *(percent(mean) for mean, _ in means)))
+            if lines:
+                header = (f"{score} %", "questions", *(row.label for row in rows))
+                detail = score != "f1" or len(lines) > MOST_CATEGORIES
+                yield Table(f"{score} by category", header, tuple(lines), detail=detail)
+
+    def _failures(self) -> Iterator[str]:
+        for row in self.rows.values():
+            for message, count in Counter(row.failed).most_common(_MOST_MESSAGES):
+                yield f"{row.label}: {count} episode(s) failed: {message}"
+
+
+def training_report(
+    rows: Mapping[str, RowResult], rewards: Sequence[float], samples: int, seed: int, temperature: float
+) -> TrainingReport:
+    """Compute the figures once. ``samples`` and ``seed`` are the bootstrap's."""
+    ordered = {stage: rows[stage] for stage in STAGES if stage in rows}
+    pairs = [(rows[before], rows[after]) for before, after in COMPARED if before in rows and after in rows]
+    differences = [compare(before, after, "f1", samples, seed) for before, after in pairs]
+    return TrainingReport(
+        rows=ordered,
+        intervals={
+            stage: {score: row.interval(score, samples, seed) for score in row.score_names}
+            for stage, row in ordered.items()
+        },
+        comparisons=tuple(
+            Comparison(before.label, after.label, difference, p)
+            for (before, after), difference, p in zip(
+                pairs, differences, adjusted_p_values(differences), strict=True
+            )
+        ),
+        rewards=tuple(rewards),
+        temperature=temperature,
+    )
+
+
+def save_report(report: TrainingReport, folder: Path) -> list[Path]:
+    """Write report.md, report.csv, report.json and, after a training step, reward.png. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = [_save_rewards(report.rewards, folder / "reward.png")] if report.rewards else []
+    lines = list(report.csv_lines())
+    return [*save_document(report.document(plots), folder, report.data(), lines), *plots]
+
+
+def _save_rewards(rewards: Sequence[float], path: Path) -> Path:
+    steps = range(1, len(rewards) + 1)
+    curves = (
+        Curve(steps, rewards, 0, "mean reward of the step", "dots"),
+        Curve(steps, running_mean(rewards), 1, "mean of the last 10 steps"),
+    )
+    return save_plot([Panel("training step", "reward", curves, steps=True)], path)
