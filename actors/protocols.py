@@ -1,8 +1,8 @@
 """The boundaries of the rollout side: Protocols of one to three verbs, and the errors that cross them.
 
-run_episode  --act-->  Policy (vLLM engine)           generate, install, release
-run_episode  --write-> FastWeightWriter               write
-run_episode  --step--> Environment / Session          environments/base.py
+play_episode --act-->  Policy (vLLM engine)           generate, install, release
+play_episode --write-> FastWeightWriter               write
+play_episode --step--> Environment / Session          environments/base.py
 
 Each error class names a boundary. The rollout (actors/episodes/rollout.py) catches it there and makes one
 failed episode of it; its siblings go on.

@@ -1,12 +1,18 @@
 """One rollout worker: engine, writer and the episodes of one process; and the thin Ray actor around it.
 
     group(request) ----gate----> Rollout.group        many at once, bounded by engine.slots
-    refresh(weights): gate shut -> groups drain -> engine and writer load -> gate open; a failed load breaks the worker, and all who ask hear of it
+    refresh(weights): gate shut -> groups drain -> engine and writer load -> gate open
+                      a failed load breaks the worker: every later call raises WorkerError
 
-The invariant: no episode sees two policy versions. A refresh begins when the last group has ended and ends before the next begins. With
-``rollout.refresh: in_flight`` there is no gate: episodes go on under the new weights between two steps of the engine (actors/episodes/in_flight.py).
-Waits: ``group`` waits at the gate for a running refresh (which has deadlines of its own); ``refresh`` waits for the groups, each of which ends at the
-latest with the deadlines of its episodes and of their scoring, and says how many were left when ``drain_s`` passes.
+Invariant: no episode sees two policy versions. A refresh begins when the last group has ended, and ends
+before the next one begins. With ``rollout.refresh: in_flight`` there is no gate: episodes go on under the new
+weights between two steps of the engine (actors/episodes/in_flight.py).
+
+Every wait, and who ends it:
+    group, at the gate          a running refresh, which has deadlines of its own
+    drain and refresh, for      the deadlines of their episodes and scores; at the latest ``drain_s``
+      the running groups
+    refresh, for its weights    FETCH_S
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -32,23 +38,26 @@ if TYPE_CHECKING:
     from actors.engine.policy import EngineStats, VLLMPolicy
     from actors.episodes.rollout import Rollout, RolloutRequest
 
-FETCH_S = 300.0
+FETCH_S = 300.0  # the longest wait for published weights
 T = TypeVar("T")
 
 
 class WorkerError(RuntimeError):
-    """The worker cannot go on: groups that do not drain, or weights that do not arrive. The message says which worker and what it waited for."""
+    """The worker cannot go on: groups do not drain, or weights do not load. The message says which worker."""
 
 
 class PublishedWeights(Protocol):
-    """A version that the driver published: a handle, not the tensors."""
+    """A handle to a version that the driver published; it does not hold the tensors."""
 
     @property
     def version(self) -> PolicyVersion: ...
 
     @property
     def complete(self) -> bool:
-        """Whether ``fetch`` gives every tensor; otherwise those that training changes: the others are what they were when the worker started."""
+        """Whether ``fetch`` gives every tensor. Otherwise it gives those that training changes.
+
+        The others are still what they were when the worker started.
+        """
         ...
 
     def fetch(self, timeout_s: float) -> Mapping[str, Tensor]:
@@ -58,35 +67,35 @@ class PublishedWeights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """What a worker is built from. ``model_path`` holds the weights of ``version``, ``basis_path`` the run's basis; both readable where it runs."""
+    """What a worker is built from. Both paths must be readable on its node."""
 
     name: str
     config: RunConfig
-    model_path: str
+    model_path: str  # a Hugging Face folder with the weights of ``version``
     basis_path: str
     version: PolicyVersion
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """Counts since the worker started. The seconds are the last refresh's: groups ending, then the wait for weights not there yet, then loading.
-
-    ``load_s`` is the pause that a refresh costs; the weights travel while the groups end, and only what is left of the way counts as ``fetch_s``.
-    """
+    """Counts since the worker started, and the seconds of its last refresh."""
 
     name: str
     version: PolicyVersion
     groups: int
     running: int
     refreshes: int
-    drain_s: float
-    fetch_s: float
-    load_s: float
+    drain_s: float  # until the last group had ended; the weights travel meanwhile
+    fetch_s: float  # the rest of the wait for the weights
+    load_s: float  # the pause that a refresh costs
     engine: EngineStats
 
 
 class RolloutWorker:
-    """The logic, without Ray. The constructor blocks until the engine is up; raises EngineError, BasisError, TaskError."""
+    """The worker without Ray.
+
+    The constructor blocks until the engine is up. It raises EngineError, BasisError, TaskError.
+    """
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
@@ -103,7 +112,10 @@ class RolloutWorker:
         self._in_flight = spec.config.rollout.refresh == "in_flight"
 
     async def group(self, request: RolloutRequest) -> TrajectoryGroup:
-        """See Rollout.group; waits first while a refresh runs. Raises WorkerError for good once loading weights has failed, or the engine is dead."""
+        """See Rollout.group. Waits first while a refresh runs.
+
+        Once loading weights has failed or the engine is dead, every call raises WorkerError.
+        """
         return await self._gated(lambda: self._rollout.group(request))
 
     async def recoverable_group(
@@ -113,18 +125,16 @@ class RolloutWorker:
         return await self._gated(lambda: self._rollout.recoverable_group(request, recovery))
 
     async def _gated(self, play: Callable[[], Awaitable[T]]) -> T:
-        while (
-            not self._gate.is_set()
-        ):  # not once: the next refresh may have shut it before those who waited wake up
+        # a loop: the next refresh may have shut the gate again before the waiters wake up
+        while not self._gate.is_set():
             await self._gate.wait()
         self._check_whole()
         self._running += 1
         self._idle.clear()
         try:
             played = await play()
-            if (
-                self._policy.failure
-            ):  # its episodes' failures are the worker's own: another worker may play them
+            # a dead engine failed these episodes: not data, but a reason to play them on another worker
+            if self._policy.failure:
                 self._broken = f"its engine is dead ({self._policy.failure})"
                 self._check_whole()
             return played
@@ -137,8 +147,8 @@ class RolloutWorker:
     async def drain(self, drain_s: float) -> None:
         """Wait until the running groups have ended, and start none before ``refresh`` is over.
 
-        In flight there is nothing to wait for. Raises WorkerError when the groups do not end within ``drain_s``;
-        the worker then goes on as it was.
+        In flight there is nothing to wait for. Raises WorkerError when the groups do not end within
+        ``drain_s``; the worker then goes on as it was.
         """
         self._check_whole()
         if self._in_flight:
@@ -146,40 +156,38 @@ class RolloutWorker:
         self._gate.clear()
         try:
             await asyncio.wait_for(self._idle.wait(), drain_s)
-        except BaseException as error:
+        except TimeoutError:
             self._gate.set()
-            if isinstance(error, TimeoutError):
-                raise WorkerError(
-                    f"{self._spec.name}: {self._running} groups did not end within {drain_s:.0f} s before a refresh"
-                ) from None
+            raise WorkerError(
+                f"{self._spec.name}: {self._running} groups did not end "
+                f"within {drain_s:.0f} s before a refresh"
+            ) from None
+        except BaseException:  # cancelled
+            self._gate.set()
             raise
 
     async def refresh(self, weights: PublishedWeights, drain_s: float) -> WorkerReport:
-        """Serve ``weights.version`` from now on; drain first. Raises WorkerError, EngineError.
+        """Drain, then serve ``weights.version`` from now on. Raises WorkerError, EngineError.
 
-        When groups do not end or the weights do not arrive, nothing was touched and the worker goes on as it was. When loading fails it serves nobody
-        any more: what it holds may be half of one version and half of another.
+        When groups do not end or the weights do not arrive, nothing has changed and the worker goes on. When
+        loading fails, the worker is broken: it may hold half of one version and half of another.
         """
         self._check_whole()
         try:
             began = time.perf_counter()
-            fetching = asyncio.create_task(
-                asyncio.to_thread(weights.fetch, FETCH_S)
-            )  # while the last groups end
+            # the weights travel while the last groups end
+            fetching = asyncio.create_task(asyncio.to_thread(weights.fetch, FETCH_S))
             await self.drain(drain_s)
             drained = time.perf_counter()
             tensors = await fetching
             fetched = time.perf_counter()
             await self._load(weights, tensors)
             self._refreshes += 1
-            self._drain_s, self._fetch_s, self._load_s = (
-                drained - began,
-                fetched - drained,
-                time.perf_counter() - fetched,
-            )
+            self._drain_s, self._fetch_s = drained - began, fetched - drained
+            self._load_s = time.perf_counter() - fetched
             return self.report()
         finally:
-            self._gate.set()  # also when broken: who waits there must hear of it
+            self._gate.set()  # also when broken: the groups at the gate must raise, not wait
 
     def report(self) -> WorkerReport:
         return WorkerReport(
@@ -200,7 +208,7 @@ class RolloutWorker:
     async def _load(self, weights: PublishedWeights, tensors: Mapping[str, Tensor]) -> None:
         try:
             await self._policy.refresh(weights.version, tensors, weights.complete, self._in_flight)
-        except BaseException as error:  # a cancelled call as well: the engine goes on loading without us
+        except BaseException as error:  # also a cancelled call: the engine goes on loading without it
             self._broken = f"loading version {weights.version} failed ({type(error).__name__}: {error})"
             raise
 
@@ -212,9 +220,10 @@ class RolloutWorker:
 
 
 class _RolloutActor:
-    """One-line methods over RolloutWorker. All are coroutines, so that they share one event loop and many groups run at once.
+    """One-line methods over RolloutWorker: coroutines, so that many groups run at once on one event loop.
 
-    The worker is built by ``start``, not by the constructor: what a constructor raises reaches the driver as a traceback in a string.
+    ``start`` builds the worker, not the constructor: an error of a constructor reaches the driver only as a
+    traceback in a string.
     """
 
     _worker: RolloutWorker
@@ -225,7 +234,10 @@ class _RolloutActor:
 
     @ray.method(num_returns=2)
     async def group(self, request: RolloutRequest) -> tuple[GroupSummary, TrajectoryGroup]:
-        """Two results, both owned by the caller: it looks at the first, the second waits in this node's object store for the learner."""
+        """Return two objects, both owned by the caller: the summary, which it reads, and the group.
+
+        The group stays in this node's object store until the learner fetches it.
+        """
         group = await self._worker.group(request)
         return GroupSummary.of(group), group
 
@@ -233,9 +245,9 @@ class _RolloutActor:
     async def recoverable_group(
         self, request: RolloutRequest, recovery: Recovery
     ) -> tuple[GroupSummary, TrajectoryGroup]:
-        """As ``group``; the summary says what became of the episodes that a lost worker had begun."""
+        """As ``group``. The summary also counts the episodes that a lost worker had begun."""
         group, recovered = await self._worker.recoverable_group(request, recovery)
-        return replace(GroupSummary.of(group), recovered=recovered), group
+        return GroupSummary.of(group, recovered), group
 
     async def drain(self, drain_s: float) -> None:
         await self._worker.drain(drain_s)
@@ -247,7 +259,7 @@ class _RolloutActor:
         return self._worker.report()
 
     async def measure(self) -> PeakMemory:
-        """The most memory that this process held since the last call."""
+        """Return the most memory that this process held since the last call."""
         return await asyncio.to_thread(take_peak)  # it collects garbage first
 
     async def close(self) -> None:
@@ -273,9 +285,8 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
     torch.set_num_threads(config.rollout.threads)
     chat = ChatFormat(AutoTokenizer.from_pretrained(spec.model_path))
     environment = build_environment(config.environment, config.embedder)
-    prepare(
-        environment
-    )  # here, and not in the first episode: that would stop the others, and count against its deadline
+    # here, not in the first episode: that would stop the other episodes, and count against its deadline
+    prepare(environment)
     basis = load_basis(Path(spec.basis_path))
     policy = VLLMPolicy(
         spec.model_path,

@@ -1,7 +1,8 @@
 """What an ideal agent would write as flashcards: supervised segments for the warm start.
 
-The demonstration is played by the very loop, trigger, prompt and chat pieces of a real episode (episode.play, ParametricMemory). Only the actor
-differs: it extracts the environment's gold flashcards and answers nothing. So what is taught has exactly the form that is later sampled.
+A demonstration runs the loop, trigger, prompts and chat pieces of a real episode (episode.play,
+ParametricMemory). Only the actor differs: it extracts the environment's gold flashcards and answers nothing.
+So the taught text has exactly the form that is sampled later.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 
 class DemonstratingEnvironment(Environment, Demonstrator, Protocol):
-    """A task source that knows the gold flashcards."""
+    """An environment that knows the gold flashcards of its tasks."""
 
 
 def demonstrate(
@@ -41,9 +42,9 @@ def demonstrate(
     memory: MemoryConfig,
     write: WriteConfig,
 ) -> list[Segment]:
-    """One segment for every extraction of ``task``, under Delta = 0, version 0. The mask covers the extraction's tokens only; log-probs are zeros.
+    """Return one segment for each extraction of ``task``, under Delta = 0 and version 0. Raises TaskError.
 
-    Raises TaskError.
+    The mask covers the extraction's tokens only. Log-probs are zeros.
     """
     session = environment.start(task)
     actor = _Demonstrator(task, environment, chat, memory.question_blind)
@@ -56,7 +57,7 @@ _ALL_TURNS = 1_000_000
 
 
 class _Demonstrator:
-    """The Actor that knows the answers."""
+    """The Actor that knows the gold flashcards."""
 
     def __init__(
         self, task: Task, environment: DemonstratingEnvironment, chat: ChatFormat, question_blind: bool
@@ -70,25 +71,15 @@ class _Demonstrator:
 
     async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
         if kind == "act":
-            return Generation((), (), "length")  # no answer is taught, and an empty generation leaves no mask
-        cards = self._environment.demonstrate_flashcards(
-            self._task, self._chat.decode(prompt_ids), self._question_blind
-        )
+            return Generation((), (), "length")  # no answer is taught: an empty generation leaves no mask
+        text = self._chat.decode(prompt_ids)
+        cards = self._environment.demonstrate_flashcards(self._task, text, self._question_blind)
         ids = self._chat.reply(render_flashcards(cards))
         return Generation(ids, (0.0,) * len(ids), "stop")
 
     async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
-        """Nothing is written: the demonstration counts as accepted so that the next prompt shows it as already saved."""
-        return WriteResult(
-            self.weights,
-            None,
-            loss_before=0.0,
-            loss_after=0.0,
-            steps=0,
-            seconds=0.0,
-            outcome="accepted",
-            reason="",
-        )
+        """Accept without writing, so that the next extraction prompt shows these cards as saved."""
+        return WriteResult(self.weights, None, 0.0, 0.0, 0, 0.0, "accepted", "")
 
 
 def _run_now(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -1,4 +1,11 @@
-"""One episode: observe, act, and when the context is full extract, write, clear, continue (TMEM, arXiv 2606.04536)."""
+"""One episode: observe, act, and when the context is full extract, write, clear, continue.
+
+    play_episode: session.observe --> memory.read / memory.answer --> LiveActor (engine, writer)  --> Played
+    score_episode: session.outcome --> Trajectory
+
+Method: TMEM, arXiv 2606.04536. The two halves are separate because a score may wait for a judge: then the
+episode needs no engine slot any more (rollout.py).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -33,17 +40,17 @@ from actors.types import (
     WriteResult,
 )
 
+# Threads of their own, since a judge may take minutes: the event loop's few threads are needed by the writer.
 _OUTCOMES = ThreadPoolExecutor(max_workers=256, thread_name_prefix="outcome")
-"""A judge may take its time: other episodes run on the event loop meanwhile, and the loop's own few threads are the writer's."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSpec:
-    """What one episode is: its task, its never-reused id, and how it acts. ``temperature`` 0 is greedy."""
+    """What one episode plays, and how."""
 
     task: Task
-    episode_id: str
-    temperature: float
+    episode_id: str  # never reused
+    temperature: float  # 0 is greedy
     max_answer_tokens: int
     max_turns: int
     seed: int
@@ -51,7 +58,7 @@ class EpisodeSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Played:
-    """An episode that came to its end and has no score yet. Engine and writer are done with it. ``started`` is of time.perf_counter."""
+    """An episode that has ended and has no score yet. It needs engine and writer no more."""
 
     spec: EpisodeSpec
     environment: str
@@ -60,38 +67,39 @@ class Played:
     agent: Agent
     memory: Memory
     stop_reason: StopReason
-    started: float
+    started: float  # time.perf_counter()
+
+
+_Phase = Literal["act", "extract", "write", "install"]
 
 
 class LiveActor:
-    """theta + Delta of one episode. Holds at most one adapter in the engine; revision 0 is shared and needs none."""
+    """theta + Delta of one episode: the Actor that samples in an engine and learns by a writer.
+
+    Invariant: between two calls it holds at most one adapter in the engine. Revision 0 is shared by all
+    episodes and needs none.
+    """
 
     def __init__(self, policy: Policy, writer: AsyncWriter, spec: EpisodeSpec, basis_id: str) -> None:
         self.version: PolicyVersion = policy.version
         self.weights = FastWeights(basis_id=basis_id, revision=0, b={})
         self.revisions: list[FastWeights] = []
-        self.seconds: dict[Literal["act", "extract", "write", "install"], float] = {
-            "act": 0.0,
-            "extract": 0.0,
-            "write": 0.0,
-            "install": 0.0,
-        }
+        self.seconds: dict[_Phase, float] = {"act": 0.0, "extract": 0.0, "write": 0.0, "install": 0.0}
         self._policy = policy
         self._writer = writer
         self._spec = spec
-        self._events = 0
+        self._events = 0  # generations so far: each has its own seed
         self._installed: list[AdapterKey] = []
 
     async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
         """Raises EngineError."""
         if self._policy.version != self.version:
             raise EngineError(
-                f"episode {self._spec.episode_id} began on policy version {self.version} and the engine is at {self._policy.version}: "
-                "let its episodes end before a refresh"
+                f"episode {self._spec.episode_id} began on policy version {self.version} "
+                f"and the engine is at {self._policy.version}: let its episodes end before a refresh"
             )
-        sampling = Sampling(
-            self._spec.temperature, max_tokens, derived_seed(self._spec.seed, self._events), kind
-        )
+        seed = derived_seed(self._spec.seed, self._events)
+        sampling = Sampling(self._spec.temperature, max_tokens, seed, kind)
         self._events += 1
         started = time.perf_counter()
         generation = await self._policy.generate(prompt_ids, sampling, self._key(self.weights))
@@ -110,10 +118,13 @@ class LiveActor:
         return result
 
     async def adopt(self, weights: FastWeights, probe: Probe | None) -> None:
-        """Act under ``weights`` (not revision 0) from now on: those of a write, or of an earlier conversation. Raises EngineError, ReceiptError."""
+        """Act under ``weights`` from now on: those of a write, or of an earlier conversation.
+
+        ``weights`` is not revision 0. Raises EngineError, ReceiptError.
+        """
         outdated = list(self._installed)
         key = self._key(weights)
-        self._installed.append(key)  # before the install: one that fails half-way must be released too
+        self._installed.append(key)  # before the install: an install that fails half-way is released too
         await self._policy.install(key, weights, probe)
         self.weights = weights
         self.revisions.append(weights)
@@ -122,26 +133,13 @@ class LiveActor:
             self._installed = [key]
 
     async def close(self) -> None:
-        """B back to 0: the engine forgets what this episode wrote."""
+        """Set B back to 0: the engine forgets what this episode wrote."""
         keys, self._installed = self._installed, []
         if keys:
             await self._policy.release(keys)
 
     def _key(self, weights: FastWeights) -> AdapterKey:
         return AdapterKey(self.version, self._spec.episode_id, weights.revision)
-
-
-async def run_episode(
-    spec: EpisodeSpec,
-    environment: Environment,
-    policy: Policy,
-    writer: AsyncWriter,
-    chat: ChatFormat,
-    memory: Memory,
-    basis_id: str,
-) -> Trajectory:
-    """Play ``spec.task`` and score it, with no deadline of its own. Raises what the two halves raise."""
-    return await score_episode(await play_episode(spec, environment, policy, writer, chat, memory, basis_id))
 
 
 async def play_episode(
@@ -153,7 +151,10 @@ async def play_episode(
     memory: Memory,
     basis_id: str,
 ) -> Played:
-    """Play ``spec.task`` to its end. Raises TaskError, EngineError, ReceiptError, WriterError; the engine keeps nothing of the episode either way."""
+    """Play ``spec.task`` to its end. Raises TaskError, EngineError, ReceiptError, WriterError.
+
+    In every case, errors and cancellation included, the engine keeps no adapter of the episode.
+    """
     started = time.perf_counter()
     actor = LiveActor(policy, writer, spec, basis_id)
     session = environment.start(spec.task)
@@ -166,13 +167,14 @@ async def play_episode(
 
 
 async def score_episode(played: Played) -> Trajectory:
-    """Ask the session for its outcome, in a thread. Giving up the wait leaves the thread to its end. Raises TaskError."""
+    """Ask the session for its outcome, in a thread. Raises TaskError.
+
+    A caller that gives up the wait does not end the thread: the thread ends with its call.
+    """
     spec, actor, agent = played.spec, played.actor, played.agent
-    outcome = _in_numbers(
-        await asyncio.get_running_loop().run_in_executor(_OUTCOMES, played.session.outcome),
-        spec.task,
-        played.environment,
-    )
+    loop = asyncio.get_running_loop()
+    outcome = await loop.run_in_executor(_OUTCOMES, played.session.outcome)
+    outcome = _in_floats(outcome, f"task {spec.task.id}: the environment {played.environment} gave")
     total = time.perf_counter() - played.started
     return Trajectory(
         task=spec.task,
@@ -188,40 +190,38 @@ async def score_episode(played: Played) -> Trajectory:
     )
 
 
-def _in_numbers(outcome: Outcome, task: Task, environment: str) -> Outcome:
-    """``outcome`` with Python's own floats, whatever a user's environment counts in (NumPy, torch): it is kept as JSON. Raises TaskError."""
+def _in_floats(outcome: Outcome, gave: str) -> Outcome:
+    """Return ``outcome`` with Python's own floats, so that it can be stored as JSON.
+
+    A user's environment may count in NumPy or torch. ``gave`` begins the message. Raises TaskError.
+    """
 
     def number(name: str, value: float) -> float:
         try:
             return float(value)
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-        ):  # a tensor of several raises the last; an array's repr would be many lines
-            raise TaskError(
-                f"task {task.id}: the environment {environment} gave {name} as {type(value).__name__}, it must be one number"
-            ) from None
+        except (TypeError, ValueError, RuntimeError):  # the last is raised by a tensor of several numbers
+            # name the type: the repr of an array would be many lines
+            raise TaskError(f"{gave} {name} as {type(value).__name__}, it must be one number") from None
+
+    def numbers(kind: str, values: Mapping[str, float]) -> dict[str, float]:
+        return {name: number(f"the {kind} {name}", value) for name, value in values.items()}
 
     reward = number("the reward", outcome.reward)
-    if not math.isfinite(reward):  # never trained on, and never a 0: the siblings would be compared with it
-        raise TaskError(
-            f"task {task.id}: the environment {environment} gave the reward {reward}, it must be a finite number"
-        )
-    parts = {name: number(f"the reward part {name}", part) for name, part in outcome.reward_parts.items()}
-    answers = tuple(
-        replace(
-            answer, scores={name: number(f"the score {name}", score) for name, score in answer.scores.items()}
-        )
-        for answer in outcome.answers
-    )
+    # A failed episode, not a reward of 0: the siblings would be compared with it.
+    if not math.isfinite(reward):
+        raise TaskError(f"{gave} the reward {reward}, it must be a finite number")
+    parts = numbers("reward part", outcome.reward_parts)
+    answers = tuple(replace(answer, scores=numbers("score", answer.scores)) for answer in outcome.answers)
     return Outcome(reward, parts, answers)
 
 
 async def play(
     agent: Agent, session: Session, memory: Memory, max_answer_tokens: int, max_turns: int
 ) -> StopReason:
-    """The loop of the paper's algorithm; how a text is taken in and what happens when the context is full is the memory's."""
+    """Run the loop of the paper's algorithm.
+
+    The memory decides how a text is taken in, and what happens when the context is full.
+    """
     turns = 0
     while (observation := session.observe()) is not None:
         if not observation.wants_action:
@@ -235,6 +235,6 @@ async def play(
 
 
 def derived_seed(seed: int, *path: object) -> int:
-    """A seed in [0, 2**31) for one event, the same in every process and unrelated to its neighbours'."""
+    """Return a seed in [0, 2**31) for one event: equal in every process, unrelated to other events' seeds."""
     text = "/".join(str(part) for part in (seed, *path))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") & 0x7FFFFFFF

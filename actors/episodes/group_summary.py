@@ -1,14 +1,14 @@
-"""What the controller looks at of a finished group: everything but tokens, log-probs and fast weights.
+"""What the controller sees of a finished group: everything but tokens, log-probs and fast weights.
 
-Those are megabytes a group and of use to the learner alone; the summary is a few kilobytes. Worked example: a group of four siblings with two writes
-each is 4 x 2 x 350 KB of B (SmolLM2-135M), and a summary of 5 KB.
+Only the learner needs those, and they are megabytes. Worked example: a group of four siblings with two writes
+each holds 4 x 2 x 350 KB of B (SmolLM2-135M). Its summary is 5 KB.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from actors.episodes.recovery import Recovered
+from actors.episodes.recovery import NONE_RECOVERED, Recovered
 from actors.types import (
     FailedEpisode,
     Outcome,
@@ -23,16 +23,16 @@ from actors.types import (
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSummary:
-    """A trajectory by its counts. ``tokens`` are those of all segments, ``sampled_tokens`` of them were sampled; the writes are without examples."""
+    """A trajectory by its counts."""
 
     episode_id: str
     outcome: Outcome
-    writes: tuple[WriteRecord, ...]
+    writes: tuple[WriteRecord, ...]  # without their examples
     stop_reason: StopReason
     timings: Timings
     segments: int
-    tokens: int
-    sampled_tokens: int
+    tokens: int  # of all segments
+    sampled_tokens: int  # among them
 
     @staticmethod
     def of(trajectory: Trajectory) -> EpisodeSummary:
@@ -50,18 +50,18 @@ class EpisodeSummary:
 
 @dataclass(frozen=True, slots=True)
 class GroupSummary:
-    """A trajectory group by its episodes' summaries. ``recovered`` counts those that a lost worker began, see actors/episodes/recovery.py."""
+    """A trajectory group by the summaries of its episodes."""
 
     task_id: str
     policy_version: PolicyVersion
     episodes: tuple[EpisodeSummary, ...]
     failed: tuple[FailedEpisode, ...]
     worker: str
-    recovered: Recovered
+    recovered: Recovered  # episodes of a group that another worker had begun (recovery.py)
 
     @staticmethod
-    def of(group: TrajectoryGroup) -> GroupSummary:
+    def of(group: TrajectoryGroup, recovered: Recovered = NONE_RECOVERED) -> GroupSummary:
         episodes = tuple(EpisodeSummary.of(trajectory) for trajectory in group.trajectories)
         return GroupSummary(
-            group.task.id, group.policy_version, episodes, group.failed, group.worker, Recovered(0, 0)
+            group.task.id, group.policy_version, episodes, group.failed, group.worker, recovered
         )

@@ -1,11 +1,14 @@
-"""An episode that lives through refreshes of its worker (``rollout.refresh: in_flight``): its engine changes theta between two steps and it goes on.
+"""An episode that lives through refreshes of its worker (``rollout.refresh: in_flight``).
 
-    ... sample under theta_3 + Delta | refresh to 4 | sample on under theta_4 + Delta ...         one reply, two policy versions, told token by token
+    ... sample under theta_3 + Delta | refresh to 4 | sample on under theta_4 + Delta ...
 
-What is kept: the tokens so far with the log-probs of the weights that sampled them (so the learner's ratio is right for each token), and the adapters
-under the names that they have, which carry the version on which the episode began. What is computed anew: keys and values of running requests and the
-prefix cache, so that every log-prob is that of one theta. What is given up: the paper (TMEM, arXiv 2606.04536) fixes theta within a rollout; here A
-and the B of earlier writes were made for older weights than those that they are added to.
+The engine changes theta between two of its steps. The reply goes on, and each token carries its version.
+
+Kept: the tokens so far, with the log-probs of the weights that sampled them. So the learner's ratio is right
+for each token. Kept too: the adapters, under names with the version on which the episode began.
+Computed again: keys and values of running requests, and the prefix cache. So each log-prob is of one theta.
+Given up: the paper (TMEM, arXiv 2606.04536) fixes theta within a rollout. Here A, and the B of earlier
+writes, were made for older weights than those they are added to.
 """
 
 from __future__ import annotations
@@ -28,7 +31,10 @@ from actors.types import (
 
 
 class InFlightPolicy:
-    """actors.protocols.Policy, and AsyncWriter, of one episode. ``version`` is the one on which it began: its adapters' names stay as they are."""
+    """Policy and AsyncWriter (actors/protocols.py) of one episode.
+
+    ``version`` stays the version on which the episode began, so the names of its adapters stay too.
+    """
 
     def __init__(self, policy: Policy, writer: AsyncWriter) -> None:
         self._policy, self._writer = policy, writer
@@ -45,7 +51,7 @@ class InFlightPolicy:
         return await self._writer.write(request)
 
     async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
-        """Without a receipt where a refresh came since the write was asked for: its probe tells what other weights would say."""
+        """Install without a receipt if a refresh came after the write: its probe is of the older weights."""
         await self._policy.install(key, weights, probe if self._policy.version == self._written_on else None)
 
     async def release(self, keys: Sequence[AdapterKey]) -> None:
@@ -53,8 +59,6 @@ class InFlightPolicy:
 
 
 def dated(trajectory: Trajectory) -> Trajectory:
-    """With the version of its oldest token: that is what its staleness counts from."""
-    oldest = min(
-        (segment.policy_version for segment in trajectory.segments), default=trajectory.policy_version
-    )
-    return replace(trajectory, policy_version=oldest)
+    """Return ``trajectory`` with the version of its oldest token, from which its staleness counts."""
+    versions = [segment.policy_version for segment in trajectory.segments]
+    return replace(trajectory, policy_version=min(versions, default=trajectory.policy_version))

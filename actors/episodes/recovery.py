@@ -1,13 +1,19 @@
-"""An episode whose worker died goes on elsewhere: what it has done so far is kept outside of its worker, and played again on another.
+"""Plays an episode again: from its write log, or on another worker after its own worker died.
 
-    worker that dies    RecordedPolicy, RecordedWriter --each write, and the end--> Journal.note     (held where it outlives the worker)
-    worker that goes on the episode is played again from its start: what was sampled comes from its progress, without the engine; each accepted write
-                        is computed again on the same policy version; where the progress ends the last revision is installed, with a receipt
+    replay      write log --accepted records--> writer --> the revisions that the episode had
+    recovery    on a worker that dies:    RecordedPolicy, RecordedWriter --each write, and the end--> Journal
+                on another worker:        Progress --> EpisodeLog --> RecordedPolicy, RecordedWriter
 
-Playing again needs no environment or memory that can be entered in the middle, only ones that do the same when they hear the same (recall,
-conversations, search, every memory of the comparison). Digests of all prompts and examples find out one that does not (its session has a state of
-its own), and the losses of the writes (below) another base: LostTrack, and the episode is restarted. Replies have seeds of their own, so
-what follows is what would have followed, up to the engine's own rounding.
+Recovery plays the episode from its start. What was sampled comes from its progress, without the engine. Each
+accepted write is computed again, on the same policy version. Where the progress ends, the last revision is
+installed, with a receipt, and the episode goes on. Replies have seeds of their own, so what follows is what
+would have followed, up to the engine's own rounding.
+
+Environment and memory only need to do the same when they hear the same, as recall, conversations, search and
+every memory of the comparison do. Where one does not, the digests of prompts and examples show it. The losses
+of the writes show another base. Both raise Diverged, and the episode is restarted.
+
+The journal (cluster/fleet/episode_journal.py) is held where it outlives the worker.
 """
 
 from __future__ import annotations
@@ -37,27 +43,98 @@ from actors.types import (
     WriteResult,
 )
 
+# Nats per answer token. Float32 sums in another order move a loss by 1e-5, another base moves it by tenths.
 LOSS_TOLERANCE = 1e-2
-"""Nats per answer token by which a replayed write's loss may differ: float32 sums in another order move it by 1e-5, another base by tenths."""
 
 
-class LostTrack(RuntimeError):
-    """The episode does not go the way that its progress says: it is restarted. The message says where they part."""
+class ReplayError(WriterError):
+    """The log does not lead to its weights: another base, basis or write settings, or a record is missing."""
+
+
+class Diverged(RuntimeError):
+    """The episode does not follow its progress and must be restarted. The message says where they part."""
+
+
+# --- replay of a write log ---------------------------------------------------------------------------------
+
+
+class LoggedWrite(Protocol):
+    """What a log keeps of an accepted write's result."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def loss_before(self) -> float: ...
+
+    @property
+    def loss_after(self) -> float: ...
+
+
+def replay(
+    writer: FastWeightWriter, episode_id: str, basis_id: str, records: Sequence[WriteRecord], tolerance: float
+) -> tuple[FastWeights, ...]:
+    """Return the revisions that ``records`` left behind, one for each accepted record. Raises ReplayError.
+
+    ``records`` is a whole log, in order. ``tolerance`` is in nats per answer token: the most by which a loss
+    may differ from the logged one. With a fresh writer on the same machine in float32, the revisions equal
+    those of an episode that wrote alone, bit for bit. Where its writes were batched with others', they equal
+    up to float rounding: a batched matmul adds in another order.
+    """
+    weights = FastWeights(basis_id=basis_id, revision=0, b={})
+    revisions: list[FastWeights] = []
+    for number, record in enumerate(records, start=1):
+        where = f"write {number} of episode {episode_id}"
+        expected = weights.revision + (record.outcome == "accepted")
+        if record.revision != expected:
+            raise ReplayError(
+                f"{where} left revision {record.revision} in force, the replay is at {expected}: "
+                "an earlier record is missing"
+            )
+        if record.outcome == "accepted":
+            (result,) = writer.write([WriteRequest(episode_id, weights, record.examples)])
+            check_replay(where, record, result, tolerance)
+            weights = result.weights
+            revisions.append(weights)
+    return tuple(revisions)
+
+
+def check_replay(where: str, record: LoggedWrite, result: WriteResult, tolerance: float) -> None:
+    """Check that ``result`` is that of the logged, accepted write. Raises ReplayError, ``where`` in front."""
+    cure = "replay on the policy version, basis and write settings that it was written with"
+    if result.outcome != "accepted":
+        raise ReplayError(
+            f"{where} was accepted and its replay is {result.outcome} ({result.reason}): {cure}"
+        )
+    if result.steps != record.steps:
+        raise ReplayError(f"{where} took {record.steps} steps and its replay {result.steps}: {cure}")
+    for name, logged, replayed in (
+        ("before", record.loss_before, result.loss_before),
+        ("after", record.loss_after, result.loss_after),
+    ):
+        if not math.isclose(logged, replayed, rel_tol=0, abs_tol=tolerance):
+            raise ReplayError(
+                f"{where} logged a loss of {logged:.5f} {name} it, its replay has {replayed:.5f} "
+                f"(tolerance {tolerance:g}): {cure}"
+            )
+
+
+# --- progress, and where it is kept ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sampled:
-    """A reply to the prompt with this digest. token_ids int32 [n], logprobs float32 [n]: 8 bytes a token, log-probs as a Segment holds them."""
+    """A reply. 8 bytes a token: log-probs are float32, as a Segment holds them."""
 
-    prompt: bytes
-    token_ids: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
+    prompt: bytes  # digest of the prompt's tokens
+    token_ids: NDArray[np.int32]  # [n]
+    logprobs: NDArray[np.float32]  # [n]
     finish_reason: FinishReason
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A write's line in the log. Its examples follow from what was sampled before it, so a digest is enough to know them again."""
+    """A write. A digest of its examples is enough: they follow from what was sampled before."""
 
     examples: bytes
     outcome: WriteOutcome
@@ -73,7 +150,7 @@ Event = Sampled | Written
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Progress:
-    """What an episode did up to its last write, on ``version``: its position, segments and fast weights follow from it."""
+    """What an episode did up to its last write. Its position, segments and fast weights follow from it."""
 
     version: PolicyVersion
     events: tuple[Event, ...]
@@ -84,30 +161,16 @@ class Progress:
 
 
 class Journal(Protocol):
-    """Where progress goes: a handle that travels with a request. Never blocks and never raises: a lost note costs a restart, not the episode."""
+    """Keeps progress: a handle that travels with a request.
+
+    It never blocks and never raises. A lost note costs a restart, not the episode.
+    """
 
     def note(
         self, group_id: str, sibling: int, version: PolicyVersion, start: int, events: tuple[Event, ...]
     ) -> None:
-        """``events`` follow on the first ``start`` of this sibling's; 0 begins anew."""
+        """Append ``events`` to the first ``start`` events of this sibling; 0 begins anew."""
         ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Recovery:
-    """What a worker needs for one group: where its progress goes, and, when the group was issued before (``reissued``), what is known, by sibling."""
-
-    journal: Journal
-    reissued: bool
-    progress: Mapping[int, Progress]
-
-
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    """Of the finished episodes of a group that was issued again: those continued, and those played from the start."""
-
-    continued: int
-    restarted: int
 
 
 class NoJournal:
@@ -119,11 +182,34 @@ class NoJournal:
         pass
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Recovery:
+    """What a worker needs to recover the episodes of one group, and to keep their progress."""
+
+    journal: Journal
+    reissued: bool  # the group was issued to another worker before
+    progress: Mapping[int, Progress]  # by sibling
+
+
 NO_RECOVERY = Recovery(NoJournal(), reissued=False, progress={})
 
 
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """How the finished episodes of a group that was issued again were played."""
+
+    continued: int  # from their progress
+    restarted: int
+
+
+NONE_RECOVERED = Recovered(0, 0)
+
+
+# --- an episode that records its progress, or follows it ---------------------------------------------------
+
+
 class EpisodeLog:
-    """One episode's events: those of its progress are given out first, new ones are noted by ``flush``."""
+    """One episode's events. ``recall`` gives out those of the past, ``flush`` notes the new ones."""
 
     def __init__(self, note: Callable[[int, tuple[Event, ...]], None], past: Sequence[Event]) -> None:
         self._note = note
@@ -151,7 +237,10 @@ class EpisodeLog:
 
 
 class RecordedPolicy:
-    """actors.protocols.Policy of one episode. A revision of the past is installed when the first new reply is sampled under it, if one ever is."""
+    """The Policy (actors/protocols.py) of one episode, with its log in between.
+
+    Invariant: a revision of the past costs no install, unless a new reply is sampled under it.
+    """
 
     def __init__(self, policy: Policy, log: EpisodeLog) -> None:
         self._policy, self._log = policy, log
@@ -164,23 +253,20 @@ class RecordedPolicy:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey
     ) -> Generation:
-        """Raises LostTrack, and what the policy raises."""
+        """Return the reply of the log, or sample a new one. Raises Diverged, and what the policy raises."""
         prompt = _digest(prompt_ids)
         if self._log.recalling:
             event = self._log.recall()
             if not isinstance(event, Sampled) or event.prompt != prompt:
-                raise LostTrack(f"a reply to {len(prompt_ids)} tokens was not sampled there before")
-            return Generation(
-                tuple(event.token_ids.tolist()), tuple(event.logprobs.tolist()), event.finish_reason
-            )
+                raise Diverged(f"a reply to {len(prompt_ids)} tokens was not sampled there before")
+            ids, logprobs = tuple(event.token_ids.tolist()), tuple(event.logprobs.tolist())
+            return Generation(ids, logprobs, event.finish_reason)
         if (waiting := self._waiting.pop(adapter.name, None)) is not None:
             await self._policy.install(*waiting)
         generation = await self._policy.generate(prompt_ids, sampling, adapter)
-        ids, logprobs = (
-            np.asarray(generation.token_ids, np.int32),
-            np.asarray(generation.logprobs, np.float32),
-        )
-        self._log.add(Sampled(prompt, ids, logprobs, generation.finish_reason))
+        token_ids = np.asarray(generation.token_ids, np.int32)
+        log_probs = np.asarray(generation.logprobs, np.float32)
+        self._log.add(Sampled(prompt, token_ids, log_probs, generation.finish_reason))
         return generation
 
     async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
@@ -196,36 +282,28 @@ class RecordedPolicy:
 
 
 class RecordedWriter:
-    """actors.protocols.AsyncWriter of one episode."""
+    """The AsyncWriter (actors/protocols.py) of one episode, with its log in between."""
 
     def __init__(self, writer: AsyncWriter, log: EpisodeLog) -> None:
         self._writer, self._log = writer, log
 
     async def write(self, request: WriteRequest) -> WriteResult:
-        """Raises LostTrack, and what the writer raises."""
+        """Write, or write again. Raises Diverged, and what the writer raises."""
         examples = _digest_of(request.examples)
         if self._log.recalling:
             return await self._again(request, examples)
         result = await self._writer.write(request)
-        self._log.add(
-            Written(
-                examples,
-                result.outcome,
-                result.loss_before,
-                result.loss_after,
-                result.steps,
-                result.seconds,
-                result.reason,
-            )
-        )
+        losses = (result.loss_before, result.loss_after)
+        self._log.add(Written(examples, result.outcome, *losses, result.steps, result.seconds, result.reason))
         self._log.flush()
         return result
 
     async def _again(self, request: WriteRequest, examples: bytes) -> WriteResult:
+        """Return what the logged write returned. Only an accepted write is computed again."""
         logged = self._log.recall()
         where = f"the write after revision {request.weights.revision} of episode {request.episode_id}"
         if not isinstance(logged, Written) or logged.examples != examples:
-            raise LostTrack(f"{where} was not made there before, or of other examples")
+            raise Diverged(f"{where} was not made there before, or of other examples")
         if logged.outcome != "accepted":
             losses = (logged.loss_before, logged.loss_after)
             return WriteResult(
@@ -235,7 +313,7 @@ class RecordedWriter:
         try:
             check_replay(where, logged, result, LOSS_TOLERANCE)
         except ReplayError as error:
-            raise LostTrack(str(error)) from error
+            raise Diverged(str(error)) from error
         return result
 
 
@@ -244,69 +322,5 @@ def _digest(ids: Sequence[int]) -> bytes:
 
 
 def _digest_of(examples: Sequence[WriteExample]) -> bytes:
-    return hashlib.blake2b(
-        b"".join(_digest(example.prompt_ids) + _digest(example.answer_ids) for example in examples),
-        digest_size=16,
-    ).digest()
-
-
-class ReplayError(WriterError):
-    """The log does not lead to the weights that it speaks of: another base, basis or write settings, or a record is missing."""
-
-
-class LoggedWrite(Protocol):
-    """What a log keeps of an accepted write's result."""
-
-    @property
-    def steps(self) -> int: ...
-
-    @property
-    def loss_before(self) -> float: ...
-
-    @property
-    def loss_after(self) -> float: ...
-
-
-def replay(
-    writer: FastWeightWriter, episode_id: str, basis_id: str, records: Sequence[WriteRecord], tolerance: float
-) -> tuple[FastWeights, ...]:
-    """The revisions that ``records`` (a whole log, in order) left behind: one for each accepted record, each from a call of its own.
-
-    With a fresh writer on the same machine in float32 they equal, bit for bit, those of an episode that wrote alone; those of one whose writes
-    were batched with others' up to float rounding (a matmul of other companions adds in another order). ``tolerance`` is the most nats per answer
-    token by which a loss may differ from the logged one. Raises ReplayError.
-    """
-    weights = FastWeights(basis_id=basis_id, revision=0, b={})
-    revisions: list[FastWeights] = []
-    for number, record in enumerate(records, start=1):
-        where = f"write {number} of episode {episode_id}"
-        expected = weights.revision + (record.outcome == "accepted")
-        if record.revision != expected:
-            raise ReplayError(
-                f"{where} left revision {record.revision} in force, the replay is at {expected}: an earlier record is missing"
-            )
-        if record.outcome == "accepted":
-            (result,) = writer.write([WriteRequest(episode_id, weights, record.examples)])
-            check_replay(where, record, result, tolerance)
-            weights = result.weights
-            revisions.append(weights)
-    return tuple(revisions)
-
-
-def check_replay(where: str, record: LoggedWrite, result: WriteResult, tolerance: float) -> None:
-    """Whether ``result`` is what an accepted write led to before. Raises ReplayError, ``where`` in front."""
-    cure = "replay on the policy version, basis and write settings that it was written with"
-    if result.outcome != "accepted":
-        raise ReplayError(
-            f"{where} was accepted and its replay is {result.outcome} ({result.reason}): {cure}"
-        )
-    if result.steps != record.steps:
-        raise ReplayError(f"{where} took {record.steps} steps and its replay {result.steps}: {cure}")
-    for name, logged, found in (
-        ("before", record.loss_before, result.loss_before),
-        ("after", record.loss_after, result.loss_after),
-    ):
-        if not math.isclose(logged, found, rel_tol=0, abs_tol=tolerance):
-            raise ReplayError(
-                f"{where} logged a loss of {logged:.5f} {name} it, its replay has {found:.5f} (tolerance {tolerance:g}): {cure}"
-            )
+    sides = (side for example in examples for side in (example.prompt_ids, example.answer_ids))
+    return hashlib.blake2b(b"".join(map(_digest, sides)), digest_size=16).digest()

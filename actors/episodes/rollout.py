@@ -1,18 +1,21 @@
 """Many concurrent episodes of one worker: groups of siblings, batched writes, deadlines, failures as data.
 
-    group(request) --> sibling 0..n-1, each: slot -> play_episode (deadline) -> slot free -> score_episode (deadline) -> Trajectory | FailedEpisode
-                                                         |
-                                   WriteBatcher: pending writes of all episodes -> writer.write in a thread, one call at a time
+    group(request) --> siblings 0..n-1, each:
+        wait for a slot --> play_episode --> free the slot --> score_episode --> Trajectory | FailedEpisode
+                                 |
+        WriteBatcher: pending writes of all episodes --> writer.write in a thread, one call at a time
 
-Waits: a sibling waits for a slot (freed when an episode was played, at the latest at its deadline), then for the engine and the writer (bounded by
-``rollout.episode_timeout_s``), then for its score (bounded by SCORING_S): a judge's verdict costs the episode none of its time, and nobody a slot.
+Every wait, and who ends it:
+    a slot                  freed when another episode was played, at the latest at that episode's deadline
+    engine and writer       bounded by ``rollout.episode_timeout_s``
+    the score               bounded by SCORING_S. A judge's verdict holds no slot, and does not count against
+                            the episode's own deadline
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +26,9 @@ from actors.episodes.episode import EpisodeSpec, Played, derived_seed, play_epis
 from actors.episodes.in_flight import InFlightPolicy, dated
 from actors.episodes.recovery import (
     NO_RECOVERY,
+    Diverged,
     EpisodeLog,
     Event,
-    LostTrack,
     RecordedPolicy,
     RecordedWriter,
     Recovered,
@@ -48,39 +51,45 @@ _BOUNDARIES: tuple[tuple[type[RuntimeError], Boundary], ...] = (
 )
 
 SCORING_S = 540.0
-"""What a session may take for its outcome. Less than the driver's grace beyond an episode's deadline (600 s, cluster/fleet/remote_worker.py): late verdicts fail
-their episodes before the driver takes the whole worker for lost."""
+"""The longest wait for a session's outcome. It is less than the driver's grace beyond an episode's deadline
+(600 s, cluster/fleet/remote_worker.py). So a late verdict fails its episode before the driver takes the whole
+worker for lost."""
 
+# How long a batch of writes waits for more requests. Extractions that end in the same engine step arrive one
+# after the other. A write takes hundreds of milliseconds, and one of eight is cheaper than two of four.
 _GATHER_S = 0.003
-"""Episodes whose extractions ended in the same engine step come one after the other: a write takes hundreds of milliseconds, and one of eight is
-cheaper than two of four."""
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """One task for ``group_size`` siblings. ``group_id`` is never reused: episode ids are made of it. ``temperature`` 0 is greedy.
+    """One task for ``group_size`` siblings.
 
-    Task, memory, temperature and seed alone decide what is sampled (up to the engine's own rounding), not the group id.
+    Task, memory, temperature and seed decide what is sampled, up to the engine's own rounding. The group id
+    does not.
     """
 
     task: Task
-    group_id: str
+    group_id: str  # never reused: episode ids begin with it
     group_size: int
     memory: MemoryConfig
-    temperature: float
+    temperature: float  # 0 is greedy
     max_answer_tokens: int
     seed: int
 
     def __post_init__(self) -> None:
         if self.group_size < 1 or self.max_answer_tokens < 1 or self.temperature < 0:
             raise ValueError(
-                f"rollout request {self.group_id}: group_size={self.group_size} and max_answer_tokens={self.max_answer_tokens} must be at least 1, "
+                f"rollout request {self.group_id}: group_size={self.group_size} and "
+                f"max_answer_tokens={self.max_answer_tokens} must be at least 1, "
                 f"temperature={self.temperature} at least 0"
             )
 
 
 class WriteBatcher:
-    """AsyncWriter over a batched writer: what comes in while a write runs is the next batch. Bound to the event loop that it is first used on."""
+    """AsyncWriter over a batched writer: requests that come in during a write are the next batch.
+
+    Bound to the event loop of its first use.
+    """
 
     def __init__(self, writer: FastWeightWriter) -> None:
         self._writer = writer
@@ -88,7 +97,7 @@ class WriteBatcher:
         self._drain: asyncio.Task[None] | None = None
 
     async def write(self, request: WriteRequest) -> WriteResult:
-        """Raises WriterError. Giving up the wait drops the result, not the batch."""
+        """Return the writer's result. Raises WriterError. A cancelled wait does not end the batch."""
         future: asyncio.Future[WriteResult] = asyncio.get_running_loop().create_future()
         self._pending.append((request, future))
         if self._drain is None or self._drain.done():
@@ -103,6 +112,7 @@ class WriteBatcher:
             if not batch:
                 return
             requests = [request for request, _ in batch]
+            # any exception of the writer goes to those who wait: this task has no caller that could see it
             (results,) = await asyncio.gather(
                 asyncio.to_thread(self._writer.write, requests), return_exceptions=True
             )
@@ -111,7 +121,7 @@ class WriteBatcher:
                     f"the writer returned {len(results)} results for {len(requests)} requests"
                 )
             for place, (_, future) in enumerate(batch):
-                if future.done():  # its episode gave up
+                if future.done():  # its episode gave up during the write
                     continue
                 if isinstance(results, BaseException):
                     future.set_exception(results)
@@ -120,7 +130,10 @@ class WriteBatcher:
 
 
 class Rollout:
-    """All the episodes of one worker. Concurrent calls of `group` share ``slots`` places. Built inside the worker, used on one event loop."""
+    """All episodes of one worker. Concurrent calls of ``group`` share ``slots`` places.
+
+    Built inside the worker, used on one event loop.
+    """
 
     def __init__(
         self,
@@ -137,7 +150,8 @@ class Rollout:
     ) -> None:
         if slots < 1:
             raise ValueError(
-                f"slots={slots} is not allowed: it must be at least 1, as many as the engine has adapter slots"
+                f"slots={slots} is not allowed: "
+                "it must be at least 1, as many as the engine has adapter slots"
             )
         self._policy = policy
         self._writer = WriteBatcher(writer)
@@ -151,8 +165,9 @@ class Rollout:
         self._worker_name = worker_name
 
     async def group(self, request: RolloutRequest) -> TrajectoryGroup:
-        """Play the task ``group_size`` times. An episode that fails becomes data, its siblings go on; a programming error ends the whole group.
+        """Play the task ``group_size`` times.
 
+        An episode that fails becomes data, and its siblings go on. A programming error ends the whole group.
         The policy must keep its version until this returns, unless ``rollout.refresh`` is in_flight.
         """
         return (await self.recoverable_group(request, NO_RECOVERY))[0]
@@ -160,32 +175,35 @@ class Rollout:
     async def recoverable_group(
         self, request: RolloutRequest, recovery: Recovery
     ) -> tuple[TrajectoryGroup, Recovered]:
-        """As ``group``, and progress goes to ``recovery.journal``; an episode that is known there on the present version is continued."""
+        """As ``group``, with the progress of episodes kept in ``recovery.journal``.
+
+        An episode with progress on the present policy version is continued from there.
+        """
         version = self._policy.version
-        continued: Counter[bool] = Counter()
         try:
             async with asyncio.TaskGroup() as siblings:
                 running = [
-                    siblings.create_task(self._sibling(request, number, recovery, continued))
+                    siblings.create_task(self._sibling(request, number, recovery))
                     for number in range(request.group_size)
                 ]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        finished = [task.result() for task in running]
-        trajectories = tuple(result for result in finished if isinstance(result, Trajectory))
+        finished = [sibling.result() for sibling in running]
+        trajectories = tuple(result for result, _ in finished if isinstance(result, Trajectory))
         group = TrajectoryGroup(
             task=request.task,
             policy_version=min((trajectory.policy_version for trajectory in trajectories), default=version),
             trajectories=trajectories,
-            failed=tuple(result for result in finished if isinstance(result, FailedEpisode)),
+            failed=tuple(result for result, _ in finished if isinstance(result, FailedEpisode)),
             worker=self._worker_name,
         )
-        return group, Recovered(continued[True], continued[False])
+        continued = sum(continued for _, continued in finished)
+        return group, Recovered(continued, len(trajectories) - continued if recovery.reissued else 0)
 
     async def _sibling(
-        self, request: RolloutRequest, number: int, recovery: Recovery, continued: Counter[bool]
-    ) -> Trajectory | FailedEpisode:
-        """``continued`` counts the finished episodes of a group that was issued again: True for those that went on from their progress."""
+        self, request: RolloutRequest, number: int, recovery: Recovery
+    ) -> tuple[Trajectory | FailedEpisode, bool]:
+        """Play and score one episode. Also return whether it finished and was continued from its progress."""
         spec = EpisodeSpec(
             task=request.task,
             episode_id=f"{request.group_id}.{number}",
@@ -195,29 +213,36 @@ class Rollout:
             seed=derived_seed(request.seed, number),
         )
         limit = self._rollout.episode_timeout_s
-        late = f"not played after rollout.episode_timeout_s={limit:g}: waiting for the engine or the writer: raise it, or lower engine.slots"
+        late = (
+            f"not played after rollout.episode_timeout_s={limit:g}: waiting for the engine or the writer: "
+            "raise it, or lower engine.slots"
+        )
         async with self._slots:
-            found = await _in_time(spec, self._play(spec, request, number, recovery), limit, late, "engine")
-        if isinstance(found, FailedEpisode):
-            return found
-        played, went_on = found
-        whom = f"the environment {played.environment} and its judge, if it has one"
-        late = f"played, but not scored after {SCORING_S:g} s: waiting for {whom}: lower its judge's timeout_s, or raise its max_concurrent"
+            result = await _in_time(spec, self._play(spec, request, number, recovery), limit, late, "engine")
+        if isinstance(result, FailedEpisode):
+            return result, False
+        played, continued = result
+        late = (
+            f"played, but not scored after {SCORING_S:g} s: waiting for the environment {played.environment} "
+            "and its judge, if it has one: lower its judge's timeout_s, or raise its max_concurrent"
+        )
         scored = await _in_time(spec, score_episode(played), SCORING_S, late, "environment")
         if isinstance(scored, FailedEpisode):
-            return scored
-        continued[went_on] += went_on or recovery.reissued
-        return dated(scored) if self._rollout.refresh == "in_flight" else scored
+            return scored, False
+        return (dated(scored) if self._rollout.refresh == "in_flight" else scored), continued
 
     async def _play(
         self, spec: EpisodeSpec, request: RolloutRequest, number: int, recovery: Recovery
     ) -> tuple[Played, bool]:
-        """From the progress that is known (then True), or else, and where the episode does not follow it, from the start."""
+        """Play from the episode's progress (then True), or from its start.
+
+        Starts anew where there is no progress on this policy version, or the episode does not follow it.
+        """
         progress = recovery.progress.get(number)
         if progress is not None and progress.version == self._policy.version:
             try:
                 return await self._play_from(spec, request, number, recovery, progress.events), True
-            except LostTrack as error:
+            except Diverged as error:
                 _log.warning("%s: episode %s starts anew: %s", self._worker_name, spec.episode_id, error)
         return await self._play_from(spec, request, number, recovery, ()), False
 
@@ -240,14 +265,18 @@ class Rollout:
         played = await play_episode(
             spec, self._environment, policy, writer, self._chat, memory, self._basis_id
         )
-        log.flush()
+        log.flush()  # the replies after the last write: a worker may die while the episode is scored
         return played
 
 
 async def _in_time(
     spec: EpisodeSpec, doing: Awaitable[T], limit_s: float, late: str, waits_for: Boundary
 ) -> T | FailedEpisode:
-    """What ``doing`` gives, or how the episode failed: ``late`` where its deadline passed, at ``waits_for`` where a wait inside gave up by itself."""
+    """Return what ``doing`` returns, or the failed episode.
+
+    ``late`` is the message when the deadline passes. A TimeoutError from inside is not the deadline's: it is
+    reported at ``waits_for``.
+    """
     deadline = asyncio.timeout(limit_s)
     try:
         async with deadline:
@@ -257,9 +286,8 @@ async def _in_time(
             return _failed(spec, waits_for, f"a wait inside the episode timed out: {error}")
         return _failed(spec, "timeout", late)
     except tuple(kind for kind, _ in _BOUNDARIES) as error:
-        return _failed(
-            spec, next(boundary for kind, boundary in _BOUNDARIES if isinstance(error, kind)), str(error)
-        )
+        boundary = next(boundary for kind, boundary in _BOUNDARIES if isinstance(error, kind))
+        return _failed(spec, boundary, str(error))
 
 
 def _failed(spec: EpisodeSpec, boundary: Boundary, message: str) -> FailedEpisode:
