@@ -15,17 +15,16 @@ from configs.schema import ObjectiveConfig
 from learner.types import LearnerError, ScoredTrajectory
 
 Estimator = Callable[[Sequence[float]], Sequence[float]]
-"""Rewards of a group's finished siblings (finite) to their advantages (as many, finite)."""
+"""Finite rewards of a group's finished siblings -> as many finite advantages."""
 
-_EQUAL = (
-    1e-8  # rewards whose spread is rounding only carry no signal; dividing by that spread would invent one
-)
+_EQUAL = 1e-8  # a spread of rewards that is only rounding; dividing by it would invent a signal
 
 
 def grpo(rewards: Sequence[float], normalize_by_std: bool) -> list[float]:
-    """Reward minus the group's mean, over the group's (population) standard deviation if asked (GRPO, arXiv 2402.03300, section 4.1.2).
+    """Return reward minus the group's mean (GRPO, arXiv 2402.03300, section 4.1.2).
 
-    Equal rewards and a single survivor give zeros. Raises ValueError for a reward that is not finite.
+    With ``normalize_by_std`` it is divided by the group's population standard deviation. Equal rewards and a
+    single sibling give zeros. Raises ValueError for a reward that is not finite.
     """
     _check(rewards)
     if not rewards:
@@ -38,16 +37,17 @@ def grpo(rewards: Sequence[float], normalize_by_std: bool) -> list[float]:
 
 
 def positive_only(rewards: Sequence[float], normalize_by_std: bool) -> list[float]:
-    """GRPO's advantages where they are positive, 0 elsewhere: only what did better than its siblings is learnt from.
+    """Return GRPO's advantages where they are positive, 0 elsewhere.
 
-    The rejection of RAFT (arXiv 2304.06767) with GRPO's weights; arXiv 2504.11343 compares the two. It is no policy gradient: nothing is
-    pushed down, so larger steps stay safe, and entropy falls faster.
+    So the learner learns only from episodes that did better than their siblings: the rejection of RAFT
+    (arXiv 2304.06767) with GRPO's weights. arXiv 2504.11343 compares the two. It is no policy gradient:
+    nothing is pushed down, so larger steps stay safe, and entropy falls faster.
     """
     return [max(0.0, advantage) for advantage in grpo(rewards, normalize_by_std)]
 
 
 def leave_one_out(rewards: Sequence[float]) -> list[float]:
-    """Reward minus the mean of the *other* siblings (RLOO, arXiv 2402.14740). A single survivor gives zero."""
+    """Return reward minus the mean of the *other* siblings (RLOO, arXiv 2402.14740); 0 for an only one."""
     _check(rewards)
     if len(rewards) < 2:
         return [0.0] * len(rewards)
@@ -56,7 +56,7 @@ def leave_one_out(rewards: Sequence[float]) -> list[float]:
 
 
 def estimator(config: ObjectiveConfig) -> Estimator:
-    """What ``config.advantage`` names. Raises ExtensionError."""
+    """Return the estimator that ``config.advantage`` names. Raises ExtensionError."""
     shipped: Mapping[str, Estimator] = {
         "grpo": partial(grpo, normalize_by_std=config.normalize_by_std),
         "positive": partial(positive_only, normalize_by_std=config.normalize_by_std),
@@ -66,9 +66,10 @@ def estimator(config: ObjectiveConfig) -> Estimator:
 
 
 def score(group: TrajectoryGroup, estimate: Estimator) -> tuple[ScoredTrajectory, ...]:
-    """The group's trajectories with their advantages. Failed siblings take no part: they are no reward of 0.
+    """Return the group's trajectories with their advantages. A failed sibling is left out: it has no reward.
 
-    Raises ValueError for a reward that is not finite, LearnerError for an estimator that does not give one finite advantage for each.
+    Raises ValueError for a reward that is not finite, and LearnerError for an estimator that does not return
+    one finite advantage for each.
     """
     rewards = [trajectory.outcome.reward for trajectory in group.trajectories]
     try:
@@ -78,17 +79,16 @@ def score(group: TrajectoryGroup, estimate: Estimator) -> tuple[ScoredTrajectory
     advantages = [float(advantage) for advantage in estimate(rewards)]
     if len(advantages) != len(rewards) or not all(map(math.isfinite, advantages)):
         raise LearnerError(
-            f"objective.advantage gave {advantages} for the rewards {rewards} of task {group.task.id}: one finite number for each"
+            f"objective.advantage gave {advantages} for the rewards {rewards} of task {group.task.id}: "
+            "one finite number for each"
         )
-    return tuple(
-        ScoredTrajectory(trajectory, advantage)
-        for trajectory, advantage in zip(group.trajectories, advantages, strict=True)
-    )
+    return tuple(map(ScoredTrajectory, group.trajectories, advantages))
 
 
 def _check(rewards: Sequence[float]) -> None:
     for place, reward in enumerate(rewards):
         if not math.isfinite(reward):
             raise ValueError(
-                f"reward {place} is {reward}: a reward must be a finite number; mend the environment's outcome()"
+                f"reward {place} is {reward}: a reward must be a finite number; "
+                "mend the environment's outcome()"
             )

@@ -1,30 +1,68 @@
 """Scored trajectories -> rows -> microbatches of near-equal tokens, the same number on every rank.
 
-Invariant: the gradient of an optimizer step does not depend on the packing, because each row carries its share of the global denominator (Row.scale).
-All of it is a pure function of the groups, so every rank computes the whole plan and takes its own part without a word to the others.
+    ScoredTrajectory --as_objective_sees--> ... --rows_of--> Row --pack--> Microbatch, per rank
+
+Invariant: the gradient of an optimizer step does not depend on the packing, because each row carries its
+share of the global denominator (Row.scale). All of it is a pure function of the groups. So every rank
+computes the whole plan and takes its own part, without a word to the others.
+
+Ablations (``as_objective_sees``) leave out one part of the method, to show what that part is worth:
+
+    objective.credit=actions    no gradient on extraction tokens: a good flashcard gets no credit
+    objective.snapshot=final    every segment is scored under the episode's last Delta, not under its own: a
+                                biased gradient. `learner/engine_logprob_diff_mean` shows how far it is off
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from actors.types import Segment
+from actors.types import Segment, Trajectory
+from configs.schema import ObjectiveConfig
 from learner.types import Microbatch, Row, ScoredTrajectory
 
 Aggregate = Literal["token", "sequence"]
 
-_PASS = 16  # one more microbatch costs a sixteenth of a full one, whatever its size: launches, and weights read once more
+# One more microbatch costs a sixteenth of a full one, whatever its size: launches, and weights read again.
+_PASS = 16
 _EVEN = 64  # a full microbatch costs a 64th more than its tokens
 _NEVER = np.int64(2**60)
 
 
+def as_objective_sees(
+    scored: Sequence[ScoredTrajectory], objective: ObjectiveConfig
+) -> Sequence[ScoredTrajectory]:
+    """Return the episodes as an ablation sees them; ``scored`` itself for the method as it is."""
+    if objective.credit == "all" and objective.snapshot == "own":
+        return scored
+    return [replace(episode, trajectory=_seen(episode.trajectory, objective)) for episode in scored]
+
+
+def _seen(trajectory: Trajectory, objective: ObjectiveConfig) -> Trajectory:
+    segments = trajectory.segments
+    if objective.credit == "actions":
+        segments = tuple(map(_without_extractions, segments))
+    if objective.snapshot == "final":
+        segments = tuple(replace(segment, revision=len(trajectory.revisions)) for segment in segments)
+    return replace(trajectory, segments=segments)
+
+
+def _without_extractions(segment: Segment) -> Segment:
+    spans = tuple(span for span in segment.spans if span.kind != "extract")
+    mask = np.zeros_like(segment.action_mask)
+    for span in spans:
+        mask[span.start : span.end] = True
+    logprobs = np.where(mask, segment.logprobs, np.float32(0))
+    return replace(segment, action_mask=mask, logprobs=logprobs, spans=spans)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RowSet:
-    """The rows of one optimizer step, and what was left out of it."""
+    """The rows of one optimizer step, and counts of what was left out."""
 
     rows: tuple[Row, ...]
     segments_without_actions: int
@@ -33,31 +71,35 @@ class RowSet:
 
 
 def rows_of(scored: Sequence[ScoredTrajectory], aggregate: Aggregate, skip_zero_advantage: bool) -> RowSet:
-    """One row per segment with sampled tokens, each under its own revision and with its episode's advantage.
+    """Return one row per segment with sampled tokens, under its own revision, with its episode's advantage.
 
-    "token": every sampled token of the step weighs the same. "sequence": every episode weighs the same, its tokens share it. A trajectory with
-    advantage 0 has no policy gradient: skipped when asked, but it stays in the denominator, so skipping changes nothing but the time.
+    "token": every sampled token of the step has the same weight.
+    "sequence": every episode with sampled tokens has the same weight, shared by its tokens.
+    A trajectory with advantage 0 has no policy gradient. ``skip_zero_advantage`` leaves out its rows but not
+    its share of the denominator, so skipping saves time and changes nothing else.
     """
-    sampled = [sum(int(segment.action_mask.sum()) for segment in one.trajectory.segments) for one in scored]
+    sampled = [
+        sum(int(segment.action_mask.sum()) for segment in episode.trajectory.segments) for episode in scored
+    ]
     all_tokens, acting = sum(sampled), sum(tokens > 0 for tokens in sampled)
     rows: list[Row] = []
     empty = skipped = extract = 0
-    for one, tokens in zip(scored, sampled, strict=True):
-        if skip_zero_advantage and one.advantage == 0:
+    for episode, tokens in zip(scored, sampled, strict=True):
+        if skip_zero_advantage and episode.advantage == 0:
             skipped += 1
             continue
-        for segment in one.trajectory.segments:
+        for segment in episode.trajectory.segments:
             if not segment.action_mask.any():
                 empty += 1
                 continue
             scale = 1 / all_tokens if aggregate == "token" else 1 / (acting * tokens)
-            rows.append(Row(segment, one.trajectory.weights_of(segment), one.advantage, scale))
+            rows.append(Row(segment, episode.trajectory.weights_of(segment), episode.advantage, scale))
             extract += sum(span.end - span.start for span in segment.spans if span.kind == "extract")
     return RowSet(tuple(rows), empty, skipped, extract)
 
 
 def supervised_rows(segments: Sequence[Segment]) -> tuple[Row, ...]:
-    """Rows of a warm start: Delta = 0, every target token weighs the same."""
+    """Return the rows of a warm start: Delta = 0, and every target token has the same weight."""
     targets = sum(int(segment.action_mask.sum()) for segment in segments)
     return tuple(Row(segment, None, 1.0, 1 / targets) for segment in segments if segment.action_mask.any())
 
@@ -65,13 +107,12 @@ def supervised_rows(segments: Sequence[Segment]) -> tuple[Row, ...]:
 def pack(
     rows: Sequence[Row], microbatch_tokens: int, ranks: int, temperature: float
 ) -> list[list[Microbatch]]:
-    """Microbatches per rank: at most ``microbatch_tokens`` tokens each, padding included (a longer row stands alone).
+    """Return microbatches per rank, of at most ``microbatch_tokens`` tokens each, padding included.
 
-    Every rank gets the same number, at least one. The largest come first and neighbours in size go to different ranks: equal work at each position.
+    A longer row stands alone. Every rank gets the same number, at least one. The largest come first, and
+    neighbours in size go to different ranks: so all ranks do equal work at each position.
     """
-    ordered = sorted(
-        rows, key=lambda row: -len(row.segment.token_ids)
-    )  # stable: the plan is the same on every rank
+    ordered = sorted(rows, key=lambda row: -len(row.segment.token_ids))  # stable: equal on every rank
     parts = _cut([len(row.segment.token_ids) for row in ordered], microbatch_tokens, ranks)
     batches = sorted(
         (ordered[start:end] for start, end in parts),
@@ -84,28 +125,29 @@ def pack(
 
 
 def _cut(lengths: Sequence[int], budget: int, ranks: int) -> list[tuple[int, int]]:
-    """The cheapest cut of ``lengths`` (descending) into stretches [start, end), their number a multiple of ``ranks`` where that can be.
+    """Cut ``lengths`` (descending) into the cheapest stretches [start, end).
 
-    A stretch costs its tokens with padding, what one more pass costs whatever its size, and a little for its size squared, so that of two cuts with
-    like padding the more even one is taken. In integers (of 1 / (_EVEN * budget) tokens), so that every rank finds the same cut. Dynamic programming
-    over (rows cut, stretches mod ranks).
+    Their number is a multiple of ``ranks`` where that can be. A stretch costs its tokens with padding, a
+    fixed price for one more pass, and a little for its size squared. The square prefers the more even of two
+    cuts with like padding. Prices are integers, in units of 1 / (_EVEN * budget) tokens, so that every rank
+    finds the same cut.
     """
     count = len(lengths)
     longest = np.asarray(lengths, dtype=np.int64)
+    # Dynamic programming over (rows cut so far, stretches so far mod ranks).
     best = np.full((count + 1, ranks), _NEVER)
-    came = np.zeros((count + 1, ranks), dtype=np.int64)
+    came = np.zeros((count + 1, ranks), dtype=np.int64)  # the start of the last stretch
     best[0, 0] = first = 0
     for end in range(1, count + 1):
+        # Lengths descend, so a stretch pads to its first row. A row over the budget may stand alone.
         while first < end - 1 and (end - first) * lengths[first] > budget:
             first += 1
         sizes = (end - np.arange(first, end)) * longest[first:end]
         prices = _EVEN * budget * (sizes + budget // _PASS) + sizes * sizes
-        costs = np.roll(best[first:end], 1, axis=1) + prices[:, None]
+        costs = np.roll(best[first:end], 1, axis=1) + prices[:, None]  # rolled: one stretch more
         came[end], best[end] = first + costs.argmin(axis=0), costs.min(axis=0)
-    end, state = (
-        count,
-        0 if best[count, 0] < _NEVER else count % ranks,
-    )  # one row each is always possible; empty microbatches make up the rest
+    # Where no multiple is possible, each row stands alone, and empty microbatches make up the rest.
+    end, state = count, 0 if best[count, 0] < _NEVER else count % ranks
     parts = []
     while end > 0:
         start = int(came[end, state])
@@ -115,7 +157,7 @@ def _cut(lengths: Sequence[int], budget: int, ranks: int) -> list[tuple[int, int
 
 
 def pad(rows: Sequence[Row], temperature: float) -> Microbatch:
-    """One microbatch of ``rows``; of none, a two-token row without a sampled token: its gradient is zero."""
+    """Return one microbatch of ``rows``; of none, one row of two unsampled tokens, whose gradient is zero."""
     count, length = max(1, len(rows)), max((len(row.segment.token_ids) for row in rows), default=2)
     token_ids = np.zeros((count, length), dtype=np.int64)
     attention_mask = np.zeros((count, length), dtype=np.bool_)
@@ -142,7 +184,10 @@ def pad(rows: Sequence[Row], temperature: float) -> Microbatch:
 def split(
     scored: Sequence[ScoredTrajectory], parts: int, seed: Sequence[int]
 ) -> list[list[ScoredTrajectory]]:
-    """``parts`` near-equal minibatches (at most one per trajectory), shuffled by ``seed``; a single one keeps the order."""
+    """Return ``parts`` near-equal minibatches, at most one per trajectory, shuffled by ``seed``.
+
+    A single minibatch keeps the order.
+    """
     if parts == 1 or len(scored) < 2:
         return [list(scored)]
     order = np.random.default_rng(seed).permutation(len(scored))

@@ -1,24 +1,25 @@
-"""Save and load everything of the learner. Nothing is pickled: safetensors and JSON only, so loading a foreign checkpoint runs no code.
+"""Save and load everything of the learner. Nothing is pickled, so loading a foreign checkpoint runs no code.
 
     folder/model/              theta as a Hugging Face folder (transformers and vLLM read it)
-    folder/optimizer/          master.safetensors (float32 theta), exp_avg.safetensors, exp_avg_sq.safetensors: full tensors by parameter name
+    folder/optimizer/          full tensors by parameter name: master.safetensors (float32 theta),
+                               exp_avg.safetensors, exp_avg_sq.safetensors
     folder/rng-{rank}.json     states of python's, numpy's and torch's generators
-    folder/learner.json        format, version, step counters, ranks
+    folder/learner.json        format, ranks, step counters
 
-The state is gathered to full tensors, so a checkpoint does not depend on the ZeRO stage or the number of ranks it was written with.
-Invariant: after ``load`` the weights and the next step's loss are those of an uninterrupted run, to the bit (same ranks, same threads).
+The state is gathered to full tensors. So a checkpoint does not depend on the ZeRO stage or on the number of
+ranks that wrote it. Invariant: after ``load`` the weights and the next step's loss are those of an
+uninterrupted run, to the bit (same ranks, same threads).
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import os
 import random
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import safetensors
@@ -32,24 +33,45 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from configs.files import FileError, dump_json, parse_json, sync, sync_tree
 from learner.engine import TrainingEngine
 from learner.model import PolicyModel
 from learner.types import LearnerError
-from learner.weights import full_tensors, load_tensors, named_parameters
 
 _FORMAT = "engram-learner-1"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".safetensors.index.json", ".bin.index.json")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """version: steps of any kind. rl_steps: optimizer steps since RL began (learning-rate warm-up). adam_steps: since the optimizer was reset."""
+    version: int  # steps of any kind
+    rl_steps: int  # optimizer steps since RL began, for the learning rate's warm-up
+    adam_steps: int  # since the optimizer was reset
+    warm: bool  # the optimizer holds moments of the warm start
 
+
+@dataclass(frozen=True, slots=True)
+class _Label:
+    """The content of learner.json: the Counters, and what wrote them."""
+
+    format: str
+    ranks: int
     version: int
     rl_steps: int
     adam_steps: int
     warm: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Generators:
+    """The content of rng-{rank}.json. torch and cuda are base64; cuda is "" on a CPU."""
+
+    python: tuple[int, tuple[int, ...], float | None]
+    numpy: tuple[str, tuple[int, ...], int, int, float]
+    torch: str
+    cuda: str
 
 
 def save(
@@ -59,9 +81,10 @@ def save(
     counters: Counters,
     model_path: str,
 ) -> None:
-    """Write the checkpoint beside ``folder`` and rename it into place, replacing an older one. Collective: every rank calls it.
+    """Write the checkpoint beside ``folder`` and rename it into place, replacing an older one.
 
-    Raises LearnerError when the disk refuses; an older checkpoint in ``folder`` is then as it was.
+    Collective: every rank calls it. Raises LearnerError when the disk refuses; an older checkpoint in
+    ``folder`` is then as it was.
     """
     target = Path(folder)
     try:
@@ -80,22 +103,20 @@ def _save(
         (partial / "model").mkdir(parents=True)
         (partial / "optimizer").mkdir()
     engine.barrier()
-    _write(
-        partial / "model" / "model.safetensors",
-        dict(full_tensors(engine, named_parameters(model, False), copy=False)),
-        first,
-    )
-    for key, value in (("master", None), *((moment, moment) for moment in _MOMENTS)):
-        state = {name: _get(engine, param, value) for name, param in named_parameters(model, True)}
-        _write(partial / "optimizer" / f"{key}.safetensors", state, first)
-        del state
-    (partial / f"rng-{engine.rank}.json").write_text(json.dumps(_rng_state(engine.device)))
+    # Gathering is collective: all ranks go through every tensor, and rank 0 alone writes.
+    theta = dict(engine.full_tensors(model.by_name(trainable_only=False), copy=False))
+    _write(partial / "model" / "model.safetensors", theta, first)
+    del theta
+    for file, moment in (("master", None), *((moment, moment) for moment in _MOMENTS)):
+        state = {name: _get(engine, param, moment) for name, param in model.by_name(trainable_only=True)}
+        _write(partial / "optimizer" / f"{file}.safetensors", state, first)
+        del state  # one of the three at a time
+    (partial / f"rng-{engine.rank}.json").write_text(dump_json(_generators(engine.device), indent=None))
     if first:
         model.base.config.save_pretrained(partial / "model")
         _copy_companions(model_path, partial / "model")
-        (partial / "learner.json").write_text(
-            json.dumps({"format": _FORMAT, "ranks": engine.world_size, **asdict(counters)}, indent=1)
-        )
+        label = _Label(_FORMAT, engine.world_size, **asdict(counters))
+        (partial / "learner.json").write_text(dump_json(label))
     engine.barrier()
     if first:
         _replace(partial, target)
@@ -103,35 +124,43 @@ def _save(
 
 
 def load(folder: str | os.PathLike[str], engine: TrainingEngine, model: PolicyModel) -> Counters:
-    """Put the checkpoint into ``engine`` and ``model``. Collective. Raises LearnerError, having changed nothing, when it does not fit."""
+    """Put the checkpoint into ``engine`` and ``model``. Collective.
+
+    Raises LearnerError when the checkpoint does not fit; nothing has changed then.
+    """
     source = Path(folder)
-    counters = _read_counters(source)
-    everything, trained = named_parameters(model, False), named_parameters(model, True)
+    counters = _read_counters(source / "learner.json")
+    everything, trained = model.by_name(trainable_only=False), model.by_name(trainable_only=True)
+    # All files are read and checked before the first tensor is set.
     theta = _read(source / "model" / "model.safetensors", everything)
     states = {
         key: _read(source / "optimizer" / f"{key}.safetensors", trained) for key in ("master", *_MOMENTS)
     }
-    load_tensors(engine, everything, theta)
+    generators = _read_generators(source / f"rng-{engine.rank}.json")
+    engine.load_tensors(everything, theta)
     for name, param in trained:
         _set(engine, param, states["master"][name], None)
         for moment in _MOMENTS:
             _set(engine, param, states[moment][name], moment)
     for state in engine.optimizer.state.values():
         state["step"].fill_(counters.adam_steps)
-    _restore_rng(source / f"rng-{engine.rank}.json", engine.device)
+    if generators is not None:
+        _restore(generators, engine.device)
     engine.barrier()
     return counters
 
 
+# --- tensors -----------------------------------------------------------------------------------------------
+
+
 def _get(engine: TrainingEngine, param: nn.Parameter, moment: str | None) -> Tensor:
+    """Return the full float32 master of ``param``, or one of Adam's moments, on the CPU. Collective."""
     if engine.zero_stage == 0:
         value = param.detach() if moment is None else engine.optimizer.state[param][moment]
+    elif moment is None:
+        value = safe_get_full_fp32_param(param)
     else:
-        value = (
-            safe_get_full_fp32_param(param)
-            if moment is None
-            else safe_get_full_optimizer_state(param, moment)
-        )
+        value = safe_get_full_optimizer_state(param, moment)
     shape = getattr(param, "ds_shape", param.shape)  # ZeRO-3 empties the parameter and keeps its shape there
     return value.reshape(shape).to("cpu", torch.float32, copy=True).contiguous()
 
@@ -159,34 +188,45 @@ def _read(path: Path, parameters: list[tuple[str, nn.Parameter]]) -> dict[str, T
         raise LearnerError(f"{path}: cannot be read ({error}); choose another checkpoint") from error
     for name, param in parameters:
         shape = tuple(getattr(param, "ds_shape", param.shape))
-        if name not in tensors or tuple(tensors[name].shape) != shape:
-            found = tuple(tensors[name].shape) if name in tensors else "nothing"
+        stored = tuple(tensors[name].shape) if name in tensors else "nothing"
+        if stored != shape:
             raise LearnerError(
-                f"{path}: holds {found} for {name} of shape {shape}; it is another model's, or another learner.trainable's checkpoint"
+                f"{path}: holds {stored} for {name} of shape {shape}; "
+                "it is another model's, or another learner.trainable's checkpoint"
             )
     return tensors
 
 
-def _read_counters(source: Path) -> Counters:
-    path = source / "learner.json"
+# --- files -------------------------------------------------------------------------------------------------
+
+
+def _read_counters(path: Path) -> Counters:
+    label = _parse(path, _Label)
+    if label.format != _FORMAT:
+        raise _no_checkpoint(path, f"format {label.format!r}, expected {_FORMAT!r}")
+    return Counters(label.version, label.rl_steps, label.adam_steps, label.warm)
+
+
+def _read_generators(path: Path) -> _Generators | None:
+    """Return None for a rank that the checkpoint does not know: more ranks now than before."""
+    return _parse(path, _Generators) if path.exists() else None
+
+
+def _parse(path: Path, kind: type[T]) -> T:
     try:
-        content = json.loads(path.read_text())
-        if content["format"] != _FORMAT:
-            raise ValueError(f"format {content['format']!r}, expected {_FORMAT!r}")
-        return Counters(
-            int(content["version"]),
-            int(content["rl_steps"]),
-            int(content["adam_steps"]),
-            bool(content["warm"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LearnerError(
-            f"{path}: not a learner checkpoint ({error}); give the folder that Learner.save wrote"
-        ) from error
+        return parse_json(path.read_bytes(), kind)
+    except (OSError, FileError) as error:
+        raise _no_checkpoint(path, str(error)) from error
+
+
+def _no_checkpoint(path: Path, reason: str) -> LearnerError:
+    return LearnerError(
+        f"{path}: not a learner checkpoint ({reason}); give the folder that Learner.save wrote"
+    )
 
 
 def _copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, chat template and generation settings: what makes the folder a model that others can load."""
+    """Copy tokenizer, chat template and generation settings: with them other programs can load the folder."""
     if source.is_dir():
         for path in sorted(source.iterdir()):
             if path.is_file() and not path.name.endswith(_WEIGHTS) and not (target / path.name).exists():
@@ -194,37 +234,42 @@ def _copy_companions(source: Path, target: Path) -> None:
 
 
 def _replace(partial: Path, target: Path) -> None:
+    """Give ``partial`` the name ``target``, whole and on the disk.
+
+    Not ``files.new_folder``: that takes no folder which exists, and one process. Here every rank writes, and
+    the older checkpoint keeps its name until the new one is complete.
+    """
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
+    sync_tree(partial)
     if target.exists():
         target.rename(old)
     partial.rename(target)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _rng_state(device: torch.device) -> dict[str, Any]:
+# --- random generators -------------------------------------------------------------------------------------
+
+
+def _generators(device: torch.device) -> _Generators:
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
-        "torch": _text(torch.get_rng_state()),
-        "cuda": _text(torch.cuda.get_rng_state(device)) if device.type == "cuda" else "",
-    }
+    return _Generators(
+        python=(version, internal, gauss),
+        numpy=(str(kind), tuple(np.asarray(keys).tolist()), int(position), int(has_gauss), float(cached)),
+        torch=_text(torch.get_rng_state()),
+        cuda=_text(torch.cuda.get_rng_state(device)) if device.type == "cuda" else "",
+    )
 
 
-def _restore_rng(path: Path, device: torch.device) -> None:
-    """A rank that the checkpoint does not know (more ranks than before) keeps its own generators."""
-    if not path.exists():
-        return
-    state = json.loads(path.read_text())
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
+def _restore(state: _Generators, device: torch.device) -> None:
+    random.setstate(state.python)
+    kind, keys, position, has_gauss, cached = state.numpy
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(_bytes(state["torch"]))
-    if device.type == "cuda" and state["cuda"]:
-        torch.cuda.set_rng_state(_bytes(state["cuda"]), device)
+    torch.set_rng_state(_bytes(state.torch))
+    if device.type == "cuda" and state.cuda:
+        torch.cuda.set_rng_state(_bytes(state.cuda), device)
 
 
 def _text(state: Tensor) -> str:

@@ -1,7 +1,8 @@
-"""DeepSpeed behind five verbs: forward, backward, step, reset_optimizer and reductions over ranks.
+"""DeepSpeed behind a few verbs: forward, backward, step, full tensors, and reductions over ranks.
 
-The caller owns the accumulation boundary: any number of forward/backward pairs, then one ``step``. Gradients are *sums* over microbatches and ranks
-(DeepSpeed averages over ranks; ``backward`` undoes that), so a loss that is scaled by the global denominator gives the full batch's gradient.
+The caller owns the accumulation boundary: any number of forward/backward pairs, then one ``step``. Gradients
+are *sums* over microbatches and ranks. (DeepSpeed averages over ranks; ``backward`` undoes that.) So a loss
+that is scaled by the global denominator gives the full batch's gradient.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -26,7 +27,10 @@ _REDUCE_BUCKET = 2**25  # elements; DeepSpeed's default of 5e8 would allocate 2 
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that, where DeepSpeed does not (ZeRO 0), clips by the global norm and skips a step whose gradients are not finite."""
+    """AdamW that clips by the global norm and skips a step whose gradients are not finite.
+
+    It does both only under ZeRO 0, where DeepSpeed does not.
+    """
 
     def __init__(self, params: Iterator[nn.Parameter], config: LearnerConfig) -> None:
         super().__init__(
@@ -38,9 +42,7 @@ class GuardedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         if self.guard_norm is not None:
-            params = [
-                param for group in self.param_groups for param in group["params"] if param.grad is not None
-            ]
+            params = [param for group in self.param_groups for param in group["params"]]
             self.grad_norm = float(nn.utils.clip_grad_norm_(params, self.guard_norm))
             if not math.isfinite(self.grad_norm):
                 return None
@@ -48,12 +50,16 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 class TrainingEngine:
-    """One rank of a DeepSpeed engine around ``model``. Collective: every rank makes the same calls in the same order."""
+    """One rank of a DeepSpeed engine around ``model``.
+
+    Collective: every rank makes the same calls in the same order.
+    """
 
     def __init__(self, model: nn.Module, config: LearnerConfig, rank: int, world_size: int) -> None:
         if config.zero_stage == 0 and config.dtype != "float32":
             raise LearnerError(
-                f"learner.zero_stage=0 trains in float32 only, got dtype={config.dtype!r}: use zero_stage 1 (it keeps float32 masters)"
+                f"learner.zero_stage=0 trains in float32 only, got dtype={config.dtype!r}: "
+                "use zero_stage 1 (it keeps float32 masters)"
             )
         self.device = torch.device("cuda", 0) if config.gpus_per_worker > 0 else torch.device("cpu")
         self.rank, self.world_size = rank, world_size
@@ -74,15 +80,19 @@ class TrainingEngine:
         self.engine.backward(loss * self.world_size)
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, clear gradients; returns the norm before clipping. A norm that is not finite changes nothing and raises LearnerError."""
+        """Clip, update and clear the gradients. Return the norm before clipping.
+
+        A norm that is not finite changes nothing and raises LearnerError.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
         norm = self.optimizer.grad_norm if self.zero_stage == 0 else float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise LearnerError(
-                f"the gradient is not finite (norm {norm}) at learning rate {learning_rate}: the step was skipped, weights and optimizer are as "
-                "before; look at the rewards and log-probs of this batch, lower learner.learning_rate, or resume from a checkpoint"
+                f"the gradient is not finite (norm {norm}) at learning rate {learning_rate}: "
+                "the step was skipped, weights and optimizer are as before; look at the rewards and "
+                "log-probs of this batch, lower learner.learning_rate, or resume from a checkpoint"
             )
         return norm
 
@@ -91,6 +101,32 @@ class TrainingEngine:
         for state in self.optimizer.state.values():
             for value in state.values():
                 value.zero_()
+
+    def full_tensors(
+        self, parameters: list[tuple[str, nn.Parameter]], copy: bool
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the full values on the CPU, contiguous, in the training dtype.
+
+        Without ``copy`` they may be the parameters' own memory, which the next step overwrites. Collective
+        under ZeRO-3: all ranks iterate to the end.
+        """
+        for name, param in parameters:
+            if self.zero_stage == 3:
+                with deepspeed.zero.GatheredParameters([param]):
+                    tensor = param.detach().to("cpu", copy=True)
+            else:
+                tensor = param.detach().to("cpu", copy=copy)
+            yield name, tensor.contiguous()
+
+    @torch.no_grad()
+    def load_tensors(self, parameters: list[tuple[str, nn.Parameter]], tensors: Mapping[str, Tensor]) -> None:
+        """Set the parameters that act, not the optimizer's float32 masters. Collective under ZeRO-3."""
+        for name, param in parameters:
+            if self.zero_stage == 3:
+                with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+                    param.data.copy_(tensors[name])
+            else:
+                param.data.copy_(tensors[name])
 
     def sums(self, values: tuple[float, ...]) -> tuple[float, ...]:
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -110,7 +146,10 @@ class TrainingEngine:
         return tuple(tensor.tolist())
 
     def _materialize(self) -> None:
-        """Create Adam's state now, in zeros: torch and DeepSpeed do it lazily at the first step, and a checkpoint may come before it."""
+        """Create Adam's state now, in zeros.
+
+        torch and DeepSpeed create it at the first step, and a checkpoint may be saved or loaded before that.
+        """
         for flat in self._flat_parameters():
             self.optimizer.state[flat] = {
                 "step": torch.tensor(0.0),
@@ -118,7 +157,8 @@ class TrainingEngine:
                 "exp_avg_sq": torch.zeros_like(flat),
             }
         if self.zero_stage in (1, 2):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # gives safe_get/safe_set their view (checked on 0.19.8)
+            # safe_get and safe_set (checkpoint.py) get their view of the state here (DeepSpeed 0.19.8)
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _flat_parameters(self) -> list[Tensor]:
         if self.zero_stage == 0:
@@ -129,7 +169,7 @@ class TrainingEngine:
 
 
 def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
-    """DeepSpeed's JSON. Accumulation is the caller's (``managed_gradient_accumulation``), so batch sizes here mean nothing."""
+    """Return DeepSpeed's JSON. The caller accumulates gradients, so the batch sizes here mean nothing."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -152,9 +192,10 @@ def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
 
 
 def _join(rank: int, world_size: int, device: torch.device) -> None:
-    """Join the process group (MASTER_ADDR and MASTER_PORT name it when there is more than one rank) and keep DeepSpeed from compiling anything.
+    """Join the process group. MASTER_ADDR and MASTER_PORT name it when there is more than one rank.
 
-    DeepSpeed's shared-memory collective is built by a C++ compiler at first use, for a minute; gloo does its work without one.
+    Keeps DeepSpeed from compiling: its shared-memory collective would be built by a C++ compiler at first
+    use, for a minute, and gloo does the same work without one.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -169,6 +210,7 @@ def _join(rank: int, world_size: int, device: torch.device) -> None:
             dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size)
     if dist.get_world_size() != world_size:
         raise LearnerError(
-            f"this process belongs to a group of {dist.get_world_size()} ranks, the learner needs {world_size}: use a fresh process"
+            f"this process belongs to a group of {dist.get_world_size()} ranks, "
+            f"the learner needs {world_size}: use a fresh process"
         )
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

@@ -1,8 +1,9 @@
 """Log-prob and entropy of chosen tokens from hidden states, without ever holding [tokens x vocabulary].
 
-The gradient of one token's log-prob with respect to its own state, (W[target] - E_p[W]) / temperature, does not depend on what is done with the
-log-prob later. So the forward computes it chunk by chunk, next to the logits, and the backward only scales it by each token's incoming gradient:
-no logits are kept and, under a frozen head, none are computed twice. A head that is trained needs its logits once more in the backward.
+The gradient of a token's log-prob with respect to its own state is (W[target] - E_p[W]) / temperature. It
+does not depend on what is done with the log-prob later. So the forward computes it chunk by chunk, next to
+the logits. The backward only scales it by each token's incoming gradient. No logits are kept, and a frozen
+head computes none twice. A trained head needs its logits once more in the backward.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-_CHUNK = 2**23  # logits at a time: 32 MiB of float32, twice; more is no quicker on a CPU
+_CHUNK = 2**23  # logits at a time: 32 MiB of float32, twice; more is no faster on a CPU
 
 
 class TokenHead(nn.Module):
-    """Takes the place of a model's output embedding and holds its very parameter, so names, tying and ZeRO-3's gathering stay as they are."""
+    """Takes the place of a model's output embedding.
+
+    It holds the same parameter, so names, tying and ZeRO-3's gathering stay as they are.
+    """
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
@@ -27,7 +31,10 @@ class TokenHead(nn.Module):
         self.weight = head.weight
 
     def forward(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """states [K, d], targets int64 [K] -> (log-probs of softmax(z / temperature) with gradient, entropies in nats without), float32 [K]."""
+        """Return log-probs of softmax(z / temperature), with gradient, and entropies in nats, without.
+
+        states [K, d], targets int64 [K] -> float32 [K] each.
+        """
         result: tuple[Tensor, Tensor] = _TokenLogprobs.apply(
             states, self.weight, targets, temperature, torch.is_grad_enabled()
         )
@@ -39,21 +46,20 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float, gradients: bool
     ) -> tuple[Tensor, Tensor]:
-        logp, entropy = (
-            torch.empty(len(states), dtype=torch.float32, device=states.device) for _ in range(2)
-        )
+        logp = torch.empty(len(states), dtype=torch.float32, device=states.device)
+        entropy = torch.empty_like(logp)
+        # [K, d]: the gradient of each log-prob with respect to its own state
         slopes = torch.empty_like(states) if gradients and states.requires_grad else None
         for part in _chunks(len(states), len(weight)):
             logs = _log_softmax(states[part], weight, temperature)
             chosen = logs.gather(-1, targets[part, None])
             logp[part] = chosen.squeeze(-1)
             p = logs.exp()
-            entropy[part] = -torch.bmm(
-                p[:, None], logs[:, :, None]
-            ).flatten()  # a dot product per row, without an array of products
+            # a dot product per row, without a third array of the chunk's size
+            entropy[part] = -torch.bmm(p[:, None], logs[:, :, None]).flatten()
             if slopes is not None:
                 slopes[part] = _residual(p, targets[part]).to(weight.dtype) @ weight / temperature
-            del logs, p  # before the next chunk's are made
+            del logs, p  # before the next chunk allocates its own
         ctx.save_for_backward(states, weight, targets, slopes)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -67,12 +73,11 @@ class _TokenLogprobs(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             for_weight = torch.zeros_like(weight)
             for part in _chunks(len(states), len(weight)):
-                residual = _residual(
-                    _log_softmax(states[part], weight, ctx.temperature).exp_(), targets[part]
-                )
+                p = _log_softmax(states[part], weight, ctx.temperature).exp_()
+                residual = _residual(p, targets[part])  # in place of p
                 residual.mul_((incoming[part] / ctx.temperature)[:, None])
                 for_weight.addmm_(residual.to(weight.dtype).T, states[part])
-                del residual
+                del p, residual
         return for_states, for_weight, None, None, None
 
 
@@ -87,6 +92,6 @@ def _log_softmax(states: Tensor, weight: Tensor, temperature: float) -> Tensor:
 
 
 def _residual(p: Tensor, targets: Tensor) -> Tensor:
-    """One-hot minus ``p``, in place of ``p``."""
+    """Return one-hot minus ``p``, in place of ``p``."""
     p.neg_()
     return p.scatter_add_(-1, targets[:, None], torch.ones_like(targets[:, None], dtype=p.dtype))

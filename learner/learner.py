@@ -5,7 +5,8 @@
                                      one optimizer step
     -> StepReport
 
-Collective over ranks: every rank gets the same groups and takes its own share. Waits: ranks wait for each other inside torch.distributed.
+Collective over ranks: every rank gets the same groups and takes its own share. The only wait is that of ranks
+for each other, inside torch.distributed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,35 +27,37 @@ from actors.fast_weights.delta import Basis, DeltaInjector, StackedWeights, stac
 from actors.types import PolicyVersion, Segment, Trajectory, TrajectoryGroup
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner import checkpoint
-from learner.ablation import as_objective_sees
 from learner.advantage import estimator, score
-from learner.batch import RowSet, pack, pad, rows_of, split, supervised_rows
+from learner.batch import RowSet, as_objective_sees, pack, pad, rows_of, split, supervised_rows
 from learner.engine import TrainingEngine
 from learner.model import PolicyModel, load_model, load_reference
 from learner.objective import TokenBatch, TokenStatistics, policy_objective
 from learner.types import LearnerError, Microbatch, Row, ScoredTrajectory, StepReport, WarmStartReport
-from learner.weights import full_tensors, named_parameters
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Minibatch:
-    """What one optimizer step consumes: the rows of all ranks, and the microbatches of each rank."""
+    """What one optimizer step consumes."""
 
-    rows: RowSet
-    ranks: list[list[Microbatch]]
+    rows: RowSet  # of all ranks
+    ranks: list[list[Microbatch]]  # by rank
 
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
+    """The policy that the KL term pulls back to."""
+
     model: PolicyModel
     injector: DeltaInjector
 
 
 class Learner:
-    """theta, its optimizer and its version. ``temperature`` is that of the sampled log-probs (``sampling.temperature``).
+    """theta, its optimizer and its version.
 
-    With one minibatch the old log-probs of the PPO ratio are the current ones, detached (one step per batch, ratio 1); with more, they come from
-    a pass without gradient at the start of the step. The KL reference is ``model_path``, loaded a second time when ``kl_coefficient > 0``.
+    ``temperature`` is that of the sampled log-probs (``sampling.temperature``). With one minibatch the old
+    log-probs of PPO's ratio are the current ones, detached: one step per batch, ratio 1. With more, a pass
+    without gradient computes them at the start of the step. The KL reference is ``model_path``, loaded a
+    second time when ``kl_coefficient > 0``.
     """
 
     def __init__(
@@ -68,12 +71,8 @@ class Learner:
         rank: int,
         world_size: int,
     ) -> None:
-        self._config, self._objective, self._basis, self._estimate = (
-            config,
-            objective,
-            basis,
-            estimator(objective),
-        )
+        self._config, self._objective, self._basis = config, objective, basis
+        self._estimate = estimator(objective)
         self._model_path, self._seed, self._temperature = model_path, seed, temperature
         self._model = load_model(model_path, config)
         self._injector = DeltaInjector(self._model.base, basis)
@@ -86,48 +85,47 @@ class Learner:
 
     @property
     def version(self) -> PolicyVersion:
-        """Steps behind the weights: each ``step`` (whatever its minibatches) and each ``warm_start_step`` adds one."""
+        """Steps behind the weights: each ``step`` and each ``warm_start_step`` adds one."""
         return self._counters.version
 
     def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
-        """One RL step on ``groups``. Raises ValueError for a reward that is not finite, and LearnerError, weights and version as before.
+        """Make one RL step on ``groups``.
 
-        Except: when minibatch k > 1 has a gradient that is not finite, the k - 1 before it stay applied under the old version. The message says so:
-        the weights are then no version's, and the run must resume from a checkpoint (undoing would need a second copy of theta and Adam).
+        Raises ValueError for a reward that is not finite, and LearnerError. Weights and version are then as
+        before, with one exception: when minibatch k > 1 has a gradient that is not finite, the k - 1 before
+        it stay applied under the old version. The message says so. Such weights belong to no version, and the
+        run must resume from a checkpoint; undoing would need a second copy of theta and Adam.
         """
         started = time.perf_counter()
         scored_groups = [score(group, self._estimate) for group in groups]
-        scored = [one for group in scored_groups for one in group]
-        if not any(segment.action_mask.any() for one in scored for segment in one.trajectory.segments):
+        scored = [episode for group in scored_groups for episode in group]
+        segments = (segment for episode in scored for segment in episode.trajectory.segments)
+        if not any(segment.action_mask.any() for segment in segments):
             raise LearnerError(
-                f"nothing to learn from: {len(groups)} groups hold {len(scored)} finished episodes and no sampled token"
+                f"nothing to learn from: {len(groups)} groups hold {len(scored)} finished episodes "
+                "and no sampled token"
             )
         minibatches = self._plan(scored)
         self._begin_rl()
         rate = self._learning_rate()
+        # all of them before the first optimizer step: they are of the weights before it
         old = [self._old_logprobs(minibatch) if len(minibatches) > 1 else None for minibatch in minibatches]
         norms, statistics = [], TokenStatistics.none()
         for place, (minibatch, old_logprobs) in enumerate(zip(minibatches, old, strict=True)):
             statistics = statistics.merge(self._accumulate(minibatch, old_logprobs))
             norms.append(self._optimize(rate, place, len(minibatches)))
         self._count(version=1, rl_steps=1)
-        statistics = TokenStatistics.of(
-            self._engine.sums(statistics.sums), self._engine.maxima(statistics.maxima)
-        )
-        return self._report(
-            scored_groups,
-            minibatches,
-            statistics,
-            sum(norms) / len(norms),
-            rate,
-            time.perf_counter() - started,
-        )
+        sums, maxima = self._engine.sums(statistics.sums), self._engine.maxima(statistics.maxima)
+        statistics, norm = TokenStatistics.of(sums, maxima), sum(norms) / len(norms)
+        seconds = time.perf_counter() - started
+        return self._report(scored_groups, minibatches, statistics, norm, rate, seconds)
 
     def warm_start_step(self, segments: Sequence[Segment], learning_rate: float) -> WarmStartReport:
-        """One supervised step: mean cross-entropy on the masked tokens, Delta = 0, temperature 1. Log-probs in the segments are not looked at.
+        """Make one supervised step: mean cross-entropy on the masked tokens, Delta = 0, temperature 1.
 
-        The stage has an optimizer of its own: the first RL step after it starts with fresh moments, as supervised gradients are orders of
-        magnitude larger and would freeze Adam's second moment for a long time.
+        The log-probs in the segments are not used. The warm start has moments of its own, and the first RL
+        step after it starts with fresh ones. Supervised gradients are orders of magnitude larger, and would
+        keep Adam's steps small for a long time. Raises LearnerError.
         """
         started = time.perf_counter()
         rows = supervised_rows(segments)
@@ -138,9 +136,8 @@ class Learner:
         if not self._counters.warm:
             self._reset_optimizer(warm=True)
         loss = 0.0
-        for microbatch in self._share(
-            pack(rows, self._config.microbatch_tokens, self._engine.world_size, 1.0)
-        ):
+        plan = pack(rows, self._config.microbatch_tokens, self._engine.world_size, temperature=1.0)
+        for microbatch in self._share(plan):
             with self._delta(microbatch):
                 logp, _ = self._forward(microbatch)
                 term = -(self._per_token(microbatch, microbatch.scales) * logp).sum()
@@ -148,13 +145,15 @@ class Learner:
             loss += float(term.detach())
         norm = self._engine.step(learning_rate)
         self._count(version=1, adam_steps=1)
+        (loss,) = self._engine.sums((loss,))
         tokens = sum(int(row.segment.action_mask.sum()) for row in rows)
-        return WarmStartReport(
-            self.version, self._engine.sums((loss,))[0], norm, tokens, time.perf_counter() - started
-        )
+        return WarmStartReport(self.version, loss, norm, tokens, time.perf_counter() - started)
 
     def logprobs(self, trajectory: Trajectory) -> tuple[NDArray[np.float32], ...]:
-        """What the learner makes of each segment under its own revision: float32 [T], laid out like ``Segment.logprobs``. For checks."""
+        """Return the learner's own log-probs of each segment under its revision, for checks.
+
+        float32 [T] each, laid out like ``Segment.logprobs``.
+        """
         result = []
         for segment in trajectory.segments:
             microbatch = pad([Row(segment, trajectory.weights_of(segment), 0.0, 0.0)], self._temperature)
@@ -165,33 +164,30 @@ class Learner:
         return tuple(result)
 
     def weights(self, trainable_only: bool, copy: bool = True) -> dict[str, Tensor]:
-        """Full weights by name, on the CPU, in ``config.dtype``; without ``copy`` maybe the learner's own memory, which its next step overwrites."""
-        return dict(full_tensors(self._engine, named_parameters(self._model, trainable_only), copy))
+        """Return full weights by name, on the CPU, in ``config.dtype``.
+
+        Without ``copy`` they may be the learner's own memory, which its next step overwrites.
+        """
+        return dict(self._engine.full_tensors(self._model.by_name(trainable_only), copy))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Everything, by rename; see ``learner.checkpoint``."""
+        """Save everything; see ``learner.checkpoint``. Raises LearnerError."""
         checkpoint.save(folder, self._engine, self._model, self._counters, self._model_path)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Go on from what ``save`` wrote. Raises LearnerError."""
         self._counters = checkpoint.load(folder, self._engine, self._model)
 
-    # --- one step --------------------------------------------------------------------------------------------------------------------------------
+    # --- one step ------------------------------------------------------------------------------------------
 
     def _plan(self, scored: Sequence[ScoredTrajectory]) -> list[Minibatch]:
-        objective, config, plan = self._objective, self._config, list[Minibatch]()
+        objective, ranks, budget = self._objective, self._engine.world_size, self._config.microbatch_tokens
+        # with a KL term an episode of advantage 0 has a gradient too
+        skip = objective.kl_coefficient == 0
+        plan = []
         for part in split(scored, objective.minibatches, (self._seed, self.version)):
-            rows = rows_of(
-                as_objective_sees(part, objective),
-                objective.aggregate,
-                skip_zero_advantage=objective.kl_coefficient == 0,
-            )
-            plan.append(
-                Minibatch(
-                    rows,
-                    pack(rows.rows, config.microbatch_tokens, self._engine.world_size, self._temperature),
-                )
-            )
+            rows = rows_of(as_objective_sees(part, objective), objective.aggregate, skip_zero_advantage=skip)
+            plan.append(Minibatch(rows, pack(rows.rows, budget, ranks, self._temperature)))
         return plan
 
     def _accumulate(self, minibatch: Minibatch, old_logprobs: list[Tensor] | None) -> TokenStatistics:
@@ -220,9 +216,10 @@ class Learner:
         except LearnerError as error:
             if place == 0:
                 raise
-            applied = f"minibatches 1 to {place} of {minibatches} of this batch are already applied, though the version is still {self.version}"
             raise LearnerError(
-                f"minibatch {place + 1}: {error}. But {applied}: resume from the last checkpoint"
+                f"minibatch {place + 1}: {error}. "
+                f"But minibatches 1 to {place} of {minibatches} of this batch are already applied, "
+                f"though the version is still {self.version}: resume from the last checkpoint"
             ) from error
         self._count(adam_steps=1)
         return norm
@@ -252,8 +249,8 @@ class Learner:
             yield
 
     def _stacked(self, microbatch: Microbatch) -> StackedWeights | None:
-        if all(one is None or one.revision == 0 for one in microbatch.weights):
-            return None
+        if all(weights is None or weights.revision == 0 for weights in microbatch.weights):
+            return None  # Delta = 0 costs nothing
         return stack(microbatch.weights, self._basis, self._model.base.dtype, self._engine.device)
 
     def _inputs(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, float]:
@@ -268,7 +265,7 @@ class Learner:
     def _share(self, ranks: list[list[Microbatch]]) -> list[Microbatch]:
         return ranks[self._engine.rank]
 
-    # --- counters and report ---------------------------------------------------------------------------------------------------------------------
+    # --- counters and report -------------------------------------------------------------------------------
 
     def _begin_rl(self) -> None:
         if self._counters.warm:
@@ -276,23 +273,21 @@ class Learner:
 
     def _reset_optimizer(self, warm: bool) -> None:
         self._engine.reset_optimizer()
-        self._counters = checkpoint.Counters(
-            self._counters.version, self._counters.rl_steps, adam_steps=0, warm=warm
-        )
+        self._counters = replace(self._counters, adam_steps=0, warm=warm)
 
     def _count(self, version: int = 0, rl_steps: int = 0, adam_steps: int = 0) -> None:
         old = self._counters
-        self._counters = checkpoint.Counters(
-            old.version + version, old.rl_steps + rl_steps, old.adam_steps + adam_steps, old.warm
+        self._counters = replace(
+            old,
+            version=old.version + version,
+            rl_steps=old.rl_steps + rl_steps,
+            adam_steps=old.adam_steps + adam_steps,
         )
 
     def _learning_rate(self) -> float:
-        """Linear warm-up over ``warmup_steps`` RL steps, constant afterwards."""
-        if self._config.warmup_steps == 0:
-            return self._config.learning_rate
-        return self._config.learning_rate * min(
-            1.0, (self._counters.rl_steps + 1) / self._config.warmup_steps
-        )
+        """Return the rate of this step: linear warm-up over ``warmup_steps`` RL steps, then constant."""
+        rate, warmup = self._config.learning_rate, self._config.warmup_steps
+        return rate if warmup == 0 else rate * min(1.0, (self._counters.rl_steps + 1) / warmup)
 
     def _report(
         self,
@@ -303,14 +298,13 @@ class Learner:
         rate: float,
         seconds: float,
     ) -> StepReport:
-        rows = [row for minibatch in minibatches for row in minibatch.rows.rows]
-        microbatches = [one for minibatch in minibatches for rank in minibatch.ranks for one in rank]
-        used = sum(any(one.advantage != 0 for one in group) for group in scored_groups)
-        advantages = [abs(one.advantage) for group in scored_groups for one in group]
-        tokens, places = (
-            sum(len(row.segment.token_ids) for row in rows),
-            sum(one.token_ids.size for one in microbatches),
-        )
+        row_sets = [minibatch.rows for minibatch in minibatches]
+        segments = [row.segment for row_set in row_sets for row in row_set.rows]
+        microbatches = [microbatch for one in minibatches for rank in one.ranks for microbatch in rank]
+        used = sum(any(episode.advantage != 0 for episode in group) for group in scored_groups)
+        advantages = [abs(episode.advantage) for group in scored_groups for episode in group]
+        tokens = sum(len(segment.token_ids) for segment in segments)
+        places = sum(microbatch.token_ids.size for microbatch in microbatches)
         policy_loss, kl = statistics.policy_loss / len(minibatches), statistics.kl / len(minibatches)
         return StepReport(
             version=self.version,
@@ -328,15 +322,13 @@ class Learner:
             grad_norm=grad_norm,
             learning_rate=rate,
             tokens=tokens,
-            action_tokens=sum(int(row.segment.action_mask.sum()) for row in rows),
-            extract_tokens=sum(minibatch.rows.extract_tokens for minibatch in minibatches),
+            action_tokens=sum(int(segment.action_mask.sum()) for segment in segments),
+            extract_tokens=sum(row_set.extract_tokens for row_set in row_sets),
             padding_fraction=1 - tokens / places,
             microbatches=len(microbatches),
-            segments_without_actions=sum(
-                minibatch.rows.segments_without_actions for minibatch in minibatches
-            ),
+            segments_without_actions=sum(row_set.segments_without_actions for row_set in row_sets),
             trajectories=len(advantages),
-            trajectories_skipped=sum(minibatch.rows.trajectories_skipped for minibatch in minibatches),
+            trajectories_skipped=sum(row_set.trajectories_skipped for row_set in row_sets),
             groups_used=used,
             groups_without_signal=len(scored_groups) - used,
             mean_advantage_abs=sum(advantages) / len(advantages),

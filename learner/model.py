@@ -1,11 +1,9 @@
-"""The policy as the learner sees it: a Hugging Face causal LM whose log-probs are computed only where a token was sampled.
+"""The policy as the learner sees it: a Hugging Face causal LM with log-probs only where a token was sampled.
 
-Delta is not here: ``actors.fast_weights.delta.DeltaInjector`` adds it to the base model's projections as constants.
+Delta is not here: ``actors.fast_weights.delta.DeltaInjector`` adds it to the projections as constants.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PolicyModel(nn.Module):
-    """``forward`` gives the log-prob and entropy of each sampled token; everything runs inside it, as ZeRO-3 gathers weights around it."""
+    """Everything runs inside ``forward``, because ZeRO-3 gathers the weights around it."""
 
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__()
@@ -27,20 +25,36 @@ class PolicyModel(nn.Module):
         self.base = base
 
     def forward(self, token_ids: Tensor, loss_mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """token_ids int64 [n, T], loss_mask bool [n, T] -> (log-probs with gradient, entropies without), float32 [K] in row-major order.
+        """Return log-prob (with gradient) and entropy (without) of each sampled token, float32 [K].
 
-        Rows are padded on the right and attention is causal, so no token sees padding and no mask is needed (SDPA's fast path).
+        token_ids int64 [n, T], loss_mask bool [n, T]. K counts the mask, in row-major order. Rows are padded
+        on the right and attention is causal. So no token sees padding, and no attention mask is needed
+        (SDPA's fast path).
         """
         hidden: Tensor = self.base.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state
-        before = hidden[:, :-1][loss_mask[:, 1:]]  # the state that predicted each sampled token
-        result: tuple[Tensor, Tensor] = self.base.get_output_embeddings()(
-            before, token_ids[:, 1:][loss_mask[:, 1:]], temperature
-        )
+        # the state at one position predicts the token at the next
+        states = hidden[:, :-1][loss_mask[:, 1:]]
+        targets = token_ids[:, 1:][loss_mask[:, 1:]]
+        result: tuple[Tensor, Tensor] = self.base.get_output_embeddings()(states, targets, temperature)
         return result
+
+    def by_name(self, trainable_only: bool) -> list[tuple[str, nn.Parameter]]:
+        """Return parameters under their Hugging Face names, e.g. "model.layers.0.mlp.up_proj.weight".
+
+        A tied head is listed once, as the embedding.
+        """
+        return [
+            (name, param)
+            for name, param in self.base.named_parameters()
+            if param.requires_grad or not trainable_only
+        ]
 
 
 def load_model(model_path: str, config: LearnerConfig) -> PolicyModel:
-    """The model of a Hugging Face folder in ``config.dtype``, with ``config.trainable`` parameters requiring a gradient. Raises LearnerError."""
+    """Load a Hugging Face folder in ``config.dtype``; ``config.trainable`` parameters require a gradient.
+
+    Raises LearnerError.
+    """
     base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=_DTYPES[config.dtype])
     base.config.use_cache = False
     base.train()
@@ -51,27 +65,28 @@ def load_model(model_path: str, config: LearnerConfig) -> PolicyModel:
 
 
 def load_reference(model_path: str, config: LearnerConfig) -> PolicyModel:
-    """A frozen copy of the weights that the run started from, for the KL term. A whole copy on each rank, also under ZeRO-3."""
+    """Load a frozen copy of the run's first weights, for the KL term. Each rank holds a whole copy."""
     base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=_DTYPES[config.dtype])
     base.requires_grad_(False)
     return PolicyModel(base.eval())
 
 
 def _freeze(base: PreTrainedModel, config: LearnerConfig) -> None:
-    """``last_layers``: autograd keeps and computes nothing below the first trainable layer, because nothing there asks for a gradient.
+    """Freeze all but the last layers, for ``config.trainable`` = "last_layers".
 
-    Embeddings and head stay frozen with the trunk: where they are tied, training the head would train the input of the frozen trunk.
+    Autograd keeps and computes nothing below the first trainable layer. Embeddings and head are frozen too:
+    where they are tied, training the head would train the input of the frozen layers.
     """
     if config.trainable == "full":
         return
     decoder = base.get_decoder()
-    layers: Iterable[nn.Module] = decoder.layers
-    count = len(list(layers))
-    if config.trainable_layers > count:
+    layers = list(decoder.layers)
+    if config.trainable_layers > len(layers):
         raise LearnerError(
-            f"learner.trainable_layers={config.trainable_layers} is not allowed: the model has {count} layers; lower it"
+            f"learner.trainable_layers={config.trainable_layers} is not allowed: "
+            f"the model has {len(layers)} layers; lower it"
         )
     base.requires_grad_(False)
-    for layer in list(layers)[-config.trainable_layers :]:
+    for layer in layers[-config.trainable_layers :]:
         layer.requires_grad_(True)
     decoder.norm.requires_grad_(True)

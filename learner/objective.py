@@ -1,12 +1,14 @@
-"""The stop-gradient policy objective as a pure function of one value per sampled token (TMEM, arXiv 2606.04536).
+"""The stop-gradient policy objective (TMEM, arXiv 2606.04536): a pure function of values per sampled token.
 
-    rho    = pi_{theta + sg(Delta)}(y) / pi_{theta_old + sg(Delta)}(y)            the PPO ratio, learner over learner
-    w      = min(pi_{theta_old + sg(Delta)}(y) / pi_engine(y), cap), detached     truncated importance sampling: engine rounding and staleness
+    rho    = pi_{theta + sg(Delta)}(y) / pi_{theta_old + sg(Delta)}(y)      PPO's ratio, learner over learner
+    w      = min(pi_{theta_old + sg(Delta)}(y) / pi_engine(y), cap)         truncated importance sampling, a
+                                                                            constant: rounding and staleness
     policy = -w * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A)
-    kl     = exp(log ref - log pi) - (log ref - log pi) - 1                        the k3 estimate (Schulman 2020), ref under the same Delta
+    kl     = exp(log ref - log pi) - (log ref - log pi) - 1                 the k3 estimate (Schulman 2020)
     loss   = sum over tokens of scale * (policy + kl_coefficient * kl)
 
-Delta is a constant in all of it: the log-probs come from a model whose Delta carries no gradient. Clip, KL and w are unpublished: our choices.
+Delta is a constant in all of it: the log-probs come from a model whose Delta carries no gradient. ``ref`` has
+the same Delta. The paper does not publish clip, KL and w: they are our choices.
 """
 
 from __future__ import annotations
@@ -19,27 +21,29 @@ from torch import Tensor
 
 from configs.schema import ObjectiveConfig
 
-_MAX_LOG_RATIO = (
-    20.0  # exp stays finite, so the branch that the clip rejects cannot turn into 0 * inf in the backward
-)
+# exp stays finite, so the branch that the clip rejects cannot turn into 0 * inf in the backward
+_MAX_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenBatch:
-    """One value per sampled token, each float32 [K]. Only ``logp`` carries a gradient. ``scale`` see ``learner.types.Row``."""
+    """One value per sampled token, each float32 [K]. Only ``logp`` carries a gradient."""
 
-    logp: Tensor
-    old_logp: Tensor
-    engine_logp: Tensor
-    reference_logp: Tensor | None
+    logp: Tensor  # under theta
+    old_logp: Tensor  # under theta_old, before the step
+    engine_logp: Tensor  # as sampled
+    reference_logp: Tensor | None  # None without a KL term
     entropy: Tensor
     advantage: Tensor
-    scale: Tensor
+    scale: Tensor  # see learner.types.Row
 
 
 @dataclass(frozen=True, slots=True)
 class TokenStatistics:
-    """Sums and extremes over sampled tokens, so that microbatches and ranks merge exactly. ``policy_loss`` and ``kl`` are sums weighted by scale."""
+    """Sums and extremes over sampled tokens, so that microbatches and ranks merge exactly.
+
+    ``policy_loss`` and ``kl`` are sums weighted by scale.
+    """
 
     tokens: float
     policy_loss: float
@@ -89,7 +93,7 @@ class TokenStatistics:
 
 
 def policy_objective(batch: TokenBatch, config: ObjectiveConfig) -> tuple[Tensor, TokenStatistics]:
-    """The loss (a scalar with gradient, also for K = 0) and its statistics."""
+    """Return the loss, a scalar with gradient (also for K = 0), and its statistics."""
     log_ratio = (batch.logp - batch.old_logp).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     rho = log_ratio.exp()
     clipped_rho = rho.clamp(1 - config.clip_low, 1 + config.clip_high)
@@ -101,6 +105,7 @@ def policy_objective(batch: TokenBatch, config: ObjectiveConfig) -> tuple[Tensor
         gap = (batch.reference_logp - batch.logp).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
         kl = batch.scale * (gap.exp() - gap - 1)
     loss = policy.sum() + config.kl_coefficient * kl.sum()
+    # where the bounded branch is the smaller one, min takes it, and the clip removes the gradient
     return loss, _statistics(batch, policy, kl, bounded < free, truncated)
 
 
@@ -117,7 +122,7 @@ def _statistics(
 ) -> TokenStatistics:
     if len(batch.logp) == 0:
         return TokenStatistics.none()
-    gap = batch.old_logp - batch.engine_logp  # the weights before the step, also in a later minibatch
+    gap = batch.old_logp - batch.engine_logp  # of the weights before the step, also in a later minibatch
     ratio, difference = gap.clamp(max=_MAX_LOG_RATIO).exp(), gap.abs()
     columns = (policy, kl, ratio, clipped, truncated, batch.entropy, difference)
     sums = (float(len(gap)), *(float(column.double().sum()) for column in columns))

@@ -1,6 +1,7 @@
 """The values of the learner, one type per stage:
 
-    TrajectoryGroup --advantage.py--> ScoredTrajectory --batch.py--> Row --batch.py--> Microbatch --learner.py--> StepReport
+    TrajectoryGroup --advantage.py--> ScoredTrajectory --batch.py--> Row --batch.py--> Microbatch
+                                                                 --learner.py--> StepReport
 
 Values are frozen and complete at construction. This module imports numpy and ``actors.types`` only.
 """
@@ -16,13 +17,18 @@ from actors.types import FastWeights, PolicyVersion, Segment, Trajectory
 
 
 class LearnerError(RuntimeError):
-    """The learner cannot go on; the message has the numbers and the cure. Weights and optimizer state are as before the call
-    unless it says otherwise (see ``Learner.step``)."""
+    """The learner cannot go on. The message has the numbers and the cure.
+
+    Weights and optimizer are as before the call, unless the message says otherwise (see ``Learner.step``).
+    """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredTrajectory:
-    """An episode and its advantage A_hat: the same for every sampled token of it, extraction tokens included (TMEM, arXiv 2606.04536)."""
+    """An episode and its advantage A_hat (TMEM, arXiv 2606.04536).
+
+    All sampled tokens of the episode share the advantage, extraction tokens included.
+    """
 
     trajectory: Trajectory
     advantage: float
@@ -30,42 +36,37 @@ class ScoredTrajectory:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One segment as the learner trains on it: ``weights`` is the Delta in force when it was sampled (None: Delta = 0).
+    """One segment as the learner trains on it.
 
-    ``scale`` is the weight of each sampled token in the loss. Over all segments of an optimizer step, those that need no forward included,
-    scale x sampled tokens sums to 1, whatever the aggregation and however the rows are packed.
+    Over all segments of an optimizer step, scale x sampled tokens sums to 1. That holds for each aggregation
+    and packing, and counts the segments that need no forward.
     """
 
     segment: Segment
-    weights: FastWeights | None
+    weights: FastWeights | None  # the Delta in force when the segment was sampled; None: Delta = 0
     advantage: float
-    scale: float
+    scale: float  # weight of each sampled token in the loss
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Microbatch:
-    """What one forward sees: n rows padded on the right to T tokens. An empty one (no sampled token) keeps ranks in step under ZeRO-3.
+    """What one forward sees: n rows, padded on the right to T tokens.
 
-    token_ids int64 [n, T] (0 as padding), attention_mask bool [n, T], loss_mask bool [n, T] on sampled tokens, engine_logprobs float32 [n, T],
-    advantages float32 [n], scales float32 [n], weights: one per row. ``temperature`` is that of sampling.
+    An empty microbatch (no sampled token) keeps ranks in step under ZeRO-3.
     """
 
-    token_ids: NDArray[np.int64]
-    attention_mask: NDArray[np.bool_]
-    loss_mask: NDArray[np.bool_]
-    engine_logprobs: NDArray[np.float32]
-    advantages: NDArray[np.float32]
-    scales: NDArray[np.float32]
-    weights: tuple[FastWeights | None, ...]
-    temperature: float
+    token_ids: NDArray[np.int64]  # [n, T], 0 as padding
+    attention_mask: NDArray[np.bool_]  # [n, T]
+    loss_mask: NDArray[np.bool_]  # [n, T], True on sampled tokens
+    engine_logprobs: NDArray[np.float32]  # [n, T]
+    advantages: NDArray[np.float32]  # [n]
+    scales: NDArray[np.float32]  # [n]
+    weights: tuple[FastWeights | None, ...]  # n
+    temperature: float  # of sampling
 
     def __post_init__(self) -> None:
-        shapes = {
-            self.token_ids.shape,
-            self.attention_mask.shape,
-            self.loss_mask.shape,
-            self.engine_logprobs.shape,
-        }
+        arrays = (self.token_ids, self.attention_mask, self.loss_mask, self.engine_logprobs)
+        shapes = {array.shape for array in arrays}
         rows = {len(self.token_ids), len(self.advantages), len(self.scales), len(self.weights)}
         if len(shapes) != 1 or len(rows) != 1:
             raise ValueError(
@@ -80,44 +81,44 @@ class Microbatch:
 
     @property
     def row_of_token(self) -> NDArray[np.int64]:
-        """The row of each sampled token, int64 [K], in row-major order: the order of everything that is one value per sampled token."""
+        """The row of each sampled token, int64 [K], in row-major order.
+
+        Every array with one value per sampled token has this order.
+        """
         return np.nonzero(self.loss_mask)[0]
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One RL step. Token statistics are over the sampled tokens that were evaluated; NaN where a step evaluated none.
+    """One RL step.
 
-    ``loss`` = policy_loss + kl_coefficient * kl; policy_loss and kl are weighted like the loss. ratio_* is learner over engine probability and
-    engine_logprob_diff_* the absolute difference of their log-probs, both of the learner's weights *before* the step: with stale groups they mix
-    rounding with the policy's own movement. ``entropy`` is in nats. ``clip_fraction``: tokens whose gradient the clip removed;
-    ``truncated_fraction``: tokens whose importance weight hit the cap. ``grad_norm`` is before clipping (mean over minibatches).
-    ``tokens`` went through the model (padding not counted), ``action_tokens`` of them were sampled, ``extract_tokens`` of those wrote flashcards.
-    ``segments_without_actions`` were dropped; ``trajectories_skipped`` had advantage 0 and needed no forward (they still count in the denominator).
+    Means, extremes and fractions are over the sampled tokens that were evaluated; NaN where there are none.
+    ratio_* and engine_logprob_diff_* compare the learner's weights *before* the step with the engine's. With
+    stale groups they mix rounding with the policy's own movement.
     """
 
     version: PolicyVersion
-    loss: float
-    policy_loss: float
+    loss: float  # policy_loss + kl_coefficient * kl
+    policy_loss: float  # weighted like the loss, as is kl
     kl: float
-    ratio_mean: float
+    ratio_mean: float  # learner over engine probability
     ratio_min: float
     ratio_max: float
-    clip_fraction: float
-    truncated_fraction: float
-    entropy: float
-    engine_logprob_diff_mean: float
+    clip_fraction: float  # tokens whose gradient the clip removed
+    truncated_fraction: float  # tokens whose importance weight hit the cap
+    entropy: float  # nats
+    engine_logprob_diff_mean: float  # absolute difference of log-probs
     engine_logprob_diff_max: float
-    grad_norm: float
+    grad_norm: float  # before clipping; mean over minibatches
     learning_rate: float
-    tokens: int
-    action_tokens: int
-    extract_tokens: int
+    tokens: int  # through the model, without padding
+    action_tokens: int  # among them: sampled
+    extract_tokens: int  # among those: sampled for the memory, e.g. flashcards
     padding_fraction: float
     microbatches: int
-    segments_without_actions: int
+    segments_without_actions: int  # dropped
     trajectories: int
-    trajectories_skipped: int
+    trajectories_skipped: int  # advantage 0: no forward, but still in the denominator
     groups_used: int
     groups_without_signal: int
     mean_advantage_abs: float
@@ -126,10 +127,10 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class WarmStartReport:
-    """One supervised step. ``loss`` is mean nats per target token before the step; ``tokens`` are target tokens."""
+    """One supervised step."""
 
     version: PolicyVersion
-    loss: float
+    loss: float  # mean nats per target token, before the step
     grad_norm: float
-    tokens: int
+    tokens: int  # target tokens
     seconds: float

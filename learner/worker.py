@@ -1,7 +1,9 @@
-"""The learner under Ray: a thin actor per rank, and the driver's view of all ranks.
+"""The learner under Ray: an actor per rank, and the driver's view of all ranks.
 
-Waits: the driver waits for actors under ``learner.step_timeout_s`` and says for which rank; ranks wait for each other inside torch.distributed.
-Ray does not restart a rank: a rank that died ends the group, and the run resumes from its checkpoint.
+Every wait, and who ends it:
+    the driver, for ranks       ``learner.step_timeout_s``; the error names the ranks that are late
+    ranks, for each other       torch.distributed
+Ray does not restart a rank. A rank that died ends the group, and the run resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
@@ -21,6 +23,9 @@ from actors.fast_weights.delta import Basis
 from actors.types import PolicyVersion, Segment, TrajectoryGroup
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner.types import LearnerError, StepReport, WarmStartReport
+
+if TYPE_CHECKING:
+    from learner.learner import Learner
 
 
 @dataclass(frozen=True)
@@ -35,33 +40,31 @@ class LearnerSpec:
     temperature: float
 
 
-class LearnerWorker:
-    """One rank: sets the process up for torch.distributed and holds a Learner."""
+@ray.remote(max_restarts=0)
+class LearnerActor:
+    """One rank: prepares its process for torch.distributed and holds a Learner."""
+
+    _learner: Learner
 
     def __init__(self, spec: LearnerSpec, rank: int) -> None:
         self._spec, self._rank = spec, rank
-        self._learner: Any = None
 
+    @ray.method
     def address(self) -> tuple[str, int]:
-        """This node's address and a free port for the rendezvous (asked of rank 0)."""
+        """Return this node's address and a free port for the rendezvous. Rank 0 is asked."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
+    @ray.method
     def start(self, host: str, port: int) -> PolicyVersion:
         import torch
 
         from learner.learner import Learner
 
-        spec = self._spec
-        names = {
-            "MASTER_ADDR": host,
-            "MASTER_PORT": port,
-            "RANK": self._rank,
-            "WORLD_SIZE": spec.config.workers,
-            "LOCAL_RANK": 0,
-        }
-        os.environ.update({name: str(value) for name, value in names.items()})
+        spec, ranks = self._spec, self._spec.config.workers
+        os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+        os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0")
         torch.set_num_threads(spec.config.threads)
         self._learner = Learner(
             spec.config,
@@ -71,85 +74,58 @@ class LearnerWorker:
             spec.seed,
             spec.temperature,
             self._rank,
-            spec.config.workers,
+            ranks,
         )
         return self._learner.version
 
-    def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
+    @ray.method
+    def hold(self, *groups: TrajectoryGroup) -> None:
+        """Do nothing. Ray brings the arguments to this rank's node before the call."""
+
+    @ray.method
+    def step(self, *groups: TrajectoryGroup) -> StepReport:
         return self._learner.step(groups)
 
+    @ray.method
     def warm_start_step(self, segments: Sequence[Segment], learning_rate: float) -> WarmStartReport:
         return self._learner.warm_start_step(segments, learning_rate)
 
+    @ray.method
     def weights(self, trainable_only: bool) -> dict[str, Tensor]:
-        """Collective under ZeRO-3; only rank 0 sends the tensors to anyone. Ray writes them to the object store before it runs the next call."""
+        """Return the weights on rank 0, and {} on other ranks. Collective under ZeRO-3.
+
+        They need no copy: Ray writes them to the object store before it runs the next call.
+        """
         weights = self._learner.weights(trainable_only, copy=False)
         return weights if self._rank == 0 else {}
 
+    @ray.method
     def save(self, folder: str) -> PolicyVersion:
         self._learner.save(folder)
         return self._learner.version
 
+    @ray.method
     def load(self, folder: str) -> PolicyVersion:
         self._learner.load(folder)
         return self._learner.version
 
 
-@ray.remote(max_restarts=0)
-class LearnerActor:
-    """One-line methods over LearnerWorker."""
-
-    def __init__(self, spec: LearnerSpec, rank: int) -> None:
-        self._worker = LearnerWorker(spec, rank)
-
-    @ray.method
-    def address(self) -> tuple[str, int]:
-        return self._worker.address()
-
-    @ray.method
-    def start(self, host: str, port: int) -> PolicyVersion:
-        return self._worker.start(host, port)
-
-    @ray.method
-    def hold(self, *groups: TrajectoryGroup) -> None:
-        """For its arguments alone: Ray brings them to this rank's node before the call."""
-
-    @ray.method
-    def step(self, *groups: TrajectoryGroup) -> StepReport:
-        return self._worker.step(groups)
-
-    @ray.method
-    def warm_start_step(self, segments: Sequence[Segment], learning_rate: float) -> WarmStartReport:
-        return self._worker.warm_start_step(segments, learning_rate)
-
-    @ray.method
-    def weights(self, trainable_only: bool) -> dict[str, Tensor]:
-        return self._worker.weights(trainable_only)
-
-    @ray.method
-    def save(self, folder: str) -> PolicyVersion:
-        return self._worker.save(folder)
-
-    @ray.method
-    def load(self, folder: str) -> PolicyVersion:
-        return self._worker.load(folder)
-
-
 class LearnerGroup:
-    """All ranks as one learner, for the driver. Every call raises LearnerError (ValueError for bad input) with the rank's own message, or after
-    ``config.step_timeout_s``.
+    """All ranks as one learner, for the driver.
 
-    ``actor`` is what a rank runs in: LearnerActor, or another class with its methods.
-    ``folder`` arguments must be on storage that every rank's node sees, when ranks live on several nodes.
+    Every call raises LearnerError with the rank's own message, or after ``config.step_timeout_s``; ValueError
+    for bad input. ``actor`` is what a rank runs in: LearnerActor, or another class with its methods. When
+    ranks live on several nodes, ``folder`` must be on storage that all of them see.
     """
 
     def __init__(self, spec: LearnerSpec, start_timeout_s: float, actor: Any = LearnerActor) -> None:
         config = spec.config
         self._timeout = config.step_timeout_s
         named = {config.resource: 1} if config.resource else {}
-        asked = f"{config.cpus_per_worker} CPUs{', ' if named else ' and '}{config.gpus_per_worker} GPUs{f' and 1 {config.resource}' if named else ''}"
+        cpus, gpus = f"{config.cpus_per_worker} CPUs", f"{config.gpus_per_worker} GPUs"
+        asked = f"{cpus}, {gpus} and 1 {config.resource}" if named else f"{cpus} and {gpus}"
         self._resources = f"{asked} for each of {config.workers} learner ranks"
-        # Without the second, Ray pickles tensors, several times as slow on the way out and on the way in. It is read when Ray is imported.
+        # Without the second one Ray pickles tensors, which is several times slower. Ray reads it on import.
         environment = {"OMP_NUM_THREADS": str(config.threads), "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
         if config.gpus_per_worker == 0:
             environment["DS_ACCELERATOR"] = "cpu"
@@ -175,18 +151,19 @@ class LearnerGroup:
         return self._version
 
     def missing(self, groups: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> list[int]:
-        """Bring ``groups`` to the ranks' nodes; the places of those that were lost with the node that held them.
+        """Bring ``groups`` to the ranks' nodes. Return the places of groups that were lost with their node.
 
-        To be asked before ``step``: there, a rank that cannot be given its groups leaves the others waiting for it.
+        Ask this before ``step``: there, a rank without its groups would leave the other ranks waiting.
         """
-        return (
-            [place for place, group in enumerate(groups) if self._lost([group])] if self._lost(groups) else []
-        )
+        if not self._lost(groups):
+            return []
+        return [place for place, group in enumerate(groups) if self._lost([group])]
 
     def step(self, groups: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> StepReport:
-        """See ``Learner.step``. The groups go from where they are to the ranks' nodes, not through the driver.
+        """See ``Learner.step``. The groups go straight to the ranks' nodes, not through the driver.
 
-        Each is an argument of its own: Ray brings those to the rank before the call, and a list of references would make the rank a co-owner of each.
+        Each group is an argument of its own. Ray brings arguments to the rank before the call. A list of
+        references would make the rank a co-owner of each.
         """
         report: StepReport = self._get(
             [actor.step.remote(*groups) for actor in self._actors], "step", self._timeout
@@ -203,7 +180,10 @@ class LearnerGroup:
         return report
 
     def weights_ref(self, trainable_only: bool) -> ray.ObjectRef[dict[str, Tensor]]:
-        """A reference to rank 0's full weights in the object store, ready when this returns; they never pass through the driver."""
+        """Return a reference to rank 0's full weights in the object store, ready when this returns.
+
+        They never pass through the driver.
+        """
         calls = [actor.weights.remote(trainable_only) for actor in self._actors]
         self._wait(calls, "weights", time.monotonic() + self._timeout, self._timeout)
         reference: ray.ObjectRef[dict[str, Tensor]] = calls[0]
@@ -225,7 +205,7 @@ class LearnerGroup:
         self._actors = []
 
     def _lost(self, groups: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> bool:
-        """Whether one of ``groups`` is."""
+        """Return whether one of ``groups`` was lost with the node that held it."""
         calls = [actor.hold.remote(*groups) for actor in self._actors]
         self._wait(calls, "hold", time.monotonic() + self._timeout, self._timeout)
         try:
@@ -244,18 +224,18 @@ class LearnerGroup:
         )
         if pending:
             late = [rank for rank, call in enumerate(calls) if call in pending]
+            cluster = ray.cluster_resources()
             raise LearnerError(
-                f"learner {verb}: no answer from rank {late} within {timeout:g} s (asked for {self._resources}; the cluster has "
-                f"{ray.cluster_resources().get('CPU', 0):g} CPUs, {ray.cluster_resources().get('GPU', 0):g} GPUs): "
-                "free resources, or raise the timeout"
+                f"learner {verb}: no answer from rank {late} within {timeout:g} s "
+                f"(asked for {self._resources}; the cluster has {cluster.get('CPU', 0):g} CPUs, "
+                f"{cluster.get('GPU', 0):g} GPUs): free resources, or raise the timeout"
             )
 
     def _get(self, calls: list[Any], verb: str, timeout: float) -> list[Any]:
         deadline = time.monotonic() + timeout
+        # A rank that failed leaves the others waiting for it: raise its error before all have answered.
         done, _ = ray.wait(calls, num_returns=1, timeout=timeout, fetch_local=False)
-        self._raise_failure(
-            done, verb
-        )  # a rank that failed leaves the others waiting for it: do not wait out the deadline
+        self._raise_failure(done, verb)
         self._wait(calls, verb, deadline, timeout)
         self._raise_failure(calls, verb)
         return ray.get(calls, timeout=timeout)

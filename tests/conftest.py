@@ -23,6 +23,7 @@ from configs.schema import ModelConfig
 
 if TYPE_CHECKING:
     from actors.fast_weights.delta import Basis
+    from actors.text.chat_template import ChatFormat
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
@@ -47,6 +48,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def model_path() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, float32: 30 layers, hidden 576, vocabulary 49,152."""
     return resolve_model(ModelConfig()).path
+
+
+@pytest.fixture(scope="session")
+def chat(model_path: Path) -> ChatFormat:
+    """The chat template of SmolLM2, which the tiny model has too."""
+    from transformers import AutoTokenizer
+
+    from actors.text.chat_template import ChatFormat
+
+    return ChatFormat(AutoTokenizer.from_pretrained(model_path))
 
 
 @pytest.fixture(scope="session")

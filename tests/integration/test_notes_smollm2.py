@@ -41,13 +41,6 @@ class _NoWriter:
 
 
 @pytest.fixture(scope="module")
-def chat(model_path: Path) -> ChatFormat:
-    from transformers import AutoTokenizer
-
-    return ChatFormat(AutoTokenizer.from_pretrained(model_path))
-
-
-@pytest.fixture(scope="module")
 def policy(model_path: Path, chat: ChatFormat) -> Iterator[VLLMPolicy]:
     config = EngineConfig(slots=4, max_model_tokens=1024, kv_cache_gib=0.25)
     basis = compute_basis_from_checkpoint(

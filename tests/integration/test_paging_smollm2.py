@@ -12,7 +12,7 @@ import pytest
 
 from actors.engine.policy import VLLMPolicy
 from actors.environments.recall import RecallEnvironment
-from actors.episodes.episode import EpisodeSpec, LiveActor, run_episode
+from actors.episodes.episode import EpisodeSpec, LiveActor
 from actors.episodes.rollout import WriteBatcher
 from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.memory.base import Agent
@@ -30,7 +30,7 @@ from configs.schema import (
     PagingConfig,
     RecallConfig,
 )
-from tests.unit.rollout_fakes import ScriptedWriter
+from tests.unit.rollout_fakes import ScriptedWriter, run_episode
 
 pytestmark = pytest.mark.engine_in_process
 FACT = "My cat is called Zorro."
@@ -83,13 +83,6 @@ def engine(model_path: Path) -> Iterator[VLLMPolicy]:
     )
     yield policy
     policy.close()
-
-
-@pytest.fixture(scope="module")
-def chat(model_path: Path) -> ChatFormat:
-    from transformers import AutoTokenizer
-
-    return ChatFormat(AutoTokenizer.from_pretrained(model_path))
 
 
 def _embedder() -> Embedder:

@@ -1,4 +1,4 @@
-"""An engine and a writer scripted by functions, for tests of the episode loop around them."""
+"""A policy and a writer that are scripted by functions, for tests of the episode loop around them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,23 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from actors.environments.base import Environment
+from actors.episodes.episode import EpisodeSpec, play_episode, score_episode
+from actors.memory.base import Memory
 from actors.memory.build import Surroundings
+from actors.protocols import AsyncWriter, Policy
+from actors.text.chat_template import ChatFormat
 from actors.text.retrieval import Embedder
-from actors.types import AdapterKey, FastWeights, Generation, Probe, Sampling, WriteRequest, WriteResult
+from actors.types import (
+    AdapterKey,
+    FastWeights,
+    Generation,
+    Probe,
+    Sampling,
+    Trajectory,
+    WriteRequest,
+    WriteResult,
+)
 
 
 def _no_embedder() -> Embedder:
@@ -21,8 +35,24 @@ SURROUNDINGS = Surroundings(window_tokens=4096, answer_tokens=64, embedder=_no_e
 MODULE = "model.layers.5.mlp.down_proj"
 
 
+async def run_episode(
+    spec: EpisodeSpec,
+    environment: Environment,
+    policy: Policy,
+    writer: AsyncWriter,
+    chat: ChatFormat,
+    memory: Memory,
+    basis_id: str,
+) -> Trajectory:
+    """Play and score one episode, without slots and deadlines."""
+    return await score_episode(await play_episode(spec, environment, policy, writer, chat, memory, basis_id))
+
+
 class ScriptedPolicy:
-    """AsyncPolicy: ``script(prompt_ids, sampling, adapter)`` says what is sampled. Records every call; refuses adapters that are not installed."""
+    """A Policy whose replies come from ``script(prompt_ids, sampling, adapter)``.
+
+    It records every call, and refuses adapters that are not installed.
+    """
 
     def __init__(
         self, script: Callable[[Sequence[int], Sampling, AdapterKey], Generation], delay_s: float = 0.0
@@ -60,7 +90,10 @@ class ScriptedPolicy:
 
 
 class ScriptedWriter:
-    """FastWeightWriter whose outcome ``script(request)`` names; an accepted write is a matrix filled with the revision's number."""
+    """A FastWeightWriter whose outcomes come from ``script(request)``.
+
+    An accepted write is a matrix filled with the revision's number.
+    """
 
     def __init__(self, script: Callable[[WriteRequest], str] = lambda request: "accepted") -> None:
         self.batches: list[list[WriteRequest]] = []

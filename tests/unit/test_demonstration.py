@@ -5,32 +5,24 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
 from actors.environments.recall import RecallEnvironment
 from actors.episodes.demonstration import demonstrate
-from actors.episodes.episode import EpisodeSpec, run_episode
+from actors.episodes.episode import EpisodeSpec
 from actors.episodes.rollout import WriteBatcher
 from actors.memory.build import build_memory
 from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import parse_flashcards
 from actors.types import AdapterKey, Generation, Sampling, Trajectory
 from configs.schema import MemoryConfig, RecallConfig, WriteConfig
-from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
+from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, run_episode, sampled
 
 ENVIRONMENT = RecallEnvironment(
     RecallConfig(sessions=2, facts_per_session=4, questions=4, filler_sentences=1)
 )
 TASKS = list(itertools.islice(ENVIRONMENT.tasks("train", 0, 0), 10))
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model_path: Path) -> ChatFormat:
-    from transformers import AutoTokenizer
-
-    return ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
 
 
 @pytest.mark.parametrize("blind", [False, True])

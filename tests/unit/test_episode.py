@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from actors.environments.base import Observation, Session
 from actors.environments.recall import RecallEnvironment
-from actors.episodes.episode import EpisodeSpec, derived_seed, run_episode
+from actors.episodes.episode import EpisodeSpec, derived_seed
 from actors.episodes.rollout import WriteBatcher
 from actors.memory.build import build_memory
 from actors.protocols import EngineError, ReceiptError, TaskError
 from actors.text.chat_template import ChatFormat
 from actors.types import AdapterKey, FastWeights, Generation, Outcome, Probe, Sampling, Task, Trajectory
 from configs.schema import MemoryConfig, RecallConfig, WriteConfig
-from tests.unit.rollout_fakes import MODULE, SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
+from tests.unit.rollout_fakes import (
+    MODULE,
+    SURROUNDINGS,
+    ScriptedPolicy,
+    ScriptedWriter,
+    run_episode,
+    sampled,
+)
 
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}]'
 EACH_SESSION = MemoryConfig(
@@ -28,13 +34,6 @@ ENVIRONMENT = RecallEnvironment(
     RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1)
 )
 TASK = next(ENVIRONMENT.tasks("train", 0, 0))
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model_path: Path) -> ChatFormat:
-    from transformers import AutoTokenizer
-
-    return ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
 
 
 def _spec(**changes: object) -> EpisodeSpec:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,13 +28,6 @@ REQUEST = RolloutRequest(
     next(ENVIRONMENT.tasks("train", 0, 0)), "g", 2, MemoryConfig(max_context_tokens=50), 1.0, 8, seed=1
 )
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}]'
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model_path: Path) -> ChatFormat:
-    from transformers import AutoTokenizer
-
-    return ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
 
 
 class Refreshed(ScriptedPolicy):

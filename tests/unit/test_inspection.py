@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from actors.environments.recall import RecallEnvironment
-from actors.episodes.episode import EpisodeSpec, run_episode
+from actors.episodes.episode import EpisodeSpec
 from actors.episodes.group_summary import GroupSummary
 from actors.episodes.rollout import WriteBatcher
 from actors.memory.build import build_memory
@@ -54,7 +54,7 @@ from cluster.inspection.recorder import EpisodeRecorder, NoSink
 from cluster.inspection.terminal import show
 from cluster.measure.rows import EvaluationRow
 from configs.schema import EpisodesConfig, MemoryConfig, MemoryPolicy, RecallConfig, RunConfig, WriteConfig
-from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
+from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, run_episode, sampled
 
 ENVIRONMENT = RecallEnvironment(
     RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1)

@@ -11,8 +11,7 @@ import pytest
 from actors.fast_weights.delta import Basis
 from actors.types import TrajectoryGroup
 from configs.schema import ObjectiveConfig
-from learner.ablation import as_objective_sees
-from learner.batch import rows_of
+from learner.batch import as_objective_sees, rows_of
 from learner.learner import Learner
 from learner.types import ScoredTrajectory
 from tests.unit.learner_cases import (

@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 
 from actors.environments.base import Observation, Session
-from actors.episodes.episode import EpisodeSpec, run_episode
+from actors.episodes.episode import EpisodeSpec
 from actors.episodes.rollout import WriteBatcher
 from actors.memory.build import build_memory
 from actors.text.chat_template import ChatFormat
 from actors.types import AdapterKey, Generation, Outcome, Sampling, Task, Trajectory
 from configs.schema import MemoryConfig, WriteConfig
-from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
+from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, run_episode, sampled
 
 TEXTS = tuple(
     f"Story {number}. Nora moved to town number {number * 7} and met friend number {number * 3} there in the month {number}."
@@ -25,13 +24,6 @@ TEXTS = tuple(
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}]'
 LIMIT = 75  # a full context holds two stories or three
 WRITE = WriteConfig(max_example_tokens=64)
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model_path: Path) -> ChatFormat:
-    from transformers import AutoTokenizer
-
-    return ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
 
 
 class _Stories:

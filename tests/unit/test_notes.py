@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,13 +40,6 @@ SAYINGS = {
     BOAT: '{"keywords": ["boat", "engine"], "tags": ["repairs"], "context": "Ida\'s boat needs repair."}',
     STARS: '{"keywords": ["Saturn", "telescope"], "tags": ["astronomy"], "context": "Vilma watches planets."}',
 }
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model_path: Path) -> ChatFormat:
-    from transformers import AutoTokenizer
-
-    return ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
 
 
 class _Actor:

@@ -9,7 +9,6 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -31,13 +30,6 @@ L_MAX = 720
 CONFIG = MemoryConfig(policy="paging", max_context_tokens=L_MAX, max_summary_tokens=60)
 FILLER = "The weather stayed mild and nothing else of note happened on day {day}, said the old man at the harbour, and he looked at the boats."
 Script = Callable[[str, SpanKind], str]
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model_path: Path) -> ChatFormat:
-    from transformers import AutoTokenizer
-
-    return ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
 
 
 @pytest.fixture(scope="module")

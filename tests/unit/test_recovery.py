@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,13 +38,6 @@ REQUEST = RolloutRequest(
     TASK, "g", 1, MemoryConfig(max_context_tokens=50, max_extract_tokens=64), 1.0, 8, seed=1
 )
 NAMES = ("Nora", "Ivan", "Mei", "Omar", "Lena")
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model_path: Path) -> ChatFormat:
-    from transformers import AutoTokenizer
-
-    return ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
 
 
 class Worker:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,13 +39,6 @@ ENVIRONMENT = RecallEnvironment(
 TASK = next(ENVIRONMENT.tasks("train", 0, 0))
 MEMORY = MemoryConfig(max_context_tokens=50)
 EXAMPLE = WriteExample((1,), (2,))
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model_path: Path) -> ChatFormat:
-    from transformers import AutoTokenizer
-
-    return ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
 
 
 Script = Callable[[Sequence[int], Sampling, AdapterKey], Generation]
