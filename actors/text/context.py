@@ -1,6 +1,7 @@
-"""The token context of the running segment.
+"""Holds the tokens of the running segment.
 
-Invariant: what `ids` returns is what the engine is given, token for token, and what the closed Segment holds; nothing is ever re-tokenised.
+Invariant: the engine gets exactly the tokens of `ids`, and the closed Segment holds the same. Nothing is ever
+tokenised again.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from actors.types import ActionSpan, Generation, PolicyVersion, Segment, SpanKin
 
 
 class Context:
-    """Grows by observations (mask 0) and generations (mask 1). ``opening`` is what truncation never drops: the system prompt, and what is
-    remembered in front of all else."""
+    """Grows by observations (mask 0) and generations (mask 1).
+
+    Truncation never drops the ``opening``: the system prompt and the text that a memory puts in front.
+    """
 
     def __init__(self, opening: Sequence[int]) -> None:
         self._opening = len(opening)
@@ -34,12 +37,12 @@ class Context:
 
     @property
     def after_opening(self) -> tuple[int, ...]:
-        """The tokens that the opening does not hold: what was read and said."""
+        """The tokens after the opening: what was read and said."""
         return tuple(self._ids[self._opening :])
 
     @property
     def is_fresh(self) -> bool:
-        """Whether nothing but the opening stands here."""
+        """True while there is nothing but the opening."""
         return len(self._ids) == self._opening
 
     @property
@@ -47,13 +50,14 @@ class Context:
         return bool(self._spans)
 
     def observe(self, ids: Sequence[int]) -> None:
-        """Append tokens that the engine did not sample."""
+        """Append tokens that the engine has not sampled."""
         self._ids += ids
         self._logprobs += [0.0] * len(ids)
 
     def act(self, generation: Generation, kind: SpanKind) -> None:
         """Append sampled tokens with their log-probs. An empty generation leaves no trace."""
         start = len(self._ids)
+        # A generation becomes several spans when the weights changed under it (actors/episodes/in_flight.py).
         self._ids += generation.token_ids
         self._logprobs += generation.logprobs
         for version, run in groupby(generation.versions or (None,) * len(generation.token_ids)):
@@ -62,11 +66,13 @@ class Context:
             start = end
 
     def close(self, policy_version: PolicyVersion, revision: int) -> Segment:
-        """The segment up to here, sampled under ``revision``; by ``policy_version`` where the engine did not say by which."""
-        policy_version = min(
-            (policy_version if span.version is None else span.version for span in self._spans),
-            default=policy_version,
-        )
+        """The segment up to here, sampled under ``revision``.
+
+        ``policy_version`` holds for the spans whose engine named no version.
+        """
+        # A segment is as old as its oldest token: staleness must never look smaller than it is.
+        versions = (policy_version if span.version is None else span.version for span in self._spans)
+        policy_version = min(versions, default=policy_version)
         mask = np.zeros(len(self._ids), dtype=np.bool_)
         for span in self._spans:
             mask[span.start : span.end] = True
@@ -83,7 +89,10 @@ class Context:
         )
 
     def truncated(self, limit: int) -> Context:
-        """A new context of at most ``limit`` tokens: the opening and the newest of the rest, all of it mask 0. Never shorter than the opening."""
+        """A new context of at most ``limit`` tokens: the opening and the newest tokens, all with mask 0.
+
+        It is never shorter than the opening.
+        """
         rest = self._ids[self._opening :]
         kept = Context(self._ids[: self._opening])
         room = max(0, limit - self._opening)

@@ -1,7 +1,7 @@
-"""Flashcards as text: the memory-writing prompt, a parser that forgives, and the training example of one card (TMEM, arXiv 2606.04536).
+"""Flashcards as text (TMEM, arXiv 2606.04536): the prompt that asks for cards, the parser, the write example.
 
-Invariant: `parse_flashcards` never raises, whatever the model wrote, and says what was wrong when nothing could be used. The prompt's wording is our
-own.
+Invariant: `parse_flashcards` never raises, whatever the model wrote. When it finds no card it says why. The
+wording of the prompt is our own.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from actors.text.chat_template import ChatFormat
 from actors.types import Flashcard, WriteExample
 
-MAX_SIDE_CHARACTERS = 2000
-"""A question or an answer longer than this is no flashcard."""
+MAX_SIDE_CHARACTERS = 2000  # a longer question or answer is no flashcard
 
 _QUESTION_KEYS = ("instruction", "question")
 _ANSWER_KEYS = ("output", "answer")
@@ -24,7 +23,8 @@ _MAX_NESTING = 64
 _MAX_ARRAYS = 8
 _ABOUT = (
     "The text above will be erased. "
-    "Save its useful facts (who, what, when, where, likes, plans, lessons) as short questions and answers, no duplicates."
+    "Save its useful facts (who, what, when, where, likes, plans, lessons) as short questions and answers, "
+    "no duplicates."
 )
 _TASK = "They should help with: {question}"
 _EARLIER = "Already saved: {cards}"
@@ -33,7 +33,11 @@ _FORM = 'Write only a JSON list, [] if nothing is useful: [{"instruction": "ques
 
 @dataclass(frozen=True, slots=True)
 class ParsedFlashcards:
-    """``rejected`` counts the items of the array that were no usable card; ``problem`` is "" or says why ``cards`` is empty or cut short."""
+    """Cards read from a text.
+
+    ``rejected`` counts the items of the array that gave no card. ``problem`` says why ``cards`` is empty or
+    cut short; otherwise it is "".
+    """
 
     cards: tuple[Flashcard, ...]
     rejected: int
@@ -41,7 +45,7 @@ class ParsedFlashcards:
 
 
 def extraction_prompt(question: str, earlier: Sequence[Flashcard]) -> str:
-    """The memory-writing prompt, a user turn after the context. An empty ``question`` is left out (question-blind)."""
+    """The memory-writing prompt, a user turn after the context. A question-blind memory passes ""."""
     lines = [_ABOUT]
     if question:
         lines.append(_TASK.format(question=question))
@@ -51,14 +55,17 @@ def extraction_prompt(question: str, earlier: Sequence[Flashcard]) -> str:
 
 
 def render_flashcards(cards: Sequence[Flashcard]) -> str:
-    """The canonical text of an extraction: what a demonstration writes. ``parse_flashcards`` gives the cards back."""
+    """The text of an ideal extraction, for demonstrations. ``parse_flashcards`` reads the cards back."""
     return json.dumps(
         [{"instruction": card.question, "output": card.answer} for card in cards], ensure_ascii=False
     )
 
 
 def write_example(card: Flashcard, system_prompt: str, chat: ChatFormat) -> WriteExample:
-    """The card as it will be asked: system prompt, question as a user turn, answer as the reply with its stop token."""
+    """The card in the form in which it will be asked.
+
+    prompt: system prompt and question as a user turn; answer: the reply with its stop token.
+    """
     return WriteExample(
         prompt_ids=chat.system(system_prompt) + chat.user(card.question) + chat.assistant_open,
         answer_ids=chat.reply(card.answer),
@@ -66,37 +73,34 @@ def write_example(card: Flashcard, system_prompt: str, chat: ChatFormat) -> Writ
 
 
 def parse_flashcards(text: str, limit: int) -> ParsedFlashcards:
-    """At most ``limit`` cards of the first JSON array in ``text`` that is one; of an array that breaks off, its complete objects."""
+    """At most ``limit`` cards of the first JSON array in ``text`` that has cards or is complete and empty.
+
+    An array that breaks off gives its complete objects.
+    """
     first: ParsedFlashcards | None = None
-    start = text.find("[")
-    for _ in range(_MAX_ARRAYS):
-        if start < 0:
-            break
-        items, end, ended = _array_items(text, start)
+    for items, ended in _arrays(text):
         parsed = _parse_items(items, ended, limit)
         if parsed.cards or (ended and not items):
             return parsed
-        first = first or parsed  # "[note] [{...}]": the first bracket need not open the array that was meant
-        start = text.find("[", end)
+        # "[note] [{...}]": the first bracket may open something else. Its problem is told if no card follows.
+        first = first or parsed
     return first or ParsedFlashcards((), 0, "no JSON array in the text")
 
 
 def unused_items(text: str, cards: Sequence[Flashcard]) -> tuple[str, ...]:
-    """The raw items of the arrays in ``text`` that became none of ``cards``: no card at all, one twice, or one too many. For people to read."""
+    """The raw items of the arrays in ``text`` that became none of ``cards``, for people to read.
+
+    Such an item is no card, a duplicate, or beyond the limit.
+    """
     left = list(cards)
     unused: list[str] = []
-    start = text.find("[")
-    for _ in range(_MAX_ARRAYS):
-        if start < 0:
-            break
-        items, end, _ = _array_items(text, start)
+    for items, _ in _arrays(text):
         for item in items:
             card = _card(item)
             if card in left:
                 left.remove(card)
             else:
                 unused.append(item)
-        start = text.find("[", end)
     return tuple(unused)
 
 
@@ -123,10 +127,22 @@ def _problem(items: int, cards: int, ended: bool) -> str:
     return "" if cards else f"none of the array's {items} items is a question with an answer"
 
 
-def _array_items(text: str, start: int) -> tuple[list[str], int, bool]:
-    """The raw texts of the top-level items of the array that opens at ``start``, where the scan ended, and whether that was its closing bracket.
+def _arrays(text: str) -> Iterator[tuple[list[str], bool]]:
+    """(raw items, array is closed) of the arrays in ``text``, left to right, at most ``_MAX_ARRAYS``."""
+    start = text.find("[")
+    for _ in range(_MAX_ARRAYS):
+        if start < 0:
+            return
+        items, end, ended = _array_items(text, start)
+        yield items, ended
+        start = text.find("[", end)
 
-    A scan that counts brackets and knows strings; unlike a recursive parser it cannot run out of stack and finds items before a broken one.
+
+def _array_items(text: str, start: int) -> tuple[list[str], int, bool]:
+    """Scan the array that opens at ``start``: (raw top-level items, end of the scan, array is closed).
+
+    It counts brackets and skips strings. A recursive parser could run out of stack; this scan cannot, and it
+    keeps the items before a broken one.
     """
     items: list[str] = []
     depth, item_start, in_string, escaped = 0, start + 1, False, False
@@ -134,6 +150,7 @@ def _array_items(text: str, start: int) -> tuple[list[str], int, bool]:
     for place in range(start, len(text)):
         char = text[place]
         if in_string:
+            # An escaped quote does not end the string, and an escaped backslash escapes nothing.
             in_string, escaped = (escaped or char != '"'), (char == "\\" and not escaped)
         elif char == '"':
             in_string = True
@@ -148,20 +165,19 @@ def _array_items(text: str, start: int) -> tuple[list[str], int, bool]:
             break
     ended = depth == 0
     last = text[item_start:].strip()
+    # The text broke off after a whole object, before the next comma.
     if not ended and depth == 1 and last.endswith("}"):
         items.append(last)
     return [item.strip() for item in items if item.strip()], place + 1, ended
 
 
 def _card(item: str) -> Flashcard | None:
-    if (
-        not item.startswith("{")
-        or len(item) > 4 * MAX_SIDE_CHARACTERS
-        or max(item.count("["), item.count("{")) > _MAX_NESTING
-    ):
+    # json.loads is recursive and reads numbers of any length: no deep and no huge item may reach it.
+    nesting = max(item.count("["), item.count("{"))
+    if not item.startswith("{") or len(item) > 4 * MAX_SIDE_CHARACTERS or nesting > _MAX_NESTING:
         return None
     try:
-        value = json.loads(item, strict=False)
+        value = json.loads(item, strict=False)  # a model breaks lines inside strings
     except ValueError:
         return None
     question, answer = _side(value, _QUESTION_KEYS), _side(value, _ANSWER_KEYS)
@@ -171,15 +187,14 @@ def _card(item: str) -> Flashcard | None:
 def _side(value: dict[str, object], keys: Sequence[str]) -> str:
     for key in keys:
         side = value.get(key)
-        if isinstance(side, str) or (
-            isinstance(side, (int, float)) and not isinstance(side, bool) and math.isfinite(side)
-        ):
+        is_number = isinstance(side, (int, float)) and not isinstance(side, bool) and math.isfinite(side)
+        if isinstance(side, str) or is_number:
             text = _clean(str(side))
             return text if len(text) <= MAX_SIDE_CHARACTERS else ""
     return ""
 
 
 def _clean(text: str) -> str:
-    """One line without control characters and lone surrogates (which no tokenizer can encode)."""
+    """Make it one line, without control characters and lone surrogates: no tokenizer encodes a surrogate."""
     kept = "".join(char if unicodedata.category(char) not in ("Cc", "Cs") else " " for char in text)
     return " ".join(kept.split())
