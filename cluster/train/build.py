@@ -192,10 +192,9 @@ def build_stream(
     return GroupStream(plan, cluster.workers, state.version, Ledger(state.ledger), calls)
 
 
-def build_demonstrations(spec: RunSpec, start: Start) -> Demonstrations | None:
-    """None without a warm start: it is not wanted, or it lies behind the checkpoint."""
-    wanted = spec.config.warm_start.steps > 0 and start.checkpoint is None
-    if not wanted or not can_demonstrate(spec.environment):
+def build_demonstrations(spec: RunSpec) -> Demonstrations | None:
+    """What a warm start learns from; None where there is no warm start."""
+    if spec.config.warm_start.steps == 0 or not can_demonstrate(spec.environment):
         return None
     return Demonstrations(spec.config, spec.environment, spec.model_path)
 

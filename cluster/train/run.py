@@ -80,7 +80,7 @@ async def _stages(
     if start.checkpoint is None:
         await scores.measure("memory_off", 0, cluster.workers)
         await scores.measure("before", 0, cluster.workers)
-        state = await _warm_start(cluster, spec, folder, start, state, observers)
+        state = await _warm_start(cluster, spec, folder, state, observers)
     if state.warm_steps > 0 and state.step == 0:
         await scores.measure("after_warm_start", 0, cluster.workers)
         # Empties the caches: a run that is resumed here, with its row measured, begins with empty ones too.
@@ -94,15 +94,10 @@ async def _stages(
 
 
 async def _warm_start(
-    cluster: TrainingCluster,
-    spec: RunSpec,
-    folder: RunFolder,
-    start: Start,
-    state: TrainState,
-    observers: Observers,
+    cluster: TrainingCluster, spec: RunSpec, folder: RunFolder, state: TrainState, observers: Observers
 ) -> TrainState:
     """The supervised stage, if there is one. The workers then serve its result, which is saved."""
-    demonstrations = build_demonstrations(spec, start)
+    demonstrations = build_demonstrations(spec)
     if demonstrations is None:
         return state
     config, steps = spec.config, spec.config.warm_start.steps

@@ -25,20 +25,26 @@ from tests.unit.cluster_cases import finished_group, group, task_at
 
 
 class Worker:
-    """Finishes a group at once, under the version that it loaded last."""
+    """Finishes a group at once, under the version that it loaded last. Its gate is shut until a refresh ends."""
 
     def __init__(self, name: str, version: PolicyVersion = 0) -> None:
         self.name, self.version = name, version
         self.positions: list[int] = []
         self.running = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
         self.in_flight = False
         self.refused: Exception | None = None
         self.on_refresh: Callable[[PolicyVersion], None] = lambda version: None
 
     async def ready(self) -> None: ...
 
+    def check(self) -> None:
+        """Raise when it is dead."""
+
     async def group(self, position: int, task: Task) -> FinishedGroup:
         self.positions.append(position)
+        await self.gate.wait()
         self.running += 1
         try:
             return finished_group(group(task, await self.play(position)))
@@ -52,16 +58,21 @@ class Worker:
         return version
 
     async def drain(self) -> None:
+        self.gate.clear()
         while self.running:
             await asyncio.sleep(0.001)
 
     async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
         await asyncio.sleep(0)
-        if self.refused is not None:
-            raise self.refused
-        assert self.in_flight or self.running == 0, "it was not drained"
-        assert weights.version > self.version, "never back, and none twice"
-        self.version = weights.version
+        try:
+            self.check()
+            if self.refused is not None:
+                raise self.refused
+            assert self.in_flight or self.running == 0, "it was not drained"
+            assert weights.version > self.version, "never back, and none twice"
+            self.version = weights.version
+        finally:
+            self.gate.set()
         self.on_refresh(self.version)
         return await self.report()
 

@@ -46,21 +46,22 @@ class Mortal(Worker):
         self.served.append((version, position))
         await (self.gone.wait() if self.hung else asyncio.sleep(0.001))
         self.dead = self.dead or self._dies(self.name, position)
-        self._check()
+        self.check()
         return version
 
     async def report(self) -> WorkerReport:
         if self.hung and self.asked:
             await self.gone.wait()
         self.asked = True  # the first call is the fleet's own, before the loop begins
-        self._check()
+        self.check()
         return await super().report()
 
     def kill(self) -> None:
         self.dead = self.killed = True
         self.gone.set()
+        self.gate.set()
 
-    def _check(self) -> None:
+    def check(self) -> None:
         if self.dead:
             raise WorkerLost(f"{self.name} died during a task: SIGKILL")
 
@@ -327,6 +328,37 @@ def test_a_cancelled_run_ends_its_learner_step_and_saves_it() -> None:
     (saved,) = lab.saved
     assert (saved.step, saved.version, len(saved.rewards)) == (4, 4, 4) and lab.trainer.version == 4
     assert lab.ledger.balanced
+
+
+def test_the_last_step_is_saved_whatever_the_interval() -> None:
+    lab = Lab(1, steps=3)  # train.checkpoint_every is 100
+    state = asyncio.run(lab.run())
+    assert lab.saved == [state] and state.step == 3
+
+
+def test_a_run_cancelled_after_a_checkpoint_saves_no_step_twice() -> None:
+    lab = Lab(1, steps=1000)
+    lab.plan = replace(lab.plan, checkpoint_every=1)
+    worker = lab.all["worker-0"]
+    waiting = asyncio.Event()
+
+    async def end_with_the_third_batch(position: int) -> PolicyVersion:
+        if position >= 6:
+            waiting.set()
+            await asyncio.Event().wait()
+        return worker.version
+
+    async def body() -> None:
+        running = asyncio.create_task(lab.run())
+        await waiting.wait()
+        while len(lab.saved) < 3:
+            await asyncio.sleep(0.001)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    worker.play = end_with_the_third_batch  # type: ignore[method-assign]
+    asyncio.run(asyncio.wait_for(body(), 20))
+    assert [state.step for state in lab.saved] == [1, 2, 3]
 
 
 def test_the_number_of_workers_follows_config_schedule_and_person(tmp_path: Path) -> None:
