@@ -1,4 +1,4 @@
-"""LoCoMo's schema from a file: what is told, asked and scored, and one clear line for whatever is wrong with the file."""
+"""LoCoMo from a file: what is told, asked and scored, and one clear line for each fault of the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parser takes whatever a model may write; the prompt stays short; a card becomes the question as it will be asked."""
+"""Flashcards: the parser takes any text, the prompt is short, an example looks like the later question."""
 
 from __future__ import annotations
 

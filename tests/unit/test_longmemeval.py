@@ -1,4 +1,4 @@
-"""LongMemEval's schema from a file: what is told in which order, how abstention counts, and that a large file is neither kept nor misread."""
+"""LongMemEval from a file: the order of the sessions, how abstention counts, large files in little memory."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ def test_a_file_that_changes_under_a_run_is_noticed(tmp_path: Path, shifted: Cal
         environment.start(Task("t", "conversation", {"conversation": "q_boat", "questions": [0]}, 0))
 
 
-def test_a_file_that_is_gone_is_said_to_be_unreadable(tmp_path: Path) -> None:
+def test_a_file_that_is_gone_cannot_be_read(tmp_path: Path) -> None:
     path = _changed(tmp_path, lambda items: None)
     environment = _environment(path)
     path.unlink()

@@ -46,7 +46,7 @@ def test_questions_are_spread_over_the_sessions() -> None:
 
 
 def test_a_task_is_the_same_in_another_process() -> None:
-    """Python's own hashing differs by process; what a task holds must not. A change of the word lists changes this, on purpose."""
+    """Python's own hashing differs by process; a task must not. A change of the word lists changes this."""
     (task,) = _tasks("train", 1)
     assert task.payload["questions"][0] == PINNED_QUESTION
     assert json.loads(json.dumps(task.payload)) == task.payload

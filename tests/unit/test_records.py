@@ -1,4 +1,4 @@
-"""Tasks from users' records: JSON Lines and Parquet, what a session shows, how it is scored, and what a bad file is told."""
+"""Tasks from users' records: both file formats, what a session shows and scores, messages for bad files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CL-Bench's schema from a file: what is read, asked and scored, by rules and by a judge; one clear line for whatever is wrong with the file."""
+"""CL-Bench from a file: what is read, asked and scored, by rules and by a judge; one line for each fault."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _file(folder: Path, items: Sequence[object]) -> Path:
     return path
 
 
-# --- what is read, asked and scored ---------------------------------------------------------------------------------------------------------------
+# --- what is read, asked and scored ---
 
 
 def test_messages_are_read_in_order_and_the_last_is_asked() -> None:
@@ -231,7 +231,7 @@ def test_a_judge_that_cannot_be_reached_fails_the_episode_and_rewards_nothing(ti
     )
 
 
-# --- tasks ----------------------------------------------------------------------------------------------------------------------------------------
+# --- tasks ---
 
 
 def test_splits_keep_a_context_together_and_cover_all_items() -> None:
@@ -271,7 +271,7 @@ def test_it_is_built_from_a_config() -> None:
     assert environment.name == "rubric" and next(environment.tasks("train", 0, 0)).environment == "rubric"
 
 
-# --- the file -------------------------------------------------------------------------------------------------------------------------------------
+# --- the file ---
 
 
 def test_what_metadata_lacks_is_filled(tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_rubrics_in_prose_are_for_a_judge(tmp_path: Path) -> None:
     _environment(_file(tmp_path, items), checker="judge", judge=NOBODY)
 
 
-# --- rules ----------------------------------------------------------------------------------------------------------------------------------------
+# --- rules ---
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Multi-objective search: what a turn shows, how replies are understood and scored, and which questions make a task."""
+"""Multi-objective search: what a turn shows, how replies are read and scored, which questions make a task."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def _ended(session: SearchSession, *replies: str) -> Outcome:
 
 def test_a_turn_says_what_is_asked_and_how_to_reply() -> None:
     session = _session(0, 3)
-    assert (
-        session.question
-        == "In which town was the painter of Grey Harbour born?; How many arches does the bridge at Orsa have?"
+    assert session.question == (
+        "In which town was the painter of Grey Harbour born?; How many arches does the bridge at Orsa have?"
     )
     assert _turn(session) == (
-        f"Questions: {session.question}\nTurns left: 10. Reply with <search>...</search> or <answer>...; ...</answer> with 2 answers."
+        f"Questions: {session.question}\n"
+        "Turns left: 10. Reply with <search>...</search> or <answer>...; ...</answer> with 2 answers."
     )
 
 
