@@ -33,7 +33,7 @@ from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.ray_runtime import Demand, all_ready, ray_runtime
 from cluster.fleet.remote_worker import RemoteWorker
 from cluster.fleet.stream import Batch, GroupStream, StreamCalls, StreamPlan
-from cluster.measure.report import Table
+from cluster.measure.report import Curve, Panel, Table, save_plot
 from cluster.runs.checkpoint import START, TrainState
 from cluster.tracking.tracker import NullTracker
 from cluster.train.loop import LoopParts, delivery, run_loop
@@ -310,40 +310,25 @@ def _table(points: Sequence[Point]) -> Table:
 
 
 def _plot(points: Sequence[Point], folder: Path) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    upper, lower = figure.subplots(2, sharex=True)
+    """Draw the throughput and the CPU against the number of workers, each with its goal."""
     workers = [point.workers for point in points]
-    upper.semilogx(workers, [point.share.median for point in points], marker="o")
-    lower.semilogx(
-        workers, [Spread.of(point.controller).median for point in points], marker="o", label="controller"
+    throughput = [point.share.median for point in points]
+    cores = [Spread.of(point.controller).median for point in points]
+    upper = (Curve(workers, throughput, 0, "controller", "dots"), _goal(TIGHT_GOAL, workers))
+    lower = (
+        Curve(workers, cores, 0, "controller", "dots"),
+        Curve(workers, [point.ray for point in points], 1, "Ray's own processes", "dots"),
+        _goal(CPU_GOAL, workers),
     )
-    lower.semilogx(
-        workers,
-        [point.ray for point in points],
-        marker=".",
-        linewidth=0.8,
-        alpha=0.6,
-        label="Ray's own processes",
-    )
-    for axes, goal, label in ((upper, TIGHT_GOAL, "throughput / ideal"), (lower, CPU_GOAL, "CPU, cores")):
-        axes.axhline(
-            goal.value,
-            linestyle="--",
-            linewidth=0.8,
-            color="grey",
-            label=f"goal: {goal.sense} {goal.value:g}",
-        )
-        axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
-        axes.legend(frameon=False)
-    lower.set_xlabel("rollout workers")
-    path = folder / "controller.png"
-    FigureCanvasAgg(figure)
-    figure.savefig(path)
-    return path
+    panels = [
+        Panel("rollout workers", "throughput / ideal", upper, y_range=(0.0, 1.05), log_x=True),
+        Panel("rollout workers", "CPU, cores", lower, y_range=(0.0, None), log_x=True),
+    ]
+    return save_plot(panels, folder / "controller.png")
+
+
+def _goal(goal: Goal, workers: Sequence[int]) -> Curve:
+    return Curve(workers, [goal.value] * len(workers), 2, f"goal: {goal.sense} {goal.value:g}", "dashed")
 
 
 def _bytes(value: object) -> int:

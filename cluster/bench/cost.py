@@ -27,7 +27,7 @@ from tempfile import TemporaryDirectory
 from cluster.bench.cost_episode import EPISODE_S, MIB, Cell, Cost, Episode, MemoryKind, Sizes
 from cluster.bench.harness import child
 from cluster.bench.values import Case, Context, Goal, Outcome
-from cluster.measure.report import Table
+from cluster.measure.report import Curve, Panel, Table, save_plot
 
 SIZES = Sizes(lengths=(1024, 2048, 4096, 8192, 16384, 32768), turn=128, limit=1024, extraction=96, answer=16)
 QUICK = Sizes(lengths=(256, 1024), turn=64, limit=192, extraction=96, answer=16)
@@ -169,26 +169,28 @@ def _figures(costs: Costs) -> dict[str, float]:
 
 def _plot(costs: Costs, folder: Path) -> Path:
     """Draw memory and seconds against the length."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    sizes = costs.sizes
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    memory_axes, seconds_axes = figure.subplots(1, 2)
-    for column, label in (
-        (costs.full, "memory off (full context)"),
-        (costs.tmem, f"TMEM (L_max {sizes.limit})"),
-    ):
-        memory_axes.plot(sizes.lengths, [cost.peak / MIB for cost in column], marker="o", label=label)
-        seconds_axes.plot(sizes.lengths, [cost.seconds for cost in column], marker="o", label=label)
-    ticks = [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in sizes.lengths]
-    for axes, name in ((memory_axes, "peak memory, MiB"), (seconds_axes, "seconds per episode")):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes.lengths, ticks)
-        axes.set(xlabel="tokens of history", ylabel=name)
-        axes.set_ylim(bottom=0)
-        axes.legend(frameon=False)
-    path = folder / "cost.png"
-    FigureCanvasAgg(figure)
-    figure.savefig(path)
-    return path
+    lengths = costs.sizes.lengths
+    columns = {
+        "memory off (full context)": costs.full,
+        f"TMEM (L_max {costs.sizes.limit})": costs.tmem,
+    }
+    figures = {
+        "peak memory, MiB": [[cost.peak / MIB for cost in column] for column in columns.values()],
+        "seconds per episode": [[cost.seconds for cost in column] for column in columns.values()],
+    }
+    ticks = {length: f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in lengths}
+    panels = [
+        Panel(
+            "tokens of history",
+            y_label,
+            tuple(
+                Curve(lengths, ys, series, label, "dots")
+                for series, (label, ys) in enumerate(zip(columns, values, strict=True))
+            ),
+            y_range=(0.0, None),
+            log_x=True,
+            ticks=ticks,
+        )
+        for y_label, values in figures.items()
+    ]
+    return save_plot(panels, folder / "cost.png")

@@ -22,7 +22,7 @@ from cluster.bench.harness import child, in_turns, timed
 from cluster.bench.machine import peak_above, why_unmeasurable
 from cluster.bench.scripted import recall_groups, without_deltas
 from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Timing
-from cluster.measure.report import Table
+from cluster.measure.report import Curve, Panel, Table, save_plot
 from configs.load import load_config
 from configs.schema import RunConfig
 from learner.advantage import estimator, score
@@ -328,21 +328,17 @@ def _head_table(costs: HeadCosts) -> Table:
 
 def _head_plot(costs: HeadCosts, folder: Path) -> Path:
     """Draw bars of peak memory, a group for each size."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.add_subplot()
     sizes = list(dict.fromkeys(size for size, _ in costs))
-    for place, way in enumerate(WAYS):
-        heights = [costs[size, way].peak / MIB for size in sizes]
-        lefts = [number + (place - 1) * 0.27 for number in range(len(sizes))]
-        axes.bar(lefts, heights, width=0.25, label=way)
-    axes.set_xticks(range(len(sizes)), [f"{size.vocabulary}\n{size.state}" for size in sizes])
-    axes.set_xlabel("vocabulary and head")
-    axes.set_ylabel("peak MiB above inputs")
-    axes.legend(frameon=False)
-    FigureCanvasAgg(figure)
-    path = folder / "learner-head-memory.png"
-    figure.savefig(path)
-    return path
+    curves = [
+        Curve(
+            [number + (place - 1) * 0.27 for number in range(len(sizes))],
+            [costs[size, way].peak / MIB for size in sizes],
+            place,
+            way,
+            "bars",
+        )
+        for place, way in enumerate(WAYS)
+    ]
+    ticks = {number: f"{size.vocabulary}\n{size.state}" for number, size in enumerate(sizes)}
+    panel = Panel("vocabulary and head", "peak MiB above inputs", tuple(curves), ticks=ticks)
+    return save_plot([panel], folder / "learner-head-memory.png")

@@ -13,7 +13,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -183,7 +183,7 @@ def decoding(temperature: float) -> str:
 
 # --- plots ------------------------------------------------------------------------------------------------
 
-Style = Literal["line", "thin", "dashed", "dots", "points", "crosses"]
+Style = Literal["line", "thin", "dashed", "dots", "points", "crosses", "bars"]
 _STYLES: dict[Style, dict[str, Any]] = {
     "line": {"linewidth": 2},
     "thin": {"linewidth": 0.6, "alpha": 0.5},
@@ -191,6 +191,7 @@ _STYLES: dict[Style, dict[str, Any]] = {
     "dots": {"marker": "o", "markersize": 4, "linewidth": 0.8},  # a line through dots
     "points": {"marker": "o", "linestyle": "none"},
     "crosses": {"marker": "x", "linestyle": "none"},
+    "bars": {"width": 0.25},
 }
 
 
@@ -211,22 +212,26 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One pair of axes. ``steps``: x counts whole things (steps, writes), so ticks are whole numbers."""
+    """One pair of axes.
+
+    ``y_range``: None for an end that follows the values. ``steps``: x counts whole things (steps, writes), so
+    ticks are whole numbers. ``ticks``: text at places of x, instead of numbers.
+    """
 
     x_label: str
     y_label: str
     curves: tuple[Curve, ...]
     title: str = ""
-    y_range: tuple[float, float] | None = None
+    y_range: tuple[float | None, float | None] = (None, None)
     log_x: bool = False
     steps: bool = False
+    ticks: Mapping[int, str] = field(default_factory=dict)
 
 
 def save_plot(panels: Sequence[Panel], path: Path) -> Path:
     """Draw the panels side by side, with one legend below them. Raises OSError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     curves = [curve for panel in panels for curve in panel.curves]
     labels = list(dict.fromkeys(curve.label for curve in curves if curve.label))[:MOST_LABELS]
@@ -236,26 +241,37 @@ def save_plot(panels: Sequence[Panel], path: Path) -> Path:
     handles: dict[str, Any] = {}
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for curve in panel.curves:
-            handle = axes.errorbar(
-                curve.xs,
-                curve.ys,
-                yerr=_error_bars(curve) if curve.intervals else None,
-                color=colour(curve.series, series),
-                capsize=3,
-                **_STYLES[curve.style],
-            )
-            handles.setdefault(curve.label, handle)
-        axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title, ylim=panel.y_range)
-        axes.grid(alpha=0.3)
-        if panel.log_x:
-            axes.set_xscale("log")
-        if panel.steps:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            handles.setdefault(curve.label, _draw(axes, curve, colour(curve.series, series)))
+        _set_axes(axes, panel)
     shown = [handles[label] for label in labels]
     figure.legend(handles=shown, labels=labels, loc="outside lower left", frameon=False, fontsize="small")
     FigureCanvasAgg(figure)
     figure.savefig(path)
     return path
+
+
+def _draw(axes: Any, curve: Curve, shade: Any) -> Any:
+    """Draw a curve; return its handle for the legend."""
+    style = {"color": shade, **_STYLES[curve.style]}
+    if curve.style == "bars":
+        return axes.bar(curve.xs, curve.ys, **style)
+    spans = _error_bars(curve) if curve.intervals else None
+    return axes.errorbar(curve.xs, curve.ys, yerr=spans, capsize=3, **style)
+
+
+def _set_axes(axes: Any, panel: Panel) -> None:
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title, ylim=panel.y_range)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    if panel.log_x:
+        axes.set_xscale("log")
+    if panel.steps:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if panel.ticks:
+        axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
+        axes.xaxis.set_minor_locator(NullLocator())  # a logarithmic axis would number its own
 
 
 def colour(number: int, count: int) -> Any:
