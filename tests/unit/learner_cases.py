@@ -1,4 +1,4 @@
-"""Small models and trajectories for the learner's tests, and the plain torch reference that they are compared with."""
+"""Small models and trajectories for the learner's tests, and their reference in plain torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ TASK = Task("task-0", "recall", {}, 0)
 
 
 def write_model(folder: Path) -> Basis:
-    """A random Llama of three layers in ``folder`` (float32, tied head) and a basis of rank 3 for its last two layers."""
+    """Write a random Llama of three layers (float32, tied head) to ``folder``.
+
+    Returns a basis of rank 3 for its last two layers.
+    """
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -142,13 +145,11 @@ def free(
 def gradient_of_step(
     made: Learner, groups: Sequence[TrajectoryGroup], folder: Path
 ) -> dict[str, torch.Tensor]:
-    """The gradient that a first step used, by name: Adam's first moment after it is 0.1 times the gradient."""
+    """Return the gradient of a first step, by name: Adam's first moment after it is 0.1 times that."""
     made.step(groups)
     made.save(folder)
-    return {
-        name: moment / 0.1
-        for name, moment in safetensors.torch.load_file(folder / "optimizer" / "exp_avg.safetensors").items()
-    }
+    moments = safetensors.torch.load_file(folder / "optimizer" / "exp_avg.safetensors")
+    return {name: moment / 0.1 for name, moment in moments.items()}
 
 
 def merged_model(model_path: Path, basis: Basis, weights: FastWeights | None) -> LlamaForCausalLM:
@@ -162,18 +163,18 @@ def merged_model(model_path: Path, basis: Basis, weights: FastWeights | None) ->
     return model
 
 
-def sampled_logprobs(model: torch.nn.Module, one: Segment, temperature: float = 1.0) -> torch.Tensor:
+def sampled_logprobs(model: torch.nn.Module, part: Segment, temperature: float = 1.0) -> torch.Tensor:
     """Plain log-softmax of one unpadded sequence at its sampled tokens, [K]."""
-    ids = torch.from_numpy(one.token_ids.astype(np.int64))[None]
+    ids = torch.from_numpy(part.token_ids.astype(np.int64))[None]
     logp = (model(input_ids=ids, use_cache=False).logits[0, :-1] / temperature).log_softmax(-1)
-    return logp.gather(-1, ids[0, 1:, None]).squeeze(-1)[torch.from_numpy(one.action_mask[1:])]
+    return logp.gather(-1, ids[0, 1:, None]).squeeze(-1)[torch.from_numpy(part.action_mask[1:])]
 
 
 def segments_of(groups: Sequence[TrajectoryGroup]) -> Iterator[tuple[Trajectory, Segment]]:
-    for one in groups:
-        for each in one.trajectories:
-            for part in each.segments:
-                yield each, part
+    for siblings in groups:
+        for episode in siblings.trajectories:
+            for part in episode.segments:
+                yield episode, part
 
 
 def largest_relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -188,7 +189,10 @@ def largest_relative_difference(found: dict[str, torch.Tensor], expected: dict[s
 def reference_steps(
     folder: Path, basis: Basis, groups: list[TrajectoryGroup], config: LearnerConfig, steps: int
 ) -> dict[str, torch.Tensor]:
-    """The same steps in plain torch: one model, Delta added to and taken from the weights around each sequence, clipped AdamW."""
+    """Make the same steps in plain torch: one model, and clipped AdamW.
+
+    Delta is added to the weights around each sequence, and taken away again.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -196,24 +200,22 @@ def reference_steps(
         betas=(0.9, config.adam_beta2),
         weight_decay=config.weight_decay,
     )
-    advantages = grpo([one.outcome.reward for one in groups[0].trajectories], True)
-    by_episode = {
-        one.episode_id: advantage for one, advantage in zip(groups[0].trajectories, advantages, strict=True)
-    }
+    episodes = groups[0].trajectories
+    advantages = grpo([episode.outcome.reward for episode in episodes], True)
+    by_episode = dict(zip((episode.episode_id for episode in episodes), advantages, strict=True))
     tokens = sum(int(part.action_mask.sum()) for _, part in segments_of(groups))
     for _ in range(steps):
         optimizer.zero_grad()
         for episode, part in segments_of(groups):
             weights = episode.weights_of(part)
-            saved = {
-                name: model.get_submodule(name).weight.detach().clone()
-                for name in (weights.b if weights else {})
-            }
-            for name in saved:
-                model.get_submodule(name).weight.data += torch.from_numpy(weights.b[name]) @ basis.a[name]  # type: ignore[union-attr]
+            deltas = weights.b if weights else {}
+            matrices = {name: model.get_submodule(name).weight for name in deltas}
+            saved = {name: matrix.detach().clone() for name, matrix in matrices.items()}
+            for name, matrix in matrices.items():
+                matrix.data += torch.from_numpy(deltas[name]) @ basis.a[name]
             (-by_episode[episode.episode_id] * sampled_logprobs(model, part).sum() / tokens).backward()
-            for name, value in saved.items():
-                model.get_submodule(name).weight.data.copy_(value)
+            for name, matrix in matrices.items():
+                matrix.data.copy_(saved[name])
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -225,9 +227,12 @@ def assert_equal_updates(
     start: dict[str, torch.Tensor],
     tolerance: float,
 ) -> None:
-    """Weights within ``tolerance`` (relative, per tensor), and the updates themselves within 100 times that: Adam divides by |gradient|, so an
-    element whose gradient is rounding may move either way, and only norms can be compared."""
+    """Weights must agree within ``tolerance`` (relative, per tensor), and updates within 100 times that.
+
+    Only norms can be compared: Adam divides by |gradient|, so an element whose gradient is rounding may move
+    either way.
+    """
     assert largest_relative_difference(found, expected) < tolerance
-    updates = [{name: (weights[name] - start[name]) for name in expected} for weights in (found, expected)]
+    updates = [{name: weights[name] - start[name] for name in expected} for weights in (found, expected)]
     assert min(float(update.norm()) for update in updates[1].values()) > 0
     assert largest_relative_difference(*updates) < 100 * tolerance

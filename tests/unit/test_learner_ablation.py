@@ -1,4 +1,4 @@
-"""Ablations of the update: what they leave out is what is left out, a step does so, and the gap that a wrong snapshot opens is there to see."""
+"""Ablations of the update leave out what their names say, and a step shows the gap of a wrong snapshot."""
 
 from __future__ import annotations
 
@@ -44,10 +44,9 @@ def test_credit_for_actions_leaves_the_extractions_out_and_shares_among_the_rest
     assert rows.extract_tokens == 0
     assert {span.kind for row in rows.rows for span in row.segment.spans} == {"act"}
     assert sum(row.scale * int(row.segment.action_mask.sum()) for row in rows.rows) == pytest.approx(1)
-    before = [
-        segment for one in scored for segment in one.trajectory.segments if segment.spans[0].kind == "act"
-    ]
-    for row, segment in zip(rows.rows, before, strict=True):
+    segments = [segment for episode in scored for segment in episode.trajectory.segments]
+    acts = [segment for segment in segments if segment.spans[0].kind == "act"]
+    for row, segment in zip(rows.rows, acts, strict=True):
         assert np.array_equal(row.segment.logprobs, segment.logprobs)
         assert np.array_equal(row.segment.token_ids, segment.token_ids)
 
@@ -55,23 +54,15 @@ def test_credit_for_actions_leaves_the_extractions_out_and_shares_among_the_rest
 def test_the_final_snapshot_is_the_last_revision_for_all(scored: list[ScoredTrajectory]) -> None:
     rows = rows_of(as_objective_sees(scored, ObjectiveConfig(snapshot="final")), "token", False).rows
     assert [None if row.weights is None else row.weights.revision for row in rows] == [2] * 6
-    mine = rows_of(scored, "token", False).rows
-    assert [row.scale for row in rows] == [row.scale for row in mine]
-    nothing_written = replace(
-        scored[0].trajectory,
-        revisions=(),
-        writes=(),
-        segments=(replace(scored[0].trajectory.segments[0], revision=0),),
-    )
-    (row,) = rows_of(
-        as_objective_sees([ScoredTrajectory(nothing_written, 1.0)], ObjectiveConfig(snapshot="final")),
-        "token",
-        False,
-    ).rows
+    assert [row.scale for row in rows] == [row.scale for row in rows_of(scored, "token", False).rows]
+    first = scored[0].trajectory
+    unwritten = replace(first, segments=first.segments[:1], revisions=(), writes=())
+    seen = as_objective_sees([ScoredTrajectory(unwritten, 1.0)], ObjectiveConfig(snapshot="final"))
+    (row,) = rows_of(seen, "token", False).rows
     assert row.weights is None
 
 
-# --- a learner's step ----------------------------------------------------------------------------------------------------------------------------
+# --- a learner's step --------------------------------------------------------------------------------------
 
 
 def test_a_step_with_credit_for_actions_has_the_gradient_of_episodes_that_sampled_nothing_else(
@@ -79,23 +70,25 @@ def test_a_step_with_credit_for_actions_has_the_gradient_of_episodes_that_sample
 ) -> None:
     whole = group(llama_basis, (1.0, 0.0, 0.25))
     acts = [
-        replace(one, segments=tuple(part for part in one.segments if part.spans[0].kind == "act"))
-        for one in whole.trajectories
+        replace(episode, segments=tuple(part for part in episode.segments if part.spans[0].kind == "act"))
+        for episode in whole.trajectories
     ]
-    assert all(
-        0 < len(kept.segments) < len(one.segments) for kept, one in zip(acts, whole.trajectories, strict=True)
-    )
+    assert all(len(episode.segments) == 1 for episode in acts)
     credit = replace(UNWEIGHTED, credit="actions")
-    found = gradient_of_step(learner(llama, llama_basis, free(), credit), [whole], tmp_path / "credit")
-    alone = gradient_of_step(
-        learner(llama, llama_basis, free()), [replace(whole, trajectories=tuple(acts))], tmp_path / "alone"
+    ablated = gradient_of_step(learner(llama, llama_basis, free(), credit), [whole], tmp_path / "ablated")
+    alone, everything = (
+        gradient_of_step(learner(llama, llama_basis, free()), [each], tmp_path / name)
+        for name, each in (("alone", replace(whole, trajectories=tuple(acts))), ("everything", whole))
     )
-    everything = gradient_of_step(learner(llama, llama_basis, free()), [whole], tmp_path / "everything")
-    assert largest_relative_difference(found, alone) < 1e-4
-    assert largest_relative_difference(found, everything) > 0.1
+    assert largest_relative_difference(ablated, alone) < 1e-4
+    assert largest_relative_difference(ablated, everything) > 0.1
 
+
+def test_a_step_with_credit_for_actions_counts_no_extraction(llama: Path, llama_basis: Basis) -> None:
+    whole = group(llama_basis, (1.0, 0.0, 0.25))
     report, usual = (
-        learner(llama, llama_basis, free(), objective).step([whole]) for objective in (credit, UNWEIGHTED)
+        learner(llama, llama_basis, free(), objective).step([whole])
+        for objective in (replace(UNWEIGHTED, credit="actions"), UNWEIGHTED)
     )
     assert (report.extract_tokens, report.action_tokens) == (0, usual.action_tokens - usual.extract_tokens)
     assert 0 < report.action_tokens < usual.action_tokens
@@ -104,7 +97,10 @@ def test_a_step_with_credit_for_actions_has_the_gradient_of_episodes_that_sample
 def test_a_step_under_the_final_snapshot_reports_how_far_it_is_from_what_was_sampled(
     llama: Path, llama_basis: Basis
 ) -> None:
-    """The engine's log-probs are here those of each segment under its own revision, so that a step as it should be reports no difference."""
+    """Here the engine's log-probs are those of each segment under its own revision.
+
+    So the method as it is reports no difference.
+    """
     sampled = truthful(group(llama_basis, (1.0, 0.0, 0.25)), learner(llama, llama_basis, free()))
     assert {segment.revision for one in sampled.trajectories for segment in one.segments} == {0, 1, 2}
     own, final = (
@@ -117,15 +113,10 @@ def test_a_step_under_the_final_snapshot_reports_how_far_it_is_from_what_was_sam
 
 
 def truthful(sampled: TrajectoryGroup, made: Learner) -> TrajectoryGroup:
-    """The same episodes with the log-probs that ``made`` gives them."""
-    told = [
-        replace(
-            one,
-            segments=tuple(
-                replace(part, logprobs=values)
-                for part, values in zip(one.segments, made.logprobs(one), strict=True)
-            ),
-        )
-        for one in sampled.trajectories
-    ]
-    return replace(sampled, trajectories=tuple(told))
+    """Return the episodes with the log-probs that ``made`` gives them."""
+    trajectories = []
+    for episode in sampled.trajectories:
+        parts = zip(episode.segments, made.logprobs(episode), strict=True)
+        segments = tuple(replace(part, logprobs=logprobs) for part, logprobs in parts)
+        trajectories.append(replace(episode, segments=segments))
+    return replace(sampled, trajectories=tuple(trajectories))

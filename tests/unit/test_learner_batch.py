@@ -1,3 +1,5 @@
+"""Rows and their weights in the loss, and the cut of rows into microbatches."""
+
 from __future__ import annotations
 
 import itertools
@@ -36,9 +38,8 @@ def test_skipping_leaves_the_denominator_alone(scored: list[ScoredTrajectory]) -
     assert rows.trajectories_skipped == 1
     assert share(scored, "sequence", True) == pytest.approx(3 / 4)
     kept = {id(row.segment): row.scale for row in rows.rows}
-    every = {
-        id(row.segment): row.scale for row in rows_of(scored, "sequence", skip_zero_advantage=False).rows
-    }
+    all_rows = rows_of(scored, "sequence", skip_zero_advantage=False).rows
+    every = {id(row.segment): row.scale for row in all_rows}
     assert kept.items() <= every.items() and len(kept) == len(every) - 3
 
 
@@ -60,18 +61,38 @@ def test_extraction_tokens_are_counted(scored: list[ScoredTrajectory]) -> None:
     )
 
 
+def segment_of(length: int, sampled: int) -> Segment:
+    """The last ``sampled`` of ``length`` tokens were sampled."""
+    mask = np.arange(length) >= length - sampled
+    spans = (ActionSpan(length - sampled, length, "act"),) if sampled else ()
+    return Segment(np.zeros(length, np.int32), mask, np.zeros(length, np.float32), 0, 0, spans)
+
+
+def episode_of(*segments: Segment) -> ScoredTrajectory:
+    outcome, timings = Outcome(1, {}, ()), Timings(0, 0, 0, 0, 0, 0)
+    return ScoredTrajectory(
+        Trajectory(TASK, "e", 0, segments, (), (), {}, outcome, "done", timings), advantage=1.0
+    )
+
+
 def test_segments_without_sampled_tokens_are_dropped_and_counted() -> None:
-    silent = Segment(np.arange(5, dtype=np.int32), np.zeros(5, bool), np.zeros(5, np.float32), 0, 0, ())
-    mask = np.array([0, 0, 1], dtype=bool)
-    spoken = Segment(
-        np.arange(3, dtype=np.int32), mask, np.zeros(3, np.float32), 0, 0, (ActionSpan(2, 3, "act"),)
-    )
-    episode = Trajectory(
-        TASK, "e", 0, (silent, spoken), (), (), {}, Outcome(1, {}, ()), "done", Timings(0, 0, 0, 0, 0, 0)
-    )
-    rows = rows_of([ScoredTrajectory(episode, 1.0)], "token", True)
+    silent, spoken = segment_of(5, 0), segment_of(3, 1)
+    rows = rows_of([episode_of(silent, spoken)], "token", True)
     assert (len(rows.rows), rows.segments_without_actions, rows.rows[0].scale) == (1, 1, 1.0)
     assert len(supervised_rows((silent, spoken))) == 1
+
+
+def test_an_episode_without_a_sampled_token_has_no_weight_in_the_mean_over_episodes() -> None:
+    silent, short, long = (episode_of(segment_of(9, sampled)) for sampled in (0, 1, 4))
+    rows = rows_of([silent, short, long], "sequence", False)
+    assert [row.scale for row in rows.rows] == [1 / 2, 1 / 8]  # half for each of two, shared by its tokens
+    assert rows.segments_without_actions == 1
+
+
+def test_target_tokens_of_a_warm_start_weigh_the_same() -> None:
+    rows = supervised_rows((segment_of(5, 1), segment_of(7, 4)))
+    assert [row.scale for row in rows] == [1 / 5, 1 / 5]
+    assert all(row.weights is None and row.advantage == 1 for row in rows)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -82,62 +103,43 @@ def test_packing_keeps_every_row_once_and_ranks_in_step(
     rows = rows_of(scored, "token", False).rows
     plan = pack(rows, budget, ranks, 1.0)
     assert len(plan) == ranks and len({len(part) for part in plan}) == 1
-    microbatches = [one for part in plan for one in part]
-    found = sorted(
-        one.token_ids[place][one.attention_mask[place]].tobytes()
-        for one in microbatches
-        for place in range(len(one.scales))
-        if one.scales[place]
+    microbatches = [batch for part in plan for batch in part]
+    packed = sorted(
+        batch.token_ids[place][batch.attention_mask[place]].tobytes()
+        for batch in microbatches
+        for place in range(len(batch.scales))
+        if batch.scales[place]
     )
-    assert found == sorted(
-        row.segment.token_ids.astype(np.int64).tobytes() for row in rows
-    )  # the sampled ids themselves, unchanged
-    assert all(one.token_ids.size <= budget or len(one.token_ids) == 1 for one in microbatches)
-    sizes = [[one.token_ids.size for one in part if one.action_tokens] for part in plan]
+    # the sampled ids themselves, unchanged
+    assert packed == sorted(row.segment.token_ids.astype(np.int64).tobytes() for row in rows)
+    assert all(batch.token_ids.size <= budget or len(batch.token_ids) == 1 for batch in microbatches)
+    sizes = [[batch.token_ids.size for batch in part if batch.action_tokens] for part in plan]
     assert all(part == sorted(part, reverse=True) for part in sizes)
 
 
-def rows_of_lengths(lengths: Sequence[int]) -> list[Row]:
-    """One sampled token each, at the end."""
-    rows = []
-    for length in lengths:
-        mask = np.arange(length) == length - 1
-        spans = (ActionSpan(length - 1, length, "act"),)
-        rows.append(
-            Row(
-                Segment(np.zeros(length, np.int32), mask, np.zeros(length, np.float32), 0, 0, spans),
-                None,
-                1.0,
-                1.0,
-            )
-        )
-    return rows
-
-
 def sizes_of(lengths: Sequence[int], budget: int, ranks: int) -> list[list[tuple[int, ...]]]:
-    return [
-        [one.token_ids.shape for one in part] for part in pack(rows_of_lengths(lengths), budget, ranks, 1.0)
-    ]
+    rows = [Row(segment_of(length, 1), None, 1.0, 1.0) for length in lengths]
+    return [[batch.token_ids.shape for batch in part] for part in pack(rows, budget, ranks, 1.0)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_a_few_short_rows_do_not_fill_up_a_microbatch_of_long_ones(ranks: int) -> None:
-    """The recall workload: two extractions of about 180 tokens and one answer of about 56 an episode. Filling from the longest pads a fifth."""
+    """The recall workload: an episode has two extractions of about 180 tokens and one answer of about 56.
+
+    Filling microbatches from the longest row on would pad a fifth.
+    """
     lengths = [length for place in range(12) for length in (165 + place, 173 + place, 55 + place % 4)]
     shapes = [shape for part in sizes_of(lengths, 2048, ranks) for shape in part]
     assert 1 - sum(lengths) / sum(rows * longest for rows, longest in shapes) < 0.04
-    assert len(shapes) in (
-        4,
-        6,
-    )  # four are the least that 2,048 tokens allow; six are two for each of three ranks
+    # four are the least that 2,048 tokens allow; six are two for each of three ranks
+    assert len(shapes) in (4, 6)
 
 
 def test_equal_rows_are_shared_out_evenly() -> None:
     assert sizes_of([100] * 24, 1200, 1) == [[(12, 100), (12, 100)]]
     assert sizes_of([100] * 16, 1200, 1) == [[(8, 100), (8, 100)]]  # not twelve and four
-    assert (
-        sizes_of([100] * 8, 1200, 4) == [[(2, 100)]] * 4
-    )  # one would hold them all, and three ranks would wait
+    # one would hold them all, and three ranks would wait
+    assert sizes_of([100] * 8, 1200, 4) == [[(2, 100)]] * 4
     assert sizes_of([100] * 2, 1200, 3) == [[(1, 100)], [(1, 100)], [(1, 2)]]  # the third has nothing to take
 
 
@@ -153,16 +155,16 @@ def test_the_cut_is_the_cheapest_of_all(ranks: int) -> None:
             for inner in itertools.combinations(range(1, 9), count)
             if (cut := checked([0, *inner, 9], lengths, ranks))
         ]
-        found = _cut(lengths, BUDGET, ranks)
-        assert price(found, lengths) == min(price(cut, lengths) for cut in cuts)
-        assert found in cuts
+        best = _cut(lengths, BUDGET, ranks)
+        assert price(best, lengths) == min(price(cut, lengths) for cut in cuts)
+        assert best in cuts
 
 
 BUDGET = 128
 
 
 def checked(edges: list[int], lengths: list[int], ranks: int) -> list[tuple[int, int]] | None:
-    """The cut between ``edges``, or None when it is not allowed."""
+    """Return the cut between ``edges``, or None when it is not allowed."""
     cut = list(itertools.pairwise(edges))
     fits = all((end - start) * lengths[start] <= BUDGET or end - start == 1 for start, end in cut)
     return cut if fits and len(cut) % ranks == 0 else None
@@ -175,16 +177,16 @@ def price(cut: list[tuple[int, int]], lengths: list[int]) -> int:
 
 def test_no_rows_still_make_one_empty_microbatch_per_rank() -> None:
     plan = pack([], 100, 2, 1.0)
-    assert [[one.action_tokens for one in part] for part in plan] == [[0], [0]]
+    assert [[batch.action_tokens for batch in part] for part in plan] == [[0], [0]]
 
 
 def test_minibatches_part_the_trajectories(scored: list[ScoredTrajectory]) -> None:
     parts = split(scored, 3, (0, 7))
     assert sorted(len(part) for part in parts) == [1, 1, 2]
-    assert {id(one) for part in parts for one in part} == {id(one) for one in scored}
-    assert [[id(one) for one in part] for part in parts] == [
-        [id(one) for one in part] for part in split(scored, 3, (0, 7))
-    ]
+    assert {id(episode) for part in parts for episode in part} == {id(episode) for episode in scored}
+    orders = [[id(episode) for part in split(scored, 3, (0, seed)) for episode in part] for seed in (7, 7, 8)]
+    assert orders[0] == orders[1] != orders[2]
+    assert split(scored, 1, (0, 7)) == [scored]
     assert len(split(scored, 99, (0, 0))) == len(scored)
 
 

@@ -13,7 +13,7 @@ TOKENS, WIDTH, VOCABULARY = 37, 24, 211
 
 
 def case(dtype: torch.dtype, trained: bool) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
-    """states, head, targets and the weight of each log-prob in the loss (0 for one of them, as the clip does)."""
+    """States, head, targets, and the weight of each log-prob in the loss (one is 0, as the clip does)."""
     draw = torch.Generator().manual_seed(0)
     layer = nn.Linear(WIDTH, VOCABULARY, bias=False)
     layer.weight.data = torch.randn(VOCABULARY, WIDTH, generator=draw)
@@ -45,13 +45,10 @@ def test_equal_to_full_logits(
     logp, entropy = head.TokenHead(layer)(states, targets, temperature)
     assert not entropy.requires_grad and logp.dtype == entropy.dtype == torch.float32
     found = torch.autograd.grad((incoming * logp).sum(), inputs)
-    for one, other in (
-        (logp, expected_logp),
-        (entropy, expected_entropy),
-        *zip(found, expected, strict=True),
-    ):
-        assert one.dtype == other.dtype
-        assert float((one - other).detach().float().norm() / other.detach().float().norm()) < tolerance
+    values, wanted = (logp, entropy, *found), (expected_logp, expected_entropy, *expected)
+    for value, right in zip(values, wanted, strict=True):
+        assert value.dtype == right.dtype
+        assert float((value - right).detach().float().norm() / right.detach().float().norm()) < tolerance
 
 
 def test_values_without_gradients_and_of_no_tokens() -> None:
@@ -68,7 +65,7 @@ def test_values_without_gradients_and_of_no_tokens() -> None:
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_no_array_is_larger_than_a_chunk(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor that forward and backward make, seen by torch's dispatcher: [tokens, vocabulary] is never there."""
+    """torch's dispatcher sees every tensor that forward and backward make: none is [tokens, vocabulary]."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -77,25 +74,18 @@ def test_no_array_is_larger_than_a_chunk(trained: bool, monkeypatch: pytest.Monk
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             nonlocal largest
             made = func(*args, **(kwargs or {}))
-            largest = max(
-                [
-                    largest,
-                    *(
-                        one.numel()
-                        for one in (made if isinstance(made, tuple) else (made,))
-                        if isinstance(one, Tensor)
-                    ),
-                ]
-            )
+            tensors = [
+                each for each in (made if isinstance(made, tuple) else (made,)) if isinstance(each, Tensor)
+            ]
+            largest = max([largest, *(tensor.numel() for tensor in tensors)])
             return made
 
     monkeypatch.setattr(head, "_CHUNK", 4 * VOCABULARY)
     states, layer, targets, incoming = case(torch.float32, trained)
     with Watch():
         (incoming * head.TokenHead(layer)(states, targets, 1.0)[0]).sum().backward()
-    assert (
-        largest == layer.weight.numel() > 4 * VOCABULARY
-    )  # the weight's transpose or gradient; TOKENS * VOCABULARY is more
+    # the weight's transpose or gradient; TOKENS * VOCABULARY is more
+    assert largest == layer.weight.numel() > 4 * VOCABULARY
 
 
 def test_a_head_with_a_bias_is_refused() -> None:

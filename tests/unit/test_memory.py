@@ -1,11 +1,12 @@
-"""What happens when the context is full: TMEM's write and clear, truncation, and the splitting of what is longer than the window."""
+"""What happens when the context is full: TMEM's write and clear, truncation, and texts over the window."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -21,14 +22,15 @@ from configs.schema import MemoryConfig, WriteConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedWriter, sampled
 
 PAPER = WriteConfig()
+ACCEPTED = itertools.repeat("accepted")
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}, {"instruction": "Where to?", "output": "Lisbon"}]'
 
 
 class _Actor:
-    """Writes what the test says, in turn."""
+    """An Actor that says ``texts`` in turn."""
 
     def __init__(
-        self, chat: ChatFormat, texts: Sequence[str], outcome: str = "accepted", stops: bool = True
+        self, chat: ChatFormat, texts: Sequence[str], outcomes: Iterator[str] = ACCEPTED, stops: bool = True
     ) -> None:
         self.version = 0
         self.weights = FastWeights("basis", 0, {})
@@ -36,7 +38,7 @@ class _Actor:
         self.learned: list[tuple[WriteExample, ...]] = []
         self._chat = chat
         self._texts = list(texts)
-        self._outcome = outcome
+        self._outcomes = outcomes
         self._stops = stops
 
     async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
@@ -46,9 +48,8 @@ class _Actor:
 
     async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
         self.learned.append(tuple(examples))
-        (result,) = ScriptedWriter(lambda request: self._outcome).write(
-            [WriteRequest("e", self.weights, tuple(examples))]
-        )
+        request = WriteRequest("e", self.weights, tuple(examples))
+        (result,) = ScriptedWriter(lambda request: next(self._outcomes)).write([request])
         self.weights = result.weights
         return result
 
@@ -60,11 +61,8 @@ def _agent(chat: ChatFormat, actor: _Actor, text: str = "Nora has moved to Lisbo
 
 
 def _relieve(agent: Agent, write: WriteConfig = PAPER, question_blind: bool = False) -> None:
-    asyncio.run(
-        ParametricMemory(MemoryConfig(max_context_tokens=10, question_blind=question_blind), write).relieve(
-            agent, 0
-        )
-    )
+    config = MemoryConfig(max_context_tokens=10, question_blind=question_blind)
+    asyncio.run(ParametricMemory(config, write).relieve(agent, 0))
 
 
 def test_flashcards_are_written_and_the_context_cleared(chat: ChatFormat) -> None:
@@ -81,10 +79,9 @@ def test_flashcards_are_written_and_the_context_cleared(chat: ChatFormat) -> Non
     assert agent.context.ids == chat.system("Be brief.")
     assert record.outcome == "accepted" and record.revision == 1 and record.extraction == CARDS
     assert record.flashcards == (Flashcard("Who moved?", "Nora"), Flashcard("Where to?", "Lisbon"))
-    assert (record.prompt_tokens, record.answer_tokens) == tuple(
-        sum(len(getattr(example, side)) for example in actor.learned[0])
-        for side in ("prompt_ids", "answer_ids")
-    )
+    assert record.examples == actor.learned[0]
+    assert record.prompt_tokens == sum(len(example.prompt_ids) for example in record.examples)
+    assert record.answer_tokens == sum(len(example.answer_ids) for example in record.examples)
 
 
 def test_writes_accumulate_and_the_next_prompt_shows_what_is_saved(chat: ChatFormat) -> None:
@@ -100,11 +97,8 @@ def test_writes_accumulate_and_the_next_prompt_shows_what_is_saved(chat: ChatFor
 
 def test_rehearsal_trains_earlier_cards_again_but_not_outdated_ones(chat: ChatFormat) -> None:
     moved = '[{"instruction": "Where to?", "output": "Oslo"}]'
-    for rehearsal, cards in (
-        (0, 1),
-        (1, 2),
-        (8, 2),
-    ):  # of the two earlier cards one is outdated: "Where to?" is answered anew
+    # one of the two earlier cards is outdated: "Where to?" is answered anew
+    for rehearsal, cards in ((0, 1), (1, 2), (8, 2)):
         actor = _Actor(chat, [CARDS, moved])
         agent = _agent(chat, actor)
         write = WriteConfig(rehearsal=rehearsal)
@@ -115,9 +109,24 @@ def test_rehearsal_trains_earlier_cards_again_but_not_outdated_ones(chat: ChatFo
         assert actor.learned[1][0].answer_ids == chat.reply("Oslo")
         if rehearsal:
             assert actor.learned[1][1].answer_ids == chat.reply("Nora")
-        assert agent.writes[1].flashcards == (
-            Flashcard("Where to?", "Oslo"),
-        )  # the log holds what this write brought
+        # the log holds the new cards only
+        assert agent.writes[1].flashcards == (Flashcard("Where to?", "Oslo"),)
+
+
+def test_rehearsal_takes_the_newest_earlier_cards(chat: ChatFormat) -> None:
+    """Oldest first, a card that was answered anew counts as new, and a write that was rolled back does not."""
+    outcomes = iter(["accepted", "accepted", "accepted", "rolled_back", "accepted"])
+    cards = [("a", "old"), ("b", "two"), ("a", "new"), ("c", "lost"), ("d", "now")]
+    actor = _Actor(
+        chat, [json.dumps([{"instruction": q, "output": answer}]) for q, answer in cards], outcomes
+    )
+    agent = _agent(chat, actor)
+    for _ in cards:
+        agent.context.observe(chat.user("More."))
+        _relieve(agent, WriteConfig(rehearsal=1))
+    rehearsed = [[chat.decode(example.answer_ids) for example in examples[1:]] for examples in actor.learned]
+    wanted = [[], ["old"], ["two"], ["new"], ["new"]]
+    assert rehearsed == [[chat.decode(chat.reply(answer)) for answer in answers] for answers in wanted]
 
 
 def test_question_blind_leaves_the_question_out(chat: ChatFormat) -> None:
@@ -143,9 +152,8 @@ def test_a_failed_extraction_is_an_empty_recorded_write(chat: ChatFormat, text: 
     assert (record.outcome, record.revision, record.flashcards, record.extraction) == ("empty", 0, (), text)
     assert reason in record.reason and math.isnan(record.loss_before)
     assert actor.learned == [] and actor.weights.revision == 0
-    assert (
-        agent.context.is_fresh and len(agent.segments) == 1
-    )  # the failed extraction is still an action to learn from
+    # the failed extraction is still an action to learn from
+    assert agent.context.is_fresh and len(agent.segments) == 1
 
 
 def test_an_extraction_cut_by_length_keeps_its_complete_cards(chat: ChatFormat) -> None:
@@ -154,22 +162,19 @@ def test_an_extraction_cut_by_length_keeps_its_complete_cards(chat: ChatFormat) 
     _relieve(agent)
     assert agent.writes[0].flashcards == (Flashcard("Who moved?", "Nora"),)
     (segment,) = agent.segments
-    assert segment.action_mask.sum() == len(
-        chat.encode(CARDS[:60])
-    )  # the stop token that closes it was not sampled
+    # the stop token that closes it was not sampled
+    assert segment.action_mask.sum() == len(chat.encode(CARDS[:60]))
 
 
 def test_a_rolled_back_write_is_recorded_and_not_shown_as_saved(chat: ChatFormat) -> None:
-    actor = _Actor(chat, [CARDS, "[]"], outcome="rolled_back")
+    actor = _Actor(chat, [CARDS, "[]"], iter(["rolled_back"]))
     agent = _agent(chat, actor)
     _relieve(agent)
     agent.context.observe(chat.user("More."))
     _relieve(agent)
-    assert (agent.writes[0].outcome, agent.writes[0].revision, agent.writes[0].reason) == (
-        "rolled_back",
-        0,
-        "the loss rose from 2.0 to 9.0",
-    )
+    record = agent.writes[0]
+    assert (record.outcome, record.revision) == ("rolled_back", 0)
+    assert record.reason == "the loss rose from 2.0 to 9.0"
     assert "Who moved?" not in chat.decode(actor.prompts[1])
 
 
@@ -179,10 +184,8 @@ def test_cards_over_the_limits_are_rejected_and_counted(chat: ChatFormat) -> Non
     )
     agent = _agent(chat, _Actor(chat, [long]))
     _relieve(agent, WriteConfig(max_example_tokens=60))
-    assert (agent.writes[0].flashcards, agent.writes[0].rejected_flashcards) == (
-        (Flashcard("Who?", "Nora"),),
-        1,
-    )
+    assert agent.writes[0].flashcards == (Flashcard("Who?", "Nora"),)
+    assert agent.writes[0].rejected_flashcards == 1
     agent = _agent(chat, _Actor(chat, [CARDS]))
     _relieve(agent, WriteConfig(max_example_tokens=5))
     assert (agent.writes[0].outcome, agent.writes[0].rejected_flashcards) == ("empty", 2)
