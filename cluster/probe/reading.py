@@ -1,11 +1,14 @@
-"""Rows of tokens read under fast weights that change from reading to reading: log-probs of the answers, and what greedy decoding says instead.
+"""Reads rows of tokens under fast weights that change from reading to reading.
 
-    rows --> [layers below the cut] --> Block --> [layers that Delta touches, W + B A merged] --> Reading --> answer: greedy tokens
-              once, keys kept            |           each time                                                  |
-                                         +---- keys and values of the layers below -----------------------------+
+A reading gives the log-probs of the written answers. ``answer`` gives what greedy decoding says instead.
 
-The written answer serves as the draft of greedy decoding: as far as the model would have said it anyway, no token is decoded (speculative decoding,
-arXiv 2211.17192, with a draft that costs nothing). So a measurement gets cheaper the more is remembered. Every product is that of the base model with
+    rows --> [layers below the cut] --> Block --> [layers from the cut up, W + B A merged] --> Reading --> answer
+             once; keys kept              |       for each reading                                           |
+                                          +---- keys and values of the layers below ------------------------+
+
+The cut is the first layer that Delta touches. The written answer is the draft of greedy decoding (speculative
+decoding, arXiv 2211.17192, with a draft that costs nothing): as far as the model says the same, no token is
+decoded. So a measurement gets cheaper the more is remembered. Every product is that of the base model with
 merged weights: under Delta = 0 a reading is the base model's, bit for bit.
 """
 
@@ -25,11 +28,16 @@ from actors.write.frozen_llama import FrozenLayer, FrozenLlama, Linear
 
 KeyValues = tuple[Tensor, Tensor]  # each [R, kv heads, T, head_dim]
 BLOCK_ROWS = 32
-BLOCK_TOKENS = 1024  # most logits of one reading: 201 MB at a vocabulary of 49k, 623 MB at 152k (float32)
+# Bounds the logits of one reading: 201 MB at a vocabulary of 49k, 623 MB at 152k (float32).
+BLOCK_TOKENS = 1024
 
 
 class _Frame:
-    """One pass of R rows of T tokens through one layer: causal, and over ``past`` as far as ``mask`` [R, 1, T, K] allows. ``kept``: all keys then."""
+    """One pass of R rows of T tokens through one layer.
+
+    Attention is causal, and over ``past`` as far as ``mask`` [R, 1, T, K] allows. ``kept``: all keys and
+    values after the pass.
+    """
 
     def __init__(self, positions: Tensor, past: KeyValues | None, mask: Tensor | None) -> None:
         self._rows, self._past, self._mask = positions.shape[0], past, mask
@@ -52,9 +60,13 @@ class _Frame:
 class Block:
     """Rows that are read together, after the layers below the cut.
 
-    numbers: the rows' places among those that were prepared. prompts int64 [R]: prompt lengths. positions int64 [R, T] of the inputs (prompt and
-    answer without its last token, shorter rows padded on the right). hidden [R * T, d]. keys: of the layers below the cut, empty where no answer will
-    be asked for. predicting int64 [sum of answers]: where in ``hidden`` the answers' tokens are predicted. targets int64 [sum of answers].
+    numbers      the rows' places among those that were prepared
+    prompts      int64 [R]: prompt lengths
+    positions    int64 [R, T] of the inputs: prompt and answer without its last token, padded on the right
+    hidden       [R * T, d]
+    keys         of the layers below the cut; empty if no answer will be asked for
+    predicting   int64 [sum of answers]: the places in ``hidden`` that predict the answers' tokens
+    targets      int64 [sum of answers]
     """
 
     numbers: tuple[int, ...]
@@ -73,14 +85,20 @@ class Block:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reading:
-    """table float32 [sum of answers, V]: log-probs of every token at each answer position. keys: of the layers from the cut up."""
+    """``table`` float32 [sum of answers, V]: log-probs of every token at each answer position.
+
+    ``keys``: of the layers from the cut up.
+    """
 
     table: Tensor
     keys: tuple[KeyValues, ...]
 
 
 def merged_layers(model: FrozenLlama, basis: Basis, weights: FastWeights) -> tuple[FrozenLayer, ...]:
-    """The layers from the cut up with W + B A in place of W; the base model's own for revision 0. Raises BasisError."""
+    """The layers from the cut up, with W + B A in place of W. Revision 0 gives the base model's.
+
+    Raises BasisError.
+    """
     check(weights, basis)
     layers = model.layers[basis.first_layer :]
     if weights.revision == 0:
@@ -88,7 +106,8 @@ def merged_layers(model: FrozenLlama, basis: Basis, weights: FastWeights) -> tup
     device = model.device
     deltas: dict[str, Tensor] = {}  # [d_out, d_in]
     for name, b in weights.b.items():
-        a = torch.from_numpy(weights.a[name]) if weights.a else basis.a[name]  # its own where writes move A
+        # A revision has an A of its own if writes move A.
+        a = torch.from_numpy(weights.a[name]) if weights.a else basis.a[name]
         deltas[name] = (torch.from_numpy(b).to(device) @ a.to(device)).to(model.dtype)
     return tuple(
         _merged(layer, number, deltas) for number, layer in enumerate(layers, start=basis.first_layer)
@@ -99,35 +118,38 @@ def _merged(layer: FrozenLayer, number: int, deltas: Mapping[str, Tensor]) -> Fr
     def delta(projection: str) -> Tensor | None:
         return deltas.get(f"model.layers.{number}.mlp.{projection}")
 
-    assert layer.gate_up.weight is not None and layer.down.weight is not None, (
-        "merging needs a model with weights of its own"
-    )
+    assert layer.gate_up.weight is not None and layer.down.weight is not None, "the model has no weights here"
     gate_up, down = layer.gate_up.weight.clone(), layer.down.weight
     for rows, part in zip(gate_up.chunk(2), (delta("gate_proj"), delta("up_proj")), strict=True):
         if part is not None:
             rows.add_(part)
     if (part := delta("down_proj")) is not None:
         down = down + part
-    return replace(
-        layer, gate_up=Linear(gate_up, layer.gate_up.bias, None), down=Linear(down, layer.down.bias, None)
+    merged_gate_up, merged_down = (
+        Linear(gate_up, layer.gate_up.bias, None),
+        Linear(down, layer.down.bias, None),
     )
+    return replace(layer, gate_up=merged_gate_up, down=merged_down)
 
 
 class Reader:
-    """See the module's text. ``stop``: the tokens that end an answer."""
+    """Reads and answers with one model. ``stop``: the tokens that end an answer."""
 
     def __init__(self, model: FrozenLlama, stop: Sequence[int]) -> None:
         self.model, self._stop = model, frozenset(stop)
 
     @torch.no_grad()
     def prepare(self, examples: Sequence[WriteExample], cut: int, answered: bool) -> tuple[Block, ...]:
-        """Blocks of at most BLOCK_ROWS rows, alike in length. ``answered``: keep what ``answer`` needs."""
+        """Run the layers below the cut. A block has at most BLOCK_ROWS rows of similar length.
+
+        ``answered``: keep what ``answer`` needs.
+        """
         lengths = [len(example.prompt_ids) + len(example.answer_ids) - 1 for example in examples]
         return tuple(self._block(examples, numbers, cut, answered) for numbers in _chunks(lengths))
 
     @torch.no_grad()
     def read(self, block: Block, layers: Sequence[FrozenLayer]) -> Reading:
-        """``layers``: those from the block's cut up, see ``merged_layers``."""
+        """Run ``layers``, those from the block's cut up (``merged_layers``)."""
         hidden, keys = self._through(layers, block.hidden, block.positions, None, None)
         return Reading(self._logits(hidden[block.predicting]).log_softmax(-1), keys)
 
@@ -135,34 +157,29 @@ class Reader:
     def answer(
         self, block: Block, reading: Reading, layers: Sequence[FrozenLayer], most: int
     ) -> list[tuple[int, ...]]:
-        """What greedy decoding says to each row's prompt: at most ``most`` tokens, the stop token included where it came to one."""
-        said = [
-            _own_words(answer, guesses.tolist())[:most]
-            for answer, guesses in zip(block.answers, self._guesses(block, reading), strict=True)
-        ]
+        """Greedy answers to the rows' prompts, of at most ``most`` tokens, with the stop token if there was one.
+        """
+        guesses = reading.table.argmax(-1).split(block.sizes)  # by row, the likeliest token at each position
+        drafts = zip(block.answers, guesses, strict=True)
+        said = [_own_words(draft, row_guesses.tolist())[:most] for draft, row_guesses in drafts]
         going = [row for row, tokens in enumerate(said) if not self._ended(tokens, most)]
         if not going:
             return [tuple(tokens) for tokens in said]
         model, rows = self.model, torch.tensor(going, device=self.model.device)
         keys: tuple[KeyValues, ...] = tuple((k[rows], v[rows]) for k, v in (*block.keys, *reading.keys))
-        place = block.prompts[rows] + torch.tensor(
-            [len(said[row]) - 1 for row in going], device=model.device
-        )  # of the last token said
+        # Where the last token said stands in its row. All keys before it are the answer's own.
+        place = block.prompts[rows] + torch.tensor([len(said[row]) - 1 for row in going], device=model.device)
         seen = torch.arange(block.positions.shape[1], device=model.device) < place[:, None]
-        every = [*model.layers[: len(block.keys)], *layers]
+        all_layers = [*model.layers[: len(block.keys)], *layers]
         while not all(self._ended(said[row], most) for row in going):
             seen = torch.cat([seen, torch.ones(len(going), 1, dtype=torch.bool, device=model.device)], dim=1)
             hidden = model.embed(torch.tensor([said[row][-1] for row in going], device=model.device))
-            hidden, keys = self._through(every, hidden, place[:, None], keys, seen[:, None, None])
+            hidden, keys = self._through(all_layers, hidden, place[:, None], keys, seen[:, None, None])
             for row, token in zip(going, self._logits(hidden).argmax(-1).tolist(), strict=True):
                 if not self._ended(said[row], most):
                     said[row].append(token)
             place = place + 1
         return [tuple(tokens) for tokens in said]
-
-    def _guesses(self, block: Block, reading: Reading) -> Iterator[Tensor]:
-        """The likeliest token at each answer position, by row."""
-        return iter(reading.table.argmax(-1).split(block.sizes))
 
     def _ended(self, tokens: Sequence[int], most: int) -> bool:
         return tokens[-1] in self._stop or len(tokens) >= most
@@ -170,29 +187,26 @@ class Reader:
     def _block(
         self, examples: Sequence[WriteExample], numbers: Sequence[int], cut: int, answered: bool
     ) -> Block:
-        device, mine = self.model.device, [examples[i] for i in numbers]
-        inputs = [(*example.prompt_ids, *example.answer_ids[:-1]) for example in mine]
+        device, rows = self.model.device, [examples[number] for number in numbers]
+        inputs = [(*example.prompt_ids, *example.answer_ids[:-1]) for example in rows]
         width = max(map(len, inputs))
         ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in inputs], device=device)
-        positions = torch.arange(width, device=device).expand(len(mine), width)
-        hidden, keys = self._through(
-            self.model.layers[:cut], self.model.embed(ids.flatten()), positions, None, None
-        )
-        spans = [
-            (row * width + len(example.prompt_ids) - 1, len(example.answer_ids))
-            for row, example in enumerate(mine)
-        ]
+        positions = torch.arange(width, device=device).expand(len(rows), width)
+        below = self.model.layers[:cut]
+        hidden, keys = self._through(below, self.model.embed(ids.flatten()), positions, None, None)
+        starts = [row * width + len(example.prompt_ids) - 1 for row, example in enumerate(rows)]
+        spans = [(start, len(example.answer_ids)) for start, example in zip(starts, rows, strict=True)]
+        predicting = [place for start, size in spans for place in range(start, start + size)]
+        targets = [token for example in rows for token in example.answer_ids]
         return Block(
             numbers=tuple(numbers),
-            answers=tuple(example.answer_ids for example in mine),
-            prompts=torch.tensor([len(example.prompt_ids) for example in mine], device=device),
+            answers=tuple(example.answer_ids for example in rows),
+            prompts=torch.tensor([len(example.prompt_ids) for example in rows], device=device),
             positions=positions,
             hidden=hidden,
             keys=keys if answered else (),
-            predicting=torch.tensor(
-                [place for start, size in spans for place in range(start, start + size)], device=device
-            ),
-            targets=torch.tensor([token for example in mine for token in example.answer_ids], device=device),
+            predicting=torch.tensor(predicting, device=device),
+            targets=torch.tensor(targets, device=device),
         )
 
     def _through(
@@ -203,7 +217,10 @@ class Reader:
         past: Sequence[KeyValues] | None,
         mask: Tensor | None,
     ) -> tuple[Tensor, tuple[KeyValues, ...]]:
-        """hidden [R * T, d] through whole layers; the keys and values of each. positions [R, T]."""
+        """Run ``hidden`` [R * T, d] through whole layers. Returns the keys and values of each too.
+
+        ``positions`` [R, T].
+        """
         kept: list[KeyValues] = []
         rotary: tuple[Tensor, Tensor] | None = None
         for number, layer in enumerate(layers):
@@ -220,20 +237,22 @@ class Reader:
 
 
 def _own_words(draft: Sequence[int], guesses: Sequence[int]) -> list[int]:
-    """The draft as far as the model says the same, then its own token."""
-    same = next(
-        (i for i, (token, guess) in enumerate(zip(draft, guesses, strict=True)) if token != guess), len(draft)
-    )
+    """The draft as far as the model says the same, then the model's own token."""
+    pairs = enumerate(zip(draft, guesses, strict=True))
+    same = next((place for place, (token, guess) in pairs if token != guess), len(draft))
     return [*draft[:same], *guesses[same : same + 1]]
 
 
 def _chunks(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Places of rows, shortest first, at most BLOCK_ROWS and BLOCK_TOKENS (padding included) together; a longer row is alone."""
+    """Places of rows, shortest first, at most BLOCK_ROWS and BLOCK_TOKENS (with padding) together.
+
+    A longer row is alone.
+    """
     chunk: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if chunk and (len(chunk) == BLOCK_ROWS or (len(chunk) + 1) * lengths[i] > BLOCK_TOKENS):
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if chunk and (len(chunk) == BLOCK_ROWS or (len(chunk) + 1) * lengths[place] > BLOCK_TOKENS):
             yield chunk
             chunk = []
-        chunk.append(i)
+        chunk.append(place)
     if chunk:
         yield chunk

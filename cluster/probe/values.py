@@ -1,33 +1,45 @@
-"""What a probe measures, from card to grid cell. Frozen, plain numbers, and to JSON and back.
+"""What a probe measures, from card to grid cell.
+
+Frozen, plain numbers, and to JSON and back (configs/files.py).
 
 Worked example: 12 cards in one write of 20 steps, each step measured, one seed:
 
-    CellRun   writes (WriteLine x 1)   after (Point 0: untouched, Point 1: after the write)   steps (Point x 20: from inside the write)
-    Point     write 1, step 20, a CardScore for each of the 12 cards, a TextScore for each piece of unrelated text
+    CellRun   writes: 1 WriteLine
+              after: Point 0 (untouched), Point 1 (after the write)
+              steps: 20 Points from inside the write
+    Point     write 1, step 20: a CardScore for each card, a TextScore for each piece of unrelated text
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from actors.types import WriteOutcome
+from configs.files import Measured
 from configs.schema import FastWeightsConfig, WriteConfig
 
 TextKind = Literal["text", "reply"]
 Supervision = Literal["flashcards", "summary", "raw"]
-"""What a write trains on: the cards, a summary of what was told, or the transcript itself (as the rows tmem, summary_sft and raw)."""
+"""What a write trains on: the cards, a summary of what was told, or the transcript itself.
+
+They are the memory rows tmem, summary_sft and raw.
+"""
 SUPERVISIONS: tuple[Supervision, ...] = get_args(Supervision)
 
 
 class ProbeError(RuntimeError):
-    """The probe cannot be run as it was asked for. One line: what, where, cure."""
+    """The probe cannot run as asked. One line: what, where, cure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A flashcard that is written, and other wordings of its question that never are. ``telling``: the sentence that told it, "" if unknown."""
+    """A flashcard that is written, and paraphrases of its question that never are.
+
+    ``telling`` is the sentence that told it, "" if unknown.
+    """
 
     question: str
     answer: str
@@ -37,7 +49,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class TextPiece:
-    """Unrelated to every card: running text (``prompt`` is empty), or a question and its reply in the chat format."""
+    """Text that no card is about: running text (``prompt`` is empty), or a question and its reply."""
 
     kind: TextKind
     prompt: str
@@ -46,9 +58,13 @@ class TextPiece:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One way of asking. loss: mean nats per token of the written answer. em, f1: of the greedy answer ``said`` (0..1, the plain scorer)."""
+    """One wording of a question, asked.
 
-    loss: float
+    loss: mean nats per token of the written answer. em, f1: of the greedy answer ``said`` (0..1, plain
+    scorer).
+    """
+
+    loss: Measured
     em: float
     f1: float
     said: str
@@ -56,7 +72,10 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class CardScore:
-    """One card. ``card`` is its place among the seed's cards, ``write`` (from 1) the write that it belongs to, ``tokens`` those of its answer."""
+    """The figures of one card. ``card``: its place among the seed's cards. ``write``: its write, from 1.
+
+    ``tokens``: of its answer.
+    """
 
     card: int
     write: int
@@ -64,20 +83,29 @@ class CardScore:
     written: Asked
     paraphrased: tuple[Asked, ...]
 
+    def asked(self, paraphrased: bool) -> tuple[Asked, ...]:
+        return self.paraphrased if paraphrased else (self.written,)
+
 
 @dataclass(frozen=True, slots=True)
 class TextScore:
-    """One piece of unrelated text. damage: loss minus the base model's. kl: KL(base || now). Both nats per token, over ``tokens`` tokens."""
+    """The figures of one piece of unrelated text, in nats per token over ``tokens`` tokens.
+
+    damage: loss minus the base model's. kl: KL(base || now).
+    """
 
     kind: TextKind
     tokens: int
-    damage: float
-    kl: float
+    damage: Measured
+    kl: Measured
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The state after ``step`` optimizer steps of write ``write`` (from 1; 0 and 0: nothing was written). Holds the cards written so far."""
+    """The state after ``step`` optimizer steps of write ``write``, with the cards written so far.
+
+    Writes count from 1. Write 0, step 0 is the untouched model.
+    """
 
     write: int
     step: int
@@ -85,42 +113,35 @@ class Point:
     texts: tuple[TextScore, ...]
 
     def loss(self, paraphrased: bool) -> float:
-        """Nats per answer token over all cards; NaN where no card has a paraphrase."""
-        pairs = [
-            (one.loss, card.tokens)
-            for card in self.cards
-            for one in (card.paraphrased if paraphrased else (card.written,))
-        ]
-        return (
-            sum(loss * tokens for loss, tokens in pairs) / sum(tokens for _, tokens in pairs)
-            if pairs
-            else float("nan")
+        """Nats per answer token over all cards; NaN if no card has a paraphrase."""
+        return _weighted_mean(
+            (asked.loss, card.tokens) for card in self.cards for asked in card.asked(paraphrased)
         )
 
     def recall(self, paraphrased: bool, score: Literal["em", "f1"]) -> dict[int, float]:
-        """By card's place its score, or the mean over its paraphrases (cards without any are left out)."""
-        if not paraphrased:
-            return {card.card: getattr(card.written, score) for card in self.cards}
+        """The score of each card by its place: of the written question, or the mean over its paraphrases.
+
+        Cards without a paraphrase are left out of the latter.
+        """
+        wordings = {card.card: card.asked(paraphrased) for card in self.cards}
         return {
-            card.card: sum(getattr(one, score) for one in card.paraphrased) / len(card.paraphrased)
-            for card in self.cards
-            if card.paraphrased
+            place: sum(getattr(asked, score) for asked in wording) / len(wording)
+            for place, wording in wordings.items()
+            if wording
         }
 
     def text(self, kind: TextKind, figure: Literal["damage", "kl"]) -> float:
-        """Nats per token over all pieces of that kind."""
-        pieces = [piece for piece in self.texts if piece.kind == kind]
-        tokens = sum(piece.tokens for piece in pieces)
-        return (
-            sum(getattr(piece, figure) * piece.tokens for piece in pieces) / tokens
-            if tokens
-            else float("nan")
-        )
+        """Nats per token over all pieces of ``kind``; NaN without any."""
+        pieces = (piece for piece in self.texts if piece.kind == kind)
+        return _weighted_mean((getattr(piece, figure), piece.tokens) for piece in pieces)
 
 
 @dataclass(frozen=True, slots=True)
 class WriteLine:
-    """One write as the writer reported it; losses are None where they were not finite. ``reason`` says why it was not accepted."""
+    """A write as the writer reported it. A loss that was not finite is None.
+
+    ``reason`` says why the write was not accepted.
+    """
 
     outcome: WriteOutcome
     reason: str
@@ -132,7 +153,7 @@ class WriteLine:
 
 @dataclass(frozen=True)
 class Cell:
-    """A place of the grid. ``settings`` are the key=value that make it differ; "" is their label where there is none."""
+    """A place of the grid. ``settings`` are the key=value arguments that make it differ."""
 
     settings: tuple[str, ...]
     fast_weights: FastWeightsConfig
@@ -141,16 +162,19 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """Settings without their section: short enough for a table's first column."""
+        """The settings without their section, short enough for a table's first column."""
         parts = [setting.partition("=") for setting in self.settings]
-        return (
-            " ".join(f"{key.partition('.')[2] or key}={value}" for key, _, value in parts) or "as configured"
-        )
+        named = [f"{key.partition('.')[2] or key}={value}" for key, _, value in parts]
+        return " ".join(named) or "as configured"
 
 
 @dataclass(frozen=True, slots=True)
 class CellRun:
-    """A cell on one seed. ``after`` begins with the untouched model, then one point a write; ``steps`` are from inside the writes, if asked for."""
+    """A cell on one seed.
+
+    ``after``: the untouched model, then a point for each write. ``steps``: points from inside the writes, if
+    asked for.
+    """
 
     settings: tuple[str, ...]
     label: str
@@ -161,43 +185,9 @@ class CellRun:
     after: tuple[Point, ...]
     steps: tuple[Point, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> CellRun:
-        return CellRun(
-            settings=tuple(data["settings"]),
-            label=data["label"],
-            seed=data["seed"],
-            basis_id=data["basis_id"],
-            parameters=data["parameters"],
-            writes=tuple(WriteLine(**line) for line in data["writes"]),
-            after=_points(data["after"]),
-            steps=_points(data["steps"]),
-        )
-
-
-def _points(data: Sequence[dict[str, Any]]) -> tuple[Point, ...]:
-    return tuple(
-        Point(
-            point["write"],
-            point["step"],
-            _cards(point["cards"]),
-            tuple(TextScore(**text) for text in point["texts"]),
-        )
-        for point in data
-    )
-
-
-def _cards(data: Sequence[dict[str, Any]]) -> tuple[CardScore, ...]:
-    return tuple(
-        CardScore(
-            card["card"],
-            card["write"],
-            card["tokens"],
-            Asked(**card["written"]),
-            tuple(Asked(**one) for one in card["paraphrased"]),
-        )
-        for card in data
-    )
+def _weighted_mean(pairs: Iterable[tuple[float, int]]) -> float:
+    """The mean of (value, weight) pairs; NaN without any."""
+    kept = list(pairs)
+    weights = sum(weight for _, weight in kept)
+    return sum(value * weight for value, weight in kept) / weights if weights else math.nan
