@@ -2,9 +2,9 @@
 
 A reading gives the log-probs of the written answers. ``answer`` gives what greedy decoding says instead.
 
-    rows --> [layers below the cut] --> Block --> [layers from the cut up, W + B A merged] --> Reading --> answer
-             once; keys kept              |       for each reading                                           |
-                                          +---- keys and values of the layers below ------------------------+
+    rows --> [layers below the cut] --> Block --> [layers from the cut up, merged] --> Reading --> answer
+             once; keys kept              |       W + B A, for each reading                          |
+                                          +---- keys and values of the layers below -----------------+
 
 The cut is the first layer that Delta touches. The written answer is the draft of greedy decoding (speculative
 decoding, arXiv 2211.17192, with a draft that costs nothing): as far as the model says the same, no token is
@@ -157,7 +157,7 @@ class Reader:
     def answer(
         self, block: Block, reading: Reading, layers: Sequence[FrozenLayer], most: int
     ) -> list[tuple[int, ...]]:
-        """Greedy answers to the rows' prompts, of at most ``most`` tokens, with the stop token if there was one.
+        """Greedy answers to the rows' prompts, of at most ``most`` tokens with the stop token.
         """
         guesses = reading.table.argmax(-1).split(block.sizes)  # by row, the likeliest token at each position
         drafts = zip(block.answers, guesses, strict=True)
