@@ -20,8 +20,7 @@ from cluster.probe.values import Cell, CellRun, Point, WriteLine
 
 
 def in_writes(count: int, writes: int) -> list[range]:
-    """The places of ``count`` cards, dealt in order to ``writes`` groups whose sizes differ by at most one.
-    """
+    """Deal the places of ``count`` cards in order to ``writes`` groups; sizes differ by at most one."""
     return [range(count * write // writes, count * (write + 1) // writes) for write in range(writes)]
 
 

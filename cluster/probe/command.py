@@ -7,7 +7,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from cluster.probe.study import Study, load_study
+from cluster.probe.grid import Study, load_study
 from configs.load import ConfigError, to_yaml
 from configs.shipped import shipped
 

@@ -157,8 +157,7 @@ class Reader:
     def answer(
         self, block: Block, reading: Reading, layers: Sequence[FrozenLayer], most: int
     ) -> list[tuple[int, ...]]:
-        """Greedy answers to the rows' prompts, of at most ``most`` tokens with the stop token.
-        """
+        """Greedy answers to the rows' prompts, of at most ``most`` tokens with the stop token."""
         guesses = reading.table.argmax(-1).split(block.sizes)  # by row, the likeliest token at each position
         drafts = zip(block.answers, guesses, strict=True)
         said = [_own_words(draft, row_guesses.tolist())[:most] for draft, row_guesses in drafts]

@@ -1,4 +1,7 @@
-"""The write quality report on SmolLM2-135M: a strong write is remembered, nothing written is nothing damaged, and the engine says the same."""
+"""The probe on SmolLM2-135M: a strong write is remembered, and nothing written is nothing damaged.
+
+The engine says what the merged model says.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,9 @@ from actors.text.flashcards import write_example
 from actors.types import AdapterKey, Flashcard, Sampling, WriteRequest, WriteResult
 from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.writer import BatchedWriter
-from cluster.probe.cards import recall_cards
+from cluster.probe.cards import recall_cards, unrelated_pieces
 from cluster.probe.examiner import RUN_ON, Examiner
 from cluster.probe.reading import Reader
-from cluster.probe.unrelated import unrelated_pieces
 from cluster.probe.values import Card, Point
 from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig, WriteConfig
 
@@ -53,16 +55,12 @@ def probed(model_path: Path) -> Probed:
     cards = tuple(
         Card(card.question, card.answer, card.paraphrases[:1]) for card in recall_cards(CARDS, "eval", 0)
     )
-    pieces = [
-        piece
-        for kind in ("text", "reply")
-        for piece in [piece for piece in unrelated_pieces(None) if piece.kind == kind][:1]
-    ]
+    shipped = unrelated_pieces(None)
+    pieces = [next(piece for piece in shipped if piece.kind == kind) for kind in ("text", "reply")]
     examiner = Examiner(Reader(model, chat.stop_token_ids), chat, SYSTEM_PROMPT, [cards], pieces)
     write = WriteConfig(optimizer="adam", learning_rate=1e-3, epochs=STEPS)
-    result, steps = BatchedWriter(model, basis, write).trace(
-        WriteRequest("probe", zero(basis), examiner.written(1, "flashcards", write))
-    )
+    request = WriteRequest("probe", zero(basis), examiner.written(1, "flashcards", write))
+    result, steps = BatchedWriter(model, basis, write).trace(request)
     assert len(steps) == STEPS
     return Probed(
         basis,
@@ -97,20 +95,18 @@ def test_the_last_step_is_the_write_to_the_bit(probed: Probed) -> None:
 def test_the_natural_write_remembers_more_wordings_and_harms_less(
     model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six facts: ten steps of Adam at the rate the study tuned for it, fifteen of the natural write (its row's), measured on half a run's text."""
+    """Compare, on six facts, ten steps of Adam at its tuned rate with fifteen natural steps (its row's)."""
     monkeypatch.setattr("actors.fast_weights.sensitivity.SAMPLES", 16)
     model: FrozenLlama = read_model(str(model_path), "float32", torch.device("cpu"))
     basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(sensitivity_rank=64), seed=0)
     chat = ChatFormat(AutoTokenizer.from_pretrained(model_path))
     cards = [replace(card, paraphrases=card.paraphrases[:2]) for card in recall_cards(6, "eval", 0)]
-    examiner = Examiner(
-        Reader(model, chat.stop_token_ids), chat, SYSTEM_PROMPT, [cards], unrelated_pieces(None)
-    )
+    reader = Reader(model, chat.stop_token_ids)
+    examiner = Examiner(reader, chat, SYSTEM_PROMPT, [cards], unrelated_pieces(None))
 
     def after(write: WriteConfig) -> Point:
-        (result,) = BatchedWriter(model, basis, write).write(
-            [WriteRequest("probe", zero(basis), examiner.written(1, "flashcards", write))]
-        )
+        request = WriteRequest("probe", zero(basis), examiner.written(1, "flashcards", write))
+        (result,) = BatchedWriter(model, basis, write).write([request])
         assert result.outcome == "accepted"
         return examiner.examine(basis, result.weights, 1, write.epochs)
 
@@ -124,51 +120,35 @@ def test_the_natural_write_remembers_more_wordings_and_harms_less(
 
 @pytest.fixture(scope="module")
 def policy(model_path: Path, probed: Probed) -> Iterator[VLLMPolicy]:
-    config = EngineConfig(slots=8, max_model_tokens=256, kv_cache_gib=0.25)
-    one = VLLMPolicy(
-        model_path,
-        ModelConfig(),
-        config,
-        probed.basis,
-        probed.chat.stop_token_ids,
-        version=0,
-        threads=1,
-        seed=0,
-    )
-    yield one
-    one.close()
+    config, stop = EngineConfig(slots=8, max_model_tokens=256, kv_cache_gib=0.25), probed.chat.stop_token_ids
+    engine = VLLMPolicy(model_path, ModelConfig(), config, probed.basis, stop, version=0, threads=1, seed=0)
+    yield engine
+    engine.close()
 
 
 def test_the_engine_says_what_the_merged_model_says(policy: VLLMPolicy, probed: Probed) -> None:
     chat, written = probed.chat, AdapterKey(0, "probe", 1)
     examples = [
-        [
-            write_example(Flashcard(question, card.answer), SYSTEM_PROMPT, chat)
-            for question in (card.question, *card.paraphrases)
-        ]
+        write_example(Flashcard(question, card.answer), SYSTEM_PROMPT, chat)
         for card in probed.cards
+        for question in (card.question, *card.paraphrases)
     ]
-    most = max(len(ways[0].answer_ids) for ways in examples) + RUN_ON
+    sampling = Sampling(0.0, max(len(example.answer_ids) for example in examples) + RUN_ON, 0, "act")
 
-    async def answers(key: AdapterKey) -> list[list[str]]:
-        async def ask(prompt: tuple[int, ...]) -> str:
-            return chat.decode(
-                (await policy.generate(prompt, Sampling(0.0, most, 0, "act"), key)).token_ids
-            ).strip()
+    async def answers(key: AdapterKey) -> list[str]:
+        generations = await asyncio.gather(
+            *(policy.generate(example.prompt_ids, sampling, key) for example in examples)
+        )
+        return [chat.decode(generation.token_ids).strip() for generation in generations]
 
-        return [
-            list(await asyncio.gather(*(ask(example.prompt_ids) for example in ways))) for ways in examples
-        ]
-
-    async def story() -> tuple[list[list[str]], list[list[str]]]:
+    async def story() -> tuple[list[str], list[str]]:
         await policy.install(written, probed.result.weights, probed.result.probe)
         return await answers(AdapterKey(0, "probe", 0)), await answers(written)
 
     before, after = asyncio.run(story())
-    assert before == [
-        [asked.said for asked in (card.written, *card.paraphrased)] for card in probed.before.cards
-    ]
-    assert after == [
-        [asked.said for asked in (card.written, *card.paraphrased)] for card in probed.after.cards
-    ]
+
+    def said(point: Point) -> list[str]:
+        return [asked.said for card in point.cards for asked in (card.written, *card.paraphrased)]
+
+    assert (before, after) == (said(probed.before), said(probed.after))
     assert before != after

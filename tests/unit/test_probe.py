@@ -1,4 +1,4 @@
-"""The write quality report: its cards and grid, its measurements against transformers, and the command from arguments to report."""
+"""The probe: its cards and grid, its measurements against transformers, and the command up to the report."""
 
 from __future__ import annotations
 
@@ -27,15 +27,21 @@ from actors.write.writer import BatchedWriter
 from cluster.cli import main
 from cluster.measure.report import colour
 from cluster.probe import run as probe_run
-from cluster.probe.cards import PARAPHRASES, cards_of, read_cards, recall_cards
+from cluster.probe.cards import (
+    PARAPHRASES,
+    cards_of,
+    examples_of,
+    read_cards,
+    recall_cards,
+    unrelated_pieces,
+)
 from cluster.probe.cell import in_writes, points_of, run_cell
 from cluster.probe.examiner import RUN_ON, Examiner
 from cluster.probe.grid import load_grid
 from cluster.probe.reading import Reader, merged_layers
 from cluster.probe.report import ProbeReport, metrics, save_report
-from cluster.probe.supervision import examples_of
-from cluster.probe.unrelated import unrelated_pieces
 from cluster.probe.values import SUPERVISIONS, Cell, CellRun, Point, ProbeError, Supervision, TextPiece
+from configs.files import dump_json, parse_json
 from configs.load import ConfigError
 from configs.schema import FastWeightsConfig, WriteConfig
 
@@ -49,16 +55,14 @@ PIECES = (
 )
 
 
-# --- cards ---------------------------------------------------------------------------------------------------------------------------------------
+# --- cards ----------------------------------------------------------------------------------------------
 
 
 def test_a_file_of_cards_in_either_wording_and_form(tmp_path: Path) -> None:
     cards = read_cards(DATA)
     assert [len(card.paraphrases) for card in cards] == [2, 1, 0, 1]
-    assert (cards[1].question, cards[1].answer) == (
-        "On which shelf does Jonas keep the maps?",
-        "the top shelf",
-    )
+    assert cards[1].question == "On which shelf does Jonas keep the maps?"
+    assert cards[1].answer == "the top shelf"
     assert cards[2].answer == "14"
     whole = tmp_path / "cards.json"
     whole.write_text(json.dumps([json.loads(line) for line in DATA.read_text().splitlines()]))
@@ -70,14 +74,14 @@ def test_a_file_of_cards_in_either_wording_and_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ('{"question": "a?", "answer": "b"}\n{"question": "a', ["line 2", "not JSON"]),
-        ('{"question": "a?"}', ["line 1", "'answer'", "'output'"]),
-        ('{"question": "", "answer": "b"}', ["line 1", "'question'", "not empty"]),
-        ('{"question": "a?", "answer": null}', ["line 1", "'answer'", "None"]),
-        ('{"question": "a?", "answer": "b", "paraphrases": "c?"}', ["line 1", "'paraphrases'", "list"]),
-        ('{"question": "a?", "answer": "b", "paraphrases": [3, []]}', ["line 1", "paraphrases[1]"]),
-        ('[{"question": "a?", "answer": "b"}, 7]', ["item 2", "int"]),
-        ('[{"question": "a?", "answer": "b"},]', ["line 1", "not JSON"]),
+        ('{"question": "a?", "answer": "b"}\n{"question": "a', ["line 2", "Invalid JSON"]),
+        ('{"question": "a?"}', ["line 1", "answer: Field required"]),
+        ('{"question": "", "answer": "b"}', ["line 1", "question: ", "not empty"]),
+        ('{"question": "a?", "answer": null}', ["line 1", "answer: ", "a text that is not empty"]),
+        ('{"question": "a?", "answer": "b", "paraphrases": "c?"}', ["line 1", "paraphrases: ", "a valid array"]),
+        ('{"question": "a?", "answer": "b", "paraphrases": [3, []]}', ["line 1", "paraphrases.1: "]),
+        ('[{"question": "a?", "answer": "b"}, 7]', ["item 2", "an object"]),
+        ('[{"question": "a?", "answer": "b"},]', ["Invalid JSON"]),
         (
             '{"question": "a?", "answer": "b"}\n{"question": "a?", "answer": "c"}',
             ["line 2", "was there before"],
@@ -102,9 +106,9 @@ def test_made_up_facts_are_seeded_unique_and_held_out() -> None:
     assert len({card.question for card in cards}) == 60
     tuning = cards_of("recall:train:60", 3)
     names = {split: set(PEOPLE[split]) for split in ("train", "eval")}
-    for mine, other, made in (("eval", "train", cards), ("train", "eval", tuning)):
+    for own, other, made in (("eval", "train", cards), ("train", "eval", tuning)):
         words = {word for card in made for word in card.question.replace("'s", "").replace("?", "").split()}
-        assert words & names[mine]
+        assert words & names[own]
         assert not words & names[other]
 
 
@@ -119,10 +123,8 @@ def test_paraphrases_are_wordings_that_are_never_written_or_told() -> None:
 
 
 @pytest.mark.parametrize("source", ["recall:0", "recall:", "recall:test:4", "recall:9999", "nowhere.jsonl"])
-def test_cards_that_cannot_be(source: str) -> None:
-    with pytest.raises(
-        ProbeError, match=source.split(":", maxsplit=1)[-1] if source == "nowhere.jsonl" else "cards"
-    ):
+def test_a_source_without_cards_is_refused(source: str) -> None:
+    with pytest.raises(ProbeError, match=f"--cards {source}|--cards asks for 9999 facts"):
         cards_of(source, 0)
 
 
@@ -142,29 +144,21 @@ def test_unrelated_text_is_shipped_or_a_users(tmp_path: Path) -> None:
         unrelated_pieces(path)
 
 
-# --- the grid ------------------------------------------------------------------------------------------------------------------------------------
+# --- the grid -------------------------------------------------------------------------------------------
 
 
 def test_the_grid_is_every_value_with_every_other_for_each_cell() -> None:
     cells = [["write.optimizer=sgd", "write.epochs=5"], ["write.optimizer=adam"]]
-    _, grid = load_grid(
-        QUICKSTART,
-        ["write.batch_size=3"],
-        cells,
-        ["fast_weights.basis=svd,random", "fast_weights.projections=[down_proj],[up_proj,gate_proj]"],
-    )
+    sweeps = ["fast_weights.basis=svd,random", "fast_weights.projections=[down_proj],[up_proj,gate_proj]"]
+    _, grid = load_grid(QUICKSTART, ["write.batch_size=3"], cells, sweeps)
     assert len(grid) == 8
     assert {cell.write.batch_size for cell in grid} == {3}
-    assert [
+    first = [
         (cell.write.optimizer, cell.fast_weights.basis, len(cell.fast_weights.projections))
         for cell in grid[:5]
-    ] == [
-        ("sgd", "svd", 1),
-        ("sgd", "svd", 2),
-        ("sgd", "random", 1),
-        ("sgd", "random", 2),
-        ("adam", "svd", 1),
     ]
+    sgd = [("sgd", "svd", 1), ("sgd", "svd", 2), ("sgd", "random", 1), ("sgd", "random", 2)]
+    assert first == [*sgd, ("adam", "svd", 1)]
     assert len({cell.label for cell in grid}) == 8
     assert load_grid(QUICKSTART, [], [], [])[1][0].label == "as configured"
 
@@ -186,28 +180,20 @@ def test_a_bad_sweep_is_a_config_error(sweep: str, part: str) -> None:
 
 def test_what_is_written_of_the_same_facts_is_a_setting_of_the_grid(tiny: SimpleNamespace) -> None:
     _, grid = load_grid(QUICKSTART, [], [], ["supervision=flashcards,summary,raw"])
-    assert [cell.label for cell in grid] == [
-        "supervision=flashcards",
-        "supervision=summary",
-        "supervision=raw",
-    ]
+    supervisions = [cell.supervision for cell in grid]
+    assert [cell.label for cell in grid] == [f"supervision={name}" for name in supervisions]
     cards, chat = recall_cards(4, "eval", 0), tiny.chat
-    cards_of_form = {
-        cell.supervision: examples_of(cell.supervision, cards, SYSTEM_PROMPT, chat, cell.write)
-        for cell in grid
-    }
+    examples = {name: examples_of(name, cards, SYSTEM_PROMPT, chat, WriteConfig()) for name in supervisions}
     opening = chat.system(SYSTEM_PROMPT)
 
-    assert [chat.decode(example.answer_ids).strip() for example in cards_of_form["flashcards"]] == [
-        card.answer for card in cards
-    ]
-    (summary,) = cards_of_form["summary"]
+    answers = [chat.decode(example.answer_ids).strip() for example in examples["flashcards"]]
+    assert answers == [card.answer for card in cards]
+    (summary,) = examples["summary"]
     assert chat.decode(summary.answer_ids).strip() == " ".join(card.telling for card in cards)
-    (raw,) = cards_of_form["raw"]
+    (raw,) = examples["raw"]
     text = chat.decode(raw.answer_ids)
-    assert (
-        raw.prompt_ids == opening and all(card.telling in text for card in cards) and text.count(".") == 8
-    ), "as many sentences about nothing"
+    assert raw.prompt_ids == opening and all(card.telling in text for card in cards)
+    assert text.count(".") == 8, "as many sentences about nothing"
     assert not any(card.question in text for card in cards)
 
     small = WriteConfig(max_example_tokens=len(opening) + 20)
@@ -224,11 +210,11 @@ def test_cards_are_dealt_to_writes_and_measurements_counted() -> None:
     assert points_of(Cell((), FAST, replace(ADAM, epochs=0)), [3, 3], each_step=True) == 2
 
 
-# --- measurements, against transformers ------------------------------------------------------------------------------------------------------------
+# --- measurements, against transformers -----------------------------------------------------------------
 
 
 class Reference:
-    """The same model in transformers, one text at a time, Delta added by hooks."""
+    """The same model in transformers, one text at a time. Hooks add Delta."""
 
     def __init__(self, path: Path, basis: Basis) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -239,7 +225,7 @@ class Reference:
             return self._model(torch.tensor([ids])).logits[0].log_softmax(-1)
 
     def of(self, example: WriteExample, weights: FastWeights) -> Tensor:
-        """[answer, vocabulary]"""
+        """Log-probs [answer, vocabulary]."""
         ids = (*example.prompt_ids, *example.answer_ids[:-1])
         return self.table(ids, weights)[len(example.prompt_ids) - 1 :]
 
@@ -286,21 +272,15 @@ def test_an_examination_is_what_transformers_says(tiny: SimpleNamespace) -> None
         ways = zip((score.written, *score.paraphrased), (card.question, *card.paraphrases), strict=True)
         for asked, question in ways:
             example = write_example(Flashcard(question, card.answer), SYSTEM_PROMPT, tiny.chat)
-            logprobs = reference.of(example, tiny.weights).gather(
-                1, torch.tensor(example.answer_ids)[:, None]
-            )
+            target = torch.tensor(example.answer_ids)[:, None]
+            logprobs = reference.of(example, tiny.weights).gather(1, target)
             assert asked.loss == pytest.approx(-float(logprobs.mean()), abs=1e-4)
-            longest = max(
-                len(tiny.chat.reply(other.answer)) for other in tiny.cards[(score.write - 1) * 2 :][:2]
-            )
-            said = reference.greedy(
-                example.prompt_ids, tiny.weights, tiny.chat.stop_token_ids, longest + RUN_ON
-            )
+            group = tiny.cards[(score.write - 1) * 2 :][:2]
+            most = max(len(tiny.chat.reply(other.answer)) for other in group) + RUN_ON
+            said = reference.greedy(example.prompt_ids, tiny.weights, tiny.chat.stop_token_ids, most)
             assert asked.said == tiny.chat.decode(said).strip()
-    text, reply = (
-        tiny.chat.encode(PIECES[0].text),
-        write_example(Flashcard(PIECES[1].prompt, PIECES[1].text), SYSTEM_PROMPT, tiny.chat),
-    )
+    text = tiny.chat.encode(PIECES[0].text)
+    reply = write_example(Flashcard(PIECES[1].prompt, PIECES[1].text), SYSTEM_PROMPT, tiny.chat)
     for score, example in zip(point.texts, (WriteExample(text[:1], text[1:]), reply), strict=True):
         base, now = (reference.of(example, weights) for weights in (zero(tiny.basis), tiny.weights))
         target = torch.tensor(example.answer_ids)[:, None]
@@ -310,7 +290,7 @@ def test_an_examination_is_what_transformers_says(tiny: SimpleNamespace) -> None
 
 
 def test_decoding_goes_on_where_the_draft_was_wrong(tiny: SimpleNamespace) -> None:
-    """Drafts that the model would say itself in part, as a whole and not at all give the same greedy tokens."""
+    """The drafts are right in part, as a whole and not at all. The greedy tokens are the same."""
     reference = Reference(tiny.path, tiny.basis)
     layers = merged_layers(tiny.model, tiny.basis, tiny.weights)
     prompts = [tiny.chat.encode(text) for text in ("The third of many", "One", "Nobody knew that the")]
@@ -325,12 +305,8 @@ def test_decoding_goes_on_where_the_draft_was_wrong(tiny: SimpleNamespace) -> No
 
 
 def test_delta_zero_does_no_damage_to_the_bit(tiny: SimpleNamespace) -> None:
-    for basis in (
-        tiny.basis,
-        compute_basis_from_checkpoint(
-            tiny.path, FastWeightsConfig(last_layers=6, projections=("down_proj",)), seed=0
-        ),
-    ):
+    other = FastWeightsConfig(last_layers=6, projections=("down_proj",))
+    for basis in (tiny.basis, compute_basis_from_checkpoint(tiny.path, other, seed=0)):
         point = tiny.examiner.examine(basis, zero(basis), 0, 0)
         assert len(point.cards) == 4
         assert [(text.damage, text.kl) for text in point.texts] == [(0.0, 0.0), (0.0, 0.0)]
@@ -340,12 +316,13 @@ def test_an_a_of_its_own_is_merged_too(tiny: SimpleNamespace) -> None:
     basis = compute_basis_from_checkpoint(tiny.path, replace(FAST, train_a=True), seed=0)
     twice = FastWeights(basis.id, 1, tiny.weights.b, {name: 2 * a.numpy() for name, a in basis.a.items()})
     doubled = FastWeights(tiny.basis.id, 1, {name: 2 * b for name, b in tiny.weights.b.items()})
-    one, other = tiny.examiner.examine(basis, twice, 2, 1), tiny.examiner.examine(tiny.basis, doubled, 2, 1)
-    assert [card.written.said for card in one.cards] == [card.written.said for card in other.cards]
-    assert one.loss(False) == pytest.approx(other.loss(False), abs=1e-5)
+    own_a = tiny.examiner.examine(basis, twice, 2, 1)
+    scaled_b = tiny.examiner.examine(tiny.basis, doubled, 2, 1)
+    assert [card.written.said for card in own_a.cards] == [card.written.said for card in scaled_b.cards]
+    assert own_a.loss(False) == pytest.approx(scaled_b.loss(False), abs=1e-5)
 
 
-# --- cells ---------------------------------------------------------------------------------------------------------------------------------------
+# --- cells ----------------------------------------------------------------------------------------------
 
 
 def cell_run(tiny: SimpleNamespace, write: WriteConfig, writes: int, each_step: bool) -> tuple[CellRun, int]:
@@ -357,18 +334,18 @@ def cell_run(tiny: SimpleNamespace, write: WriteConfig, writes: int, each_step: 
 
     untouched = tiny.examiner.examine(tiny.basis, zero(tiny.basis), 0, 0)
     writer = BatchedWriter(tiny.model, tiny.basis, write)
-    return run_cell(
-        Cell((), FAST, write), 0, tiny.basis, writer, tiny.examiner, untouched, writes, each_step, count
-    ), points
+    cell, examiner = Cell((), FAST, write), tiny.examiner
+    run = run_cell(cell, 0, tiny.basis, writer, examiner, untouched, writes, each_step, count)
+    return run, points
 
 
 def test_the_steps_are_the_writers_own(tiny: SimpleNamespace) -> None:
-    """Three batches an epoch: a step is no epoch. A write with fewer epochs is the same write stopped earlier."""
-    request = WriteRequest(
-        "probe",
-        zero(tiny.basis),
-        tuple(example for number in (1, 2) for example in tiny.examiner.written(number, "flashcards", ADAM)),
-    )
+    """An epoch has two batches here, so a step is no epoch.
+
+    A write with fewer epochs stops earlier, no more.
+    """
+    examples = [example for n in (1, 2) for example in tiny.examiner.written(n, "flashcards", ADAM)]
+    request = WriteRequest("probe", zero(tiny.basis), tuple(examples))
     config = replace(ADAM, batch_size=2)
     result, trace = BatchedWriter(tiny.model, tiny.basis, config).trace(request)
     assert len(trace) == result.steps == 6
@@ -476,10 +453,16 @@ def test_no_two_cells_of_a_plot_have_one_colour(cells: int) -> None:
 
 def test_a_run_survives_json(tiny: SimpleNamespace) -> None:
     run, _ = cell_run(tiny, ADAM, 2, each_step=True)
-    assert CellRun.from_json(json.loads(json.dumps(run.to_json()))) == run
+    assert parse_json(dump_json(run), CellRun) == run
 
 
-# --- the command ---------------------------------------------------------------------------------------------------------------------------------
+def test_a_run_that_diverged_survives_json_too(tiny: SimpleNamespace) -> None:
+    run, _ = cell_run(tiny, replace(ADAM, optimizer="sgd", learning_rate=1e30), 1, each_step=True)
+    (step,) = parse_json(dump_json(run), CellRun).steps[:1]
+    assert math.isnan(step.loss(False)) and step.cards[0].written.said == run.steps[0].cards[0].written.said
+
+
+# --- the command ----------------------------------------------------------------------------------------
 
 
 def arguments(tiny_path: Path, folder: Path, *more: str) -> list[str]:
@@ -490,15 +473,7 @@ def arguments(tiny_path: Path, folder: Path, *more: str) -> list[str]:
         "write.learning_rate=3e-3",
         "write.epochs=2",
     ]
-    asked = [
-        "--cards",
-        str(DATA),
-        "--unrelated",
-        str(DATA),
-        "--writes",
-        "2",
-        "--each-step",
-    ]  # a text as short as the test
+    asked = ["--cards", str(DATA), "--unrelated", str(DATA), "--writes", "2", "--each-step"]
     return ["probe", str(QUICKSTART), *settings, "rollout.threads=1", *asked, *more]
 
 
