@@ -61,7 +61,7 @@ def load_grid(
         if not differ and left.supervision == right.supervision:
             raise ConfigError(
                 f"the cells '{left.label}' and '{right.label}' are the same settings, and would count twice: "
-                "leave one of them out"
+                "leave one out"
             )
     return base, tuple(grid.values())
 
