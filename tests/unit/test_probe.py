@@ -78,7 +78,10 @@ def test_a_file_of_cards_in_either_wording_and_form(tmp_path: Path) -> None:
         ('{"question": "a?"}', ["line 1", "answer: Field required"]),
         ('{"question": "", "answer": "b"}', ["line 1", "question: ", "not empty"]),
         ('{"question": "a?", "answer": null}', ["line 1", "answer: ", "a text that is not empty"]),
-        ('{"question": "a?", "answer": "b", "paraphrases": "c?"}', ["line 1", "paraphrases: ", "a valid array"]),
+        (
+            '{"question": "a?", "answer": "b", "paraphrases": "c?"}',
+            ["line 1", "paraphrases: ", "a valid array"],
+        ),
         ('{"question": "a?", "answer": "b", "paraphrases": [3, []]}', ["line 1", "paraphrases.1: "]),
         ('[{"question": "a?", "answer": "b"}, 7]', ["item 2", "an object"]),
         ('[{"question": "a?", "answer": "b"},]', ["Invalid JSON"]),
