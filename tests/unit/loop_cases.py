@@ -25,7 +25,7 @@ from tests.unit.cluster_cases import finished_group, group, task_at
 
 
 class Worker:
-    """Finishes a group at once, under the version that it loaded last. Its gate is shut until a refresh ends."""
+    """Finishes a group at once, under the version that it loaded last. A drain shuts its gate."""
 
     def __init__(self, name: str, version: PolicyVersion = 0) -> None:
         self.name, self.version = name, version
