@@ -17,13 +17,13 @@ from rich.console import Console
 from actors.types import Task, TrajectoryGroup
 from cluster.common.display import Display
 from cluster.common.errors import ClusterError, WorkerLost
-from cluster.measure.rows import EvaluationRow
+from cluster.measure.rows import EvaluationRow, load_row
 from cluster.runs.checkpoint import START, TrainState, list_checkpoints, load_checkpoint, score_of
 from cluster.train import run
 from cluster.train.prepare import RunFolder, RunSpec, Start
-from cluster.train.scoreboard import Observers
+from cluster.train.scoreboard import Observers, Scoreboard, evaluation_rows
 from cluster.train.step_checkpoints import StepCheckpoints, save_state
-from configs.schema import RunConfig, TrainConfig
+from configs.schema import MemoryConfig, RunConfig, TrainConfig
 from tests.unit.cluster_cases import group, task_at
 from tests.unit.loop_cases import Recorder
 
@@ -113,11 +113,19 @@ class Seat:
 TRAIN = TrainConfig(evaluate_every=2, evaluate_tasks=2, checkpoint_every=1, keep_checkpoints=3)
 
 
-def checkpoints(folder: Path, seat: Any) -> tuple[StepCheckpoints, Recorder, io.StringIO]:
+def spec_of(config: RunConfig) -> RunSpec:
     environment: Any = None
-    spec = RunSpec(RunConfig(train=TRAIN), environment, Path(), tuple(task_at(number) for number in range(3)))
+    return RunSpec(config, environment, Path(), tuple(task_at(number) for number in range(3)))
+
+
+def observers_of(seat: Any) -> tuple[Observers, Recorder, io.StringIO]:
     tracker, output = Recorder(), io.StringIO()
-    observers = Observers(tracker, Display(Console(file=output, width=160)), seat)
+    return Observers(tracker, Display(Console(file=output, width=160)), seat), tracker, output
+
+
+def checkpoints(folder: Path, seat: Any) -> tuple[StepCheckpoints, Recorder, io.StringIO]:
+    observers, tracker, output = observers_of(seat)
+    spec = spec_of(RunConfig(train=TRAIN))
     return StepCheckpoints(spec, RunFolder(folder), seat, seat, seat, observers), tracker, output
 
 
@@ -183,3 +191,31 @@ def test_a_cancelled_run_ends_the_checkpoint_that_it_writes(tmp_path: Path) -> N
     asyncio.run(body())
     (folder,) = list_checkpoints(tmp_path)
     assert load_checkpoint(folder).state.step == 2
+
+
+# --- the rows of the table ----------------------------------------------------------------------------------
+
+
+def test_a_row_is_measured_once_and_again_after_it_was_forgotten(tmp_path: Path) -> None:
+    seat = Seat()
+    observers, tracker, _ = observers_of(seat)
+    scores = Scoreboard(spec_of(RunConfig()), RunFolder(tmp_path), observers)
+    for _ in range(2):
+        asyncio.run(scores.measure("before", 0, [seat]))
+    assert seat.calls == [f"t{number}: TMEM before" for number in range(3)]
+    assert load_row(tmp_path / "evaluation" / "before.json").label == "TMEM before"
+    assert tracker.steps[0]["eval/before/f1"] == 0.5
+    scores.forget("before")
+    asyncio.run(scores.measure("before", 0, [seat]))
+    assert len(seat.calls) == 6
+
+
+def test_a_run_without_memory_has_no_second_row_with_its_memory_off(tmp_path: Path) -> None:
+    memory_off = MemoryConfig(policy="truncation")
+    assert "memory_off" in evaluation_rows(RunConfig())
+    assert "memory_off" not in evaluation_rows(RunConfig(memory=memory_off))
+    seat = Seat()
+    observers, _, _ = observers_of(seat)
+    scores = Scoreboard(spec_of(RunConfig(memory=memory_off)), RunFolder(tmp_path), observers)
+    asyncio.run(scores.measure("memory_off", 0, [seat]))
+    assert seat.calls == []

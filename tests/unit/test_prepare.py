@@ -1,0 +1,73 @@
+"""What a training begins from: a new folder, the folder of a run that died early, or a checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.common.errors import CheckpointError
+from cluster.fleet.ledger import LedgerSnapshot
+from cluster.runs.checkpoint import START, save_checkpoint
+from cluster.runs.resume import note_run_id
+from cluster.train.prepare import RunFolder, prepare_training
+from configs.load import load_config, to_yaml
+from configs.schema import RunConfig
+
+STATE = replace(START, step=3, version=4, warm_steps=1, tracking_run_id="abc", ledger=LedgerSnapshot(6))
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model_path: Path) -> RunConfig:
+    settings = [f"model.name={tiny_model_path}", "fast_weights.basis=random", "evaluation.tasks=2"]
+    return load_config(Path("configs/quickstart.yaml"), settings)
+
+
+@pytest.fixture
+def config(loaded: RunConfig, tmp_path: Path) -> RunConfig:
+    return replace(loaded, output_dir=str(tmp_path))
+
+
+def save(folder: RunFolder, config: RunConfig) -> Path:
+    async def write(target: Path) -> None:
+        (target / "model").mkdir(parents=True)
+
+    return asyncio.run(save_checkpoint(folder.path, STATE, to_yaml(config), write, 3)).folder
+
+
+def test_a_new_run_begins_with_the_base_model_and_a_basis_of_its_own(config: RunConfig) -> None:
+    spec, folder, start = prepare_training(config)
+    assert folder.path.parent == Path(config.output_dir) and folder.basis.is_file()
+    assert load_config(folder.config, []) == config
+    assert (start.checkpoint, start.state, start.policy_path) == (None, START, spec.model_path)
+    assert len(spec.eval_tasks) == 2
+
+
+def test_a_run_that_died_before_its_first_checkpoint_goes_on_in_its_folder(config: RunConfig) -> None:
+    _, folder, _ = prepare_training(config)
+    note_run_id(folder.path, "abc")
+    basis = folder.basis.read_bytes()
+    spec, again, start = prepare_training(replace(config, resume="auto"))
+    assert again == folder and folder.basis.read_bytes() == basis
+    assert start.state == replace(START, tracking_run_id="abc")
+    assert (start.checkpoint, start.policy_path) == (None, spec.model_path)
+
+
+@pytest.mark.parametrize("resume", ["auto", "by name"])
+def test_a_checkpoint_goes_on_with_its_weights_state_and_basis(config: RunConfig, resume: str) -> None:
+    _, folder, _ = prepare_training(config)
+    basis, saved = folder.basis.read_bytes(), save(folder, config)
+    resumed = replace(config, resume="auto" if resume == "auto" else str(saved))
+    spec, again, start = prepare_training(resumed)
+    assert again == folder and folder.basis.read_bytes() == basis
+    assert start.checkpoint is not None and start.checkpoint.folder == saved
+    assert start.state == STATE and start.policy_path == saved / "learner" / "model" != spec.model_path
+
+
+def test_a_setting_that_gives_the_checkpoint_its_meaning_may_not_change(config: RunConfig) -> None:
+    _, folder, _ = prepare_training(config)
+    saved = save(folder, config)
+    with pytest.raises(CheckpointError, match=r"was made with seed=0, not 1"):
+        prepare_training(replace(config, seed=1, resume=str(saved)))
