@@ -259,8 +259,8 @@ class ElasticFleet(Generic[Worker]):
         began = time.monotonic()
         if not self._plan.in_flight:
             self._stream.pause(worker.name)
-            # A task that was issued just before may reach the worker after the drain. It waits at the worker's
-            # gate and runs under the new version: fresher than it was issued for.
+            # A task that was issued just before may reach the worker after the drain. It waits at the gate
+            # there and runs under the new version: fresher than it was issued for.
             await worker.drain()
         drain_s = time.monotonic() - began
         # Chosen after the drain: a worker with long episodes keeps no old version alive, and loads none.

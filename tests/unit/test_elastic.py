@@ -13,6 +13,7 @@ import pytest
 from actors.types import PolicyVersion, TrajectoryGroup
 from actors.worker import WorkerReport
 from cluster.common.errors import ClusterError, FleetError, StreamError, WorkerLost
+from cluster.fleet.broadcast import ObjectStoreWeights
 from cluster.fleet.fleet import ElasticFleet, FleetPlan
 from cluster.fleet.ledger import MOST_LOSSES, Ledger, LedgerSnapshot, ledger_line
 from cluster.fleet.stream import GroupStream, StreamCalls, StreamPlan
@@ -21,7 +22,7 @@ from cluster.runs.wanted_workers import ScaleError, WantedWorkers, ask_for, newe
 from cluster.train.loop import run_loop
 from configs.schema import TrainConfig
 from learner.types import StepReport
-from tests.unit.cluster_cases import task_at
+from tests.unit.cluster_cases import settle, task_at
 from tests.unit.loop_cases import Channel, Recorder, Trainer, Worker, wire
 
 
@@ -245,6 +246,60 @@ def test_a_worker_with_long_groups_loads_the_version_that_is_newest_when_they_en
     assert asyncio.run(lab.run()).step == 5
     # Version 3 may not be published yet when the groups see it; version 1 was when the drain began.
     assert loaded[0] >= 2 and loaded[-1] == 5
+
+
+def test_a_refresh_reports_its_drain_and_phase_seconds_are_counted_once() -> None:
+    lab = Lab(1)
+    worker = lab.all["worker-0"]
+
+    async def slow(position: int) -> PolicyVersion:
+        await asyncio.sleep(0.05)
+        return worker.version
+
+    worker.play = slow  # type: ignore[method-assign]
+
+    async def body() -> list[dict[str, float]]:
+        plan = FleetPlan(lab.launch, lambda: 1, 0, 1, 60.0, lab.said.append, in_flight=False)
+        fleet = ElasticFleet([worker], plan, newest=None)
+        stream = GroupStream(StreamPlan(1, 2, 1, 2, 5.0), [worker], 0, lab.ledger, StreamCalls(task_at))
+        await fleet.start(stream)
+        taking = asyncio.create_task(stream.take())
+        await settle()
+        lab.trainer.version = 1
+        fleet.begin(Channel().publish(lab.trainer))
+        await fleet.finish()
+        assert fleet.reports["worker-0"].drain_s > 0.03 + 0.1  # the worker itself reports 0.1 s
+        counts = [fleet.phase_seconds(), fleet.phase_seconds()]
+        await taking
+        await fleet.close()
+        await stream.close()
+        return counts
+
+    first, second = asyncio.run(body())
+    assert (first["act"], first["idle"]) == (3.0, 1.0) and set(second.values()) == {0.0}
+
+
+def test_no_more_than_the_planned_number_of_workers_refresh_at_once() -> None:
+    lab = Lab(5, steps=4)  # two at once
+    refreshing, together = set[str](), list[int]()
+
+    def observe(worker: Mortal) -> None:
+        refresh = worker.refresh
+
+        async def observed(weights: ObjectStoreWeights) -> WorkerReport:
+            refreshing.add(worker.name)
+            together.append(len(refreshing))
+            await asyncio.sleep(0.005)
+            report = await refresh(weights)
+            refreshing.discard(worker.name)
+            return report
+
+        worker.refresh = observed  # type: ignore[method-assign]
+
+    for worker in lab.all.values():
+        observe(worker)
+    assert asyncio.run(lab.run()).step == 4
+    assert max(together) == 2
 
 
 def test_in_flight_a_worker_takes_new_weights_while_its_groups_run() -> None:
