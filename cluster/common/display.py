@@ -1,20 +1,18 @@
-"""What the person at the terminal sees: one line of live progress, or plain lines where the output is no terminal (a CI log, a job's log)."""
+"""Output for people: live progress on a terminal, plain lines elsewhere (the log of a job, or of CI)."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-PLAIN_WIDTH = 160  # of tables where there is no terminal
+PLAIN_WIDTH = 160  # columns of a table, where there is no terminal
 
 
 class Display:
-    """Messages and progress of one run. All output of the cluster room goes through here."""
+    """Messages and progress of a run. All output of cluster/ goes through here."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(
@@ -22,18 +20,16 @@ class Display:
         )
 
     def say(self, text: str) -> None:
-        """One line of plain text; brackets in it are no markup."""
+        """Print a line. Brackets in it are no markup."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    @contextmanager
-    def counting(self, title: str, total: int) -> Iterator[StageCounter]:
-        """Progress of a stage with a known number of items."""
-        with StageCounter(self.console, title, total) as counter:
-            yield counter
+    def counting(self, title: str, total: int) -> StageCounter:
+        """Show the progress of a stage of ``total`` items, during a ``with`` block."""
+        return StageCounter(self.console, title, total)
 
 
 class StageCounter:
-    """A bar on a terminal; elsewhere a line when the stage begins, one per reported detail, and one at its end."""
+    """A bar on a terminal. Elsewhere a line at the beginning, one for each detail, and one at the end."""
 
     def __init__(self, console: Console, title: str, total: int) -> None:
         self._console = console
@@ -67,29 +63,25 @@ class StageCounter:
         )
 
     def advance(self, detail: str = "") -> None:
-        """One item more; ``detail`` is what to show about it."""
+        """Count an item. ``detail`` is shown beside it."""
         self._done += 1
+        left = f"left {self.time_left}"
         if self._bar is not None and self._task is not None:
-            self._bar.update(
-                self._task,
-                advance=1,
-                detail=f"{detail}  left {self.time_left}" if detail else f"left {self.time_left}",
-            )
+            self._bar.update(self._task, advance=1, detail=f"{detail}  {left}" if detail else left)
         elif detail:
-            self._console.print(
-                f"{self._title} {self._done}/{self._total}: {detail}, left {self.time_left}", markup=False
-            )
+            line = f"{self._title} {self._done}/{self._total}: {detail}, {left}"
+            self._console.print(line, markup=False)
 
     @property
     def time_left(self) -> str:
-        """At the mean pace so far."""
+        """The time that the rest takes at the mean pace so far."""
         if self._done == 0:
             return "?"
         return duration((time.monotonic() - self._began) / self._done * (self._total - self._done))
 
 
 def duration(seconds: float) -> str:
-    """ "12 s", "3 min 05 s", "2 h 10 min"."""
+    """Write seconds as "12 s", "3 min 05 s" or "2 h 10 min"."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

@@ -1,26 +1,29 @@
-"""Failures of the cluster room, each named by the boundary it crosses. Every message says who was waited for and what to do."""
+"""Failures of cluster/, each named by the boundary that it crosses.
+
+The message is one line for the user: who was waited for or what is wrong, and what to do.
+"""
 
 from __future__ import annotations
 
 
 class ClusterError(RuntimeError):
-    """The run cannot go on. The message is one line for the user."""
+    """The run cannot go on."""
 
 
 class StartupError(ClusterError):
-    """Ray, a rollout worker or the learner did not start; the message names what was asked for and what the cluster has."""
+    """Ray, a rollout worker or the learner did not start. Names what was asked for, and what there is."""
 
 
 class WorkerLost(ClusterError):
-    """A rollout worker died or did not answer within its deadline."""
+    """A rollout worker died, or did not answer within its deadline."""
 
 
 class FleetError(ClusterError):
-    """Rollout workers die as fast as they are started; the message holds the last causes."""
+    """Rollout workers die as fast as they start. Holds the last causes."""
 
 
 class StreamError(ClusterError):
-    """No usable group arrives any more; the message holds the failures of the last groups."""
+    """No usable group arrives any more. Holds the failures of the last groups."""
 
 
 class CheckpointError(ClusterError):
@@ -32,8 +35,8 @@ class InUseError(ClusterError):
 
 
 class SaveError(ClusterError):
-    """A checkpoint or a file of an evaluation could not be written (a full disk). What was saved before is whole."""
+    """A checkpoint or a file of an evaluation cannot be written: a full disk. Earlier files are whole."""
 
 
 class TrackingError(ClusterError):
-    """The MLflow store cannot be reached or written."""
+    """MLflow does not answer at the start, or its outbox cannot be kept."""

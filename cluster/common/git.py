@@ -1,4 +1,4 @@
-"""Which commit a run was made on."""
+"""The commit that a run is made on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def git_commit(folder: Path) -> str:
-    """The commit that ``folder`` is checked out at, "-dirty" added when files differ; empty outside a repository or without git."""
+    """Name the commit of ``folder``, with "-dirty" if files differ. Empty without a repository or git."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)

@@ -1,4 +1,4 @@
-"""Tasks by position: what lets a resumed run go on at the very task where it was."""
+"""Tasks by position: a resumed run goes on with the task at which it stopped."""
 
 from __future__ import annotations
 
@@ -11,33 +11,37 @@ from actors.types import Task
 
 
 class TaskSource:
-    """Random access over ``environment.tasks``. A finite split starts again at its end; position and seed alone determine the task."""
+    """Random access to ``environment.tasks``. A finite split repeats.
+
+    Position and seed alone determine the task.
+    """
 
     def __init__(self, environment: Environment, split: Split, seed: int) -> None:
         self._environment = environment
         self._split = split
         self._seed = seed
-        self._count: int | None = None  # of a finite split, known once its end was met
+        self._count: int | None = None  # tasks of a finite split, known once its end was met
 
     def at(self, position: int) -> Task:
-        """Raises TaskError for an empty split."""
-        task = next(self._tasks(self._wrapped(position)), None)
-        if task is not None:
-            return task
-        self._count = sum(1 for _ in self._tasks(0))
-        if self._count == 0:
-            raise TaskError(f"{self._environment.name} has no task in its {self._split} split")
-        return next(self._tasks(self._wrapped(position)))
+        """Get the task at ``position``. Raises TaskError for an empty split."""
+        wrapped = position if self._count is None else position % self._count
+        task = next(self._tasks(wrapped), None)
+        if task is None:
+            self._count = sum(1 for _ in self._tasks(0))
+            if self._count == 0:
+                raise self._empty()
+            task = next(self._tasks(position % self._count))
+        return task
 
     def first(self, count: int) -> list[Task]:
-        """The first ``count`` tasks, fewer when the split has fewer. Raises TaskError for an empty split."""
+        """Get the first ``count`` tasks, fewer if there are fewer. Raises TaskError for an empty split."""
         tasks = list(islice(self._tasks(0), count))
         if not tasks:
-            raise TaskError(f"{self._environment.name} has no task in its {self._split} split")
+            raise self._empty()
         return tasks
 
-    def _wrapped(self, position: int) -> int:
-        return position if self._count is None else position % self._count
+    def _empty(self) -> TaskError:
+        return TaskError(f"{self._environment.name} has no task in its {self._split} split")
 
     def _tasks(self, start: int) -> Iterator[Task]:
         return self._environment.tasks(self._split, self._seed, start)

@@ -17,8 +17,7 @@ from cluster.evaluation.prepare import Comparison
 from cluster.evaluation.report import ComparisonReport, save_comparison
 from cluster.evaluation.store import saving
 from cluster.evaluation.summary import PRIMARY, Bootstrap, compare_rows, summarize
-from cluster.inspection.recorder import EpisodeRecorder
-from cluster.inspection.start import recording
+from cluster.inspection.recorder import EpisodeRecorder, recording
 from cluster.measure.report import decoding, show
 from cluster.measure.rows import EpisodeSource
 from cluster.runs.run_lock import held

@@ -1,29 +1,43 @@
-"""The episode record: one JSON file for each kept episode, and all that anyone who looks into an episode reads.
+"""The episode record: what is kept of an episode, how a trajectory becomes one, and its file.
 
-    Trajectory --describe.py--> EpisodeRecord --save--> <run>/episodes/step-000012--train-44.1.json --load--> terminal, page, traces, compare
+    Trajectory --describe--> EpisodeRecord --save--> RUN/episodes/step-000012--train-44.1.json
+    the file --load--> EpisodeRecord --> terminal, page, traces, compare, export
 
-B is not in it: the log of writes rebuilds it (actors/episodes/replay.py), at a thousandth of the size. Numbers that do not exist (the loss of a write that did
-not happen) are null in the file. A file is complete or absent.
+The matrices B are not in it. The log of writes rebuilds them (actors/episodes/recovery.py), at a thousandth
+of the size. A number that does not exist, such as the loss of an empty write, is NaN here, null in the file.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from actors.types import Boundary, Outcome, PolicyVersion, StopReason, Timings, WriteRecord
+from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import unused_items
+from actors.types import (
+    Boundary,
+    FailedEpisode,
+    Outcome,
+    PolicyVersion,
+    Segment,
+    StopReason,
+    Timings,
+    Trajectory,
+    WriteRecord,
+)
 from cluster.common.errors import ClusterError
-from cluster.inspection.decode import DecodeError, decode
+from configs.files import FileError, parse_json, write_text
 
 FORMAT = "engram-episode-1"
 FOLDER = "episodes"  # in the folder of a run
-_MOST_BYTES = 256 * 2**20  # a file larger than this is none of ours
+_MOST_BYTES = 256 * 2**20
+_CURE = "python -m cluster inspect RUN lists the episodes of a run"
 
 PassageKind = Literal["system", "user", "assistant", "text", "act", "extract"]
 Source = Literal["train", "evaluation"]
@@ -31,14 +45,16 @@ Receipt = Literal["passed", "off", "none"]
 
 
 class RecordError(ClusterError):
-    """A file that is no episode record, or a folder without one. One line: which, what is wrong, what to do."""
+    """A file is no episode record, or a folder holds none. One line: which, what is wrong, what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where an episode comes from. ``label``: the row or cell of an evaluation, "" in training. ``step``: training steps behind it, its own included.
+    """Where an episode comes from.
 
-    ``config`` names the YAML file beside the record with the settings that it was played under.
+    ``label``: the row or cell of an evaluation, "" in training.
+    ``step``: the training steps behind it, its own included.
+    ``config``: the name of the YAML file beside the record that holds the settings.
     """
 
     run: str
@@ -53,17 +69,21 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """The tokens [start, end) of a segment: a turn that the agent read, or ("act", "extract") what it sampled."""
+    """The tokens [start, end) of a segment: a turn that the agent read, or sampled (act, extract)."""
 
     kind: PassageKind
     start: int
     end: int
     text: str
 
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
+
 
 @dataclass(frozen=True, slots=True)
 class SegmentRecord:
-    """One stretch of context under one revision, as the agent saw it; behind each but the last the context was cleared or cut."""
+    """A context under one revision, as the agent saw it. After all but the last it was cleared or cut."""
 
     revision: int
     token_ids: tuple[int, ...]
@@ -72,9 +92,11 @@ class SegmentRecord:
 
 @dataclass(frozen=True, slots=True)
 class WriteEntry:
-    """A line of the write log. ``after``: the number (from 0) of the segment that it came behind; -1 is before the first.
+    """A line of the write log.
 
-    ``unused``: the items of the extraction that became no flashcard. ``receipt``: whether the engine proved that the new revision acts.
+    ``after``: the number of the segment before the write, from 0; -1 if the write came first.
+    ``unused``: the items of the extraction that became no flashcard.
+    ``receipt``: whether the engine proved that the new revision acts.
     """
 
     after: int
@@ -85,7 +107,7 @@ class WriteEntry:
 
 @dataclass(frozen=True, slots=True)
 class EpisodeRecord:
-    """A finished episode. ``siblings``: the rewards of the task's whole group, this one's included. ``ended``: seconds since 1970, about."""
+    """A finished episode. ``siblings``: the rewards of the whole group. ``ended``: s since 1970, about."""
 
     origin: Origin
     task_id: str
@@ -108,17 +130,16 @@ class EpisodeRecord:
 
     @property
     def sampled_tokens(self) -> int:
-        return sum(
-            passage.end - passage.start
-            for segment in self.segments
-            for passage in segment.passages
-            if passage.kind in ("act", "extract")
-        )
+        return self.tokens_of("act") + self.tokens_of("extract")
+
+    def tokens_of(self, kind: PassageKind) -> int:
+        passages = (passage for segment in self.segments for passage in segment.passages)
+        return sum(passage.tokens for passage in passages if passage.kind == kind)
 
 
 @dataclass(frozen=True, slots=True)
 class FailureRecord:
-    """An episode that did not finish: what is known of it."""
+    """An episode that did not finish."""
 
     origin: Origin
     task_id: str
@@ -130,96 +151,172 @@ class FailureRecord:
 
 
 Record = EpisodeRecord | FailureRecord
-_KINDS: dict[str, type[Any]] = {"episode": EpisodeRecord, "failure": FailureRecord}
+_KINDS: dict[str, type[Record]] = {"episode": EpisodeRecord, "failure": FailureRecord}
+
+
+# --- from a trajectory -------------------------------------------------------------------------------------
+
+
+def describe(
+    trajectory: Trajectory, chat: ChatFormat, origin: Origin, receipts: bool, siblings: Sequence[float]
+) -> EpisodeRecord:
+    """Make the record of ``trajectory``. ``chat`` must be that of the model that played it.
+
+    ``receipts``: whether the engine checked its installs. Then an accepted write has passed its receipt.
+    """
+    segments = tuple(_segment(segment, chat) for segment in trajectory.segments)
+    return EpisodeRecord(
+        origin=origin,
+        task_id=trajectory.task.id,
+        environment=trajectory.task.environment,
+        episode_id=trajectory.episode_id,
+        policy_version=trajectory.policy_version,
+        basis_id=trajectory.revisions[0].basis_id if trajectory.revisions else "",
+        segments=segments,
+        writes=_entries(trajectory.writes, segments, receipts),
+        memory_events=dict(trajectory.memory_events),
+        outcome=trajectory.outcome,
+        siblings=tuple(siblings),
+        stop_reason=trajectory.stop_reason,
+        timings=trajectory.timings,
+        ended=time.time(),
+    )
+
+
+def describe_failure(failure: FailedEpisode, version: PolicyVersion, origin: Origin) -> FailureRecord:
+    task, episode = failure.task_id, failure.episode_id
+    return FailureRecord(origin, task, episode, version, failure.boundary, failure.message, time.time())
+
+
+def _segment(segment: Segment, chat: ChatFormat) -> SegmentRecord:
+    ids = [int(token) for token in segment.token_ids]
+    passages: list[Passage] = []
+    place = 0
+    for span in segment.spans:
+        passages += _turns(ids, place, span.start, chat)
+        passages.append(Passage(span.kind, span.start, span.end, chat.decode(ids[span.start : span.end])))
+        place = span.end
+    passages += _turns(ids, place, len(ids), chat)
+    return SegmentRecord(segment.revision, tuple(ids), tuple(passages))
+
+
+def _turns(ids: Sequence[int], start: int, end: int, chat: ChatFormat) -> list[Passage]:
+    """The turns in the tokens [start, end), which the agent did not sample."""
+    turns = chat.turns(ids[start:end])
+    return [
+        Passage(cast(PassageKind, turn.role), start + turn.start, start + turn.end, turn.text)
+        for turn in turns
+    ]
+
+
+def _entries(
+    log: Sequence[WriteRecord], segments: Sequence[SegmentRecord], receipts: bool
+) -> tuple[WriteEntry, ...]:
+    """Find the segment that each write came after. The log itself does not name it.
+
+    It is the next segment that holds the text of the write. Where there is none (a memory that writes what it
+    read), it is the last segment under the revision before.
+    """
+    entries: list[WriteEntry] = []
+    place, before = 0, 0  # the first segment that can come next; the revision in force
+    for record in log:
+        later = range(place, len(segments))
+        source = next((at for at in later if _extracts(segments[at], record.extraction)), None)
+        if source is None:
+            older = [at for at, segment in enumerate(segments) if segment.revision <= before]
+            after = max([place - 1, *older[-1:]])
+        else:
+            after, place = source, source + 1
+        before = record.revision
+        receipt: Receipt = "none" if record.outcome != "accepted" else "passed" if receipts else "off"
+        unused = unused_items(record.extraction, record.flashcards) if record.rejected_flashcards else ()
+        entries.append(WriteEntry(after, record, unused, receipt))
+    return tuple(entries)
+
+
+def _extracts(segment: SegmentRecord, text: str) -> bool:
+    return any(passage.kind == "extract" and passage.text == text for passage in segment.passages)
+
+
+# --- the file ----------------------------------------------------------------------------------------------
 
 
 def file_name(record: Record) -> str:
-    """Sorts by step; two episodes of one run never share it."""
-    origin = record.origin
-    parts = (
-        f"step-{origin.step:06d}",
-        "failed" if isinstance(record, FailureRecord) else "",
-        origin.label,
-        record.episode_id,
-    )
+    """Name the record's file: names sort by step, and no two episodes of a run share one."""
+    step, failed = f"step-{record.origin.step:06d}", isinstance(record, FailureRecord)
+    parts = (step, "failed" if failed else "", record.origin.label, record.episode_id)
     words = (re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-.")[:80] for part in parts)
     return "--".join(word for word in words if word) + ".json"
 
 
 def save(record: Record, folder: Path) -> Path:
-    """Into ``folder``, in one step. Raises OSError, with nothing half-written left behind."""
+    """Write the record into ``folder``. Raises OSError; the file is whole or absent."""
     kind = next(name for name, cls in _KINDS.items() if isinstance(record, cls))
-    text = json.dumps(
-        {"format": FORMAT, "kind": kind, **plain(asdict(record))}, ensure_ascii=False, allow_nan=False
-    )
+    content = {"format": FORMAT, "kind": kind, **plain(asdict(record))}
     path = folder / file_name(record)
-    save_text(text, path)
+    save_text(json.dumps(content, ensure_ascii=False, allow_nan=False), path)
     return path
 
 
 def save_text(text: str, path: Path) -> None:
-    """In one step: a reader finds the old file or the new one. Lone surrogates (half a character, sampled) are replaced. Raises OSError."""
+    """Write ``text`` as ``write_text`` does, in a new folder if need be. Raises OSError.
+
+    Half a character (a lone surrogate, which a model may sample) becomes "?".
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with beside.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def load(path: Path) -> Record:
-    """Raises RecordError for a file that is missing, damaged, foreign or of another version."""
+    """Read a record. Raises RecordError for a file that is missing, damaged, foreign or too new."""
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise RecordError(f"{path}: is larger than {_MOST_BYTES >> 20} MiB, so it is no episode record")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_bytes(), object_hook=_with_losses)
     except FileNotFoundError:
-        raise RecordError(
-            f"{path} does not exist; python -m cluster inspect RUN lists the episodes of a run"
-        ) from None
+        raise RecordError(f"{path} does not exist; {_CURE}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise RecordError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())[:200]})") from None
+        reason = " ".join(str(error).split())[:200]
+        raise RecordError(f"{path}: cannot be read as JSON ({reason})") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("kind") not in list(_KINDS):
-        raise RecordError(
-            f"{path}: is no episode record of format {FORMAT}; python -m cluster inspect RUN lists those of a run"
-        )
+        raise RecordError(f"{path}: is no episode record of format {FORMAT}; {_CURE}")
     try:
-        record: Record = decode(
-            _KINDS[data.pop("kind")], {key: value for key, value in data.items() if key != "format"}, ""
-        )
-        _check(record)
-    except DecodeError as error:
+        record = parse_json(json.dumps(data), _KINDS[data["kind"]])
+    except FileError as error:
         raise RecordError(f"{path}: {error}") from None
+    if isinstance(record, EpisodeRecord) and (fault := _fault(record)):
+        raise RecordError(f"{path}: {fault}")
     return record
 
 
 def list_records(run_dir: Path) -> list[Path]:
-    """The episodes of a run, by step."""
+    """List the files of a run's episodes, by step."""
     return sorted((run_dir / FOLDER).glob("*.json"))
 
 
-def _check(record: Record) -> None:
-    """What the types do not say, and whoever shows or replays an episode relies on."""
-    if isinstance(record, FailureRecord):
-        return
+def _with_losses(values: dict[str, Any]) -> dict[str, Any]:
+    """Read null as NaN where it is a loss: JSON has no NaN."""
+    return {
+        key: math.nan if value is None and key in ("loss_before", "loss_after") else value
+        for key, value in values.items()
+    }
+
+
+def _fault(record: EpisodeRecord) -> str:
+    """Say what is wrong with values of the right type, "" if nothing. Views and replay rely on them."""
     for number, segment in enumerate(record.segments):
         for place, passage in enumerate(segment.passages):
             if not 0 <= passage.start <= passage.end <= len(segment.token_ids):
-                raise DecodeError(
-                    f"segments[{number}].passages[{place}]: [{passage.start}, {passage.end}) is outside of the segment's tokens"
-                )
+                where = f"segments.{number}.passages.{place}"
+                return f"{where}: [{passage.start}, {passage.end}) is outside of the segment's tokens"
     for number, write in enumerate(record.writes):
         if not -1 <= write.after < max(1, len(record.segments)):
-            raise DecodeError(f"writes[{number}].after: there is no segment {write.after}")
+            return f"writes.{number}.after: there is no segment {write.after}"
+    return ""
 
 
 def plain(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Replace what JSON has not: a number that is not finite becomes None, a tuple a list."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,22 +1,19 @@
-"""Keeps some episodes of a run as records, beside the training and never in its way.
+"""The recorder: keeps some episodes of a run as records, beside the training and never in its way.
 
-    loop: step, batch --draw by lot--> queue --a thread: fetch, describe, save--> <run>/episodes/ --> sink (MLflow traces)
-    stream: failed siblings ---------->  |
-    evaluation: its first tasks ------>  |
+    loop: some of each batch -> queue --a thread: fetch, describe, save--> RUN/episodes/ --> MLflow traces
+    stream: failed siblings --> |
+    evaluation: first tasks --> |
 
-Invariant: nothing here raises into the run or makes it wait. A queue that is full, a disk that is full, a group that is gone cost records, which are
-counted, and said in one line at the end.
+Invariant: nothing here raises into the run or makes it wait. A full queue, a full disk or a lost group costs
+records. They are counted, and named in one line at the end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import queue
-import threading
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,25 +25,64 @@ from actors.episodes.group_summary import GroupSummary
 from actors.text.chat_template import ChatFormat
 from actors.types import FailedEpisode, PolicyVersion, Task, Trajectory, TrajectoryGroup
 from cluster.fleet.stream import Batch
-from cluster.inspection.describe import describe, describe_failure
-from cluster.inspection.record import FOLDER, Origin, Record, Source, save, save_text
+from cluster.inspection.background import Background
+from cluster.inspection.record import (
+    FOLDER,
+    Origin,
+    Record,
+    Source,
+    describe,
+    describe_failure,
+    save,
+    save_text,
+)
+from cluster.inspection.traces import EpisodeTraces
 from cluster.measure.rows import EpisodeSource, EvaluationRow
+from cluster.tracking.tracker import store_uri
 from configs.load import to_yaml
 from configs.schema import EpisodesConfig, RunConfig
 
 _MOST_WAITING = 64  # jobs; each may hold a group in memory
+_WAIT_S, _TRACES_WAIT_S = 30.0, 10.0  # at the end of a run
+_STOPPED_WAIT_S = 2.0  # a run that was told to stop, or failed, needs its grace time for other things
 _log = logging.getLogger(__name__)
 
 
+@contextmanager
+def recording(config: RunConfig, run_dir: Path, model_path: Path, run_id: str) -> Iterator[EpisodeRecorder]:
+    """Record a run during the block; at its end everything is written. No ``run_id``: no traces."""
+    wanted = config.episodes.traces and run_id
+    traces = EpisodeTraces(store_uri(config.tracking, run_dir.parent), run_id) if wanted else None
+    chat = _chat_of(model_path)  # now: two threads that import transformers at once meet it half imported
+    recorder = EpisodeRecorder(config.episodes, run_dir, chat, _from_object_store, traces or NoSink())
+    wait = _WAIT_S
+    try:
+        yield recorder
+    except BaseException:
+        wait = _STOPPED_WAIT_S
+        raise
+    finally:
+        recorder.close(wait)
+        if traces is not None:
+            traces.close(min(wait, _TRACES_WAIT_S, config.tracking.finish_timeout_s))
+
+
 class Sink(Protocol):
-    """Who else wants a record: must return at once, and not raise."""
+    """Receives each record after it was saved. Must return at once, and not raise."""
 
     def add(self, record: Record) -> None: ...
 
 
+class NoSink:
+    """Leaves the records as files only."""
+
+    def add(self, record: Record) -> None:
+        pass
+
+
 @dataclass(frozen=True, slots=True)
 class _Scene:
-    """What the episodes of one step or row have in common."""
+    """What the episodes of one step, or of one row, have in common."""
 
     config: RunConfig
     source: Source
@@ -55,7 +91,11 @@ class _Scene:
 
 
 class EpisodeRecorder:
-    """One of a run. ``fetch`` (what a FinishedGroup leads to) is called on its thread; it may block and raise."""
+    """The recorder of one run.
+
+    ``fetch`` gets a group by the ``content`` of its FinishedGroup. It runs on the recorder's thread, and may
+    block and raise.
+    """
 
     def __init__(
         self,
@@ -67,115 +107,81 @@ class EpisodeRecorder:
     ) -> None:
         self._settings, self._run_dir = settings, run_dir
         self._chat, self._fetch, self._sink = chat, fetch, sink
-        self._named: dict[str, str] = {}  # the settings' files
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(_MOST_WAITING)
-        self._thread = threading.Thread(target=self._run, name="episode-recorder", daemon=True)
+        self._settings_files: dict[str, str] = {}  # file names, by the config's repr
+        self._jobs: Background[Callable[[], None]] = Background(
+            "episode-recorder", lambda job: job(), _explain, _MOST_WAITING
+        )
         self._failures = 0  # records of failed episodes
-        self._problem = ""
-        self.lost = 0
+
+    @property
+    def lost(self) -> int:
+        """Jobs that came to nothing."""
+        return self._jobs.lost
 
     def on_batch(self, config: RunConfig, step: int, batch: Batch) -> None:
-        """The groups that the learner's ``step`` was made of: ``episodes.per_step`` of their episodes are kept."""
+        """Keep ``episodes.per_step`` of the episodes that the learner's ``step`` was made of."""
         scene = _Scene(config, "train", "", step)
-        everyone = [
+        episodes = [
             (place, number)
             for place, group in enumerate(batch.groups)
             for number in range(len(group.summary.episodes))
         ]
-        draw = np.random.default_rng(derived_seed(config.seed, "kept episodes", step)).permutation(
-            len(everyone)
-        )
-        chosen = [everyone[index] for index in draw[: self._settings.per_step]]
-        for place in sorted({place for place, _ in chosen}):
-            content, numbers = (
-                batch.groups[place].content,
-                [number for group, number in chosen if group == place],
-            )
+        lot = np.random.default_rng(derived_seed(config.seed, "kept episodes", step))
+        drawn = [episodes[index] for index in lot.permutation(len(episodes))[: self._settings.per_step]]
+        for place in sorted({place for place, _ in drawn}):
+            numbers = tuple(number for group, number in drawn if group == place)
 
-            def keep(content: Any = content, numbers: Sequence[int] = tuple(numbers)) -> None:
+            def keep(content: Any = batch.groups[place].content, numbers: Sequence[int] = numbers) -> None:
                 group = self._fetch(content)
                 self._keep_finished(scene, group, [group.trajectories[number] for number in numbers])
 
-            self._submit(keep)
+            self._jobs.submit(keep)
 
     def on_failures(self, config: RunConfig, step: int, summary: GroupSummary) -> None:
-        """A training group's failed siblings."""
-        self._submit_failures(
-            _Scene(config, "train", "", step), summary.failed, summary.policy_version, summary.worker
-        )
+        """Keep the failed siblings of a training group, at most ``episodes.failed`` in a run."""
+        scene = _Scene(config, "train", "", step)
+        self._keep_failed(scene, summary.failed, summary.policy_version, summary.worker)
 
     def watch(self, sources: Sequence[EpisodeSource], config: RunConfig, step: int) -> list[EpisodeSource]:
-        """``sources`` for an evaluation of the policy after ``step``: the first ``episodes.per_evaluation`` tasks of its row are kept."""
+        """Wrap the ``sources`` of an evaluation after ``step``: the episodes of its first tasks are kept."""
         return [_Watched(source, self, config, step) for source in sources]
 
     def on_evaluated(
         self, config: RunConfig, step: int, position: int, row: EvaluationRow, group: TrajectoryGroup
     ) -> None:
+        """Keep the episodes of the first ``episodes.per_evaluation`` tasks of a row."""
         scene = _Scene(replace(config, memory=row.memory, seed=row.seed), "evaluation", row.label, step)
-        self._submit_failures(scene, group.failed, group.policy_version, group.worker)
+        self._keep_failed(scene, group.failed, group.policy_version, group.worker)
         if position < self._settings.per_evaluation and group.trajectories:
-            self._submit(lambda: self._keep_finished(scene, group, group.trajectories))
+            self._jobs.submit(lambda: self._keep_finished(scene, group, group.trajectories))
 
     def close(self, seconds: float) -> None:
-        """After the last call: wait at most ``seconds`` for what is still to be written."""
-        if self._thread.is_alive():
-            deadline, left = time.monotonic() + seconds, self._jobs.qsize()
-            with suppress(queue.Full):
-                self._jobs.put(None, timeout=seconds)
-                self._thread.join(max(0.0, deadline - time.monotonic()))
-            if self._thread.is_alive():
-                self.lost += left
-                self._problem = self._problem or "the run ended first"
+        """Wait at most ``seconds`` for what is still to be written. The last call."""
+        self._jobs.close(seconds)
         if self.lost:
-            _log.warning(
-                "warning: %d episodes that were to be kept in %s are not (%s)",
-                self.lost,
-                self._run_dir / FOLDER,
-                self._problem,
-            )
+            text = "warning: %d episodes that were to be kept in %s are not (%s)"
+            _log.warning(text, self.lost, self._run_dir / FOLDER, self._jobs.problem)
 
-    def _submit(self, job: Callable[[], None]) -> None:
-        if not self._thread.is_alive():
-            self._thread.start()
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            self._lose("more came than could be written")
-
-    def _submit_failures(
+    def _keep_failed(
         self, scene: _Scene, failed: Sequence[FailedEpisode], version: PolicyVersion, worker: str
     ) -> None:
         kept = failed[: max(0, self._settings.failed - self._failures)]
         self._failures += len(kept)
+
+        def keep() -> None:
+            origin = self._origin(scene, worker)
+            self._keep([describe_failure(failure, version, origin) for failure in kept])
+
         if kept:
-            self._submit(
-                lambda: self._keep(
-                    [describe_failure(failure, version, self._origin(scene, worker)) for failure in kept]
-                )
-            )
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job()
-            except Exception as error:  # noqa: BLE001  a lost object, a full disk, a damaged group: none may reach the run
-                self._lose(" ".join(f"{type(error).__name__}: {error}".split())[:300])
-
-    def _lose(self, problem: str) -> None:
-        self.lost += 1
-        self._problem = self._problem or problem
+            self._jobs.submit(keep)
 
     def _keep_finished(
         self, scene: _Scene, group: TrajectoryGroup, trajectories: Sequence[Trajectory]
     ) -> None:
         receipts = scene.config.engine.receipts == "always"
         siblings = [trajectory.outcome.reward for trajectory in group.trajectories]
-        self._keep(
-            [
-                describe(one, self._chat, self._origin(scene, group.worker), receipts, siblings)
-                for one in trajectories
-            ]
-        )
+        origin = self._origin(scene, group.worker)
+        self._keep([describe(played, self._chat, origin, receipts, siblings) for played in trajectories])
 
     def _keep(self, records: Sequence[Record]) -> None:
         for record in records:
@@ -183,13 +189,13 @@ class EpisodeRecorder:
             self._sink.add(record)
 
     def _origin(self, scene: _Scene, worker: str) -> Origin:
-        """Puts the settings beside the records, once for each that differs."""
-        name = self._named.get(repr(scene.config), "")
+        """Say where an episode comes from. Its settings stand beside the records, each version once."""
+        name = self._settings_files.get(repr(scene.config), "")
         if not name:
             text = to_yaml(scene.config)
             name = f"settings-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}.yaml"
             save_text(text, self._run_dir / FOLDER / name)
-            self._named[repr(scene.config)] = name
+            self._settings_files[repr(scene.config)] = name
         return Origin(
             run=self._run_dir.name,
             source=scene.source,
@@ -203,7 +209,7 @@ class EpisodeRecorder:
 
 
 class _Watched:
-    """An EpisodeSource whose episodes the recorder sees as they finish."""
+    """An EpisodeSource that shows its finished episodes to the recorder."""
 
     def __init__(
         self, source: EpisodeSource, recorder: EpisodeRecorder, config: RunConfig, step: int
@@ -220,23 +226,20 @@ class _Watched:
         return group
 
 
-class NoSink:
-    """Records are files only."""
-
-    def add(self, record: Record) -> None:
-        pass
-
-
-def chat_of(model_path: Path) -> ChatFormat:
-    """The chat format of the model in ``model_path``; a second or two."""
+def _chat_of(model_path: Path) -> ChatFormat:
+    """Read the chat format of the model in ``model_path``: a second or two."""
     from transformers import AutoTokenizer
 
     return ChatFormat(AutoTokenizer.from_pretrained(str(model_path)))
 
 
-def from_object_store(reference: Any) -> TrajectoryGroup:
-    """A group where the worker left it. Raises what Ray raises."""
+def _from_object_store(reference: Any) -> TrajectoryGroup:
+    """Get a group from Ray's object store, where the worker left it. Raises what Ray raises."""
     import ray
 
     group: TrajectoryGroup = ray.get(reference, timeout=60)
     return group
+
+
+def _explain(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

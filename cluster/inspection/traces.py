@@ -1,9 +1,10 @@
-"""Kept episodes as MLflow traces of the run: observe, act, extract, write, receipt, answer and reward, made from the record and nothing else.
+"""Kept episodes as MLflow traces of the run, made from their records and nothing else.
 
-    EpisodeRecord --steps_of--> spans --a thread: start_trace, log_spans--> the experiment, trace metadata mlflow.sourceRun = the run
+    EpisodeRecord --steps_of--> spans: observe, act, extract, write, receipt, answer, reward
+    spans --a thread: start_trace, log_spans--> the experiment; metadata mlflow.sourceRun = the run
 
-A store that is away costs traces (they are counted; the records stay in the run's folder), never the run. An episode knows how long each of its
-phases took, not when: a phase's seconds are shared out over its spans, in order, and the root span says so.
+A store that is away costs traces, never the run. They are counted; their records stay in the run's folder.
+Only the sum of each phase was measured: its seconds are shared out over its spans. The root span says so.
 """
 
 from __future__ import annotations
@@ -11,24 +12,31 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import queue
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
+from cluster.inspection.background import Background
 from cluster.inspection.record import (
     EpisodeRecord,
     FailureRecord,
     Passage,
     Record,
+    SegmentRecord,
     WriteEntry,
     file_name,
     plain,
 )
 from cluster.tracking.sender import first_line, shown
 
+if TYPE_CHECKING:
+    from mlflow.entities.span import Span
+    from mlflow.tracing.client import TracingClient
+    from opentelemetry.trace import SpanContext
+
 _MOST_WAITING = 32
+_LONGEST_PREVIEW = 500  # characters
 _TIMES = "the seconds of a phase are shared out over its spans: only their sums were measured"
 _READ = ("system", "user", "assistant", "text")
 _log = logging.getLogger(__name__)
@@ -36,104 +44,82 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One span to be. ``seconds``: its length. ``inside``: spans within it, at its end."""
+    """A span to be. ``kind``: MLflow's span type. ``inside``: spans at its end, beyond ``seconds``."""
 
     name: str
-    kind: str  # MLflow's span type
+    kind: str
     inputs: Any
     outputs: Any
     seconds: float
     attributes: dict[str, Any] = field(default_factory=dict)
     inside: tuple[Step, ...] = ()
+    error: str = ""
+
+    @property
+    def length(self) -> float:
+        return self.seconds + sum(step.length for step in self.inside)
 
 
-def steps_of(record: Record) -> tuple[Step, ...]:
-    """What happened in the episode, in order."""
-    if isinstance(record, FailureRecord):
-        return ()
-    return (*_told(record, _Pace(record)), *_ending(record))
+def steps_of(record: EpisodeRecord) -> tuple[Step, ...]:
+    """List what happened in the episode, in order."""
+    return (*_contexts(record, _Pace(record)), *_ending(record))
 
 
 class _Pace:
-    """Seconds of each phase by the unit that it is shared out over."""
+    """Seconds of each phase for one of its units: a token, a write, an install, a stretch that was read."""
 
     def __init__(self, record: EpisodeRecord) -> None:
-        sampled = dict.fromkeys(("act", "extract"), 0)
-        observed = 0
-        for segment in record.segments:
-            for kind in sampled:
-                sampled[kind] += sum(
-                    passage.end - passage.start for passage in segment.passages if passage.kind == kind
-                )
-            observed += sum(1 for _ in _stretches(segment.passages))
-        written = [write for write in record.writes if write.log.outcome != "empty"]
         times = record.timings
-        self.token = {
-            "act": times.act / max(1, sampled["act"]),
-            "extract": times.extract / max(1, sampled["extract"]),
-        }
-        self.write = times.write / max(1, len(written))
-        self.install = times.install / max(1, sum(write.log.outcome == "accepted" for write in written))
-        self.observe = max(0.0, times.environment) / max(1, observed)
+        outcomes = [write.log.outcome for write in record.writes]
+        reads = sum(read for segment in record.segments for read, _ in _stretches(segment))
+        self.act = times.act / max(1, record.tokens_of("act"))
+        self.extract = times.extract / max(1, record.tokens_of("extract"))
+        self.write = times.write / max(1, len(outcomes) - outcomes.count("empty"))
+        self.install = times.install / max(1, outcomes.count("accepted"))
+        self.observe = max(0.0, times.environment) / max(1, reads)
 
 
-def _stretches(passages: tuple[Passage, ...]) -> Iterator[list[Passage]]:
-    """What was read between two replies, as one."""
-    run: list[Passage] = []
-    for passage in passages:
-        if passage.kind in _READ:
-            run.append(passage)
-        elif run:
-            yield run
-            run = []
-    if run:
-        yield run
+def _stretches(segment: SegmentRecord) -> Iterator[tuple[bool, list[Passage]]]:
+    """Group the passages read between two replies: (True, passages). A reply is (False, [reply])."""
+    for read, passages in groupby(segment.passages, key=lambda passage: passage.kind in _READ):
+        if read:
+            yield True, list(passages)
+        else:
+            yield from ((False, [passage]) for passage in passages)
 
 
-def _told(record: EpisodeRecord, pace: _Pace) -> Iterator[Step]:
-    yield from _behind(record, -1, pace)
+def _contexts(record: EpisodeRecord, pace: _Pace) -> Iterator[Step]:
+    yield from _writes_after(record, -1, pace)
     for number, segment in enumerate(record.segments):
-        where = {"context": number, "revision": segment.revision}
-        read: list[Passage] = []
-        for passage in (*segment.passages, None):
-            if passage is not None and passage.kind in _READ:
-                read.append(passage)
-                continue
+        for read, passages in _stretches(segment):
+            tokens = sum(passage.tokens for passage in passages)
+            about = {"context": number, "revision": segment.revision, "tokens": tokens}
             if read:
-                turns = [{"role": turn.kind, "text": turn.text} for turn in read]
-                tokens = sum(turn.end - turn.start for turn in read)
-                yield Step("observe", "UNKNOWN", None, turns, pace.observe, {**where, "tokens": tokens})
-                read = []
-            if passage is not None:
-                yield _said(record, number, passage, where, pace)
-        yield from _behind(record, number, pace)
+                turns = [{"role": turn.kind, "text": turn.text} for turn in passages]
+                yield Step("observe", "UNKNOWN", None, turns, pace.observe, about)
+            else:
+                yield _reply(record, number, passages[0], pace, about)
+        yield from _writes_after(record, number, pace)
 
 
-def _said(record: EpisodeRecord, number: int, passage: Passage, where: dict[str, Any], pace: _Pace) -> Step:
-    tokens = passage.end - passage.start
+def _reply(record: EpisodeRecord, number: int, passage: Passage, pace: _Pace, about: dict[str, Any]) -> Step:
     outputs: dict[str, Any] = {"text": passage.text}
-    if passage.kind == "extract":
-        for write in (
-            write for write in record.writes if write.after == number and write.log.extraction == passage.text
-        ):
-            outputs["flashcards"] = [
-                {"question": card.question, "answer": card.answer} for card in write.log.flashcards
-            ]
-            outputs["unused"] = list(write.unused)
-    return Step(
-        passage.kind, "LLM", None, outputs, tokens * pace.token[passage.kind], {**where, "tokens": tokens}
-    )
+    if passage.kind == "act":
+        return Step("act", "LLM", None, outputs, passage.tokens * pace.act, about)
+    for write in record.writes:
+        if write.after == number and write.log.extraction == passage.text:
+            outputs |= {"flashcards": _cards(write), "unused": list(write.unused)}
+    return Step("extract", "LLM", None, outputs, passage.tokens * pace.extract, about)
 
 
-def _behind(record: EpisodeRecord, number: int, pace: _Pace) -> Iterator[Step]:
+def _writes_after(record: EpisodeRecord, number: int, pace: _Pace) -> Iterator[Step]:
     for write in record.writes:
         if write.after == number:
-            yield _written(write, pace)
+            yield _write(write, pace)
 
 
-def _written(write: WriteEntry, pace: _Pace) -> Step:
+def _write(write: WriteEntry, pace: _Pace) -> Step:
     log = write.log
-    cards = [{"question": card.question, "answer": card.answer} for card in log.flashcards]
     outputs = {
         "outcome": log.outcome,
         "reason": log.reason,
@@ -141,119 +127,96 @@ def _written(write: WriteEntry, pace: _Pace) -> Step:
         "loss_after": log.loss_after,
         "revision": log.revision,
     }
-    measured = {
+    about = {
         "steps": log.steps,
         "writer_seconds": log.seconds,
         "examples": len(log.examples),
         "rejected": log.rejected_flashcards,
     }
     receipt = Step("receipt", "GUARDRAIL", None, {"receipt": write.receipt}, pace.install)
-    inside = () if write.receipt == "none" else (receipt,)
     return Step(
         "write",
         "MEMORY",
-        {"flashcards": cards},
+        {"flashcards": _cards(write)},
         outputs,
         0.0 if log.outcome == "empty" else pace.write,
-        measured,
-        inside,
+        about,
+        () if write.receipt == "none" else (receipt,),
+        error=(log.reason or log.outcome) if log.outcome == "rolled_back" else "",
     )
+
+
+def _cards(write: WriteEntry) -> list[dict[str, str]]:
+    return [{"question": card.question, "answer": card.answer} for card in write.log.flashcards]
 
 
 def _ending(record: EpisodeRecord) -> Iterator[Step]:
     for answer in record.outcome.answers:
         inputs = {"question": answer.question, "gold": list(answer.gold), "category": answer.category}
-        yield Step(
-            "answer",
-            "EVALUATOR",
-            inputs,
-            {"prediction": answer.prediction, "scores": dict(answer.scores)},
-            0.0,
-        )
-    parts = {"parts": dict(record.outcome.reward_parts), "siblings": list(record.siblings)}
-    yield Step("reward", "EVALUATOR", None, {"reward": record.outcome.reward, **parts}, 0.0)
+        outputs = {"prediction": answer.prediction, "scores": dict(answer.scores)}
+        yield Step("answer", "EVALUATOR", inputs, outputs, 0.0)
+    outcome = record.outcome
+    reward = {
+        "reward": outcome.reward,
+        "parts": dict(outcome.reward_parts),
+        "siblings": list(record.siblings),
+    }
+    yield Step("reward", "EVALUATOR", None, reward, 0.0)
 
 
 class EpisodeTraces:
-    """Sends records to the store from its own thread, opened with the first one. ``uri`` and ``run_id`` name the run."""
+    """Sends records to the store in the background. ``uri`` and ``run_id`` name the run."""
 
     def __init__(self, uri: str, run_id: str) -> None:
         self._uri, self._run_id = uri, run_id
-        self._records: queue.Queue[Record | None] = queue.Queue(_MOST_WAITING)
-        self._thread = threading.Thread(target=self._run, name="mlflow-traces", daemon=True)
-        self._problem = ""
-        self.sent = 0
-        self.dropped = 0
+        self._store: tuple[TracingClient, str] | None = None  # opened with the first record
+        self._records: Background[Record] = Background("mlflow-traces", self._send, first_line, _MOST_WAITING)
+
+    @property
+    def sent(self) -> int:
+        return self._records.done
+
+    @property
+    def dropped(self) -> int:
+        return self._records.lost
 
     def add(self, record: Record) -> None:
-        if not self._thread.is_alive():
-            self._thread.start()
-        try:
-            self._records.put_nowait(record)
-        except queue.Full:
-            self._drop("it is slow")
+        self._records.submit(record)
 
     def close(self, seconds: float) -> None:
-        """Wait at most ``seconds`` for the store; say in one line what it did not take."""
-        if self._thread.is_alive():
-            left = self._records.qsize()
-            try:
-                self._records.put(None, timeout=seconds)
-                self._thread.join(seconds)
-            except queue.Full:
-                pass
-            if self._thread.is_alive():
-                self.dropped += left
+        """Wait at most ``seconds`` for the store. One line says what it did not take. The last call."""
+        self._records.close(seconds)
         if self.dropped:
-            why = self._problem or "it does not answer"
-            _log.warning(
-                "warning: MLflow at %s did not take %d episode traces (%s): the records are in the run's folder",
-                shown(self._uri),
-                self.dropped,
-                why,
-            )
+            text = "warning: MLflow at %s did not take %d episode traces (%s): "
+            text += "the records are in the run's folder"
+            _log.warning(text, shown(self._uri), self.dropped, self._records.problem)
 
-    def _run(self) -> None:
-        experiment = ""
-        client: Any = None
-        while (record := self._records.get()) is not None:
-            try:
-                if client is None:
-                    from mlflow.tracing.client import TracingClient
-                    from mlflow.tracking import MlflowClient
+    def _send(self, record: Record) -> None:
+        if self._store is None:
+            from mlflow.tracing.client import TracingClient
+            from mlflow.tracking import MlflowClient
 
-                    experiment = str(
-                        MlflowClient(tracking_uri=self._uri).get_run(self._run_id).info.experiment_id
-                    )
-                    client = TracingClient(self._uri)
-                send(client, experiment, self._run_id, record)
-                self.sent += 1
-            except Exception as error:  # noqa: BLE001  whatever the store, its driver or its HTTP client raise: a trace is lost, not the run
-                self._drop(first_line(error))
-
-    def _drop(self, problem: str) -> None:
-        self.dropped += 1
-        self._problem = self._problem or problem
+            run = MlflowClient(tracking_uri=self._uri).get_run(self._run_id)
+            self._store = TracingClient(self._uri), str(run.info.experiment_id)
+        send(*self._store, self._run_id, record)
 
 
-def send(client: Any, experiment: str, run_id: str, record: Record) -> str:
-    """One trace by ``client`` (a TracingClient); its id, the same for the same episode of the same run. Raises what MLflow raises."""
+def send(client: TracingClient, experiment: str, run_id: str, record: Record) -> None:
+    """Send one trace. The same episode of the same run has the same id. Raises what MLflow raises."""
     from mlflow.entities import TraceInfo, TraceLocation, TraceState
 
-    number = int.from_bytes(
-        hashlib.blake2b(f"{run_id}/{file_name(record)}".encode(), digest_size=16).digest(), "big"
-    )
+    name = f"{run_id}/{file_name(record)}".encode()
+    number = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "big")
     root = _root(record)
-    spans = _spans(root, number, int((record.ended - root.seconds) * 1e9))
-    failed = isinstance(record, FailureRecord)
+    began = record.ended - root.length
     info = TraceInfo(
-        trace_id=f"tr-{number:032x}",
+        trace_id=_trace_id(number),
         trace_location=TraceLocation.from_experiment_id(experiment),
-        request_time=int((record.ended - root.seconds) * 1000),
-        state=TraceState.ERROR if failed else TraceState.OK,
+        request_time=int(began * 1000),
+        state=TraceState.ERROR if root.error else TraceState.OK,
         request_preview=f"{record.task_id} ({record.episode_id})",
-        response_preview=_preview(record),
-        execution_duration=int(root.seconds * 1000),
+        response_preview=_preview(record)[:_LONGEST_PREVIEW],
+        execution_duration=int(root.length * 1000),
         trace_metadata={"mlflow.sourceRun": run_id},
         tags={
             "mlflow.traceName": "episode",
@@ -262,20 +225,22 @@ def send(client: Any, experiment: str, run_id: str, record: Record) -> str:
         },
     )
     client.start_trace(info)
-    client.log_spans(experiment, spans)
-    return info.trace_id
+    client.log_spans(experiment, _spans(root, number, int(began * 1e9), None, 1))
+
+
+def _trace_id(number: int) -> str:
+    return f"tr-{number:032x}"
 
 
 def _preview(record: Record) -> str:
     if isinstance(record, FailureRecord):
-        return f"{record.boundary}: {record.message}"[:500]
-    return f"reward {record.outcome.reward:.3f}: {' | '.join(answer.prediction for answer in record.outcome.answers)}"[
-        :500
-    ]
+        return f"{record.boundary}: {record.message}"
+    answers = " | ".join(answer.prediction for answer in record.outcome.answers)
+    return f"reward {record.outcome.reward:.3f}: {answers}"
 
 
 def _root(record: Record) -> Step:
-    origin = record.origin
+    origin, inputs = record.origin, {"task": record.task_id}
     about = {
         "task": record.task_id,
         "episode": record.episode_id,
@@ -288,75 +253,44 @@ def _root(record: Record) -> Step:
         "times": _TIMES,
     }
     if isinstance(record, FailureRecord):
-        return Step(
-            "episode",
-            "AGENT",
-            {"task": record.task_id},
-            {"failed": record.boundary, "message": record.message},
-            0.0,
-            about,
-        )
-    steps = steps_of(record)
+        outputs: dict[str, Any] = {"failed": record.boundary, "message": record.message}
+        return Step("episode", "AGENT", inputs, outputs, 0.0, about, error=record.message or record.boundary)
     answers = [answer.prediction for answer in record.outcome.answers]
     outputs = {"reward": record.outcome.reward, "answers": answers, "stop_reason": record.stop_reason}
-    seconds = sum(_length(step) for step in steps)
-    return Step(
-        "episode",
-        "AGENT",
-        {"task": record.task_id},
-        outputs,
-        seconds,
-        about | {"tokens": record.tokens},
-        steps,
-    )
+    about |= {"tokens": record.tokens}
+    return Step("episode", "AGENT", inputs, outputs, 0.0, about, steps_of(record))
 
 
-def _length(step: Step) -> float:
-    return step.seconds + (0.0 if step.name == "episode" else sum(_length(inner) for inner in step.inside))
-
-
-def _spans(root: Step, trace: int, start: int) -> list[Any]:
-    """MLflow spans (nanoseconds since 1970) of ``root`` and all within it, one after the other."""
+def _spans(step: Step, trace: int, start: int, parent: SpanContext | None, first_id: int) -> list[Span]:
+    """Make MLflow's spans of ``step`` and all inside it. ``start``: ns since 1970; ids from ``first_id``."""
     from mlflow.entities.span import Span
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.trace import SpanContext, TraceFlags
     from opentelemetry.trace.status import Status, StatusCode
 
-    resource, made = Resource({}), list[Any]()
-
-    def add(step: Step, began: int, parent: SpanContext | None) -> int:
-        context = SpanContext(
-            trace, len(made) + 1, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED)
-        )
-        ended = began + int(_length(step) * 1e9)
-        values = {
-            "mlflow.traceRequestId": f"tr-{trace:032x}",
-            "mlflow.spanType": step.kind,
-            "mlflow.spanInputs": step.inputs,
-        }
-        values |= {"mlflow.spanOutputs": step.outputs, **step.attributes}
-        attributes = {
-            key: json.dumps(plain(value), ensure_ascii=False)
-            for key, value in values.items()
-            if value is not None
-        }
-        failed = isinstance(step.outputs, dict) and (
-            step.outputs.get("outcome") == "rolled_back" or "failed" in step.outputs
-        )
-        status = (
-            Status(StatusCode.ERROR, str(step.outputs.get("reason") or step.outputs.get("message")))
-            if failed
-            else Status(StatusCode.OK)
-        )
-        span = ReadableSpan(
-            step.name, context, parent, resource, attributes, status=status, start_time=began, end_time=ended
-        )
-        made.append(Span(span))
-        place = began if step is root else began + int(step.seconds * 1e9)
-        for inner in step.inside:
-            place = add(inner, place, context)
-        return ended
-
-    add(root, start, None)
-    return made
+    values = {
+        "mlflow.traceRequestId": _trace_id(trace),
+        "mlflow.spanType": step.kind,
+        "mlflow.spanInputs": step.inputs,
+        "mlflow.spanOutputs": step.outputs,
+        **step.attributes,
+    }
+    present = {key: value for key, value in values.items() if value is not None}
+    context = SpanContext(trace, first_id, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+    span = ReadableSpan(
+        step.name,
+        context,
+        parent,
+        Resource({}),
+        {key: json.dumps(plain(value), ensure_ascii=False) for key, value in present.items()},
+        status=Status(StatusCode.ERROR, step.error) if step.error else Status(StatusCode.OK),
+        start_time=start,
+        end_time=start + int(step.length * 1e9),
+    )
+    spans = [Span(span)]
+    start += int(step.seconds * 1e9)
+    for inner in step.inside:
+        spans += _spans(inner, trace, start, context, first_id + len(spans))
+        start += int(inner.length * 1e9)
+    return spans

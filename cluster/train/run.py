@@ -17,7 +17,7 @@ from dataclasses import replace
 from cluster.common.display import Display
 from cluster.common.ray_job import current_job, note_run
 from cluster.fleet.ledger import ledger_line
-from cluster.inspection.start import recording
+from cluster.inspection.recorder import recording
 from cluster.measure.rows import EpisodeSource
 from cluster.runs.checkpoint import (
     TrainState,

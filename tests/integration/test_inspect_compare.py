@@ -1,4 +1,4 @@
-"""``inspect --compare`` on a real model and real writes: its two answers are those of Hugging Face's own generation, with the Delta and without."""
+"""``inspect --compare`` on a real model and real writes: its answers are those of transformers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Played:
 
 @pytest.fixture(scope="module")
 def played(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Played:
-    """Two writes, and one of the questions asked under the second revision; the record as a run leaves it."""
+    """Write twice, then ask a question under the second revision; keep the record as a run does."""
     run_dir = tmp_path_factory.mktemp("quick-1")
     settings = [
         f"model.name={tiny_model_path}",
@@ -71,15 +71,21 @@ def played(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         assert result.outcome == "accepted"
         weights = result.weights
         revisions.append(weights)
-        numbers = (
-            len(examples[0].prompt_ids),
-            len(examples[0].answer_ids),
-            result.loss_before,
-            result.loss_after,
-            result.steps,
-            result.seconds,
+        log = WriteRecord(
+            revision=weights.revision,
+            examples=examples,
+            flashcards=(card,),
+            extraction="cards",
+            rejected_flashcards=0,
+            prompt_tokens=len(examples[0].prompt_ids),
+            answer_tokens=len(examples[0].answer_ids),
+            loss_before=result.loss_before,
+            loss_after=result.loss_after,
+            steps=result.steps,
+            seconds=result.seconds,
+            outcome="accepted",
+            reason="",
         )
-        log = WriteRecord(weights.revision, examples, (card,), "cards", 0, *numbers, "accepted", "")
         writes.append(WriteEntry(number, log, (), "passed"))
     prompt, said = write_example(CARDS[0], SYSTEM, chat).prompt_ids, chat.reply("a hat")
     ids = (*prompt, *said)
@@ -112,7 +118,7 @@ def played(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def generated(played: Played, weights: FastWeights | None) -> str:
-    """By transformers, greedily, with W + BA by hooks."""
+    """Answer by transformers, greedily, with W + BA by hooks."""
     model = AutoModelForCausalLM.from_pretrained(played.config.model.name, dtype=torch.float32)
     injector = DeltaInjector(model, played.basis)
     prompt = torch.tensor([write_example(CARDS[0], SYSTEM, played.chat).prompt_ids])
@@ -130,20 +136,20 @@ def generated(played: Played, weights: FastWeights | None) -> str:
 
 
 def test_the_two_answers_are_those_of_transformers(played: Played) -> None:
-    (one,) = compare(played.record, played.path, None)
-    assert (one.segment, one.said) == (2, "a hat")
-    assert one.with_delta == generated(played, played.revisions[1])
-    assert one.without == generated(played, None)
-    assert one.with_delta != one.without
+    (answer,) = compare(played.record, played.path, None)
+    assert (answer.segment, answer.said) == (2, "a hat")
+    assert answer.with_delta == generated(played, played.revisions[1])
+    assert answer.without == generated(played, None)
+    assert answer.with_delta != answer.without
 
 
 def test_the_page_shows_both(played: Played, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (one,) = compare(played.record, played.path, None)
+    (answer,) = compare(played.record, played.path, None)
     page = tmp_path / "episode.html"
     assert cli.main(["inspect", str(played.path), "--compare", "--html", str(page)]) == 0
     assert "with Delta = 0" in page.read_text()
     assert capsys.readouterr().err == ""
-    assert one.said in page.read_text()
+    assert answer.said in page.read_text() and answer.with_delta in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -151,7 +157,7 @@ def test_the_page_shows_both(played: Played, tmp_path: Path, capsys: pytest.Capt
     [
         (
             {"policy_version": 4},
-            "was played on policy version 4, there are checkpoints of none here: give its checkpoint with --policy FOLDER",
+            "was played on policy version 4, there are checkpoints of none here: give its checkpoint",
         ),
         ({"basis_id": "other"}, "no basis other in"),
         ({"loss": 9.0}, "logged a loss of 9.00000 after it"),

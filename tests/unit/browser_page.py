@@ -1,4 +1,6 @@
-"""A page in a real browser without a screen (Chromium of PySide6-WebEngine). Prints JSON: its text, requests, alerts, console messages.
+"""Shows a page in a real browser without a screen (Chromium of PySide6-WebEngine).
+
+Prints JSON: the page's text, its requests, alerts and console messages.
 
 python browser_page.py URL [SCREENSHOT.png]
 """

@@ -1,4 +1,4 @@
-"""What is kept of an episode and how it is shown: the record of a scripted episode, its file, its two views, and hostile text in all of it."""
+"""The record of a scripted episode: its file, its two views, its recorder, and hostile text in all of it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ from cluster import cli
 from cluster.fleet.contract import FinishedGroup
 from cluster.fleet.stream import Batch
 from cluster.inspection.compare import Compared
-from cluster.inspection.describe import describe, describe_failure
 from cluster.inspection.page import render
 from cluster.inspection.record import (
     FOLDER,
@@ -46,6 +45,8 @@ from cluster.inspection.record import (
     Origin,
     Record,
     RecordError,
+    describe,
+    describe_failure,
     list_records,
     load,
     save,
@@ -86,21 +87,13 @@ def play(chat: ChatFormat) -> Callable[..., Trajectory]:
             return sampled(chat.reply(said if sampling.max_tokens > 8 else answer))
 
         async def episode() -> Trajectory:
-            memory = build_memory(
-                MemoryConfig(policy=policy, max_context_tokens=50), WriteConfig(), SURROUNDINGS
-            )
+            settings = MemoryConfig(policy=policy, max_context_tokens=50)
+            memory = build_memory(settings, WriteConfig(), SURROUNDINGS)
             spec = EpisodeSpec(
                 task=TASK, episode_id=episode_id, temperature=1.0, max_answer_tokens=8, max_turns=9, seed=5
             )
-            return await run_episode(
-                spec,
-                ENVIRONMENT,
-                ScriptedPolicy(script),
-                WriteBatcher(ScriptedWriter()),
-                chat,
-                memory,
-                "basis",
-            )
+            engine, writer = ScriptedPolicy(script), WriteBatcher(ScriptedWriter())
+            return await run_episode(spec, ENVIRONMENT, engine, writer, chat, memory, "basis")
 
         return asyncio.run(episode())
 
@@ -114,36 +107,24 @@ def record(play: Callable[..., Trajectory], chat: ChatFormat) -> EpisodeRecord:
 
 @pytest.fixture(scope="module")
 def hostile(record: EpisodeRecord) -> EpisodeRecord:
-    """The same with an attack in every text that a model, a data file or a user can put there."""
+    """The record with an attack in every text that a model, a data file or a user can put there."""
     segments = tuple(
         replace(segment, passages=tuple(replace(passage, text=HOSTILE) for passage in segment.passages))
         for segment in record.segments
     )
+    cards = (Flashcard(HOSTILE, HOSTILE),)
+    logs = (
+        replace(write.log, extraction=HOSTILE, reason=HOSTILE, flashcards=cards, outcome=outcome)
+        for write, outcome in zip(record.writes, ("accepted", "rolled_back"), strict=True)
+    )
     writes = tuple(
-        replace(
-            write,
-            unused=(HOSTILE,),
-            log=replace(
-                write.log,
-                extraction=HOSTILE,
-                reason=HOSTILE,
-                flashcards=(Flashcard(HOSTILE, HOSTILE),),
-                outcome=kind,
-            ),
-        )
-        for write, kind in zip(record.writes, ("accepted", "rolled_back"), strict=True)
+        replace(write, unused=(HOSTILE,), log=log) for write, log in zip(record.writes, logs, strict=True)
     )
     answer = Answer(HOSTILE, (HOSTILE,), HOSTILE, HOSTILE, {HOSTILE: 1.0})
     outcome = replace(record.outcome, answers=(answer,), reward_parts={HOSTILE: 0.5})
     origin = replace(ORIGIN, run=HOSTILE, label=HOSTILE, worker=HOSTILE, model=HOSTILE, source="evaluation")
-    changes = {
-        "segments": segments,
-        "writes": writes,
-        "outcome": outcome,
-        "origin": origin,
-        "memory_events": {HOSTILE: 1},
-    }
-    return replace(record, task_id=HOSTILE, environment=HOSTILE, **changes)  # type: ignore[arg-type]
+    record = replace(record, segments=segments, writes=writes, outcome=outcome, origin=origin)
+    return replace(record, task_id=HOSTILE, environment=HOSTILE, memory_events={HOSTILE: 1})
 
 
 def test_the_record_tells_the_episode_as_the_agent_saw_it(record: EpisodeRecord) -> None:
@@ -154,10 +135,8 @@ def test_the_record_tells_the_episode_as_the_agent_saw_it(record: EpisodeRecord)
     assert first.passages[3].text == SAID
     assert [passage.text for passage in last.passages if passage.kind == "act"] == ["Lisbon", "Lisbon"]
     assert [segment.revision for segment in record.segments] == [0, 1, 2]
-    assert [(write.after, write.log.revision, write.receipt) for write in record.writes] == [
-        (0, 1, "passed"),
-        (1, 2, "passed"),
-    ]
+    writes = [(write.after, write.log.revision, write.receipt) for write in record.writes]
+    assert writes == [(0, 1, "passed"), (1, 2, "passed")]
     assert record.writes[0].log.flashcards == (Flashcard("Who moved?", "Nora"),)
     assert record.writes[0].unused == ('{"instruction": "no answer"}', '"what?"')
     assert (record.writes[0].log.loss_before, record.writes[0].log.loss_after) == (2.0, 1.0)
@@ -182,10 +161,8 @@ def test_an_empty_write_stands_behind_the_context_that_it_came_from(
     play: Callable[..., Trajectory], chat: ChatFormat
 ) -> None:
     record = describe(play(said="I know nothing."), chat, ORIGIN, True, ())
-    assert [(write.after, write.log.outcome, write.receipt) for write in record.writes] == [
-        (0, "empty", "none"),
-        (1, "empty", "none"),
-    ]
+    writes = [(write.after, write.log.outcome, write.receipt) for write in record.writes]
+    assert writes == [(0, "empty", "none"), (1, "empty", "none")]
     assert render(record, ()).count("Nothing was written: no JSON array in the text") == 2
 
 
@@ -209,7 +186,7 @@ def test_a_file_gives_the_record_back(record: EpisodeRecord, tmp_path: Path) -> 
         ("[" * 100_000, "cannot be read as JSON"),
         ("[]", "is no episode record of format engram-episode-1"),
         ('{"format": "engram-run-1"}', "is no episode record of format engram-episode-1"),
-        ('{"format": "engram-episode-1", "kind": "episode"}', "origin: is missing"),
+        ('{"format": "engram-episode-1", "kind": "episode"}', "origin: Field required"),
         ('{"format": "engram-episode-1", "kind": []}', "is no episode record"),
     ],
 )
@@ -254,7 +231,7 @@ def test_a_record_with_one_wrong_value_is_refused_by_its_field_or_harmless(
 
 
 class Page(HTMLParser):
-    """Everything that the page consists of; a tag that is not closed in order is an error."""
+    """Collects tags and texts. A tag that is not closed in order is an error."""
 
     VOID = ("meta", "br", "img", "link", "input")
 
@@ -284,6 +261,10 @@ def well_formed(html: str) -> Page:
     return page
 
 
+def attributes(page: Page) -> set[str]:
+    return {name for _, attrs in page.tags for name in attrs}
+
+
 def test_the_page_needs_nothing_else_and_holds_all_parts(record: EpisodeRecord) -> None:
     compared = [Compared(2, "Lisbon", "Lisbon!", "I don't know")]
     html = render(record, compared)
@@ -291,34 +272,15 @@ def test_the_page_needs_nothing_else_and_holds_all_parts(record: EpisodeRecord) 
     assert html.startswith("<!DOCTYPE html>")
     names = {tag for tag, _ in page.tags}
     assert not names & {"script", "link", "img", "iframe", "object", "embed", "form", "base", "a", "svg"}
-    attributes = {name for _, attrs in page.tags for name in attrs}
-    assert not {
-        name for name in attributes if name.startswith("on") or name in ("src", "href", "srcset", "action")
-    }
+    assert not attributes(page) & {"src", "href", "srcset", "action"}
+    assert not [name for name in attributes(page) if name.startswith("on")]
     assert "http://" not in html and "https://" not in html and "url(" not in html and "@import" not in html
-    policy = next(
-        attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"
-    )
-    assert policy is not None and policy.startswith("default-src 'none';")
+    (policy,) = (attrs for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert str(policy["content"]).startswith("default-src 'none';")
     text = "\n".join(page.texts)
-    for part in (
-        *TASK.payload["sessions"],
-        "Who moved?",
-        "Nora",
-        "not a flashcard: ",
-        "loss 2 -> 1",
-        "receipt passed",
-        "context cleared",
-    ):
-        assert part in text
-    for part in (
-        "no fast weights (Delta = 0)",
-        "fast weights of revision 2",
-        "policy version",
-        "I don't know",
-        "reward",
-        "write 2, after",
-    ):
+    written = ("Who moved?", "Nora", "not a flashcard: ", "loss 2 -> 1", "receipt passed", "context cleared")
+    states = ("no fast weights (Delta = 0)", "fast weights of revision 2", "policy version")
+    for part in (*TASK.payload["sessions"], *written, *states, "I don't know", "reward", "write 2, after"):
         assert part in text
     assert text.count("context cleared") == 2
 
@@ -328,9 +290,7 @@ def test_hostile_text_stays_text_on_the_page(hostile: EpisodeRecord, record: Epi
     page = well_formed(html)
     clean = well_formed(render(record, [Compared(0, "a", "b", "c")]))
     assert {tag for tag, _ in page.tags} == {tag for tag, _ in clean.tags}
-    assert {name for _, attrs in page.tags for name in attrs} == {
-        name for _, attrs in clean.tags for name in attrs
-    }
+    assert attributes(page) == attributes(clean)
     assert html.count("<style") == html.count("</style>") == 1
     assert "<script" not in html and "<img" not in html
     assert not any(char in html for char in "\x1b\x00\u202e")
@@ -339,11 +299,8 @@ def test_hostile_text_stays_text_on_the_page(hostile: EpisodeRecord, record: Epi
 
 def test_hostile_text_cannot_steer_the_terminal(hostile: EpisodeRecord) -> None:
     output = io.StringIO()
-    show(
-        hostile,
-        [Compared(0, HOSTILE, HOSTILE, HOSTILE)],
-        Console(file=output, width=4000, force_terminal=True, color_system=None),
-    )
+    console = Console(file=output, width=4000, force_terminal=True, color_system=None)
+    show(hostile, [Compared(0, HOSTILE, HOSTILE, HOSTILE)], console)
     text = output.getvalue()
     assert "\x1b" not in text and "\x00" not in text and "\u202e" not in text
     assert text.count("\\x1b[2J") > 20
@@ -354,23 +311,12 @@ def test_the_terminal_shows_the_same(record: EpisodeRecord) -> None:
     output = io.StringIO()
     show(record, [], Console(file=output, width=200))
     text = output.getvalue()
-    for part in (
-        "Context 1",
-        "no fast weights (Delta = 0)",
-        "Who moved?",
-        "Write: revision 1",
-        "context cleared",
-        "Lisbon",
-        "reward",
-        "siblings",
-    ):
+    parts = ("Context 1", "no fast weights (Delta = 0)", "Who moved?", "Write: revision 1", "context cleared")
+    for part in (*parts, "Lisbon", "reward", "siblings"):
         assert part in text
     failed = io.StringIO()
-    show(
-        describe_failure(FailedEpisode("t1", "train-4.1", "engine", "it died"), 3, ORIGIN),
-        [],
-        Console(file=failed, width=200),
-    )
+    failure = describe_failure(FailedEpisode("t1", "train-4.1", "engine", "it died"), 3, ORIGIN)
+    show(failure, [], Console(file=failed, width=200))
     assert "failed at" in failed.getvalue() and "it died" in failed.getvalue()
 
 
@@ -439,10 +385,8 @@ def test_the_recorder_keeps_what_the_settings_say(
 ) -> None:
     group = group_of(play, 4)
     batch = Batch((4, 5), (FinishedGroup(GroupSummary.of(group), group),) * 2, (0, 0), 0)  # type: ignore[arg-type]
-    keeping, config = (
-        recorder(tmp_path, chat, EpisodesConfig(per_step=1, per_evaluation=1, failed=2)),
-        RunConfig(),
-    )
+    keeping = recorder(tmp_path, chat, EpisodesConfig(per_step=1, per_evaluation=1, failed=2))
+    config = RunConfig()
     for step in (1, 2):
         keeping.on_batch(config, step, batch)
     for _ in range(4):
@@ -453,18 +397,14 @@ def test_the_recorder_keeps_what_the_settings_say(
     keeping.close(30)
     assert keeping.lost == 0
     kept: list[Record] = [load(path) for path in list_records(tmp_path)]
-    assert sorted((one.origin.source, one.origin.step) for one in kept if isinstance(one, EpisodeRecord)) == [
-        ("evaluation", 0),
-        ("evaluation", 0),
-        ("train", 1),
-        ("train", 2),
-    ]
-    assert len([path for path in list_records(tmp_path) if "failed" in path.name]) == 1  # the same one, twice
-    assert {one.siblings for one in kept if isinstance(one, EpisodeRecord)} == {(0.0, 0.0)}
-    configs = {one.origin.config for one in kept}
-    assert len(configs) == 2 and all(
-        (tmp_path / FOLDER / name).exists() for name in configs
-    )  # the row has settings of its own
+    episodes = [record for record in kept if isinstance(record, EpisodeRecord)]
+    sources = sorted((record.origin.source, record.origin.step) for record in episodes)
+    assert sources == [("evaluation", 0), ("evaluation", 0), ("train", 1), ("train", 2)]
+    assert len([path for path in list_records(tmp_path) if "failed" in path.name]) == 1  # the same, twice
+    assert {record.siblings for record in episodes} == {(0.0, 0.0)}
+    configs = {record.origin.config for record in kept}
+    assert len(configs) == 2  # the row has settings of its own
+    assert all((tmp_path / FOLDER / name).exists() for name in configs)
 
 
 def test_what_cannot_be_kept_is_counted_and_said_once(
@@ -473,22 +413,20 @@ def test_what_cannot_be_kept_is_counted_and_said_once(
     group = group_of(play, 4)
     (tmp_path / FOLDER).write_text("a file where the folder should be")
     keeping = recorder(tmp_path, chat, EpisodesConfig(per_step=1))
-    keeping.on_batch(
-        RunConfig(), 1, Batch((4,), (FinishedGroup(GroupSummary.of(group), "the object is lost"),), (0,), 0)
-    )  # type: ignore[arg-type]
-    keeping.on_batch(RunConfig(), 2, Batch((4,), (FinishedGroup(GroupSummary.of(group), group),), (0,), 0))  # type: ignore[arg-type]
+    for step, content in enumerate(("the object is lost", group), start=1):
+        finished = FinishedGroup(GroupSummary.of(group), content)  # type: ignore[arg-type]
+        keeping.on_batch(RunConfig(), step, Batch((4,), (finished,), (0,), 0))
     keeping.close(30)
     assert keeping.lost == 2
-    assert [line.getMessage() for line in caplog.records if "to be kept" in line.getMessage()] == [
-        f"warning: 2 episodes that were to be kept in {tmp_path / FOLDER} are not (RuntimeError: the object is lost)"
-    ]
+    said = [line.getMessage() for line in caplog.records if "to be kept" in line.getMessage()]
+    kept = f"warning: 2 episodes that were to be kept in {tmp_path / FOLDER} are not"
+    assert said == [f"{kept} (RuntimeError: the object is lost)"]
 
 
 def test_a_real_browser_shows_the_page_and_runs_nothing(hostile: EpisodeRecord, tmp_path: Path) -> None:
     loads = [sys.executable, "-c", "import PySide6.QtWebEngineWidgets"]
-    if missing := subprocess.run(
-        loads, capture_output=True, text=True, timeout=120, check=False
-    ).stderr.splitlines():
+    tried = subprocess.run(loads, capture_output=True, text=True, timeout=120, check=False)
+    if missing := tried.stderr.splitlines():
         pytest.skip(f"the browser does not load here (see CONTRIBUTING.md): {missing[-1]}")
     page = tmp_path / "episode.html"
     page.write_text(render(hostile, ()), encoding="utf-8")

@@ -15,8 +15,14 @@ from mlflow.tracing.client import TracingClient
 from mlflow.tracking import MlflowClient
 
 from actors.types import Answer, FailedEpisode, Flashcard, Outcome, Timings, WriteExample, WriteRecord
-from cluster.inspection.describe import describe_failure
-from cluster.inspection.record import EpisodeRecord, Origin, Passage, SegmentRecord, WriteEntry
+from cluster.inspection.record import (
+    EpisodeRecord,
+    Origin,
+    Passage,
+    SegmentRecord,
+    WriteEntry,
+    describe_failure,
+)
 from cluster.inspection.traces import EpisodeTraces, steps_of
 from cluster.runs.checkpoint import kept_models
 from cluster.tracking.outbox import Entity
