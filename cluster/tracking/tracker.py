@@ -69,7 +69,7 @@ class Tracker(Protocol):
         ...
 
     def model(self, values: Mapping[str, str]) -> None:
-        """Register a kept checkpoint, by ``runs.kept_models``."""
+        """Register a kept checkpoint, by ``runs.checkpoint.kept_models``."""
         ...
 
     def finish(self, status: RunStatus) -> None:
