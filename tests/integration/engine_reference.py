@@ -1,4 +1,4 @@
-"""What the engine is compared with: the same checkpoint in transformers, with the fast weights added by DeltaInjector."""
+"""The reference for the engine: the same checkpoint in transformers, with Delta added by DeltaInjector."""
 
 from __future__ import annotations
 
@@ -33,11 +33,8 @@ class Reference:
         self, ids: Sequence[int], weights: FastWeights | None, temperature: float = 1.0
     ) -> list[float]:
         """Log-probs of tokens 1..n-1 given those before."""
-        return (
-            self.table(ids, weights, temperature)[:-1]
-            .gather(1, torch.tensor(list(ids[1:]))[:, None])[:, 0]
-            .tolist()
-        )
+        table = self.table(ids, weights, temperature)[:-1]
+        return table.gather(1, torch.tensor(list(ids[1:]))[:, None])[:, 0].tolist()
 
     def of_generated(
         self,
@@ -46,20 +43,18 @@ class Reference:
         weights: FastWeights | None,
         temperature: float = 1.0,
     ) -> list[float]:
+        """Log-probs of ``generated`` after ``prompt``."""
         return self.logprobs([*prompt, *generated], weights, temperature)[len(prompt) - 1 :]
 
 
 def written(basis: Basis, revision: int, seed: int, size: float) -> FastWeights:
-    """Fast weights as a write could leave them: every B drawn from a normal of standard deviation ``size``."""
+    """Fast weights as a write could leave them: B drawn from a normal of standard deviation ``size``."""
     draw = np.random.default_rng(seed)
-    return FastWeights(
-        basis.id,
-        revision,
-        {
-            name: draw.normal(0, size, (rows, basis.rank)).astype(np.float32)
-            for name, rows in basis.d_out.items()
-        },
-    )
+    b = {
+        name: draw.normal(0, size, (rows, basis.rank)).astype(np.float32)
+        for name, rows in basis.d_out.items()
+    }
+    return FastWeights(basis.id, revision, b)
 
 
 def distance(left: Sequence[float], right: Sequence[float]) -> float:

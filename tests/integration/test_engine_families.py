@@ -1,6 +1,7 @@
-"""Every supported model family through the real engine, against transformers: act, write, install, refresh. (test_engine.py does Llama, in depth.)
+"""Every supported model family on the real engine against transformers: act, write, install, refresh.
 
-One process per family, because a vLLM engine that ends takes its process's torch.distributed with it. The child measures, the test judges.
+test_engine.py does Llama, in depth. Each family has a process of its own, because a vLLM engine that ends
+takes its process's torch.distributed with it. The child measures, the test judges.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.fast_weights.delta import Basis, zero
@@ -51,7 +53,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def make_model(family: str, folder: Path, tokenizer_from: Path) -> None:
-    """A random model of the family in ``folder``. Wide draws, biases and norms included, so that a part left out shows in the log-probs."""
+    """Write a random model of the family to ``folder``.
+
+    Draws are wide, for biases and norms too, so that a part left out shows in the log-probs.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(
@@ -71,10 +76,13 @@ def make_model(family: str, folder: Path, tokenizer_from: Path) -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest distance of the engine's log-probs to transformers' (nats), with and without Delta; ``moved``: how far Delta moves transformers'.
+    """Largest distances between the engine and transformers, in nats.
 
-    write: of B after a write on the engine's weights and a plain SGD loop's, in units of its largest entry; ``answers``: of the write's log-probs to
-    transformers' under the new B, which the engine's receipt then has passed; ``learned``: nats that the write took off the loss.
+    base, generated, under_delta: of log-probs, without and with Delta. most_likely: greedy tokens are the
+    same. moved: how far Delta moves the log-probs of transformers.
+    write: between B of a write on the engine's weights and B of a plain SGD loop, in units of its largest
+    entry. answers: between the write's log-probs and those of transformers under the new B. The receipt has
+    passed by then. learned: nats that the write took off the loss.
     """
 
     base: float
@@ -88,7 +96,7 @@ class Difference:
 
 
 class Merged:
-    """The family's model in transformers; a Delta is added to its weights, W + B A, by nothing of ours."""
+    """The family's model in transformers. Delta is added to its weights, W + B A, without Engram's code."""
 
     def __init__(self, path: Path, basis: Basis) -> None:
         from transformers import AutoModelForCausalLM
@@ -107,23 +115,19 @@ class Merged:
             optimizer.zero_grad()
             merged = {
                 f"{name}.weight": self.model.get_parameter(f"{name}.weight").detach()
-                + one @ self._basis.a[name]
-                for name, one in b.items()
+                + matrix @ self._basis.a[name]
+                for name, matrix in b.items()
             }
             losses = []
             for example in examples:
                 ids = torch.tensor([example.prompt_ids + example.answer_ids])
-                logits = torch.func.functional_call(self.model, merged, (ids,)).logits[
-                    0, len(example.prompt_ids) - 1 : -1
-                ]
-                losses.append(
-                    torch.nn.functional.cross_entropy(
-                        logits, torch.tensor(example.answer_ids), reduction="none"
-                    )
-                )
+                logits = torch.func.functional_call(self.model, merged, (ids,)).logits
+                answer_logits = logits[0, len(example.prompt_ids) - 1 : -1]
+                targets = torch.tensor(example.answer_ids)
+                losses.append(cross_entropy(answer_logits, targets, reduction="none"))
             torch.cat(losses).mean().backward()
             optimizer.step()
-        return {name: one.detach() for name, one in b.items()}
+        return {name: matrix.detach() for name, matrix in b.items()}
 
     def table(self, ids: Sequence[int], weights: FastWeights | None) -> torch.Tensor:
         """log_softmax after each token of ``ids``: [len(ids), vocabulary]."""
@@ -144,7 +148,7 @@ class Merged:
 
 
 class Served:
-    """What the child holds: the engine and its reference."""
+    """The child's engine and its reference."""
 
     def __init__(self, path: Path) -> None:
         from actors.engine.policy import VLLMPolicy
@@ -202,18 +206,12 @@ class Served:
         request = WriteRequest(f"writer-{seed}", zero(self._basis), examples)
         (result,) = await asyncio.to_thread(self._policy.writer(WRITE).write, [request])
         assert result.probe is not None, result.reason
-        await self._policy.install(
-            AdapterKey(self._policy.version, request.episode_id, 1), result.weights, result.probe
-        )  # raises ReceiptError
+        key = AdapterKey(self._policy.version, request.episode_id, 1)
+        await self._policy.install(key, result.weights, result.probe)  # raises ReceiptError
         expected = self._reference.write(examples)
-        size = max(float(one.abs().max()) for one in expected.values())
-        write = (
-            max(
-                float((torch.from_numpy(result.weights.b[name]) - one).abs().max())
-                for name, one in expected.items()
-            )
-            / size
-        )
+        size = max(float(matrix.abs().max()) for matrix in expected.values())
+        differences = [torch.from_numpy(result.weights.b[name]) - matrix for name, matrix in expected.items()]
+        write = max(float(difference.abs().max()) for difference in differences) / size
         answers = self._reference.logprobs(result.probe.token_ids, result.weights)[-len(result.probe.after) :]
         return write, distance(answers, result.probe.after), result.loss_before - result.loss_after
 
@@ -227,10 +225,10 @@ def test_the_engine_acts_writes_installs_and_refreshes_as_transformers(
         before: Difference = served.call("compare", (1,), 120)
         served.call("refresh", (), 120)
         after: Difference = served.call("compare", (2,), 120)
-    for found in (before, after):
-        assert max(found.base, found.generated, found.under_delta) < EXACT, found
-        assert found.most_likely, found
-        assert found.moved > 1000 * EXACT, "the Delta is too small for this test to mean anything"
-        assert found.write < 1e-4, found
-        assert found.answers < EXACT, found
-        assert found.learned > 1000 * EXACT, "the write is too small for this test to mean anything"
+    for difference in (before, after):
+        assert max(difference.base, difference.generated, difference.under_delta) < EXACT, difference
+        assert difference.most_likely, difference
+        assert difference.moved > 1000 * EXACT, "the Delta is too small for this test to mean anything"
+        assert difference.write < 1e-4, difference
+        assert difference.answers < EXACT, difference
+        assert difference.learned > 1000 * EXACT, "the write is too small for this test to mean anything"

@@ -1,11 +1,18 @@
-"""The CPU's stand-ins for vLLM's LoRA, without an engine: the matmul against a plain loop over tokens and against vLLM's own where that is right."""
+"""The CPU's stand-ins for vLLM's LoRA, without an engine.
+
+The matmul is compared with a plain loop over tokens, and with vLLM's own where that is right.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from actors.engine.adapters import OLDEST_KEY, AdapterTable, AdapterTensors
+from actors.engine.start import WORKER_EXTENSION
 from actors.engine.vllm_internals.lora import (
     RUN,
     AdapterStore,
@@ -16,6 +23,7 @@ from actors.engine.vllm_internals.lora import (
     find_routes,
 )
 from actors.protocols import EngineError
+from actors.types import AdapterKey
 
 pytestmark = pytest.mark.engine_in_process
 SLOTS, RANK, D_IN, WIDTHS = 5, 3, 12, (7, 9)
@@ -54,10 +62,8 @@ class Case:
 
         draw = torch.Generator().manual_seed(0)
         self.tokens = tokens
-        self.x, self.y = (
-            torch.randn(len(tokens), D_IN, generator=draw),
-            torch.randn(len(tokens), sum(WIDTHS), generator=draw),
-        )
+        self.x = torch.randn(len(tokens), D_IN, generator=draw)
+        self.y = torch.randn(len(tokens), sum(WIDTHS), generator=draw)
         self.a = [torch.randn(RANK, D_IN, generator=draw).expand(SLOTS, -1, -1).clone() for _ in WIDTHS]
         shared = torch.cat([matrices[0] for matrices in self.a])
         self.b = [torch.randn(SLOTS, width, RANK, generator=draw) for width in WIDTHS]
@@ -139,11 +145,8 @@ def test_routes_say_where_each_adapted_token_goes() -> None:
     assert find_routes(torch.tensor([3, 1, 1, 0])).rows is None
     routes: Routes = find_routes(torch.tensor([1, -1, *[2] * RUN, 0, 0, -1]))
     assert routes.runs == ((2, 2, 2 + RUN),)
-    assert (
-        routes.rows is not None
-        and routes.rows.tolist() == [0, 2 + RUN, 3 + RUN]
-        and routes.slots.tolist() == [1, 0, 0]
-    )
+    assert routes.rows is not None and routes.rows.tolist() == [0, 2 + RUN, 3 + RUN]
+    assert routes.slots.tolist() == [1, 0, 0]
 
 
 def test_the_store_gives_back_what_was_put_and_refuses_what_was_not() -> None:
@@ -170,3 +173,85 @@ def test_the_store_gives_back_what_was_put_and_refuses_what_was_not() -> None:
     store.drop("mem://one")
     with pytest.raises(EngineError, match="mem://one is not in the store"):
         store.load(request)
+
+
+class Worker:
+    """The part of an engine that AdapterTable uses; ``held`` are the paths in the worker's store."""
+
+    def __init__(self) -> None:
+        self.held: set[str] = set()
+        self.removed: list[int] = []
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> None:
+        if method == "engram_put":
+            self.held.add(args[0])
+        elif method == "engram_drop":
+            self.held.remove(args[0])
+        elif method == "engram_clear":
+            self.held.clear()
+
+    def remove_lora(self, number: int) -> None:
+        self.removed.append(number)
+
+
+NOTHING = AdapterTensors({}, {})
+
+
+def test_a_released_adapter_stays_in_the_worker_while_a_request_runs_under_it() -> None:
+    """vLLM may have to read it again after an eviction; no new request may name it."""
+    worker: Any = Worker()
+    table, key, other = AdapterTable(3), AdapterKey(3, "a", 1), AdapterKey(3, "b", 1)
+    for name in (key, other):
+        table.put(worker, name, NOTHING)
+    table.drop(worker, [key, AdapterKey(3, "ghost", 1)], running={key.name})
+    assert worker.held == {"mem://v3/a@1", "mem://v3/b@1"} and worker.removed == []
+    with pytest.raises(EngineError, match="v3/a@1 was released"):
+        table.find(key)
+    table.drop(worker, [], running=set())
+    request = table.find(other)
+    assert worker.held == {"mem://v3/b@1"} and request is not None
+    assert len(worker.removed) == 1 and request.lora_int_id not in worker.removed
+
+
+def test_names_and_numbers_of_adapters_never_come_back() -> None:
+    worker: Any = Worker()
+    table, key = AdapterTable(3), AdapterKey(3, "a", 1)
+    table.put(worker, key, NOTHING)
+    first = table.find(key)
+    table.drop(worker, [key], running=set())
+    table.start_version(worker, 3)  # the same version again: its names are still used
+    with pytest.raises(EngineError, match="v3/a@1 was installed before"):
+        table.put(worker, key, NOTHING)
+    table.start_version(worker, 4)
+    assert worker.held == set()
+    with pytest.raises(EngineError, match="belongs to policy version 3, the engine is at 4"):
+        table.put(worker, key, NOTHING)
+    table.put(worker, AdapterKey(4, "a", 1), NOTHING)
+    again = table.find(AdapterKey(4, "a", 1))
+    assert first is not None and again is not None and first.lora_int_id != again.lora_int_id
+    table.check_successor(4)
+    with pytest.raises(EngineError, match="cannot refresh to version 3: the engine is at 4"):
+        table.check_successor(3)
+
+
+def test_adapters_outlive_refreshes_in_flight_up_to_a_bound() -> None:
+    worker: Any = Worker()
+    table, old = AdapterTable(0), AdapterKey(0, "a", 1)
+    table.put(worker, old, NOTHING)
+    for version in range(1, OLDEST_KEY + 1):
+        table.follow_on(version)
+    assert table.find(old) is not None and worker.held == {"mem://v0/a@1"}
+    table.put(worker, AdapterKey(0, "a", 2), NOTHING)  # its episode goes on writing
+    with pytest.raises(EngineError, match="v0/a@1 was installed before"):
+        table.put(worker, old, NOTHING)
+    table.follow_on(OLDEST_KEY + 1)
+    with pytest.raises(EngineError, match=f"version 0, the engine is at {OLDEST_KEY + 1}"):
+        table.find(old)
+
+
+def test_vllm_imports_the_worker_extension_by_its_name() -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from actors.engine.vllm_internals.worker_extension import EngramWorker
+
+    assert resolve_obj_by_qualname(WORKER_EXTENSION) is EngramWorker

@@ -1,8 +1,12 @@
-"""fast_weights.train_a on a real engine: writes that move A are installed, proved by their receipts, and act as in transformers."""
+"""fast_weights.train_a on a real engine: writes that move A are installed and pass their receipts.
+
+They act as in transformers.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,26 +60,18 @@ async def _story(policy: VLLMPolicy, reference: Reference, results: list[WriteRe
         await policy.install(keys[place], results[place // 2].weights, results[place // 2].probe)
     ids = prompt(20, 120)
     scored = await asyncio.gather(*(policy.score(ids, key) for key in keys))
-    sampled = await asyncio.gather(
-        *(policy.generate(ids, Sampling(0.0, 8, 0, "act"), key) for key in keys)
-    )  # decode, the base model among them
+    # Decode together, the base model among them.
+    sampled = await asyncio.gather(*(policy.generate(ids, Sampling(0.0, 8, 0, "act"), key) for key in keys))
     for scores, generation, one in zip(scored, sampled, weights, strict=True):
         assert distance(scores, reference.logprobs(ids, one)) < EXACT
         assert distance(generation.logprobs, reference.of_generated(ids, generation.token_ids, one)) < EXACT
-    basis_a = FastWeights(
-        reference.basis.id,
-        1,
-        results[0].weights.b,
-        {name: a.numpy() for name, a in reference.basis.a.items()},
-    )
+    a_of_the_basis = {name: a.numpy() for name, a in reference.basis.a.items()}
+    basis_a = FastWeights(reference.basis.id, 1, results[0].weights.b, a_of_the_basis)
     assert distance(scored[0], reference.logprobs(ids, basis_a)) > 10 * EXACT, (
         "A moved too little for this test to mean anything"
     )
-    with pytest.raises(
-        ReceiptError, match="a@2"
-    ):  # the written B on the basis' A is not what the writer computed
-        await policy.install(
-            AdapterKey(0, "a", 2), FastWeights(basis_a.basis_id, 2, basis_a.b, basis_a.a), results[0].probe
-        )
+    # The written B on the basis' A is not what the writer computed.
+    with pytest.raises(ReceiptError, match="a@2"):
+        await policy.install(AdapterKey(0, "a", 2), replace(basis_a, revision=2), results[0].probe)
     with pytest.raises(EngineError, match="have no A of its own"):
         await policy.install(AdapterKey(0, "c", 1), FastWeights(basis_a.basis_id, 1, basis_a.b), None)

@@ -1,4 +1,7 @@
-"""The writer on a real vLLM engine's own weights equals the writer on a checkpoint, before and after a refresh, and holds no second model."""
+"""The writer on a real vLLM engine's own weights equals the writer on a checkpoint, also after a refresh.
+
+It holds no second model.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +50,9 @@ def basis(tiny_model_path: Path) -> Basis:
 @pytest.fixture(scope="module")
 def policy(tiny_model_path: Path, basis: Basis) -> Iterator[VLLMPolicy]:
     engine = EngineConfig(slots=4, max_model_tokens=256, kv_cache_gib=0.25)
-    one = VLLMPolicy(tiny_model_path, ModelConfig(), engine, basis, (2,), version=0, threads=1, seed=0)
-    yield one
-    one.close()
+    policy = VLLMPolicy(tiny_model_path, ModelConfig(), engine, basis, (2,), version=0, threads=1, seed=0)
+    yield policy
+    policy.close()
 
 
 def requests(basis: Basis) -> list[WriteRequest]:
@@ -59,21 +62,19 @@ def requests(basis: Basis) -> list[WriteRequest]:
         return tuple(draw.integers(100, 40000, draw.integers(low, high + 1)).tolist())
 
     prefix = tokens(12, 12)
-    return [
-        WriteRequest(
-            name, zero(basis), tuple(WriteExample(prefix + tokens(3, 9), tokens(2, 7)) for _ in range(6))
-        )
-        for name in ("a", "b")
-    ]
+
+    def examples() -> tuple[WriteExample, ...]:
+        return tuple(WriteExample(prefix + tokens(3, 9), tokens(2, 7)) for _ in range(6))
+
+    return [WriteRequest(name, zero(basis), examples()) for name in ("a", "b")]
 
 
 def largest_difference(left: list[WriteResult], right: list[WriteResult]) -> float:
-    pairs = [
-        (one.weights.b[name], other.weights.b[name])
-        for one, other in zip(left, right, strict=True)
-        for name in one.weights.b
-    ]
-    return max(float(np.abs(mine - theirs).max()) for mine, theirs in pairs)
+    return max(
+        float(np.abs(b - other.weights.b[name]).max())
+        for result, other in zip(left, right, strict=True)
+        for name, b in result.weights.b.items()
+    )
 
 
 def moved(results: list[WriteResult]) -> float:
@@ -86,10 +87,10 @@ def checked(reference: BatchedWriter, results: list[WriteResult], asked: list[Wr
         result.reason for result in results
     ]
     assert largest_difference(results, expected) <= 1e-6 < 1e-3 < moved(expected)
-    for mine, theirs in zip(results, expected, strict=True):
-        assert mine.probe is not None and theirs.probe is not None
-        assert mine.loss_after == pytest.approx(theirs.loss_after, abs=1e-4)
-        assert mine.probe.after == pytest.approx(theirs.probe.after, abs=1e-4)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert ours.probe is not None and theirs.probe is not None
+        assert ours.loss_after == pytest.approx(theirs.loss_after, abs=1e-4)
+        assert ours.probe.after == pytest.approx(theirs.probe.after, abs=1e-4)
 
 
 async def _install_and_act(policy: VLLMPolicy, result: WriteResult, episode: str) -> None:
@@ -107,9 +108,8 @@ def test_writes_on_the_engines_weights_equal_those_on_a_checkpoint_also_after_a_
 ) -> None:
     asked = requests(basis)
     results = policy.writer(WRITE).write(asked)
-    checked(
-        checkpoint_writer(str(tiny_model_path), basis, WRITE, "float32", torch.device("cpu")), results, asked
-    )
+    on_checkpoint = checkpoint_writer(str(tiny_model_path), basis, WRITE, "float32", torch.device("cpu"))
+    checked(on_checkpoint, results, asked)
     asyncio.run(_install_and_act(policy, results[0], "before"))
 
     draw = torch.Generator().manual_seed(1)
@@ -130,7 +130,10 @@ def test_writes_on_the_engines_weights_equal_those_on_a_checkpoint_also_after_a_
 def test_only_the_layers_under_delta_are_held_a_second_time_and_only_where_vllm_packs(
     policy: VLLMPolicy, tiny_model_path: Path
 ) -> None:
-    """On a CPU vLLM packs its matmuls' weights: two of six layers are copied. The largest tensor, the embedding, is vLLM's own."""
+    """On a CPU vLLM packs its matmuls' weights: two of six layers are copied.
+
+    The largest tensor, the embedding, is vLLM's own.
+    """
     weights = policy._weights
     layers = load_file(tiny_model_path / "model.safetensors")
     under = [
@@ -141,7 +144,7 @@ def test_only_the_layers_under_delta_are_held_a_second_time_and_only_where_vllm_
     assert weights.copied_bytes == sum(tensor.nbytes for tensor in under)
     assert weights.model.head.data_ptr() == weights._vllm_model.lm_head.weight.data_ptr()
     assert all(layer.qkv.weight is None for layer in weights.model.layers[:4]), (
-        "vLLM shows the trunk's weights: use them, drop the copies"
+        "vLLM shows the weights of the lower layers: use them, drop the copies"
     )
 
 
@@ -168,7 +171,10 @@ def test_a_write_runs_on_the_step_thread_and_its_errors_leave_the_engine_alive(
 def test_an_episode_cut_after_any_write_goes_on_from_its_log_to_the_bit(
     policy: VLLMPolicy, basis: Basis, tiny_model_path: Path
 ) -> None:
-    """The real engine and writer: the tokens and the B of the episode that was not cut, the past not sampled again, a receipt at its end"""
+    """On the real engine and writer: the tokens and the B equal those of the episode that was not cut.
+
+    The past is not sampled again, and a receipt proves its last revision.
+    """
     from transformers import AutoTokenizer
 
     environment = RecallEnvironment(
@@ -178,9 +184,17 @@ def test_an_episode_cut_after_any_write_goes_on_from_its_log_to_the_bit(
         policy="summary_write", max_context_tokens=110, max_extract_tokens=16, max_summary_tokens=16
     )
     rollout = Rollout(
-        policy, policy.writer(WRITE), environment, ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path)), WRITE, RolloutConfig(), 4,
-        surroundings(256, 8, EmbedderConfig()), basis.id, "worker-0",
-    )  # fmt: skip
+        policy,
+        policy.writer(WRITE),
+        environment,
+        ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path)),
+        WRITE,
+        RolloutConfig(),
+        4,
+        surroundings(256, 8, EmbedderConfig()),
+        basis.id,
+        "worker-0",
+    )
     task = next(environment.tasks("train", 0, 0))
 
     def play(name: str, past: tuple[Event, ...]) -> tuple[Trajectory, Recovered, GroupJournal]:
@@ -201,7 +215,7 @@ def test_an_episode_cut_after_any_write_goes_on_from_its_log_to_the_bit(
         after = policy.stats()
         assert recovered == Recovered(1, 0)
         assert after.generated_tokens - before.generated_tokens == sum(
-            len(one.token_ids) for one in events[cut:] if isinstance(one, Sampled)
+            len(event.token_ids) for event in events[cut:] if isinstance(event, Sampled)
         )
         assert (
             after.installs - before.installs
@@ -210,5 +224,5 @@ def test_an_episode_cut_after_any_write_goes_on_from_its_log_to_the_bit(
         )
         for ours, theirs in zip(trajectory.segments, uncut.segments, strict=True):
             assert ours.token_ids.tolist() == theirs.token_ids.tolist() and ours.revision == theirs.revision
-        for mine, lost in zip(trajectory.revisions, uncut.revisions, strict=True):
-            assert all(np.array_equal(mine.b[name], lost.b[name]) for name in lost.b)
+        for rebuilt, lost in zip(trajectory.revisions, uncut.revisions, strict=True):
+            assert all(np.array_equal(rebuilt.b[name], lost.b[name]) for name in lost.b)

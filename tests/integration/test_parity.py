@@ -1,6 +1,7 @@
-"""The seam, without Ray: what the writer wrote, the engine acts under, and the learner scores, are one and the same function.
+"""Writer, engine and learner agree, without Ray: all three compute one function of theta and Delta.
 
-The learner stands here as its model alone: DeepSpeed and vLLM each want torch.distributed of a process for themselves.
+The learner is its model alone here: DeepSpeed and vLLM each want a process's torch.distributed for
+themselves.
 """
 
 from __future__ import annotations
@@ -89,19 +90,17 @@ async def _episode(seam: Seam, episode: str, seed: int) -> Trajectory:
         revisions.append(weights)
         segments.append(await _sample(seam, episode, revision, seed + 10 * revision))
     await seam.policy.release([AdapterKey(seam.policy.version, episode, revision) for revision in (1, 2)])
-    task = Task("parity", "recall", {}, 0)
-    times = Timings(0, 0, 0, 0, 0, 0)
     return Trajectory(
-        task,
-        episode,
-        seam.policy.version,
-        tuple(segments),
-        tuple(revisions),
-        (),
-        {},
-        Outcome(float(seed % 2), {}, ()),
-        "done",
-        times,
+        task=Task("parity", "recall", {}, 0),
+        episode_id=episode,
+        policy_version=seam.policy.version,
+        segments=tuple(segments),
+        revisions=tuple(revisions),
+        writes=(),
+        memory_events={},
+        outcome=Outcome(float(seed % 2), {}, ()),
+        stop_reason="done",
+        timings=Timings(0, 0, 0, 0, 0, 0),
     )
 
 
@@ -120,15 +119,9 @@ def test_the_learner_scores_what_the_engine_sampled_and_a_broadcast_keeps_it_so(
     async def story() -> None:
         first, second = await asyncio.gather(_episode(seam, "a", 4), _episode(seam, "b", 5))
         assert max(_largest_gap(seam, first), _largest_gap(seam, second)) <= EXACT
-        off_by_one = replace(
-            first,
-            segments=tuple(
-                replace(segment, revision=max(0, segment.revision - 1)) for segment in first.segments
-            ),
-        )
-        assert (
-            _largest_gap(seam, off_by_one) > 50 * EXACT
-        )  # each segment's own revision, or the comparison means nothing
+        earlier = [replace(segment, revision=max(0, segment.revision - 1)) for segment in first.segments]
+        off_by_one = replace(first, segments=tuple(earlier))
+        assert _largest_gap(seam, off_by_one) > 50 * EXACT, "a segment's revision must matter here"
 
         draw = torch.Generator().manual_seed(0)
         with torch.no_grad():

@@ -1,4 +1,7 @@
-"""The write operator on SmolLM2-135M: what the paper's settings and Adam do to eight flashcards, and that the result is a stock PEFT adapter."""
+"""The write operator on SmolLM2-135M: the paper's settings and Adam on eight flashcards.
+
+The result is a stock PEFT adapter.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ def test_adam_memorises_eight_cards(adam: WriteResult) -> None:
 def test_the_papers_sgd_needs_the_svd_basis(
     model_path: Path, svd: Basis, cards: tuple[WriteExample, ...]
 ) -> None:
-    """Method: with A = S_r V_r^T a step is scaled by the singular values; with a random A the same lr moves next to nothing."""
+    """With A = S_r V_r^T the singular values scale a step; a random A moves next to nothing at that lr."""
     paper = WriteConfig()
     random = compute_basis_from_checkpoint(model_path, FastWeightsConfig(basis="random"), seed=0)
     with_svd, with_random = (_write(model_path, basis, paper, cards) for basis in (svd, random))
@@ -95,12 +98,15 @@ def test_exported_write_gives_the_probes_logprobs_in_stock_peft(
     ).eval()
     ids = torch.tensor([adam.probe.token_ids])
     count = len(adam.probe.after)
+
+    def logprobs() -> torch.Tensor:
+        table = model(ids).logits[0, -count - 1 : -1].log_softmax(-1)
+        return table.gather(1, ids[0, -count:, None])[:, 0]
+
     with torch.no_grad():
-        acting = model(ids).logits[0, -count - 1 : -1].log_softmax(-1).gather(1, ids[0, -count:, None])[:, 0]
+        acting = logprobs()
         with model.disable_adapter():
-            base = (
-                model(ids).logits[0, -count - 1 : -1].log_softmax(-1).gather(1, ids[0, -count:, None])[:, 0]
-            )
+            base = logprobs()
     assert adam.probe.after == pytest.approx(acting.tolist(), abs=1e-4)
     assert adam.probe.before == pytest.approx(base.tolist(), abs=1e-4)
     assert (acting - base).abs().max() > 0.5
