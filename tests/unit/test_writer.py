@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -327,6 +328,7 @@ def test_a_diverging_companion_does_not_poison_the_others() -> None:
     results = write([good[0], bad, good[1]], SGD)
     assert results[1].outcome == "rolled_back"
     assert results[1].weights is huge
+    assert results[1].steps == 1 and "at step 1 of 6" in results[1].reason  # it takes no further step
     assert largest_difference(results[0].weights, dict(write([good[0]], SGD)[0].weights.b)) <= 1e-7
     assert largest_difference(results[2].weights, dict(write([good[1]], SGD)[0].weights.b)) <= 1e-7
 
@@ -512,6 +514,33 @@ def test_unusable_requests_are_errors_in_one_line() -> None:
         identity.write([WriteRequest("a", zero(basis), examples(1, 1))])
     with pytest.raises(BasisError, match="belong to basis"):
         writer.write([WriteRequest("a", FastWeights("other", 0, {}), examples(1, 1))])
+
+
+def test_examples_stay_within_the_window_of_sliding_attention() -> None:
+    """The flat stream attends to all that came before, so a longer example would not be the model's."""
+    model = tiny_model("mistral")
+    model.config.sliding_window = 8  # type: ignore[union-attr]
+    basis = basis_of(model)
+    writer = BatchedWriter(frozen(model), basis, SGD)
+    fits, too_long = WriteExample(tuple(range(6)), (1, 2)), WriteExample(tuple(range(7)), (1, 2))
+    assert writer.write([WriteRequest("a", zero(basis), (fits,))])[0].outcome == "accepted"
+    with pytest.raises(WriterError, match="example 0 has 9 tokens, at most 8 are allowed"):
+        writer.write([WriteRequest("a", zero(basis), (too_long,))])
+
+
+def test_a_trace_is_the_write_with_its_weights_after_each_step() -> None:
+    model = tiny_model()
+    basis = basis_of(model)
+    writer = BatchedWriter(frozen(model), basis, SGD)
+    request = WriteRequest("b", random_weights(basis, 5), examples(1, 7))
+    result, steps = writer.trace(request)
+    (written,) = writer.write([request])
+    assert len(steps) == result.steps == 9
+    assert {weights.revision for weights in steps} == {3}
+    assert largest_difference(steps[-1], dict(result.weights.b)) == 0
+    assert largest_difference(written.weights, dict(result.weights.b)) == 0
+    moves = [largest_difference(later, dict(earlier.b)) for earlier, later in pairwise(steps)]
+    assert min(moves) > 0
 
 
 def test_unsupported_architecture_is_named() -> None:
