@@ -14,16 +14,6 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from actors.fast_weights.basis import (
     compute_basis,
@@ -38,43 +28,15 @@ from actors.fast_weights.input_moments import moments_of
 from actors.fast_weights.peft_format import export_peft, from_peft, to_peft
 from actors.types import FastWeights
 from configs.schema import FastWeightsConfig
+from tests.unit import write_cases
+from tests.unit.write_cases import FAMILIES, basis_of
 
 CONFIG = FastWeightsConfig(rank=3, last_layers=2)
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-}
-FAMILIES = {
-    "llama": (LlamaForCausalLM, LlamaConfig),
-    "mistral": (MistralForCausalLM, MistralConfig),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
-}
 IDS = torch.tensor([[5, 17, 3, 60, 22, 9], [8, 1, 90, 44, 2, 31], [5, 17, 3, 60, 22, 9]])
 
 
 def tiny_model(family: str = "llama") -> nn.Module:
-    torch.manual_seed(0)
-    model_class, config_class = FAMILIES[family]
-    model: nn.Module = model_class(config_class(**SIZES)).eval()
-    with torch.no_grad():  # the library's tiny initialisation would leave logits flat
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(6)
-    return model
-
-
-def basis_of(model: nn.Module, config: FastWeightsConfig = CONFIG) -> Basis:
-    weights = dict(model.named_parameters())
-    return compute_basis(
-        {name: weights[f"{name}.weight"] for name in target_modules(4, config)}, config, seed=0
-    )
+    return write_cases.tiny_model(family, head_scale=1)
 
 
 def random_weights(basis: Basis, seed: int, revision: int = 1) -> FastWeights:
@@ -124,7 +86,7 @@ def test_random_basis_depends_on_the_seed_and_has_pefts_scale() -> None:
 
 def test_unit_svd_is_svd_at_unit_length() -> None:
     model = tiny_model()
-    svd, unit = basis_of(model), basis_of(model, replace(CONFIG, basis="unit_svd"))
+    svd, unit = basis_of(model), basis_of(model, kind="unit_svd")
     assert svd.id != unit.id
     for name in svd.modules:
         assert torch.allclose(unit.a[name].norm(dim=1), torch.ones(3))
@@ -450,7 +412,7 @@ def test_exported_adapter_acts_the_same_in_stock_peft(tmp_path: Path) -> None:
 
 def test_adapter_of_another_basis_or_damaged_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
-    basis, other = basis_of(model), basis_of(model, FastWeightsConfig(rank=3, last_layers=2, basis="random"))
+    basis, other = basis_of(model), basis_of(model, kind="random")
     export_peft(random_weights(basis, 1), basis, tmp_path / "adapter", "m")
     with pytest.raises(BasisError, match="is not that of basis"):
         from_peft(tmp_path / "adapter", other)

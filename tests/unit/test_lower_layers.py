@@ -11,7 +11,7 @@ import torch
 from actors.types import WriteExample
 from actors.write.frozen_llama import AttentionPattern, FrozenLlama
 from actors.write.lower_layers import LowerLayers, chunks_of
-from tests.unit.test_writer import examples, frozen, tiny_model
+from tests.unit.write_cases import examples, frozen, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,11 @@ from actors.fast_weights.delta import Basis, BasisError, DeltaInjector, stack, z
 from actors.fast_weights.input_moments import own_sensitivity
 from actors.fast_weights.sensitivity import DAMPING, FLOOR, Sensitivity, measure, own_samples, sensitivity_of
 from actors.types import FastWeights, WriteRequest
-from actors.write.frozen_llama import OwnedWeights
 from actors.write.optimizers import NaturalOptimizer
 from actors.write.writer import BatchedWriter
 from configs.bounds import BoundError
 from configs.schema import FastWeightsConfig, RunConfig, WriteConfig
-from tests.unit.test_writer import VOCABULARY, basis_of, examples, ragged_requests, tiny_model
+from tests.unit.write_cases import VOCABULARY, basis_of, examples, frozen, ragged_requests, tiny_model
 
 NATURAL = WriteConfig(optimizer="natural", epochs=3, batch_size=3, step_kl=0.02)
 
@@ -127,8 +126,7 @@ def harm(one: Sensitivity, change: Tensor) -> float:
 def test_episodes_written_together_get_what_each_would_get_alone() -> None:
     model = tiny_model()
     basis = sensitive(model)
-    weights = OwnedWeights(model.state_dict(), torch.float32, torch.device("cpu"))
-    writer = BatchedWriter(weights.model(model.config), basis, NATURAL)
+    writer = BatchedWriter(frozen(model), basis, NATURAL)
     requests = [
         replace(one, weights=replace(one.weights, basis_id=basis.id)) for one in ragged_requests(basis)
     ]
@@ -145,14 +143,14 @@ def test_it_does_less_harm_than_the_papers_step_that_learns_as_much() -> None:
     """On texts that it was not measured on: KL(base || written) at the same loss of the flashcards."""
     model = tiny_model()
     basis = sensitive(model)
-    frozen = OwnedWeights(model.state_dict(), torch.float32, torch.device("cpu")).model(model.config)
+    llama = frozen(model)
     request = WriteRequest("a", zero(basis), examples(1, 3))
-    (natural,) = BatchedWriter(frozen, basis, replace(NATURAL, epochs=2, step_kl=0.01)).write([request])
+    (natural,) = BatchedWriter(llama, basis, replace(NATURAL, epochs=2, step_kl=0.01)).write([request])
     rates = (10 ** (quarter / 4) for quarter in range(-20, 0))
     plain = (
-        BatchedWriter(frozen, basis, WriteConfig(epochs=2, learning_rate=rate, batch_size=3)).write(
-            [request]
-        )[0]
+        BatchedWriter(llama, basis, WriteConfig(epochs=2, learning_rate=rate, batch_size=3)).write([request])[
+            0
+        ]
         for rate in rates
     )
     as_good = next(result for result in plain if result.loss_after <= natural.loss_after)
@@ -246,11 +244,7 @@ def test_a_folder_is_enough_and_trains_nothing(tiny_model_path: Path, tmp_path: 
 def test_what_the_natural_write_needs_is_asked_for() -> None:
     model = tiny_model()
     with pytest.raises(BasisError, match=r"was made without fast_weights\.sensitivity_rank"):
-        BatchedWriter(
-            OwnedWeights(model.state_dict(), torch.float32, torch.device("cpu")).model(model.config),
-            basis_of(model),
-            NATURAL,
-        )
+        BatchedWriter(frozen(model), basis_of(model), NATURAL)
     with pytest.raises(
         BoundError,
         match=r"fast_weights\.sensitivity_rank=0 is not allowed: "

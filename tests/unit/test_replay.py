@@ -16,7 +16,8 @@ from actors.fast_weights.delta import Basis, zero
 from actors.types import FastWeights, WriteExample, WriteRecord, WriteRequest, WriteResult
 from actors.write.writer import BatchedWriter
 from configs.schema import WriteConfig
-from tests.unit.test_writer import ADAM, SGD, basis_of, examples, frozen, largest_difference, tiny_model
+from tests.unit.test_writer import ADAM, SGD, largest_difference
+from tests.unit.write_cases import basis_of, examples, frozen, tiny_model
 
 TOLERANCE = 1e-3
 TEACHING = (examples(1, 5, 9), examples(2, 3, 9), examples(3, 4, 9))

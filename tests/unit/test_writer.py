@@ -17,108 +17,29 @@ from torch.nn import functional
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
-from actors.fast_weights.basis import compute_basis, make_basis, target_modules
+from actors.fast_weights.basis import make_basis
 from actors.fast_weights.delta import Basis, BasisError, DeltaInjector, stack, zero
 from actors.protocols import WriterError
-from actors.types import FastWeights, WriteExample, WriteRequest, WriteResult
-from actors.write.frozen_llama import FrozenLlama, OwnedWeights
+from actors.types import FastWeights, WriteExample, WriteRequest
+from actors.write.frozen_llama import OwnedWeights
 from actors.write.lower_layers import LowerLayers
 from actors.write.writer import BatchedWriter
-from configs.schema import FastWeightsConfig, WriteConfig
+from configs.schema import WriteConfig
+from tests.unit.write_cases import (
+    CPU,
+    basis_of,
+    examples,
+    frozen,
+    ragged_requests,
+    random_weights,
+    tiny_model,
+    write,
+)
 
-FAMILIES = {
-    "llama": (LlamaForCausalLM, LlamaConfig),
-    "mistral": (MistralForCausalLM, MistralConfig),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
-}
-VOCABULARY = 97
-CPU = torch.device("cpu")
 SGD = WriteConfig(optimizer="sgd", learning_rate=0.005, epochs=3, batch_size=3)
 ADAM = WriteConfig(optimizer="adam", learning_rate=2e-3, epochs=3, batch_size=3)
-
-
-def tiny_model(family: str = "llama") -> nn.Module:
-    torch.manual_seed(0)
-    model_class, config_class = FAMILIES[family]
-    config = config_class(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-    )
-    model: nn.Module = model_class(config).eval()
-    with torch.no_grad():  # the library's tiny initialisation would leave logits flat
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(6)
-        model.lm_head.weight.mul_(5)
-    return model
-
-
-def basis_of(model: nn.Module, last_layers: int = 2) -> Basis:
-    config = FastWeightsConfig(rank=3, last_layers=last_layers)
-    weights = dict(model.named_parameters())
-    return compute_basis(
-        {name: weights[f"{name}.weight"] for name in target_modules(4, config)}, config, seed=0
-    )
-
-
-def examples(seed: int, count: int, shared_prefix: int = 0) -> tuple[WriteExample, ...]:
-    """Ragged examples: prompts of 2..12 tokens, answers of 1..6, behind a prefix that all of them share."""
-    draw = np.random.default_rng(seed)
-
-    def tokens(low: int, high: int) -> tuple[int, ...]:
-        return tuple(int(t) for t in draw.integers(0, VOCABULARY, draw.integers(low, high + 1)))
-
-    prefix = tuple(range(shared_prefix))
-    return tuple(WriteExample(prefix + tokens(2, 12), tokens(1, 6)) for _ in range(count))
-
-
-def random_weights(basis: Basis, seed: int) -> FastWeights:
-    draw = np.random.default_rng(seed)
-    return FastWeights(
-        basis.id,
-        2,
-        {
-            name: draw.normal(0, 0.01, (rows, basis.rank)).astype(np.float32)
-            for name, rows in basis.d_out.items()
-        },
-    )
-
-
-def ragged_requests(basis: Basis, shared_prefix: int = 0) -> list[WriteRequest]:
-    """Three episodes: from zero with three minibatches an epoch, from revision 2 and zero with one."""
-    return [
-        WriteRequest("a", zero(basis), examples(1, 7, shared_prefix)),
-        WriteRequest("b", random_weights(basis, 5), examples(2, 2, shared_prefix)),
-        WriteRequest("c", zero(basis), examples(3, 3, shared_prefix)),
-    ]
-
-
-def write(
-    requests: Sequence[WriteRequest], config: WriteConfig, family: str = "llama", last_layers: int = 2
-) -> list[WriteResult]:
-    model = tiny_model(family)
-    return BatchedWriter(frozen(model), basis_of(model, last_layers), config).write(requests)
-
-
-def frozen(model: nn.Module) -> FrozenLlama:
-    return OwnedWeights(model.state_dict(), torch.float32, CPU).model(model.config)
 
 
 def mean_loss(model: nn.Module, batch: Sequence[WriteExample]) -> Tensor:
@@ -554,9 +475,9 @@ def test_unsupported_architecture_is_named() -> None:
 def test_bfloat16_model_keeps_b_in_float32() -> None:
     model = tiny_model()
     basis = basis_of(model)
-    result = BatchedWriter(
-        OwnedWeights(model.state_dict(), torch.bfloat16, CPU).model(model.config), basis, SGD
-    ).write([WriteRequest("a", zero(basis), examples(1, 6))])[0]
+    result = BatchedWriter(frozen(model, torch.bfloat16), basis, SGD).write(
+        [WriteRequest("a", zero(basis), examples(1, 6))]
+    )[0]
     assert result.outcome == "accepted"
     assert result.loss_after < result.loss_before
     matrix = torch.from_numpy(result.weights.b[basis.modules[0]])
