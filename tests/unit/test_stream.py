@@ -238,6 +238,26 @@ def test_a_paused_worker_gets_nothing_and_the_other_goes_on() -> None:
     asyncio.run(body())
 
 
+def test_a_held_stream_issues_nothing_whichever_worker_comes_until_it_is_released() -> None:
+    async def body() -> None:
+        first, second = ScriptedWorker("w0"), ScriptedWorker("w1")
+        stream = stream_of([first])
+        stream.hold()
+        taking = asyncio.create_task(stream.take())
+        await settle()
+        stream.resume("w0", 0)
+        stream.add(second, 0)
+        await settle()
+        assert first.asked == second.asked == []
+        stream.release()
+        await settle()
+        assert sorted(first.asked + second.asked) == [0, 1]
+        taking.cancel()
+        await stream.close()
+
+    asyncio.run(body())
+
+
 def test_nothing_is_issued_beyond_the_last_step() -> None:
     async def body() -> None:
         worker = ScriptedWorker("w")
