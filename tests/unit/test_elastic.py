@@ -426,8 +426,9 @@ def test_the_number_of_workers_follows_config_schedule_and_person(tmp_path: Path
     assert wanted() == 4
     ask_for(newest_run(tmp_path), 7)
     assert wanted() == read_wanted(tmp_path / "run") == 7
-    (tmp_path / "run" / "workers.json").write_text("{")
-    assert wanted() == 4
+    for damaged in ("{", "[]", '{"workers": 0}', '{"workers": true}', '{"workers": "7"}'):
+        (tmp_path / "run" / "workers.json").write_text(damaged)
+        assert wanted() == 4, damaged
 
 
 def test_asking_for_what_cannot_be_is_one_line(tmp_path: Path) -> None:
