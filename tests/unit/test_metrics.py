@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 import pytest
 
@@ -11,14 +14,18 @@ from actors.engine.step_loop import PHASES, Phase
 from actors.episodes.group_summary import EpisodeSummary
 from actors.worker import WorkerReport
 from cluster.fleet.fleet import phase_seconds
+from cluster.fleet.ledger import Ledger, LedgerSnapshot
+from cluster.fleet.stream import Batch
 from cluster.train.metrics import (
     StepSeconds,
     episode_timeline,
     learner_timeline,
     rollout_metrics,
+    step_metrics,
     worker_timeline,
 )
-from tests.unit.cluster_cases import task_at, trajectory
+from learner.types import StepReport
+from tests.unit.cluster_cases import finished_group, group, task_at, trajectory
 
 
 def report(name: str, seconds: Mapping[Phase, float]) -> WorkerReport:
@@ -61,3 +68,13 @@ def test_the_learners_and_the_episodes_views() -> None:
     assert timeline["timeline/episode_act"] == pytest.approx(0.3 / 0.9)
     assert rollout_metrics(episodes)["timing_s/episode_extract"] == pytest.approx(0.2)
     assert episode_timeline([]) == {}
+
+
+def test_a_figure_that_a_step_does_not_have_is_left_out() -> None:
+    """No episode wrote, so there is no loss of a write."""
+    groups = (finished_group(group(task_at(0), 0)),)
+    values: dict[str, Any] = {field.name: 0 for field in fields(StepReport)} | {"tokens": 10}
+    report, ledger = StepReport(**values), Ledger(LedgerSnapshot())
+    figures = step_metrics(report, Batch((0,), groups, (0,), 0), StepSeconds(1.0, 1.0, 1.0, 4.0), ledger)
+    assert figures["fast_weights/writes"] == 0.0 and "fast_weights/loss_before" not in figures
+    assert all(math.isfinite(value) for value in figures.values())
