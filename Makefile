@@ -2,7 +2,7 @@
 
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 VARIANT ?= cpu
-CONFIG  ?= configs/quickstart.yaml
+CONFIG  ?= quickstart
 ARGS    ?=
 
 UV_VERSION  := 0.13.9
@@ -12,11 +12,11 @@ STAMP := .venv/.set-up-$(VARIANT)-$(firstword $(shell cksum < $(LOCK)))
 BIN   := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check fuzz bench chaos reference lock clean
+.PHONY: help setup train test check fuzz bench chaos dist reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: CONFIG=configs/x.yaml  ARGS='key=value ...'  VARIANT=cpu|gpu  PYTHON=python3.11"
+	@echo "  variables: CONFIG=quickstart|x.yaml  ARGS='key=value ...'  VARIANT=cpu|gpu  PYTHON=python3.11"
 
 setup: $(STAMP) ## install what the lock names into .venv (VARIANT=gpu for CUDA)
 
@@ -57,6 +57,10 @@ $(STAMP): $(LOCK)
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --compile-bytecode -r .venv/requirements.txt
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	@touch $@
+
+dist: $(STAMP) ## build sdist and wheel into dist/ (install the lock first, then the wheel with --no-deps)
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation
 
 reference: $(STAMP) ## write configs/REFERENCE.md from the schema
 	@$(BIN)/python -m configs.reference

@@ -1,6 +1,4 @@
-"""``python -m cluster ...``"""
-
-from __future__ import annotations
+"""``python -m cluster ...``: the command ``engram`` in a checkout, where nothing has to be installed."""
 
 import sys
 

@@ -1,212 +1,271 @@
-"""``python -m cluster``: parse, load the configuration, run one command. A user's mistake is one line on stderr and exit status 2."""
+"""The command ``engram``: one function for each command, and the exit status of what it raises.
+
+    words --> typer --> the command's function --> exit status, or an error in one line on stderr
+
+Nothing heavy (torch, Ray, vLLM, MLflow) is imported at the top: ``--help``, Tab and a mistyped key answer at
+once.
+"""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import importlib
 import os
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cluster.assistant.command import COMMANDS as ASSISTANT_COMMANDS
-from cluster.assistant.command import add_assistant, run_assistant
-from cluster.common.ray_job import job_overrides
-from cluster.jobs.commands import COMMANDS as JOB_COMMANDS
-from cluster.jobs.commands import add_jobs, run_jobs
-from configs.load import ConfigError, load_config, to_yaml
-from configs.reference import help_table
+import typer
+from typer.core import TyperCommand
+from typer.main import get_command
+
+from cluster.assistant import command as assistant
+from cluster.bench.suite import SUITE
+from cluster.common.arguments import Config, ListSettings, PrintConfig, Settings, required_config
+from cluster.compare import command as compare
+from cluster.evaluation import command as evaluation
+from cluster.inspection import command as inspection
+from cluster.jobs import command as jobs
+from cluster.probe import command as probing
+from configs.bounds import ConfigError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 _TRAIN_EXAMPLES = """examples:
-  python -m cluster train configs/quickstart.yaml
-  python -m cluster train configs/quickstart.yaml train.steps=4 rollout.workers=2
-  python -m cluster train configs/locomo.yaml environment.conversation.path=locomo10.json
-  python -m cluster train configs/quickstart.yaml resume=auto
-  python -m cluster train configs/quickstart.yaml train.steps=4 --print-config
-"""
-_EVALUATE_EXAMPLES = """examples:
-  python -m cluster evaluate configs/quickstart.yaml                                     memory off and on
-  python -m cluster evaluate configs/quickstart.yaml --rows truncation,tmem,hybrid --seeds 0,1,2
-  python -m cluster evaluate configs/quickstart.yaml --rows truncation,tmem --sweep fast_weights.basis=svd,random --sweep write.epochs=1,5
-  python -m cluster evaluate configs/locomo.yaml environment.conversation.path=locomo10.json --rows full_context,truncation,memagent,tmem
-  python -m cluster evaluate configs/quickstart.yaml checkpoint=runs/quickstart-.../checkpoints/step-000020 evaluation.tasks=256
-  python -m cluster evaluate --resume runs/quickstart-evaluate-...                       run what is missing
-"""
-_BENCH_EXAMPLES = """examples:
-  python -m cluster bench                          every benchmark: hours on two cores
-  python -m cluster bench writer learner           some of them
-  python -m cluster bench rollout --repeats 9 --threads 1
-  python -m cluster bench --quick                  only whether they run; the figures mean nothing
+  engram train quickstart
+  engram train quickstart train.steps=4 rollout.workers=2
+  engram train locomo environment.conversation.path=locomo10.json
+  engram train quickstart resume=auto
+  engram train quickstart train.steps=4 --print-config
 """
 _SCALE_EXAMPLES = """examples:
-  python -m cluster scale 4                                   the newest run in runs/ gets four rollout workers
-  python -m cluster scale 2 --run /shared/runs/paper-20260101-120000
+  engram scale 4                                   the newest run in runs/ gets four rollout workers
+  engram scale 2 --run /shared/runs/paper-20260101-120000
 
-New workers load the current weights before they get a task; those that go finish what they have. The run's folder must be the one that the driver
-writes to (on a cluster: a shared one). rollout.schedule=[10:4,50:2] does the same by training step.
+New workers load the current weights before they get a task. Workers that go finish what they have. The run's
+folder must be the one that the driver writes to (on a cluster: a shared one). rollout.schedule=[10:4,50:2]
+does the same by training step.
+"""
+_BENCH_EXAMPLES = f"""benchmarks:
+{chr(10).join(f"  {entry.name:11s} {entry.about}" for entry in SUITE)}
+
+examples:
+  engram bench                          every benchmark: hours on two cores
+  engram bench writer learner           some of them
+  engram bench rollout --repeats 9 --threads 1
+  engram bench --quick                  only whether they run; the figures mean nothing
 """
 _EXAMPLES = """examples:
-  python -m cluster train configs/quickstart.yaml                      train on this machine, no service needed
-  python -m cluster evaluate configs/quickstart.yaml                   held-out tasks, memory off and on
-  python -m cluster probe configs/quickstart.yaml --cards recall:12    what a write is worth: recall, paraphrases, damage
-  python -m cluster inspect runs/quickstart-...                        what an agent read, wrote into its weights, and answered
-  python -m cluster pool runs/tmem-* runs/memory-off-*                 training runs over seeds, side by side
-  python -m cluster scale 4                                            more or fewer rollout workers while a run goes on
-  python -m cluster submit train configs/quickstart.yaml output_dir=/shared/runs     the same as a job on a Ray cluster
-  python -m cluster chat runs/quickstart-...                           talk to what was trained; it learns in the conversation
-  python -m cluster serve runs/quickstart-...                          the same behind an OpenAI-compatible endpoint
-  python -m cluster export runs/quickstart-... exported                as a plain Hugging Face folder, or a memory as a PEFT adapter
-  python -m cluster bench                                              every seam against a named baseline
-  python -m cluster train --settings                                   every setting with its default and what is allowed
-  python -m cluster COMMAND --help                                     more about a command
+  engram train quickstart                         train on this machine, no service needed
+  engram evaluate quickstart                      held-out tasks, memory off and on
+  engram probe quickstart --cards recall:12       what a write is worth: recall, paraphrases, damage
+  engram inspect runs/quickstart-...              what an agent read, wrote into its weights, and answered
+  engram pool runs/tmem-* runs/memory-off-*       training runs over seeds, side by side
+  engram scale 4                                  more or fewer rollout workers while a run goes on
+  engram submit train quickstart output_dir=/shared/runs       the same as a job on a Ray cluster
+  engram chat runs/quickstart-...                 talk to what was trained; it learns in the conversation
+  engram serve runs/quickstart-...                the same behind an OpenAI-compatible endpoint
+  engram export runs/quickstart-... exported      a plain Hugging Face folder, or a memory as a PEFT adapter
+  engram bench                                    every seam against a named baseline
+  engram train --settings                         every setting with its default and what is allowed
+  engram COMMAND --help                           more about a command
+  engram --install-completion                     complete commands, configurations and settings with Tab
+
+In a checkout python -m cluster is the same command.
 """
+
+app = typer.Typer(
+    help="Train and evaluate agents that write their own weights in mid-episode.",
+    rich_markup_mode=None,  # rich would wrap the examples, and put a mistake into a box
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def console_script() -> None:
+    """The console script. Unlike ``python -m cluster`` it works in every folder.
+
+    The current folder is not at the front of sys.path: a user's cluster.py or configs/ there hides nothing.
+    At its end it still offers modules that only the user has (environment.custom=my_tasks:build).
+    """
+    sys.path.append(str(Path.cwd()))
+    sys.exit(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted."""
-    parser = command_line()
-    options, rest = parser.parse_known_args(arguments)
-    settable = options.command in ("train", "evaluate", "probe")
-    if unknown := [
-        one
-        for one in rest
-        if one.startswith("-") or "=" not in one or not (settable or options.command in ("chat", "serve"))
-    ]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if rest:  # settings behind an option, which argparse does not join with those before it
-        options.overrides = [*options.overrides, *rest]
-    if options.command is None:
-        parser.print_help()
-        return EXIT_OK
-    if getattr(options, "settings", False):
-        from rich.console import Console
+    """Run one command.
 
-        Console().print(help_table())
-        return EXIT_OK
+    Returns its exit status: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        if settable:
-            options.overrides = job_overrides(
-                Path(options.config) if options.config else None, options.overrides, os.environ
-            )
-        if options.command in JOB_COMMANDS:
-            return run_jobs(options)
-        if options.command in ASSISTANT_COMMANDS:
-            return run_assistant(options)
-        run = {"bench": _bench, "train": _train, "evaluate": _evaluate, "scale": _scale}.get(
-            options.command, _elsewhere
-        )
-        return run(options)
+        status: int | None = get_command(app).main(words, prog_name="engram", standalone_mode=False)
+    except typer.TyperException as error:
+        return _complain(_usage(error), EXIT_USAGE)
     except ConfigError as error:
-        return _complain(error, EXIT_USAGE)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _complain(str(error), EXIT_USAGE)
+    except asyncio.CancelledError:  # a job's stop (SIGTERM) cancels the run, which has said what was saved
+        status = EXIT_INTERRUPTED
     except (RuntimeError, ValueError) as error:
-        status = _status_of(error)
-        if status is None:
+        failed = _status_of(error)
+        if failed is None:
             raise
-        return _complain(error, status)
+        # What Ray brings from another process holds that process's traceback. Its cause is the error itself.
+        return _complain(str(getattr(error, "cause", None) or error), failed)
+    if status == EXIT_INTERRUPTED:  # typer's status for Ctrl-C
+        print("interrupted", file=sys.stderr)
+    return status or EXIT_OK
 
 
-def _train(options: argparse.Namespace) -> int:
-    misplaced = next((argument for argument in options.overrides if argument.startswith("checkpoint=")), None)
+# --- the commands that have no room of their own -----------------------------------------------------------
+
+
+def train(
+    config: Config = "",
+    settings: Settings = None,
+    print_config: PrintConfig = False,
+    list_settings: ListSettings = False,
+) -> None:
+    """Evaluate, train, evaluate again, and compare."""
+    from cluster.common.ray_job import job_overrides
+    from configs.load import load_config, to_yaml
+
+    words = settings or []
+    misplaced = next((word for word in words if word.startswith("checkpoint=")), None)
     if misplaced is not None:
         raise ConfigError(f"argument {misplaced!r}: belongs to evaluate; train takes resume=FOLDER")
-    config = load_config(_config_file(options), options.overrides)
-    if options.print_config:
-        print(to_yaml(config), end="")
-        return EXIT_OK
+    path = required_config("train", config)
+    loaded = load_config(path, job_overrides(path, words, os.environ))
+    if print_config:
+        print(to_yaml(loaded), end="")
+        return
 
     from cluster.common.display import Display
     from cluster.train.prepare import prepare_training
-    from cluster.train.run import train
+    from cluster.train.run import train as run
 
-    _drive(train(*prepare_training(config), Display()))
-    return EXIT_OK
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    from cluster.evaluation.arguments import request_of
-
-    request = request_of(options)
-    if options.print_config:
-        from cluster.evaluation.plan import plan_cells
-
-        print(to_yaml(plan_cells(request).base), end="")
-        return EXIT_OK
-
-    from cluster.common.display import Display
-    from cluster.evaluation.prepare import prepare_comparison
-    from cluster.evaluation.run import evaluate
-
-    _drive(evaluate(prepare_comparison(request), Display()))
-    return EXIT_OK
+    asyncio.run(run(*prepare_training(loaded), Display()))
 
 
-def _elsewhere(options: argparse.Namespace) -> int:
-    """A command of a room of its own: ``run_<command>`` there."""
-    room = {"probe": "probe", "inspect": "inspection", "pool": "compare"}[options.command]
-    getattr(importlib.import_module(f"cluster.{room}.command"), f"run_{options.command}")(options)
-    return EXIT_OK
-
-
-def _scale(options: argparse.Namespace) -> int:
+def scale(
+    workers: Annotated[int, typer.Argument(min=1, metavar="N", help="how many there should be")],
+    run: Annotated[
+        str, typer.Option(metavar="FOLDER", help="the run's folder", show_default="the one written to last")
+    ] = "",
+    output_dir: Annotated[str, typer.Option(metavar="DIR", help="where to look for it")] = "runs",
+) -> None:
+    """Add or remove rollout workers while a run goes on."""
     from cluster.runs.wanted_workers import ask_for, newest_run
 
-    run_dir = Path(options.run) if options.run else newest_run(Path(options.output_dir))
-    ask_for(run_dir, options.workers)
-    print(f"{run_dir}: asked for {options.workers} rollout worker(s); the run says when they serve")
-    return EXIT_OK
+    run_dir = Path(run) if run else newest_run(Path(output_dir))
+    ask_for(run_dir, workers)
+    print(f"{run_dir}: asked for {workers} rollout worker(s); the run says when they serve")
 
 
-def _config_file(options: argparse.Namespace) -> Path:
-    if options.config is None or "=" in options.config:
-        raise ConfigError(
-            f"{options.command} needs a configuration file before the settings, e.g. configs/quickstart.yaml"
-        )
-    return Path(options.config)
+def complete_benchmark(incomplete: str) -> list[str]:
+    return [entry.name for entry in SUITE if entry.name.startswith(incomplete)]
 
 
-def _bench(options: argparse.Namespace) -> int:
-    from cluster.bench.run import BenchOptions, bench
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME",
+            help="which benchmarks",
+            show_default="all",
+            autocompletion=complete_benchmark,
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="smollm2-135m, a folder or a hub name")
+    ] = "smollm2-135m",
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="pairs of measurements of each case")] = 5,
+    threads: Annotated[int, typer.Option(min=1, metavar="N", help="CPU threads of what is measured")] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="smallest sizes, one repeat: only shows that it runs")
+    ] = False,
+    output_dir: Annotated[Path, typer.Option(metavar="DIR", help="where the report goes")] = Path("runs"),
+    no_tracking: Annotated[bool, typer.Option("--no-tracking", help="do not log to MLflow")] = False,
+) -> None:
+    """Measure every seam against a named baseline.
+
+    Both take turns on this machine. Prints tables; writes report.md, report.json and plots; logs to MLflow.
+    """
+    from cluster.bench.run import BenchOptions
+    from cluster.bench.run import bench as run
     from cluster.common.display import Display
 
     chosen = BenchOptions(
-        names=tuple(options.names),
-        model=options.model,
-        repeats=1 if options.quick else options.repeats,
-        threads=options.threads,
-        quick=options.quick,
-        output_dir=Path(options.output_dir),
-        tracking=not options.no_tracking,
+        names=tuple(names or ()),
+        model=model,
+        repeats=1 if quick else repeats,
+        threads=threads,
+        quick=quick,
+        output_dir=output_dir,
+        tracking=not no_tracking,
     )
-    bench(chosen, Display())
-    return EXIT_OK
+    run(chosen, Display())
 
 
-def _drive(story: Coroutine[Any, Any, None]) -> None:
-    """Run to the end. Ctrl-C and a job's stop (SIGTERM) cancel the story, which then says what was saved; a second Ctrl-C ends at once."""
-    try:
-        asyncio.run(story)
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+# --- all commands, in the order of --help ------------------------------------------------------------------
 
 
-def _complain(error: Exception, status: int) -> int:
-    """One line. What Ray brings from another process holds that process's traceback: its cause is the error itself."""
-    cause = getattr(error, "cause", None)
-    print(f"error: {' '.join(str(cause or error).split())}", file=sys.stderr)
+def _verbatim(text: str) -> str:
+    """Mark each paragraph with click's sign for text that must not be wrapped."""
+    return "\n\n".join(f"\b\n{paragraph}" for paragraph in text.strip().split("\n\n"))
+
+
+class _SubmitCommand(TyperCommand):
+    """Submit's own options stand before the command that it submits; all words behind are that command's."""
+
+    allow_interspersed_args = False
+
+
+def _add(function: Callable[..., Any], examples: str, kind: type[TyperCommand] = TyperCommand) -> None:
+    app.command(cls=kind, epilog=_verbatim(examples))(function)
+
+
+@app.callback(epilog=_verbatim(_EXAMPLES))
+def _engram() -> None:
+    """Train and evaluate agents that write their own weights in mid-episode."""
+
+
+_add(train, _TRAIN_EXAMPLES)
+_add(evaluation.evaluate, evaluation.EXAMPLES)
+_add(probing.probe, probing.EXAMPLES, probing.ProbeCommand)
+_add(inspection.inspect, inspection.EXAMPLES)
+_add(compare.pool, compare.EXAMPLES)
+_add(scale, _SCALE_EXAMPLES)
+_add(assistant.chat, assistant.CHAT_EXAMPLES)
+_add(assistant.serve, assistant.SERVE_EXAMPLES)
+_add(assistant.export, assistant.EXPORT_EXAMPLES)
+_add(jobs.submit, jobs.SUBMIT_EXAMPLES, _SubmitCommand)
+_add(jobs.status, jobs.STATUS_EXAMPLES)
+_add(jobs.logs, jobs.LOGS_EXAMPLES)
+_add(jobs.stop, jobs.STOP_EXAMPLES)
+_add(bench, _BENCH_EXAMPLES)
+
+
+# --- errors ------------------------------------------------------------------------------------------------
+
+
+def _usage(error: typer.TyperException) -> str:
+    """Typer's message for a wrong word. It keeps the options similar to an unknown one apart."""
+    similar = getattr(error, "possibilities", None)
+    if similar:
+        return f"{error.message}; did you mean {' or '.join(similar)}?"
+    return error.format_message().replace("Value error, ", "")  # pydantic's prefix
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 
 def _status_of(error: Exception) -> int | None:
-    """The exit status of an error that has a message for the user; None for a programming error, whose traceback is wanted.
+    """The exit status of an error whose message is for the user.
 
-    Imported only when something has been raised, so that --help and a mistyped key answer at once.
+    None for a programming error, whose traceback is wanted. The imports take seconds, and an error has time.
     """
     from actors.fast_weights.delta import BasisError
     from actors.protocols import EngineError, TaskError
@@ -221,141 +280,9 @@ def _status_of(error: Exception) -> int | None:
     from configs.models import ModelError
     from learner.types import LearnerError
 
-    mistakes = (
-        TaskError
-        | ModelError
-        | ChatTemplateError
-        | AssistantError
-        | CheckpointError
-        | ExtensionError
-        | ProbeError
-        | RecordError
-        | ScaleError
-    )
-    if isinstance(error, mistakes):
+    files = CheckpointError | RecordError
+    parts = TaskError | ModelError | ChatTemplateError | ExtensionError
+    if isinstance(error, files | parts | AssistantError | ProbeError | ScaleError):
         return EXIT_USAGE
-    return (
-        EXIT_FAILED
-        if isinstance(error, ClusterError | BasisError | EngineError | LearnerError | BenchError)
-        else None
-    )
-
-
-def command_line() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cluster",
-        description="Train and evaluate agents that write their own weights in mid-episode.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    from cluster.compare.command import add_pool
-    from cluster.evaluation.arguments import add_options
-    from cluster.inspection.command import add_inspect
-    from cluster.probe.command import add_probe
-
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, text, examples in (
-        ("train", "evaluate, train, evaluate again, and compare", _TRAIN_EXAMPLES),
-        (
-            "evaluate",
-            "compare memories on held-out tasks: rows x benchmarks x seeds, of the base model or a checkpoint",
-            _EVALUATE_EXAMPLES,
-        ),
-    ):
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text.capitalize() + ".",
-            epilog=examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_argument(
-            "config",
-            nargs="?",
-            default=None,
-            metavar="CONFIG",
-            help="a YAML file, e.g. configs/quickstart.yaml",
-        )
-        command.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="key=value",
-            help="settings that differ from the file, e.g. train.steps=20",
-        )
-        command.add_argument(
-            "--print-config", action="store_true", help="print the resolved configuration and stop"
-        )
-        command.add_argument("--settings", action="store_true", help="list every setting and stop")
-        if name == "evaluate":
-            add_options(command)
-    add_probe(commands)
-    add_inspect(commands)
-    add_pool(commands)
-    _add_scale(commands)
-    add_assistant(commands)
-    add_jobs(commands)
-    _add_bench(commands)
-    return parser
-
-
-def _add_scale(commands: Any) -> None:
-    text = "add or remove rollout workers of a training run while it goes on"
-    command = commands.add_parser(
-        "scale",
-        help=text,
-        description=f"{text.capitalize()}.",
-        epilog=_SCALE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("workers", type=_count, metavar="N", help="how many there should be")
-    command.add_argument(
-        "--run", default="", metavar="FOLDER", help="the run's folder; the one written to last when not given"
-    )
-    command.add_argument(
-        "--output-dir", default="runs", metavar="DIR", help="where to look for it (default runs)"
-    )
-
-
-def _add_bench(commands: Any) -> None:
-    from cluster.bench.suite import SUITE
-
-    text = "measure every seam against a named baseline, in turns on this machine"
-    listed = "\n".join(f"  {entry.name:11s} {entry.about}" for entry in SUITE)
-    command = commands.add_parser(
-        "bench",
-        help=text,
-        description=f"{text.capitalize()}. Prints tables; writes report.md, report.json and plots; logs to MLflow.\n\nbenchmarks:\n{listed}",
-        epilog=_BENCH_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("names", nargs="*", metavar="NAME", help="which benchmarks; all when none is named")
-    command.add_argument(
-        "--model",
-        default="smollm2-135m",
-        metavar="MODEL",
-        help="smollm2-135m (default), a folder or a hub name",
-    )
-    command.add_argument(
-        "--repeats",
-        type=_count,
-        default=5,
-        metavar="N",
-        help="pairs of measurements of each case (default 5)",
-    )
-    command.add_argument(
-        "--threads", type=_count, default=1, metavar="N", help="CPU threads of what is measured (default 1)"
-    )
-    command.add_argument(
-        "--quick", action="store_true", help="smallest sizes, one repeat: only shows that it runs"
-    )
-    command.add_argument(
-        "--output-dir", default="runs", metavar="DIR", help="where the report goes (default runs)"
-    )
-    command.add_argument("--no-tracking", action="store_true", help="do not log to MLflow")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give a whole number, 1 or more")
-    return int(text)
+    failures = ClusterError | BasisError | EngineError | LearnerError | BenchError
+    return EXIT_FAILED if isinstance(error, failures) else None

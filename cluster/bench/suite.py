@@ -8,9 +8,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cluster.bench.values import Context, Outcome
-from configs.load import ConfigError
+from configs.bounds import ConfigError
+
+if TYPE_CHECKING:  # --help lists the benchmarks: their values bring numpy along
+    from cluster.bench.values import Context, Outcome
 
 
 @dataclass(frozen=True, slots=True)

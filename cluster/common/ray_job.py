@@ -1,6 +1,9 @@
-"""What a run must know when it is a Ray job: which cluster to join, and that its working directory is a copy that vanishes with it.
+"""What a run must know inside a Ray job: which cluster it joins, and that its working directory is temporary.
 
-ray job submit --working-dir . -- python -m cluster train ...      Ray's job supervisor starts the command, with RAY_JOB_CONFIG_JSON_ENV_VAR set
+ray job submit --working-dir . -- python -m cluster train ...
+
+Ray's job supervisor starts the command with RAY_JOB_CONFIG_JSON_ENV_VAR set, in a copy of the working
+directory that vanishes with the job.
 """
 
 from __future__ import annotations
@@ -19,20 +22,20 @@ JOIN = "ray.address=auto"  # the cluster that the job runs on
 _VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's own name: {"runtime_env": {...}, "metadata": {...}}
 _SUBMISSION = "job_submission_id"
 _NOTE_S = 10
-_APART = ("checkpoint=", "resume=")  # of evaluate: they are no settings there
+_APART = ("checkpoint=", "resume=")  # evaluate takes them, and they are no settings there
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class RayJob:
-    """This process's job. ``commit`` is what was submitted, as the submission says; empty where it says nothing."""
+    """The job of this process. ``commit`` is the submitted commit, empty where the submission names none."""
 
     submission_id: str
     commit: str
 
 
 def current_job(environ: Mapping[str, str]) -> RayJob | None:
-    """None outside a Ray job."""
+    """The Ray job that this process runs in, None outside of one."""
     try:
         metadata = json.loads(environ.get(_VARIABLE, ""))["metadata"]
         return RayJob(str(metadata[_SUBMISSION]), str(metadata.get("commit", "")))
@@ -40,14 +43,16 @@ def current_job(environ: Mapping[str, str]) -> RayJob | None:
         return None
 
 
-def job_overrides(config: Path | None, overrides: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """``overrides`` for a run inside a Ray job: it joins the job's cluster, and what it writes must outlive the job. Raises ConfigError."""
-    if current_job(environ) is None or config is None or "=" in str(config):
+def job_overrides(config: Path, overrides: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The settings of a command, and in a Ray job those that make it join the job's cluster.
+
+    Raises ConfigError for outputs that would vanish with the job.
+    """
+    if current_job(environ) is None:
         return list(overrides)
     joined = [JOIN, *overrides]
-    require_lasting(
-        load_config(config, [override for override in joined if not override.startswith(_APART)]), environ
-    )
+    settings = [override for override in joined if not override.startswith(_APART)]
+    require_lasting(load_config(config, settings), environ)
     for override in joined:
         if override.startswith("resume="):
             _require_lasting_resume(override.removeprefix("resume="), override)
@@ -55,33 +60,26 @@ def job_overrides(config: Path | None, overrides: Sequence[str], environ: Mappin
 
 
 def require_lasting(config: RunConfig, environ: Mapping[str, str]) -> None:
-    """Outputs of a Ray job are absolute: relative ones would lie in a temporary copy of the working directory. Raises ConfigError."""
+    """Require that a job's outputs have absolute places. Raises ConfigError."""
     if not Path(config.output_dir).expanduser().is_absolute():
-        _refuse(
-            f"output_dir={config.output_dir}",
-            "output_dir=/shared/runs, on storage that all nodes of the cluster see",
-        )
+        allowed = "output_dir=/shared/runs, on storage that all nodes of the cluster see"
+        _refuse(f"output_dir={config.output_dir}", allowed)
     _require_lasting_resume(config.resume, f"resume={config.resume}")
     uri, setting = config.tracking.uri, "tracking.uri"
     if not uri:
         uri, setting = environ.get("MLFLOW_TRACKING_URI", ""), "MLFLOW_TRACKING_URI"
-    if (
-        config.tracking.enabled
-        and uri
-        and (path := _local_path(uri)) is not None
-        and not Path(path).is_absolute()
-    ):
-        _refuse(
-            f"{setting}={uri}",
-            "sqlite:////shared/mlflow.db (four slashes), or the http:// address of a server",
-        )
+    path = _local_path(uri) if config.tracking.enabled and uri else None
+    if path is not None and not Path(path).is_absolute():
+        allowed = "sqlite:////shared/mlflow.db (four slashes), or the http:// address of a server"
+        _refuse(f"{setting}={uri}", allowed)
 
 
 async def note_run(job: RayJob | None, run_id: str) -> None:
-    """Write the MLflow run's id into the job's metadata, where `status`, the dashboard and ``ray job list`` show it. Ray is up.
+    """Write the MLflow run's id into the job's metadata, for ``status``, the dashboard and ``ray job list``.
 
-    Ray has no public call for that: its own storage client is used. Nobody else writes there while the entrypoint runs (the job's supervisor writes
-    before it starts, and after it has ended). It is a comfort: where it fails, the run goes on.
+    Ray must be up. It has no public call for this, so its own storage client is used. Nobody else writes
+    there meanwhile: the job's supervisor writes before the command starts and after it has ended. A failure
+    is only logged, and the run goes on.
     """
     if job is None or not run_id:
         return
@@ -104,7 +102,7 @@ def _require_lasting_resume(resume: str, said: str) -> None:
 
 
 def _local_path(uri: str) -> str | None:
-    """The file or folder that an MLflow store lies in; None for a server or a database server."""
+    """The file or folder of an MLflow store, None for a server."""
     if uri.startswith("sqlite:///"):
         return uri.removeprefix("sqlite:///")
     scheme, colon, rest = uri.partition(":")

@@ -17,7 +17,7 @@ from actors.fast_weights.basis import load_basis, save_basis
 from actors.fast_weights.delta import Basis
 from actors.memory.build import custom_memory
 from actors.types import PolicyVersion, Task
-from cluster.evaluation.arguments import REQUEST_FILE, save_request, saved_request
+from cluster.evaluation.command import REQUEST_FILE, save_request, saved_request
 from cluster.evaluation.plan import WRITING, Cell, Plan, Request, plan_cells
 from cluster.evaluation.store import CellStore
 from cluster.runs.checkpoint import Checkpoint, load_checkpoint

@@ -10,7 +10,7 @@ from pathlib import Path
 from cluster.common.display import Display
 from cluster.common.errors import ClusterError
 from cluster.common.git import git_commit
-from cluster.evaluation.arguments import REQUEST_FILE
+from cluster.evaluation.command import REQUEST_FILE
 from cluster.evaluation.drive import Hooks, run_cells
 from cluster.evaluation.plan import Cell
 from cluster.evaluation.prepare import Comparison

@@ -16,9 +16,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import configs
 from cluster.common.errors import StartupError, WorkerLost
+from cluster.common.ray_job import current_job
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -86,6 +89,7 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
             ray.init(
                 address=config.ray.address,
                 namespace=namespace,
+                job_config=_job_config(),
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
@@ -95,6 +99,7 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
             ray.init(
                 address="local",
                 namespace=namespace,
+                job_config=_job_config(),
                 num_cpus=max(os.cpu_count() or 1, math.ceil(needed.cpus)),
                 resources=dict.fromkeys((name for name, _ in needed.custom), _PLENTY),
                 object_store_memory=int(config.ray.object_store_gib * _GIB),
@@ -111,6 +116,22 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _job_config() -> Any:
+    """A JobConfig: workers look for modules in this installation of Engram, then in the current folder.
+
+    Why: Ray puts the driver's current folder in front of the workers' sys.path, and a user's cluster.py there
+    would hide ours. Ray 2.60 has no public switch for this. In a Ray job its working directory is the code, and
+    Ray decides. tests/integration/test_bring_your_own.py fails when Ray changes these fields.
+    """
+    from ray.job_config import JobConfig
+
+    if current_job(os.environ) is not None:
+        return None
+    installation = Path(configs.__file__).parents[1]
+    # Each is put in front of those before it. _client_job: Ray does not add the current folder itself.
+    return JobConfig(_client_job=True, _py_driver_sys_path=[str(Path.cwd()), str(installation)])
 
 
 def cancel_on_sigterm() -> None:

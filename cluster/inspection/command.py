@@ -1,102 +1,83 @@
-"""The ``inspect`` subcommand: its arguments, and from them to an episode and its views."""
+"""The ``inspect`` command: from its arguments to an episode and its views."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from configs.bounds import ConfigError
 
 if TYPE_CHECKING:
     from cluster.inspection.compare import Compared
     from cluster.inspection.record import Record
 
-_EXAMPLES = """examples:
-  python -m cluster inspect runs/quickstart-20260101-120000                      which episodes the run kept
-  python -m cluster inspect runs/quickstart-20260101-120000 --episode 3          the third of them
-  python -m cluster inspect runs/quickstart-20260101-120000 --episode train-44.1 --html episode.html
-  python -m cluster inspect runs/.../episodes/step-000012--train-44.1.json --compare
+EXAMPLES = """examples:
+  engram inspect runs/quickstart-20260101-120000                      the episodes that the run kept
+  engram inspect runs/quickstart-20260101-120000 --episode 3          the third of them
+  engram inspect runs/quickstart-20260101-120000 --episode train-44.1 --html episode.html
+  engram inspect runs/.../episodes/step-000012--train-44.1.json --compare
 
-How many episodes a run keeps is set by episodes.per_step, episodes.per_evaluation and episodes.failed. --compare loads the model, rebuilds the fast
-weights from the episode's log of writes, and answers again with them and without.
+episodes.per_step, episodes.per_evaluation and episodes.failed set how many episodes a run keeps. --compare
+loads the model, rebuilds the fast weights from the episode's write log, and answers again with them and
+without.
 """
 
 
-def add_inspect(commands: Any) -> None:
-    text = "look into an episode: what the agent read, wrote into its weights, and answered"
-    command = commands.add_parser(
-        "inspect",
-        help=text,
-        description=f"{text.capitalize()}.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument(
-        "run",
-        type=Path,
-        metavar="RUN_OR_FILE",
-        help="the folder of a run (or of an evaluation), or an episode's file",
-    )
-    command.add_argument(
-        "--episode",
-        default="",
-        metavar="N|NAME",
-        help="which of the run's: its number in the list, or a part of its name",
-    )
-    command.add_argument(
-        "--html",
-        type=Path,
-        metavar="FILE",
-        help="write the episode as one HTML page instead of showing it here",
-    )
-    command.add_argument(
-        "--compare",
-        action="store_true",
-        help="also answer again with and without the fast weights (loads the model)",
-    )
-    command.set_defaults(settings=False)  # it has none
-    command.add_argument(
-        "--policy",
-        type=Path,
-        metavar="FOLDER",
-        help="with --compare: the checkpoint that the episode was played on",
-    )
+def inspect(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_OR_FILE", help="a run's or an evaluation's folder, or an episode's file"),
+    ],
+    episode: Annotated[
+        str, typer.Option(metavar="N|NAME", help="an episode of the run: its number, or a part of its name")
+    ] = "",
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="write the episode as one HTML page instead of showing it"),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="also answer again with and without the fast weights (loads the model)"
+        ),
+    ] = False,
+    policy: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="with --compare: the checkpoint that the episode was played on"),
+    ] = None,
+) -> None:
+    """Look into an episode.
 
-
-def run_inspect(options: argparse.Namespace) -> None:
-    """Raises ConfigError for the arguments, RecordError for the files, and what ``compare`` raises."""
+    What the agent read, wrote into its weights, and answered.
+    """
     from rich.console import Console
 
     from cluster.inspection.record import list_records, load
     from cluster.inspection.terminal import show, show_list
-    from configs.load import ConfigError
 
-    if options.policy is not None and not options.compare:
+    if policy is not None and not compare:
         raise ConfigError("argument --policy: belongs to --compare")
     console = Console(highlight=False)
-    path: Path | None = options.run
-    if not options.run.is_file():
-        path = _chosen(options.run, options.episode)
-    elif options.episode:
-        raise ConfigError(
-            f"argument --episode: {options.run} is one episode; give the run's folder to choose from"
-        )
+    path = _chosen(run, episode)
     if path is None:
-        if options.html or options.compare:
+        if html or compare:
             raise ConfigError("arguments --html and --compare need one episode: choose it with --episode N")
-        show_list(options.run, list_records(options.run), console)
+        show_list(run, list_records(run), console)
         return
     record = load(path)
-    compared = _compared(record, path.absolute(), options.policy) if options.compare else ()
-    if options.html is None:
+    compared = _compared(record, path.absolute(), policy) if compare else ()
+    if html is None:
         show(record, compared, console)
     else:
-        _save_page(record, compared, options.html)
-        console.print(f"{options.html}: open it in a browser", markup=False, soft_wrap=True)
+        _save_page(record, compared, html)
+        console.print(f"{html}: open it in a browser", markup=False, soft_wrap=True)
 
 
 def _compared(record: Record, path: Path, policy: Path | None) -> tuple[Compared, ...]:
-    """A log that cannot be replayed is the user's mistake: it belongs to other weights."""
+    """The answers with and without fast weights. Raises RecordError for a write log of other weights."""
     from actors.protocols import WriterError
     from cluster.inspection.compare import compare
     from cluster.inspection.record import RecordError
@@ -118,18 +99,21 @@ def _save_page(record: Record, compared: Sequence[Compared], target: Path) -> No
 
 
 def _chosen(run: Path, wanted: str) -> Path | None:
-    """The record that ``wanted`` names; None where nothing is named. Raises RecordError."""
+    """The episode's file; None for a folder where no episode is named. Raises RecordError, ConfigError."""
     from cluster.inspection.record import FOLDER, RecordError, list_records
 
+    if run.is_file():
+        if wanted:
+            cure = "give the run's folder to choose from"
+            raise ConfigError(f"argument --episode: {run} is one episode; {cure}")
+        return run
     if not run.is_dir():
-        raise RecordError(
-            f"{run} does not exist: give the folder of a run, e.g. runs/quickstart-..., or an episode's file"
-        )
+        allowed = "give the folder of a run, e.g. runs/quickstart-..., or an episode's file"
+        raise RecordError(f"{run} does not exist: {allowed}")
     paths = list_records(run)
     if not paths:
-        raise RecordError(
-            f"{run / FOLDER} holds no episode: the run kept none (episodes.per_step, episodes.per_evaluation), or is no run's folder"
-        )
+        cause = "the run kept none (episodes.per_step, episodes.per_evaluation), or this is no run's folder"
+        raise RecordError(f"{run / FOLDER} holds no episode: {cause}")
     if not wanted:
         return None
     if wanted.isdecimal() and 1 <= int(wanted) <= len(paths):
@@ -137,7 +121,8 @@ def _chosen(run: Path, wanted: str) -> Path | None:
     fitting = [path for path in paths if wanted in path.stem]
     if len(fitting) == 1:
         return fitting[0]
-    have = ", ".join(path.stem for path in (fitting or paths)[:5])
+    names = ", ".join(path.stem for path in (fitting or paths)[:5])
+    problem = f"{len(fitting)} of the {len(paths)} episodes fit"
     raise RecordError(
-        f"--episode {wanted}: {len(fitting)} of the {len(paths)} episodes fit; give a number from 1 to {len(paths)}, or one of {have}"
+        f"--episode {wanted}: {problem}; give a number from 1 to {len(paths)}, or one of {names}"
     )

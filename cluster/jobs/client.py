@@ -1,26 +1,87 @@
-"""Ray's job client with a deadline on every request, and one line for whatever fails.
+"""Ray's job client with a deadline for every request, and one line for every failure.
 
-commands.py --> Jobs --> JobClient: ray.job_submission.JobSubmissionClient (or a fake of these six methods) --HTTP--> the cluster's head
+command.py --> Jobs --> JobClient: ray.job_submission.JobSubmissionClient --HTTP--> the cluster's head
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.jobs.values import Endpoint, Job, JobsError, Submission
+from cluster.common.errors import ClusterError
 
-_QUIET_S = 20.0  # a log that is silent so long: is the job still there?
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+_QUIET_S = 20.0  # after so long without a line of log, look whether the job is still there
 _POLL_S = 0.5
-_TYPE = "SUBMISSION"  # Ray lists drivers that nobody submitted, too
+_TYPE = "SUBMISSION"  # Ray also lists drivers that nobody submitted
+_STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # seconds from SIGTERM to SIGKILL; Ray's job supervisor reads it
+
+
+class JobsError(ClusterError):
+    """The cluster cannot be reached, refuses, or does not know the job. One line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where and how Ray's dashboard answers. ``deadline_s`` bounds every request."""
+
+    address: str
+    auth: str  # token or disabled
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A command of Engram for the cluster to run."""
+
+    words: tuple[str, ...]  # ("train", "configs/quickstart.yaml", "train.steps=4")
+    working_dir: Path
+    environment: Mapping[str, str]
+    name: str  # empty: Ray makes one up
+    commit: str
+    grace_s: int  # from a stop to the kill, for the last checkpoint
+
+    @property
+    def entrypoint(self) -> str:
+        return shlex.join(("python", "-m", "cluster", *self.words))
+
+    @property
+    def runtime_env(self) -> dict[str, object]:
+        variables = {_STOP_WAIT: str(self.grace_s), **self.environment}
+        return {"working_dir": str(self.working_dir), "env_vars": variables}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"commit": self.commit} if self.commit else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job, as the cluster reports it. Times are seconds since the epoch, None while they lie ahead."""
+
+    name: str
+    status: str  # PENDING, RUNNING or one of ENDED
+    entrypoint: str
+    message: str
+    started: float | None
+    ended: float | None
+    commit: str
+    mlflow_run: str
+
+    @property
+    def over(self) -> bool:
+        return self.status in ENDED
 
 
 class JobClient(Protocol):
-    """The part of Ray's JobSubmissionClient that is used."""
+    """The used part of Ray's JobSubmissionClient."""
 
     def submit_job(
         self,
@@ -49,7 +110,7 @@ class Jobs:
         self._client, self._endpoint = client, endpoint
 
     def submit(self, submission: Submission) -> str:
-        """Upload the working directory, start the command; its name. The job runs on after this."""
+        """Upload the working directory and start the command. Returns the job's name; the job goes on."""
         with one_line(self._endpoint):
             return self._client.submit_job(
                 entrypoint=submission.entrypoint,
@@ -63,21 +124,18 @@ class Jobs:
             return _job(self._client.get_job_info(name))
 
     def all(self) -> list[Job]:
-        """Those that were submitted, the newest first."""
+        """All submitted jobs, the newest first."""
         with one_line(self._endpoint):
-            listed = [
-                _job(details)
-                for details in self._client.list_jobs()
-                if getattr(details.type, "value", details.type) == _TYPE
-            ]
-        return sorted(listed, key=lambda job: job.started or 0.0, reverse=True)
+            listed = self._client.list_jobs()
+        jobs = [_job(details) for details in listed if getattr(details.type, "value", details.type) == _TYPE]
+        return sorted(jobs, key=lambda job: job.started or 0.0, reverse=True)
 
     def logs(self, name: str) -> str:
         with one_line(self._endpoint, name):
             return self._client.get_job_logs(name)
 
     def stop(self, name: str, deadline_s: float) -> Job:
-        """Ask the job to end (SIGTERM: it saves), and wait until it has."""
+        """Ask the job to end (on SIGTERM it saves), and wait for its end."""
         job = self.get(name)
         if job.over:
             return job
@@ -86,18 +144,20 @@ class Jobs:
         return self.ended(name, deadline_s)
 
     def ended(self, name: str, deadline_s: float) -> Job:
-        """The job, once it is over."""
+        """Wait until the job is over."""
         until = time.monotonic() + deadline_s
         while not (job := self.get(name)).over:
             if time.monotonic() > until:
-                raise JobsError(
-                    f"job {name} is still {job.status} after {deadline_s:g} s; look at it with: python -m cluster logs {name}"
-                )
+                late = f"job {name} is still {job.status} after {deadline_s:g} s"
+                raise JobsError(f"{late}; look at it with: engram logs {name}")
             time.sleep(_POLL_S)
         return job
 
     async def follow(self, name: str, write: Callable[[str], None], quiet_s: float = _QUIET_S) -> Job:
-        """Hand the log to ``write`` as it grows, until the job is over. A silence of ``quiet_s`` is looked into: the job must still be there."""
+        """Hand the log to ``write`` as it grows, until the job is over.
+
+        After ``quiet_s`` without a line, look whether the job is still running.
+        """
         if self.get(name).over:
             write(self.logs(name))
             return self.get(name)
@@ -124,12 +184,11 @@ class Jobs:
 
 
 def connect(endpoint: Endpoint) -> Jobs:
-    """Raises JobsError where no cluster answers, or where it refuses."""
+    """Connect to a cluster. Raises JobsError where none answers, or where it refuses."""
     if not endpoint.address.startswith(("http://", "https://")):
-        raise JobsError(
-            f"--address {endpoint.address} is not allowed: give that of the cluster's dashboard, e.g. http://head-node:8265"
-        )
-    os.environ["RAY_AUTH_MODE"] = endpoint.auth  # read when Ray is imported
+        cure = "give the address of the cluster's dashboard, e.g. http://head-node:8265"
+        raise JobsError(f"--address {endpoint.address} is not allowed: {cure}")
+    os.environ["RAY_AUTH_MODE"] = endpoint.auth  # Ray reads it when it is imported
     os.environ["RAY_API_SERVER_ADDRESS"] = endpoint.address  # it overrules the argument below
     with one_line(endpoint):
         return Jobs(_timed_client(endpoint), endpoint)
@@ -139,7 +198,7 @@ def _timed_client(where: Endpoint) -> JobClient:
     from ray.job_submission import JobSubmissionClient
 
     class Timed(JobSubmissionClient):
-        """Ray's requests have no timeout; all of them pass through this method."""
+        """Ray's requests have no timeout. All of them pass through this method."""
 
         def _do_request(self, method: str, endpoint: str, **rest: Any) -> Any:
             return super()._do_request(method, endpoint, timeout=where.deadline_s, **rest)
@@ -150,7 +209,7 @@ def _timed_client(where: Endpoint) -> JobClient:
 
 @contextmanager
 def one_line(endpoint: Endpoint, name: str = "") -> Iterator[None]:
-    """Whatever the client raises as a JobsError that says what to do."""
+    """Turn what the client raises into a JobsError that says what to do."""
     from aiohttp import ClientError
     from ray.exceptions import AuthenticationError
 
@@ -160,20 +219,19 @@ def one_line(endpoint: Endpoint, name: str = "") -> Iterator[None]:
     except JobsError:
         raise
     except AuthenticationError:
-        raise JobsError(
-            f"the cluster at {where} refuses (auth is {endpoint.auth}): give --auth token, with its token in RAY_AUTH_TOKEN, "
-            "in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
-        ) from None
+        places = "RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
+        cure = f"give --auth token, with its token in {places}"
+        raise JobsError(f"the cluster at {where} refuses (auth is {endpoint.auth}): {cure}") from None
     except (OSError, ClientError):  # requests' own errors are OSErrors
-        raise JobsError(
-            f"no Ray cluster answers at {where} within {endpoint.deadline_s:g} s: start one with `ray start --head`, "
-            "or give the address of its dashboard with --address http://HOST:8265"
-        ) from None
+        silent = f"no Ray cluster answers at {where} within {endpoint.deadline_s:g} s"
+        cure = (
+            "start one with `ray start --head`, or give its dashboard's address: --address http://HOST:8265"
+        )
+        raise JobsError(f"{silent}: {cure}") from None
     except (RuntimeError, ValueError) as error:
         if "404" in str(error) and name:
-            raise JobsError(
-                f"the cluster at {where} knows no job {name}: `python -m cluster status` lists those it knows"
-            ) from None
+            unknown = f"the cluster at {where} knows no job {name}"
+            raise JobsError(f"{unknown}: `engram status` lists its jobs") from None
         raise JobsError(f"the cluster at {where} refuses: {_last_line(error)}") from None
 
 
@@ -192,8 +250,6 @@ def _job(details: Any) -> Job:
 
 
 def _last_line(error: Exception) -> str:
-    """Ray sends the server's traceback along; what went wrong is its last line."""
-    lines = [
-        line.strip(" \"'.") for line in str(error).replace("\\n", "\n").splitlines() if line.strip(" \"'.")
-    ]
-    return lines[-1] if lines else type(error).__name__
+    """The last line of a server's traceback, which Ray sends along: it says what went wrong."""
+    lines = (line.strip(" \"'.") for line in str(error).replace("\\n", "\n").splitlines())
+    return next((line for line in reversed([*lines]) if line), type(error).__name__)

@@ -1,15 +1,20 @@
-"""The README's worked example, as it stands there: a user's environment, reward and advantage estimator through the whole circle."""
+"""The worked example of "Bring your own", as it stands in a README: from a user's module to a trained policy.
+
+It runs as ``engram`` in a folder whose files have the names of Engram's packages.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+HEADING = "\n## Bring your own\n"
 SMALL = [
     "learner.trainable_layers=3",
     "train.steps=1",
@@ -26,30 +31,36 @@ SMALL = [
 ]
 
 
-def _example() -> tuple[str, list[str]]:
-    """The module and the settings of the command under "Bring your own"."""
-    text = (
-        (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Bring your own\n")[1].split("\n## ")[0]
-    )
-    module = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    command = re.search(r"```sh\n(python -m cluster train .*?)\n```", text, re.DOTALL)
+def example() -> tuple[str, list[str]]:
+    """The module and the settings of its command."""
+    texts = [
+        (ROOT / name).read_text("utf-8")
+        for name in ("README.md", "actors/README.md")
+        if (ROOT / name).exists()
+    ]
+    (section,) = (text.split(HEADING)[1].split("\n## ")[0] for text in texts if HEADING in text)
+    module = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    command = re.search(r"```sh\n(?:python -m cluster|engram) train \S+ (.*?)\n```", section, re.DOTALL)
     assert module is not None and command is not None
-    words = command.group(1).replace("\\\n", " ").split()
-    return module.group(1), [
-        word.strip("'\"") for word in words[5:]
-    ]  # the configuration file is looked for in the user's folder: ours is elsewhere
+    return module[1], shlex.split(command[1].replace("\\\n", " "))
 
 
 def test_the_worked_example_trains(tiny_model_path: Path, tmp_path: Path) -> None:
-    module, settings = _example()
+    module, settings = example()
     assert module.count("\n") < 60
     (tmp_path / "my_tasks.py").write_text(module, encoding="utf-8")
+    for name in ("cluster.py", "actors.py", "learner.py", "configs/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise RuntimeError('this is the user\\'s own module')\n")
+    script = tmp_path / "bin" / "engram"  # as the console script that pip writes
+    script.parent.mkdir()
+    script.write_text("from cluster.cli import console_script\nconsole_script()\n")
+
     command = [
         sys.executable,
-        "-m",
-        "cluster",
+        script,
         "train",
-        str(ROOT / "configs/quickstart.yaml"),
+        "quickstart",
         *settings,
         *SMALL,
         f"model.name={tiny_model_path}",

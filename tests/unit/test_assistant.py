@@ -540,9 +540,8 @@ def test_a_write_request_reaches_the_writer_with_the_conversations_own_weights(
 
 @pytest.mark.parametrize("command", ["chat", "serve", "export"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0 and f"  python -m cluster {command} " in capsys.readouterr().out
+    assert main([command, "--help"]) == 0
+    assert f"  engram {command} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,32 @@
-"""The command line: what a user sees, above all after a mistake. No engine, no Ray: a mistake must be found before either starts."""
+"""The command line: what a user sees, above all after a mistake.
+
+No test starts an engine or Ray: a mistake must be found before either starts.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import os
+import re
+import shlex
+import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from typer.main import get_command
 
-from cluster.cli import main
+from cluster.cli import app, main
 from configs.load import load_config
+from configs.reference import settings
+from configs.shipped import find_config, shipped
 
-QUICKSTART = "configs/quickstart.yaml"
+ROOT = Path(__file__).parents[2]
+COMMANDS = tuple(get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -28,65 +42,171 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"]])
-def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    if command:
-        with pytest.raises(SystemExit) as stop:
-            main([*command, "--help"])
-        assert stop.value.code == 0
-    else:
-        assert main([]) == 0
+# --- help --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_as_they_are_typed(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
-    assert f"python -m cluster {command[0] if command else 'train'} configs/" in text
+    assert text.startswith(f"Usage: engram {command} ")
+    examples = text.split("examples:\n")[1]
+    assert re.search(rf"^    engram {command}\b|; do engram {command}\b", examples, re.MULTILINE)
+
+
+def test_help_lists_the_commands_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--help"], ["-h"]):
+        assert main(words) == 0
+        text = capsys.readouterr().out
+        listed = dict(re.findall(r"^  (\w+)  +(\S.*)$", text.split("Commands:\n")[1], re.MULTILINE))
+        assert tuple(listed) == COMMANDS and not any(about.endswith("...") for about in listed.values())
 
 
 def test_the_examples_of_help_load(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    lines = [
-        line.split()
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith("  python -m cluster train")
-    ]
-    assert len(lines) >= 4
-    for words in lines:
-        load_config(Path(words[4]), [word for word in words[5:] if not word.startswith("--")])
+    checked = 0
+    for command in ("train", "evaluate", "probe"):
+        assert main([command, "--help"]) == 0
+        text = capsys.readouterr().out.replace("\\\n", " ")
+        for line in re.findall(rf"^    engram {command} (.*?)(?:   .*)?$", text, re.MULTILINE):
+            config, *words = shlex.split(line)
+            if config.startswith("--"):  # --resume, --settings
+                continue
+            until_option = words[: next((i for i, word in enumerate(words) if word[0] == "-"), len(words))]
+            overrides = [word for word in until_option if not word.startswith(("checkpoint=", "resume="))]
+            load_config(find_config(config), overrides)
+            checked += 1
+    assert checked >= 15
+
+
+def test_help_answers_at_once() -> None:
+    """It imports no framework, and takes under a second of CPU (0.4 s here)."""
+    code = (
+        "import sys, time\nfrom cluster.cli import main\nassert main(['train', '--help']) == 0\n"
+        "heavy = {'torch', 'ray', 'vllm', 'mlflow', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\nassert time.process_time() < 1, time.process_time()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_settings_lists_every_section(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--settings"]) == 0
-    text = capsys.readouterr().out
-    assert "max_staleness" in text
-    assert "receipt_tolerance" in text
+    for command in ("train", "evaluate", "probe"):
+        assert main([command, "--settings"]) == 0
+        text = capsys.readouterr().out
+        assert "max_staleness" in text and "receipt_tolerance" in text
+
+
+# --- configurations ----------------------------------------------------------------------------------------
 
 
 def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", QUICKSTART, "train.steps=3", "--print-config"]) == 0
+    assert main(["train", "quickstart", "train.steps=3", "--print-config"]) == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
-    assert load_config(printed, []) == load_config(Path(QUICKSTART), ["train.steps=3"])
+    assert load_config(printed, []) == load_config(shipped()["quickstart"], ["train.steps=3"])
 
 
-def test_a_mistyped_key(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "did you mean train.steps" in failure(capsys, "train", QUICKSTART, "trian.steps=3")
+@pytest.mark.parametrize("command", ["train", "evaluate", "probe"])
+def test_a_configuration_is_a_shipped_name_or_a_path(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    assert main([command, "quickstart", "--print-config"]) == 0
+    assert "name: quickstart\n" in capsys.readouterr().out
+    assert main([command, "mine.yaml", "--print-config"]) == 0
+    assert "name: mine\n" in capsys.readouterr().out
+    assert "quickstrat: no such file; did you mean quickstart; shipped are chat" in failure(
+        capsys, command, "quickstrat"
+    )
 
 
 def test_a_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such file" in failure(capsys, "train", "configs/nothing.yaml")
 
 
-def test_settings_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "needs a configuration file" in failure(capsys, "train", "train.steps=3")
+def test_settings_may_stand_before_and_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["write.epochs=2", "--seeds", "1,2", "evaluation.tasks=7", "--print-config", "train.steps=9"]
+    assert main(["evaluate", "quickstart", *words]) == 0
+    text = capsys.readouterr().out
+    assert "epochs: 2" in text and "tasks: 7" in text and "steps: 9" in text
+
+
+# --- mistakes in the words ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("trian", "quickstart"), "No such command 'trian'. Did you mean 'train'?"),
+        (("evaluate", "quickstart", "--rwos", "tmem"), "No such option: --rwos; did you mean --rows?"),
+        (("train", "quickstart", "--xyzzy"), "No such option: --xyzzy"),
+        (("train", "quickstart", "word"), "argument 'word': write key=value"),
+        (("train", "quickstart", "trian.steps=3"), "did you mean train.steps"),
+        (("train", "train.steps=3"), "train needs a configuration before the settings, e.g. quickstart"),
+        (("train",), "train needs a configuration before the settings"),
+        (("probe", "write.epochs=3"), "probe needs a configuration before the settings"),
+        (("evaluate", "quickstart", "--seeds", "one"), "argument --seeds: 'one' is not allowed: give whole"),
+        (("evaluate", "quickstart", "--seeds", "-1"), "argument --seeds: '-1' is not allowed"),
+        (("evaluate", "quickstart", "--seeds", "0,0"), "argument --seeds: '0,0' is not allowed"),
+        (("evaluate", "quickstart", "--rows", "tmem,,raw"), "argument --rows: 'tmem,,raw' has an empty name"),
+        (("scale", "0"), "Invalid value for 'N': Input should be greater than or equal to 1"),
+        (("scale", "many"), "Invalid value for 'N': Input should be a valid integer"),
+        (("scale", "1", "2"), "Got unexpected extra argument"),
+        (("scale",), "Missing argument 'N'"),
+        (("bench", "--repeats"), "Option '--repeats' requires an argument"),
+        (
+            ("serve", "--port", "70000"),
+            "Invalid value for '--port': Input should be less than or equal to 65535",
+        ),
+        (
+            ("submit", "dance"),
+            "Invalid value for 'COMMAND': 'dance' is not one of 'train', 'evaluate', 'probe'",
+        ),
+        (("probe", "quickstart", "--cards", "recall:2", "--cell"), "--cell: needs one setting or more"),
+        (("chat", "--config", "nothing"), "nothing: no such file; shipped are chat"),
+    ],
+)
+def test_a_wrong_word_is_one_line(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in failure(capsys, *words)
+
+
+def test_a_cell_takes_all_words_up_to_the_next_option(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--cell",
+        "write.epochs=1",
+        "write.optimizer=adam",
+        "--cell",
+        "write.epochs=many",
+        "--sweep",
+        "x",
+    ]
+    message = failure(capsys, "probe", "quickstart", "--cards", "recall:2", *words)
+    assert "argument 'x': a probe's cells differ in write.*" in message
+    message = failure(capsys, "probe", "quickstart", "--cards", "recall:2", *words[:5])
+    assert "argument 'write.epochs=many': write.epochs='many' is not allowed" in message
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, asyncio.CancelledError])
+def test_an_interrupted_command_says_so(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cluster.runs.wanted_workers.newest_run", interrupted)
+    assert main(["scale", "2"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+# --- mistakes that only the parts can find -----------------------------------------------------------------
 
 
 def test_a_missing_locomo_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = failure(
-        capsys,
-        "train",
-        "configs/locomo.yaml",
-        "environment.conversation.path=nowhere.json",
-        f"output_dir={tmp_path}",
-    )
+    path = "environment.conversation.path=nowhere.json"
+    message = failure(capsys, "train", "locomo", path, f"output_dir={tmp_path}")
     assert "nowhere.json" in message
     assert list(tmp_path.iterdir()) == []
 
@@ -95,41 +215,24 @@ def test_a_malformed_locomo_file_names_item_and_field(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "locomo.json"
-    path.write_text(
-        json.dumps(
-            [
-                {
-                    "sample_id": "c1",
-                    "conversation": {"speaker_a": "A", "speaker_b": "B"},
-                    "qa": [{"question": "Who?"}],
-                }
-            ]
-        )
-    )
-    message = failure(
-        capsys,
-        "train",
-        "configs/locomo.yaml",
-        f"environment.conversation.path={path}",
-        f"output_dir={tmp_path / 'runs'}",
-    )
-    assert str(path) in message
+    speakers = {"speaker_a": "A", "speaker_b": "B"}
+    item = {"sample_id": "c1", "conversation": speakers, "qa": [{"question": "Who?"}]}
+    path.write_text(json.dumps([item]))
+    settings = [f"environment.conversation.path={path}", f"output_dir={tmp_path / 'runs'}"]
+    assert str(path) in failure(capsys, "train", "locomo", *settings)
     assert not (tmp_path / "runs").exists()
 
 
 def test_settings_that_only_the_environment_can_judge(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = failure(
-        capsys, "train", QUICKSTART, "environment.recall.sessions=5000", f"output_dir={tmp_path}"
-    )
-    assert "recall.sessions" in message
+    settings = ["environment.recall.sessions=5000", f"output_dir={tmp_path}"]
+    assert "recall.sessions" in failure(capsys, "train", "quickstart", *settings)
 
 
 def test_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no-such-model" in failure(
-        capsys, "train", QUICKSTART, "model.name=./no-such-model", f"output_dir={tmp_path}"
-    )
+    settings = ["model.name=./no-such-model", f"output_dir={tmp_path}"]
+    assert "no-such-model" in failure(capsys, "train", "quickstart", *settings)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,15 +240,14 @@ def test_a_missing_checkpoint(
     tmp_path: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = [f"model.name={tiny_model_path}", f"output_dir={tmp_path}"]
-    assert "is no checkpoint" in failure(capsys, "train", QUICKSTART, f"resume={tmp_path}/gone", *where)
-    assert "is no checkpoint" in failure(
-        capsys, "evaluate", QUICKSTART, f"checkpoint={tmp_path}/gone", *where
-    )
+    assert "is no checkpoint" in failure(capsys, "train", "quickstart", f"resume={tmp_path}/gone", *where)
+    missing = f"checkpoint={tmp_path}/gone"
+    assert "is no checkpoint" in failure(capsys, "evaluate", "quickstart", missing, *where)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_checkpoint_belongs_to_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "train takes resume=FOLDER" in failure(capsys, "train", QUICKSTART, "checkpoint=runs/x")
+    assert "train takes resume=FOLDER" in failure(capsys, "train", "quickstart", "checkpoint=runs/x")
 
 
 @pytest.mark.parametrize(
@@ -154,55 +256,21 @@ def test_checkpoint_belongs_to_evaluate(capsys: pytest.CaptureFixture[str]) -> N
         (("--rows", "tmen"), "--rows tmen: no such row; shipped are amem"),
         (("--benchmarks", "locomo"), "environment.conversation.path"),
         (("--resume", "runs/gone"), "runs/gone: is no folder of an evaluation"),
-        (
-            ("--rows", "tmem", "memory.policy=full"),
-            "with --rows it would turn every row into the same memory",
-        ),
+        (("--rows", "tmem", "memory.policy=full"), "it would turn every row into the same memory"),
         (("--sweep", "write.epochs=1,many", "seed=3"), "write.epochs='many' is not allowed"),
     ],
 )
 def test_a_mistake_in_what_to_compare(
     arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert said in failure(capsys, "evaluate", QUICKSTART, f"output_dir={tmp_path}", *arguments)
+    assert said in failure(capsys, "evaluate", "quickstart", f"output_dir={tmp_path}", *arguments)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_to_go_on_with_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert "or --resume FOLDER alone" in failure(capsys, "evaluate")
     assert "or --resume FOLDER alone" in failure(capsys, "evaluate", "--resume", "runs/x", "--rows", "tmem")
-
-
-def test_settings_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(
-            [
-                "evaluate",
-                QUICKSTART,
-                "write.epochs=2",
-                "--seeds",
-                "1,2",
-                "evaluation.tasks=7",
-                "--print-config",
-            ]
-        )
-        == 0
-    )
-    text = capsys.readouterr().out
-    assert "tasks: 7" in text
-    assert "epochs: 2" in text
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", QUICKSTART, "--rwos", "tmem"])
-    assert stop.value.code == 2
-    assert "unrecognized arguments: --rwos" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [("--seeds", "one"), ("--seeds", "-1"), ("--rows", "tmem,,raw")])
-def test_lists_are_checked(arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", QUICKSTART, *arguments])
-    assert stop.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+    assert "runs/x: is no folder of an evaluation" in failure(capsys, "evaluate", "--resume", "runs/x")
 
 
 def test_scale_asks_the_newest_run_and_refuses_what_is_none(
@@ -216,6 +284,78 @@ def test_scale_asks_the_newest_run_and_refuses_what_is_none(
     assert json.loads((tmp_path / "new" / "workers.json").read_text()) == {"workers": 3}
     assert "asked for 3 rollout worker(s)" in capsys.readouterr().out
     assert "is no run folder" in failure(capsys, "scale", "3", "--run", str(tmp_path / "nothing"))
-    with pytest.raises(SystemExit):
-        main(["scale", "0"])
-    assert "'0' is not allowed: give a whole number, 1 or more" in capsys.readouterr().err
+
+
+# --- Tab ---------------------------------------------------------------------------------------------------
+
+
+def completion_variables(line: str, shell: str) -> dict[str, str]:
+    """What the shell's completion script sets when Tab is pressed at the end of ``line``."""
+    words = shlex.split(line.replace("=", " = ") if shell == "bash" else line)
+    words += [""] if line.endswith((" ", "=")) else []
+    return {
+        "_ENGRAM_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+        "_TYPER_COMPLETE_ARGS": line,
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+
+
+def complete(line: str) -> list[str]:
+    """What Tab offers in bash."""
+    variables, out = completion_variables(line, "bash"), io.StringIO()
+    with patch.dict(os.environ, variables), redirect_stdout(out), pytest.raises(SystemExit, match="0"):
+        main([])
+    return out.getvalue().split()
+
+
+@pytest.mark.parametrize(
+    ("shell", "line", "offered"),
+    [
+        ("bash", "engram train quickstart train.st", "train.steps=\n"),
+        ("zsh", "engram train quickstart environment.name=rec", '"environment.name=recall"'),
+        ("fish", "engram train qu", "quickstart\n"),
+    ],
+)
+def test_tab_in_a_shell(shell: str, line: str, offered: str) -> None:
+    environment = {**os.environ, **completion_variables(line, shell)}
+    command = [sys.executable, "-m", "cluster"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == "" and offered in done.stdout
+
+
+def test_tab_completes_commands_options_and_configurations() -> None:
+    assert complete("engram ") == list(COMMANDS)
+    assert complete("engram sta") == ["status"]
+    assert complete("engram train --pr") == ["--print-config"]
+    assert complete("engram train qu") == ["quickstart"]
+    assert set(complete("engram evaluate ")) == set(shipped())
+    assert complete("engram train runs/") == []  # the shell completes paths
+
+
+def test_tab_completes_settings_and_their_values() -> None:
+    assert complete("engram train quickstart train.st") == ["train.steps="]
+    assert len(complete("engram train quickstart ")) == len(settings())
+    assert complete("engram train quickstart train.steps=3 learner.dt") == ["learner.dtype="]
+    assert complete("engram train quickstart environment.name=rec") == ["recall", "records"]
+    assert complete("engram train quickstart write.optimizer=") == ["sgd", "adam", "natural"]
+    assert complete("engram train quickstart train.steps=") == []
+    assert "true" in complete("engram train quickstart engine.enforce_eager=")
+
+
+def test_tab_completes_rows_studies_and_benchmarks() -> None:
+    assert complete("engram evaluate quickstart --rows tmem,trunc") == ["tmem,truncation"]
+    assert complete("engram evaluate quickstart --benchmarks loc") == ["locomo"]
+    assert complete("engram probe quickstart --study st") == ["steps"]
+    assert complete("engram bench wri") == ["writer"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_installed_for_the_shell(shell: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    command = [sys.executable, "-m", "cluster", "--install-completion", shell]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and f"{shell} completion installed" in done.stdout, done.stderr
+    written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    assert f"complete_{shell}" in written and "_ENGRAM_COMPLETE" in written

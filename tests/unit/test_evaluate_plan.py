@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.evaluation.arguments import save_request, saved_request
+from cluster.evaluation.command import save_request, saved_request
 from cluster.evaluation.drive import batches
 from cluster.evaluation.plan import Request, plan_cells
 from configs.load import ConfigError

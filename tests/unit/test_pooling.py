@@ -11,7 +11,7 @@ import pytest
 from actors.types import Answer
 from cluster.cli import main
 from cluster.common.errors import CheckpointError
-from cluster.compare.command import _EXAMPLES
+from cluster.compare.command import EXAMPLES
 from cluster.compare.report import Pool, pool_groups, save_pool
 from cluster.compare.runs import FREE, MAY_DIFFER, load_groups
 from cluster.measure.rows import EpisodeScore, RowResult, save_row
@@ -167,7 +167,7 @@ def test_models_that_differ_inside_a_group_are_named(tmp_path: Path) -> None:
     assert list(pool.notes())[1:] == [note]
     save_pool(pool, tmp_path / "pool")
     assert f"- {note}\n" in (tmp_path / "pool" / "pool.md").read_text()
-    for text in (_EXAMPLES, MAY_DIFFER):
+    for text in (EXAMPLES, MAY_DIFFER):
         assert [key for key in FREE if key.rstrip(".") not in text] == []
 
 
