@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("actors", "cluster", "configs", "learner")
-MAX_LINES = 300
+MAX_LINES = 400
 FOREIGN_PLACES = re.compile(r"(?<![\w.])/(?:home|root|work|opt|Users|mnt)/\w|file:///")
 
 
