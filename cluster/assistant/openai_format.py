@@ -275,7 +275,7 @@ def completion(model: str, answer: Answer) -> str:
         usage=_usage(reply),
         engram=_engram(answer),
     )
-    return content.model_dump_json(exclude_unset=True)
+    return _to_json(content)
 
 
 def completion_events(model: str, answer: Answer, with_usage: bool) -> Iterator[str]:
@@ -291,7 +291,7 @@ def completion_events(model: str, answer: Answer, with_usage: bool) -> Iterator[
     created = int(time.time())
     chunk = _Chunk(id=_new_id(), object="chat.completion.chunk", created=created, model=model, choices=[])
     for change in changes:
-        yield f"data: {chunk.model_copy(update=change).model_dump_json(exclude_unset=True)}\n\n"
+        yield f"data: {_to_json(chunk.model_copy(update=change))}\n\n"
     yield "data: [DONE]\n\n"
 
 
@@ -308,6 +308,11 @@ def summarize(record: WriteRecord) -> WriteSummary:
     )
 
 
+def _to_json(content: BaseModel) -> str:
+    """Only the fields that were set. ASCII, because some readers of events end a line at U+2028."""
+    return content.model_dump_json(exclude_unset=True, ensure_ascii=True)
+
+
 def _new_id() -> str:
     return f"chatcmpl-{uuid.uuid4().hex}"
 
@@ -315,7 +320,7 @@ def _new_id() -> str:
 def _usage(reply: Reply) -> CompletionUsage:
     """Counts the context that the answer was sampled from.
 
-    Most of a long request is in the weights by then.
+    Most of a long request is in the weights then.
     """
     return CompletionUsage(
         prompt_tokens=reply.prompt_tokens,

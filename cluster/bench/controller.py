@@ -120,7 +120,7 @@ def run(context: Context) -> Outcome:
     task = TaskSource(build_environment(config.environment, config.embedder), "train", config.seed).at(0)
     group = template.group(task, 0, "worker-0")
     content, summary = _bytes(group), _bytes(GroupSummary.of(group))
-    # Room for the batch being learned, the batch being collected, and a third to spare.
+    # Room for three batches: one that is learned, one that is collected, and one to spare.
     store = 0.2 + 3 * max(sizes) / 2 * content / 2**30
     config = replace(config, ray=RayConfig(object_store_gib=store))
     with ray_runtime(config, Demand(cpus=1, gpus=0)):

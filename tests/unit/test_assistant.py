@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +28,8 @@ from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import render_flashcards
 from actors.types import AdapterKey, FastWeights, Flashcard, Generation, Probe, Sampling, WriteRequest
 from cluster.assistant.chat import Terminal
-from cluster.assistant.conversation import Conversation
-from cluster.assistant.openai_format import RequestError, parse_request
+from cluster.assistant.conversation import Conversation, Reply
+from cluster.assistant.openai_format import Answer, RequestError, completion_events, parse_request
 from cluster.assistant.opening import AssistantError, Opening, Parts
 from cluster.assistant.serve import build_app
 from cluster.assistant.sessions import BusyError, Sessions
@@ -206,6 +207,25 @@ def test_a_saved_memory_goes_on_where_it_was(
         assert (await other.say("And?", 8)).text == "under 1"
         await other.reset()
         assert (other.revision, other.cards, other.unwritten_tokens, other_engine.installed) == (0, (), 0, {})
+
+    run(story())
+
+
+def test_an_empty_write_has_no_losses_and_can_be_saved(
+    opening: Opening, chat: ChatFormat, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        talk = talk_of(parts_with(opening, Engine(chat, cards=()), chat))
+        await talk.read("Nora lives in Lisbon.")
+        record = await talk.write()
+        assert record is not None and math.isnan(record.loss_before)
+        talk.save(tmp_path / "nothing", overwrite=False)
+        assert (
+            json.loads((tmp_path / "nothing" / "memory.json").read_text())["writes"][0]["loss_before"] is None
+        )
+        await talk.load(tmp_path / "nothing")
+        (loaded,) = talk.writes
+        assert (loaded.outcome, loaded.reason) == ("empty", record.reason) and math.isnan(loaded.loss_after)
 
     run(story())
 
@@ -446,6 +466,31 @@ def test_a_key_a_content_type_and_a_deadline_are_kept(parts: Parts, engine: Engi
         late = client.post("/v1/chat/completions", json=body(conversation="a"))
         assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
         assert client.get("/health").json()["conversations"] == 0
+
+
+def test_an_event_is_one_line_for_every_reader() -> None:
+    reply = Reply("first\u2028second\x85third\nfourth", "stop", 0, 1, 1, ())
+    events = list(completion_events("tiny", Answer(None, True, reply, ()), with_usage=False))
+    assert [len(event.rstrip("\n").splitlines()) for event in events] == [1, 1, 1]
+    content = json.loads(events[0].removeprefix("data: "))["choices"][0]["delta"]["content"]
+    assert content == reply.text
+
+
+def test_the_temperature_of_a_request_reaches_the_engine(parts: Parts, engine: Engine) -> None:
+    with TestClient(build_app(parts, Sessions(parts, 2), "")) as client:
+        for wanted in ({"temperature": 0.5}, {}):
+            assert client.post("/v1/chat/completions", json=body(**wanted)).status_code == 200
+    assert [sampling.temperature for _, sampling, _ in engine.calls] == [0.5, 0.0]
+
+
+def test_a_dead_engine_is_named_by_every_route_that_needs_it(parts: Parts) -> None:
+    dead = replace(parts, failure=lambda: "out of memory")
+    with TestClient(build_app(dead, Sessions(dead, 2), "")) as client:
+        health = client.get("/health")
+        assert (health.status_code, health.json()["reason"]) == (503, "out of memory")
+        answer = client.post("/v1/chat/completions", json=body())
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
+    assert "the engine is dead (out of memory)" in answer.json()["error"]["message"]
 
 
 def test_numbers_that_are_bounds_are_cut_to_what_the_engine_has(opening: Opening) -> None:
