@@ -22,8 +22,6 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
-
 from cluster.bench.values import BenchError, Timing
 
 START_S = 600.0
@@ -31,6 +29,8 @@ START_S = 600.0
 
 def timed(work: Callable[[], object]) -> Timing:
     """Time one run of ``work``, the GPU's queue included. The CPU seconds are those of the whole process."""
+    import torch
+
     finish_gpu = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     finish_gpu()
     wall, cpu = time.perf_counter(), time.process_time()

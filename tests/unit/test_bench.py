@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Timin
 from cluster.cli import EXIT_USAGE, main
 from cluster.common.display import Display
 from cluster.measure.report import Table
+from tests.unit.held import Held
 
 
 def case(goal: Goal | None) -> Case:
@@ -58,23 +57,6 @@ def test_turns_alternate_after_a_warm_up_and_swap_their_order() -> None:
     timings = in_turns({"a": lambda: work("a"), "b": lambda: work("b")}, repeats=3)
     assert order == ["a", "b", "a", "b", "b", "a", "a", "b"]
     assert len(timings["a"]) == len(timings["b"]) == 3
-
-
-class Held:
-    def __init__(self, start: int) -> None:
-        if start < 0:
-            raise ValueError(f"start={start} is not allowed")
-        self.number = start
-
-    def add(self, more: int) -> int:
-        self.number += more
-        return self.number
-
-    def nap(self, seconds: float) -> None:
-        time.sleep(seconds)
-
-    def die(self) -> None:
-        os._exit(3)
 
 
 def test_a_child_holds_its_object_between_calls_and_names_what_failed() -> None:

@@ -468,13 +468,15 @@ def test_a_run_that_diverged_survives_json_too(tiny: SimpleNamespace) -> None:
 # --- the command ----------------------------------------------------------------------------------------
 
 
-def arguments(tiny_path: Path, folder: Path, *more: str) -> list[str]:
+def arguments(tiny_path: Path, folder: Path, *more: str, tracking: bool = True) -> list[str]:
     settings = [
         f"model.name={tiny_path}",
         f"output_dir={folder}",
         "fast_weights.last_layers=2",
         "write.learning_rate=3e-3",
         "write.epochs=2",
+        "evaluation.bootstrap_samples=100",
+        f"tracking.enabled={tracking}",
     ]
     asked = ["--cards", str(DATA), "--unrelated", str(DATA), "--writes", "2", "--each-step"]
     return ["probe", str(QUICKSTART), *settings, "rollout.threads=1", *asked, *more]
@@ -542,7 +544,7 @@ def test_the_progress_counts_the_examples_of_a_transcript_not_its_cards(
         "write.batch_size=1",
         "fast_weights.rank=1",
     ]
-    assert main([*arguments(tiny_model_path, tmp_path), *more]) == 0
+    assert main(arguments(tiny_model_path, tmp_path, *more, tracking=False)) == 0
     assert "measurements: 2 of 2 in" in capsys.readouterr().out, (
         "the two cards of a write are told in one text"
     )
@@ -574,9 +576,12 @@ def _check_mlflow(folder: Path, key: str, points: int) -> None:
     ],
 )
 def test_a_mistake_is_one_line(
-    more: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], part: str, tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["probe", str(QUICKSTART), f"output_dir={tmp_path}", *more]) == 2
+    assert (
+        main(["probe", str(QUICKSTART), f"model.name={tiny_model_path}", f"output_dir={tmp_path}", *more])
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
