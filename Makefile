@@ -12,10 +12,10 @@ STAMP := .venv/.set-up-$(VARIANT)-$(firstword $(shell cksum < $(LOCK)))
 BIN   := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check fuzz bench chaos dist reference lock clean
+.PHONY: help setup train test test-all proof check fuzz bench chaos dist reference lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: CONFIG=quickstart|x.yaml  ARGS='key=value ...'  VARIANT=cpu|gpu  PYTHON=python3.11"
 
 setup: $(STAMP) ## install what the lock names into .venv (VARIANT=gpu for CUDA)
@@ -23,8 +23,17 @@ setup: $(STAMP) ## install what the lock names into .venv (VARIANT=gpu for CUDA)
 train: $(STAMP) ## run the quickstart: evaluate, train, evaluate (CONFIG, ARGS)
 	@$(BIN)/python -m cluster train $(CONFIG) $(ARGS)
 
-test: $(STAMP) ## run the tests (ARGS='-k name' for some)
-	@$(BIN)/python -m pytest $(ARGS)
+# Two workers, one a core. Tests of one group (tests/conftest.py) share a worker, its engine and its trained run.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 10 --durations-min 1
+
+test: $(STAMP) ## the tests of every change, ten minutes (ARGS='-k name' for some)
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## these and the slow ones, what CI runs: half an hour
+	@$(PYTEST) $(ARGS)
+
+proof: $(STAMP) ## what takes hours, resumable: quickstart, chat, chaos, studies, RL over seeds (ARGS='runs/proof chaos')
+	@PATH="$(CURDIR)/$(BIN):$$PATH" infra/proof.sh $(ARGS)
 
 check: $(STAMP) ## format, lint, types, and who imports whom
 	@$(BIN)/ruff format --check .

@@ -1,0 +1,49 @@
+#!/bin/sh
+# The third tier of proof, `make proof`: what takes hours. It can be stopped and started again.
+#   infra/proof.sh [FOLDER [STAGE...]]      FOLDER: runs/proof      stages: quickstart chat chaos studies rl
+# A stage that ended well leaves FOLDER/STAGE.done with commit and seconds, and is not run again.
+set -eu
+folder=${1:-runs/proof}
+[ $# -gt 0 ] && shift
+[ $# -gt 0 ] || set -- quickstart chat chaos studies rl
+studies="write supervision basis steps sensitivity capacity capacity_writes forgetting"
+
+quickstart() {
+    python -m cluster train configs/quickstart.yaml name=quickstart output_dir="$folder" resume=auto
+}
+chat() {
+    run=$(ls -d "$folder"/quickstart-* | tail -n 1)
+    printf '%s\n' "My sister Elena has her birthday on April 7." "She lives in Oslo and plays the cello." \
+        "When is Elena's birthday?" "Where does Elena live?" | python -m cluster chat "$run" > "$folder/chat.txt"
+}
+chaos() {
+    python -m tests.chaos.trials --trials 20 --seed 0 --output "$folder/chaos.md"
+}
+studies() {
+    for study in $studies; do
+        [ -e "$folder/study-$study.done" ] && continue
+        python -m cluster probe configs/quickstart.yaml --study "$study" output_dir="$folder"
+        touch "$folder/study-$study.done"
+    done
+}
+rl() {
+    infra/recall_rl.sh "$folder/recall-rl" "0 1 2" tmem memory-off no-extraction-credit final-delta
+    python -m cluster pool "$folder"/recall-rl/*/*/tmem-* "$folder"/recall-rl/*/*/memory-off-* | tee "$folder/rl.txt"
+}
+
+mkdir -p "$folder"
+for stage in "$@"; do
+    case $stage in
+    quickstart | chat | chaos | studies | rl) ;;
+    *) echo "stage $stage is not known: quickstart, chat, chaos, studies or rl" >&2 && exit 2 ;;
+    esac
+    if [ -e "$folder/$stage.done" ]; then
+        echo "proof: $stage was done before: $(cat "$folder/$stage.done")"
+        continue
+    fi
+    began=$(date +%s)
+    echo "proof: $stage begins"
+    "$stage"
+    echo "commit $(git describe --always --dirty --exclude='*'), $(($(date +%s) - began)) s" > "$folder/$stage.done"
+    echo "proof: $stage ended well: $(cat "$folder/$stage.done")"
+done
