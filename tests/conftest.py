@@ -1,12 +1,14 @@
-"""Fixtures and process settings shared by all tests. The settings stand above every import: torch, vLLM and Ray read them when imported."""
+"""Fixtures and process settings that all tests share.
+
+The settings stand above every import, because torch, vLLM and Ray read them when they are imported.
+"""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # two cores carry an engine, a learner and Ray at once; one thread each also makes sums repeatable
+# Two cores carry an engine, a learner and Ray at once. One thread each also makes sums repeatable.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -28,20 +30,33 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``gpu`` where there is none (torch is imported only to find out), and run vLLM's own tests last.
+    """Put the tests in order, give each file one worker, and skip the tests marked ``gpu`` without a GPU.
 
-    An engine that ends takes its process's torch.distributed with it, and DeepSpeed in the same process holds on to groups that are gone.
+    Long tests come first, so that both workers end together. Tests with vLLM in their own process come last:
+    an engine that ends takes its process's torch.distributed with it, and DeepSpeed would hold on to
+    process groups that are gone.
     """
-    items.sort(key=lambda item: item.get_closest_marker("engine_in_process") is not None)  # stable
+    items.sort(key=_place)  # stable
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    import torch
+    import torch  # heavy, and needed only to find out
 
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _place(item: pytest.Item) -> int:
+    if item.get_closest_marker("engine_in_process"):
+        return 3
+    if item.get_closest_marker("slow"):
+        return 0
+    return 2 if item.path.parent.name == "unit" else 1
 
 
 @pytest.fixture(scope="session")
@@ -80,9 +95,10 @@ def llama_basis(llama: Path) -> Basis:
 
 
 def write_tiny_model(model_path: Path, folder: Path) -> Path:
-    """A random Llama with SmolLM2's tokenizer: 6 layers, hidden 128, 2 heads of 64 over 1 key-value head, float32; the same on every machine.
+    """Write a random Llama with SmolLM2's tokenizer, float32, the same on every machine.
 
-    Its weights are drawn wide enough that the next-token distribution is far from flat, so a wrong adapter or mask shows in the log-probs.
+    6 layers, hidden 128, 2 heads of 64 over 1 key-value head. Its weights are drawn wide enough that the
+    next-token distribution is far from flat: a wrong adapter or mask shows in the log-probs.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -117,19 +133,19 @@ def write_tiny_model(model_path: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def locomo_path() -> Path:
-    """The LoCoMo file named by ENGRAM_LOCOMO_PATH; tests that need it are skipped where there is none."""
+    """The LoCoMo file named by ENGRAM_LOCOMO_PATH. Without it its tests are skipped."""
     return _data("ENGRAM_LOCOMO_PATH", "a LoCoMo file, e.g. locomo10.json")
 
 
 @pytest.fixture(scope="session")
 def longmemeval_path() -> Path:
-    """The LongMemEval file named by ENGRAM_LONGMEMEVAL_PATH; tests that need it are skipped where there is none."""
+    """The LongMemEval file named by ENGRAM_LONGMEMEVAL_PATH. Without it its tests are skipped."""
     return _data("ENGRAM_LONGMEMEVAL_PATH", "a LongMemEval file, e.g. longmemeval_s.json")
 
 
 @pytest.fixture(scope="session")
 def hotpotqa_path() -> Path:
-    """The folder named by ENGRAM_HOTPOTQA_PATH, with questions.json and corpus.json; tests that need it are skipped where there is none."""
+    """The folder named by ENGRAM_HOTPOTQA_PATH (questions.json, corpus.json); else a skip."""
     return _data("ENGRAM_HOTPOTQA_PATH", "a folder with HotpotQA's questions.json and their corpus.json")
 
 

@@ -17,7 +17,7 @@ from configs.schema import LearnerConfig, ObjectiveConfig
 from learner.types import LearnerError
 from learner.worker import LearnerGroup, LearnerSpec
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 STORE = 100 * 2**20
 LARGE = 200_000  # bytes; a result below 100 KB travels with the answer and is never lost
 

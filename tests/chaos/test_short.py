@@ -16,7 +16,7 @@ import pytest
 from cluster.cli import main
 from tests.chaos.harness import LEARNER, WORKER, Books, Run, check_finished, checkpoint_state, stored
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @dataclass(frozen=True)

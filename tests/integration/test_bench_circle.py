@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from actors.types import Answer, Outcome, Task
 from cluster.bench.circle import QUICK_STEPS, lottery, run
 from cluster.bench.values import Context
+
+pytestmark = pytest.mark.slow
 
 
 def test_both_bounds_train(tiny_model_path: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from cluster.fleet.remote_worker import RemoteWorker
 from configs.schema import FastWeightsConfig, RayConfig, RunConfig
 from tests.unit.cluster_cases import task_at
 
+pytestmark = pytest.mark.slow
+
 CONFIG = RunConfig(ray=RayConfig(object_store_gib=0.2))
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from cluster.bench.cost import QUICK, model_with_window, run
 from cluster.bench.cost_episode import history
 from cluster.bench.values import Context
+
+pytestmark = pytest.mark.slow
 
 
 def test_memory_off_needs_a_cache_that_grows_and_tmem_one_that_does_not(

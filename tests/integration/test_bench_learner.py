@@ -27,6 +27,8 @@ from configs.load import load_config
 from configs.schema import RunConfig
 from learner.batch import supervised_rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config() -> RunConfig:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from cluster.bench.harness import child
 from cluster.bench.run import Runner
 from cluster.bench.values import Context, Goal, Outcome
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_stages_of_a_refresh_are_measured_beside_a_memcpy(tiny_model_path: Path, tmp_path: Path) -> None:

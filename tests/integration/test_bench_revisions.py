@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from cluster.bench.run import section
 from cluster.bench.suite import Entry, run_one
 from cluster.bench.values import Context
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_benchmark_measures_every_part(tiny_model_path: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 from cluster.bench.rollout import STEP_PHASES, run
 from cluster.bench.values import Context
 
+pytestmark = pytest.mark.slow
+
 
 def test_both_sides_play_the_quickstarts_episodes(tiny_model_path: Path, tmp_path: Path) -> None:
     outcome = run(Context(tiny_model_path, repeats=1, threads=1, quick=True, folder=tmp_path))

@@ -12,6 +12,8 @@ import pytest
 
 from cluster.cli import EXIT_OK, main
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_command_measures_reports_and_tracks(
     tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -20,7 +20,8 @@ from mlflow.tracking import MlflowClient
 
 from cluster.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 
-pytestmark = pytest.mark.timeout(1500)  # a cluster and two jobs, nearly all of it start-up
+# a cluster and two jobs, nearly all of it start-up
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 UNSHARE = ("unshare", "--mount", "--pid", "--fork", "--mount-proc", "--net", "--kill-child")
 STORY = Path(__file__).with_name("job_story.py")
 STEPS = 4

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from cluster.runs.checkpoint import Checkpoint, best_checkpoint, list_checkpoints, load_checkpoint
 
-pytestmark = pytest.mark.timeout(2400)  # four lives, most of them start-up, on machines that may be busy
+# four lives, most of them start-up, on machines that may be busy
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 STEPS = 4
 SETTINGS = (
