@@ -3,7 +3,7 @@
     policy = VLLMPolicy(path, model, engine, basis, stop_token_ids, version=0, threads=1, seed=0)
     writer = policy.writer(write)                        # on the engine's own weights, between its steps
     key = AdapterKey(0, "episode-7", 1)
-    await policy.install(key, weights, probe)            # ReceiptError: it acts not as the writer computed
+    await policy.install(key, weights, probe)            # ReceiptError: not what the writer computed
     generation = await policy.generate(prompt_ids, sampling, key)
     await policy.release([key])
     await policy.refresh(1, tensors, complete=True)      # no request may run; all adapters are forgotten
@@ -11,9 +11,9 @@
 One engine lives in this process. A thread of its own steps it (step_loop.py); vllm_internals/ is the part
 inside vLLM's worker. Every coroutine here waits for that thread, which resolves its future between two steps.
 
-Revision 0 is the base model itself: no adapter is named and nothing is added (Delta = 0 costs and changes
-nothing). Log-probs are log_softmax(z / T) of the sampled token, of z when greedy. No top-p, top-k or penalty
-ever touches z. Method: TMEM, arXiv 2606.04536, the policy pi_{theta + Delta}.
+Revision 0 is the base model itself: no adapter is named and nothing is added, so Delta = 0 costs nothing.
+Log-probs are log_softmax(z / T) of the sampled token, of z when greedy. No top-p, top-k or penalty touches z.
+Method: TMEM, arXiv 2606.04536, the policy pi_{theta + Delta}.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ class EngineStats:
     """Counted since the engine started.
 
     receipts_unseen: receipts that passed although the write moved the probe by less than the tolerance. They
-    prove little. seconds: the step thread's by phase, see step_loop.LoopTimes. install_seconds: the callers',
-    with their waits and receipts.
+    prove little.
+    seconds: the step thread's by phase, see step_loop.LoopTimes.
+    install_seconds: the callers', with their waits and receipts.
     """
 
     prompt_tokens: int
@@ -104,9 +105,9 @@ class _Counters:
 class VLLMPolicy:
     """actors.protocols.Policy on vLLM. The constructor blocks until the engine is up; it raises EngineError.
 
-    threads: the CPU threads of the step thread. stop_token_ids: each ends a generation. Invariant: an adapter
-    name that was used once is never used again. So the prefix cache, which is keyed by that name, cannot hold
-    another adapter's keys and values.
+    threads: the CPU threads of the step thread. stop_token_ids: each ends a generation.
+    Invariant: an adapter name that was used once is never used again. So the prefix cache, which is keyed by
+    that name, cannot hold another adapter's keys and values.
     """
 
     def __init__(
@@ -185,9 +186,9 @@ class VLLMPolicy:
     async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
         """Make ``weights`` act under ``key``.
 
-        With a probe and ``engine.receipts: always`` the engine scores the probe, which proves that the
-        adapter acts. Raises EngineError (another version, a used name, weights of another basis or shape) and
-        ReceiptError. Then nothing stays installed.
+        With a probe and ``engine.receipts: always`` the engine scores the probe: the receipt that it acts.
+        Raises EngineError (another version, a used name, weights of another basis or shape) and ReceiptError.
+        After an error nothing stays installed.
         """
         started = time.perf_counter()
         if key.revision == 0 or key.revision != weights.revision:

@@ -37,8 +37,8 @@ Shorter runs go token by token through one batched product.
 class AdapterStore:
     """The revisions that this worker can act under, by path.
 
-    A of the basis is held once. Each revision holds its B, and its A where writes move it. a: module ->
-    [rank, d_in]. b of a revision: module -> [d_out, rank], quickest with d_out innermost in memory (see
+    A of the basis is held once. Each revision holds its B, and its A where writes move it.
+    a: module -> [rank, d_in]. b: module -> [d_out, rank], quickest with d_out innermost in memory (see
     ``SharedBasisDelta``). Both in ``dtype`` on the CPU. W + B A acts, without a factor alpha / rank.
     """
 

@@ -2,9 +2,8 @@
 
     tensors by Hugging Face name --check--> Places --load--> vLLM's modules
       q_proj, k_proj, v_proj     qkv_proj      CPU: vLLM packs the matrix for its matmul and drops it:
-      gate_proj, up_proj         gate_up_proj       parts are joined, and packed again
-                                               where the matrix is whole (GPU; not packed): rows are
-                                               overwritten
+      gate_proj, up_proj         gate_up_proj  the parts are joined, and packed again
+                                               GPU, or not packed: rows are overwritten
       embed_tokens, norms,       the same      overwritten; a head that shares the embedding is packed again
       biases
 
@@ -13,8 +12,8 @@ packed matrix goes through vLLM's own packing, with the same values as at a star
 fresh one to the bit.
 
 Why: vLLM's own loader cannot write into a running CPU engine, as the matrices that it would fill are packed
-away. Checked on vLLM 0.32, tensor parallelism 1. tests/integration/test_engine.py fails when vLLM changes
-underneath (test_every_tensor_of_the_checkpoint_has_a_place_in_vllms_model).
+away. Checked on vLLM 0.32, tensor parallelism 1.
+Test: test_engine.py, test_every_tensor_of_the_checkpoint_has_a_place_in_vllms_model and those of refresh.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ from actors.protocols import EngineError
 class Place:
     """One parameter of vLLM's model.
 
-    owners: the modules that hold it, one or more; two where the head is tied to the embedding. parts: Hugging
-    Face name -> shape of the tensors that make it up, below each other in this order; a single one, except in
-    packed modules.
+    owners: the modules that hold it, one or more; two where the head is tied to the embedding.
+    parts: Hugging Face name -> shape of the tensors that make it up, below each other in this order. There is
+    a single part, except in packed modules.
     alias: a name under which a checkpoint may hold the same values once more (a tied head's), or "".
     """
 

@@ -6,18 +6,17 @@ changes underneath; test_vllm_still_has_what_the_stand_ins_replace checks the si
 
 1. ``AdapterStore.load`` replaces the worker's adapter loader.
    Why: a revision is installed many times a second from memory; vLLM reads adapters from files only. vLLM
-   also calls the loader after an eviction or a refresh of the weights, so revisions survive both. Test:
-   test_more_episodes_than_slots_queue_and_finish.
+   also calls the loader after an eviction or a refresh of the weights, so revisions survive both.
+   Test: test_more_episodes_than_slots_queue_and_finish.
 2. ``StepAdapters`` replaces what the worker does with a step's adapters, and its list of the registered ones.
    Why: vLLM copies the list of all registered adapters for each active one, in each step: tens of
    milliseconds with 256 active of 512.
    Test: test_the_adapters_of_a_step_get_slots_and_stay_while_they_are_used.
-3. ``SharedBasisDelta`` replaces the CPU's LoRA matmul and the slots of each adapted module (``OwnBasisDelta``
-where a
-   write moves A, fast_weights.train_a). ``StepRoutes`` goes before vLLM's reading of the batch. Why: vLLM's
-   matmul gathers a copy of A and B for every token, so prefill is many times slower. It reads index -1 ("no
-   adapter") as the last slot, so a base request in a mixed batch would act under another episode's Delta. And
-   it cannot know that A is the same in all slots.
+3. ``SharedBasisDelta`` replaces the CPU's LoRA matmul and the slots of each adapted module. Where a write
+   moves A (fast_weights.train_a) it is ``OwnBasisDelta``. ``StepRoutes`` follows vLLM's reading of the batch.
+   Why: vLLM's matmul gathers a copy of A and B for every token, so prefill is many times slower. It reads
+   index -1 ("no adapter") as the last slot, so a base request in a mixed batch would act under another
+   episode's Delta. And it cannot know that A is the same in all slots.
    Test: test_engine_lora.py; test_episodes_in_one_batch_never_see_each_others_delta.
 4. ``count_at_least`` replaces the sampler's rank of the sampled token.
    Why: vLLM compiles that one function at the first request, which takes twenty seconds and a C++ compiler on
@@ -54,8 +53,7 @@ def count_at_least(x: Tensor, values: Tensor) -> Tensor:
 
     Stands in for vLLM's batched_count_greater_than.
     """
-    # Floats, because their sum is vectorised: several times as quick as that of booleans, and exact to n =
-    # 2^24.
+    # Floats, because their sum is vectorised: several times as quick as that of booleans, exact to n = 2^24.
     reached = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     return torch.ge(x, values, out=reached).sum(-1).long()
 
