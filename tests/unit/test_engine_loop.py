@@ -138,13 +138,31 @@ def test_a_steps_seconds_go_by_the_tokens_that_each_kind_of_request_computes(
 
 def test_the_next_step_takes_along_callers_who_come_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten requests of one step each, one after the other, beside a long one: each is in the next step."""
-    # A thousand times a step of a millisecond: it waits up to a second.
-    monkeypatch.setattr("actors.engine.step_loop.PATIENCE", 1000.0)
+    monkeypatch.setattr(
+        "actors.engine.step_loop.PATIENCE", 1e5
+    )  # of a millisecond's step: as good as for ever
     engine = Countdown()
     loop = loop_of(engine)
     long = loop.request("long", "x", "act", 1, add("long", 10**9))
     began = loop.call(lambda e: e.steps, "other").result(5)
     for number in range(10):
+        loop.request(str(number), "x", "act", 1, add(str(number), 1)).result(5)
+    assert engine.steps - began <= 12
+    long.cancel()
+    loop.close(5)
+
+
+def test_the_next_step_waits_for_callers_of_a_write_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten episodes' turns: a write, a pause of many steps, a request. No step goes without the request."""
+    monkeypatch.setattr("actors.engine.step_loop.PATIENCE", 1e5)
+    engine = Countdown()
+    loop = loop_of(engine)
+    long = loop.request("long", "x", "act", 1, add("long", 10**9))
+    loop.request("first", "x", "act", 1, add("first", 1)).result(5)
+    began = engine.steps
+    for number in range(10):
+        loop.call(lambda e: None, "write").result(5)
+        time.sleep(0.02)
         loop.request(str(number), "x", "act", 1, add(str(number), 1)).result(5)
     assert engine.steps - began <= 12
     long.cancel()
@@ -177,6 +195,17 @@ def test_cancelling_a_coroutine_aborts_its_request() -> None:
     loop.close(5)
 
 
+def test_a_request_that_is_cancelled_before_its_turn_never_reaches_the_engine() -> None:
+    engine = Countdown()
+    loop, gate = loop_of(engine), threading.Event()
+    loop.call(lambda e: gate.wait(5), "other")
+    assert loop.request("early", "x", "act", 1, add("early", 10**9)).cancel()
+    gate.set()
+    seen = loop.call(lambda e: (dict(e.left), list(e.aborted), loop.running_labels()), "other").result(5)
+    assert seen == ({}, [], set())
+    loop.close(5)
+
+
 def test_a_step_that_fails_reaches_everyone_who_waits_and_every_later_call() -> None:
     engine = Countdown()
     loop = loop_of(engine)
@@ -190,6 +219,7 @@ def test_a_step_that_fails_reaches_everyone_who_waits_and_every_later_call() -> 
     with pytest.raises(EngineError, match="out of memory"):
         loop.request("d", "x", "act", 5, add("d", 1))
     loop.post(lambda e: None, "other")
+    assert loop.failure == "RuntimeError: out of memory"
     loop.close(5)
 
 
@@ -250,6 +280,18 @@ def test_closing_fails_what_is_pending() -> None:
     loop.close(5)
     with pytest.raises((EngineError, CancelledError), match="closed"):
         waiting.result(5)
+    assert loop.failure == ""
+
+
+def test_closing_fails_the_work_that_waits() -> None:
+    loop, entered, gate = loop_of(Countdown()), threading.Event(), threading.Event()
+    loop.call(lambda e: (entered.set(), gate.wait(5)), "other")
+    assert entered.wait(5)
+    pending = loop.call(lambda e: 1, "other")
+    threading.Timer(0.05, gate.set).start()
+    loop.close(5)
+    with pytest.raises(EngineError, match="is dead: closed"):
+        pending.result(5)
 
 
 def test_a_receipt_needs_agreement_and_movement() -> None:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from actors.fast_weights import input_moments
 from actors.fast_weights.basis import (
     compute_basis,
     compute_basis_from_checkpoint,
@@ -24,7 +25,7 @@ from actors.fast_weights.basis import (
     target_modules,
 )
 from actors.fast_weights.delta import Basis, BasisError, DeltaInjector, StackedWeights, add_delta, stack, zero
-from actors.fast_weights.input_moments import moments_of
+from actors.fast_weights.input_moments import MAX_TOKENS, WINDOW, moments_of
 from actors.fast_weights.peft_format import export_peft, from_peft, to_peft
 from actors.types import FastWeights
 from configs.schema import FastWeightsConfig
@@ -74,11 +75,27 @@ def test_svd_basis_is_the_top_right_factor(shape: tuple[int, int]) -> None:
     assert bool((peaks > 0).all())  # a sign convention: the id must not depend on the solver's choice
 
 
+def test_the_id_of_a_basis_names_all_that_it_is() -> None:
+    name = "model.layers.0.mlp.up_proj"
+    a = {name: torch.ones(2, 4)}
+    bases = [
+        make_basis("svd", a, {name: 8}, train_a=False),
+        make_basis("random", a, {name: 8}, train_a=False),
+        make_basis("svd", a, {name: 9}, train_a=False),
+        make_basis("svd", a, {name: 8}, train_a=True),
+        make_basis("svd", {name: 2 * a[name]}, {name: 8}, train_a=False),
+        make_basis("svd", {name.replace("0", "1"): a[name]}, {name.replace("0", "1"): 8}, train_a=False),
+    ]
+    assert len({basis.id for basis in bases}) == len(bases)
+    assert make_basis("svd", {name: a[name].clone()}, {name: 8}, train_a=False).id == bases[0].id
+
+
 def test_random_basis_depends_on_the_seed_and_has_pefts_scale() -> None:
     config = FastWeightsConfig(rank=8, basis="random")
-    weights = {"model.layers.0.mlp.up_proj": torch.zeros(64, 400)}
+    weights = {f"model.layers.0.mlp.{name}": torch.zeros(64, 400) for name in ("up_proj", "gate_proj")}
     first, again, other = (compute_basis(weights, config, seed) for seed in (1, 1, 2))
     assert first.id == again.id != other.id
+    assert not torch.equal(*first.a.values())
     a = first.a["model.layers.0.mlp.up_proj"]
     assert a.abs().max() <= 1 / 20
     assert abs(a.std().item() - 1 / 20 / 3**0.5) < 0.002
@@ -126,6 +143,18 @@ def test_data_basis_spans_what_the_layers_read() -> None:
     assert basis.id != other.id  # another text, another basis
     with pytest.raises(BasisError, match="needs a model that reads"):
         compute_basis(weights, config, 0)
+
+
+def test_a_long_text_is_read_to_its_bound_in_whole_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("words")
+    ids, read = list(range(MAX_TOKENS + 700)), list[list[int]]()
+    monkeypatch.setattr(input_moments, "_load", lambda *_: (None, lambda *_, **__: {"input_ids": ids}))
+    monkeypatch.setattr(input_moments, "moments_of", lambda _, __, windows: read.extend(windows) or {})
+    input_moments.input_moments(tmp_path, (), str(tmp_path / "text.txt"))
+    assert [token for window in read for token in window] == ids[:MAX_TOKENS]
+    assert {len(window) for window in read} == {WINDOW}
 
 
 def test_data_basis_of_a_folder_reads_its_text_or_says_in_one_line_why_not(
@@ -425,6 +454,20 @@ def test_adapter_of_another_basis_or_damaged_is_refused(tmp_path: Path) -> None:
     tensors.write_bytes(tensors.read_bytes()[:100])
     with pytest.raises(BasisError, match="cannot be read as an adapter"):
         from_peft(tmp_path / "adapter", basis)
+
+
+@pytest.mark.parametrize(
+    "change", [{"lora_alpha": 6}, {"r": 6, "lora_alpha": 6}, {"r": 0}, {"r": "3"}, {"r": None}]
+)
+def test_an_adapter_of_another_rank_or_scaling_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    """PEFT acts under W + (lora_alpha / r) B A: another scaling makes another Delta of the same matrices."""
+    basis = basis_of(tiny_model())
+    export_peft(random_weights(basis, 1), basis, tmp_path / "adapter", "m")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(BasisError, match=r"rank 3 and scaling 1$|cannot be read as an adapter") as caught:
+        from_peft(tmp_path / "adapter", basis)
+    assert "\n" not in str(caught.value)
 
 
 def test_revision_zero_exports_as_zeros(tmp_path: Path) -> None:

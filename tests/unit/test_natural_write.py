@@ -63,6 +63,34 @@ def test_the_direction_is_that_of_the_formula(shape: tuple[int, int]) -> None:
     )
 
 
+def test_it_is_measured_on_what_the_model_would_say() -> None:
+    """Against gradients of log p(y) that the test takes itself, y drawn from the model and not from the text.
+
+    The first token of each text is left out, and the model trains on afterwards.
+    """
+    model = tiny_model()
+    basis = basis_of(model)
+    measured = measure(model, basis.a, basis.first_layer, texts(3), 4, seed=7)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    draw = torch.Generator().manual_seed(7)
+    name, inputs, gradients = basis.modules[0], list[Tensor](), list[Tensor]()
+    for text in texts(3):
+        module, seen = model.get_submodule(name), list[Tensor]()
+        handle = module.register_forward_hook(
+            lambda _, args, output, seen=seen: seen.extend((args[0], output))
+        )
+        scores = model(torch.tensor([text])).logits[0].log_softmax(-1)
+        handle.remove()
+        said = torch.multinomial(scores.detach().exp(), 1, generator=draw)
+        (gradient,) = torch.autograd.grad(-scores.gather(1, said).sum(), seen[1])
+        inputs.append(seen[0].detach()[0, 1:] @ basis.a[name].T)
+        gradients.append(gradient[0, 1:])
+    expected = sensitivity_of(torch.cat(inputs), torch.cat(gradients), 4)
+    change = torch.randn(basis.d_out[name], basis.rank, generator=draw)
+    wanted = expected.natural(change)
+    assert torch.allclose(measured[name].natural(change), wanted, atol=1e-3 * float(wanted.abs().max()))
+
+
 def test_every_direction_may_be_kept() -> None:
     """Then no rest is left to measure the damping by: the direction is that of G with its floor."""
     draw = torch.Generator().manual_seed(0)
