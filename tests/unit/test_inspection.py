@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -202,6 +203,37 @@ def test_a_foreign_file_is_one_line(
     assert says in error
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (
+            ("segments", 0, "passages", 1, "end"),
+            10**6,
+            "segments.0.passages.1: [{start}, 1000000) is outside",
+        ),
+        (("segments", 0, "passages", 1, "start"), -1, "segments.0.passages.1: [-1, "),
+        (("writes", 1, "after"), 9, "writes.1.after: there is no segment 9"),
+        (("writes", 1, "log", "steps"), "4", "writes.1.log.steps: Input should be a valid integer"),
+        (("writes", 1, "log", "loss_after"), "x", "writes.1.log.loss_after: Input should be a valid number"),
+        (("outcome", "reward"), None, "outcome.reward: Input should be a valid number"),
+        (("stop_reason",), "x", "stop_reason: Input should be 'done' or 'max_turns'"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_field(
+    whole: Path, tmp_path: Path, path: tuple[str | int, ...], value: object, says: str
+) -> None:
+    content = json.loads(whole.read_text())
+    parent = content
+    for name in path[:-1]:
+        parent = parent[name]
+    parent[path[-1]] = value
+    start = content["segments"][0]["passages"][1]["start"]
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(RecordError) as refused:
+        load(tmp_path / "x.json")
+    assert str(refused.value).startswith(f"{tmp_path / 'x.json'}: {says.format(start=start)}")
+
+
 @pytest.fixture(scope="module")
 def whole(record: EpisodeRecord, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(record, tmp_path_factory.mktemp("whole"))
@@ -283,6 +315,26 @@ def test_the_page_needs_nothing_else_and_holds_all_parts(record: EpisodeRecord) 
     for part in (*TASK.payload["sessions"], *written, *states, "I don't know", "reward", "write 2, after"):
         assert part in text
     assert text.count("context cleared") == 2
+
+
+def test_a_long_passage_that_was_read_is_folded(record: EpisodeRecord) -> None:
+    def folds(kind: str, text: str) -> int:
+        first, *rest = record.segments
+        passages = tuple(
+            replace(passage, text=text) if passage.kind == kind else passage for passage in first.passages
+        )
+        return render(replace(record, segments=(replace(first, passages=passages), *rest)), ()).count(
+            "<details"
+        )
+
+    assert folds("system", "x" * 1200) == 0
+    assert folds("system", "x" * 1201) == 1
+    assert folds("extract", "x" * 1201) == 0  # what the agent said is always shown
+
+
+def test_a_bar_is_as_long_as_its_loss(record: EpisodeRecord) -> None:
+    widths = re.findall(r"width:([\d.]+)%", render(record, ()))
+    assert widths == ["100.0", "50.0"] * 2  # each write: loss 2 -> 1
 
 
 def test_hostile_text_stays_text_on_the_page(hostile: EpisodeRecord, record: EpisodeRecord) -> None:
@@ -389,8 +441,9 @@ def test_the_recorder_keeps_what_the_settings_say(
     config = RunConfig()
     for step in (1, 2):
         keeping.on_batch(config, step, batch)
-    for _ in range(4):
-        keeping.on_failures(config, 2, GroupSummary.of(group))
+    for number in range(4):
+        failed = (FailedEpisode(TASK.id, f"train-4.{number}", "receipt", "no"),)
+        keeping.on_failures(config, 2, GroupSummary.of(replace(group, failed=failed)))
     row = EvaluationRow("TMEM before", MemoryConfig(question_blind=True), 7)
     for position in range(3):
         keeping.on_evaluated(config, 0, position, row, replace(group, failed=()))
@@ -400,7 +453,7 @@ def test_the_recorder_keeps_what_the_settings_say(
     episodes = [record for record in kept if isinstance(record, EpisodeRecord)]
     sources = sorted((record.origin.source, record.origin.step) for record in episodes)
     assert sources == [("evaluation", 0), ("evaluation", 0), ("train", 1), ("train", 2)]
-    assert len([path for path in list_records(tmp_path) if "failed" in path.name]) == 1  # the same, twice
+    assert len([path for path in list_records(tmp_path) if "failed" in path.name]) == 2
     assert {record.siblings for record in episodes} == {(0.0, 0.0)}
     configs = {record.origin.config for record in kept}
     assert len(configs) == 2  # the row has settings of its own

@@ -18,9 +18,9 @@ from mlflow.tracking import MlflowClient
 
 from cluster.common.errors import TrackingError
 from cluster.common.git import git_commit
-from cluster.tracking.outbox import Outbox, Params, Point, Record
+from cluster.tracking.outbox import Entity, Outbox, Params, Point, Record
 from cluster.tracking.sender import MlflowRun, Sender, first_line
-from cluster.tracking.tracker import NullTracker, start_tracking
+from cluster.tracking.tracker import MlflowTracker, NullTracker, start_tracking
 from configs.load import flatten
 from configs.schema import RunConfig, TrackingConfig, TrainConfig
 
@@ -181,45 +181,105 @@ def test_points_in_doubt_are_compared_with_the_store_and_sent_once(output_dir: P
     assert times == [1000, 1001, 1002, 1003]
 
 
-class FlakyRun(MlflowRun):
-    """Takes only when told to, and keeps what it was asked."""
+class FakeRun(MlflowRun):
+    """Answers as it is told to, and keeps what it was asked to take."""
 
     def __init__(self) -> None:
+        self.run_id = "run"
         self.asked: list[tuple[int, bool]] = []  # number of records, whether in doubt
-        self.answering = False
+        self.taken: list[Record] = []
+        self.answering = True
+        self.broken: type[Record] | None = None  # the records that its artifact store does not take
+
+    def began(self) -> float:
+        if not self.answering:
+            raise ConnectionError("no answer")
+        return 1.0
 
     def take(self, records: Sequence[Record], in_doubt: bool) -> list[str]:
         self.asked.append((len(records), in_doubt))
-        if not self.answering:
+        if not self.answering or isinstance(records[0], self.broken or ()):
             raise ConnectionError("no answer")
+        self.taken += records
         return []
 
 
+@pytest.mark.parametrize("left_over", [0, 2])
 def test_only_what_was_attempted_or_left_by_another_process_is_in_doubt(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, left_over: int
 ) -> None:
     point = Point("loss", 0.5, 1000, 1)
-    left = Outbox(tmp_path / "left.sqlite")
-    left.append([point, point])
-    left.close()
-    for path, first in (("left.sqlite", [(2, True)]), ("new.sqlite", [(1, False)])):
-        outbox, run = Outbox(tmp_path / path), FlakyRun()
-        run.answering = True
-        sender = Sender(outbox, run, "uri")
-        outbox.append([] if len(outbox) else [point])
-        sender.start()
-        until(lambda box=outbox: len(box) == 0)
-        run.answering = False
-        outbox.append([point])
-        until(lambda asked=run.asked: len(asked) > 2)
-        outbox.append([Params({}), point])
-        run.answering = True
-        assert sender.drain(20)
-        assert run.asked[:1] == first
-        assert run.asked[1:3] == [(1, False), (1, True)]  # a first attempt, and the next
-        assert run.asked[-2:] == [(1, False), (1, False)]
-    assert caplog.text.count("warning: MLflow at uri takes nothing (no answer)") == 2
-    assert caplog.text.count("answers again") == 2
+    earlier = Outbox(tmp_path / "outbox.sqlite")
+    earlier.append([point] * left_over)
+    earlier.close()
+    outbox, run = Outbox(earlier.path), FakeRun()
+    sender = Sender(outbox, run, "uri")
+    sender.start()
+    until(lambda: len(outbox) == 0)
+    assert run.asked == ([(2, True)] if left_over else [])
+    run.asked.clear()
+    run.answering = False
+    outbox.append([point])
+    until(lambda: len(run.asked) > 1)
+    outbox.append([Params({}), point])
+    run.answering = True
+    assert sender.drain(20)
+    assert run.asked[:2] == [(1, False), (1, True)]  # the first attempt, and the next
+    assert run.asked[-2:] == [(1, False), (1, False)]
+    assert caplog.text.count("warning: MLflow at uri takes nothing (no answer)") == 1
+    assert caplog.text.count("answers again") == 1
+
+
+def test_a_broken_artifact_store_holds_up_no_metric(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    outbox, run = Outbox(tmp_path / "outbox.sqlite"), FakeRun()
+    run.broken = Entity
+    sender = Sender(outbox, run, "uri")
+    points = [Point("loss", 0.5, 1000, step) for step in range(2)]
+    outbox.append([points[0], Entity("artifact", {"name": "note.txt"}), points[1]])
+    sender.start()
+    assert sender.drain(20)
+    assert (run.taken, len(run.asked)) == (points, 5)
+    assert "MLflow at uri refuses note.txt: no answer; the run goes on without it" in caplog.text
+
+
+def test_an_artifact_waits_for_a_store_that_is_away(tmp_path: Path) -> None:
+    outbox, run = Outbox(tmp_path / "outbox.sqlite"), FakeRun()
+    run.answering = False
+    sender = Sender(outbox, run, "uri")
+    note = Entity("artifact", {"name": "note.txt"})
+    outbox.append([note])
+    sender.start()
+    until(lambda: len(run.asked) > 4)
+    run.answering = True
+    assert sender.drain(20)
+    assert run.taken == [note]
+
+
+def test_a_run_that_was_told_to_stop_waits_for_five_seconds_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    waits = []
+    monkeypatch.setattr(Sender, "drain", lambda self, seconds: waits.append(seconds))
+    for status in ("KILLED", "FINISHED"):
+        tracker = MlflowTracker(FakeRun(), Outbox(tmp_path / f"{status}.sqlite"), "uri", 90.0, 0.0)
+        tracker.finish(status)
+    assert waits == [5.0, 90.0]
+    assert "did not take the last" in caplog.text
+
+
+def test_the_number_of_records_that_wait_is_a_metric(tmp_path: Path) -> None:
+    run = FakeRun()
+    tracker = MlflowTracker(run, Outbox(tmp_path / "outbox.sqlite"), "uri", 20.0, 0.0)
+    tracker.log({"loss": 0.5}, 1)
+    until(lambda: len(run.taken) == 1)
+    run.answering = False
+    for step in (2, 3):
+        tracker.log({"loss": 0.5}, step)
+        until(lambda: len(run.asked) > 2)
+    run.answering = True
+    tracker.finish("FINISHED")
+    spooled = [record for record in run.taken if isinstance(record, Point) and record.key != "loss"]
+    assert [(point.key, point.value, point.step) for point in spooled] == [("tracking/spooled", 1.0, 3)]
 
 
 def until(true: Callable[[], bool]) -> None:
