@@ -1,4 +1,6 @@
-"""What test_ray_job.py runs as the first process of its own namespaces: a Ray cluster with a token, and two jobs by the same submission.
+"""A Ray cluster with a token, and two jobs by the same submission.
+
+test_ray_job.py runs this file as the first process of its own namespaces.
 
 job_story.py FOLDER MODEL  -->  FOLDER/story.json; every process ends with this one
 """
@@ -48,7 +50,7 @@ def main() -> None:
     prepare_environment(folder)
     command = [
         "train",
-        "configs/quickstart.yaml",
+        "quickstart",
         *SETTINGS,
         f"model.name={model}",
         f"output_dir={folder}/runs",
@@ -70,7 +72,10 @@ def main() -> None:
 
 
 def loopback_up() -> None:
-    """A new network namespace has its loopback down. SIOCSIFFLAGS (0x8914) with IFF_UP and IFF_RUNNING, so that no `ip` is needed."""
+    """Switch the loopback of the new network namespace on, without the program `ip`.
+
+    0x8914 is SIOCSIFFLAGS, with the flags IFF_UP and IFF_RUNNING.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
         fcntl.ioctl(handle, 0x8914, struct.pack("16sH14s", b"lo", 0x1 | 0x40, b""))
 
@@ -103,17 +108,12 @@ def start_ray() -> None:
         '--resources={"rollout": 1, "learner": 1}',
         f"--temp-dir={os.environ['RAY_STORY_TEMP']}",
     ]
-    for _ in range(
-        3
-    ):  # Ray gives its own processes 30 s to come up, which is not enough where other things run, too
-        done = subprocess.run(
-            [*command, *resources], capture_output=True, text=True, timeout=300, check=False
-        )
+    for _ in range(3):  # Ray gives its own processes 30 s to come up, which a busy machine exceeds
+        done = subprocess.run([*command, *resources], capture_output=True, text=True, timeout=300)
         if done.returncode == 0:
             return
-        subprocess.run(
-            ["ray", "stop", "--force"], capture_output=True, timeout=120, check=False
-        )  # of this namespace: it sees no other process
+        # This stops the Ray of this namespace, which sees no other process.
+        subprocess.run(["ray", "stop", "--force"], capture_output=True, timeout=120)
     raise SystemExit(f"ray start failed three times: {done.stdout}{done.stderr}")
 
 
@@ -162,7 +162,7 @@ def wait_for_checkpoint(runs: Path) -> Path:
 
 
 def cluster_command(*arguments: str) -> list[object]:
-    """``python -m cluster`` in this process, which has imported Ray already: exit status, stdout, stderr."""
+    """Run ``engram`` in this process, which has imported Ray already. Returns exit status, stdout, stderr."""
     from cluster.cli import main as cluster
 
     out, errors = io.StringIO(), io.StringIO()

@@ -1,7 +1,9 @@
-"""``ray job submit --working-dir . -- python -m cluster train ...`` against a cluster made by ``ray start``, and the job commands beside it.
+"""``ray job submit --working-dir . -- python -m cluster train ...`` and the job commands, on a cluster of
+their own.
 
-Ray ends by killing what looks like Ray, and listens on fixed ports: cluster and jobs live in process, mount and network namespaces of their own
-(job_story.py), which end with the test. That needs root, and a kernel that allows it.
+`ray stop` kills all that looks like Ray, and Ray listens on fixed ports. So cluster and jobs live in process,
+mount and network namespaces of their own (job_story.py), which end with the test. This needs root, and a
+kernel that allows it.
 """
 
 from __future__ import annotations
@@ -53,13 +55,11 @@ def story(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> St
         pytest.skip("needs the command unshare (util-linux) to keep a Ray cluster apart from the machine")
     allowed = subprocess.run([*UNSHARE, "true"], capture_output=True, text=True, timeout=30, check=False)
     if allowed.returncode != 0:
-        pytest.skip(
-            f"needs own process, mount and network namespaces, which this machine does not allow: {allowed.stderr.strip()}"
-        )
+        needs = "needs own process, mount and network namespaces, which this machine does not allow"
+        pytest.skip(f"{needs}: {allowed.stderr.strip()}")
     folder = tmp_path_factory.mktemp("job")
-    temporary = tempfile.mkdtemp(
-        prefix="ray-", dir="/tmp"
-    )  # Ray's sockets lie in it: their paths may have 107 bytes
+    # Ray's sockets lie in it, and their paths may have 107 bytes.
+    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     try:
         command = [*UNSHARE, sys.executable, str(STORY), str(folder), str(tiny_model_path)]
         environment = {**os.environ, "RAY_STORY_TEMP": temporary, "PYTHONPATH": str(STORY.parents[2])}
@@ -74,17 +74,13 @@ def story(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> St
 
 
 def test_a_job_is_stopped_in_good_order_and_the_same_submission_goes_on(story: Story) -> None:
-    assert (
-        story.said["stop"][0] == 0
-        and "STOPPED" in story.text("stop")
-        and f"saved: {story.run_dir}/checkpoints/step-" in story.text("stop")
-    )
+    assert story.said["stop"][0] == 0 and "STOPPED" in story.text("stop")
+    assert f"saved: {story.run_dir}/checkpoints/step-" in story.text("stop")
     log = story.text("first_log")
     assert "saved: " in log and "Traceback" not in log and f"train step {STEPS}/{STEPS}" not in log
     assert story.said["second"][0] == 0, story.text("second")
-    assert "SUCCEEDED" in story.text("second") and f"train step {STEPS}/{STEPS}" not in story.text(
-        "second"
-    )  # some of them were done before
+    assert "SUCCEEDED" in story.text("second")
+    assert f"train step {STEPS}/{STEPS}" not in story.text("second")  # the first job did some of the steps
     assert story.newest.state.step == STEPS and story.newest.state.ledger.settled["trained"] == 2 * STEPS
 
 
@@ -108,11 +104,7 @@ def test_the_cluster_shows_both_jobs_with_run_and_commit(story: Story) -> None:
 
 def test_a_wrong_token_and_an_unknown_job_are_one_line(story: Story) -> None:
     status, out, errors = story.said["refused"]
-    assert (
-        (status, out) == (1, "")
-        and str(errors).startswith("error: ")
-        and str(errors).count("\n") == 1
-        and "--auth token" in str(errors)
-    )
+    assert (status, out) == (1, "") and "--auth token" in str(errors)
+    assert str(errors).startswith("error: ") and str(errors).count("\n") == 1
     status, out, errors = story.said["unknown"]
     assert (status, out) == (1, "") and str(errors).count("\n") == 1 and "knows no job third" in str(errors)

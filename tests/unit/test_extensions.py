@@ -1,9 +1,11 @@
-"""What users bring of their own: an environment, a reward, a memory, an advantage estimator; and what they are told when it does not fit."""
+"""A user's own parts: environment, reward, memory and advantage estimator, and the message when one does not
+fit."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,7 +65,7 @@ def test_an_environment_with_its_options_and_a_reward() -> None:
     assert build_environment(EnvironmentConfig(reward="my_parts:length"), EmbedderConfig()).name == "recall"
 
 
-def test_a_reward_of_ones_own_takes_the_place_of_the_environments() -> None:
+def test_a_users_reward_takes_the_place_of_the_environments() -> None:
     environment = build_environment(EnvironmentConfig(reward="my_parts:length"), EmbedderConfig())
     task = next(environment.tasks("eval", 0, 0))
     session = environment.start(task)
@@ -71,26 +73,19 @@ def test_a_reward_of_ones_own_takes_the_place_of_the_environments() -> None:
         if observation.wants_action:
             session.act("nothing")
     outcome = session.outcome()
-    assert (
-        outcome.reward == len(task.id) and outcome.reward_parts["environment"] == outcome.reward_parts["f1"]
-    )
-    assert environment.demonstrate_flashcards(task, "", False) == ()  # type: ignore[attr-defined]  # still there for a warm start
+    assert outcome.reward == len(task.id)
+    assert outcome.reward_parts["environment"] == outcome.reward_parts["f1"]
+    # A warm start still finds what the environment demonstrates.
+    assert environment.demonstrate_flashcards(task, "", False) == ()  # type: ignore[attr-defined]
 
 
-def test_an_environment_of_ones_own_may_have_something_to_prepare() -> None:
-    for reward in ("", "my_parts:length"):
-        library = EnvironmentConfig(
-            name="custom", custom="my_parts:Library", options={"days": 3}, reward=reward
-        )
-        environment = build_environment(library, EmbedderConfig())
-        prepare(environment)
-        assert getattr(environment, "inner", environment).shelves == 3
-        prepare(
-            build_environment(
-                EnvironmentConfig(name="custom", custom="my_parts:Shop", options={"days": 3}, reward=reward),
-                EmbedderConfig(),
-            )
-        )
+@pytest.mark.parametrize("reward", ["", "my_parts:length"])
+def test_a_users_environment_may_have_something_to_prepare(reward: str) -> None:
+    config = EnvironmentConfig(name="custom", custom="my_parts:Library", options={"days": 3}, reward=reward)
+    library = build_environment(config, EmbedderConfig())
+    prepare(library)
+    assert getattr(library, "inner", library).shelves == 3
+    prepare(build_environment(replace(config, custom="my_parts:Shop"), EmbedderConfig()))  # has nothing
 
 
 @pytest.mark.parametrize(
@@ -104,29 +99,24 @@ def test_a_reward_that_fails_fails_its_episode(name: str, said: str) -> None:
         environment.start(task).outcome()
 
 
-def test_a_memory_of_ones_own() -> None:
+def test_a_users_memory() -> None:
     config = MemoryConfig(policy="custom", custom="my_parts:short", options={"tokens": 40})
-    assert (
-        type(build_memory(config, WriteConfig(), surroundings(512, 16, EmbedderConfig()))).__name__
-        == "TruncationMemory"
-    )
+    memory = build_memory(config, WriteConfig(), surroundings(512, 16, EmbedderConfig()))
+    assert type(memory).__name__ == "TruncationMemory"
 
 
 def test_advantages() -> None:
     siblings = group(task_at(0), 0, rewards=(1.0, 0.0, 0.5))
-    of = {
-        name: [one.advantage for one in score(siblings, estimator(ObjectiveConfig(advantage=name)))]
+    advantages = {
+        name: [episode.advantage for episode in score(siblings, estimator(ObjectiveConfig(advantage=name)))]
         for name in (*ADVANTAGES, "my_parts:ranks")
     }
-    assert of["my_parts:ranks"] == [2.0, 0.0, 1.0]
-    assert of["rloo"] == pytest.approx([0.75, -0.75, 0.0]) and of["grpo"] == pytest.approx(
-        [1.2247, -1.2247, 0.0], abs=1e-4
-    )
-    assert of["positive"] == pytest.approx([1.2247, 0.0, 0.0], abs=1e-4)
-    with pytest.raises(
-        LearnerError,
-        match=r"objective\.advantage gave \[0\.0, 0\.5\] for the rewards \[1\.0, 0\.0, 0\.5\] of task t0",
-    ):
+    assert advantages["my_parts:ranks"] == [2.0, 0.0, 1.0]
+    assert advantages["rloo"] == pytest.approx([0.75, -0.75, 0.0])
+    assert advantages["grpo"] == pytest.approx([1.2247, -1.2247, 0.0], abs=1e-4)
+    assert advantages["positive"] == pytest.approx([1.2247, 0.0, 0.0], abs=1e-4)
+    rewards = r"for the rewards \[1\.0, 0\.0, 0\.5\] of task t0"
+    with pytest.raises(LearnerError, match=rf"objective\.advantage gave \[0\.0, 0\.5\] {rewards}"):
         score(siblings, estimator(ObjectiveConfig(advantage="my_parts:too_few")))
 
 
@@ -150,10 +140,8 @@ def test_what_is_not_there_is_said_in_one_line(path: str, said: str) -> None:
 
 
 def test_an_environment_that_is_none_is_said() -> None:
-    with pytest.raises(
-        ExtensionError,
-        match=r"my_parts:Half returned Half without system_prompt, tasks, start: see Environment in",
-    ):
+    lacks = "my_parts:Half returned Half without system_prompt, tasks, start: see Environment in"
+    with pytest.raises(ExtensionError, match=lacks):
         build_environment(EnvironmentConfig(name="custom", custom="my_parts:Half"), EmbedderConfig())
 
 
@@ -168,17 +156,10 @@ def test_options_are_a_mapping_in_files_and_arguments(tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(again, []) == config
-    assert (
-        load_config(
-            file, ["environment.options.days=5", "environment.options.deep.er=[1]"]
-        ).environment.options["days"]
-        == 5
-    )
-    assert load_config(file, ["environment.options.deep.er=[1]"]).environment.options["deep"] == {"er": [1]}
+    inside = load_config(file, ["environment.options.days=5", "environment.options.deep.er=[1]"])
+    assert inside.environment.options == {"days": 5, "names": ["a", "b"], "deep": {"er": [1]}}
     with pytest.raises(ConfigError, match=r"environment\.options=3 is not allowed: it must be a mapping"):
         load_config(file, ["environment.options=3"])
-    with pytest.raises(
-        ConfigError,
-        match=r"environment\.custom='' is not allowed: it must be package\.module:name where environment\.name is custom",
-    ):
+    allowed = r"it must be package\.module:name where environment\.name is custom"
+    with pytest.raises(ConfigError, match=rf"environment\.custom='' is not allowed: {allowed}"):
         load_config(None, ["environment.name=custom"])

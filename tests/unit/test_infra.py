@@ -1,4 +1,8 @@
-"""The files of infra/ against strict schemas of the fields that they use, Ray's own checks, and what the code asks Ray for. Nothing is deployed."""
+"""The files of infra/: checked against strict schemas, by Ray's own checks, and against what the code asks
+Ray for.
+
+Nothing is deployed.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import re
 import shlex
 import signal
 import subprocess
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,8 @@ from ray.scripts.scripts import start
 
 from cluster.fleet.ray_runtime import demand
 from configs.load import load_config
+from configs.schema import LearnerConfig, RolloutConfig
+from configs.shipped import shipped
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -43,11 +50,11 @@ def check(content: dict[str, Any], schema: str) -> None:
 
 def settings_in(text: str) -> tuple[Path, list[str]]:
     """The configuration and the settings of the ``train`` command in ``text``."""
-    words = shlex.split(re.sub(r"\\\n#?\s*", " ", text).split(" train ", 1)[1].split("\n", 1)[0])
-    return ROOT / words[0], words[1:]
+    config, *settings = shlex.split(re.sub(r"\\\n#?\s*", " ", text).split(" train ", 1)[1].split("\n", 1)[0])
+    return shipped().get(config, ROOT / config), settings
 
 
-# --- Kubernetes -----------------------------------------------------------------------------------------------------------------------------------
+# --- Kubernetes ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["kubernetes/raycluster.yaml", "kubernetes/rayjob.yaml"])
@@ -71,9 +78,8 @@ def test_the_schema_refuses_what_kuberay_would_drop_silently() -> None:
 
 
 def test_job_and_cluster_have_the_same_cluster() -> None:
-    assert (
-        read("kubernetes/rayjob.yaml")["spec"]["rayClusterSpec"] == read("kubernetes/raycluster.yaml")["spec"]
-    )
+    job, cluster = read("kubernetes/rayjob.yaml"), read("kubernetes/raycluster.yaml")
+    assert job["spec"]["rayClusterSpec"] == cluster["spec"]
 
 
 def test_images_and_manifests_name_the_ray_of_the_lock() -> None:
@@ -97,32 +103,21 @@ def test_the_job_asks_for_what_the_groups_of_its_cluster_have() -> None:
     manifest = {"metadata": {"name": "x", "namespace": "y"}, "spec": job["rayClusterSpec"]}
     types = _derive_autoscaling_config_from_ray_cr(manifest)["available_node_types"]
     rollout, learner = types["rollout"], types["learner"]
-    assert fits(
-        config.rollout.cpus_per_worker,
-        config.rollout.gpus_per_worker,
-        config.rollout.resource,
-        1,
-        rollout["resources"],
-    )
+    assert fits(config.rollout, 1, rollout["resources"])
     assert config.rollout.workers <= rollout["max_workers"] and rollout["min_workers"] == 0
-    ranks = config.learner.workers
-    assert fits(
-        ranks * config.learner.cpus_per_worker,
-        ranks * config.learner.gpus_per_worker,
-        config.learner.resource,
-        ranks,
-        learner["resources"],
-    )
+    assert fits(config.learner, config.learner.workers, learner["resources"])
     assert types["headgroup"]["resources"]["CPU"] == 0
     assert dict(demand(config, learner=True).custom) == {"learner": 4, "rollout": 4}
     assert Path(config.output_dir).is_absolute() and config.resume == "auto"
 
 
-def fits(cpus: float, gpus: float, custom: str, units: int, node: dict[str, float]) -> bool:
-    return custom != "" and node["CPU"] >= cpus and node["GPU"] >= gpus and node[custom] >= units
+def fits(part: RolloutConfig | LearnerConfig, count: int, node: dict[str, float]) -> bool:
+    """True if ``count`` workers of ``part`` fit on the node."""
+    cpus, gpus, custom = count * part.cpus_per_worker, count * part.gpus_per_worker, part.resource
+    return custom != "" and node["CPU"] >= cpus and node["GPU"] >= gpus and node[custom] >= count
 
 
-# --- ray up ---------------------------------------------------------------------------------------------------------------------------------------
+# --- ray up -------------------------------------------------------------------------------------------------
 
 
 def test_ray_up_is_valid_for_ray_itself() -> None:
@@ -134,24 +129,13 @@ def test_ray_up_is_valid_for_ray_itself() -> None:
 def test_ray_up_has_nodes_for_the_command_in_its_head() -> None:
     types = read("ray-up.yaml")["available_node_types"]
     config = load_config(*settings_in((INFRA / "ray-up.yaml").read_text(encoding="utf-8")))
-    assert fits(
-        config.rollout.cpus_per_worker,
-        config.rollout.gpus_per_worker,
-        config.rollout.resource,
-        1,
-        types["rollout"]["resources"],
-    )
-    assert fits(
-        0,
-        config.learner.workers * config.learner.gpus_per_worker,
-        config.learner.resource,
-        config.learner.workers,
-        types["learner"]["resources"],
-    )
+    assert fits(config.rollout, 1, types["rollout"]["resources"])
+    without_cpus = replace(config.learner, cpus_per_worker=0.0)
+    assert fits(without_cpus, config.learner.workers, types["learner"]["resources"])
     assert types["rollout"]["max_workers"] >= config.rollout.workers
 
 
-# --- compose, images ------------------------------------------------------------------------------------------------------------------------------
+# --- compose, images ----------------------------------------------------------------------------------------
 
 
 def test_compose_has_no_unknown_field_and_publishes_on_loopback_only() -> None:
@@ -169,9 +153,8 @@ def test_compose_gives_every_ray_node_the_same_token_and_no_default() -> None:
     services = read("compose.yaml")["services"]
     for name in ("head", "rollout"):
         environment = services[name]["environment"]
-        assert environment["RAY_AUTH_MODE"] == "token" and environment["RAY_AUTH_TOKEN"].startswith(
-            "${RAY_AUTH_TOKEN:?"
-        )
+        assert environment["RAY_AUTH_MODE"] == "token"
+        assert environment["RAY_AUTH_TOKEN"].startswith("${RAY_AUTH_TOKEN:?")
         assert environment["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
 
 
@@ -232,7 +215,7 @@ def joined(path: Path) -> list[str]:
     ]
 
 
-# --- Slurm ----------------------------------------------------------------------------------------------------------------------------------------
+# --- Slurm --------------------------------------------------------------------------------------------------
 
 
 def test_the_slurm_script_is_bash() -> None:
@@ -255,13 +238,16 @@ def test_the_slurm_script_refuses_in_one_line(arguments: list[str], said: str) -
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """The environment of an allocation of two nodes, with stand-ins for Slurm's two commands and for ray, which say what they are given."""
+    """The environment of an allocation of two nodes.
+
+    Stand-ins for Slurm's two commands and for ray print their arguments.
+    """
     write(tmp_path / "scontrol", "printf 'node-a\\nnode-b\\n'")
     write(tmp_path / "srun", 'while [ "$1" != ray ]; do echo "srun $1"; shift; done; exec "$@"')
-    write(
-        tmp_path / "venv/bin/ray",
-        'echo "mode $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}"; while [ "$1" != -- ]; do echo "ray $1"; shift; done; shift; exec "$@"',
+    shown = (
+        'echo "mode $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}"; while [ "$1" != -- ]; do echo "ray $1"; shift; done'
     )
+    write(tmp_path / "venv/bin/ray", f'{shown}; shift; exec "$@"')
     allocation = {
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_ID": "42",

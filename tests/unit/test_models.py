@@ -33,7 +33,7 @@ def change(file: Path, **fields: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
-# --- the embedded model --------------------------------------------------------------------------------------------------------------------------
+# --- the embedded model -------------------------------------------------------------------------------------
 
 
 def test_the_embedded_model_answers_and_ends_its_turn(model_path: Path) -> None:
@@ -44,15 +44,11 @@ def test_the_embedded_model_answers_and_ends_its_turn(model_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_path)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
-    answer = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[
-        0, len(prompt) :
-    ].tolist()
+    generated = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
+    answer = generated[0, len(prompt) :].tolist()
     assert tokenizer.decode(answer[:-1]) == "The capital of France is Paris."
-    assert (
-        (answer[-1],)
-        == resolve_model(ModelConfig()).stop_token_ids
-        == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
-    )
+    turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (answer[-1],) == resolve_model(ModelConfig()).stop_token_ids == (turn_end,)
     assert next(model.parameters()).dtype == torch.float32
     assert model.config.rms_norm_eps == 1e-5
 
@@ -62,15 +58,8 @@ def test_the_embedded_tokenizer_splits_as_smollm2_does(model_path: Path) -> None
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     # No token in front, digits one by one, blanks before a digit kept together.
-    assert tokenizer.convert_ids_to_tokens(tokenizer("a\n\n1 b  12").input_ids) == [
-        "a",
-        "ĊĊ",
-        "1",
-        "Ġb",
-        "ĠĠ",
-        "1",
-        "2",
-    ]
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("a\n\n1 b  12").input_ids)
+    assert tokens == ["a", "ĊĊ", "1", "Ġb", "ĠĠ", "1", "2"]
     for text in ("It's 1987, naïve 東京 🙂", "<|im_start|>user\n x <|im_end|>"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer("<|im_end|>").input_ids == [2]
@@ -85,7 +74,8 @@ def test_the_embedded_folder_names_no_foreign_place(model_path: Path) -> None:
 def test_resolving_twice_is_the_same_and_imports_no_framework(model_path: Path) -> None:
     code = (
         "import sys; from configs.models import resolve_model; from configs.schema import ModelConfig;"
-        "print(resolve_model(ModelConfig()).fingerprint); assert not {'torch', 'transformers'} & set(sys.modules)"
+        "print(resolve_model(ModelConfig()).fingerprint);"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     root = Path(__file__).parents[2]
     done = subprocess.run(
@@ -95,7 +85,8 @@ def test_resolving_twice_is_the_same_and_imports_no_framework(model_path: Path) 
 
 
 def test_two_processes_at_once_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The conversion is replaced by a slow one that leaves a mark for each time it runs: this test is about the lock and the rename."""
+    """This is about the lock and the rename. A slow stand-in for the conversion leaves a mark when it
+    runs."""
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path))
     code = (
         "import time, pathlib, os; from configs import embedded\n"
@@ -106,10 +97,9 @@ def test_two_processes_at_once_convert_once(tmp_path: Path, monkeypatch: pytest.
         "assert (embedded.embedded_folder() / 'done').exists()"
     )
     root = Path(__file__).parents[2]
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL) for _ in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    command = [sys.executable, "-c", code]
+    processes = [subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert len([file for file in tmp_path.iterdir() if file.name.isdigit()]) == 1
 
 
@@ -135,18 +125,14 @@ def test_a_damaged_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "is damaged: sha256" in refused("smollm2-135m")
 
 
-# --- other models --------------------------------------------------------------------------------------------------------------------------------
+# --- other models -------------------------------------------------------------------------------------------
 
 
 def test_a_local_folder_resolves_with_its_shape(tiny_model_path: Path) -> None:
     model = resolve_model(ModelConfig(name=str(tiny_model_path)))
     assert model.path == tiny_model_path
-    assert (model.model_type, model.num_layers, model.hidden_size, model.intermediate_size) == (
-        "llama",
-        6,
-        128,
-        256,
-    )
+    assert (model.model_type, model.num_layers) == ("llama", 6)
+    assert (model.hidden_size, model.intermediate_size) == (128, 256)
     assert (model.num_heads, model.num_kv_heads, model.head_dim, model.tied_embeddings) == (2, 1, 64, True)
 
 
