@@ -1,4 +1,4 @@
-# Everything starts here: `make train` and `make test` set up .venv by themselves, once for each content of the lock file.
+# Everything starts here: `make train` and `make test` set up .venv first, once for each content of the lock.
 
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 VARIANT ?= cpu
@@ -50,9 +50,9 @@ bench: $(STAMP) ## measure every seam against its baseline (ARGS='writer --repea
 chaos: $(STAMP) ## strike 20 training runs at random times, and print what became of them (ARGS='--trials 5 --seed 1')
 	@$(BIN)/python -m tests.chaos.trials $(ARGS)
 
-# pip, not uv, fetches torch: of several indexes pip only warns about one that cannot be reached, and it heeds PIP_FIND_LINKS; uv gives up.
-# So torch is left out of what uv gets. --no-deps everywhere: the lock is complete, and what it excludes (infra/locks/exclude*.txt) must
-# not come back through a dependency. Compiled bytecode halves the time of `import vllm`.
+# pip fetches torch, and uv the rest: where one of several indexes cannot be reached pip only warns, uv gives up. pip
+# also heeds PIP_FIND_LINKS. --no-deps everywhere: the lock is complete, and what it excludes
+# (infra/locks/exclude*.txt) must not come back through a dependency. Compiled bytecode halves `import vllm`.
 $(STAMP): $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "Engram needs Python 3.11 to 3.13 (the locks are made for 3.11); give one: make PYTHON=/path/to/python3.11"; exit 1; }
