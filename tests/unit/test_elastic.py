@@ -279,6 +279,33 @@ def test_a_refresh_reports_its_drain_and_phase_seconds_are_counted_once() -> Non
     assert (first["act"], first["idle"]) == (3.0, 1.0) and set(second.values()) == {0.0}
 
 
+def test_the_newest_version_is_loaded_again_on_demand() -> None:
+    """After an evaluation: so a worker's caches are those of a worker that has just started with it."""
+    lab, loaded = Lab(1), list[PolicyVersion]()
+    worker = lab.all["worker-0"]
+
+    async def refresh(weights: ObjectStoreWeights) -> WorkerReport:
+        loaded.append(weights.version)
+        return await worker.report()
+
+    async def body() -> None:
+        plan = FleetPlan(lab.launch, lambda: 1, 0, 1, 60.0, lab.said.append, in_flight=False)
+        fleet = ElasticFleet([worker], plan, newest=None)
+        stream = GroupStream(StreamPlan(0, 2, 1, 2, 5.0), [worker], 0, lab.ledger, StreamCalls(task_at))
+        await fleet.start(stream)
+        await fleet.load_again()
+        assert loaded == [], "nothing was published yet"
+        lab.trainer.version = 1
+        fleet.begin(Channel().publish(lab.trainer))
+        await fleet.finish()
+        await fleet.load_again()
+        await fleet.close()
+
+    worker.refresh = refresh  # type: ignore[method-assign]
+    asyncio.run(asyncio.wait_for(body(), 20))
+    assert loaded == [1, 1]
+
+
 def test_no_more_than_the_planned_number_of_workers_refresh_at_once() -> None:
     lab = Lab(5, steps=4)  # two at once
     refreshing, together = set[str](), list[int]()
