@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 from actors.engine.policy import EngineStats
 from actors.types import PolicyVersion, Task, TrajectoryGroup
 from actors.worker import WorkerReport
+from cluster.common.errors import WorkerLost
 from cluster.fleet.broadcast import ObjectStoreWeights
 from cluster.fleet.contract import FinishedGroup
 from cluster.fleet.fleet import ElasticFleet, FleetPlan
-from cluster.fleet.ledger import Ledger
+from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.stream import Batch, GroupStream, StreamCalls, StreamPlan
-from cluster.runs.checkpoint import TrainState
+from cluster.runs.checkpoint import START, TrainState
 from cluster.tracking.tracker import NullTracker
-from cluster.train.loop import LoopParts, delivery
+from cluster.train.loop import LoopParts, delivery, run_loop
 from cluster.train.metrics import StepSummary
 from configs.schema import TrainConfig
 from learner.types import LearnerError, StepReport
@@ -141,3 +143,110 @@ def wire(
     stream_plan = StreamPlan(steps, plan.tasks_per_step, plan.max_staleness, credits=2, stall_s=5.0)
     stream = GroupStream(stream_plan, workers, state.version, ledger, calls)
     return LoopParts(stream, trainer, fleet, Channel(), tracker, on_step, on_checkpoint)
+
+
+class Mortal(Worker):
+    """Dies when ``dies`` says so of a task's position; then every call fails."""
+
+    def __init__(self, name: str, version: PolicyVersion, dies: Callable[[str, int], bool]) -> None:
+        super().__init__(name, version)
+        self.dead = self.killed = self.hung = False
+        self.gone = asyncio.Event()
+        self.start_fails = self.asked = False
+        self.served: list[tuple[PolicyVersion, int]] = []
+        self._dies = dies
+
+    async def ready(self) -> None:
+        await asyncio.sleep(0.01)
+        if self.start_fails:
+            raise WorkerLost(f"{self.name} died during starting: out of memory")
+
+    async def play(self, position: int) -> PolicyVersion:
+        version = self.version
+        self.served.append((version, position))
+        await (self.gone.wait() if self.hung else asyncio.sleep(0.001))
+        self.dead = self.dead or self._dies(self.name, position)
+        self.check()
+        return version
+
+    async def report(self) -> WorkerReport:
+        if self.hung and self.asked:
+            await self.gone.wait()
+        self.asked = True  # the first call is the fleet's own, before the loop begins
+        self.check()
+        return await super().report()
+
+    def kill(self) -> None:
+        self.dead = self.killed = True
+        self.gone.set()
+        self.gate.set()
+
+    def check(self) -> None:
+        if self.dead:
+            raise WorkerLost(f"{self.name} died during a task: SIGKILL")
+
+
+class Lab:
+    """A run of the loop whose fleet can launch."""
+
+    def __init__(
+        self,
+        workers: int,
+        steps: int = 6,
+        staleness: int = 1,
+        dies: Callable[[str, int], bool] = lambda name, position: False,
+    ) -> None:
+        self.dies, self.wanted, self.said = dies, workers, list[str]()
+        self.all: dict[str, Mortal] = {}
+        self.plan = TrainConfig(
+            steps=steps, tasks_per_step=2, group_size=2, max_staleness=staleness, checkpoint_every=100
+        )
+        self.trainer, self.tracker, self.ledger = Trainer(), Recorder(), Ledger(LedgerSnapshot())
+        self.saved: list[TrainState] = []
+        self.settled: set[str] = set()
+        self.health_s = 60.0
+        self.prepare: Callable[[Mortal], None] = lambda worker: None
+        self.in_flight = False
+        self.on_step: Callable[[int], None] = lambda step: None
+        step = self.trainer.step
+
+        def unhurried(groups: Sequence[TrajectoryGroup]) -> StepReport:
+            time.sleep(0.01)  # so that a worker is not always between two versions
+            return step(groups)
+
+        self.trainer.step = unhurried  # type: ignore[method-assign]
+        for number in range(workers):
+            self.launch(f"worker-{number}")
+
+    def launch(self, name: str) -> Mortal:
+        worker = self.all[name] = Mortal(name, 0, self.dies)
+        self.prepare(worker)
+        return worker
+
+    async def run(self) -> TrainState:
+        async def save(state: TrainState) -> None:
+            self.saved.append(state)
+
+        parts = wire(
+            list(self.all.values()),
+            FleetPlan(
+                self.launch, lambda: self.wanted, 0, 2, self.health_s, self.said.append, self.in_flight
+            ),
+            self.trainer,
+            self.tracker,
+            self.ledger,
+            self.plan,
+            START,
+            lambda summary, batch: self.on_step(summary.step),
+            save,
+        )
+        self.fleet, self.stream = parts.fleet, parts.stream
+        return await asyncio.wait_for(run_loop(parts, self.plan, START), 20)
+
+    def serving(self) -> set[str]:
+        """Those that serve, or are taking newer weights."""
+        return {
+            name
+            for name, member in self.fleet.state.members.items()
+            if member.state in ("healthy", "suspect", "refreshing")
+        }

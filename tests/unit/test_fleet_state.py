@@ -1,14 +1,21 @@
-"""The fleet's states: which worker may serve, is replaced, or goes first when fewer are wanted."""
+"""The fleet's pure parts: states of workers, the ledger, the choice of a lane, the wanted number."""
 
 from __future__ import annotations
 
+import asyncio
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.fleet.contract import Lane, Openings
+from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.state import ALIVE, FleetState
+from cluster.fleet.stream import may_issue
+from cluster.runs.wanted_workers import ScaleError, WantedWorkers, ask_for, newest_run, read_wanted, scheduled
+from tests.unit.cluster_cases import ScriptedWorker
 
 
 def fleet(target: int, healthy: int = 0) -> FleetState:
@@ -122,3 +129,97 @@ def _follow(state: FleetState, version: int) -> None:
         elif member.state in ("healthy", "suspect") and member.version != version:
             state.refresh(name)
             state.refreshed(name, version)
+
+
+# --- stream, ledger, lanes, wanted workers ---------------------------------------------------------------
+
+
+def test_a_resumed_ledger_issues_pending_positions_first() -> None:
+    first = Ledger(LedgerSnapshot())
+    positions = [first.issue() for _ in range(5)]
+    first.settle(positions[0], "trained")
+    first.settle(positions[2], "failed")
+    first.count_failures(["engine", "engine"])
+    second = Ledger(first.snapshot())
+    assert [second.issue() for _ in range(4)] == [1, 3, 4, 5]
+    assert second.issued == 6
+    assert second.balanced
+    assert second.failures["engine"] == 2
+
+
+def test_settling_a_task_twice_is_an_error() -> None:
+    ledger = Ledger(LedgerSnapshot())
+    position = ledger.issue()
+    ledger.settle(position, "trained")
+    with pytest.raises(KeyError):
+        ledger.settle(position, "stale")
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10_000), credits=st.integers(1, 3))
+def test_the_chosen_lane_is_the_least_loaded_of_those_that_a_plain_search_finds(
+    seed: int, credits: int
+) -> None:
+    rng = random.Random(seed)
+    openings = Openings(credits)
+    lanes = [Lane(ScriptedWorker(f"w{number}"), 0, asyncio.Event()) for number in range(5)]
+    for lane in lanes:
+        openings.add(lane)
+    for _ in range(60):
+        lane = rng.choice(lanes)
+        openings.remove(lane)
+        lane.outstanding = rng.randint(0, credits)
+        lane.version = rng.randint(0, 3)
+        lane.admitting = rng.random() < 0.8
+        openings.add(lane)
+        oldest = rng.randint(0, 4)
+        chosen = openings.least_loaded(lambda version, oldest=oldest: version >= oldest)  # type: ignore[misc]
+        usable = [
+            lane for lane in lanes if lane.admitting and lane.outstanding < credits and lane.version >= oldest
+        ]
+        assert (chosen is None) == (not usable)
+        if chosen is not None:
+            assert chosen in usable and chosen.outstanding == min(lane.outstanding for lane in usable)
+
+
+def test_the_number_of_workers_follows_config_schedule_and_person(tmp_path: Path) -> None:
+    assert [scheduled(2, ("10:4", "5:3"), step) for step in (0, 5, 9, 10, 50)] == [2, 3, 3, 4, 4]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: x\n")
+    wanted = WantedWorkers(2, ("10:4",), tmp_path / "run")
+    assert wanted() == 2
+    wanted.step = 10
+    assert wanted() == 4
+    ask_for(newest_run(tmp_path), 7)
+    assert wanted() == read_wanted(tmp_path / "run") == 7
+    for damaged in ("{", "[]", '{"workers": 0}', '{"workers": true}', '{"workers": "7"}'):
+        (tmp_path / "run" / "workers.json").write_text(damaged)
+        assert wanted() == 4, damaged
+
+
+def test_asking_for_what_cannot_be_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ScaleError, match="is no run folder"):
+        ask_for(tmp_path, 2)
+    with pytest.raises(ScaleError, match="0 workers is not allowed"):
+        ask_for(tmp_path, 0)
+    with pytest.raises(ScaleError, match="holds no run: give the run's folder with --run"):
+        newest_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("learner", "worker", "outstanding", "max_staleness", "expected"),
+    [
+        (0, 0, 0, 0, True),
+        (0, 0, 1, 0, True),
+        (0, 0, 2, 0, False),  # the batch is full: the next group would be consumed one version later
+        (1, 0, 0, 0, False),  # the learner is computing version 1, the worker still serves 0
+        (1, 0, 0, 1, True),
+        (1, 0, 2, 1, False),
+        (1, 1, 2, 1, True),
+        (5, 2, 0, 2, False),
+    ],
+)
+def test_issues_only_what_will_be_fresh(
+    learner: int, worker: int, outstanding: int, max_staleness: int, expected: bool
+) -> None:
+    assert may_issue(learner, worker, outstanding, 2, max_staleness) is expected

@@ -6,6 +6,7 @@ The real parts are in tests/integration.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from cluster.train.metrics import StepSeconds, StepSummary, step_line, summarize
 from configs.schema import TrainConfig
 from learner.types import LearnerError
 from tests.unit.cluster_cases import finished_group, group, task_at
-from tests.unit.loop_cases import Recorder, Trainer, Worker, wire
+from tests.unit.loop_cases import Lab, Recorder, Trainer, Worker, wire
 
 
 class Bench:
@@ -216,6 +217,64 @@ def test_no_steps_is_a_run_too(tmp_path: Path) -> None:
     bench = Bench(tmp_path, TrainConfig(steps=0, tasks_per_step=2, group_size=2))
     assert bench.run() == START
     assert bench.ledger.issued == 0
+
+
+def test_a_cancelled_run_ends_its_learner_step_and_saves_it() -> None:
+    lab = Lab(1, steps=1000)
+    learning, cancelled = asyncio.Event(), []
+    step = lab.trainer.step
+
+    async def body() -> None:
+        loop = asyncio.get_running_loop()
+
+        def slow(groups: list[object]) -> object:
+            if lab.trainer.version == 3:
+                loop.call_soon_threadsafe(learning.set)
+                time.sleep(0.3)
+            return step(groups)  # type: ignore[arg-type]
+
+        lab.trainer.step = slow  # type: ignore[assignment, method-assign]
+        running = asyncio.create_task(lab.run())
+        await learning.wait()
+        running.cancel()
+        cancelled.append((await asyncio.gather(running, return_exceptions=True))[0])
+
+    asyncio.run(asyncio.wait_for(body(), 20))
+    assert isinstance(cancelled[0], asyncio.CancelledError)
+    (saved,) = lab.saved
+    assert (saved.step, saved.version, len(saved.rewards)) == (4, 4, 4) and lab.trainer.version == 4
+    assert lab.ledger.balanced
+
+
+def test_the_last_step_is_saved_whatever_the_interval() -> None:
+    lab = Lab(1, steps=3)  # train.checkpoint_every is 100
+    state = asyncio.run(lab.run())
+    assert lab.saved == [state] and state.step == 3
+
+
+def test_a_run_cancelled_after_a_checkpoint_saves_no_step_twice() -> None:
+    lab = Lab(1, steps=1000)
+    lab.plan = replace(lab.plan, checkpoint_every=1)
+    worker = lab.all["worker-0"]
+    waiting = asyncio.Event()
+
+    async def end_with_the_third_batch(position: int) -> PolicyVersion:
+        if position >= 6:
+            waiting.set()
+            await asyncio.Event().wait()
+        return worker.version
+
+    async def body() -> None:
+        running = asyncio.create_task(lab.run())
+        await waiting.wait()
+        while len(lab.saved) < 3:
+            await asyncio.sleep(0.001)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    worker.play = end_with_the_third_batch  # type: ignore[method-assign]
+    asyncio.run(asyncio.wait_for(body(), 20))
+    assert [state.step for state in lab.saved] == [1, 2, 3]
 
 
 # --- checkpoints on disk -----------------------------------------------------------------------------------

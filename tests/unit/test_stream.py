@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from actors.episodes.group_summary import GroupSummary
 from cluster.common.errors import StreamError, WorkerLost
-from cluster.fleet.contract import FinishedGroup, Lane, Openings
+from cluster.fleet.contract import FinishedGroup
 from cluster.fleet.ledger import MOST_LOSSES, Ledger, LedgerSnapshot
-from cluster.fleet.stream import GroupStream, StreamCalls, StreamPlan, may_issue
+from cluster.fleet.stream import GroupStream, StreamCalls, StreamPlan
 from tests.unit.cluster_cases import ScriptedWorker, settle, task_at
 
 TASKS_ONLY = StreamCalls(task_at)
@@ -30,25 +30,6 @@ def stream_of(workers: list[ScriptedWorker], calls: StreamCalls = TASKS_ONLY, **
         values["stall_s"],
     )
     return GroupStream(built, workers, 0, Ledger(LedgerSnapshot()), calls)
-
-
-@pytest.mark.parametrize(
-    ("learner", "worker", "outstanding", "max_staleness", "expected"),
-    [
-        (0, 0, 0, 0, True),
-        (0, 0, 1, 0, True),
-        (0, 0, 2, 0, False),  # the batch is full: the next group would be consumed one version later
-        (1, 0, 0, 0, False),  # the learner is computing version 1, the worker still serves 0
-        (1, 0, 0, 1, True),
-        (1, 0, 2, 1, False),
-        (1, 1, 2, 1, True),
-        (5, 2, 0, 2, False),
-    ],
-)
-def test_issues_only_what_will_be_fresh(
-    learner: int, worker: int, outstanding: int, max_staleness: int, expected: bool
-) -> None:
-    assert may_issue(learner, worker, outstanding, 2, max_staleness) is expected
 
 
 def test_on_policy_issues_nothing_while_the_learner_computes() -> None:
@@ -273,54 +254,6 @@ def test_nothing_is_issued_beyond_the_last_step() -> None:
         await stream.close()
 
     asyncio.run(body())
-
-
-def test_a_resumed_ledger_issues_pending_positions_first() -> None:
-    first = Ledger(LedgerSnapshot())
-    positions = [first.issue() for _ in range(5)]
-    first.settle(positions[0], "trained")
-    first.settle(positions[2], "failed")
-    first.count_failures(["engine", "engine"])
-    second = Ledger(first.snapshot())
-    assert [second.issue() for _ in range(4)] == [1, 3, 4, 5]
-    assert second.issued == 6
-    assert second.balanced
-    assert second.failures["engine"] == 2
-
-
-def test_settling_a_task_twice_is_an_error() -> None:
-    ledger = Ledger(LedgerSnapshot())
-    position = ledger.issue()
-    ledger.settle(position, "trained")
-    with pytest.raises(KeyError):
-        ledger.settle(position, "stale")
-
-
-@settings(max_examples=100, deadline=None)
-@given(seed=st.integers(0, 10_000), credits=st.integers(1, 3))
-def test_the_chosen_lane_is_the_least_loaded_of_those_that_a_plain_search_finds(
-    seed: int, credits: int
-) -> None:
-    rng = random.Random(seed)
-    openings = Openings(credits)
-    lanes = [Lane(ScriptedWorker(f"w{number}"), 0, asyncio.Event()) for number in range(5)]
-    for lane in lanes:
-        openings.add(lane)
-    for _ in range(60):
-        lane = rng.choice(lanes)
-        openings.remove(lane)
-        lane.outstanding = rng.randint(0, credits)
-        lane.version = rng.randint(0, 3)
-        lane.admitting = rng.random() < 0.8
-        openings.add(lane)
-        oldest = rng.randint(0, 4)
-        chosen = openings.least_loaded(lambda version, oldest=oldest: version >= oldest)  # type: ignore[misc]
-        usable = [
-            lane for lane in lanes if lane.admitting and lane.outstanding < credits and lane.version >= oldest
-        ]
-        assert (chosen is None) == (not usable)
-        if chosen is not None:
-            assert chosen in usable and chosen.outstanding == min(lane.outstanding for lane in usable)
 
 
 def test_equally_loaded_workers_take_turns() -> None:
