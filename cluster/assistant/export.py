@@ -56,7 +56,7 @@ def export(source: Path, target: Path, model: str) -> str:
         return _export_checkpoint(checkpoint, target)
     raise AssistantError(
         f"{source}: is no run, checkpoint, saved conversation or episode's record; "
-        "python -m cluster inspect RUN lists episodes"
+        "engram inspect RUN lists episodes"
     )
 
 

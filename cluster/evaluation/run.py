@@ -165,7 +165,7 @@ def _resumable(comparison: Comparison, display: Display) -> Iterator[None]:
         yield
     except (ClusterError, KeyboardInterrupt, asyncio.CancelledError):
         display.say(f"what was measured is in {comparison.folder}")
-        display.say(f"to run what is missing: python -m cluster evaluate --resume {comparison.folder}")
+        display.say(f"to run what is missing: engram evaluate --resume {comparison.folder}")
         raise
 
 

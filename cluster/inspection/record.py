@@ -37,7 +37,7 @@ from configs.files import FileError, parse_json, write_text
 FORMAT = "engram-episode-1"
 FOLDER = "episodes"  # in the folder of a run
 _MOST_BYTES = 256 * 2**20
-_CURE = "python -m cluster inspect RUN lists the episodes of a run"
+_CURE = "engram inspect RUN lists the episodes of a run"
 
 PassageKind = Literal["system", "user", "assistant", "text", "act", "extract"]
 Source = Literal["train", "evaluation"]

@@ -199,7 +199,7 @@ def _resumable(folder: RunFolder, display: Display) -> Iterator[None]:
         else:
             display.say(f"no checkpoint was saved; the rows measured so far are in {folder.path}")
         resume = saved[-1] if saved else "auto"
-        display.say(f"to go on: python -m cluster train {folder.config} resume={resume}")
+        display.say(f"to go on: engram train {folder.config} resume={resume}")
         raise
 
 
@@ -210,7 +210,7 @@ def _say_next(config: RunConfig, folder: RunFolder, display: Display) -> None:
         display.say(f"best:     {best} (held-out F1 {100 * (score_of(best) or 0.0):.1f} %)")
     if saved:
         steps, tasks = max(1, config.train.steps) * 2, config.evaluation.tasks * 4
-        command = "python -m cluster"
+        command = "engram"
         display.say(f"train on: {command} train {folder.config} resume={saved[-1]} train.steps={steps}")
         display.say(
             f"evaluate: {command} evaluate {folder.config} checkpoint={saved[-1]} evaluation.tasks={tasks}"

@@ -84,7 +84,7 @@ def test_lost_workers_are_replaced_and_the_fleet_scales_while_training(story: St
 def test_a_learner_that_is_killed_ends_the_run_with_one_line_that_says_how_to_go_on(story: Story) -> None:
     assert story.status == 1
     assert "a rank's process died" in story.struck.one_line()
-    assert any(line.startswith("to go on: python -m cluster train") for line in story.struck.lines)
+    assert any(line.startswith("to go on: engram train") for line in story.struck.lines)
 
 
 def test_the_run_goes_on_to_its_end_and_every_task_is_accounted_for(story: Story) -> None:

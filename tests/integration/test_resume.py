@@ -207,7 +207,7 @@ def test_sigterm_saves_the_last_step_and_says_how_to_go_on(story: Story) -> None
     saved = story.after_stop
     assert saved.state.step in (3, 4) and saved.state.ledger.settled["trained"] == 2 * saved.state.step
     assert f"saved: {saved.folder}" in story.stopped.output
-    command = f"python -m cluster train {saved.run_dir / 'config.yaml'} resume={saved.folder}"
+    command = f"engram train {saved.run_dir / 'config.yaml'} resume={saved.folder}"
     assert f"to go on: {command}" in story.stopped.output
     assert "Traceback" not in story.stopped.output
     assert story.status_after_stop == "KILLED"

@@ -232,7 +232,7 @@ def test_a_checkpoint_goes_on_where_it_was_and_an_interrupt_says_how_to_go_on(
     assert "Traceback" not in errors
     newest = load_checkpoint(list_checkpoints(trained.folder.path)[-1])
     assert f"saved: {newest.folder}" in output
-    command = f"python -m cluster train {trained.folder.config} resume={newest.folder}"
+    command = f"engram train {trained.folder.config} resume={newest.folder}"
     assert f"to go on: {command}" in output
 
     step = newest.state.step
