@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from actors import worker as worker_module
+from actors.episodes.group_summary import GroupSummary
 from actors.episodes.rollout import SCORING_S, RolloutRequest
 from actors.protocols import EngineError
 from actors.types import PolicyVersion, TrajectoryGroup
 from actors.worker import RolloutWorker, WorkerError, WorkerSpec
-from cluster.fleet.remote_worker import EPISODE_GRACE_S, RemoteWorker
+from cluster.fleet.remote_worker import EPISODE_GRACE_S, RemoteWorker, credits_per_worker
 from cluster.measure.rows import EvaluationRow
-from configs.schema import EvaluationConfig, MemoryConfig, RunConfig
+from configs.schema import EngineConfig, EvaluationConfig, MemoryConfig, RunConfig, TrainConfig
 from tests.unit.cluster_cases import group, settle, task_at
 
 
@@ -314,11 +315,14 @@ class Handle:
         self.start = SimpleNamespace(remote=lambda spec: None)
         self.group = SimpleNamespace(remote=self._ask)
 
-    def _ask(self, request: RolloutRequest) -> tuple[None, asyncio.Future[TrajectoryGroup]]:
+    def _ask(self, request: RolloutRequest) -> tuple[asyncio.Future[Any], asyncio.Future[Any]]:
+        """The summary and the group, as futures in the place of Ray's references."""
         self.requests.append(request)
-        answered: asyncio.Future[TrajectoryGroup] = asyncio.get_running_loop().create_future()
-        answered.set_result(group(task_at(3), version=0))
-        return None, answered
+        loop, content = asyncio.get_running_loop(), group(request.task, version=0)
+        summary_ref, content_ref = loop.create_future(), loop.create_future()
+        summary_ref.set_result(GroupSummary.of(content))
+        content_ref.set_result(content)
+        return summary_ref, content_ref
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -333,3 +337,26 @@ def test_held_out_episodes_have_the_evaluations_temperature(temperature: float) 
 
     (request,) = asyncio.run(body())
     assert (request.temperature, request.group_size, request.group_id) == (temperature, 1, "before-3")
+
+
+def test_a_groups_seed_follows_from_the_runs_seed_and_its_position_whichever_worker_plays_it() -> None:
+    async def seeds(seed: int, name: str) -> list[int]:
+        handle = Handle()
+        worker = RemoteWorker(WorkerSpec(name, RunConfig(seed=seed), "", "", 0), handle, journal=None)
+        for position in (3, 4):
+            assert (await worker.group(position, task_at(position))).summary.task_id == f"t{position}"
+        assert [request.group_id for request in handle.requests] == ["train-3", "train-4"]
+        return [request.seed for request in handle.requests]
+
+    async def body() -> None:
+        first = await seeds(0, "worker-0")
+        assert first == await seeds(0, "worker-1")
+        assert len({*first, *await seeds(1, "worker-0")}) == 4
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(("slots", "group_size", "expected"), [(8, 4, 2), (5, 2, 3), (1, 4, 1)])
+def test_a_worker_has_groups_enough_to_fill_its_slots(slots: int, group_size: int, expected: int) -> None:
+    engine, train = EngineConfig(slots=slots), TrainConfig(group_size=group_size)
+    assert credits_per_worker(RunConfig(engine=engine, train=train)) == expected

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import io
+import logging
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,3 +221,29 @@ def test_a_run_without_memory_has_no_second_row_with_its_memory_off(tmp_path: Pa
     scores = Scoreboard(spec_of(RunConfig(memory=memory_off)), RunFolder(tmp_path), observers)
     asyncio.run(scores.measure("memory_off", 0, [seat]))
     assert seat.calls == []
+
+
+# --- the end of the tracked run -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, "FINISHED"),
+        (WorkerLost("worker-0 died"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (asyncio.CancelledError(), "KILLED"),
+    ],
+    ids=["done", "failed", "Ctrl-C", "SIGTERM"],
+)
+def test_the_tracked_run_ends_with_the_status_of_the_run(error: BaseException | None, status: str) -> None:
+    statuses: list[str] = []
+    tracker: Any = SimpleNamespace(finish=statuses.append)
+    output = io.StringIO()
+    expected = nullcontext() if error is None else pytest.raises(type(error))
+    with expected, run.ending(tracker, Display(Console(file=output, width=160))):
+        logging.getLogger("cluster.tracking").warning("the store is slow")
+        if error is not None:
+            raise error
+    assert statuses == [status]
+    assert output.getvalue() == "the store is slow\n"
