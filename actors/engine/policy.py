@@ -57,18 +57,6 @@ CLOSE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class RefreshReport:
-    """Theta is now ``version``.
-
-    seconds_load: loading and repacking inside vLLM. bytes: of the tensors that were handed over.
-    """
-
-    version: PolicyVersion
-    seconds_load: float
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counted since the engine started.
 
@@ -228,7 +216,7 @@ class VLLMPolicy:
         tensors: Mapping[str, torch.Tensor],
         complete: bool,
         in_flight: bool = False,
-    ) -> RefreshReport:
+    ) -> None:
         """Overwrite theta with ``tensors`` (Hugging Face names; a tied lm_head may be left out).
 
         ``complete`` demands all of the model's tensors; otherwise the others keep their values. Afterwards
@@ -247,7 +235,7 @@ class VLLMPolicy:
             lambda engine: self._refresh(engine, version, tensors, complete, in_flight), "refresh"
         )
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(done), REFRESH_TIMEOUT_S)
+            await asyncio.wait_for(asyncio.wrap_future(done), REFRESH_TIMEOUT_S)
         except TimeoutError as error:
             raise EngineError(
                 f"vLLM did not load version {version} within {REFRESH_TIMEOUT_S:.0f} s"
@@ -328,7 +316,7 @@ class VLLMPolicy:
         tensors: Mapping[str, torch.Tensor],
         complete: bool,
         in_flight: bool,
-    ) -> RefreshReport:
+    ) -> None:
         running = self._loop.running_labels()
         if running and not in_flight:
             raise EngineError(
@@ -336,14 +324,13 @@ class VLLMPolicy:
                 f"{', '.join(sorted(running)[:3])}; drain the worker first"
             )
         self._table.check_successor(version)
-        seconds = load_weights(engine, version, tensors, complete, in_flight)
+        load_weights(engine, version, tensors, complete, in_flight)
         self._weights.refresh(tensors)
         if in_flight:
             self._table.follow_on(version)
         else:
             self._table.start_version(engine, version)
         self._counters.refreshes += 1
-        return RefreshReport(version, seconds, sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def sampling_parameters(

@@ -15,7 +15,6 @@ then):
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -174,15 +173,14 @@ def load_weights(
     tensors: Mapping[str, torch.Tensor],
     complete: bool,
     in_flight: bool,
-) -> float:
-    """Replace the base weights (with ``complete`` all of them) and empty the prefix cache; returns seconds.
+) -> None:
+    """Replace the base weights (with ``complete`` all of them) and empty the prefix cache.
 
     ``in_flight``: requests may run. vLLM computes their keys and values again under the new weights, from
     their tokens so far, and samples on.
     Raises EngineError, with nothing changed, when a name, a shape or a part of a packed matrix is wrong.
     After any other exception the model is half-loaded.
     """
-    started = time.perf_counter()
     engine.collective_rpc("start_weight_update")
     try:
         engine.collective_rpc(
@@ -194,7 +192,6 @@ def load_weights(
     if not engine.reset_prefix_cache(reset_running_requests=in_flight):
         raise RuntimeError("vLLM did not empty its prefix cache after a refresh although no request runs")
     engine.set_weight_version(str(version))
-    return time.perf_counter() - started
 
 
 def shut_down(engine: LLMEngine) -> None:

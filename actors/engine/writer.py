@@ -106,16 +106,6 @@ class EngineWeights:
             self._owned.refresh(tensors)
         self.model = self._bind()
 
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes of the plain copies."""
-        return sum(
-            part.weight.nbytes
-            for layer in self._copies
-            for part in (layer.qkv, layer.out, layer.gate_up, layer.down)
-            if part.weight is not None
-        )
-
     def _bind(self) -> FrozenLlama:
         core = self._vllm_model.model
         shared = core.layers[: self._first] if self._copies else core.layers

@@ -141,7 +141,10 @@ def test_only_the_layers_under_delta_are_held_a_second_time_and_only_where_vllm_
         for name, tensor in layers.items()
         if name.startswith(("model.layers.4.", "model.layers.5.")) and "_proj" in name
     ]
-    assert weights.copied_bytes == sum(tensor.nbytes for tensor in under)
+    parts = [part for layer in weights._copies for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    copied = [part.weight for part in parts if part.weight is not None]
+    assert len(copied) == 2 * 4
+    assert sum(copy.nbytes for copy in copied) == sum(tensor.nbytes for tensor in under)
     assert weights.model.head.data_ptr() == weights._vllm_model.lm_head.weight.data_ptr()
     assert all(layer.qkv.weight is None for layer in weights.model.layers[:4]), (
         "vLLM shows the weights of the lower layers: use them, drop the copies"
