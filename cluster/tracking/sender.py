@@ -25,7 +25,7 @@ from cluster.tracking.outbox import Entity, Outbox, Params, Point, Record, Statu
 from cluster.tracking.registry import take_dataset, take_model
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Param
+    from mlflow.entities import Metric, Param, Run
     from mlflow.tracking import MlflowClient
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 15.0  # it doubles with each failure
@@ -37,12 +37,14 @@ _log = logging.getLogger(__name__)
 class MlflowRun:
     """One run in MLflow. Raises whatever MLflow, its database driver or its artifact store raises."""
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self._client, self.run_id = client, run_id
+    def __init__(self, client: MlflowClient, run: Run) -> None:
+        self._client = client
+        self.run_id = str(run.info.run_id)
+        self.began = float(run.info.start_time) / 1000  # s since 1970
 
-    def began(self) -> float:
-        """The start of the run, seconds since 1970."""
-        return float(self._client.get_run(self.run_id).info.start_time) / 1000
+    def ping(self) -> None:
+        """Raise if MLflow does not answer."""
+        self._client.get_run(self.run_id)
 
     def take(self, records: Sequence[Record], in_doubt: bool) -> list[str]:
         """Send ``records``, of points ``in_doubt`` the ones that MLflow lacks. Returns what it refuses."""
@@ -134,8 +136,10 @@ class Sender(threading.Thread):
             self._failures += 1
             self._in_doubt = max(self._in_doubt, len(records))
             problem, entity = first_line(error), records[0]
-            with suppress(Exception):  # counted only while MLflow itself answers
-                self._entity_failures += isinstance(entity, Entity) and self._run.began() > 0
+            if isinstance(entity, Entity):
+                with suppress(Exception):  # counted only while MLflow itself answers
+                    self._run.ping()
+                    self._entity_failures += 1
             if not isinstance(entity, Entity) or self._entity_failures < _ENTITY_ATTEMPTS:
                 if not self.problem:
                     text = "warning: MLflow at %s takes nothing (%s): "

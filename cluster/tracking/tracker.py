@@ -100,22 +100,16 @@ class NullTracker:
 
 
 class MlflowTracker:
-    """One MLflow run, opened by ``open_run``. ``wait_s``: the longest that ``finish`` waits for MLflow.
+    """One MLflow run, opened by ``open_run``."""
 
-    ``system_metrics_s``: seconds between two looks at this machine, 0 for none.
-    """
-
-    def __init__(
-        self, run: MlflowRun, outbox: Outbox, uri: str, wait_s: float, system_metrics_s: float
-    ) -> None:
+    def __init__(self, run: MlflowRun, outbox: Outbox, uri: str, tracking: TrackingConfig) -> None:
         self.run_id = run.run_id
-        self._outbox, self._uri, self._wait_s = outbox, shown(uri), wait_s
+        self._outbox, self._uri, self._wait_s = outbox, shown(uri), tracking.finish_timeout_s
         self._sender = Sender(outbox, run, uri)
         self._sender.start()
-        self._system = (
-            SystemMetrics(self.log, system_metrics_s, run.began()) if system_metrics_s > 0 else None
-        )
-        if self._system is not None:
+        self._system: SystemMetrics | None = None
+        if tracking.system_metrics_s > 0:
+            self._system = SystemMetrics(self.log, tracking.system_metrics_s, run.began)
             self._system.start()
 
     @property
@@ -179,11 +173,8 @@ def open_run(
     if not tracking.enabled:
         return NullTracker()
     _quiet(tracking.timeout_s)
-    uri = store_uri(tracking, output_dir)
-    own_store = uri == _own_store(output_dir)
-    artifacts = (output_dir / "mlflow-artifacts").as_uri() if own_store else None
-    run = _in_store(uri, tracking.experiment, artifacts, run_name, resumed_run_id)
-    path = output_dir / run_name / f"mlflow-{run.run_id}.sqlite"
+    run = _in_mlflow(tracking, output_dir, run_name, resumed_run_id)
+    uri, path = store_uri(tracking, output_dir), output_dir / run_name / f"mlflow-{run.run_id}.sqlite"
     try:
         outbox = Outbox(path)
     except (OSError, sqlite3.Error) as error:
@@ -193,26 +184,26 @@ def open_run(
         _log.warning(text, path, len(outbox), shown(uri))
     elif not resumed_run_id:
         items = [(key, value[:_LONGEST_PARAM]) for key, value in params.items()]
-        outbox.append(
-            [Params(dict(items[at : at + MOST_PARAMS])) for at in range(0, len(items), MOST_PARAMS)]
-        )
-    return MlflowTracker(run, outbox, uri, tracking.finish_timeout_s, tracking.system_metrics_s)
+        for start in range(0, len(items), MOST_PARAMS):
+            outbox.append([Params(dict(items[start : start + MOST_PARAMS]))])
+    return MlflowTracker(run, outbox, uri, tracking)
 
 
-def _in_store(
-    uri: str, experiment: str, artifacts: str | None, run_name: str, resumed_run_id: str
-) -> MlflowRun:
+def _in_mlflow(tracking: TrackingConfig, output_dir: Path, run_name: str, resumed_run_id: str) -> MlflowRun:
     """Create the run, or mark it as running again. Raises TrackingError."""
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
+    uri = store_uri(tracking, output_dir)
     try:
         client = MlflowClient(tracking_uri=uri)
-        if resumed_run_id:  # a process that was killed has left it as running
+        if resumed_run_id:
             client.update_run(resumed_run_id, status="RUNNING")
-            return MlflowRun(client, resumed_run_id)
-        run = client.create_run(_experiment(client, experiment, artifacts), run_name=run_name, tags=_tags())
-        return MlflowRun(client, run.info.run_id)
+            return MlflowRun(client, client.get_run(resumed_run_id))
+        # Artifacts of our own store lie beside it, wherever the run was started.
+        artifacts = output_dir / "mlflow-artifacts" if uri == _own_store(output_dir) else None
+        experiment = _experiment(client, tracking.experiment, artifacts)
+        return MlflowRun(client, client.create_run(experiment, run_name=run_name, tags=_tags()))
     except MlflowException as error:
         cure = "set tracking.uri, or tracking.enabled=false to run without it"
         raise TrackingError(f"cannot use MLflow at {shown(uri)}: {first_line(error)}; {cure}") from error
@@ -227,13 +218,14 @@ def _own_store(output_dir: Path) -> str:
     return f"sqlite:///{output_dir / 'mlflow.db'}"
 
 
-def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
         return str(experiment.experiment_id)
     # Without this tag MLflow's UI takes it for an LLM application, because of the episodes' traces.
     kind = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(name, artifact_location=artifacts, tags=kind))
+    place = None if artifacts is None else artifacts.as_uri()
+    return str(client.create_experiment(name, artifact_location=place, tags=kind))
 
 
 def _tags() -> dict[str, str]:

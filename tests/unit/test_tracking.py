@@ -172,7 +172,7 @@ class CountingClient(MlflowClient):
 
 def test_points_in_doubt_are_compared_with_the_store_and_sent_once(output_dir: Path) -> None:
     counting = CountingClient(f"sqlite:///{output_dir}/mlflow.db")
-    run = MlflowRun(counting, counting.create_run("0").info.run_id)
+    run = MlflowRun(counting, counting.create_run("0"))
     points = [Point("loss", 0.5, 1000 + step, step) for step in range(4)]
     run.take(points[:2], in_doubt=False)
     run.take(points, in_doubt=True)
@@ -191,10 +191,9 @@ class FakeRun(MlflowRun):
         self.answering = True
         self.broken: type[Record] | None = None  # the records that its artifact store does not take
 
-    def began(self) -> float:
+    def ping(self) -> None:
         if not self.answering:
             raise ConnectionError("no answer")
-        return 1.0
 
     def take(self, records: Sequence[Record], in_doubt: bool) -> list[str]:
         self.asked.append((len(records), in_doubt))
@@ -261,15 +260,15 @@ def test_a_run_that_was_told_to_stop_waits_for_five_seconds_at_most(
     waits = []
     monkeypatch.setattr(Sender, "drain", lambda self, seconds: waits.append(seconds))
     for status in ("KILLED", "FINISHED"):
-        tracker = MlflowTracker(FakeRun(), Outbox(tmp_path / f"{status}.sqlite"), "uri", 90.0, 0.0)
+        tracker = MlflowTracker(FakeRun(), Outbox(tmp_path / f"{status}.sqlite"), "uri", QUIET.tracking)
         tracker.finish(status)
-    assert waits == [5.0, 90.0]
+    assert waits == [5.0, QUIET.tracking.finish_timeout_s]
     assert "did not take the last" in caplog.text
 
 
 def test_the_number_of_records_that_wait_is_a_metric(tmp_path: Path) -> None:
     run = FakeRun()
-    tracker = MlflowTracker(run, Outbox(tmp_path / "outbox.sqlite"), "uri", 20.0, 0.0)
+    tracker = MlflowTracker(run, Outbox(tmp_path / "outbox.sqlite"), "uri", QUIET.tracking)
     tracker.log({"loss": 0.5}, 1)
     until(lambda: len(run.taken) == 1)
     run.answering = False

@@ -282,7 +282,9 @@ def test_kept_checkpoints_are_models_with_aliases_and_come_once(
         tracker.model(values)
     tracker.finish("FINISHED")
     client = MlflowClient(uri)
-    again = MlflowRun(client, tracker.run_id).take([Entity("model", models[0])], in_doubt=True)
+    again = MlflowRun(client, client.get_run(tracker.run_id)).take(
+        [Entity("model", models[0])], in_doubt=True
+    )
     assert again == []  # as after an outage
     run = client.get_run(tracker.run_id)
     logged = client.search_logged_models(
