@@ -106,7 +106,7 @@ def test_minibatches_use_the_old_policy_and_kl_pulls_back(
     llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup]
 ) -> None:
     large = free(learning_rate=3e-2)
-    # A large step moves the next minibatch's ratio out of the clip range, if the old log-prob is of before it.
+    # A large step moves the next minibatch's ratio out of the clip range: its old log-prob is of before it.
     several, single = (
         learner(llama, llama_basis, large, replace(UNWEIGHTED, minibatches=count)).step(groups)
         for count in (3, 1)

@@ -114,7 +114,7 @@ def test_rehearsal_trains_earlier_cards_again_but_not_outdated_ones(chat: ChatFo
 
 
 def test_rehearsal_takes_the_newest_earlier_cards(chat: ChatFormat) -> None:
-    """Oldest first, a card that was answered anew counts as new, and a write that was rolled back does not."""
+    """A card that was answered anew counts as new. A write that was rolled back left no card."""
     outcomes = iter(["accepted", "accepted", "accepted", "rolled_back", "accepted"])
     cards = [("a", "old"), ("b", "two"), ("a", "new"), ("c", "lost"), ("d", "now")]
     actor = _Actor(
