@@ -1,4 +1,4 @@
-"""Demonstrations have the very form of real episodes, and teach flashcards only."""
+"""Demonstrations have the form of real episodes, and teach flashcards only."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ TASKS = list(itertools.islice(ENVIRONMENT.tasks("train", 0, 0), 10))
 
 @pytest.mark.parametrize("blind", [False, True])
 def test_the_mask_covers_the_gold_flashcards_only(chat: ChatFormat, blind: bool) -> None:
+    memory = MemoryConfig(max_context_tokens=50, question_blind=blind)
     for task in TASKS:
-        segments = demonstrate(
-            task, ENVIRONMENT, chat, MemoryConfig(max_context_tokens=50, question_blind=blind), WriteConfig()
-        )
+        segments = demonstrate(task, ENVIRONMENT, chat, memory, WriteConfig())
         assert len(segments) >= 2
         for text, segment in zip(task.payload["sessions"], segments[:2], strict=True):
             gold = ENVIRONMENT.demonstrate_flashcards(task, text, blind)
@@ -52,27 +51,19 @@ def test_a_real_episode_that_writes_the_gold_sees_the_same_tokens(chat: ChatForm
 
     async def play() -> Trajectory:
         spec = EpisodeSpec(task, "g.0", temperature=1.0, max_answer_tokens=8, max_turns=9, seed=0)
-        batcher = WriteBatcher(ScriptedWriter())
-        return await run_episode(
-            spec,
-            ENVIRONMENT,
-            ScriptedPolicy(script),
-            batcher,
-            chat,
-            build_memory(memory, WriteConfig(), SURROUNDINGS),
-            "basis",
-        )
+        batcher, built = WriteBatcher(ScriptedWriter()), build_memory(memory, WriteConfig(), SURROUNDINGS)
+        return await run_episode(spec, ENVIRONMENT, ScriptedPolicy(script), batcher, chat, built, "basis")
 
-    segments = asyncio.run(play()).segments
-    assert [segment.token_ids.tolist() for segment in segments] == [
-        segment.token_ids.tolist() for segment in taught
-    ]
+    played, demonstrated = (
+        [segment.token_ids.tolist() for segment in segments]
+        for segments in (asyncio.run(play()).segments, taught)
+    )
+    assert played == demonstrated
 
 
 def test_it_runs_inside_a_running_event_loop_too(chat: ChatFormat) -> None:
     async def inside() -> int:
-        return len(
-            demonstrate(TASKS[0], ENVIRONMENT, chat, MemoryConfig(max_context_tokens=50), WriteConfig())
-        )
+        memory = MemoryConfig(max_context_tokens=50)
+        return len(demonstrate(TASKS[0], ENVIRONMENT, chat, memory, WriteConfig()))
 
     assert asyncio.run(inside()) >= 2

@@ -1,4 +1,7 @@
-"""The episode loop with a scripted engine and writer: what is observed, sampled, written and cleared, in which order and under which revision."""
+"""The episode loop with a scripted engine and writer: what is observed, sampled, written and cleared.
+
+In which order, and under which revision.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,8 @@ from tests.unit.rollout_fakes import (
 )
 
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}]'
-EACH_SESSION = MemoryConfig(
-    max_context_tokens=50
-)  # system prompt 18 tokens, session about 45, question about 12
+# system prompt 18 tokens, session about 45, question about 12
+EACH_SESSION = MemoryConfig(max_context_tokens=50)
 ENVIRONMENT = RecallEnvironment(
     RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1)
 )
@@ -63,10 +65,9 @@ def _run(
     **changes: object,
 ) -> Trajectory:
     async def play() -> Trajectory:
-        policy_of_memory = build_memory(memory, WriteConfig(), SURROUNDINGS)
-        return await run_episode(
-            _spec(**changes), ENVIRONMENT, policy, WriteBatcher(writer), chat, policy_of_memory, "basis"
-        )
+        built = build_memory(memory, WriteConfig(), SURROUNDINGS)
+        batcher = WriteBatcher(writer)
+        return await run_episode(_spec(**changes), ENVIRONMENT, policy, batcher, chat, built, "basis")
 
     return asyncio.run(play())
 
@@ -74,19 +75,13 @@ def _run(
 def test_a_whole_episode(chat: ChatFormat) -> None:
     policy, writer = _talker(chat), ScriptedWriter()
     trajectory = _run(chat, policy, writer)
-    assert [[span.kind for span in segment.spans] for segment in trajectory.segments] == [
-        ["extract"],
-        ["extract"],
-        ["act", "act"],
-    ]
+    kinds = [[span.kind for span in segment.spans] for segment in trajectory.segments]
+    assert kinds == [["extract"], ["extract"], ["act", "act"]]
     assert [segment.revision for segment in trajectory.segments] == [0, 1, 2]
     assert [weights.revision for weights in trajectory.revisions] == [1, 2]
     assert [record.revision for record in trajectory.writes] == [1, 2]
-    assert [segment.policy_version for segment in trajectory.segments] == [
-        3,
-        3,
-        3,
-    ] and trajectory.policy_version == 3
+    assert [segment.policy_version for segment in trajectory.segments] == [3, 3, 3]
+    assert trajectory.policy_version == 3
     assert trajectory.weights_of(trajectory.segments[1]) is trajectory.revisions[0]
     assert trajectory.stop_reason == "done" and len(trajectory.outcome.answers) == 2
     assert [answer.prediction for answer in trajectory.outcome.answers] == ["Lisbon", "Lisbon"]
@@ -103,10 +98,8 @@ def test_segments_are_the_tokens_that_the_engine_saw_and_sampled(chat: ChatForma
     for (segment, span), (prompt, _, adapter) in zip(spans, policy.calls, strict=True):
         assert tuple(segment.token_ids[: span.start]) == prompt
         assert adapter.revision == segment.revision
-        count = span.end - span.start
-        assert np.allclose(
-            segment.logprobs[span.start : span.end], [-0.1 * (place + 1) for place in range(count)]
-        )
+        engine = [-0.1 * (place + 1) for place in range(span.end - span.start)]
+        assert np.allclose(segment.logprobs[span.start : span.end], engine)
     last = trajectory.segments[-1]
     assert chat.decode(last.token_ids).count("Lisbon") == 2  # earlier answers stay in the context
     questions = [question["question"] for question in TASK.payload["questions"]]
@@ -139,7 +132,7 @@ def test_b_goes_back_to_0_and_at_most_one_adapter_is_held(chat: ChatFormat) -> N
 
 
 def test_a_question_is_answered_from_a_context_that_holds_it(chat: ChatFormat) -> None:
-    """The session alone fits, session and question do not: the session is written before the question is put."""
+    """The session alone fits, session and question do not: the session is written before the question."""
     turn = len(chat.user(TASK.payload["sessions"][1])) + len(chat.system(ENVIRONMENT.system_prompt))
     policy = _talker(chat)
     trajectory = _run(chat, policy, ScriptedWriter(), MemoryConfig(max_context_tokens=turn + 5))
@@ -152,18 +145,16 @@ def test_a_question_is_answered_from_a_context_that_holds_it(chat: ChatFormat) -
 
 def test_without_memory_nothing_is_written_and_a_large_window_is_the_full_context(chat: ChatFormat) -> None:
     policy, writer = _talker(chat), ScriptedWriter()
-    (segment,) = _run(
-        chat, policy, writer, MemoryConfig(policy="truncation", max_context_tokens=4096)
-    ).segments
+    memory = MemoryConfig(policy="truncation", max_context_tokens=4096)
+    (segment,) = _run(chat, policy, writer, memory).segments
     assert all(text in chat.decode(segment.token_ids) for text in TASK.payload["sessions"])
     assert writer.batches == [] and segment.revision == 0
 
 
 def test_truncation_keeps_every_prompt_in_the_window(chat: ChatFormat) -> None:
     policy = _talker(chat)
-    trajectory = _run(
-        chat, policy, ScriptedWriter(), MemoryConfig(policy="truncation", max_context_tokens=40)
-    )
+    memory = MemoryConfig(policy="truncation", max_context_tokens=40)
+    trajectory = _run(chat, policy, ScriptedWriter(), memory)
     assert all(len(prompt) <= 40 + len(chat.assistant_open) for prompt, _, _ in policy.calls)
     assert [len(segment.spans) for segment in trajectory.segments] == [1, 1]
 
@@ -173,10 +164,8 @@ def test_an_empty_or_rolled_back_write_leaves_the_revision(chat: ChatFormat) -> 
     assert [record.outcome for record in empty.writes] == ["empty", "empty"] and empty.revisions == ()
     outcomes = iter(["rolled_back", "accepted"])
     mixed = _run(chat, _talker(chat), ScriptedWriter(lambda request: next(outcomes)))
-    assert [(record.outcome, record.revision) for record in mixed.writes] == [
-        ("rolled_back", 0),
-        ("accepted", 1),
-    ]
+    outcomes = [(record.outcome, record.revision) for record in mixed.writes]
+    assert outcomes == [("rolled_back", 0), ("accepted", 1)]
     assert [segment.revision for segment in mixed.segments] == [0, 0, 1]
     assert mixed.revisions[0].b[MODULE][0, 0] == 1
 
@@ -255,9 +244,8 @@ def test_an_observation_longer_than_the_window_is_read_in_pieces_and_all_of_it(c
 
     async def play() -> Trajectory:
         memory = build_memory(MemoryConfig(max_context_tokens=120), WriteConfig(), SURROUNDINGS)
-        return await run_episode(
-            _spec(), _Reader(), policy, WriteBatcher(ScriptedWriter()), chat, memory, "basis"
-        )  # type: ignore[arg-type]
+        batcher = WriteBatcher(ScriptedWriter())
+        return await run_episode(_spec(), _Reader(), policy, batcher, chat, memory, "basis")
 
     trajectory = asyncio.run(play())
     read = "\n".join(chat.decode(segment.token_ids) for segment in trajectory.segments)

@@ -1,4 +1,4 @@
-"""Episodes that live through a refresh: what each token is of, how old the group is, and the ratio that the learner corrects with."""
+"""Episodes that live through a refresh: versions of tokens, the age of the group, and the learner's ratio."""
 
 from __future__ import annotations
 
@@ -52,34 +52,30 @@ class Refreshed(ScriptedPolicy):
 
 
 def play(chat: ChatFormat, policy: ScriptedPolicy, writer: ScriptedWriter) -> TrajectoryGroup:
-    rollout = RolloutConfig(refresh="in_flight", episode_timeout_s=30)
-    return asyncio.run(
-        Rollout(
-            policy, writer, ENVIRONMENT, chat, WriteConfig(), rollout, 1, SURROUNDINGS, "basis", "worker-0"
-        ).group(REQUEST)
+    config = RolloutConfig(refresh="in_flight", episode_timeout_s=30)
+    rollout = Rollout(
+        policy, writer, ENVIRONMENT, chat, WriteConfig(), config, 1, SURROUNDINGS, "basis", "worker-0"
     )
+    return asyncio.run(rollout.group(REQUEST))
 
 
 def test_an_episode_goes_on_each_token_keeps_its_version_and_the_group_is_as_old_as_its_oldest_token(
     chat: ChatFormat,
 ) -> None:
-    policy = Refreshed(
-        chat, during={1, 2}
-    )  # of the first episode's second extraction and its first answer; the second episode begins on version 5
+    # In the first episode's second extraction and its first answer. The second episode begins on version 5.
+    policy = Refreshed(chat, during={1, 2})
     group = play(chat, policy, ScriptedWriter())
     assert not group.failed and group.policy_version == 3
     first, second = group.trajectories
     assert (first.policy_version, second.policy_version) == (3, 5)
     assert [segment.policy_version for segment in first.segments] == [3, 3, 4]
-    one, cut, last = (segment.spans for segment in first.segments)
-    assert [span.version for span in one] == [None]
-    assert [(span.kind, span.version) for span in cut] == [("extract", None), ("extract", 4)] and cut[
-        0
-    ].end - cut[0].start == 1
+    whole, cut, last = (segment.spans for segment in first.segments)
+    assert [span.version for span in whole] == [None]
+    assert [(span.kind, span.version) for span in cut] == [("extract", None), ("extract", 4)]
+    assert cut[0].end - cut[0].start == 1
     assert [(span.kind, span.version) for span in last] == [("act", None), ("act", 5), ("act", 5)]
-    assert {adapter.policy_version for _, _, adapter in policy.calls[:4]} == {
-        3
-    }  # the episode's adapters keep their names
+    # the episode's adapters keep their names
+    assert {adapter.policy_version for _, _, adapter in policy.calls[:4]} == {3}
     assert policy.installed == {} and set(policy.released) == {"v3/g.0@1", "v3/g.0@2", "v5/g.1@1", "v5/g.1@2"}
 
 
@@ -100,10 +96,8 @@ def test_a_segment_is_dated_by_its_oldest_token_and_a_drained_one_by_its_episode
     mixed = Context([1])
     mixed.act(Generation((4, 5, 6), (-1.0, -2.0, -3.0), "stop", (7, 7, 8)), "act")
     segment = mixed.close(9, 2)
-    assert segment.policy_version == 7 and segment.spans == (
-        ActionSpan(1, 3, "act"),
-        ActionSpan(3, 4, "act", version=8),
-    )
+    assert segment.policy_version == 7
+    assert segment.spans == (ActionSpan(1, 3, "act"), ActionSpan(3, 4, "act", version=8))
     drained = Context([1])
     drained.act(Generation((4,), (-1.0,), "stop"), "act")
     assert drained.close(9, 2).policy_version == 9
@@ -112,30 +106,27 @@ def test_a_segment_is_dated_by_its_oldest_token_and_a_drained_one_by_its_episode
 
 
 def test_the_ratio_of_each_token_is_against_the_weights_that_sampled_it() -> None:
-    """The policy's gradient with respect to a token's log-prob is -A * pi_now / pi_that_sampled_it * scale: the recorded log-prob is all it takes."""
+    """The gradient with respect to a token's log-prob is -A * scale * pi_now / pi_that_sampled_it.
+
+    The recorded log-prob is all it needs.
+    """
     sampled_by_old, sampled_by_new, now = -1.0, -1.4, -1.5
     context = Context([1, 2])
     context.act(Generation((4, 5), (sampled_by_old, sampled_by_new), "stop", (3, 4)), "act")
     batch = pad([Row(context.close(3, 0), None, advantage=2.0, scale=0.5)], temperature=1.0)
     engine_logp = torch.from_numpy(batch.engine_logprobs[batch.loss_mask])
     logp = torch.full((2,), now, requires_grad=True)
-    tokens = TokenBatch(
-        logp, logp.detach(), engine_logp, None, torch.zeros(2), torch.full((2,), 2.0), torch.full((2,), 0.5)
-    )
+    advantage, scale = torch.full((2,), 2.0), torch.full((2,), 0.5)
+    tokens = TokenBatch(logp, logp.detach(), engine_logp, None, torch.zeros(2), advantage, scale)
     policy_objective(tokens, ObjectiveConfig())[0].backward()
     assert logp.grad is not None
     expected = [-0.5 * 2.0 * float(np.exp(now - behaviour)) for behaviour in (sampled_by_old, sampled_by_new)]
     assert logp.grad.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_does_not_go_with_it_is_refused_in_one_line() -> None:
-    with pytest.raises(
-        BoundError,
-        match=r"recover_episodes=True is not allowed: it must be false with rollout.refresh=in_flight; a write log",
-    ):
+def test_settings_that_do_not_go_with_it_are_refused_in_one_line() -> None:
+    refused = r"is not allowed: it must be %s with rollout.refresh=in_flight"
+    with pytest.raises(BoundError, match=f"recover_episodes=True {refused % 'false'}; a write log"):
         RolloutConfig(refresh="in_flight", recover_episodes=True)
-    with pytest.raises(
-        BoundError,
-        match=r"objective.importance='none' is not allowed: it must be truncated with rollout.refresh=in_flight",
-    ):
+    with pytest.raises(BoundError, match=f"objective.importance='none' {refused % 'truncated'}"):
         RunConfig(rollout=RolloutConfig(refresh="in_flight"), objective=ObjectiveConfig(importance="none"))

@@ -1,3 +1,5 @@
+"""Advantages by hand, and what a group's siblings and its failures contribute."""
+
 from __future__ import annotations
 
 import math
@@ -6,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.advantage import grpo, leave_one_out, positive_only
+from actors.types import FailedEpisode, Outcome, Task, Timings, Trajectory, TrajectoryGroup
+from configs.schema import ObjectiveConfig
+from learner.advantage import estimator, grpo, leave_one_out, positive_only, score
+from learner.types import LearnerError
 
 REWARDS = st.lists(st.floats(-10, 10), min_size=1, max_size=16)
 
@@ -55,3 +60,27 @@ def test_positive_only_is_grpo_without_what_lies_below_the_mean(rewards: list[fl
 
 def test_positive_only_by_hand() -> None:
     assert positive_only([1.0, 0.0, 0.5, 0.5], normalize_by_std=False) == pytest.approx([0.5, 0, 0, 0])
+
+
+def siblings(rewards: list[float], failures: int) -> TrajectoryGroup:
+    task, timings = Task("t", "recall", {}, 0), Timings(0, 0, 0, 0, 0, 0)
+    played = tuple(
+        Trajectory(task, f"g.{place}", 0, (), (), (), {}, Outcome(reward, {}, ()), "done", timings)
+        for place, reward in enumerate(rewards)
+    )
+    failed = tuple(FailedEpisode("t", f"f.{place}", "engine", "gone") for place in range(failures))
+    return TrajectoryGroup(task, 0, played, failed, "worker-0")
+
+
+@pytest.mark.parametrize("name", ["grpo", "positive", "rloo"])
+def test_a_failed_sibling_is_no_reward_of_0(name: str) -> None:
+    estimate = estimator(ObjectiveConfig(advantage=name))
+    scored = score(siblings([1.0, 0.5], failures=2), estimate)
+    assert [one.trajectory.outcome.reward for one in scored] == [1.0, 0.5]
+    assert [one.advantage for one in scored] == list(estimate([1.0, 0.5]))
+
+
+@pytest.mark.parametrize("advantages", [[1.0], [1.0, 2.0, 3.0], [1.0, math.nan]])
+def test_an_estimator_must_give_one_finite_advantage_for_each(advantages: list[float]) -> None:
+    with pytest.raises(LearnerError, match="for the rewards .* of task t: one finite number for each"):
+        score(siblings([1.0, 0.5], failures=0), lambda rewards: advantages)

@@ -10,7 +10,7 @@ import pytest
 
 from actors.fast_weights.delta import Basis
 from actors.types import ActionSpan, Outcome, Segment, Timings, Trajectory
-from learner.batch import _cut, pack, pad, rows_of, split, supervised_rows
+from learner.batch import Aggregate, _cut, pack, pad, rows_of, split, supervised_rows
 from learner.types import Microbatch, Row, ScoredTrajectory
 from tests.unit.learner_cases import TASK, trajectory
 
@@ -23,8 +23,9 @@ def scored(llama_basis: Basis) -> list[ScoredTrajectory]:
     ]
 
 
-def share(scored: list[ScoredTrajectory], aggregate: str, skip: bool) -> float:
-    rows = rows_of(scored, aggregate, skip).rows  # type: ignore[arg-type]
+def share(scored: list[ScoredTrajectory], aggregate: Aggregate, skip: bool) -> float:
+    """The weight of all sampled tokens together."""
+    rows = rows_of(scored, aggregate, skip).rows
     return sum(row.scale * int(row.segment.action_mask.sum()) for row in rows)
 
 
@@ -33,12 +34,13 @@ def test_shares_of_the_denominator_sum_to_one(scored: list[ScoredTrajectory]) ->
     assert share(scored, "sequence", False) == pytest.approx(1)
 
 
-def test_skipping_leaves_the_denominator_alone(scored: list[ScoredTrajectory]) -> None:
-    rows = rows_of(scored, "sequence", skip_zero_advantage=True)
+@pytest.mark.parametrize("aggregate", ["token", "sequence"])
+def test_skipping_leaves_the_denominator_alone(scored: list[ScoredTrajectory], aggregate: Aggregate) -> None:
+    rows = rows_of(scored, aggregate, skip_zero_advantage=True)
     assert rows.trajectories_skipped == 1
     assert share(scored, "sequence", True) == pytest.approx(3 / 4)
     kept = {id(row.segment): row.scale for row in rows.rows}
-    all_rows = rows_of(scored, "sequence", skip_zero_advantage=False).rows
+    all_rows = rows_of(scored, aggregate, skip_zero_advantage=False).rows
     every = {id(row.segment): row.scale for row in all_rows}
     assert kept.items() <= every.items() and len(kept) == len(every) - 3
 

@@ -116,7 +116,9 @@ def test_minibatches_use_the_old_policy_and_kl_pulls_back(
     first, second = tied.step(groups), tied.step(groups)
     assert first.kl == pytest.approx(0, abs=1e-9) and second.kl > 1e-3
     assert second.loss == pytest.approx(second.policy_loss + second.kl)
-    assert first.trajectories_skipped == 0
+    # without an advantage an episode still pulls back to the reference
+    equal = tied.step([group(llama_basis, (0.5, 0.5))])
+    assert equal.trajectories_skipped == 0 and equal.kl > 1e-3 and equal.grad_norm > 0
 
 
 def test_warm_start_is_cross_entropy_without_delta_and_leaves_a_fresh_optimizer(

@@ -1,4 +1,7 @@
-"""The rows of the comparison beside TMEM, played as whole episodes: what each keeps, clears and writes, and which of them are equal by definition."""
+"""The rows of the comparison beside TMEM, played as whole episodes.
+
+What each keeps, clears and writes, and which of them are equal by definition.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from configs.schema import MemoryConfig, WriteConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, run_episode, sampled
 
 TEXTS = tuple(
-    f"Story {number}. Nora moved to town number {number * 7} and met friend number {number * 3} there in the month {number}."
+    f"Story {number}. Nora moved to town number {number * 7} and met friend number {number * 3} there "
+    f"in the month {number}."
     for number in range(5)
 )
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}]'
@@ -36,10 +40,9 @@ class _Stories:
         raise NotImplementedError
 
     def start(self, task: Task) -> Session:
-        return _Telling(
-            [Observation(text, False) for text in TEXTS]
-            + [Observation(f"Where is Nora {when}?", True) for when in ("first", "last")]
-        )
+        stories = [Observation(text, False) for text in TEXTS]
+        questions = [Observation(f"Where is Nora {when}?", True) for when in ("first", "last")]
+        return _Telling(stories + questions)
 
 
 class _Telling:
@@ -68,10 +71,8 @@ def _play(
     spec = EpisodeSpec(Task("t", "stories", {}, 0), "g.0", 1.0, 8, 64, seed=5)
 
     async def play() -> Trajectory:
-        built = build_memory(memory, write, SURROUNDINGS)
-        return await run_episode(
-            spec, _Stories(), policy, WriteBatcher(writer or ScriptedWriter()), chat, built, "basis"
-        )
+        built, batcher = build_memory(memory, write, SURROUNDINGS), WriteBatcher(writer or ScriptedWriter())
+        return await run_episode(spec, _Stories(), policy, batcher, chat, built, "basis")
 
     return asyncio.run(play())
 
@@ -119,18 +120,12 @@ def test_a_full_context_becomes_a_summary_that_the_next_one_begins_with(chat: Ch
     trajectory = _play(chat, policy, _memory("summary"))
     first, *later = _prompts(chat, policy, "extract")
     assert later and TEXTS[0] in first and "Nora moves a lot." not in first and "Where is Nora?" in first
-    assert all(
-        "notes on what came before:\nNora moves a lot." in prompt and TEXTS[0] not in prompt
-        for prompt in later
-    )
+    remembered = "notes on what came before:\nNora moves a lot."
+    assert all(remembered in prompt and TEXTS[0] not in prompt for prompt in later)
     assert all("Nora moves a lot." in prompt for prompt in _prompts(chat, policy, "act"))
     assert trajectory.memory_events == {"summaries": len(later) + 1} and trajectory.writes == ()
-    assert all(
-        sum(segment.action_mask[span.start : span.end])
-        for segment in trajectory.segments
-        for span in segment.spans
-        if span.kind == "extract"
-    )
+    kinds = [span.kind for segment in trajectory.segments for span in segment.spans]
+    assert kinds.count("extract") == len(later) + 1  # a summary is an action to learn from
 
 
 def test_an_empty_summary_is_counted_and_does_not_overwrite(chat: ChatFormat) -> None:
@@ -155,9 +150,8 @@ def test_the_state_replaces_every_turn_that_was_read_or_answered(chat: ChatForma
     policy = _says(chat, "Nora is on the move.")
     trajectory = _play(chat, policy, _memory("state"))
     prompts = _prompts(chat, policy, "extract")
-    assert (
-        len(prompts) == len(TEXTS) + 1 == trajectory.memory_events["summaries"]
-    )  # the first question's turn is consolidated before the second
+    # the first question's turn is consolidated before the second
+    assert len(prompts) == len(TEXTS) + 1 == trajectory.memory_events["summaries"]
     for number, prompt in enumerate(prompts[: len(TEXTS)]):
         assert [text in prompt for text in TEXTS] == [place == number for place in range(len(TEXTS))]
         assert ("Nora is on the move." in prompt) == (number > 0)
@@ -176,14 +170,11 @@ def test_the_raw_write_is_every_token_of_the_context_and_nothing_is_asked(chat: 
     assert _prompts(chat, policy, "extract") == [] and len(trajectory.writes) >= 2
     assert written == told[: len(written)] and len(told) - len(written) <= LIMIT
     assert all(example.prompt_ids == opening for record in trajectory.writes for example in record.examples)
-    assert all(
-        len(e.prompt_ids) + len(e.answer_ids) <= WRITE.max_example_tokens
-        for record in trajectory.writes
-        for e in record.examples
-    )
-    assert [request.examples for batch in writer.batches for request in batch] == [
-        record.examples for record in trajectory.writes
-    ]
+    examples = [example for record in trajectory.writes for example in record.examples]
+    lengths = [len(example.prompt_ids) + len(example.answer_ids) for example in examples]
+    assert max(lengths) <= WRITE.max_example_tokens
+    asked = [request.examples for batch in writer.batches for request in batch]
+    assert asked == [record.examples for record in trajectory.writes]
 
 
 def test_the_summary_is_written_and_not_shown(chat: ChatFormat) -> None:
@@ -196,9 +187,8 @@ def test_the_summary_is_written_and_not_shown(chat: ChatFormat) -> None:
     assert "".join(said.split()) == "".join(summary.split())
     assert not any("town 7." in prompt and TEXTS[1] not in prompt for prompt in _prompts(chat, policy, "act"))
     empty = _play(chat, _says(chat, " "), _memory("summary_write"))
-    assert {record.outcome for record in empty.writes} == {"empty"} and empty.writes[
-        0
-    ].reason == "the model wrote nothing"
+    reasons = {(record.outcome, record.reason) for record in empty.writes}
+    assert reasons == {("empty", "the model wrote nothing")}
 
 
 def test_every_document_has_its_own_write_of_implications(chat: ChatFormat) -> None:
@@ -206,11 +196,7 @@ def test_every_document_has_its_own_write_of_implications(chat: ChatFormat) -> N
     trajectory = _play(chat, policy, _memory("implications"))
     assert len(trajectory.writes) == len(TEXTS) and trajectory.memory_events["implications"] == 2 * len(TEXTS)
     lines = [chat.decode(example.answer_ids) for example in trajectory.writes[0].examples]
-    assert ["Nora lives in a town." in lines[0], "She has a friend." in lines[1], len(lines)] == [
-        True,
-        True,
-        2,
-    ]
+    assert len(lines) == 2 and "Nora lives in a town." in lines[0] and "She has a friend." in lines[1]
     assert [segment.revision for segment in trajectory.segments] == list(range(len(TEXTS) + 1))
 
 
@@ -223,9 +209,8 @@ def test_the_hybrid_has_summary_and_writes(chat: ChatFormat) -> None:
     policy = ScriptedPolicy(script)
     trajectory = _play(chat, policy, _memory("hybrid"))
     assert len(trajectory.writes) == trajectory.memory_events["summaries"] >= 2
-    assert {record.outcome for record in trajectory.writes} == {"accepted"} and trajectory.writes[
-        0
-    ].flashcards[0].answer == "Nora"
+    assert {record.outcome for record in trajectory.writes} == {"accepted"}
+    assert trajectory.writes[0].flashcards[0].answer == "Nora"
     assert [segment.revision for segment in trajectory.segments] == list(range(len(trajectory.writes) + 1))
     assert "Nora, part 0." in _prompts(chat, policy, "extract")[2]
 
@@ -234,12 +219,11 @@ def test_the_hybrid_has_summary_and_writes(chat: ChatFormat) -> None:
 def test_with_t_the_identity_a_writing_agent_is_the_agent_without_writes_to_the_token(
     chat: ChatFormat, with_writes: str, without: str
 ) -> None:
-    """Sampled at temperature 1 by an engine whose words depend on every token of the prompt and on the seed of each event."""
+    """The engine's words depend on every token of the prompt and on the seed of each event."""
     identity = WriteConfig(epochs=0)
-    one = _play(chat, _babbles(chat), _memory(with_writes), identity)
-    other = _play(chat, _babbles(chat), _memory(without), identity)
-    assert _tokens(one) == _tokens(other) and len(one.segments) >= 2
-    assert one.writes == () and one.revisions == ()
+    writing, plain = (_play(chat, _babbles(chat), _memory(row), identity) for row in (with_writes, without))
+    assert _tokens(writing) == _tokens(plain) and len(writing.segments) >= 2
+    assert writing.writes == () and writing.revisions == ()
 
 
 def test_the_full_context_is_cut_only_at_the_engines_window(chat: ChatFormat) -> None:

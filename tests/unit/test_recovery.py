@@ -1,4 +1,7 @@
-"""An episode whose worker died is continued from its progress: the same to the token, without sampling or installing its past again."""
+"""An episode whose worker died is continued from its progress, the same to the token.
+
+Nothing of its past is sampled or installed again.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ from actors.types import (
 from cluster.fleet.episode_journal import GroupJournal
 from cluster.fleet.ledger import Ledger, LedgerSnapshot, ledger_line
 from configs.schema import MemoryConfig, MemoryPolicy, RecallConfig, RolloutConfig, WriteConfig
-from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
+from tests.unit.rollout_fakes import MODULE, SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
 RECALL = RecallConfig(sessions=4, facts_per_session=4, questions=2, filler_sentences=1)
 ENVIRONMENT = RecallEnvironment(RECALL)
@@ -41,7 +44,10 @@ NAMES = ("Nora", "Ivan", "Mei", "Omar", "Lena")
 
 
 class Worker:
-    """A rollout whose engine samples what prompt, seed and adapter say, and dies when asked for reply number ``dies_at`` (from 0)."""
+    """A rollout whose engine samples what prompt, seed and adapter determine.
+
+    It dies when asked for reply number ``dies_at``, counted from 0.
+    """
 
     def __init__(
         self,
@@ -79,38 +85,21 @@ class Worker:
             raise EngineError("killed")
         drawn = hashlib.sha256(repr((list(prompt_ids), sampling.seed, adapter.revision)).encode()).digest()
         who, what = NAMES[drawn[0] % 5], NAMES[drawn[1] % 5]
-        return sampled(
-            self._chat.reply(
-                f'[{{"instruction": "Who met {who}?", "output": "{what}"}}]'
-                if sampling.max_tokens > 8
-                else what
-            )
-        )
+        card = f'[{{"instruction": "Who met {who}?", "output": "{what}"}}]'
+        return sampled(self._chat.reply(card if sampling.kind == "extract" else what))
 
     def _outcome(self, request: WriteRequest) -> str:
         return "rolled_back" if request.weights.revision == 1 and len(request.examples) % 2 else "accepted"
 
 
-def same(found: Trajectory, wanted: Trajectory) -> bool:
-    for ours, theirs in zip(found.segments, wanted.segments, strict=True):
-        assert (
-            ours.token_ids.tolist() == theirs.token_ids.tolist()
-            and ours.logprobs.tolist() == theirs.logprobs.tolist()
-        )
-        assert (ours.revision, ours.spans, ours.policy_version) == (
-            theirs.revision,
-            theirs.spans,
-            theirs.policy_version,
-        )
-    assert [weights.revision for weights in found.revisions] == [
-        weights.revision for weights in wanted.revisions
+def content(trajectory: Trajectory) -> tuple[object, ...]:
+    """All of a trajectory but its timings, in values that can be compared."""
+    segments = [
+        (part.token_ids.tolist(), part.logprobs.tolist(), part.revision, part.spans, part.policy_version)
+        for part in trajectory.segments
     ]
-    assert (
-        found.writes == wanted.writes
-        and found.outcome == wanted.outcome
-        and found.memory_events == wanted.memory_events
-    )
-    return True
+    revisions = [(weights.revision, weights.b[MODULE].tolist()) for weights in trajectory.revisions]
+    return segments, revisions, trajectory.writes, trajectory.outcome, trajectory.memory_events
 
 
 @pytest.mark.parametrize("policy", ["parametric", "hybrid"])
@@ -122,7 +111,7 @@ def test_an_episode_cut_at_each_reply_and_continued_elsewhere_is_the_uncut_one_t
     uncut, recovered = whole.play(request=request)
     replies = len(whole.policy.calls)
     assert recovered == Recovered(0, 0) and replies >= 4
-    went_on = []
+    known_replies = []
     for cut in range(replies):
         journal = GroupJournal(10**6)
         with pytest.raises(EngineError, match="killed"):
@@ -134,12 +123,12 @@ def test_an_episode_cut_at_each_reply_and_continued_elsewhere_is_the_uncut_one_t
         )
         other = Worker(chat, journal)
         trajectory, recovered = other.play(reissued=True, request=request)
-        assert same(trajectory, uncut)
+        assert content(trajectory) == content(uncut)
         assert recovered == (Recovered(1, 0) if known else Recovered(0, 1))
         assert len(other.policy.calls) == replies - known <= replies
         assert len(other.policy.released) <= len(uncut.revisions) and other.policy.installed == {}
-        went_on.append(known)
-    assert went_on == sorted(went_on) and went_on[-1] > went_on[0] == 0
+        known_replies.append(known)
+    assert known_replies == sorted(known_replies) and known_replies[-1] > known_replies[0] == 0
 
 
 def test_only_the_last_revision_of_the_past_is_installed_and_rejected_writes_are_not_computed_again(
@@ -216,7 +205,7 @@ def test_the_journal_is_bounded_and_refuses_a_gap() -> None:
     note("a", 0, _events(2))
     note("a", 2, _events(1))
     assert count("a") == 3
-    note("a", 1, _events(1))  # the worker that goes on knows better than a late note of the dead one
+    note("a", 1, _events(1))  # replaces a late note of the dead worker
     assert count("a") == 2
     note("a", 4, _events(1))
     assert count("a") == 0

@@ -1,4 +1,4 @@
-"""Groups of concurrent episodes: slots, batched writes, deadlines, and failures that stay with the episode they belong to."""
+"""Groups of concurrent episodes: slots, batched writes, deadlines, and failures that stay with an episode."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from actors.protocols import EngineError, FastWeightWriter, ReceiptError, TaskEr
 from actors.text.chat_template import ChatFormat
 from actors.types import (
     AdapterKey,
+    FailedEpisode,
     FastWeights,
     Generation,
     Outcome,
     Probe,
     Sampling,
     Task,
+    TrajectoryGroup,
     WriteExample,
     WriteRequest,
     WriteResult,
@@ -33,21 +35,20 @@ from configs.schema import MemoryConfig, RecallConfig, RolloutConfig, WriteConfi
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}]'
-ENVIRONMENT = RecallEnvironment(
-    RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1)
-)
+RECALL = RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1)
+ENVIRONMENT = RecallEnvironment(RECALL)
 TASK = next(ENVIRONMENT.tasks("train", 0, 0))
 MEMORY = MemoryConfig(max_context_tokens=50)
-EXAMPLE = WriteExample((1,), (2,))
 
 
 Script = Callable[[Sequence[int], Sampling, AdapterKey], Generation]
 
 
 def _talk(chat: ChatFormat) -> Script:
-    return lambda prompt_ids, sampling, adapter: sampled(
-        chat.reply(CARDS if sampling.max_tokens > 8 else "Lisbon")
-    )
+    def script(prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
+        return sampled(chat.reply(CARDS if sampling.kind == "extract" else "Lisbon"))
+
+    return script
 
 
 def _rollout(
@@ -58,23 +59,22 @@ def _rollout(
     timeout_s: float = 30,
     environment: RecallEnvironment = ENVIRONMENT,
 ) -> Rollout:
-    rollout = RolloutConfig(episode_timeout_s=timeout_s)
+    config = RolloutConfig(episode_timeout_s=timeout_s)
     return Rollout(
-        policy,
-        writer,
-        environment,
-        chat,
-        WriteConfig(),
-        rollout,
-        slots=slots,
-        surroundings=SURROUNDINGS,
-        basis_id="basis",
-        worker_name="worker-0",
+        policy, writer, environment, chat, WriteConfig(), config, slots, SURROUNDINGS, "basis", "worker-0"
     )
 
 
 def _request(group_id: str = "g", group_size: int = 4, seed: int = 1) -> RolloutRequest:
     return RolloutRequest(TASK, group_id, group_size, MEMORY, temperature=1.0, max_answer_tokens=8, seed=seed)
+
+
+def _group_in(
+    chat: ChatFormat, environment: RecallEnvironment, slots: int = 8, timeout_s: float = 30
+) -> TrajectoryGroup:
+    """Play one group in ``environment``."""
+    policy, writer = ScriptedPolicy(_talk(chat)), ScriptedWriter()
+    return asyncio.run(_rollout(chat, policy, writer, slots, timeout_s, environment).group(_request()))
 
 
 def test_a_group(chat: ChatFormat) -> None:
@@ -86,10 +86,8 @@ def test_a_group(chat: ChatFormat) -> None:
     assert [len(batch) for batch in writer.batches] == [4, 4]  # siblings write together
     assert policy.installed == {}
     copied = copy.deepcopy(group)  # goes through the pickling protocol, as on the way to the learner
-    assert (
-        copied.trajectories[0].segments[0].token_ids.tolist()
-        == group.trajectories[0].segments[0].token_ids.tolist()
-    )
+    ids, copied_ids = (each.trajectories[0].segments[0].token_ids.tolist() for each in (group, copied))
+    assert ids == copied_ids
 
 
 def test_siblings_sample_with_seeds_of_their_own_that_the_group_id_does_not_change(chat: ChatFormat) -> None:
@@ -131,13 +129,7 @@ def _failing(error: Exception, sibling: int, chat: ChatFormat) -> Script:
 def test_an_engine_error_fails_one_episode(chat: ChatFormat) -> None:
     policy = ScriptedPolicy(_failing(EngineError("the prompt has\n 9000 tokens"), 2, chat))
     group = asyncio.run(_rollout(chat, policy, ScriptedWriter()).group(_request()))
-    (failed,) = group.failed
-    assert (failed.episode_id, failed.boundary, failed.message, failed.task_id) == (
-        "g.2",
-        "engine",
-        "the prompt has 9000 tokens",
-        TASK.id,
-    )
+    assert group.failed == (FailedEpisode(TASK.id, "g.2", "engine", "the prompt has 9000 tokens"),)
     assert len(group.trajectories) == 3
 
 
@@ -165,9 +157,9 @@ def test_a_writer_error_fails_just_the_episodes_of_its_batch(chat: ChatFormat) -
         rollout = _rollout(chat, ScriptedPolicy(_talk(chat)), Flaky(), slots=4)
         bad = await rollout.group(_request("bad"))
         good = await rollout.group(_request("good"))
-        assert [failed.boundary for failed in bad.failed] == ["writer"] * 4 and bad.failed[
-            0
-        ].message == "out of memory"
+        assert [(failed.boundary, failed.message) for failed in bad.failed] == [
+            ("writer", "out of memory")
+        ] * 4
         assert len(good.trajectories) == 4
 
     asyncio.run(play())
@@ -181,10 +173,7 @@ def test_an_environment_error_fails_one_episode(chat: ChatFormat) -> None:
             return super().start(task)
 
     starts = iter(range(9))
-    trap = Trap(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
-    group = asyncio.run(
-        _rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=trap).group(_request())
-    )
+    group = _group_in(chat, Trap(RECALL))
     assert [(failed.boundary, failed.message) for failed in group.failed] == [
         ("environment", "task t: field x is missing")
     ]
@@ -201,16 +190,15 @@ def test_a_reward_that_is_no_number_fails_the_episode(chat: ChatFormat, reward: 
             return Broken(task) if next(starts) == 0 else super().start(task)
 
     starts = iter(range(9))
-    trap = Trap(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
-    group = asyncio.run(
-        _rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=trap).group(_request())
-    )
+    group = _group_in(chat, Trap(RECALL))
     message = f"task {TASK.id}: the environment recall gave the reward {reward}, it must be a finite number"
     assert [(failed.boundary, failed.message) for failed in group.failed] == [("environment", message)]
     assert len(group.trajectories) == _request().group_size - 1
 
 
 def _with_outcome(change: Callable[[Outcome], Outcome]) -> RecallEnvironment:
+    """The recall environment, with ``change`` done to each outcome."""
+
     class Changed(RecallSession):
         def outcome(self) -> Outcome:
             return change(super().outcome())
@@ -219,28 +207,19 @@ def _with_outcome(change: Callable[[Outcome], Outcome]) -> RecallEnvironment:
         def start(self, task: Task) -> RecallSession:
             return Changed(task)
 
-    return Changing(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
+    return Changing(RECALL)
 
 
 def test_scores_in_numpys_numbers_are_kept_like_pythons_own(chat: ChatFormat) -> None:
     def in_numpy(outcome: Outcome) -> Outcome:
-        answers = tuple(
-            replace(one, scores={"f1": np.float32(0.5), "em": np.bool_(False)}) for one in outcome.answers
-        )
-        return Outcome(np.float32(0.25), {"f1": np.float32(0.5), "hits": np.int64(3)}, answers)  # type: ignore[arg-type, dict-item]
+        scores = {"f1": np.float32(0.5), "em": np.bool_(False)}
+        answers = tuple(replace(answer, scores=scores) for answer in outcome.answers)
+        parts = {"f1": np.float32(0.5), "hits": np.int64(3)}
+        return Outcome(np.float32(0.25), parts, answers)  # type: ignore[arg-type]
 
-    group = asyncio.run(
-        _rollout(
-            chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=_with_outcome(in_numpy)
-        ).group(_request())
-    )
-    outcome = group.trajectories[0].outcome
-    values = (
-        outcome.reward,
-        *outcome.reward_parts.values(),
-        *(score for one in outcome.answers for score in one.scores.values()),
-    )
-    assert {type(value) for value in values} == {float}
+    outcome = _group_in(chat, _with_outcome(in_numpy)).trajectories[0].outcome
+    scores = [score for answer in outcome.answers for score in answer.scores.values()]
+    assert {type(value) for value in (outcome.reward, *outcome.reward_parts.values(), *scores)} == {float}
     assert (outcome.reward, outcome.reward_parts) == (0.25, {"f1": 0.5, "hits": 3.0})
     assert outcome.answers[0].scores == {"f1": 0.5, "em": 0.0}
 
@@ -264,11 +243,7 @@ def test_scores_in_numpys_numbers_are_kept_like_pythons_own(chat: ChatFormat) ->
 def test_a_score_that_is_no_number_is_named(
     chat: ChatFormat, change: Callable[[Outcome], Outcome], said: str
 ) -> None:
-    group = asyncio.run(
-        _rollout(
-            chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=_with_outcome(change)
-        ).group(_request())
-    )
+    group = _group_in(chat, _with_outcome(change))
     message = f"task {TASK.id}: the environment recall gave {said}, it must be one number"
     assert {(failed.boundary, failed.message) for failed in group.failed} == {("environment", message)}
 
@@ -289,17 +264,14 @@ def test_a_late_episode_is_a_timeout_and_its_slot_is_free_again(chat: ChatFormat
     asyncio.run(play())
 
 
-def _scored_by(outcome: Callable[[], None]) -> RecallEnvironment:
-    class Judged(RecallSession):
-        def outcome(self) -> Outcome:
-            outcome()
-            return super().outcome()
+def _scored_by(judge: Callable[[], None]) -> RecallEnvironment:
+    """The recall environment, with a judge who is asked before each outcome."""
 
-    class Court(RecallEnvironment):
-        def start(self, task: Task) -> RecallSession:
-            return Judged(task)
+    def judged(outcome: Outcome) -> Outcome:
+        judge()
+        return outcome
 
-    return Court(RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1))
+    return _with_outcome(judged)
 
 
 def test_a_verdict_counts_against_no_episode_and_holds_no_slot(chat: ChatFormat) -> None:
@@ -307,17 +279,9 @@ def test_a_verdict_counts_against_no_episode_and_holds_no_slot(chat: ChatFormat)
 
     def judge() -> None:
         together.wait()
-        time.sleep(1.2)
+        time.sleep(1.2)  # over the episode's deadline
 
-    rollout = _rollout(
-        chat,
-        ScriptedPolicy(_talk(chat)),
-        ScriptedWriter(),
-        slots=1,
-        timeout_s=1,
-        environment=_scored_by(judge),
-    )
-    group = asyncio.run(rollout.group(_request()))
+    group = _group_in(chat, _scored_by(judge), slots=1, timeout_s=1)
     assert group.failed == () and len(group.trajectories) == 4
     assert all(trajectory.timings.environment > 1.2 for trajectory in group.trajectories)
 
@@ -328,31 +292,20 @@ def test_a_verdict_that_does_not_come_is_not_the_engines_fault(
     monkeypatch.setattr("actors.episodes.rollout.SCORING_S", 0.05)
     given_up = threading.Event()
     policy = ScriptedPolicy(_talk(chat))
-    group = asyncio.run(
-        _rollout(chat, policy, ScriptedWriter(), environment=_scored_by(lambda: _wait(given_up))).group(
-            _request()
-        )
-    )
+    court = _scored_by(lambda: _wait(given_up))
+    group = asyncio.run(_rollout(chat, policy, ScriptedWriter(), environment=court).group(_request()))
     given_up.set()
-    assert (
-        group.trajectories == ()
-        and {failed.boundary for failed in group.failed} == {"timeout"}
-        and policy.installed == {}
-    )
-    assert group.failed[0].message.startswith(
-        "played, but not scored after 0.05 s: waiting for the environment recall and its judge"
-    )
+    assert group.trajectories == () and policy.installed == {}
+    assert {failed.boundary for failed in group.failed} == {"timeout"}
+    waited = "played, but not scored after 0.05 s: waiting for the environment recall and its judge"
+    assert group.failed[0].message.startswith(waited)
 
 
-def test_a_wait_that_gives_up_is_told_at_its_boundary(chat: ChatFormat) -> None:
+def test_a_wait_that_gives_up_is_reported_at_its_boundary(chat: ChatFormat) -> None:
     def gone() -> None:
         raise TimeoutError("no answer from the court")
 
-    group = asyncio.run(
-        _rollout(chat, ScriptedPolicy(_talk(chat)), ScriptedWriter(), environment=_scored_by(gone)).group(
-            _request()
-        )
-    )
+    group = _group_in(chat, _scored_by(gone))
     assert {(failed.boundary, failed.message) for failed in group.failed} == {
         ("environment", "a wait inside the episode timed out: no answer from the court")
     }
@@ -388,11 +341,15 @@ def test_cancelling_the_group_cancels_its_episodes(chat: ChatFormat) -> None:
     asyncio.run(play())
 
 
+def _write_of(episode_id: str) -> WriteRequest:
+    return WriteRequest(episode_id, FastWeights("basis", 0, {}), (WriteExample((1,), (2,)),))
+
+
 def test_what_comes_in_during_a_write_is_the_next_batch() -> None:
     async def play() -> None:
         writer = ScriptedWriter()
         batcher = WriteBatcher(writer)
-        requests = [WriteRequest(f"e{i}", FastWeights("basis", 0, {}), (EXAMPLE,)) for i in range(6)]
+        requests = [_write_of(f"e{number}") for number in range(6)]
         writer.gate.clear()
         first = asyncio.create_task(batcher.write(requests[0]))
         await asyncio.sleep(0.02)
@@ -401,14 +358,11 @@ def test_what_comes_in_during_a_write_is_the_next_batch() -> None:
         later[0].cancel()  # gives up before its batch starts
         writer.gate.set()
         results = await asyncio.gather(first, *later[1:])
-        assert [[request.episode_id for request in batch] for batch in writer.batches] == [
-            ["e0"],
-            ["e2", "e3", "e4", "e5"],
-        ]
+        batches = [[request.episode_id for request in batch] for batch in writer.batches]
+        assert batches == [["e0"], ["e2", "e3", "e4", "e5"]]
         assert all(result.weights.revision == 1 for result in results)
-        assert (
-            await batcher.write(requests[1])
-        ).outcome == "accepted"  # and it starts again after being idle
+        # and it starts again after being idle
+        assert (await batcher.write(requests[1])).outcome == "accepted"
 
     asyncio.run(play())
 
@@ -418,10 +372,7 @@ def test_giving_up_during_a_write_does_not_disturb_the_batch() -> None:
         writer = ScriptedWriter()
         batcher = WriteBatcher(writer)
         writer.gate.clear()
-        tasks = [
-            asyncio.create_task(batcher.write(WriteRequest(f"e{i}", FastWeights("basis", 0, {}), (EXAMPLE,))))
-            for i in range(2)
-        ]
+        tasks = [asyncio.create_task(batcher.write(_write_of(f"e{number}"))) for number in range(2)]
         await asyncio.sleep(0.02)
         tasks[0].cancel()
         writer.gate.set()
@@ -437,7 +388,7 @@ def test_a_writer_that_miscounts_is_an_error() -> None:
 
     async def play() -> None:
         with pytest.raises(WriterError, match="0 results for 1 requests"):
-            await WriteBatcher(Short()).write(WriteRequest("e", FastWeights("basis", 0, {}), (EXAMPLE,)))
+            await WriteBatcher(Short()).write(_write_of("e"))
 
     asyncio.run(play())
 
