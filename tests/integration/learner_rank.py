@@ -1,6 +1,8 @@
 """One rank of a two-rank learner, as a script: ``learner_rank.py RANK PORT MODEL OUT``.
 
-Trains under each ZeRO stage N, goes on from the checkpoint of one rank in OUT/one-N, and writes weights and reports to OUT."""
+Trains under each ZeRO stage N, and goes on from the checkpoint of one rank in OUT/one-N. Writes weights and
+reports to OUT.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,8 @@ from tests.unit.learner_cases import free, group, learner
 
 def main() -> None:
     rank, port, model_path, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
-    os.environ.update(
-        {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_RANK": "0",
-        }
-    )
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
     basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(rank=3, last_layers=2), 0)
     groups = [group(basis, (1.0, 0.0, 0.25))]
     for zero_stage in (0, 1, 2, 3):

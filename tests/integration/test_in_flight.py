@@ -1,4 +1,7 @@
-"""A refresh in the middle of running generations: each token's log-prob is that of the weights that it is said to be of, adapters stay in force."""
+"""A refresh in the middle of running generations.
+
+Each token's log-prob is that of the weights which the token names. Adapters stay in force.
+"""
 
 from __future__ import annotations
 
@@ -68,11 +71,8 @@ def test_generations_go_on_under_new_weights_and_each_token_is_of_the_weights_it
     weights = written(basis, 1, 80, 0.02)
     asked: list[tuple[list[int], FastWeights | None, Sampling]] = [
         (prompt(1, 120), None, Sampling(0.0, 90, 0, kind="act")),
-        (
-            prompt(1, 120),
-            weights,
-            Sampling(1.0, 90, 5, kind="act"),
-        ),  # seeded, under an adapter, and with a prompt that the prefix cache holds
+        # seeded, under an adapter, and with a prompt that the prefix cache holds
+        (prompt(1, 120), weights, Sampling(1.0, 90, 5, kind="act")),
         (prompt(2, 300), weights, Sampling(1.0, 90, 6, kind="extract")),
     ]
     key = AdapterKey(0, "living", 1)
@@ -114,7 +114,7 @@ def test_generations_go_on_under_new_weights_and_each_token_is_of_the_weights_it
             assert best == list(generation.token_ids)
 
     async def afterwards() -> None:
-        """Adapters of before stay, their episode may write more, names stay used, and a drained refresh ends all of it."""
+        """Older adapters stay, their episode may write more, and names stay used, until a drained refresh."""
         ids = prompt(3, 60)
         assert distance(await policy.score(ids, key), references[2].logprobs(ids, weights)) < EXACT
         again = await policy.generate(
@@ -139,7 +139,7 @@ def test_generations_go_on_under_new_weights_and_each_token_is_of_the_weights_it
 def test_a_receipt_that_a_refresh_overtakes_proves_nothing(
     policy: VLLMPolicy, tiny_model_path: Path, basis: Basis
 ) -> None:
-    """Its probe is of the weights before: the episode must not fail for it."""
+    """Its probe is of the weights before the refresh, so the episode must not fail."""
     state = {
         name: tensor.clone() for name, tensor in Reference(tiny_model_path, basis).model.state_dict().items()
     }

@@ -1,4 +1,7 @@
-"""Two ranks (processes, gloo) train exactly as one does, under every ZeRO stage; a checkpoint of either world goes on in the other."""
+"""Two ranks (processes, gloo) train exactly as one does, under every ZeRO stage.
+
+A checkpoint of one rank goes on with two, and the other way round.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from actors.fast_weights.delta import Basis
 from actors.types import TrajectoryGroup
+from learner.types import StepReport
 from tests.unit.learner_cases import (
     assert_equal_updates,
     free,
@@ -28,18 +32,19 @@ from tests.unit.learner_cases import (
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = (0, 1, 2, 3)
 OPTIMIZER = ("master", "exp_avg", "exp_avg_sq")
+DIFFERENCE = "engine_logprob_diff_max"
 
 
 @dataclass(frozen=True)
 class TwoRanks:
-    """What the ranks left in ``out``. ``one`` trained for two steps with one rank and no interruption: weights before, between and after."""
+    """What the ranks left in ``out``, beside two steps of one rank without interruption."""
 
     out: Path
     model_path: Path
     basis: Basis
     groups: list[TrajectoryGroup]
-    weights: list[dict[str, Tensor]]
-    reports: list[object]
+    weights: list[dict[str, Tensor]]  # of the one rank: before, between and after its steps
+    reports: list[StepReport]  # of the one rank
 
 
 @pytest.fixture(scope="module")
@@ -89,27 +94,19 @@ def _run_ranks(model_path: Path, out: Path) -> None:
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_two_ranks_equal_one(two: TwoRanks, zero_stage: int) -> None:
     for rank in range(2):
-        found = json.loads((two.out / f"reports-{zero_stage}-{rank}.json").read_text())
+        reports = json.loads((two.out / f"reports-{zero_stage}-{rank}.json").read_text())
         weights = safetensors.torch.load_file(two.out / f"weights-{zero_stage}-{rank}.safetensors")
         assert_equal_updates(weights, two.weights[2], two.weights[0], 1e-4)
-        for mine, theirs in zip(two.reports, found, strict=False):
-            for key in (
-                "loss",
-                "grad_norm",
-                "ratio_mean",
-                "ratio_min",
-                "ratio_max",
-                "entropy",
-                "engine_logprob_diff_max",
-            ):
-                assert theirs[key] == pytest.approx(getattr(mine, key), rel=1e-4), key
-            assert theirs["action_tokens"] == getattr(mine, "action_tokens")  # noqa: B009
-        assert found[2]["loss"] == found[1]["loss"]  # after load, the same step to the bit
+        for alone, shared in zip(two.reports, reports, strict=False):
+            for name in ("loss", "grad_norm", "entropy", "ratio_mean", "ratio_min", "ratio_max", DIFFERENCE):
+                assert shared[name] == pytest.approx(getattr(alone, name), rel=1e-4), name
+            assert shared["action_tokens"] == alone.action_tokens
+        assert reports[2]["loss"] == reports[1]["loss"]  # after load, the same step to the bit
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_a_checkpoint_of_one_rank_goes_on_with_two(two: TwoRanks, zero_stage: int) -> None:
-    """What two ranks hold after loading it is what one rank saved, to the bit; their next step is the uninterrupted one's, up to summation order."""
+    """Two ranks load what one rank saved, to the bit. Their next step is the same up to summation order."""
     for file in [*(f"optimizer/{name}.safetensors" for name in OPTIMIZER), "model/model.safetensors"]:
         saved, held = (
             safetensors.torch.load_file(two.out / f"{folder}-{zero_stage}" / file)
@@ -122,9 +119,8 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two(two: TwoRanks, zero_stage: in
     ]
     assert counters[1] == {**counters[0], "ranks": 2}
     for rank in range(2):
-        assert_second_step(
-            two, safetensors.torch.load_file(two.out / f"grown-{zero_stage}-{rank}.safetensors")
-        )
+        grown = safetensors.torch.load_file(two.out / f"grown-{zero_stage}-{rank}.safetensors")
+        assert_second_step(two, grown)
 
 
 @pytest.mark.parametrize(("saved_under", "loaded_under"), [(0, 1), (1, 1), (1, 3), (2, 0), (3, 2), (3, 3)])
@@ -149,7 +145,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_under_any_stage(
 
 
 def assert_second_step(two: TwoRanks, weights: dict[str, Tensor]) -> None:
-    """Within 1e-4 (relative, per tensor) of the uninterrupted step, and telling: a step without Adam's moments, or none, is 10 times as far."""
+    """Within 1e-4 (relative, per tensor) of the uninterrupted step.
+
+    Without the step, or with a step that lacks Adam's moments, the distance is 10 times as large.
+    """
     assert_equal_updates(weights, two.weights[2], two.weights[0], 1e-4)
     moved = largest_relative_difference(two.weights[1], two.weights[2])
     assert moved > 1e-3

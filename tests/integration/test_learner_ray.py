@@ -12,10 +12,10 @@ import ray
 import torch
 
 from actors.fast_weights.delta import Basis
-from configs.schema import LearnerConfig, ObjectiveConfig
+from configs.schema import LearnerConfig
 from learner.types import LearnerError
 from learner.worker import LearnerGroup, LearnerSpec
-from tests.unit.learner_cases import free, group, learner, segments_of
+from tests.unit.learner_cases import UNWEIGHTED, free, group, learner, segments_of
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,7 @@ def cluster() -> Iterator[None]:
 
 
 def spec(folder: Path, basis: Basis, config: LearnerConfig) -> LearnerSpec:
-    return LearnerSpec(
-        config, ObjectiveConfig(importance="none"), str(folder), basis, seed=0, temperature=1.0
-    )
+    return LearnerSpec(config, UNWEIGHTED, str(folder), basis, seed=0, temperature=1.0)
 
 
 def test_the_group_trains_like_a_learner_in_this_process(
@@ -56,20 +54,17 @@ def test_the_group_trains_like_a_learner_in_this_process(
         assert remote.version == 2
         weights = ray.get(remote.weights_ref(trainable_only=False), timeout=60)
         expected = local.weights(trainable_only=False)
-        assert weights.keys() == expected.keys() and all(
-            torch.allclose(weights[name], expected[name], atol=1e-6) for name in weights
-        )
+        assert weights.keys() == expected.keys()
+        assert all(torch.allclose(weights[name], expected[name], atol=1e-6) for name in weights)
         remote.save(str(tmp_path / "c"))
         first = remote.step(stored)
         assert remote.load(str(tmp_path / "c")) == 2 == remote.version
         assert replace(remote.step(stored), seconds=0) == replace(first, seconds=0)
-        with pytest.raises(
-            LearnerError,
-            match=r"^nothing to learn from: 0 groups hold 0 finished episodes and no sampled token$",
-        ):
+        nothing = r"^nothing to learn from: 0 groups hold 0 finished episodes and no sampled token$"
+        with pytest.raises(LearnerError, match=nothing):
             remote.step([])
         with pytest.raises(
-            ValueError, match=r"^task .*reward 0 is nan: a reward must be a finite number"
+            ValueError, match=r"^task .*reward 0 is nan: a reward must be a finite"
         ) as refused:
             remote.step([ray.put(group(llama_basis, (math.nan, 1.0)))])
         assert type(refused.value) is ValueError  # the rank's own, not Ray's wrapping of it
@@ -80,10 +75,8 @@ def test_the_group_trains_like_a_learner_in_this_process(
 
 
 def test_a_rank_that_cannot_be_placed_is_named(cluster: None, llama: Path, llama_basis: Basis) -> None:
-    with pytest.raises(
-        LearnerError,
-        match=r"no answer from rank \[0\] within 3 s \(asked for 64 CPUs and 0 GPUs for each of 1 learner ranks",
-    ):
+    asked = r"\(asked for 64 CPUs and 0 GPUs for each of 1 learner ranks"
+    with pytest.raises(LearnerError, match=rf"no answer from rank \[0\] within 3 s {asked}"):
         LearnerGroup(spec(llama, llama_basis, free(cpus_per_worker=64)), start_timeout_s=3)
 
 

@@ -1,5 +1,8 @@
-"""MemGPT's paging with SmolLM2-135M in the real engine: alert, flush and recursive summary happen in an episode, a call of the model is executed, and
-every segment is what the engine was given."""
+"""MemGPT's paging with SmolLM2-135M in the real engine.
+
+Alert, flush and recursive summary happen in an episode, a call of the model is executed, and every segment is
+what the engine was given.
+"""
 
 from __future__ import annotations
 
@@ -71,16 +74,8 @@ def engine(model_path: Path) -> Iterator[VLLMPolicy]:
     basis = compute_basis_from_checkpoint(
         model_path, FastWeightsConfig(last_layers=1, projections=("down_proj",)), seed=0
     )
-    policy = VLLMPolicy(
-        model_path,
-        ModelConfig(),
-        EngineConfig(slots=2, max_model_tokens=800, kv_cache_gib=0.25),
-        basis,
-        (2,),
-        0,
-        threads=1,
-        seed=0,
-    )
+    config = EngineConfig(slots=2, max_model_tokens=800, kv_cache_gib=0.25)
+    policy = VLLMPolicy(model_path, ModelConfig(), config, basis, (2,), 0, threads=1, seed=0)
     yield policy
     policy.close()
 
@@ -92,22 +87,13 @@ def _embedder() -> Embedder:
 def _check(
     segments: Sequence[Segment], calls: Sequence[tuple[tuple[int, ...], Generation]], chat: ChatFormat
 ) -> None:
-    """Each sampled span with its log-probs stands behind exactly the prompt that the engine was given; no prompt is over L_max."""
-    spans = [(segment, span) for segment in segments for span in segment.spans]
-    held = Counter(
-        (
-            *(
-                tuple(array.tolist())
-                for array in (segment.token_ids[: span.start], segment.token_ids[span.start : span.end])
-            ),
-        )
-        for segment, span in spans
-    )
+    """Each sampled span stands behind the prompt that the engine was given; no prompt is over L_max."""
+    held: Counter[tuple[tuple[int, ...], tuple[int, ...]]] = Counter()
+    for segment in segments:
+        ids = tuple(segment.token_ids.tolist())
+        held.update((ids[: span.start], ids[span.start : span.end]) for span in segment.spans)
+        assert segment.action_mask.any() and (segment.logprobs[segment.action_mask] <= 0).all()
     assert held == Counter((prompt, generation.token_ids) for prompt, generation in calls)
-    assert all(
-        (segment.logprobs[segment.action_mask] <= 0).all() and segment.action_mask.any()
-        for segment in segments
-    )
     assert all(len(prompt) <= MEMORY.max_context_tokens + len(chat.assistant_open) for prompt, _ in calls)
 
 
@@ -125,43 +111,30 @@ def test_an_episode_pages(engine: VLLMPolicy, chat: ChatFormat) -> None:
         for prompt, generation in recorder.calls
     ]
     summaries = [(prompt, text) for prompt, text in written if "Write the new summary" in prompt]
-    assert (
-        summaries[0][1] and summaries[0][1][:60] in summaries[1][0]
-    )  # the model's own summary, summarised again
+    # the model's own summary, summarised again
+    assert summaries[0][1] and summaries[0][1][:60] in summaries[1][0]
     sessions = SPEC.task.payload["sessions"]
     first = next(prompt for prompt, _ in written if "System alert" in prompt)
     assert sessions[0][:40] in first and sessions[0][:40] in summaries[0][0]
     asked, answered = written[-1]
-    assert (
-        sessions[-1][:40] in asked
-        and sessions[0] not in asked
-        and SPEC.task.payload["questions"][0]["question"] in asked
-    )
-    assert (
-        trajectory.outcome.answers[0].prediction
-        == chat.decode(chat.encode(answered)[: SPEC.max_answer_tokens]).strip()
-    )
+    assert sessions[-1][:40] in asked and sessions[0] not in asked
+    assert SPEC.task.payload["questions"][0]["question"] in asked
+    answer = chat.decode(chat.encode(answered)[: SPEC.max_answer_tokens]).strip()
+    assert trajectory.outcome.answers[0].prediction == answer
     assert {span.kind for segment in trajectory.segments for span in segment.spans} == {"act", "extract"}
 
 
 def test_a_call_of_the_model_is_executed(engine: VLLMPolicy, chat: ChatFormat) -> None:
-    """Guided: the turn shows the call, as SmolLM2-135M calls no tool by itself. Either search finds the fact, by words or by the real embedder."""
+    """The turn shows the call, because SmolLM2-135M calls no tool by itself. Either search finds the fact."""
     recorder, memory = _Recorder(engine), PagingMemory(MEMORY, _embedder)
-    agent = Agent(
-        LiveActor(recorder, WriteBatcher(ScriptedWriter()), SPEC, "basis"),
-        chat,
-        "You are helpful.",
-        "What is the cat called?",
-    )
+    actor = LiveActor(recorder, WriteBatcher(ScriptedWriter()), SPEC, "basis")
+    agent = Agent(actor, chat, "You are helpful.", "What is the cat called?")
 
     async def story() -> None:
         await memory.read(agent, FACT)
         memory._of(agent)._storage.run(Call("archival_insert", {"text": FACT}, followed=False))
-        await memory.answer(
-            agent,
-            'Search your messages: reply with {"call": "recall_search", "query": "Zorro"}',
-            SPEC.max_answer_tokens,
-        )
+        request = 'Search your messages: reply with {"call": "recall_search", "query": "Zorro"}'
+        await memory.answer(agent, request, SPEC.max_answer_tokens)
 
     asyncio.run(story())
     assert memory.events["recall_searches"] + memory.events["archival_searches"] >= 1

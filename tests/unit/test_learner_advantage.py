@@ -82,5 +82,5 @@ def test_a_failed_sibling_is_no_reward_of_0(name: str) -> None:
 
 @pytest.mark.parametrize("advantages", [[1.0], [1.0, 2.0, 3.0], [1.0, math.nan]])
 def test_an_estimator_must_give_one_finite_advantage_for_each(advantages: list[float]) -> None:
-    with pytest.raises(LearnerError, match="for the rewards .* of task t: one finite number for each"):
+    with pytest.raises(LearnerError, match=r"for the rewards .* of task t: one finite number for each"):
         score(siblings([1.0, 0.5], failures=0), lambda rewards: advantages)
