@@ -446,7 +446,10 @@ def test_the_recorder_keeps_what_the_settings_say(
         keeping.on_failures(config, 2, GroupSummary.of(replace(group, failed=failed)))
     row = EvaluationRow("TMEM before", MemoryConfig(question_blind=True), 7)
     for position in range(3):
-        keeping.on_evaluated(config, 0, position, row, replace(group, failed=()))
+        played = tuple(
+            replace(each, episode_id=f"{position}-{each.episode_id}") for each in group.trajectories
+        )
+        keeping.on_evaluated(config, 0, position, row, replace(group, trajectories=played, failed=()))
     keeping.close(30)
     assert keeping.lost == 0
     kept: list[Record] = [load(path) for path in list_records(tmp_path)]
