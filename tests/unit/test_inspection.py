@@ -9,6 +9,8 @@ import math
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -38,6 +40,7 @@ from actors.types import (
 from cluster import cli
 from cluster.fleet.contract import FinishedGroup
 from cluster.fleet.stream import Batch
+from cluster.inspection.background import Background
 from cluster.inspection.compare import Compared
 from cluster.inspection.page import render
 from cluster.inspection.record import (
@@ -477,6 +480,26 @@ def test_what_cannot_be_kept_is_counted_and_said_once(
     said = [line.getMessage() for line in caplog.records if "to be kept" in line.getMessage()]
     kept = f"warning: 2 episodes that were to be kept in {tmp_path / FOLDER} are not"
     assert said == [f"{kept} (RuntimeError: the object is lost)"]
+
+
+def test_work_that_hangs_costs_what_waits_behind_it() -> None:
+    begun, released = threading.Event(), threading.Event()
+
+    def work(item: int) -> None:
+        begun.set()
+        released.wait(20)
+
+    hanging = Background("hanging", work, str, most_waiting=2)
+    hanging.submit(0)
+    assert begun.wait(20)
+    before = time.monotonic()
+    for item in range(1, 4):
+        hanging.submit(item)
+    assert (hanging.lost, hanging.problem) == (1, "more came than it could take")
+    hanging.close(0.05)
+    assert time.monotonic() - before < 5
+    assert (hanging.lost, hanging.done) == (3, 0)
+    released.set()
 
 
 def test_a_real_browser_shows_the_page_and_runs_nothing(hostile: EpisodeRecord, tmp_path: Path) -> None:
