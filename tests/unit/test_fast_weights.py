@@ -276,6 +276,9 @@ def test_delta_zero_is_the_base_model_to_the_bit() -> None:
     assert torch.equal(logits(model), base)
     with injector.use(stack([zero(basis), None, None], basis, torch.float32, "cpu")):
         assert torch.equal(logits(model), base)
+    injector.remove()
+    with injector.use(stack([random_weights(basis, 1)] * 3, basis, torch.float32, "cpu")):
+        assert torch.equal(logits(model), base)
 
 
 def test_gradients_reach_theta_and_never_the_constants() -> None:
