@@ -753,6 +753,6 @@ def test_the_engine_starts_after_modules_that_answer_oddly(tiny_model_path: Path
         [sys.executable, "-c", _AFTER_ODD_MODULES, str(tiny_model_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert ended.returncode == 0, ended.stderr[-2000:]

@@ -170,6 +170,9 @@ def test_the_store_gives_back_what_was_put_and_refuses_what_was_not() -> None:
         torch.equal(loaded.loras[name].lora_a, a[name]) and torch.equal(again.loras[name].lora_a, own[name])
         for name in a
     )
+    store.drop("mem://two")
+    store.put("mem://two", b, {})  # nothing of the dropped revision is left: A is the basis again
+    assert torch.equal(store.load(LoRARequest("two", 9, "mem://two")).loras["left"].lora_a, a["left"])
     store.drop("mem://one")
     with pytest.raises(EngineError, match="mem://one is not in the store"):
         store.load(request)
