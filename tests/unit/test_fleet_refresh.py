@@ -83,6 +83,37 @@ def test_a_refresh_reports_its_drain_and_phase_seconds_are_counted_once() -> Non
     assert (first["act"], first["idle"]) == (3.0, 1.0) and set(second.values()) == {0.0}
 
 
+def test_a_worker_that_takes_new_weights_is_given_no_task_and_another_works_on() -> None:
+    lab = Lab(2)
+    first, second = lab.all.values()
+    load, go_on = first.refresh, asyncio.Event()
+
+    async def slow_load(weights: ObjectStoreWeights) -> WorkerReport:
+        await go_on.wait()
+        return await load(weights)
+
+    async def body() -> None:
+        plan = FleetPlan(lab.launch, lambda: 2, 0, 1, 60.0, lab.said.append, in_flight=False)
+        fleet = ElasticFleet([first, second], plan, newest=None)
+        stream_plan = StreamPlan(steps=1, per_step=3, max_staleness=1, credits=3, stall_s=5.0)
+        stream = GroupStream(stream_plan, [first, second], 0, lab.ledger, StreamCalls(task_at))
+        await fleet.start(stream)
+        lab.trainer.version = 1
+        fleet.begin(Channel().publish(lab.trainer))  # one at a time: the first loads, the second serves
+        await settle()
+        batch = await stream.take()
+        assert (first.positions, second.positions) == ([], [0, 1, 2])
+        assert {group.summary.policy_version for group in batch.groups} == {0}
+        go_on.set()
+        await fleet.finish()
+        await fleet.close()
+        await stream.close()
+
+    first.refresh = slow_load  # type: ignore[method-assign]
+    asyncio.run(asyncio.wait_for(body(), 20))
+    assert first.version == second.version == 1
+
+
 def test_the_newest_version_is_loaded_again_on_demand() -> None:
     """After an evaluation: so a worker's caches are those of a worker that has just started with it."""
     lab, loaded = Lab(1), list[PolicyVersion]()
