@@ -210,8 +210,6 @@ def _say_next(config: RunConfig, folder: RunFolder, display: Display) -> None:
         display.say(f"best:     {best} (held-out F1 {100 * (score_of(best) or 0.0):.1f} %)")
     if saved:
         steps, tasks = max(1, config.train.steps) * 2, config.evaluation.tasks * 4
-        command = "engram"
-        display.say(f"train on: {command} train {folder.config} resume={saved[-1]} train.steps={steps}")
-        display.say(
-            f"evaluate: {command} evaluate {folder.config} checkpoint={saved[-1]} evaluation.tasks={tasks}"
-        )
+        display.say(f"train on: engram train {folder.config} resume={saved[-1]} train.steps={steps}")
+        checkpoint = f"checkpoint={saved[-1]} evaluation.tasks={tasks}"
+        display.say(f"evaluate: engram evaluate {folder.config} {checkpoint}")
