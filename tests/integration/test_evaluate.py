@@ -1,6 +1,7 @@
-"""``python -m cluster evaluate`` on real Ray and vLLM: killed in the middle as a machine that goes down would, then gone on with.
+"""``evaluate`` on real Ray and vLLM: killed in the middle, as by a power cut, then resumed.
 
-The tiny model is random and earns no score; what is tested is that nothing finished is run again, and that the report is complete.
+The tiny model is random and earns no score. Tested is that no finished episode runs again, and that the
+report is complete.
 """
 
 from __future__ import annotations
@@ -37,18 +38,14 @@ def environment() -> dict[str, str]:
 
 def played(folder: Path) -> dict[str, list[str]]:
     """The tasks that are on disk, by cell; a line that is being written does not count."""
-    found: dict[str, list[str]] = {}
+    tasks: dict[str, list[str]] = {}
     for path in sorted((folder / "cells").glob("*.json*")):
         if path.suffix == ".jsonl":
-            lines = path.read_text().split("\n")[1:-1]
-            found[path.stem] = [
-                episode["task_id"] for line in lines for episode in json.loads(line)["episodes"]
-            ]
-        elif path.suffix == ".json":
-            found[path.stem] = [
-                episode["task_id"] for episode in json.loads(path.read_text())["result"]["episodes"]
-            ]
-    return found
+            parts = [json.loads(line) for line in path.read_text().split("\n")[1:-1]]
+        else:
+            parts = [json.loads(path.read_text())["result"]]
+        tasks[path.stem] = [episode["task_id"] for part in parts for episode in part["episodes"]]
+    return tasks
 
 
 def wait_for(process: subprocess.Popen[str], runs: Path, enough: int, deadline_s: float) -> Path:
@@ -61,10 +58,10 @@ def wait_for(process: subprocess.Popen[str], runs: Path, enough: int, deadline_s
                 return folder
         time.sleep(0.05)
     process.kill()
-    raise AssertionError(f"nothing to see after {deadline_s:.0f} s: {process.communicate()}")
+    raise AssertionError(f"no episode after {deadline_s:.0f} s: {process.communicate()}")
 
 
-def test_a_killed_evaluation_goes_on_with_what_is_missing(
+def test_a_killed_evaluation_resumes_with_what_is_missing(
     tiny_model_path: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     runs = tmp_path / "runs"

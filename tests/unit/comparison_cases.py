@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Container, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ MODEL = ResolvedModel(
     "tiny", Path("tiny"), "llama", 2, 64, 128, 2, 1, 32, 100, 512, True, (2,), "0123456789abcdef"
 )
 PEAK = PeakMemory(100, 0, "")
+PEAK_OF_A_START = 5000
 Counts = dict[tuple[str, int], int]  # by the cell's key and the task's position
 
 
@@ -77,15 +78,20 @@ def any_worker(worker: object) -> Any:
 
 
 class Worker:
-    """Plays every task. Dies at those of ``fatal`` and fails at those of ``failing`` until their count is used."""
+    """Plays every task. Dies at those of ``fatal`` and fails at those of ``failing`` while their count lasts.
+
+    Its peak is high when it starts, and PEAK after each episode.
+    """
 
     name = "worker-0"
 
     def __init__(self, fatal: Counts, failing: Counts, log: list[tuple[str, int]]) -> None:
         self._fatal, self._failing, self._log = fatal, failing, log
+        self._peak = PeakMemory(PEAK_OF_A_START, 0, "")
 
     async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
         await asyncio.sleep(0)
+        self._peak = max(self._peak, PEAK, key=lambda peak: peak.resident_bytes or 0)
         if self._fatal.get((row.label, position), 0) > 0:
             self._fatal[row.label, position] -= 1
             raise WorkerLost(f"worker-0 died during task {task.id}")
@@ -96,17 +102,19 @@ class Worker:
         return group(task, 0, rewards=[0.5])
 
     async def measure(self) -> PeakMemory:
-        return PEAK
+        """The peak since the last call."""
+        peak, self._peak = self._peak, PeakMemory(0, 0, "")
+        return peak
 
 
 class Stage:
-    """Ray and workers during a test: notes what was started and played."""
+    """Ray and workers during a test: notes what was started and played. ``broken_starts``: 1 is the first."""
 
     def __init__(
         self,
         monkeypatch: pytest.MonkeyPatch,
         fatal: Counts,
-        broken_starts: int = 0,
+        broken_starts: Container[int] = (),
         failing: Counts | None = None,
     ) -> None:
         self.played: list[tuple[str, int]] = []
@@ -120,7 +128,7 @@ class Stage:
     @asynccontextmanager
     async def _workers(self, specs: Sequence[WorkerSpec]) -> AsyncIterator[tuple[object, ...]]:
         self.starts += 1
-        if self.starts <= self._broken:
+        if self.starts in self._broken:
             raise StartupError("worker-0 did not start")
         yield (any_worker(Worker(self._fatal, self._failing, self.played)),)
 

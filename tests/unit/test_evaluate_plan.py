@@ -1,4 +1,4 @@
-"""Rows x benchmarks x seeds: which cells there are, what each is configured as, and every mistake as one line."""
+"""Rows x benchmarks x seeds: the cells, the configuration of each, and every mistake in one line."""
 
 from __future__ import annotations
 
@@ -68,7 +68,10 @@ def test_without_rows_it_is_truncation_and_the_configurations_own() -> None:
 
 @pytest.mark.parametrize("row", SHIPPED_ROWS)
 def test_every_shipped_row_is_a_memory_at_the_scale_of_the_base(row: str) -> None:
-    """L_max and token limits are the base's in every row, and T is in all but those that are another T: rows would differ in more than their name."""
+    """L_max and token limits are the base's in every row, and so is T, except in rows that are another T.
+
+    Else rows would differ in more than their name says.
+    """
     plan = plan_cells(request(rows=("truncation", row) if row != "truncation" else (row,)))
     base, config = plan.base, plan.cells[-1].config
     limits = ("max_context_tokens", "max_extract_tokens", "max_summary_tokens")
@@ -241,7 +244,7 @@ def test_every_row_can_be_asked_for_on_every_benchmarks_configuration(
     ) == len(SHIPPED_ROWS)
 
 
-def test_a_memory_of_ones_own_may_look_at_every_setting(tmp_path: Path) -> None:
+def test_a_custom_memory_may_use_every_setting(tmp_path: Path) -> None:
     row = tmp_path / "mine.yaml"
     row.write_text("memory: {policy: custom, custom: 'my_parts:build'}\n")
     sweep = ("write.epochs=1,5", "memory.max_summary_tokens=20,30")
@@ -295,10 +298,8 @@ def test_a_row_may_set_its_memory_only(tmp_path: Path) -> None:
     row = tmp_path / "mine.yaml"
     row.write_text("memory: {policy: full}\ntrain: {steps: 3}\n")
     message = refused(request(rows=(str(row),)))
-    assert (
-        message
-        == f"{row}: train.steps is not a setting of a row, which may set memory.*, write.*, fast_weights.* only"
-    )
+    allowed = "which may set memory.*, write.*, fast_weights.* only"
+    assert message == f"{row}: train.steps is not a setting of a row, {allowed}"
     assert "no such file" in refused(request(rows=(str(tmp_path / "gone.yaml"),)))
     benchmark = tmp_path / "bench.yaml"
     benchmark.write_text("memory: {policy: full}\n")

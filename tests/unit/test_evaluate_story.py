@@ -1,4 +1,4 @@
-"""``python -m cluster evaluate`` from the command line to its exit status, with scripted workers: what a user sees when it cannot go well."""
+"""``evaluate`` from the command line to its exit status, with scripted workers: what a user sees fail."""
 
 from __future__ import annotations
 
@@ -63,8 +63,10 @@ def test_a_cell_without_a_finished_episode_is_no_success(
     stage = Stage(monkeypatch, {}, failing=failing)
     text = complaint(capsys, 1, str(QUICKSTART), *settings, "--rows", "truncation,tmem")
     (folder,) = (tmp_path / "runs").iterdir()
-    said = "1 of 2 cells could not be measured, the first recall--tmem--seed0: all its 2 episodes failed, the first with engine: out of memory"
-    assert text == f"error: {said}; mend the cause, then --resume {folder} runs them again\n"
+    count = "1 of 2 cells could not be measured, the first recall--tmem--seed0"
+    why = "all its 2 episodes failed, the first with engine: out of memory"
+    cure = f"mend the cause, then --resume {folder} runs them again"
+    assert text == f"error: {count}: {why}; {cure}\n"
     assert (folder / "report" / "report.md").is_file()
     stage.played.clear()
     assert main(["evaluate", "--resume", str(folder)]) == 0
@@ -107,9 +109,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     for place, reason in (("/proc/nothere", "No such file or directory"), (str(file), "Not a directory")):
         text = complaint(capsys, 2, str(QUICKSTART), *settings, f"output_dir={place}", "--rows", "truncation")
         assert text.startswith(f"error: {place}/quickstart-evaluate-")
-        assert text.endswith(
-            f": cannot be written ({reason}); make room or get the right to it, or give another output_dir=FOLDER\n"
-        )
+        cure = "make room or get the right to it, or give another output_dir=FOLDER"
+        assert text.endswith(f": cannot be written ({reason}); {cure}\n")
 
 
 @pytest.mark.parametrize("rows", ["{mine},truncation", "truncation,{mine}"])
@@ -122,7 +123,7 @@ def test_a_memory_that_is_not_there_is_found_at_once(
     assert "memory.custom=no_such_parts:build: there is no module no_such_parts" in text
 
 
-def test_a_random_a_is_drawn_by_seed_for_a_memory_of_ones_own_too(
+def test_a_random_a_is_drawn_by_seed_for_a_custom_memory_too(
     settings: tuple[str, ...], tmp_path: Path
 ) -> None:
     mine = tmp_path / "mine.yaml"
@@ -140,7 +141,10 @@ def test_a_random_a_is_drawn_by_seed_for_a_memory_of_ones_own_too(
 def test_what_is_measured_of_the_model_does_not_depend_on_the_seeds_asked_for(
     settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two seeds, then one of them alone: its cell must find the basis that it began with. Measured is under the seed that run_basis is given."""
+    """Two seeds, then one of them alone: its cell must find the basis that it began with.
+
+    The sensitivity is measured under the seed that run_basis gets.
+    """
     seeds: list[int] = []
 
     def noted(model: Path, config: RunConfig) -> Basis:

@@ -60,7 +60,8 @@ def test_official(prediction: str, gold: str, category: int, score: float) -> No
     assert official_f1(prediction, gold, category) == pytest.approx(score)
 
 
-# LoCoMo's public evaluation (task_eval/evaluation.py), rule by rule. An accent may be a letter of its own: e + U+0301.
+# LoCoMo's public evaluation (task_eval/evaluation.py), rule by rule.
+# An accent may be a letter of its own: e + U+0301.
 @pytest.mark.parametrize(
     ("prediction", "gold", "category", "score"),
     [

@@ -7,12 +7,14 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from actors.types import Answer
+from actors.types import Answer, Task
 from cluster.common.display import Display
 from cluster.common.errors import CheckpointError
 from cluster.measure.report import (
@@ -37,11 +39,12 @@ from cluster.measure.rows import (
     load_row,
     row_metrics,
     save_row,
+    score_episode,
 )
 from cluster.measure.statistics import PairedDifference, bootstrap_interval
 from cluster.train.report import Comparison, TrainingReport, save_report, training_report
 from configs.schema import MemoryConfig
-from tests.unit.cluster_cases import group, task_at
+from tests.unit.cluster_cases import group, task_at, trajectory
 
 PNG = b"\x89PNG"
 
@@ -77,7 +80,7 @@ DOCUMENT = Document(
             "writer",
             "One against the other.",
             (
-                Table("", ("case", "s [95 %]"), (("a|b", "1 [0, 2]"),), "s: seconds"),
+                Table("", ("case", "s [95 %]"), (("[red]|b", "1 [0, 2]"),), "s: seconds"),
                 Table("Memory", ("rows", "MiB"), (("8", "12"),), "s: seconds"),
                 Table("All rows", ("rows",), (("1",),), "never said", detail=True),
             ),
@@ -98,7 +101,7 @@ One against the other.
 
 | case | s [95 %] |
 | --- | --- |
-| a\|b | 1 [0, 2] |
+| [red]\|b | 1 [0, 2] |
 
 s: seconds
 
@@ -140,7 +143,7 @@ def test_a_document_on_the_terminal() -> None:
     text = file.getvalue()
     lines = [line.strip() for line in text.splitlines()]
     assert "writer" in lines and "writer: Memory" in lines and "End" in lines
-    assert "a|b" in text and "1 [0, 2]" in text and "s [95 %]" in text
+    assert "[red]|b" in text and "1 [0, 2]" in text and "s [95 %]" in text
     assert text.count("s: seconds") == 1
     assert text.index("12") < text.index("s: seconds") < text.index("measured twice")
     for hidden in ("All rows", "never said", "two cores", "Problems"):
@@ -208,6 +211,35 @@ def test_rows_are_compared_on_the_tasks_that_both_finished() -> None:
     difference = compare(before, after, "f1", 50, 0)
     assert difference.count == 2
     assert difference.mean == pytest.approx(0.2)
+    silent = replace(episode(1, 0.9), answers=())  # finished, but nothing was asked
+    assert compare(before, replace(after, episodes=(silent, episode(2, 0.7))), "f1", 50, 0).count == 1
+
+
+def test_an_episode_is_kept_without_its_tokens() -> None:
+    """Two segments of four tokens, two sampled in each; a third of six, all read."""
+    played = trajectory(task_at(0), 4, 0.5, writes=("accepted", "rolled_back", "accepted"), seconds=2.5)
+    first = played.segments[0]
+    long = replace(
+        first,
+        token_ids=np.arange(6, dtype=np.int32),
+        action_mask=np.zeros(6, dtype=bool),
+        logprobs=np.zeros(6, dtype=np.float32),
+        spans=(),
+    )
+    score = score_episode(replace(played, segments=(first, first, long)))
+    assert (score.prompt_tokens, score.generated_tokens, score.peak_context) == (10, 4, 6)
+    assert score.writes == {"accepted": 2, "empty": 0, "rolled_back": 1}
+    assert (score.task_id, score.reward, score.seconds) == ("t0", 0.5, 2.5)
+
+
+def test_an_item_is_what_the_task_asks() -> None:
+    """The same under every seed and id, another in another environment."""
+    base = trajectory(Task("t0", "recall", {"ask": "Where?"}, 0), 0, 0.5)
+    item = score_episode(base).item
+    same = replace(base, task=Task("t7", "recall", {"ask": "Where?"}, 7))
+    assert score_episode(same).item == item
+    for other in (Task("t0", "search", {"ask": "Where?"}, 0), Task("t0", "recall", {"ask": "Who?"}, 0)):
+        assert score_episode(replace(base, task=other)).item != item
 
 
 def test_a_row_survives_its_file(tmp_path: Path) -> None:
