@@ -75,6 +75,22 @@ def test_a_cell_without_a_finished_episode_is_no_success(
     assert {path.suffix for path in (folder / "cells").iterdir()} == {".json"}
 
 
+def test_a_cell_that_was_given_up_is_no_success(
+    settings: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fatal: Counts = {("recall--truncation--seed0", 1): 9}
+    Stage(monkeypatch, fatal)
+    text = complaint(capsys, 1, str(QUICKSTART), *settings, "--rows", "truncation,tmem")
+    problem = "the first recall--truncation--seed0: worker-0 died during task recall-eval-0-1; mend the cause"
+    assert f"error: 1 of 2 cells could not be measured, {problem}" in text
+    (folder,) = (tmp_path / "runs").iterdir()
+    report = (folder / "report" / "report.md").read_text()
+    assert "- recall, truncation: NOT MEASURED, seed 0: worker-0 died during task recall-eval-0-1" in report
+
+
 def test_an_evaluation_that_runs_is_left_alone_by_a_second_one(
     settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

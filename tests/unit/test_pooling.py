@@ -114,11 +114,11 @@ def test_a_question_under_several_seeds_is_no_new_evidence(tmp_path: Path) -> No
 
 def test_seeds_of_one_question_are_averaged(tmp_path: Path) -> None:
     """The first question gained (1 + 0) / 2, the other 0."""
-    pool = pooled(
-        save_run(tmp_path, "tmem", 0, {"before": [0.0, 0.0], "after_rl": [1.0, 0.0]}, item=FIXED),
-        save_run(tmp_path, "tmem", 1, {"before": [0.5], "after_rl": [0.5]}, item=FIXED),
-    )
+    first = save_run(tmp_path, "tmem", 0, {"before": [0.0, 0.0], "after_rl": [1.0, 0.0]}, item=FIXED)
+    second = save_run(tmp_path, "tmem", 1, {"before": [0.5], "after_rl": [0.5]}, item=FIXED)
+    pool = pooled(second, first)  # in the order of seeds all the same
     (gain,) = pool.gains
+    assert rows_of(pool, 0)[0][0] == "tmem (seeds 0, 1)"
     assert (gain.difference.count, gain.difference.mean, gain.by_seed) == (2, 0.25, (0.5, 0.0))
 
 
@@ -217,12 +217,14 @@ def test_what_does_not_belong_together_is_refused_in_one_line(
     damaged = save_run(tmp_path, "damaged", 0, done)
     (damaged / "report" / "report.json").write_text('{"rewards": ["0.1"]}')
     again, longer = (save_run(tmp_path, "tmem", seed, done, ["train.steps=9"]) for seed in (0, 1))
+    second = save_run(tmp_path, "tmem", 1, done)
     unfinished = save_run(tmp_path, "unfinished", 0, {"before": [0.0]})
     cases = [
         ([tmp_path / "nowhere"], "holds no config.yaml"),
         ([unfinished], "its run has not finished"),
         ([damaged], r"report\.json cannot be used: rewards.0: .*; go on with resume="),
         ([first, again], "is a second run of name=tmem seed=0"),
+        ([first, second, again], "is a second run of name=tmem seed=0"),
         ([first, longer], "has train.steps=9.* nothing but seed, model.name"),
     ]
     for folders, part in cases:
