@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.fast_weights.basis import load_basis
+from actors.fast_weights.basis import BasisError, load_basis, save_basis
 from actors.fast_weights.delta import Basis
 from cluster.cli import main
 from cluster.evaluation import prepare
 from cluster.evaluation.plan import Request
 from cluster.evaluation.prepare import Comparison, prepare_comparison
 from cluster.measure.rows import score_episode
+from cluster.runs.checkpoint import START, Checkpoint
 from cluster.runs.run_lock import held
-from cluster.train.prepare import run_basis
+from cluster.train.prepare import BASIS_FILE, run_basis
+from configs.load import load_config, to_yaml
 from configs.schema import RunConfig
 from tests.unit.cluster_cases import task_at, trajectory
 from tests.unit.comparison_cases import Counts, Stage
@@ -152,6 +154,27 @@ def test_a_random_a_is_drawn_by_seed_for_a_custom_memory_too(
         == names["recall--truncation--seed1"]
         == names["recall--mine--seed0"]
     )
+
+
+def test_a_checkpoint_brings_the_basis_that_its_policy_learnt_with(
+    settings: tuple[str, ...], tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of other fast weights gets its own basis. A damaged basis is found before any worker starts."""
+    run = tmp_path / "old"
+    saved = run / "checkpoints" / "step-000002"
+    saved.mkdir(parents=True)
+    config = load_config(QUICKSTART, settings)
+    (saved / "config.yaml").write_text(to_yaml(config))
+    save_basis(run_basis(tiny_model_path, config), run / BASIS_FILE)
+    monkeypatch.setattr(prepare, "load_checkpoint", lambda path: Checkpoint(path, replace(START, version=2)))
+    request = Request(QUICKSTART, settings, saved, ("tmem", "seal"), (), (), "", (), "")
+    compared = prepare_comparison(request)
+    assert compared.bases["recall--tmem--seed0"] == run / BASIS_FILE
+    assert compared.bases["recall--seal--seed0"].parent == compared.folder / "bases"
+    assert (compared.policy_path, compared.version) == (saved / "learner" / "model", 2)
+    (run / BASIS_FILE).write_bytes(b"")
+    with pytest.raises(BasisError):
+        prepare_comparison(request)
 
 
 def test_what_is_measured_of_the_model_does_not_depend_on_the_seeds_asked_for(
