@@ -39,15 +39,8 @@ COST_LEGEND = (
     "KV: computed for the longest context."
 )
 COST_HEADER = (
-    "row",
-    "tokens",
-    "s/ep",
-    "longest context",
-    "KV MiB",
-    "memory MiB",
-    "GPU MiB",
-    "writes",
-    "judge",
+    *("row", "tokens", "s/ep", "longest context", "KV MiB", "memory MiB", "GPU MiB"),
+    *("writes", "judge"),
 )
 _MIB = 1024 * 1024
 _MOST_MESSAGES = 3  # different failures shown of each row
@@ -64,15 +57,18 @@ class ComparisonReport:
     differences: tuple[Difference, ...]
     bootstrap: Bootstrap
 
-    def document(self, plots: Sequence[Path] = ()) -> Document:
-        benchmarks = dict.fromkeys(row.benchmark for row in self.rows)
-        verdicts = tuple(map(_verdict, self.differences))
-        ends = (
-            Section("Comparisons", notes=verdicts),
-            Section("Problems", notes=tuple(self.problems())),
-        )
-        sections = (self._section(benchmark, plots) for benchmark in benchmarks)
-        return Document("Evaluation", self.facts, (*sections, *ends))
+    @property
+    def benchmarks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(row.benchmark for row in self.rows))
+
+    def document(self, plots: Mapping[str, Sequence[Path]] | None = None) -> Document:
+        """``plots``: by benchmark."""
+        sections = [
+            self._section(benchmark, (plots or {}).get(benchmark, ())) for benchmark in self.benchmarks
+        ]
+        sections.append(Section("Comparisons", notes=tuple(map(_verdict, self.differences))))
+        sections.append(Section("Problems", notes=tuple(self.problems())))
+        return Document("Evaluation", self.facts, tuple(sections))
 
     def of(self, benchmark: str) -> list[tuple[RowSummary, Cost]]:
         pairs = zip(self.rows, self.costs, strict=True)
@@ -122,20 +118,17 @@ class ComparisonReport:
         rows = [row for row, _ in self.of(benchmark)]
         tables = [self._score_table(benchmark), *(self._categories(rows, score) for score in _scores(rows))]
         tables += [self._cost_table(benchmark), self._events(benchmark)]
-        own = tuple(plot for plot in plots if plot.name.startswith(f"{slug(benchmark)}-"))
-        return Section(benchmark, tables=tuple(table for table in tables if table.rows), plots=own)
+        shown = tuple(table for table in tables if table.rows)
+        return Section(benchmark, tables=shown, plots=tuple(plots))
 
     def _score_table(self, benchmark: str) -> Table:
         rows = [row for row, _ in self.of(benchmark)]
         scores, parts = _scores(rows), sorted({part for row in rows for part in row.reward_parts()})
-        compared = {
-            difference.label: difference
-            for difference in self.differences
-            if difference.benchmark == benchmark
-        }
-        baselines = sorted({difference.baseline for difference in compared.values()})
+        compared = {d.label: d for d in self.differences if d.benchmark == benchmark}
+        baselines = sorted({d.baseline for d in compared.values()})
         against = f"F1 against {baselines[0] if len(baselines) == 1 else 'its baseline'}"
         header = ["row", "tasks", *(f"{_shown(score)} % [95% CI]" for score in scores), *parts]
+        header += [against, "p"] if compared else []
         lines = []
         for row in rows:
             line = [row.label, _tasks(row)]
@@ -144,13 +137,8 @@ class ComparisonReport:
                 f"{row.reward_parts()[part]:.3f}" if part in row.reward_parts() else "-" for part in parts
             ]
             lines.append((*line, *(_change(compared.get(row.label)) if compared else ())))
-        count = sum(difference.difference.count > 0 for difference in self.differences)
-        return Table(
-            "Scores",
-            (*header, *((against, "p") if compared else ())),
-            tuple(lines),
-            SCORES_LEGEND.format(count=count),
-        )
+        count = sum(d.difference.count > 0 for d in self.differences)
+        return Table("Scores", tuple(header), tuple(lines), SCORES_LEGEND.format(count=count))
 
     def _categories(self, rows: Sequence[RowSummary], score: str) -> Table:
         """A column for each category; without rows where there is one category."""
@@ -195,30 +183,20 @@ class ComparisonReport:
 def save_comparison(report: ComparisonReport, folder: Path) -> list[Path]:
     """Write report.md, report.csv, report.json and the plots; return their paths. Raises OSError."""
     folder.mkdir(exist_ok=True)
-    benchmarks = dict.fromkeys(row.benchmark for row in report.rows)
-    plots = [
-        path
-        for benchmark in benchmarks
-        for path in save_plots(report.of(benchmark), report.bootstrap, folder)
-    ]
-    compared = [
-        {
-            "benchmark": d.benchmark,
-            "row": d.label,
-            "baseline": d.baseline,
-            **asdict(d.difference),
-            "adjusted_p": d.adjusted_p,
-        }
+    plots = {
+        benchmark: save_plots(report.of(benchmark), report.bootstrap, folder)
+        for benchmark in report.benchmarks
+    }
+    figures = list(report.figures())
+    comparisons = [
+        {"benchmark": d.benchmark, "row": d.label, "baseline": d.baseline}
+        | asdict(d.difference)
+        | {"adjusted_p": d.adjusted_p}
         for d in report.differences
     ]
-    figures = list(report.figures())
-    data = {
-        "facts": report.facts,
-        "figures": figures,
-        "comparisons": compared,
-        "problems": report.problems(),
-    }
-    return [*save_document(report.document(plots), folder, data, figures), *plots]
+    data = {"facts": report.facts, "figures": figures, "comparisons": comparisons}
+    paths = save_document(report.document(plots), folder, {**data, "problems": report.problems()}, figures)
+    return [*paths, *(path for drawn in plots.values() for path in drawn)]
 
 
 # --- cells of the tables ----------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def report() -> ComparisonReport:
 
 
 def test_markdown_is_as_it_should_be() -> None:
-    text = markdown(report().document([Path("recall-cost-tokens.png")]))
+    text = markdown(report().document({"recall": [Path("recall-cost-tokens.png")]}))
     assert text.startswith(GOLDEN)
     cost = text[text.index("### Cost") :]
     assert "| truncation | 100+20 | 1.5 | 70 | 0.0 | 512 | - | 4/0/0 | usd 1 |" in cost
