@@ -146,29 +146,16 @@ def test_a_trace_of_the_run_holds_the_episode(tracker: MlflowTracker, uri: str) 
     assert (traces.sent, traces.dropped) == (2, 0)
     assert mlflow.get_tracking_uri() == before  # no state of the process is touched
     experiment = MlflowClient(uri).get_run(tracker.run_id).info.experiment_id
-    found = TracingClient(uri).search_traces(
+    traces_held = TracingClient(uri).search_traces(
         experiment_ids=[experiment], filter_string=f"metadata.`mlflow.sourceRun` = '{tracker.run_id}'"
     )
-    assert len(found) == 2
-    trace, failed = sorted(found, key=lambda one: str(one.info.state))[::-1]
+    assert len(traces_held) == 2
+    trace, failed = sorted(traces_held, key=lambda trace: str(trace.info.state))[::-1]
     assert trace.info.trace_metadata["mlflow.sourceRun"] == tracker.run_id
     spans = trace.data.spans
-    assert [span.name for span in spans] == [
-        *(
-            "episode",
-            "observe",
-            "extract",
-            "write",
-            "receipt",
-            "observe",
-            "extract",
-            "write",
-            "observe",
-            "extract",
-            "write",
-        ),
-        *("observe", "act", "answer", "reward"),
-    ]
+    context = ("observe", "extract", "write")
+    answered = ("observe", "act", "answer", "reward")
+    assert [span.name for span in spans] == ["episode", *context, "receipt", *context, *context, *answered]
     root = spans[0]
     assert root.parent_id is None and all(span.parent_id for span in spans[1:])
     assert all(
@@ -182,19 +169,14 @@ def test_a_trace_of_the_run_holds_the_episode(tracker: MlflowTracker, uri: str) 
     }
     assert by_name["write"].outputs["loss_before"] == 3.5 and by_name["write"].outputs["loss_after"] == 0.5
     assert by_name["write"].get_attribute("steps") == 15
-    assert (
-        by_name["receipt"].outputs == {"receipt": "passed"}
-        and by_name["receipt"].parent_id == by_name["write"].span_id
-    )
+    assert by_name["receipt"].outputs == {"receipt": "passed"}
+    assert by_name["receipt"].parent_id == by_name["write"].span_id
     assert by_name["answer"].inputs["gold"] == ["Nora"]
     assert by_name["reward"].outputs == {"reward": 0.5, "parts": {"f1": 0.5}, "siblings": [0.5, 0.0]}
     writes = [span for span in spans if span.name == "write"]
     assert [span.outputs["outcome"] for span in writes] == ["accepted", "rolled_back", "empty"]
-    assert [span.status.status_code for span in writes] == [
-        SpanStatusCode.OK,
-        SpanStatusCode.ERROR,
-        SpanStatusCode.OK,
-    ]
+    codes = [span.status.status_code for span in writes]
+    assert codes == [SpanStatusCode.OK, SpanStatusCode.ERROR, SpanStatusCode.OK]
     assert writes[1].status.description == "the loss rose"
     assert writes[2].outputs["loss_after"] is None  # there is none: no NaN in the store
     assert [span.name for span in failed.data.spans] == ["episode"]
@@ -215,8 +197,8 @@ def test_a_store_that_is_away_costs_traces_which_are_counted(
     assert time.monotonic() - began < 1  # who adds never waits
     traces.close(60)
     assert (traces.sent, traces.dropped) == (0, 100)
-    said = [line.getMessage() for line in caplog.records if "episode traces" in line.getMessage()]
-    assert len(said) == 1 and "http://127.0.0.1:9 did not take 100 episode traces" in said[0]
+    (warning,) = (line.getMessage() for line in caplog.records if "episode traces" in line.getMessage())
+    assert "http://127.0.0.1:9 did not take 100 episode traces" in warning
 
 
 def test_the_data_of_a_run_are_its_inputs(tracker: MlflowTracker, uri: str, tmp_path: Path) -> None:
@@ -229,25 +211,20 @@ def test_the_data_of_a_run_are_its_inputs(tracker: MlflowTracker, uri: str, tmp_
     tracker.dataset(dataset_values(conversation, "evaluation"))
     first = dataset_values(conversation, "evaluation")
     talks.write_text("[1]")
-    assert (
-        dataset_values(conversation, "evaluation")["digest"] != first["digest"]
-    )  # the content is meant, not the name
+    changed = dataset_values(conversation, "evaluation")
+    assert changed["digest"] != first["digest"]  # the content counts, not the name
     tracker.finish("FINISHED")
     inputs = MlflowClient(uri).get_run(tracker.run_id).inputs.dataset_inputs
-    assert min((one.dataset.name, one.dataset.source_type) for one in inputs) == (
-        "conversation talks.json",
-        "local",
-    )
     contexts = {
-        (one.dataset.name, tag.value)
-        for one in inputs
-        for tag in one.tags
+        (source.dataset.name, tag.value)
+        for source in inputs
+        for tag in source.tags
         if tag.key == "mlflow.data.context"
     }
     assert ("conversation talks.json", "evaluation") in contexts and ("recall", "training") in contexts
-    assert json.loads(next(one.dataset.source for one in inputs if one.dataset.source_type == "local")) == {
-        "uri": str(talks)
-    }
+    (files,) = (source.dataset for source in inputs if source.dataset.source_type == "local")
+    assert files.name == "conversation talks.json"
+    assert json.loads(files.source) == {"uri": str(talks)}
 
 
 @pytest.fixture
@@ -297,7 +274,7 @@ def test_kept_checkpoints_are_models_with_aliases_and_come_once(
     assert best.tags["engram.folder"] == str(run_dir / "checkpoints" / "step-000005")
     assert best.run_id == tracker.run_id
     assert len(client.search_model_versions("name = 'engram-quick'")) == 2
-    model = next(one for one in logged if one.name == "quick-1-step-000005")
+    (model,) = (model for model in logged if model.name == "quick-1-step-000005")
     assert (
         model.status == "READY"
         and model.params["policy_version"] == "6"
