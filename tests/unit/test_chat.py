@@ -38,6 +38,21 @@ NO_STOP = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+MERGES = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
+)
+DOUBLE_BREAK = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
+FIRST_TURN_DIFFERS = DOUBLE_BREAK.replace(
+    "+ m['role']", "+ ('first ' if loop.index0 == 1 else '') + m['role']"
+)
+PROMPT_ENDS_OPEN = DOUBLE_BREAK.replace(
+    "'<|im_end|>\n' }}", "('' if add_generation_prompt and loop.last else '<|im_end|>\n') }}"
+)
 DROPS = "{{ '<|im_start|>' + messages[-1]['content'] + '<|im_end|>' }}"
 
 MESSAGES = [
@@ -103,6 +118,24 @@ def test_pieces_are_the_templates_tokens(tiny_model_path: Path, template: str | 
     assert tokenizer.convert_ids_to_tokens(chat.stop_token_ids[0]) == eos
 
 
+def test_line_breaks_are_encoded_as_they_stand_before_a_word(tiny_model_path: Path) -> None:
+    """SmolLM2 has one token for two line breaks at the end of a text, and two tokens before a word."""
+    tokenizer = copy.deepcopy(_base(tiny_model_path))
+    tokenizer.chat_template = DOUBLE_BREAK
+    chat = ChatFormat(tokenizer)
+    pieces = chat.system("You are brief.") + chat.user("Hello") + chat.assistant_open
+    messages = [MESSAGES[0], {"role": "user", "content": "Hello"}]
+    assert list(pieces) == tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_a_reply_ends_with_its_turn_or_with_the_text(tiny_model_path: Path) -> None:
+    tokenizer = _tokenizer(tiny_model_path, LLAMA3, "<|endoftext|>")
+    stops = tokenizer.convert_ids_to_tokens(ChatFormat(tokenizer).stop_token_ids)
+    assert stops == ["<|eot_id|>", "<|endoftext|>"]
+
+
 def test_qwen3_replies_open_without_thoughts(tiny_model_path: Path) -> None:
     tokenizer = _tokenizer(tiny_model_path, QWEN3)
     chat = ChatFormat(tokenizer)
@@ -149,6 +182,9 @@ def test_decode_gives_the_text_back(tiny_model_path: Path, text: str) -> None:
         (NO_SYSTEM, "System role not supported"),
         (NO_STOP, "no special token"),
         (DROPS, "leaves a message out"),
+        (MERGES, "merges the chat template with the text"),
+        (FIRST_TURN_DIFFERS, "does not write each turn the same way"),
+        (PROMPT_ENDS_OPEN, "does not write each turn the same way"),
         ("", "no chat template"),
     ],
 )

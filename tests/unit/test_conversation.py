@@ -73,6 +73,16 @@ def test_max_sessions_keeps_the_last_ones_up_to_the_evidence(
     assert len(texts) == len(dates) and all(date in text for date, text in zip(dates, texts, strict=True))
 
 
+def test_evidence_from_no_session_of_the_file_leaves_the_last_ones(tmp_path: Path) -> None:
+    items = json.loads(SAMPLE.read_text())
+    items[0]["qa"][0]["evidence"] = ["D0:1"]
+    path = tmp_path / "evidence.json"
+    path.write_text(json.dumps(items))
+    config = ConversationConfig(path=str(path), max_sessions=1)
+    (text,) = _told(ConversationEnvironment(config), _task("harbour", 0))
+    assert "17 March" in text
+
+
 @pytest.mark.parametrize(
     ("question", "answer", "scores"),
     [

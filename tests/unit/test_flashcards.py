@@ -15,6 +15,7 @@ from actors.text.flashcards import (
     extraction_prompt,
     parse_flashcards,
     render_flashcards,
+    unused_items,
     write_example,
 )
 from actors.types import Flashcard
@@ -65,6 +66,9 @@ OBJECT = '{"instruction": "a", "output": "b"}'
         ),  # a lone surrogate, which no tokenizer can encode
         ('[{"instruction": "誰が来た?", "output": "田中さん"}]', (Flashcard("誰が来た?", "田中さん"),), 0),
         (json.dumps([{"instruction": "x" * (MAX_SIDE_CHARACTERS + 1), "output": "b"}]), (), 1),
+        # An escaped backslash ends before the quote, an escaped quote does not end the string.
+        ('[{"instruction": "a\\\\", "output": "b"}, 3]', (Flashcard("a\\", "b"),), 1),
+        ('[{"instruction": "a\\\\\\"]", "output": "b"}, 3]', (Flashcard('a\\"]', "b"),), 1),
         (f"[{OBJECT}, {{'instruction': 'c'}}]", (AB,), 1),
         (f"[{OBJECT} {OBJECT}]", (), 1),  # a missing comma spoils the item, never the process
     ],
@@ -80,6 +84,7 @@ def test_parse(text: str, cards: tuple[Flashcard, ...], rejected: int) -> None:
     [
         (f"[{OBJECT}", (AB,)),
         (f"[{OBJECT},", (AB,)),
+        (f"[{OBJECT}, 3", (AB,)),
         (f'[{OBJECT}, {{"instruction": "c", "outp', (AB,)),
         (f'[{OBJECT}, {{"instruction": "c", "output": "d}}', (AB,)),
         ("[", ()),
@@ -90,7 +95,7 @@ def test_complete_objects_of_an_array_that_breaks_off_are_kept(
     text: str, cards: tuple[Flashcard, ...]
 ) -> None:
     parsed = parse_flashcards(text, limit=32)
-    assert parsed.cards == cards
+    assert (parsed.cards, parsed.rejected) == (cards, 0)  # the broken end is no item
     assert parsed.problem == "the JSON array breaks off"
 
 
@@ -103,11 +108,24 @@ def test_complete_objects_of_an_array_that_breaks_off_are_kept(
         ("[]", "the JSON array is empty"),
         ("[ \n]", "the JSON array is empty"),
         ("[1, 2]", "none of the array's 2 items is a question with an answer"),
+        ("[1, 2] and [3", "none of the array's 2 items is a question with an answer"),
     ],
 )
 def test_an_empty_extraction_says_why(text: str, problem: str) -> None:
     parsed = parse_flashcards(text, limit=32)
     assert (parsed.cards, parsed.problem) == ((), problem)
+
+
+def test_cards_are_found_behind_a_few_other_arrays() -> None:
+    assert parse_flashcards("[1] " * 7 + f"[{OBJECT}]", limit=32).cards == (AB,)
+    assert parse_flashcards("[1] " * 100 + f"[{OBJECT}]", limit=32).cards == ()  # the work is bounded
+
+
+def test_unused_items_are_those_that_became_no_card() -> None:
+    text = f'[1] [{OBJECT}, "x", {OBJECT}, {{"instruction": "c", "output": "d"}}]'
+    cards = parse_flashcards(text, limit=1).cards
+    assert cards == (AB,)
+    assert unused_items(text, cards) == ("1", '"x"', OBJECT, '{"instruction": "c", "output": "d"}')
 
 
 def test_limit() -> None:

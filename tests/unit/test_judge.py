@@ -365,6 +365,12 @@ def test_a_judge_that_hangs_ends_by_its_deadline(serve: Callable[..., Server], s
     )
 
 
+def test_pauses_double_up_to_a_bound() -> None:
+    for number in range(12):
+        pause = min(20.0, 0.5 * 2**number)
+        assert 0.75 * pause <= judge_module._pause(number) <= 1.25 * pause
+
+
 def test_a_wait_that_the_endpoint_asks_for_is_kept_but_not_beyond_the_deadline(
     serve: Callable[..., Server],
 ) -> None:

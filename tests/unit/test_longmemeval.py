@@ -68,6 +68,14 @@ def test_sessions_come_in_order_of_time_and_evidence_keeps_its_session() -> None
     assert [c.questions[0].evidence_sessions for c in (boat, count, dog)] == [(2,), (1, 2), (1,)]
 
 
+def test_a_mark_that_is_not_true_is_no_evidence(tmp_path: Path) -> None:
+    def mark(items: Any) -> None:
+        for turn in items[0]["haystack_sessions"][0]:
+            turn["has_answer"] = "no"
+
+    assert read_longmemeval(str(_changed(tmp_path, mark)))[0].questions[0].evidence_sessions == (2,)
+
+
 def test_dates_in_another_form_leave_the_order_alone(tmp_path: Path) -> None:
     path = _changed(tmp_path, lambda items: items[1].update(haystack_dates=["20 June", "28 June", "2 May"]))
     told = {conversation.id: conversation.sessions() for conversation in read_longmemeval(str(path))}[

@@ -106,6 +106,12 @@ def test_questions_are_asked_otherwise_than_told() -> None:
         assert all("{value}" not in question and "{name}" in question for question in relation.questions)
 
 
+def test_no_two_facts_of_a_task_share_an_answer() -> None:
+    for task in _tasks("train", 100):
+        answers = [fact["answer"] for fact in task.payload["facts"]]
+        assert len(set(answers)) == len(answers)
+
+
 def test_every_answer_was_told_before_it_is_asked() -> None:
     for task in _tasks("train", 100):
         session = ENVIRONMENT.start(task)

@@ -111,6 +111,24 @@ def test_a_long_last_message_is_read_but_for_its_end(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "request_start"),
+    [
+        ("w " * 700 + "\n\n" + "a. b\n" + "w " * 700 + "\n\n end", "a. b\n"),
+        ("w " * 700 + "a. b\n" + "X " + "w " * 700, "X w"),
+        ("w " * 700 + "a. b" + "w " * 700, "bw"),
+        ("w " * 3000, "w w"),
+        ("w" * 3000, "www"),
+    ],
+    ids=["paragraph", "line", "sentence", "word", "none of them"],
+)
+def test_a_request_begins_with_the_largest_part_that_leaves_it_long_enough(
+    text: str, request_start: str
+) -> None:
+    _, request = split_request(text)
+    assert request.startswith(request_start) and 900 <= len(request) <= 2000
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text(alphabet="ab. \n", max_size=40), st.integers(1, 300))
 def test_nothing_of_a_request_is_lost(text: str, times: int) -> None:

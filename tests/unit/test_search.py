@@ -198,6 +198,18 @@ def test_a_semicolon_inside_a_question_or_a_gold_answer_does_no_harm(tmp_path: P
     assert _ended(session, "<answer>Skagnes, Orsa; Skagnes Library</answer>").reward_parts["em"] == 1
 
 
+def test_of_several_right_answers_the_best_match_counts(tmp_path: Path) -> None:
+    path = _questions(tmp_path, lambda items: items[0].update(answer=["a town in the north", "Skagnes"]))
+    outcome = _ended(_session(0, 3, questions_path=str(path)), "<answer>Skagnes; 7</answer>")
+    assert outcome.reward == outcome.reward_parts["official_em"] == 1
+    assert outcome.answers[0].gold == ("a town in the north", "Skagnes")
+
+
+def test_a_category_of_its_own_goes_before_the_type(tmp_path: Path) -> None:
+    path = _questions(tmp_path, lambda items: items[0].update(category="harbours"))
+    assert [question.category for question in read_questions(str(path))[:2]] == ["harbours", "bridge"]
+
+
 def test_tasks_are_consecutive_questions_of_one_side_and_the_sides_are_disjoint() -> None:
     environment = _environment()
     evaluated = [task.payload["questions"] for task in environment.tasks("eval", 0, 0)]
