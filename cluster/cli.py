@@ -75,7 +75,6 @@ In a checkout python -m cluster is the same command.
 """
 
 app = typer.Typer(
-    help="Train and evaluate agents that write their own weights in mid-episode.",
     rich_markup_mode=None,  # rich would wrap the examples, and put a mistake into a box
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
