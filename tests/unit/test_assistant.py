@@ -341,6 +341,7 @@ def test_a_turn_is_never_interrupted_to_make_room_and_a_failed_first_turn_leaves
         with pytest.raises(RuntimeError, match="broke"):
             async with sessions.turn("c", None):
                 raise RuntimeError("broke")
+        assert len(sessions) == 0
         async with sessions.turn(None, None) as (_, new):
             assert new
         assert len(sessions) == 0
