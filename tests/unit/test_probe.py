@@ -413,16 +413,16 @@ def test_only_flashcards_are_rehearsed_and_measurements_are_counted_by_examples(
         ADAM,
         epochs=1,
         batch_size=1,
-        rehearsal=2,
+        rehearsal=1,
         max_example_tokens=len(tiny.chat.system(SYSTEM_PROMPT)) + 40,
     )
     cell = Cell((), FAST, write, supervision)
-    asked: list[int] = []
+    requests: list[WriteRequest] = []
     counted: list[None] = []
 
     class Recorded(BatchedWriter):
         def trace(self, request: WriteRequest) -> tuple[WriteResult, tuple[FastWeights, ...]]:
-            asked.append(len(request.examples))
+            requests.append(request)
             return super().trace(request)
 
     untouched = examiner.examine(tiny.basis, zero(tiny.basis), 0, 0)
@@ -430,9 +430,11 @@ def test_only_flashcards_are_rehearsed_and_measurements_are_counted_by_examples(
     run = run_cell(cell, 0, tiny.basis, writer, examiner, untouched, 2, True, lambda: counted.append(None))
     sizes = [len(examiner.written(number, supervision, write)) for number in (1, 2)]
     assert (sizes == [2, 2]) == (supervision == "flashcards"), "a card is an example only there"
-    assert asked == [sizes[0], sizes[1] + (2 if supervision == "flashcards" else 0)]
+    first, second = (request.examples for request in requests)
+    newest = first[-1:] if supervision == "flashcards" else ()
+    assert second == (*examiner.written(2, supervision, write), *newest)
     assert [line.outcome for line in run.writes] == ["accepted", "accepted"]
-    assert len(counted) == points_of(cell, sizes, each_step=True) == sum(asked)
+    assert len(counted) == points_of(cell, sizes, each_step=True) == len(first) + len(second)
 
 
 def test_a_write_that_is_rolled_back_after_its_last_step_counts_no_more_than_was_promised(
