@@ -10,6 +10,9 @@ The cut is the first layer that Delta touches. The written answer is the draft o
 decoding, arXiv 2211.17192, with a draft that costs nothing): as far as the model says the same, no token is
 decoded. So a measurement gets cheaper the more is remembered. Every product is that of the base model with
 merged weights: under Delta = 0 a reading is the base model's, bit for bit.
+
+Why not transformers' ``generate`` with the injected Delta: it needs the model a second time, and a
+measurement of 12 facts (48 questions, SmolLM2-135M, one core) takes 13.7 s of CPU instead of 3.8 s.
 """
 
 from __future__ import annotations
