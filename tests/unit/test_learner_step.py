@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +49,62 @@ def test_what_is_no_checkpoint_is_refused(
     label.write_text(json.dumps({**json.loads(label.read_text()), "format": "other"}))
     with pytest.raises(LearnerError, match="format 'other'"):
         made.load(tmp_path / "c")
+
+
+def test_a_disk_that_refuses_leaves_the_older_checkpoint_as_it_was(
+    llama: Path, llama_basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    made = learner(llama, llama_basis, free())
+    made.save(tmp_path / "c")
+    before = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()}
+    made.step([group(llama_basis, (1.0, 0.0))])
+    with monkeypatch.context() as patch:
+        patch.setattr("configs.files.os.fsync", refuse)
+        with pytest.raises(LearnerError, match=r"/c: cannot be written \(.*No space left"):
+            made.save(tmp_path / "c")
+    assert {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()} == before
+    made.save(tmp_path / "c")  # over what the failure left behind
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_checkpoints_model_folder_has_the_tokenizer_and_no_other_weights(
+    llama: Path, llama_basis: Basis, tmp_path: Path
+) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(llama, start)
+    for name in ("tokenizer.json", "chat_template.jinja", "old.bin", "model.safetensors.index.json"):
+        (start / name).write_text(name)
+    made = learner(start, llama_basis, free())
+    made.save(tmp_path / "c")
+    names = {path.name for path in (tmp_path / "c" / "model").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert not names & {"old.bin", "model.safetensors.index.json"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("learner.json", '{"format": "engram-learner-1"}', "ranks: Field required"),
+        ("learner.json", "{", "Invalid JSON"),
+        ("rng-0.json", '{"python": [3, [], null], "numpy": [], "torch": "", "cuda": ""}', "numpy.0: Field"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line_and_changes_nothing(
+    llama: Path, llama_basis: Basis, tmp_path: Path, file: str, content: str, said: str
+) -> None:
+    made = learner(llama, llama_basis, free())
+    made.save(tmp_path / "c")
+    (tmp_path / "c" / file).write_text(content)
+    made.step([group(llama_basis, (1.0, 0.0))])
+    before = made.weights(trainable_only=False)
+    with pytest.raises(LearnerError, match=rf"{file}: not a learner checkpoint \({said}") as error:
+        made.load(tmp_path / "c")
+    assert "\n" not in str(error.value)
+    after = made.weights(trainable_only=False)
+    assert made.version == 1 and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_equal_rewards_move_nothing_and_are_counted(llama: Path, llama_basis: Basis) -> None:
