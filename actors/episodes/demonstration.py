@@ -50,7 +50,7 @@ def demonstrate(
     actor = _Demonstrator(task, environment, chat, memory.question_blind)
     agent = Agent(actor, chat, environment.system_prompt, session.question)
     _run_now(play(agent, session, ParametricMemory(memory, write), max_answer_tokens=1, max_turns=_ALL_TURNS))
-    return [segment for segment in agent.finish() if any(span.kind == "extract" for span in segment.spans)]
+    return list(agent.finish())  # an empty answer leaves no trace, so each segment has an extraction
 
 
 _ALL_TURNS = 1_000_000

@@ -60,6 +60,7 @@ class ScriptedPolicy:
         self.version = 3
         self.calls: list[tuple[tuple[int, ...], Sampling, AdapterKey]] = []
         self.installed: dict[str, FastWeights] = {}
+        self.probes: list[Probe | None] = []  # of each install
         self.released: list[str] = []
         self.running = 0
         self.most_running = 0
@@ -81,6 +82,7 @@ class ScriptedPolicy:
 
     async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
         assert key.name not in self.installed and key.name not in self.released, f"{key.name} is reused"
+        self.probes.append(probe)
         self.installed[key.name] = weights
 
     async def release(self, keys: Sequence[AdapterKey]) -> None:

@@ -13,7 +13,7 @@ from actors.environments.recall import RecallEnvironment
 from actors.episodes.rollout import Rollout, RolloutRequest
 from actors.text.chat_template import ChatFormat
 from actors.text.context import Context
-from actors.types import ActionSpan, AdapterKey, FastWeights, Generation, Probe, Sampling, TrajectoryGroup
+from actors.types import ActionSpan, AdapterKey, Generation, Sampling, TrajectoryGroup
 from configs.bounds import BoundError
 from configs.schema import MemoryConfig, ObjectiveConfig, RecallConfig, RolloutConfig, RunConfig, WriteConfig
 from learner.batch import pad
@@ -35,7 +35,6 @@ class Refreshed(ScriptedPolicy):
 
     def __init__(self, chat: ChatFormat, during: set[int]) -> None:
         super().__init__(self._reply)
-        self.probes: list[Probe | None] = []
         self._chat, self._during = chat, during
 
     def _reply(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
@@ -45,10 +44,6 @@ class Refreshed(ScriptedPolicy):
             self.version += 1
             versions[1:] = [self.version] * (len(versions) - 1)
         return Generation(spoken.token_ids, spoken.logprobs, "stop", tuple(versions))
-
-    async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
-        self.probes.append(probe)
-        await super().install(key, weights, probe)
 
 
 def play(chat: ChatFormat, policy: ScriptedPolicy, writer: ScriptedWriter) -> TrajectoryGroup:

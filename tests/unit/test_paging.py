@@ -6,6 +6,7 @@ What left the context is found again, and no prompt is ever over L_max.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import re
@@ -277,15 +278,20 @@ def test_calls_before_an_answer_are_bounded(chat: ChatFormat) -> None:
 
 
 def test_the_question_stays_when_results_fill_the_context(chat: ChatFormat) -> None:
+    days = itertools.cycle(range(10, 19))
+
     def searcher(prompt: str, kind: SpanKind) -> str:
-        return _call("recall_search", query="harbour boats") if kind == "act" else _quiet(prompt, kind)
+        return _call("recall_search", query=str(next(days))) if kind == "act" else _quiet(prompt, kind)
 
     story = _Story(chat, searcher, replace(CONFIG, paging=PagingConfig(max_calls=12)))
-    story.read(*_fillers(9))
+    story.read(*_fillers(9, start=10))
     story.ask("Who looked at the boats?")
     assert story.memory.events["flushes"] >= 1 and story.memory.events["forced_answers"] == 1
     assert all("Who looked at the boats?" in prompt for prompt in story.actor.texts("act"))
-    assert "Found 9" in story.actor.texts("act")[-1]  # and so does the newest result
+    last = story.actor.texts("act")[-1]
+    result, ask = last.rsplit("user\n", 2)[1:]
+    assert "Found 1," in result and "day 12," in result  # and so does the newest result, of the twelfth call
+    assert ask.startswith("No more tool calls are possible now.")
     story.check()
 
 
@@ -325,6 +331,14 @@ def test_replies_of_an_environment_s_own_format_are_answers(chat: ChatFormat) ->
         story = _Story(chat, lambda prompt, kind, reply=reply: reply)  # type: ignore[misc]
         assert story.ask() == reply
         assert dict(story.memory.events) == {}
+
+
+def test_an_own_answer_is_found_again(chat: ChatFormat) -> None:
+    replies = iter(["In Lisbon, by the river.", _call("recall_search", query="river"), "Lisbon"])
+    story = _Story(chat, lambda prompt, kind: next(replies))
+    story.ask()
+    story.ask("Where?")
+    assert "1. You replied: In Lisbon, by the river." in story.actor.texts("act")[-1].rsplit("user\n", 1)[-1]
 
 
 def test_an_answer_is_no_longer_than_asked_for(chat: ChatFormat) -> None:
@@ -468,6 +482,12 @@ def _storage(
 
 def _run(storage: Storage, tool: str, **arguments: object) -> str:
     return storage.run(Call(tool, arguments, False))
+
+
+def test_what_the_agent_is_told_is_bounded() -> None:
+    storage = _storage(share=32)
+    for call in (Call("no " * 30, {}, False), Call("core_append", {"block": "no " * 30}, True)):
+        assert 0 < len(storage.run(call).split()) <= 32
 
 
 def test_results_come_in_pages(embedder: Embedder) -> None:

@@ -40,6 +40,7 @@ TASK = next(ENVIRONMENT.tasks("train", 0, 0))
 REQUEST = RolloutRequest(
     TASK, "g", 1, MemoryConfig(max_context_tokens=50, max_extract_tokens=64), 1.0, 8, seed=1
 )
+WRITE = WriteConfig()
 NAMES = ("Nora", "Ivan", "Mei", "Omar", "Lena")
 
 
@@ -55,22 +56,15 @@ class Worker:
         journal: GroupJournal,
         dies_at: int = 10**6,
         environment: RecallEnvironment = ENVIRONMENT,
+        write: WriteConfig = WRITE,
     ) -> None:
         self.policy = ScriptedPolicy(self._talk)
         self.writer = ScriptedWriter(self._outcome)
         self.journal = journal
         self._chat, self._dies_at = chat, dies_at
+        config = RolloutConfig(episode_timeout_s=30)
         self._rollout = Rollout(
-            self.policy,
-            self.writer,
-            environment,
-            chat,
-            WriteConfig(),
-            RolloutConfig(episode_timeout_s=30),
-            8,
-            SURROUNDINGS,
-            "basis",
-            "worker-0",
+            self.policy, self.writer, environment, chat, write, config, 8, SURROUNDINGS, "basis", "worker-0"
         )
 
     def play(self, reissued: bool = False, request: RolloutRequest = REQUEST) -> tuple[Trajectory, Recovered]:
@@ -144,6 +138,16 @@ def test_only_the_last_revision_of_the_past_is_installed_and_rejected_writes_are
     other.play(reissued=True)
     assert len(other.writer.batches) == sum(event.outcome == "accepted" for event in written)
     assert other.policy.released == [f"v3/g.0@{len(uncut.revisions)}"]
+    assert [probe is None for probe in other.policy.probes] == [False]  # it is proved by a receipt
+
+
+def test_an_episode_whose_worker_died_while_it_was_scored_samples_nothing_again(chat: ChatFormat) -> None:
+    journal = GroupJournal(10**6)
+    played, _ = Worker(chat, journal).play()  # the journal keeps the progress until the group has arrived
+    other = Worker(chat, journal)
+    trajectory, recovered = other.play(reissued=True)
+    assert content(trajectory) == content(played) and recovered == Recovered(1, 0)
+    assert other.policy.calls == [] and other.policy.probes == []
 
 
 def test_another_policy_version_starts_anew_and_its_progress_replaces_the_old(chat: ChatFormat) -> None:
@@ -158,7 +162,15 @@ def test_another_policy_version_starts_anew_and_its_progress_replaces_the_old(ch
     assert journal.progress("g")[0].version == 4
 
 
-def test_a_session_with_state_of_its_own_and_a_write_that_differs_start_anew(chat: ChatFormat) -> None:
+def cut_journal(chat: ChatFormat, environment: RecallEnvironment = ENVIRONMENT) -> GroupJournal:
+    """The journal of an episode whose worker died when asked for its third reply."""
+    journal = GroupJournal(10**6)
+    with pytest.raises(EngineError):
+        Worker(chat, journal, dies_at=2, environment=environment).play()
+    return journal
+
+
+def test_an_episode_of_a_session_with_state_of_its_own_starts_anew(chat: ChatFormat) -> None:
     class Moody(RecallEnvironment):
         def start(self, task: Task) -> RecallSession:
             return _Shuffled(task, next(moods))
@@ -173,21 +185,28 @@ def test_a_session_with_state_of_its_own_and_a_write_that_differs_start_anew(cha
             return None if seen is None else replace(seen, text=f"{seen.text} It was day {self._mood}.")
 
     moods = iter(range(9))
-    journal = GroupJournal(10**6)
-    with pytest.raises(EngineError):
-        Worker(chat, journal, dies_at=2, environment=Moody(RECALL)).play()
+    journal = cut_journal(chat, Moody(RECALL))
     assert Worker(chat, journal, environment=Moody(RECALL)).play(reissued=True)[1] == Recovered(0, 1)
 
+
+@pytest.mark.parametrize(("difference", "recovered"), [(0.005, Recovered(1, 0)), (0.02, Recovered(0, 1))])
+def test_an_episode_whose_write_has_another_loss_starts_anew(
+    chat: ChatFormat, difference: float, recovered: Recovered
+) -> None:
     class OtherBase(ScriptedWriter):
         def _result(self, request: WriteRequest) -> WriteResult:
-            return replace(super()._result(request), loss_before=2.5)
+            return replace(super()._result(request), loss_before=2.0 + difference)
 
-    journal = GroupJournal(10**6)
-    with pytest.raises(EngineError):
-        Worker(chat, journal, dies_at=2).play()
-    other = Worker(chat, journal)
+    other = Worker(chat, cut_journal(chat))
     other.writer.__class__ = OtherBase
-    assert other.play(reissued=True)[1] == Recovered(0, 1)
+    assert other.play(reissued=True)[1] == recovered
+
+
+def test_an_episode_whose_write_has_other_examples_starts_anew(chat: ChatFormat) -> None:
+    journal = cut_journal(chat)
+    assert sum(isinstance(event, Written) for event in journal.progress("g")[0].events) == 2
+    rehearsing = Worker(chat, journal, write=WriteConfig(rehearsal=1))
+    assert rehearsing.play(reissued=True)[1] == Recovered(0, 1)
 
 
 def _events(count: int) -> tuple[Event, ...]:
