@@ -118,9 +118,10 @@ def test_a_long_last_message_is_read_but_for_its_end(tmp_path: Path) -> None:
         ("w " * 700 + "a. b\n" + "X " + "w " * 700, "X w"),
         ("w " * 700 + "a. b" + "w " * 700, "bw"),
         ("w " * 3000, "w w"),
+        ("w " * 1400 + "\n\n end", "w w"),
         ("w" * 3000, "www"),
     ],
-    ids=["paragraph", "line", "sentence", "word", "none of them"],
+    ids=["paragraph", "line", "sentence", "word", "a paragraph too near the end", "none of them"],
 )
 def test_a_request_begins_with_the_largest_part_that_leaves_it_long_enough(
     text: str, request_start: str
