@@ -10,6 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 ROOMS = ("actors", "cluster", "configs", "learner")
 MAX_LINES = 400
+MAX_COLUMNS = 110
+MAX_README_BYTES = 10_000
 FOREIGN_PLACES = re.compile(r"(?<![\w.])/(?:home|root|work|opt|Users|mnt)/\w|file:///")
 
 
@@ -24,6 +26,20 @@ def test_no_file_outgrows_its_job() -> None:
     }
     assert len(lengths) > 20
     assert {file: lines for file, lines in lengths.items() if lines > MAX_LINES} == {}
+
+
+def test_the_readmes_are_short_and_narrow() -> None:
+    """The root README stays short. A line of prose fits the columns; tables and code may be wider."""
+    readmes = [
+        ROOT / "README.md",
+        *(file for room in (*ROOMS, "infra") for file in (ROOT / room).rglob("README.md")),
+    ]
+    assert len(readmes) == 6
+    assert readmes[0].stat().st_size <= MAX_README_BYTES
+    for readme in readmes:
+        prose = re.sub(r"^```.*?^```", "", readme.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        lines = [line for line in prose.splitlines() if not line.startswith("|")]
+        assert [line for line in lines if len(line) > MAX_COLUMNS] == [], readme
 
 
 def test_tests_have_no_packages_that_shadow_the_rooms() -> None:
