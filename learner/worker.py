@@ -122,7 +122,7 @@ class LearnerGroup:
         config = spec.config
         self._timeout = config.step_timeout_s
         named = {config.resource: 1} if config.resource else {}
-        cpus, gpus = f"{config.cpus_per_worker} CPUs", f"{config.gpus_per_worker} GPUs"
+        cpus, gpus = f"{config.cpus_per_worker:g} CPUs", f"{config.gpus_per_worker:g} GPUs"
         asked = f"{cpus}, {gpus} and 1 {config.resource}" if named else f"{cpus} and {gpus}"
         self._resources = f"{asked} for each of {config.workers} learner ranks"
         # Without the second one Ray pickles tensors, which is several times slower. Ray reads it on import.

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from actors.fast_weights.delta import Basis
 from actors.types import ActionSpan, Outcome, Segment, Trajectory, TrajectoryGroup
+from learner.batch import split
 from learner.learner import Learner
-from learner.types import LearnerError
+from learner.types import LearnerError, ScoredTrajectory
 from tests.unit.learner_cases import (
     UNWEIGHTED,
     fast_weights,
@@ -177,6 +178,27 @@ def test_minibatches_use_the_old_policy_and_kl_pulls_back(
     # without an advantage an episode still pulls back to the reference
     equal = tied.step([group(llama_basis, (0.5, 0.5))])
     assert equal.trajectories_skipped == 0 and equal.kl > 1e-3 and equal.grad_norm > 0
+
+
+def test_each_step_shuffles_its_minibatches_anew(
+    llama: Path, llama_basis: Basis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+
+    def recorded(scored: list[ScoredTrajectory], parts: int, seed: tuple[int, ...]) -> object:
+        plan = split(scored, parts, seed)
+        plans.append([[episode.trajectory.episode_id for episode in part] for part in plan])
+        return plan
+
+    monkeypatch.setattr("learner.learner.split", recorded)
+    made = learner(llama, llama_basis, free(), replace(UNWEIGHTED, minibatches=2))
+    siblings = [group(llama_basis, (1.0, 0.0, 0.25, 0.5, 0.75, 0.3))]
+    made.step(siblings)
+    made.step(siblings)
+    assert plans[0] != plans[1]
+    assert all(
+        {name for part in plan for name in part} == {f"episode-{n}" for n in range(1, 7)} for plan in plans
+    )
 
 
 def test_warm_start_is_cross_entropy_without_delta_and_leaves_a_fresh_optimizer(
