@@ -47,7 +47,7 @@ def example() -> tuple[str, list[str]]:
 
 def test_the_worked_example_trains(tiny_model_path: Path, tmp_path: Path) -> None:
     module, settings = example()
-    assert module.count("\n") < 60
+    assert module.count("\n") <= 60
     (tmp_path / "my_tasks.py").write_text(module, encoding="utf-8")
     for name in ("cluster.py", "actors.py", "learner.py", "configs/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
