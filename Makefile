@@ -24,7 +24,7 @@ train: $(STAMP) ## run the quickstart: evaluate, train, evaluate (CONFIG, ARGS)
 	@$(BIN)/python -m cluster train $(CONFIG) $(ARGS)
 
 # Two workers, one a core. The tests of one file run on one worker, in the order of tests/conftest.py.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 10 --durations-min 1
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10 --durations-min 1
 
 test: $(STAMP) ## the tests of every change, ten minutes (ARGS='-k name' for some)
 	@$(PYTEST) -m "not slow" $(ARGS)

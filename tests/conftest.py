@@ -30,17 +30,14 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests in order, give each file one worker, and skip the tests marked ``gpu`` without a GPU.
+    """Put the tests in order, and skip the tests marked ``gpu`` without a GPU.
 
     Long tests come first, so that both workers end together. Tests with vLLM in their own process come last:
     an engine that ends takes its process's torch.distributed with it, and DeepSpeed would hold on to
     process groups that are gone.
     """
     items.sort(key=_place)  # stable
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-HEADING = "\n## Bring your own\n"
+HEADING = "\n## Your own parts\n"
 SMALL = [
     "learner.trainable_layers=3",
     "train.steps=1",

@@ -147,9 +147,9 @@ def test_a_published_version_stays_what_it_was_when_the_learner_steps_on() -> No
             return holder.weights.remote()
 
     first = ObjectStoreChannel(trainable_only=False).publish(Source())
-    ray.get(holder.step.remote(), timeout=30)
+    ray.get(holder.step.remote(), timeout=120)  # a busy machine starts actors late
     second = ObjectStoreChannel(trainable_only=False).publish(Source())
-    ray.get(holder.step.remote(), timeout=30)
+    ray.get(holder.step.remote(), timeout=120)  # a busy machine starts actors late
     for weights, expected in ((first, 0), (second, 1)):
         fetched = weights.fetch(30)
         assert all(bool((tensor == expected).all()) for tensor in fetched.values()) and fetched[
