@@ -122,8 +122,8 @@ def _job_config() -> Any:
     """A JobConfig: workers look for modules in this installation of Engram, then in the current folder.
 
     Why: Ray puts the driver's current folder in front of the workers' sys.path, and a user's cluster.py there
-    would hide ours. Ray 2.60 has no public switch for this. In a Ray job its working directory is the code, and
-    Ray decides. tests/integration/test_bring_your_own.py fails when Ray changes these fields.
+    would hide ours. Ray 2.60 has no public switch for this. In a Ray job the working directory is the code,
+    and Ray decides. tests/integration/test_bring_your_own.py fails when Ray changes these fields.
     """
     from ray.job_config import JobConfig
 
