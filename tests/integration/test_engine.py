@@ -720,7 +720,10 @@ def test_every_tensor_of_the_checkpoint_has_a_place_in_vllms_model(
     from actors.engine.vllm_internals.tensors import find_places
 
     def look(engine: Any) -> tuple[dict[str, tuple[int, ...]], int]:
-        places = find_places(engine.model_executor.driver_worker.worker.model_runner.get_model())
+        model = engine.model_executor.driver_worker.worker.model_runner.get_model()
+        # Also after the refreshes above: a head without its packed copy would be as right, and slower.
+        assert model.lm_head.cpu_linear is not torch.nn.functional.linear
+        places = find_places(model)
         packed = sum(getattr(place.owners[0], place.leaf).numel() == 0 for place in places)
         return {name: shape for place in places for name, shape in place.parts.items()}, packed
 
