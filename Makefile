@@ -23,8 +23,8 @@ setup: $(STAMP) ## install what the lock names into .venv (VARIANT=gpu for CUDA)
 train: $(STAMP) ## run the quickstart: evaluate, train, evaluate (CONFIG, ARGS)
 	@$(BIN)/python -m cluster train $(CONFIG) $(ARGS)
 
-# Two workers, one a core. The tests of one file run on one worker, in the order of tests/conftest.py.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10 --durations-min 1
+# Two workers, one a core. tests/conftest.py says what runs on one worker, and in which order.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 10 --durations-min 1
 
 test: $(STAMP) ## the tests of every change, ten minutes (ARGS='-k name' for some)
 	@$(PYTEST) -m "not slow" $(ARGS)

@@ -17,7 +17,7 @@ from configs.schema import LearnerConfig, ObjectiveConfig
 from learner.types import LearnerError
 from learner.worker import LearnerGroup, LearnerSpec
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STORE = 100 * 2**20
 LARGE = 200_000  # bytes; a result below 100 KB travels with the answer and is never lost
 
@@ -60,11 +60,11 @@ def cluster() -> Iterator[Cluster]:
 def test_groups_that_die_with_their_node_are_named_and_a_dead_rank_is_an_error(cluster: Cluster) -> None:
     node = cluster.add_node(num_cpus=2, object_store_memory=STORE)
     ray.init(address=cluster.address, log_to_driver=False)
-    spec = LearnerSpec(LearnerConfig(step_timeout_s=60), ObjectiveConfig(), "", cast("Any", None), 0, 1.0)
-    learner = LearnerGroup(spec, 120, actor=Rank)
+    spec = LearnerSpec(LearnerConfig(step_timeout_s=120), ObjectiveConfig(), "", cast("Any", None), 0, 1.0)
+    learner = LearnerGroup(spec, 240, actor=Rank)
     worker = Worker.remote()  # type: ignore[attr-defined]
     groups = [worker.group.remote(size) for size in (10, LARGE, 10, LARGE)]
-    ray.wait(groups, num_returns=len(groups), timeout=60, fetch_local=False)
+    ray.wait(groups, num_returns=len(groups), timeout=120, fetch_local=False)
     fetched = worker.group.remote(LARGE)
     assert learner.missing([groups[0], fetched]) == []
     cluster.remove_node(node, allow_graceful=False)
