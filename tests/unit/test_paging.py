@@ -296,32 +296,24 @@ def test_the_question_stays_when_results_fill_the_context(chat: ChatFormat) -> N
 
 
 def test_errors_are_told_and_counted(chat: ChatFormat) -> None:
-    says = [
-        '{"call": "core_append", "block": "facts", "text": "Nora',
-        _call("teleport", to="Lisbon"),
-        _call("core_append", block="mood", text="fine"),
-        _call("core_append", block="facts", text="..."),
-        _call("recall_search", query="x", page=0),
-        _call("core_append", block="facts", text="Nora lives in Lisbon. " * 6),
-        _call("core_replace", block="facts", old="Oslo", new="Bergen"),
-    ]
-    told = [
-        "Error: the call is no complete JSON object.",
-        'Error: there is no tool "teleport", only core_append',
-        'Error: there is no block "mood", only task and facts.',
-        'Error: "text" must be a text with words in it.',
-        'Error: "page" must be a whole number, 1 or more.',
-        "Refused: block facts would be full",
-        'Refused: block facts does not hold "Oslo".',
-    ]
-    replies = iter([*says, "Lisbon"])
+    long = "Nora lives in Lisbon. " * 6
+    told = {
+        '{"call": "core_append", "block": "facts", "text": "Nora': "Error: the call is no complete JSON object.",
+        _call("teleport", to="Lisbon"): 'Error: there is no tool "teleport", only core_append',
+        _call("core_append", block="mood", text="fine"): 'no block "mood", only task and facts.',
+        _call("core_append", block="facts", text="..."): 'Error: "text" must be a text with words in it.',
+        _call("recall_search", query="x", page=0): 'Error: "page" must be a whole number, 1 or more.',
+        _call("core_append", block="facts", text=long): "Refused: block facts would be full",
+        _call("core_replace", block="facts", old="Oslo", new="Bergen"): 'facts does not hold "Oslo".',
+    }
+    replies = iter([*told, "Lisbon"])
     paging = PagingConfig(max_calls=9, core_characters=100)
     config = replace(CONFIG, max_context_tokens=2000, paging=paging)
     story = _Story(chat, lambda prompt, kind: next(replies), config)
     story.read("Nora has moved to Lisbon.")
     assert story.ask() == "Lisbon"
     results = [prompt.rsplit("user\n", 1)[-1] for prompt in story.actor.texts("act")[1:]]
-    assert all(message in result for message, result in zip(told, results, strict=True))
+    assert all(message in result for message, result in zip(told.values(), results, strict=True))
     assert (story.memory.events["malformed"], story.memory.events["refused"]) == (5, 2)
     assert sum(story.memory.events.values()) == 7  # and nothing else is counted
 

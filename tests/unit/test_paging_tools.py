@@ -1,4 +1,4 @@
-"""The tools of a paging agent: calls are parsed with forgiveness, results come in pages, and nothing raises."""
+"""The tools of a paging agent: calls are parsed with forgiveness, results come in pages, nothing raises."""
 
 from __future__ import annotations
 
