@@ -23,7 +23,7 @@ from actors.text.chat_template import ChatFormat
 from actors.text.retrieval import Embedder, load_embedder
 from actors.types import FastWeights, Generation, SpanKind, WriteExample, WriteResult
 from configs.schema import EmbedderConfig, MemoryConfig, PagingConfig
-from tests.unit.rollout_fakes import sampled
+from tests.unit.rollout_fakes import SURROUNDINGS, sampled
 
 PAGING = PagingConfig()
 QUESTION = "Where does Nora live?"
@@ -36,8 +36,7 @@ FILLER = (
 Script = Callable[[str, SpanKind], str]
 
 
-@pytest.fixture(scope="module")
-def embedder() -> Embedder:
+def _embedder() -> Embedder:
     return load_embedder(EmbedderConfig())
 
 
@@ -71,15 +70,11 @@ class _Story:
         chat: ChatFormat,
         script: Script,
         config: MemoryConfig = CONFIG,
-        embedder: Embedder | None = None,
+        embedder: Callable[[], Embedder] = SURROUNDINGS.embedder,
     ) -> None:
-        def load() -> Embedder:
-            assert embedder is not None, "this test needs no embedder"
-            return embedder
-
         self.actor = _Actor(chat, script)
         self.agent = Agent(self.actor, chat, "Be brief.", QUESTION)
-        self.memory = PagingMemory(config, load)
+        self.memory = PagingMemory(config, embedder)
 
     def read(self, *texts: str) -> None:
         for text in texts:
@@ -238,7 +233,7 @@ def test_a_saved_fact_survives_the_flush_in_core_memory(chat: ChatFormat) -> Non
 
 
 @pytest.mark.parametrize("tool", ["recall_search", "archival_search"])
-def test_an_evicted_fact_is_found_again(chat: ChatFormat, embedder: Embedder, tool: str) -> None:
+def test_an_evicted_fact_is_found_again(chat: ChatFormat, tool: str) -> None:
     """The agent searches by a call, and answers from its result."""
 
     def searcher(prompt: str, kind: SpanKind) -> str:
@@ -249,7 +244,7 @@ def test_an_evicted_fact_is_found_again(chat: ChatFormat, embedder: Embedder, to
             return f"I look it up. {_call(tool, query='Nora moved to which city?')}"
         return "Lisbon" if kind == "act" and "Lisbon" in newest else _quiet(prompt, "extract")
 
-    story = _Story(chat, searcher, embedder=embedder)
+    story = _Story(chat, searcher, embedder=_embedder)
     story.read("Nora has moved to Lisbon.", *_fillers(20))
     assert "Lisbon" not in chat.decode(story.agent.context.ids)
     assert story.ask() == "Lisbon"
@@ -298,7 +293,7 @@ def test_the_question_stays_when_results_fill_the_context(chat: ChatFormat) -> N
 def test_errors_are_told_and_counted(chat: ChatFormat) -> None:
     long = "Nora lives in Lisbon. " * 6
     told = {
-        '{"call": "core_append", "block": "facts", "text": "Nora': "Error: the call is no complete JSON object.",
+        '{"call": "core_append", "block": "facts", "text": "Nora': "the call is no complete JSON object.",
         _call("teleport", to="Lisbon"): 'Error: there is no tool "teleport", only core_append',
         _call("core_append", block="mood", text="fine"): 'no block "mood", only task and facts.',
         _call("core_append", block="facts", text="..."): 'Error: "text" must be a text with words in it.',
@@ -368,9 +363,7 @@ def test_a_window_too_short_for_the_instructions_is_said_in_one_line(chat: ChatF
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_model_on_any_text_keeps_every_prompt_in_the_window(
-    chat: ChatFormat, embedder: Embedder, seed: int
-) -> None:
+def test_any_model_on_any_text_keeps_every_prompt_in_the_window(chat: ChatFormat, seed: int) -> None:
     """Random tools, long and broken replies, long texts and long answers."""
     draw = random.Random(seed)
     words = ["harbour", "boat", "Nora", "Lisbon", "old", "man", "12", "<|im_end|>", "é", *'{}[]"', "猫"]
@@ -395,7 +388,7 @@ def test_any_model_on_any_text_keeps_every_prompt_in_the_window(
         warn_fraction=draw.choice([0.5, 0.75, 1.0]),
         results=draw.choice([1, 3, 40]),
     )
-    story = _Story(chat, script, replace(CONFIG, max_summary_tokens=200, paging=paging), embedder)
+    story = _Story(chat, script, replace(CONFIG, max_summary_tokens=200, paging=paging), _embedder)
     for _ in range(30):
         if draw.random() < 0.6:
             story.read(babble(draw.choice([20, 60, 400])))
