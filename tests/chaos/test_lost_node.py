@@ -5,6 +5,7 @@ The stream issues their tasks again (unit/test_stream.py).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -74,4 +75,6 @@ def test_groups_that_die_with_their_node_are_named_and_a_dead_rank_is_an_error(c
     (rank,) = learner._actors
     ray.kill(rank)
     with pytest.raises(LearnerError, match="learner hold: a rank's process died"):
-        learner.missing(groups[:1])
+        for _ in range(300):  # Ray kills in the background
+            learner.missing(groups[:1])
+            time.sleep(0.1)
