@@ -12,7 +12,8 @@ quickstart() {
     python -m cluster train configs/quickstart.yaml name=quickstart output_dir="$folder" resume=auto
 }
 chat() {
-    run=$(ls -d "$folder"/quickstart-* | tail -n 1)
+    run=$(ls -d "$folder"/quickstart-2* | tail -n 1) # a training's folder: name and time
+    [ -n "$run" ] || { echo "proof: chat needs the stage quickstart first" >&2 && exit 1; }
     printf '%s\n' "My sister Elena has her birthday on April 7." "She lives in Oslo and plays the cello." \
         "When is Elena's birthday?" "Where does Elena live?" | python -m cluster chat "$run" > "$folder/chat.txt"
 }
@@ -28,7 +29,8 @@ studies() {
 }
 rl() {
     infra/recall_rl.sh "$folder/recall-rl" "0 1 2" tmem memory-off no-extraction-credit final-delta
-    python -m cluster pool "$folder"/recall-rl/*/*/tmem-* "$folder"/recall-rl/*/*/memory-off-* | tee "$folder/rl.txt"
+    python -m cluster pool "$folder"/recall-rl/*/*/tmem-* "$folder"/recall-rl/*/*/memory-off-* > "$folder/rl.txt"
+    cat "$folder/rl.txt"
 }
 
 mkdir -p "$folder"
