@@ -167,11 +167,17 @@ class WriteExample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WriteRequest:
-    """Asks the writer for the revision after ``weights``, trained on ``examples`` (at least one)."""
+    """Asks the writer for the revision after ``weights``, trained on ``examples`` (at least one).
+
+    ``preserved``: replies of the policy without Delta that the write must leave as they are, to the first
+    tokens of each. ``seed`` orders the minibatches.
+    """
 
     episode_id: str
     weights: FastWeights
     examples: tuple[WriteExample, ...]
+    preserved: tuple[WriteExample, ...] = ()
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +230,8 @@ class WriteRecord:
     seconds: float
     outcome: WriteOutcome
     reason: str
+    preserved: tuple[WriteExample, ...] = ()  # what the write left as it was, see WriteRequest
+    seed: int = 0  # of the minibatches' order
 
 
 # --- one episode -------------------------------------------------------------------------------------------

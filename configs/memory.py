@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from configs.bounds import fraction, positive, require
+from configs.bounds import fraction, not_negative, positive, require
 from configs.extensions import FORM, is_path
 
 
@@ -47,6 +47,30 @@ class FastWeightsConfig:
 
 
 @dataclass(frozen=True)
+class PreserveConfig:
+    """Replies that a write leaves as they were, so that a card answers its own question only (Engram's own).
+
+    Each step also lowers ``weight`` x KL(policy without Delta || policy now), on questions that the cards do
+    not answer. Its pool is made once a policy version: the environment's questions or shipped ones, each with
+    the beginning of the policy's own reply.
+    """
+
+    weight: float = 0.0  # 0: off, the paper's write
+    questions: int = 24  # of the pool
+    # memory-writing prompts of the pool, so that a write spares the next extraction
+    extractions: int = 2
+    # for each card: questions on its subject that the text does not answer, where the environment knows some
+    beside: int = 1
+    per_step: int = 3  # of the pool, in turn
+    reply_tokens: int = 3  # from the beginning of a reply
+    extraction_tokens: int = 24  # from the beginning of an extraction
+
+    def __post_init__(self) -> None:
+        not_negative(self, "weight", "extractions", "beside")
+        positive(self, "questions", "per_step", "reply_tokens", "extraction_tokens")
+
+
+@dataclass(frozen=True)
 class WriteConfig:
     """The write operator T: supervised fine-tuning on the flashcards' answers.
 
@@ -66,6 +90,12 @@ class WriteConfig:
     max_flashcards: int = 32  # of one extraction; the others are dropped and counted
     max_example_tokens: int = 256
     max_loss_ratio: float = 1.5
+    # nats per token below which an example is known: the write ends where all are, and the natural optimizer
+    # aims at it; 0 (the paper): every write takes all its steps
+    known_loss: float = 0.0
+    # each card is also learnt behind so many other cards and their answers: a list such as [1, 3]
+    depths: tuple[int, ...] = ()
+    preserve: PreserveConfig = field(default_factory=PreserveConfig)
     # in one forward and backward pass of the writer; bounds its memory and changes no result
     chunk_tokens: int = 2048
 
@@ -76,6 +106,9 @@ class WriteConfig:
         require(ratio >= 1, "max_loss_ratio", ratio, "1 or more", cure)
         require(self.epochs >= 0, "epochs", self.epochs, "0 (T is the identity) or more")
         require(self.rehearsal >= 0, "rehearsal", self.rehearsal, "0 (off) or more")
+        not_negative(self, "known_loss")
+        ordered = sorted(set(self.depths)) == list(self.depths) and all(depth > 0 for depth in self.depths)
+        require(ordered, "depths", list(self.depths), "numbers of cards from 1 on, each larger than the last")
 
 
 @dataclass(frozen=True)
@@ -144,6 +177,7 @@ class MemoryConfig:
     max_context_tokens: int = 4096
     question_blind: bool = False  # hide the question from the memory-writing prompts
     max_extract_tokens: int = 1024  # flashcards or implications of one extraction
+    wordings: Literal[1, 2] = 1  # of each fact: 2 asks the agent for two cards, with different questions
     max_summary_tokens: int = 1024  # a summary or a state
     # with memory.policy=custom: package.module:name of a function from MemoryConfig, WriteConfig and
     # Surroundings to a Memory

@@ -48,8 +48,8 @@ class _Scheduling(LoadScopeScheduling):
     """Keeps each file on one worker, and all files that start Ray on the same one.
 
     Clusters that start at the same time on two cores miss their deadlines. xdist's own ``loadgroup`` does not
-    group under pytest 9.2, where a changed node id is not seen. A file goes by its whole path: with one name in
-    two folders, a unit test would bring the other's engine in before DeepSpeed's tests.
+    group under pytest 9.2, where a changed node id is not seen. A file goes by its whole path: with one name
+    in two folders, a unit test would bring the other's engine in before DeepSpeed's tests.
     """
 
     def _split_scope(self, nodeid: str) -> str:

@@ -102,6 +102,25 @@ class Demonstrator(Protocol):
         ...
 
 
+@runtime_checkable
+class Questioner(Protocol):
+    """An optional part of an environment: questions in the words of its own flashcards.
+
+    A write preserves the policy's replies to them (``write.preserve``). Nothing about a task may be used.
+    """
+
+    def other_questions(self, count: int, seed: int) -> tuple[str, ...]:
+        """At most ``count`` questions on subjects that no held-out task has."""
+        ...
+
+    def questions_beside(self, card: Flashcard, known: Sequence[str]) -> tuple[str, ...]:
+        """Questions on the card's own subject that it does not answer, in a fixed order.
+
+        ``known``: the questions that the episode's cards answer. Empty where the subject is unknown.
+        """
+        ...
+
+
 class ReadThenAsk:
     """The usual session: all texts are read, then each question is asked once. Subclasses add ``outcome``."""
 

@@ -18,12 +18,14 @@ from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import render_flashcards
 from actors.types import (
     FastWeights,
+    Flashcard,
     Generation,
     PolicyVersion,
     Segment,
     SpanKind,
     Task,
     WriteExample,
+    WriteRequest,
     WriteResult,
 )
 from configs.schema import MemoryConfig, WriteConfig
@@ -77,9 +79,12 @@ class _Demonstrator:
         ids = self._chat.reply(render_flashcards(cards))
         return Generation(ids, (0.0,) * len(ids), "stop")
 
-    async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
+    async def learn(
+        self, examples: Sequence[WriteExample], cards: Sequence[Flashcard]
+    ) -> tuple[WriteRequest, WriteResult]:
         """Accept without writing, so that the next extraction prompt shows these cards as saved."""
-        return WriteResult(self.weights, None, 0.0, 0.0, 0, 0.0, "accepted", "")
+        request = WriteRequest(self._task.id, self.weights, tuple(examples))
+        return request, WriteResult(self.weights, None, 0.0, 0.0, 0, 0.0, "accepted", "")
 
 
 def _run_now(coroutine: Coroutine[Any, Any, T]) -> T:

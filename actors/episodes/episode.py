@@ -25,6 +25,7 @@ from actors.text.chat_template import ChatFormat
 from actors.types import (
     AdapterKey,
     FastWeights,
+    Flashcard,
     Generation,
     Outcome,
     PolicyVersion,
@@ -89,6 +90,7 @@ class LiveActor:
         self._writer = writer
         self._spec = spec
         self._events = 0  # generations so far: each has its own seed
+        self._writes = 0  # so far: each has its own seed
         self._installed: list[AdapterKey] = []
 
     async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
@@ -106,16 +108,21 @@ class LiveActor:
         self.seconds[kind] += time.perf_counter() - started
         return generation
 
-    async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
+    async def learn(
+        self, examples: Sequence[WriteExample], cards: Sequence[Flashcard]
+    ) -> tuple[WriteRequest, WriteResult]:
         """Raises WriterError, EngineError, ReceiptError."""
         started = time.perf_counter()
-        result = await self._writer.write(WriteRequest(self._spec.episode_id, self.weights, tuple(examples)))
+        seed = derived_seed(self._spec.seed, "write", self._writes)
+        self._writes += 1
+        request = WriteRequest(self._spec.episode_id, self.weights, tuple(examples), (), seed)
+        result = await self._writer.write(request)
         written = time.perf_counter()
         self.seconds["write"] += written - started
         if result.outcome == "accepted":
             await self.adopt(result.weights, result.probe)
             self.seconds["install"] += time.perf_counter() - written
-        return result
+        return request, result
 
     async def adopt(self, weights: FastWeights, probe: Probe | None) -> None:
         """Act under ``weights`` from now on: those of a write, or of an earlier conversation.

@@ -92,7 +92,8 @@ def replay(
                 "an earlier record is missing"
             )
         if record.outcome == "accepted":
-            (result,) = writer.write([WriteRequest(episode_id, weights, record.examples)])
+            request = WriteRequest(episode_id, weights, record.examples, record.preserved, record.seed)
+            (result,) = writer.write([request])
             check_replay(where, record, result, tolerance)
             weights = result.weights
             revisions.append(weights)
@@ -289,7 +290,7 @@ class RecordedWriter:
 
     async def write(self, request: WriteRequest) -> WriteResult:
         """Write, or write again. Raises Diverged, and what the writer raises."""
-        examples = _digest_of(request.examples)
+        examples = _digest_of((*request.examples, *request.preserved))
         if self._log.recalling:
             return await self._again(request, examples)
         result = await self._writer.write(request)

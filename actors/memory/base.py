@@ -28,6 +28,7 @@ from actors.types import (
     SpanKind,
     WriteExample,
     WriteRecord,
+    WriteRequest,
     WriteResult,
 )
 
@@ -47,8 +48,14 @@ class Actor(Protocol):
         """Continue ``prompt_ids`` under ``weights``."""
         ...
 
-    async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
-        """Write ``examples`` (at least one) into the fast weights. An accepted result changes ``weights``."""
+    async def learn(
+        self, examples: Sequence[WriteExample], cards: Sequence[Flashcard]
+    ) -> tuple[WriteRequest, WriteResult]:
+        """Write ``examples`` (at least one) into the fast weights. An accepted result changes ``weights``.
+
+        ``cards``: the new ones among the examples, none where a memory writes other text. Also returns the
+        request that was made of them.
+        """
         ...
 
 
@@ -95,14 +102,14 @@ class Agent:
 
         ``text`` is what the agent sampled for this write. ``rejected`` counts its unusable flashcards.
         """
-        result = await self.actor.learn(examples)
-        self._log(text, cards, examples, rejected, result)
+        request, result = await self.actor.learn(examples, cards)
+        self._log(text, cards, request, rejected, result)
 
     def skip_write(self, text: str, rejected: int, reason: str) -> None:
         """Log a write that did not happen, for ``reason``."""
         # NaN, not 0: an average that forgets to leave empty writes out shows it
         nothing = WriteResult(self.actor.weights, None, math.nan, math.nan, 0, 0.0, "empty", reason)
-        self._log(text, (), (), rejected, nothing)
+        self._log(text, (), WriteRequest("", self.actor.weights, ()), rejected, nothing)
 
     def clear(self, remembered: str = "") -> None:
         """End the segment. The next one begins with the system prompt and ``remembered`` as a user turn.
@@ -127,24 +134,26 @@ class Agent:
         self,
         text: str,
         cards: Sequence[Flashcard],
-        examples: Sequence[WriteExample],
+        request: WriteRequest,
         rejected: int,
         result: WriteResult,
     ) -> None:
         record = WriteRecord(
             revision=self.actor.weights.revision,
-            examples=tuple(examples),
+            examples=request.examples,
             flashcards=tuple(cards),
             extraction=text,
             rejected_flashcards=rejected,
-            prompt_tokens=sum(len(example.prompt_ids) for example in examples),
-            answer_tokens=sum(len(example.answer_ids) for example in examples),
+            prompt_tokens=sum(len(example.prompt_ids) for example in request.examples),
+            answer_tokens=sum(len(example.answer_ids) for example in request.examples),
             loss_before=result.loss_before,
             loss_after=result.loss_after,
             steps=result.steps,
             seconds=result.seconds,
             outcome=result.outcome,
             reason=result.reason,
+            preserved=request.preserved,
+            seed=request.seed,
         )
         self.writes.append(record)
 

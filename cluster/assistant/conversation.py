@@ -38,6 +38,7 @@ from actors.types import (
     Task,
     WriteExample,
     WriteRecord,
+    WriteRequest,
     WriteResult,
 )
 from cluster.assistant.memory_file import SavedMemory, load_memory, save_memory
@@ -102,17 +103,19 @@ class _Speaker:
         self.last_sample = (len(prompt_ids), len(generation.token_ids), generation.finish_reason)
         return generation
 
-    async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
+    async def learn(
+        self, examples: Sequence[WriteExample], cards: Sequence[Flashcard]
+    ) -> tuple[WriteRequest, WriteResult]:
         if self._write_cut_off:
             # The engine may have the next revision's name already: go on under a new episode's names.
             await self.become(self.weights, self.probe)
         self._write_cut_off = True
-        result = await self._live.learn(examples)
+        request, result = await self._live.learn(examples, cards)
         self._write_cut_off = False
         self.probe = result.probe or self.probe
         # Nobody trains on a conversation, and it may be long: keep no old revisions.
         self._live.revisions.clear()
-        return result
+        return request, result
 
     async def become(self, weights: FastWeights, probe: Probe | None) -> None:
         """Continue under ``weights`` as a new episode.
@@ -325,4 +328,6 @@ class Conversation:
         finally:
             agent.segments.clear()
             # Delta itself is kept, so nobody replays these writes: drop their token ids.
-            agent.writes[before:] = [replace(record, examples=()) for record in agent.writes[before:]]
+            agent.writes[before:] = [
+                replace(record, examples=(), preserved=()) for record in agent.writes[before:]
+            ]

@@ -24,6 +24,7 @@ from actors.text.flashcards import render_flashcards
 from actors.types import (
     AdapterKey,
     FastWeights,
+    Flashcard,
     Generation,
     PolicyVersion,
     Probe,
@@ -34,6 +35,7 @@ from actors.types import (
     Trajectory,
     TrajectoryGroup,
     WriteExample,
+    WriteRequest,
     WriteResult,
 )
 from configs.schema import RunConfig
@@ -123,14 +125,17 @@ class ScriptedActor:
         logprobs = tuple(-self._numbers.exponential(0.5, len(ids)))
         return Generation(ids, logprobs, "stop" if ids[-1] in self.chat.stop_token_ids else "length")
 
-    async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
+    async def learn(
+        self, examples: Sequence[WriteExample], cards: Sequence[Flashcard]
+    ) -> tuple[WriteRequest, WriteResult]:
         b = {
             name: self._numbers.normal(0, _B_SIZE / 3, (rows, self._basis.rank)).astype(np.float32)
             for name, rows in self._basis.d_out.items()
         }
         self.weights = FastWeights(self._basis.id, self.weights.revision + 1, b)
         self.revisions.append(self.weights)
-        return WriteResult(
+        request = WriteRequest(self.task.id, self.weights, tuple(examples))
+        return request, WriteResult(
             self.weights,
             None,
             loss_before=0.0,

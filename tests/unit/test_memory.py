@@ -46,12 +46,14 @@ class _Actor:
         text = self._texts.pop(0)
         return sampled(self._chat.reply(text)) if self._stops else sampled(self._chat.encode(text), "length")
 
-    async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
+    async def learn(
+        self, examples: Sequence[WriteExample], cards: Sequence[Flashcard]
+    ) -> tuple[WriteRequest, WriteResult]:
         self.learned.append(tuple(examples))
         request = WriteRequest("e", self.weights, tuple(examples))
         (result,) = ScriptedWriter(lambda request: next(self._outcomes)).write([request])
         self.weights = result.weights
-        return result
+        return request, result
 
 
 def _agent(chat: ChatFormat, actor: _Actor, text: str = "Nora has moved to Lisbon.") -> Agent:

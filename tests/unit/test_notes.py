@@ -28,7 +28,7 @@ from actors.memory.note_text import (
 from actors.memory.notes import NotesMemory
 from actors.text.chat_template import ChatFormat
 from actors.text.retrieval import Embedder, load_embedder
-from actors.types import FastWeights, Generation, SpanKind, WriteExample, WriteResult
+from actors.types import FastWeights, Flashcard, Generation, SpanKind, WriteExample, WriteRequest, WriteResult
 from configs.schema import EmbedderConfig, MemoryConfig, NotesConfig
 from tests.unit.rollout_fakes import sampled
 
@@ -75,7 +75,9 @@ class _Actor:
             return "{}"
         return self._links.pop(0) if self._links else NONE
 
-    async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
+    async def learn(
+        self, examples: Sequence[WriteExample], cards: Sequence[Flashcard]
+    ) -> tuple[WriteRequest, WriteResult]:
         raise AssertionError("notes write no weights")
 
 

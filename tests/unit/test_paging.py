@@ -21,7 +21,7 @@ from actors.memory.paging import PagingMemory
 from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat
 from actors.text.retrieval import Embedder, load_embedder
-from actors.types import FastWeights, Generation, SpanKind, WriteExample, WriteResult
+from actors.types import FastWeights, Flashcard, Generation, SpanKind, WriteExample, WriteRequest, WriteResult
 from configs.schema import EmbedderConfig, MemoryConfig, PagingConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, sampled
 
@@ -55,7 +55,9 @@ class _Actor:
         ids = self._chat.reply(self._script(self._chat.decode(prompt_ids), kind))
         return sampled(ids) if len(ids) <= max_tokens else sampled(ids[:max_tokens], "length")
 
-    async def learn(self, examples: Sequence[WriteExample]) -> WriteResult:
+    async def learn(
+        self, examples: Sequence[WriteExample], cards: Sequence[Flashcard]
+    ) -> tuple[WriteRequest, WriteResult]:
         raise AssertionError("paging writes no weights")
 
     def texts(self, kind: SpanKind) -> list[str]:
