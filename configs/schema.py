@@ -30,6 +30,7 @@ from configs.memory import (
     MemoryPolicy,
     NotesConfig,
     PagingConfig,
+    PreserveConfig,
     WriteConfig,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "NotesConfig",
     "ObjectiveConfig",
     "PagingConfig",
+    "PreserveConfig",
     "RayConfig",
     "RecallConfig",
     "RecordsConfig",

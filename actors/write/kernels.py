@@ -3,6 +3,7 @@
     shrink_grouped   A x, each group under its own A           for the ablation that trains A
     add_grouped      base + B (A x), each group under its own B
     head_pass        log-probs of the answers, and the gradient of their cross-entropy, without the logits
+    kl_pass          KL to given distributions, and its gradient, without the logits
 
 A stream [n, d] holds groups one behind the other: group g is tokens ``offsets[g]:offsets[g + 1]``, and the
 groups cover the stream.
@@ -10,6 +11,7 @@ groups cover the stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -80,6 +82,28 @@ def head_pass(
             z.scatter_add_(-1, target, -scale)
             gradient[block] = _summed_by_blocks(z.to(states.dtype), head)
     return logprobs, gradient
+
+
+@torch.no_grad()
+def kl_pass(states: Tensor, head: Tensor, base: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(base || now) float32 [A] in nats, and the gradient [A, d] of sum(weights * KL) by ``states``.
+
+    states [A, d] and head [V, d] give the distributions now. base: log-probs float32 [a, V], A rows in all.
+    By the logits z, the gradient of KL(p || softmax(z)) is softmax(z) - p.
+    """
+    kl = torch.empty(len(states), dtype=torch.float32, device=states.device)
+    gradient = torch.empty_like(states)
+    start = 0
+    for logprobs in base:
+        for wanted in logprobs.split(_HEAD_TOKENS):
+            block = slice(start, start + len(wanted))
+            now = (states[block] @ head.T).float().log_softmax(-1)
+            p = wanted.exp()
+            kl[block] = (p * (wanted - now)).sum(-1)
+            z = now.exp_().sub_(p).mul_(weights[block, None].to(states.device))
+            gradient[block] = _summed_by_blocks(z.to(states.dtype), head)
+            start = block.stop
+    return kl, gradient
 
 
 def _summed_by_blocks(z: Tensor, head: Tensor) -> Tensor:

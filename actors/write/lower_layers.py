@@ -31,12 +31,14 @@ class Row:
     """One example behind the lower layers, without the shared prefix.
 
     hidden [T, d]: its stream. targets int64 [A]: the answer. The last A positions of ``hidden`` predict it,
-    as the last answer token is no input.
+    as the last answer token is no input. base float32 [A, V]: the log-probs that a preserved reply keeps;
+    None for an example that is taught.
     """
 
     episode: int
     hidden: Tensor
     targets: Tensor
+    base: Tensor | None = None
 
     @property
     def span(self) -> RowSpan:

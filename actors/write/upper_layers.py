@@ -25,8 +25,8 @@ from torch.nn import functional
 from actors.fast_weights.delta import Basis, StackedWeights
 from actors.write.flat_batch import FlatBatch, make_flat_batch
 from actors.write.frozen_llama import FrozenLayer, FrozenLlama, times_frozen
-from actors.write.kernels import add_grouped, head_pass, shrink_grouped
-from actors.write.lower_layers import LowerOutput, Row, chunks_of
+from actors.write.kernels import add_grouped, head_pass, kl_pass, shrink_grouped
+from actors.write.lower_layers import Row, chunks_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +38,8 @@ class Chunk:
     hidden [n, d], gate_up [n, 2 f], shrunk [n, rank] by projection: the first adapted MLP's residual stream,
     W x and A x. n is all tokens, or the answers alone where that MLP is in the last layer.
     x [n, d]: that MLP's input, kept where the write moves A too, as there is no A x to keep; else None.
+    taught, preserved: places of the two kinds of answer tokens, where there are both. base: log-probs [A, V]
+    of each preserved row.
     """
 
     numbers: tuple[int, ...]
@@ -50,6 +52,9 @@ class Chunk:
     shrunk: Mapping[str, Tensor]
     x: Tensor | None
     targets: Tensor
+    taught: Tensor
+    preserved: Tensor
+    base: tuple[Tensor, ...]
 
 
 class UpperLayers:
@@ -65,12 +70,12 @@ class UpperLayers:
     # --- once per write -------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prepare(self, output: LowerOutput, rows: Sequence[Row]) -> tuple[Chunk, ...]:
-        """Make what ``score`` needs of ``rows``, some of ``output``: once for all epochs that use them."""
+    def prepare(self, prefix: Tensor, rows: Sequence[Row]) -> tuple[Chunk, ...]:
+        """Make what ``score`` needs of ``rows`` behind ``prefix``: once for all steps that use them."""
         lengths, episodes = [len(row.hidden) for row in rows], [row.episode for row in rows]
         return tuple(
-            self._prepare_chunk(output.prefix, rows, numbers)
-            for numbers in chunks_of(lengths, episodes, len(output.prefix), self._chunk_tokens)
+            self._prepare_chunk(prefix, rows, numbers)
+            for numbers in chunks_of(lengths, episodes, len(prefix), self._chunk_tokens)
         )
 
     # --- once per step --------------------------------------------------------------------------------------
@@ -80,8 +85,8 @@ class UpperLayers:
     ) -> list[Tensor]:
         """Log-probs [A] float32 of each prepared row's answer under its episode's fast weights.
 
-        Adds the gradient of -sum(loss weight * log-prob) to the tensors of ``weights``. A row has one loss
-        weight.
+        Of a preserved row it is the KL [A] to its ``base``. Adds the gradient of sum(loss weight * loss) to
+        the tensors of ``weights``, where the loss is -log-prob or KL. A row has one loss weight.
         """
         by_row: dict[int, Tensor] = {}
         for chunk in chunks:
@@ -92,12 +97,39 @@ class UpperLayers:
                 for row, size in zip(chunk.numbers, chunk.sizes, strict=True)
                 for _ in range(size)
             ]
-            # The head's own gradient comes from head_pass; autograd takes over from the states downwards.
-            logprobs, gradient = head_pass(
-                states.detach(), self._model.head, chunk.targets, torch.tensor(per_token)
-            )
+            # The head's own gradient comes from these passes; autograd takes over from the states downwards.
+            values, gradient = self._losses(chunk, states.detach(), torch.tensor(per_token))
             torch.autograd.backward(states, gradient)
-            by_row.update(_by_row(chunk, logprobs))
+            by_row.update(_by_row(chunk, values))
+        return [by_row[i] for i in range(len(by_row))]
+
+    def _losses(self, chunk: Chunk, states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log-probs or KL of each answer token, and the gradient of their weighted sum by ``states``."""
+        head, taught, kept = self._model.head, chunk.taught, chunk.preserved
+        if not chunk.base:
+            return head_pass(states, head, chunk.targets, weights)
+        kl, of_kept = kl_pass(states[kept], head, chunk.base, weights.to(kept.device)[kept])
+        values = torch.empty(len(states), device=states.device).index_copy_(0, kept, kl)
+        gradient = torch.empty_like(states).index_copy_(0, kept, of_kept)
+        if len(taught):
+            own_weights = weights.to(taught.device)[taught]
+            logprobs, of_taught = head_pass(states[taught], head, chunk.targets[taught], own_weights)
+            values.index_copy_(0, taught, logprobs)
+            assert of_taught is not None
+            gradient.index_copy_(0, taught, of_taught)
+        return values, gradient
+
+    @torch.no_grad()
+    def distributions(self, chunks: Sequence[Chunk], weights: StackedWeights) -> list[Tensor]:
+        """Log-probs float32 [A, V] of the whole vocabulary at each prepared row's answer tokens."""
+        by_row: dict[int, Tensor] = {}
+        for chunk in chunks:
+            states = self._states(chunk, self._of_groups(weights, chunk))
+            rows = states.split(list(chunk.sizes))
+            by_row |= {
+                number: (row @ self._model.head.T).float().log_softmax(-1)
+                for number, row in zip(chunk.numbers, rows, strict=True)
+            }
         return [by_row[i] for i in range(len(by_row))]
 
     @torch.no_grad()
@@ -137,6 +169,7 @@ class UpperLayers:
         layer = self._model.layers[self._first]
         x = self._model.normed(hidden, layer.post_norm)
         adapted = () if self._train_a else self._gate_and_up(self._first)
+        kept = torch.tensor([rows[i].base is not None for i in in_order for _ in rows[i].targets])
         return Chunk(
             numbers=tuple(in_order),
             sizes=tuple(len(rows[i].targets) for i in in_order),
@@ -148,6 +181,9 @@ class UpperLayers:
             shrunk={name: x @ self._a[_key(self._first, name)].T for name in adapted},
             x=x if self._train_a else None,
             targets=torch.cat([rows[i].targets for i in in_order]),
+            taught=(~kept).nonzero()[:, 0].to(self._model.device),
+            preserved=kept.nonzero()[:, 0].to(self._model.device),
+            base=tuple(base for i in in_order if (base := rows[i].base) is not None),
         )
 
     def _states(self, chunk: Chunk, weights: StackedWeights) -> Tensor:

@@ -2,8 +2,9 @@
 
 Method: TMEM, arXiv 2606.04536: a few SFT steps on B alone; A and theta are frozen; each write starts from the
 episode's current B. The loss is the mean over the answer tokens of a minibatch, and the optimizer's state
-starts fresh at every write (both are unpublished: our choices). With a basis of ``train_a`` (an ablation:
-what LoRA usually does) the same steps move A too, with the same optimizer and learning rate.
+starts fresh at every write (both are unpublished: our choices). A request may also name replies that the
+write leaves as they were (steps.py). With a basis of ``train_a`` (an ablation: what LoRA usually does) the
+same steps move A too, with the same optimizer and learning rate.
 
 Each episode gets what a PEFT + torch.optim loop of its own would give. What makes that cheap:
 
@@ -19,8 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from actors.fast_weights.delta import Basis, BasisError, StackedWeights, stack
-from actors.fast_weights.sensitivity import Sensitivity
 from actors.protocols import WriterError
 from actors.types import FastWeights, Probe, WriteExample, WriteRequest, WriteResult
 from actors.write.frozen_llama import FrozenLlama, read_model
-from actors.write.lower_layers import LowerLayers, LowerOutput
-from actors.write.optimizers import make_optimizer
-from actors.write.upper_layers import Chunk, UpperLayers
+from actors.write.lower_layers import LowerLayers
+from actors.write.preserved import PreservedReplies
+from actors.write.steps import OnStep, Plan, Rows, Trained, by_episode, mean_loss, train
+from actors.write.upper_layers import UpperLayers
 from configs.schema import WriteConfig
 
 PROBE_PROMPT_TOKENS, PROBE_ANSWER_TOKENS = 3, 3
@@ -45,109 +45,6 @@ It shows that the adapter acts, not what it remembers, and costs little.
 KNOWN = 0.01
 """Nats per token. A text below it is known, so a loss that rises to less than this has not diverged."""
 
-_Selection = Sequence[Sequence[int]]  # numbers of rows, a list for each episode
-_OnStep = Callable[[StackedWeights], None]
-
-
-@dataclass(frozen=True, eq=False)
-class _Trained:
-    """What the steps did, by episode.
-
-    before: log-probs of each example under the request's weights. final: the new fast weights. failures: why
-    the steps of that episode were stopped, "" if they were not; then its ``final`` is its start.
-    """
-
-    before: list[list[Tensor]]
-    final: StackedWeights
-    steps: list[int]
-    failures: list[str]
-
-
-class _Rows:
-    """The rows of one write. Each selection that steps use is prepared once: that does not depend on B."""
-
-    def __init__(self, layers: UpperLayers, output: LowerOutput) -> None:
-        self._layers, self._output = layers, output
-        self._prepared: dict[tuple[tuple[int, ...], ...], tuple[Chunk, ...]] = {}
-
-    def score(self, selection: _Selection, weights: StackedWeights) -> list[list[Tensor]]:
-        """Log-probs of the selected rows, a list for each episode.
-
-        Adds to ``weights`` the gradient of each episode's mean loss over its answer tokens.
-        """
-        rows = self._output.rows
-        loss_weights = [
-            1 / sum(len(rows[i].targets) for i in of_episode) for of_episode in selection for _ in of_episode
-        ]
-        return _by_episode(self._layers.score(self.prepared(selection), weights, loss_weights), selection)
-
-    def measure(self, selection: _Selection, weights: StackedWeights) -> list[list[Tensor]]:
-        """The log-probs alone."""
-        (flat,) = self._layers.measure((self.prepared(selection), weights))
-        return _by_episode(flat, selection)
-
-    def prepared(self, selection: _Selection) -> tuple[Chunk, ...]:
-        key = tuple(tuple(of_episode) for of_episode in selection)
-        if key not in self._prepared:
-            rows = [self._output.rows[i] for of_episode in selection for i in of_episode]
-            self._prepared[key] = self._layers.prepare(self._output, rows)
-        return self._prepared[key]
-
-
-def _by_episode(flat: Iterable[Tensor], selection: _Selection) -> list[list[Tensor]]:
-    logprobs = iter(flat)
-    return [[next(logprobs) for _ in of_episode] for of_episode in selection]
-
-
-def _train(
-    rows: _Rows,
-    places: _Selection,
-    start: StackedWeights,
-    sensitivities: Sequence[Sensitivity],
-    config: WriteConfig,
-    on_step: _OnStep,
-) -> _Trained:
-    """Step all episodes together. ``places``: the rows of each episode.
-
-    An episode that has had its epochs, or diverged, is left out of the next steps. ``on_step`` is shown the
-    fast weights of all episodes after each step: it must copy what it keeps.
-    """
-    episodes = range(len(places))
-    trained, final = start.map(torch.clone), start.map(torch.clone)
-    batches = [
-        [numbers[i : i + config.batch_size] for i in range(0, len(numbers), config.batch_size)]
-        for numbers in places
-    ]
-    totals = [config.epochs * len(of_episode) for of_episode in batches]
-    optimizer = make_optimizer(trained, sensitivities, config)
-    steps, failures = [0] * len(places), [""] * len(places)
-    # One minibatch holds all examples of the other episodes: their first step is the measurement.
-    several = [e for e in episodes if len(batches[e]) > 1]
-    measured = rows.measure([places[e] for e in several], start) if several else []
-    before = dict(zip(several, measured, strict=True))
-    for step in range(max(totals)):
-        active = [e for e in episodes if step < totals[e] and not failures[e]]
-        if not active:
-            break
-        selection = [batches[e][step % len(batches[e])] for e in active]
-        optimizer.zero_grad()
-        scores = dict(zip(active, rows.score(selection, trained), strict=True))
-        losses = [_loss(scores[e]) if e in scores else 0.0 for e in episodes]
-        optimizer.step(torch.tensor(losses, device=trained.matrices[0].device))
-        on_step(trained)
-        for e, logprobs in scores.items():
-            steps[e] += 1
-            if step == 0:
-                before.setdefault(e, logprobs)
-            if not math.isfinite(losses[e]):
-                failures[e] = f"the loss became {losses[e]} at step {steps[e]} of {totals[e]}"
-            elif steps[e] == totals[e]:
-                # Taken now: while companions go on, Adam's momentum would still move an episode without a
-                # gradient.
-                for result, matrix in zip(final.matrices, trained.matrices, strict=True):
-                    result[e] = matrix.detach()[e]
-    return _Trained([before[e] for e in episodes], final, steps, failures)
-
 
 def _behind(first: StackedWeights, second: StackedWeights) -> StackedWeights:
     """The fast weights of n episodes, then those of m more."""
@@ -156,11 +53,6 @@ def _behind(first: StackedWeights, second: StackedWeights) -> StackedWeights:
         for front, behind in ((first.b, second.b), (first.a, second.a))
     )
     return StackedWeights(b, a)
-
-
-def _loss(logprobs: Sequence[Tensor]) -> float:
-    """Mean nats per answer token."""
-    return -float(torch.cat(list(logprobs)).double().mean())
 
 
 class BatchedWriter:
@@ -183,6 +75,7 @@ class BatchedWriter:
         ]
         self._lower = LowerLayers(model, basis.first_layer, config.chunk_tokens)
         self._upper = UpperLayers(model, basis, config.chunk_tokens)
+        self._preserved = PreservedReplies(self._upper, basis, model.device)
 
     def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:
         """One result per request, in order; ``seconds`` is the wall time of the whole call.
@@ -211,26 +104,37 @@ class BatchedWriter:
         (result,) = self._write([request], keep)
         return result, tuple(steps)
 
-    def _write(self, requests: Sequence[WriteRequest], on_step: _OnStep) -> list[WriteResult]:
+    def _write(self, requests: Sequence[WriteRequest], on_step: OnStep) -> list[WriteResult]:
         started = time.perf_counter()
         for request in requests:
             self._check(request)
         owned = [(e, example) for e, request in enumerate(requests) for example in request.examples]
+        # The same reply may come several times, so that it is preserved more often.
+        kept = [
+            (e, reply) for e, request in enumerate(requests) for reply in dict.fromkeys(request.preserved)
+        ]
         probed = [_probe_of(request.examples) for request in requests]
         # Each probe is there twice, for the old weights and for the new, so that one pass scores both.
         output, probe_output = self._lower.read(
-            owned, [*enumerate(probed), *enumerate(probed, len(requests))]
+            [*owned, *kept], [*enumerate(probed), *enumerate(probed, len(requests))]
         )
-        rows = _Rows(self._upper, output)
+        taught, preserved = output.rows[: len(owned)], output.rows[len(owned) :]
+        preserved_rows = self._preserved.rows(output.prefix, [reply for _, reply in kept], preserved)
+        rows = Rows(self._upper, output.prefix, (*taught, *preserved_rows), self._config.preserve.weight)
         places = [[i for i, (owner, _) in enumerate(owned) if owner == e] for e in range(len(requests))]
+        numbers = {pair: number for number, pair in enumerate(kept, start=len(owned))}
+        plans = [
+            Plan(places[e], [numbers[e, reply] for reply in request.preserved], request.seed)
+            for e, request in enumerate(requests)
+        ]
         weights = [request.weights for request in requests]
         start = stack(weights, self._basis, torch.float32, self._model.device)
-        trained = _train(rows, places, start, self._sensitivities, self._config, on_step)
+        trained = train(rows, plans, start, self._sensitivities, self._config, on_step)
         scored, probes = self._upper.measure(
             (rows.prepared(places), trained.final),
-            (self._upper.prepare(probe_output, probe_output.rows), _behind(start, trained.final)),
+            (self._upper.prepare(probe_output.prefix, probe_output.rows), _behind(start, trained.final)),
         )
-        after = _by_episode(scored, places)
+        after = by_episode(scored, places)
         seconds = time.perf_counter() - started
         proofs = [
             Probe(probe.prompt_ids + probe.answer_ids, tuple(old.tolist()), tuple(new.tolist()))
@@ -247,31 +151,36 @@ class BatchedWriter:
             raise WriterError(
                 f"{place}: write.epochs=0 makes every write the identity: nothing may be asked of the writer"
             )
-        longest = min(self._config.max_example_tokens, self._model.shape.window or math.inf)
         if not request.examples:
             raise WriterError(f"{place}: no examples; an empty write is the caller's to record")
-        for number, example in enumerate(request.examples):
-            size = len(example.prompt_ids) + len(example.answer_ids)
-            if not example.prompt_ids or not example.answer_ids:
-                raise WriterError(
-                    f"{place}: example {number} needs a prompt and an answer of one token or more"
-                )
-            if size > longest:
-                raise WriterError(
-                    f"{place}: example {number} has {size} tokens, at most {longest} are allowed; drop it"
-                )
+        window = self._model.shape.window or math.inf
+        longest = min(self._config.max_example_tokens, window)
+        for kind, examples, limit in (
+            ("example", request.examples, longest),
+            ("preserved reply", request.preserved, window),
+        ):
+            for number, example in enumerate(examples):
+                size = len(example.prompt_ids) + len(example.answer_ids)
+                if not example.prompt_ids or not example.answer_ids:
+                    raise WriterError(
+                        f"{place}: {kind} {number} needs a prompt and an answer of one token or more"
+                    )
+                if size > limit:
+                    raise WriterError(
+                        f"{place}: {kind} {number} has {size} tokens, at most {limit} are allowed; drop it"
+                    )
 
     def _result(
         self,
         request: WriteRequest,
-        trained: _Trained,
+        trained: Trained,
         e: int,
         after: Sequence[Tensor],
         probe: Probe,
         seconds: float,
     ) -> WriteResult:
-        loss_before, steps, failure = _loss(trained.before[e]), trained.steps[e], trained.failures[e]
-        loss_after = math.nan if failure else _loss(after)
+        loss_before, steps, failure = mean_loss(trained.before[e]), trained.steps[e], trained.failures[e]
+        loss_after = math.nan if failure else mean_loss(after)
         weights = self._weights_of(trained.final, e, request.weights.revision + 1)
         finite = all(bool(np.isfinite(matrix).all()) for matrix in (*weights.b.values(), *weights.a.values()))
         if reason := self._refusal(failure, loss_before, loss_after, finite):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
@@ -12,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
-from torch.nn import functional
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -25,6 +22,7 @@ from actors.protocols import WriterError
 from actors.types import FastWeights, WriteExample, WriteRequest
 from actors.write.frozen_llama import OwnedWeights
 from actors.write.lower_layers import LowerLayers
+from actors.write.steps import minibatches
 from actors.write.writer import BatchedWriter
 from configs.schema import WriteConfig
 from tests.unit.write_cases import (
@@ -37,54 +35,10 @@ from tests.unit.write_cases import (
     tiny_model,
     write,
 )
+from tests.unit.write_reference import largest_difference, mean_loss, reference
 
 SGD = WriteConfig(optimizer="sgd", learning_rate=0.005, epochs=3, batch_size=3)
 ADAM = WriteConfig(optimizer="adam", learning_rate=2e-3, epochs=3, batch_size=3)
-
-
-def mean_loss(model: nn.Module, batch: Sequence[WriteExample]) -> Tensor:
-    """Mean nats per answer token of whole forwards, one example at a time: no padding, no split, no cache."""
-    losses = []
-    for example in batch:
-        ids = torch.tensor([example.prompt_ids + example.answer_ids])
-        logits = model(ids).logits[0, len(example.prompt_ids) - 1 : -1]
-        losses.append(functional.cross_entropy(logits, torch.tensor(example.answer_ids), reduction="none"))
-    return torch.cat(losses).mean()
-
-
-def reference(
-    request: WriteRequest, basis: Basis, config: WriteConfig, family: str
-) -> tuple[dict[str, np.ndarray], float, float]:
-    """B, loss before and loss after of a plain PEFT loop."""
-    lora = LoraConfig(
-        r=basis.rank, lora_alpha=basis.rank, lora_dropout=0.0, bias="none", target_modules=list(basis.modules)
-    )
-    model = get_peft_model(tiny_model(family), lora).eval()
-    b: dict[str, nn.Parameter] = {}
-    for name in basis.modules:
-        layer = model.base_model.model.get_submodule(name)
-        layer.lora_A["default"].weight.data.copy_(basis.a[name])
-        layer.lora_A["default"].weight.requires_grad_(False)
-        b[name] = layer.lora_B["default"].weight
-        if request.weights.revision:
-            b[name].data.copy_(torch.from_numpy(request.weights.b[name]))
-    optimizer = (torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam)(
-        list(b.values()), lr=config.learning_rate
-    )
-    with torch.no_grad():
-        before = mean_loss(model, request.examples).item()
-    for _ in range(config.epochs):
-        for start in range(0, len(request.examples), config.batch_size):
-            optimizer.zero_grad()
-            mean_loss(model, request.examples[start : start + config.batch_size]).backward()
-            optimizer.step()
-    with torch.no_grad():
-        after = mean_loss(model, request.examples).item()
-    return {name: matrix.detach().numpy() for name, matrix in b.items()}, before, after
-
-
-def largest_difference(left: FastWeights, right: dict[str, np.ndarray]) -> float:
-    return max(float(np.abs(left.b[name] - right[name]).max()) for name in right)
 
 
 @pytest.mark.parametrize(
@@ -184,10 +138,10 @@ def both_trained(
     optimizer = (torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam)(
         [*sides[0].values(), *sides[1].values()], lr=config.learning_rate
     )
-    for _ in range(config.epochs):
-        for start in range(0, len(request.examples), config.batch_size):
+    for epoch in range(config.epochs):
+        for batch in minibatches(range(len(request.examples)), config.batch_size, request.seed, epoch):
             optimizer.zero_grad()
-            mean_loss(model, request.examples[start : start + config.batch_size]).backward()
+            mean_loss(model, [request.examples[i] for i in batch]).backward()
             optimizer.step()
     b, a = ({name: matrix.detach().numpy() for name, matrix in side.items()} for side in sides)
     return b, a

@@ -1,0 +1,163 @@
+"""Preserved replies: the writer against a plain loop with the same KL term, and what the term is for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from actors.fast_weights.delta import DeltaInjector, stack, zero
+from actors.protocols import WriterError
+from actors.types import FastWeights, WriteExample, WriteRequest
+from actors.write.kernels import kl_pass
+from actors.write.steps import minibatches
+from actors.write.writer import BatchedWriter
+from configs.schema import PreserveConfig, WriteConfig
+from tests.unit.test_natural_write import sensitive
+from tests.unit.write_cases import basis_of, examples, frozen, ragged_requests, tiny_model, write
+from tests.unit.write_reference import largest_difference, mean_kl, reference
+
+PRESERVE = PreserveConfig(weight=0.7, per_step=2)
+SGD = WriteConfig(optimizer="sgd", learning_rate=0.005, epochs=3, batch_size=3, preserve=PRESERVE)
+ADAM = WriteConfig(optimizer="adam", learning_rate=2e-3, epochs=3, batch_size=3, preserve=PRESERVE)
+
+
+def preserving(requests: list[WriteRequest]) -> list[WriteRequest]:
+    """The first two episodes preserve five replies and one; the third preserves none."""
+    replies = [examples(7, 5), examples(8, 1), ()]
+    return [
+        replace(request, preserved=kept, seed=seed)
+        for seed, (request, kept) in enumerate(zip(requests, replies, strict=True), start=3)
+    ]
+
+
+@pytest.mark.parametrize("config", [SGD, ADAM], ids=lambda config: config.optimizer)
+@pytest.mark.parametrize("shared_prefix", [0, 9])
+def test_it_equals_the_peft_loop_with_the_same_kl_term(config: WriteConfig, shared_prefix: int) -> None:
+    """SGD: |dB| <= 1e-6. Adam: |dB| <= 1 % of one step, see test_writer.py."""
+    config = replace(config, preserve=replace(PRESERVE, per_step=1 if shared_prefix else 2))
+    basis = basis_of(tiny_model())
+    requests = preserving(ragged_requests(basis, shared_prefix))
+    if config.preserve.per_step == 2:  # a window is never larger than what there is
+        requests[1] = replace(requests[1], preserved=examples(8, 2))
+    for request, result in zip(requests, write(requests, config), strict=True):
+        expected, before, after = reference(request, basis, config, "llama")
+        assert result.outcome == "accepted", result.reason
+        bound = 1e-6 if config.optimizer == "sgd" else 0.01 * config.learning_rate
+        assert largest_difference(result.weights, expected) <= bound
+        assert result.loss_before == pytest.approx(before, abs=2e-5)
+        assert result.loss_after == pytest.approx(after, abs=2e-4)
+    without = write([replace(request, preserved=()) for request in requests], config)[0]
+    expected, _, _ = reference(requests[0], basis, config, "llama")
+    assert largest_difference(without.weights, expected) > 1e-4, "the term does nothing here"
+
+
+def test_the_kl_and_its_gradient_are_autograds() -> None:
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randn(7, 16, generator=draw, requires_grad=True)
+    head, weights = torch.randn(50, 16, generator=draw), torch.rand(7, generator=draw)
+    base = [torch.randn(rows, 50, generator=draw).log_softmax(-1) for rows in (4, 1, 2)]
+    kl, gradient = kl_pass(states.detach(), head, base, weights)
+    now = (states @ head.T).log_softmax(-1)
+    wanted = nn.functional.kl_div(now, torch.cat(base), reduction="none", log_target=True).sum(-1)
+    assert torch.allclose(kl, wanted, atol=1e-5)
+    (expected,) = torch.autograd.grad((weights * wanted).sum(), states)
+    assert torch.allclose(gradient, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "natural"])
+def test_what_is_preserved_changes_less(optimizer: str) -> None:
+    """Of two writes of the same cards, the one with the term ends nearer to the untouched model."""
+    model = tiny_model(head_scale=2)
+    basis = sensitive(model)
+    config = WriteConfig(optimizer=optimizer, learning_rate={"sgd": 0.05}.get(optimizer, 4e-3), epochs=15)  # type: ignore[arg-type]
+    kept = examples(21, 6)
+    request = WriteRequest("a", zero(basis), examples(1, 3), kept)
+    harms = []
+    for weight in (0.0, 4.0):
+        writer = BatchedWriter(
+            frozen(model), basis, replace(config, preserve=PreserveConfig(weight=weight, per_step=6))
+        )
+        (result,) = writer.write([request])
+        assert result.loss_after < 0.9 * result.loss_before
+        harms.append(kl_of(model, result.weights, basis, kept))
+    assert harms[1] < 0.75 * harms[0], harms
+
+
+def kl_of(model: nn.Module, weights: FastWeights, basis, kept) -> float:  # type: ignore[no-untyped-def]
+    injector = DeltaInjector(model, basis)
+    with torch.no_grad(), injector.use(stack([weights], basis)):
+        total = float(mean_kl(model, tiny_model(head_scale=2), kept))
+    injector.remove()
+    return total
+
+
+def test_the_base_is_remembered_and_a_full_store_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    basis = basis_of(model)
+    (request, *_) = preserving(ragged_requests(basis))
+    writer = BatchedWriter(frozen(model), basis, SGD)
+    first, again = writer.write([request])[0], writer.write([request])[0]
+    monkeypatch.setattr("actors.write.preserved._KEPT_TOKENS", 2)
+    small = BatchedWriter(frozen(model), basis, SGD)
+    small.write([request])
+    forgetful = small.write([request])[0]
+    for other in (again, forgetful):
+        assert largest_difference(other.weights, dict(first.weights.b)) == 0
+
+
+def test_a_known_text_ends_the_write() -> None:
+    """The same cards again take no step, and B stays; new cards take all of them."""
+    model = tiny_model()
+    basis = sensitive(model)
+    config = WriteConfig(optimizer="natural", epochs=60, step_kl=0.5, known_loss=0.3)
+    writer = BatchedWriter(frozen(model), basis, config)
+    first = writer.write([WriteRequest("a", zero(basis), examples(1, 3))])[0]
+    assert first.outcome == "accepted" and 0 < first.steps < 60
+    assert first.loss_after <= 0.3
+    again, other = writer.write(
+        [
+            WriteRequest("a", first.weights, examples(1, 3)),
+            WriteRequest("b", zero(basis), examples(5, 3)),
+        ]
+    )
+    assert again.steps == 0 and other.steps > again.steps
+    moved = largest_difference(again.weights, dict(first.weights.b))
+    assert moved == 0 and again.weights.revision == 2
+    alone = writer.write([WriteRequest("b", zero(basis), examples(5, 3))])[0]
+    assert alone.steps == other.steps
+
+
+def test_a_write_goes_on_while_it_harms_what_it_preserves() -> None:
+    """A reply to a card's own question cannot be kept: that write takes all its steps."""
+    model = tiny_model(head_scale=2)
+    basis = sensitive(model)
+    (card,) = examples(1, 1)
+    other = WriteExample(card.prompt_ids, tuple(token + 1 for token in card.answer_ids))
+    config = WriteConfig(
+        optimizer="natural", epochs=40, step_kl=0.5, known_loss=0.4, preserve=PreserveConfig(weight=1e-3)
+    )
+    requests = [WriteRequest("a", zero(basis), (card,)), WriteRequest("b", zero(basis), (card,), (other,))]
+    without, light = BatchedWriter(frozen(model), basis, config).write(requests)
+    assert max(light.steps, without.steps) < 40, "a light weight makes no harm that counts"
+    heavy = replace(config, preserve=PreserveConfig(weight=1.0))
+    assert BatchedWriter(frozen(model), basis, heavy).write(requests)[1].steps == 40
+
+
+def test_minibatches_are_drawn_anew_by_the_seed() -> None:
+    rows = list(range(10))
+    epochs = [minibatches(rows, 4, seed, epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    assert all(sorted(row for batch in epoch for row in batch) == rows for epoch in epochs)
+    assert all([len(batch) for batch in epoch] == [4, 4, 2] for epoch in epochs)
+    assert len({str(epoch) for epoch in epochs}) == 3
+    assert minibatches(rows, 4, 1, 0) == epochs[0]
+    assert minibatches(rows, 10, 1, 0) == [rows]
+
+
+def test_a_preserved_reply_that_cannot_be_used_is_refused() -> None:
+    basis = basis_of(tiny_model())
+    bad = WriteExample((1, 2), ())
+    with pytest.raises(WriterError, match="preserved reply 0 needs a prompt and an answer"):
+        write([WriteRequest("a", zero(basis), examples(1, 2), (bad,))], SGD)
