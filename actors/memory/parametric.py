@@ -6,13 +6,20 @@ the row "hybrid" (TMEM's write and MemAgent's summary at once).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 
 from actors.memory.base import Agent, ContextMemory
 from actors.memory.summary import Summary
 from actors.text.chat_template import ChatFormat
-from actors.text.flashcards import extraction_prompt, parse_flashcards, write_example
-from actors.types import Flashcard, WriteExample
+from actors.text.flashcards import (
+    example_tokens,
+    extraction_prompt,
+    parse_flashcards,
+    write_example,
+    write_examples,
+)
+from actors.types import Flashcard
 from configs.schema import MemoryConfig, WriteConfig
 
 
@@ -30,46 +37,38 @@ class Flashcards:
 
     async def write(self, agent: Agent, text: str) -> None:
         """Write the flashcards in ``text``. Adds exactly one record to the agent's write log."""
+        limit = self._write.max_example_tokens
         parsed = parse_flashcards(text, self._write.max_flashcards)
-        cards, examples = self._examples(agent, parsed.cards)
+        cards = tuple(card for card in parsed.cards if self._fits(agent, card))
         too_long = len(parsed.cards) - len(cards)
         rejected = parsed.rejected + too_long
-        if examples:
-            _, rehearsed = self._examples(agent, self._to_rehearse(agent, cards))
-            await agent.write(text, cards, examples + rehearsed, rejected)
-        else:
-            limit = self._write.max_example_tokens
+        if not cards:
             over = f"all {too_long} flashcards are over write.max_example_tokens={limit}"
             agent.skip_write(text, rejected, parsed.problem or over)
+            return
+        earlier = _not_outdated(self._written(agent), cards, self._config.wordings)
+        rehearsed = earlier[max(0, len(earlier) - self._write.rehearsal) :]
+        system_prompt, chat, depths = agent.system_prompt, agent.chat, self._write.depths
+        examples = write_examples([*cards, *rehearsed], earlier, system_prompt, chat, depths, limit)
+        await agent.write(text, cards, examples, rejected)
 
     def _prompt(self, agent: Agent) -> str:
         question = "" if self._config.question_blind else agent.question
-        shown = _newest(_written_cards(agent), agent.chat, self._config.max_extract_tokens)
-        return extraction_prompt(question, shown)
+        shown = _newest(self._written(agent), agent.chat, self._config.max_extract_tokens)
+        return extraction_prompt(question, shown, self._config.wordings)
 
-    def _to_rehearse(self, agent: Agent, cards: Sequence[Flashcard]) -> list[Flashcard]:
-        """Return the newest ``write.rehearsal`` earlier cards.
+    def _fits(self, agent: Agent, card: Flashcard) -> bool:
+        example = write_example(card, agent.system_prompt, agent.chat)
+        return example_tokens(example) <= self._write.max_example_tokens
 
-        Cards whose question is answered anew by ``cards`` are left out: they are outdated.
-        """
-        if self._write.rehearsal == 0:
-            return []
-        asked = {card.question for card in cards}
-        earlier = [card for card in _written_cards(agent) if card.question not in asked]
-        return earlier[-self._write.rehearsal :]
-
-    def _examples(
-        self, agent: Agent, cards: Iterable[Flashcard]
-    ) -> tuple[tuple[Flashcard, ...], tuple[WriteExample, ...]]:
-        """Return the cards that fit into ``write.max_example_tokens``, and their examples."""
-        fitting: list[Flashcard] = []
-        examples: list[WriteExample] = []
-        for card in cards:
-            example = write_example(card, agent.system_prompt, agent.chat)
-            if len(example.prompt_ids) + len(example.answer_ids) <= self._write.max_example_tokens:
-                fitting.append(card)
-                examples.append(example)
-        return tuple(fitting), tuple(examples)
+    def _written(self, agent: Agent) -> list[Flashcard]:
+        """Return the cards that the episode has written and not answered anew since, oldest first."""
+        written: list[Flashcard] = []
+        for record in agent.writes:
+            if record.outcome == "accepted":
+                kept = _not_outdated(written, record.flashcards, self._config.wordings)
+                written = [*kept, *record.flashcards]
+        return written
 
 
 class ParametricMemory(ContextMemory):
@@ -116,16 +115,20 @@ class HybridMemory(ContextMemory):
         await self._flashcards.write(agent, text)
 
 
-def _written_cards(agent: Agent) -> list[Flashcard]:
-    """Return the cards that the episode has written, oldest first; per question only the newest card."""
-    latest: dict[str, Flashcard] = {}
-    for record in agent.writes:
-        if record.outcome != "accepted":
-            continue
-        for card in record.flashcards:
-            latest.pop(card.question, None)  # a question answered anew moves to the end
-            latest[card.question] = card
-    return list(latest.values())
+def _not_outdated(earlier: Sequence[Flashcard], cards: Sequence[Flashcard], wordings: int) -> list[Flashcard]:
+    """Return the ``earlier`` cards whose question ``cards`` do not answer anew.
+
+    With two wordings of each fact, a new answer to one of them outdates the other too: the neighbour with
+    the same old answer.
+    """
+    anew = {card.question: card.answer for card in cards}
+    outdated = {card.question for card in earlier if card.question in anew}
+    if wordings > 1:
+        changed = {card for card in earlier if anew.get(card.question, card.answer) != card.answer}
+        for one, next_one in pairwise(earlier):
+            if one.answer == next_one.answer and (one in changed or next_one in changed):
+                outdated |= {one.question, next_one.question}
+    return [card for card in earlier if card.question not in outdated]
 
 
 def _newest(cards: Sequence[Flashcard], chat: ChatFormat, limit: int) -> list[Flashcard]:

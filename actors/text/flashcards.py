@@ -1,4 +1,4 @@
-"""Flashcards as text (TMEM, arXiv 2606.04536): the prompt that asks for cards, the parser, the write example.
+"""Flashcards as text (TMEM, arXiv 2606.04536): the prompt that asks for cards, the parser, write examples.
 
 Invariant: `parse_flashcards` never raises, whatever the model wrote. When it finds no card it says why. The
 wording of the prompt is our own.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ _MAX_NESTING = 64
 _MAX_ARRAYS = 8
 _ABOUT = (
     "The text above will be erased. "
-    "Save its useful facts (who, what, when, where, likes, plans, lessons) as short questions and answers, "
-    "no duplicates."
+    "Save its useful facts (who, what, when, where, likes, plans, lessons) as short questions and answers"
 )
+_ONCE = ", no duplicates."
+_TWICE = ", each fact twice: two questions in different words, the same answer."
 _TASK = "They should help with: {question}"
 _EARLIER = "Already saved: {cards}"
 _FORM = 'Write only a JSON list, [] if nothing is useful: [{"instruction": "question", "output": "answer"}]'
@@ -44,9 +46,12 @@ class ParsedFlashcards:
     problem: str
 
 
-def extraction_prompt(question: str, earlier: Sequence[Flashcard]) -> str:
-    """The memory-writing prompt, a user turn after the context. A question-blind memory passes ""."""
-    lines = [_ABOUT]
+def extraction_prompt(question: str, earlier: Sequence[Flashcard], wordings: int = 1) -> str:
+    """The memory-writing prompt, a user turn after the context. A question-blind memory passes "".
+
+    ``wordings``: how many differently worded questions it asks for on each fact, 1 or 2.
+    """
+    lines = [_ABOUT + (_ONCE if wordings == 1 else _TWICE)]
     if question:
         lines.append(_TASK.format(question=question))
     if earlier:
@@ -61,15 +66,62 @@ def render_flashcards(cards: Sequence[Flashcard]) -> str:
     )
 
 
-def write_example(card: Flashcard, system_prompt: str, chat: ChatFormat) -> WriteExample:
-    """The card in the form in which it will be asked.
+def write_example(
+    card: Flashcard, system_prompt: str, chat: ChatFormat, behind: Sequence[Flashcard] = ()
+) -> WriteExample:
+    """The card in the form in which it will be asked: first, or behind other cards and their answers.
 
-    prompt: system prompt and question as a user turn; answer: the reply with its stop token.
+    prompt: system prompt, the other cards as finished turns, the question as a user turn; answer: the reply
+    with its stop token. Only the answer is learnt.
     """
+    prompt = chat.system(system_prompt)
+    for other in behind:
+        reply = chat.reply(other.answer)
+        prompt += chat.user(other.question) + chat.assistant_open + reply + chat.assistant_close(reply)
     return WriteExample(
-        prompt_ids=chat.system(system_prompt) + chat.user(card.question) + chat.assistant_open,
+        prompt_ids=prompt + chat.user(card.question) + chat.assistant_open,
         answer_ids=chat.reply(card.answer),
     )
+
+
+def write_examples(
+    cards: Sequence[Flashcard],
+    others: Sequence[Flashcard],
+    system_prompt: str,
+    chat: ChatFormat,
+    depths: Sequence[int],
+    max_tokens: int,
+) -> tuple[WriteExample, ...]:
+    """The examples of ``cards``: each in its plain form, then each behind N other cards, N of ``depths``.
+
+    Why: a question that follows others in a conversation finds only what was learnt as deep. The cards in
+    front come from ``cards`` and ``others``, and the same arguments always choose the same ones. None has
+    the card's own question or answer: that would teach to say the last answer again. Where there are fewer
+    than N, all of them stand in front. An example of more than ``max_tokens`` is left out.
+    """
+    known = list(dict.fromkeys([*cards, *others]))
+    draw = random.Random(repr([(card.question, card.answer) for card in known]))
+    examples = [write_example(card, system_prompt, chat) for card in cards]
+    for card in cards if depths else ():
+        choice = [o for o in known if o.question != card.question and o.answer != card.answer]
+        for depth in sorted({min(depth, len(choice)) for depth in depths} - {0}):
+            behind = _of_different_facts(draw.sample(choice, len(choice)))[:depth]
+            examples.append(write_example(card, system_prompt, chat, behind))
+    return tuple(example for example in examples if example_tokens(example) <= max_tokens)
+
+
+def example_tokens(example: WriteExample) -> int:
+    """Tokens of prompt and answer, as ``write.max_example_tokens`` counts them."""
+    return len(example.prompt_ids) + len(example.answer_ids)
+
+
+def _of_different_facts(cards: Sequence[Flashcard]) -> list[Flashcard]:
+    """``cards``, first those whose answer is new: the same answer again may be the same fact, reworded."""
+    first: dict[str, Flashcard] = {}
+    for card in cards:
+        first.setdefault(card.answer, card)
+    again = [card for card in cards if first[card.answer] is not card]
+    return [*first.values(), *again]
 
 
 def parse_flashcards(text: str, limit: int) -> ParsedFlashcards:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from actors.text.flashcards import (
     render_flashcards,
     unused_items,
     write_example,
+    write_examples,
 )
-from actors.types import Flashcard
+from actors.types import Flashcard, WriteExample
 
 AB = Flashcard("a", "b")
 OBJECT = '{"instruction": "a", "output": "b"}'
@@ -192,3 +194,92 @@ def test_a_written_example_has_the_form_in_which_the_question_is_asked(chat: Cha
     )
     assert chat.decode(example.answer_ids) == "Lisbon"
     assert example.answer_ids[-1] == chat.stop_token_ids[0]
+
+
+def _behind(chat: ChatFormat, card: Flashcard, others: list[Flashcard]) -> tuple[int, ...]:
+    """The prompt of ``card`` in a conversation: each reply is sampled with its stop token, then closed."""
+    ids = chat.system("Be brief.")
+    for other in others:
+        reply = chat.reply(other.answer)
+        ids += chat.user(other.question) + chat.assistant_open + reply + chat.assistant_close(reply)
+    return ids + chat.user(card.question) + chat.assistant_open
+
+
+def _examples(
+    chat: ChatFormat,
+    cards: list[Flashcard],
+    others: list[Flashcard],
+    depths: tuple[int, ...],
+    most: int = 400,
+) -> list[WriteExample]:
+    return list(write_examples(cards, others, "Be brief.", chat, depths, most))
+
+
+FACTS = [
+    Flashcard("Where does Nora live?", "Lisbon"),
+    Flashcard("What is Omar's job?", "baker"),
+    Flashcard("What pet has Ida?", "a parrot"),
+    Flashcard("Where did Tom go?", "Oslo"),
+    Flashcard("Who came?", "Vilma"),
+]
+
+
+def test_without_depths_each_card_is_one_first_question(chat: ChatFormat) -> None:
+    plain = [write_example(card, "Be brief.", chat) for card in FACTS]
+    assert _examples(chat, FACTS, FACTS, ()) == plain
+
+
+def test_each_card_is_also_learnt_behind_others_and_their_answers(chat: ChatFormat) -> None:
+    cards, others = FACTS[:3], FACTS[3:]
+    examples = _examples(chat, cards, others, (1, 3))
+    assert len(examples) == 9 and examples[:3] == [write_example(card, "Be brief.", chat) for card in cards]
+    conversations = {
+        depth: {
+            (_behind(chat, card, list(front)), chat.reply(card.answer))
+            for card in cards
+            for front in itertools.permutations([other for other in FACTS if other != card], depth)
+        }
+        for depth in (1, 3)
+    }
+    deep = [(example.prompt_ids, example.answer_ids) for example in examples[3:]]
+    assert [{depth for depth in (1, 3) if form in conversations[depth]} for form in deep] == [{1}, {3}] * 3
+    assert _examples(chat, cards, others, (1, 3)) == examples  # the same cards choose the same others
+    assert len(set(examples)) == 9
+
+
+def test_no_card_stands_behind_its_own_question_or_answer(chat: ChatFormat) -> None:
+    """Two wordings of one fact are no others to each other: the model would only repeat the last answer."""
+    fact = [Flashcard("Where does Nora live?", "Lisbon"), Flashcard("What is Nora's home?", "Lisbon")]
+    plain = [write_example(card, "Be brief.", chat) for card in fact]
+    assert _examples(chat, fact, [], (1, 3)) == plain
+    outdated = Flashcard("Where does Nora live?", "Oslo")
+    assert _examples(chat, fact[:1], [outdated], (1,)) == plain[:1]
+    (_, example) = _examples(chat, fact[:1], [fact[1], FACTS[1]], (1,))
+    assert example.prompt_ids == _behind(chat, fact[0], [FACTS[1]])
+
+
+def test_a_depth_takes_what_there_is_and_different_facts_first(chat: ChatFormat) -> None:
+    card, other = FACTS[0], FACTS[1]
+    assert len(_examples(chat, [card], [other], (1, 3, 7))) == 2  # one deep example, not three of the same
+    reworded = [other, Flashcard("How does Omar earn his money?", "baker"), FACTS[2]]
+    for order in itertools.permutations(reworded):
+        deep = _examples(chat, [card], list(order), (2, 3))[1:]
+        fronts = [chat.decode(example.prompt_ids) for example in deep]
+        assert ["parrot" in front for front in fronts] == [True, True]
+        assert [front.count("baker") for front in fronts] == [1, 2]
+
+
+def test_an_example_over_the_limit_leaves_its_plain_form(chat: ChatFormat) -> None:
+    long = [*FACTS[:2], Flashcard("What did Ida say?", "word " * 60)]
+    plain = [write_example(card, "Be brief.", chat) for card in long[:2]]
+    examples = _examples(chat, long[:2], long, (1, 2), most=60)
+    assert examples[:2] == plain and len(examples) < 6
+    assert all(len(example.prompt_ids) + len(example.answer_ids) <= 60 for example in examples)
+
+
+def test_the_prompt_asks_for_one_wording_or_two(chat: ChatFormat) -> None:
+    one, two = extraction_prompt("Who?", [AB]), extraction_prompt("Who?", [AB], wordings=2)
+    assert one == extraction_prompt("Who?", [AB], wordings=1) and "no duplicates" in one
+    assert "twice" in two and "different words" in two and "no duplicates" not in two
+    assert one.splitlines()[1:] == two.splitlines()[1:]
+    assert len(chat.user(extraction_prompt("", (), wordings=2))) <= 100

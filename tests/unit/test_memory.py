@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -62,9 +63,15 @@ def _agent(chat: ChatFormat, actor: _Actor, text: str = "Nora has moved to Lisbo
     return agent
 
 
-def _relieve(agent: Agent, write: WriteConfig = PAPER, question_blind: bool = False) -> None:
-    config = MemoryConfig(max_context_tokens=10, question_blind=question_blind)
+def _relieve(
+    agent: Agent, write: WriteConfig = PAPER, question_blind: bool = False, wordings: Literal[1, 2] = 1
+) -> None:
+    config = MemoryConfig(max_context_tokens=10, question_blind=question_blind, wordings=wordings)
     asyncio.run(ParametricMemory(config, write).relieve(agent, 0))
+
+
+def _list(cards: Sequence[tuple[str, str]]) -> str:
+    return json.dumps([{"instruction": question, "output": answer} for question, answer in cards])
 
 
 def test_flashcards_are_written_and_the_context_cleared(chat: ChatFormat) -> None:
@@ -129,6 +136,41 @@ def test_rehearsal_takes_the_newest_earlier_cards(chat: ChatFormat) -> None:
     rehearsed = [[chat.decode(example.answer_ids) for example in examples[1:]] for examples in actor.learned]
     wanted = [[], ["old"], ["two"], ["new"], ["new"]]
     assert rehearsed == [[chat.decode(chat.reply(answer)) for answer in answers] for answers in wanted]
+
+
+def test_cards_are_learnt_at_every_depth_the_rehearsed_ones_too(chat: ChatFormat) -> None:
+    actor = _Actor(chat, [CARDS, '[{"instruction": "What rained?", "output": "cats"}]'])
+    agent = _agent(chat, actor)
+    write = WriteConfig(rehearsal=1, depths=(1, 2))
+    _relieve(agent, write)
+    agent.context.observe(chat.user("It rained cats."))
+    _relieve(agent, write)
+    answers = [[chat.decode(example.answer_ids) for example in examples] for examples in actor.learned]
+    new, earlier = chat.decode(chat.reply("cats")), chat.decode(chat.reply("Lisbon"))
+    # of the first two cards each has one other; then there are two, and one of them is rehearsed
+    assert len(answers[0]) == 4
+    assert answers[1] == [new, earlier, new, new, earlier, earlier]
+    assert "Nora" in chat.decode(actor.learned[1][3].prompt_ids)  # a card that is not rehearsed is an other
+    assert agent.writes[1].flashcards == (Flashcard("What rained?", "cats"),)
+
+
+def test_with_two_wordings_a_new_answer_outdates_both_old_questions(chat: ChatFormat) -> None:
+    home = [("Where to?", "Lisbon"), ("Which city?", "Lisbon"), ("Who?", "Nora"), ("Whose move?", "Nora")]
+    moved = [("Where to?", "Oslo"), ("What place?", "Oslo")]
+    actor = _Actor(chat, [_list(home), _list(moved)])
+    agent = _agent(chat, actor)
+    write = WriteConfig(rehearsal=8)
+    _relieve(agent, write, wordings=2)
+    assert "in different words" in chat.decode(actor.prompts[0])
+    agent.context.observe(chat.user("Then she went on to Oslo."))
+    _relieve(agent, write, wordings=2)
+    learned = [chat.decode(example.answer_ids) for example in actor.learned[1]]
+    assert learned == [chat.decode(chat.reply(text)) for text in ("Oslo", "Oslo", "Nora", "Nora")]
+    same = _list([("Where to?", "Oslo")])  # told again: no answer changed, and the other wording stays
+    actor._texts.append(same)
+    agent.context.observe(chat.user("She is in Oslo."))
+    _relieve(agent, write, wordings=2)
+    assert "What place?" in chat.decode(actor.learned[2][3].prompt_ids)
 
 
 def test_question_blind_leaves_the_question_out(chat: ChatFormat) -> None:
