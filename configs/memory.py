@@ -163,6 +163,9 @@ MemoryPolicy = Literal[
     "hybrid",
     "custom",
 ]
+CARD_WRITING = ("parametric", "hybrid")
+"""Policies that write flashcards."""
+
 SUMMARIZING = ("paging", "summary", "state", "summary_write", "hybrid")
 
 
@@ -179,6 +182,9 @@ class MemoryConfig:
     max_extract_tokens: int = 1024  # flashcards or implications of one extraction
     wordings: Literal[1, 2] = 1  # of each fact: 2 asks the agent for two cards, with different questions
     max_summary_tokens: int = 1024  # a summary or a state
+    # what is written instead of the agent's flashcards, for evaluation only: gold ones, the same answers
+    # under questions about other people, or both
+    control: Literal["none", "oracle", "other_cards", "oracle_other_cards"] = "none"
     # with memory.policy=custom: package.module:name of a function from MemoryConfig, WriteConfig and
     # Surroundings to a Memory
     custom: str = ""
@@ -191,6 +197,9 @@ class MemoryConfig:
         positive(self, "max_context_tokens", "max_extract_tokens", "max_summary_tokens")
         known = self.policy != "custom" or is_path(self.custom)
         require(known, "custom", self.custom, f"{FORM} where memory.policy is custom")
+        written = self.control == "none" or self.policy in CARD_WRITING
+        bound = f"none where memory.policy is none of {', '.join(CARD_WRITING)}"
+        require(written, "control", self.control, bound, "only flashcards can be replaced")
         summary, room = self.max_summary_tokens, self.max_context_tokens
         fits = self.policy not in SUMMARIZING or summary < room
         require(fits, "max_summary_tokens", summary, f"less than memory.max_context_tokens={room}")

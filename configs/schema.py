@@ -205,6 +205,9 @@ class EvaluationConfig:
     temperature: float = 0.0  # 0: greedy; the value of sampling.temperature measures what training raises
     bootstrap_samples: int = 2000  # 100 or more
     memory_off_row: bool = True  # also evaluate with memory.policy=truncation
+    # a training also evaluates its last policy with gold flashcards, and with its own under other
+    # questions: memory.control, oracle and other_cards
+    control_rows: bool = False
 
     def __post_init__(self) -> None:
         positive(self, "tasks")

@@ -22,6 +22,7 @@ from functools import partial
 from typing import TypeVar
 
 from actors.environments.base import Environment
+from actors.episodes.controls import write_control
 from actors.episodes.episode import EpisodeSpec, Played, derived_seed, play_episode, score_episode
 from actors.episodes.in_flight import InFlightPolicy, dated
 from actors.episodes.recovery import (
@@ -254,7 +255,8 @@ class Rollout:
         recovery: Recovery,
         past: tuple[Event, ...],
     ) -> Played:
-        memory = build_memory(request.memory, self._write, self._surroundings)
+        control = write_control(request.memory, request.task, self._environment)
+        memory = build_memory(request.memory, self._write, self._surroundings, control)
         if self._rollout.refresh == "in_flight":
             living = InFlightPolicy(self._policy, self._writer)
             return await play_episode(

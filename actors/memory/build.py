@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from actors.memory.base import Memory, TruncationMemory
+from actors.memory.controls import OWN_CARDS, WriteControl
 from actors.memory.notes import NotesMemory
 from actors.memory.paging import PagingMemory
 from actors.memory.parametric import HybridMemory, ParametricMemory
@@ -35,8 +36,12 @@ def surroundings(window_tokens: int, answer_tokens: int, embedder: EmbedderConfi
     return Surroundings(window_tokens, answer_tokens, partial(load_embedder, embedder))
 
 
-def build_memory(config: MemoryConfig, write: WriteConfig, around: Surroundings) -> Memory:
+def build_memory(
+    config: MemoryConfig, write: WriteConfig, around: Surroundings, control: WriteControl = OWN_CARDS
+) -> Memory:
     """Build the memory of one episode. Raises ExtensionError if a custom memory cannot be loaded."""
+    if (writes_cards := _CARD_MEMORIES.get(config.policy)) is not None:
+        return writes_cards(config, write, control)
     builder = custom_memory(config) if config.policy == "custom" else _BUILDERS[config.policy]
     return builder(config, write, around)
 
@@ -58,6 +63,9 @@ _BUILDERS: Mapping[MemoryPolicy, Builder] = {
     "raw": lambda config, write, around: RawMemory(config, write),
     "summary_write": lambda config, write, around: SummaryWriteMemory(config, write),
     "implications": lambda config, write, around: ImplicationsMemory(config, write),
-    "parametric": lambda config, write, around: ParametricMemory(config, write),
-    "hybrid": lambda config, write, around: HybridMemory(config, write),
 }
+_CARD_MEMORIES: Mapping[MemoryPolicy, Callable[[MemoryConfig, WriteConfig, WriteControl], Memory]] = {
+    "parametric": ParametricMemory,
+    "hybrid": HybridMemory,
+}
+"""Only they write flashcards, so only they have controls (actors/memory/controls.py)."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from actors.memory.base import Agent, ContextMemory
+from actors.memory.controls import OWN_CARDS, WriteControl
 from actors.memory.summary import Summary
 from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import (
@@ -26,20 +27,22 @@ from configs.schema import MemoryConfig, WriteConfig
 class Flashcards:
     """Turns a full context into a write: extraction, parsing, examples of new and rehearsed cards."""
 
-    def __init__(self, config: MemoryConfig, write: WriteConfig) -> None:
+    def __init__(self, config: MemoryConfig, write: WriteConfig, control: WriteControl = OWN_CARDS) -> None:
         self._config = config
         self._write = write
+        self._control = control
 
     async def extract(self, agent: Agent) -> str:
         """Ask for flashcards at the end of the running context. Return the agent's text as it is."""
         agent.context.observe(agent.chat.user(self._prompt(agent)))
-        return await agent.reply("extract", self._config.max_extract_tokens)
+        return await self._control.extract(agent, self._config.max_extract_tokens)
 
     async def write(self, agent: Agent, text: str) -> None:
         """Write the flashcards in ``text``. Adds exactly one record to the agent's write log."""
         limit = self._write.max_example_tokens
         parsed = parse_flashcards(text, self._write.max_flashcards)
-        cards = tuple(card for card in parsed.cards if self._fits(agent, card))
+        written = self._control.written(parsed.cards)
+        cards = tuple(card for card in written if self._fits(agent, card))
         too_long = len(parsed.cards) - len(cards)
         rejected = parsed.rejected + too_long
         if not cards:
@@ -54,7 +57,8 @@ class Flashcards:
 
     def _prompt(self, agent: Agent) -> str:
         question = "" if self._config.question_blind else agent.question
-        shown = _newest(self._written(agent), agent.chat, self._config.max_extract_tokens)
+        earlier = self._control.extracted(self._written(agent))
+        shown = _newest(earlier, agent.chat, self._config.max_extract_tokens)
         return extraction_prompt(question, shown, self._config.wordings)
 
     def _fits(self, agent: Agent, card: Flashcard) -> bool:
@@ -79,9 +83,9 @@ class ParametricMemory(ContextMemory):
     agent is the truncation agent, to the token.
     """
 
-    def __init__(self, config: MemoryConfig, write: WriteConfig) -> None:
+    def __init__(self, config: MemoryConfig, write: WriteConfig, control: WriteControl = OWN_CARDS) -> None:
         super().__init__(config.max_context_tokens)
-        self._flashcards = None if write.epochs == 0 else Flashcards(config, write)
+        self._flashcards = None if write.epochs == 0 else Flashcards(config, write, control)
 
     async def relieve(self, agent: Agent, incoming: int) -> None:
         if self._flashcards is None:
@@ -100,10 +104,10 @@ class HybridMemory(ContextMemory):
     the agent is the summary agent, to the token.
     """
 
-    def __init__(self, config: MemoryConfig, write: WriteConfig) -> None:
+    def __init__(self, config: MemoryConfig, write: WriteConfig, control: WriteControl = OWN_CARDS) -> None:
         super().__init__(config.max_context_tokens)
         self._summary = Summary(config)
-        self._flashcards = None if write.epochs == 0 else Flashcards(config, write)
+        self._flashcards = None if write.epochs == 0 else Flashcards(config, write, control)
 
     async def relieve(self, agent: Agent, incoming: int) -> None:
         self.events[await self._summary.rewrite(agent)] += 1

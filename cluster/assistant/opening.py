@@ -171,6 +171,8 @@ def _check(config: RunConfig, source: Source, overrides: Sequence[str]) -> None:
         raise AssistantError(
             f"argument {argument!r}: {source.model} has its own basis, which cannot be changed; leave it out"
         )
+    if config.memory.control != "none":
+        raise AssistantError(f"memory.control={config.memory.control} is for evaluation; leave it out")
     if config.memory.policy != "parametric":
         raise AssistantError(
             f"memory.policy={config.memory.policy} keeps nothing in weights: "

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.load import ConfigError, Layer, load_config
-from configs.memory import SUMMARIZING
+from configs.memory import CARD_WRITING, SUMMARIZING
 from configs.reference import settings
 from configs.schema import RunConfig
 from configs.shipped import shipped
@@ -191,6 +191,8 @@ def _matters(key: str, policy: str) -> bool:
         return policy != "full"
     if key == "memory.max_summary_tokens":
         return policy in SUMMARIZING
+    if key == "memory.control":
+        return policy in CARD_WRITING
     sections = {"memory.paging.": "paging", "memory.notes.": "notes"}
     return all(policy == owner for prefix, owner in sections.items() if key.startswith(prefix))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from actors.episodes.controls import require_control
 from actors.fast_weights.basis import load_basis, save_basis
 from actors.fast_weights.delta import Basis
 from actors.memory.build import custom_memory
@@ -130,12 +131,17 @@ def _output_dir(config: RunConfig) -> Path:
 
 
 def _tasks(plan: Plan) -> dict[str, tuple[Task, ...]]:
-    """The tasks of every cell; each data file is read once. A custom memory that is missing fails here."""
+    """The tasks of every cell; each data file is read once.
+
+    A custom memory that is missing, and a control that the environment cannot make, fail here.
+    """
     for cell in plan.cells:
         if cell.config.memory.policy == "custom":
             custom_memory(cell.config.memory)
     configs = {cell.config.environment: cell.config for cell in plan.cells}
     environments = {environment: open_environment(config) for environment, config in configs.items()}
+    for cell in plan.cells:
+        require_control(cell.config.memory, environments[cell.config.environment])
     return {cell.key: held_out(environments[cell.config.environment], cell.config) for cell in plan.cells}
 
 

@@ -27,7 +27,10 @@ from cluster.measure.report import (
 from cluster.measure.rows import RowResult, answer_groups, answers_mean, compare
 from cluster.measure.statistics import Interval, PairedDifference, adjusted_p_values
 
-STAGES = ("memory_off", "before", "after_warm_start", "after_rl")
+CONTROLS = ("oracle", "other_cards")
+"""Keys of the rows that replace the cards of the last policy (actors/memory/controls.py)."""
+
+STAGES = ("memory_off", "before", "after_warm_start", "after_rl", *CONTROLS)
 """Keys of the rows that a run can have, in the order of the table."""
 
 COMPARED = (

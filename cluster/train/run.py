@@ -1,6 +1,7 @@
 """The story of one run, told in order: evaluate, warm start, train, evaluate, report.
 
-    memory off | TMEM before --> [warm start --> TMEM after warm start] --> loop --> TMEM after RL --> report
+    memory off | TMEM before --> [warm start --> TMEM after warm start] --> loop --> TMEM after RL
+               --> its controls --> report
 
 First the story, then what frames it: the tracked run, its end, and what the user hears of it.
 """
@@ -33,6 +34,7 @@ from cluster.tracking.tracker import RunStatus, Tracker, start_tracking
 from cluster.train.build import TrainingCluster, build_demonstrations, build_loop, training_cluster
 from cluster.train.loop import run_loop
 from cluster.train.prepare import RunFolder, RunSpec, Start
+from cluster.train.report import CONTROLS
 from cluster.train.scoreboard import Observers, Scoreboard
 from cluster.train.step_checkpoints import save_state
 from cluster.train.warm_start import warm_start
@@ -85,10 +87,12 @@ async def _stages(
         await scores.measure("after_warm_start", 0, cluster.workers)
         # Empties the caches: a run that is resumed here, with its row measured, begins with empty ones too.
         await _serve_newest(cluster)
-    scores.forget("after_rl")
+    scores.forget("after_rl", *CONTROLS)
     state, workers = await _reinforce(cluster, spec, folder, state, observers)
     if state.step > 0:  # with train.steps=0 the row would measure the same weights again
         await scores.measure("after_rl", state.step, workers)
+    for control in CONTROLS:  # of the policy that the run ends with
+        await scores.measure(control, state.step, workers)
     scores.report(state.rewards)
     return state
 

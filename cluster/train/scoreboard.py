@@ -1,6 +1,7 @@
 """Measures the rows of a run's final table on held-out tasks, and keeps them in its folder.
 
-    memory off | TMEM before --> [warm start --> TMEM after warm start] --> RL --> TMEM after RL --> table
+    memory off | TMEM before --> [warm start --> TMEM after warm start] --> RL --> TMEM after RL
+               --> its controls: gold cards, other cards --> table
 
 A row is saved when it is measured: a resumed run shows the rows from before it was interrupted.
 """
@@ -22,7 +23,7 @@ from cluster.measure.rows import (
     save_row,
 )
 from cluster.tracking.tracker import Tracker
-from cluster.train.prepare import RunFolder, RunSpec
+from cluster.train.prepare import RunFolder, RunSpec, control_memories
 from cluster.train.report import STAGES, save_report, training_report
 from configs.schema import MemoryPolicy, RunConfig
 
@@ -40,6 +41,7 @@ _MEMORY_NAMES: Mapping[MemoryPolicy, str] = {
     "hybrid": "summary + TMEM",
     "custom": "custom memory",
 }
+_CONTROL_LABELS = {"oracle": "oracle: gold cards", "other_cards": "control: other cards"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +67,8 @@ def evaluation_rows(config: RunConfig) -> dict[str, EvaluationRow]:
     if config.evaluation.memory_off_row and config.memory.policy != "truncation":
         memory_off = replace(config.memory, policy="truncation")
         rows["memory_off"] = EvaluationRow("memory off", memory_off, config.seed)
+    for key, memory in control_memories(config).items():
+        rows[key] = EvaluationRow(_CONTROL_LABELS[key], memory, config.seed)
     return rows
 
 
@@ -94,9 +98,10 @@ class Scoreboard:
         save_row(result, self.folder.row(key))
         self.observers.tracker.log(row_metrics(result, key), step)
 
-    def forget(self, key: str) -> None:
-        """Drop a row that was measured before this run was resumed to go further."""
-        self.folder.row(key).unlink(missing_ok=True)
+    def forget(self, *keys: str) -> None:
+        """Drop rows that were measured before this run was resumed to go further."""
+        for key in keys:
+            self.folder.row(key).unlink(missing_ok=True)
 
     def report(self, rewards: tuple[float, ...]) -> None:
         """Show the table and what it means; save and track the same."""

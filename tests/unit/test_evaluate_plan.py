@@ -27,6 +27,9 @@ SHIPPED_ROWS = (
     "tmem_blind",
     "tmem_natural",
     "hybrid",
+    "oracle",
+    "other_cards",
+    "oracle_other_cards",
 )
 
 
@@ -106,6 +109,7 @@ def test_the_shipped_rows_are_the_papers_table_and_engrams_own_write() -> None:
             cell.config.memory.policy,
             cell.config.memory.question_blind,
             cell.config.write.optimizer == "natural",
+            cell.config.memory.control,
         )
         for cell in plan.cells
     ]

@@ -25,7 +25,7 @@ from cluster.train import run
 from cluster.train.prepare import RunFolder, RunSpec, Start
 from cluster.train.scoreboard import Observers, Scoreboard, evaluation_rows
 from cluster.train.step_checkpoints import StepCheckpoints, save_state
-from configs.schema import MemoryConfig, RunConfig, TrainConfig
+from configs.schema import EvaluationConfig, MemoryConfig, RunConfig, TrainConfig
 from tests.unit.cluster_cases import group, task_at
 from tests.unit.loop_cases import Recorder
 
@@ -39,7 +39,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, rl_steps: int) -> list[tuple[str, 
         async def measure(self, key: str, step: int, workers: str) -> None:
             rows.append((key, step, workers))
 
-        def forget(self, key: str) -> None: ...
+        def forget(self, *keys: str) -> None: ...
 
         def report(self, rewards: tuple[float, ...]) -> None: ...
 
@@ -63,11 +63,17 @@ def test_the_trained_policy_is_measured_last_on_the_workers_that_are_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first = [("memory_off", 0, "the first"), ("before", 0, "the first")]
-    assert measured(monkeypatch, 5) == [*first, ("after_rl", 5, "those left")]
+    last = [(key, 5, "those left") for key in ("after_rl", "oracle", "other_cards")]
+    assert measured(monkeypatch, 5) == [*first, *last]
 
 
 def test_without_an_rl_step_no_row_says_after_rl(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [key for key, _, _ in measured(monkeypatch, 0)] == ["memory_off", "before"]
+    assert [key for key, _, _ in measured(monkeypatch, 0)] == [
+        "memory_off",
+        "before",
+        "oracle",
+        "other_cards",
+    ]
 
 
 # --- a step that is saved and scored ---------------------------------------------------------------------
@@ -221,6 +227,18 @@ def test_a_run_without_memory_has_no_second_row_with_its_memory_off(tmp_path: Pa
     scores = Scoreboard(spec_of(RunConfig(memory=memory_off)), RunFolder(tmp_path), observers)
     asyncio.run(scores.measure("memory_off", 0, [seat]))
     assert seat.calls == []
+
+
+def test_control_rows_are_the_runs_memory_with_other_cards() -> None:
+    config = replace(RunConfig(), evaluation=EvaluationConfig(control_rows=True))
+    rows = evaluation_rows(config)
+    assert {key: rows[key].memory for key in ("oracle", "other_cards")} == {
+        "oracle": replace(config.memory, control="oracle"),
+        "other_cards": replace(config.memory, control="other_cards"),
+    }
+    assert not {"oracle", "other_cards"} & set(evaluation_rows(RunConfig()))
+    summary = replace(config, memory=MemoryConfig(policy="summary"))
+    assert "oracle" not in evaluation_rows(summary)  # it writes no flashcards
 
 
 # --- the end of the tracked run -----------------------------------------------------------------------------

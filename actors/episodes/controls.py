@@ -1,0 +1,51 @@
+"""From ``memory.control`` to the control of one episode's write: what it needs of the environment."""
+
+from __future__ import annotations
+
+from actors.environments.base import Demonstrator, Environment, Questioner
+from actors.memory.controls import OWN_CARDS, GoldCards, OtherQuestions, WriteControl
+from actors.protocols import TaskError
+from actors.types import Task
+from configs.schema import MemoryConfig
+
+_MOST_QUESTIONS = 512  # that an episode draws from; if its cards need more, they are used again
+
+_NEEDS = {
+    "oracle": ("demonstrate_flashcards",),
+    "other_cards": ("other_questions",),
+    "oracle_other_cards": ("demonstrate_flashcards", "other_questions"),
+}
+_PARTS = {
+    "demonstrate_flashcards": "gold flashcards (Demonstrator in actors/environments/base.py)",
+    "other_questions": "questions about others (Questioner in actors/environments/base.py)",
+}
+
+
+def write_control(config: MemoryConfig, task: Task, environment: Environment) -> WriteControl:
+    """Build the control of one episode. Raises TaskError."""
+    if config.control == "none":
+        return OWN_CARDS
+    require_control(config, environment)
+    control: WriteControl = OWN_CARDS
+    if config.control != "other_cards":
+        demonstrator: Demonstrator = environment  # type: ignore[assignment]  # `require_control` has checked
+        control = GoldCards(
+            lambda text: demonstrator.demonstrate_flashcards(task, text, config.question_blind)
+        )
+    if config.control == "oracle":
+        return control
+    questioner: Questioner = environment  # type: ignore[assignment]  # as above
+    questions = questioner.other_questions(_MOST_QUESTIONS, task.seed)
+    if not questions:
+        raise TaskError(f"task {task.id}: {environment.name} gave no question about others")
+    return OtherQuestions(control, questions)
+
+
+def require_control(config: MemoryConfig, environment: Environment) -> None:
+    """Raise TaskError, one line, when the environment cannot do what ``memory.control`` needs."""
+    for part in _NEEDS.get(config.control, ()):
+        if not hasattr(environment, part):
+            raise TaskError(
+                f"memory.control={config.control} is not possible: the environment {environment.name} has no "
+                f"{_PARTS[part]}; leave this row out"
+            )
