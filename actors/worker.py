@@ -276,6 +276,7 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
     from actors.engine.policy import VLLMPolicy
     from actors.environments.base import prepare
     from actors.environments.build import build_environment
+    from actors.episodes.preservation import preservation
     from actors.episodes.rollout import Rollout
     from actors.fast_weights.basis import load_basis
     from actors.memory.build import surroundings
@@ -311,5 +312,9 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
         around,
         basis.id,
         spec.name,
+        # It asks the policy itself: the log of an episode holds only what the episode sampled.
+        preservation(
+            policy, environment, chat, environment.system_prompt, config.write.preserve, config.seed
+        ),
     )
     return policy, rollout

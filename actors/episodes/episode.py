@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from actors.environments.base import Environment, Session
+from actors.episodes.preservation import Preservation
 from actors.memory.base import Agent, Memory
 from actors.protocols import AsyncWriter, EngineError, Policy, TaskError
 from actors.text.chat_template import ChatFormat
@@ -81,7 +82,14 @@ class LiveActor:
     episodes and needs none.
     """
 
-    def __init__(self, policy: Policy, writer: AsyncWriter, spec: EpisodeSpec, basis_id: str) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        writer: AsyncWriter,
+        preservation: Preservation | None,
+        spec: EpisodeSpec,
+        basis_id: str,
+    ) -> None:
         self.version: PolicyVersion = policy.version
         self.weights = FastWeights(basis_id=basis_id, revision=0, b={})
         self.revisions: list[FastWeights] = []
@@ -91,6 +99,8 @@ class LiveActor:
         self._spec = spec
         self._events = 0  # generations so far: each has its own seed
         self._writes = 0  # so far: each has its own seed
+        self._preservation = preservation
+        self._cards: dict[str, Flashcard] = {}  # written so far, by question
         self._installed: list[AdapterKey] = []
 
     async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
@@ -115,11 +125,14 @@ class LiveActor:
         started = time.perf_counter()
         seed = derived_seed(self._spec.seed, "write", self._writes)
         self._writes += 1
-        request = WriteRequest(self._spec.episode_id, self.weights, tuple(examples), (), seed)
+        known = self._cards | {card.question: card for card in cards}
+        preserved = await self._preservation.replies([*known.values()]) if self._preservation else ()
+        request = WriteRequest(self._spec.episode_id, self.weights, tuple(examples), preserved, seed)
         result = await self._writer.write(request)
         written = time.perf_counter()
         self.seconds["write"] += written - started
         if result.outcome == "accepted":
+            self._cards = known
             await self.adopt(result.weights, result.probe)
             self.seconds["install"] += time.perf_counter() - written
         return request, result
@@ -157,13 +170,14 @@ async def play_episode(
     chat: ChatFormat,
     memory: Memory,
     basis_id: str,
+    preservation: Preservation | None,
 ) -> Played:
     """Play ``spec.task`` to its end. Raises TaskError, EngineError, ReceiptError, WriterError.
 
     In every case, errors and cancellation included, the engine keeps no adapter of the episode.
     """
     started = time.perf_counter()
-    actor = LiveActor(policy, writer, spec, basis_id)
+    actor = LiveActor(policy, writer, preservation, spec, basis_id)
     session = environment.start(spec.task)
     agent = Agent(actor, chat, environment.system_prompt, session.question)
     try:

@@ -25,6 +25,7 @@ from actors.environments.base import Environment
 from actors.episodes.controls import write_control
 from actors.episodes.episode import EpisodeSpec, Played, derived_seed, play_episode, score_episode
 from actors.episodes.in_flight import InFlightPolicy, dated
+from actors.episodes.preservation import Preservation
 from actors.episodes.recovery import (
     NO_RECOVERY,
     Diverged,
@@ -35,8 +36,17 @@ from actors.episodes.recovery import (
     Recovered,
     Recovery,
 )
+from actors.memory.base import Memory
 from actors.memory.build import Surroundings, build_memory
-from actors.protocols import EngineError, FastWeightWriter, Policy, ReceiptError, TaskError, WriterError
+from actors.protocols import (
+    AsyncWriter,
+    EngineError,
+    FastWeightWriter,
+    Policy,
+    ReceiptError,
+    TaskError,
+    WriterError,
+)
 from actors.text.chat_template import ChatFormat
 from actors.types import Boundary, FailedEpisode, Task, Trajectory, TrajectoryGroup, WriteRequest, WriteResult
 from configs.schema import MemoryConfig, RolloutConfig, WriteConfig
@@ -148,6 +158,7 @@ class Rollout:
         surroundings: Surroundings,
         basis_id: str,
         worker_name: str,
+        preservation: Preservation | None = None,
     ) -> None:
         if slots < 1:
             raise ValueError(
@@ -164,6 +175,7 @@ class Rollout:
         self._slots = asyncio.Semaphore(slots)
         self._basis_id = basis_id
         self._worker_name = worker_name
+        self._preservation = preservation
 
     async def group(self, request: RolloutRequest) -> TrajectoryGroup:
         """Play the task ``group_size`` times.
@@ -260,15 +272,34 @@ class Rollout:
         if self._rollout.refresh == "in_flight":
             living = InFlightPolicy(self._policy, self._writer)
             return await play_episode(
-                spec, self._environment, living, living, self._chat, memory, self._basis_id
+                spec,
+                self._environment,
+                living,
+                living,
+                self._chat,
+                memory,
+                self._basis_id,
+                self._preservation,
             )
         log = EpisodeLog(partial(recovery.journal.note, request.group_id, number, self._policy.version), past)
         policy, writer = RecordedPolicy(self._policy, log), RecordedWriter(self._writer, log)
-        played = await play_episode(
-            spec, self._environment, policy, writer, self._chat, memory, self._basis_id
-        )
+        played = await self._episode(spec, policy, writer, memory)
         log.flush()  # the replies after the last write: a worker may die while the episode is scored
         return played
+
+    async def _episode(
+        self, spec: EpisodeSpec, policy: Policy, writer: AsyncWriter, memory: Memory
+    ) -> Played:
+        return await play_episode(
+            spec,
+            self._environment,
+            policy,
+            writer,
+            self._chat,
+            memory,
+            self._basis_id,
+            self._preservation,
+        )
 
 
 async def _in_time(

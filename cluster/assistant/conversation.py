@@ -148,7 +148,9 @@ class _Speaker:
             config.rollout.max_turns,
             config.seed,
         )
-        return episode_id, LiveActor(parts.policy, parts.writer, spec, parts.opening.basis.id)
+        return episode_id, LiveActor(
+            parts.policy, parts.writer, parts.preservation, spec, parts.opening.basis.id
+        )
 
 
 class Conversation:

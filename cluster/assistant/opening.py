@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import configs
+from actors.episodes.preservation import Preservation, preservation
 from actors.fast_weights.delta import Basis
 from actors.protocols import AsyncWriter, Policy
 from actors.text.chat_template import ChatFormat
@@ -80,6 +81,7 @@ class Parts:
     policy: Policy
     writer: AsyncWriter
     chat: ChatFormat
+    preservation: Preservation | None
     failure: Callable[[], str]
 
 
@@ -147,7 +149,9 @@ def parts_of(opening: Opening, slots: int) -> Iterator[Parts]:
         path, config.model, engine, opening.basis, chat.stop_token_ids, 0, threads, config.seed
     )
     try:
-        yield Parts(opening, policy, WriteBatcher(policy.writer(config.write)), chat, lambda: policy.failure)
+        kept = preservation(policy, None, chat, opening.system_prompt, config.write.preserve, config.seed)
+        writer = WriteBatcher(policy.writer(config.write))
+        yield Parts(opening, policy, writer, chat, kept, lambda: policy.failure)
     finally:
         policy.close()
 

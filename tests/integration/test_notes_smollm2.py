@@ -54,7 +54,9 @@ def policy(model_path: Path, chat: ChatFormat) -> Iterator[VLLMPolicy]:
 async def _episode(policy: VLLMPolicy, chat: ChatFormat, seed: int) -> tuple[NotesMemory, Agent]:
     """Greedy for seed 0, else sampled."""
     spec = EpisodeSpec(Task("t", "e", {}, seed), f"e{seed}", 0.0 if seed == 0 else 0.7, 16, 1, seed)
-    agent = Agent(LiveActor(policy, _NoWriter(), spec, "basis"), chat, "Answer in a few words.", QUESTION)
+    agent = Agent(
+        LiveActor(policy, _NoWriter(), None, spec, "basis"), chat, "Answer in a few words.", QUESTION
+    )
     notes = NotesConfig(max_note_tokens=72, retrieved=1)
     config = MemoryConfig(policy="notes", max_context_tokens=512, notes=notes)
     memory = NotesMemory(config, lambda: load_embedder(EmbedderConfig()))

@@ -127,7 +127,7 @@ def test_an_episode_pages(engine: VLLMPolicy, chat: ChatFormat) -> None:
 def test_a_call_of_the_model_is_executed(engine: VLLMPolicy, chat: ChatFormat) -> None:
     """The turn shows the call, because SmolLM2-135M calls no tool by itself. Either search finds the fact."""
     recorder, memory = _Recorder(engine), PagingMemory(MEMORY, _embedder)
-    actor = LiveActor(recorder, WriteBatcher(ScriptedWriter()), SPEC, "basis")
+    actor = LiveActor(recorder, WriteBatcher(ScriptedWriter()), None, SPEC, "basis")
     agent = Agent(actor, chat, "You are helpful.", "What is the cat called?")
 
     async def story() -> None:

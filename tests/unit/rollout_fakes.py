@@ -45,7 +45,9 @@ async def run_episode(
     basis_id: str,
 ) -> Trajectory:
     """Play and score one episode, without slots and deadlines."""
-    return await score_episode(await play_episode(spec, environment, policy, writer, chat, memory, basis_id))
+    return await score_episode(
+        await play_episode(spec, environment, policy, writer, chat, memory, basis_id, None)
+    )
 
 
 class ScriptedPolicy:

@@ -96,7 +96,7 @@ def parts(opening: Opening, engine: Engine, chat: ChatFormat) -> Parts:
 
 
 def parts_with(opening: Opening, engine: Engine, chat: ChatFormat) -> Parts:
-    return Parts(opening, engine, WriteBatcher(ScriptedWriter()), chat, lambda: "")
+    return Parts(opening, engine, WriteBatcher(ScriptedWriter()), chat, None, lambda: "")
 
 
 def run(story: Coroutine[Any, Any, None]) -> None:
@@ -570,7 +570,7 @@ def test_a_write_request_reaches_the_writer_with_the_conversations_own_weights(
     writer = ScriptedWriter(lambda request: seen.append(request) or "accepted")
 
     async def story() -> None:
-        parts = Parts(opening, engine, WriteBatcher(writer), chat, lambda: "")
+        parts = Parts(opening, engine, WriteBatcher(writer), chat, None, lambda: "")
         nora, omar = Conversation(parts, "nora", "s"), Conversation(parts, "omar", "s")
         for talk in (nora, nora, omar):
             await talk.read("Nora lives in Lisbon.")

@@ -1,0 +1,192 @@
+"""The replies that a write leaves as they were: a pool of other questions, answered by the policy itself.
+
+    questions: the environment's (Questioner) or shipped ones    -+
+    memory-writing prompts over shipped texts                     +-- policy, Delta = 0, greedy --> replies
+    questions beside the new cards (Questioner)                  -+    once a policy version
+
+Why: a write that trains cards alone answers every question with them. The pool holds the replies to questions
+of the same form still; the questions beside a card teach that its answer is not the subject's only one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from actors.environments.base import Environment, Questioner
+from actors.protocols import Policy
+from actors.text.chat_template import ChatFormat, Ids
+from actors.text.flashcards import extraction_prompt
+from actors.types import AdapterKey, Flashcard, PolicyVersion, Sampling, WriteExample
+from configs.schema import PreserveConfig
+
+_NAMES = ("Ada", "Bram", "Celine", "Dario", "Esme", "Farid")
+_FORMS = (
+    "Where does {name} live?",
+    "What does {name} do for a living?",
+    "When is {name}'s birthday?",
+    "Which pet does {name} have?",
+    "What is {name}'s favourite food?",
+    "What did {name} buy last week?",
+    "Who is {name}'s best friend?",
+    "What is the name of {name}'s sister?",
+    "What is my {thing}?",
+    "When is my next {event}?",
+)
+_THINGS = ("favourite colour", "phone number", "job", "brother's name", "car", "plan for the summer")
+_EVENTS = ("meeting", "flight", "appointment", "exam", "holiday", "concert")
+_TEXTS = (
+    "Maren has moved to Utrecht. The bus was late again. Jonas adopted a parrot.",
+    "It rained all day. Petra works as a welder. My sister Anneke will visit on May 3.",
+    "The shop had no bread left. Ruben plays the oboe. Silke bought a lamp.",
+    "I like strong tea. My train leaves at nine. Falk spent the holidays in Peru.",
+)
+_MOST_REPLIES = 4096  # remembered; a conversation never changes its version
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt, and how many tokens of the reply to it are preserved."""
+
+    ids: Ids
+    tokens: int
+
+
+def shipped_questions(count: int) -> tuple[str, ...]:
+    """At most ``count`` questions about people and things that nobody was told of."""
+    return tuple(
+        form.format(name=name, thing=thing, event=event)
+        for name, thing, event in zip(_NAMES, _THINGS, _EVENTS, strict=True)
+        for form in _FORMS
+    )[:count]
+
+
+class PromptMaker:
+    """Makes the prompts of a pool, in the form of an episode's own."""
+
+    def __init__(
+        self, chat: ChatFormat, system_prompt: str, questioner: Questioner | None, config: PreserveConfig
+    ) -> None:
+        self._chat, self._opening = chat, chat.system(system_prompt)
+        self._questioner, self._config = questioner, config
+
+    def pool(self, seed: int) -> list[Prompt]:
+        """The prompts that all writes of a version share, memory-writing prompts among the questions."""
+        count, config = self._config.questions, self._config
+        questions = self._questioner.other_questions(count, seed) if self._questioner else ()
+        questions += shipped_questions(count - len(questions))
+        prompts = [self._asked(question) for question in questions]
+        texts = _TEXTS[: config.extractions]
+        for number, text in enumerate(texts):
+            turns = self._chat.user(text) + self._chat.user(extraction_prompt("", ()))
+            ids = self._opening + turns + self._chat.assistant_open
+            prompts.insert(number * (len(prompts) // len(texts) + 1), Prompt(ids, config.extraction_tokens))
+        return prompts
+
+    def beside(self, cards: Sequence[Flashcard]) -> list[Prompt]:
+        """Questions on the subjects of an episode's ``cards``, so far, that none of them answers."""
+        if self._questioner is None:
+            return []
+        known = [card.question for card in cards]
+        questions = dict.fromkeys(
+            question
+            for card in cards
+            for question in self._questioner.questions_beside(card, known)[: self._config.beside]
+        )
+        return [self._asked(question) for question in questions]
+
+    def _asked(self, question: str) -> Prompt:
+        ids = self._opening + self._chat.user(question) + self._chat.assistant_open
+        return Prompt(ids, self._config.reply_tokens)
+
+
+def in_turn(
+    pool: Sequence[WriteExample], beside: Sequence[WriteExample], per_step: int
+) -> tuple[WriteExample, ...]:
+    """The replies in the order in which steps take them, ``per_step`` each.
+
+    Where there are questions beside the cards, they are half of every step's.
+    """
+    own = min(per_step // 2, len(beside))
+    shared = per_step - own
+    if not pool:
+        return tuple(beside)
+    steps = ceil(len(pool) / shared) if shared else 1
+    order: list[WriteExample] = []
+    for step in range(steps):
+        order += [beside[(step * own + i) % len(beside)] for i in range(own)]
+        order += [pool[(step * shared + i) % len(pool)] for i in range(shared)]
+    return tuple(order)
+
+
+class Preservation:
+    """The pool of one worker. Bound to the event loop of its first use.
+
+    Everything follows from version, seed and cards, so that a lost episode can be replayed elsewhere.
+    """
+
+    def __init__(self, policy: Policy, maker: PromptMaker, config: PreserveConfig, seed: int) -> None:
+        self._policy, self._maker, self._config, self._seed = policy, maker, config, seed
+        self._version: PolicyVersion | None = None
+        self._pool: list[Prompt] = []
+        self._replies: OrderedDict[Ids, WriteExample | None] = OrderedDict()
+        self._asking: dict[Ids, asyncio.Task[WriteExample | None]] = {}
+
+    async def replies(self, cards: Sequence[Flashcard]) -> tuple[WriteExample, ...]:
+        """What a write preserves when the episode's cards are ``cards``. Raises EngineError."""
+        if self._config.weight == 0:
+            return ()
+        if self._version != self._policy.version:
+            self._version = self._policy.version
+            self._replies.clear()
+            self._asking = {}  # the older tasks hold on to theirs
+        self._pool = self._pool or self._maker.pool(self._seed)
+        pool, beside = await asyncio.gather(self._all(self._pool), self._all(self._maker.beside(cards)))
+        return in_turn(pool, beside, self._config.per_step)
+
+    async def _all(self, prompts: Iterable[Prompt]) -> list[WriteExample]:
+        replies = await asyncio.gather(*(self._reply(prompt) for prompt in prompts))
+        return [reply for reply in replies if reply is not None]
+
+    async def _reply(self, prompt: Prompt) -> WriteExample | None:
+        """The beginning of the policy's own reply; None where it says nothing."""
+        if prompt.ids in self._replies:
+            self._replies.move_to_end(prompt.ids)
+            return self._replies[prompt.ids]
+        if prompt.ids not in self._asking:
+            self._asking[prompt.ids] = asyncio.create_task(self._ask(prompt))
+        # Shielded: an episode that gives up must not take the reply from the others that wait for it.
+        return await asyncio.shield(self._asking[prompt.ids])
+
+    async def _ask(self, prompt: Prompt) -> WriteExample | None:
+        asking, version = self._asking, self._policy.version
+        try:
+            generation = await self._policy.generate(
+                prompt.ids,
+                Sampling(0.0, prompt.tokens, self._seed, "act"),
+                AdapterKey(version, "preserved", 0),
+            )
+        finally:
+            asking.pop(prompt.ids, None)
+        reply = WriteExample(prompt.ids, generation.token_ids) if generation.token_ids else None
+        if version == self._version:
+            self._replies[prompt.ids] = reply
+            if len(self._replies) > _MOST_REPLIES:
+                self._replies.popitem(last=False)
+        return reply
+
+
+def preservation(
+    policy: Policy,
+    environment: Environment | None,
+    chat: ChatFormat,
+    system_prompt: str,
+    config: PreserveConfig,
+    seed: int,
+) -> Preservation:
+    """The pool for episodes of ``environment``; None: for conversations."""
+    questioner = environment if isinstance(environment, Questioner) else None
+    return Preservation(policy, PromptMaker(chat, system_prompt, questioner, config), config, seed)
