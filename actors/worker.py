@@ -313,8 +313,6 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
         basis.id,
         spec.name,
         # It asks the policy itself: the log of an episode holds only what the episode sampled.
-        preservation(
-            policy, environment, chat, environment.system_prompt, config.write.preserve, config.seed
-        ),
+        preservation(policy, environment, chat, environment.system_prompt, config),
     )
     return policy, rollout

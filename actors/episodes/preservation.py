@@ -21,7 +21,7 @@ from actors.protocols import Policy
 from actors.text.chat_template import ChatFormat, Ids
 from actors.text.flashcards import extraction_prompt
 from actors.types import AdapterKey, Flashcard, PolicyVersion, Sampling, WriteExample
-from configs.schema import PreserveConfig
+from configs.schema import PreserveConfig, RunConfig
 
 _NAMES = ("Ada", "Bram", "Celine", "Dario", "Esme", "Farid")
 _FORMS = (
@@ -68,10 +68,15 @@ class PromptMaker:
     """Makes the prompts of a pool, in the form of an episode's own."""
 
     def __init__(
-        self, chat: ChatFormat, system_prompt: str, questioner: Questioner | None, config: PreserveConfig
+        self,
+        chat: ChatFormat,
+        system_prompt: str,
+        questioner: Questioner | None,
+        config: PreserveConfig,
+        wordings: int = 1,
     ) -> None:
         self._chat, self._opening = chat, chat.system(system_prompt)
-        self._questioner, self._config = questioner, config
+        self._questioner, self._config, self._wordings = questioner, config, wordings
 
     def pool(self, seed: int) -> list[Prompt]:
         """The prompts that all writes of a version share, memory-writing prompts among the questions."""
@@ -81,7 +86,7 @@ class PromptMaker:
         prompts = [self._asked(question) for question in questions]
         texts = _TEXTS[: config.extractions]
         for number, text in enumerate(texts):
-            turns = self._chat.user(text) + self._chat.user(extraction_prompt("", ()))
+            turns = self._chat.user(text) + self._chat.user(extraction_prompt("", (), self._wordings))
             ids = self._opening + turns + self._chat.assistant_open
             prompts.insert(number * (len(prompts) // len(texts) + 1), Prompt(ids, config.extraction_tokens))
         return prompts
@@ -180,13 +185,10 @@ class Preservation:
 
 
 def preservation(
-    policy: Policy,
-    environment: Environment | None,
-    chat: ChatFormat,
-    system_prompt: str,
-    config: PreserveConfig,
-    seed: int,
+    policy: Policy, environment: Environment | None, chat: ChatFormat, system_prompt: str, config: RunConfig
 ) -> Preservation:
     """The pool for episodes of ``environment``; None: for conversations."""
     questioner = environment if isinstance(environment, Questioner) else None
-    return Preservation(policy, PromptMaker(chat, system_prompt, questioner, config), config, seed)
+    preserve = config.write.preserve
+    maker = PromptMaker(chat, system_prompt, questioner, preserve, config.memory.wordings)
+    return Preservation(policy, maker, preserve, config.seed)

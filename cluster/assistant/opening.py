@@ -149,7 +149,7 @@ def parts_of(opening: Opening, slots: int) -> Iterator[Parts]:
         path, config.model, engine, opening.basis, chat.stop_token_ids, 0, threads, config.seed
     )
     try:
-        kept = preservation(policy, None, chat, opening.system_prompt, config.write.preserve, config.seed)
+        kept = preservation(policy, None, chat, opening.system_prompt, config)
         writer = WriteBatcher(policy.writer(config.write))
         yield Parts(opening, policy, writer, chat, kept, lambda: policy.failure)
     finally:
