@@ -1,6 +1,7 @@
 """The report of an evaluation: tables, plots and files, from the rows' summaries.
 
-Plots: the score against what it costs, a point for each row; the score against L_max, where it was swept.
+Plots: each row's scores with their intervals; the score against what it costs, a point for each row; the
+score against L_max, where it was swept.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from pathlib import Path
 
 from cluster.evaluation.plan import L_MAX, slug
 from cluster.evaluation.summary import PRIMARY, Bootstrap, Cost, Difference, RowSummary
+from cluster.measure.collapse import HEADER as COLLAPSE_HEADER
+from cluster.measure.collapse import LEGEND as COLLAPSE_LEGEND
+from cluster.measure.collapse import collapse_cells, collapse_figures
 from cluster.measure.report import (
     MOST_CATEGORIES,
     Curve,
@@ -26,10 +30,12 @@ from cluster.measure.report import (
     save_document,
     save_plot,
 )
-from cluster.measure.rows import OUTCOMES, answer_groups, score_order
+from cluster.measure.rows import OUTCOMES, answer_groups, failed_as_zero, score_order
+from cluster.measure.rows_plot import save_rows_plot
 from cluster.measure.statistics import Interval
 
 SCORES_LEGEND = (
+    "tasks: finished episodes. failed: episodes that did not finish; they are in no mean. "
     "Intervals: 95 % bootstrap over different questions, seeds pooled. p: sign-flip test, paired with the "
     "baseline, adjusted for all {count} comparison(s) of this report (Holm)."
 )
@@ -82,6 +88,11 @@ class ComparisonReport:
             for message, count in Counter(row.failed).most_common(_MOST_MESSAGES):
                 failed = f"{count} episode(s) failed and are left out"
                 problems.append(f"{row.benchmark}, {row.label}: {failed}: {message}")
+            if row.failed:
+                mean = row.interval(PRIMARY, self.bootstrap).mean
+                as_zero = percent(failed_as_zero(mean, len(row.episodes), len(row.failed)))
+                counted = f"with all {len(row.failed)} failed episodes counted as 0, F1 would be {as_zero} %"
+                problems.append(f"{row.benchmark}, {row.label}: {counted}")
             unmeasured = next((cell.peak.problem for _, cell in row.cells if cell.peak.problem), "")
             problems += [f"{row.benchmark}, {row.label}: no peak memory: {unmeasured}"] if unmeasured else []
         return problems
@@ -117,7 +128,7 @@ class ComparisonReport:
     def _section(self, benchmark: str, plots: Sequence[Path]) -> Section:
         rows = [row for row, _ in self.of(benchmark)]
         tables = [self._score_table(benchmark), *(self._categories(rows, score) for score in _scores(rows))]
-        tables += [self._cost_table(benchmark), self._events(benchmark)]
+        tables += [self._collapse_table(rows), self._cost_table(benchmark), self._events(benchmark)]
         shown = tuple(table for table in tables if table.rows)
         return Section(benchmark, tables=shown, plots=tuple(plots))
 
@@ -127,11 +138,11 @@ class ComparisonReport:
         compared = {d.label: d for d in self.differences if d.benchmark == benchmark}
         baselines = sorted({d.baseline for d in compared.values()})
         against = f"F1 against {baselines[0] if len(baselines) == 1 else 'its baseline'}"
-        header = ["row", "tasks", *(f"{_shown(score)} % [95% CI]" for score in scores), *parts]
+        header = ["row", "tasks", "failed", *(f"{_shown(score)} % [95% CI]" for score in scores), *parts]
         header += [against, "p"] if compared else []
         lines = []
         for row in rows:
-            line = [row.label, _tasks(row)]
+            line = [row.label, _tasks(row), str(len(row.failed))]
             line += [interval_text(row.interval(score, self.bootstrap)) for score in scores]
             line += [
                 f"{row.reward_parts()[part]:.3f}" if part in row.reward_parts() else "-" for part in parts
@@ -160,6 +171,10 @@ class ComparisonReport:
             detail=score != PRIMARY or len(columns) > MOST_CATEGORIES,
         )
 
+    def _collapse_table(self, rows: Sequence[RowSummary]) -> Table:
+        lines = [(row.label, *collapse_cells(row.answers, row.extractions)) for row in rows]
+        return Table("Answers and flashcards", ("row", *COLLAPSE_HEADER), tuple(lines), COLLAPSE_LEGEND)
+
     def _cost_table(self, benchmark: str) -> Table:
         lines = [_cost_cells(row, cost) for row, cost in self.of(benchmark)]
         return Table("Cost", COST_HEADER, tuple(lines), COST_LEGEND)
@@ -176,6 +191,7 @@ class ComparisonReport:
     def _overall(self, row: RowSummary, cost: Cost) -> dict[str, Interval]:
         scores = {score: row.interval(score, self.bootstrap) for score in _scores([row])}
         plain = {**row.reward_parts(), **_flat(cost), "failed_episodes": float(len(row.failed))}
+        plain |= collapse_figures(row.answers, row.extractions)
         count = len(row.episodes)
         return scores | {name: Interval(value, math.nan, math.nan, count) for name, value in plain.items()}
 
@@ -212,10 +228,8 @@ def _shown(score: str) -> str:
 
 def _tasks(row: RowSummary) -> str:
     repeated = f" of {row.items} questions" if row.items != len(row.episodes) else ""
-    notes = [f"{len(row.failed)} failed"] if row.failed else []
-    if row.missing:
-        notes.append(f"{len(row.missing)} of {len(row.missing) + len(row.cells)} cells missing")
-    noted = f" ({', '.join(notes)})" if notes else ""
+    missing = f"{len(row.missing)} of {len(row.missing) + len(row.cells)} cells missing"
+    noted = f" ({missing})" if row.missing else ""
     return f"{len(row.episodes)}{repeated}{noted}"
 
 
@@ -266,7 +280,7 @@ def _flat(cost: Cost) -> dict[str, float]:
 
 
 def save_plots(pairs: Sequence[tuple[RowSummary, Cost]], bootstrap: Bootstrap, folder: Path) -> list[Path]:
-    """Draw one benchmark: cost-tokens, cost-seconds and, with two values of L_max, context.
+    """Draw one benchmark: rows, cost-tokens, cost-seconds and, with two values of L_max, context.
 
     Rows without a score are left out; without any there is no plot.
     """
@@ -290,9 +304,15 @@ def save_plots(pairs: Sequence[tuple[RowSummary, Cost]], bootstrap: Bootstrap, f
         ]
         panels["context"] = Panel("memory.max_context_tokens (L_max)", _Y_LABEL, tuple(curves))
     benchmark = rows[0].benchmark
+    scores = {
+        row.label: {_shown(score): row.interval(score, bootstrap) for score in _scores([row])} for row in rows
+    }
     return [
-        save_plot([replace(panel, title=benchmark)], folder / f"{slug(benchmark)}-{name}.png")
-        for name, panel in panels.items()
+        save_rows_plot(scores, folder / f"{slug(benchmark)}-rows.png", benchmark),
+        *(
+            save_plot([replace(panel, title=benchmark)], folder / f"{slug(benchmark)}-{name}.png")
+            for name, panel in panels.items()
+        ),
     ]
 
 

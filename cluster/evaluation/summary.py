@@ -15,6 +15,7 @@ import numpy as np
 from actors.types import Answer
 from cluster.evaluation.plan import Cell
 from cluster.evaluation.store import CellResult, worst
+from cluster.measure.collapse import ExtractionCounts, total
 from cluster.measure.rows import Chosen, EpisodeScore
 from cluster.measure.statistics import (
     Interval,
@@ -78,6 +79,10 @@ class RowSummary:
     @property
     def answers(self) -> list[Answer]:
         return [answer for episode in self.episodes for answer in episode.answers]
+
+    @property
+    def extractions(self) -> ExtractionCounts | None:
+        return total(episode.extractions for episode in self.episodes)
 
     @property
     def items(self) -> int:

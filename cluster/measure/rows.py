@@ -5,7 +5,7 @@
 
 A training run measures its rows with ``evaluate_row``. The command evaluate keeps each task as it ends
 (evaluation/drive.py). An episode that failed is counted and left out of the means; a paired comparison takes
-only the tasks that both rows finished.
+only the tasks that both rows finished. ``failed_as_zero`` says what the means would be if it counted as 0.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ import numpy as np
 
 from actors.types import Answer, FailedEpisode, PolicyVersion, Task, Trajectory, TrajectoryGroup, WriteOutcome
 from cluster.common.errors import CheckpointError
+from cluster.measure.collapse import ExtractionCounts, collapse_figures, count_extractions, total
 from cluster.measure.statistics import Interval, PairedDifference, bootstrap_interval, paired_difference
 from configs.files import FileError, Measured, dump_json, read_json, write_text
+from configs.memory import CARD_WRITING
 from configs.schema import MemoryConfig
 
 UNANSWERABLE = "adversarial"
@@ -63,7 +65,7 @@ class EpisodeScore:
 
     ``item`` names what the task asks. It is the same under every seed: a question asked twice is one item.
     ``prompt_tokens`` and ``generated_tokens`` are sums over the segments, ``peak_context`` the tokens of the
-    longest segment, ``seconds`` wall time.
+    longest segment, ``seconds`` wall time. ``extractions``: None where the memory writes no flashcards.
     """
 
     task_id: str
@@ -77,6 +79,7 @@ class EpisodeScore:
     generated_tokens: int
     peak_context: int
     seconds: float
+    extractions: ExtractionCounts | None = None
 
     def mean(self, score: str, chosen: Chosen = lambda _: True) -> float:
         """Over the chosen answers that have ``score``; NaN without one."""
@@ -93,11 +96,11 @@ class TaskResult:
     failed: tuple[str, ...]
 
     @staticmethod
-    def of(position: int, group: TrajectoryGroup) -> TaskResult:
+    def of(position: int, group: TrajectoryGroup, writes_cards: bool = False) -> TaskResult:
         return TaskResult(
             position,
             group.policy_version,
-            episodes=tuple(score_episode(trajectory) for trajectory in group.trajectories),
+            episodes=tuple(score_episode(trajectory, writes_cards) for trajectory in group.trajectories),
             failed=tuple(failure_text(failure) for failure in group.failed),
         )
 
@@ -137,6 +140,10 @@ class RowResult:
             outcome: sum(episode.writes.get(outcome, 0) for episode in self.episodes) for outcome in OUTCOMES
         }
 
+    @property
+    def extractions(self) -> ExtractionCounts | None:
+        return total(episode.extractions for episode in self.episodes)
+
     def values(self, score: str) -> list[float]:
         """The mean of each task that has ``score``."""
         return [value for episode in self.episodes if np.isfinite(value := episode.mean(score))]
@@ -149,6 +156,13 @@ class RowResult:
         """Mean over episodes of one of reward, prompt_tokens, generated_tokens, seconds."""
         values = [float(getattr(episode, field)) for episode in self.episodes]
         return float(np.mean(values)) if values else float("nan")
+
+
+def failed_as_zero(mean: float, finished: int, failed: int) -> float:
+    """The mean over ``finished`` episodes if the ``failed`` ones counted as 0; NaN without an episode."""
+    if finished + failed == 0:
+        return float("nan")
+    return mean * finished / (finished + failed) if finished else 0.0
 
 
 # --- from answers to means --------------------------------------------------------------------------------
@@ -217,9 +231,11 @@ async def run_episodes(
     """
     queue: Iterator[tuple[int, Task]] = iter(tasks)
 
+    writes_cards = row.memory.policy in CARD_WRITING
+
     async def lane(worker: EpisodeSource) -> None:
         for position, task in queue:
-            on_task(TaskResult.of(position, await worker.episode(position, task, row)))
+            on_task(TaskResult.of(position, await worker.episode(position, task, row), writes_cards))
 
     try:
         async with asyncio.TaskGroup() as lanes:
@@ -235,7 +251,7 @@ def failure_text(failure: FailedEpisode) -> str:
     return f"{failure.boundary}: {failure.message}"
 
 
-def score_episode(trajectory: Trajectory) -> EpisodeScore:
+def score_episode(trajectory: Trajectory, writes_cards: bool = False) -> EpisodeScore:
     """Keep the figures of an episode. They become plain floats: JSON does not take a user's numpy numbers."""
     outcome = trajectory.outcome
     writes: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
@@ -255,6 +271,7 @@ def score_episode(trajectory: Trajectory) -> EpisodeScore:
         generated_tokens=generated,
         peak_context=max(lengths, default=0),
         seconds=trajectory.timings.total,
+        extractions=count_extractions(trajectory.writes) if writes_cards else None,
     )
 
 
@@ -291,6 +308,7 @@ def row_metrics(result: RowResult, key: str) -> dict[str, float]:
         figures[f"f1_{category}"] = answers_mean(result.answers, "f1", chosen)[0]
     figures |= {f"writes_{outcome}": float(count) for outcome, count in result.writes.items()}
     figures["failed_episodes"] = float(len(result.failed))
+    figures |= collapse_figures(result.answers, result.extractions)
     if result.episodes:
         costs = ("prompt_tokens", "generated_tokens", "seconds")
         figures |= {field: result.per_episode(field) for field in costs}

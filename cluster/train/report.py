@@ -8,6 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from cluster.measure.collapse import HEADER as COLLAPSE_HEADER
+from cluster.measure.collapse import LEGEND as COLLAPSE_LEGEND
+from cluster.measure.collapse import collapse_cells, collapse_figures
 from cluster.measure.report import (
     MOST_CATEGORIES,
     SIGNIFICANT,
@@ -24,7 +29,15 @@ from cluster.measure.report import (
     save_document,
     save_plot,
 )
-from cluster.measure.rows import RowResult, answer_groups, answers_mean, compare
+from cluster.measure.rows import (
+    RowResult,
+    answer_groups,
+    answers_mean,
+    compare,
+    failed_as_zero,
+    score_order,
+)
+from cluster.measure.rows_plot import save_rows_plot
 from cluster.measure.statistics import Interval, PairedDifference, adjusted_p_values
 
 CONTROLS = ("oracle", "other_cards")
@@ -39,11 +52,14 @@ COMPARED = (
     ("memory_off", "after_rl"),
     ("memory_off", "before"),
 )
-HEADER = ("row", "tasks", "F1 % [95% CI]", "EM % [95% CI]", "writes", "tokens", "s/ep")
+HEADER = ("row", "tasks", "failed", "F1 % [95% CI]", "EM % [95% CI]")  # and a mean of each other score
 LEGEND = (
-    "writes: accepted/empty/rolled back · tokens: read+generated per episode · s/ep: seconds per episode · "
+    "tasks: finished episodes · failed: episodes that did not finish; they are in no mean · "
     "intervals: bootstrap over tasks · "
     "p: sign-flip test over tasks, adjusted for all comparisons of this report (Holm)"
+)
+COST_LEGEND = (
+    "writes: accepted/empty/rolled back · tokens: read+generated per episode · s/ep: seconds per episode"
 )
 _MOST_MESSAGES = 3  # different failures shown of each row
 
@@ -74,12 +90,14 @@ class TrainingReport:
     rewards: tuple[float, ...]
     temperature: float  # of the evaluation
 
+    @property
+    def title(self) -> str:
+        return f"Held-out evaluation, {decoding(self.temperature)}"
+
     def document(self, plots: Sequence[Path] = ()) -> Document:
-        rows = tuple(self._cells(stage) for stage in self.rows)
         notes = (*(comparison.sentence for comparison in self.comparisons), *self._failures())
-        tables = (Table("", HEADER, rows, LEGEND), *self._by_category())
-        title = f"Held-out evaluation, {decoding(self.temperature)}"
-        return Document(title, {}, (Section("", tables=tables, notes=notes, plots=tuple(plots)),))
+        tables = (self._scores(), self._collapse(), self._costs(), *self._by_category())
+        return Document(self.title, {}, (Section("", tables=tables, notes=notes, plots=tuple(plots)),))
 
     def data(self) -> dict[str, Any]:
         """The content of report.json. ``pool`` reads the rewards."""
@@ -91,6 +109,7 @@ class TrainingReport:
                 "failed": row.failed,
                 "scores": self.intervals[stage],
                 "writes": row.writes,
+                **collapse_figures(row.answers, row.extractions),
             }
             for stage, row in self.rows.items()
         ]
@@ -109,20 +128,26 @@ class TrainingReport:
                 where = {"row": row.label, "version": row.policy_version, **counts, "score": score}
                 yield {**where, **figures, **row.writes}
 
-    def _cells(self, stage: str) -> tuple[str, ...]:
-        row, scores = self.rows[stage], self.intervals[stage]
-        tokens = "-"
-        if row.episodes:
-            tokens = f"{row.per_episode('prompt_tokens'):.0f}+{row.per_episode('generated_tokens'):.0f}"
-        return (
-            row.label,
-            f"{len(row.episodes)}{f' ({len(row.failed)} failed)' if row.failed else ''}",
-            interval_text(scores["f1"]),
-            interval_text(scores["em"]),
-            "/".join(map(str, row.writes.values())),
-            tokens,
-            f"{row.per_episode('seconds'):.1f}",
-        )
+    def _scores(self) -> Table:
+        names = score_order({score for scores in self.intervals.values() for score in scores})
+        others = [name for name in names if name not in ("f1", "em")]
+        lines = []
+        for stage, row in self.rows.items():
+            scores = self.intervals[stage]
+            counts = (str(len(row.episodes)), str(len(row.failed)))
+            means = (percent(scores[name].mean) if name in scores else "-" for name in others)
+            lines.append(
+                (row.label, *counts, interval_text(scores["f1"]), interval_text(scores["em"]), *means)
+            )
+        return Table("", (*HEADER, *(f"{name} %" for name in others)), tuple(lines), LEGEND)
+
+    def _collapse(self) -> Table:
+        lines = [(row.label, *collapse_cells(row.answers, row.extractions)) for row in self.rows.values()]
+        return Table("Answers and flashcards", ("row", *COLLAPSE_HEADER), tuple(lines), COLLAPSE_LEGEND)
+
+    def _costs(self) -> Table:
+        lines = [_cost_cells(row) for row in self.rows.values()]
+        return Table("Writes and cost", ("row", "writes", "tokens", "s/ep"), tuple(lines), COST_LEGEND)
 
     def _by_category(self) -> Iterator[Table]:
         """For each score a line for each category, and a column for each row of the run."""
@@ -143,6 +168,20 @@ class TrainingReport:
         for row in self.rows.values():
             for message, count in Counter(row.failed).most_common(_MOST_MESSAGES):
                 yield f"{row.label}: {count} episode(s) failed: {message}"
+            if row.failed:
+                mean = float(np.mean(values)) if (values := row.values("f1")) else 0.0
+                as_zero = percent(failed_as_zero(mean, len(row.episodes), len(row.failed)))
+                yield (
+                    f"{row.label}: with all {len(row.failed)} failed episodes counted as 0, "
+                    f"F1 would be {as_zero} %"
+                )
+
+
+def _cost_cells(row: RowResult) -> tuple[str, ...]:
+    tokens = "-"
+    if row.episodes:
+        tokens = f"{row.per_episode('prompt_tokens'):.0f}+{row.per_episode('generated_tokens'):.0f}"
+    return (row.label, "/".join(map(str, row.writes.values())), tokens, f"{row.per_episode('seconds'):.1f}")
 
 
 def training_report(
@@ -170,9 +209,15 @@ def training_report(
 
 
 def save_report(report: TrainingReport, folder: Path) -> list[Path]:
-    """Write report.md, report.csv, report.json and, after a training step, reward.png. Raises OSError."""
+    """Write report.md, report.csv, report.json, rows.png and, after a training step, reward.png.
+
+    Raises OSError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    plots = [_save_rewards(report.rewards, folder / "reward.png")] if report.rewards else []
+    rows = {row.label: report.intervals[stage] for stage, row in report.rows.items()}
+    plots = [save_rows_plot(rows, folder / "rows.png", report.title)] if rows else []
+    if report.rewards:
+        plots.append(_save_rewards(report.rewards, folder / "reward.png"))
     lines = list(report.csv_lines())
     return [*save_document(report.document(plots), folder, report.data(), lines), *plots]
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.evaluation.report import ComparisonReport, context_lines, save_comparison, save_plots
 from cluster.evaluation.summary import Bootstrap, RowSummary, compare_rows, summarize
+from cluster.measure.collapse import ExtractionCounts, Extractions
 from cluster.measure.report import markdown
 from cluster.measure.rows import EpisodeScore
 from tests.unit.comparison_cases import MODEL, plan, result, scored
 
 BOOTSTRAP = Bootstrap(500, 0)
+ONE = ExtractionCounts(without_delta=Extractions(1, 0, 0))
 GOLDEN = """\
 # Evaluation
 
@@ -25,14 +28,15 @@ GOLDEN = """\
 
 ### Scores
 
-| row | tasks | F1 % [95% CI] | EM % [95% CI] | official_f1 % [95% CI] | count_mismatch | \
+| row | tasks | failed | F1 % [95% CI] | EM % [95% CI] | official_f1 % [95% CI] | count_mismatch | \
 F1 against truncation | p |
-| --- | --- | --- | --- | --- | --- | --- | --- |
-| truncation | 4 (1 failed) | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.500 | - | - |
-| tmem | 4 | 50.0 [50.0, 50.0] | 0.0 [0.0, 0.0] | 25.0 [25.0, 25.0] | - | +50.0 [+50.0, +50.0] | 0.228 |
-| hybrid | 2 (1 of 2 cells missing) | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | - | \
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| truncation | 4 | 1 | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.500 | - | - |
+| tmem | 4 | 0 | 50.0 [50.0, 50.0] | 0.0 [0.0, 0.0] | 25.0 [25.0, 25.0] | - | +50.0 [+50.0, +50.0] | 0.228 |
+| hybrid | 2 (1 of 2 cells missing) | 0 | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | - | \
 +0.0 [+0.0, +0.0] | 1.000 |
 
+tasks: finished episodes. failed: episodes that did not finish; they are in no mean. \
 Intervals: 95 % bootstrap over different questions, seeds pooled. p: sign-flip test, paired with the \
 baseline, adjusted for all 2 comparison(s) of this report (Holm).
 
@@ -58,6 +62,9 @@ def rows() -> tuple[RowSummary, ...]:
             scored(f"t{n}", f"s{seed}t{n}", f1, ("work", "adversarial")[n], context=60 + 10 * seed, **parts)
             for n in range(2)
         ]
+        if label == "tmem":
+            one = ExtractionCounts(without_delta=Extractions(1, int(seed == 1), 0))
+            episodes = [replace(episodes[0], extractions=one), replace(episodes[1], extractions=ONE)]
         failed = ("engine: out of memory",) if label == "truncation" and seed == 1 else ()
         if (label, seed) != ("hybrid", 1):
             found[key] = result(label, episodes, failed)
@@ -88,6 +95,11 @@ def test_markdown_is_as_it_should_be() -> None:
     assert f"- recall: tmem against truncation: {gain}" in cost
     assert f"- recall: hybrid against truncation: {nothing}" in cost
     assert "- recall, truncation: 1 episode(s) failed and are left out: engine: out of memory" in cost
+    counted = "with all 1 failed episodes counted as 0, F1 would be 0.0 %"
+    assert f"- recall, truncation: {counted}" in cost
+    collapse = text[text.index("### Answers and flashcards") : text.index("### Cost")]
+    assert "| tmem | 100.0 (100.0) | 4 / 0 | 25.0 / - | 0.0 / - |" in collapse  # one answer, one right answer
+    assert "| truncation | 100.0 (100.0) | - | - | - |" in collapse  # it writes no flashcards
     assert "- recall, hybrid: NOT MEASURED, seed 1: worker-0 died during task t1" in cost
 
 
@@ -160,6 +172,9 @@ def test_files_hold_every_figure(tmp_path: Path) -> None:
     metrics = made.metrics()
     assert metrics["eval/recall/tmem/f1"] == 0.5
     assert metrics["eval/recall/truncation/failed_episodes"] == 1.0
+    assert metrics["eval/recall/tmem/constant_answers"] == 1.0
+    assert metrics["eval/recall/tmem/unparsed_extractions"] == 0.25
+    assert "eval/recall/tmem/unparsed_extractions_under_delta" not in metrics  # there was none
     assert all(re.fullmatch(r"[A-Za-z0-9_\-. /]+", key) for key in metrics)  # what MLflow allows
 
 
@@ -177,12 +192,13 @@ def test_plots_are_drawn_against_cost_and_against_l_max(tmp_path: Path) -> None:
     pairs = [(row, row.cost(MODEL, 4)) for row in swept]
     plots = save_plots(pairs, BOOTSTRAP, tmp_path)
     assert [plot.name for plot in plots] == [
+        "recall-rows.png",
         "recall-cost-tokens.png",
         "recall-cost-seconds.png",
         "recall-context.png",
     ]
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
     one_sample = Bootstrap(1, 0)  # then the mean lies beyond its interval
-    assert len(save_plots(pairs, one_sample, tmp_path)) == 3
+    assert len(save_plots(pairs, one_sample, tmp_path)) == 4
     without_score = (RowSummary("b", "r", 1, (), ("not run yet",)), pairs[0][1])
     assert save_plots([without_score], BOOTSTRAP, tmp_path) == []

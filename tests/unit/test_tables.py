@@ -355,15 +355,20 @@ def test_tables_show_rows_intervals_writes_failures_and_categories() -> None:
     document = training(before=tmem, memory_off=off).document()
     assert document.title == "Held-out evaluation, sampled at temperature 0.7"
     (section,) = document.sections
-    rows, f1, _, official = section.tables
-    assert rows.rows[0][:2] == ("memory off", "2")
-    assert rows.rows[1][:2] == ("TMEM", "2 (2 failed)")
-    assert rows.rows[1][2].startswith("50.0 [25.0, 75.0")
-    assert rows.rows[1][4:] == ("2/4/0", "100+20", "1.5")
+    rows, answers, costs, f1, _, official = section.tables
+    assert rows.header == ("row", "tasks", "failed", "F1 % [95% CI]", "EM % [95% CI]", "official %")
+    assert rows.rows[0][:3] == ("memory off", "2", "0")
+    assert rows.rows[1][:3] == ("TMEM", "2", "2")
+    assert rows.rows[1][3].startswith("50.0 [25.0, 75.0")
+    assert rows.rows[1][5] == "25.0"
+    assert "failed: episodes that did not finish; they are in no mean" in rows.legend
+    assert answers.rows[1] == ("TMEM", "100.0 (100.0)", "-", "-", "-")
+    assert costs.rows[1] == ("TMEM", "2/4/0", "100+20", "1.5")
     assert official.header == ("official %", "questions", "memory off", "TMEM")
     assert official.rows == (("home", "1", "0.0", "37.5"), ("work", "1", "0.0", "12.5"))
     assert (f1.title, f1.detail, official.detail) == ("f1 by category", False, True)
     assert "TMEM: 2 episode(s) failed: engine: gone" in section.notes
+    assert "TMEM: with all 2 failed episodes counted as 0, F1 would be 25.0 %" in section.notes
 
 
 def test_unanswerable_questions_are_shown_with_and_without() -> None:
@@ -373,7 +378,7 @@ def test_unanswerable_questions_are_shown_with_and_without() -> None:
         episode(2, 0.6, category="multi-hop"),
     )
     (section,) = training(before=RowResult("TMEM", 0, asked, ())).document().sections
-    lines = section.tables[1].rows
+    lines = section.tables[3].rows
     assert lines[-1] == ("all but adversarial", "2", "50.0")
     assert ("adversarial", "1", "0.0") in lines
 
@@ -383,10 +388,15 @@ def test_the_files_of_a_training_run(tmp_path: Path) -> None:
     empty = RowResult("empty", 0, (), ("engine: gone",))
     report = training(0.1, 0.3, memory_off=before, before=after, after_rl=empty)
     paths = {path.name: path for path in save_report(report, tmp_path)}
-    assert set(paths) == {"report.md", "report.csv", "report.json", "reward.png"}
+    assert set(paths) == {"report.md", "report.csv", "report.json", "rows.png", "reward.png"}
     text = paths["report.md"].read_text()
     assert text.startswith("# Held-out evaluation, sampled at temperature 0.7\n")
-    assert "| before | 2 |" in text and "## official by category" in text and "![reward](reward.png)" in text
+    assert (
+        "| before | 2 | 0 |" in text
+        and "![rows](rows.png)" in text
+        and "## official by category" in text
+        and "![reward](reward.png)" in text
+    )
     with paths["report.csv"].open() as file:
         lines = list(csv.DictReader(file))
     assert [line["row"] for line in lines if line["score"] == "f1"] == ["before", "after", "empty"]
@@ -398,5 +408,6 @@ def test_the_files_of_a_training_run(tmp_path: Path) -> None:
     assert data["rows"][0]["writes"] == {"accepted": 2, "empty": 4, "rolled_back": 0}
     assert (data["comparisons"][2]["before"], data["comparisons"][2]["after"]) == ("before", "after")
     assert data["rewards"] == [0.1, 0.3]
-    assert paths["reward.png"].read_bytes().startswith(PNG)
+    assert data["rows"][0]["constant_answers"] == 1.0
+    assert all(paths[name].read_bytes().startswith(PNG) for name in ("rows.png", "reward.png"))
     assert "reward.png" not in {path.name for path in save_report(training(before=before), tmp_path)}
