@@ -22,10 +22,14 @@ class RecallConfig:
     filler_sentences: int = 1  # small talk in each session
     # of training; small has 11 to 22 answers a relation, which a long training learns by heart
     vocabulary: Literal["small", "wide"] = "small"
+    # further questions whose answer nobody told: half about strangers, half about told people
+    unknown_questions: int = 0
+    # of held-out tasks; other: always in a wording that no demonstrated flashcard has
+    asked: Literal["written", "other"] = "written"
 
     def __post_init__(self) -> None:
         positive(self, "sessions", "facts_per_session", "questions")
-        not_negative(self, "filler_sentences")
+        not_negative(self, "unknown_questions", "filler_sentences")
         asked, told = self.questions, self.sessions * self.facts_per_session
         require(asked <= told, "questions", asked, "at most sessions * facts_per_session")
 
@@ -181,7 +185,9 @@ class EnvironmentConfig:
         Texts that are only read are no acts. A custom environment's bound is unknown and counts as 1.
         """
         if self.name == "recall":
-            return "recall.questions", self.recall.questions
+            unknown = self.recall.unknown_questions
+            setting = "recall.questions + recall.unknown_questions" if unknown else "recall.questions"
+            return setting, self.recall.questions + unknown
         if self.name == "search":
             return "search.max_turns", self.search.max_turns
         if self.name == "conversation" and self.conversation.format == "locomo":

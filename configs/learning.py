@@ -88,7 +88,10 @@ class WarmStartConfig:
     steps: int = 0
     tasks_per_step: int = 8
     learning_rate: float = 1e-4
+    # of each step: so many questions that nothing told is answered by "I don't know.", and the same questions
+    # answered behind a text that tells the answer; few are enough, with many it says so of what it knows
+    unknown: int = 0
 
     def __post_init__(self) -> None:
-        not_negative(self, "steps")
+        not_negative(self, "steps", "unknown")
         positive(self, "tasks_per_step", "learning_rate")

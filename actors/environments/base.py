@@ -103,6 +103,38 @@ class Demonstrator(Protocol):
 
 
 @runtime_checkable
+class Rephraser(Protocol):
+    """An optional part of a Demonstrator: it asks a flashcard's question in other words.
+
+    With ``memory.wordings=2`` a fact has a card in each of two wordings.
+    """
+
+    def wordings(self, question: str) -> tuple[str, ...]:
+        """``question`` and, where there is one, a second question that has the same answer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Texts that were read, then questions with their answers. A warm start teaches the last answer.
+
+    Example: Exchange(("Nora has moved to Lisbon.",), (("Where does Nora live?", "Lisbon"),))
+    """
+
+    texts: tuple[str, ...]
+    turns: tuple[tuple[str, str], ...]  # question, answer
+
+
+@runtime_checkable
+class Abstainer(Protocol):
+    """An optional part of an environment: it teaches when to say that something is not known."""
+
+    def demonstrate_unknown(self, task: Task) -> tuple[Exchange, Exchange]:
+        """The same last question twice: where its texts do not tell the answer, and where they do."""
+        ...
+
+
+@runtime_checkable
 class Questioner(Protocol):
     """An optional part of an environment: questions in the words of its own flashcards.
 

@@ -6,19 +6,24 @@
 
 Split, seed and position alone determine a task. Training and held-out tasks share neither people nor answers,
 except dates, which differ by month. The reward is the mean token F1 over the questions.
+
+``recall.unknown_questions`` adds questions whose answer nobody told, as LongMemEval does (arXiv 2410.10813):
+half about a person of whom nothing was told, half about another relation of a told person. There a reply
+that says so scores 1. Their categories, `stranger` and `same person`, show them apart in every report.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from actors.environments.base import ReadThenAsk, Split
+from actors.environments.base import Exchange, ReadThenAsk, Split
+from actors.environments.recall_questions import Subject, other_subjects, stable_hash, subject_of
+from actors.environments.recall_scoring import SAME_PERSON, STRANGER, UNKNOWN, recall_scores
 from actors.environments.recall_words import FILLERS, MORE_PEOPLE, MORE_VALUES, PEOPLE, RELATIONS
-from actors.environments.scoring import plain_em, plain_f1
 from actors.protocols import TaskError
 from actors.types import Answer, Flashcard, Outcome, Task
 from configs.schema import RecallConfig
@@ -65,6 +70,13 @@ class RecallEnvironment:
                 f"recall.sessions * recall.facts_per_session={facts} is not allowed: "
                 f"it must be at most {most}, one person a fact"
             )
+        unknown, left = config.unknown_questions, min(most - facts, facts * (len(RELATIONS) - 1))
+        if (unknown + 1) // 2 > left:
+            raise ValueError(
+                f"recall.unknown_questions={unknown} is not allowed: it must be at most {2 * left}, "
+                f"since {facts} facts leave {most - facts} people untold and "
+                f"{facts * (len(RELATIONS) - 1)} other relations of told people"
+            )
         if config.filler_sentences > len(FILLERS):
             raise ValueError(
                 f"recall.filler_sentences={config.filler_sentences} is not allowed: "
@@ -91,7 +103,7 @@ class RecallEnvironment:
         They are the facts that will be asked, in the words of their questions. Question-blind: all facts, in
         the plain words of their relation.
         """
-        questions = {question["question"] for question in _field(task, "questions")}
+        questions = {question.get("written", question["question"]) for question in _field(task, "questions")}
         told = [fact for fact in _field(task, "facts") if fact["sentence"] in text_in_context]
         if question_blind:
             return tuple(Flashcard(fact["plain_question"], fact["answer"]) for fact in told)
@@ -99,22 +111,91 @@ class RecallEnvironment:
             Flashcard(fact["question"], fact["answer"]) for fact in told if fact["question"] in questions
         )
 
+    def wordings(self, question: str) -> tuple[str, ...]:
+        """``question`` and the relation's other written wording; ``question`` alone where it is unknown."""
+        subject = subject_of(question)
+        return (question,) if subject is None else tuple(dict.fromkeys((question, *subject.wordings)))[:2]
+
+    def other_questions(self, count: int, seed: int) -> tuple[str, ...]:
+        """At most ``count`` questions about training people, each about another subject."""
+        rng = random.Random(f"recall/other questions/{seed}")
+        pairs = list(itertools.product(self._words["train"].people, RELATIONS))
+        chosen = rng.sample(pairs, min(count, len(pairs)))
+        return tuple(rng.choice(Subject(*pair).wordings) for pair in chosen)
+
+    def questions_beside(self, card: Flashcard, known: Sequence[str]) -> tuple[str, ...]:
+        """Questions about the other relations of the card's person; the two wordings alternate.
+
+        The order is the card's own, so that cards in two wordings do not name the same question first.
+        """
+        subject = subject_of(card.question)
+        if subject is None:
+            return ()
+        others = other_subjects(subject, known, card.question)
+        first = stable_hash(card.question)
+        return tuple(other.wordings[(first + place) % 2] for place, other in enumerate(others))
+
+    def demonstrate_unknown(self, task: Task) -> tuple[Exchange, Exchange]:
+        """A question that nothing in the context answers, and the same behind the text that tells the answer.
+
+        In half of the pairs the first exchange also has a text: the same without that fact. So a text alone
+        is no sign of an answer. In two of five pairs both begin with another question and its answer.
+        """
+        rng = random.Random(f"recall/unknown/{task.id}")
+        facts = [_Fact(**fact) for fact in _field(task, "facts")]
+        fact = rng.choice(facts)
+        told = next(text for text in _field(task, "sessions") if fact.sentence in text)
+        rest = " ".join(told.replace(fact.sentence, "").split())
+        without = (rest,) if rest and rng.random() < 0.5 else ()
+        questions = [self._worded(fact, rng)]
+        if rng.random() < 0.4:
+            questions.insert(0, self._earlier_question(fact, facts, rng))
+        return _exchange(without, questions), _exchange((told,), questions)
+
+    def _worded(self, fact: _Fact, rng: random.Random) -> tuple[str, _Fact]:
+        return rng.choice(self.wordings(fact.plain_question)), fact
+
+    def _earlier_question(
+        self, fact: _Fact, facts: list[_Fact], rng: random.Random
+    ) -> tuple[str, _Fact | None]:
+        """About another fact, or about another relation of the same person, which nobody told."""
+        others = [self._worded(other, rng) for other in facts if other is not fact]
+        if others and rng.random() < 0.5:
+            return rng.choice(others)
+        return rng.choice(self.questions_beside(Flashcard(fact.plain_question, fact.answer), ())), None
+
     def _task(self, split: Split, seed: int, position: int) -> Task:
         config, size = self._config, self._config.facts_per_session
         # Random hashes a text seed by itself, and equally in every process.
         rng = random.Random(f"recall/{split}/{seed}/{position}")
         words = self._words[split]
-        facts = _facts(rng, words, rng.sample(words.people, config.sessions * size))
+        people = rng.sample(words.people, config.sessions * size)
+        facts = _facts(rng, words, people)
         chunks = [facts[place : place + size] for place in range(0, len(facts), size)]
         sessions = []
         for chunk in chunks:
             sentences = [fact.sentence for fact in chunk] + rng.sample(FILLERS, config.filler_sentences)
             rng.shuffle(sentences)
             sessions.append(" ".join(sentences))
-        questions = [
-            {"question": fact.question, "answer": fact.answer, "relation": fact.relation}
-            for fact in _facts_to_ask(rng, chunks, config.questions)
-        ]
+        asked = _facts_to_ask(rng, chunks, config.questions)
+        seed_of_task = rng.getrandbits(31)
+        other = config.asked == "other" and split == "eval"
+        questions = [_in_other_words(fact) if other else _as_written(fact) for fact in asked]
+        if config.unknown_questions:
+            # Random numbers of their own: what is told and asked stays as it is without such questions.
+            draw = random.Random(f"recall/{split}/{seed}/{position}/unknown")
+            untold = dict(zip(people, facts, strict=True))
+            for kind, subject in _unknown_subjects(draw, words, untold, config.unknown_questions):
+                question = draw.choice(subject.wordings)
+                questions.append(
+                    {
+                        "question": subject.ask(subject.relation.unwritten_question) if other else question,
+                        "answer": UNKNOWN,
+                        "relation": subject.relation.name,
+                        "unknown": kind,
+                    }
+                )
+            draw.shuffle(questions)
         return Task(
             id=f"recall-{split}-{seed}-{position}",
             environment=self.name,
@@ -123,7 +204,7 @@ class RecallEnvironment:
                 "facts": [asdict(fact) for fact in facts],
                 "questions": questions,
             },
-            seed=rng.getrandbits(31),
+            seed=seed_of_task,
         )
 
 
@@ -133,22 +214,67 @@ class RecallSession(ReadThenAsk):
     def __init__(self, task: Task) -> None:
         sessions, self._questions = _field(task, "sessions"), _field(task, "questions")
         super().__init__(sessions, [question["question"] for question in self._questions])
+        self._told = {fact["answer"] for fact in _field(task, "facts")}
 
     def outcome(self) -> Outcome:
-        answers = tuple(map(_answer, self._questions, self.answers))
-        parts = {name: sum(answer.scores[name] for answer in answers) / len(answers) for name in ("f1", "em")}
+        answers = tuple(map(self._answer, self._questions, self.answers))
+        parts = {
+            name: sum(answer.scores[name] for answer in answers) / len(answers) for name in answers[0].scores
+        }
         return Outcome(reward=parts["f1"], reward_parts=parts, answers=answers)
 
+    def _answer(self, question: dict[str, str], prediction: str) -> Answer:
+        gold, unknown = question["answer"], question.get("unknown")
+        return Answer(
+            question=question["question"],
+            gold=(gold,),
+            prediction=prediction,
+            category=unknown or question["relation"],
+            scores=recall_scores(prediction, None if unknown else gold, self._told),
+        )
 
-def _answer(question: dict[str, str], prediction: str) -> Answer:
-    gold = question["answer"]
-    return Answer(
-        question=question["question"],
-        gold=(gold,),
-        prediction=prediction,
-        category=question["relation"],
-        scores={"f1": plain_f1(prediction, gold), "em": plain_em(prediction, gold)},
+
+def _as_written(fact: _Fact) -> dict[str, str]:
+    return {"question": fact.question, "answer": fact.answer, "relation": fact.relation}
+
+
+def _in_other_words(fact: _Fact) -> dict[str, str]:
+    """``written`` keeps the question in whose words a card may be demonstrated."""
+    subject = subject_of(fact.plain_question)
+    assert subject is not None, fact
+    return {
+        **_as_written(fact),
+        "question": subject.ask(subject.relation.unwritten_question),
+        "written": fact.question,
+    }
+
+
+def _unknown_subjects(
+    rng: random.Random, words: Vocabulary, told: Mapping[str, _Fact], count: int
+) -> list[tuple[str, Subject]]:
+    """``count`` subjects that nobody told of, by their category: half strangers, half told people."""
+    strangers = count // 2 + (rng.randrange(2) if count % 2 else 0)
+    people = rng.sample([person for person in words.people if person not in told], strangers)
+    others = [
+        Subject(person, relation)
+        for person, fact in told.items()
+        for relation in RELATIONS
+        if relation.name != fact.relation
+    ]
+    return [
+        *((STRANGER, Subject(person, rng.choice(RELATIONS))) for person in people),
+        *((SAME_PERSON, subject) for subject in rng.sample(others, count - strangers)),
+    ]
+
+
+def _exchange(texts: tuple[str, ...], questions: Sequence[tuple[str, _Fact | None]]) -> Exchange:
+    """Each question with its answer where ``texts`` tell it, else with the reply that it is not known."""
+    context = " ".join(texts)
+    turns = (
+        (question, fact.answer if fact is not None and fact.sentence in context else f"{UNKNOWN}.")
+        for question, fact in questions
     )
+    return Exchange(texts, tuple(turns))
 
 
 def _facts(rng: random.Random, words: Vocabulary, people: list[str]) -> list[_Fact]:

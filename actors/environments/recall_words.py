@@ -14,12 +14,14 @@ from dataclasses import dataclass
 class Relation:
     """What can be told of a person. ``values`` are the answers (1 to 3 words) of each split.
 
-    A question never repeats the words of a telling.
+    A question never repeats the words of a telling. ``unwritten_question`` is a third wording. It is only
+    asked of held-out people (``recall.asked=other``): no demonstrated flashcard has it.
     """
 
     name: str
     tellings: tuple[str, ...]
-    questions: tuple[str, ...]
+    questions: tuple[str, str]
+    unwritten_question: str
     values: Mapping[str, tuple[str, ...]]
 
 
@@ -56,6 +58,7 @@ RELATIONS = (
             "{name} rents a flat in {value}.",
         ),
         ("Where does {name} live?", "What city is {name}'s home?"),
+        "Which town does {name} reside in?",
         _split(
             "Paris, London, Berlin, Madrid, Rome, Vienna, Boston, Chicago, Dallas, Denver, Tokyo, Sydney, "
             "Dublin, Oslo, Cairo, Lima, Athens, Geneva, Munich, Milan, Toronto, Seattle",
@@ -66,6 +69,7 @@ RELATIONS = (
         "job",
         ("{name} works as a {value}.", "{name} found a job as a {value}.", "{name} has become a {value}."),
         ("What is {name}'s job?", "What does {name} do for a living?"),
+        "How does {name} earn money?",
         _split(
             "teacher, doctor, nurse, lawyer, baker, farmer, driver, painter, writer, singer, plumber, "
             "carpenter, pilot, judge, chef, banker, tailor, gardener, librarian, dentist",
@@ -77,6 +81,7 @@ RELATIONS = (
         "pet",
         ("{name} adopted a {value}.", "{name} keeps a {value} at home.", "{name} takes care of a {value}."),
         ("What pet does {name} have?", "Which animal lives with {name}?"),
+        "What creature does {name} own?",
         _split(
             "dog, cat, rabbit, parrot, hamster, turtle, goldfish, pony, lizard, snake, duck, goat, mouse, "
             "frog, spider",
@@ -87,6 +92,7 @@ RELATIONS = (
         "birthday",
         ("{name} was born on {value}.", "{name} turns a year older on {value}."),
         ("When is {name}'s birthday?", "On what date does {name} celebrate a birthday?"),
+        "What is {name}'s date of birth?",
         {
             "train": _dates("January, February, March, May, June, August, September, December"),
             "eval": _dates("April, July, October, November"),
@@ -100,6 +106,7 @@ RELATIONS = (
             "{name} practices the {value} every day.",
         ),
         ("What instrument does {name} play?", "On which instrument does {name} make music?"),
+        "What is {name}'s musical instrument?",
         _split(
             "piano, guitar, violin, drums, flute, trumpet, harp, organ, saxophone, banjo, clarinet",
             "cello, accordion, trombone, bass, ukulele",
@@ -113,6 +120,7 @@ RELATIONS = (
             "{name} always orders {value}.",
         ),
         ("What is {name}'s favorite food?", "What does {name} like to eat?"),
+        "Which meal does {name} prefer?",
         _split(
             "pizza, pasta, soup, rice, curry, salad, steak, sushi, pancakes, tacos, noodles, cheese, lamb, "
             "beans, eggs, salmon",
@@ -127,6 +135,7 @@ RELATIONS = (
             "{name} came back from the shop with a {value}.",
         ),
         ("What did {name} buy?", "What is {name}'s new possession?"),
+        "What has {name} purchased?",
         _split(
             "lamp, bicycle, camera, sofa, watch, jacket, laptop, tent, mirror, carpet, helmet, kettle, "
             "printer, ladder, clock, radio, blanket",
@@ -141,6 +150,7 @@ RELATIONS = (
             "{name} took a plane to {value} for a break.",
         ),
         ("Which country did {name} visit?", "Where did {name} go on vacation?"),
+        "What was {name}'s travel destination?",
         _split(
             "Italy, France, Spain, Greece, Japan, Brazil, Egypt, Canada, Mexico, Norway, India, Peru, "
             "Chile, Kenya, Ireland, Turkey, Poland, Cuba",
@@ -155,6 +165,7 @@ RELATIONS = (
             "{name} spends free time on {value}.",
         ),
         ("What is {name}'s hobby?", "How does {name} relax?"),
+        "Which pastime does {name} enjoy?",
         _split(
             "fishing, hiking, sailing, skiing, climbing, running, cycling, swimming, dancing, camping, "
             "rowing",
