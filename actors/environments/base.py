@@ -89,6 +89,7 @@ def prepare(environment: Environment) -> None:
         environment.prepare()
 
 
+@runtime_checkable
 class Demonstrator(Protocol):
     """An optional part of an environment: it knows the flashcards that an ideal agent would write.
 

@@ -6,11 +6,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
-from actors.environments.base import Demonstrator, Environment, Observation, Session, Split, prepare
+from actors.environments.base import (
+    Abstainer,
+    Demonstrator,
+    Environment,
+    Exchange,
+    Observation,
+    Questioner,
+    Rephraser,
+    Session,
+    Split,
+    prepare,
+)
 from actors.protocols import TaskError
 from actors.types import Flashcard, Outcome, Task
 from configs.extensions import load_extension, require_members
@@ -70,42 +82,83 @@ def _with_reward(environment: Environment, path: str) -> Environment:
     The environment's own reward becomes the part "environment" of the outcome.
     """
     reward: Reward = load_extension("environment.reward", path)
-    if hasattr(environment, "demonstrate_flashcards"):
-        return _RewardedDemonstrator(environment, reward, path)
-    return _Rewarded(environment, reward, path)
+    parts = tuple(part for kind, part in _OPTIONAL.items() if isinstance(environment, kind))
+    # A class for just these parts, so that the wrapper has those of the environment and no others.
+    wrapper: type[_Rewarded] = (
+        type("_Rewarded", (*parts, _Rewarded), {"__slots__": ()}) if parts else _Rewarded
+    )
+    return wrapper(environment, reward, path)
 
 
 @dataclass(frozen=True, slots=True)
 class _Rewarded:
-    inner: Environment
+    inner: Any  # an Environment, maybe with optional parts
     reward: Reward
     path: str
 
     @property
     def name(self) -> str:
-        return self.inner.name
+        return str(self.inner.name)
 
     @property
     def system_prompt(self) -> str:
-        return self.inner.system_prompt
+        return str(self.inner.system_prompt)
 
     def prepare(self) -> None:
         prepare(self.inner)
 
     def tasks(self, split: Split, seed: int, start: int) -> Iterator[Task]:
-        return self.inner.tasks(split, seed, start)
+        inner: Environment = self.inner
+        return inner.tasks(split, seed, start)
 
     def start(self, task: Task) -> Session:
         return _RewardedSession(self.inner.start(task), task, self.reward, self.path)
 
 
-@dataclass(frozen=True, slots=True)
-class _RewardedDemonstrator(_Rewarded):
+class _Demonstrates(_Rewarded):
+    __slots__ = ()
+
     def demonstrate_flashcards(
         self, task: Task, text_in_context: str, question_blind: bool
     ) -> tuple[Flashcard, ...]:
-        inner: Demonstrator = self.inner  # type: ignore[assignment]  # `_with_reward` has checked
+        inner: Demonstrator = self.inner
         return inner.demonstrate_flashcards(task, text_in_context, question_blind)
+
+
+class _Rephrases(_Rewarded):
+    __slots__ = ()
+
+    def wordings(self, question: str) -> tuple[str, ...]:
+        inner: Rephraser = self.inner
+        return inner.wordings(question)
+
+
+class _Abstains(_Rewarded):
+    __slots__ = ()
+
+    def demonstrate_unknown(self, task: Task) -> tuple[Exchange, Exchange]:
+        inner: Abstainer = self.inner
+        return inner.demonstrate_unknown(task)
+
+
+class _Questions(_Rewarded):
+    __slots__ = ()
+
+    def other_questions(self, count: int, seed: int) -> tuple[str, ...]:
+        inner: Questioner = self.inner
+        return inner.other_questions(count, seed)
+
+    def questions_beside(self, card: Flashcard, known: Sequence[str]) -> tuple[str, ...]:
+        inner: Questioner = self.inner
+        return inner.questions_beside(card, known)
+
+
+_OPTIONAL: dict[type, type[_Rewarded]] = {
+    Demonstrator: _Demonstrates,
+    Rephraser: _Rephrases,
+    Abstainer: _Abstains,
+    Questioner: _Questions,
+}
 
 
 @dataclass(frozen=True, slots=True)

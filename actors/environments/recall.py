@@ -9,7 +9,7 @@ except dates, which differ by month. The reward is the mean token F1 over the qu
 
 ``recall.unknown_questions`` adds questions whose answer nobody told, as LongMemEval does (arXiv 2410.10813):
 half about a person of whom nothing was told, half about another relation of a told person. There a reply
-that says so scores 1. Their categories, `stranger` and `same person`, show them apart in every report.
+that says so scores 1. Their categories, `stranger` and `same_person`, show them apart in every report.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class RecallEnvironment:
         told = next(text for text in _field(task, "sessions") if fact.sentence in text)
         rest = " ".join(told.replace(fact.sentence, "").split())
         without = (rest,) if rest and rng.random() < 0.5 else ()
-        questions = [self._worded(fact, rng)]
+        questions: list[tuple[str, _Fact | None]] = [self._worded(fact, rng)]
         if rng.random() < 0.4:
             questions.insert(0, self._earlier_question(fact, facts, rng))
         return _exchange(without, questions), _exchange((told,), questions)

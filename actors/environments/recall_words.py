@@ -7,7 +7,7 @@ lists alone, a long training may learn the answers by heart.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Relation:
     tellings: tuple[str, ...]
     questions: tuple[str, str]
     unwritten_question: str
-    values: Mapping[str, tuple[str, ...]]
+    values: Mapping[str, tuple[str, ...]] = field(hash=False)  # a mapping has no hash
 
 
 def _split(train: str, held_out: str) -> dict[str, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from actors.environments.base import Demonstrator, Environment, Questioner
+from actors.episodes.demonstration import gold_flashcards
 from actors.memory.controls import OWN_CARDS, GoldCards, OtherQuestions, WriteControl
 from actors.protocols import TaskError
 from actors.types import Task
@@ -29,9 +30,7 @@ def write_control(config: MemoryConfig, task: Task, environment: Environment) ->
     control: WriteControl = OWN_CARDS
     if config.control != "other_cards":
         demonstrator: Demonstrator = environment  # type: ignore[assignment]  # `require_control` has checked
-        control = GoldCards(
-            lambda text: demonstrator.demonstrate_flashcards(task, text, config.question_blind)
-        )
+        control = GoldCards(lambda text: gold_flashcards(demonstrator, task, text, config))
     if config.control == "oracle":
         return control
     questioner: Questioner = environment  # type: ignore[assignment]  # as above

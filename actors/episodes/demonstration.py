@@ -3,6 +3,8 @@
 A demonstration runs the loop, trigger, prompts and chat pieces of a real episode (episode.play,
 ParametricMemory). Only the actor differs: it extracts the environment's gold flashcards and answers nothing.
 So the taught text has exactly the form that is sampled later.
+
+A demonstrated exchange teaches an answer: the one to a question that nothing told, or that a text told.
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
-from actors.environments.base import Demonstrator, Environment
+from actors.environments.base import Demonstrator, Environment, Exchange, Rephraser
 from actors.episodes.episode import play
-from actors.memory.base import Agent
+from actors.memory.base import Agent, user_turns
 from actors.memory.parametric import ParametricMemory
 from actors.text.chat_template import ChatFormat
+from actors.text.context import Context
 from actors.text.flashcards import render_flashcards
 from actors.types import (
     FastWeights,
@@ -49,10 +52,44 @@ def demonstrate(
     The mask covers the extraction's tokens only. Log-probs are zeros.
     """
     session = environment.start(task)
-    actor = _Demonstrator(task, environment, chat, memory.question_blind)
+    actor = _Demonstrator(task, environment, chat, memory)
     agent = Agent(actor, chat, environment.system_prompt, session.question)
     _run_now(play(agent, session, ParametricMemory(memory, write), max_answer_tokens=1, max_turns=_ALL_TURNS))
     return list(agent.finish())  # an empty answer leaves no trace, so each segment has an extraction
+
+
+def demonstrate_exchange(
+    exchange: Exchange, system_prompt: str, chat: ChatFormat, memory: MemoryConfig
+) -> Segment:
+    """Return a segment with the last answer as its only taught text, under Delta = 0 and version 0."""
+    context = Context(chat.system(system_prompt))
+    for text in exchange.texts:
+        for turn in user_turns(text, chat, memory.max_context_tokens):
+            context.observe(turn)
+    *earlier, (question, answer) = exchange.turns
+    for asked, replied in earlier:
+        reply = chat.reply(replied)
+        context.observe(chat.user(asked) + chat.assistant_open + reply + chat.assistant_close(reply))
+    context.observe(chat.user(question) + chat.assistant_open)
+    context.act(_taught(chat, answer), "act")
+    return context.close(0, 0)
+
+
+def gold_flashcards(
+    demonstrator: Demonstrator, task: Task, text_in_context: str, memory: MemoryConfig
+) -> tuple[Flashcard, ...]:
+    """Return what an ideal agent writes of ``text_in_context``.
+
+    With memory.wordings=2 a fact's second card comes right behind its first, where the environment has one.
+    """
+    cards = demonstrator.demonstrate_flashcards(task, text_in_context, memory.question_blind)
+    if memory.wordings == 1 or not isinstance(demonstrator, Rephraser):
+        return cards
+    return tuple(
+        Flashcard(question, card.answer)
+        for card in cards
+        for question in demonstrator.wordings(card.question)
+    )
 
 
 _ALL_TURNS = 1_000_000
@@ -62,22 +99,21 @@ class _Demonstrator:
     """The Actor that knows the gold flashcards."""
 
     def __init__(
-        self, task: Task, environment: DemonstratingEnvironment, chat: ChatFormat, question_blind: bool
+        self, task: Task, environment: DemonstratingEnvironment, chat: ChatFormat, memory: MemoryConfig
     ) -> None:
         self.version: PolicyVersion = 0
         self.weights = FastWeights(basis_id="demonstration", revision=0, b={})
         self._task = task
         self._environment = environment
         self._chat = chat
-        self._question_blind = question_blind
+        self._memory = memory
 
     async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
         if kind == "act":
             return Generation((), (), "length")  # no answer is taught: an empty generation leaves no mask
         text = self._chat.decode(prompt_ids)
-        cards = self._environment.demonstrate_flashcards(self._task, text, self._question_blind)
-        ids = self._chat.reply(render_flashcards(cards))
-        return Generation(ids, (0.0,) * len(ids), "stop")
+        cards = gold_flashcards(self._environment, self._task, text, self._memory)
+        return _taught(self._chat, render_flashcards(cards))
 
     async def learn(
         self, examples: Sequence[WriteExample], cards: Sequence[Flashcard]
@@ -85,6 +121,11 @@ class _Demonstrator:
         """Accept without writing, so that the next extraction prompt shows these cards as saved."""
         request = WriteRequest(self._task.id, self.weights, tuple(examples))
         return request, WriteResult(self.weights, None, 0.0, 0.0, 0, 0.0, "accepted", "")
+
+
+def _taught(chat: ChatFormat, text: str) -> Generation:
+    ids = chat.reply(text)
+    return Generation(ids, (0.0,) * len(ids), "stop")
 
 
 def _run_now(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -2,6 +2,8 @@
 
     train tasks, never held-out ones --> demonstrations: segments of an ideal agent --> warm_start_step
 
+With ``warm_start.unknown`` it also learns to say that it does not know, and to answer where it was told.
+
 Off unless ``warm_start.steps > 0``. It has a progress bar, metrics (warm_start/...) and a row in the final
 table. Its tasks come from the train split under another seed, so that an unlimited environment never gives
 them to the RL stage again.
@@ -14,12 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeGuard
 
-from actors.environments.base import Environment
-from actors.episodes.demonstration import DemonstratingEnvironment, demonstrate
+from actors.environments.base import Abstainer, Environment, Rephraser
+from actors.episodes.demonstration import DemonstratingEnvironment, demonstrate, demonstrate_exchange
 from actors.episodes.episode import derived_seed
 from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat
-from actors.types import Segment
+from actors.types import Segment, Task
 from cluster.common.tasks import TaskSource
 from cluster.tracking.tracker import Tracker
 from cluster.train.metrics import warm_start_metrics
@@ -44,17 +46,33 @@ class Demonstrations:
         self._config, self._environment = config, environment
         self._chat = ChatFormat(AutoTokenizer.from_pretrained(model_path))
         self._tasks = TaskSource(environment, "train", derived_seed(config.seed, "warm start"))
+        self._unknown = TaskSource(environment, "train", derived_seed(config.seed, "warm start", "unknown"))
 
     def of_step(self, step: int) -> list[Segment]:
-        """The segments of ``warm_start.tasks_per_step`` tasks. Raises TaskError."""
-        per_step = self._config.warm_start.tasks_per_step
-        tasks = [self._tasks.at(position) for position in range(step * per_step, (step + 1) * per_step)]
+        """The flashcards of ``tasks_per_step`` tasks, then the answers of ``unknown``. Raises TaskError."""
+        tasks = _of_step(self._tasks, step, self._config.warm_start.tasks_per_step)
         memory, write = self._config.memory, self._config.write
-        return [
+        flashcards = [
             segment
             for task in tasks
             for segment in demonstrate(task, self._environment, self._chat, memory, write)
         ]
+        return flashcards + self._answers(step)
+
+    def _answers(self, step: int) -> list[Segment]:
+        """For each of ``warm_start.unknown`` tasks: a question that nothing told, and the same told."""
+        environment, system_prompt = self._environment, self._environment.system_prompt
+        if not isinstance(environment, Abstainer):
+            return []
+        return [
+            demonstrate_exchange(exchange, system_prompt, self._chat, self._config.memory)
+            for task in _of_step(self._unknown, step, self._config.warm_start.unknown)
+            for exchange in environment.demonstrate_unknown(task)
+        ]
+
+
+def _of_step(tasks: TaskSource, step: int, per_step: int) -> list[Task]:
+    return [tasks.at(position) for position in range(step * per_step, (step + 1) * per_step)]
 
 
 def can_demonstrate(environment: Environment) -> TypeGuard[DemonstratingEnvironment]:
@@ -63,11 +81,24 @@ def can_demonstrate(environment: Environment) -> TypeGuard[DemonstratingEnvironm
 
 
 def require_demonstrations(config: RunConfig, environment: Environment) -> None:
-    """Raise TaskError when the config asks for a warm start and the environment cannot teach one."""
-    if config.warm_start.steps > 0 and not can_demonstrate(environment):
+    """Raise TaskError when the config asks for a warm start that the environment cannot teach."""
+    warm, name = config.warm_start, environment.name
+    if warm.steps == 0:
+        return
+    if not can_demonstrate(environment):
         raise TaskError(
-            f"warm_start.steps={config.warm_start.steps} is not possible: {environment.name} has no "
-            "demonstrations; set warm_start.steps=0"
+            f"warm_start.steps={warm.steps} is not possible: {name} has no demonstrations; "
+            "set warm_start.steps=0"
+        )
+    if warm.unknown > 0 and not isinstance(environment, Abstainer):
+        raise TaskError(
+            f"warm_start.unknown={warm.unknown} is not possible: {name} demonstrates no question that "
+            "nobody told the answer of; set warm_start.unknown=0"
+        )
+    if config.memory.wordings > 1 and not isinstance(environment, Rephraser):
+        raise TaskError(
+            f"memory.wordings={config.memory.wordings} is not possible with a warm start: {name} "
+            "demonstrates flashcards in one wording; set memory.wordings=1, or warm_start.steps=0"
         )
 
 

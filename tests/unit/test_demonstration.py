@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
+from actors.environments.base import Exchange
 from actors.environments.recall import RecallEnvironment
-from actors.episodes.demonstration import demonstrate
+from actors.episodes.demonstration import demonstrate, demonstrate_exchange
 from actors.episodes.episode import EpisodeSpec
 from actors.episodes.rollout import WriteBatcher
 from actors.memory.build import build_memory
@@ -39,6 +41,38 @@ def test_the_mask_covers_the_gold_flashcards_only(chat: ChatFormat, blind: bool)
             assert taught[-1] == chat.stop_token_ids[0]
             assert parse_flashcards(chat.decode(taught), 32).cards == gold
             assert not segment.logprobs.any() and (segment.policy_version, segment.revision) == (0, 0)
+
+
+def test_two_wordings_are_two_cards_a_fact_side_by_side(chat: ChatFormat) -> None:
+    memory = MemoryConfig(max_context_tokens=50, question_blind=True, wordings=2)
+    task = TASKS[0]
+    segments = demonstrate(task, ENVIRONMENT, chat, memory, WriteConfig())
+    taught = parse_flashcards(chat.decode(segments[0].token_ids[segments[0].action_mask]), 32).cards
+    gold = ENVIRONMENT.demonstrate_flashcards(task, task.payload["sessions"][0], question_blind=True)
+    assert taught[::2] == gold and len(gold) == 4
+    for card, other in zip(gold, taught[1::2], strict=True):
+        assert other.answer == card.answer
+        assert ENVIRONMENT.wordings(card.question) == (card.question, other.question)
+    # A question-aware agent's first card has the words of the question, whichever of the two they are.
+    aware = demonstrate(task, ENVIRONMENT, chat, replace(memory, question_blind=False), WriteConfig())
+    cards = parse_flashcards(chat.decode(aware[0].token_ids[aware[0].action_mask]), 32).cards
+    asked = {question["question"] for question in task.payload["questions"]}
+    assert cards and all(card.question in asked for card in cards[::2])
+
+
+def test_an_exchange_teaches_its_last_answer_only(chat: ChatFormat) -> None:
+    text, earlier, last = "Nora has moved to Lisbon.", ("Who?", "Nora"), ("Where does Nora live?", "Lisbon")
+    segment = demonstrate_exchange(Exchange((text,), (earlier, last)), "Be brief.", chat, MemoryConfig())
+    assert chat.decode(segment.token_ids[segment.action_mask]) == "Lisbon"
+    assert segment.token_ids[segment.action_mask][-1] == chat.stop_token_ids[0]
+    assert [(turn.role, turn.text) for turn in chat.turns(segment.token_ids.tolist())] == [
+        ("system", "Be brief."),
+        ("user", text),
+        ("user", "Who?"),
+        ("assistant", "Nora"),
+        ("user", "Where does Nora live?"),
+        ("assistant", "Lisbon"),
+    ]
 
 
 @pytest.mark.parametrize("window", [50, 90])

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from actors.environments.base import prepare
+from actors.environments.base import Abstainer, Demonstrator, Questioner, Rephraser, prepare
 from actors.environments.build import build_environment
 from actors.memory.build import build_memory, surroundings
 from actors.protocols import TaskError
+from actors.types import Flashcard
 from configs.extensions import ExtensionError, load_extension
 from configs.learning import ADVANTAGES
 from configs.load import ConfigError, load_config, to_yaml
@@ -77,6 +78,20 @@ def test_a_users_reward_takes_the_place_of_the_environments() -> None:
     assert outcome.reward_parts["environment"] == outcome.reward_parts["f1"]
     # A warm start still finds what the environment demonstrates.
     assert environment.demonstrate_flashcards(task, "", False) == ()  # type: ignore[attr-defined]
+
+
+def test_a_users_reward_keeps_the_optional_parts_of_the_environment_and_adds_none() -> None:
+    parts = (Demonstrator, Rephraser, Abstainer, Questioner)
+    recall = build_environment(EnvironmentConfig(reward="my_parts:length"), EmbedderConfig())
+    assert all(isinstance(recall, part) for part in parts)
+    plain = build_environment(EnvironmentConfig(), EmbedderConfig())
+    assert isinstance(recall, Questioner) and isinstance(plain, Questioner)
+    assert recall.other_questions(5, 1) == plain.other_questions(5, 1)
+    card = Flashcard("Where does Nora live?", "Lisbon")
+    assert recall.questions_beside(card, ()) == plain.questions_beside(card, ())
+    config = EnvironmentConfig(name="custom", custom="my_parts:Shop", options={"days": 3})
+    shop = build_environment(replace(config, reward="my_parts:length"), EmbedderConfig())
+    assert not any(isinstance(shop, part) for part in parts)
 
 
 @pytest.mark.parametrize("reward", ["", "my_parts:length"])
