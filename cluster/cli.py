@@ -20,7 +20,7 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 from cluster.assistant import command as assistant
-from cluster.bench.suite import SUITE
+from cluster.bench.suite import ABOUT
 from cluster.common.arguments import Config, ListSettings, PrintConfig, Settings, required_config
 from cluster.compare import command as compare
 from cluster.evaluation import command as evaluation
@@ -47,7 +47,7 @@ folder must be the one that the driver writes to (on a cluster: a shared one). r
 does the same by training step.
 """
 _BENCH_EXAMPLES = f"""benchmarks:
-{chr(10).join(f"  {entry.name:11s} {entry.about}" for entry in SUITE)}
+{chr(10).join(f"  {name:11s} {about}" for name, about in ABOUT.items())}
 
 examples:
   engram bench                          every benchmark: hours on two cores
@@ -162,7 +162,7 @@ def scale(
 
 
 def complete_benchmark(incomplete: str) -> list[str]:
-    return [entry.name for entry in SUITE if entry.name.startswith(incomplete)]
+    return [name for name in ABOUT if name.startswith(incomplete)]
 
 
 def bench(

@@ -15,9 +15,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import configs
 from actors.types import Outcome as EpisodeOutcome
 from actors.types import Task
+from cluster.bench.scripted import QUICKSTART
 from cluster.bench.values import Case, Context, Outcome
 from cluster.fleet.stream import Batch
 from cluster.measure.report import Table
@@ -101,7 +101,7 @@ def _config(context: Context, folder: Path, staleness: int, steps: int) -> RunCo
             "engine.kv_cache_gib=0.2",
             "ray.object_store_gib=0.5",
         ]
-    return load_config(Path(configs.__file__).parent / "quickstart.yaml", settings)
+    return load_config(QUICKSTART, settings)
 
 
 async def _run_steps(spec: RunSpec, folder: RunFolder, start: Start, tracker: WaitingTimes) -> float:

@@ -14,17 +14,22 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from actors.environments.build import build_environment
 from actors.episodes.group_summary import GroupSummary
+from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.fast_weights.delta import Basis
 from actors.types import PolicyVersion, TrajectoryGroup
 from actors.worker import WorkerSpec
-from cluster.bench.controller_actors import EpisodeParts, Template, VirtualHandle, VirtualRank, VirtualWorkers
+from cluster.bench.controller_actors import VirtualRank, VirtualWorkers, group_of, virtual_handle
+from cluster.bench.scripted import QUICKSTART, recall_groups
 from cluster.bench.values import Case, Context, Goal, Outcome, RatioOf, Spread
 from cluster.common.tasks import TaskSource
 from cluster.fleet.broadcast import ObjectStoreChannel
@@ -38,6 +43,7 @@ from cluster.runs.checkpoint import START, TrainState
 from cluster.tracking.tracker import NullTracker
 from cluster.train.loop import LoopParts, delivery, run_loop
 from cluster.train.metrics import StepSummary
+from configs.load import load_config
 from configs.schema import RayConfig, RunConfig, TrainConfig
 from learner.types import StepReport
 from learner.worker import LearnerGroup, LearnerSpec
@@ -113,12 +119,13 @@ class MarkedLearner:
 
 def run(context: Context) -> Outcome:
     sizes, group_s = (QUICK_WORKERS, QUICK_GROUP_S) if context.quick else (WORKERS, GROUP_S)
+    quickstart = load_config(QUICKSTART, [])
+    shape = replace(quickstart.fast_weights, basis="random")  # only its sizes make a difference here
+    basis = compute_basis_from_checkpoint(context.model_path, shape, seed=0)
+    (template,) = recall_groups(context.model_path, quickstart, basis, 1, SIBLINGS)
     config = RunConfig()
-    template = Template(
-        tuple(EpisodeParts.draw(context.model_path, config.fast_weights, seed) for seed in range(SIBLINGS))
-    )
     task = TaskSource(build_environment(config.environment, config.embedder), "train", config.seed).at(0)
-    group = template.group(task, 0, "worker-0")
+    group = group_of(template, task, 0, "worker-0")
     content, summary = _bytes(group), _bytes(GroupSummary.of(group))
     # Room for three batches: one that is learned, one that is collected, and one to spare.
     store = 0.2 + 3 * max(sizes) / 2 * content / 2**30
@@ -162,7 +169,7 @@ def run(context: Context) -> Outcome:
 class _Fleet:
     """The real controller over ``workers`` virtual workers."""
 
-    def __init__(self, config: RunConfig, template: Template, workers: int, group_s: float) -> None:
+    def __init__(self, config: RunConfig, template: TrajectoryGroup, workers: int, group_s: float) -> None:
         self._template, self._workers, self._group_s = template, workers, group_s
         self._per_step = max(1, workers // 2)  # a step every half group time, where there are workers enough
         self._steps_per_window = workers // self._per_step
@@ -263,7 +270,7 @@ class _Fleet:
         first_s = self._group_s * (number + 1) / self._workers
         return RemoteWorker(
             WorkerSpec(f"worker-{number}", self._config, "", "", 0),
-            VirtualHandle(actor, number, first_s),
+            virtual_handle(actor, number, first_s),
             journal=None,
         )
 
@@ -339,26 +346,10 @@ def _bytes(value: object) -> int:
 
 
 def _mark() -> Mark:
-    descendants = _descendants(os.getpid())
-    actors = sum(seconds for name, seconds in descendants if name.startswith("ray::"))
-    everything = sum(seconds for _, seconds in descendants)
-    return Mark(time.monotonic(), time.process_time(), everything - actors, actors)
-
-
-def _descendants(root: int) -> list[tuple[str, float]]:
-    """Name and CPU seconds of every process below ``root``; empty where there is no /proc."""
-    tick = os.sysconf("SC_CLK_TCK")
-    processes: dict[int, tuple[int, str, float]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = stat.read_text(encoding="utf-8", errors="replace")
-        except OSError:  # the process has ended since
-            continue
-        name, values = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
-        processes[int(stat.parent.name)] = (int(values[1]), name, (int(values[11]) + int(values[12])) / tick)
-    descendants: list[tuple[str, float]] = []
-    generation = {root}
-    while generation:
-        generation = {number for number, (parent, _, _) in processes.items() if parent in generation}
-        descendants += [processes[number][1:] for number in generation]
-    return descendants
+    """The CPU seconds of every process below this one count as Ray's or the actors', by its name."""
+    seconds = {True: 0.0, False: 0.0}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            seconds[process.name().startswith("ray::")] += times.user + times.system
+    return Mark(time.monotonic(), time.process_time(), ray=seconds[False], actors=seconds[True])

@@ -7,135 +7,39 @@ What it returns is pickled, stored and sent anew for each group, as from a real 
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
 
 from actors.episodes.group_summary import GroupSummary
-from actors.types import (
-    ActionSpan,
-    Answer,
-    FastWeights,
-    Flashcard,
-    Outcome,
-    PolicyVersion,
-    Segment,
-    Task,
-    Timings,
-    Trajectory,
-    TrajectoryGroup,
-    WriteRecord,
-)
+from actors.types import PolicyVersion, Task, TrajectoryGroup
 from actors.worker import PublishedWeights, WorkerReport, WorkerSpec
-from configs.schema import FastWeightsConfig
 from learner.types import StepReport
 
 if TYPE_CHECKING:
     from actors.episodes.rollout import RolloutRequest
     from learner.worker import LearnerSpec
 
-# An episode of the quickstart: two told sessions and the questions.
-SEGMENTS, SEGMENT_TOKENS, SAMPLED_TOKENS = 3, 185, 40
 
+def group_of(template: TrajectoryGroup, task: Task, version: PolicyVersion, worker: str) -> TrajectoryGroup:
+    """The ``template`` as if ``worker`` had just played ``task`` on ``version``.
 
-@dataclass(frozen=True, slots=True, eq=False)
-class EpisodeParts:
-    """The tokens and fast weights of one episode."""
-
-    segments: tuple[Segment, ...]
-    revisions: tuple[FastWeights, ...]
-
-    @staticmethod
-    def draw(model_path: Path, shape: FastWeightsConfig, seed: int) -> EpisodeParts:
-        """Draw random parts. B has the shapes of this model's: float32 [d_out, rank]."""
-        config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
-        rows = {
-            "gate_proj": config["intermediate_size"],
-            "up_proj": config["intermediate_size"],
-            "down_proj": config["hidden_size"],
-        }
-        layers = range(config["num_hidden_layers"] - shape.last_layers, config["num_hidden_layers"])
-        sizes = {
-            f"model.layers.{layer}.mlp.{name}": rows[name] for layer in layers for name in shape.projections
-        }
-        draw = np.random.default_rng(seed)
-
-        def revision(number: int) -> FastWeights:
-            b = {
-                name: draw.standard_normal((size, shape.rank), dtype=np.float32)
-                for name, size in sizes.items()
-            }
-            return FastWeights("virtual", number, b)
-
-        def segment(number: int) -> Segment:
-            mask = np.arange(SEGMENT_TOKENS) >= SEGMENT_TOKENS - SAMPLED_TOKENS
-            return Segment(
-                token_ids=draw.integers(0, config["vocab_size"], SEGMENT_TOKENS, dtype=np.int32),
-                action_mask=mask,
-                logprobs=-draw.random(SEGMENT_TOKENS, dtype=np.float32) * mask,
-                policy_version=0,
-                revision=number,
-                spans=(
-                    ActionSpan(
-                        SEGMENT_TOKENS - SAMPLED_TOKENS,
-                        SEGMENT_TOKENS,
-                        "act" if number == SEGMENTS - 1 else "extract",
-                    ),
-                ),
-            )
-
-        return EpisodeParts(
-            tuple(segment(number) for number in range(SEGMENTS)),
-            tuple(revision(number) for number in range(1, SEGMENTS)),
+    Its siblings share no array: a shared array would travel only once.
+    """
+    trajectories = tuple(
+        replace(
+            trajectory,
+            task=task,
+            episode_id=f"{task.id}.{number}",
+            policy_version=version,
+            segments=tuple(replace(segment, policy_version=version) for segment in trajectory.segments),
         )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Template:
-    """The parts of every virtual group. Siblings share no array: a shared array would travel only once."""
-
-    siblings: tuple[EpisodeParts, ...]
-
-    def group(self, task: Task, version: PolicyVersion, worker: str) -> TrajectoryGroup:
-        """A group with a different reward for each sibling."""
-        trajectories = tuple(
-            _trajectory(task, version, number, parts) for number, parts in enumerate(self.siblings)
-        )
-        return TrajectoryGroup(task, version, trajectories, (), worker)
-
-
-def _trajectory(task: Task, version: PolicyVersion, number: int, parts: EpisodeParts) -> Trajectory:
-    cards = tuple(
-        Flashcard(f"Where does the person number {person} of {task.id}.{number} live?", "in Lisbon")
-        for person in range(2)
+        for number, trajectory in enumerate(template.trajectories)
     )
-    extraction = " ".join(f"Q: {card.question} A: {card.answer}" for card in cards)
-    writes = tuple(
-        WriteRecord(weights.revision, (), cards, extraction, 0, 40, 8, 2.0, 1.0, 3, 0.5, "accepted", "")
-        for weights in parts.revisions
-    )
-    reward = 1 / (1 + number)
-    scores = {"f1": reward, "em": reward}
-    answers = tuple(
-        Answer(f"Where does number {person} live?", ("Lisbon",), "Lisbon", "home", scores)
-        for person in range(2)
-    )
-    return Trajectory(
-        task=task,
-        episode_id=f"{task.id}.{number}",
-        policy_version=version,
-        segments=tuple(replace(segment, policy_version=version) for segment in parts.segments),
-        revisions=parts.revisions,
-        writes=writes,
-        memory_events={},
-        outcome=Outcome(reward, scores, answers),
-        stop_reason="done",
-        timings=Timings(**{field.name: 1.0 for field in fields(Timings)}),
-    )
+    return TrajectoryGroup(task, version, trajectories, (), worker)
 
 
 @dataclass(slots=True, eq=False)
@@ -157,7 +61,7 @@ class _VirtualWorkers:
     A group takes ``group_s`` and no computing.
     """
 
-    def __init__(self, template: Template, group_s: float) -> None:
+    def __init__(self, template: TrajectoryGroup, group_s: float) -> None:
         self._template, self._group_s = template, group_s
         self._workers: dict[int, _Worker] = {}
 
@@ -179,7 +83,7 @@ class _VirtualWorkers:
         worker.groups += 1
         if worker.running == 0:
             worker.idle.set()
-        group = self._template.group(request.task, version, worker.spec.name)
+        group = group_of(self._template, request.task, version, worker.spec.name)
         return GroupSummary.of(group), group
 
     async def report(self, number: int) -> WorkerReport:
@@ -198,43 +102,21 @@ class _VirtualWorkers:
         from actors.engine.policy import EngineStats
         from actors.engine.step_loop import PHASES
 
-        nothing: dict[str, Any] = dict.fromkeys((field.name for field in fields(EngineStats)), 0)
-        stats = nothing | {"seconds": dict.fromkeys(PHASES, 0.0)}
-        counts = dict.fromkeys((field.name for field in fields(WorkerReport)), 0.0) | {
-            "groups": worker.groups,
-            "refreshes": worker.refreshes,
-        }
-        values: dict[str, Any] = counts | {
-            "name": worker.spec.name,
-            "version": worker.version,
-            "engine": EngineStats(**stats),
-        }
-        return WorkerReport(**values)
+        values: dict[str, Any] = dict.fromkeys((field.name for field in fields(EngineStats)), 0)
+        engine = EngineStats(**(values | {"seconds": dict.fromkeys(PHASES, 0.0)}))
+        counts = (worker.groups, worker.running, worker.refreshes)
+        return WorkerReport(worker.spec.name, worker.version, *counts, 0.0, 0.0, 0.0, engine)
 
 
 VirtualWorkers = ray.remote(num_cpus=0, max_restarts=0)(_VirtualWorkers)
 
 
-@dataclass(frozen=True, slots=True)
-class _Method:
-    """A method of one virtual worker, called as a method of a Ray actor."""
-
-    method: Any
-    arguments: tuple[Any, ...]
-
-    def remote(self, *arguments: Any) -> Any:
-        return self.method.remote(*self.arguments, *arguments)
-
-
-class VirtualHandle:
+def virtual_handle(actor: Any, number: int, first_s: float) -> Any:
     """One virtual worker, with the methods of an actor handle that RemoteWorker calls."""
-
-    def __init__(self, actor: Any, number: int, first_s: float) -> None:
-        self.start = _Method(actor.start, (number, first_s))
-        self.group = _Method(actor.group, (number,))
-        self.report = _Method(actor.report, (number,))
-        self.drain = _Method(actor.drain, (number,))
-        self.refresh = _Method(actor.refresh, (number,))
+    first: dict[str, tuple[Any, ...]] = dict.fromkeys(("group", "report", "drain", "refresh"), (number,))
+    first["start"] = (number, first_s)
+    calls = {name: partial(getattr(actor, name).remote, *arguments) for name, arguments in first.items()}
+    return SimpleNamespace(**{name: SimpleNamespace(remote=call) for name, call in calls.items()})
 
 
 @ray.remote(num_cpus=0, max_restarts=0)

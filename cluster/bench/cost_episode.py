@@ -8,12 +8,13 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from actors.peak_memory import take_peak
 from actors.text.flashcards import extraction_prompt, render_flashcards
 from actors.types import AdapterKey, Flashcard, Sampling, Task, Trajectory
-from cluster.bench import machine
-from cluster.bench.scripted import Script, ScriptedPolicy
+from cluster.bench.scripted import Script, ScriptedSide, read_chat
 from cluster.bench.values import BenchError
 from configs.schema import (
     EmbedderConfig,
@@ -23,7 +24,8 @@ from configs.schema import (
     MemoryConfig,
     ModelConfig,
     RolloutConfig,
-    WriteConfig,
+    RunConfig,
+    SamplingConfig,
 )
 
 if TYPE_CHECKING:
@@ -82,34 +84,6 @@ class Cost:
     adapter: int
 
 
-class PeakMemory:
-    """The GPU's allocated memory where there is a GPU, else the process's resident memory."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self._cuda = torch.cuda if torch.cuda.is_available() else None
-
-    @property
-    def resident(self) -> bool:
-        return self._cuda is None
-
-    def reset(self) -> None:
-        """Forget the peak so far: loading a model takes more than an episode. Raises BenchError.
-
-        Why memory that the start freed goes back to the system: it differs by hundreds of MiB from run to
-        run.
-        """
-        if self._cuda is not None:
-            self._cuda.reset_peak_memory_stats()
-        else:
-            machine.reset_peak()
-
-    def read(self) -> int:
-        """The peak in bytes since the last reset."""
-        return machine.peak() if self._cuda is None else int(self._cuda.max_memory_allocated())
-
-
 def extraction_script(chat: ChatFormat) -> Script:
     """A script (scripted.Script) that writes two new flashcards an extraction and leaves answers alone."""
     count = 0
@@ -137,37 +111,29 @@ class Episode:
 
     def __init__(self, cell: Cell) -> None:
         import torch
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
 
-        from actors.engine.policy import VLLMPolicy
         from actors.environments.build import build_environment
-        from actors.episodes.rollout import Rollout
         from actors.fast_weights.basis import compute_basis_from_checkpoint
-        from actors.memory.build import surroundings
-        from actors.text.chat_template import ChatFormat
 
         torch.set_num_threads(cell.threads)
-        self._cell = cell
-        self._chat = ChatFormat(AutoTokenizer.from_pretrained(cell.model_path))
+        self._cell, path = cell, Path(cell.model_path)
+        self._chat = chat = read_chat(path)
         environment = build_environment(EnvironmentConfig(), EmbedderConfig())
-        self._memory, self._context = _memory(cell, self._chat, environment.system_prompt)
-        model, architecture = ModelConfig(), AutoConfig.from_pretrained(cell.model_path)
-        self._token_bytes = _token_bytes(architecture, getattr(torch, model.dtype).itemsize)
-        basis = compute_basis_from_checkpoint(cell.model_path, FastWeightsConfig(), seed=0)
+        self._memory, self._context = _memory(cell, chat, environment.system_prompt)
+        architecture, element = AutoConfig.from_pretrained(path), getattr(torch, ModelConfig().dtype).itemsize
+        self._token_bytes = _token_bytes(architecture, element)
+        basis = compute_basis_from_checkpoint(path, FastWeightsConfig(), seed=0)
         self._adapter = 4 * basis.parameters
         cache_gib = _cached_tokens(self._context) * self._token_bytes / 2**30
-        engine = EngineConfig(slots=1, max_model_tokens=self._context, kv_cache_gib=cache_gib)
-        stop: tuple[int, ...] = ()  # every request samples the number of tokens that it is given
-        self._policy = VLLMPolicy(
-            cell.model_path, model, engine, basis, stop, version=0, threads=cell.threads, seed=0
+        config = RunConfig(
+            seed=0,
+            engine=EngineConfig(slots=1, max_model_tokens=self._context, kv_cache_gib=cache_gib),
+            rollout=RolloutConfig(threads=cell.threads, episode_timeout_s=EPISODE_S),
+            sampling=SamplingConfig(max_answer_tokens=cell.sizes.answer),
         )
-        write, writer = WriteConfig(), self._policy.writer(WriteConfig())
-        rollout = RolloutConfig(threads=cell.threads, episode_timeout_s=EPISODE_S)
-        policy = ScriptedPolicy(self._policy, extraction_script(self._chat))
-        around = surroundings(self._context, cell.sizes.answer, EmbedderConfig())
-        self._rollout = Rollout(
-            policy, writer, environment, self._chat, write, rollout, engine.slots, around, basis.id, "cost"
-        )
+        side = ScriptedSide(config, path, basis, chat, environment, extraction_script(chat))
+        self._policy, self._rollout = side.engine, side.rollout()
 
     def cache_tokens(self) -> tuple[int, int]:
         """The tokens that the KV cache admits: as computed here, and as vLLM made it."""
@@ -183,17 +149,19 @@ class Episode:
 
         Raises BenchError when the episode, or a write in it, fails.
         """
-        cell, memory = self._cell, PeakMemory()
+        cell = self._cell
         self._run(cell.sizes.limit, seed=1)
-        memory.reset()
+        take_peak()  # loading a model takes more than an episode
         began = time.process_time()
         trajectory = self._run(cell.length, seed=0)
-        cpu_s = time.process_time() - began
+        cpu_s, peak = time.process_time() - began, take_peak()
+        if (held := peak.device_bytes or peak.resident_bytes) is None:
+            raise BenchError(peak.problem)
         unwritten = [record for record in trajectory.writes if record.outcome != "accepted"]
         if unwritten:
             raise BenchError(f"a write was {unwritten[0].outcome}: {unwritten[0].reason}")
         needed, made = self.cache_tokens()
-        if memory.resident and made != needed:
+        if not peak.device_bytes and made != needed:
             raise BenchError(
                 f"vLLM made a KV cache of {made} tokens, not of {needed}: "
                 "_cached_tokens is wrong about its blocks"
@@ -201,7 +169,7 @@ class Episode:
         # On a GPU vLLM takes gpu_memory_utilization, however little is needed.
         spare = (made - needed) * self._token_bytes
         return Cost(
-            peak=memory.read() - spare,
+            peak=held - spare,
             context=self._context,
             cache=needed * self._token_bytes,
             seconds=trajectory.timings.total,

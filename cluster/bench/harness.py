@@ -17,7 +17,8 @@ import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -51,54 +52,33 @@ def in_turns(works: Mapping[str, Callable[[], Timing]], repeats: int) -> dict[st
     return timings
 
 
+@dataclass(frozen=True, slots=True)
 class Child:
     """A process that holds one object. Made by ``child``."""
 
-    def __init__(self, name: str, build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        self._name = name
-        context = multiprocessing.get_context("spawn")
-        self._pipe, far_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(far_end, build, arguments), name=name)
-        self._process.start()
-        far_end.close()  # the child now has the only copy: its death closes the pipe and ends a wait
+    name: str
+    pipe: Connection
 
     def call(self, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
         """Run ``method`` of the held object; returns its result.
 
         Raises BenchError when the method raised, the child died, or ``timeout_s`` passed.
         """
-        try:
-            self._pipe.send((method, arguments))
-        except BrokenPipeError:
-            raise self._death(f"before {method}") from None
+        with suppress(BrokenPipeError):  # it is dead: its pipe has ended too
+            self.pipe.send((method, arguments))
         return self.wait(method, timeout_s)
 
-    def call_timed(self, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Timing:
-        """``call`` of a method that returns a Timing."""
-        timing = self.call(method, arguments, timeout_s)
-        assert isinstance(timing, Timing)
-        return timing
-
     def wait(self, work: str, timeout_s: float) -> Any:
-        if not self._pipe.poll(timeout_s):
-            raise BenchError(f"{self._name}: {work} took longer than {timeout_s:.0f} s")
+        if not self.pipe.poll(timeout_s):
+            raise BenchError(f"{self.name}: {work} took longer than {timeout_s:.0f} s")
         try:
-            failure, value = self._pipe.recv()
+            failure, value = self.pipe.recv()
         except EOFError:
-            raise self._death(f"during {work}") from None
+            cause = "out of memory? Its own messages are above"
+            raise BenchError(f"{self.name} died during {work}: {cause}") from None
         if failure:
-            raise BenchError(f"{self._name}: {work} failed: {failure}")
+            raise BenchError(f"{self.name}: {work} failed: {failure}")
         return value
-
-    def end(self) -> None:
-        self._process.terminate()
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.kill()
-        self._pipe.close()
-
-    def _death(self, when: str) -> BenchError:
-        return BenchError(f"{self._name} died {when}: out of memory? Its own messages are above")
 
 
 @contextmanager
@@ -107,26 +87,29 @@ def child(name: str, build: Callable[..., Any], arguments: tuple[Any, ...]) -> I
 
     ``build`` is a function or class of a module, ``arguments`` can be pickled.
     """
-    process = Child(name, build, arguments)
+    context = multiprocessing.get_context("spawn")
+    pipe, far_end = context.Pipe()
+    process = context.Process(target=_serve, args=(far_end, build, arguments), name=name)
+    process.start()
+    far_end.close()  # the child now has the only copy: its death closes the pipe and ends a wait
     try:
-        process.wait("its start", START_S)
-        yield process
+        held = Child(name, pipe)
+        held.wait("its start", START_S)
+        yield held
     finally:
-        process.end()
+        process.terminate()
+        process.join(10)
+        process.kill()
+        pipe.close()
 
 
 def _serve(pipe: Connection, build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """Build the object, then run one call after the other until the process is terminated."""
-    held: Any = None
-
-    def construct() -> None:
-        nonlocal held
-        held = build(*arguments)
-
-    _answer(pipe, construct)
+    held: list[Any] = []
+    _answer(pipe, lambda: held.append(build(*arguments)))
     while True:
         method, given = pipe.recv()
-        _answer(pipe, partial(getattr(held, method), *given))
+        _answer(pipe, partial(getattr(held[0], method), *given))
 
 
 def _answer(pipe: Connection, work: Callable[[], Any]) -> None:

@@ -11,32 +11,29 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product, takewhile
-from pathlib import Path
+from itertools import product
 from typing import Literal
 
 from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.fast_weights.delta import Basis
+from actors.peak_memory import take_peak
 from actors.types import TrajectoryGroup
 from cluster.bench.harness import child, in_turns, timed
-from cluster.bench.machine import peak_above, why_unmeasurable
-from cluster.bench.scripted import recall_groups, without_deltas
+from cluster.bench.machine import peak_above
+from cluster.bench.scripted import QUICKSTART, recall_groups, without_deltas
 from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Timing
-from cluster.measure.report import Curve, Panel, Table, save_plot
+from cluster.measure.report import Table
 from configs.load import load_config
 from configs.schema import RunConfig
 from learner.advantage import estimator, score
 from learner.batch import pack, rows_of
 from learner.learner import Learner
-from learner.types import Row
 
 Trainable = Literal["last_layers", "full"]
 Way = Literal["full logits", "torch's chunked loss", "TokenHead"]
 
 STEP_GOAL = Goal("at most", 1.05)
 PADDING_GOAL = Goal("at most", 1 / 0.9)  # less than a tenth of what goes through the model is padding
-QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
-RANKS = (1, 2, 4)
 WAYS: tuple[Way, ...] = ("full logits", "torch's chunked loss", "TokenHead")
 VOCABULARIES = (49_152, 151_936)  # SmolLM2's and Qwen3's
 # Tokens, about as many as TokenHead's. With these vocabularies torch picks a few, which is many times slower
@@ -51,20 +48,11 @@ def run(context: Context) -> Outcome:
     basis = compute_basis_from_checkpoint(context.model_path, config.fast_weights, config.seed)
     tasks, siblings = (1, 2) if context.quick else (config.train.tasks_per_step, config.train.group_size)
     groups = recall_groups(context.model_path, config, basis, tasks, siblings)
-    cases: list[Case] = []
-    for trainable in ("last_layers", "full"):
-        cases += step_cases(context, config, basis, groups[: max(1, tasks // 2)], trainable)
-    padding, padding_table = padding_of(groups, config)
-    shared = shared_prefix_fraction(groups)
-    rows = sum(len(trajectory.segments) for group in groups for trajectory in group.trajectories)
-    prefixes = Table(
-        "Tokens that a sibling's row under revision 0 begins with too: what sharing prefixes could save",
-        ("rows", "share of all tokens"),
-        ((str(rows), f"{shared:.1%}"),),
-    )
-    table, plots, figures = head(context)
-    tables = (table, padding_table, prefixes)
-    return Outcome((*cases, padding), tables, plots, {"shared_prefix_fraction": shared, **figures})
+    parts: tuple[Trainable, ...] = ("last_layers", "full")
+    trained = groups[: max(1, tasks // 2)]
+    cases = [case for part in parts for case in step_cases(context, config, basis, trained, part)]
+    table, figures = head(context)
+    return Outcome((*cases, padding_case(groups, config)), (table,), figures=figures)
 
 
 # --- a step -----------------------------------------------------------------------------------------------
@@ -127,71 +115,18 @@ def _added_work(learner: Learner, basis: Basis) -> float:
     return 2 * delta / (sum(layers.values()) + 2 * trained)
 
 
-# --- padding and prefixes ---------------------------------------------------------------------------------
-
-
-def padding_of(groups: Sequence[TrajectoryGroup], config: RunConfig) -> tuple[Case, Table]:
-    """Padding of one quickstart step, packed by the learner and by sort_and_fill."""
+def padding_case(groups: Sequence[TrajectoryGroup], config: RunConfig) -> Case:
+    """Padding in the microbatches of a step, as the learner packs it for one rank."""
     estimate = estimator(config.objective)
     scored = [trajectory for group in groups for trajectory in score(group, estimate)]
     rows = rows_of(scored, config.objective.aggregate, skip_zero_advantage=True).rows
-    budget = config.learner.microbatch_tokens
+    (plan,) = pack(rows, config.learner.microbatch_tokens, 1, config.sampling.temperature)
     tokens = sum(len(row.segment.token_ids) for row in rows)
-
-    def padding(places: int) -> str:
-        return f"{1 - tokens / places:.1%}"
-
-    filled = sort_and_fill(rows, budget)
-    lines = [("sort and fill", "1", f"{len(filled)}", padding(sum(filled)))]
-    places: dict[int, int] = {}
-    for ranks in RANKS:
-        plan = pack(rows, budget, ranks, config.sampling.temperature)
-        counts = [len(part) for part in plan]
-        if len(set(counts)) != 1:
-            raise BenchError(f"the ranks have {counts} microbatches, but each must have as many")
-        places[ranks] = sum(microbatch.token_ids.size for part in plan for microbatch in part)
-        lines.append(("learner.batch.pack", f"{ranks}", f"{len(plan[0])}", padding(places[ranks])))
-    note = (
-        f"{padding(places[1])} of what goes through the model is padding (goal: under 10 %), "
-        f"{padding(sum(filled))} by sort and fill"
-    )
-    values = ((float(tokens),), (float(places[1]),))
+    places = sum(microbatch.token_ids.size for microbatch in plan)
+    note = f"{1 - tokens / places:.1%} of what goes through the model is padding (goal: under 10 %)"
+    values = ((float(tokens),), (float(places),))
     names = ("tokens", "with padding")
-    case = Case("padding", *names, "tokens", *values, "candidate/baseline", PADDING_GOAL, note)
-    title = f"Padding of {len(rows)} rows, {tokens} tokens, in microbatches of at most {budget}"
-    return case, Table(title, ("packing", "ranks", "microbatches a rank", "padding"), tuple(lines))
-
-
-def sort_and_fill(rows: Sequence[Row], budget: int) -> list[int]:
-    """The simple packing: longest row first, as many rows as fit.
-
-    Sizes of the microbatches with their padding.
-    """
-    batches: list[list[int]] = []
-    for length in sorted((len(row.segment.token_ids) for row in rows), reverse=True):
-        if batches and (len(batches[-1]) + 1) * batches[-1][0] <= budget:
-            batches[-1].append(length)
-        else:
-            batches.append([length])
-    return [len(batch) * batch[0] for batch in batches]
-
-
-def shared_prefix_fraction(groups: Sequence[TrajectoryGroup]) -> float:
-    """Share of all tokens that an earlier row of the group starts with too, under revision 0."""
-    shared = total = 0
-    for group in groups:
-        earlier: list[tuple[int, ...]] = []
-        for segment in (segment for trajectory in group.trajectories for segment in trajectory.segments):
-            ids = tuple(int(token) for token in segment.token_ids)
-            total += len(ids)
-            if segment.revision == 0:  # later revisions differ between siblings, and so do hidden states
-                shared += max((_common_prefix(ids, row) for row in earlier), default=0)
-                earlier.append(ids)
-    return shared / total
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+    return Case("padding", *names, "tokens", *values, "candidate/baseline", PADDING_GOAL, note)
 
 
 # --- the head ---------------------------------------------------------------------------------------------
@@ -273,17 +208,17 @@ class Head:
         return float(total.detach())
 
 
-def head(context: Context) -> tuple[Table, tuple[Path, ...], dict[str, float]]:
+def head(context: Context) -> tuple[Table, dict[str, float]]:
     """Measure the memory of the head. Where peaks are unmeasurable, the table says why."""
-    if reason := why_unmeasurable():
+    if reason := take_peak().problem:
         title = "Log-probs of many tokens, forward and backward: not measured"
-        return Table(title, ("reason",), ((reason,),)), (), {}
+        return Table(title, ("reason",), ((reason,),)), {}
     costs = _head_costs(_head_sizes(context.quick), context.threads)
     figures = {
         f"head_peak_mib {way} {size.vocabulary} {size.state}": cost.peak / MIB
         for (size, way), cost in costs.items()
     }
-    return _head_table(costs), (_head_plot(costs, context.folder),), figures
+    return _head_table(costs), figures
 
 
 def _head_sizes(quick: bool) -> tuple[HeadSize, ...]:
@@ -324,21 +259,3 @@ def _head_table(costs: HeadCosts) -> Table:
     size = next(iter(costs))[0]
     title = f"Log-probs of {size.tokens:,} tokens at width {size.width}, forward and backward, float32"
     return Table(title, header, tuple(rows))
-
-
-def _head_plot(costs: HeadCosts, folder: Path) -> Path:
-    """Draw bars of peak memory, a group for each size."""
-    sizes = list(dict.fromkeys(size for size, _ in costs))
-    curves = [
-        Curve(
-            [number + (place - 1) * 0.27 for number in range(len(sizes))],
-            [costs[size, way].peak / MIB for size in sizes],
-            place,
-            way,
-            "bars",
-        )
-        for place, way in enumerate(WAYS)
-    ]
-    ticks = {number: f"{size.vocabulary}\n{size.state}" for number, size in enumerate(sizes)}
-    panel = Panel("vocabulary and head", "peak MiB above inputs", tuple(curves), ticks=ticks)
-    return save_plot([panel], folder / "learner-head-memory.png")

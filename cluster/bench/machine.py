@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 
-from actors.peak_memory import UnmeasurableError, reset_resident_peak, resident, resident_peak
+from actors.peak_memory import resident, take_peak
 from cluster.bench.harness import timed
 from cluster.bench.values import BenchError
 from cluster.common.git import git_commit
@@ -26,7 +26,7 @@ _RATE_S = 2.0
 def describe(threads: int) -> dict[str, str]:
     """The facts at the head of a report, with the versions of installed packages."""
     facts = {
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
         "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         "threads": str(threads),
         "python": platform.python_version(),
@@ -50,47 +50,16 @@ def matmul_rate(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device
     return 2 * m * k * n / best
 
 
-# --- resident memory of this process (actors/peak_memory.py) --------------------------------------------
-
-
-def why_unmeasurable() -> str:
-    """Why ``peak_above`` cannot work on this system; "" where it works."""
-    try:
-        reset_resident_peak()
-    except UnmeasurableError as error:
-        return str(error)
-    return ""
-
-
 def peak_above(work: Callable[[], T]) -> tuple[T, int]:
     """Run ``work``; returns its result, and its peak memory in bytes above what was held before.
 
     Raises BenchError where the peak cannot be reset or read.
     """
-    reset_peak()
+    if problem := take_peak().problem:
+        raise BenchError(problem)
     before = resident()
     result = work()
-    return result, peak() - before
-
-
-def reset_peak() -> None:
-    """Forget the peak so far. Memory that earlier work freed goes back to the system. Raises BenchError."""
-    with _bench_errors():
-        reset_resident_peak()
-
-
-def peak() -> int:
-    """The most bytes held since ``reset_peak``. Raises BenchError."""
-    with _bench_errors():
-        return resident_peak()
-
-
-@contextmanager
-def _bench_errors() -> Iterator[None]:
-    try:
-        yield
-    except UnmeasurableError as error:
-        raise BenchError(str(error)) from error
+    return result, (take_peak().resident_bytes or 0) - before
 
 
 def _processor() -> str:
@@ -100,7 +69,3 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def _memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -110,7 +110,8 @@ class Seam:
 
     def packing_s(self, tensors: Mapping[str, Tensor]) -> float:
         """Seconds of vLLM's own packing of all matrices that it packs, alone; 0 where it packs none."""
-        return asyncio.run(_wait(self._policy._loop.call(partial(_packing_s, tensors=tensors), "other")))
+        seconds: float = self._policy._loop.call(partial(_packing_s, tensors=tensors), "other").result()
+        return seconds
 
 
 def run(context: Context) -> Outcome:
@@ -246,9 +247,4 @@ def _packing_s(engine: Any, tensors: Mapping[str, Tensor]) -> float:
         began = time.perf_counter()
         dispatch_cpu_unquantized_gemm(shell, remove_weight=True)
         seconds += time.perf_counter() - began
-    return seconds
-
-
-async def _wait(future: Any) -> float:
-    seconds: float = await asyncio.wrap_future(future)
     return seconds

@@ -71,8 +71,8 @@ def _speed(context: Context, sizes: Sizes, setup: Setup) -> tuple[list[Case], Ta
             ):
                 timings = in_turns(
                     {
-                        "base": partial(base.call_timed, phase, sizes_of_phase, CALL_S),
-                        "lora": partial(lora.call_timed, phase, sizes_of_phase, CALL_S),
+                        "base": partial(base.call, phase, sizes_of_phase, CALL_S),
+                        "lora": partial(lora.call, phase, sizes_of_phase, CALL_S),
                     },
                     context.repeats,
                 )
@@ -100,11 +100,11 @@ def _installs(context: Context, sizes: Sizes, setup: Setup) -> list[Case]:
     ):
 
         def install() -> Timing:
-            timing = policy.call_timed("install", (count,), CALL_S)
-            loads.append(policy.call_timed("load_slots", (), CALL_S))
+            timing = policy.call("install", (count,), CALL_S)
+            loads.append(policy.call("load_slots", (), CALL_S))
             return timing
 
-        by_file = partial(files.call_timed, "install", (count,), CALL_S)
+        by_file = partial(files.call, "install", (count,), CALL_S)
         timings = in_turns({"files": by_file, "policy": install}, context.repeats)
     installs = _milliseconds(timings["policy"], count)
     slots = _milliseconds(loads[-context.repeats :], count)
@@ -125,7 +125,7 @@ def _steps(context: Context, sizes: Sizes, setup: Setup) -> list[Case]:
     with child("adapter manager", SteppedManager, (setup,)) as manager:
         for active, registered in sizes.steps:
             manager.call("fill", (active, registered), CALL_S)
-            works = {name: partial(manager.call_timed, name, (calls,), CALL_S) for name in ("theirs", "ours")}
+            works = {name: partial(manager.call, name, (calls,), CALL_S) for name in ("theirs", "ours")}
             timings = in_turns(works, context.repeats)
             theirs, ours = (_milliseconds(timings[name], calls) for name in ("theirs", "ours"))
             name = f"adapters of a step, {active} active of {registered}"

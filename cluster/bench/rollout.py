@@ -11,13 +11,13 @@ number of engine threads. The two sides are in rollout_sides.py.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import configs
 from cluster.bench.harness import child, in_turns
 from cluster.bench.rollout_sides import EngramSide, Request, Round, Setup, VLLMSide
+from cluster.bench.scripted import QUICKSTART
 from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Spread, Timing
 from cluster.measure.report import Table
 from configs.load import load_config
@@ -27,30 +27,6 @@ GOAL = Goal("at least", 0.85)
 ROUND_S = 900.0
 QUICK_TASKS, QUICK_SIBLINGS = 1, 2
 STEP_PHASES = ("act", "extract", "receipt", "write", "install", "other", "idle")
-
-
-@dataclass(frozen=True, slots=True)
-class Floor:
-    """The least time of a round's writes: their FLOPs as one batch, at the rate of a large matmul."""
-
-    flops: float
-    rate: float
-
-    @property
-    def seconds(self) -> float:
-        return self.flops / self.rate
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """Repeats of both sides, of ``episodes`` a round. ``steps``: vLLM's engine steps of a round."""
-
-    episodes: int
-    vllm: tuple[Timing, ...]
-    engram: tuple[Timing, ...]
-    rounds: tuple[Round, ...]
-    steps: int
-    floor: Floor
 
 
 def run(context: Context) -> Outcome:
@@ -66,18 +42,15 @@ def run(context: Context) -> Outcome:
         basis_path = Path(folder) / "basis.safetensors"
         basis = compute_basis_from_checkpoint(context.model_path, config.fast_weights, config.seed)
         save_basis(basis, basis_path)
-        measurement = _measure(
-            Setup(config, context.model_path, basis_path, tasks, siblings), context.repeats
-        )
-    return _outcome(measurement)
+        return _measure(Setup(config, context.model_path, basis_path, tasks, siblings), context.repeats)
 
 
 def _config(context: Context) -> RunConfig:
-    config = load_config(Path(configs.__path__[0]) / "quickstart.yaml", [])
+    config = load_config(QUICKSTART, [])
     return replace(config, rollout=replace(config.rollout, threads=context.threads))
 
 
-def _measure(setup: Setup, repeats: int) -> Measurement:
+def _measure(setup: Setup, repeats: int) -> Outcome:
     with (
         child("Engram's rollout side", EngramSide, (setup,)) as engram,
         child("vLLM", VLLMSide, (setup,)) as vllm,
@@ -99,9 +72,7 @@ def _measure(setup: Setup, repeats: int) -> Measurement:
             return timing
 
         timings = in_turns({"vllm": replay, "engram": play}, repeats)
-        floor = Floor(*engram.call("write_floor", (), ROUND_S))
-    taken = (tuple(timings["vllm"]), tuple(timings["engram"]), tuple(rounds[-repeats:]))
-    return Measurement(setup.tasks * setup.siblings, *taken, steps, floor)
+    return _outcome(setup.tasks * setup.siblings, timings, rounds[-repeats:], steps)
 
 
 def _token_counts(played: Round) -> list[list[tuple[int, int]]]:
@@ -110,35 +81,34 @@ def _token_counts(played: Round) -> list[list[tuple[int, int]]]:
     )
 
 
-def _outcome(measured: Measurement) -> Outcome:
-    episodes, rounds, floor = measured.episodes, measured.rounds, measured.floor
+def _outcome(
+    episodes: int, timings: Mapping[str, Sequence[Timing]], rounds: Sequence[Round], vllm_steps: int
+) -> Outcome:
+    """Compare the repeats of both sides, of ``episodes`` a round."""
 
-    def median(values: Sequence[float]) -> float:
+    def median(values: Iterable[float]) -> float:
         return Spread.of(tuple(values)).median
 
-    spent = {phase: median([played.phases[phase] for played in rounds]) for phase in STEP_PHASES}
-    wall = median([timing.wall_s for timing in measured.engram])
-    plain = median([timing.wall_s for timing in measured.vllm])
+    spent = {phase: median(played.phases[phase] for played in rounds) for phase in STEP_PHASES}
+    plain, wall = (median(timing.wall_s for timing in timings[side]) for side in ("vllm", "engram"))
     writing = sum(spent[phase] for phase in ("write", "receipt", "install"))
-    floor_ratio = plain / (plain + floor.seconds)
     note = (
         f"writes, receipts and installs are {writing / wall:.0%} of Engram's time; "
         f"were they free, the ratio would be {plain / (wall - writing):.2f}; "
-        f"the writes' {floor.flops / 1e9:.0f} GFLOP at the {floor.rate / 1e9:.0f} GFLOP/s of a large matmul "
-        f"alone allow {floor_ratio:.2f}; {rounds[-1].steps} engine steps against {measured.steps}"
+        f"{rounds[-1].steps} engine steps against {vllm_steps}"
     )
-    rates = [tuple(episodes / timing.wall_s for timing in side) for side in (measured.vllm, measured.engram)]
+    vllm, engram = (
+        tuple(episodes / timing.wall_s for timing in timings[side]) for side in ("vllm", "engram")
+    )
     unit = "episodes/s"
-    case = Case(unit, "vLLM alone", "Engram", unit, rates[0], rates[1], "candidate/baseline", GOAL, note)
-    figures = {f"{phase}_fraction": seconds / sum(spent.values()) for phase, seconds in spent.items()}
-    pairs = zip(measured.vllm, measured.engram, strict=True)
-    figures |= {
+    case = Case(unit, "vLLM alone", "Engram", unit, vllm, engram, "candidate/baseline", GOAL, note)
+    figures = {f"{phase}_fraction": seconds / sum(spent.values()) for phase, seconds in spent.items()} | {
         "engine_steps": rounds[-1].steps,
-        "vllm_steps": measured.steps,
-        "environment_s_per_episode": median([played.environment_s / episodes for played in rounds]),
-        "write_gflop": floor.flops / 1e9,
-        "write_floor_ratio": floor_ratio,
-        "cpu_ratio": median([vllm.cpu_s / engram.cpu_s for vllm, engram in pairs]),
+        "vllm_steps": vllm_steps,
+        "environment_s_per_episode": median(played.environment_s / episodes for played in rounds),
+        "cpu_ratio": median(
+            one.cpu_s / other.cpu_s for one, other in zip(timings["vllm"], timings["engram"], strict=True)
+        ),
     }
     return Outcome((case,), (_timeline(episodes, spent, plain), _requests(rounds[-1])), figures=figures)
 

@@ -9,42 +9,32 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from actors.episodes.demonstration import DemonstratingEnvironment
-from actors.protocols import FastWeightWriter
 from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import render_flashcards
 from actors.types import (
     AdapterKey,
-    PolicyVersion,
     Sampling,
     SpanKind,
     Task,
     TrajectoryGroup,
     WriteRecord,
-    WriteRequest,
-    WriteResult,
 )
 from cluster.bench.harness import timed
-from cluster.bench.machine import matmul_rate
-from cluster.bench.scripted import ScriptedPolicy
+from cluster.bench.scripted import ScriptedSide, read_chat
 from cluster.bench.values import BenchError, Timing
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
-
-    from actors.engine.policy import EngineStats
-    from actors.episodes.rollout import Rollout
-
-VERSION: PolicyVersion = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,34 +83,17 @@ class EngramSide:
     """Plays rounds. Held by a child process."""
 
     def __init__(self, setup: Setup) -> None:
-        from transformers import AutoTokenizer
-
-        from actors.engine.policy import VLLMPolicy
         from actors.environments.build import build_environment
-        from actors.episodes.rollout import Rollout
         from actors.fast_weights.basis import load_basis
-        from actors.memory.build import surroundings
         from cluster.train.warm_start import can_demonstrate
 
         self._setup, config = setup, setup.config
-        threads, slots = config.rollout.threads, config.engine.slots
-        torch.set_num_threads(threads)
-        chat = ChatFormat(AutoTokenizer.from_pretrained(setup.model_path))
+        torch.set_num_threads(config.rollout.threads)
         environment = build_environment(config.environment, config.embedder)
         assert can_demonstrate(environment)
-        self._basis = basis = load_basis(setup.basis_path)
-        stop: tuple[int, ...] = ()  # every request samples the number of tokens that it is given
-        self._engine = VLLMPolicy(
-            setup.model_path, config.model, config.engine, basis, stop, VERSION, threads, config.seed
-        )
+        chat, basis = read_chat(setup.model_path), load_basis(setup.basis_path)
         self._script = GoldScript(chat, environment, config.memory.question_blind)
-        policy = ScriptedPolicy(self._engine, self._script)
-        window, answer_tokens = config.engine.max_model_tokens, config.sampling.max_answer_tokens
-        around = surroundings(window, answer_tokens, config.embedder)
-        write, rollout = config.write, config.rollout
-        self._make_rollout: Callable[[FastWeightWriter], Rollout] = lambda writer: Rollout(
-            policy, writer, environment, chat, write, rollout, slots, around, basis.id, "bench"
-        )
+        self._side = ScriptedSide(config, setup.model_path, basis, chat, environment, self._script)
         self._tasks = list(islice(environment.tasks("train", config.seed, 0), setup.tasks))
         self._loop = asyncio.new_event_loop()  # a Rollout lives on one loop
         self._rounds = 0
@@ -131,12 +104,11 @@ class EngramSide:
         Raises BenchError when an episode failed or a write was rolled back.
         """
         self._rounds += 1
-        self._writer = RecordingWriter(self._engine.writer(self._setup.config.write))
-        self._rollout = self._make_rollout(self._writer)
-        self._engine._loop.call(lambda engine: engine.reset_prefix_cache(), "other").result()
-        before, groups = self._engine.stats(), list[TrajectoryGroup]()
+        engine, self._rollout = self._side.engine, self._side.rollout()
+        engine._loop.call(lambda engine: engine.reset_prefix_cache(), "other").result()
+        before, groups = engine.stats(), list[TrajectoryGroup]()
         timing = timed(lambda: groups.extend(self._loop.run_until_complete(self._play())))
-        after = self._engine.stats()
+        after = engine.stats()
         for failure in (failure for group in groups for failure in group.failed):
             raise BenchError(f"episode {failure.episode_id} failed: {failure.message}")
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
@@ -147,26 +119,11 @@ class EngramSide:
         return Round(
             timing,
             self._script.take_requests(),
-            _seconds_between(before, after),
+            {phase: seconds - before.seconds[phase] for phase, seconds in after.seconds.items()},
             sum(trajectory.timings.environment for trajectory in trajectories),
             after.steps - before.steps,
             writes,
         )
-
-    def write_floor(self) -> tuple[float, float]:
-        """FLOPs of the last round's writes as one batch, and the FLOP/s of a large matmul here."""
-        from torch.utils.flop_counter import FlopCounterMode
-
-        from actors.write.writer import checkpoint_writer
-
-        config, path = self._setup.config, str(self._setup.model_path)
-        cpu, dtype = torch.device("cpu"), config.model.dtype
-        writer = checkpoint_writer(path, self._basis, config.write, dtype, cpu)
-        with FlopCounterMode(display=False) as counter:
-            writer.write(self._writer.requests)
-        device = torch.device("cuda") if torch.cuda.is_available() else cpu
-        rate = matmul_rate(1024, 576, 3072, getattr(torch, dtype), device)
-        return float(counter.get_total_flops()), rate
 
     async def _play(self) -> list[TrajectoryGroup]:
         from actors.episodes.rollout import RolloutRequest
@@ -186,18 +143,6 @@ class EngramSide:
         ]
         self._script.tasks = {request.group_id: request.task for request in requests}
         return await asyncio.gather(*(self._rollout.group(request) for request in requests))
-
-
-class RecordingWriter:
-    """The engine's FastWeightWriter. Keeps the requests."""
-
-    def __init__(self, writer: FastWeightWriter) -> None:
-        self._writer = writer
-        self.requests: list[WriteRequest] = []
-
-    def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:
-        self.requests.extend(requests)
-        return self._writer.write(requests)
 
 
 class GoldScript:
@@ -296,9 +241,3 @@ class VLLMSide:
         prompt = tokens_input(list(request.prompt_ids), cache_salt=request.cache)
         self._engine.add_request(name, prompt, parameters)
         return request
-
-
-def _seconds_between(before: EngineStats, after: EngineStats) -> dict[str, float]:
-    """The step thread's seconds by phase."""
-    earlier: Mapping[Any, float] = before.seconds
-    return {phase: seconds - earlier[phase] for phase, seconds in after.seconds.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from cluster.bench.harness import child
 from cluster.bench.machine import describe
-from cluster.bench.suite import Entry, find, run_one
+from cluster.bench.suite import ABOUT, Runner, find
 from cluster.bench.values import BenchError, Case, Context, Outcome, Spread
 from cluster.common.display import Display, duration
 from cluster.measure.report import Document, Section, Table, save_document, show
@@ -35,20 +36,13 @@ class BenchOptions:
     tracking: bool
 
 
-class Runner:
-    """The object in the child process."""
-
-    def run(self, name: str, context: Context) -> Outcome:
-        return run_one(name, context)
-
-
 def bench(options: BenchOptions, display: Display) -> dict[str, Outcome]:
     """Run, show, save, track. A benchmark that fails does not keep the others from running.
 
     Raises BenchError at the end for those that failed, ModelError, TrackingError. The folder keeps what was
     measured before.
     """
-    entries = find(options.names)
+    names = find(options.names)
     model = resolve_model(ModelConfig(name=options.model))
     folder = (options.output_dir / f"bench-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     folder.mkdir(parents=True)
@@ -64,19 +58,19 @@ def bench(options: BenchOptions, display: Display) -> dict[str, Outcome]:
         resumed_run_id="",
     )
     status: RunStatus = "FAILED"
-    outcomes: dict[Entry, Outcome] = {}
+    outcomes: dict[str, Outcome] = {}
     paths: list[Path] = []
     failed: list[str] = []
     try:
-        for entry in entries:
+        for name in names:
             try:
-                outcomes[entry] = _run_child(entry, context, display)
+                outcomes[name] = _run_child(name, context, display)
             except BenchError as error:
-                failed.append(f"{entry.name}: {error}")
+                failed.append(f"{name}: {error}")
                 display.say(f"FAILED {failed[-1]}")
                 continue
             paths = save(folder, facts, outcomes)  # each time: a run that is stopped keeps what it measured
-            tracker.log(metrics(entry.name, outcomes[entry]), step=0)
+            tracker.log(metrics(name, outcomes[name]), step=0)
         for path in [*paths, *(plot for outcome in outcomes.values() for plot in outcome.plots)]:
             tracker.artifact(path)
         status = "FAILED" if failed else "FINISHED"
@@ -86,30 +80,30 @@ def bench(options: BenchOptions, display: Display) -> dict[str, Outcome]:
     display.say(f"metrics: {tracker.location}")
     if failed:
         raise BenchError("; ".join(failed))
-    return {entry.name: outcome for entry, outcome in outcomes.items()}
+    return outcomes
 
 
-def _run_child(entry: Entry, context: Context, display: Display) -> Outcome:
-    display.say(f"{entry.name}: {entry.about}")
+def _run_child(name: str, context: Context, display: Display) -> Outcome:
+    display.say(f"{name}: {ABOUT[name]}")
     began = time.monotonic()
-    with child(entry.name, Runner, ()) as process:
-        outcome: Outcome = process.call("run", (entry.name, context), LONGEST_S)
+    with child(name, Runner, ()) as process:
+        outcome: Outcome = process.call("run", (name, context), LONGEST_S)
     if not isinstance(outcome, Outcome):
-        raise BenchError(f"{entry.name} gave back a {type(outcome).__name__}, not an Outcome")
-    show(Document(entry.name, {}, (section(entry, outcome),)), display)
-    display.say(f"{entry.name}: measured in {duration(time.monotonic() - began)}")
+        raise BenchError(f"{name} gave back a {type(outcome).__name__}, not an Outcome")
+    show(Document(name, {}, (section(name, outcome),)), display)
+    display.say(f"{name}: measured in {duration(time.monotonic() - began)}")
     return outcome
 
 
 # --- the report -------------------------------------------------------------------------------------------
 
 
-def section(entry: Entry, outcome: Outcome) -> Section:
+def section(name: str, outcome: Outcome) -> Section:
     """The cases in one table, then the benchmark's own tables."""
     cases = Table("", HEADER, tuple(map(case_cells, outcome.cases)))
     tables = (cases, *outcome.tables) if outcome.cases else outcome.tables
     notes = tuple(f"{case.name}: {case.note}" for case in outcome.cases if case.note)
-    return Section(entry.name, f"{entry.about}.", tables, notes, outcome.plots)
+    return Section(name, f"{ABOUT[name]}.", tables, notes, outcome.plots)
 
 
 def case_cells(case: Case) -> tuple[str, ...]:
@@ -130,27 +124,22 @@ def case_cells(case: Case) -> tuple[str, ...]:
 
 
 def metrics(name: str, outcome: Outcome) -> dict[str, float]:
-    """For the tracker: the median ratio of each case, and the figures."""
-    ratios = {case.name: case.ratios.median for case in outcome.cases}
-    return {f"bench/{name}/{_key(key)}": value for key, value in {**ratios, **outcome.figures}.items()}
+    """For the tracker: the median ratio of each case, and the figures, in characters that MLflow takes."""
+    figures = {**{case.name: case.ratios.median for case in outcome.cases}, **outcome.figures}
+    return {"/".join(("bench", name, re.sub(r"[^\w.-]", "_", key))): value for key, value in figures.items()}
 
 
-def save(folder: Path, facts: Mapping[str, str], outcomes: Mapping[Entry, Outcome]) -> list[Path]:
+def save(folder: Path, facts: Mapping[str, str], outcomes: Mapping[str, Outcome]) -> list[Path]:
     """Write report.md, and report.json with every value that was measured, not only the medians."""
     benchmarks: dict[str, Any] = {
-        entry.name: {
+        name: {
             "cases": [{**asdict(case), "ratios": case.ratios} for case in outcome.cases],
             "figures": outcome.figures,
             "tables": outcome.tables,
             "plots": [plot.name for plot in outcome.plots],
         }
-        for entry, outcome in outcomes.items()
+        for name, outcome in outcomes.items()
     }
-    sections = tuple(section(entry, outcome) for entry, outcome in outcomes.items())
+    sections = tuple(section(name, outcome) for name, outcome in outcomes.items())
     data = {"environment": facts, "benchmarks": benchmarks}
     return save_document(Document("Benchmarks", facts, sections), folder, data)
-
-
-def _key(name: str) -> str:
-    """``name`` in characters that MLflow takes."""
-    return "".join(char if char.isalnum() or char in "_-." else "_" for char in name)

@@ -1,6 +1,7 @@
 """Scripted stand-ins for what the base model cannot do: write flashcards that parse, and answer right.
 
 ScriptedPolicy   the engine samples as many tokens as the script has, and the script is handed back
+ScriptedSide     Engram's engine and rollouts under a script
 recall_groups    trajectory groups with the quickstart's shapes, without an engine
 """
 
@@ -10,9 +11,12 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+import configs
+from actors.environments.base import Environment
 from actors.environments.recall import RecallEnvironment
 from actors.episodes.episode import play
 from actors.fast_weights.delta import Basis, zero
@@ -40,9 +44,13 @@ from actors.types import (
 )
 from configs.schema import RunConfig
 
+if TYPE_CHECKING:
+    from actors.episodes.rollout import Rollout
+
 Script = Callable[[Sequence[int], Sampling, AdapterKey], tuple[int, ...] | None]
 """The tokens that are to be sampled for a request; None leaves the request to the engine."""
 
+QUICKSTART = Path(configs.__file__).parent / "quickstart.yaml"
 _B_SIZE = 5e-3  # the largest entries of a written B
 _NO_TIMES = Timings(total=0, act=0, extract=0, write=0, install=0, environment=0)
 
@@ -74,6 +82,55 @@ class ScriptedPolicy:
         await self._policy.release(keys)
 
 
+class ScriptedSide:
+    """Engram's engine and rollouts on it, as actors/worker.py builds them, under a script."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model_path: Path,
+        basis: Basis,
+        chat: ChatFormat,
+        environment: Environment,
+        script: Script,
+    ) -> None:
+        from actors.engine.policy import VLLMPolicy
+
+        self._config, self._basis, self._chat, self._environment = config, basis, chat, environment
+        stop: tuple[int, ...] = ()  # every request samples the number of tokens that it is given
+        threads = config.rollout.threads
+        self.engine = VLLMPolicy(
+            model_path, config.model, config.engine, basis, stop, 0, threads, config.seed
+        )
+        self._policy = ScriptedPolicy(self.engine, script)
+
+    def rollout(self) -> Rollout:
+        """A rollout with a new writer, which has read no flashcards."""
+        from actors.episodes.rollout import Rollout
+        from actors.memory.build import surroundings
+
+        config = self._config
+        window, answer_tokens = config.engine.max_model_tokens, config.sampling.max_answer_tokens
+        return Rollout(
+            self._policy,
+            self.engine.writer(config.write),
+            self._environment,
+            self._chat,
+            config.write,
+            config.rollout,
+            config.engine.slots,
+            surroundings(window, answer_tokens, config.embedder),
+            self._basis.id,
+            "bench",
+        )
+
+
+def read_chat(model_path: Path) -> ChatFormat:
+    from transformers import AutoTokenizer
+
+    return ChatFormat(AutoTokenizer.from_pretrained(str(model_path)))
+
+
 # --- groups without an engine -----------------------------------------------------------------------------
 
 
@@ -85,9 +142,7 @@ def recall_groups(
     Episode loop, memory, prompts and chat template are real. What an engine and a writer would add is drawn
     from a seed: the log-probs, and each revision's B at the size of a written B.
     """
-    from transformers import AutoTokenizer
-
-    chat = ChatFormat(AutoTokenizer.from_pretrained(model_path))
+    chat = read_chat(model_path)
     environment = RecallEnvironment(config.environment.recall)
     stream = environment.tasks("train", config.seed, 0)
 

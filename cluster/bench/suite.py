@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from configs.bounds import ConfigError
@@ -16,58 +15,35 @@ if TYPE_CHECKING:  # --help lists the benchmarks: their values bring numpy along
     from cluster.bench.values import Context, Outcome
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """``about`` says in one line what is compared with what."""
-
-    name: str
-    about: str
-
-
-SUITE = (
-    Entry("writer", "the batched writer against a sequential PEFT + torch.optim loop that gives the same B"),
-    Entry(
-        "revisions",
-        "installs, decode and prefill under one adapter per sequence, against the same engine without LoRA",
+ABOUT = {
+    "writer": "the batched writer against a sequential PEFT + torch.optim loop that gives the same B",
+    "revisions": (
+        "installs, decode and prefill under one adapter per sequence, against the same engine without LoRA"
     ),
-    Entry(
-        "refresh",
-        "all weights from the learner's memory to a serving engine, against memcpy of the same bytes",
-    ),
-    Entry(
-        "learner", "a step with per-segment Deltas against the same step without; memory of the head; padding"
-    ),
-    Entry(
-        "rollout",
-        "the quickstart's rollout side against raw vLLM that emits the same tokens without writes",
-    ),
-    Entry(
-        "controller", "one controller over 1 to 1,000 virtual rollout workers, against their ideal throughput"
-    ),
-    Entry(
-        "circle",
-        "the quickstart's real RL steps with staleness 1 against staleness 0, all on this machine",
-    ),
-    Entry(
-        "cost", "memory and seconds per episode against the length of the history: full context beside TMEM"
-    ),
-)
+    "refresh": "all weights from the learner's memory to a serving engine, against memcpy of the same bytes",
+    "learner": "a step with per-segment Deltas against the same step without; memory of the head; padding",
+    "rollout": "the quickstart's rollout side against raw vLLM that emits the same tokens without writes",
+    "controller": "one controller over 1 to 1,000 virtual rollout workers, against their ideal throughput",
+    "circle": "the quickstart's real RL steps with staleness 1 against staleness 0, all on this machine",
+    "cost": "memory and seconds per episode against the length of the history: full context beside TMEM",
+}
+"""What each benchmark compares with what, in the order in which they run."""
 
 
-def find(names: Sequence[str]) -> tuple[Entry, ...]:
-    """The entries of ``names`` in the suite's order, all without names. Raises ConfigError."""
-    suite_names = [entry.name for entry in SUITE]
+def find(names: Sequence[str]) -> tuple[str, ...]:
+    """The ``names`` in the suite's order, all without names. Raises ConfigError."""
     for name in names:
-        if name not in suite_names:
-            raise ConfigError(f"no benchmark {name!r}: there are {', '.join(suite_names)}")
-    return tuple(entry for entry in SUITE if not names or entry.name in names)
+        if name not in ABOUT:
+            raise ConfigError(f"no benchmark {name!r}: there are {', '.join(ABOUT)}")
+    return tuple(name for name in ABOUT if not names or name in names)
 
 
-def run_one(name: str, context: Context) -> Outcome:
-    """Run a benchmark in this process, with ``context.threads`` threads."""
-    import torch
+class Runner:
+    """The object in a benchmark's process, which runs it with ``context.threads`` threads."""
 
-    torch.set_num_threads(context.threads)
-    module = importlib.import_module(f"cluster.bench.{name}")
-    outcome: Outcome = module.run(context)
-    return outcome
+    def run(self, name: str, context: Context) -> Outcome:
+        import torch
+
+        torch.set_num_threads(context.threads)
+        outcome: Outcome = importlib.import_module(f"cluster.bench.{name}").run(context)
+        return outcome

@@ -11,14 +11,17 @@ import pytest
 import ray
 
 from actors.episodes.group_summary import GroupSummary
+from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.types import TrajectoryGroup
 from actors.worker import WorkerSpec
 from cluster.bench.controller import SIBLINGS, run
-from cluster.bench.controller_actors import EpisodeParts, Template, VirtualHandle, VirtualWorkers
+from cluster.bench.controller_actors import VirtualWorkers, virtual_handle
+from cluster.bench.scripted import QUICKSTART, recall_groups
 from cluster.bench.values import Context, Goal
 from cluster.common.errors import WorkerLost
 from cluster.fleet.ray_runtime import Demand, ray_runtime
 from cluster.fleet.remote_worker import RemoteWorker
+from configs.load import load_config
 from configs.schema import FastWeightsConfig, RayConfig, RunConfig
 from tests.unit.cluster_cases import task_at
 
@@ -28,20 +31,20 @@ CONFIG = RunConfig(ray=RayConfig(object_store_gib=0.2))
 
 
 @pytest.fixture
-def template(model_path: Path) -> Template:
-    return Template(
-        tuple(EpisodeParts.draw(model_path, FastWeightsConfig(), seed) for seed in range(SIBLINGS))
-    )
+def template(model_path: Path) -> TrajectoryGroup:
+    config = load_config(QUICKSTART, [])
+    basis = compute_basis_from_checkpoint(model_path, FastWeightsConfig(basis="random"), seed=0)
+    return recall_groups(model_path, config, basis, 1, SIBLINGS)[0]
 
 
 def test_only_the_summary_comes_to_the_controller_and_the_group_outlives_its_worker(
-    template: Template,
+    template: TrajectoryGroup,
 ) -> None:
     async def body() -> None:
         actor: Any = VirtualWorkers
         process = actor.options(max_concurrency=4).remote(template, 0.01)
         worker = RemoteWorker(
-            WorkerSpec("worker-0", CONFIG, "", "", 3), VirtualHandle(process, 0, 0.01), journal=None
+            WorkerSpec("worker-0", CONFIG, "", "", 3), virtual_handle(process, 0, 0.01), journal=None
         )
         assert await worker.started == "worker-0"
         finished = await worker.group(5, task_at(5))

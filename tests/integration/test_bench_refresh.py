@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.bench.harness import child
-from cluster.bench.run import Runner
+from cluster.bench.suite import Runner
 from cluster.bench.values import Context, Goal, Outcome
 
 pytestmark = pytest.mark.slow

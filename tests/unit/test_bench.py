@@ -12,7 +12,7 @@ from rich.console import Console
 from cluster.bench import run as bench_run
 from cluster.bench.harness import child, in_turns
 from cluster.bench.run import case_cells, metrics, save
-from cluster.bench.suite import SUITE, Entry, find
+from cluster.bench.suite import ABOUT, find
 from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Timing
 from cluster.cli import EXIT_USAGE, main
 from cluster.common.display import Display
@@ -86,11 +86,10 @@ def test_the_report_holds_every_value_and_says_what_it_compared(tmp_path: Path) 
         (tmp_path / "plot.png",),
         {"rate": 0.5},
     )
-    entry = Entry("writer", "one against the other")
-    markdown, saved = save(tmp_path, {"machine": "two cores"}, {entry: outcome})
+    markdown, saved = save(tmp_path, {"machine": "two cores"}, {"writer": outcome})
     text = markdown.read_text()
     assert "- machine: two cores" in text
-    assert "one against the other." in text
+    assert f"{ABOUT['writer']}." in text
     measured = "PEFT loop: 8 s | writer: 2 s | baseline/candidate 6 [5, 6] | at least 7 | MISSED |"
     assert rf"| eight \| episodes | {measured}" in text
     assert "- eight | episodes: a note" in text
@@ -103,8 +102,8 @@ def test_the_report_holds_every_value_and_says_what_it_compared(tmp_path: Path) 
 def test_benchmarks_are_found_by_name_and_a_wrong_name_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert find(()) == SUITE
-    assert [entry.name for entry in find(("refresh", "writer"))] == ["writer", "refresh"]
+    assert find(()) == tuple(ABOUT)
+    assert find(("refresh", "writer")) == ("writer", "refresh")
     assert main(["bench", "writr", "--no-tracking"]) == EXIT_USAGE
     assert "error: no benchmark 'writr': there are writer, revisions" in capsys.readouterr().err
 
@@ -112,8 +111,8 @@ def test_benchmarks_are_found_by_name_and_a_wrong_name_is_one_line(
 def test_a_benchmark_that_fails_does_not_keep_the_others_from_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_path: Path
 ) -> None:
-    def measured(entry: Entry, context: Context, display: Display) -> Outcome:
-        if entry.name == "writer":
+    def measured(name: str, context: Context, display: Display) -> Outcome:
+        if name == "writer":
             raise BenchError("writer died before run: out of memory?")
         return Outcome((case(None),), (), (), {})
 
