@@ -22,7 +22,7 @@ from cluster.bench.values import Case, Context, Outcome
 from cluster.fleet.stream import Batch
 from cluster.measure.report import Table
 from cluster.runs.checkpoint import TrainState
-from cluster.tracking.tracker import NullTracker
+from cluster.tracking.tracker import Tracker
 from cluster.train.build import TrainingCluster, build_fleet, build_stream, training_cluster
 from cluster.train.loop import LoopParts, run_loop
 from cluster.train.metrics import StepSummary
@@ -34,7 +34,7 @@ STALENESS = (0, 1)
 STEPS, QUICK_STEPS = 6, 2
 
 
-class WaitingTimes(NullTracker):
+class WaitingTimes(Tracker):
     """A tracker that keeps, for each step, the learner's waiting share and the staleness of its batch."""
 
     def __init__(self) -> None:

@@ -40,7 +40,7 @@ from cluster.fleet.remote_worker import RemoteWorker
 from cluster.fleet.stream import Batch, GroupStream, StreamCalls, StreamPlan
 from cluster.measure.report import Curve, Panel, Table, save_plot
 from cluster.runs.checkpoint import START, TrainState
-from cluster.tracking.tracker import NullTracker
+from cluster.tracking.tracker import Tracker
 from cluster.train.loop import LoopParts, delivery, run_loop
 from cluster.train.metrics import StepSummary
 from configs.load import load_config
@@ -251,7 +251,7 @@ class _Fleet:
             trainer,
             fleet,
             ObjectStoreChannel(trainable_only=False),
-            NullTracker(),
+            Tracker(),
             on_step,
             on_checkpoint,
         )

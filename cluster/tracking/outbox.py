@@ -1,6 +1,6 @@
 """The outbox: what MLflow has not yet taken of a run, in an SQLite file in the run's folder.
 
-    tracker --append--> | 9 status | 8 point | ... | 2 point | 1 params | --oldest--> sender --> MLflow
+    tracker --append--> | 9 status | 8 point | ... | 2 point | 1 entity | --oldest--> sender --> MLflow
                           newest                               oldest    <--taken--- its answer deletes them
 
 A record leaves the file only after MLflow has answered: an outage or a killed driver loses nothing.
@@ -21,8 +21,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
-MOST_PARAMS = 100  # in one call: MLflow's limit, as the next
-_MOST_POINTS = 1000
+_MOST_POINTS = 1000  # in one call: MLflow's limit
 _MOST_IN_MEMORY = 50_000  # records; about 20 MB
 # Exclusive: no shared memory, which a network file system lacks. Normal: no fsync for each record.
 # The status that an earlier process left is outdated: the run goes on.
@@ -45,13 +44,6 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Params:
-    """At most ``MOST_PARAMS`` params of the run."""
-
-    values: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
 class Entity:
     """A file, a dataset or a kept checkpoint. ``values["name"]`` is its path or its name in MLflow."""
 
@@ -67,7 +59,7 @@ class Status:
     time: int
 
 
-Record = Point | Params | Entity | Status
+Record = Point | Entity | Status
 # NaN and the infinities stay what they are: MLflow shows them. No two kinds have the same fields.
 _JSON: TypeAdapter[Record] = TypeAdapter(Record, config=ConfigDict(ser_json_inf_nan="constants"))
 

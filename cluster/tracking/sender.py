@@ -21,11 +21,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.tracking.outbox import Entity, Outbox, Params, Point, Record, Status
+from cluster.tracking.outbox import Entity, Outbox, Point, Record, Status
 from cluster.tracking.registry import take_dataset, take_model
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Param, Run
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 15.0  # it doubles with each failure
@@ -48,20 +48,14 @@ class MlflowRun:
 
     def take(self, records: Sequence[Record], in_doubt: bool) -> list[str]:
         """Send ``records``, of points ``in_doubt`` the ones that MLflow lacks. Returns what it refuses."""
-        from mlflow.entities import Metric, Param
-
         match records[0]:
             case Point():
-                points = [
-                    Metric(it.key, it.value, it.time, it.step) for it in records if isinstance(it, Point)
-                ]
-                return self._log_batch(self._missing(points) if in_doubt else points)
-            case Params(values):
-                return self._log_batch([Param(key, value) for key, value in values.items()])
-            case Entity("artifact", values):
-                if not Path(values["name"]).exists():
-                    return [f"{values['name']} is gone"]
-                self._client.log_artifact(self.run_id, values["name"])
+                points = [record for record in records if isinstance(record, Point)]
+                return self._log(self._missing(points) if in_doubt else points)
+            case Entity("artifact", {"name": name}) if not Path(name).exists():
+                return [f"{name} is gone"]
+            case Entity("artifact", {"name": name}):
+                self._client.log_artifact(self.run_id, name)
             case Entity("dataset", values):
                 take_dataset(self._client, self.run_id, values)
             case Entity(_, values):
@@ -70,32 +64,26 @@ class MlflowRun:
                 self._client.set_terminated(self.run_id, status, time)
         return []
 
-    def _missing(self, points: Sequence[Metric]) -> list[Metric]:
+    def _missing(self, points: Sequence[Point]) -> list[Point]:
         """The points that MLflow lacks. Why: its file store appends a point that comes twice."""
-        keys = {point.key for point in points}
-        stored = [point for key in keys for point in self._client.get_metric_history(self.run_id, key)]
-        held = {(point.key, point.step, point.timestamp) for point in stored}
-        return [point for point in points if (point.key, point.step, point.timestamp) not in held]
+        histories = (self._client.get_metric_history(self.run_id, key) for key in {it.key for it in points})
+        held = {(it.key, it.step, it.timestamp) for history in histories for it in history}
+        return [point for point in points if (point.key, point.step, point.time) not in held]
 
-    def _log_batch(self, values: Sequence[Metric] | Sequence[Param]) -> list[str]:
+    def _log(self, points: Sequence[Point]) -> list[str]:
         """Send all in one call; one by one when MLflow finds one of them invalid (it then took none)."""
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
-        metrics = [value for value in values if isinstance(value, Metric)]
-        params = [value for value in values if isinstance(value, Param)]
         try:
-            if values:
-                self._client.log_batch(self.run_id, metrics, params)
-            return []
+            self._client.log_batch(self.run_id, [Metric(it.key, it.value, it.time, it.step) for it in points])
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            if len(values) == 1:
-                return [f"{values[0].key}: {first_line(error)}"]
-        return [
-            refusal for place in range(len(values)) for refusal in self._log_batch(values[place : place + 1])
-        ]
+            if len(points) == 1:
+                return [f"{points[0].key}: {first_line(error)}"]
+            return [refusal for point in points for refusal in self._log([point])]
+        return []
 
 
 class Sender(threading.Thread):
@@ -135,19 +123,15 @@ class Sender(threading.Thread):
         except Exception as error:  # noqa: BLE001  of MLflow, a driver, an artifact store: none ends us
             self._failures += 1
             self._in_doubt = max(self._in_doubt, len(records))
-            problem, entity = first_line(error), records[0]
-            if isinstance(entity, Entity):
-                with suppress(Exception):  # counted only while MLflow itself answers
-                    self._run.ping()
-                    self._entity_failures += 1
-            if not isinstance(entity, Entity) or self._entity_failures < _ENTITY_ATTEMPTS:
+            problem = first_line(error)
+            if not isinstance(records[0], Entity) or not self._is_broken():
                 if not self.problem:
                     text = "warning: MLflow at %s takes nothing (%s): "
                     text += "the run goes on, its figures are kept in %s"
                     _log.warning(text, self._uri, problem, self._outbox.path)
                 self.problem = problem
                 return False
-            refused = [f"{entity.values['name']}: {problem}"]
+            refused = [f"{records[0].values['name']}: {problem}"]
         self._outbox.taken()
         for text in refused:
             _log.warning("warning: MLflow at %s refuses %s; the run goes on without it", self._uri, text)
@@ -156,6 +140,13 @@ class Sender(threading.Thread):
         self.problem, self._failures, self._entity_failures = "", 0, 0
         self._in_doubt = max(0, self._in_doubt - len(records))
         return True
+
+    def _is_broken(self) -> bool:
+        """Count a failure of an entity, only if MLflow itself answers. True after the last attempt."""
+        with suppress(Exception):
+            self._run.ping()
+            self._entity_failures += 1
+        return self._entity_failures >= _ENTITY_ATTEMPTS
 
 
 def first_line(error: Exception) -> str:

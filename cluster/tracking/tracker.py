@@ -3,7 +3,7 @@
     log, artifact, dataset, model --0.5 ms--> outbox: a file in the run's folder --sender: a thread--> MLflow
 
 Every wait, and its bound:
-    open_run      MLflow must answer here: tracking.timeout_s for each of about four calls, then TrackingError
+    open_run      MLflow must answer here: tracking.timeout_s for each of about six calls, then TrackingError
     log and such  wait for the local disk only; an MLflow that is away costs the training nothing
     finish        waits for MLflow: tracking.finish_timeout_s, 5 s at most when the run was told to stop
 
@@ -23,12 +23,12 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from cluster.common.errors import TrackingError
 from cluster.common.git import git_commit
 from cluster.common.ray_job import current_job
-from cluster.tracking.outbox import MOST_PARAMS, Entity, Outbox, Params, Point, Status
+from cluster.tracking.outbox import Entity, Outbox, Point, Status
 from cluster.tracking.sender import MlflowRun, Sender, first_line, shown
 from cluster.tracking.system_metrics import SystemMetrics
 from configs.load import flatten
@@ -43,80 +43,47 @@ _STOPPED_WAIT_S = 5.0  # the grace time of a run that was told to stop is for it
 _log = logging.getLogger(__name__)
 
 
-class Tracker(Protocol):
-    """Where a run reports. Once it is open, no verb raises."""
+class Tracker:
+    """Where a run reports. Once it is open, no verb raises. This one is tracking switched off.
 
-    @property
-    def run_id(self) -> str:
-        """The run's id in MLflow; empty without MLflow."""
-        ...
-
-    @property
-    def location(self) -> str:
-        """Where the user finds the figures, and how to look at them."""
-        ...
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log the metrics of a step."""
-        ...
-
-    def artifact(self, path: Path) -> None:
-        """Copy the file at ``path``, as it is when MLflow takes it."""
-        ...
-
-    def dataset(self, values: Mapping[str, str]) -> None:
-        """Name what the run reads, by ``registry.dataset_values``."""
-        ...
-
-    def model(self, values: Mapping[str, str]) -> None:
-        """Register a kept checkpoint, by ``runs.checkpoint.kept_models``."""
-        ...
-
-    def finish(self, status: RunStatus) -> None:
-        """End the run with ``status``. The last call."""
-        ...
-
-
-class NullTracker:
-    """Tracking switched off: same verbs, no MLflow."""
+    run_id: the run's id in MLflow; empty without MLflow.
+    location: where the user finds the figures, and how to look at them.
+    """
 
     run_id = ""
     location = "tracking is off (tracking.enabled=true turns MLflow on)"
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        pass
+        """Log the metrics of a step."""
 
     def artifact(self, path: Path) -> None:
-        pass
+        """Copy the file at ``path``, as it is when MLflow takes it."""
 
     def dataset(self, values: Mapping[str, str]) -> None:
-        pass
+        """Name what the run reads, by ``registry.dataset_values``."""
 
     def model(self, values: Mapping[str, str]) -> None:
-        pass
+        """Register a kept checkpoint, by ``runs.checkpoint.kept_models``."""
 
     def finish(self, status: RunStatus) -> None:
-        pass
+        """End the run with ``status``. The last call."""
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """One MLflow run, opened by ``open_run``."""
 
     def __init__(self, run: MlflowRun, outbox: Outbox, uri: str, tracking: TrackingConfig) -> None:
         self.run_id = run.run_id
         self._outbox, self._uri, self._wait_s = outbox, shown(uri), tracking.finish_timeout_s
+        is_server = self._uri.startswith(("http://", "https://"))
+        how = self._uri if is_server else f"mlflow ui --backend-store-uri {self._uri}  "
+        self.location = f"{how} (run {self.run_id})"
         self._sender = Sender(outbox, run, uri)
         self._sender.start()
         self._system: SystemMetrics | None = None
         if tracking.system_metrics_s > 0:
             self._system = SystemMetrics(self.log, tracking.system_metrics_s, run.began)
             self._system.start()
-
-    @property
-    def location(self) -> str:
-        if self._uri.startswith(("http://", "https://")):
-            return f"{self._uri} (run {self.run_id})"
-        return f"mlflow ui --backend-store-uri {self._uri}   (run {self.run_id})"
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         now, lost = _now_ms(), self._outbox.lost
@@ -171,9 +138,9 @@ def open_run(
     The outbox lies in ``output_dir / run_name``. What an earlier process left in it is sent first.
     """
     if not tracking.enabled:
-        return NullTracker()
+        return Tracker()
     _quiet(tracking.timeout_s)
-    run = _in_mlflow(tracking, output_dir, run_name, resumed_run_id)
+    run = _in_mlflow(tracking, output_dir, run_name, params, resumed_run_id)
     uri, path = store_uri(tracking, output_dir), output_dir / run_name / f"mlflow-{run.run_id}.sqlite"
     try:
         outbox = Outbox(path)
@@ -182,15 +149,14 @@ def open_run(
     if resumed_run_id and len(outbox):
         text = "%s holds %d records that MLflow at %s has not taken: they are sent now"
         _log.warning(text, path, len(outbox), shown(uri))
-    elif not resumed_run_id:
-        items = [(key, value[:_LONGEST_PARAM]) for key, value in params.items()]
-        for start in range(0, len(items), MOST_PARAMS):
-            outbox.append([Params(dict(items[start : start + MOST_PARAMS]))])
     return MlflowTracker(run, outbox, uri, tracking)
 
 
-def _in_mlflow(tracking: TrackingConfig, output_dir: Path, run_name: str, resumed_run_id: str) -> MlflowRun:
-    """Create the run, or mark it as running again. Raises TrackingError."""
+def _in_mlflow(
+    tracking: TrackingConfig, output_dir: Path, run_name: str, params: Mapping[str, str], resumed_run_id: str
+) -> MlflowRun:
+    """Create the run with its params, or mark it as running again. Raises TrackingError."""
+    from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
@@ -203,7 +169,10 @@ def _in_mlflow(tracking: TrackingConfig, output_dir: Path, run_name: str, resume
         # Artifacts of our own store lie beside it, wherever the run was started.
         artifacts = output_dir / "mlflow-artifacts" if uri == _own_store(output_dir) else None
         experiment = _experiment(client, tracking.experiment, artifacts)
-        return MlflowRun(client, client.create_run(experiment, run_name=run_name, tags=_tags()))
+        run = client.create_run(experiment, run_name=run_name, tags=_tags())
+        values = [Param(key, value[:_LONGEST_PARAM]) for key, value in params.items()]
+        client.log_batch(run.info.run_id, params=values)
+        return MlflowRun(client, run)
     except MlflowException as error:
         cure = "set tracking.uri, or tracking.enabled=false to run without it"
         raise TrackingError(f"cannot use MLflow at {shown(uri)}: {first_line(error)}; {cure}") from error

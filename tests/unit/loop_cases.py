@@ -18,7 +18,7 @@ from cluster.fleet.fleet import ElasticFleet, FleetPlan
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.stream import Batch, GroupStream, StreamCalls, StreamPlan
 from cluster.runs.checkpoint import START, TrainState
-from cluster.tracking.tracker import NullTracker
+from cluster.tracking.tracker import Tracker
 from cluster.train.loop import LoopParts, delivery, run_loop
 from cluster.train.metrics import StepSummary
 from configs.schema import TrainConfig
@@ -115,7 +115,7 @@ class Channel:
         return ObjectStoreWeights(source.version, True, source.weights_ref(False))
 
 
-class Recorder(NullTracker):
+class Recorder(Tracker):
     """A tracker that keeps the figures it is given, by step."""
 
     def __init__(self) -> None:

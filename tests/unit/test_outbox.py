@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster.tracking import outbox
-from cluster.tracking.outbox import Entity, Outbox, Params, Point, Record, Status
+from cluster.tracking.outbox import Entity, Outbox, Point, Record, Status
 
 END = Status("FAILED", 5)
 
@@ -44,11 +44,11 @@ def taken(box: Outbox) -> list[Record]:
 
 def test_batches_keep_the_order_and_points_go_together(path: Path) -> None:
     box = Outbox(path)
-    params, files = Params({"seed": "0"}), [Entity("artifact", {"name": name}) for name in "ab"]
-    box.append([params, *points(1, 1002), *files])
+    data, files = Entity("dataset", {"name": "talks"}), [Entity("artifact", {"name": name}) for name in "ab"]
+    box.append([data, *points(1, 1002), *files])
     box.append([point(2000), END])
     assert len(box) == 1007
-    assert box.oldest() == (params,)
+    assert box.oldest() == (data,)
     box.taken()
     assert box.oldest() == tuple(points(1, 1000))  # as many as MLflow takes in a call
     assert len(box) == 1006
@@ -74,7 +74,7 @@ def test_the_file_does_not_grow_with_the_run(path: Path) -> None:
 def test_the_same_records_wait_after_a_close(path: Path) -> None:
     box = Outbox(path)
     records: list[Record] = [
-        Params({"a": "1"}),
+        Entity("dataset", {"name": "talks"}),
         Point("loss", float("inf"), 1, 2),
         Entity("model", {"name": "m"}),
     ]
