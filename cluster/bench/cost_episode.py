@@ -128,6 +128,7 @@ class Episode:
         cache_gib = _cached_tokens(self._context) * self._token_bytes / 2**30
         config = RunConfig(
             seed=0,
+            memory=self._memory,
             engine=EngineConfig(slots=1, max_model_tokens=self._context, kv_cache_gib=cache_gib),
             rollout=RolloutConfig(threads=cell.threads, episode_timeout_s=EPISODE_S),
             sampling=SamplingConfig(max_answer_tokens=cell.sizes.answer),
@@ -218,7 +219,8 @@ def _memory(cell: Cell, chat: ChatFormat, system_prompt: str) -> tuple[MemoryCon
     opening = len(chat.system(system_prompt)) + len(chat.assistant_open)
     if cell.memory == "none":
         needed = opening + cell.length + len(chat.user(QUESTION)) + sizes.answer
-        return MemoryConfig(policy="truncation", max_context_tokens=needed), needed
+        # Nothing is truncated: the answer's tokens leave room for the extraction that a config asks for.
+        return MemoryConfig(policy="truncation", max_context_tokens=needed - 2, max_extract_tokens=1), needed
     # A context is relieved once it is over L_max, by at most a turn. The extraction's prompt lists earlier
     # flashcards, at most ``extraction`` tokens of them.
     prompt = chat.user(extraction_prompt(QUESTION, [Flashcard("q", "a")])) + chat.assistant_open

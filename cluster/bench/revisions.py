@@ -3,8 +3,7 @@
 decode, prefill      vLLM with each sequence under an adapter of its own, against the same engine without
                      adapters; each engine in its own process
 install              VLLMPolicy.install of revisions that wait together, and the slot load at their first
-                     step, against vLLM's own way: a safetensors file (in memory, where /dev/shm exists)
-                     and add_lora, which loads the slot too
+                     step, against a limit
 adapters of a step   what the worker does with each step's adapters, against vLLM's own methods
 """
 
@@ -16,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from cluster.bench.harness import child, in_turns
-from cluster.bench.revisions_engines import FileEngine, InstallingPolicy, Setup, SteppedEngine, SteppedManager
+from cluster.bench.revisions_engines import InstallingPolicy, Setup, SteppedEngine, SteppedManager
 from cluster.bench.values import Case, Context, Goal, Outcome, Timing
 from cluster.measure.report import Table
 
@@ -94,28 +93,21 @@ def _speed(context: Context, sizes: Sizes, setup: Setup) -> tuple[list[Case], Ta
 def _installs(context: Context, sizes: Sizes, setup: Setup) -> list[Case]:
     count = sizes.installs
     loads: list[Timing] = []
-    with (
-        child("policy", InstallingPolicy, (setup,)) as policy,
-        child("vLLM with files", FileEngine, (setup,)) as files,
-    ):
+    with child("policy", InstallingPolicy, (setup,)) as policy:
 
         def install() -> Timing:
-            timing = policy.call("install", (count,), CALL_S)
+            timing: Timing = policy.call("install", (count,), CALL_S)
             loads.append(policy.call("load_slots", (), CALL_S))
             return timing
 
-        by_file = partial(files.call, "install", (count,), CALL_S)
-        timings = in_turns({"files": by_file, "policy": install}, context.repeats)
+        timings = in_turns({"policy": install}, context.repeats)
     installs = _milliseconds(timings["policy"], count)
     slots = _milliseconds(loads[-context.repeats :], count)
     both = tuple(a + b for a, b in zip(installs, slots, strict=True))
-    file = _milliseconds(timings["files"], count)
     name = f"install and slot load, each of {count}"
-    first_step = "install and first step"
     return [
         _against_limit(f"install, each of {count}", "VLLMPolicy.install", installs),
-        _against_limit(name, first_step, both),
-        Case(f"{name}, vLLM", "file and add_lora", first_step, "ms", file, both, "baseline/candidate", None),
+        _against_limit(name, "install and first step", both),
     ]
 
 

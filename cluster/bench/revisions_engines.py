@@ -1,7 +1,8 @@
 """The processes of the revisions benchmark (revisions.py).
 
-SteppedEngine      an engine with or without adapters     InstallingPolicy   Engram's way to install
-FileEngine         vLLM's way to install                  SteppedManager     the worker's adapter manager
+SteppedEngine      an engine with or without adapters
+InstallingPolicy   Engram's way to install
+SteppedManager     the worker's adapter manager
 
 Sampling is greedy with the log-prob of the sampled token, and the end-of-text token is ignored. No prompt
 comes twice, so no prefix is cached.
@@ -10,8 +11,6 @@ comes twice, so no prefix is cached.
 from __future__ import annotations
 
 import asyncio
-import json
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
-import torch
 
 from actors.engine.adapters import AdapterTable, as_tensors
 from actors.engine.policy import VLLMPolicy
@@ -188,56 +185,6 @@ class InstallingPolicy:
         timing = self._policy._loop.call(load, "other").result(_CALL_S)
         asyncio.run(self._policy.release(self._keys))
         return timing
-
-
-class FileEngine:
-    """Unchanged vLLM: an adapter is a folder with a safetensors file."""
-
-    def __init__(self, setup: Setup) -> None:
-        prepare_environment(setup.threads)
-        self._basis = setup.basis()
-        self._revisions = Revisions(self._basis, 2)
-        self._engine = start_engine(setup.arguments(self._basis), setup.threads)
-        shared_memory = Path("/dev/shm")
-        self._folder = tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else None)
-        self._number = 0
-
-    def install(self, count: int) -> Timing:
-        """Time to write ``count`` adapters and let vLLM load each into a slot, one after the other."""
-        from vllm.lora.request import LoRARequest
-
-        wanted = [self._revisions.weights() for _ in range(count)]
-        first = self._number + 1
-
-        def work() -> None:
-            for weights in wanted:
-                self._number += 1
-                path = Path(self._folder.name) / str(self._number)
-                self._write(path, weights)
-                request = LoRARequest(lora_name=path.name, lora_int_id=self._number, lora_path=str(path))
-                self._engine.add_lora(request)
-
-        timing = timed(work)
-        for number in range(first, self._number + 1):
-            self._engine.remove_lora(number)
-        return timing
-
-    def _write(self, path: Path, weights: FastWeights) -> None:
-        path.mkdir()
-        rank = self._basis.rank
-        config = {
-            "peft_type": "LORA",
-            "r": rank,
-            "lora_alpha": rank,
-            "bias": "none",
-            "target_modules": ["gate_proj", "up_proj", "down_proj"],
-        }
-        (path / "adapter_config.json").write_text(json.dumps(config))
-        tensors = {f"base_model.model.{name}.lora_A.weight": a for name, a in self._basis.a.items()}
-        tensors |= {
-            f"base_model.model.{name}.lora_B.weight": torch.from_numpy(b) for name, b in weights.b.items()
-        }
-        safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
 
 
 class SteppedManager:

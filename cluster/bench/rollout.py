@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.bench.harness import child, in_turns
-from cluster.bench.rollout_sides import EngramSide, Request, Round, Setup, VLLMSide
+from cluster.bench.rollout_sides import EngramSide, Round, Setup, VLLMSide
 from cluster.bench.scripted import QUICKSTART
 from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Spread, Timing
 from cluster.measure.report import Table
@@ -110,7 +110,7 @@ def _outcome(
             one.cpu_s / other.cpu_s for one, other in zip(timings["vllm"], timings["engram"], strict=True)
         ),
     }
-    return Outcome((case,), (_timeline(episodes, spent, plain), _requests(rounds[-1])), figures=figures)
+    return Outcome((case,), (_timeline(episodes, spent, plain),), figures=figures)
 
 
 def _timeline(episodes: int, spent: dict[str, float], plain: float) -> Table:
@@ -122,25 +122,3 @@ def _timeline(episodes: int, spent: dict[str, float], plain: float) -> Table:
     ]
     header = ("phase", "s per episode", "of the step thread's time", "of vLLM's time alone")
     return Table("Timeline of Engram's step thread", header, tuple(rows))
-
-
-def _requests(played: Round) -> Table:
-    """The requests to the engine and the writes, per episode."""
-    requests = [request for episode in played.episodes for request in episode]
-    episodes = len(played.episodes)
-    all_tokens = sum(len(request.prompt_ids) + request.generated for request in requests)
-
-    def row(kind: str) -> tuple[str, ...]:
-        of_kind: list[Request] = [request for request in requests if request.kind == kind]
-        prompts = sum(len(request.prompt_ids) for request in of_kind)
-        generated = sum(request.generated for request in of_kind)
-        means = (f"{value / episodes:.1f}" for value in (len(of_kind), prompts, generated))
-        return (kind, *means, f"{(prompts + generated) / all_tokens:.0%}")
-
-    accepted = [record for record in played.writes if record.outcome == "accepted"]
-    prompts = sum(record.prompt_tokens for record in accepted)
-    answers = sum(record.answer_tokens for record in accepted)
-    means = (f"{value / episodes:.1f}" for value in (len(accepted), prompts, answers))
-    rows = (row("extract"), row("act"), ("write", *means, "trained, not sampled"))
-    header = ("kind", "requests", "prompt tokens", "sampled tokens", "of all tokens")
-    return Table("Requests per episode", header, rows)

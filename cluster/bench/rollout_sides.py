@@ -26,7 +26,6 @@ from actors.types import (
     SpanKind,
     Task,
     TrajectoryGroup,
-    WriteRecord,
 )
 from cluster.bench.harness import timed
 from cluster.bench.scripted import ScriptedSide, read_chat
@@ -76,7 +75,6 @@ class Round:
     phases: Mapping[str, float]
     environment_s: float
     steps: int
-    writes: tuple[WriteRecord, ...]
 
 
 class EngramSide:
@@ -112,8 +110,7 @@ class EngramSide:
         for failure in (failure for group in groups for failure in group.failed):
             raise BenchError(f"episode {failure.episode_id} failed: {failure.message}")
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-        writes = tuple(record for trajectory in trajectories for record in trajectory.writes)
-        for record in writes:
+        for record in (record for trajectory in trajectories for record in trajectory.writes):
             if record.outcome == "rolled_back":
                 raise BenchError(f"a write of the benchmark was rolled back: {record.reason}")
         return Round(
@@ -122,7 +119,6 @@ class EngramSide:
             {phase: seconds - before.seconds[phase] for phase, seconds in after.seconds.items()},
             sum(trajectory.timings.environment for trajectory in trajectories),
             after.steps - before.steps,
-            writes,
         )
 
     async def _play(self) -> list[TrajectoryGroup]:

@@ -15,8 +15,11 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +57,8 @@ def recording(config: RunConfig, run_dir: Path, model_path: Path, run_id: str) -
     wanted = config.episodes.traces and run_id
     traces = EpisodeTraces(store_uri(config.tracking, run_dir.parent), run_id) if wanted else None
     chat = _chat_of(model_path)  # now: two threads that import transformers at once meet it half imported
-    recorder = EpisodeRecorder(config.episodes, run_dir, chat, _from_object_store, traces or NoSink())
+    sinks = () if traces is None else (traces.records.submit,)
+    recorder = EpisodeRecorder(config.episodes, run_dir, chat, _from_object_store, sinks)
     wait = _WAIT_S
     try:
         yield recorder
@@ -65,19 +69,6 @@ def recording(config: RunConfig, run_dir: Path, model_path: Path, run_id: str) -
         recorder.close(wait)
         if traces is not None:
             traces.close(min(wait, _TRACES_WAIT_S, config.tracking.finish_timeout_s))
-
-
-class Sink(Protocol):
-    """Receives each record after it was saved. Must return at once, and not raise."""
-
-    def add(self, record: Record) -> None: ...
-
-
-class NoSink:
-    """Leaves the records as files only."""
-
-    def add(self, record: Record) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +85,7 @@ class EpisodeRecorder:
     """The recorder of one run.
 
     ``fetch`` gets a group by the ``content`` of its FinishedGroup. It runs on the recorder's thread, and may
-    block and raise.
+    block and raise. ``sinks`` get each record after it was saved; they return at once and raise nothing.
     """
 
     def __init__(
@@ -103,20 +94,15 @@ class EpisodeRecorder:
         run_dir: Path,
         chat: ChatFormat,
         fetch: Callable[[Any], TrajectoryGroup],
-        sink: Sink,
+        sinks: Sequence[Callable[[Record], None]],
     ) -> None:
         self._settings, self._run_dir = settings, run_dir
-        self._chat, self._fetch, self._sink = chat, fetch, sink
+        self._chat, self._fetch, self._sinks = chat, fetch, sinks
         self._settings_files: dict[str, str] = {}  # file names, by the config's repr
-        self._jobs: Background[Callable[[], None]] = Background(
+        self.jobs: Background[Callable[[], None]] = Background(
             "episode-recorder", lambda job: job(), _explain, _MOST_WAITING
         )
         self._failures = 0  # records of failed episodes
-
-    @property
-    def lost(self) -> int:
-        """Jobs that came to nothing."""
-        return self._jobs.lost
 
     def on_batch(self, config: RunConfig, step: int, batch: Batch) -> None:
         """Keep ``episodes.per_step`` of the episodes that the learner's ``step`` was made of."""
@@ -128,14 +114,9 @@ class EpisodeRecorder:
         ]
         lot = np.random.default_rng(derived_seed(config.seed, "kept episodes", step))
         drawn = [episodes[index] for index in lot.permutation(len(episodes))[: self._settings.per_step]]
-        for place in sorted({place for place, _ in drawn}):
-            numbers = tuple(number for group, number in drawn if group == place)
-
-            def keep(content: Any = batch.groups[place].content, numbers: Sequence[int] = numbers) -> None:
-                group = self._fetch(content)
-                self._keep_finished(scene, group, [group.trajectories[number] for number in numbers])
-
-            self._jobs.submit(keep)
+        for place, kept in groupby(sorted(drawn), key=itemgetter(0)):
+            numbers = [number for _, number in kept]
+            self.jobs.submit(partial(self._fetch_and_keep, scene, batch.groups[place].content, numbers))
 
     def on_failures(self, config: RunConfig, step: int, summary: GroupSummary) -> None:
         """Keep the failed siblings of a training group, at most ``episodes.failed`` in a run."""
@@ -153,14 +134,18 @@ class EpisodeRecorder:
         scene = _Scene(replace(config, memory=row.memory, seed=row.seed), "evaluation", row.label, step)
         self._keep_failed(scene, group.failed, group.policy_version, group.worker)
         if position < self._settings.per_evaluation and group.trajectories:
-            self._jobs.submit(lambda: self._keep_finished(scene, group, group.trajectories))
+            self.jobs.submit(lambda: self._keep_finished(scene, group, group.trajectories))
 
     def close(self, seconds: float) -> None:
         """Wait at most ``seconds`` for what is still to be written. The last call."""
-        self._jobs.close(seconds)
-        if self.lost:
+        self.jobs.close(seconds)
+        if self.jobs.lost:
             text = "warning: %d episodes that were to be kept in %s are not (%s)"
-            _log.warning(text, self.lost, self._run_dir / FOLDER, self._jobs.problem)
+            _log.warning(text, self.jobs.lost, self._run_dir / FOLDER, self.jobs.problem)
+
+    def _fetch_and_keep(self, scene: _Scene, content: Any, numbers: Sequence[int]) -> None:
+        group = self._fetch(content)
+        self._keep_finished(scene, group, [group.trajectories[number] for number in numbers])
 
     def _keep_failed(
         self, scene: _Scene, failed: Sequence[FailedEpisode], version: PolicyVersion, worker: str
@@ -173,7 +158,7 @@ class EpisodeRecorder:
             self._keep([describe_failure(failure, version, origin) for failure in kept])
 
         if kept:
-            self._jobs.submit(keep)
+            self.jobs.submit(keep)
 
     def _keep_finished(
         self, scene: _Scene, group: TrajectoryGroup, trajectories: Sequence[Trajectory]
@@ -186,7 +171,8 @@ class EpisodeRecorder:
     def _keep(self, records: Sequence[Record]) -> None:
         for record in records:
             save(record, self._run_dir / FOLDER)
-            self._sink.add(record)
+            for add in self._sinks:
+                add(record)
 
     def _origin(self, scene: _Scene, worker: str) -> Origin:
         """Say where an episode comes from. Its settings stand beside the records, each version once."""

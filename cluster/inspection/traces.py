@@ -165,31 +165,20 @@ def _ending(record: EpisodeRecord) -> Iterator[Step]:
 
 
 class EpisodeTraces:
-    """Sends records to the store in the background. ``uri`` and ``run_id`` name the run."""
+    """Sends the ``records`` that are submitted to the store. ``uri`` and ``run_id`` name the run."""
 
     def __init__(self, uri: str, run_id: str) -> None:
         self._uri, self._run_id = uri, run_id
         self._store: tuple[TracingClient, str] | None = None  # opened with the first record
-        self._records: Background[Record] = Background("mlflow-traces", self._send, first_line, _MOST_WAITING)
-
-    @property
-    def sent(self) -> int:
-        return self._records.done
-
-    @property
-    def dropped(self) -> int:
-        return self._records.lost
-
-    def add(self, record: Record) -> None:
-        self._records.submit(record)
+        self.records: Background[Record] = Background("mlflow-traces", self._send, first_line, _MOST_WAITING)
 
     def close(self, seconds: float) -> None:
         """Wait at most ``seconds`` for the store. One line says what it did not take. The last call."""
-        self._records.close(seconds)
-        if self.dropped:
+        self.records.close(seconds)
+        if self.records.lost:
             text = "warning: MLflow at %s did not take %d episode traces (%s): "
             text += "the records are in the run's folder"
-            _log.warning(text, shown(self._uri), self.dropped, self._records.problem)
+            _log.warning(text, shown(self._uri), self.records.lost, self.records.problem)
 
     def _send(self, record: Record) -> None:
         if self._store is None:

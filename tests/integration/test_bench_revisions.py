@@ -19,7 +19,6 @@ def test_the_benchmark_measures_every_part(tiny_model_path: Path, tmp_path: Path
     assert [case.name for case in outcome.cases] == [
         "install, each of 4",
         "install and slot load, each of 4",
-        "install and slot load, each of 4, vLLM",
         "decode, 4 sequences",
         "prefill, 4 sequences",
         "adapters of a step, 2 active of 4",

@@ -16,11 +16,9 @@ def test_both_sides_play_the_quickstarts_episodes(tiny_model_path: Path, tmp_pat
     outcome = run(Context(tiny_model_path, repeats=1, threads=1, quick=True, folder=tmp_path))
     (case,) = outcome.cases
     assert min(*case.baseline_values, *case.candidate_values) > 0 and case.ratio == "candidate/baseline"
-    timeline, requests = outcome.tables
+    (timeline,) = outcome.tables
     assert [row[0] for row in timeline.rows] == [*STEP_PHASES, "all"]
     assert sum(outcome.figures[f"{phase}_fraction"] for phase in STEP_PHASES) == pytest.approx(1.0)
     for phase in ("act", "extract", "receipt", "write", "install"):
         assert outcome.figures[f"{phase}_fraction"] > 0
-    # Two told sessions, two questions, every extraction written.
-    assert {row[0]: row[1] for row in requests.rows} == {"extract": "2.0", "act": "2.0", "write": "2.0"}
     assert outcome.figures["vllm_steps"] > 0 and outcome.figures["engine_steps"] > 0

@@ -55,7 +55,7 @@ from cluster.inspection.record import (
     load,
     save,
 )
-from cluster.inspection.recorder import EpisodeRecorder, NoSink
+from cluster.inspection.recorder import EpisodeRecorder
 from cluster.inspection.terminal import show
 from cluster.measure.rows import EvaluationRow
 from configs.schema import EpisodesConfig, MemoryConfig, MemoryPolicy, RecallConfig, RunConfig, WriteConfig
@@ -426,7 +426,7 @@ def recorder(folder: Path, chat: ChatFormat, settings: EpisodesConfig) -> Episod
             raise RuntimeError(content)
         return content  # type: ignore[return-value]
 
-    return EpisodeRecorder(settings, folder, chat, fetch, NoSink())
+    return EpisodeRecorder(settings, folder, chat, fetch, ())
 
 
 def group_of(play: Callable[..., Trajectory], position: int) -> TrajectoryGroup:
@@ -454,7 +454,7 @@ def test_the_recorder_keeps_what_the_settings_say(
         )
         keeping.on_evaluated(config, 0, position, row, replace(group, trajectories=played, failed=()))
     keeping.close(30)
-    assert keeping.lost == 0
+    assert keeping.jobs.lost == 0
     kept: list[Record] = [load(path) for path in list_records(tmp_path)]
     episodes = [record for record in kept if isinstance(record, EpisodeRecord)]
     sources = sorted((record.origin.source, record.origin.step) for record in episodes)
@@ -476,7 +476,7 @@ def test_what_cannot_be_kept_is_counted_and_said_once(
         finished = FinishedGroup(GroupSummary.of(group), content)  # type: ignore[arg-type]
         keeping.on_batch(RunConfig(), step, Batch((4,), (finished,), (0,), 0))
     keeping.close(30)
-    assert keeping.lost == 2
+    assert keeping.jobs.lost == 2
     said = [line.getMessage() for line in caplog.records if "to be kept" in line.getMessage()]
     kept = f"warning: 2 episodes that were to be kept in {tmp_path / FOLDER} are not"
     assert said == [f"{kept} (RuntimeError: the object is lost)"]

@@ -139,11 +139,11 @@ def test_a_trace_of_the_run_holds_the_episode(tracker: MlflowTracker, uri: str) 
     )
     before = mlflow.get_tracking_uri()
     traces = EpisodeTraces(uri, tracker.run_id)
-    traces.add(EPISODE)
-    traces.add(failure)
+    traces.records.submit(EPISODE)
+    traces.records.submit(failure)
     traces.close(60)
     tracker.finish("FINISHED")
-    assert (traces.sent, traces.dropped) == (2, 0)
+    assert (traces.records.done, traces.records.lost) == (2, 0)
     assert mlflow.get_tracking_uri() == before  # no state of the process is touched
     experiment = MlflowClient(uri).get_run(tracker.run_id).info.experiment_id
     traces_held = TracingClient(uri).search_traces(
@@ -193,10 +193,10 @@ def test_a_store_that_is_away_costs_traces_which_are_counted(
     traces = EpisodeTraces("http://127.0.0.1:9", "0" * 32)
     began = time.monotonic()
     for number in range(100):
-        traces.add(replace(EPISODE, episode_id=f"train-44.{number}"))
+        traces.records.submit(replace(EPISODE, episode_id=f"train-44.{number}"))
     assert time.monotonic() - began < 1  # who adds never waits
     traces.close(60)
-    assert (traces.sent, traces.dropped) == (0, 100)
+    assert (traces.records.done, traces.records.lost) == (0, 100)
     (warning,) = (line.getMessage() for line in caplog.records if "episode traces" in line.getMessage())
     assert "http://127.0.0.1:9 did not take 100 episode traces" in warning
 
