@@ -28,10 +28,14 @@ Split = Literal["train", "eval"]
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """A user turn for the agent. Where it ``wants_action``, the next call of the session is ``act``."""
+    """A user turn for the agent. Where it ``wants_action``, the next call of the session is ``act``.
+
+    ``tells``: it holds something to remember. A mere question does not.
+    """
 
     text: str
     wants_action: bool
+    tells: bool = True
 
 
 class Session(Protocol):
@@ -160,7 +164,8 @@ class ReadThenAsk:
     def __init__(self, texts: Sequence[str], questions: Sequence[str]) -> None:
         self.question = " ".join(questions)
         read = [Observation(text, wants_action=False) for text in texts]
-        self._observations = iter([*read, *(Observation(text, wants_action=True) for text in questions)])
+        asked = [Observation(text, wants_action=True, tells=False) for text in questions]
+        self._observations = iter([*read, *asked])
         self._unanswered = len(questions)
         self._answers: list[str] = []
 

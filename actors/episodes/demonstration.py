@@ -46,15 +46,17 @@ def demonstrate(
     chat: ChatFormat,
     memory: MemoryConfig,
     write: WriteConfig,
+    window_tokens: int,
 ) -> list[Segment]:
     """Return one segment for each extraction of ``task``, under Delta = 0 and version 0. Raises TaskError.
 
-    The mask covers the extraction's tokens only. Log-probs are zeros.
+    The mask covers the extraction's tokens only. Log-probs are zeros. ``window_tokens`` is the engine's.
     """
     session = environment.start(task)
     actor = _Demonstrator(task, environment, chat, memory)
     agent = Agent(actor, chat, environment.system_prompt, session.question)
-    _run_now(play(agent, session, ParametricMemory(memory, write), max_answer_tokens=1, max_turns=_ALL_TURNS))
+    remembering = ParametricMemory(memory, write, window_tokens)
+    _run_now(play(agent, session, remembering, max_answer_tokens=1, max_turns=_ALL_TURNS))
     return list(agent.finish())  # an empty answer leaves no trace, so each segment has an extraction
 
 

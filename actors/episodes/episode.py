@@ -250,6 +250,7 @@ async def play(
             continue
         if turns == max_turns:
             return "max_turns"
+        agent.turn_tells = observation.tells
         session.act(await memory.answer(agent, observation.text, max_answer_tokens))
         turns += 1
     return "done"

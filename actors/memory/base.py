@@ -67,6 +67,7 @@ class Agent:
         self.chat = chat
         self.system_prompt = system_prompt
         self.question = question
+        self.turn_tells = True  # whether a turn that wants an answer also tells something to remember
         self.context = self._fresh_context("")
         self.segments: list[Segment] = []
         self.writes: list[WriteRecord] = []
@@ -188,6 +189,8 @@ class ContextMemory(ABC):
 
     A turn that needs an answer is never cleared before the answer: room is made first. A text that is only
     read may overfill the context, which is then relieved. A text longer than L_max is read in pieces.
+
+    A context in which nothing was told holds questions and own answers: nothing is moved out of it.
     """
 
     def __init__(self, max_context_tokens: int) -> None:
@@ -196,20 +199,35 @@ class ContextMemory(ABC):
 
     async def read(self, agent: Agent, text: str) -> None:
         for turn in user_turns(text, agent.chat, self.max_context_tokens):
-            agent.context.observe(turn)
-            if self.is_full(agent, 0):
-                await self.relieve(agent, 0)
+            await self.take_in(agent, turn)
+
+    async def take_in(self, agent: Agent, turn: Ids) -> None:
+        """Append a turn that tells something, and relieve a context that it overfills."""
+        agent.context.tell(turn)
+        if self.is_full(agent, 0):
+            await self.relieve(agent, 0)
 
     async def answer(self, agent: Agent, text: str, max_tokens: int) -> str:
         turn = agent.chat.user(text)
         if self.is_full(agent, len(turn)):
             await self.relieve(agent, len(turn))
-        agent.context.observe(turn)
+        if agent.turn_tells:
+            agent.context.tell(turn)
+        else:
+            agent.context.observe(turn)
         return await agent.reply("act", max_tokens)
 
     def is_full(self, agent: Agent, incoming: int) -> bool:
         """Return whether the trigger fires: more than L_max tokens, and something there to move out."""
         return len(agent.context) + incoming > self.max_context_tokens and not agent.context.is_fresh
+
+    def cleared_without_news(self, agent: Agent, remembered: str = "") -> bool:
+        """Clear and count a context in which nothing was told. Returns False where something was."""
+        if agent.context.told:
+            return False
+        self.events["cleared_without_news"] += 1
+        agent.clear(remembered)
+        return True
 
     @abstractmethod
     async def relieve(self, agent: Agent, incoming: int) -> None:

@@ -41,7 +41,7 @@ def build_memory(
 ) -> Memory:
     """Build the memory of one episode. Raises ExtensionError if a custom memory cannot be loaded."""
     if (writes_cards := _CARD_MEMORIES.get(config.policy)) is not None:
-        return writes_cards(config, write, control)
+        return writes_cards(config, write, around.window_tokens, control)
     builder = custom_memory(config) if config.policy == "custom" else _BUILDERS[config.policy]
     return builder(config, write, around)
 
@@ -64,7 +64,7 @@ _BUILDERS: Mapping[MemoryPolicy, Builder] = {
     "summary_write": lambda config, write, around: SummaryWriteMemory(config, write),
     "implications": lambda config, write, around: ImplicationsMemory(config, write),
 }
-_CARD_MEMORIES: Mapping[MemoryPolicy, Callable[[MemoryConfig, WriteConfig, WriteControl], Memory]] = {
+_CARD_MEMORIES: Mapping[MemoryPolicy, Callable[[MemoryConfig, WriteConfig, int, WriteControl], Memory]] = {
     "parametric": ParametricMemory,
     "hybrid": HybridMemory,
 }

@@ -6,10 +6,11 @@ the row "hybrid" (TMEM's write and MemAgent's summary at once).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 
-from actors.memory.base import Agent, ContextMemory
+from actors.memory.base import Agent, ContextMemory, user_turns
 from actors.memory.controls import OWN_CARDS, WriteControl
 from actors.memory.summary import Summary
 from actors.text.chat_template import ChatFormat
@@ -36,6 +37,11 @@ class Flashcards:
         """Ask for flashcards at the end of the running context. Return the agent's text as it is."""
         agent.context.observe(agent.chat.user(self._prompt(agent)))
         return await self._control.extract(agent, self._config.max_extract_tokens)
+
+    def reserve(self, agent: Agent) -> int:
+        """Return the tokens that an extraction adds to the running context at most."""
+        turn = agent.chat.user(self._prompt(agent)) + agent.chat.assistant_open
+        return len(turn) + self._config.max_extract_tokens
 
     async def write(self, agent: Agent, text: str) -> None:
         """Write the flashcards in ``text``. Adds exactly one record to the agent's write log."""
@@ -75,41 +81,94 @@ class Flashcards:
         return written
 
 
-class ParametricMemory(ContextMemory):
-    """The rows "TMEM" and "question-blind".
+class FlashcardMemory(ContextMemory):
+    """A memory that extracts flashcards. It reads so that an extraction always fits the engine's window.
 
-    Invariant: a relief ends with one more write record and an empty context, whatever the model wrote.
-    With T the identity (write.epochs=0) nothing can move out of the context, so it is truncated: then the
-    agent is the truncation agent, to the token.
+    A text longer than L_max is one turn, with one extraction, where it fits the window. Otherwise it comes in
+    pieces, as for every memory.
     """
 
-    def __init__(self, config: MemoryConfig, write: WriteConfig, control: WriteControl = OWN_CARDS) -> None:
+    def __init__(
+        self,
+        config: MemoryConfig,
+        write: WriteConfig,
+        window_tokens: int,
+        control: WriteControl = OWN_CARDS,
+    ) -> None:
         super().__init__(config.max_context_tokens)
+        # with T the identity (write.epochs=0) no flashcards are asked for
         self._flashcards = None if write.epochs == 0 else Flashcards(config, write, control)
+        self._window_tokens = window_tokens
+
+    async def read(self, agent: Agent, text: str) -> None:
+        if self._flashcards is None:
+            await super().read(agent, text)
+            return
+        whole = agent.chat.user(text)
+        if not self._has_room(agent, len(whole)) and self._fits_alone(agent, len(whole)):
+            await self.relieve(agent, len(whole))
+        fits = self._has_room(agent, len(whole))
+        for turn in [whole] if fits else user_turns(text, agent.chat, self.max_context_tokens):
+            if not agent.context.is_fresh and not self._has_room(agent, len(turn)):
+                await self.relieve(agent, len(turn))
+            await self.take_in(agent, turn)
+
+    def _has_room(self, agent: Agent, incoming: int) -> bool:
+        """Return whether an extraction still fits the window behind ``incoming`` more tokens."""
+        tokens = len(agent.context) + incoming
+        return tokens <= self.max_context_tokens or tokens + self.reserve(agent) <= self._window_tokens
+
+    def _fits_alone(self, agent: Agent, incoming: int) -> bool:
+        opening = len(agent.context) - len(agent.context.after_opening)
+        return opening + incoming + self.reserve(agent) <= self._window_tokens
+
+    @abstractmethod
+    def reserve(self, agent: Agent) -> int:
+        """Return the tokens that a relief adds to the running context at most."""
+
+
+class ParametricMemory(FlashcardMemory):
+    """The rows "TMEM" and "question-blind".
+
+    Invariant: the relief of a context with news ends with one more write record and an empty context,
+    whatever the model wrote. With T the identity nothing can move out of the context, so it is truncated:
+    then the agent is the truncation agent, to the token.
+    """
 
     async def relieve(self, agent: Agent, incoming: int) -> None:
         if self._flashcards is None:
             self.events["truncations"] += 1
             agent.truncate(self.max_context_tokens - incoming)
             return
+        if self.cleared_without_news(agent):
+            return
         text = await self._flashcards.extract(agent)
         agent.clear()  # before the write: the segment was sampled under the revision that the write replaces
         await self._flashcards.write(agent, text)
 
+    def reserve(self, agent: Agent) -> int:
+        return self._flashcards.reserve(agent) if self._flashcards is not None else 0
 
-class HybridMemory(ContextMemory):
+
+class HybridMemory(FlashcardMemory):
     """The row "hybrid": a full context becomes a new summary and a write, and is cleared.
 
-    The summary is written first. So with T the identity (write.epochs=0), where no flashcards are asked for,
-    the agent is the summary agent, to the token.
+    The summary is written first. So with T the identity the agent is the summary agent, to the token.
     """
 
-    def __init__(self, config: MemoryConfig, write: WriteConfig, control: WriteControl = OWN_CARDS) -> None:
-        super().__init__(config.max_context_tokens)
+    def __init__(
+        self,
+        config: MemoryConfig,
+        write: WriteConfig,
+        window_tokens: int,
+        control: WriteControl = OWN_CARDS,
+    ) -> None:
+        super().__init__(config, write, window_tokens, control)
         self._summary = Summary(config)
-        self._flashcards = None if write.epochs == 0 else Flashcards(config, write, control)
 
     async def relieve(self, agent: Agent, incoming: int) -> None:
+        if self.cleared_without_news(agent, self._summary.remembered):
+            return
         self.events[await self._summary.rewrite(agent)] += 1
         if self._flashcards is None:
             agent.clear(self._summary.remembered)
@@ -117,6 +176,10 @@ class HybridMemory(ContextMemory):
         text = await self._flashcards.extract(agent)
         agent.clear(self._summary.remembered)
         await self._flashcards.write(agent, text)
+
+    def reserve(self, agent: Agent) -> int:
+        cards = self._flashcards.reserve(agent) if self._flashcards is not None else 0
+        return self._summary.reserve(agent) + cards
 
 
 def _not_outdated(earlier: Sequence[Flashcard], cards: Sequence[Flashcard], wordings: int) -> list[Flashcard]:

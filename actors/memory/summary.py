@@ -43,6 +43,11 @@ class Summary:
         self.text = text or self.text
         return "summaries" if text else "empty_summaries"
 
+    def reserve(self, agent: Agent) -> int:
+        """Return the tokens that a rewrite adds to the running context at most."""
+        turn = agent.chat.user(self.prompt(agent)) + agent.chat.assistant_open
+        return len(turn) + self._config.max_summary_tokens + len(agent.chat.assistant_close(()))
+
     def prompt(self, agent: Agent) -> str:
         if self._config.question_blind or not agent.question:
             return _REWRITE
@@ -57,6 +62,8 @@ class SummaryMemory(ContextMemory):
         self._summary = Summary(config)
 
     async def relieve(self, agent: Agent, incoming: int) -> None:
+        if self.cleared_without_news(agent, self._summary.remembered):
+            return
         self.events[await self._summary.rewrite(agent)] += 1
         agent.clear(self._summary.remembered)
 

@@ -36,6 +36,8 @@ class RawMemory(ContextMemory):
         self._write = write
 
     async def relieve(self, agent: Agent, incoming: int) -> None:
+        if self.cleared_without_news(agent):
+            return
         read = agent.context.after_opening
         agent.clear()
         opening = agent.chat.system(agent.system_prompt)
@@ -51,6 +53,8 @@ class SummaryWriteMemory(ContextMemory):
         self._write = write
 
     async def relieve(self, agent: Agent, incoming: int) -> None:
+        if self.cleared_without_news(agent):
+            return
         summary = Summary(self._config)
         self.events[await summary.rewrite(agent)] += 1
         agent.clear()
@@ -75,6 +79,8 @@ class ImplicationsMemory(ContextMemory):
             await self.relieve(agent, 0)
 
     async def relieve(self, agent: Agent, incoming: int) -> None:
+        if self.cleared_without_news(agent):
+            return
         agent.context.observe(agent.chat.user(_IMPLY))
         text = await agent.reply("extract", self._config.max_extract_tokens)
         agent.clear()

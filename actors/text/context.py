@@ -18,6 +18,8 @@ from actors.types import ActionSpan, Generation, PolicyVersion, Segment, SpanKin
 class Context:
     """Grows by observations (mask 0) and generations (mask 1).
 
+    ``told``: something to remember was told in it, and not only questions were asked.
+
     Truncation never drops the ``opening``: the system prompt and the text that a memory puts in front.
     """
 
@@ -26,6 +28,7 @@ class Context:
         self._ids: list[int] = list(opening)
         self._logprobs: list[float] = [0.0] * len(opening)
         self._spans: list[ActionSpan] = []
+        self.told = False
 
     def __len__(self) -> int:
         """Tokens, the opening included."""
@@ -53,6 +56,11 @@ class Context:
         """Append tokens that the engine has not sampled."""
         self._ids += ids
         self._logprobs += [0.0] * len(ids)
+
+    def tell(self, ids: Sequence[int]) -> None:
+        """Append tokens of a turn that tells something to remember."""
+        self.observe(ids)
+        self.told = True
 
     def act(self, generation: Generation, kind: SpanKind) -> None:
         """Append sampled tokens with their log-probs. An empty generation leaves no trace."""
@@ -97,4 +105,5 @@ class Context:
         kept = Context(self._ids[: self._opening])
         room = max(0, limit - self._opening)
         kept.observe(rest[len(rest) - min(room, len(rest)) :])
+        kept.told = self.told
         return kept

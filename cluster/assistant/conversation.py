@@ -163,7 +163,7 @@ class Conversation:
         self._parts = parts
         config = parts.opening.config
         self._speaker = _Speaker(parts, name)
-        self._memory = ParametricMemory(config.memory, config.write)
+        self._memory = ParametricMemory(config.memory, config.write, config.engine.max_model_tokens)
         self._agent = Agent(self._speaker, parts.chat, system_prompt, "")
 
     # --- state ------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ class Conversation:
         async with self._all_or_nothing():
             for piece in self._pieces(text):
                 ids = chat.reply(piece)
-                self._agent.context.observe(chat.assistant_open + ids + chat.assistant_close(ids))
+                self._agent.context.tell(chat.assistant_open + ids + chat.assistant_close(ids))
                 if self._memory.is_full(self._agent, 0):
                     await self._memory.relieve(self._agent, 0)
 
@@ -297,7 +297,7 @@ class Conversation:
     async def _become(self, memory: SavedMemory) -> None:
         await self._speaker.become(memory.weights, memory.probe)
         self._agent = Agent(self._speaker, self._parts.chat, memory.system_prompt, "")
-        self._agent.context.observe(memory.context_ids)
+        self._agent.context.tell(memory.context_ids)
         self._agent.writes = list(memory.writes)
 
     def _pieces(self, text: str) -> list[str]:

@@ -220,7 +220,7 @@ def _played(actor: ScriptedActor, config: RunConfig) -> Trajectory:
     task, environment = actor.task, actor.environment
     session = environment.start(task)
     agent = Agent(actor, actor.chat, environment.system_prompt, session.question)
-    memory = ParametricMemory(config.memory, config.write)
+    memory = ParametricMemory(config.memory, config.write, config.engine.max_model_tokens)
     turns = len(task.payload["questions"])
     stop = asyncio.run(play(agent, session, memory, config.sampling.max_answer_tokens, max_turns=turns))
     segments, revisions = agent.finish(), tuple(actor.revisions)

@@ -51,11 +51,11 @@ class Demonstrations:
     def of_step(self, step: int) -> list[Segment]:
         """The flashcards of ``tasks_per_step`` tasks, then the answers of ``unknown``. Raises TaskError."""
         tasks = _of_step(self._tasks, step, self._config.warm_start.tasks_per_step)
-        memory, write = self._config.memory, self._config.write
+        memory, write, window = self._config.memory, self._config.write, self._config.engine.max_model_tokens
         flashcards = [
             segment
             for task in tasks
-            for segment in demonstrate(task, self._environment, self._chat, memory, write)
+            for segment in demonstrate(task, self._environment, self._chat, memory, write, window)
         ]
         return flashcards + self._answers(step)
 

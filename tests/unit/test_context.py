@@ -55,3 +55,11 @@ def test_truncation_keeps_the_opening_and_the_newest(steps: list[tuple[bool, lis
     assert len(kept) == max(2, min(limit, len(before)))
     assert kept.ids[2:] == before[len(before) - len(kept) + 2 :]
     assert context.ids == before
+
+
+def test_what_was_told_is_told_until_the_context_is_closed() -> None:
+    context = Context([7, 8])
+    context.observe([1, 2])
+    assert not context.told and not context.truncated(3).told
+    context.tell([3])
+    assert context.ids == (7, 8, 1, 2, 3) and context.told and context.truncated(3).told

@@ -24,6 +24,7 @@ from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWrite
 ENVIRONMENT = RecallEnvironment(
     RecallConfig(sessions=2, facts_per_session=4, questions=4, filler_sentences=1)
 )
+WINDOW = SURROUNDINGS.window_tokens
 TASKS = list(itertools.islice(ENVIRONMENT.tasks("train", 0, 0), 10))
 
 
@@ -31,7 +32,7 @@ TASKS = list(itertools.islice(ENVIRONMENT.tasks("train", 0, 0), 10))
 def test_the_mask_covers_the_gold_flashcards_only(chat: ChatFormat, blind: bool) -> None:
     memory = MemoryConfig(max_context_tokens=50, question_blind=blind)
     for task in TASKS:
-        segments = demonstrate(task, ENVIRONMENT, chat, memory, WriteConfig())
+        segments = demonstrate(task, ENVIRONMENT, chat, memory, WriteConfig(), WINDOW)
         assert len(segments) >= 2  # one for each session, and one where the questions fill the context
         assert {span.kind for segment in segments for span in segment.spans} == {"extract"}
         for text, segment in zip(task.payload["sessions"], segments[:2], strict=True):
@@ -46,7 +47,7 @@ def test_the_mask_covers_the_gold_flashcards_only(chat: ChatFormat, blind: bool)
 def test_two_wordings_are_two_cards_a_fact_side_by_side(chat: ChatFormat) -> None:
     memory = MemoryConfig(max_context_tokens=50, question_blind=True, wordings=2)
     task = TASKS[0]
-    segments = demonstrate(task, ENVIRONMENT, chat, memory, WriteConfig())
+    segments = demonstrate(task, ENVIRONMENT, chat, memory, WriteConfig(), WINDOW)
     taught = parse_flashcards(chat.decode(segments[0].token_ids[segments[0].action_mask]), 32).cards
     gold = ENVIRONMENT.demonstrate_flashcards(task, task.payload["sessions"][0], question_blind=True)
     assert taught[::2] == gold and len(gold) == 4
@@ -54,7 +55,7 @@ def test_two_wordings_are_two_cards_a_fact_side_by_side(chat: ChatFormat) -> Non
         assert other.answer == card.answer
         assert ENVIRONMENT.wordings(card.question) == (card.question, other.question)
     # A question-aware agent's first card has the words of the question, whichever of the two they are.
-    aware = demonstrate(task, ENVIRONMENT, chat, replace(memory, question_blind=False), WriteConfig())
+    aware = demonstrate(task, ENVIRONMENT, chat, replace(memory, question_blind=False), WriteConfig(), WINDOW)
     cards = parse_flashcards(chat.decode(aware[0].token_ids[aware[0].action_mask]), 32).cards
     asked = {question["question"] for question in task.payload["questions"]}
     assert cards and all(card.question in asked for card in cards[::2])
@@ -78,7 +79,7 @@ def test_an_exchange_teaches_its_last_answer_only(chat: ChatFormat) -> None:
 @pytest.mark.parametrize("window", [50, 90])
 def test_a_real_episode_that_writes_the_gold_sees_the_same_tokens(chat: ChatFormat, window: int) -> None:
     task, memory = TASKS[0], MemoryConfig(max_context_tokens=window)
-    taught = demonstrate(task, ENVIRONMENT, chat, memory, WriteConfig())
+    taught = demonstrate(task, ENVIRONMENT, chat, memory, WriteConfig(), WINDOW)
     replies = iter([tuple(segment.token_ids[segment.action_mask].tolist()) for segment in taught])
 
     def script(prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
@@ -99,6 +100,6 @@ def test_a_real_episode_that_writes_the_gold_sees_the_same_tokens(chat: ChatForm
 def test_it_runs_inside_a_running_event_loop_too(chat: ChatFormat) -> None:
     async def inside() -> int:
         memory = MemoryConfig(max_context_tokens=50)
-        return len(demonstrate(TASKS[0], ENVIRONMENT, chat, memory, WriteConfig()))
+        return len(demonstrate(TASKS[0], ENVIRONMENT, chat, memory, WriteConfig(), WINDOW))
 
     assert asyncio.run(inside()) >= 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -239,16 +240,48 @@ class _ReaderSession:
         return Outcome(1.0, {}, ())
 
 
-def test_an_observation_longer_than_the_window_is_read_in_pieces_and_all_of_it(chat: ChatFormat) -> None:
-    policy = _talker(chat)
-
+def _read(chat: ChatFormat, window_tokens: int) -> Trajectory:
     async def play() -> Trajectory:
-        memory = build_memory(MemoryConfig(max_context_tokens=120), WriteConfig(), SURROUNDINGS)
-        batcher = WriteBatcher(ScriptedWriter())
-        return await run_episode(_spec(), _Reader(), policy, batcher, chat, memory, "basis")
+        around = replace(SURROUNDINGS, window_tokens=window_tokens)
+        config = MemoryConfig(max_context_tokens=120, max_extract_tokens=64)
+        memory, batcher = build_memory(config, WriteConfig(), around), WriteBatcher(ScriptedWriter())
+        return await run_episode(_spec(), _Reader(), _talker(chat), batcher, chat, memory, "basis")
 
     trajectory = asyncio.run(play())
     read = "\n".join(chat.decode(segment.token_ids) for segment in trajectory.segments)
     assert all(line in read for line in _Reader.text.splitlines())
+    # every extraction has its room in the window
+    assert all(segment.spans[0].start + 64 <= window_tokens for segment in trajectory.segments)
+    return trajectory
+
+
+def test_an_observation_longer_than_the_window_is_read_in_pieces_and_all_of_it(chat: ChatFormat) -> None:
+    trajectory = _read(chat, window_tokens=280)  # too little for two pieces and an extraction
     assert len(trajectory.writes) > 4
-    assert all(segment.spans[0].start <= 120 + 120 + 100 for segment in trajectory.segments)
+    assert all(segment.spans[0].start <= 120 + 120 + 120 for segment in trajectory.segments)
+
+
+def test_a_text_longer_than_l_max_is_one_extraction_where_it_fits_the_window(chat: ChatFormat) -> None:
+    text = len(chat.user(_Reader.text))
+    assert text > 4 * 120
+    assert len(_read(chat, window_tokens=text + 200).writes) == 1
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_questions_are_no_news_and_are_cleared_without_an_extraction(chat: ChatFormat, blind: bool) -> None:
+    """Four questions and answers overfill the context, in which nothing was told since the last session."""
+    environment = RecallEnvironment(RecallConfig(sessions=2, facts_per_session=4, questions=4))
+    task = next(environment.tasks("train", 0, 0))
+    policy = _talker(chat, answer="I believe that it is Lisbon")
+    memory = replace(EACH_SESSION, question_blind=blind)
+
+    async def play() -> Trajectory:
+        built, batcher = build_memory(memory, WriteConfig(), SURROUNDINGS), WriteBatcher(ScriptedWriter())
+        return await run_episode(_spec(task=task), environment, policy, batcher, chat, built, "basis")
+
+    trajectory = asyncio.run(play())
+    kinds = [[span.kind for span in segment.spans] for segment in trajectory.segments]
+    assert kinds[:2] == [["extract"], ["extract"]] and len(kinds) >= 4
+    assert {kind for segment in kinds[2:] for kind in segment} == {"act"}
+    assert len(trajectory.writes) == 2 and sum(map(len, kinds[2:])) == 4
+    assert trajectory.memory_events == {"cleared_without_news": len(kinds) - 3}

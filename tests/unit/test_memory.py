@@ -17,12 +17,14 @@ from actors.memory.base import Agent, TruncationMemory, user_turns
 from actors.memory.build import build_memory
 from actors.memory.parametric import ParametricMemory
 from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import extraction_prompt
 from actors.text.split_text import split_text
 from actors.types import FastWeights, Flashcard, Generation, SpanKind, WriteExample, WriteRequest, WriteResult
 from configs.schema import MemoryConfig, WriteConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedWriter, sampled
 
 PAPER = WriteConfig()
+WINDOW = SURROUNDINGS.window_tokens
 ACCEPTED = itertools.repeat("accepted")
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}, {"instruction": "Where to?", "output": "Lisbon"}]'
 
@@ -59,7 +61,7 @@ class _Actor:
 
 def _agent(chat: ChatFormat, actor: _Actor, text: str = "Nora has moved to Lisbon.") -> Agent:
     agent = Agent(actor, chat, "Be brief.", "Where does Nora live?")
-    agent.context.observe(chat.user(text))
+    agent.context.tell(chat.user(text))
     return agent
 
 
@@ -67,7 +69,7 @@ def _relieve(
     agent: Agent, write: WriteConfig = PAPER, question_blind: bool = False, wordings: Literal[1, 2] = 1
 ) -> None:
     config = MemoryConfig(max_context_tokens=10, question_blind=question_blind, wordings=wordings)
-    asyncio.run(ParametricMemory(config, write).relieve(agent, 0))
+    asyncio.run(ParametricMemory(config, write, WINDOW).relieve(agent, 0))
 
 
 def _list(cards: Sequence[tuple[str, str]]) -> str:
@@ -97,7 +99,7 @@ def test_writes_accumulate_and_the_next_prompt_shows_what_is_saved(chat: ChatFor
     actor = _Actor(chat, [CARDS, '[{"instruction": "What rained?", "output": "cats"}]'])
     agent = _agent(chat, actor)
     _relieve(agent)
-    agent.context.observe(chat.user("It rained cats."))
+    agent.context.tell(chat.user("It rained cats."))
     _relieve(agent)
     assert "Who moved? Nora Where to? Lisbon" in chat.decode(actor.prompts[1])
     assert [record.revision for record in agent.writes] == [1, 2]
@@ -112,7 +114,7 @@ def test_rehearsal_trains_earlier_cards_again_but_not_outdated_ones(chat: ChatFo
         agent = _agent(chat, actor)
         write = WriteConfig(rehearsal=rehearsal)
         _relieve(agent, write)
-        agent.context.observe(chat.user("Then she went on to Oslo."))
+        agent.context.tell(chat.user("Then she went on to Oslo."))
         _relieve(agent, write)
         assert len(actor.learned[1]) == cards
         assert actor.learned[1][0].answer_ids == chat.reply("Oslo")
@@ -131,7 +133,7 @@ def test_rehearsal_takes_the_newest_earlier_cards(chat: ChatFormat) -> None:
     )
     agent = _agent(chat, actor)
     for _ in cards:
-        agent.context.observe(chat.user("More."))
+        agent.context.tell(chat.user("More."))
         _relieve(agent, WriteConfig(rehearsal=1))
     rehearsed = [[chat.decode(example.answer_ids) for example in examples[1:]] for examples in actor.learned]
     wanted = [[], ["old"], ["two"], ["new"], ["new"]]
@@ -143,7 +145,7 @@ def test_cards_are_learnt_at_every_depth_the_rehearsed_ones_too(chat: ChatFormat
     agent = _agent(chat, actor)
     write = WriteConfig(rehearsal=1, depths=(1, 2))
     _relieve(agent, write)
-    agent.context.observe(chat.user("It rained cats."))
+    agent.context.tell(chat.user("It rained cats."))
     _relieve(agent, write)
     answers = [[chat.decode(example.answer_ids) for example in examples] for examples in actor.learned]
     new, earlier = chat.decode(chat.reply("cats")), chat.decode(chat.reply("Lisbon"))
@@ -162,13 +164,13 @@ def test_with_two_wordings_a_new_answer_outdates_both_old_questions(chat: ChatFo
     write = WriteConfig(rehearsal=8)
     _relieve(agent, write, wordings=2)
     assert "in different words" in chat.decode(actor.prompts[0])
-    agent.context.observe(chat.user("Then she went on to Oslo."))
+    agent.context.tell(chat.user("Then she went on to Oslo."))
     _relieve(agent, write, wordings=2)
     learned = [chat.decode(example.answer_ids) for example in actor.learned[1]]
     assert learned == [chat.decode(chat.reply(text)) for text in ("Oslo", "Oslo", "Nora", "Nora")]
     same = _list([("Where to?", "Oslo")])  # told again: no answer changed, and the other wording stays
     actor._texts.append(same)
-    agent.context.observe(chat.user("She is in Oslo."))
+    agent.context.tell(chat.user("She is in Oslo."))
     _relieve(agent, write, wordings=2)
     assert "What place?" in chat.decode(actor.learned[2][3].prompt_ids)
 
@@ -214,7 +216,7 @@ def test_a_rolled_back_write_is_recorded_and_not_shown_as_saved(chat: ChatFormat
     actor = _Actor(chat, [CARDS, "[]"], iter(["rolled_back"]))
     agent = _agent(chat, actor)
     _relieve(agent)
-    agent.context.observe(chat.user("More."))
+    agent.context.tell(chat.user("More."))
     _relieve(agent)
     record = agent.writes[0]
     assert (record.outcome, record.revision) == ("rolled_back", 0)
@@ -242,18 +244,63 @@ def test_the_saved_cards_shown_are_bounded_newest_first(chat: ChatFormat) -> Non
     ]
     actor = _Actor(chat, extractions)
     agent = _agent(chat, actor)
-    memory = ParametricMemory(MemoryConfig(max_context_tokens=10, max_extract_tokens=32), WriteConfig())
+    memory = ParametricMemory(
+        MemoryConfig(max_context_tokens=10, max_extract_tokens=32), WriteConfig(), WINDOW
+    )
     for _ in range(8):
-        agent.context.observe(chat.user("More."))
+        agent.context.tell(chat.user("More."))
         asyncio.run(memory.relieve(agent, 0))
     last = chat.decode(actor.prompts[-1])
     assert "Question number 6?" in last and "Question number 0?" not in last
 
 
+def test_a_context_is_relieved_before_a_turn_that_leaves_no_room_for_an_extraction(chat: ChatFormat) -> None:
+    """Without it the engine would refuse the memory-writing prompt, or cut the flashcards short."""
+    text = "Nora has moved to Lisbon. " * 6
+    turn = len(chat.user(text))
+    config = MemoryConfig(max_context_tokens=turn + 20, max_extract_tokens=32)
+    for room, extractions in ((2 * turn, [2]), (2 * turn - 1, [1, 1])):
+        actor = _Actor(chat, [CARDS, CARDS])
+        agent = Agent(actor, chat, "Be brief.", "Where does Nora live?")
+        prompt = chat.user(extraction_prompt(agent.question, ())) + chat.assistant_open
+        window = len(agent.context) + room + len(prompt) + 32
+        memory = ParametricMemory(config, WriteConfig(), window)
+        for _ in range(2):
+            asyncio.run(memory.read(agent, text))
+        if not agent.context.is_fresh:
+            asyncio.run(memory.relieve(agent, 0))
+        told = [chat.decode(ids).count("Lisbon. Nora") // 5 for ids in actor.prompts]
+        assert told == extractions
+        assert all(len(ids) + 32 <= window for ids in actor.prompts)
+
+
+def test_a_long_text_waits_for_an_empty_context_rather_than_come_in_pieces(chat: ChatFormat) -> None:
+    text = "Nora has moved to Lisbon. " * 12
+    turn = len(chat.user(text))
+    config = MemoryConfig(max_context_tokens=turn // 2, max_extract_tokens=32)
+    actor = _Actor(chat, [CARDS, CARDS])
+    agent = _agent(chat, actor, "Omar works as a baker. " * 8)
+    window = len(chat.system("Be brief.")) + turn + len(chat.user(extraction_prompt(agent.question, ()))) + 60
+    asyncio.run(ParametricMemory(config, WriteConfig(), window).read(agent, text))
+    first, second = map(chat.decode, actor.prompts)
+    assert "baker" in first and "Lisbon" not in first and text.strip() in second
+    assert agent.context.is_fresh and len(agent.writes) == 2
+
+
+def test_a_context_with_questions_alone_is_cleared_and_counted(chat: ChatFormat) -> None:
+    agent = Agent(_Actor(chat, ["Lisbon"]), chat, "Be brief.", "")
+    memory = ParametricMemory(MemoryConfig(max_context_tokens=10), PAPER, WINDOW)
+    agent.turn_tells = False
+    asyncio.run(memory.answer(agent, "Where does Nora live?", 8))
+    asyncio.run(memory.relieve(agent, 0))
+    assert agent.context.is_fresh and agent.writes == [] and len(agent.segments) == 1
+    assert memory.events == {"cleared_without_news": 1}
+
+
 def test_truncation_keeps_the_system_prompt_and_the_newest_tokens(chat: ChatFormat) -> None:
     agent = _agent(chat, _Actor(chat, ["Noted."]))
     asyncio.run(agent.reply("act", 8))
-    agent.context.observe(chat.user("The train left on time."))
+    agent.context.tell(chat.user("The train left on time."))
     before = agent.context.ids
     limit = len(before) - 5
     asyncio.run(TruncationMemory(limit).relieve(agent, 4))

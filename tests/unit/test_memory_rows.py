@@ -31,17 +31,21 @@ WRITE = WriteConfig(max_example_tokens=64)
 
 
 class _Stories:
-    """Five stories, then two questions."""
+    """Five stories, then two questions, or more than a context holds."""
 
     name = "stories"
     system_prompt = "Be brief."
+
+    def __init__(self, whens: Sequence[str] = ("first", "last"), telling: bool = True) -> None:
+        self._whens = whens
+        self._telling = telling  # whether a question counts as news
 
     def tasks(self, split: str, seed: int, start: int) -> Iterator[Task]:
         raise NotImplementedError
 
     def start(self, task: Task) -> Session:
         stories = [Observation(text, False) for text in TEXTS]
-        questions = [Observation(f"Where is Nora {when}?", True) for when in ("first", "last")]
+        questions = [Observation(f"Where is Nora {when}?", True, self._telling) for when in self._whens]
         return _Telling(stories + questions)
 
 
@@ -67,12 +71,13 @@ def _play(
     memory: MemoryConfig,
     write: WriteConfig = WRITE,
     writer: ScriptedWriter | None = None,
+    stories: _Stories | None = None,
 ) -> Trajectory:
     spec = EpisodeSpec(Task("t", "stories", {}, 0), "g.0", 1.0, 8, 64, seed=5)
 
     async def play() -> Trajectory:
         built, batcher = build_memory(memory, write, SURROUNDINGS), WriteBatcher(writer or ScriptedWriter())
-        return await run_episode(spec, _Stories(), policy, batcher, chat, built, "basis")
+        return await run_episode(spec, stories or _Stories(), policy, batcher, chat, built, "basis")
 
     return asyncio.run(play())
 
@@ -230,3 +235,25 @@ def test_the_full_context_is_cut_only_at_the_engines_window(chat: ChatFormat) ->
     policy = _says(chat, "unused")
     (segment,) = _play(chat, policy, _memory("full", limit=40)).segments
     assert all(text in chat.decode(segment.token_ids) for text in TEXTS)
+
+
+@pytest.mark.parametrize("row", ["parametric", "hybrid", "summary", "raw", "summary_write", "implications"])
+def test_a_context_of_questions_alone_is_cleared_without_an_extraction_or_a_write(
+    chat: ChatFormat, row: str
+) -> None:
+    whens = [f"in the month {number} of the year" for number in range(12)]
+    policy = _says(chat, CARDS)
+    told, asked = (
+        _play(chat, _says(chat, CARDS), _memory(row), stories=_Stories(whens, telling=True)),
+        _play(chat, policy, _memory(row), stories=_Stories(whens, telling=False)),
+    )
+    cleared = asked.memory_events["cleared_without_news"]
+    assert cleared >= 2 and "cleared_without_news" not in told.memory_events
+    moved_out = [len(_extractions(trajectory)) + len(trajectory.writes) for trajectory in (told, asked)]
+    assert moved_out[1] < moved_out[0]
+    if row in ("hybrid", "summary"):  # the summary stays
+        assert all(CARDS in prompt for prompt in _prompts(chat, policy, "act")[-cleared:])
+
+
+def _extractions(trajectory: Trajectory) -> list[str]:
+    return [span.kind for segment in trajectory.segments for span in segment.spans if span.kind == "extract"]

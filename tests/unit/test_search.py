@@ -42,6 +42,7 @@ def _session(*questions: int, **settings: Any) -> SearchSession:
 def _turn(session: SearchSession) -> str:
     observation = session.observe()
     assert observation is not None and observation.wants_action
+    assert observation.tells  # the results of a search are news
     return observation.text
 
 

@@ -53,9 +53,9 @@ def test_a_session_reads_then_asks_and_a_missing_answer_is_empty() -> None:
     assert [session.observe() for _ in range(3)] == [
         Observation("one", wants_action=False),
         Observation("two", wants_action=False),
-        Observation("Who?", wants_action=True),
+        Observation("Who?", wants_action=True, tells=False),
     ]
     session.act(" Ida \n")
     assert session.answers == ["Ida", ""]
-    assert session.observe() == Observation("Where?", wants_action=True)
+    assert session.observe() == Observation("Where?", wants_action=True, tells=False)
     assert session.observe() is None and session.observe() is None
