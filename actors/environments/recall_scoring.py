@@ -20,7 +20,7 @@ from actors.environments.scoring import plain_em, plain_f1, says_unknown
 UNKNOWN = "I don't know"
 """The gold answer to a question whose answer nobody told."""
 
-STRANGER, SAME_PERSON = "stranger", "same_person"
+UNTOLD = (STRANGER, SAME_PERSON) = ("stranger", "same_person")
 """Categories of such a question: about a person of whom nothing was told, or about a told person."""
 
 KINDS = ("told_elsewhere", "abstained", "made_up")

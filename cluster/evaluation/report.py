@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cluster.evaluation.plan import L_MAX, slug
 from cluster.evaluation.summary import PRIMARY, Bootstrap, Cost, Difference, RowSummary
+from cluster.measure.answer_kinds import kinds_table
 from cluster.measure.collapse import HEADER as COLLAPSE_HEADER
 from cluster.measure.collapse import LEGEND as COLLAPSE_LEGEND
 from cluster.measure.collapse import collapse_cells, collapse_figures
@@ -128,6 +129,7 @@ class ComparisonReport:
     def _section(self, benchmark: str, plots: Sequence[Path]) -> Section:
         rows = [row for row, _ in self.of(benchmark)]
         tables = [self._score_table(benchmark), *(self._categories(rows, score) for score in _scores(rows))]
+        tables.append(kinds_table({row.label: row.answers for row in rows}))
         tables += [self._collapse_table(rows), self._cost_table(benchmark), self._events(benchmark)]
         shown = tuple(table for table in tables if table.rows)
         return Section(benchmark, tables=shown, plots=tuple(plots))

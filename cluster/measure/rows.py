@@ -20,6 +20,7 @@ from typing import Protocol, get_args
 
 import numpy as np
 
+from actors.environments.recall_scoring import UNTOLD
 from actors.types import Answer, FailedEpisode, PolicyVersion, Task, Trajectory, TrajectoryGroup, WriteOutcome
 from cluster.common.errors import CheckpointError
 from cluster.measure.collapse import ExtractionCounts, collapse_figures, count_extractions, total
@@ -186,11 +187,19 @@ def categories(answers: Iterable[Answer]) -> dict[str, Chosen]:
 
 
 def answer_groups(answers: Iterable[Answer]) -> dict[str, Chosen]:
-    """The categories, and all answers but the unanswerable ones where there are such."""
+    """The categories, and where there are such, all answers but the unanswerable or the untold ones."""
     groups = categories(answers)
     if UNANSWERABLE in groups:
         groups[f"all but {UNANSWERABLE}"] = lambda answer: answer.category != UNANSWERABLE
+    if any(name in groups for name in UNTOLD):
+        groups["told"] = lambda answer: answer.category not in UNTOLD
     return groups
+
+
+def told_and_untold(answers: Iterable[Answer]) -> dict[str, Chosen]:
+    """All told answers, then each category of the untold ones; empty where there is no untold one."""
+    groups = answer_groups(answers)
+    return {name: groups[name] for name in ("told", *UNTOLD) if "told" in groups and name in groups}
 
 
 def _of_category(name: str) -> Chosen:
@@ -306,6 +315,9 @@ def row_metrics(result: RowResult, key: str) -> dict[str, float]:
     }
     for category, chosen in categories(result.answers).items():
         figures[f"f1_{category}"] = answers_mean(result.answers, "f1", chosen)[0]
+    for group, chosen in told_and_untold(result.answers).items():
+        shares = {score: answers_mean(result.answers, score, chosen) for score in result.score_names}
+        figures |= {f"{score}_{group}": mean for score, (mean, count) in shares.items() if count}
     figures |= {f"writes_{outcome}": float(count) for outcome, count in result.writes.items()}
     figures["failed_episodes"] = float(len(result.failed))
     figures |= collapse_figures(result.answers, result.extractions)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.measure.answer_kinds import kinds_table
 from cluster.measure.collapse import HEADER as COLLAPSE_HEADER
 from cluster.measure.collapse import LEGEND as COLLAPSE_LEGEND
 from cluster.measure.collapse import collapse_cells, collapse_figures
@@ -96,7 +97,9 @@ class TrainingReport:
 
     def document(self, plots: Sequence[Path] = ()) -> Document:
         notes = (*(comparison.sentence for comparison in self.comparisons), *self._failures())
-        tables = (self._scores(), self._collapse(), self._costs(), *self._by_category())
+        kinds = kinds_table({row.label: row.answers for row in self.rows.values()})
+        shown = (kinds,) if kinds.rows else ()
+        tables = (self._scores(), *shown, self._collapse(), self._costs(), *self._by_category())
         return Document(self.title, {}, (Section("", tables=tables, notes=notes, plots=tuple(plots)),))
 
     def data(self) -> dict[str, Any]:
