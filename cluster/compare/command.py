@@ -35,8 +35,7 @@ def pool(
 
     groups = load_groups(runs)
     open_output(output)
-    config = groups[0].runs[0].config
-    pooled, display = pool_groups(groups, config.evaluation.bootstrap_samples, config.seed), Display()
+    pooled, display = pool_groups(groups), Display()
     show(pooled.document(), display)
     for path in save_pool(pooled, output):
         display.say(f"saved: {path}")

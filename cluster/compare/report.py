@@ -1,8 +1,9 @@
 """Training runs pooled over seeds: what each stage scores, what training gained, and which kind gained more.
 
-Intervals (paired bootstrap) and p (sign-flip test) are over different questions, seeds pooled. They say what
-other questions would do, not what other seeds would. A question that several seeds ask (an environment with a
-fixed eval set) is one question, with the mean of its values. The gain of each seed stands beside them.
+The run is the unit of a claim about training: interval and p of a gain are over seeds. Beside them stand the
+gain of each seed, and an interval over questions, which says what other questions would do to these same
+runs. A question that several seeds ask (an environment with a fixed eval set) is one question, with the mean
+of its values.
 """
 
 from __future__ import annotations
@@ -25,26 +26,33 @@ from cluster.measure.report import (
     Table,
     decoding,
     interval_text,
+    p_text,
     running_mean,
     save_document,
     save_plot,
 )
 from cluster.measure.statistics import (
+    FEWEST_SEEDS,
     PairedDifference,
     Played,
     adjusted_p_values,
-    bootstrap_interval,
     item_means,
+    mean_interval,
+    over_seeds,
     paired_by_item,
+    seed_means,
 )
 from cluster.train.report import STAGES
 
 STAGE_HEADER = ("runs", "stage", "tasks", "F1 % [95 % CI]", "EM % [95 % CI]", "failed")
-GAIN_HEADER = ("runs", "from", "to", "questions", "F1, points [95 % CI]", "p", "by seed")
-VERSUS_HEADER = ("gain of", "against that of", "since", "questions", "F1, points [95 % CI]", "p")
+_CHANGES = ("seeds", "F1, points [95 % CI]", "p", "Holm p", "by seed", "questions", "over questions")
+GAIN_HEADER = ("runs", "from", "to", *_CHANGES)
+VERSUS_HEADER = ("gain of", "against that of", "since", *_CHANGES)
 LEGEND = (
-    "Intervals: bootstrap over different questions, seeds pooled; a question that several seeds ask counts "
-    "once, with its mean. p: sign-flip test over the same, adjusted within its table (Holm)."
+    "Intervals and p of changes: t over the seeds' means, and never surer than over questions; "
+    f"below {FEWEST_SEEDS} seeds there are none. Holm p: adjusted within its table. "
+    "Over questions: for other questions to the same runs; so are the intervals of stages. "
+    "A question that several seeds ask counts once, with its mean."
 )
 LAST = "after_rl"
 STARTS = ("before", "after_warm_start", "memory_off")
@@ -52,22 +60,34 @@ LATEST_STARTS = ("after_warm_start", "before")  # where RL began
 
 
 @dataclass(frozen=True, slots=True)
-class Gain:
-    """What training added to a group since ``stage``.
+class Change:
+    """One change, over both units. ``by_seed``: its mean in each run, None where no task can be compared."""
 
-    ``by_seed`` is in the order of the group's runs, None where no task finished both stages.
-    """
+    over_seeds: PairedDifference
+    over_questions: PairedDifference
+    by_seed: tuple[float | None, ...]
+
+    @staticmethod
+    def of(before: Mapping[Played, float], after: Mapping[Played, float], seeds: Sequence[int]) -> Change:
+        differences = {played: after[played] - before[played] for played in after if played in before}
+        questions, means = paired_by_item(before, after), seed_means(differences)
+        return Change(over_seeds(means, questions), questions, tuple(means.get(seed) for seed in seeds))
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What training added to a group since ``stage``, over the group's runs."""
 
     name: str
     stage: str
-    difference: PairedDifference
-    by_seed: tuple[float | None, ...]
+    change: Change
 
 
 @dataclass(frozen=True, slots=True)
 class Versus:
     """By how much the first group's gain exceeds the other's, on the tasks that both played.
 
+    Seeds are paired: both play the same tasks of a seed. ``change.by_seed``: the seeds that both have.
     ``not_paired`` counts tasks of one seed and id that ask something else in the other group, as recall's
     tasks do where environment.recall.* differs.
     """
@@ -75,19 +95,17 @@ class Versus:
     name: str
     other: str
     stage: str
-    difference: PairedDifference
+    change: Change
     not_paired: int
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """``samples`` and ``seed`` are the bootstrap's. p-values are adjusted within each table (Holm)."""
+    """p-values are adjusted within each table (Holm)."""
 
     groups: tuple[Group, ...]
     gains: tuple[Gain, ...]
     versus: tuple[Versus, ...]
-    samples: int
-    seed: int
 
     def document(self, plots: Sequence[Path] = ()) -> Document:
         folders = {group.name: ", ".join(str(run.folder) for run in group.runs) for group in self.groups}
@@ -99,14 +117,14 @@ class Pool:
         how = ", ".join(sorted(map(decoding, temperatures)))
         yield Table(f"Held-out evaluation, all seeds, {how}", STAGE_HEADER, tuple(self._stages()))
         if self.gains:
-            cells = _cells([gain.difference for gain in self.gains])
+            cells = _cells([gain.change for gain in self.gains])
             gains = [
-                (gain.name, gain.stage, LAST, *figures, _by_seed(gain))
+                (gain.name, gain.stage, LAST, *figures)
                 for gain, figures in zip(self.gains, cells, strict=True)
             ]
             yield Table("What training gained", GAIN_HEADER, tuple(gains))
         if self.versus:
-            cells = _cells([versus.difference for versus in self.versus])
+            cells = _cells([versus.change for versus in self.versus])
             lines = [
                 (versus.name, versus.other, versus.stage, *figures)
                 for versus, figures in zip(self.versus, cells, strict=True)
@@ -117,6 +135,9 @@ class Pool:
         """What the tables do not say of themselves, a line each."""
         yield LEGEND
         for group in self.groups:
+            if len(group.runs) < FEWEST_SEEDS:
+                few = f"{len(group.runs)} seed(s) tell nothing of other seeds"
+                yield f"{group.name}: {few}: no interval and no p; train {FEWEST_SEEDS} seeds or more."
             if len(set(group.models.values())) > 1:
                 starts = ", ".join(f"seed {seed}: {model}" for seed, model in group.models.items())
                 yield f"{group.name}: its runs start from different models ({starts})."
@@ -125,7 +146,7 @@ class Pool:
             if versus.not_paired:
                 tasks = f"{versus.not_paired} task(s) of the same seed and id ask different things"
                 yield f"{names}: {tasks} and are not paired; compare runs of one environment."
-            elif versus.difference.count == 0:
+            elif versus.change.over_questions.count == 0:
                 yield f"{names} share no finished task: their gains cannot be compared."
 
     def _stages(self) -> Iterator[tuple[str, ...]]:
@@ -134,46 +155,35 @@ class Pool:
             for stage in STAGES:
                 if group.has(stage):
                     by_score = [group.scores(stage, score) for score in ("f1", "em")]
-                    intervals = [
-                        bootstrap_interval(list(item_means(scores).values()), self.samples, self.seed)
-                        for scores in by_score
-                    ]
+                    intervals = [mean_interval(list(item_means(scores).values())) for scores in by_score]
                     texts = map(interval_text, intervals)
                     yield (name, stage, _tasks(by_score[0]), *texts, str(group.failed(stage)))
 
 
-def pool_groups(groups: tuple[Group, ...], samples: int, seed: int) -> Pool:
+def pool_groups(groups: tuple[Group, ...]) -> Pool:
     """Compare each group's stages, and the first group with each other since the last stage before RL."""
-    gains = [_gain(group, stage, samples, seed) for group in groups for stage in STARTS if group.has(stage)]
+    gains = [_gain(group, stage) for group in groups for stage in STARTS if group.has(stage)]
     first, *others = groups
     versus = []
     for other in others:
         shared = [stage for stage in LATEST_STARTS if first.has(stage) and other.has(stage)]
         if shared:
-            versus.append(_versus(first, other, shared[0], samples, seed))
-    return Pool(groups, tuple(gains), tuple(versus), samples, seed)
+            versus.append(_versus(first, other, shared[0]))
+    return Pool(groups, tuple(gains), tuple(versus))
 
 
-def _gain(group: Group, stage: str, samples: int, seed: int) -> Gain:
-    gained = group.gained(stage, LAST, "f1")
-    by_seed = [
-        item_means({played: value for played, value in gained.items() if played[0] == run.config.seed})
-        for run in group.runs
-    ]
-    return Gain(
-        group.name,
-        stage,
-        paired_by_item(group.scores(stage, "f1"), group.scores(LAST, "f1"), samples, seed),
-        tuple(float(np.mean(list(items.values()))) if items else None for items in by_seed),
-    )
+def _gain(group: Group, stage: str) -> Gain:
+    seeds = [run.config.seed for run in group.runs]
+    return Gain(group.name, stage, Change.of(group.scores(stage, "f1"), group.scores(LAST, "f1"), seeds))
 
 
-def _versus(first: Group, other: Group, stage: str, samples: int, seed: int) -> Versus:
+def _versus(first: Group, other: Group, stage: str) -> Versus:
     gained, against = (group.gained(stage, LAST, "f1") for group in (first, other))
     same_id = {played[:2] for played in gained} & {played[:2] for played in against}
-    not_paired = len(same_id) - len(gained.keys() & against.keys())
-    difference = paired_by_item(against, gained, samples, seed)
-    return Versus(first.name, other.name, stage, difference, not_paired)
+    paired = gained.keys() & against.keys()
+    seeds = sorted({seed for seed, _, _ in paired})
+    change = Change.of(against, gained, seeds)
+    return Versus(first.name, other.name, stage, change, len(same_id) - len(paired))
 
 
 def open_output(folder: Path) -> None:
@@ -225,13 +235,17 @@ def _tasks(scores: Mapping[Played, float]) -> str:
     return f"{len(scores)} of {items} questions" if items != len(scores) else str(items)
 
 
-def _cells(differences: Sequence[PairedDifference]) -> list[tuple[str, str, str]]:
-    """Questions, points with interval, and adjusted p of each comparison of a table."""
-    return [
-        (str(d.count), interval_text(d, sign="+"), f"{p:.4f}" if d.count else "-")
-        for d, p in zip(differences, adjusted_p_values(differences), strict=True)
-    ]
-
-
-def _by_seed(gain: Gain) -> str:
-    return ", ".join("-" if value is None else f"{100 * value:+.1f}" for value in gain.by_seed)
+def _cells(changes: Sequence[Change]) -> Iterator[tuple[str, ...]]:
+    """The cells under ``_CHANGES``."""
+    adjusted = adjusted_p_values([change.over_seeds for change in changes])
+    for change, holm_p in zip(changes, adjusted, strict=True):
+        seeds, questions = change.over_seeds, change.over_questions
+        yield (
+            str(seeds.count),
+            interval_text(seeds, sign="+"),
+            p_text(seeds.p_value),
+            p_text(holm_p),
+            ", ".join("-" if mean is None else f"{100 * mean:+.1f}" for mean in change.by_seed) or "-",
+            str(questions.count),
+            interval_text(questions, sign="+"),
+        )

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cluster.evaluation.plan import L_MAX, slug
-from cluster.evaluation.summary import PRIMARY, Bootstrap, Cost, Difference, RowSummary
+from cluster.evaluation.summary import PRIMARY, Cost, Difference, RowSummary
 from cluster.measure.answer_kinds import kinds_table
 from cluster.measure.collapse import HEADER as COLLAPSE_HEADER
 from cluster.measure.collapse import LEGEND as COLLAPSE_LEGEND
@@ -27,6 +27,7 @@ from cluster.measure.report import (
     Table,
     comparison_sentence,
     interval_text,
+    p_text,
     percent,
     save_document,
     save_plot,
@@ -37,8 +38,9 @@ from cluster.measure.statistics import Interval
 
 SCORES_LEGEND = (
     "tasks: finished episodes. failed: episodes that did not finish; they are in no mean. "
-    "Intervals: 95 % bootstrap over different questions, seeds pooled. p: sign-flip test, paired with the "
-    "baseline, adjusted for all {count} comparison(s) of this report (Holm)."
+    "Intervals: 95 %, over different questions, seeds pooled (Korn and Graubard's; Clopper and Pearson's "
+    "for scores of 0 or 1). p: the same test, paired with the baseline; below 0.05 where the interval leaves "
+    "0 out. Holm p: adjusted for all {count} comparison(s) of this report."
 )
 COST_LEGEND = (
     "Per episode: tokens read (each context once) + generated, seconds. writes: accepted/empty/rolled back. "
@@ -62,7 +64,6 @@ class ComparisonReport:
     rows: tuple[RowSummary, ...]
     costs: tuple[Cost, ...]
     differences: tuple[Difference, ...]
-    bootstrap: Bootstrap
 
     @property
     def benchmarks(self) -> tuple[str, ...]:
@@ -90,7 +91,7 @@ class ComparisonReport:
                 failed = f"{count} episode(s) failed and are left out"
                 problems.append(f"{row.benchmark}, {row.label}: {failed}: {message}")
             if row.failed:
-                mean = row.interval(PRIMARY, self.bootstrap).mean
+                mean = row.interval(PRIMARY).mean
                 as_zero = percent(failed_as_zero(mean, len(row.episodes), len(row.failed)))
                 counted = f"with all {len(row.failed)} failed episodes counted as 0, F1 would be {as_zero} %"
                 problems.append(f"{row.benchmark}, {row.label}: {counted}")
@@ -112,7 +113,7 @@ class ComparisonReport:
         for row, cost in zip(self.rows, self.costs, strict=True):
             figures = [(name, "", value) for name, value in self._overall(row, cost).items()]
             figures += [
-                (score, group, row.interval(score, self.bootstrap, chosen))
+                (score, group, row.interval(score, chosen))
                 for group, chosen in answer_groups(row.answers).items()
                 for score in _scores([row])
             ]
@@ -141,11 +142,11 @@ class ComparisonReport:
         baselines = sorted({d.baseline for d in compared.values()})
         against = f"F1 against {baselines[0] if len(baselines) == 1 else 'its baseline'}"
         header = ["row", "tasks", "failed", *(f"{_shown(score)} % [95% CI]" for score in scores), *parts]
-        header += [against, "p"] if compared else []
+        header += [against, "p", "Holm p"] if compared else []
         lines = []
         for row in rows:
             line = [row.label, _tasks(row), str(len(row.failed))]
-            line += [interval_text(row.interval(score, self.bootstrap)) for score in scores]
+            line += [interval_text(row.interval(score)) for score in scores]
             line += [
                 f"{row.reward_parts()[part]:.3f}" if part in row.reward_parts() else "-" for part in parts
             ]
@@ -156,10 +157,7 @@ class ComparisonReport:
     def _categories(self, rows: Sequence[RowSummary], score: str) -> Table:
         """A column for each category; without rows where there is one category."""
         groups = answer_groups(answer for row in rows for answer in row.answers)
-        columns = {
-            name: [row.interval(score, self.bootstrap, chosen) for row in rows]
-            for name, chosen in groups.items()
-        }
+        columns = {name: [row.interval(score, chosen) for row in rows] for name, chosen in groups.items()}
         counts = {name: max(interval.count for interval in column) for name, column in columns.items()}
         lines = [
             (row.label, *(percent(column[place].mean) for column in columns.values()))
@@ -191,7 +189,7 @@ class ComparisonReport:
         return Table("What the memories did", ("row", "events, summed over the episodes"), tuple(lines))
 
     def _overall(self, row: RowSummary, cost: Cost) -> dict[str, Interval]:
-        scores = {score: row.interval(score, self.bootstrap) for score in _scores([row])}
+        scores = {score: row.interval(score) for score in _scores([row])}
         plain = {**row.reward_parts(), **_flat(cost), "failed_episodes": float(len(row.failed))}
         plain |= collapse_figures(row.answers, row.extractions)
         count = len(row.episodes)
@@ -201,10 +199,7 @@ class ComparisonReport:
 def save_comparison(report: ComparisonReport, folder: Path) -> list[Path]:
     """Write report.md, report.csv, report.json and the plots; return their paths. Raises OSError."""
     folder.mkdir(exist_ok=True)
-    plots = {
-        benchmark: save_plots(report.of(benchmark), report.bootstrap, folder)
-        for benchmark in report.benchmarks
-    }
+    plots = {benchmark: save_plots(report.of(benchmark), folder) for benchmark in report.benchmarks}
     figures = list(report.figures())
     comparisons = [
         {"benchmark": d.benchmark, "row": d.label, "baseline": d.baseline}
@@ -235,10 +230,11 @@ def _tasks(row: RowSummary) -> str:
     return f"{len(row.episodes)}{repeated}{noted}"
 
 
-def _change(compared: Difference | None) -> tuple[str, str]:
+def _change(compared: Difference | None) -> tuple[str, str, str]:
     if compared is None or compared.difference.count == 0:
-        return "-", "-"
-    return interval_text(compared.difference, sign="+"), f"{compared.adjusted_p:.3f}"
+        return "-", "-", "-"
+    change = compared.difference
+    return interval_text(change, sign="+"), p_text(change.p_value), p_text(compared.adjusted_p)
 
 
 def _verdict(d: Difference) -> str:
@@ -281,7 +277,7 @@ def _flat(cost: Cost) -> dict[str, float]:
 # --- plots ------------------------------------------------------------------------------------------------
 
 
-def save_plots(pairs: Sequence[tuple[RowSummary, Cost]], bootstrap: Bootstrap, folder: Path) -> list[Path]:
+def save_plots(pairs: Sequence[tuple[RowSummary, Cost]], folder: Path) -> list[Path]:
     """Draw one benchmark: rows, cost-tokens, cost-seconds and, with two values of L_max, context.
 
     Rows without a score are left out; without any there is no plot.
@@ -290,7 +286,7 @@ def save_plots(pairs: Sequence[tuple[RowSummary, Cost]], bootstrap: Bootstrap, f
     if not drawn:
         return []
     rows = [row for row, _ in drawn]
-    intervals = {row.label: row.interval(PRIMARY, bootstrap) for row in rows}
+    intervals = {row.label: row.interval(PRIMARY) for row in rows}
     tokens = {row.label: cost.prompt_tokens + cost.generated_tokens for row, cost in drawn}
     seconds = {row.label: cost.seconds for row, cost in drawn}
     panels = {
@@ -306,9 +302,7 @@ def save_plots(pairs: Sequence[tuple[RowSummary, Cost]], bootstrap: Bootstrap, f
         ]
         panels["context"] = Panel("memory.max_context_tokens (L_max)", _Y_LABEL, tuple(curves))
     benchmark = rows[0].benchmark
-    scores = {
-        row.label: {_shown(score): row.interval(score, bootstrap) for score in _scores([row])} for row in rows
-    }
+    scores = {row.label: {_shown(score): row.interval(score) for score in _scores([row])} for row in rows}
     return [
         save_rows_plot(scores, folder / f"{slug(benchmark)}-rows.png", benchmark),
         *(

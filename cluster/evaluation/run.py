@@ -16,7 +16,7 @@ from cluster.evaluation.plan import Cell
 from cluster.evaluation.prepare import Comparison
 from cluster.evaluation.report import ComparisonReport, save_comparison
 from cluster.evaluation.store import saving
-from cluster.evaluation.summary import PRIMARY, Bootstrap, compare_rows, summarize
+from cluster.evaluation.summary import PRIMARY, compare_rows, summarize
 from cluster.inspection.recorder import EpisodeRecorder, recording
 from cluster.measure.report import decoding, show
 from cluster.measure.rows import EpisodeSource
@@ -119,14 +119,12 @@ def build_report(comparison: Comparison, given_up: Mapping[str, str]) -> Compari
     plan, base = comparison.plan, comparison.plan.base
     finished = {cell.key: comparison.store.finished(cell) for cell in plan.cells}
     results = {key: result for key, result in finished.items() if result is not None}
-    bootstrap = Bootstrap(base.evaluation.bootstrap_samples, base.seed)
     rows = summarize(plan.cells, results, given_up)
     return ComparisonReport(
         facts=_facts(comparison),
         rows=rows,
         costs=tuple(row.cost(comparison.model, _BYTES[base.model.dtype]) for row in rows),
-        differences=compare_rows(rows, plan.baselines, bootstrap),
-        bootstrap=bootstrap,
+        differences=compare_rows(rows, plan.baselines),
     )
 
 

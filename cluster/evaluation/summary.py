@@ -1,6 +1,6 @@
 """A row's cells on one benchmark as figures: scores with intervals, the difference to its baseline, the cost.
 
-Seeds are pooled. The bootstrap resamples *items*, the questions themselves. Where another seed asks the same
+Seeds are pooled. Intervals are over *items*, the questions themselves. Where another seed asks the same
 question again, its values are averaged first: a repeated question is no new evidence.
 """
 
@@ -22,20 +22,14 @@ from cluster.measure.statistics import (
     PairedDifference,
     Played,
     adjusted_p_values,
-    bootstrap_interval,
     item_means,
+    mean_interval,
     paired_by_item,
 )
 from configs.models import ResolvedModel
 
 PRIMARY = "f1"  # rows are compared by it
 Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True, slots=True)
-class Bootstrap:
-    samples: int
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +91,8 @@ class RowSummary:
         }
         return {played: mean for played, mean in means.items() if np.isfinite(mean)}
 
-    def interval(self, score: str, bootstrap: Bootstrap, chosen: Chosen = lambda _: True) -> Interval:
-        means = list(item_means(self.values(score, chosen)).values())
-        return bootstrap_interval(means, bootstrap.samples, bootstrap.seed)
+    def interval(self, score: str, chosen: Chosen = lambda _: True) -> Interval:
+        return mean_interval(list(item_means(self.values(score, chosen)).values()))
 
     def reward_parts(self) -> dict[str, float]:
         """Means per episode of what the environment reports beside scores and the judge's cost."""
@@ -165,9 +158,7 @@ def summarize(
     )
 
 
-def compare_rows(
-    rows: Sequence[RowSummary], baselines: Sequence[tuple[str, str]], bootstrap: Bootstrap
-) -> tuple[Difference, ...]:
+def compare_rows(rows: Sequence[RowSummary], baselines: Sequence[tuple[str, str]]) -> tuple[Difference, ...]:
     """Compare each row with its baseline on each benchmark, by F1."""
     by_name = {(row.benchmark, row.label): row for row in rows}
     pairs = [
@@ -176,10 +167,7 @@ def compare_rows(
         for label, baseline in baselines
         if label == row.label and (row.benchmark, baseline) in by_name
     ]
-    differences = [
-        paired_by_item(other.values(PRIMARY), row.values(PRIMARY), bootstrap.samples, bootstrap.seed)
-        for row, other in pairs
-    ]
+    differences = [paired_by_item(other.values(PRIMARY), row.values(PRIMARY)) for row, other in pairs]
     adjusted = adjusted_p_values(differences)
     return tuple(
         Difference(row.benchmark, row.label, other.label, difference, p)

@@ -28,6 +28,7 @@ MOST_CATEGORIES = 12  # the terminal shows no table by category with more; the f
 MOST_LABELS = 24  # of a plot's legend
 NAMED_COLOURS = 10  # matplotlib's C0 to C9
 SIGNIFICANT = 0.05
+SMALLEST_P = 0.0001  # shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +153,21 @@ def _csv_text(lines: Sequence[Mapping[str, object]]) -> str:
 
 
 def interval_text(value: Interval | PairedDifference, digits: int = 1, sign: Literal["", "+"] = "") -> str:
-    """A share in percent with its interval; with ``sign`` "+" a change, in points. "-" without a task."""
+    """A share in percent with its interval; with ``sign`` "+" a change, in points. "-" without a task.
+
+    Of too few seeds for an interval it is the mean alone.
+    """
     if value.count == 0:
         return "-"
     mean, low, high = (f"{100 * number:{sign}.{digits}f}" for number in (value.mean, value.low, value.high))
-    return f"{mean} [{low}, {high}]"
+    return f"{mean} [{low}, {high}]" if math.isfinite(value.low) else mean
+
+
+def p_text(p_value: float) -> str:
+    """In four digits. "-" where nothing was tested."""
+    if not math.isfinite(p_value):
+        return "-"
+    return f"{p_value:.4f}" if p_value >= SMALLEST_P else f"< {SMALLEST_P}"
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -173,7 +184,8 @@ def comparison_sentence(
     if adjusted_p >= SIGNIFICANT:
         verdict = "NOT significant"
     change = f"F1 {interval_text(difference, sign='+')} points on {difference.count} {unit}"
-    return f"{after} against {before}: {change}, adjusted p = {adjusted_p:.3f}: {verdict}."
+    p_values = f"p = {p_text(difference.p_value)}, adjusted p = {p_text(adjusted_p)}".replace("= <", "<")
+    return f"{after} against {before}: {change}, {p_values}: {verdict}."
 
 
 def decoding(temperature: float) -> str:

@@ -24,7 +24,7 @@ from actors.environments.recall_scoring import UNTOLD
 from actors.types import Answer, FailedEpisode, PolicyVersion, Task, Trajectory, TrajectoryGroup, WriteOutcome
 from cluster.common.errors import CheckpointError
 from cluster.measure.collapse import ExtractionCounts, collapse_figures, count_extractions, total
-from cluster.measure.statistics import Interval, PairedDifference, bootstrap_interval, paired_difference
+from cluster.measure.statistics import Interval, PairedDifference, mean_interval, paired_difference
 from configs.files import FileError, Measured, dump_json, read_json, write_text
 from configs.memory import CARD_WRITING
 from configs.schema import MemoryConfig
@@ -149,9 +149,9 @@ class RowResult:
         """The mean of each task that has ``score``."""
         return [value for episode in self.episodes if np.isfinite(value := episode.mean(score))]
 
-    def interval(self, score: str, samples: int, seed: int) -> Interval:
+    def interval(self, score: str) -> Interval:
         """Mean over tasks (each the mean of its answers)."""
-        return bootstrap_interval(self.values(score), samples, seed)
+        return mean_interval(self.values(score))
 
     def per_episode(self, field: str) -> float:
         """Mean over episodes of one of reward, prompt_tokens, generated_tokens, seconds."""
@@ -296,16 +296,14 @@ def _item(task: Task) -> str:
 # --- what a row says --------------------------------------------------------------------------------------
 
 
-def compare(before: RowResult, after: RowResult, score: str, samples: int, seed: int) -> PairedDifference:
+def compare(before: RowResult, after: RowResult, score: str) -> PairedDifference:
     """``after`` minus ``before`` on the tasks that both finished."""
     first = {episode.task_id: episode.mean(score) for episode in before.episodes}
     second = {episode.task_id: episode.mean(score) for episode in after.episodes}
     shared = [
         task for task in first if task in second and np.isfinite(first[task]) and np.isfinite(second[task])
     ]
-    return paired_difference(
-        [first[task] for task in shared], [second[task] for task in shared], samples, seed
-    )
+    return paired_difference([first[task] for task in shared], [second[task] for task in shared])
 
 
 def row_metrics(result: RowResult, key: str) -> dict[str, float]:

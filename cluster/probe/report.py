@@ -1,8 +1,9 @@
 """A probe's report: terminal tables, Markdown, CSV (a line a point), JSON (every card), metrics, plots.
 
 The cards of a seed share their writes, so they succeed or fail together. Intervals are 95 % bootstrap
-intervals over seeds and the cards of each. Where every seed has the same cards (a file), they are over cards,
-each averaged over its seeds: a card asked again is no new evidence.
+intervals over seeds and the cards of each, never narrower than those of as many independent cards. Where
+every seed has the same cards (a file), they are over cards, each averaged over its seeds: a card asked again
+is no new evidence.
 
 A write that was rolled back stays in. Its cell shows the state that was in force afterwards, how many writes
 were rolled back, and why.
@@ -29,7 +30,7 @@ from cluster.measure.report import (
     save_plot,
 )
 from cluster.measure.rows import OUTCOMES
-from cluster.measure.statistics import Interval, nested_interval
+from cluster.measure.statistics import DIFFERENCE, SCORE, Bounds, Interval, nested_interval
 from cluster.probe.values import Card, CellRun, Point
 
 HEADER = (
@@ -179,7 +180,7 @@ class ProbeReport:
             ]
             yield (
                 label,
-                *(interval_text(self._interval(cards), 0, sign="+") for cards in pair),
+                *(interval_text(self._interval(cards, DIFFERENCE), 0, sign="+") for cards in pair),
                 ", ".join(by_seed),
                 *times,
                 _ratio(seconds),
@@ -200,10 +201,11 @@ class ProbeReport:
             for cards, point in points
         ]
 
-    def _interval(self, by_seed: Sequence[Mapping[Card, float]]) -> Interval:
+    def _interval(self, by_seed: Sequence[Mapping[Card, float]], bounds: Bounds = SCORE) -> Interval:
         if all(set(cards) == set(by_seed[0]) for cards in by_seed):
             by_seed = [{card: _mean([cards[card] for cards in by_seed]) for card in by_seed[0]}]
-        return nested_interval([list(cards.values()) for cards in by_seed], self.samples, self.seed)
+        groups = [list(cards.values()) for cards in by_seed]
+        return nested_interval(groups, self.samples, self.seed, bounds)
 
 
 def recall_by_age(points: Sequence[Point]) -> tuple[list[float], list[float]]:

@@ -56,8 +56,9 @@ COMPARED = (
 HEADER = ("row", "tasks", "failed", "F1 % [95% CI]", "EM % [95% CI]")  # and a mean of each other score
 LEGEND = (
     "tasks: finished episodes · failed: episodes that did not finish; they are in no mean · "
-    "intervals: bootstrap over tasks · "
-    "p: sign-flip test over tasks, adjusted for all comparisons of this report (Holm)"
+    "intervals: 95 %, over tasks (Korn and Graubard's; Clopper and Pearson's for scores of 0 or 1) · "
+    "p: the same test; adjusted (Holm): for all comparisons of this report · "
+    "both speak of other tasks for this one run; what training does, runs of several seeds tell (engram pool)"
 )
 COST_LEGEND = (
     "writes: accepted/empty/rolled back · tokens: read+generated per episode · s/ep: seconds per episode"
@@ -188,17 +189,16 @@ def _cost_cells(row: RowResult) -> tuple[str, ...]:
 
 
 def training_report(
-    rows: Mapping[str, RowResult], rewards: Sequence[float], samples: int, seed: int, temperature: float
+    rows: Mapping[str, RowResult], rewards: Sequence[float], temperature: float
 ) -> TrainingReport:
-    """Compute the figures once. ``samples`` and ``seed`` are the bootstrap's."""
+    """Compute the figures once."""
     ordered = {stage: rows[stage] for stage in STAGES if stage in rows}
     pairs = [(rows[before], rows[after]) for before, after in COMPARED if before in rows and after in rows]
-    differences = [compare(before, after, "f1", samples, seed) for before, after in pairs]
+    differences = [compare(before, after, "f1") for before, after in pairs]
     return TrainingReport(
         rows=ordered,
         intervals={
-            stage: {score: row.interval(score, samples, seed) for score in row.score_names}
-            for stage, row in ordered.items()
+            stage: {score: row.interval(score) for score in row.score_names} for stage, row in ordered.items()
         },
         comparisons=tuple(
             Comparison(before.label, after.label, difference, p)

@@ -108,8 +108,7 @@ class Scoreboard:
         config, display = self.spec.config, self.observers.display
         files = {stage: self.folder.row(stage) for stage in STAGES}
         rows = {stage: load_row(file) for stage, file in files.items() if file.exists()}
-        samples, temperature = config.evaluation.bootstrap_samples, config.evaluation.temperature
-        report = training_report(rows, rewards, samples, config.seed, temperature)
+        report = training_report(rows, rewards, config.evaluation.temperature)
         show(report.document(), display)
         for path in save_report(report, self.folder.report):
             self.observers.tracker.artifact(path)

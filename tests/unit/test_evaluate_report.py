@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from cluster.evaluation.report import ComparisonReport, context_lines, save_comparison, save_plots
-from cluster.evaluation.summary import Bootstrap, RowSummary, compare_rows, summarize
+from cluster.evaluation.summary import RowSummary, compare_rows, summarize
 from cluster.measure.collapse import ExtractionCounts, Extractions
 from cluster.measure.report import markdown
 from cluster.measure.rows import EpisodeScore
 from tests.unit.comparison_cases import MODEL, plan, result, scored
 
-BOOTSTRAP = Bootstrap(500, 0)
 ONE = ExtractionCounts(without_delta=Extractions(1, 0, 0))
 GOLDEN = """\
 # Evaluation
@@ -29,16 +28,18 @@ GOLDEN = """\
 ### Scores
 
 | row | tasks | failed | F1 % [95% CI] | EM % [95% CI] | official_f1 % [95% CI] | count_mismatch | \
-F1 against truncation | p |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |
-| truncation | 4 | 1 | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.500 | - | - |
-| tmem | 4 | 0 | 50.0 [50.0, 50.0] | 0.0 [0.0, 0.0] | 25.0 [25.0, 25.0] | - | +50.0 [+50.0, +50.0] | 0.228 |
-| hybrid | 2 (1 of 2 cells missing) | 0 | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | - | \
-+0.0 [+0.0, +0.0] | 1.000 |
+F1 against truncation | p | Holm p |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| truncation | 4 | 1 | 0.0 [0.0, 60.2] | 0.0 [0.0, 60.2] | 0.0 [0.0, 60.2] | 0.500 | - | - | - |
+| tmem | 4 | 0 | 50.0 [27.2, 72.8] | 0.0 [0.0, 60.2] | 25.0 [6.4, 54.5] | - | \
++50.0 [-9.1, +87.1] | 0.1055 | 0.2110 |
+| hybrid | 2 (1 of 2 cells missing) | 0 | 0.0 [0.0, 84.2] | 0.0 [0.0, 84.2] | 0.0 [0.0, 84.2] | - | \
++0.0 [-76.4, +76.4] | 1.0000 | 1.0000 |
 
 tasks: finished episodes. failed: episodes that did not finish; they are in no mean. \
-Intervals: 95 % bootstrap over different questions, seeds pooled. p: sign-flip test, paired with the \
-baseline, adjusted for all 2 comparison(s) of this report (Holm).
+Intervals: 95 %, over different questions, seeds pooled (Korn and Graubard's; Clopper and Pearson's for \
+scores of 0 or 1). p: the same test, paired with the baseline; below 0.05 where the interval leaves 0 out. \
+Holm p: adjusted for all 2 comparison(s) of this report.
 
 ### F1 % by category (tasks)
 
@@ -73,13 +74,12 @@ def rows() -> tuple[RowSummary, ...]:
 
 def report() -> ComparisonReport:
     summaries = rows()
-    differences = compare_rows(summaries, (("tmem", "truncation"), ("hybrid", "truncation")), BOOTSTRAP)
+    differences = compare_rows(summaries, (("tmem", "truncation"), ("hybrid", "truncation")))
     return ComparisonReport(
         {"policy": "the base model"},
         summaries,
         tuple(row.cost(MODEL, 4) for row in summaries),
         differences,
-        BOOTSTRAP,
     )
 
 
@@ -90,8 +90,10 @@ def test_markdown_is_as_it_should_be() -> None:
     assert "| truncation | 100+20 | 1.5 | 70 | 0.0 | 512 | - | 4/0/0 | usd 1 |" in cost
     assert "| tmem | malformed 4 |" in cost
     assert "![recall-cost-tokens](recall-cost-tokens.png)" in cost
-    gain = "F1 +50.0 [+50.0, +50.0] points on 4 questions, adjusted p = 0.228: NOT significant."
-    nothing = "F1 +0.0 [+0.0, +0.0] points on 2 questions, adjusted p = 1.000: NOT significant."
+    gain = "F1 +50.0 [-9.1, +87.1] points on 4 questions, p = 0.1055, adjusted p = 0.2110: NOT significant."
+    nothing = (
+        "F1 +0.0 [-76.4, +76.4] points on 2 questions, p = 1.0000, adjusted p = 1.0000: NOT significant."
+    )
     assert f"- recall: tmem against truncation: {gain}" in cost
     assert f"- recall: hybrid against truncation: {nothing}" in cost
     assert "- recall, truncation: 1 episode(s) failed and are left out: engine: out of memory" in cost
@@ -116,7 +118,7 @@ def test_a_question_that_a_seed_repeats_is_no_new_evidence() -> None:
         for seed in range(5)
     ]
     pooled = RowSummary("b", "r", 1, tuple(again), ())
-    assert pooled.interval("f1", BOOTSTRAP) == once.interval("f1", BOOTSTRAP)
+    assert pooled.interval("f1") == once.interval("f1")
     assert (pooled.items, len(pooled.episodes)) == (4, 20)
 
 
@@ -124,17 +126,17 @@ def test_pairs_share_seed_and_task() -> None:
     """The rows' means are equal; only pairs of one seed and task show that each of them lost or won."""
     first = one_seed("one", [scored("t0", "a", 0.0), scored("t1", "b", 1.0)])
     episodes = [scored("t1", "b", 0.4), scored("t0", "a", 0.6), scored("t9", "c", 1.0)]
-    (compared,) = compare_rows((first, one_seed("two", episodes)), (("two", "one"),), BOOTSTRAP)
+    (compared,) = compare_rows((first, one_seed("two", episodes)), (("two", "one"),))
     assert compared.difference.count == 2
     assert compared.difference.mean == pytest.approx(0.0)
     other_seed = one_seed("two", episodes, seed=1)
-    (nothing,) = compare_rows((first, other_seed), (("two", "one"),), BOOTSTRAP)
+    (nothing,) = compare_rows((first, other_seed), (("two", "one"),))
     assert nothing.difference.count == 0
 
 
 def test_a_difference_is_the_row_minus_its_baseline() -> None:
     low, high = one_seed("low", [scored("t0", "a", 0.25)]), one_seed("high", [scored("t0", "a", 0.75)])
-    (compared,) = compare_rows((low, high), (("high", "low"),), BOOTSTRAP)
+    (compared,) = compare_rows((low, high), (("high", "low"),))
     assert (compared.label, compared.baseline, compared.difference.mean) == ("high", "low", 0.5)
 
 
@@ -190,7 +192,7 @@ def test_plots_are_drawn_against_cost_and_against_l_max(tmp_path: Path) -> None:
         "truncation": [54, 100]
     }
     pairs = [(row, row.cost(MODEL, 4)) for row in swept]
-    plots = save_plots(pairs, BOOTSTRAP, tmp_path)
+    plots = save_plots(pairs, tmp_path)
     assert [plot.name for plot in plots] == [
         "recall-rows.png",
         "recall-cost-tokens.png",
@@ -198,7 +200,5 @@ def test_plots_are_drawn_against_cost_and_against_l_max(tmp_path: Path) -> None:
         "recall-context.png",
     ]
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
-    one_sample = Bootstrap(1, 0)  # then the mean lies beyond its interval
-    assert len(save_plots(pairs, one_sample, tmp_path)) == 4
     without_score = (RowSummary("b", "r", 1, (), ("not run yet",)), pairs[0][1])
-    assert save_plots([without_score], BOOTSTRAP, tmp_path) == []
+    assert save_plots([without_score], tmp_path) == []

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from scipy.stats import ttest_1samp
 
 from actors.types import Answer
 from cluster.cli import main
@@ -53,8 +54,8 @@ def episode(task: str, item: str, score: float) -> EpisodeScore:
     return EpisodeScore(task, item, score, {}, (answer,), {}, {}, 1, 1, 1, 0.0)
 
 
-def pooled(*folders: Path, samples: int = 50) -> Pool:
-    return pool_groups(load_groups(folders), samples, 0)
+def pooled(*folders: Path) -> Pool:
+    return pool_groups(load_groups(folders))
 
 
 def rows_of(pool: Pool, place: int) -> tuple[tuple[str, ...], ...]:
@@ -69,12 +70,45 @@ def test_gains_are_paired_and_groups_compared_on_shared_tasks(tmp_path: Path) ->
         save_run(tmp_path, "off", 0, {"after_warm_start": [0.0, 0.0, 0.0], "after_rl": [0.0, 0.25, 1.0]}),
     )
     tmem, off = pool.gains
-    assert (tmem.name, tmem.stage, tmem.by_seed) == ("tmem", "after_warm_start", (0.5, 0.125))
-    assert (tmem.difference.count, tmem.difference.mean) == (4, 0.3125)
-    assert (off.difference.count, off.difference.mean) == (3, pytest.approx(1.25 / 3))
+    assert (tmem.name, tmem.stage, tmem.change.by_seed) == ("tmem", "after_warm_start", (0.5, 0.125))
+    assert (tmem.change.over_questions.count, tmem.change.over_questions.mean) == (4, 0.3125)
+    over_questions = off.change.over_questions
+    assert (over_questions.count, over_questions.mean) == (3, pytest.approx(1.25 / 3))
     (versus,) = pool.versus
-    assert (versus.name, versus.other, versus.difference.count) == ("tmem", "off", 2)
-    assert versus.difference.mean == pytest.approx(0.5 - 0.125)
+    assert (versus.name, versus.other, versus.change.over_questions.count) == ("tmem", "off", 2)
+    assert versus.change.over_questions.mean == pytest.approx(0.5 - 0.125)
+    assert (versus.change.over_seeds.count, versus.change.by_seed) == (1, (pytest.approx(0.375),))
+
+
+def test_a_gain_is_claimed_over_seeds(tmp_path: Path) -> None:
+    """Twenty questions a seed all gain, by an amount of the seed: the runs are three pieces of evidence."""
+    gains = (0.1, 0.3, 0.5)
+    for seed, gained in enumerate(gains):
+        save_run(tmp_path, "tmem", seed, {"before": [0.2] * 20, "after_rl": [0.2 + gained] * 20})
+        save_run(tmp_path, "off", seed, {"before": [0.2] * 20, "after_rl": [0.2] * 20})
+    pool = pooled(*sorted(tmp_path.glob("tmem-*")), *sorted(tmp_path.glob("off-*")))
+    (tmem, off), (versus,) = pool.gains, pool.versus
+    expected = ttest_1samp(gains, 0)
+    interval = expected.confidence_interval(0.95)
+    for change in (tmem.change, versus.change):
+        seeds = change.over_seeds
+        assert (seeds.mean, seeds.count) == (pytest.approx(0.3), 3)
+        assert (seeds.low, seeds.high) == pytest.approx((interval.low, interval.high))
+        assert seeds.p_value == pytest.approx(expected.pvalue)
+        assert change.over_questions.p_value < 1e-6 and change.over_questions.count == 60
+    assert off.change.over_seeds.low < -0.01 < 0.01 < off.change.over_seeds.high  # equal, and not certain
+    cells = rows_of(pool, 1)[0]
+    assert cells[3:5] == ("3", "+30.0 [-19.7, +79.7]")
+    assert cells[5:8] == (f"{expected.pvalue:.4f}", f"{2 * expected.pvalue:.4f}", "+10.0, +30.0, +50.0")
+    assert not any("tell nothing of other seeds" in note for note in pool.notes())
+
+
+def test_one_or_two_seeds_have_no_p(tmp_path: Path) -> None:
+    stages = {"before": [0.0] * 20, "after_rl": [0.9] * 20}
+    pool = pooled(*(save_run(tmp_path, "tmem", seed, stages) for seed in (0, 1)))
+    assert rows_of(pool, 1)[0][3:8] == ("2", "+90.0", "-", "-", "+90.0, +90.0")
+    few = "tmem: 2 seed(s) tell nothing of other seeds: no interval and no p; train 3 seeds or more."
+    assert list(pool.notes())[1:] == [few]
 
 
 def test_groups_are_compared_since_the_last_stage_before_rl(tmp_path: Path) -> None:
@@ -83,8 +117,8 @@ def test_groups_are_compared_since_the_last_stage_before_rl(tmp_path: Path) -> N
     also = save_run(tmp_path, "also", 0, {**stages, "after_rl": [0.5]})
     cold = save_run(tmp_path, "cold", 0, {"before": [0.5], "after_rl": [0.5]})
     first, second = pooled(warm, also, cold).versus
-    assert (first.other, first.stage, first.difference.mean) == ("also", "after_warm_start", 0.5)
-    assert (second.other, second.stage, second.difference.mean) == ("cold", "before", 1.0)
+    assert (first.other, first.stage, first.change.over_questions.mean) == ("also", "after_warm_start", 0.5)
+    assert (second.other, second.stage, second.change.over_questions.mean) == ("cold", "before", 1.0)
 
 
 def test_a_question_under_several_seeds_is_no_new_evidence(tmp_path: Path) -> None:
@@ -93,21 +127,22 @@ def test_a_question_under_several_seeds_is_no_new_evidence(tmp_path: Path) -> No
     once = pooled(
         save_run(tmp_path / "once", "tmem", 0, stages, item=FIXED),
         save_run(tmp_path / "once", "off", 0, off, item=FIXED),
-        samples=500,
     )
     again = [
         save_run(tmp_path, name, seed, played, item=FIXED)
         for name, played in (("tmem", stages), ("off", off))
         for seed in range(5)
     ]
-    five = pooled(*again, samples=500)
-    assert [gain.difference for gain in five.gains] == [gain.difference for gain in once.gains]
-    assert [versus.difference for versus in five.versus] == [versus.difference for versus in once.versus]
-    assert five.gains[0].difference.p_value > 0.1
+    five = pooled(*again)
+    for first, second in zip((*once.gains, *once.versus), (*five.gains, *five.versus), strict=True):
+        assert first.change.over_questions == second.change.over_questions
+    gain = five.gains[0].change
+    assert gain.over_questions.p_value > 0.1
+    assert gain.over_seeds.p_value == gain.over_questions.p_value  # five equal seeds are no surer
     assert rows_of(five, 0)[0][2:4] == ("30 of 6 questions", rows_of(once, 0)[0][3])
 
     folders = [save_run(tmp_path / "apart", "tmem", seed, stages) for seed in range(5)]
-    apart = pooled(*folders, samples=500).gains[0].difference
+    apart = pooled(*folders).gains[0].change.over_questions
     assert apart.count == 30  # thirty questions are more evidence
     assert apart.p_value < 0.05
 
@@ -119,7 +154,8 @@ def test_seeds_of_one_question_are_averaged(tmp_path: Path) -> None:
     pool = pooled(second, first)  # in the order of seeds all the same
     (gain,) = pool.gains
     assert rows_of(pool, 0)[0][0] == "tmem (seeds 0, 1)"
-    assert (gain.difference.count, gain.difference.mean, gain.by_seed) == (2, 0.25, (0.5, 0.0))
+    assert (gain.change.over_questions.count, gain.change.over_questions.mean) == (2, 0.25)
+    assert gain.change.by_seed == (0.5, 0.0)
 
 
 def test_equal_ids_of_different_questions_are_not_paired(tmp_path: Path) -> None:
@@ -129,33 +165,37 @@ def test_equal_ids_of_different_questions_are_not_paired(tmp_path: Path) -> None
     mixed = save_run(tmp_path, "mixed", 0, {"before": [0.0], "after_rl": [0.0]})
     pool = pooled(save_run(tmp_path, "tmem", 0, stages), other, mixed)
     first, second = pool.versus
-    assert (first.difference.count, first.not_paired) == (0, 2)
-    assert (second.difference.count, second.difference.mean, second.not_paired) == (1, 0.5, 0)
-    assert rows_of(pool, 2)[0] == ("tmem", "long", "before", "0", "-", "-")
-    (note,) = list(pool.notes())[1:]
+    assert (first.change.over_questions.count, first.not_paired) == (0, 2)
+    over_questions = second.change.over_questions
+    assert (over_questions.count, over_questions.mean, second.not_paired) == (1, 0.5, 0)
+    assert rows_of(pool, 2)[0] == ("tmem", "long", "before", "0", "-", "-", "-", "-", "0", "-")
+    (note,) = list(pool.notes())[4:]  # behind the legend and three groups of one seed
     assert "tmem and long: 2 task(s) of the same seed and id ask different things" in note
     assert "\n" not in note
     apart = pooled(mixed, save_run(tmp_path, "tmem", 1, stages))
     said = "mixed and tmem share no finished task: their gains cannot be compared."
-    assert list(apart.notes())[1:] == [said]
+    assert list(apart.notes())[3:] == [said]
 
 
 def test_what_failed_is_a_dash_and_null_and_no_test(tmp_path: Path) -> None:
     stages, failed = {"before": BEFORE, "after_rl": AFTER}, {"before": BEFORE, "after_rl": []}
     pool = pooled(
         save_run(tmp_path, "tmem", 0, stages),
-        save_run(tmp_path, "tmem", 1, failed),
+        save_run(tmp_path, "tmem", 1, stages),
+        save_run(tmp_path, "tmem", 2, stages),
+        save_run(tmp_path, "tmem", 3, failed),
         save_run(tmp_path, "off", 0, failed),
-        samples=500,
     )
     gains = rows_of(pool, 1)
-    assert gains[0][-1].endswith(", -") and gains[1][3:] == ("0", "-", "-", "-")
-    p_value = pool.gains[0].difference.p_value
-    assert gains[0][5] == f"{p_value:.4f}" != f"{holm([p_value, 1.0])[0]:.4f}"
+    assert gains[0][3] == "3" and gains[0][7].endswith(", -")
+    assert gains[1][3:] == ("0", "-", "-", "-", "-", "0", "-")
+    p_value = pool.gains[0].change.over_seeds.p_value
+    assert gains[0][5] == gains[0][6] == f"{p_value:.4f}" != f"{holm([p_value, 1.0])[0]:.4f}"
     assert rows_of(pool, 0)[-1] == ("off (seeds 0)", "after_rl", "0", "-", "-", "1")
     save_pool(pool, tmp_path / "pool")
     saved = json.loads((tmp_path / "pool" / "pool.json").read_text(), parse_constant=pytest.fail)
-    assert saved["gains"][0]["by_seed"][1] is None and saved["gains"][1]["difference"]["mean"] is None
+    changes = [gain["change"] for gain in saved["gains"]]
+    assert changes[0]["by_seed"][3] is None and changes[1]["over_seeds"]["mean"] is None
     assert "nan" not in (tmp_path / "pool" / "pool.md").read_text()
 
 
@@ -164,7 +204,7 @@ def test_models_that_differ_inside_a_group_are_named(tmp_path: Path) -> None:
     folders = [save_run(tmp_path, "tmem", seed, stages, [f"model.name=start-{seed}"]) for seed in (0, 1)]
     note = "tmem: its runs start from different models (seed 0: start-0, seed 1: start-1)."
     pool = pooled(*folders, save_run(tmp_path, "off", 0, stages))
-    assert list(pool.notes())[1:] == [note]
+    assert note in pool.notes()
     save_pool(pool, tmp_path / "pool")
     assert f"- {note}\n" in (tmp_path / "pool" / "pool.md").read_text()
     for text in (EXAMPLES, MAY_DIFFER):
@@ -202,9 +242,12 @@ def test_from_the_command_line_to_the_files(tmp_path: Path, capsys: pytest.Captu
     stages = {"before": [0.0, 0.5], "after_rl": [0.5, 1.0]}
     runs = [str(save_run(tmp_path, name, seed, stages)) for name in ("tmem", "off") for seed in (0, 1)]
     assert main(["pool", *runs, "--output", str(tmp_path / "pool")]) == 0
-    assert "+50.0 [+50.0, +50.0]" in capsys.readouterr().out
+    assert "+50.0, +50.0" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "pool").iterdir()} == {"pool.md", "pool.json", "reward.png"}
-    assert json.loads((tmp_path / "pool" / "pool.json").read_text())["gains"][0]["difference"]["mean"] == 0.5
+    assert (
+        json.loads((tmp_path / "pool" / "pool.json").read_text())["gains"][0]["change"]["over_seeds"]["mean"]
+        == 0.5
+    )
     text = (tmp_path / "pool" / "pool.md").read_text()
     assert "## Whether it gained more" in text and f"- tmem: {runs[0]}, {runs[1]}\n" in text
 

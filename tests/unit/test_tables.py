@@ -41,7 +41,7 @@ from cluster.measure.rows import (
     save_row,
     score_episode,
 )
-from cluster.measure.statistics import PairedDifference, bootstrap_interval
+from cluster.measure.statistics import PairedDifference, mean_interval
 from cluster.train.report import Comparison, TrainingReport, save_report, training_report
 from configs.schema import MemoryConfig
 from tests.unit.cluster_cases import group, task_at, trajectory
@@ -67,7 +67,7 @@ def row(label: str, values: list[float], failed: tuple[str, ...] = ()) -> RowRes
 
 
 def training(*rewards: float, **rows: RowResult) -> TrainingReport:
-    return training_report(rows, rewards, samples=50, seed=0, temperature=0.7)
+    return training_report(rows, rewards, temperature=0.7)
 
 
 # --- the kit ----------------------------------------------------------------------------------------------
@@ -165,11 +165,13 @@ def test_the_files_of_a_document_hold_no_nan(tmp_path: Path) -> None:
 
 
 def test_intervals_in_words() -> None:
-    assert interval_text(bootstrap_interval([0.25, 0.25], 10, 0)) == "25.0 [25.0, 25.0]"
+    assert interval_text(mean_interval([1.0] * 8)) == "100.0 [63.1, 100.0]"
     change = PairedDifference(0.105, -0.0025, 0.2, 0.04, 9)
     assert interval_text(change, sign="+") == "+10.5 [-0.2, +20.0]"
     assert interval_text(change, digits=0) == "10 [-0, 20]"
-    assert interval_text(bootstrap_interval([], 10, 0)) == "-"
+    assert interval_text(mean_interval([])) == "-"
+    of_two_seeds = PairedDifference(0.105, math.nan, math.nan, math.nan, 2)
+    assert interval_text(of_two_seeds, sign="+") == "+10.5"
 
 
 def test_the_running_mean_begins_with_the_values_there_are() -> None:
@@ -208,11 +210,11 @@ def test_a_plot_has_a_legend_of_each_series_and_whole_steps(
 def test_rows_are_compared_on_the_tasks_that_both_finished() -> None:
     before = RowResult("a", 0, (episode(0, 0.0), episode(1, 0.2), episode(2, 0.5)), ("engine: gone",))
     after = RowResult("b", 1, (episode(1, 0.4), episode(2, 0.7), episode(9, 1.0)), ())
-    difference = compare(before, after, "f1", 50, 0)
+    difference = compare(before, after, "f1")
     assert difference.count == 2
     assert difference.mean == pytest.approx(0.2)
     silent = replace(episode(1, 0.9), answers=())  # finished, but nothing was asked
-    assert compare(before, replace(after, episodes=(silent, episode(2, 0.7))), "f1", 50, 0).count == 1
+    assert compare(before, replace(after, episodes=(silent, episode(2, 0.7))), "f1").count == 1
 
 
 def test_an_episode_is_kept_without_its_tokens() -> None:
@@ -323,10 +325,10 @@ def test_the_sentence_says_plainly_what_was_shown() -> None:
     (gain,) = training(before=low, after_rl=high).comparisons
     (loss,) = training(before=high, after_rl=low).comparisons
     (nothing,) = training(before=low, after_rl=low).comparisons
-    assert gain.sentence.startswith("TMEM after RL against TMEM before: F1 +35.0 [+33.")
-    assert gain.sentence.endswith("points on 40 tasks, adjusted p = 0.020: a significant gain.")
+    assert gain.sentence.startswith("TMEM after RL against TMEM before: F1 +35.0 [+29.5, +40.3] points")
+    assert gain.sentence.endswith("on 40 tasks, p < 0.0001, adjusted p < 0.0001: a significant gain.")
     assert "F1 -35.0" in loss.sentence and "significant LOSS." in loss.sentence
-    assert "adjusted p = 1.000: NOT significant. More train.steps or" in nothing.sentence
+    assert "p = 1.0000, adjusted p = 1.0000: NOT significant. More train.steps or" in nothing.sentence
     edge = Comparison("a", "b", gain.difference, 0.05)
     assert "NOT significant" in edge.sentence
 
@@ -359,7 +361,7 @@ def test_tables_show_rows_intervals_writes_failures_and_categories() -> None:
     assert rows.header == ("row", "tasks", "failed", "F1 % [95% CI]", "EM % [95% CI]", "official %")
     assert rows.rows[0][:3] == ("memory off", "2", "0")
     assert rows.rows[1][:3] == ("TMEM", "2", "2")
-    assert rows.rows[1][3].startswith("50.0 [25.0, 75.0")
+    assert rows.rows[1][3].startswith("50.0 [6.8, 93.2]")
     assert rows.rows[1][5] == "25.0"
     assert "failed: episodes that did not finish; they are in no mean" in rows.legend
     assert answers.rows[1] == ("TMEM", "100.0 (100.0)", "-", "-", "-")
