@@ -12,9 +12,12 @@ import pytest
 from actors.environments.recall import RecallEnvironment
 from actors.episodes.controls import require_control, write_control
 from actors.episodes.rollout import Rollout, RolloutRequest
+from actors.memory.base import Agent
 from actors.memory.build import build_memory
+from actors.memory.controls import GoldCards
 from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat
+from actors.text.flashcards import parse_flashcards
 from actors.types import AdapterKey, FailedEpisode, Flashcard, Generation, Sampling, Trajectory
 from configs.load import ConfigError, load_config
 from configs.schema import MemoryConfig, RecallConfig, RolloutConfig, WriteConfig
@@ -94,6 +97,18 @@ def test_gold_tokens_are_no_actions_so_nothing_can_train_on_them(chat: ChatForma
     for control in ("oracle", "oracle_other_cards"):
         episode, _, _ = played(chat, control)
         assert {span.kind for segment in episode.segments for span in segment.spans} == {"act"}
+
+
+def test_gold_cards_stand_in_the_context_as_a_reply(chat: ChatFormat) -> None:
+    """What follows reads a conversation of the model's own form."""
+    agent = Agent(None, chat, "Be brief.", "")  # type: ignore[arg-type]
+    agent.context.observe(chat.user("Nora has moved to Lisbon."))
+    before, cards = agent.context.ids, (Flashcard("Where does Nora live?", "Lisbon"),)
+    text = asyncio.run(GoldCards(lambda _: cards).extract(agent, 8))
+    turns = [(turn.role, turn.text) for turn in chat.turns(agent.context.ids)]
+    assert turns[-1] == ("assistant", text) and parse_flashcards(text, 8).cards == cards
+    reply = chat.reply(text)
+    assert agent.context.ids == before + chat.assistant_open + reply + chat.assistant_close(reply)
 
 
 def test_a_question_blind_oracle_writes_all_that_was_told(chat: ChatFormat) -> None:
