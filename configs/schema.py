@@ -206,7 +206,7 @@ class EvaluationConfig:
     bootstrap_samples: int = 2000  # 100 or more
     memory_off_row: bool = True  # also evaluate with memory.policy=truncation
     # a training also evaluates its last policy with gold flashcards, and with its own under other
-    # questions: memory.control, oracle and other_cards
+    # questions (memory.control), where its environment can make these
     control_rows: bool = False
 
     def __post_init__(self) -> None:

@@ -42,9 +42,14 @@ def write_control(config: MemoryConfig, task: Task, environment: Environment) ->
 
 def require_control(config: MemoryConfig, environment: Environment) -> None:
     """Raise TaskError, one line, when the environment cannot do what ``memory.control`` needs."""
-    for part in _NEEDS.get(config.control, ()):
-        if not hasattr(environment, part):
-            raise TaskError(
-                f"memory.control={config.control} is not possible: the environment {environment.name} has no "
-                f"{_PARTS[part]}; leave this row out"
-            )
+    if missing := missing_for_control(config, environment):
+        raise TaskError(
+            f"memory.control={config.control} is not possible: the environment {environment.name} has no "
+            f"{missing}; leave this row out"
+        )
+
+
+def missing_for_control(config: MemoryConfig, environment: Environment) -> str:
+    """Name the first part that ``memory.control`` needs and the environment does not have, else ""."""
+    needs = _NEEDS.get(config.control, ())
+    return next((_PARTS[part] for part in needs if not hasattr(environment, part)), "")

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from actors.environments.base import Environment
 from actors.environments.build import build_environment
-from actors.episodes.controls import require_control
 from actors.fast_weights.basis import compute_basis_from_checkpoint, load_basis, save_basis
 from actors.fast_weights.delta import Basis
 from actors.memory.build import custom_memory
@@ -27,7 +26,6 @@ from cluster.runs.run_lock import require_free
 from cluster.train.warm_start import require_demonstrations
 from configs.files import write_text
 from configs.load import ConfigError, flatten, load_config, to_yaml
-from configs.memory import CARD_WRITING, MemoryConfig
 from configs.models import resolve_model
 from configs.schema import RunConfig
 from learner.advantage import estimator
@@ -104,7 +102,6 @@ def prepare_training(config: RunConfig) -> tuple[RunSpec, RunFolder, Start]:
     TaskSource(environment, "train", config.seed).first(1)
     eval_tasks = held_out(environment, config)
     require_demonstrations(config, environment)
-    require_control_rows(config, environment)
     spec = RunSpec(config, environment, resolve_model(config.model).path, eval_tasks)
     folder, start = _where_to_start(spec)
     require_free(folder.path)
@@ -118,22 +115,6 @@ def _refuse_control(config: RunConfig) -> None:
     if control != "none":
         cure = "measure it with `engram evaluate --rows`, or with evaluation.control_rows=true"
         raise ConfigError(f"memory.control={control} is for evaluation and cannot be trained with; {cure}")
-
-
-def require_control_rows(config: RunConfig, environment: Environment) -> None:
-    """Raise TaskError when the run is to measure controls that its environment cannot make."""
-    for memory in control_memories(config).values():
-        require_control(memory, environment)
-
-
-def control_memories(config: RunConfig) -> dict[str, MemoryConfig]:
-    """The memories of the run's control rows, by the row's key. Empty where there are none to measure."""
-    if not config.evaluation.control_rows or config.memory.policy not in CARD_WRITING:
-        return {}
-    return {
-        "oracle": replace(config.memory, control="oracle"),
-        "other_cards": replace(config.memory, control="other_cards"),
-    }
 
 
 def _where_to_start(spec: RunSpec) -> tuple[RunFolder, Start]:

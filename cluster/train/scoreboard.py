@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from actors.episodes.controls import missing_for_control
 from cluster.common.display import Display
 from cluster.inspection.recorder import EpisodeRecorder
 from cluster.measure.report import show
@@ -23,8 +25,9 @@ from cluster.measure.rows import (
     save_row,
 )
 from cluster.tracking.tracker import Tracker
-from cluster.train.prepare import RunFolder, RunSpec, control_memories
+from cluster.train.prepare import RunFolder, RunSpec
 from cluster.train.report import STAGES, save_report, training_report
+from configs.memory import CARD_WRITING
 from configs.schema import MemoryPolicy, RunConfig
 
 _MEMORY_NAMES: Mapping[MemoryPolicy, str] = {
@@ -41,7 +44,10 @@ _MEMORY_NAMES: Mapping[MemoryPolicy, str] = {
     "hybrid": "summary + TMEM",
     "custom": "custom memory",
 }
-_CONTROL_LABELS = {"oracle": "oracle: gold cards", "other_cards": "control: other cards"}
+_CONTROL_LABELS: Mapping[Literal["oracle", "other_cards"], str] = {
+    "oracle": "oracle: gold cards",
+    "other_cards": "control: other cards",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +73,9 @@ def evaluation_rows(config: RunConfig) -> dict[str, EvaluationRow]:
     if config.evaluation.memory_off_row and config.memory.policy != "truncation":
         memory_off = replace(config.memory, policy="truncation")
         rows["memory_off"] = EvaluationRow("memory off", memory_off, config.seed)
-    for key, memory in control_memories(config).items():
-        rows[key] = EvaluationRow(_CONTROL_LABELS[key], memory, config.seed)
+    if config.evaluation.control_rows and config.memory.policy in CARD_WRITING:
+        for control, label in _CONTROL_LABELS.items():
+            rows[control] = EvaluationRow(label, replace(config.memory, control=control), config.seed)
     return rows
 
 
@@ -81,10 +88,16 @@ class Scoreboard:
     observers: Observers
 
     async def measure(self, key: str, step: int, workers: Sequence[EpisodeSource]) -> None:
-        """Evaluate a row now, unless it was measured before or is not wanted."""
+        """Evaluate a row now, unless it was measured before or is not wanted.
+
+        A control that the environment cannot make is left out, and said.
+        """
         config, tasks, display = self.spec.config, self.spec.eval_tasks, self.observers.display
         row = evaluation_rows(config).get(key)
         if row is None or self.folder.row(key).exists():
+            return
+        if missing := missing_for_control(row.memory, self.spec.environment):
+            display.say(f"no row {row.label!r}: the environment {config.environment.name} has no {missing}")
             return
         wanted = config.evaluation.tasks
         if len(tasks) < wanted:

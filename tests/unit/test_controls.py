@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -62,8 +63,14 @@ def play(
     environment: RecallEnvironment = ENVIRONMENT,
     write: WriteConfig = REHEARSING,
     blind: bool = False,
+    wordings: Literal[1, 2] = 1,
 ) -> tuple[Trajectory | FailedEpisode, ScriptedPolicy, ScriptedWriter]:
-    memory = MemoryConfig(max_context_tokens=50, control=control, question_blind=blind)  # type: ignore[arg-type]
+    memory = MemoryConfig(
+        max_context_tokens=50,
+        control=control,  # type: ignore[arg-type]
+        question_blind=blind,
+        wordings=wordings,
+    )
     policy, writer = policy_of(chat), ScriptedWriter()
     rollout = Rollout(
         policy, writer, environment, chat, write, RolloutConfig(), 4, SURROUNDINGS, "basis", "worker-0"
@@ -117,6 +124,13 @@ def test_a_question_blind_oracle_writes_all_that_was_told(chat: ChatFormat) -> N
     gold = [ENVIRONMENT.demonstrate_flashcards(TASK, text, True) for text in TASK.payload["sessions"]]
     assert [record.flashcards for record in episode.writes[:2]] == gold
     assert sum(map(len, gold)) == 8
+
+
+def test_the_oracle_writes_as_many_wordings_as_the_agent_is_asked_for(chat: ChatFormat) -> None:
+    episode, _, _ = play(chat, "oracle", wordings=2)
+    assert isinstance(episode, Trajectory)
+    cards = [card for record in episode.writes for card in record.flashcards]
+    assert len(cards) == 4 and len({card.answer for card in cards}) == 2
 
 
 def test_other_cards_have_the_agents_answers_under_other_questions(chat: ChatFormat) -> None:

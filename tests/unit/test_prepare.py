@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from actors.environments.recall import RecallEnvironment
-from actors.protocols import TaskError
 from cluster.common.errors import CheckpointError
 from cluster.fleet.ledger import LedgerSnapshot
 from cluster.runs.checkpoint import START, save_checkpoint
 from cluster.runs.resume import note_run_id
 from cluster.train.prepare import RunFolder, prepare_training
 from configs.load import ConfigError, load_config, to_yaml
-from configs.schema import RunConfig, WarmStartConfig
+from configs.schema import RunConfig
 
 STATE = replace(START, step=3, version=4, warm_steps=1, tracking_run_id="abc", ledger=LedgerSnapshot(6))
 
@@ -81,14 +79,3 @@ def test_a_training_with_a_control_is_refused(config: RunConfig, control: str) -
     with pytest.raises(ConfigError, match=rf"^memory\.control={control} is for evaluation .*engram evaluate"):
         prepare_training(controlled)
     assert not list(Path(config.output_dir).iterdir())
-
-
-def test_control_rows_need_an_environment_that_can_make_them(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(RecallEnvironment, "demonstrate_flashcards")
-    evaluation = replace(config.evaluation, control_rows=True)
-    wanted = replace(config, warm_start=WarmStartConfig(steps=0), evaluation=evaluation)
-    with pytest.raises(TaskError, match=r"memory\.control=oracle is not possible: .*has no gold flashcards"):
-        prepare_training(wanted)
-    prepare_training(replace(wanted, evaluation=replace(evaluation, control_rows=False)))

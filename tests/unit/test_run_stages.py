@@ -241,6 +241,18 @@ def test_control_rows_are_the_runs_memory_with_other_cards() -> None:
     assert "oracle" not in evaluation_rows(summary)  # it writes no flashcards
 
 
+def test_a_control_that_the_environment_cannot_make_is_left_out_and_said(tmp_path: Path) -> None:
+    seat, environment = Seat(), SimpleNamespace(name="recall", demonstrate_flashcards=print)
+    observers, _, output = observers_of(seat)
+    config = replace(RunConfig(), evaluation=EvaluationConfig(control_rows=True))
+    spec = replace(spec_of(config), environment=environment)
+    scores = Scoreboard(spec, RunFolder(tmp_path), observers)
+    for key in ("oracle", "other_cards"):
+        asyncio.run(scores.measure(key, 5, [seat]))
+    assert seat.calls == [f"t{number}: oracle: gold cards" for number in range(3)]
+    assert "no row 'control: other cards': the environment recall has no questions about" in output.getvalue()
+
+
 # --- the end of the tracked run -----------------------------------------------------------------------------
 
 
