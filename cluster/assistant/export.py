@@ -74,8 +74,10 @@ def _export_checkpoint(checkpoint: Checkpoint, target: Path) -> str:
         shutil.copyfile(basis, folder / COMPANION / BASIS_FILE)
         shutil.copyfile(checkpoint.folder / CONFIG_FILE, folder / COMPANION / CONFIG_FILE)
     state = checkpoint.state
-    theta = f"theta after {state.step} RL steps (version {state.version}) of {checkpoint.run_dir.name}"
-    return f"a Hugging Face model: {theta}"
+    return (
+        "a Hugging Face model: "
+        f"theta after {state.step} RL steps (version {state.version}) of {checkpoint.run_dir.name}"
+    )
 
 
 def _export_conversation(source: Path, target: Path) -> str:
@@ -104,8 +106,10 @@ def _export_episode(path: Path, target: Path, model: str) -> str:
         )
     memory = _replay(path, record, log, opening)
     save_memory(memory, replace(opening, title=opening.config.model.name), target, overwrite=True)
-    episode = f"the memory of episode {record.episode_id} after {accepted} writes"
-    return f"a PEFT adapter for {opening.model.path}: {episode}"
+    return (
+        f"a PEFT adapter for {opening.model.path}: "
+        f"the memory of episode {record.episode_id} after {accepted} writes"
+    )
 
 
 def _source_of(path: Path, record: EpisodeRecord, model: str) -> Source:

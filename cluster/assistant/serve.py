@@ -59,8 +59,10 @@ def serve(opening: Opening, host: str, port: int, display: Display) -> None:
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_S, access_log=False)
         )
-        url = f"http://{_in_url(host)}:{listening.getsockname()[1]}/v1"
-        display.say(f"serving {model_name(opening)} on {url} (Ctrl-C ends)")
+        display.say(
+            f"serving {model_name(opening)} on http://{_in_url(host)}:{listening.getsockname()[1]}/v1 "
+            "(Ctrl-C ends)"
+        )
         if not key and not _is_loopback(host):
             display.say(
                 f"warning: other machines reach {host} and {KEY_VARIABLE} is not set: "

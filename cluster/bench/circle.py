@@ -63,7 +63,6 @@ def run(context: Context) -> Outcome:
                 config = _config(context, Path(folder), staleness, steps)
                 wall_s = asyncio.run(_run_steps(*prepare_training(config), trackers[staleness]))
                 seconds[staleness].append(wall_s / steps)
-    episodes = f"{config.train.tasks_per_step} x {config.train.group_size} episodes"
     case = Case(
         "a step, staleness 1",
         "staleness 0",
@@ -73,7 +72,8 @@ def run(context: Context) -> Outcome:
         tuple(seconds[1]),
         "baseline/candidate",
         None,
-        f"{steps} steps of {episodes}, without the start; the first and last step cannot overlap",
+        f"{steps} steps of {config.train.tasks_per_step} x {config.train.group_size} episodes, "
+        "without the start; the first and last step cannot overlap",
     )
     return Outcome((case,), (_idle_table(trackers),))
 

@@ -74,8 +74,9 @@ class Child:
         try:
             failure, value = self.pipe.recv()
         except EOFError:
-            cause = "out of memory? Its own messages are above"
-            raise BenchError(f"{self.name} died during {work}: {cause}") from None
+            raise BenchError(
+                f"{self.name} died during {work}: out of memory? Its own messages are above"
+            ) from None
         if failure:
             raise BenchError(f"{self.name}: {work} failed: {failure}")
         return value

@@ -78,11 +78,10 @@ def step_cases(
         },
         context.repeats,
     )
-    floor = f"the Deltas add {_added_work(learner, basis):.2%} to the multiplications of the layers"
     note = (
-        f"{report.tokens} tokens in {report.microbatches} microbatches, "
-        f"{report.action_tokens} of them sampled; "
-        f"{floor}: the floor of their cost"
+        f"{report.tokens} tokens in {report.microbatches} microbatches, {report.action_tokens} of them "
+        f"sampled; the Deltas add {_added_work(learner, basis):.2%} to the multiplications of the layers: "
+        "the floor of their cost"
     )
     return (
         _step_case(f"step, {trainable}, CPU", "cpu_s", timings, note),

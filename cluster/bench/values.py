@@ -86,8 +86,10 @@ class Case:
 
     def __post_init__(self) -> None:
         if not self.baseline_values or len(self.baseline_values) != len(self.candidate_values):
-            counts = f"{len(self.baseline_values)} values of the baseline, {len(self.candidate_values)}"
-            raise ValueError(f"case {self.name}: {counts} of the candidate")
+            raise ValueError(
+                f"case {self.name}: {len(self.baseline_values)} values of the baseline, "
+                f"{len(self.candidate_values)} of the candidate"
+            )
 
     @property
     def ratios(self) -> Spread:

@@ -104,16 +104,20 @@ def _chosen(run: Path, wanted: str) -> Path | None:
 
     if run.is_file():
         if wanted:
-            cure = "give the run's folder to choose from"
-            raise ConfigError(f"argument --episode: {run} is one episode; {cure}")
+            raise ConfigError(
+                f"argument --episode: {run} is one episode; give the run's folder to choose from"
+            )
         return run
     if not run.is_dir():
-        allowed = "give the folder of a run, e.g. runs/quickstart-..., or an episode's file"
-        raise RecordError(f"{run} does not exist: {allowed}")
+        raise RecordError(
+            f"{run} does not exist: give the folder of a run, e.g. runs/quickstart-..., or an episode's file"
+        )
     paths = list_records(run)
     if not paths:
-        cause = "the run kept none (episodes.per_step, episodes.per_evaluation), or this is no run's folder"
-        raise RecordError(f"{run / FOLDER} holds no episode: {cause}")
+        raise RecordError(
+            f"{run / FOLDER} holds no episode: "
+            "the run kept none (episodes.per_step, episodes.per_evaluation), or this is no run's folder"
+        )
     if not wanted:
         return None
     if wanted.isdecimal() and 1 <= int(wanted) <= len(paths):
@@ -122,7 +126,7 @@ def _chosen(run: Path, wanted: str) -> Path | None:
     if len(fitting) == 1:
         return fitting[0]
     names = ", ".join(path.stem for path in (fitting or paths)[:5])
-    problem = f"{len(fitting)} of the {len(paths)} episodes fit"
     raise RecordError(
-        f"--episode {wanted}: {problem}; give a number from 1 to {len(paths)}, or one of {names}"
+        f"--episode {wanted}: {len(fitting)} of the {len(paths)} episodes fit; "
+        f"give a number from 1 to {len(paths)}, or one of {names}"
     )

@@ -97,8 +97,9 @@ def _settings(record: EpisodeRecord, path: Path) -> RunConfig:
     name = record.origin.config
     file = path.parent / name
     if Path(name).name != name or not file.is_file():
-        cure = "copy them from the run's episodes folder"
-        raise RecordError(f"{path}: its settings {name!r} are not beside it; {cure}")
+        raise RecordError(
+            f"{path}: its settings {name!r} are not beside it; copy them from the run's episodes folder"
+        )
     return load_config(file, [])
 
 
@@ -131,8 +132,9 @@ def _basis(record: EpisodeRecord, folders: Sequence[Path]) -> Basis:
             if path.exists() and (basis := load_basis(path)).id == record.basis_id:
                 return basis
     places = " and ".join(map(str, folders))
-    cure = "give the checkpoint that was evaluated with --policy FOLDER"
-    raise RecordError(f"no basis {record.basis_id} in {places}: {cure}")
+    raise RecordError(
+        f"no basis {record.basis_id} in {places}: give the checkpoint that was evaluated with --policy FOLDER"
+    )
 
 
 def _answered_again(

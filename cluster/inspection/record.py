@@ -307,8 +307,10 @@ def _fault(record: EpisodeRecord) -> str:
     for number, segment in enumerate(record.segments):
         for place, passage in enumerate(segment.passages):
             if not 0 <= passage.start <= passage.end <= len(segment.token_ids):
-                where = f"segments.{number}.passages.{place}"
-                return f"{where}: [{passage.start}, {passage.end}) is outside of the segment's tokens"
+                return (
+                    f"segments.{number}.passages.{place}: "
+                    f"[{passage.start}, {passage.end}) is outside of the segment's tokens"
+                )
     for number, write in enumerate(record.writes):
         if not -1 <= write.after < max(1, len(record.segments)):
             return f"writes.{number}.after: there is no segment {write.after}"

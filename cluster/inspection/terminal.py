@@ -119,8 +119,10 @@ def write_line(write: WriteEntry) -> str:
     if log.outcome == "empty":
         return f"Nothing was written: {log.reason}"
     losses = f"loss {number_text(log.loss_before)} -> {number_text(log.loss_after)}"
-    tokens = f"{len(log.examples)} examples of {log.prompt_tokens} + {log.answer_tokens} tokens"
-    cost = f"{log.steps} steps, {log.seconds:.2f} s, {tokens}"
+    cost = (
+        f"{log.steps} steps, {log.seconds:.2f} s, "
+        f"{len(log.examples)} examples of {log.prompt_tokens} + {log.answer_tokens} tokens"
+    )
     if log.outcome == "rolled_back":
         return f"Write rolled back: {log.reason} · {losses} · {cost}"
     receipt = {"passed": "receipt passed", "off": "receipts are off", "none": "no receipt"}[write.receipt]
@@ -169,8 +171,10 @@ def _course(record: EpisodeRecord) -> list[tuple[str, str]]:
 def unshown(record: EpisodeRecord) -> str:
     """Say what a record cannot show. Why: a context without a sampled token is no part of a trajectory."""
     if record.origin.memory in ("truncation", "raw", "paging", "notes"):
-        policy = f"memory policy {record.origin.memory}"
-        return f"Contexts in which the agent said nothing are not recorded ({policy})."
+        return (
+            "Contexts in which the agent said nothing are not recorded (memory policy "
+            f"{record.origin.memory})."
+        )
     return ""
 
 

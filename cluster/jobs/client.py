@@ -148,8 +148,10 @@ class Jobs:
         until = time.monotonic() + deadline_s
         while not (job := self.get(name)).over:
             if time.monotonic() > until:
-                late = f"job {name} is still {job.status} after {deadline_s:g} s"
-                raise JobsError(f"{late}; look at it with: engram logs {name}")
+                raise JobsError(
+                    f"job {name} is still {job.status} after {deadline_s:g} s; "
+                    f"look at it with: engram logs {name}"
+                )
             time.sleep(_POLL_S)
         return job
 
@@ -186,8 +188,10 @@ class Jobs:
 def connect(endpoint: Endpoint) -> Jobs:
     """Connect to a cluster. Raises JobsError where none answers, or where it refuses."""
     if not endpoint.address.startswith(("http://", "https://")):
-        cure = "give the address of the cluster's dashboard, e.g. http://head-node:8265"
-        raise JobsError(f"--address {endpoint.address} is not allowed: {cure}")
+        raise JobsError(
+            f"--address {endpoint.address} is not allowed: "
+            "give the address of the cluster's dashboard, e.g. http://head-node:8265"
+        )
     os.environ["RAY_AUTH_MODE"] = endpoint.auth  # Ray reads it when it is imported
     os.environ["RAY_API_SERVER_ADDRESS"] = endpoint.address  # it overrules the argument below
     with one_line(endpoint):
@@ -219,8 +223,10 @@ def one_line(endpoint: Endpoint, name: str = "") -> Iterator[None]:
     except JobsError:
         raise
     except AuthenticationError:
-        places = "RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
-        cure = f"give --auth token, with its token in {places}"
+        cure = (
+            "give --auth token, with its token in RAY_AUTH_TOKEN, "
+            "in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
+        )
         raise JobsError(f"the cluster at {where} refuses (auth is {endpoint.auth}): {cure}") from None
     except (OSError, ClientError):  # requests' own errors are OSErrors
         silent = f"no Ray cluster answers at {where} within {endpoint.deadline_s:g} s"
@@ -230,8 +236,9 @@ def one_line(endpoint: Endpoint, name: str = "") -> Iterator[None]:
         raise JobsError(f"{silent}: {cure}") from None
     except (RuntimeError, ValueError) as error:
         if "404" in str(error) and name:
-            unknown = f"the cluster at {where} knows no job {name}"
-            raise JobsError(f"{unknown}: `engram status` lists its jobs") from None
+            raise JobsError(
+                f"the cluster at {where} knows no job {name}: `engram status` lists its jobs"
+            ) from None
         raise JobsError(f"the cluster at {where} refuses: {_last_line(error)}") from None
 
 

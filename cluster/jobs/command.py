@@ -168,8 +168,9 @@ def _submission(
 
     folder = Path(working_dir).expanduser().absolute()
     if not (folder / "cluster" / "__main__.py").is_file():
-        problem = "is no checkout of Engram (it has no cluster/__main__.py)"
-        raise ConfigError(f"--working-dir {working_dir}: {problem}")
+        raise ConfigError(
+            f"--working-dir {working_dir}: is no checkout of Engram (it has no cluster/__main__.py)"
+        )
     environment = dict(_variable(text) for text in env)
     for forwarded in _FORWARDED:
         if forwarded in os.environ:
@@ -192,11 +193,14 @@ def _check(words: tuple[str, ...], folder: Path, environment: Mapping[str, str])
     if config is None or arguments.index(config) > 0:
         if "--resume" in arguments:
             return
-        example = f"submit {what} configs/quickstart.yaml"
-        raise ConfigError(f"{what} needs a configuration before its settings, e.g. {example}")
+        raise ConfigError(
+            f"{what} needs a configuration before its settings, e.g. submit {what} configs/quickstart.yaml"
+        )
     if Path(config).is_absolute():
-        cure = "give a file in the working directory by its relative path"
-        raise ConfigError(f"{config}: is not part of what is sent; {cure}")
+        raise ConfigError(
+            f"{config}: is not part of what is sent; "
+            "give a file in the working directory by its relative path"
+        )
     settings = [word for word in arguments if "=" in word and not word.startswith("-")]
     if what != "train":
         settings = [word for word in settings if word.startswith(("output_dir=", "tracking."))]

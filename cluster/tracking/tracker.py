@@ -174,8 +174,10 @@ def _in_mlflow(
         client.log_batch(run.info.run_id, params=values)
         return MlflowRun(client, run)
     except MlflowException as error:
-        cure = "set tracking.uri, or tracking.enabled=false to run without it"
-        raise TrackingError(f"cannot use MLflow at {shown(uri)}: {first_line(error)}; {cure}") from error
+        raise TrackingError(
+            f"cannot use MLflow at {shown(uri)}: {first_line(error)}; "
+            "set tracking.uri, or tracking.enabled=false to run without it"
+        ) from error
 
 
 def store_uri(tracking: TrackingConfig, output_dir: Path) -> str:
