@@ -9,13 +9,16 @@ import asyncio
 import os
 import shlex
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from cluster.common.errors import ClusterError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _QUIET_S = 20.0  # after so long without a line of log, look whether the job is still there
@@ -54,8 +57,10 @@ class Submission:
 
     @property
     def runtime_env(self) -> dict[str, object]:
-        variables = {_STOP_WAIT: str(self.grace_s), **self.environment}
-        return {"working_dir": str(self.working_dir), "env_vars": variables}
+        return {
+            "working_dir": str(self.working_dir),
+            "env_vars": {_STOP_WAIT: str(self.grace_s), **self.environment},
+        }
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -80,33 +85,10 @@ class Job:
         return self.status in ENDED
 
 
-class JobClient(Protocol):
-    """The used part of Ray's JobSubmissionClient."""
-
-    def submit_job(
-        self,
-        *,
-        entrypoint: str,
-        submission_id: str | None,
-        runtime_env: dict[str, Any],
-        metadata: dict[str, str],
-    ) -> str: ...
-
-    def get_job_info(self, job_id: str) -> Any: ...
-
-    def list_jobs(self) -> list[Any]: ...
-
-    def get_job_logs(self, job_id: str) -> str: ...
-
-    def tail_job_logs(self, job_id: str) -> AsyncIterator[str]: ...
-
-    def stop_job(self, job_id: str) -> bool: ...
-
-
 class Jobs:
     """The jobs of one cluster. Every method raises JobsError."""
 
-    def __init__(self, client: JobClient, endpoint: Endpoint) -> None:
+    def __init__(self, client: JobSubmissionClient, endpoint: Endpoint) -> None:
         self._client, self._endpoint = client, endpoint
 
     def submit(self, submission: Submission) -> str:
@@ -198,7 +180,7 @@ def connect(endpoint: Endpoint) -> Jobs:
         return Jobs(_timed_client(endpoint), endpoint)
 
 
-def _timed_client(where: Endpoint) -> JobClient:
+def _timed_client(where: Endpoint) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
     class Timed(JobSubmissionClient):
@@ -207,8 +189,7 @@ def _timed_client(where: Endpoint) -> JobClient:
         def _do_request(self, method: str, endpoint: str, **rest: Any) -> Any:
             return super()._do_request(method, endpoint, timeout=where.deadline_s, **rest)
 
-    client: Any = Timed(where.address)
-    return client
+    return Timed(where.address)
 
 
 @contextmanager
