@@ -204,17 +204,16 @@ def one_line(endpoint: Endpoint, name: str = "") -> Iterator[None]:
     except JobsError:
         raise
     except AuthenticationError:
-        cure = (
+        raise JobsError(
+            f"the cluster at {where} refuses (auth is {endpoint.auth}): "
             "give --auth token, with its token in RAY_AUTH_TOKEN, "
             "in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
-        )
-        raise JobsError(f"the cluster at {where} refuses (auth is {endpoint.auth}): {cure}") from None
+        ) from None
     except (OSError, ClientError):  # requests' own errors are OSErrors
-        silent = f"no Ray cluster answers at {where} within {endpoint.deadline_s:g} s"
-        cure = (
+        raise JobsError(
+            f"no Ray cluster answers at {where} within {endpoint.deadline_s:g} s: "
             "start one with `ray start --head`, or give its dashboard's address: --address http://HOST:8265"
-        )
-        raise JobsError(f"{silent}: {cure}") from None
+        ) from None
     except (RuntimeError, ValueError) as error:
         if "404" in str(error) and name:
             raise JobsError(

@@ -32,16 +32,18 @@ def dataset_values(environment: EnvironmentConfig, context: DataContext) -> dict
     settings: dict[str, Any] = {"custom": environment.custom, "options": environment.options}
     if is_dataclass(part) and not isinstance(part, type):
         settings = asdict(part)
-    paths = [value for key, value in settings.items() if key.endswith("path") and isinstance(value, str)]
-    files = [Path(path).expanduser() for path in paths if path]
+    files = [
+        Path(value).expanduser()
+        for key, value in settings.items()
+        if key.endswith("path") and isinstance(value, str) and value
+    ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for file in files:
         if file.is_file():
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
-    source: dict[str, Any] = {"tags": {"made by": f"actors.environments.{environment.name}"}}
-    if files:
-        source = {"uri": str(files[0].absolute())}
+    made_by = {"tags": {"made by": f"actors.environments.{environment.name}"}}
+    source = {"uri": str(files[0].absolute())} if files else made_by
     return {
         "name": " ".join([environment.name, *(file.name for file in files)])[:500],
         "digest": digest.hexdigest()[:32],

@@ -126,9 +126,13 @@ class Sender(threading.Thread):
             problem = first_line(error)
             if not isinstance(records[0], Entity) or not self._is_broken():
                 if not self.problem:
-                    text = "warning: MLflow at %s takes nothing (%s): "
-                    text += "the run goes on, its figures are kept in %s"
-                    _log.warning(text, self._uri, problem, self._outbox.path)
+                    _log.warning(
+                        "warning: MLflow at %s takes nothing (%s): "
+                        "the run goes on, its figures are kept in %s",
+                        self._uri,
+                        problem,
+                        self._outbox.path,
+                    )
                 self.problem = problem
                 return False
             refused = [f"{records[0].values['name']}: {problem}"]

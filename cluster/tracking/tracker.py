@@ -80,9 +80,8 @@ class MlflowTracker(Tracker):
         self.location = f"{how} (run {self.run_id})"
         self._sender = Sender(outbox, run, uri)
         self._sender.start()
-        self._system: SystemMetrics | None = None
+        self._system = SystemMetrics(self.log, tracking.system_metrics_s, run.began)
         if tracking.system_metrics_s > 0:
-            self._system = SystemMetrics(self.log, tracking.system_metrics_s, run.began)
             self._system.start()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -92,8 +91,11 @@ class MlflowTracker(Tracker):
             points.append(Point("tracking/spooled", float(len(self._outbox)), now, step))
         self._outbox.append(points)
         if self._outbox.lost > lost == 0:
-            text = "warning: neither MLflow at %s nor the disk of %s takes figures: the next ones are lost"
-            _log.warning(text, self._uri, self._outbox.path)
+            _log.warning(
+                "warning: neither MLflow at %s nor the disk of %s takes figures: the next ones are lost",
+                self._uri,
+                self._outbox.path,
+            )
 
     def artifact(self, path: Path) -> None:
         self._outbox.append([Entity("artifact", {"name": str(path.absolute())})])
@@ -105,15 +107,19 @@ class MlflowTracker(Tracker):
         self._outbox.append([Entity("model", values)])
 
     def finish(self, status: RunStatus) -> None:
-        if self._system is not None:
-            self._system.end()
+        self._system.end()
         self._outbox.append([Status(status, _now_ms())])
         wait = min(self._wait_s, _STOPPED_WAIT_S) if status == "KILLED" else self._wait_s
         if not self._sender.drain(wait):
-            text = "warning: MLflow at %s did not take the last %d records within %g s (%s): "
-            text += "resuming this run sends them, from %s"
-            problem = self._sender.problem or "it is slow"
-            _log.warning(text, self._uri, len(self._outbox), wait, problem, self._outbox.path)
+            _log.warning(
+                "warning: MLflow at %s did not take the last %d records within %g s (%s): "
+                "resuming this run sends them, from %s",
+                self._uri,
+                len(self._outbox),
+                wait,
+                self._sender.problem or "it is slow",
+                self._outbox.path,
+            )
         self._outbox.close()
 
 
@@ -147,8 +153,12 @@ def open_run(
     except (OSError, sqlite3.Error) as error:
         raise TrackingError(f"cannot keep {path}: {error}; tracking.enabled=false runs without it") from error
     if resumed_run_id and len(outbox):
-        text = "%s holds %d records that MLflow at %s has not taken: they are sent now"
-        _log.warning(text, path, len(outbox), shown(uri))
+        _log.warning(
+            "%s holds %d records that MLflow at %s has not taken: they are sent now",
+            path,
+            len(outbox),
+            shown(uri),
+        )
     return MlflowTracker(run, outbox, uri, tracking)
 
 
@@ -170,8 +180,9 @@ def _in_mlflow(
         artifacts = output_dir / "mlflow-artifacts" if uri == _own_store(output_dir) else None
         experiment = _experiment(client, tracking.experiment, artifacts)
         run = client.create_run(experiment, run_name=run_name, tags=_tags())
-        values = [Param(key, value[:_LONGEST_PARAM]) for key, value in params.items()]
-        client.log_batch(run.info.run_id, params=values)
+        client.log_batch(
+            run.info.run_id, params=[Param(key, value[:_LONGEST_PARAM]) for key, value in params.items()]
+        )
         return MlflowRun(client, run)
     except MlflowException as error:
         raise TrackingError(
@@ -195,8 +206,7 @@ def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> str:
         return str(experiment.experiment_id)
     # Without this tag MLflow's UI takes it for an LLM application, because of the episodes' traces.
     kind = {"mlflow.experimentKind": "custom_model_development"}
-    place = None if artifacts is None else artifacts.as_uri()
-    return str(client.create_experiment(name, artifact_location=place, tags=kind))
+    return str(client.create_experiment(name, artifacts and artifacts.as_uri(), tags=kind))
 
 
 def _tags() -> dict[str, str]:

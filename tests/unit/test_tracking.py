@@ -185,7 +185,7 @@ class FakeRun(MlflowRun):
     """Answers as it is told to, and keeps what it was asked to take."""
 
     def __init__(self) -> None:
-        self.run_id = "run"
+        self.run_id, self.began = "run", 0.0
         self.asked: list[tuple[int, bool]] = []  # number of records, whether in doubt
         self.taken: list[Record] = []
         self.answering = True
