@@ -24,11 +24,14 @@ from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from actors.types import Flashcard, WriteOutcome, WriteRecord
+from actors.types import WriteRecord
 from cluster.assistant.conversation import Reply
 from configs.schema import RunConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_WRITE_FIELDS = (
+    "outcome", "reason", "revision", "steps", "seconds", "loss_before", "loss_after", "flashcards",
+)  # fmt: skip
 _NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or a digit"
 
 
@@ -224,27 +227,13 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class WriteSummary:
-    """One write, for clients. In JSON the losses of a write that did not happen are null."""
-
-    outcome: WriteOutcome
-    reason: str
-    revision: int
-    steps: int
-    seconds: float
-    loss_before: float
-    loss_after: float
-    flashcards: tuple[Flashcard, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Engram:
     """Our addition to an answer. ``revision`` is that of the fast weights that answered."""
 
     conversation: str | None
     new: bool
     revision: int
-    writes: tuple[WriteSummary, ...]
+    writes: tuple[dict[str, Any], ...]
 
 
 class _Completion(ChatCompletion):
@@ -295,17 +284,9 @@ def completion_events(model: str, answer: Answer, with_usage: bool) -> Iterator[
     yield "data: [DONE]\n\n"
 
 
-def summarize(record: WriteRecord) -> WriteSummary:
-    return WriteSummary(
-        record.outcome,
-        record.reason,
-        record.revision,
-        record.steps,
-        record.seconds,
-        record.loss_before,
-        record.loss_after,
-        record.flashcards,
-    )
+def summarize(record: WriteRecord) -> dict[str, Any]:
+    """One write, for clients. In JSON the losses of a write that did not happen are null."""
+    return {name: getattr(record, name) for name in _WRITE_FIELDS}
 
 
 def _to_json(content: BaseModel) -> str:
@@ -330,5 +311,6 @@ def _usage(reply: Reply) -> CompletionUsage:
 
 
 def _engram(answer: Answer) -> Engram:
-    writes = tuple(map(summarize, answer.writes))
-    return Engram(answer.conversation, answer.new, answer.reply.revision, writes)
+    return Engram(
+        answer.conversation, answer.new, answer.reply.revision, tuple(map(summarize, answer.writes))
+    )

@@ -16,7 +16,6 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -204,33 +203,25 @@ async def _answer(request: ChatRequest, sessions: Sessions) -> Answer:
 
 
 def _add_errors(app: FastAPI, limit_s: float) -> None:
-    def respond(status: int, message: str, code: str, param: str | None = None) -> Response:
+    async def respond(request: Request, error: Exception) -> Response:
+        param: str | None = None
+        match error:
+            case RequestError(status=status, message=message, param=param, code=code):
+                pass
+            case HTTPException(status_code=status, detail=detail):
+                message, code = f"{request.method} {request.url.path}: {detail}", "not_found"
+            case BusyError():
+                status, message, code = 429, str(error), "too_many_conversations"
+            case TimeoutError():
+                message = f"no answer within {limit_s:g} s (assistant.request_timeout_s); the turn is undone"
+                status, code = 504, "timeout"
+            case _:
+                status, message, code = 500, " ".join(str(error).split())[:500], type(error).__name__
         return JSONResponse(error_body(status, message, param, code), status)
 
-    async def refused(request: Request, error: RequestError) -> Response:
-        return respond(error.status, error.message, error.code, error.param)
-
-    async def unknown_route(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        return respond(error.status_code, message, "not_found")
-
-    async def busy(request: Request, error: BusyError) -> Response:
-        return respond(429, str(error), "too_many_conversations")
-
-    async def late(request: Request, error: TimeoutError) -> Response:
-        message = f"no answer within {limit_s:g} s (assistant.request_timeout_s); the turn is undone"
-        return respond(504, message, "timeout")
-
-    async def broken(request: Request, error: Exception) -> Response:
-        return respond(500, " ".join(str(error).split())[:500], type(error).__name__)
-
-    handle: Any = app.exception_handler  # its type knows no subclass of Exception
-    handle(RequestError)(refused)
-    handle(HTTPException)(unknown_route)
-    handle(BusyError)(busy)
-    handle(TimeoutError)(late)
-    for kind in (AssistantError, EngineError, ReceiptError, WriterError):
-        handle(kind)(broken)
+    refusals = (RequestError, HTTPException, BusyError, TimeoutError)
+    for kind in (*refusals, AssistantError, EngineError, ReceiptError, WriterError):
+        app.add_exception_handler(kind, respond)
 
 
 def _listen(host: str, port: int) -> socket.socket:
