@@ -182,20 +182,10 @@ class RecallEnvironment:
         other = config.asked == "other" and split == "eval"
         questions = [_in_other_words(fact) if other else _as_written(fact) for fact in asked]
         if config.unknown_questions:
-            # Random numbers of their own: what is told and asked stays as it is without such questions.
-            draw = random.Random(f"recall/{split}/{seed}/{position}/unknown")
-            untold = dict(zip(people, facts, strict=True))
-            for kind, subject in _unknown_subjects(draw, words, untold, config.unknown_questions):
-                question = draw.choice(subject.wordings)
-                questions.append(
-                    {
-                        "question": subject.ask(subject.relation.unwritten_question) if other else question,
-                        "answer": UNKNOWN,
-                        "relation": subject.relation.name,
-                        "unknown": kind,
-                    }
-                )
-            draw.shuffle(questions)
+            # All else is drawn by now: what is told and asked stays as it is without such questions.
+            told = dict(zip(people, facts, strict=True))
+            questions += self._unknown_questions(rng, words, told, other)
+            rng.shuffle(questions)
         return Task(
             id=f"recall-{split}-{seed}-{position}",
             environment=self.name,
@@ -206,6 +196,18 @@ class RecallEnvironment:
             },
             seed=seed_of_task,
         )
+
+    def _unknown_questions(
+        self, rng: random.Random, words: Vocabulary, told: Mapping[str, _Fact], other: bool
+    ) -> list[dict[str, str]]:
+        """``unknown`` is the question's category. ``other``: in the wording that no card has."""
+        questions = []
+        for kind, subject in _unknown_subjects(rng, words, told, self._config.unknown_questions):
+            written, relation = rng.choice(subject.wordings), subject.relation
+            question = subject.ask(relation.unwritten_question) if other else written
+            about = {"question": question, "answer": UNKNOWN, "relation": relation.name}
+            questions.append({**about, "unknown": kind})
+        return questions
 
 
 class RecallSession(ReadThenAsk):
