@@ -24,7 +24,7 @@ from configs.schema import (
 
 CONFIG = RunConfig(
     environment=EnvironmentConfig(recall=RecallConfig(sessions=1, facts_per_session=2, questions=1)),
-    memory=MemoryConfig(max_context_tokens=60, question_blind=True),
+    memory=MemoryConfig(max_context_tokens=30, question_blind=True),
     warm_start=WarmStartConfig(steps=3, tasks_per_step=2),
 )
 
@@ -44,6 +44,7 @@ def test_what_is_unknown_is_taught_beside_the_flashcards_with_a_told_twin(
 ) -> None:
     flashcards = _segments(model_path, 0, step=1)
     segments = _segments(model_path, 3, step=1)
+    assert len(flashcards) == 2  # one text in each of two tasks
     assert _ids(segments[: len(flashcards)]) == _ids(flashcards)  # the setting adds, and changes nothing
     answers = segments[len(flashcards) :]
     replies = [chat.decode(segment.token_ids[segment.action_mask]) for segment in answers]
