@@ -20,7 +20,7 @@ from actors.environments.base import Split
 from actors.environments.recall_words import FILLERS, PEOPLE, RELATIONS
 from actors.memory.supervised import summary_examples, text_examples
 from actors.text.chat_template import ChatFormat
-from actors.text.flashcards import write_example
+from actors.text.flashcards import write_examples
 from actors.types import Flashcard, WriteExample
 from cluster.probe.values import Card, ProbeError, Supervision, TextPiece
 from configs.files import FileError, parse_json
@@ -162,19 +162,29 @@ def read_text(path: Path, argument: str) -> str:
 
 
 def examples_of(
-    supervision: Supervision, cards: Sequence[Card], system_prompt: str, chat: ChatFormat, write: WriteConfig
+    supervision: Supervision,
+    cards: Sequence[Card],
+    earlier: Sequence[Card],
+    system_prompt: str,
+    chat: ChatFormat,
+    write: WriteConfig,
 ) -> tuple[WriteExample, ...]:
     """The examples of one write. The paper compares flashcards with a summary and with the raw transcript.
 
-    flashcards   each card's question as a user turn, its answer as the reply
+    flashcards   each card's question as a user turn, its answer as the reply, also behind other cards
+                 (write.depths); the newest of the ``earlier`` written cards again (write.rehearsal)
     summary      all tellings as the agent's reply to "what do you remember": the best possible summary
     raw          all tellings as they were read, in a user turn, mixed with as many sentences about nothing
 
-    summary and raw need every card's telling, which is checked before the probe starts.
+    summary and raw need every card's telling, which is checked before the probe starts. Neither is ever
+    rehearsed (actors/memory/supervised.py).
     """
     if supervision == "flashcards":
-        flashcards = (Flashcard(card.question, card.answer) for card in cards)
-        return tuple(write_example(flashcard, system_prompt, chat) for flashcard in flashcards)
+        known, new = flashcards_of(earlier), flashcards_of(cards)
+        # As in actors/memory/parametric.py: the newest are rehearsed.
+        taught = [*new, *known[max(0, len(known) - write.rehearsal) :]]
+        limit = write.max_example_tokens
+        return write_examples(taught, known, system_prompt, chat, write.depths, limit)
     tellings = [card.telling for card in cards]
     if supervision == "summary":
         return tuple(summary_examples(chat, system_prompt, " ".join(tellings), write))
@@ -182,6 +192,10 @@ def examples_of(
     sentences = tellings + [draw.choice(FILLERS) for _ in tellings]
     draw.shuffle(sentences)
     return tuple(text_examples(chat.system(system_prompt), [chat.user(" ".join(sentences))], write))
+
+
+def flashcards_of(cards: Sequence[Card]) -> list[Flashcard]:
+    return [Flashcard(card.question, card.answer) for card in cards]
 
 
 # --- unrelated text -----------------------------------------------------------------------------------------

@@ -8,15 +8,18 @@ Delta = 0 --write 1--> B_1 --write 2--> B_2 ...   after each write all cards wri
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from actors.episodes.episode import derived_seed
 from actors.fast_weights.delta import Basis, zero
-from actors.types import FastWeights, WriteExample, WriteRequest, WriteResult
+from actors.types import FastWeights, WriteRequest, WriteResult
 from actors.write.writer import BatchedWriter
 from cluster.probe.examiner import Examiner
-from cluster.probe.values import Cell, CellRun, Point, WriteLine
+from cluster.probe.teaching import Teacher
+from cluster.probe.values import Card, Cell, CellRun, Point, WriteLine
 
 
 def in_writes(count: int, writes: int) -> list[range]:
@@ -28,13 +31,11 @@ def points_of(cell: Cell, sizes: Sequence[int], each_step: bool) -> int:
     """The most measurements that ``run_cell`` counts, for the time left.
 
     They are fewer where a write stops early, or is rolled back and so not rehearsed. ``sizes``: the examples
-    of each write, which are as many as its cards only under supervision=flashcards.
+    of each write if all earlier ones are accepted.
     """
     if cell.write.epochs == 0 or not each_step:
         return len(sizes)
-    rehearsed = [min(_rehearsal(cell), sum(sizes[:write])) for write in range(len(sizes))]
-    examples = [size + old for size, old in zip(sizes, rehearsed, strict=True)]
-    return sum(cell.write.epochs * math.ceil(count / cell.write.batch_size) for count in examples)
+    return sum(cell.write.epochs * math.ceil(count / cell.write.batch_size) for count in sizes)
 
 
 def run_cell(
@@ -42,13 +43,16 @@ def run_cell(
     seed: int,
     basis: Basis,
     writer: BatchedWriter,
+    teacher: Teacher,
     examiner: Examiner,
     untouched: Point,
-    writes: int,
+    groups: Sequence[Sequence[Card]],
     each_step: bool,
     on_point: Callable[[], None],
 ) -> CellRun:
     """Write and measure. ``untouched``: the examiner's point under Delta = 0, the same for every cell.
+
+    ``groups``: the cards of each write, those of ``teacher`` and ``examiner``.
 
     ``on_point`` is called after each measurement, with two exceptions: ``untouched``, and the state after a
     rolled-back write whose steps were measured. Raises WriterError (a card is longer than the writer takes).
@@ -56,16 +60,16 @@ def run_cell(
     weights = zero(basis)
     lines: list[WriteLine] = []
     after, steps = [untouched], []
-    accepted: list[WriteExample] = []
-    for number in range(1, writes + 1):
-        fresh = examiner.written(number, cell.supervision, cell.write)
-        # The newest are rehearsed, as in actors/memory/parametric.py.
-        rehearsed = tuple(accepted[-_rehearsal(cell) :]) if _rehearsal(cell) else ()
-        request = WriteRequest(f"probe-{seed}", weights, fresh + rehearsed)
+    accepted: list[Card] = []
+    for number, cards in enumerate(groups, start=1):
+        examples = teacher.examples(number, cell, accepted)
+        preserved = teacher.preserved(number, cell, accepted)
+        of_write = derived_seed(seed, "write", number - 1)
+        request = WriteRequest(f"probe-{seed}", weights, examples, preserved, of_write)
         line, weights_after, trace = _write(cell, writer, request, each_step)
         lines.append(line)
         if line.outcome == "accepted":
-            accepted += fresh
+            accepted += cards
         inside: list[Point] = []
         for step, step_weights in enumerate(trace, start=1):
             if not _is_finite(step_weights):  # a write that diverges
@@ -84,11 +88,6 @@ def run_cell(
     return CellRun(cell.settings, cell.label, seed, basis.id, basis.parameters, *figures)
 
 
-def _rehearsal(cell: Cell) -> int:
-    """Only flashcards are rehearsed. A transcript or a summary never is (actors/memory/supervised.py)."""
-    return cell.write.rehearsal if cell.supervision == "flashcards" else 0
-
-
 def _write(
     cell: Cell, writer: BatchedWriter, request: WriteRequest, each_step: bool
 ) -> tuple[WriteLine, FastWeights, tuple[FastWeights, ...]]:
@@ -98,14 +97,17 @@ def _write(
     elif not request.examples:
         reason = "no example is short enough for write.max_example_tokens"
     else:
+        started = time.process_time()
         result, trace = writer.trace(request) if each_step else (writer.write([request])[0], ())
-        return _line(result), result.weights, trace
+        return _line(result, time.process_time() - started), result.weights, trace
     return WriteLine("empty", reason, 0, 0.0, None, None), request.weights, ()
 
 
-def _line(result: WriteResult) -> WriteLine:
-    losses = [loss if math.isfinite(loss) else None for loss in (result.loss_before, result.loss_after)]
-    return WriteLine(result.outcome, result.reason, result.steps, result.seconds, *losses)
+def _line(result: WriteResult, cpu_s: float) -> WriteLine:
+    before, after = (
+        loss if math.isfinite(loss) else None for loss in (result.loss_before, result.loss_after)
+    )
+    return WriteLine(result.outcome, result.reason, result.steps, result.seconds, before, after, cpu_s)
 
 
 def _is_finite(weights: FastWeights) -> bool:

@@ -1,6 +1,6 @@
-"""Measures how well cards are known, and what became of unrelated text, under any fast weights.
+"""Measures how well cards are known, where their answers leak, and what became of unrelated text.
 
-    examiner = Examiner(Reader(model, chat.stop_token_ids), chat, SYSTEM_PROMPT, groups, pieces)
+    examiner = Examiner(Reader(model, chat.stop_token_ids), chat, SYSTEM_PROMPT, groups, pieces, strays)
     point = examiner.examine(basis, weights, writes=2, step=5)   # the cards of two writes, all unrelated text
 
 A card is asked as it was written: system prompt, question as a user turn, assistant opening. So ``written``
@@ -21,10 +21,9 @@ from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import write_example
 from actors.types import FastWeights, Flashcard, WriteExample
 from actors.write.frozen_llama import FrozenLayer
-from cluster.probe.cards import examples_of
 from cluster.probe.reading import Block, Reader, merged_layers
-from cluster.probe.values import Asked, Card, CardScore, Point, Supervision, TextPiece, TextScore
-from configs.schema import WriteConfig
+from cluster.probe.strays import Stray, answers
+from cluster.probe.values import Asked, Card, CardScore, LeakKind, LeakScore, Point, TextPiece, TextScore
 
 # An answer is cut this many tokens after the longest written answer of its write: what runs on is wrong
 # anyway.
@@ -51,10 +50,14 @@ class _Group:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prepared:
-    """The blocks for one cut. ``cards``: by group. ``tables``: the base model's, of the unrelated text."""
+    """The blocks for one cut. ``cards``: by group. ``tables``: the base model's, of the unrelated text.
+
+    ``strays``: by the write from which on they are asked.
+    """
 
     cut: int
     cards: tuple[tuple[Block, ...], ...]
+    strays: tuple[tuple[Block, ...], ...]
     texts: tuple[Block, ...]
     tables: tuple[Tensor, ...]
 
@@ -73,9 +76,17 @@ class Examiner:
         system_prompt: str,
         groups: Sequence[Sequence[Card]],
         pieces: Sequence[TextPiece],
+        strays: Sequence[Stray] = (),
     ) -> None:
-        self._reader, self._chat, self._system_prompt = reader, chat, system_prompt
+        self._reader, self._chat = reader, chat
         self._groups = _grouped(groups, system_prompt, chat)
+        self._strays = [
+            [stray for stray in strays if stray.write == write] for write in range(len(groups) + 1)
+        ]
+        # A draft must have a token. Nobody knows what will be said, so it is the shortest.
+        self._stray_examples = [
+            [_asking(stray, system_prompt, chat) for stray in of_write] for of_write in self._strays
+        ]
         self._pieces = tuple(pieces)
         self._texts = [_text_example(piece, system_prompt, chat) for piece in pieces]
         self._prepared: _Prepared | None = None
@@ -88,17 +99,18 @@ class Examiner:
         prepared = self._prepare(basis)
         layers = merged_layers(self._reader.model, basis, weights)
         groups = list(enumerate(self._groups, start=1))[: writes or None]
+        written = [card for _, group in groups for card in group.cards]
         cards = tuple(
             score
             for number, group in groups
             for score in self._ask(group, number, prepared.cards[number - 1], layers)
         )
-        return Point(writes, step, cards, self._read_texts(prepared, layers))
-
-    def written(self, number: int, supervision: Supervision, write: WriteConfig) -> tuple[WriteExample, ...]:
-        """The examples of write ``number`` (from 1), for a writer."""
-        cards = self._groups[number - 1].cards
-        return examples_of(supervision, cards, self._system_prompt, self._chat, write)
+        own = [
+            _leak("other_card", card.question, score.written.said, card.answer, written)
+            for card, score in zip(written, cards, strict=True)
+        ]
+        strays = self._ask_strays(prepared, layers, len(groups), written)
+        return Point(writes, step, cards, self._read_texts(prepared, layers), (*strays, *own))
 
     def _prepare(self, basis: Basis) -> _Prepared:
         """Prepare what does not depend on B. It is made again only if Delta begins at another layer."""
@@ -108,7 +120,10 @@ class Examiner:
             texts = self._reader.prepare(self._texts, cut, answered=False)
             tables = tuple(self._reader.read(block, base).table for block in texts)
             cards = tuple(self._reader.prepare(group.wordings, cut, answered=True) for group in self._groups)
-            self._prepared = _Prepared(cut, cards, texts, tables)
+            strays = tuple(
+                self._reader.prepare(examples, cut, answered=True) for examples in self._stray_examples
+            )
+            self._prepared = _Prepared(cut, cards, strays, texts, tables)
         return self._prepared
 
     def _ask(
@@ -129,6 +144,23 @@ class Examiner:
             tokens = len(group.wordings[places[0]].answer_ids)
             written, *paraphrased = (asked[place] for place in places)
             scores.append(CardScore(group.first + card, number, tokens, written, tuple(paraphrased)))
+        return scores
+
+    def _ask_strays(
+        self, prepared: _Prepared, layers: Sequence[FrozenLayer], writes: int, written: Sequence[Card]
+    ) -> list[LeakScore]:
+        """Ask what no card answers, about the subjects of the first ``writes`` writes and about strangers."""
+        most = max(group.longest_answer for group in self._groups)
+        scores: list[LeakScore] = []
+        for strays, blocks in list(zip(self._strays, prepared.strays, strict=True))[: writes + 1]:
+            said: dict[int, str] = {}
+            for block in blocks:
+                tokens = self._reader.answer(block, self._reader.read(block, layers), layers, most)
+                said.update(zip(block.numbers, map(self._chat.decode, tokens), strict=True))
+            scores += [
+                _leak(stray.kind, stray.question, said[place].strip(), "", written)
+                for place, stray in enumerate(strays)
+            ]
         return scores
 
     def _read_texts(self, prepared: _Prepared, layers: Sequence[FrozenLayer]) -> tuple[TextScore, ...]:
@@ -159,6 +191,18 @@ def _grouped(groups: Sequence[Sequence[Card]], system_prompt: str, chat: ChatFor
         made.append(_Group(first, tuple(cards), wordings, tuple(place for place, _ in pairs)))
         first += len(cards)
     return tuple(made)
+
+
+def _asking(stray: Stray, system_prompt: str, chat: ChatFormat) -> WriteExample:
+    example = write_example(Flashcard(stray.question, "-"), system_prompt, chat)
+    return WriteExample(example.prompt_ids, chat.stop_token_ids[:1])
+
+
+def _leak(kind: LeakKind, question: str, said: str, right: str, written: Sequence[Card]) -> LeakScore:
+    """``right``: the question's own answer, "" where it has none."""
+    others = (card.answer for card in written if card.answer != right)
+    is_right = right != "" and answers(said, right)
+    return LeakScore(kind, question, said, float(not is_right and any(answers(said, o) for o in others)))
 
 
 def _text_example(piece: TextPiece, system_prompt: str, chat: ChatFormat) -> WriteExample:

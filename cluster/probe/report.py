@@ -12,35 +12,41 @@ were rolled back, and why.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster.measure.report import (
-    Curve,
     Document,
-    Panel,
     Section,
-    Style,
     Table,
     interval_text,
     percent,
     save_document,
-    save_plot,
 )
 from cluster.measure.rows import OUTCOMES
 from cluster.measure.statistics import DIFFERENCE, SCORE, Bounds, Interval, nested_interval
-from cluster.probe.values import Card, CellRun, Point
+from cluster.probe.plots import save_plots
+from cluster.probe.values import LEAKS, Card, CellRun, LeakKind, Point
 
+_LEAK_NAMES: Mapping[LeakKind, str] = {
+    "stranger": "strangers",
+    "same_person": "same person",
+    "other_card": "other cards",
+}
 HEADER = (
-    *("cell", "loss", "reworded", "recall %", "reworded %", "damage", "KL", "replies", "KL"),
-    *("s/write", "writes"),
+    *("cell", "loss", "reworded", "recall %", "reworded %"),
+    *(f"{_LEAK_NAMES[kind]} %" for kind in LEAKS),
+    *("damage", "KL", "replies", "KL", "CPU s/write", "writes"),
 )
 LEGEND = (
     "loss: nats per answer token, before→after the last write · "
     "recall: greedy answers that match exactly (plain EM) [95 % CI] · "
     "reworded: the same for paraphrases, which were not written · "
+    "strangers, same person, other cards: the leak, the share of questions that get another question's "
+    "written answer: those about people never told of, about other relations of people told of, and the "
+    "cards' own (the untouched model: {untouched}) · "
     "damage: rise of the loss on unrelated text, nats per token, with KL(base || now); "
     "replies: the same for unrelated questions in the chat format · "
     "writes: accepted/empty/rolled back · "
@@ -50,11 +56,12 @@ LEGEND = (
 )
 FORGETTING = (
     *("cell", "after write", "cards", "newest %", "earlier %", "all %", "all, reworded %"),
-    *("damage", "KL", "rolled back"),
+    *(f"{_LEAK_NAMES[kind]} %" for kind in LEAKS),
+    *("KL", "replies' KL", "rolled back"),
 )
 VERSUS = (
-    *("against", "recall, points", "reworded, points", "by seed"),
-    *("KL, times", "replies' KL, times", "time, times"),
+    *("against", "recall, points", "reworded, points", "by seed", "strangers, points"),
+    *("KL, times", "replies' KL, times", "CPU, times"),
 )
 FIGURES: tuple[tuple[str, bool, Literal["em", "f1"]], ...] = (
     ("em_written", False, "em"),
@@ -69,7 +76,6 @@ _TEXT_FIGURES: tuple[tuple[Literal["text", "reply"], Literal["damage", "kl"]], .
     ("reply", "damage"),
     ("reply", "kl"),
 )
-_SHARES = (-4.0, 104.0)  # the y axis of percent, with room for the marks at 0 and 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +124,12 @@ class ProbeReport:
             for number, line in enumerate(run.writes, start=1)
             if line.outcome != "accepted"
         ]
-        return [LEGEND, *reasons]
+        return [LEGEND.format(untouched=self._untouched()), *reasons]
+
+    def _untouched(self) -> str:
+        """The shares of the untouched model, which says a card's answer by chance. All cells share it."""
+        points = list({run.seed: run.after[0] for run in self.runs}.values())
+        return ", ".join(f"{percent(value, 0)} %" for value in _leaks(points))
 
     def _line(self, label: str, runs: Sequence[CellRun]) -> tuple[str, ...]:
         first, last = [run.after[0] for run in runs], [run.after[-1] for run in runs]
@@ -130,12 +141,14 @@ class ProbeReport:
         recalls = [
             interval_text(self._interval(self._recalled(runs, reworded)), 0) for reworded in (False, True)
         ]
+        leaks = [interval_text(self._interval(self._leaked(runs, kind)), 0) for kind in LEAKS]
         return (
             label,
             *losses,
             *recalls,
+            *leaks,
             *(_short(_mean([point.text(kind, figure) for point in last])) for kind, figure in _TEXT_FIGURES),
-            f"{_mean([line.seconds for line in writes]):.1f}",
+            f"{_mean([line.cpu_s for line in writes]):.1f}",
             "/".join(str(sum(line.outcome == outcome for line in writes)) for outcome in OUTCOMES),
         )
 
@@ -155,10 +168,8 @@ class ProbeReport:
                 str(write),
                 str(sum(len(point.cards) for point in points)),
                 *(percent(_mean(values), 0) for values in recalls),
-                *(
-                    _short(_mean([point.text("text", figure) for point in points]))
-                    for figure in ("damage", "kl")
-                ),
+                *(percent(value, 0) for value in _leaks(points)),
+                *(_short(_mean([point.text(kind, "kl") for point in points])) for kind in _KINDS),
                 str(refused),
             )
 
@@ -176,36 +187,54 @@ class ProbeReport:
                 for kind in _KINDS
             ]
             seconds = [
-                _mean([line.seconds for run in cells[name] for line in run.writes]) for name in (last, label)
+                _mean([line.cpu_s for run in cells[name] for line in run.writes]) for name in (last, label)
             ]
+            strangers = [self._leaked(cells[name], "stranger") for name in (label, last)]
             yield (
                 label,
                 *(interval_text(self._interval(cards, DIFFERENCE), 0, sign="+") for cards in pair),
                 ", ".join(by_seed),
+                interval_text(self._interval(_less(*strangers), DIFFERENCE), 0, sign="+"),
                 *times,
                 _ratio(seconds),
             )
 
     def _differences(
         self, before: Sequence[CellRun], after: Sequence[CellRun], reworded: bool
-    ) -> list[dict[Card, float]]:
+    ) -> list[dict[str, float]]:
         """EM of ``after`` minus ``before``, by seed, by card."""
-        pairs = zip(self._recalled(before, reworded), self._recalled(after, reworded), strict=True)
-        return [{card: new[card] - old[card] for card in new} for old, new in pairs]
+        return _less(self._recalled(before, reworded), self._recalled(after, reworded))
 
-    def _recalled(self, runs: Sequence[CellRun], reworded: bool) -> list[dict[Card, float]]:
-        """EM after the last write, by seed, by card."""
+    def _recalled(self, runs: Sequence[CellRun], reworded: bool) -> list[dict[str, float]]:
+        """EM after the last write, by seed, by the card's question."""
         points = [(self.cards[run.seed], run.after[-1]) for run in sorted(runs, key=lambda run: run.seed)]
         return [
-            {cards[place]: em for place, em in point.recall(reworded, "em").items()}
+            {cards[place].question: em for place, em in point.recall(reworded, "em").items()}
             for cards, point in points
         ]
 
-    def _interval(self, by_seed: Sequence[Mapping[Card, float]], bounds: Bounds = SCORE) -> Interval:
-        if all(set(cards) == set(by_seed[0]) for cards in by_seed):
-            by_seed = [{card: _mean([cards[card] for cards in by_seed]) for card in by_seed[0]}]
-        groups = [list(cards.values()) for cards in by_seed]
+    def _leaked(self, runs: Sequence[CellRun], kind: LeakKind) -> list[dict[str, float]]:
+        """The leak after the last write, by seed, by question."""
+        return [run.after[-1].leak(kind) for run in sorted(runs, key=lambda run: run.seed)]
+
+    def _interval(self, by_seed: Sequence[Mapping[str, float]], bounds: Bounds = SCORE) -> Interval:
+        if all(set(values) == set(by_seed[0]) for values in by_seed):
+            by_seed = [{item: _mean([values[item] for values in by_seed]) for item in by_seed[0]}]
+        groups = [list(values.values()) for values in by_seed]
         return nested_interval(groups, self.samples, self.seed, bounds)
+
+
+def _less(
+    before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]
+) -> list[dict[str, float]]:
+    """``after`` minus ``before``, by seed, by question."""
+    pairs = zip(before, after, strict=True)
+    return [{question: new[question] - old[question] for question in new} for old, new in pairs]
+
+
+def _leaks(points: Sequence[Point]) -> list[float]:
+    """The share of each kind over all questions of ``points``; NaN where none was asked."""
+    return [_mean([leaked for point in points for leaked in point.leak(kind).values()]) for kind in LEAKS]
 
 
 def recall_by_age(points: Sequence[Point]) -> tuple[list[float], list[float]]:
@@ -219,8 +248,10 @@ def figures(point: Point) -> dict[str, float]:
     recalled = {
         name: _mean(list(point.recall(reworded, score).values())) for name, reworded, score in FIGURES
     }
+    leaks = {f"leak_{kind}": share for kind, share in zip(LEAKS, _leaks([point]), strict=True)}
     texts = {f"{figure}_{kind}": point.text(kind, figure) for kind, figure in _TEXT_FIGURES}
-    return {"loss_written": point.loss(False), "loss_paraphrased": point.loss(True), **recalled, **texts}
+    losses = {"loss_written": point.loss(False), "loss_paraphrased": point.loss(True)}
+    return {**losses, **recalled, **leaks, **texts}
 
 
 def metrics(run: CellRun) -> list[tuple[dict[str, float], int]]:
@@ -270,80 +301,3 @@ def _mean(values: Sequence[float]) -> float:
 
 def _short(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}" if math.isfinite(value) else "-"  # + 0.0: no "-0.000"
-
-
-# --- plots: a colour a cell; thin lines are single seeds --------------------------------------------------
-
-
-def save_plots(cells: Mapping[str, Sequence[CellRun]], folder: Path) -> list[Path]:
-    """Draw recall_damage.png, steps.png where steps were measured, forgetting.png where there are writes."""
-    plots = {"recall_damage": _recall_damage(cells)}
-    if any(run.steps for runs in cells.values() for run in runs):
-        plots["steps"] = _curves(cells, "optimizer step", lambda run: [run.after[0], *run.steps])
-    if any(len(run.writes) > 1 for runs in cells.values() for run in runs):
-        plots["forgetting"] = _curves(cells, "write", lambda run: run.after)
-    return [save_plot(panels, folder / f"{name}.png") for name, panels in plots.items()]
-
-
-def _recall_damage(cells: Mapping[str, Sequence[CellRun]]) -> list[Panel]:
-    """A point a seed: up and to the left is better. Crosses are cells with a write that was rolled back."""
-    panels = []
-    for title, reworded in (("written questions", False), ("paraphrases", True)):
-        curves = []
-        for series, (label, runs) in enumerate(cells.items()):
-            for run in runs:
-                refused = any(line.outcome == "rolled_back" for line in run.writes)
-                damage, recall = [run.after[-1].text("text", "damage")], [_recall(run.after[-1], reworded)]
-                curves.append(Curve(damage, recall, series, label, "crosses" if refused else "points"))
-        x_label = "damage (nats per token of unrelated text)"
-        panels.append(Panel(x_label, "recall %", tuple(curves), title, y_range=_SHARES))
-    return panels
-
-
-def _curves(
-    cells: Mapping[str, Sequence[CellRun]], unit: str, points: Callable[[CellRun], Sequence[Point]]
-) -> list[Panel]:
-    """Recall and damage, from the untouched model on."""
-    recall: list[Curve] = []
-    damage: list[Curve] = []
-    for series, (label, runs) in enumerate(cells.items()):
-        seeds = [points(run) for run in runs]
-        for curve in seeds if len(seeds) > 1 else []:
-            recall.append(_curve([[point] for point in curve], _written, series, "", "thin"))
-            damage.append(_curve([[point] for point in curve], _damage, series, "", "thin"))
-        columns = list(zip(*seeds, strict=False))  # a write that diverged has fewer steps
-        recall.append(_curve(columns, _written, series, label, "line"))
-        recall.append(_curve(columns, _reworded, series, "", "dashed"))
-        damage.append(_curve(columns, _damage, series, label, "line"))
-    title, y_label = "full: written, dashed: paraphrases", "recall % of what is written so far"
-    return [
-        Panel(unit, y_label, tuple(recall), title, y_range=_SHARES, steps=True),
-        Panel(unit, "nats per token", tuple(damage), "damage to unrelated text", steps=True),
-    ]
-
-
-def _curve(
-    columns: Sequence[Sequence[Point]],
-    value: Callable[[Point], float],
-    series: int,
-    label: str,
-    style: Style,
-) -> Curve:
-    means = [_mean([value(point) for point in column]) for column in columns]
-    return Curve(range(len(means)), means, series, label, style)
-
-
-def _recall(point: Point, reworded: bool) -> float:
-    return 100 * _mean(list(point.recall(reworded, "em").values()))
-
-
-def _written(point: Point) -> float:
-    return _recall(point, reworded=False)
-
-
-def _reworded(point: Point) -> float:
-    return _recall(point, reworded=True)
-
-
-def _damage(point: Point) -> float:
-    return point.text("text", "damage")

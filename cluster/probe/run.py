@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ from cluster.probe.cell import in_writes, points_of, run_cell
 from cluster.probe.examiner import Examiner
 from cluster.probe.reading import Reader
 from cluster.probe.report import ProbeReport, metrics, save_report
-from cluster.probe.values import Card, Cell, CellRun, Point, ProbeError, TextPiece
+from cluster.probe.strays import Stray, questioner_of, strays_of
+from cluster.probe.teaching import Teacher
+from cluster.probe.values import LEAKS, Card, Cell, CellRun, Point, ProbeError, TextPiece
 from cluster.tracking.tracker import RunStatus, Tracker, open_run
 from configs.files import FileError, dump_json, read_json, write_text
 from configs.load import flatten
@@ -66,12 +69,13 @@ class _PlanFile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prepared:
-    """All that a mistake could be in. ``cards``: by seed."""
+    """All that a mistake could be in. ``cards`` and ``strays``: by seed."""
 
     config: RunConfig
     options: ProbeOptions
     cells: tuple[Cell, ...]
     cards: Mapping[int, tuple[Card, ...]]
+    strays: Mapping[int, tuple[Stray, ...]]
     pieces: tuple[TextPiece, ...]
     model: ResolvedModel
     chat: ChatFormat
@@ -80,16 +84,17 @@ class _Prepared:
 
     def groups(self, seed: int) -> list[list[Card]]:
         """The cards of each write."""
-        cards = self.cards[seed]
-        return [[cards[place] for place in places] for places in in_writes(len(cards), self.options.writes)]
+        return _dealt(self.cards[seed], self.options.writes)
 
     def points(self, cell: Cell, seed: int) -> int:
         """The most measurements of a cell."""
-        examples = (
-            examples_of(cell.supervision, group, SYSTEM_PROMPT, self.chat, cell.write)
-            for group in self.groups(seed)
-        )
-        return points_of(cell, list(map(len, examples)), self.options.each_step)
+        sizes: list[int] = []
+        earlier: list[Card] = []
+        for group in self.groups(seed):
+            examples = examples_of(cell.supervision, group, earlier, SYSTEM_PROMPT, self.chat, cell.write)
+            sizes.append(len(examples))
+            earlier += group
+        return points_of(cell, sizes, self.options.each_step)
 
     def path_of(self, cell: Cell, seed: int) -> Path:
         settings = [asdict(cell.fast_weights), asdict(cell.write), cell.supervision]
@@ -133,11 +138,16 @@ def _prepare(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions) ->
             "lower it"
         )
     pieces = unrelated_pieces(options.unrelated)
+    pool = max(cell.write.preserve.questions if cell.write.preserve.weight else 0 for cell in cells)
+    strays = {
+        seed: strays_of(options.cards, _dealt(of_seed, options.writes), pool, seed)
+        for seed, of_seed in cards.items()
+    }
     model = resolve_model(config.model)
     trusted = config.model.trust_remote_code
     chat = ChatFormat(AutoTokenizer.from_pretrained(str(model.path), trust_remote_code=trusted))
     _check_cards(options.cards, [card for of_seed in cards.values() for card in of_seed], cells, chat)
-    plan = _plan(config, options, cards, pieces, model)
+    plan = _plan(config, options, cards, strays, pieces, model)
     folder = options.resume
     if folder is not None:
         _check_plan(folder, plan)
@@ -145,7 +155,11 @@ def _prepare(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions) ->
         folder = Path(config.output_dir) / f"{config.name}-probe-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = folder.expanduser().absolute()
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    return _Prepared(config, options, tuple(cells), cards, pieces, model, chat, folder, plan)
+    return _Prepared(config, options, tuple(cells), cards, strays, pieces, model, chat, folder, plan)
+
+
+def _dealt(cards: Sequence[Card], writes: int) -> list[list[Card]]:
+    return [[cards[place] for place in places] for places in in_writes(len(cards), writes)]
 
 
 def _check_cards(source: str, cards: Sequence[Card], cells: Sequence[Cell], chat: ChatFormat) -> None:
@@ -171,6 +185,7 @@ def _plan(
     config: RunConfig,
     options: ProbeOptions,
     cards: Mapping[int, Sequence[Card]],
+    strays: Mapping[int, Sequence[Stray]],
     pieces: Sequence[TextPiece],
     model: ResolvedModel,
 ) -> dict[str, Any]:
@@ -178,14 +193,17 @@ def _plan(
     settings = {key: value for key, value in flatten(config).items() if key.startswith(sections)}
     return {
         **settings,
-        "--cards": {
-            str(seed): _digest([asdict(card) for card in of_seed]) for seed, of_seed in cards.items()
-        },
+        "--cards": _by_seed(cards),
+        "the leak's questions": _by_seed(strays),
         "--unrelated": _digest([asdict(piece) for piece in pieces]),
         "--writes": options.writes,
         "--each-step": options.each_step,
         "model's weights": model.fingerprint,
     }
+
+
+def _by_seed(values: Mapping[int, Sequence[Any]]) -> dict[str, str]:
+    return {str(seed): _digest([asdict(value) for value in of_seed]) for seed, of_seed in values.items()}
 
 
 def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
@@ -204,8 +222,8 @@ def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
         raise ProbeError(f"--resume {folder}: {error}; start anew without --resume") from None
     for key, asked in plan.items():
         before = saved.get(key)
-        if key == "--cards":  # the seeds that both have
-            before = {**asked, **{seed: digest for seed, digest in (before or {}).items() if seed in asked}}
+        if isinstance(before, dict):  # the seeds that both have
+            before = {**asked, **{seed: digest for seed, digest in before.items() if seed in asked}}
         if asked != before:
             raise ProbeError(
                 f"--resume {folder}: was made with {key}={before}, not {asked}: "
@@ -263,20 +281,31 @@ def _read_model(prepared: _Prepared) -> FrozenLlama:
         raise ProbeError(f"model.name={config.name}: {error}") from error
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _OfSeed:
+    """What the cells of a seed share. ``untouched``: the untouched model's point."""
+
+    seed: int
+    teacher: Teacher
+    examiner: Examiner
+    untouched: Point
+
+
 class _Runner:
-    """Runs cells with one model. Keeps the bases, and the examiner of the last seed."""
+    """Runs cells with one model. Keeps the bases, and what belongs to the last seed."""
 
     def __init__(self, prepared: _Prepared, model: FrozenLlama) -> None:
         self._prepared, self._model = prepared, model
         self._bases: dict[tuple[object, int], Basis] = {}
-        self._seed: tuple[int, Examiner, Point] | None = None
+        self._seed: _OfSeed | None = None
 
     def run(self, cell: Cell, seed: int, on_point: Callable[[], None]) -> CellRun:
-        writes, each_step = self._prepared.options.writes, self._prepared.options.each_step
+        groups, each_step = self._prepared.groups(seed), self._prepared.options.each_step
         basis = self._basis(cell, seed)
-        examiner, untouched = self._examiner(seed, basis)
+        own = self._of_seed(seed, basis)
         writer = BatchedWriter(self._model, basis, cell.write)
-        return run_cell(cell, seed, basis, writer, examiner, untouched, writes, each_step, on_point)
+        parts = (writer, own.teacher, own.examiner, own.untouched)
+        return run_cell(cell, seed, basis, *parts, groups, each_step, on_point)
 
     def _basis(self, cell: Cell, seed: int) -> Basis:
         key = (cell.fast_weights, seed)
@@ -285,15 +314,18 @@ class _Runner:
             self._bases[key] = compute_basis_from_checkpoint(path, cell.fast_weights, seed)
         return self._bases[key]
 
-    def _examiner(self, seed: int, basis: Basis) -> tuple[Examiner, Point]:
-        """The seed's examiner, and the untouched model's point."""
-        if self._seed is None or self._seed[0] != seed:
+    def _of_seed(self, seed: int, basis: Basis) -> _OfSeed:
+        if self._seed is None or self._seed.seed != seed:
             self._seed = None  # free the old examiner's memory first
-            chat, groups = self._prepared.chat, self._prepared.groups(seed)
+            prepared, groups = self._prepared, self._prepared.groups(seed)
+            chat, strays, cards = prepared.chat, prepared.strays[seed], prepared.cards[seed]
             reader = Reader(self._model, chat.stop_token_ids)
-            examiner = Examiner(reader, chat, SYSTEM_PROMPT, groups, self._prepared.pieces)
-            self._seed = (seed, examiner, examiner.examine(basis, zero(basis), 0, 0))
-        return self._seed[1], self._seed[2]
+            questioner = questioner_of(prepared.options.cards, cards, strays)
+            teacher = Teacher(reader, chat, SYSTEM_PROMPT, groups, questioner, seed)
+            examiner = Examiner(reader, chat, SYSTEM_PROMPT, groups, prepared.pieces, strays)
+            untouched = examiner.examine(basis, zero(basis), 0, 0)
+            self._seed = _OfSeed(seed, teacher, examiner, untouched)
+        return self._seed
 
 
 def _load(path: Path, cell: Cell) -> CellRun:
@@ -327,8 +359,10 @@ def _in_short(run: CellRun) -> str:
     written, paraphrases = (100 * sum(values) / len(values) if values else float("nan") for values in recalls)
     refused = sum(line.outcome == "rolled_back" for line in run.writes)
     note = f", {refused} of {len(run.writes)} writes ROLLED BACK" if refused else ""
+    leaks = "/".join(f"{100 * mean(last.leak(kind).values()):.0f}" for kind in LEAKS if last.leak(kind))
     damage = last.text("text", "damage")
-    return f"recall {written:.0f} %, of paraphrases {paraphrases:.0f} %, damage {damage:.3f}{note}"
+    shares = f"recall {written:.0f} %, of paraphrases {paraphrases:.0f} %, leak {leaks} %"
+    return f"{shares}, damage {damage:.3f}{note}"
 
 
 def _digest(value: object) -> str:

@@ -7,7 +7,8 @@ Worked example: 12 cards in one write of 20 steps, each step measured, one seed:
     CellRun   writes: 1 WriteLine
               after: Point 0 (untouched), Point 1 (after the write)
               steps: 20 Points from inside the write
-    Point     write 1, step 20: a CardScore for each card, a TextScore for each piece of unrelated text
+    Point     write 1, step 20: a CardScore for each card, a TextScore for each piece of unrelated text,
+              a LeakScore for each question that no card answers, and for each card
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from configs.files import Measured
 from configs.schema import FastWeightsConfig, WriteConfig
 
 TextKind = Literal["text", "reply"]
+LeakKind = Literal["stranger", "same_person", "other_card"]
+LEAKS: tuple[LeakKind, ...] = get_args(LeakKind)
 Supervision = Literal["flashcards", "summary", "raw"]
 """What a write trains on: the cards, a summary of what was told, or the transcript itself.
 
@@ -88,6 +91,20 @@ class CardScore:
 
 
 @dataclass(frozen=True, slots=True)
+class LeakScore:
+    """A question that has no right answer among those of other cards (strays.py), and what was ``said``.
+
+    leaked: 1 if the greedy answer names an answer that was written for another question, else 0. An
+    ``other_card`` is a card's own question: there its own answer is right.
+    """
+
+    kind: LeakKind
+    question: str
+    said: str
+    leaked: float
+
+
+@dataclass(frozen=True, slots=True)
 class TextScore:
     """The figures of one piece of unrelated text, in nats per token over ``tokens`` tokens.
 
@@ -104,13 +121,15 @@ class TextScore:
 class Point:
     """The state after ``step`` optimizer steps of write ``write``, with the cards written so far.
 
-    Writes count from 1. Write 0, step 0 is the untouched model.
+    Writes count from 1. Write 0, step 0 is the untouched model; its leaks are how often that says an answer
+    of any card by itself.
     """
 
     write: int
     step: int
     cards: tuple[CardScore, ...]
     texts: tuple[TextScore, ...]
+    leaks: tuple[LeakScore, ...] = ()
 
     def loss(self, paraphrased: bool) -> float:
         """Nats per answer token over all cards; NaN if no card has a paraphrase."""
@@ -130,6 +149,10 @@ class Point:
             if wording
         }
 
+    def leak(self, kind: LeakKind) -> dict[str, float]:
+        """Whether each question of ``kind`` got another question's written answer."""
+        return {score.question: score.leaked for score in self.leaks if score.kind == kind}
+
     def text(self, kind: TextKind, figure: Literal["damage", "kl"]) -> float:
         """Nats per token over all pieces of ``kind``; NaN without any."""
         pieces = (piece for piece in self.texts if piece.kind == kind)
@@ -140,7 +163,7 @@ class Point:
 class WriteLine:
     """A write as the writer reported it. A loss that was not finite is None.
 
-    ``reason`` says why the write was not accepted.
+    ``reason`` says why the write was not accepted. cpu_s: CPU seconds of the whole process.
     """
 
     outcome: WriteOutcome
@@ -149,6 +172,7 @@ class WriteLine:
     seconds: float
     loss_before: float | None
     loss_after: float | None
+    cpu_s: Measured = math.nan
 
 
 @dataclass(frozen=True)

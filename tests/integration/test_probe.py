@@ -23,7 +23,7 @@ from actors.text.flashcards import write_example
 from actors.types import AdapterKey, Flashcard, Sampling, WriteRequest, WriteResult
 from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.writer import BatchedWriter
-from cluster.probe.cards import recall_cards, unrelated_pieces
+from cluster.probe.cards import examples_of, recall_cards, unrelated_pieces
 from cluster.probe.examiner import RUN_ON, Examiner
 from cluster.probe.reading import Reader
 from cluster.probe.values import Card, Point
@@ -57,9 +57,11 @@ def probed(model_path: Path) -> Probed:
     )
     shipped = unrelated_pieces(None)
     pieces = [next(piece for piece in shipped if piece.kind == kind) for kind in ("text", "reply")]
-    examiner = Examiner(Reader(model, chat.stop_token_ids), chat, SYSTEM_PROMPT, [cards], pieces)
+    reader = Reader(model, chat.stop_token_ids)
+    examiner = Examiner(reader, chat, SYSTEM_PROMPT, [cards], pieces)
     write = WriteConfig(optimizer="adam", learning_rate=1e-3, epochs=STEPS)
-    request = WriteRequest("probe", zero(basis), examiner.written(1, "flashcards", write))
+    examples = examples_of("flashcards", cards, (), SYSTEM_PROMPT, chat, write)
+    request = WriteRequest("probe", zero(basis), examples)
     result, steps = BatchedWriter(model, basis, write).trace(request)
     assert len(steps) == STEPS
     return Probed(
@@ -105,7 +107,8 @@ def test_the_natural_write_remembers_more_wordings_and_harms_less(
     examiner = Examiner(reader, chat, SYSTEM_PROMPT, [cards], unrelated_pieces(None))
 
     def after(write: WriteConfig) -> Point:
-        request = WriteRequest("probe", zero(basis), examiner.written(1, "flashcards", write))
+        examples = examples_of("flashcards", cards, (), SYSTEM_PROMPT, chat, write)
+        request = WriteRequest("probe", zero(basis), examples)
         (result,) = BatchedWriter(model, basis, write).write([request])
         assert result.outcome == "accepted"
         return examiner.examine(basis, result.weights, 1, write.epochs)

@@ -40,6 +40,8 @@ from cluster.probe.examiner import RUN_ON, Examiner
 from cluster.probe.grid import load_grid
 from cluster.probe.reading import Reader, merged_layers
 from cluster.probe.report import ProbeReport, metrics, save_report
+from cluster.probe.strays import Stray
+from cluster.probe.teaching import Teacher
 from cluster.probe.values import SUPERVISIONS, Cell, CellRun, Point, ProbeError, Supervision, TextPiece
 from configs.files import dump_json, parse_json
 from configs.load import ConfigError
@@ -52,6 +54,12 @@ ADAM = WriteConfig(optimizer="adam", learning_rate=3e-3, epochs=3, batch_size=2)
 PIECES = (
     TextPiece("text", "", "The mill by the river stopped turning years ago."),
     TextPiece("reply", "Is it late?", "It is not late at all."),
+)
+
+STRAYS = (
+    Stray("stranger", "Where does Farid live?", 0),
+    Stray("same_person", "What is the keeper's name?", 1),
+    Stray("same_person", "Who cleans the mill?", 2),
 )
 
 
@@ -186,7 +194,8 @@ def test_what_is_written_of_the_same_facts_is_a_setting_of_the_grid(tiny: Simple
     supervisions = [cell.supervision for cell in grid]
     assert [cell.label for cell in grid] == [f"supervision={name}" for name in supervisions]
     cards, chat = recall_cards(4, "eval", 0), tiny.chat
-    examples = {name: examples_of(name, cards, SYSTEM_PROMPT, chat, WriteConfig()) for name in supervisions}
+    write = WriteConfig()
+    examples = {name: examples_of(name, cards, (), SYSTEM_PROMPT, chat, write) for name in supervisions}
     opening = chat.system(SYSTEM_PROMPT)
 
     answers = [chat.decode(example.answer_ids).strip() for example in examples["flashcards"]]
@@ -200,16 +209,16 @@ def test_what_is_written_of_the_same_facts_is_a_setting_of_the_grid(tiny: Simple
     assert not any(card.question in text for card in cards)
 
     small = WriteConfig(max_example_tokens=len(opening) + 20)
-    pieces = examples_of("raw", cards, SYSTEM_PROMPT, chat, small)
+    pieces = examples_of("raw", cards, (), SYSTEM_PROMPT, chat, small)
     assert len(pieces) > 1 and sum((piece.answer_ids for piece in pieces), ()) == raw.answer_ids
 
 
 def test_cards_are_dealt_to_writes_and_measurements_counted() -> None:
     assert [len(places) for places in in_writes(10, 4)] == [2, 3, 2, 3]
     assert [place for places in in_writes(10, 4) for place in places] == list(range(10))
-    cell = Cell((), FAST, replace(ADAM, rehearsal=2))
-    assert points_of(cell, [3, 3], each_step=False) == 2
-    assert points_of(cell, [3, 3], each_step=True) == 3 * 2 + 3 * 3
+    cell = Cell((), FAST, ADAM)
+    assert points_of(cell, [3, 5], each_step=False) == 2
+    assert points_of(cell, [3, 5], each_step=True) == 3 * 2 + 3 * 3
     assert points_of(Cell((), FAST, replace(ADAM, epochs=0)), [3, 3], each_step=True) == 2
 
 
@@ -249,7 +258,8 @@ def tiny(tiny_model_path: Path) -> SimpleNamespace:
     chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_model_path))
     cards = read_cards(DATA)
     reader = Reader(model, chat.stop_token_ids)
-    examiner = Examiner(reader, chat, SYSTEM_PROMPT, [cards[:2], cards[2:]], PIECES)
+    groups = [cards[:2], cards[2:]]
+    examiner = Examiner(reader, chat, SYSTEM_PROMPT, groups, PIECES, STRAYS)
     draw = np.random.default_rng(0)
     b = {
         name: draw.normal(0, 0.05, (rows, basis.rank)).astype(np.float32)
@@ -261,8 +271,10 @@ def tiny(tiny_model_path: Path) -> SimpleNamespace:
         model=model,
         chat=chat,
         cards=cards,
+        groups=groups,
         reader=reader,
         examiner=examiner,
+        teacher=Teacher(reader, chat, SYSTEM_PROMPT, groups, None, 0),
         weights=FastWeights(basis.id, 1, b),
     )
 
@@ -337,8 +349,8 @@ def cell_run(tiny: SimpleNamespace, write: WriteConfig, writes: int, each_step: 
 
     untouched = tiny.examiner.examine(tiny.basis, zero(tiny.basis), 0, 0)
     writer = BatchedWriter(tiny.model, tiny.basis, write)
-    cell, examiner = Cell((), FAST, write), tiny.examiner
-    run = run_cell(cell, 0, tiny.basis, writer, examiner, untouched, writes, each_step, count)
+    parts, groups = (writer, tiny.teacher, tiny.examiner, untouched), tiny.groups[:writes]
+    run = run_cell(Cell((), FAST, write), 0, tiny.basis, *parts, groups, each_step, count)
     return run, points
 
 
@@ -347,7 +359,8 @@ def test_the_steps_are_the_writers_own(tiny: SimpleNamespace) -> None:
 
     A write with fewer epochs stops earlier, no more.
     """
-    examples = [example for n in (1, 2) for example in tiny.examiner.written(n, "flashcards", ADAM)]
+    cell = Cell((), FAST, ADAM)
+    examples = [example for n in (1, 2) for example in tiny.teacher.examples(n, cell, ())]
     request = WriteRequest("probe", zero(tiny.basis), tuple(examples))
     config = replace(ADAM, batch_size=2)
     result, trace = BatchedWriter(tiny.model, tiny.basis, config).trace(request)
@@ -368,6 +381,7 @@ def test_each_step_ends_where_the_write_does(tiny: SimpleNamespace) -> None:
         (w, s, 2 * w) for w in (1, 2) for s in (1, 2, 3)
     ]
     assert stepped.after == plain.after
+    assert [line.cpu_s > 0 for line in plain.writes] == [True, True]
     assert stepped.steps[-1] == plain.after[-1]
     assert plain.steps == ()
     assert plain.after[1].loss(False) < plain.after[0].loss(False)
@@ -408,7 +422,9 @@ def test_only_flashcards_are_rehearsed_and_measurements_are_counted_by_examples(
     tiny: SimpleNamespace, supervision: Supervision
 ) -> None:
     cards = recall_cards(4, "eval", 0)
-    examiner = Examiner(tiny.reader, tiny.chat, SYSTEM_PROMPT, [cards[:2], cards[2:]], PIECES)
+    groups = [cards[:2], cards[2:]]
+    examiner = Examiner(tiny.reader, tiny.chat, SYSTEM_PROMPT, groups, PIECES)
+    teacher = Teacher(tiny.reader, tiny.chat, SYSTEM_PROMPT, groups, None, 0)
     write = replace(
         ADAM,
         epochs=1,
@@ -427,14 +443,17 @@ def test_only_flashcards_are_rehearsed_and_measurements_are_counted_by_examples(
 
     untouched = examiner.examine(tiny.basis, zero(tiny.basis), 0, 0)
     writer = Recorded(tiny.model, tiny.basis, write)
-    run = run_cell(cell, 0, tiny.basis, writer, examiner, untouched, 2, True, lambda: counted.append(None))
-    sizes = [len(examiner.written(number, supervision, write)) for number in (1, 2)]
+    parts = (writer, teacher, examiner, untouched)
+    run = run_cell(cell, 0, tiny.basis, *parts, groups, True, lambda: counted.append(None))
+    fresh = [teacher.examples(number, cell, ()) for number in (1, 2)]
+    sizes = list(map(len, fresh))
     assert (sizes == [2, 2]) == (supervision == "flashcards"), "a card is an example only there"
     first, second = (request.examples for request in requests)
     newest = first[-1:] if supervision == "flashcards" else ()
-    assert second == (*examiner.written(2, supervision, write), *newest)
+    assert second == (*fresh[1], *newest)
     assert [line.outcome for line in run.writes] == ["accepted", "accepted"]
-    assert len(counted) == points_of(cell, sizes, each_step=True) == len(first) + len(second)
+    promised = points_of(cell, [sizes[0], sizes[1] + len(newest)], each_step=True)
+    assert len(counted) == promised == len(first) + len(second)
 
 
 def test_a_write_that_is_rolled_back_after_its_last_step_counts_no_more_than_was_promised(
