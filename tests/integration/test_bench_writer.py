@@ -29,7 +29,10 @@ def test_the_command_measures_reports_and_tracks(
     assert data["environment"]["quick"].startswith("yes") and data["environment"]["torch"]
     figures = data["benchmarks"]["writer"]["figures"]
     assert 0 < figures["difference_1"] <= 1e-6
+    assert 0 < figures["difference_1_addressed"] <= 1e-6, "the loop has the same terms"
     assert figures["rate_share_1"] > 0
+    names = [case["name"] for case in data["benchmarks"]["writer"]["cases"]]
+    assert {"1 episode, addressed", "1 episode, cost"} <= set(names)
     wall = data["benchmarks"]["writer"]["cases"][0]
     assert len(wall["baseline_values"]) == len(wall["candidate_values"]) == 1
     assert wall["ratios"]["median"] == pytest.approx(wall["baseline_values"][0] / wall["candidate_values"][0])
