@@ -129,7 +129,7 @@ class ProbeReport:
     def _untouched(self) -> str:
         """The shares of the untouched model, which says a card's answer by chance. All cells share it."""
         points = list({run.seed: run.after[0] for run in self.runs}.values())
-        return ", ".join(f"{percent(value, 0)} %" for value in _leaks(points))
+        return f"{', '.join(percent(value, 0) for value in _leaks(points))} %"
 
     def _line(self, label: str, runs: Sequence[CellRun]) -> tuple[str, ...]:
         first, last = [run.after[0] for run in runs], [run.after[-1] for run in runs]

@@ -8,8 +8,8 @@ import pytest
 
 from cluster.cli import main
 from cluster.probe.grid import load_grid
-from cluster.probe.report import ProbeReport
-from cluster.probe.values import Asked, Card, CardScore, CellRun, Point, WriteLine
+from cluster.probe.report import ProbeReport, figures
+from cluster.probe.values import Asked, Card, CardScore, CellRun, LeakScore, Point, WriteLine
 from configs.load import ConfigError
 
 QUICKSTART = Path("configs/quickstart.yaml")
@@ -100,3 +100,26 @@ def test_a_resumed_cell_is_called_what_it_is_asked_for_as_now(
     assert "1 of 4 cells are done already" in capsys.readouterr().out
     text = (folder / "report.md").read_text()
     assert "as configured" not in text and "epochs=2, against each other cell" in text
+
+
+def test_the_leak_is_a_column_of_its_own_and_what_was_not_asked_is_no_zero() -> None:
+    line = WriteLine("accepted", "", 1, 1.0, 1.0, 0.1, cpu_s=2.0)
+
+    def point(write: int, leaked: list[float]) -> Point:
+        strangers = [LeakScore("stranger", f"{place}?", "Oslo", leak) for place, leak in enumerate(leaked)]
+        own = LeakScore("other_card", "file: 0?", "Oslo", 1.0)
+        return Point(write, 0, (CardScore(0, 1, 1, asked(1.0), ()),), (), (*strangers, own))
+
+    def cell(label: str, after: list[float]) -> CellRun:
+        points = (point(0, [0.0, 0.0, 0.0, 1.0]), point(1, after))
+        return CellRun((label,), label, 0, "basis", 1, (line,), points, ())
+
+    runs = (cell("old", [1.0, 1.0, 1.0, 0.0]), cell("new", [0.0, 0.0, 0.0, 0.0]))
+    report = ProbeReport(runs, {0: cards("file", 1)}, {}, 200, 0)
+    quality, versus = report.tables()
+    shown = dict(zip(quality.header, quality.rows[0], strict=True))
+    assert span(shown["strangers %"])[0] == 75 and span(shown["other cards %"])[0] == 100
+    assert shown["same person %"] == "-" and shown["CPU s/write"] == "2.0"
+    assert span(dict(zip(versus.header, versus.rows[0], strict=True))["strangers, points"])[0] == -75
+    assert "the untouched model: 25, -, 100 %" in report.notes()[0]
+    assert figures(runs[0].after[1])["leak_stranger"] == 0.75
