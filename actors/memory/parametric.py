@@ -13,7 +13,7 @@ from itertools import pairwise
 from actors.memory.base import Agent, ContextMemory, user_turns
 from actors.memory.controls import OWN_CARDS, WriteControl
 from actors.memory.summary import Summary
-from actors.text.chat_template import ChatFormat
+from actors.text.chat_template import ChatFormat, Ids
 from actors.text.flashcards import (
     example_tokens,
     extraction_prompt,
@@ -23,6 +23,9 @@ from actors.text.flashcards import (
 )
 from actors.types import Flashcard
 from configs.schema import MemoryConfig, WriteConfig
+
+_LEAST_PIECE = 16  # tokens of a turn in a window that is too small
+_CARD = Flashcard("q", "a")
 
 
 class Flashcards:
@@ -38,10 +41,11 @@ class Flashcards:
         agent.context.observe(agent.chat.user(self._prompt(agent)))
         return await self._control.extract(agent, self._config.max_extract_tokens)
 
-    def reserve(self, agent: Agent) -> int:
-        """Return the tokens that an extraction adds to the running context at most."""
-        turn = agent.chat.user(self._prompt(agent)) + agent.chat.assistant_open
-        return len(turn) + self._config.max_extract_tokens
+    def reserve(self, agent: Agent, full: bool) -> int:
+        """Return the tokens that an extraction adds to the running context; ``full``: at most, ever."""
+        saved = self._config.max_extract_tokens if full else 0
+        turn = agent.chat.user(self._prompt(agent, full)) + agent.chat.assistant_open
+        return len(turn) + saved + self._config.max_extract_tokens
 
     async def write(self, agent: Agent, text: str) -> None:
         """Write the flashcards in ``text``. Adds exactly one record to the agent's write log."""
@@ -61,9 +65,9 @@ class Flashcards:
         examples = write_examples([*cards, *rehearsed], earlier, system_prompt, chat, depths, limit)
         await agent.write(text, cards, examples, rejected)
 
-    def _prompt(self, agent: Agent) -> str:
+    def _prompt(self, agent: Agent, bare: bool = False) -> str:
         question = "" if self._config.question_blind else agent.question
-        earlier = self._control.extracted(self._written(agent))
+        earlier = [_CARD] if bare else self._control.extracted(self._written(agent))
         shown = _newest(earlier, agent.chat, self._config.max_extract_tokens)
         return extraction_prompt(question, shown, self._config.wordings)
 
@@ -107,8 +111,7 @@ class FlashcardMemory(ContextMemory):
         whole = agent.chat.user(text)
         if not self._has_room(agent, len(whole)) and self._fits_alone(agent, len(whole)):
             await self.relieve(agent, len(whole))
-        fits = self._has_room(agent, len(whole))
-        for turn in [whole] if fits else user_turns(text, agent.chat, self.max_context_tokens):
+        for turn in [whole] if self._has_room(agent, len(whole)) else self._pieces(agent, text):
             if not agent.context.is_fresh and not self._has_room(agent, len(turn)):
                 await self.relieve(agent, len(turn))
             await self.take_in(agent, turn)
@@ -119,12 +122,25 @@ class FlashcardMemory(ContextMemory):
         return tokens <= self.max_context_tokens or tokens + self.reserve(agent) <= self._window_tokens
 
     def _fits_alone(self, agent: Agent, incoming: int) -> bool:
+        return incoming <= self._free(agent)
+
+    def _free(self, agent: Agent) -> int:
+        """Return the tokens that a fresh context may take in before its extraction has no room."""
         opening = len(agent.context) - len(agent.context.after_opening)
-        return opening + incoming + self.reserve(agent) <= self._window_tokens
+        return self._window_tokens - opening - self.reserve(agent)
+
+    def _pieces(self, agent: Agent, text: str) -> list[Ids]:
+        opening = len(agent.chat.system(agent.system_prompt))
+        # a relief between two pieces may save more: that must not take the next piece's room
+        free = self._window_tokens - opening - self.reserve(agent, full=True)
+        return user_turns(text, agent.chat, max(_LEAST_PIECE, min(self.max_context_tokens, free)))
 
     @abstractmethod
-    def reserve(self, agent: Agent) -> int:
-        """Return the tokens that a relief adds to the running context at most."""
+    def reserve(self, agent: Agent, full: bool = False) -> int:
+        """Return the tokens that a relief adds to the running context at most.
+
+        ``full``: with as much saved as there may be, also in front of the context.
+        """
 
 
 class ParametricMemory(FlashcardMemory):
@@ -146,8 +162,8 @@ class ParametricMemory(FlashcardMemory):
         agent.clear()  # before the write: the segment was sampled under the revision that the write replaces
         await self._flashcards.write(agent, text)
 
-    def reserve(self, agent: Agent) -> int:
-        return self._flashcards.reserve(agent) if self._flashcards is not None else 0
+    def reserve(self, agent: Agent, full: bool = False) -> int:
+        return self._flashcards.reserve(agent, full) if self._flashcards is not None else 0
 
 
 class HybridMemory(FlashcardMemory):
@@ -177,9 +193,9 @@ class HybridMemory(FlashcardMemory):
         agent.clear(self._summary.remembered)
         await self._flashcards.write(agent, text)
 
-    def reserve(self, agent: Agent) -> int:
-        cards = self._flashcards.reserve(agent) if self._flashcards is not None else 0
-        return self._summary.reserve(agent) + cards
+    def reserve(self, agent: Agent, full: bool = False) -> int:
+        cards = self._flashcards.reserve(agent, full) if self._flashcards is not None else 0
+        return self._summary.reserve(agent, full) + cards
 
 
 def _not_outdated(earlier: Sequence[Flashcard], cards: Sequence[Flashcard], wordings: int) -> list[Flashcard]:

@@ -43,15 +43,22 @@ class Summary:
         self.text = text or self.text
         return "summaries" if text else "empty_summaries"
 
-    def reserve(self, agent: Agent) -> int:
-        """Return the tokens that a rewrite adds to the running context at most."""
+    def reserve(self, agent: Agent, full: bool) -> int:
+        """Return the tokens that a rewrite adds to the running context at most.
+
+        ``full``: with a summary of full length in front of the context.
+        """
         turn = agent.chat.user(self.prompt(agent)) + agent.chat.assistant_open
-        return len(turn) + self._config.max_summary_tokens + len(agent.chat.assistant_close(()))
+        front = len(agent.chat.user(_REMEMBERED)) + self._config.max_summary_tokens if full else 0
+        return len(turn) + self._config.max_summary_tokens + len(agent.chat.assistant_close(())) + front
 
     def prompt(self, agent: Agent) -> str:
-        if self._config.question_blind or not agent.question:
-            return _REWRITE
-        return f"{_REWRITE}\n{_TASK.format(question=agent.question)}"
+        return rewrite_prompt("" if self._config.question_blind else agent.question)
+
+
+def rewrite_prompt(question: str) -> str:
+    """The prompt that asks for a new summary. A question-blind memory passes ""."""
+    return f"{_REWRITE}\n{_TASK.format(question=question)}" if question else _REWRITE
 
 
 class SummaryMemory(ContextMemory):

@@ -18,6 +18,7 @@ from pathlib import Path
 import configs
 from actors.episodes.preservation import Preservation, preservation
 from actors.fast_weights.delta import Basis
+from actors.memory.window import require_window
 from actors.protocols import AsyncWriter, Policy
 from actors.text.chat_template import ChatFormat
 from cluster.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
@@ -130,7 +131,7 @@ def open_source(title: str, source: Source, config_path: Path | None, overrides:
 def parts_of(opening: Opening, slots: int) -> Iterator[Parts]:
     """Run an engine and its writer for ``slots`` concurrent conversations.
 
-    Raises EngineError, ChatTemplateError.
+    Raises EngineError, ChatTemplateError, and BoundError where the engine's window is too small.
     """
     import torch
     from transformers import AutoTokenizer
@@ -144,6 +145,7 @@ def parts_of(opening: Opening, slots: int) -> Iterator[Parts]:
     threads = config.rollout.threads
     torch.set_num_threads(threads)
     chat = ChatFormat(AutoTokenizer.from_pretrained(path))
+    require_window(config, chat, ())
     engine = replace(config.engine, slots=slots)
     policy = VLLMPolicy(
         path, config.model, engine, opening.basis, chat.stop_token_ids, 0, threads, config.seed

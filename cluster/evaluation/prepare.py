@@ -6,28 +6,39 @@ Request --> Plan --> each benchmark's tasks, the model, the checkpoint --> run f
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from actors.environments.base import Environment
 from actors.episodes.controls import require_control
 from actors.fast_weights.basis import load_basis, save_basis
 from actors.fast_weights.delta import Basis
 from actors.memory.build import custom_memory
+from actors.memory.window import require_window
 from actors.types import PolicyVersion, Task
 from cluster.evaluation.command import REQUEST_FILE, save_request, saved_request
 from cluster.evaluation.plan import WRITING, Cell, Plan, Request, plan_cells
 from cluster.evaluation.store import CellStore
 from cluster.runs.checkpoint import Checkpoint, load_checkpoint
 from cluster.runs.run_lock import held, require_free
-from cluster.train.prepare import BASIS_FILE, check_unchanged, held_out, open_environment, run_basis
+from cluster.train.prepare import (
+    BASIS_FILE,
+    check_unchanged,
+    held_out,
+    open_chat,
+    open_environment,
+    questions_of,
+    run_basis,
+)
+from configs.bounds import BoundError
 from configs.files import write_text
 from configs.load import ConfigError, load_config, to_yaml
 from configs.models import ResolvedModel, resolve_model
-from configs.schema import FastWeightsConfig, RunConfig
+from configs.schema import EnvironmentConfig, FastWeightsConfig, RunConfig
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,8 +79,10 @@ def prepare_comparison(request: Request) -> Comparison:
     """
     plan = plan_cells(request)
     config = plan.base
-    tasks = _tasks(plan)
+    environments = _environments(plan)
+    tasks = {cell.key: held_out(environments[cell.config.environment], cell.config) for cell in plan.cells}
     model = resolve_model(config.model)
+    _require_windows(plan, environments, tasks, model)
     checkpoint = None
     if request.checkpoint is not None:
         checkpoint = load_checkpoint(request.checkpoint.expanduser().absolute())
@@ -130,8 +143,8 @@ def _output_dir(config: RunConfig) -> Path:
     return Path(config.output_dir).expanduser().absolute()
 
 
-def _tasks(plan: Plan) -> dict[str, tuple[Task, ...]]:
-    """The tasks of every cell; each data file is read once.
+def _environments(plan: Plan) -> dict[EnvironmentConfig, Environment]:
+    """The environments of all cells; each data file is read once.
 
     A custom memory that is missing, and a control that the environment cannot make, fail here.
     """
@@ -142,7 +155,27 @@ def _tasks(plan: Plan) -> dict[str, tuple[Task, ...]]:
     environments = {environment: open_environment(config) for environment, config in configs.items()}
     for cell in plan.cells:
         require_control(cell.config.memory, environments[cell.config.environment])
-    return {cell.key: held_out(environments[cell.config.environment], cell.config) for cell in plan.cells}
+    return environments
+
+
+def _require_windows(
+    plan: Plan,
+    environments: Mapping[EnvironmentConfig, Environment],
+    tasks: Mapping[str, Sequence[Task]],
+    model: ResolvedModel,
+) -> None:
+    """Raise ConfigError where a cell's extractions do not fit the engine's window."""
+    chat = open_chat(model.path)
+    questions: dict[tuple[EnvironmentConfig, int, bool], list[str]] = {}  # starting a task may read a file
+    for cell in plan.cells:
+        config = cell.config
+        kind = (config.environment, config.seed, config.memory.question_blind)
+        if kind not in questions:
+            questions[kind] = questions_of(config, environments[config.environment], tasks[cell.key])
+        try:
+            require_window(config, chat, questions[kind])
+        except BoundError as error:
+            raise ConfigError(f"{cell.key}: {error}") from None
 
 
 def _identity(model: ResolvedModel, checkpoint: Checkpoint | None) -> dict[str, str]:

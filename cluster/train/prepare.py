@@ -8,15 +8,18 @@ Ray and the engines start only afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from actors.environments.base import Environment
+from actors.environments.base import Environment, Preparer
 from actors.environments.build import build_environment
 from actors.fast_weights.basis import compute_basis_from_checkpoint, load_basis, save_basis
 from actors.fast_weights.delta import Basis
 from actors.memory.build import custom_memory
+from actors.memory.window import require_window
 from actors.protocols import TaskError
+from actors.text.chat_template import ChatFormat
 from actors.types import Task
 from cluster.common.errors import CheckpointError
 from cluster.common.tasks import TaskSource
@@ -103,6 +106,7 @@ def prepare_training(config: RunConfig) -> tuple[RunSpec, RunFolder, Start]:
     eval_tasks = held_out(environment, config)
     require_demonstrations(config, environment)
     spec = RunSpec(config, environment, resolve_model(config.model).path, eval_tasks)
+    require_window(config, open_chat(spec.model_path), questions_of(config, environment, eval_tasks))
     folder, start = _where_to_start(spec)
     require_free(folder.path)
     _create_folder(spec, folder, start)
@@ -167,6 +171,25 @@ def open_environment(config: RunConfig) -> Environment:
 def held_out(environment: Environment, config: RunConfig) -> tuple[Task, ...]:
     """The first ``evaluation.tasks`` of the eval split, fewer when it has fewer. Raises TaskError."""
     return tuple(TaskSource(environment, "eval", config.seed).first(config.evaluation.tasks))
+
+
+def open_chat(model_path: Path) -> ChatFormat:
+    """Load the model's tokenizer. Raises ChatTemplateError."""
+    from transformers import AutoTokenizer
+
+    return ChatFormat(AutoTokenizer.from_pretrained(model_path))
+
+
+def questions_of(config: RunConfig, environment: Environment, tasks: Sequence[Task]) -> list[str]:
+    """The questions of ``tasks`` in memory-writing prompts; none where these are blind. Raises TaskError.
+
+    Some environments start slowly, outside of a worker too: one that prepares itself, or a user's own. Their
+    questions stay unknown.
+    """
+    slow = isinstance(environment, Preparer) or config.environment.name == "custom"
+    return (
+        [] if slow or config.memory.question_blind else [environment.start(task).question for task in tasks]
+    )
 
 
 def run_basis(model_path: Path, config: RunConfig) -> Basis:

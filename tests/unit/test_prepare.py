@@ -45,6 +45,27 @@ def test_a_new_run_begins_with_the_base_model_and_a_basis_of_its_own(config: Run
     assert len(spec.eval_tasks) == 2
 
 
+def test_a_window_that_an_extraction_does_not_fit_is_refused_with_the_least_that_is(
+    config: RunConfig,
+) -> None:
+    """119 holds a full context and an extraction, but no memory-writing prompt: every write would fail."""
+    with pytest.raises(
+        ValueError, match=r"max_model_tokens=119 is not allowed: it must be \d+ or more"
+    ) as no:
+        prepare_training(_with_window(config, 119))
+    least = int(str(no.value).split("must be ")[1].split()[0])
+    assert "\n" not in str(no.value) and not list(Path(config.output_dir).iterdir())
+    blind = replace(config, memory=replace(config.memory, question_blind=True))
+    with pytest.raises(ValueError, match=rf"must be {least} or more"):
+        prepare_training(_with_window(config, least - 1))
+    prepare_training(_with_window(blind, least - 1))  # its prompt is shorter
+    prepare_training(_with_window(config, least))
+
+
+def _with_window(config: RunConfig, tokens: int) -> RunConfig:
+    return replace(config, engine=replace(config.engine, max_model_tokens=tokens))
+
+
 def test_a_run_that_died_before_its_first_checkpoint_goes_on_in_its_folder(config: RunConfig) -> None:
     _, folder, _ = prepare_training(config)
     note_run_id(folder.path, "abc")
