@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from actors.environments.base import Environment, Questioner
+from actors.environments.base import Environment, Questioner, Rephraser
 from actors.protocols import Policy
 from actors.text.chat_template import ChatFormat, Ids
 from actors.text.flashcards import extraction_prompt
@@ -103,6 +103,14 @@ class PromptMaker:
         )
         return [self._asked(question) for question in questions]
 
+    def answered(self, cards: Sequence[Flashcard]) -> set[Ids]:
+        """The prompts that ``cards`` answer: their questions, also in the environment's other words."""
+        questions = {card.question for card in cards}
+        environment: object = self._questioner
+        if isinstance(environment, Rephraser):
+            questions |= {other for question in questions for other in environment.wordings(question)}
+        return {self._asked(question).ids for question in questions}
+
     def _asked(self, question: str) -> Prompt:
         ids = self._opening + self._chat.user(question) + self._chat.assistant_open
         return Prompt(ids, self._config.reply_tokens)
@@ -149,7 +157,9 @@ class Preservation:
             self._replies.clear()
             self._asking = {}  # the older tasks hold on to theirs
         self._pool = self._pool or self._maker.pool(self._seed)
-        pool, beside = await asyncio.gather(self._all(self._pool), self._all(self._maker.beside(cards)))
+        answered = self._maker.answered(cards)
+        shared = [prompt for prompt in self._pool if prompt.ids not in answered]
+        pool, beside = await asyncio.gather(self._all(shared), self._all(self._maker.beside(cards)))
         return in_turn(pool, beside, self._config.per_step)
 
     async def _all(self, prompts: Iterable[Prompt]) -> list[WriteExample]:

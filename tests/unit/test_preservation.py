@@ -117,6 +117,15 @@ def test_a_dead_engine_is_an_error_of_the_episode_and_is_asked_again(chat: ChatF
     assert asyncio.run(pool.replies([]))
 
 
+def test_what_a_card_answers_is_not_preserved(chat: ChatFormat) -> None:
+    """The pool is drawn without a look at the episode: it may hold the card's own question."""
+    pool = pool_of(policy_of(chat), chat)
+    shipped = shipped_questions(1)[0]
+    assert any(shipped in text for text in asked(chat, asyncio.run(pool.replies([NORA]))))
+    card = Flashcard(shipped, "Utrecht")
+    assert not any(shipped in text for text in asked(chat, asyncio.run(pool.replies([NORA, card]))))
+
+
 def test_off_asks_nothing(chat: ChatFormat) -> None:
     policy = policy_of(chat)
     assert asyncio.run(pool_of(policy, chat, PreserveConfig()).replies([NORA])) == ()
