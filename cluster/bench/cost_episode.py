@@ -184,6 +184,7 @@ class Episode:
 
         payload = {
             "sessions": history(self._chat, length, self._cell.sizes.turn, seed),
+            "facts": [],
             "questions": [{"question": QUESTION, "answer": "", "relation": ""}],
         }
         task = Task(f"history-{seed}", "recall", payload, seed)
