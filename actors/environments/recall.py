@@ -101,10 +101,12 @@ class RecallEnvironment:
         """Cards of the facts told in ``text_in_context``.
 
         They are the facts that will be asked, in the words of their questions. Question-blind: all facts, in
-        the plain words of their relation.
+        the plain words of their relation. They come in the order of the text: in another, nothing would tell a
+        writer which fact comes next.
         """
         questions = {question.get("written", question["question"]) for question in _field(task, "questions")}
-        told = [fact for fact in _field(task, "facts") if fact["sentence"] in text_in_context]
+        facts = [fact for fact in _field(task, "facts") if fact["sentence"] in text_in_context]
+        told = sorted(facts, key=lambda fact: text_in_context.index(fact["sentence"]))
         if question_blind:
             return tuple(Flashcard(fact["plain_question"], fact["answer"]) for fact in told)
         return tuple(
