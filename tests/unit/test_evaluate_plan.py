@@ -90,6 +90,7 @@ def test_every_shipped_row_is_a_memory_at_the_scale_of_the_base(row: str) -> Non
             15,
         )
         assert config.write.rehearsal == 32
+        assert config.write.preserve.weight > 0 and config.write.depths == (1,)
     else:
         assert config.write == base.write
         assert config.fast_weights.rank == base.fast_weights.rank

@@ -104,7 +104,7 @@ def test_what_an_environment_prepares_is_there_when_the_worker_is_up(
     monkeypatch.setattr("actors.fast_weights.basis.load_basis", lambda path: SimpleNamespace(id="basis"))
     monkeypatch.setattr(
         "actors.environments.build.build_environment",
-        lambda *_: SimpleNamespace(prepare=lambda: made.append("index")),
+        lambda *_: SimpleNamespace(prepare=lambda: made.append("index"), system_prompt=""),
     )
     RolloutWorker(WorkerSpec("worker-7", RunConfig(), str(tiny_model_path), "unused", 0))
     assert made == ["index", "engine"]
