@@ -101,8 +101,8 @@ class RecallEnvironment:
         """Cards of the facts told in ``text_in_context``.
 
         They are the facts that will be asked, in the words of their questions. Question-blind: all facts, in
-        the plain words of their relation. They come in the order of the text: in another, nothing would tell a
-        writer which fact comes next.
+        the plain words of their relation. They come in the order of the text, so that a writer can tell which
+        fact is next.
         """
         questions = {question.get("written", question["question"]) for question in _field(task, "questions")}
         facts = [fact for fact in _field(task, "facts") if fact["sentence"] in text_in_context]
