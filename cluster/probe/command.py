@@ -121,6 +121,7 @@ def probe(
     plan = load_study(study) if study else Study()
     chosen_seeds = split_seeds("--seeds", seeds) or plan.seeds
     cells, axes = _words("--cell", cell), itertools.chain.from_iterable(_words("--sweep", sweep))
+    overrides = [*plan.settings, *overrides]
     base, grid = load_grid(path, overrides, cells or plan.cells, list(axes) or plan.sweep)
     if print_config:
         typer.echo(to_yaml(base), nl=False)

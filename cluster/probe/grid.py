@@ -123,6 +123,8 @@ class Study:
     each_step: bool = False
     cells: tuple[Annotated[tuple[str, ...], BeforeValidator(_words)], ...] = ()
     sweep: tuple[str, ...] = ()
+    # of all cells, in front of the command line's: what the study does not inherit from the configuration
+    settings: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
 
 
 def load_study(name: str) -> Study:

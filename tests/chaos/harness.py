@@ -68,7 +68,7 @@ class Run:
             "-m",
             "cluster",
             "train",
-            "configs/quickstart.yaml",
+            "tests/quickstart.yaml",
             *SETTINGS,
             *settings,
             f"output_dir={folder / 'runs'}",

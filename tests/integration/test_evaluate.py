@@ -68,7 +68,7 @@ def test_a_killed_evaluation_resumes_with_what_is_missing(
     evaluate = [sys.executable, "-m", "cluster", "evaluate"]
     asked = [
         *evaluate,
-        "configs/quickstart.yaml",
+        "tests/quickstart.yaml",
         *SETTINGS,
         f"model.name={tiny_model_path}",
         f"output_dir={runs}",

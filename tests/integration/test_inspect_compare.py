@@ -58,7 +58,7 @@ def played(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         "write.epochs=20",
         "sampling.max_answer_tokens=6",
     ]
-    config = load_config(Path("configs/quickstart.yaml"), settings)
+    config = load_config(Path("tests/quickstart.yaml"), settings)
     save_text(to_yaml(config), run_dir / FOLDER / "settings-0.yaml")
     basis = compute_basis_from_checkpoint(tiny_model_path, config.fast_weights, 0)
     save_basis(basis, run_dir / "basis.safetensors")

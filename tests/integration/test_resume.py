@@ -67,7 +67,7 @@ class Run:
             "-m",
             "cluster",
             "train",
-            "configs/quickstart.yaml",
+            "tests/quickstart.yaml",
             *settings,
             *(f"{key}={value}" for key, value in more.items()),
         ]

@@ -78,7 +78,7 @@ def trained(settings: list[str]) -> Iterator[Trained]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         output = io.StringIO()
-        config = load_config(Path("configs/quickstart.yaml"), settings)
+        config = load_config(Path("tests/quickstart.yaml"), settings)
         yield asyncio.run(_train(*prepare_training(config), output))
 
 
@@ -211,7 +211,7 @@ def test_a_checkpoint_goes_on_where_it_was_and_an_interrupt_says_how_to_go_on(
         "-m",
         "cluster",
         "train",
-        "configs/quickstart.yaml",
+        "tests/quickstart.yaml",
         *settings,
         f"resume={trained.checkpoint.folder}",
         "train.steps=500",

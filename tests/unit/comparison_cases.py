@@ -34,7 +34,7 @@ Counts = dict[tuple[str, int], int]  # by the cell's key and the task's position
 
 @cache
 def plan(*rows: str, seeds: tuple[int, ...] = (0, 1), sweep: tuple[str, ...] = ()) -> Plan:
-    config = Path("configs/quickstart.yaml")
+    config = Path("tests/quickstart.yaml")
     return plan_cells(Request(config, (), None, rows, ("recall",), seeds, "", sweep, ""))
 
 

@@ -24,7 +24,7 @@ from cluster.runs.run_lock import held, require_free
 from configs.load import load_config, to_yaml
 from configs.schema import RunConfig
 
-CONFIG = load_config(Path("configs/quickstart.yaml"), ["name=trial"])
+CONFIG = load_config(Path("tests/quickstart.yaml"), ["name=trial"])
 
 
 def save(run_dir: Path, step: int) -> Path:

@@ -34,7 +34,7 @@ from configs.schema import RunConfig
 from learner.learner import Learner
 from tests.unit.learner_cases import free, group, learner, write_model
 
-QUICKSTART = Path("configs/quickstart.yaml")
+QUICKSTART = Path("tests/quickstart.yaml")
 
 
 def save(run_dir: Path, step: int, keep: int = 2, content: str = "theta") -> None:

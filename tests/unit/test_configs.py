@@ -285,7 +285,7 @@ def test_a_config_is_a_shipped_name_or_a_path(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ConfigError, match=r"^quickstrat: no such file; did you mean quickstart; shipped"):
         find_config("quickstrat")
     with pytest.raises(ConfigError, match="did you mean quickstart"):
-        find_config("configs/quickstart.yaml")  # in a folder that is no checkout
+        find_config("tests/quickstart.yaml")  # in a folder that is no checkout
     assert set(shipped("rows")) > {"tmem", "truncation"} and "write" in shipped("studies")
 
 

@@ -211,8 +211,8 @@ def test_only_a_memory_of_flashcards_has_controls() -> None:
     with pytest.raises(
         ConfigError, match=r"memory\.control='oracle' .*memory\.policy is none of parametric, hybrid"
     ):
-        load_config(Path("configs/quickstart.yaml"), ["memory.policy=summary", "memory.control=oracle"])
-    load_config(Path("configs/quickstart.yaml"), ["memory.policy=hybrid", "memory.control=oracle"])
+        load_config(Path("tests/quickstart.yaml"), ["memory.policy=summary", "memory.control=oracle"])
+    load_config(Path("tests/quickstart.yaml"), ["memory.policy=hybrid", "memory.control=oracle"])
 
 
 def test_the_hybrid_memory_has_the_control_too(chat: ChatFormat) -> None:

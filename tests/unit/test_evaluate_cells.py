@@ -101,7 +101,7 @@ def test_the_content_of_a_data_file_is_part_of_the_settings(store: CellStore, tm
     benchmark = tmp_path / "talks.yaml"
     benchmark.write_text(f"environment: {{name: conversation, conversation: {{path: {data}}}}}\n")
     cell = plan_cells(
-        Request(Path("configs/quickstart.yaml"), (), None, ("truncation",), (str(benchmark),), (), "", (), "")
+        Request(Path("tests/quickstart.yaml"), (), None, ("truncation",), (str(benchmark),), (), "", (), "")
     ).cells[0]
     settings = store.settings(cell)
     assert len(settings["file environment.conversation.path"]) == 16

@@ -12,7 +12,7 @@ from cluster.evaluation.plan import Request, plan_cells
 from configs.load import ConfigError
 from configs.shipped import shipped
 
-QUICKSTART = Path("configs/quickstart.yaml")
+QUICKSTART = Path("tests/quickstart.yaml")
 SHIPPED_ROWS = (
     "full_context",
     "truncation",

@@ -24,7 +24,7 @@ from configs.schema import RunConfig
 from tests.unit.cluster_cases import task_at, trajectory
 from tests.unit.comparison_cases import Counts, Stage
 
-QUICKSTART = Path("configs/quickstart.yaml")
+QUICKSTART = Path("tests/quickstart.yaml")
 SMALL = (
     "evaluation.tasks=2",
     "evaluation.bootstrap_samples=100",

@@ -24,7 +24,7 @@ from cluster.jobs.client import Endpoint, Jobs, JobsError, Submission, connect
 from cluster.jobs.command import job_table, jobs_table
 from configs.load import ConfigError, load_config
 
-QUICKSTART = Path("configs/quickstart.yaml")
+QUICKSTART = Path("tests/quickstart.yaml")
 ENDPOINT = Endpoint("http://head:8265", "disabled", 2)
 IN_JOB = {
     "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(
@@ -78,7 +78,7 @@ def details(status: str) -> Any:
         submission_id="monday",
         job_id="02000000",
         status=status,
-        entrypoint="python -m cluster train configs/quickstart.yaml rollout.schedule=[10:4]",
+        entrypoint="python -m cluster train tests/quickstart.yaml rollout.schedule=[10:4]",
         message="Job finished.",
         start_time=1_000_000,
         end_time=None if status in ("PENDING", "RUNNING") else 4_661_000,

@@ -19,7 +19,7 @@ from cluster.measure.rows import EpisodeScore, RowResult, save_row
 from cluster.measure.statistics import holm
 from configs.load import load_config, to_yaml
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[2] / "tests" / "quickstart.yaml"
 FIXED = "question {number}"  # the item where every seed gets the same questions
 BEFORE = (0.0, 0.5, 0.5, 0.25, 0.0, 0.5)
 AFTER = (0.5, 0.25, 1.0, 0.25, 0.25, 0.5)  # six questions: a gain that may be chance

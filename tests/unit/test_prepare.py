@@ -22,7 +22,7 @@ STATE = replace(START, step=3, version=4, warm_steps=1, tracking_run_id="abc", l
 @pytest.fixture(scope="module")
 def loaded(tiny_model_path: Path) -> RunConfig:
     settings = [f"model.name={tiny_model_path}", "fast_weights.basis=random", "evaluation.tasks=2"]
-    return load_config(Path("configs/quickstart.yaml"), settings)
+    return load_config(Path("tests/quickstart.yaml"), settings)
 
 
 @pytest.fixture

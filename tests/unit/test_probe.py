@@ -48,7 +48,7 @@ from configs.load import ConfigError
 from configs.schema import FastWeightsConfig, WriteConfig
 
 DATA = Path("tests/data/probe_cards.jsonl")
-QUICKSTART = Path("configs/quickstart.yaml")
+QUICKSTART = Path("tests/quickstart.yaml")
 FAST = FastWeightsConfig(last_layers=2)
 ADAM = WriteConfig(optimizer="adam", learning_rate=3e-3, epochs=3, batch_size=2)
 PIECES = (

@@ -12,7 +12,7 @@ from cluster.probe.report import ProbeReport, figures
 from cluster.probe.values import Asked, Card, CardScore, CellRun, LeakScore, Point, WriteLine
 from configs.load import ConfigError
 
-QUICKSTART = Path("configs/quickstart.yaml")
+QUICKSTART = Path("tests/quickstart.yaml")
 
 
 def asked(em: float) -> Asked:

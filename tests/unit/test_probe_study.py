@@ -17,7 +17,10 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 @pytest.mark.parametrize("name", shipped("studies"))
 def test_a_shipped_study_is_a_grid_over_the_quickstart(name: str) -> None:
     study = load_study(name)
-    _, cells = load_grid(QUICKSTART, [], study.cells, study.sweep)
+    _, cells = load_grid(QUICKSTART, study.settings, study.cells, study.sweep)
+    for cell in cells:  # the quickstart preserves, and a study's cell only where it says so
+        preserves = any("preserve.weight" in setting for setting in cell.settings)
+        assert (cell.write.preserve.weight > 0) == preserves
     assert len(cells) >= max(2, len(study.cells))
     assert study.cards.startswith("recall:")
     assert study.cards.startswith("recall:train:") == name.endswith("tuning"), (
