@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,8 @@ from configs.schema import WriteConfig
 
 Selection = Sequence[Sequence[int]]  # numbers of rows, a list for each episode
 OnStep = Callable[[StackedWeights], None]
-_KEPT_SELECTIONS = 16  # preserved replies come round again after as many steps, or fewer
+_KEPT_TAUGHT = 2  # a single minibatch comes again at every step; of several, each is drawn anew
+_KEPT_PRESERVED = 16  # preserved replies come round again after as many steps, or fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +75,29 @@ class Trained:
 
 
 class Rows:
-    """The rows of one write. What selections of them need is prepared once: that does not depend on B."""
+    """The rows of one write. What selections of them need is prepared once: that does not depend on B.
+
+    Taught and preserved rows are prepared apart. Together, each step's few preserved rows would bring another
+    copy of all that the cards need.
+    """
 
     def __init__(
         self, layers: UpperLayers, prefix: Tensor, rows: Sequence[Row], preserve_weight: float
     ) -> None:
         self._layers, self._prefix, self._rows, self._weight = layers, prefix, rows, preserve_weight
-        self._prepared: OrderedDict[tuple[tuple[int, ...], ...], tuple[Chunk, ...]] = OrderedDict()
+        self._taught, self._preserved = _Kept(_KEPT_TAUGHT), _Kept(_KEPT_PRESERVED)
 
     def score(self, steps: Sequence[Step], weights: StackedWeights) -> list[StepScores]:
         """The scores of each episode's step. Adds the gradient of its loss to ``weights``."""
-        selection = [[*step.taught, *step.preserved] for step in steps]
-        loss_weights = [weight for step in steps for weight in self._loss_weights(step)]
-        values = by_episode(self._layers.score(self.prepared(selection), weights, loss_weights), selection)
-        scores = []
-        for step, of_episode in zip(steps, values, strict=True):
-            logprobs, kls = of_episode[: len(step.taught)], of_episode[len(step.taught) :]
-            kl = sum(float(of_row.mean()) for of_row in kls) / len(kls) if kls else 0.0
-            scores.append(StepScores(logprobs, kl))
-        return scores
+        logprobs = self._score(self._taught, [step.taught for step in steps], weights, self._mean_of_tokens)
+        kept = [step.preserved for step in steps]
+        kls: list[list[Tensor]] = [[] for _ in steps]
+        if any(kept):
+            kls = self._score(self._preserved, kept, weights, self._mean_of_replies)
+        return [
+            StepScores(of_cards, sum(float(row.mean()) for row in of_replies) / max(1, len(of_replies)))
+            for of_cards, of_replies in zip(logprobs, kls, strict=True)
+        ]
 
     def measure(self, selection: Selection, weights: StackedWeights) -> list[list[Tensor]]:
         """The log-probs alone."""
@@ -100,21 +105,47 @@ class Rows:
         return by_episode(flat, selection)
 
     def prepared(self, selection: Selection) -> tuple[Chunk, ...]:
-        key = tuple(tuple(of_episode) for of_episode in selection)
-        if key not in self._prepared:
-            rows = [self._rows[i] for of_episode in selection for i in of_episode]
-            self._prepared[key] = self._layers.prepare(self._prefix, rows)
-            if len(self._prepared) > _KEPT_SELECTIONS:
-                self._prepared.popitem(last=False)
-        self._prepared.move_to_end(key)
-        return self._prepared[key]
+        """What taught rows need."""
+        return self._prepare(self._taught, selection)
 
-    def _loss_weights(self, step: Step) -> Iterator[float]:
-        """Of each row: the mean over taught tokens; the mean over preserved replies of their mean."""
-        tokens = sum(len(self._rows[i].targets) for i in step.taught)
-        yield from (1 / tokens for _ in step.taught)
-        for i in step.preserved:
-            yield self._weight / (len(step.preserved) * len(self._rows[i].targets))
+    def _score(
+        self, kept: _Kept, selection: Selection, weights: StackedWeights, weigh: _Weigh
+    ) -> list[list[Tensor]]:
+        loss_weights = [weight for of_episode in selection for weight in weigh(of_episode)]
+        chunks = self._prepare(kept, selection)
+        return by_episode(self._layers.score(chunks, weights, loss_weights), selection)
+
+    def _prepare(self, kept: _Kept, selection: Selection) -> tuple[Chunk, ...]:
+        rows = [self._rows[i] for of_episode in selection for i in of_episode]
+        return kept.get(selection, lambda: self._layers.prepare(self._prefix, rows))
+
+    def _mean_of_tokens(self, taught: Sequence[int]) -> list[float]:
+        tokens = sum(len(self._rows[i].targets) for i in taught)
+        return [1 / tokens] * len(taught)
+
+    def _mean_of_replies(self, preserved: Sequence[int]) -> list[float]:
+        """The mean over replies of their mean over tokens."""
+        return [self._weight / (len(preserved) * len(self._rows[i].targets)) for i in preserved]
+
+
+_Weigh = Callable[[Sequence[int]], list[float]]
+
+
+class _Kept:
+    """The newest prepared selections."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._chunks: OrderedDict[tuple[tuple[int, ...], ...], tuple[Chunk, ...]] = OrderedDict()
+
+    def get(self, selection: Selection, prepare: Callable[[], tuple[Chunk, ...]]) -> tuple[Chunk, ...]:
+        key = tuple(tuple(of_episode) for of_episode in selection)
+        if key not in self._chunks:
+            self._chunks[key] = prepare()
+            if len(self._chunks) > self._most:
+                self._chunks.popitem(last=False)
+        self._chunks.move_to_end(key)
+        return self._chunks[key]
 
 
 def by_episode(flat: Iterable[Tensor], selection: Selection) -> list[list[Tensor]]:
