@@ -195,7 +195,7 @@ class Books:
 
     @staticmethod
     def of(lines: Iterable[str]) -> Books:
-        line = next((line for line in reversed(list(lines)) if line.startswith("tasks: ")), "")
+        line = next((line for line in reversed(list(lines)) if re.match(r"tasks: \d", line)), "")
         if not line or "DOES NOT BALANCE" in line:
             raise ChaosError(f"the ledger does not balance, or was not shown: {line!r}")
         tasks, _, episodes = line.partition("; failed episodes: ")

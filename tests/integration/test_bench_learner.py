@@ -55,13 +55,16 @@ def test_groups_have_the_quickstarts_form(
     for trajectory in (trajectory for group in groups for trajectory in group.trajectories):
         rewards.add(trajectory.outcome.reward)
         writes = len(trajectory.revisions)
-        assert [segment.revision for segment in trajectory.segments] == list(range(writes + 1))
+        # Questions beyond L_max go on in a cleared context, under the same revision.
+        acts = len(trajectory.segments) - writes
+        revisions = [segment.revision for segment in trajectory.segments]
+        assert acts >= 1 and revisions == [*range(writes), *[writes] * acts]
         kinds = [segment.spans[0].kind for segment in trajectory.segments]
-        assert kinds == ["extract"] * writes + ["act"]
+        assert kinds == ["extract"] * writes + ["act"] * acts
         for weights in trajectory.revisions:
             check(weights, basis)
         for segment in trajectory.segments:
-            assert 50 <= len(segment.token_ids) <= 200 and (segment.logprobs[segment.action_mask] < 0).all()
+            assert 30 <= len(segment.token_ids) <= 250 and (segment.logprobs[segment.action_mask] < 0).all()
         opening = trajectory.segments[0]
         assert chat.decode(opening.token_ids[opening.action_mask]).startswith('[{"instruction": ')
     assert len(rewards) > 1
