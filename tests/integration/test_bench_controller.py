@@ -54,7 +54,7 @@ def test_only_the_summary_comes_to_the_controller_and_the_group_outlives_its_wor
         assert finished.summary == GroupSummary.of(content)
         summary = finished.summary
         assert (summary.task_id, summary.policy_version, len(summary.episodes)) == ("t5", 3, SIBLINGS)
-        first, second = (trajectory.revisions[1].b for trajectory in content.trajectories[:2])
+        first, second = (trajectory.revisions[-1].b for trajectory in content.trajectories[:2])
         # SmolLM2-135M: layers x rows x rank x float32.
         assert sum(matrix.nbytes for matrix in first.values()) == 4 * (2 * 1536 + 576) * 6 * 4
         # Siblings share no array: a shared array would travel once.

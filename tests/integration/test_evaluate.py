@@ -37,9 +37,11 @@ def environment() -> dict[str, str]:
 
 
 def played(folder: Path) -> dict[str, list[str]]:
-    """The tasks that are on disk, by cell; a line that is being written does not count."""
+    """The tasks that are on disk, by cell. A line or a file that is being written does not count."""
     tasks: dict[str, list[str]] = {}
     for path in sorted((folder / "cells").glob("*.json*")):
+        if path.suffix not in (".json", ".jsonl"):
+            continue
         if path.suffix == ".jsonl":
             parts = [json.loads(line) for line in path.read_text().split("\n")[1:-1]]
         else:
