@@ -146,6 +146,7 @@ def check_report(folder: Path, output: str) -> None:
     assert {plot.name for plot in (folder / "report").glob("*.png")} == {
         "recall-cost-tokens.png",
         "recall-cost-seconds.png",
+        "recall-rows.png",
     }
     client = MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
     run = client.get_run((folder / "tracking-run").read_text())
