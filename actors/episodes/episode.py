@@ -100,7 +100,6 @@ class LiveActor:
         self._events = 0  # generations so far: each has its own seed
         self._writes = 0  # so far: each has its own seed
         self._preservation = preservation
-        self._cards: dict[str, Flashcard] = {}  # written so far, by question
         self._installed: list[AdapterKey] = []
 
     async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
@@ -125,14 +124,12 @@ class LiveActor:
         started = time.perf_counter()
         seed = derived_seed(self._spec.seed, "write", self._writes)
         self._writes += 1
-        known = self._cards | {card.question: card for card in cards}
-        preserved = await self._preservation.replies([*known.values()]) if self._preservation else ()
+        preserved = await self._preservation.replies(cards) if self._preservation else ()
         request = WriteRequest(self._spec.episode_id, self.weights, tuple(examples), preserved, seed)
         result = await self._writer.write(request)
         written = time.perf_counter()
         self.seconds["write"] += written - started
         if result.outcome == "accepted":
-            self._cards = known
             await self.adopt(result.weights, result.probe)
             self.seconds["install"] += time.perf_counter() - written
         return request, result

@@ -81,7 +81,7 @@ class PromptMaker:
     def pool(self, seed: int) -> list[Prompt]:
         """The prompts that all writes of a version share, memory-writing prompts among the questions."""
         count, config = self._config.questions, self._config
-        questions = self._questioner.other_questions(count, seed) if self._questioner else ()
+        questions = tuple(self._questioner.other_questions(count, seed)) if self._questioner else ()
         questions += shipped_questions(count - len(questions))
         prompts = [self._asked(question) for question in questions]
         texts = _TEXTS[: config.extractions]
@@ -103,13 +103,14 @@ class PromptMaker:
         )
         return [self._asked(question) for question in questions]
 
-    def answered(self, cards: Sequence[Flashcard]) -> set[Ids]:
-        """The prompts that ``cards`` answer: their questions, also in the environment's other words."""
+    def unanswered(self, pool: Sequence[Prompt], cards: Sequence[Flashcard]) -> list[Prompt]:
+        """The ``pool`` without the questions of ``cards``, also in the environment's other words."""
         questions = {card.question for card in cards}
         environment: object = self._questioner
         if isinstance(environment, Rephraser):
             questions |= {other for question in questions for other in environment.wordings(question)}
-        return {self._asked(question).ids for question in questions}
+        answered = {self._asked(question).ids for question in questions}
+        return [prompt for prompt in pool if prompt.ids not in answered]
 
     def _asked(self, question: str) -> Prompt:
         ids = self._opening + self._chat.user(question) + self._chat.assistant_open
@@ -157,8 +158,7 @@ class Preservation:
             self._replies.clear()
             self._asking = {}  # the older tasks hold on to theirs
         self._pool = self._pool or self._maker.pool(self._seed)
-        answered = self._maker.answered(cards)
-        shared = [prompt for prompt in self._pool if prompt.ids not in answered]
+        shared = self._maker.unanswered(self._pool, cards)
         pool, beside = await asyncio.gather(self._all(shared), self._all(self._maker.beside(cards)))
         return in_turn(pool, beside, self._config.per_step)
 

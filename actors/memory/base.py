@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Protocol
 
 from actors.text.chat_template import ChatFormat, Ids
@@ -53,8 +54,8 @@ class Actor(Protocol):
     ) -> tuple[WriteRequest, WriteResult]:
         """Write ``examples`` (at least one) into the fast weights. An accepted result changes ``weights``.
 
-        ``cards``: the new ones among the examples, none where a memory writes other text. Also returns the
-        request that was made of them.
+        ``cards``: all of the episode so far, the new ones included; none where a memory writes other text.
+        Also returns the request that was made.
         """
         ...
 
@@ -103,7 +104,9 @@ class Agent:
 
         ``text`` is what the agent sampled for this write. ``rejected`` counts its unusable flashcards.
         """
-        request, result = await self.actor.learn(examples, cards)
+        earlier = (record.flashcards for record in self.writes if record.outcome == "accepted")
+        known = {card.question: card for card in (*chain.from_iterable(earlier), *cards)}
+        request, result = await self.actor.learn(examples, [*known.values()])
         self._log(text, cards, request, rejected, result)
 
     def skip_write(self, text: str, rejected: int, reason: str) -> None:

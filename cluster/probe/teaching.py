@@ -53,7 +53,8 @@ class Teacher:
         maker = PromptMaker(self._chat, self._system_prompt, self._questioner, config)
         # An episode that writes other texts than cards has no card to ask beside.
         cards = [*earlier, *self._groups[number - 1]] if cell.supervision == "flashcards" else []
-        pool, beside = maker.pool(self._seed), maker.beside(flashcards_of(cards))
+        written = flashcards_of(cards)
+        pool, beside = maker.unanswered(maker.pool(self._seed), written), maker.beside(written)
         return in_turn(self._all(pool), self._all(beside), config.per_step)
 
     def _all(self, prompts: Sequence[Prompt]) -> list[WriteExample]:

@@ -39,6 +39,7 @@ class _Actor:
         self.weights = FastWeights("basis", 0, {})
         self.prompts: list[tuple[int, ...]] = []
         self.learned: list[tuple[WriteExample, ...]] = []
+        self.cards: list[tuple[Flashcard, ...]] = []  # of the episode so far, at each write
         self._chat = chat
         self._texts = list(texts)
         self._outcomes = outcomes
@@ -53,6 +54,7 @@ class _Actor:
         self, examples: Sequence[WriteExample], cards: Sequence[Flashcard]
     ) -> tuple[WriteRequest, WriteResult]:
         self.learned.append(tuple(examples))
+        self.cards.append(tuple(cards))
         request = WriteRequest("e", self.weights, tuple(examples))
         (result,) = ScriptedWriter(lambda request: next(self._outcomes)).write([request])
         self.weights = result.weights
@@ -104,6 +106,19 @@ def test_writes_accumulate_and_the_next_prompt_shows_what_is_saved(chat: ChatFor
     assert "Who moved? Nora Where to? Lisbon" in chat.decode(actor.prompts[1])
     assert [record.revision for record in agent.writes] == [1, 2]
     assert [segment.revision for segment in agent.segments] == [0, 1]
+
+
+def test_a_write_names_the_cards_of_the_episode_so_far_but_not_those_rolled_back(chat: ChatFormat) -> None:
+    """They are the log's, so those of a loaded conversation count too."""
+    texts = [CARDS, *(f'[{{"instruction": "What rained {n}?", "output": "cats"}}]' for n in range(2))]
+    actor = _Actor(chat, texts, iter(["accepted", "rolled_back", "accepted"]))
+    agent = _agent(chat, actor)
+    for _ in texts:
+        _relieve(agent)
+        agent.context.tell(chat.user("It rained cats."))
+    asked = [[card.question for card in cards] for cards in actor.cards]
+    first = ["Who moved?", "Where to?"]
+    assert asked == [first, [*first, "What rained 0?"], [*first, "What rained 1?"]]
 
 
 def test_rehearsal_trains_earlier_cards_again_but_not_outdated_ones(chat: ChatFormat) -> None:
