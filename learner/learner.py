@@ -42,6 +42,11 @@ class Minibatch:
     rows: RowSet  # of all ranks
     ranks: list[list[Microbatch]]  # by rank
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it holds no row to learn from. Every rank finds the same."""
+        return not self.rows.rows
+
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
@@ -85,11 +90,14 @@ class Learner:
 
     @property
     def version(self) -> PolicyVersion:
-        """Steps behind the weights: each ``step`` and each ``warm_start_step`` adds one."""
+        """Steps behind the weights: each ``warm_start_step`` adds one, and each ``step`` that moved them."""
         return self._counters.version
 
     def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
         """Make one RL step on ``groups``.
+
+        Where no row has an advantage and there is no KL term, there is nothing to learn: weights, Adam's
+        state and version stay. A step of Adam would move the weights by its momentum alone.
 
         Raises ValueError for a reward that is not finite, and LearnerError. Weights and version are then as
         before, with one exception: when minibatch k > 1 has a gradient that is not finite, the k - 1 before
@@ -106,19 +114,24 @@ class Learner:
                 "and no sampled token"
             )
         minibatches = self._plan(scored)
+        if all(minibatch.is_idle for minibatch in minibatches):
+            seconds = time.perf_counter() - started
+            return self._report(scored_groups, minibatches, TokenStatistics.none(), [], 0.0, seconds)
         self._begin_rl()
         rate = self._learning_rate()
         # all of them before the first optimizer step: they are of the weights before it
         old = [self._old_logprobs(minibatch) if len(minibatches) > 1 else None for minibatch in minibatches]
         norms, statistics = [], TokenStatistics.none()
         for place, (minibatch, old_logprobs) in enumerate(zip(minibatches, old, strict=True)):
-            statistics = statistics.merge(self._accumulate(minibatch, old_logprobs))
-            norms.append(self._optimize(rate, place, len(minibatches)))
+            if not minibatch.is_idle:
+                statistics = statistics.merge(self._accumulate(minibatch, old_logprobs))
+                norms.append(self._optimize(rate, place, len(minibatches), applied=len(norms)))
         self._count(version=1, rl_steps=1)
         sums, maxima = self._engine.sums(statistics.sums), self._engine.maxima(statistics.maxima)
-        statistics, norm = TokenStatistics.of(sums, maxima), sum(norms) / len(norms)
         seconds = time.perf_counter() - started
-        return self._report(scored_groups, minibatches, statistics, norm, rate, seconds)
+        return self._report(
+            scored_groups, minibatches, TokenStatistics.of(sums, maxima), norms, rate, seconds
+        )
 
     def warm_start_step(self, segments: Sequence[Segment], learning_rate: float) -> WarmStartReport:
         """Make one supervised step: mean cross-entropy on the masked tokens, Delta = 0, temperature 1.
@@ -210,11 +223,11 @@ class Learner:
             statistics = statistics.merge(part)
         return statistics
 
-    def _optimize(self, rate: float, place: int, minibatches: int) -> float:
+    def _optimize(self, rate: float, place: int, minibatches: int, applied: int) -> float:
         try:
             norm = self._engine.step(rate)
         except LearnerError as error:
-            if place == 0:
+            if applied == 0:
                 raise
             raise LearnerError(
                 f"minibatch {place + 1}: {error}. "
@@ -294,7 +307,7 @@ class Learner:
         scored_groups: Sequence[Sequence[ScoredTrajectory]],
         minibatches: Sequence[Minibatch],
         statistics: TokenStatistics,
-        grad_norm: float,
+        norms: Sequence[float],
         rate: float,
         seconds: float,
     ) -> StepReport:
@@ -308,6 +321,7 @@ class Learner:
         policy_loss, kl = statistics.policy_loss / len(minibatches), statistics.kl / len(minibatches)
         return StepReport(
             version=self.version,
+            optimizer_steps=len(norms),
             loss=policy_loss + self._objective.kl_coefficient * kl,
             policy_loss=policy_loss,
             kl=kl,
@@ -319,12 +333,12 @@ class Learner:
             entropy=statistics.mean(statistics.entropy),
             engine_logprob_diff_mean=statistics.mean(statistics.difference),
             engine_logprob_diff_max=statistics.difference_max if statistics.tokens else math.nan,
-            grad_norm=grad_norm,
+            grad_norm=sum(norms) / len(norms) if norms else 0.0,
             learning_rate=rate,
             tokens=tokens,
             action_tokens=sum(int(segment.action_mask.sum()) for segment in segments),
             extract_tokens=sum(row_set.extract_tokens for row_set in row_sets),
-            padding_fraction=1 - tokens / places,
+            padding_fraction=1 - tokens / places if tokens else 0.0,
             microbatches=len(microbatches),
             segments_without_actions=sum(row_set.segments_without_actions for row_set in row_sets),
             trajectories=len(advantages),

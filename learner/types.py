@@ -98,6 +98,7 @@ class StepReport:
     """
 
     version: PolicyVersion
+    optimizer_steps: int  # 0: no signal, so weights, Adam's state and version stayed
     loss: float  # policy_loss + kl_coefficient * kl
     policy_loss: float  # weighted like the loss, as is kl
     kl: float
@@ -109,8 +110,8 @@ class StepReport:
     entropy: float  # nats
     engine_logprob_diff_mean: float  # absolute difference of log-probs
     engine_logprob_diff_max: float
-    grad_norm: float  # before clipping; mean over minibatches
-    learning_rate: float
+    grad_norm: float  # before clipping; mean over optimizer steps
+    learning_rate: float  # 0 without an optimizer step
     tokens: int  # through the model, without padding
     action_tokens: int  # among them: sampled
     extract_tokens: int  # among those: sampled for the memory, e.g. flashcards

@@ -147,9 +147,8 @@ class VirtualRank:
         values = {field.name: 0 for field in fields(StepReport)}
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         tokens = sum(len(segment.token_ids) for trajectory in trajectories for segment in trajectory.segments)
-        return StepReport(
-            **(values | {"version": self._version, "tokens": tokens, "trajectories": len(trajectories)})
-        )
+        counts = {"optimizer_steps": 1, "tokens": tokens, "trajectories": len(trajectories)}
+        return StepReport(**(values | counts | {"version": self._version}))
 
     @ray.method
     def weights(self, trainable_only: bool) -> dict[str, Any]:

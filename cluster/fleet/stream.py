@@ -189,10 +189,14 @@ class GroupStream:
         positions, ages, groups = zip(*fresh, strict=True)
         return Batch(positions, groups, ages, dropped)
 
-    def trained(self, batch: Batch) -> None:
-        """Settle the tasks of ``batch``: the learner has trained on it."""
+    def trained(self, batch: Batch, version: PolicyVersion) -> None:
+        """Settle the tasks of ``batch``: the learner has consumed it, and has ``version`` now.
+
+        ``take`` counted on a new version. Where the batch had no signal there is none.
+        """
         for position in batch.positions:
             self.ledger.settle(position, "trained")
+        self._version = version
 
     def fail(self, error: Exception) -> None:
         """Make ``take`` raise ``error``: something that the stream depends on broke."""

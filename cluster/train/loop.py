@@ -19,6 +19,8 @@ Every wait, and who unblocks it:
     refreshing        in the background, awaited after the last step: each worker drains and loads under
                       train.group_timeout_s and the refresh deadline
 
+A batch without any signal moves no weights: the step counts, but there is no new version to publish.
+
 With max_staleness 0 the stream issues nothing for the next step until a worker has the new version:
 strictly on-policy. With more, workers go on under the old version while the learner computes and while
 other workers are refreshed.
@@ -145,11 +147,14 @@ async def _learn(parts: LoopParts, progress: _Progress, batch: Batch, began: flo
     taken = time.monotonic()
     _log_worker_timeline(parts, state.step)  # a step's time on a worker ends when the worker has its weights
     report = await asyncio.to_thread(parts.trainer.step, [group.content for group in batch.groups])
-    stream.trained(batch)
+    stream.trained(batch, report.version)
     learned = time.monotonic()
-    weights = await asyncio.to_thread(parts.channel.publish, parts.trainer)
+    weights = None
+    if report.version != state.version:  # else the batch had no signal, and the workers have these weights
+        weights = await asyncio.to_thread(parts.channel.publish, parts.trainer)
     published = time.monotonic()
-    fleet.begin(weights)
+    if weights is not None:
+        fleet.begin(weights)
     seconds = StepSeconds(taken - began, learned - taken, published - learned, time.monotonic() - began)
     summary = summarize(step, report, batch, seconds)
     figures = step_metrics(report, batch, seconds, stream.ledger)

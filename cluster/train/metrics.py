@@ -42,7 +42,7 @@ class StepSeconds:
 class StepSummary:
     """A step as the progress line shows it. ``staleness`` is the batch's mean in policy versions.
 
-    ``without_signal``: in every group the siblings' rewards were equal, so the step had no policy gradient.
+    ``without_signal``: the learner made no optimizer step, since no token had an advantage.
     """
 
     step: int
@@ -75,7 +75,7 @@ def summarize(step: int, report: StepReport, batch: Batch, seconds: StepSeconds)
         episodes=len(episodes),
         writes=sum(len(episode.writes) for episode in episodes),
         failed=sum(len(group.failed) for group in groups),
-        without_signal=all(_without_signal(group) for group in groups),
+        without_signal=report.optimizer_steps == 0,
         seconds=seconds.total,
     )
 
@@ -247,7 +247,7 @@ def _mean(values: Sequence[float] | Sequence[int]) -> float:
 def step_line(summary: StepSummary) -> str:
     """A training step for people: "reward 0.412  staleness 0.0  1.2 episodes/s  3.6 writes/s"."""
     failed = f"  {summary.failed} failed" if summary.failed else ""
-    idle = "  no signal: the siblings of every group have equal rewards" if summary.without_signal else ""
+    idle = "  no signal, so no optimizer step" if summary.without_signal else ""
     speed = f"{summary.episodes_per_second:.2f} episodes/s  {summary.writes_per_second:.2f} writes/s"
     return (
         f"version {summary.version}  reward {summary.reward:.3f}  staleness {summary.staleness:.1f}  "

@@ -94,6 +94,7 @@ class Trainer:
         self.version = version
         self.batches: list[list[str]] = []
         self.fail_at = -1
+        self.idle: set[int] = set()  # steps without signal
 
     def missing(self, groups: Sequence[TrajectoryGroup]) -> list[int]:
         return []
@@ -102,9 +103,11 @@ class Trainer:
         if self.version == self.fail_at:
             raise LearnerError("learner step: a rank's process died; resume from the last checkpoint")
         self.batches.append([group.task.id for group in groups])
-        self.version += 1
+        moved = len(self.batches) not in self.idle
+        self.version += moved
         values: dict[str, Any] = {field.name: 0 for field in fields(StepReport)}
-        return StepReport(**(values | {"version": self.version, "tokens": 100}))
+        steps = {"version": self.version, "optimizer_steps": int(moved)}
+        return StepReport(**(values | steps | {"tokens": 100}))
 
     def weights_ref(self, trainable_only: bool) -> Any:
         return object()

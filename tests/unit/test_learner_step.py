@@ -114,9 +114,30 @@ def test_equal_rewards_move_nothing_and_are_counted(llama: Path, llama_basis: Ba
     report = made.step([group(llama_basis, (0.5, 0.5)), group(llama_basis, (1.0,))])
     assert (report.groups_used, report.groups_without_signal) == (0, 2)
     assert (report.trajectories_skipped, report.action_tokens) == (3, 0)
-    assert math.isnan(report.ratio_mean) and report.grad_norm == 0 and report.version == 1
+    assert math.isnan(report.ratio_mean) and report.grad_norm == 0 and report.version == 0
     after = made.weights(trainable_only=False)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_step_without_signal_leaves_what_adam_has_gathered(
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path
+) -> None:
+    """Adam's momentum would move the weights without a gradient, and weight decay would shrink them."""
+    made = learner(llama, llama_basis, free(weight_decay=0.1, warmup_steps=4))
+    assert made.step(groups).optimizer_steps == 1
+    made.save(tmp_path / "before")
+    report = made.step([group(llama_basis, (0.5, 0.5))])
+    assert (report.optimizer_steps, report.version, report.learning_rate) == (0, 1, 0.0)
+    made.save(tmp_path / "after")
+    for name in ("learner.json", "model/model.safetensors", "optimizer/exp_avg.safetensors"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    assert made.step(groups).learning_rate == pytest.approx(free().learning_rate * 2 / 4)
+
+
+def test_a_minibatch_without_signal_is_no_optimizer_step(llama: Path, llama_basis: Basis) -> None:
+    made = learner(llama, llama_basis, free(), replace(UNWEIGHTED, minibatches=2, advantage="positive"))
+    report = made.step([group(llama_basis, (1.0, 0.0))])  # only the better one has an advantage
+    assert (report.optimizer_steps, report.version) == (1, 1) and report.grad_norm > 0
 
 
 def test_nothing_to_learn_from_is_an_error(llama: Path, llama_basis: Basis) -> None:

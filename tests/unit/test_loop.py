@@ -204,13 +204,30 @@ def test_a_slow_worker_skips_versions_and_the_others_go_on(tmp_path: Path) -> No
     assert bench.ledger.balanced
 
 
-@pytest.mark.parametrize(("rewards", "said"), [((0.5, 0.5), True), ((0.5, 0.25), False)])
-def test_a_step_without_signal_is_said(rewards: tuple[float, ...], said: bool) -> None:
-    flat = finished_group(group(task_at(0), 0, rewards=(1.0, 1.0)))
-    batch = Batch((0, 1), (flat, finished_group(group(task_at(1), 0, rewards=rewards))), (0, 0), 0)
-    summary = summarize(1, Trainer().step([]), batch, StepSeconds(1.0, 1.0, 1.0, 3.0))
+@pytest.mark.parametrize("said", [True, False])
+def test_a_step_without_signal_is_said(said: bool) -> None:
+    batch = Batch((0,), (finished_group(group(task_at(0), 0, rewards=(1.0, 1.0))),), (0,), 0)
+    trainer = Trainer()
+    trainer.idle = {1} if said else set()
+    summary = summarize(1, trainer.step([]), batch, StepSeconds(1.0, 1.0, 1.0, 3.0))
     assert summary.without_signal is said
-    assert ("no signal: the siblings of every group have equal rewards" in step_line(summary)) is said
+    assert ("no signal, so no optimizer step" in step_line(summary)) is said
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_step_without_signal_counts_and_is_not_published(tmp_path: Path, max_staleness: int) -> None:
+    bench = Bench(tmp_path, TrainConfig(steps=6, tasks_per_step=2, group_size=2, max_staleness=max_staleness))
+    bench.trainer.idle = {1, 3, 4, 6}
+    served: list[PolicyVersion] = []
+    bench.workers[0].on_refresh = served.append
+    state = bench.run()
+    assert (state.step, state.version, len(state.rewards)) == (6, 2, 6)
+    assert [summary.version for summary in bench.summaries] == [0, 1, 1, 1, 2, 2]
+    assert served == [1, 2] and [worker.version for worker in bench.workers] == [2, 2]
+    steps = bench.tracker.steps.values()
+    assert [figures["learner/optimizer_steps"] for figures in steps] == [0, 1, 0, 0, 1, 0]
+    assert all(figures["staleness/max"] <= max_staleness for figures in steps)
+    assert bench.ledger.settled["trained"] == 12 and bench.ledger.balanced
 
 
 def test_no_steps_is_a_run_too(tmp_path: Path) -> None:

@@ -360,7 +360,7 @@ def test_a_finished_group_whose_content_is_lost_is_issued_again_and_replaced() -
         batch = await taking
         assert [group.summary.task_id for group in batch.groups] == ["t0", "t1", "t2"]
         assert stream.ledger.in_flight == 3, "nothing was learned from them yet"
-        stream.trained(batch)
+        stream.trained(batch, 1)
         assert asked == [["t0", "t1", "t2"], ["t1", "t2", "t0"]]
         ledger = stream.ledger
         assert (ledger.issued, ledger.reissued, ledger.in_flight) == (3, 2, 0)
