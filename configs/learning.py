@@ -25,7 +25,7 @@ class ObjectiveConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     normalize_by_std: bool = True  # grpo and positive: divide by the standard deviation of a group's rewards
-    kl_coefficient: float = 0.0
+    kl_coefficient: float = 0.0  # of the KL to the policy as RL begins, after the warm start if there is one
     importance: Literal["truncated", "none"] = "truncated"  # corrects engine log-probs to the learner's
     importance_cap: float = 2.0
     minibatches: int = 1  # optimizer steps on one batch

@@ -3,6 +3,7 @@
     folder/model/              theta as a Hugging Face folder (transformers and vLLM read it)
     folder/optimizer/          full tensors by parameter name: master.safetensors (float32 theta),
                                exp_avg.safetensors, exp_avg_sq.safetensors
+    folder/reference.safetensors   the KL term's reference, where a warm start made it: trained weights as RL began
     folder/rng-{rank}.json     states of python's, numpy's and torch's generators
     folder/learner.json        format, ranks, step counters
 
@@ -40,6 +41,7 @@ from learner.types import LearnerError
 
 _FORMAT = "engram-learner-1"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_REFERENCE = "reference.safetensors"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".safetensors.index.json", ".bin.index.json")
 T = TypeVar("T")
 
@@ -50,6 +52,11 @@ class Counters:
     rl_steps: int  # optimizer steps since RL began, for the learning rate's warm-up
     adam_steps: int  # since the optimizer was reset
     warm: bool  # the optimizer holds moments of the warm start
+
+    @property
+    def has_own_reference(self) -> bool:
+        """Whether RL began from weights that a warm start had made: no model on disk has them."""
+        return self.rl_steps > 0 and self.version > self.rl_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,7 @@ def save(
     folder: str | os.PathLike[str],
     engine: TrainingEngine,
     model: PolicyModel,
+    reference: PolicyModel | None,
     counters: Counters,
     model_path: str,
 ) -> None:
@@ -88,13 +96,18 @@ def save(
     """
     target = Path(folder)
     try:
-        _save(target, engine, model, counters, Path(model_path))
+        _save(target, engine, model, reference, counters, Path(model_path))
     except (OSError, safetensors.SafetensorError) as error:
         raise LearnerError(f"{target}: cannot be written ({error})") from error
 
 
 def _save(
-    target: Path, engine: TrainingEngine, model: PolicyModel, counters: Counters, model_path: Path
+    target: Path,
+    engine: TrainingEngine,
+    model: PolicyModel,
+    reference: PolicyModel | None,
+    counters: Counters,
+    model_path: Path,
 ) -> None:
     partial = target.with_name(f".{target.name}.partial")
     first = engine.rank == 0
@@ -111,6 +124,10 @@ def _save(
         state = {name: _get(engine, param, moment) for name, param in model.by_name(trainable_only=True)}
         _write(partial / "optimizer" / f"{file}.safetensors", state, first)
         del state  # one of the three at a time
+    if reference is not None:
+        kept = dict(reference.by_name(trainable_only=False))
+        trained = {name: kept[name].cpu().contiguous() for name, _ in model.by_name(trainable_only=True)}
+        _write(partial / _REFERENCE, trained, first)
     (partial / f"rng-{engine.rank}.json").write_text(dump_json(_generators(engine.device), indent=None))
     if first:
         model.base.config.save_pretrained(partial / "model")
@@ -123,8 +140,13 @@ def _save(
     engine.barrier()
 
 
-def load(folder: str | os.PathLike[str], engine: TrainingEngine, model: PolicyModel) -> Counters:
-    """Put the checkpoint into ``engine`` and ``model``. Collective.
+def load(
+    folder: str | os.PathLike[str],
+    engine: TrainingEngine,
+    model: PolicyModel,
+    reference: PolicyModel | None,
+) -> Counters:
+    """Put the checkpoint into ``engine``, ``model`` and ``reference``. Collective.
 
     Raises LearnerError when the checkpoint does not fit; nothing has changed then.
     """
@@ -137,6 +159,8 @@ def load(folder: str | os.PathLike[str], engine: TrainingEngine, model: PolicyMo
         key: _read(source / "optimizer" / f"{key}.safetensors", trained) for key in ("master", *_MOMENTS)
     }
     generators = _read_generators(source / f"rng-{engine.rank}.json")
+    if reference is not None and counters.has_own_reference:
+        reference.set_by_name(_read_reference(source / _REFERENCE, trained))
     engine.load_tensors(everything, theta)
     for name, param in trained:
         _set(engine, param, states["master"][name], None)
@@ -195,6 +219,15 @@ def _read(path: Path, parameters: list[tuple[str, nn.Parameter]]) -> dict[str, T
                 "it is another model's, or another learner.trainable's checkpoint"
             )
     return tensors
+
+
+def _read_reference(path: Path, trained: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    if not path.exists():
+        raise LearnerError(
+            f"{path}: is missing, so objective.kl_coefficient has no reference: this checkpoint was trained "
+            "without a KL term after a warm start; set objective.kl_coefficient=0, or start anew"
+        )
+    return _read(path, trained)
 
 
 # --- files -------------------------------------------------------------------------------------------------

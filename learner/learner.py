@@ -61,8 +61,8 @@ class Learner:
 
     ``temperature`` is that of the sampled log-probs (``sampling.temperature``). With one minibatch the old
     log-probs of PPO's ratio are the current ones, detached: one step per batch, ratio 1. With more, a pass
-    without gradient computes them at the start of the step. The KL reference is ``model_path``, loaded a
-    second time when ``kl_coefficient > 0``.
+    without gradient computes them at the start of the step. The KL reference is the policy as RL begins:
+    ``model_path``, loaded a second time when ``kl_coefficient > 0``, or what the warm start made of it.
     """
 
     def __init__(
@@ -185,11 +185,14 @@ class Learner:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Save everything; see ``learner.checkpoint``. Raises LearnerError."""
-        checkpoint.save(folder, self._engine, self._model, self._counters, self._model_path)
+        reference = None if self._reference is None else self._reference.model
+        kept = reference if self._counters.has_own_reference else None
+        checkpoint.save(folder, self._engine, self._model, kept, self._counters, self._model_path)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Go on from what ``save`` wrote. Raises LearnerError."""
-        self._counters = checkpoint.load(folder, self._engine, self._model)
+        reference = None if self._reference is None else self._reference.model
+        self._counters = checkpoint.load(folder, self._engine, self._model, reference)
 
     # --- one step ------------------------------------------------------------------------------------------
 
@@ -281,6 +284,10 @@ class Learner:
     # --- counters and report -------------------------------------------------------------------------------
 
     def _begin_rl(self) -> None:
+        """After a warm start: fresh moments, and the present weights as the KL term's reference."""
+        if self._reference is not None and self._counters.rl_steps == 0 and self._counters.version > 0:
+            trained = self._model.by_name(trainable_only=True)
+            self._reference.model.set_by_name(dict(self._engine.full_tensors(trained, copy=False)))
         if self._counters.warm:
             self._reset_optimizer(warm=False)
 

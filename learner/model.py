@@ -5,6 +5,8 @@ Delta is not here: ``actors.fast_weights.delta.DeltaInjector`` adds it to the pr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -49,6 +51,13 @@ class PolicyModel(nn.Module):
             if param.requires_grad or not trainable_only
         ]
 
+    @torch.no_grad()
+    def set_by_name(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the named parameters of a model that no engine has sharded."""
+        parameters = dict(self.by_name(trainable_only=False))
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
 
 def load_model(model_path: str, config: LearnerConfig) -> PolicyModel:
     """Load a Hugging Face folder in ``config.dtype``; ``config.trainable`` parameters require a gradient.
@@ -65,7 +74,7 @@ def load_model(model_path: str, config: LearnerConfig) -> PolicyModel:
 
 
 def load_reference(model_path: str, config: LearnerConfig) -> PolicyModel:
-    """Load a frozen copy of the run's first weights, for the KL term. Each rank holds a whole copy."""
+    """Load a frozen copy of the weights, for the KL term. Each rank holds a whole copy."""
     base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=_DTYPES[config.dtype])
     base.requires_grad_(False)
     return PolicyModel(base.eval())

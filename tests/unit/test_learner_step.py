@@ -243,6 +243,45 @@ def test_warm_start_is_cross_entropy_without_delta_and_leaves_a_fresh_optimizer(
     assert float(steps.max()) < 1.01 and float(steps.quantile(0.5)) > 0.9
 
 
+def test_the_kl_term_pulls_to_the_policy_as_rl_begins_after_a_warm_start_and_after_a_resume(
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path
+) -> None:
+    tied, large = replace(UNWEIGHTED, kl_coefficient=1.0), free(learning_rate=3e-2)
+    segments = [part for _, part in segments_of(groups)]
+    made = learner(llama, llama_basis, large, tied)
+    for _ in range(3):
+        made.warm_start_step(segments, 3e-3)
+    made.save(tmp_path / "warm")
+    assert made.step(groups).kl == pytest.approx(0, abs=1e-9)
+    made.save(tmp_path / "rl")
+    expected = made.step(groups).kl
+    assert expected > 1e-3
+    again = learner(llama, llama_basis, large, tied)
+    again.load(tmp_path / "rl")
+    assert again.step(groups).kl == expected
+    again.load(tmp_path / "warm")
+    assert again.step(groups).kl == pytest.approx(0, abs=1e-9)
+
+
+def test_a_kl_term_without_its_reference_is_refused_and_without_a_warm_start_it_is_the_model(
+    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path
+) -> None:
+    tied, large = replace(UNWEIGHTED, kl_coefficient=1.0), free(learning_rate=3e-2)
+    plain = learner(llama, llama_basis, large)
+    plain.step(groups)
+    plain.save(tmp_path / "cold")
+    made = learner(llama, llama_basis, large, tied)
+    made.load(tmp_path / "cold")
+    assert made.step(groups).kl > 1e-3
+    warm = learner(llama, llama_basis, large)
+    warm.warm_start_step([part for _, part in segments_of(groups)], 3e-3)
+    warm.step(groups)
+    warm.save(tmp_path / "warm")
+    assert not (tmp_path / "warm" / "reference.safetensors").exists()
+    with pytest.raises(LearnerError, match=r"reference\.safetensors: is missing.*kl_coefficient=0"):
+        made.load(tmp_path / "warm")
+
+
 def test_rewarding_a_token_makes_it_likelier(llama: Path, llama_basis: Basis) -> None:
     """Policy improvement under a written Delta: the rewarded token gains probability, the other one loses."""
     prompt, good, bad = [5, 9, 200, 31], 77, 78
