@@ -30,8 +30,9 @@ class ObjectiveConfig:
     importance_cap: float = 2.0
     minibatches: int = 1  # optimizer steps on one batch
     aggregate: Literal["token", "sequence"] = "token"  # what the loss averages over
-    # all: every sampled token carries the episode's advantage; actions: flashcards do not (an ablation)
-    credit: Literal["all", "actions"] = "all"
+    # what RL trains: all that is sampled, the texts for the memory alone (cards), or the answers alone;
+    # answers sampled at sampling.answer_temperature=0 are never trained, see there
+    tokens: Literal["both", "cards", "answers"] = "both"
     # own: a segment is scored under the Delta that it was sampled under; final: under the episode's last
     # Delta (an ablation, biased)
     snapshot: Literal["own", "final"] = "own"

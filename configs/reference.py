@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 PATH = Path(__file__).with_name("REFERENCE.md")
-PLAIN_TYPES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+PLAIN_TYPES: dict[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    float | None: "a number, or null",
+}
 _FIELD = re.compile(r"((?:^    # .*\n)*)^    (\w+): .*?(?:  # (.+))?$", re.MULTILINE)
 _HEAD = """# Settings
 
@@ -53,6 +59,8 @@ class Setting:
             return f"[{','.join(map(str, self.default))}]"
         if isinstance(self.default, bool):
             return str(self.default).lower()
+        if self.default is None:
+            return "null"
         return '""' if self.default == "" else str(self.default)
 
 

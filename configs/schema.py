@@ -91,13 +91,27 @@ class EmbedderConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How training episodes act. Evaluation has its own temperature."""
+    """How training episodes act. Evaluation has its own temperature.
+
+    With ``answer_temperature: 0`` answers are greedy, so that a card's reward says what the card is worth.
+    Greedy answers are not trained, they only count in the reward. Such an answer is no sample of the policy:
+    its log-prob gives no policy gradient, and to raise it would only make the policy surer of what it says.
+    """
 
     temperature: float = 1.0  # above 0: a group of greedy siblings teaches nothing
+    # of answers to the environment; null: sampling.temperature; 0: greedy, and then not trained (see above)
+    answer_temperature: float | None = None
     max_answer_tokens: int = 64  # of one act
 
     def __post_init__(self) -> None:
         positive(self, "temperature", "max_answer_tokens")
+        answers = self.answer_temperature
+        require(answers is None or answers >= 0, "answer_temperature", answers, "null, 0 (greedy) or more")
+
+    @property
+    def of_answers(self) -> float:
+        """The temperature of answers."""
+        return self.temperature if self.answer_temperature is None else self.answer_temperature
 
 
 @dataclass(frozen=True)
@@ -326,6 +340,9 @@ class RunConfig:
         bound = "truncated with rollout.refresh=in_flight"
         cure = "tokens of older weights need their ratio corrected"
         require(corrected, "objective.importance", importance, bound, cure)
+        trains = self.objective.tokens != "answers" or self.sampling.of_answers > 0
+        bound, cure = "both or cards with sampling.answer_temperature=0", "greedy answers are not trained"
+        require(trains, "objective.tokens", self.objective.tokens, bound, cure)
         rank = self.fast_weights.sensitivity_rank
         measured = self.write.optimizer != "natural" or rank > 0
         bound, cure = "1 or more with write.optimizer=natural", "64 is a good value"

@@ -6,9 +6,9 @@
 set -eu
 settings_of() {
     case $1 in
-    tmem) echo objective.credit=all ;;
+    tmem) echo objective.tokens=both ;;
     memory-off) echo memory.policy=truncation memory.max_context_tokens=24 ;; # a question and no more: at 54 the end of a session stays
-    no-extraction-credit) echo objective.credit=actions ;;
+    no-extraction-credit) echo objective.tokens=answers ;;
     final-delta) echo objective.snapshot=final ;;
     *) echo "kind $1 is not known: tmem, memory-off, no-extraction-credit or final-delta" >&2 && return 2 ;;
     esac

@@ -8,7 +8,8 @@ computes the whole plan and takes its own part, without a word to the others.
 
 Ablations (``as_objective_sees``) leave out one part of the method, to show what that part is worth:
 
-    objective.credit=actions    no gradient on extraction tokens: a good flashcard gets no credit
+    objective.tokens=answers    no gradient on extraction tokens: a good flashcard gets no credit
+    objective.tokens=cards      no gradient on answers
     objective.snapshot=final    every segment is scored under the episode's last Delta, not under its own: a
                                 biased gradient. `learner/engine_logprob_diff_mean` shows how far it is off
 """
@@ -20,8 +21,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from actors.types import Segment, Trajectory
+from actors.types import Segment, SpanKind, Trajectory
 from configs.schema import ObjectiveConfig
 from learner.types import Microbatch, Row, ScoredTrajectory
 
@@ -33,26 +35,35 @@ _EVEN = 64  # a full microbatch costs a 64th more than its tokens
 _NEVER = np.int64(2**60)
 
 
+def trained_kinds(objective: ObjectiveConfig, greedy_answers: bool) -> tuple[SpanKind, ...]:
+    """Return which sampled tokens have a gradient. A greedy answer is no sample: it has none."""
+    kinds: tuple[SpanKind, ...] = {"both": ("act", "extract"), "cards": ("extract",), "answers": ("act",)}[
+        objective.tokens
+    ]
+    return tuple(kind for kind in kinds if not (kind == "act" and greedy_answers))
+
+
 def as_objective_sees(
-    scored: Sequence[ScoredTrajectory], objective: ObjectiveConfig
+    scored: Sequence[ScoredTrajectory], objective: ObjectiveConfig, greedy_answers: bool = False
 ) -> Sequence[ScoredTrajectory]:
-    """Return the episodes as an ablation sees them; ``scored`` itself for the method as it is."""
-    if objective.credit == "all" and objective.snapshot == "own":
+    """Return the episodes with what is trained of them; ``scored`` itself for the method as it is."""
+    kinds = trained_kinds(objective, greedy_answers)
+    if len(kinds) == 2 and objective.snapshot == "own":
         return scored
-    return [replace(episode, trajectory=_seen(episode.trajectory, objective)) for episode in scored]
+    return [replace(episode, trajectory=_seen(episode.trajectory, objective, kinds)) for episode in scored]
 
 
-def _seen(trajectory: Trajectory, objective: ObjectiveConfig) -> Trajectory:
+def _seen(trajectory: Trajectory, objective: ObjectiveConfig, kinds: tuple[SpanKind, ...]) -> Trajectory:
     segments = trajectory.segments
-    if objective.credit == "actions":
-        segments = tuple(map(_without_extractions, segments))
+    if len(kinds) < 2:
+        segments = tuple(_only(segment, kinds) for segment in segments)
     if objective.snapshot == "final":
         segments = tuple(replace(segment, revision=len(trajectory.revisions)) for segment in segments)
     return replace(trajectory, segments=segments)
 
 
-def _without_extractions(segment: Segment) -> Segment:
-    spans = tuple(span for span in segment.spans if span.kind != "extract")
+def _only(segment: Segment, kinds: tuple[SpanKind, ...]) -> Segment:
+    spans = tuple(span for span in segment.spans if span.kind in kinds)
     mask = np.zeros_like(segment.action_mask)
     for span in spans:
         mask[span.start : span.end] = True
@@ -105,10 +116,15 @@ def supervised_rows(segments: Sequence[Segment]) -> tuple[Row, ...]:
 
 
 def pack(
-    rows: Sequence[Row], microbatch_tokens: int, ranks: int, temperature: float
+    rows: Sequence[Row],
+    microbatch_tokens: int,
+    ranks: int,
+    temperature: float,
+    answer_temperature: float | None = None,
 ) -> list[list[Microbatch]]:
     """Return microbatches per rank, of at most ``microbatch_tokens`` tokens each, padding included.
 
+    ``answer_temperature``: of answers; None: ``temperature``, which is that of all other tokens.
     A longer row stands alone. Every rank gets the same number, at least one. The largest come first, and
     neighbours in size go to different ranks: so all ranks do equal work at each position.
     """
@@ -120,7 +136,7 @@ def pack(
     )
     while len(batches) % ranks or not batches:
         batches.append([])
-    microbatches = [pad(batch, temperature) for batch in batches]
+    microbatches = [pad(batch, temperature, answer_temperature) for batch in batches]
     return [microbatches[rank::ranks] for rank in range(ranks)]
 
 
@@ -156,7 +172,7 @@ def _cut(lengths: Sequence[int], budget: int, ranks: int) -> list[tuple[int, int
     return parts[::-1]
 
 
-def pad(rows: Sequence[Row], temperature: float) -> Microbatch:
+def pad(rows: Sequence[Row], temperature: float, answer_temperature: float | None = None) -> Microbatch:
     """Return one microbatch of ``rows``; of none, one row of two unsampled tokens, whose gradient is zero."""
     count, length = max(1, len(rows)), max((len(row.segment.token_ids) for row in rows), default=2)
     token_ids = np.zeros((count, length), dtype=np.int64)
@@ -177,8 +193,21 @@ def pad(rows: Sequence[Row], temperature: float) -> Microbatch:
         advantages=np.array([row.advantage for row in rows] or [0.0], dtype=np.float32),
         scales=np.array([row.scale for row in rows] or [0.0], dtype=np.float32),
         weights=tuple(row.weights for row in rows) or (None,),
-        temperature=temperature,
+        temperature=_temperatures(rows, temperature, answer_temperature),
     )
+
+
+def _temperatures(
+    rows: Sequence[Row], temperature: float, answer_temperature: float | None
+) -> float | NDArray[np.float32]:
+    """Return the one temperature of all sampled tokens, or one for each, in row-major order."""
+    if answer_temperature is None or answer_temperature == temperature or not rows:
+        return temperature
+    # The log-prob of a greedy token is that of softmax(z), see Sampling.
+    of_kind = {"extract": temperature, "act": answer_temperature or 1.0}
+    spans = (span for row in rows for span in sorted(row.segment.spans, key=lambda span: span.start))
+    tokens = [np.full(span.end - span.start, of_kind[span.kind], dtype=np.float32) for span in spans]
+    return np.concatenate(tokens)
 
 
 def split(

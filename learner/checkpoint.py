@@ -3,7 +3,7 @@
     folder/model/              theta as a Hugging Face folder (transformers and vLLM read it)
     folder/optimizer/          full tensors by parameter name: master.safetensors (float32 theta),
                                exp_avg.safetensors, exp_avg_sq.safetensors
-    folder/reference.safetensors   the KL term's reference, where a warm start made it: trained weights as RL began
+    folder/reference.safetensors   the KL term's reference where a warm start made it: the weights as RL began
     folder/rng-{rank}.json     states of python's, numpy's and torch's generators
     folder/learner.json        format, ranks, step counters
 

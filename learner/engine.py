@@ -72,7 +72,9 @@ class TrainingEngine:
         )[0]
         self._materialize()
 
-    def forward(self, token_ids: Tensor, loss_mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, token_ids: Tensor, loss_mask: Tensor, temperature: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
         logp, entropy = self.engine(token_ids, loss_mask, temperature)
         return logp, entropy
 

@@ -30,10 +30,10 @@ class TokenHead(nn.Module):
             raise ValueError("the model's output head has a bias: supported are heads without one")
         self.weight = head.weight
 
-    def forward(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(self, states: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probs of softmax(z / temperature), with gradient, and entropies in nats, without.
 
-        states [K, d], targets int64 [K] -> float32 [K] each.
+        states [K, d], targets int64 [K], temperature a number or float32 [K] -> float32 [K] each.
         """
         result: tuple[Tensor, Tensor] = _TokenLogprobs.apply(
             states, self.weight, targets, temperature, torch.is_grad_enabled()
@@ -44,21 +44,27 @@ class TokenHead(nn.Module):
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float, gradients: bool
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float | Tensor,
+        gradients: bool,
     ) -> tuple[Tensor, Tensor]:
         logp = torch.empty(len(states), dtype=torch.float32, device=states.device)
         entropy = torch.empty_like(logp)
         # [K, d]: the gradient of each log-prob with respect to its own state
         slopes = torch.empty_like(states) if gradients and states.requires_grad else None
         for part in _chunks(len(states), len(weight)):
-            logs = _log_softmax(states[part], weight, temperature)
+            heat = _column(temperature, part)
+            logs = _log_softmax(states[part], weight, heat)
             chosen = logs.gather(-1, targets[part, None])
             logp[part] = chosen.squeeze(-1)
             p = logs.exp()
             # a dot product per row, without a third array of the chunk's size
             entropy[part] = -torch.bmm(p[:, None], logs[:, :, None]).flatten()
             if slopes is not None:
-                slopes[part] = _residual(p, targets[part]).to(weight.dtype) @ weight / temperature
+                slopes[part] = _residual(p, targets[part]).to(weight.dtype) @ weight / heat
             del logs, p  # before the next chunk allocates its own
         ctx.save_for_backward(states, weight, targets, slopes)
         ctx.temperature = temperature
@@ -73,9 +79,10 @@ class _TokenLogprobs(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             for_weight = torch.zeros_like(weight)
             for part in _chunks(len(states), len(weight)):
-                p = _log_softmax(states[part], weight, ctx.temperature).exp_()
+                heat = _column(ctx.temperature, part)
+                p = _log_softmax(states[part], weight, heat).exp_()
                 residual = _residual(p, targets[part])  # in place of p
-                residual.mul_((incoming[part] / ctx.temperature)[:, None])
+                residual.mul_(incoming[part, None] / heat)
                 for_weight.addmm_(residual.to(weight.dtype).T, states[part])
                 del p, residual
         return for_states, for_weight, None, None, None
@@ -86,9 +93,15 @@ def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
-def _log_softmax(states: Tensor, weight: Tensor, temperature: float) -> Tensor:
+def _column(temperature: float | Tensor, part: slice) -> float | Tensor:
+    """Return the temperature of a chunk: one number, or a column with one for each token."""
+    return temperature[part, None] if isinstance(temperature, Tensor) else temperature
+
+
+def _log_softmax(states: Tensor, weight: Tensor, temperature: float | Tensor) -> Tensor:
     logits = linear(states, weight).float()
-    return (logits if temperature == 1 else logits.div_(temperature)).log_softmax(-1)
+    same = not isinstance(temperature, Tensor) and temperature == 1
+    return (logits if same else logits.div_(temperature)).log_softmax(-1)
 
 
 def _residual(p: Tensor, targets: Tensor) -> Tensor:

@@ -59,10 +59,11 @@ class _Reference:
 class Learner:
     """theta, its optimizer and its version.
 
-    ``temperature`` is that of the sampled log-probs (``sampling.temperature``). With one minibatch the old
-    log-probs of PPO's ratio are the current ones, detached: one step per batch, ratio 1. With more, a pass
-    without gradient computes them at the start of the step. The KL reference is the policy as RL begins:
-    ``model_path``, loaded a second time when ``kl_coefficient > 0``, or what the warm start made of it.
+    ``temperature`` is that of the sampled log-probs (``sampling.temperature``), ``answer_temperature`` that
+    of answers where it differs. With one minibatch the old log-probs of PPO's ratio are the current ones,
+    detached: one step per batch, ratio 1. With more, a pass without gradient computes them at the start of
+    the step. The KL reference is the policy as RL begins: ``model_path``, loaded a second time when
+    ``kl_coefficient > 0``, or what the warm start made of it.
     """
 
     def __init__(
@@ -75,10 +76,12 @@ class Learner:
         temperature: float,
         rank: int,
         world_size: int,
+        answer_temperature: float | None = None,
     ) -> None:
         self._config, self._objective, self._basis = config, objective, basis
         self._estimate = estimator(objective)
-        self._model_path, self._seed, self._temperature = model_path, seed, temperature
+        self._model_path, self._seed = model_path, seed
+        self._temperature, self._answer_temperature = temperature, answer_temperature
         self._model = load_model(model_path, config)
         self._injector = DeltaInjector(self._model.base, basis)
         self._engine = TrainingEngine(self._model, config, rank, world_size)
@@ -169,7 +172,8 @@ class Learner:
         """
         result = []
         for segment in trajectory.segments:
-            microbatch = pad([Row(segment, trajectory.weights_of(segment), 0.0, 0.0)], self._temperature)
+            row = Row(segment, trajectory.weights_of(segment), 0.0, 0.0)
+            microbatch = pad([row], self._temperature, self._answer_temperature)
             values = np.zeros(len(segment.token_ids), dtype=np.float32)
             with torch.no_grad(), self._delta(microbatch):
                 values[segment.action_mask] = self._forward(microbatch)[0].cpu().numpy()
@@ -202,8 +206,10 @@ class Learner:
         skip = objective.kl_coefficient == 0
         plan = []
         for part in split(scored, objective.minibatches, (self._seed, self.version)):
-            rows = rows_of(as_objective_sees(part, objective), objective.aggregate, skip_zero_advantage=skip)
-            plan.append(Minibatch(rows, pack(rows.rows, budget, ranks, self._temperature)))
+            seen = as_objective_sees(part, objective, greedy_answers=self._answer_temperature == 0)
+            rows = rows_of(seen, objective.aggregate, skip_zero_advantage=skip)
+            packed = pack(rows.rows, budget, ranks, self._temperature, self._answer_temperature)
+            plan.append(Minibatch(rows, packed))
         return plan
 
     def _accumulate(self, minibatch: Minibatch, old_logprobs: list[Tensor] | None) -> TokenStatistics:
@@ -269,8 +275,10 @@ class Learner:
             return None  # Delta = 0 costs nothing
         return stack(microbatch.weights, self._basis, self._model.base.dtype, self._engine.device)
 
-    def _inputs(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, float]:
-        return self._tensor(microbatch.token_ids), self._tensor(microbatch.loss_mask), microbatch.temperature
+    def _inputs(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, float | Tensor]:
+        heat = microbatch.temperature
+        heat = self._tensor(heat) if isinstance(heat, np.ndarray) else heat
+        return self._tensor(microbatch.token_ids), self._tensor(microbatch.loss_mask), heat
 
     def _per_token(self, microbatch: Microbatch, per_row: NDArray[np.float32]) -> Tensor:
         return self._tensor(per_row[microbatch.row_of_token])

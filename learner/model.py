@@ -26,12 +26,14 @@ class PolicyModel(nn.Module):
         base.set_output_embeddings(TokenHead(base.get_output_embeddings()))
         self.base = base
 
-    def forward(self, token_ids: Tensor, loss_mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, token_ids: Tensor, loss_mask: Tensor, temperature: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return log-prob (with gradient) and entropy (without) of each sampled token, float32 [K].
 
-        token_ids int64 [n, T], loss_mask bool [n, T]. K counts the mask, in row-major order. Rows are padded
-        on the right and attention is causal. So no token sees padding, and no attention mask is needed
-        (SDPA's fast path).
+        token_ids int64 [n, T], loss_mask bool [n, T], temperature a number or float32 [K]. K counts the mask,
+        in row-major order. Rows are padded on the right and attention is causal. So no token sees padding,
+        and no attention mask is needed (SDPA's fast path).
         """
         hidden: Tensor = self.base.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state
         # the state at one position predicts the token at the next

@@ -62,7 +62,7 @@ class Microbatch:
     advantages: NDArray[np.float32]  # [n]
     scales: NDArray[np.float32]  # [n]
     weights: tuple[FastWeights | None, ...]  # n
-    temperature: float  # of sampling
+    temperature: float | NDArray[np.float32]  # of sampling: of all sampled tokens, or [K] of each
 
     def __post_init__(self) -> None:
         arrays = (self.token_ids, self.attention_mask, self.loss_mask, self.engine_logprobs)

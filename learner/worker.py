@@ -38,6 +38,7 @@ class LearnerSpec:
     basis: Basis
     seed: int
     temperature: float
+    answer_temperature: float | None = None  # None: ``temperature``
 
 
 @ray.remote(max_restarts=0)
@@ -75,6 +76,7 @@ class LearnerActor:
             spec.temperature,
             self._rank,
             ranks,
+            spec.answer_temperature,
         )
         return self._learner.version
 

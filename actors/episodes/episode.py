@@ -56,6 +56,12 @@ class EpisodeSpec:
     max_answer_tokens: int
     max_turns: int
     seed: int
+    answer_temperature: float | None = None  # None: ``temperature``
+
+    def temperature_of(self, kind: SpanKind) -> float:
+        """Answers may have a temperature of their own."""
+        answer = kind == "act" and self.answer_temperature is not None
+        return self.answer_temperature if answer else self.temperature  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +116,7 @@ class LiveActor:
                 f"and the engine is at {self._policy.version}: let its episodes end before a refresh"
             )
         seed = derived_seed(self._spec.seed, self._events)
-        sampling = Sampling(self._spec.temperature, max_tokens, seed, kind)
+        sampling = Sampling(self._spec.temperature_of(kind), max_tokens, seed, kind)
         self._events += 1
         started = time.perf_counter()
         generation = await self._policy.generate(prompt_ids, sampling, self._key(self.weights))

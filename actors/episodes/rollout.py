@@ -86,6 +86,7 @@ class RolloutRequest:
     temperature: float  # 0 is greedy
     max_answer_tokens: int
     seed: int
+    answer_temperature: float | None = None  # None: ``temperature``
 
     def __post_init__(self) -> None:
         if self.group_size < 1 or self.max_answer_tokens < 1 or self.temperature < 0:
@@ -224,6 +225,7 @@ class Rollout:
             max_answer_tokens=request.max_answer_tokens,
             max_turns=self._rollout.max_turns,
             seed=derived_seed(request.seed, number),
+            answer_temperature=request.answer_temperature,
         )
         limit = self._rollout.episode_timeout_s
         late = (

@@ -84,6 +84,7 @@ class RemoteWorker:
             temperature=config.sampling.temperature,
             max_answer_tokens=config.sampling.max_answer_tokens,
             seed=derived_seed(config.seed, "rollout", position),
+            answer_temperature=config.sampling.answer_temperature,
         )
         if self._journal is None:
             summary, content = self._actor.group.remote(request)

@@ -99,6 +99,7 @@ def _start_learner(spec: RunSpec, folder: RunFolder, start: Start) -> LearnerGro
         load_basis(folder.basis),
         config.seed,
         config.sampling.temperature,
+        config.sampling.answer_temperature,
     )
     learner = LearnerGroup(learner_spec, config.ray.startup_timeout_s)
     if checkpoint is not None:

@@ -100,6 +100,7 @@ def prepare_training(config: RunConfig) -> tuple[RunSpec, RunFolder, Start]:
     Raises TaskError, ModelError, CheckpointError, InUseError, ValueError: one line each.
     """
     _refuse_control(config)
+    _require_trained_tokens(config)
     estimator(config.objective)  # a user's own is found now, not by a worker
     environment = open_environment(config)
     TaskSource(environment, "train", config.seed).first(1)
@@ -119,6 +120,18 @@ def _refuse_control(config: RunConfig) -> None:
     if control != "none":
         cure = "measure it with `engram evaluate --rows`, or with evaluation.control_rows=true"
         raise ConfigError(f"memory.control={control} is for evaluation and cannot be trained with; {cure}")
+
+
+def _require_trained_tokens(config: RunConfig) -> None:
+    """Raise ConfigError where an episode has no token to train: its memory writes no text."""
+    policy, tokens = config.memory.policy, config.objective.tokens
+    answers = tokens != "cards" and config.sampling.of_answers > 0
+    if config.train.steps > 0 and policy in ("full", "truncation") and not answers:
+        raise ConfigError(
+            f"memory.policy={policy} writes no text, and no answer is trained with objective.tokens={tokens} "
+            f"and answers sampled at {config.sampling.of_answers:g}: nothing is left to train; "
+            "set objective.tokens=both and a temperature above 0"
+        )
 
 
 def _where_to_start(spec: RunSpec) -> tuple[RunFolder, Start]:

@@ -125,8 +125,10 @@ def learner(
     temperature: float = 1.0,
     rank: int = 0,
     world_size: int = 1,
+    answer_temperature: float | None = None,
 ) -> Learner:
-    return Learner(config, objective, str(model_path), basis, 0, temperature, rank, world_size)
+    path = str(model_path)
+    return Learner(config, objective, path, basis, 0, temperature, rank, world_size, answer_temperature)
 
 
 def free(

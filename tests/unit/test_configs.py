@@ -265,6 +265,20 @@ def test_no_episode_asks_more_often_than_it_is_let_act() -> None:
     )
 
 
+def test_the_answers_temperature_is_that_of_sampling_unless_it_is_given(tmp_path: Path) -> None:
+    plain = load_config(None, ["sampling.temperature=0.8"]).sampling
+    assert (plain.answer_temperature, plain.of_answers) == (None, 0.8)
+    greedy = load_config(None, ["sampling.answer_temperature=0"])
+    assert greedy.sampling.of_answers == 0
+    for config in (greedy, load_config(None, ["sampling.answer_temperature=null"])):
+        (tmp_path / "c.yaml").write_text(to_yaml(config))
+        assert load_config(tmp_path / "c.yaml", []) == config
+    assert "answer_temperature=-1" in refused(None, "sampling.answer_temperature=-1")
+    assert "it must be a number, or null" in refused(None, "sampling.answer_temperature=hot")
+    nothing = ("sampling.answer_temperature=0", "objective.tokens=answers")
+    assert "objective.tokens='answers' is not allowed: it must be both or cards" in refused(None, *nothing)
+
+
 def test_bounds_hold_without_the_loader() -> None:
     with pytest.raises(ValueError, match="adam_beta2=1 is not allowed"):
         LearnerConfig(adam_beta2=1)

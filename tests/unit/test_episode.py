@@ -91,6 +91,16 @@ def test_a_whole_episode(chat: ChatFormat) -> None:
     assert min(phases[:3]) > 0 and min(phases) >= 0 and sum(phases) == pytest.approx(times.total)
 
 
+@pytest.mark.parametrize(("answers", "expected"), [(None, 1.0), (0.0, 0.0), (0.3, 0.3)])
+def test_answers_may_have_a_temperature_of_their_own(
+    chat: ChatFormat, answers: float | None, expected: float
+) -> None:
+    policy = _talker(chat)
+    _run(chat, policy, ScriptedWriter(), answer_temperature=answers)
+    sampled_at = {(sampling.kind, sampling.temperature) for _, sampling, _ in policy.calls}
+    assert sampled_at == {("extract", 1.0), ("act", expected)}
+
+
 def test_segments_are_the_tokens_that_the_engine_saw_and_sampled(chat: ChatFormat) -> None:
     policy = _talker(chat)
     trajectory = _run(chat, policy, ScriptedWriter())

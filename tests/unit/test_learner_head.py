@@ -51,6 +51,22 @@ def test_equal_to_full_logits(
         assert float((value - right).detach().float().norm() / right.detach().float().norm()) < tolerance
 
 
+def test_each_token_may_have_a_temperature_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_CHUNK", 5 * VOCABULARY)
+    states, layer, targets, incoming = case(torch.float32, trained=True)
+    inputs = [states, layer.weight]
+    heat = torch.where(torch.arange(TOKENS) % 3 == 0, 0.7, 1.3)
+    mixed = head.TokenHead(layer)(states, targets, heat)
+    logs = (linear(states, layer.weight) / heat[:, None]).log_softmax(-1)
+    expected = logs.gather(-1, targets[:, None]).squeeze(-1)
+    found = torch.autograd.grad((incoming * mixed[0]).sum(), inputs)
+    right = torch.autograd.grad((incoming * expected).sum(), inputs)
+    assert torch.allclose(mixed[0], expected, atol=1e-5)
+    assert all(torch.allclose(one, two, atol=1e-4) for one, two in zip(found, right, strict=True))
+    equal = head.TokenHead(layer)(states, targets, torch.full((TOKENS,), 0.7))
+    assert torch.equal(equal[0], head.TokenHead(layer)(states, targets, 0.7)[0])
+
+
 def test_values_without_gradients_and_of_no_tokens() -> None:
     states, layer, targets, _ = case(torch.float32, trained=True)
     module = head.TokenHead(layer)

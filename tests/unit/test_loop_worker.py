@@ -22,7 +22,14 @@ from actors.types import PolicyVersion, TrajectoryGroup
 from actors.worker import RolloutWorker, WorkerError, WorkerSpec
 from cluster.fleet.remote_worker import EPISODE_GRACE_S, RemoteWorker, credits_per_worker
 from cluster.measure.rows import EvaluationRow
-from configs.schema import EngineConfig, EvaluationConfig, MemoryConfig, RunConfig, TrainConfig
+from configs.schema import (
+    EngineConfig,
+    EvaluationConfig,
+    MemoryConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from tests.unit.cluster_cases import group, settle, task_at
 
 
@@ -337,6 +344,19 @@ def test_held_out_episodes_have_the_evaluations_temperature(temperature: float) 
 
     (request,) = asyncio.run(body())
     assert (request.temperature, request.group_size, request.group_id) == (temperature, 1, "before-3")
+    assert request.answer_temperature is None, "training's own"
+
+
+def test_training_samples_answers_at_their_own_temperature() -> None:
+    async def body() -> list[RolloutRequest]:
+        handle = Handle()
+        config = RunConfig(sampling=SamplingConfig(answer_temperature=0.0))
+        worker = RemoteWorker(WorkerSpec("worker-0", config, "", "", 0), handle, journal=None)
+        await worker.group(3, task_at(3))
+        return handle.requests
+
+    (request,) = asyncio.run(body())
+    assert (request.temperature, request.answer_temperature) == (1.0, 0.0)
 
 
 def test_a_groups_seed_follows_from_the_runs_seed_and_its_position_whichever_worker_plays_it() -> None:

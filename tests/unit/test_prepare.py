@@ -94,6 +94,20 @@ def test_a_setting_that_gives_the_checkpoint_its_meaning_may_not_change(config: 
         prepare_training(replace(config, seed=1, resume=str(saved)))
 
 
+@pytest.mark.parametrize("setting", ["tokens", "temperature"])
+def test_a_memory_without_texts_needs_answers_to_train(config: RunConfig, setting: str) -> None:
+    without = replace(config, memory=replace(config.memory, policy="truncation"))
+    if setting == "tokens":
+        without = replace(without, objective=replace(config.objective, tokens="cards"))
+    else:
+        without = replace(without, sampling=replace(config.sampling, answer_temperature=0.0))
+    with pytest.raises(
+        ConfigError, match=r"^memory\.policy=truncation writes no text.*nothing is left to train"
+    ):
+        prepare_training(without)
+    prepare_training(replace(without, train=replace(config.train, steps=0)))
+
+
 @pytest.mark.parametrize("control", ["oracle", "other_cards", "oracle_other_cards"])
 def test_a_training_with_a_control_is_refused(config: RunConfig, control: str) -> None:
     controlled = replace(config, memory=replace(config.memory, control=control))  # type: ignore[arg-type]
