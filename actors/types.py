@@ -154,6 +154,19 @@ class Flashcard:
 
 
 @dataclass(frozen=True, slots=True)
+class CardUse:
+    """What the environment says of a flashcard that was written, see ``Attributor``.
+
+    ``questions``: places in ``Outcome.answers`` of the questions that it is about. ``right``: its question
+    and its answer are a fact of the task. Example, about the second question, with a wrong answer:
+    CardUse((1,), right=False)
+    """
+
+    questions: tuple[int, ...]
+    right: bool
+
+
+@dataclass(frozen=True, slots=True)
 class WriteExample:
     """One supervised example: loss on ``answer_ids`` given ``prompt_ids``.
 
@@ -232,6 +245,7 @@ class WriteRecord:
     reason: str
     preserved: tuple[WriteExample, ...] = ()  # what the write left as it was, see WriteRequest
     seed: int = 0  # of the minibatches' order
+    uses: tuple[CardUse, ...] = ()  # of each of ``flashcards``; empty where the environment cannot say
 
 
 # --- one episode -------------------------------------------------------------------------------------------
@@ -242,13 +256,16 @@ class ActionSpan:
     """Sampled tokens [start, end) of a segment.
 
     ``version`` is the policy version that sampled them. None means the version of the segment; other versions
-    occur only when a refresh comes in mid-episode (actors/episodes/in_flight.py).
+    occur only when a refresh comes in mid-episode (actors/episodes/in_flight.py). ``serves``: places in
+    ``Outcome.answers`` of the questions that they answered or prepared; None where nobody can say, so that
+    they serve the whole episode (actors/episodes/attribution.py).
     """
 
     start: int
     end: int
     kind: SpanKind
     version: PolicyVersion | None = None
+    serves: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

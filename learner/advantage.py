@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 from actors.types import TrajectoryGroup
 from configs.extensions import load_extension
 from configs.schema import ObjectiveConfig
 from learner.types import LearnerError, ScoredTrajectory
 
+Credit = Literal["episode", "question"]
 Estimator = Callable[[Sequence[float]], Sequence[float]]
 """Finite rewards of a group's finished siblings -> as many finite advantages."""
 
@@ -65,13 +67,32 @@ def estimator(config: ObjectiveConfig) -> Estimator:
     return shipped.get(config.advantage) or load_extension("objective.advantage", config.advantage)
 
 
-def score(group: TrajectoryGroup, estimate: Estimator) -> tuple[ScoredTrajectory, ...]:
+def score(
+    group: TrajectoryGroup, estimate: Estimator, credit: Credit = "episode"
+) -> tuple[ScoredTrajectory, ...]:
     """Return the group's trajectories with their advantages. A failed sibling is left out: it has no reward.
 
+    With ``credit`` "question" each answer's f1 is compared with its siblings' too.
     Raises ValueError for a reward that is not finite, and LearnerError for an estimator that does not return
-    one finite advantage for each.
+    one finite advantage for each, or for siblings that were asked different numbers of questions.
     """
-    rewards = [trajectory.outcome.reward for trajectory in group.trajectories]
+    outcomes = [trajectory.outcome for trajectory in group.trajectories]
+    advantages = _advantages([outcome.reward for outcome in outcomes], group, estimate)
+    if credit == "episode":
+        return tuple(map(ScoredTrajectory, group.trajectories, advantages))
+    asked = {len(outcome.answers) for outcome in outcomes}
+    if len(asked) > 1:
+        raise LearnerError(
+            f"objective.credit=question: siblings of task {group.task.id} have {sorted(asked)} answers, "
+            "so their questions cannot be compared; set objective.credit=episode"
+        )
+    scores = zip(*([answer.scores["f1"] for answer in outcome.answers] for outcome in outcomes), strict=True)
+    columns = [_advantages(list(of_question), group, estimate) for of_question in scores]
+    by_question = zip(*columns, strict=True) if columns else [()] * len(outcomes)
+    return tuple(map(ScoredTrajectory, group.trajectories, advantages, by_question))
+
+
+def _advantages(rewards: Sequence[float], group: TrajectoryGroup, estimate: Estimator) -> list[float]:
     try:
         _check(rewards)
     except ValueError as error:
@@ -82,7 +103,7 @@ def score(group: TrajectoryGroup, estimate: Estimator) -> tuple[ScoredTrajectory
             f"objective.advantage gave {advantages} for the rewards {rewards} of task {group.task.id}: "
             "one finite number for each"
         )
-    return tuple(map(ScoredTrajectory, group.trajectories, advantages))
+    return advantages
 
 
 def _check(rewards: Sequence[float]) -> None:

@@ -82,11 +82,11 @@ class RowSet:
 
 
 def rows_of(scored: Sequence[ScoredTrajectory], aggregate: Aggregate, skip_zero_advantage: bool) -> RowSet:
-    """Return one row per segment with sampled tokens, under its own revision, with its episode's advantage.
+    """Return one row per segment with sampled tokens, under its own revision, with its tokens' advantages.
 
     "token": every sampled token of the step has the same weight.
     "sequence": every episode with sampled tokens has the same weight, shared by its tokens.
-    A trajectory with advantage 0 has no policy gradient. ``skip_zero_advantage`` leaves out its rows but not
+    A row whose advantages are all 0 has no policy gradient. ``skip_zero_advantage`` leaves it out, but not
     its share of the denominator, so skipping saves time and changes nothing else.
     """
     sampled = [
@@ -96,17 +96,30 @@ def rows_of(scored: Sequence[ScoredTrajectory], aggregate: Aggregate, skip_zero_
     rows: list[Row] = []
     empty = skipped = extract = 0
     for episode, tokens in zip(scored, sampled, strict=True):
-        if skip_zero_advantage and episode.advantage == 0:
+        if skip_zero_advantage and not episode.has_signal:
             skipped += 1
             continue
         for segment in episode.trajectory.segments:
             if not segment.action_mask.any():
                 empty += 1
                 continue
+            advantage = _advantage(episode, segment)
+            if skip_zero_advantage and not np.any(advantage):
+                continue
             scale = 1 / all_tokens if aggregate == "token" else 1 / (acting * tokens)
-            rows.append(Row(segment, episode.trajectory.weights_of(segment), episode.advantage, scale))
+            rows.append(Row(segment, episode.trajectory.weights_of(segment), advantage, scale))
             extract += sum(span.end - span.start for span in segment.spans if span.kind == "extract")
     return RowSet(tuple(rows), empty, skipped, extract)
+
+
+def _advantage(episode: ScoredTrajectory, segment: Segment) -> float | NDArray[np.float32]:
+    """Return the advantage of all tokens; with credit by question, [T] of each."""
+    if not episode.by_question:
+        return episode.advantage
+    advantages = np.zeros(len(segment.token_ids), dtype=np.float32)
+    for span in segment.spans:
+        advantages[span.start : span.end] = episode.advantage_of(span)
+    return advantages
 
 
 def supervised_rows(segments: Sequence[Segment]) -> tuple[Row, ...]:
@@ -179,18 +192,20 @@ def pad(rows: Sequence[Row], temperature: float, answer_temperature: float | Non
     attention_mask = np.zeros((count, length), dtype=np.bool_)
     loss_mask = np.zeros((count, length), dtype=np.bool_)
     engine_logprobs = np.zeros((count, length), dtype=np.float32)
+    advantages = np.zeros((count, length), dtype=np.float32)
     for place, row in enumerate(rows):
         end = len(row.segment.token_ids)
         token_ids[place, :end] = row.segment.token_ids
         attention_mask[place, :end] = True
         loss_mask[place, :end] = row.segment.action_mask
         engine_logprobs[place, :end] = row.segment.logprobs
+        advantages[place, :end] = row.advantage
     return Microbatch(
         token_ids=token_ids,
         attention_mask=attention_mask,
         loss_mask=loss_mask,
         engine_logprobs=engine_logprobs,
-        advantages=np.array([row.advantage for row in rows] or [0.0], dtype=np.float32),
+        advantages=advantages,
         scales=np.array([row.scale for row in rows] or [0.0], dtype=np.float32),
         weights=tuple(row.weights for row in rows) or (None,),
         temperature=_temperatures(rows, temperature, answer_temperature),

@@ -108,7 +108,7 @@ class Learner:
         run must resume from a checkpoint; undoing would need a second copy of theta and Adam.
         """
         started = time.perf_counter()
-        scored_groups = [score(group, self._estimate) for group in groups]
+        scored_groups = [score(group, self._estimate, self._objective.credit) for group in groups]
         scored = [episode for group in scored_groups for episode in group]
         segments = (segment for episode in scored for segment in episode.trajectory.segments)
         if not any(segment.action_mask.any() for segment in segments):
@@ -224,7 +224,7 @@ class Learner:
                     engine_logp=self._tensor(microbatch.engine_logprobs[microbatch.loss_mask]),
                     reference_logp=self._reference_logprobs(microbatch),
                     entropy=entropy,
-                    advantage=self._per_token(microbatch, microbatch.advantages),
+                    advantage=self._tensor(microbatch.advantages[microbatch.loss_mask]),
                     scale=self._per_token(microbatch, microbatch.scales),
                 )
                 loss, part = policy_objective(batch, self._objective)
@@ -329,8 +329,9 @@ class Learner:
         row_sets = [minibatch.rows for minibatch in minibatches]
         segments = [row.segment for row_set in row_sets for row in row_set.rows]
         microbatches = [microbatch for one in minibatches for rank in one.ranks for microbatch in rank]
-        used = sum(any(episode.advantage != 0 for episode in group) for group in scored_groups)
-        advantages = [abs(episode.advantage) for group in scored_groups for episode in group]
+        used = sum(any(episode.has_signal for episode in group) for group in scored_groups)
+        episodes = [episode for group in scored_groups for episode in group]
+        advantages = [abs(one) for episode in episodes for one in episode.by_question or (episode.advantage,)]
         tokens = sum(len(segment.token_ids) for segment in segments)
         places = sum(microbatch.token_ids.size for microbatch in microbatches)
         policy_loss, kl = statistics.policy_loss / len(minibatches), statistics.kl / len(minibatches)
@@ -356,7 +357,7 @@ class Learner:
             padding_fraction=1 - tokens / places if tokens else 0.0,
             microbatches=len(microbatches),
             segments_without_actions=sum(row_set.segments_without_actions for row_set in row_sets),
-            trajectories=len(advantages),
+            trajectories=len(episodes),
             trajectories_skipped=sum(row_set.trajectories_skipped for row_set in row_sets),
             groups_used=used,
             groups_without_signal=len(scored_groups) - used,

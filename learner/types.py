@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.types import FastWeights, PolicyVersion, Segment, Trajectory
+from actors.types import ActionSpan, FastWeights, PolicyVersion, Segment, Trajectory
 
 
 class LearnerError(RuntimeError):
@@ -27,11 +27,24 @@ class LearnerError(RuntimeError):
 class ScoredTrajectory:
     """An episode and its advantage A_hat (TMEM, arXiv 2606.04536).
 
-    All sampled tokens of the episode share the advantage, extraction tokens included.
+    All sampled tokens of the episode share the advantage, extraction tokens included. With credit by question
+    ``by_question`` has the advantage of each answer's own score, and tokens have that of what they served.
     """
 
     trajectory: Trajectory
     advantage: float
+    by_question: tuple[float, ...] = ()  # empty: credit by episode
+
+    @property
+    def has_signal(self) -> bool:
+        return self.advantage != 0 or any(self.by_question)
+
+    def advantage_of(self, span: ActionSpan) -> float:
+        """The advantage of the tokens in ``span``; 0 where they served no question."""
+        if not self.by_question or span.serves is None:
+            return self.advantage
+        served = [self.by_question[place] for place in span.serves]
+        return sum(served) / len(served) if served else 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +57,7 @@ class Row:
 
     segment: Segment
     weights: FastWeights | None  # the Delta in force when the segment was sampled; None: Delta = 0
-    advantage: float
+    advantage: float | NDArray[np.float32]  # of all its tokens, or [T] of each
     scale: float  # weight of each sampled token in the loss
 
 
@@ -59,15 +72,15 @@ class Microbatch:
     attention_mask: NDArray[np.bool_]  # [n, T]
     loss_mask: NDArray[np.bool_]  # [n, T], True on sampled tokens
     engine_logprobs: NDArray[np.float32]  # [n, T]
-    advantages: NDArray[np.float32]  # [n]
+    advantages: NDArray[np.float32]  # [n, T]
     scales: NDArray[np.float32]  # [n]
     weights: tuple[FastWeights | None, ...]  # n
     temperature: float | NDArray[np.float32]  # of sampling: of all sampled tokens, or [K] of each
 
     def __post_init__(self) -> None:
-        arrays = (self.token_ids, self.attention_mask, self.loss_mask, self.engine_logprobs)
+        arrays = (self.token_ids, self.attention_mask, self.loss_mask, self.engine_logprobs, self.advantages)
         shapes = {array.shape for array in arrays}
-        rows = {len(self.token_ids), len(self.advantages), len(self.scales), len(self.weights)}
+        rows = {len(self.token_ids), len(self.scales), len(self.weights)}
         if len(shapes) != 1 or len(rows) != 1:
             raise ValueError(
                 f"a microbatch's arrays must agree, got shapes {sorted(shapes)} and row counts {sorted(rows)}"
@@ -122,7 +135,7 @@ class StepReport:
     trajectories_skipped: int  # advantage 0: no forward, but still in the denominator
     groups_used: int
     groups_without_signal: int
-    mean_advantage_abs: float
+    mean_advantage_abs: float  # over episodes, or over their questions with credit by question
     seconds: float
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from actors.types import Flashcard, Outcome, Task
+from actors.types import CardUse, Flashcard, Outcome, Task
 
 Split = Literal["train", "eval"]
 
@@ -155,6 +155,23 @@ class Questioner(Protocol):
 
         ``known``: the questions that the episode's cards answer. Empty where the subject is unknown.
         """
+        ...
+
+
+@runtime_checkable
+class Attributor(Protocol):
+    """An optional part of an environment: it says which of an episode's questions a flashcard served.
+
+    Reports count right cards by it, and RL gives credit by question (``objective.credit=question``). The
+    k-th act of its episodes answers the k-th of ``Outcome.answers``, and the question earns its score ``f1``.
+    """
+
+    def use_of(self, task: Task, card: Flashcard) -> CardUse:
+        """Which questions the card is about, and whether it tells a fact of the task rightly."""
+        ...
+
+    def questions_told(self, task: Task, text: str) -> tuple[int, ...]:
+        """Places of the questions whose answers stand in ``text``, so that a card might ask for them."""
         ...
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from actors.environments.base import (
     Abstainer,
+    Attributor,
     Demonstrator,
     Environment,
     Exchange,
@@ -24,7 +25,7 @@ from actors.environments.base import (
     prepare,
 )
 from actors.protocols import TaskError
-from actors.types import Flashcard, Outcome, Task
+from actors.types import CardUse, Flashcard, Outcome, Task
 from configs.extensions import load_extension, require_members
 from configs.schema import EmbedderConfig, EnvironmentConfig
 
@@ -153,11 +154,24 @@ class _Questions(_Rewarded):
         return inner.questions_beside(card, known)
 
 
+class _Attributes(_Rewarded):
+    __slots__ = ()
+
+    def use_of(self, task: Task, card: Flashcard) -> CardUse:
+        inner: Attributor = self.inner
+        return inner.use_of(task, card)
+
+    def questions_told(self, task: Task, text: str) -> tuple[int, ...]:
+        inner: Attributor = self.inner
+        return inner.questions_told(task, text)
+
+
 _OPTIONAL: dict[type, type[_Rewarded]] = {
     Demonstrator: _Demonstrates,
     Rephraser: _Rephrases,
     Abstainer: _Abstains,
     Questioner: _Questions,
+    Attributor: _Attributes,
 }
 
 

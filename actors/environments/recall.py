@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,8 +24,9 @@ from actors.environments.base import Exchange, ReadThenAsk, Split
 from actors.environments.recall_questions import Subject, other_subjects, stable_hash, subject_of
 from actors.environments.recall_scoring import SAME_PERSON, STRANGER, UNKNOWN, recall_scores
 from actors.environments.recall_words import FILLERS, MORE_PEOPLE, MORE_VALUES, PEOPLE, RELATIONS
+from actors.environments.scoring import plain_em
 from actors.protocols import TaskError
-from actors.types import Answer, Flashcard, Outcome, Task
+from actors.types import Answer, CardUse, Flashcard, Outcome, Task
 from configs.schema import RecallConfig
 
 SYSTEM_PROMPT = "Remember what you are told. Answer questions in a few words."
@@ -137,6 +138,22 @@ class RecallEnvironment:
         first = stable_hash(card.question)
         return tuple(other.wordings[(first + place) % 2] for place, other in enumerate(others))
 
+    def use_of(self, task: Task, card: Flashcard) -> CardUse:
+        """By person and relation, in any of the relation's wordings, and by the words of the answer."""
+        subject = subject_of(card.question)
+        if subject is None:
+            return CardUse((), right=False)
+        right = any(
+            subject_of(fact["plain_question"]) == subject and plain_em(card.answer, fact["answer"]) == 1
+            for fact in _field(task, "facts")
+        )
+        return CardUse(_places(task, {subject}), right)
+
+    def questions_told(self, task: Task, text: str) -> tuple[int, ...]:
+        """The questions about the facts whose sentences stand in ``text``."""
+        told = (fact for fact in _field(task, "facts") if fact["sentence"] in text)
+        return _places(task, {subject for fact in told if (subject := subject_of(fact["plain_question"]))})
+
     def demonstrate_unknown(self, task: Task) -> tuple[Exchange, Exchange]:
         """A question that nothing in the context answers, and the same behind the text that tells the answer.
 
@@ -236,6 +253,12 @@ class RecallSession(ReadThenAsk):
             category=unknown or question["relation"],
             scores=recall_scores(prediction, None if unknown else gold, self._told),
         )
+
+
+def _places(task: Task, subjects: Set[Subject]) -> tuple[int, ...]:
+    """The places of the questions about one of ``subjects``."""
+    asked = enumerate(question["question"] for question in _field(task, "questions"))
+    return tuple(place for place, question in asked if subject_of(question) in subjects)
 
 
 def _as_written(fact: _Fact) -> dict[str, str]:

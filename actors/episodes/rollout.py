@@ -22,6 +22,7 @@ from functools import partial
 from typing import TypeVar
 
 from actors.environments.base import Environment
+from actors.episodes.attribution import attributed
 from actors.episodes.controls import write_control
 from actors.episodes.episode import EpisodeSpec, Played, derived_seed, play_episode, score_episode
 from actors.episodes.in_flight import InFlightPolicy, dated
@@ -241,10 +242,14 @@ class Rollout:
             f"played, but not scored after {SCORING_S:g} s: waiting for the environment {played.environment} "
             "and its judge, if it has one: lower its judge's timeout_s, or raise its max_concurrent"
         )
-        scored = await _in_time(spec, score_episode(played), SCORING_S, late, "environment")
+        scored = await _in_time(spec, self._scored(played), SCORING_S, late, "environment")
         if isinstance(scored, FailedEpisode):
             return scored, False
         return (dated(scored) if self._rollout.refresh == "in_flight" else scored), continued
+
+    async def _scored(self, played: Played) -> Trajectory:
+        """Raises TaskError."""
+        return attributed(await score_episode(played), self._environment, self._chat)
 
     async def _play(
         self, spec: EpisodeSpec, request: RolloutRequest, number: int, recovery: Recovery

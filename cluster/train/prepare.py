@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from actors.environments.base import Environment, Preparer
+from actors.environments.base import Attributor, Environment, Preparer
 from actors.environments.build import build_environment
 from actors.fast_weights.basis import compute_basis_from_checkpoint, load_basis, save_basis
 from actors.fast_weights.delta import Basis
@@ -106,6 +106,7 @@ def prepare_training(config: RunConfig) -> tuple[RunSpec, RunFolder, Start]:
     TaskSource(environment, "train", config.seed).first(1)
     eval_tasks = held_out(environment, config)
     require_demonstrations(config, environment)
+    _require_attribution(config, environment)
     spec = RunSpec(config, environment, resolve_model(config.model).path, eval_tasks)
     require_window(config, open_chat(spec.model_path), questions_of(config, environment, eval_tasks))
     folder, start = _where_to_start(spec)
@@ -131,6 +132,16 @@ def _require_trained_tokens(config: RunConfig) -> None:
             f"memory.policy={policy} writes no text, and no answer is trained with objective.tokens={tokens} "
             f"and answers sampled at {config.sampling.of_answers:g}: nothing is left to train; "
             "set objective.tokens=both and a temperature above 0"
+        )
+
+
+def _require_attribution(config: RunConfig, environment: Environment) -> None:
+    """Raise TaskError where credit is by question and the environment does not say which a card served."""
+    if config.objective.credit == "question" and not isinstance(environment, Attributor):
+        raise TaskError(
+            f"objective.credit=question is not possible: the environment {environment.name} does not say "
+            "which question a flashcard served (Attributor in actors/environments/base.py); "
+            "set objective.credit=episode"
         )
 
 

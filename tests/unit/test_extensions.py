@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.environments.base import Abstainer, Demonstrator, Questioner, Rephraser, prepare
+from actors.environments.base import Abstainer, Attributor, Demonstrator, Questioner, Rephraser, prepare
 from actors.environments.build import build_environment
 from actors.memory.build import build_memory, surroundings
 from actors.protocols import TaskError
@@ -81,7 +81,7 @@ def test_a_users_reward_takes_the_place_of_the_environments() -> None:
 
 
 def test_a_users_reward_keeps_the_optional_parts_of_the_environment_and_adds_none() -> None:
-    parts = (Demonstrator, Rephraser, Abstainer, Questioner)
+    parts = (Demonstrator, Rephraser, Abstainer, Questioner, Attributor)
     recall = build_environment(EnvironmentConfig(reward="my_parts:length"), EmbedderConfig())
     assert all(isinstance(recall, part) for part in parts)
     plain = build_environment(EnvironmentConfig(), EmbedderConfig())
@@ -89,6 +89,12 @@ def test_a_users_reward_keeps_the_optional_parts_of_the_environment_and_adds_non
     assert recall.other_questions(5, 1) == plain.other_questions(5, 1)
     card = Flashcard("Where does Nora live?", "Lisbon")
     assert recall.questions_beside(card, ()) == plain.questions_beside(card, ())
+    assert isinstance(recall, Attributor) and isinstance(plain, Attributor)
+    task = next(plain.tasks("train", 0, 0))
+    fact = task.payload["facts"][0]
+    asked = Flashcard(fact["question"], fact["answer"])
+    assert recall.use_of(task, asked) == plain.use_of(task, asked)
+    assert recall.questions_told(task, fact["sentence"]) == plain.questions_told(task, fact["sentence"])
     config = EnvironmentConfig(name="custom", custom="my_parts:Shop", options={"days": 3})
     shop = build_environment(replace(config, reward="my_parts:length"), EmbedderConfig())
     assert not any(isinstance(shop, part) for part in parts)

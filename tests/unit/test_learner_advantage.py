@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.types import FailedEpisode, Outcome, Task, Timings, Trajectory, TrajectoryGroup
+from actors.types import (
+    ActionSpan,
+    Answer,
+    FailedEpisode,
+    Outcome,
+    Task,
+    Timings,
+    Trajectory,
+    TrajectoryGroup,
+)
 from configs.schema import ObjectiveConfig
 from learner.advantage import estimator, grpo, leave_one_out, positive_only, score
 from learner.types import LearnerError
@@ -78,6 +88,38 @@ def test_a_failed_sibling_is_no_reward_of_0(name: str) -> None:
     scored = score(siblings([1.0, 0.5], failures=2), estimate)
     assert [one.trajectory.outcome.reward for one in scored] == [1.0, 0.5]
     assert [one.advantage for one in scored] == list(estimate([1.0, 0.5]))
+
+
+def asked(*scores: tuple[float, ...]) -> TrajectoryGroup:
+    """Siblings by the f1 of their answers; the reward is the mean."""
+    group = siblings([sum(of_one) / len(of_one) for of_one in scores], failures=1)
+    answers = [tuple(Answer("q", ("a",), "", "c", {"f1": f1, "em": 0.0}) for f1 in one) for one in scores]
+    return replace(
+        group,
+        trajectories=tuple(
+            replace(one, outcome=replace(one.outcome, answers=of_one))
+            for one, of_one in zip(group.trajectories, answers, strict=True)
+        ),
+    )
+
+
+def test_credit_by_question_compares_each_answer_with_its_siblings() -> None:
+    estimate = estimator(ObjectiveConfig(advantage="grpo", normalize_by_std=False))
+    group = asked((1.0, 0.0), (0.0, 1.0), (0.5, 0.5))
+    assert not any(one.has_signal for one in score(group, estimate)), "the rewards are equal"
+    scored = score(group, estimate, "question")
+    assert [one.by_question for one in scored] == [(0.5, -0.5), (-0.5, 0.5), (0.0, 0.0)]
+    assert [one.advantage for one in scored] == [0.0] * 3
+    assert [one.has_signal for one in scored] == [True, True, False]
+    first = scored[0]
+    serves: list[tuple[int, ...] | None] = [(0,), (1,), (0, 1), (), None]
+    found = [first.advantage_of(ActionSpan(0, 1, "act", serves=served)) for served in serves]
+    assert found == [0.5, -0.5, 0.0, 0.0, 0.0]
+
+
+def test_credit_by_question_needs_the_same_questions() -> None:
+    with pytest.raises(LearnerError, match=r"siblings of task t have \[1, 2\] answers.*credit=episode"):
+        score(asked((1.0,), (0.0, 1.0)), estimator(ObjectiveConfig()), "question")
 
 
 @pytest.mark.parametrize("advantages", [[1.0], [1.0, 2.0, 3.0], [1.0, math.nan]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,7 +54,30 @@ def test_every_span_carries_the_episodes_advantage_and_its_own_revision(
     assert [row.segment.spans[0].kind for row in rows] == ["extract", "extract", "act"]
     assert [None if row.weights is None else row.weights.revision for row in rows] == [None, 1, 2]
     microbatch = pad(rows, 1.0)
-    assert set(microbatch.advantages[microbatch.row_of_token].tolist()) == {1.5}
+    assert set(microbatch.advantages[microbatch.loss_mask].tolist()) == {1.5}
+
+
+def test_with_credit_by_question_tokens_carry_the_advantage_of_what_they_served(llama_basis: Basis) -> None:
+    one = trajectory(llama_basis, 1, 0.0, lengths=(19, 11, 14, 9))
+    served: tuple[tuple[int, ...] | None, ...] = ((0, 1), (), (1,), None)
+    segments = tuple(
+        replace(part, spans=tuple(replace(span, serves=serves) for span in part.spans))
+        for part, serves in zip(one.segments, served, strict=True)
+    )
+    episode = ScoredTrajectory(replace(one, segments=segments), 0.25, by_question=(1.0, -0.5))
+    rows = rows_of([episode], "token", skip_zero_advantage=False).rows
+    microbatch = pad(rows, 1.0)
+    found = [
+        set(values[mask].tolist())
+        for values, mask in zip(microbatch.advantages, microbatch.loss_mask, strict=True)
+    ]
+    assert found == [{0.25}, {0.0}, {-0.5}, {0.25}]
+    assert not microbatch.advantages[~microbatch.loss_mask].any()
+    kept = rows_of([episode], "token", skip_zero_advantage=True)
+    assert [row.segment.token_ids.size for row in kept.rows] == [20, 15, 10], "without the idle extraction"
+    assert [row.scale for row in kept.rows] == [rows[place].scale for place in (0, 2, 3)]
+    idle = replace(episode, advantage=0.0, by_question=(0.0, 0.0))
+    assert rows_of([idle], "token", skip_zero_advantage=True).trajectories_skipped == 1
 
 
 def test_extraction_tokens_are_counted(scored: list[ScoredTrajectory]) -> None:
@@ -196,4 +220,4 @@ def test_a_sampled_first_token_is_refused() -> None:
     ones = np.ones((1, 2), dtype=bool)
     zeros = np.zeros((1, 2), dtype=np.float32)
     with pytest.raises(ValueError, match="needs a token before it"):
-        Microbatch(zeros.astype(np.int64), ones, ones, zeros, zeros[0, :1], zeros[0, :1], (None,), 1.0)
+        Microbatch(zeros.astype(np.int64), ones, ones, zeros, zeros, zeros[0, :1], (None,), 1.0)

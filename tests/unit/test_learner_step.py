@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.fast_weights.delta import Basis
-from actors.types import ActionSpan, Outcome, Segment, Trajectory, TrajectoryGroup
+from actors.types import ActionSpan, Answer, Outcome, Segment, Task, Trajectory, TrajectoryGroup
 from learner.batch import split
 from learner.learner import Learner
 from learner.types import LearnerError, ScoredTrajectory
@@ -280,6 +280,34 @@ def test_a_kl_term_without_its_reference_is_refused_and_without_a_warm_start_it_
     assert not (tmp_path / "warm" / "reference.safetensors").exists()
     with pytest.raises(LearnerError, match=r"reference\.safetensors: is missing.*kl_coefficient=0"):
         made.load(tmp_path / "warm")
+
+
+def test_credit_by_question_learns_where_the_rewards_are_equal(
+    llama: Path, llama_basis: Basis, tmp_path: Path
+) -> None:
+    """Each sibling answered one of two questions: the gradient is that of the answers alone, each its own."""
+
+    def episode(seed: int, right: int) -> Trajectory:
+        one = trajectory(llama_basis, seed, 0.5, lengths=(12, 9, 11))
+        answers = tuple(Answer("q", ("a",), "", "c", {"f1": float(n == right)}) for n in (0, 1))
+        served: tuple[tuple[int, ...] | None, ...] = (None, (0,), (1,))  # the first stands for the episode
+        parts = tuple(
+            replace(part, spans=tuple(replace(span, serves=serves) for span in part.spans))
+            for part, serves in zip(one.segments, served, strict=True)
+        )
+        return replace(one, segments=parts, outcome=Outcome(0.5, {}, answers))
+
+    both = TrajectoryGroup(Task("t", "recall", {}, 0), 0, (episode(1, 0), episode(2, 1)), (), "worker-0")
+    by_question = replace(UNWEIGHTED, credit="question")
+    assert learner(llama, llama_basis, free()).step([both]).optimizer_steps == 0
+    made = learner(llama, llama_basis, free(), by_question)
+    before = [logprob for one in both.trajectories for logprob in made.logprobs(one)]
+    report = made.step([both])
+    assert (report.optimizer_steps, report.groups_used, report.mean_advantage_abs) == (1, 1, 1.0)
+    assert report.tokens == sum(part.token_ids.size for one in both.trajectories for part in one.segments[1:])
+    after = [logprob for one in both.trajectories for logprob in made.logprobs(one)]
+    moved = [float((new - old).sum()) for new, old in zip(after, before, strict=True)]
+    assert moved[1] > 0 > moved[2] and moved[4] < 0 < moved[5]
 
 
 def test_rewarding_a_token_makes_it_likelier(llama: Path, llama_basis: Basis) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from actors.protocols import TaskError
 from cluster.common.errors import CheckpointError
 from cluster.fleet.ledger import LedgerSnapshot
 from cluster.runs.checkpoint import START, save_checkpoint
 from cluster.runs.resume import note_run_id
 from cluster.train.prepare import RunFolder, prepare_training
 from configs.load import ConfigError, load_config, to_yaml
-from configs.schema import RunConfig
+from configs.schema import RecordsConfig, RunConfig
 
 STATE = replace(START, step=3, version=4, warm_steps=1, tracking_run_id="abc", ledger=LedgerSnapshot(6))
 
@@ -106,6 +107,23 @@ def test_a_memory_without_texts_needs_answers_to_train(config: RunConfig, settin
     ):
         prepare_training(without)
     prepare_training(replace(without, train=replace(config.train, steps=0)))
+
+
+def test_credit_by_question_needs_an_environment_that_says_what_a_card_served(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    by_question = replace(config, objective=replace(config.objective, credit="question"))
+    prepare_training(by_question)
+    lines = (f'{{"texts": "{text}", "question": "q", "answer": "b"}}' for text in "ab")
+    (tmp_path / "notes.jsonl").write_text("\n".join(lines))
+    records = replace(
+        config.environment, name="records", records=RecordsConfig(path=str(tmp_path / "notes.jsonl"))
+    )
+    steps = replace(config.warm_start, steps=0)
+    with pytest.raises(
+        TaskError, match=r"^objective\.credit=question is not possible: the environment records"
+    ):
+        prepare_training(replace(by_question, environment=records, warm_start=steps))
 
 
 @pytest.mark.parametrize("control", ["oracle", "other_cards", "oracle_other_cards"])
