@@ -29,6 +29,12 @@ from learner.types import Microbatch, Row, ScoredTrajectory
 
 Aggregate = Literal["token", "sequence"]
 
+_KINDS: dict[Literal["both", "cards", "answers"], tuple[SpanKind, ...]] = {
+    "both": ("act", "extract"),
+    "cards": ("extract",),
+    "answers": ("act",),
+}
+
 # One more microbatch costs a sixteenth of a full one, whatever its size: launches, and weights read again.
 _PASS = 16
 _EVEN = 64  # a full microbatch costs a 64th more than its tokens
@@ -37,10 +43,8 @@ _NEVER = np.int64(2**60)
 
 def trained_kinds(objective: ObjectiveConfig, greedy_answers: bool) -> tuple[SpanKind, ...]:
     """Return which sampled tokens have a gradient. A greedy answer is no sample: it has none."""
-    kinds: tuple[SpanKind, ...] = {"both": ("act", "extract"), "cards": ("extract",), "answers": ("act",)}[
-        objective.tokens
-    ]
-    return tuple(kind for kind in kinds if not (kind == "act" and greedy_answers))
+    of_setting = _KINDS[objective.tokens]
+    return tuple(kind for kind in of_setting if not (kind == "act" and greedy_answers))
 
 
 def as_objective_sees(

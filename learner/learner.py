@@ -124,7 +124,8 @@ class Learner:
         rate = self._learning_rate()
         # all of them before the first optimizer step: they are of the weights before it
         old = [self._old_logprobs(minibatch) if len(minibatches) > 1 else None for minibatch in minibatches]
-        norms, statistics = [], TokenStatistics.none()
+        norms: list[float] = []
+        statistics = TokenStatistics.none()
         for place, (minibatch, old_logprobs) in enumerate(zip(minibatches, old, strict=True)):
             if not minibatch.is_idle:
                 statistics = statistics.merge(self._accumulate(minibatch, old_logprobs))
@@ -276,8 +277,8 @@ class Learner:
         return stack(microbatch.weights, self._basis, self._model.base.dtype, self._engine.device)
 
     def _inputs(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, float | Tensor]:
-        heat = microbatch.temperature
-        heat = self._tensor(heat) if isinstance(heat, np.ndarray) else heat
+        sampled_at = microbatch.temperature
+        heat = self._tensor(sampled_at) if isinstance(sampled_at, np.ndarray) else sampled_at
         return self._tensor(microbatch.token_ids), self._tensor(microbatch.loss_mask), heat
 
     def _per_token(self, microbatch: Microbatch, per_row: NDArray[np.float32]) -> Tensor:
