@@ -40,7 +40,14 @@ class WriterError(RuntimeError):
 
 
 class TaskError(RuntimeError):
-    """The environment cannot go on with this task. The message names task, item and field."""
+    """The environment cannot go on with this task. The message names task, item and field.
+
+    What a user's own environment or reward raises becomes one, with their file and line.
+    """
+
+
+class MemoryFault(RuntimeError):
+    """The memory policy of an episode failed. The message has the file and line."""
 
 
 # --- protocols ---------------------------------------------------------------------------------------------

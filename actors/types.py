@@ -45,6 +45,8 @@ Boundary = Literal["environment", "memory", "engine", "receipt", "writer", "time
 class Task:
     """One problem. ``payload`` is plain JSON-like data that only the environment ``environment`` understands.
 
+    ``system_prompt`` takes the place of the environment's where it is not empty. ``fault`` says why the
+    environment could not make the task: then its episodes fail with it.
     Example: Task("recall-train-0-17", "recall", {"sessions": [...], "questions": [...]}, seed=17)
     """
 
@@ -52,6 +54,8 @@ class Task:
     environment: str
     payload: Mapping[str, Any]
     seed: int
+    system_prompt: str = ""
+    fault: str = ""
 
 
 # --- one action --------------------------------------------------------------------------------------------
@@ -339,7 +343,8 @@ class Timings:
 class Trajectory:
     """A finished episode; the worked example at the top of this file shows one.
 
-    ``memory_events`` counts what the memory policy did, by its own names, e.g. {"summaries": 3}.
+    ``memory_events`` counts what the memory policy did, by its own names, e.g. {"summaries": 3}, and as
+    "cleaned_texts" the environment's texts that could not be encoded.
     """
 
     task: Task

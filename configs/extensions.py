@@ -14,6 +14,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from configs.user_code import described
+
 FORM = "package.module:name"
 
 
@@ -28,10 +30,7 @@ def is_path(text: str) -> bool:
 
 
 def load_extension(setting: str, path: str) -> Callable[..., Any]:
-    """The callable that ``setting`` names. Raises ExtensionError.
-
-    What the module itself raises when it is imported keeps its traceback.
-    """
+    """The callable that ``setting`` names. Raises ExtensionError, also for what its module raises."""
     if not is_path(path):
         cure = f"write {FORM}, e.g. my_tasks:build for `build` in my_tasks.py"
         raise ExtensionError(f"{setting}={path!r} is not allowed: {cure}")
@@ -45,6 +44,8 @@ def load_extension(setting: str, path: str) -> Callable[..., Any]:
             cure = "start from the folder that holds it, or install it, also on the cluster's nodes"
             problem = f"there is no module {error.name}: {cure}"
         raise ExtensionError(f"{setting}={path}: {problem}") from error
+    except (Exception, SystemExit) as error:
+        raise ExtensionError(f"{setting}={path}: importing {module_name}: {described(error)}") from error
     value: Callable[..., Any] | None = getattr(module, name, None)
     if callable(value):
         return value

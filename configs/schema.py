@@ -159,6 +159,8 @@ class RolloutConfig:
     threads: int = 1
     max_turns: int = 64  # acts of one episode
     episode_timeout_s: float = 600.0
+    # of one call of the environment: start, observe, act; a late one fails its episode, and is named
+    environment_timeout_s: float = 300.0
     # "step:workers", e.g. ["10:4","50:2"]: how many workers from a training step on; the command scale
     # overrules it
     schedule: tuple[str, ...] = ()
@@ -170,7 +172,8 @@ class RolloutConfig:
     recover_episodes: bool = False
 
     def __post_init__(self) -> None:
-        positive(self, "workers", "threads", "max_turns", "episode_timeout_s", "health_s")
+        positive(self, "workers", "threads", "max_turns", "health_s")
+        positive(self, "episode_timeout_s", "environment_timeout_s")
         bound, cure = "step:workers, two whole numbers", "e.g. rollout.schedule=[10:4,50:2]"
         for entry in self.schedule:
             require(re.fullmatch(r"\d+:[1-9]\d*", entry) is not None, "schedule", entry, bound, cure)

@@ -10,6 +10,11 @@ task; it is used once.
         if observation.wants_action:
             session.act(text)         text of the policy, decoded, without the stop token
     session.outcome()
+    session.close()                   if it has it: once, however the episode ended
+
+``start`` and the session's methods may be async; sync ones run in a thread, one for each episode. So they may
+wait, under ``rollout.environment_timeout_s`` a call. Siblings call one environment at the same time. Whatever
+they raise fails that one episode, with the file and line (actors/episodes/hosted_session.py).
 """
 
 from __future__ import annotations
@@ -21,7 +26,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+from actors.protocols import TaskError
 from actors.types import CardUse, Flashcard, Outcome, Task
+from configs.user_code import owned
 
 Split = Literal["train", "eval"]
 
@@ -51,7 +58,7 @@ class Session(Protocol):
     def act(self, text: str) -> None: ...
 
     def outcome(self) -> Outcome:
-        """Reward and answers; questions without an answer score 0.
+        """Reward and answers; questions without an answer score 0. There may be no answers, just a reward.
 
         Called when ``observe`` has returned None, or when the turn limit has ended the episode.
         """
@@ -88,9 +95,10 @@ class Preparer(Protocol):
 
 
 def prepare(environment: Environment) -> None:
-    """Call the environment's ``prepare`` if it has one, and raise what that raises."""
+    """Call the environment's ``prepare`` if it has one. Raises TaskError."""
     if isinstance(environment, Preparer):
-        environment.prepare()
+        with owned("the environment's prepare", TaskError, environment.prepare):
+            environment.prepare()
 
 
 @runtime_checkable

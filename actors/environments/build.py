@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +19,6 @@ from actors.environments.base import (
     Demonstrator,
     Environment,
     Exchange,
-    Observation,
     Questioner,
     Rephraser,
     Session,
@@ -26,10 +27,12 @@ from actors.environments.base import (
 )
 from actors.protocols import TaskError
 from actors.types import CardUse, Flashcard, Outcome, Task
-from configs.extensions import load_extension, require_members
+from configs.extensions import ExtensionError, load_extension, require_members
 from configs.schema import EmbedderConfig, EnvironmentConfig
+from configs.user_code import owned
 
-Reward = Callable[[Task, Outcome], float]
+Reward = Callable[[Task, Outcome], Any]  # a number, or an awaitable one
+_AT_ONCE = ("recall", "records")  # shipped environments whose sessions only compute
 _MEMBERS = ("name", "system_prompt", "tasks", "start")
 
 
@@ -41,6 +44,13 @@ def build_environment(config: EnvironmentConfig, embedder: EmbedderConfig) -> En
     """
     environment = _named(config, embedder)
     return _with_reward(environment, config.reward) if config.reward else environment
+
+
+def answers_at_once(environment: Environment) -> bool:
+    """Whether its sessions never wait: their calls need no thread. True of some shipped ones alone."""
+    inner: Any = environment.inner if isinstance(environment, _Rewarded) else environment
+    kind = type(inner)
+    return kind.__module__ in {f"actors.environments.{name}" for name in _AT_ONCE}
 
 
 def _named(config: EnvironmentConfig, embedder: EmbedderConfig) -> Environment:
@@ -69,9 +79,11 @@ def _named(config: EnvironmentConfig, embedder: EmbedderConfig) -> Environment:
 
 
 def _custom(config: EnvironmentConfig) -> Environment:
-    """Call ``config.custom`` with ``config.options``. Raises ExtensionError, and what that call raises."""
+    """Call ``config.custom`` with ``config.options``. Raises ExtensionError, TaskError."""
     setting = "environment.custom"
-    environment: Environment = load_extension(setting, config.custom)(config.options)
+    build = load_extension(setting, config.custom)
+    with owned(f"{setting}={config.custom}", TaskError, build, passing=(ExtensionError,)):
+        environment: Environment = build(config.options)
     contract = "Environment in actors/environments/base.py"
     require_members(setting, config.custom, environment, _MEMBERS, contract)
     return environment
@@ -112,8 +124,15 @@ class _Rewarded:
         inner: Environment = self.inner
         return inner.tasks(split, seed, start)
 
-    def start(self, task: Task) -> Session:
-        return _RewardedSession(self.inner.start(task), task, self.reward, self.path)
+    def start(self, task: Task) -> Any:
+        session = self.inner.start(task)
+        return self._started(session, task) if inspect.isawaitable(session) else self._rewarded(session, task)
+
+    async def _started(self, session: Awaitable[Session], task: Task) -> _RewardedSession:
+        return self._rewarded(await session, task)
+
+    def _rewarded(self, session: Session, task: Task) -> _RewardedSession:
+        return _RewardedSession(session, task, self.reward, self.path)
 
 
 class _Demonstrates(_Rewarded):
@@ -177,32 +196,58 @@ _OPTIONAL: dict[type, type[_Rewarded]] = {
 
 @dataclass(frozen=True, slots=True)
 class _RewardedSession:
-    inner: Session
+    """The inner session with another reward. Sync or async, as the session and the reward are."""
+
+    inner: Any  # a Session
     task: Task
     reward: Reward
     path: str
 
     @property
     def question(self) -> str:
-        return self.inner.question
+        return str(self.inner.question)
 
-    def observe(self) -> Observation | None:
+    def observe(self) -> Any:
         return self.inner.observe()
 
-    def act(self, text: str) -> None:
-        self.inner.act(text)
+    def act(self, text: str) -> Any:
+        return self.inner.act(text)
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> Any:
         """Raises TaskError when the user's function raises or returns no number: that episode alone fails."""
         outcome = self.inner.outcome()
-        try:
-            value = float(self.reward(self.task, outcome))
-        except Exception as error:
-            raise self._fault(f"raised {type(error).__name__}: {error}") from error
-        if not math.isfinite(value):
-            raise self._fault(f"returned {value}: a reward is a finite number")
-        parts = {**outcome.reward_parts, "environment": outcome.reward}
-        return replace(outcome, reward=value, reward_parts=parts)
+        if inspect.isawaitable(outcome):
+            return self._outcome_later(outcome)
+        value = self._call(outcome)
+        return self._awaited(outcome, value) if inspect.isawaitable(value) else self._with(outcome, value)
 
-    def _fault(self, what: str) -> TaskError:
-        return TaskError(f"task {self.task.id}: environment.reward={self.path} {what}")
+    def close(self) -> Any:
+        close = getattr(self.inner, "close", None)
+        return close() if callable(close) else None
+
+    async def _outcome_later(self, outcome: Awaitable[Outcome]) -> Outcome:
+        scored = await outcome
+        value = await asyncio.to_thread(self._call, scored)  # a sync reward may wait
+        return await self._awaited(scored, value) if inspect.isawaitable(value) else self._with(scored, value)
+
+    def _call(self, outcome: Outcome) -> Any:
+        with owned(self._whom, TaskError, self.reward):
+            return self.reward(self.task, outcome)
+
+    async def _awaited(self, outcome: Outcome, value: Awaitable[float]) -> Outcome:
+        with owned(self._whom, TaskError, self.reward):
+            reward = await value
+        return self._with(outcome, reward)
+
+    def _with(self, outcome: Outcome, value: Any) -> Outcome:
+        """``outcome`` with ``value`` as its reward."""
+        with owned(self._whom, TaskError, self.reward):
+            reward = float(value)
+        if not math.isfinite(reward):
+            raise TaskError(f"{self._whom} returned {reward}: a reward is a finite number")
+        parts = {**outcome.reward_parts, "environment": outcome.reward}
+        return replace(outcome, reward=reward, reward_parts=parts)
+
+    @property
+    def _whom(self) -> str:
+        return f"task {self.task.id}: environment.reward={self.path}"

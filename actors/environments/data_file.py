@@ -3,16 +3,20 @@
     file = DataFile("talks.json", "environment.conversation.path", "a LoCoMo file (a list of conversations)")
     for place, talk in file.items(Talk, "sample_id"): ...
 
+What cannot be encoded (half of a character, bytes that are no UTF-8) becomes U+FFFD; a warning counts it.
 Every fault is a TaskError of one line: file, item or line, field, what is allowed. An example:
 "talks.json: item 3 ('harbour'): qa.1.answer: Input should be a text or a number".
 """
 
 from __future__ import annotations
 
+import codecs
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO, TypeVar
 
@@ -23,12 +27,20 @@ from pydantic_core import PydanticCustomError
 from actors.protocols import TaskError
 from configs.files import FileError, parse_json
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 _CHUNK = 1 << 16  # bytes
 _SHOWN_FAULT = 300  # characters: a file's own keys stand in a fault's place, and they may be long
 _SHOWN_NAME = 80  # characters
 _DEPTH = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
 _TO_BRACE = re.compile(rb"[^}]*}|[^}]+")
+_LONGEST_ESCAPE = 6  # bytes, of "\\ud83d"
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape of half a character
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
+_ASCII = bytes(code if code < 0x80 else ord("?") for code in range(256))
 _PARSER_REASON = re.compile(r"error: ([^\\\n]+)")  # the rest of its message draws the place on two more lines
 
 
@@ -103,21 +115,24 @@ class DataFile:
     def read(self) -> bytes:
         """The whole file."""
         with self.open() as file:
-            return file.read()
+            return file.read().removeprefix(codecs.BOM_UTF8)
 
     def parse(self, content: bytes, kind: type[T], name: str = "") -> T:
         """``content`` as ``kind``. ``name`` says in messages which part of the file it is."""
-        try:
-            return parse_json(content, kind)
-        except FileError as error:
-            raise self.fault(name, str(error)) from None
+        cleaned, count = encodable_json(content)
+        self._warn(count)
+        return self._value(cleaned, kind, lambda: name)
 
     def lines(self, kind: type[T]) -> Iterator[tuple[int, T]]:
         """(line number from 1, value) of each line that is not blank."""
+        replaced = 0
         with self.open() as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, self.parse(line, kind, f"line {number}")
+                content, count = encodable_json(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+                replaced += count
+                if content.strip():
+                    yield number, self._value(content, kind, partial("line {}".format, number))
+        self._warn(replaced)
 
     def items(self, kind: type[T], id_field: str) -> Iterator[tuple[Place, T]]:
         """Each item of a JSON list of objects. Messages name an item by its number and its ``id_field``.
@@ -125,25 +140,36 @@ class DataFile:
         Holds one item and one chunk at a time: LongMemEval-S is a quarter of a gigabyte, and each rollout
         worker reads it.
         """
-        start = 0
+        start = replaced = 0
         with self.open() as file:
             for number, end in enumerate(self._item_ends()):
-                content = file.read(end - start).lstrip(b"[, \t\r\n")
+                content = file.read(end - start).removeprefix(codecs.BOM_UTF8).lstrip(b"[, \t\r\n")
                 place, start = Place(number, end - len(content), end), end
-                try:
-                    yield place, parse_json(content, kind)
-                except FileError as error:
-                    raise self.fault(_name(number, content, id_field), str(error)) from None
+                cleaned, count = encodable_json(content)
+                replaced += count
+                yield place, self._value(cleaned, kind, partial(_name, number, cleaned, id_field))
+        self._warn(replaced)
 
     def read_item(self, place: Place, kind: type[T]) -> T | None:
         """An item again; None where the file has changed and holds no such item there."""
         with self.open() as file:
             file.seek(place.start)
-            content = file.read(place.end - place.start)
+            content, _ = encodable_json(file.read(place.end - place.start))
         try:
             return parse_json(content, kind)
         except FileError:
             return None
+
+    def _value(self, content: bytes, kind: type[T], name: Callable[[], str]) -> T:
+        """``content`` as ``kind``. ``name`` is asked for the part's name when it is none."""
+        try:
+            return parse_json(content, kind)
+        except FileError as error:
+            raise self.fault(name(), str(error)) from None
+
+    def _warn(self, replaced: int) -> None:
+        if replaced:
+            _log.warning("%s: %d character(s) that cannot be encoded became U+FFFD", self.path, replaced)
 
     def fault(self, name: str, fault: str) -> TaskError:
         """The error that a part of the file is wrong."""
@@ -172,7 +198,10 @@ class DataFile:
         number, depth, end = 0, 0, 0
         try:
             for piece in self._pieces():
-                parser.send(piece)
+                # Only the structure counts here, and the parser refuses what cannot be encoded.
+                content = piece.removeprefix(codecs.BOM_UTF8) if end == 0 else piece
+                if content:  # to the parser, no bytes are the end
+                    parser.send(_HALF.sub(rb"\\u00", content.translate(_ASCII)))
                 end += len(piece)
                 for event, _ in events:
                     outside = depth == 0
@@ -196,7 +225,31 @@ class DataFile:
     def _pieces(self) -> Iterator[bytes]:
         with self.open() as file:
             while chunk := file.read(_CHUNK):
+                while b"\\" in chunk[-_LONGEST_ESCAPE:] and (more := file.read(_LONGEST_ESCAPE)):
+                    chunk += more  # an escape is never cut in two
                 yield from _TO_BRACE.findall(chunk)
+
+
+def encodable_json(content: bytes) -> tuple[bytes, int]:
+    """JSON text whose characters can all be encoded, and how many were replaced by U+FFFD."""
+    count = 0
+
+    def whole(escape: re.Match[bytes]) -> bytes:
+        nonlocal count
+        if escape[1] is None:
+            return escape[0]
+        count += 1
+        return rb"\ufffd"
+
+    if _HALF.search(content):
+        content = _ESCAPE.sub(whole, content)
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        text = content.decode(errors="replace")
+        count += text.count("\ufffd") - content.count("\ufffd".encode())
+        content = text.encode()
+    return content, count
 
 
 def _name(number: int, content: bytes, id_field: str) -> str:

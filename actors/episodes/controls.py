@@ -6,8 +6,10 @@ from actors.environments.base import Demonstrator, Environment, Questioner
 from actors.episodes.demonstration import gold_flashcards
 from actors.memory.controls import OWN_CARDS, GoldCards, OtherQuestions, WriteControl
 from actors.protocols import TaskError
+from actors.text.encodable import encodable
 from actors.types import Task
 from configs.schema import MemoryConfig
+from configs.user_code import owned
 
 _MOST_QUESTIONS = 512  # that an episode draws from; if its cards need more, they are used again
 
@@ -34,7 +36,9 @@ def write_control(config: MemoryConfig, task: Task, environment: Environment) ->
     if config.control == "oracle":
         return control
     questioner: Questioner = environment  # type: ignore[assignment]  # as above
-    questions = questioner.other_questions(_MOST_QUESTIONS, task.seed)
+    ask = questioner.other_questions
+    with owned(f"task {task.id}: the environment {task.environment}'s other_questions", TaskError, ask):
+        questions = tuple(encodable(question) for question in ask(_MOST_QUESTIONS, task.seed))
     if not questions:
         raise TaskError(f"task {task.id}: {environment.name} gave no question about others")
     return OtherQuestions(control, questions)

@@ -9,15 +9,19 @@ A demonstrated exchange teaches an answer: the one to a question that nothing to
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol
 
 from actors.environments.base import Demonstrator, Environment, Exchange, Rephraser
 from actors.episodes.episode import play
+from actors.episodes.hosted_session import HostedSession
+from actors.episodes.user_calls import run_blocking
 from actors.memory.base import Agent, user_turns
 from actors.memory.parametric import ParametricMemory
+from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat
 from actors.text.context import Context
+from actors.text.encodable import encodable
 from actors.text.flashcards import render_flashcards
 from actors.types import (
     FastWeights,
@@ -32,8 +36,7 @@ from actors.types import (
     WriteResult,
 )
 from configs.schema import MemoryConfig, WriteConfig
-
-T = TypeVar("T")
+from configs.user_code import owned
 
 
 class DemonstratingEnvironment(Environment, Demonstrator, Protocol):
@@ -47,17 +50,27 @@ def demonstrate(
     memory: MemoryConfig,
     write: WriteConfig,
     window_tokens: int,
+    limit_s: float = 300.0,
 ) -> list[Segment]:
     """Return one segment for each extraction of ``task``, under Delta = 0 and version 0. Raises TaskError.
 
-    The mask covers the extraction's tokens only. Log-probs are zeros. ``window_tokens`` is the engine's.
+    The mask covers the extraction's tokens only. Log-probs are zeros. ``window_tokens`` is the engine's,
+    ``limit_s`` the longest wait for a call of the environment.
     """
-    session = environment.start(task)
-    actor = _Demonstrator(task, environment, chat, memory)
-    agent = Agent(actor, chat, environment.system_prompt, session.question)
-    remembering = ParametricMemory(memory, write, window_tokens)
-    _run_now(play(agent, session, remembering, max_answer_tokens=1, max_turns=_ALL_TURNS))
-    return list(agent.finish())  # an empty answer leaves no trace, so each segment has an extraction
+
+    async def demonstrated() -> list[Segment]:
+        session = HostedSession(environment, task, limit_s)
+        try:
+            await session.start()
+            actor = _Demonstrator(task, environment, chat, memory)
+            agent = Agent(actor, chat, session.system_prompt, session.question)
+            remembering = ParametricMemory(memory, write, window_tokens)
+            await play(agent, session, remembering, max_answer_tokens=1, max_turns=_ALL_TURNS)
+            return list(agent.finish())  # an empty answer leaves no trace, so each segment has an extraction
+        finally:
+            await session.close()
+
+    return run_blocking(demonstrated())
 
 
 def demonstrate_exchange(
@@ -84,14 +97,18 @@ def gold_flashcards(
 
     With memory.wordings=2 a fact's second card comes right behind its first, where the environment has one.
     """
-    cards = demonstrator.demonstrate_flashcards(task, text_in_context, memory.question_blind)
+    whom, show = f"task {task.id}: the environment {task.environment}'s", demonstrator.demonstrate_flashcards
+    with owned(f"{whom} demonstrate_flashcards", TaskError, show):
+        shown = show(task, text_in_context, memory.question_blind)
+        cards = tuple(Flashcard(encodable(card.question), encodable(card.answer)) for card in shown)
     if memory.wordings == 1 or not isinstance(demonstrator, Rephraser):
         return cards
-    return tuple(
-        Flashcard(question, card.answer)
-        for card in cards
-        for question in demonstrator.wordings(card.question)
-    )
+    with owned(f"{whom} wordings", TaskError, demonstrator.wordings):
+        return tuple(
+            Flashcard(encodable(question), card.answer)
+            for card in cards
+            for question in demonstrator.wordings(card.question)
+        )
 
 
 _ALL_TURNS = 1_000_000
@@ -128,14 +145,3 @@ class _Demonstrator:
 def _taught(chat: ChatFormat, text: str) -> Generation:
     ids = chat.reply(text)
     return Generation(ids, (0.0,) * len(ids), "stop")
-
-
-def _run_now(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never suspends, with or without an event loop around."""
-    try:
-        coroutine.send(None)
-    except StopIteration as done:
-        result: T = done.value
-        return result
-    coroutine.close()
-    raise AssertionError("a demonstration must not wait for anything")

@@ -9,26 +9,33 @@ episode needs no engine slot any more (rollout.py).
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import math
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
-from actors.environments.base import Environment, Session
+from actors.episodes.hosted_session import HostedSession
 from actors.episodes.preservation import Preservation
+from actors.episodes.recovery import Diverged
 from actors.memory.base import Agent, Memory
-from actors.protocols import AsyncWriter, EngineError, Policy, TaskError
+from actors.protocols import (
+    AsyncWriter,
+    EngineError,
+    MemoryFault,
+    Policy,
+    ReceiptError,
+    TaskError,
+    WriterError,
+)
 from actors.text.chat_template import ChatFormat
 from actors.types import (
     AdapterKey,
     FastWeights,
     Flashcard,
     Generation,
-    Outcome,
     PolicyVersion,
     Probe,
     Sampling,
@@ -41,9 +48,13 @@ from actors.types import (
     WriteRequest,
     WriteResult,
 )
+from configs.user_code import fault, owned
 
-# Threads of their own, since a judge may take minutes: the event loop's few threads are needed by the writer.
-_OUTCOMES = ThreadPoolExecutor(max_workers=256, thread_name_prefix="outcome")
+PASSING = (TaskError, EngineError, ReceiptError, WriterError, Diverged)
+"""Errors with an owner of their own: a memory that meets one has not caused it."""
+
+CLEANED = "cleaned_texts"
+"""The event under which an episode counts the environment's texts that could not be encoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +80,7 @@ class Played:
     """An episode that has ended and has no score yet. It needs engine and writer no more."""
 
     spec: EpisodeSpec
-    environment: str
-    session: Session
+    session: HostedSession
     actor: LiveActor
     agent: Agent
     memory: Memory
@@ -130,7 +140,8 @@ class LiveActor:
         started = time.perf_counter()
         seed = derived_seed(self._spec.seed, "write", self._writes)
         self._writes += 1
-        preserved = await self._preservation.replies(cards) if self._preservation else ()
+        preserving, prompt = self._preservation, self._spec.task.system_prompt
+        preserved = await preserving.replies(cards, prompt) if preserving else ()
         request = WriteRequest(self._spec.episode_id, self.weights, tuple(examples), preserved, seed)
         result = await self._writer.write(request)
         written = time.perf_counter()
@@ -167,7 +178,7 @@ class LiveActor:
 
 async def play_episode(
     spec: EpisodeSpec,
-    environment: Environment,
+    session: HostedSession,
     policy: Policy,
     writer: AsyncWriter,
     chat: ChatFormat,
@@ -175,30 +186,30 @@ async def play_episode(
     basis_id: str,
     preservation: Preservation | None,
 ) -> Played:
-    """Play ``spec.task`` to its end. Raises TaskError, EngineError, ReceiptError, WriterError.
+    """Play ``spec.task`` to its end, in a new ``session``, which the caller closes.
 
-    In every case, errors and cancellation included, the engine keeps no adapter of the episode.
+    Raises TaskError, MemoryFault, EngineError, ReceiptError, WriterError. In every case, errors and
+    cancellation included, the engine keeps no adapter of the episode.
     """
     started = time.perf_counter()
     actor = LiveActor(policy, writer, preservation, spec, basis_id)
-    session = environment.start(spec.task)
-    agent = Agent(actor, chat, environment.system_prompt, session.question)
+    await session.start()
+    agent = Agent(actor, chat, session.system_prompt, session.question)
     try:
         stop_reason = await play(agent, session, memory, spec.max_answer_tokens, spec.max_turns)
     finally:
         await actor.close()
-    return Played(spec, environment.name, session, actor, agent, memory, stop_reason, started)
+    return Played(spec, session, actor, agent, memory, stop_reason, started)
 
 
 async def score_episode(played: Played) -> Trajectory:
-    """Ask the session for its outcome, in a thread. Raises TaskError.
-
-    A caller that gives up the wait does not end the thread: the thread ends with its call.
-    """
-    spec, actor, agent = played.spec, played.actor, played.agent
-    loop = asyncio.get_running_loop()
-    outcome = await loop.run_in_executor(_OUTCOMES, played.session.outcome)
-    outcome = _in_floats(outcome, f"task {spec.task.id}: the environment {played.environment} gave")
+    """Ask the session for its outcome. Raises TaskError, MemoryFault."""
+    spec, actor, agent, memory = played.spec, played.actor, played.agent, played.memory
+    outcome = await played.session.outcome()
+    with owned(_memory_of(spec.task.id, memory), MemoryFault):
+        events = {name: int(count) for name, count in memory.events.items()}
+    if played.session.cleaned:
+        events[CLEANED] = played.session.cleaned
     total = time.perf_counter() - played.started
     return Trajectory(
         task=spec.task,
@@ -207,56 +218,55 @@ async def score_episode(played: Played) -> Trajectory:
         segments=agent.finish(),
         revisions=tuple(actor.revisions),
         writes=tuple(agent.writes),
-        memory_events=dict(played.memory.events),
+        memory_events=events,
         outcome=outcome,
         stop_reason=played.stop_reason,
         timings=Timings(total=total, **actor.seconds, environment=total - sum(actor.seconds.values())),
     )
 
 
-def _in_floats(outcome: Outcome, gave: str) -> Outcome:
-    """Return ``outcome`` with Python's own floats, so that it can be stored as JSON.
-
-    A user's environment may count in NumPy or torch. ``gave`` begins the message. Raises TaskError.
-    """
-
-    def number(name: str, value: float) -> float:
-        try:
-            return float(value)
-        except (TypeError, ValueError, RuntimeError):  # the last is raised by a tensor of several numbers
-            # name the type: the repr of an array would be many lines
-            raise TaskError(f"{gave} {name} as {type(value).__name__}, it must be one number") from None
-
-    def numbers(kind: str, values: Mapping[str, float]) -> dict[str, float]:
-        return {name: number(f"the {kind} {name}", value) for name, value in values.items()}
-
-    reward = number("the reward", outcome.reward)
-    # A failed episode, not a reward of 0: the siblings would be compared with it.
-    if not math.isfinite(reward):
-        raise TaskError(f"{gave} the reward {reward}, it must be a finite number")
-    parts = numbers("reward part", outcome.reward_parts)
-    answers = tuple(replace(answer, scores=numbers("score", answer.scores)) for answer in outcome.answers)
-    return Outcome(reward, parts, answers)
-
-
 async def play(
-    agent: Agent, session: Session, memory: Memory, max_answer_tokens: int, max_turns: int
+    agent: Agent, session: HostedSession, memory: Memory, max_answer_tokens: int, max_turns: int
 ) -> StopReason:
-    """Run the loop of the paper's algorithm.
+    """Run the loop of the paper's algorithm. Raises TaskError, MemoryFault, and what the actor raises.
 
     The memory decides how a text is taken in, and what happens when the context is full.
     """
     turns = 0
-    while (observation := session.observe()) is not None:
+    while (observation := await session.observe()) is not None:
         if not observation.wants_action:
-            await memory.read(agent, observation.text)
+            with _owned_by(memory, agent, session.task.id):
+                await memory.read(agent, observation.text)
             continue
         if turns == max_turns:
             return "max_turns"
         agent.turn_tells = observation.tells
-        session.act(await memory.answer(agent, observation.text, max_answer_tokens))
+        with _owned_by(memory, agent, session.task.id):
+            reply = await memory.answer(agent, observation.text, max_answer_tokens)
+            if not isinstance(reply, str):
+                raise TypeError(f"its answer is {type(reply).__name__}, it must be a text")
+        await session.act(reply)
         turns += 1
     return "done"
+
+
+@contextmanager
+def _owned_by(memory: Memory, agent: Agent, task_id: str) -> Iterator[None]:
+    """Make a MemoryFault of what the memory raises. What the actor raises below it goes through."""
+    actor = type(agent.actor)
+    try:
+        yield
+    except PASSING:
+        raise
+    except Exception as error:
+        codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if codes & {actor.sample.__code__, actor.learn.__code__}:
+            raise
+        raise fault(_memory_of(task_id, memory), error, MemoryFault) from error
+
+
+def _memory_of(task_id: str, memory: Memory) -> str:
+    return f"task {task_id}: the memory {type(memory).__name__}"
 
 
 def derived_seed(seed: int, *path: object) -> int:

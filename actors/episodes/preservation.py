@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 from actors.environments.base import Environment, Questioner, Rephraser
-from actors.protocols import Policy
+from actors.protocols import Policy, TaskError
 from actors.text.chat_template import ChatFormat, Ids
+from actors.text.encodable import encodable
 from actors.text.flashcards import extraction_prompt
 from actors.types import AdapterKey, Flashcard, PolicyVersion, Sampling, WriteExample
 from configs.schema import PreserveConfig, RunConfig
+from configs.user_code import owned
 
 _NAMES = ("Ada", "Bram", "Celine", "Dario", "Esme", "Farid")
 _FORMS = (
@@ -44,6 +46,7 @@ _TEXTS = (
     "The shop had no bread left. Ruben plays the oboe. Silke bought a lamp.",
     "I like strong tea. My train leaves at nine. Falk spent the holidays in Peru.",
 )
+_MOST_POOLS = 64  # a task may have a system prompt of its own
 _MOST_REPLIES = 4096  # remembered; a conversation never changes its version
 
 
@@ -75,13 +78,20 @@ class PromptMaker:
         config: PreserveConfig,
         wordings: int = 1,
     ) -> None:
-        self._chat, self._opening = chat, chat.system(system_prompt)
+        self._chat, self._system_prompt, self._opening = chat, system_prompt, chat.system(system_prompt)
         self._questioner, self._config, self._wordings = questioner, config, wordings
+
+    def under(self, system_prompt: str) -> PromptMaker:
+        """The maker for a task with a system prompt of its own; this one where it has none."""
+        if system_prompt in ("", self._system_prompt):
+            return self
+        return PromptMaker(self._chat, system_prompt, self._questioner, self._config, self._wordings)
 
     def pool(self, seed: int) -> list[Prompt]:
         """The prompts that all writes of a version share, memory-writing prompts among the questions."""
         count, config = self._config.questions, self._config
-        questions = tuple(self._questioner.other_questions(count, seed)) if self._questioner else ()
+        asked = self._questioner
+        questions = () if asked is None else _asked_of(asked.other_questions, count, seed)
         questions += shipped_questions(count - len(questions))
         prompts = [self._asked(question) for question in questions]
         texts = _TEXTS[: config.extractions]
@@ -99,7 +109,7 @@ class PromptMaker:
         questions = dict.fromkeys(
             question
             for card in cards
-            for question in self._questioner.questions_beside(card, known)[: self._config.beside]
+            for question in _asked_of(self._questioner.questions_beside, card, known)[: self._config.beside]
         )
         return [self._asked(question) for question in questions]
 
@@ -108,13 +118,20 @@ class PromptMaker:
         questions = {card.question for card in cards}
         environment: object = self._questioner
         if isinstance(environment, Rephraser):
-            questions |= {other for question in questions for other in environment.wordings(question)}
+            wordings = environment.wordings
+            questions |= {other for question in questions for other in _asked_of(wordings, question)}
         answered = {self._asked(question).ids for question in questions}
         return [prompt for prompt in pool if prompt.ids not in answered]
 
     def _asked(self, question: str) -> Prompt:
         ids = self._opening + self._chat.user(question) + self._chat.assistant_open
         return Prompt(ids, self._config.reply_tokens)
+
+
+def _asked_of(function: Callable[..., Sequence[str]], *arguments: object) -> tuple[str, ...]:
+    """The questions that a method of the user's environment gives. Raises TaskError."""
+    with owned(f"the environment's {function.__name__}", TaskError, function):
+        return tuple(encodable(question) for question in function(*arguments))
 
 
 def in_turn(
@@ -145,22 +162,32 @@ class Preservation:
     def __init__(self, policy: Policy, maker: PromptMaker, config: PreserveConfig, seed: int) -> None:
         self._policy, self._maker, self._config, self._seed = policy, maker, config, seed
         self._version: PolicyVersion | None = None
-        self._pool: list[Prompt] = []
+        self._pools: OrderedDict[str, list[Prompt]] = OrderedDict()  # by a task's own system prompt
         self._replies: OrderedDict[Ids, WriteExample | None] = OrderedDict()
         self._asking: dict[Ids, asyncio.Task[WriteExample | None]] = {}
 
-    async def replies(self, cards: Sequence[Flashcard]) -> tuple[WriteExample, ...]:
-        """What a write preserves when the episode's cards are ``cards``. Raises EngineError."""
+    async def replies(self, cards: Sequence[Flashcard], system_prompt: str = "") -> tuple[WriteExample, ...]:
+        """What a write preserves when the episode's cards are ``cards``. Raises EngineError, TaskError.
+
+        ``system_prompt``: the task's own, if it has one.
+        """
         if self._config.weight == 0:
             return ()
         if self._version != self._policy.version:
             self._version = self._policy.version
             self._replies.clear()
             self._asking = {}  # the older tasks hold on to theirs
-        self._pool = self._pool or self._maker.pool(self._seed)
-        shared = self._maker.unanswered(self._pool, cards)
-        pool, beside = await asyncio.gather(self._all(shared), self._all(self._maker.beside(cards)))
+        maker = self._maker.under(system_prompt)
+        shared = maker.unanswered(self._prompts(maker, system_prompt), cards)
+        pool, beside = await asyncio.gather(self._all(shared), self._all(maker.beside(cards)))
         return in_turn(pool, beside, self._config.per_step)
+
+    def _prompts(self, maker: PromptMaker, system_prompt: str) -> list[Prompt]:
+        if system_prompt not in self._pools:
+            self._pools[system_prompt] = maker.pool(self._seed)
+            if len(self._pools) > _MOST_POOLS:
+                self._pools.popitem(last=False)
+        return self._pools[system_prompt]
 
     async def _all(self, prompts: Iterable[Prompt]) -> list[WriteExample]:
         replies = await asyncio.gather(*(self._reply(prompt) for prompt in prompts))

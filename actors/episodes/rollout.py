@@ -7,6 +7,7 @@
 
 Every wait, and who ends it:
     a slot                  freed when another episode was played, at the latest at that episode's deadline
+    the environment         bounded by ``rollout.environment_timeout_s`` a call; its close by CLOSING_S
     engine and writer       bounded by ``rollout.episode_timeout_s``
     the score               bounded by SCORING_S. A judge's verdict holds no slot, and does not count against
                             the episode's own deadline
@@ -16,7 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -24,7 +26,15 @@ from typing import TypeVar
 from actors.environments.base import Environment
 from actors.episodes.attribution import attributed
 from actors.episodes.controls import write_control
-from actors.episodes.episode import EpisodeSpec, Played, derived_seed, play_episode, score_episode
+from actors.episodes.episode import (
+    PASSING,
+    EpisodeSpec,
+    Played,
+    derived_seed,
+    play_episode,
+    score_episode,
+)
+from actors.episodes.hosted_session import HostedSession
 from actors.episodes.in_flight import InFlightPolicy, dated
 from actors.episodes.preservation import Preservation
 from actors.episodes.recovery import (
@@ -37,12 +47,11 @@ from actors.episodes.recovery import (
     Recovered,
     Recovery,
 )
-from actors.memory.base import Memory
 from actors.memory.build import Surroundings, build_memory
 from actors.protocols import (
-    AsyncWriter,
     EngineError,
     FastWeightWriter,
+    MemoryFault,
     Policy,
     ReceiptError,
     TaskError,
@@ -51,12 +60,14 @@ from actors.protocols import (
 from actors.text.chat_template import ChatFormat
 from actors.types import Boundary, FailedEpisode, Task, Trajectory, TrajectoryGroup, WriteRequest, WriteResult
 from configs.schema import MemoryConfig, RolloutConfig, WriteConfig
+from configs.user_code import owned
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _BOUNDARIES: tuple[tuple[type[RuntimeError], Boundary], ...] = (
     (TaskError, "environment"),
+    (MemoryFault, "memory"),
     (ReceiptError, "receipt"),
     (EngineError, "engine"),
     (WriterError, "writer"),
@@ -218,7 +229,10 @@ class Rollout:
     async def _sibling(
         self, request: RolloutRequest, number: int, recovery: Recovery
     ) -> tuple[Trajectory | FailedEpisode, bool]:
-        """Play and score one episode. Also return whether it finished and was continued from its progress."""
+        """Play and score one episode. Also return whether it finished and was continued from its progress.
+
+        It starts anew where there is no progress on this policy version, or it does not follow it.
+        """
         spec = EpisodeSpec(
             task=request.task,
             episode_id=f"{request.group_id}.{number}",
@@ -228,94 +242,106 @@ class Rollout:
             seed=derived_seed(request.seed, number),
             answer_temperature=request.answer_temperature,
         )
-        limit = self._rollout.episode_timeout_s
-        late = (
-            f"not played after rollout.episode_timeout_s={limit:g}: waiting for the engine or the writer: "
-            "raise it, or lower engine.slots"
-        )
-        async with self._slots:
-            result = await _in_time(spec, self._play(spec, request, number, recovery), limit, late, "engine")
-        if isinstance(result, FailedEpisode):
-            return result, False
-        played, continued = result
-        late = (
-            f"played, but not scored after {SCORING_S:g} s: waiting for the environment {played.environment} "
-            "and its judge, if it has one: lower its judge's timeout_s, or raise its max_concurrent"
-        )
-        scored = await _in_time(spec, self._scored(played), SCORING_S, late, "environment")
-        if isinstance(scored, FailedEpisode):
-            return scored, False
-        return (dated(scored) if self._rollout.refresh == "in_flight" else scored), continued
-
-    async def _scored(self, played: Played) -> Trajectory:
-        """Raises TaskError."""
-        return attributed(await score_episode(played), self._environment, self._chat)
-
-    async def _play(
-        self, spec: EpisodeSpec, request: RolloutRequest, number: int, recovery: Recovery
-    ) -> tuple[Played, bool]:
-        """Play from the episode's progress (then True), or from its start.
-
-        Starts anew where there is no progress on this policy version, or the episode does not follow it.
-        """
         progress = recovery.progress.get(number)
         if progress is not None and progress.version == self._policy.version:
             try:
-                return await self._play_from(spec, request, number, recovery, progress.events), True
+                result = await self._episode(spec, request, number, recovery, progress.events)
+                return result, isinstance(result, Trajectory)
             except Diverged as error:
                 _log.warning("%s: episode %s starts anew: %s", self._worker_name, spec.episode_id, error)
-        return await self._play_from(spec, request, number, recovery, ()), False
+        return await self._episode(spec, request, number, recovery, ()), False
 
-    async def _play_from(
+    async def _episode(
         self,
         spec: EpisodeSpec,
         request: RolloutRequest,
         number: int,
         recovery: Recovery,
         past: tuple[Event, ...],
-    ) -> Played:
-        control = write_control(request.memory, request.task, self._environment)
-        memory = build_memory(request.memory, self._write, self._surroundings, control)
-        if self._rollout.refresh == "in_flight":
-            living = InFlightPolicy(self._policy, self._writer)
-            return await play_episode(
-                spec,
-                self._environment,
-                living,
-                living,
-                self._chat,
-                memory,
-                self._basis_id,
-                self._preservation,
+    ) -> Trajectory | FailedEpisode:
+        """Play and score one episode, then close its session, however it ended. Raises Diverged."""
+        session = HostedSession(self._environment, spec.task, self._rollout.environment_timeout_s)
+        playing = partial(self._play, spec, session, request, number, recovery, past)
+        try:
+            result = await self._finish(spec, session, playing)
+        except BaseException:
+            with suppress(TaskError):  # the first error is the one to know
+                await session.close()
+            raise
+        try:
+            await session.close()
+        except TaskError as error:
+            return result if isinstance(result, FailedEpisode) else _failed(spec, "environment", str(error))
+        return result
+
+    async def _finish(
+        self, spec: EpisodeSpec, session: HostedSession, playing: Callable[[], Awaitable[Played]]
+    ) -> Trajectory | FailedEpisode:
+        """Play with a slot, then score without one, each under its deadline."""
+        limit = self._rollout.episode_timeout_s
+
+        def late() -> str:
+            waited = session.waits_for or "the engine or the writer"
+            return (
+                f"not played after rollout.episode_timeout_s={limit:g}: waiting for {waited}: "
+                "raise it, or lower engine.slots"
             )
+
+        def unscored() -> str:
+            return (
+                f"played, but not scored after {SCORING_S:g} s: waiting for the environment "
+                f"{spec.task.environment} and its judge, if it has one: lower its judge's timeout_s, "
+                "or raise its max_concurrent"
+            )
+
+        async with self._slots:
+            played = await _in_time(spec, playing(), limit, late, "engine")
+        if isinstance(played, FailedEpisode):
+            return played
+        scored = await _in_time(spec, self._scored(played), SCORING_S, unscored, "environment")
+        return dated(scored) if self._in_flight and isinstance(scored, Trajectory) else scored
+
+    async def _scored(self, played: Played) -> Trajectory:
+        """Raises TaskError, MemoryFault."""
+        scored = await score_episode(played)
+        with owned(f"task {scored.task.id}: the environment {scored.task.environment}'s card uses", TaskError):
+            return attributed(scored, self._environment, self._chat)
+
+    async def _play(
+        self,
+        spec: EpisodeSpec,
+        session: HostedSession,
+        request: RolloutRequest,
+        number: int,
+        recovery: Recovery,
+        past: tuple[Event, ...],
+    ) -> Played:
+        whom = f"task {spec.task.id}: memory.policy={request.memory.policy}"
+        with owned(whom, MemoryFault, passing=PASSING):
+            control = write_control(request.memory, request.task, self._environment)
+            memory = build_memory(request.memory, self._write, self._surroundings, control)
+        common = (self._chat, memory, self._basis_id, self._preservation)
+        if self._in_flight:
+            living = InFlightPolicy(self._policy, self._writer)
+            return await play_episode(spec, session, living, living, *common)
         log = EpisodeLog(partial(recovery.journal.note, request.group_id, number, self._policy.version), past)
         policy, writer = RecordedPolicy(self._policy, log), RecordedWriter(self._writer, log)
-        played = await self._episode(spec, policy, writer, memory)
+        played = await play_episode(spec, session, policy, writer, *common)
         log.flush()  # the replies after the last write: a worker may die while the episode is scored
         return played
 
-    async def _episode(
-        self, spec: EpisodeSpec, policy: Policy, writer: AsyncWriter, memory: Memory
-    ) -> Played:
-        return await play_episode(
-            spec,
-            self._environment,
-            policy,
-            writer,
-            self._chat,
-            memory,
-            self._basis_id,
-            self._preservation,
-        )
+    @property
+    def _in_flight(self) -> bool:
+        return self._rollout.refresh == "in_flight"
 
 
 async def _in_time(
-    spec: EpisodeSpec, doing: Awaitable[T], limit_s: float, late: str, waits_for: Boundary
+    spec: EpisodeSpec, doing: Awaitable[T], limit_s: float, late: Callable[[], str], waits_for: Boundary
 ) -> T | FailedEpisode:
     """Return what ``doing`` returns, or the failed episode.
 
-    ``late`` is the message when the deadline passes. A TimeoutError from inside is not the deadline's: it is
-    reported at ``waits_for``.
+    ``late`` gives the message when the deadline passes. A TimeoutError from inside is not the deadline's: it
+    is reported at ``waits_for``.
     """
     deadline = asyncio.timeout(limit_s)
     try:
@@ -324,7 +350,7 @@ async def _in_time(
     except TimeoutError as error:
         if not deadline.expired():
             return _failed(spec, waits_for, f"a wait inside the episode timed out: {error}")
-        return _failed(spec, "timeout", late)
+        return _failed(spec, "timeout", late())
     except tuple(kind for kind, _ in _BOUNDARIES) as error:
         boundary = next(boundary for kind, boundary in _BOUNDARIES if isinstance(error, kind))
         return _failed(spec, boundary, str(error))

@@ -19,6 +19,7 @@ import configs
 from actors.environments.base import Environment
 from actors.environments.recall import RecallEnvironment
 from actors.episodes.episode import play
+from actors.episodes.hosted_session import HostedSession
 from actors.fast_weights.delta import Basis, zero
 from actors.memory.base import Agent
 from actors.memory.parametric import ParametricMemory
@@ -30,10 +31,12 @@ from actors.types import (
     FastWeights,
     Flashcard,
     Generation,
+    Outcome,
     PolicyVersion,
     Probe,
     Sampling,
     SpanKind,
+    StopReason,
     Task,
     Timings,
     Trajectory,
@@ -218,11 +221,19 @@ class ScriptedActor:
 
 def _played(actor: ScriptedActor, config: RunConfig) -> Trajectory:
     task, environment = actor.task, actor.environment
-    session = environment.start(task)
-    agent = Agent(actor, actor.chat, environment.system_prompt, session.question)
     memory = ParametricMemory(config.memory, config.write, config.engine.max_model_tokens)
-    turns = len(task.payload["questions"])
-    stop = asyncio.run(play(agent, session, memory, config.sampling.max_answer_tokens, max_turns=turns))
+
+    async def played() -> tuple[Agent, StopReason, Outcome]:
+        session = HostedSession(environment, task, config.rollout.environment_timeout_s)
+        await session.start()
+        agent = Agent(actor, actor.chat, session.system_prompt, session.question)
+        turns = len(task.payload["questions"])
+        stop = await play(agent, session, memory, config.sampling.max_answer_tokens, max_turns=turns)
+        outcome = await session.outcome()
+        await session.close()
+        return agent, stop, outcome
+
+    agent, stop, outcome = asyncio.run(played())
     segments, revisions = agent.finish(), tuple(actor.revisions)
     return Trajectory(
         task,
@@ -232,7 +243,7 @@ def _played(actor: ScriptedActor, config: RunConfig) -> Trajectory:
         revisions,
         tuple(agent.writes),
         {},
-        session.outcome(),
+        outcome,
         stop,
         _NO_TIMES,
     )

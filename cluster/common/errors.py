@@ -26,6 +26,10 @@ class StreamError(ClusterError):
     """No usable group arrives any more. Holds the failures of the last groups."""
 
 
+class AllFailed(ClusterError):
+    """Every episode failed by one line of the user's code. Another worker would meet it too."""
+
+
 class CheckpointError(ClusterError):
     """A checkpoint is missing, incomplete, or belongs to another configuration."""
 

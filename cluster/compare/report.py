@@ -25,12 +25,13 @@ from cluster.measure.report import (
     Section,
     Table,
     decoding,
-    interval_text,
     p_text,
     running_mean,
     save_document,
     save_plot,
 )
+from cluster.measure.rows import EpisodeScore, has_own_reward, primary_score
+from cluster.measure.scores import F1, REWARD, label, score_text, unit
 from cluster.measure.statistics import (
     FEWEST_SEEDS,
     PairedDifference,
@@ -44,10 +45,8 @@ from cluster.measure.statistics import (
 )
 from cluster.train.report import STAGES
 
-STAGE_HEADER = ("runs", "stage", "tasks", "F1 % [95 % CI]", "EM % [95 % CI]", "failed")
-_CHANGES = ("seeds", "F1, points [95 % CI]", "p", "Holm p", "by seed", "questions", "over questions")
-GAIN_HEADER = ("runs", "from", "to", *_CHANGES)
-VERSUS_HEADER = ("gain of", "against that of", "since", *_CHANGES)
+GAIN_HEADER = ("runs", "from", "to")
+VERSUS_HEADER = ("gain of", "against that of", "since")
 LEGEND = (
     "Intervals and p of changes: t over the seeds' means, and never surer than over questions; "
     f"below {FEWEST_SEEDS} seeds there are none. Holm p: adjusted within its table. "
@@ -106,6 +105,7 @@ class Pool:
     groups: tuple[Group, ...]
     gains: tuple[Gain, ...]
     versus: tuple[Versus, ...]
+    score: str = F1  # by which stages are compared
 
     def document(self, plots: Sequence[Path] = ()) -> Document:
         folders = {group.name: ", ".join(str(run.folder) for run in group.runs) for group in self.groups}
@@ -115,21 +115,23 @@ class Pool:
     def tables(self) -> Iterator[Table]:
         temperatures = {group.runs[0].config.evaluation.temperature for group in self.groups}
         how = ", ".join(sorted(map(decoding, temperatures)))
-        yield Table(f"Held-out evaluation, all seeds, {how}", STAGE_HEADER, tuple(self._stages()))
+        titles = (f"{label(score)}{unit(score)} [95 % CI]" for score in self._scores)
+        header = ("runs", "stage", "tasks", *titles, "failed")
+        yield Table(f"Held-out evaluation, all seeds, {how}", header, tuple(self._stages()))
         if self.gains:
-            cells = _cells([gain.change for gain in self.gains])
+            cells = _cells([gain.change for gain in self.gains], self.score)
             gains = [
                 (gain.name, gain.stage, LAST, *figures)
                 for gain, figures in zip(self.gains, cells, strict=True)
             ]
-            yield Table("What training gained", GAIN_HEADER, tuple(gains))
+            yield Table("What training gained", (*GAIN_HEADER, *_changes(self.score)), tuple(gains))
         if self.versus:
-            cells = _cells([versus.change for versus in self.versus])
+            cells = _cells([versus.change for versus in self.versus], self.score)
             lines = [
                 (versus.name, versus.other, versus.stage, *figures)
                 for versus, figures in zip(self.versus, cells, strict=True)
             ]
-            yield Table("Whether it gained more", VERSUS_HEADER, tuple(lines))
+            yield Table("Whether it gained more", (*VERSUS_HEADER, *_changes(self.score)), tuple(lines))
 
     def notes(self) -> Iterator[str]:
         """What the tables do not say of themselves, a line each."""
@@ -154,31 +156,48 @@ class Pool:
             name = f"{group.name} (seeds {', '.join(str(run.config.seed) for run in group.runs)})"
             for stage in STAGES:
                 if group.has(stage):
-                    by_score = [group.scores(stage, score) for score in ("f1", "em")]
-                    intervals = [mean_interval(list(item_means(scores).values())) for scores in by_score]
-                    texts = map(interval_text, intervals)
-                    yield (name, stage, _tasks(by_score[0]), *texts, str(group.failed(stage)))
+                    by_score = {score: group.scores(stage, score) for score in self._scores}
+                    texts = [
+                        score_text(score, mean_interval(list(item_means(values).values())))
+                        for score, values in by_score.items()
+                    ]
+                    yield (name, stage, _tasks(by_score[self.score]), *texts, str(group.failed(stage)))
+
+    @property
+    def _scores(self) -> tuple[str, ...]:
+        """The columns: F1 and EM where there are answers, the reward where it is not F1 itself."""
+        if self.score == REWARD:
+            return (REWARD,)
+        return (F1, "em", REWARD) if has_own_reward(_episodes(self.groups)) else (F1, "em")
 
 
 def pool_groups(groups: tuple[Group, ...]) -> Pool:
     """Compare each group's stages, and the first group with each other since the last stage before RL."""
-    gains = [_gain(group, stage) for group in groups for stage in STARTS if group.has(stage)]
+    score = primary_score(_episodes(groups))
+    gains = [_gain(group, stage, score) for group in groups for stage in STARTS if group.has(stage)]
     first, *others = groups
     versus = []
     for other in others:
         shared = [stage for stage in LATEST_STARTS if first.has(stage) and other.has(stage)]
         if shared:
-            versus.append(_versus(first, other, shared[0]))
-    return Pool(groups, tuple(gains), tuple(versus))
+            versus.append(_versus(first, other, shared[0], score))
+    return Pool(groups, tuple(gains), tuple(versus), score)
 
 
-def _gain(group: Group, stage: str) -> Gain:
+def _episodes(groups: Sequence[Group]) -> Iterator[EpisodeScore]:
+    for group in groups:
+        for run in group.runs:
+            for row in run.rows.values():
+                yield from row.episodes
+
+
+def _gain(group: Group, stage: str, score: str) -> Gain:
     seeds = [run.config.seed for run in group.runs]
-    return Gain(group.name, stage, Change.of(group.scores(stage, "f1"), group.scores(LAST, "f1"), seeds))
+    return Gain(group.name, stage, Change.of(group.scores(stage, score), group.scores(LAST, score), seeds))
 
 
-def _versus(first: Group, other: Group, stage: str) -> Versus:
-    gained, against = (group.gained(stage, LAST, "f1") for group in (first, other))
+def _versus(first: Group, other: Group, stage: str, score: str) -> Versus:
+    gained, against = (group.gained(stage, LAST, score) for group in (first, other))
     same_id = {played[:2] for played in gained} & {played[:2] for played in against}
     paired = gained.keys() & against.keys()
     seeds = sorted({seed for seed, _, _ in paired})
@@ -235,17 +254,30 @@ def _tasks(scores: Mapping[Played, float]) -> str:
     return f"{len(scores)} of {items} questions" if items != len(scores) else str(items)
 
 
-def _cells(changes: Sequence[Change]) -> Iterator[tuple[str, ...]]:
-    """The cells under ``_CHANGES``."""
+def _changes(score: str) -> tuple[str, ...]:
+    """The header of ``_cells``."""
+    points = "" if score == REWARD else ", points"
+    change = f"{label(score)}{points} [95 % CI]"
+    return ("seeds", change, "p", "Holm p", "by seed", "questions", "over questions")
+
+
+def _cells(changes: Sequence[Change], score: str) -> Iterator[tuple[str, ...]]:
+    """The cells under ``_changes``."""
     adjusted = adjusted_p_values([change.over_seeds for change in changes])
+
+    def shown(mean: float | None) -> str:
+        if mean is None:
+            return "-"
+        return f"{mean:+.3f}" if score == REWARD else f"{100 * mean:+.1f}"
+
     for change, holm_p in zip(changes, adjusted, strict=True):
         seeds, questions = change.over_seeds, change.over_questions
         yield (
             str(seeds.count),
-            interval_text(seeds, sign="+"),
+            score_text(score, seeds, sign="+"),
             p_text(seeds.p_value),
             p_text(holm_p),
-            ", ".join("-" if mean is None else f"{100 * mean:+.1f}" for mean in change.by_seed) or "-",
+            ", ".join(map(shown, change.by_seed)) or "-",
             str(questions.count),
-            interval_text(questions, sign="+"),
+            score_text(score, questions, sign="+"),
         )

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cluster.common.errors import ClusterError, SaveError, StartupError
+from actors.protocols import TaskError
+from cluster.common.errors import AllFailed, ClusterError, SaveError, StartupError
 from cluster.evaluation.plan import Cell
 from cluster.evaluation.prepare import Comparison
 from cluster.evaluation.store import worst
@@ -23,6 +24,7 @@ from cluster.fleet.ray_runtime import Demand, cancel_on_sigterm, demand, ray_run
 from cluster.fleet.remote_worker import RemoteWorker
 from cluster.measure.rows import EpisodeSource, EvaluationRow, TaskResult, run_episodes
 from cluster.train.build import worker_set, worker_specs
+from configs.extensions import ExtensionError
 
 ATTEMPTS = 2
 
@@ -93,6 +95,10 @@ async def _run_batch(comparison: Comparison, batch: Sequence[Cell], hooks: Hooks
             hooks.retries(waiting[0], str(error))
         except SaveError:  # new workers make no room on the disk
             raise
+        except (TaskError, ExtensionError) as error:  # the user's code does not start in a worker
+            return given_up | dict.fromkeys((cell.key for cell in waiting), str(error))
+        except AllFailed as error:  # new workers run the same code
+            given_up[waiting.pop(0).key] = str(error)
         except ClusterError as error:
             cell = waiting[0]
             attempts[cell.key] = attempts.get(cell.key, 0) + 1

@@ -7,13 +7,13 @@ score against L_max, where it was swept.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from cluster.common.failures import most_common_failures
 from cluster.evaluation.plan import L_MAX, slug
-from cluster.evaluation.summary import PRIMARY, Cost, Difference, RowSummary
+from cluster.evaluation.summary import Cost, Difference, RowSummary, primary_of
 from cluster.measure.answer_kinds import kinds_table
 from cluster.measure.collapse import HEADER as COLLAPSE_HEADER
 from cluster.measure.collapse import LEGEND as COLLAPSE_LEGEND
@@ -26,14 +26,14 @@ from cluster.measure.report import (
     Section,
     Table,
     comparison_sentence,
-    interval_text,
     p_text,
     percent,
     save_document,
     save_plot,
 )
-from cluster.measure.rows import OUTCOMES, answer_groups, failed_as_zero, score_order
+from cluster.measure.rows import OUTCOMES, answer_groups, failed_as_zero, has_own_reward
 from cluster.measure.rows_plot import save_rows_plot
+from cluster.measure.scores import F1, REWARD, label, number_text, score_order, score_text, unit
 from cluster.measure.statistics import Interval
 
 SCORES_LEGEND = (
@@ -53,7 +53,6 @@ COST_HEADER = (
 )
 _MIB = 1024 * 1024
 _MOST_MESSAGES = 3  # different failures shown of each row
-_Y_LABEL = f"{PRIMARY.upper()} % with 95 % interval"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +86,14 @@ class ComparisonReport:
         problems = []
         for row in self.rows:
             problems += [f"{row.benchmark}, {row.label}: NOT MEASURED, {reason}" for reason in row.missing]
-            for message, count in Counter(row.failed).most_common(_MOST_MESSAGES):
+            for message, count in most_common_failures(row.failed, _MOST_MESSAGES):
                 failed = f"{count} episode(s) failed and are left out"
                 problems.append(f"{row.benchmark}, {row.label}: {failed}: {message}")
             if row.failed:
-                mean = row.interval(PRIMARY).mean
-                as_zero = percent(failed_as_zero(mean, len(row.episodes), len(row.failed)))
-                counted = f"with all {len(row.failed)} failed episodes counted as 0, F1 would be {as_zero} %"
+                score = primary_of(self.rows, row.benchmark)
+                as_zero = failed_as_zero(row.interval(score).mean, len(row.episodes), len(row.failed))
+                would_be = f"{label(score)} would be {number_text(score, as_zero)}{unit(score)}"
+                counted = f"with all {len(row.failed)} failed episodes counted as 0, {would_be}"
                 problems.append(f"{row.benchmark}, {row.label}: {counted}")
             unmeasured = next((cell.peak.problem for _, cell in row.cells if cell.peak.problem), "")
             problems += [f"{row.benchmark}, {row.label}: no peak memory: {unmeasured}"] if unmeasured else []
@@ -116,6 +116,7 @@ class ComparisonReport:
                 (score, group, row.interval(score, chosen))
                 for group, chosen in answer_groups(row.answers).items()
                 for score in _scores([row])
+                if score != REWARD
             ]
             for measure, category, value in figures:
                 where = {
@@ -129,7 +130,8 @@ class ComparisonReport:
 
     def _section(self, benchmark: str, plots: Sequence[Path]) -> Section:
         rows = [row for row, _ in self.of(benchmark)]
-        tables = [self._score_table(benchmark), *(self._categories(rows, score) for score in _scores(rows))]
+        scores = [score for score in _scores(rows) if score != REWARD]
+        tables = [self._score_table(benchmark), *(self._categories(rows, score) for score in scores)]
         tables.append(kinds_table({row.label: row.answers for row in rows}))
         tables += [self._collapse_table(rows), self._cost_table(benchmark), self._events(benchmark)]
         shown = tuple(table for table in tables if table.rows)
@@ -140,13 +142,15 @@ class ComparisonReport:
         scores, parts = _scores(rows), sorted({part for row in rows for part in row.reward_parts()})
         compared = {d.label: d for d in self.differences if d.benchmark == benchmark}
         baselines = sorted({d.baseline for d in compared.values()})
-        against = f"F1 against {baselines[0] if len(baselines) == 1 else 'its baseline'}"
-        header = ["row", "tasks", "failed", *(f"{_shown(score)} % [95% CI]" for score in scores), *parts]
+        baseline = baselines[0] if len(baselines) == 1 else "its baseline"
+        against = f"{label(primary_of(rows, benchmark))} against {baseline}"
+        titles = (f"{label(score)}{unit(score)} [95% CI]" for score in scores)
+        header = ["row", "tasks", "failed", *titles, *parts]
         header += [against, "p", "Holm p"] if compared else []
         lines = []
         for row in rows:
             line = [row.label, _tasks(row), str(len(row.failed))]
-            line += [interval_text(row.interval(score)) for score in scores]
+            line += [score_text(score, row.interval(score)) for score in scores]
             line += [
                 f"{row.reward_parts()[part]:.3f}" if part in row.reward_parts() else "-" for part in parts
             ]
@@ -165,10 +169,10 @@ class ComparisonReport:
             if columns
         ]
         return Table(
-            f"{_shown(score)} % by category (tasks)",
+            f"{label(score)} % by category (tasks)",
             ("row", *(f"{name} ({count})" for name, count in counts.items())),
             tuple(lines),
-            detail=score != PRIMARY or len(columns) > MOST_CATEGORIES,
+            detail=score != F1 or len(columns) > MOST_CATEGORIES,
         )
 
     def _collapse_table(self, rows: Sequence[RowSummary]) -> Table:
@@ -216,11 +220,10 @@ def save_comparison(report: ComparisonReport, folder: Path) -> list[Path]:
 
 
 def _scores(rows: Sequence[RowSummary]) -> tuple[str, ...]:
-    return score_order({name for row in rows for answer in row.answers for name in answer.scores})
-
-
-def _shown(score: str) -> str:
-    return score.upper() if score in ("f1", "em") else score
+    """What the answers are scored by, and the reward where it is not F1 itself."""
+    names = {name for row in rows for answer in row.answers for name in answer.scores}
+    own = any(has_own_reward(row.episodes) for row in rows)
+    return score_order(names | ({REWARD} if own else set()))
 
 
 def _tasks(row: RowSummary) -> str:
@@ -234,11 +237,11 @@ def _change(compared: Difference | None) -> tuple[str, str, str]:
     if compared is None or compared.difference.count == 0:
         return "-", "-", "-"
     change = compared.difference
-    return interval_text(change, sign="+"), p_text(change.p_value), p_text(compared.adjusted_p)
+    return score_text(compared.score, change, sign="+"), p_text(change.p_value), p_text(compared.adjusted_p)
 
 
 def _verdict(d: Difference) -> str:
-    sentence = comparison_sentence(d.label, d.baseline, d.difference, d.adjusted_p, "questions")
+    sentence = comparison_sentence(d.label, d.baseline, d.difference, d.adjusted_p, "questions", d.score)
     return f"{d.benchmark}: {sentence}"
 
 
@@ -282,16 +285,18 @@ def save_plots(pairs: Sequence[tuple[RowSummary, Cost]], folder: Path) -> list[P
 
     Rows without a score are left out; without any there is no plot.
     """
-    drawn = [(row, cost) for row, cost in pairs if row.values(PRIMARY)]
+    score = primary_of([row for row, _ in pairs], pairs[0][0].benchmark) if pairs else F1
+    drawn = [(row, cost) for row, cost in pairs if row.values(score)]
     if not drawn:
         return []
     rows = [row for row, _ in drawn]
-    intervals = {row.label: row.interval(PRIMARY) for row in rows}
+    intervals = {row.label: _in_units(score, row.interval(score)) for row in rows}
+    y_label = f"{label(score)}{unit(score)} with 95 % interval"
     tokens = {row.label: cost.prompt_tokens + cost.generated_tokens for row, cost in drawn}
     seconds = {row.label: cost.seconds for row, cost in drawn}
     panels = {
-        "cost-tokens": _cost_panel("tokens read and generated per episode", tokens, intervals),
-        "cost-seconds": _cost_panel("seconds per episode", seconds, intervals),
+        "cost-tokens": _cost_panel("tokens read and generated per episode", y_label, tokens, intervals),
+        "cost-seconds": _cost_panel("seconds per episode", y_label, seconds, intervals),
     }
     if lines := context_lines(rows):
         curves = [
@@ -300,9 +305,9 @@ def save_plots(pairs: Sequence[tuple[RowSummary, Cost]], folder: Path) -> list[P
             )
             for series, (name, line) in enumerate(lines.items())
         ]
-        panels["context"] = Panel("memory.max_context_tokens (L_max)", _Y_LABEL, tuple(curves))
+        panels["context"] = Panel("memory.max_context_tokens (L_max)", y_label, tuple(curves))
     benchmark = rows[0].benchmark
-    scores = {row.label: {_shown(score): row.interval(score) for score in _scores([row])} for row in rows}
+    scores = {row.label: {label(score): row.interval(score) for score in _scores([row])} for row in rows}
     return [
         save_rows_plot(scores, folder / f"{slug(benchmark)}-rows.png", benchmark),
         *(
@@ -325,13 +330,21 @@ def context_lines(rows: Sequence[RowSummary]) -> dict[str, list[RowSummary]]:
     }
 
 
-def _cost_panel(x_label: str, xs: Mapping[str, float], intervals: Mapping[str, Interval]) -> Panel:
+def _cost_panel(
+    x_label: str, y_label: str, xs: Mapping[str, float], intervals: Mapping[str, Interval]
+) -> Panel:
     """A point for each row."""
-    curves = [_curve([x], [intervals[label]], series, label) for series, (label, x) in enumerate(xs.items())]
+    curves = [_curve([x], [intervals[name]], series, name) for series, (name, x) in enumerate(xs.items())]
     wide = min(xs.values()) > 0 and max(xs.values()) > 10 * min(xs.values())
-    return Panel(x_label, _Y_LABEL, tuple(curves), log_x=wide)
+    return Panel(x_label, y_label, tuple(curves), log_x=wide)
 
 
-def _curve(xs: Sequence[float], values: Sequence[Interval], series: int, label: str) -> Curve:
-    spans = [(100 * value.low, 100 * value.high) for value in values]
-    return Curve(xs, [100 * value.mean for value in values], series, label, "dots", spans)
+def _curve(xs: Sequence[float], values: Sequence[Interval], series: int, name: str) -> Curve:
+    spans = [(value.low, value.high) for value in values]
+    return Curve(xs, [value.mean for value in values], series, name, "dots", spans)
+
+
+def _in_units(score: str, value: Interval) -> Interval:
+    """``value`` as it is drawn: shares in percent."""
+    factor = 1 if score == REWARD else 100
+    return Interval(factor * value.mean, factor * value.low, factor * value.high, value.count)

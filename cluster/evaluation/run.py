@@ -16,10 +16,11 @@ from cluster.evaluation.plan import Cell
 from cluster.evaluation.prepare import Comparison
 from cluster.evaluation.report import ComparisonReport, save_comparison
 from cluster.evaluation.store import saving
-from cluster.evaluation.summary import PRIMARY, compare_rows, summarize
+from cluster.evaluation.summary import compare_rows, summarize
 from cluster.inspection.recorder import EpisodeRecorder, recording
 from cluster.measure.report import decoding, show
-from cluster.measure.rows import EpisodeSource
+from cluster.measure.rows import EpisodeSource, primary_score
+from cluster.measure.scores import mean_text
 from cluster.runs.run_lock import held
 from cluster.tracking.registry import dataset_values
 from cluster.tracking.tracker import Tracker, start_tracking
@@ -101,8 +102,9 @@ async def _measure(
             done = comparison.store.finished(cell)
             assert done is not None
             row = done.result
-            scores = row.values(PRIMARY)
-            mean = f"{PRIMARY.upper()} {100 * sum(scores) / len(scores):.1f} %" if scores else "no score"
+            score = primary_score(row.episodes)
+            scores = row.values(score)
+            mean = mean_text(score, sum(scores) / len(scores)) if scores else "no score"
             display.say(f"  {_named(cell)}: {mean}, {len(row.episodes)} finished, {len(row.failed)} failed")
 
         def retries(cell: Cell, why: str) -> None:

@@ -16,7 +16,8 @@ from actors.types import Answer
 from cluster.evaluation.plan import Cell
 from cluster.evaluation.store import CellResult, worst
 from cluster.measure.collapse import ExtractionCounts, total
-from cluster.measure.rows import Chosen, EpisodeScore
+from cluster.measure.rows import Chosen, EpisodeScore, primary_score
+from cluster.measure.scores import F1
 from cluster.measure.statistics import (
     Interval,
     PairedDifference,
@@ -28,7 +29,6 @@ from cluster.measure.statistics import (
 )
 from configs.models import ResolvedModel
 
-PRIMARY = "f1"  # rows are compared by it
 Number = TypeVar("Number", int, float)
 
 
@@ -133,6 +133,7 @@ class Difference:
     baseline: str
     difference: PairedDifference
     adjusted_p: float
+    score: str = F1
 
 
 def summarize(
@@ -159,7 +160,7 @@ def summarize(
 
 
 def compare_rows(rows: Sequence[RowSummary], baselines: Sequence[tuple[str, str]]) -> tuple[Difference, ...]:
-    """Compare each row with its baseline on each benchmark, by F1."""
+    """Compare each row with its baseline on each benchmark, by F1, or by the reward (``primary_of``)."""
     by_name = {(row.benchmark, row.label): row for row in rows}
     pairs = [
         (row, by_name[row.benchmark, baseline])
@@ -167,12 +168,22 @@ def compare_rows(rows: Sequence[RowSummary], baselines: Sequence[tuple[str, str]
         for label, baseline in baselines
         if label == row.label and (row.benchmark, baseline) in by_name
     ]
-    differences = [paired_by_item(other.values(PRIMARY), row.values(PRIMARY)) for row, other in pairs]
+    scores = {benchmark: primary_of(rows, benchmark) for benchmark, _ in by_name}
+    differences = [
+        paired_by_item(other.values(score), row.values(score))
+        for row, other in pairs
+        for score in (scores[row.benchmark],)
+    ]
     adjusted = adjusted_p_values(differences)
     return tuple(
-        Difference(row.benchmark, row.label, other.label, difference, p)
+        Difference(row.benchmark, row.label, other.label, difference, p, scores[row.benchmark])
         for (row, other), difference, p in zip(pairs, differences, adjusted, strict=True)
     )
+
+
+def primary_of(rows: Sequence[RowSummary], benchmark: str) -> str:
+    """The score by which the rows of ``benchmark`` are compared."""
+    return primary_score(e for row in rows if row.benchmark == benchmark for e in row.episodes)
 
 
 def _average(values: Sequence[float]) -> float:

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import configs
+from actors.protocols import TaskError
 from cluster.common.errors import StartupError, WorkerLost
 from cluster.common.ray_job import current_job
+from configs.extensions import ExtensionError
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -166,6 +168,7 @@ async def answer(ref: ObjectRef[T], deadline_s: float, whom: str, doing: str) ->
     """Wait for the value behind ``ref``.
 
     Raises WorkerLost, naming ``whom`` and what it was ``doing``, when the actor died, raised, or is late.
+    A fault of the user's code (TaskError, ExtensionError) is raised as it is: another worker would meet it.
     """
     from ray.exceptions import RayActorError, RayError, RayTaskError
 
@@ -174,6 +177,8 @@ async def answer(ref: ObjectRef[T], deadline_s: float, whom: str, doing: str) ->
     except TimeoutError:
         raise WorkerLost(f"{whom} did not finish {doing} within {deadline_s:.0f} s") from None
     except RayTaskError as error:
+        if isinstance(cause := getattr(error, "cause", None), TaskError | ExtensionError):
+            raise cause from None
         raise WorkerLost(f"{whom} failed in {doing}: {_cause(error)}") from error
     except RayActorError as error:
         raise WorkerLost(f"{whom} died during {doing}: {_first_line(error)}") from error
@@ -184,7 +189,8 @@ async def answer(ref: ObjectRef[T], deadline_s: float, whom: str, doing: str) ->
 async def all_ready(waits: dict[str, ObjectRef[Any]], deadline_s: float, needed: Demand) -> None:
     """Wait until every actor of ``waits`` (by name) is up.
 
-    Raises StartupError naming those that are not, what was asked for and what the cluster has.
+    Raises StartupError naming those that are not, what was asked for and what the cluster has. Raises the
+    fault of a user's code as it is.
     """
 
     async def wait_for(name: str, ref: ObjectRef[Any]) -> None:
@@ -194,8 +200,11 @@ async def all_ready(waits: dict[str, ObjectRef[Any]], deadline_s: float, needed:
     try:
         await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_EXCEPTION, timeout=deadline_s)
         for task in tasks.values():
-            if task.done() and task.exception() is not None:
-                raise StartupError(str(task.exception())) from task.exception()
+            error = task.exception() if task.done() else None
+            if isinstance(error, TaskError | ExtensionError):
+                raise error
+            if error is not None:
+                raise StartupError(str(error)) from error
         late = [name for name, task in tasks.items() if not task.done()]
         if late:
             asked = f"the run asks for {needed}, Ray has {cluster_resources()}"

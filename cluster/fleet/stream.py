@@ -14,7 +14,7 @@ it ends because a group finishes, a worker raises, or the stall deadline passes.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from functools import partial
 from actors.episodes.group_summary import GroupSummary
 from actors.types import PolicyVersion, Task
 from cluster.common.errors import ClusterError, StreamError
+from cluster.common.failures import failure_text, most_common_failures
 from cluster.fleet.contract import FinishedGroup, GroupSource, Lane, Openings
 from cluster.fleet.ledger import Ledger
 
@@ -108,7 +109,7 @@ class GroupStream:
         self._taken = 0  # groups of the batch that is being put together
         self._to_deliver = plan.steps * plan.per_step
         self._unusable = 0  # groups in a row
-        self._messages: Counter[str] = Counter()  # of those groups' failures
+        self._messages: list[str] = []  # of those groups' failures
         self._error: Exception | None = None
         self._changed = asyncio.Event()
         self._held = False
@@ -331,7 +332,7 @@ class GroupStream:
         """Issue the task again; one that lost too many workers fails instead."""
         if not self.ledger.give_back(position):
             self.ledger.count_failures(["worker"])
-            self._messages[f"worker: {reason}"] += 1
+            self._messages.append(f"worker: {reason}")
 
     def _sort_in(self, position: int, group: FinishedGroup) -> None:
         """Queue a finished group for ``take``.
@@ -349,10 +350,10 @@ class GroupStream:
             return
         self.ledger.settle(position, "failed")
         self._unusable += 1
-        self._messages.update(f"{failure.boundary}: {failure.message}" for failure in group.summary.failed)
+        self._messages += map(failure_text, group.summary.failed)
         if self._unusable >= self._plan.hopeless_groups and self._error is None:
             common = "; ".join(
-                f"{message} ({count} episodes)" for message, count in self._messages.most_common(3)
+                f"{message} ({count} episodes)" for message, count in most_common_failures(self._messages, 3)
             )
             self._error = StreamError(
                 f"the last {self._unusable} groups had fewer than two finished episodes each: {common}"

@@ -21,6 +21,7 @@ import rich.table
 from rich.box import SIMPLE
 
 from cluster.common.display import Display
+from cluster.measure.scores import F1, REWARD, label, score_text
 from cluster.measure.statistics import Interval, PairedDifference
 from configs.files import dump_json, write_text
 
@@ -157,10 +158,7 @@ def interval_text(value: Interval | PairedDifference, digits: int = 1, sign: Lit
 
     Of too few seeds for an interval it is the mean alone.
     """
-    if value.count == 0:
-        return "-"
-    mean, low, high = (f"{100 * number:{sign}.{digits}f}" for number in (value.mean, value.low, value.high))
-    return f"{mean} [{low}, {high}]" if math.isfinite(value.low) else mean
+    return score_text(F1, value, digits, sign)
 
 
 def p_text(p_value: float) -> str:
@@ -175,7 +173,7 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def comparison_sentence(
-    after: str, before: str, difference: PairedDifference, adjusted_p: float, unit: str
+    after: str, before: str, difference: PairedDifference, adjusted_p: float, unit: str, score: str = F1
 ) -> str:
     """What a person may conclude from two rows. ``unit``: what was paired, "tasks" or "questions"."""
     if difference.count == 0:
@@ -183,7 +181,8 @@ def comparison_sentence(
     verdict = "a significant gain" if difference.mean > 0 else "a significant LOSS"
     if adjusted_p >= SIGNIFICANT:
         verdict = "NOT significant"
-    change = f"F1 {interval_text(difference, sign='+')} points on {difference.count} {unit}"
+    points = "" if score == REWARD else " points"
+    change = f"{label(score)} {score_text(score, difference, sign='+')}{points} on {difference.count} {unit}"
     p_values = f"p = {p_text(difference.p_value)}, adjusted p = {p_text(adjusted_p)}".replace("= <", "<")
     return f"{after} against {before}: {change}, {p_values}: {verdict}."
 

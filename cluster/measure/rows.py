@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,11 @@ from typing import Protocol, get_args
 import numpy as np
 
 from actors.environments.recall_scoring import UNTOLD
-from actors.types import Answer, FailedEpisode, PolicyVersion, Task, Trajectory, TrajectoryGroup, WriteOutcome
-from cluster.common.errors import CheckpointError
+from actors.types import Answer, PolicyVersion, Task, Trajectory, TrajectoryGroup, WriteOutcome
+from cluster.common.errors import AllFailed, CheckpointError
+from cluster.common.failures import failure_text, one_cause
 from cluster.measure.collapse import ExtractionCounts, collapse_figures, count_extractions, total
+from cluster.measure.scores import F1, REWARD, score_order
 from cluster.measure.statistics import Interval, PairedDifference, mean_interval, paired_difference
 from configs.files import FileError, Measured, dump_json, read_json, write_text
 from configs.memory import CARD_WRITING
@@ -33,6 +36,8 @@ UNANSWERABLE = "adversarial"
 """LoCoMo's category 5 has no plain answer: means are shown with it and without it (as the paper does)."""
 
 OUTCOMES: tuple[WriteOutcome, ...] = get_args(WriteOutcome)
+
+_HOPELESS = 4  # episodes that fail by one cause before any finishes
 
 Chosen = Callable[[Answer], bool]
 
@@ -83,7 +88,9 @@ class EpisodeScore:
     extractions: ExtractionCounts | None = None
 
     def mean(self, score: str, chosen: Chosen = lambda _: True) -> float:
-        """Over the chosen answers that have ``score``; NaN without one."""
+        """Over the chosen answers that have ``score``; NaN without one. The reward is the episode's own."""
+        if score == REWARD:
+            return float(self.reward)
         return answers_mean(self.answers, score, chosen)[0]
 
 
@@ -131,8 +138,12 @@ class RowResult:
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """f1 and em, whether there are answers or not, then what else the environment's scorers report."""
-        return score_order({"f1", "em", *(name for answer in self.answers for name in answer.scores)})
+        """f1 and em, whether there are answers or not, then what else the environment's scorers report.
+
+        The reward is among them where it is not F1 itself.
+        """
+        names = {"f1", "em", *(name for answer in self.answers for name in answer.scores)}
+        return score_order(names | ({REWARD} if has_own_reward(self.episodes) else set()))
 
     @property
     def writes(self) -> dict[str, int]:
@@ -175,9 +186,15 @@ def answers_mean(answers: Sequence[Answer], score: str, chosen: Chosen) -> tuple
     return (float(np.mean(values)) if values else float("nan")), len(values)
 
 
-def score_order(names: set[str]) -> tuple[str, ...]:
-    """f1 and em first."""
-    return tuple(sorted(names, key=lambda name: (("f1", "em", name).index(name), name)))
+def has_own_reward(episodes: Iterable[EpisodeScore]) -> bool:
+    """Whether the reward tells something that F1 does not."""
+    return any(not math.isclose(episode.reward, episode.mean(F1), abs_tol=1e-9) for episode in episodes)
+
+
+def primary_score(episodes: Iterable[EpisodeScore]) -> str:
+    """The score by which rows are compared: F1, or the reward where no episode has an answer."""
+    shown = list(episodes)
+    return REWARD if shown and not any(np.isfinite(episode.mean(F1)) for episode in shown) else F1
 
 
 def categories(answers: Iterable[Answer]) -> dict[str, Chosen]:
@@ -236,15 +253,24 @@ async def run_episodes(
 ) -> None:
     """Play one episode of each (position, task) and call ``on_task`` as each finishes.
 
-    The first worker that raises ends the other lanes; its error is raised.
+    The first worker that raises ends the other lanes; its error is raised. Raises AllFailed when the first
+    episodes all fail by one line of a user's code: the next ones would too.
     """
     queue: Iterator[tuple[int, Task]] = iter(tasks)
-
     writes_cards = row.memory.policy in CARD_WRITING
+    enough = min(len(tasks), max(_HOPELESS, lanes_per_worker * len(workers)))
+    failed: list[str] = []
+    finished = 0
 
     async def lane(worker: EpisodeSource) -> None:
+        nonlocal finished
         for position, task in queue:
-            on_task(TaskResult.of(position, await worker.episode(position, task, row), writes_cards))
+            result = TaskResult.of(position, await worker.episode(position, task, row), writes_cards)
+            on_task(result)
+            finished += len(result.episodes)
+            failed.extend(result.failed)
+            if not finished and len(failed) >= enough and (cause := one_cause(failed)):
+                raise AllFailed(f"{row.label}: {cause}")
 
     try:
         async with asyncio.TaskGroup() as lanes:
@@ -254,10 +280,6 @@ async def run_episodes(
     except BaseExceptionGroup as failures:
         first = failures.exceptions[0]  # it cancelled the other lanes: it is the message
         raise first from None
-
-
-def failure_text(failure: FailedEpisode) -> str:
-    return f"{failure.boundary}: {failure.message}"
 
 
 def score_episode(trajectory: Trajectory, writes_cards: bool = False) -> EpisodeScore:
@@ -316,6 +338,8 @@ def row_metrics(result: RowResult, key: str) -> dict[str, float]:
     for group, chosen in told_and_untold(result.answers).items():
         shares = {score: answers_mean(result.answers, score, chosen) for score in result.score_names}
         figures |= {f"{score}_{group}": mean for score, (mean, count) in shares.items() if count}
+    if result.episodes:
+        figures[REWARD] = result.per_episode(REWARD)
     figures |= {f"writes_{outcome}": float(count) for outcome, count in result.writes.items()}
     figures["failed_episodes"] = float(len(result.failed))
     figures |= collapse_figures(result.answers, result.extractions)

@@ -4,7 +4,7 @@
         learner/          theta (a Hugging Face folder), optimizer, RNG of every rank; the learner writes it
         state.json        step, policy version, task ledger, MLflow run id, rewards, sizes of the other files
         config.yaml       the resolved configuration
-        evaluation.json   mean held-out F1, where train.evaluate_every measured it
+        evaluation.json   mean held-out score, where train.evaluate_every measured it
 
 A checkpoint is written into a hidden folder, brought to the disk and renamed: a visible one is complete.
 The newest ``train.keep_checkpoints`` and the best are kept. The scores stand in the checkpoints themselves:
@@ -69,7 +69,8 @@ class _StateFile(TrainState):
 class _Score:
     """``evaluation.json``."""
 
-    f1: FiniteFloat  # mean held-out F1, 0..1
+    f1: FiniteFloat | None = None  # mean held-out F1, 0..1
+    reward: FiniteFloat | None = None  # the mean held-out reward, where no task has an answer
     tasks: NonNegativeInt = 0
 
 
@@ -150,14 +151,14 @@ def _state_json(state: TrainState, folder: Path) -> str:
     )
 
 
-def score_checkpoint(run_dir: Path, step: int, f1: float, tasks: int, keep: int) -> bool:
-    """Save the mean held-out F1 of a saved step, and prune. Returns whether it is the best so far.
+def score_checkpoint(run_dir: Path, step: int, name: str, score: float, tasks: int, keep: int) -> bool:
+    """Save the mean held-out score of a saved step ("f1" or "reward"), and prune.
 
-    Raises SaveError.
+    Returns whether it is the best so far. Raises SaveError.
     """
     folder = run_dir / _FOLDER / f"step-{step:06d}"
     try:
-        write_text(folder / _SCORE, dump_json(_Score(f1, tasks)))
+        write_text(folder / _SCORE, dump_json(_Score(**{name: score}, tasks=tasks)))
     except OSError as error:
         raise SaveError(
             f"the evaluation of step {step} could not be saved in {folder}{_free_space(run_dir)}: {error}"
@@ -269,22 +270,24 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
-    """Find the evaluated checkpoint with the highest mean held-out F1, the earliest of equal ones.
+    """Find the evaluated checkpoint with the highest mean held-out score, the earliest of equal ones.
 
     None where none was evaluated.
     """
     scored = [
-        (score, folder) for folder in list_checkpoints(run_dir) if (score := score_of(folder)) is not None
+        (score[1], folder) for folder in list_checkpoints(run_dir) if (score := score_of(folder)) is not None
     ]
     return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
-def score_of(folder: Path) -> float | None:
-    """Mean held-out F1 (0..1) of the checkpoint in ``folder``; None where it was not evaluated."""
+def score_of(folder: Path) -> tuple[str, float] | None:
+    """The mean held-out "f1" (0..1) or "reward" of a checkpoint; None where it was not evaluated."""
     try:
-        return read_json(folder / _SCORE, _Score).f1
+        saved = read_json(folder / _SCORE, _Score)
     except (FileNotFoundError, FileError):
         return None
+    scores = (("f1", saved.f1), ("reward", saved.reward))
+    return next(((name, score) for name, score in scores if score is not None), None)
 
 
 def written(folder: Path) -> float:
@@ -309,7 +312,7 @@ def _age_order(folder: Path) -> tuple[float, str]:
 def kept_models(config: RunConfig, run_dir: Path) -> list[dict[str, str]]:
     """Describe the undamaged checkpoints of a run for the tracker, oldest first.
 
-    The newest and the best (by held-out F1, where it was measured) have these words as aliases.
+    The newest and the best (by the held-out score, where it was measured) have these words as aliases.
     """
     if config.tracking.models == "off":
         return []
@@ -341,4 +344,4 @@ def _model_values(config: RunConfig, checkpoint: Checkpoint, aliases: list[str])
         "aliases": " ".join(aliases),
     }
     score = score_of(checkpoint.folder)
-    return values if score is None else values | {"held_out_f1": f"{score:.6f}"}
+    return values if score is None else values | {f"held_out_{score[0]}": f"{score[1]:.6f}"}

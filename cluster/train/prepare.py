@@ -34,6 +34,7 @@ from configs.schema import RunConfig
 from learner.advantage import estimator
 
 BASIS_FILE = "basis.safetensors"  # in the folder of a run
+_TRIED = 3  # training tasks: where none can be made, no other will
 KEPT = (
     "seed",
     "model",
@@ -103,7 +104,7 @@ def prepare_training(config: RunConfig) -> tuple[RunSpec, RunFolder, Start]:
     _require_trained_tokens(config)
     estimator(config.objective)  # a user's own is found now, not by a worker
     environment = open_environment(config)
-    TaskSource(environment, "train", config.seed).first(1)
+    TaskSource(environment, "train", config.seed).first(_TRIED)
     eval_tasks = held_out(environment, config)
     require_demonstrations(config, environment)
     _require_attribution(config, environment)
@@ -212,7 +213,9 @@ def questions_of(config: RunConfig, environment: Environment, tasks: Sequence[Ta
     """
     slow = isinstance(environment, Preparer) or config.environment.name == "custom"
     return (
-        [] if slow or config.memory.question_blind else [environment.start(task).question for task in tasks]
+        []
+        if slow or config.memory.question_blind
+        else [environment.start(task).question for task in tasks if not task.fault]
     )
 
 

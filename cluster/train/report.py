@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.common.failures import most_common_failures
 from cluster.measure.answer_kinds import kinds_table
 from cluster.measure.collapse import HEADER as COLLAPSE_HEADER
 from cluster.measure.collapse import LEGEND as COLLAPSE_LEGEND
@@ -24,7 +24,6 @@ from cluster.measure.report import (
     Table,
     comparison_sentence,
     decoding,
-    interval_text,
     percent,
     running_mean,
     save_document,
@@ -36,9 +35,10 @@ from cluster.measure.rows import (
     answers_mean,
     compare,
     failed_as_zero,
-    score_order,
+    primary_score,
 )
 from cluster.measure.rows_plot import save_rows_plot
+from cluster.measure.scores import F1, REWARD, label, number_text, score_order, score_text, unit
 from cluster.measure.statistics import Interval, PairedDifference, adjusted_p_values
 
 CONTROLS = ("oracle", "other_cards")
@@ -53,7 +53,8 @@ COMPARED = (
     ("memory_off", "after_rl"),
     ("memory_off", "before"),
 )
-HEADER = ("row", "tasks", "failed", "F1 % [95% CI]", "EM % [95% CI]")  # and a mean of each other score
+COUNTS = ("row", "tasks", "failed")
+WITH_INTERVALS = (F1, "em", REWARD)  # columns with intervals; the other scores have a mean each
 LEGEND = (
     "tasks: finished episodes · failed: episodes that did not finish; they are in no mean · "
     "intervals: 95 %, over tasks (Korn and Graubard's; Clopper and Pearson's for scores of 0 or 1) · "
@@ -68,16 +69,19 @@ _MOST_MESSAGES = 3  # different failures shown of each row
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """F1 of two rows on the same tasks. ``adjusted_p``: over all of the report (Holm); NaN without a task."""
+    """``score`` of two rows on the same tasks. ``adjusted_p``: over the report (Holm); NaN without a task."""
 
     before: str
     after: str
     difference: PairedDifference
     adjusted_p: float
+    score: str = F1
 
     @property
     def sentence(self) -> str:
-        sentence = comparison_sentence(self.after, self.before, self.difference, self.adjusted_p, "tasks")
+        sentence = comparison_sentence(
+            self.after, self.before, self.difference, self.adjusted_p, "tasks", self.score
+        )
         cure = " More train.steps or more evaluation.tasks may show a difference."
         return sentence + (cure if self.adjusted_p >= SIGNIFICANT else "")
 
@@ -95,6 +99,11 @@ class TrainingReport:
     @property
     def title(self) -> str:
         return f"Held-out evaluation, {decoding(self.temperature)}"
+
+    @property
+    def score(self) -> str:
+        """By which the rows are compared."""
+        return primary_score(episode for row in self.rows.values() for episode in row.episodes)
 
     def document(self, plots: Sequence[Path] = ()) -> Document:
         notes = (*(comparison.sentence for comparison in self.comparisons), *self._failures())
@@ -118,7 +127,12 @@ class TrainingReport:
             for stage, row in self.rows.items()
         ]
         comparisons = [
-            {**asdict(comparison.difference), "before": comparison.before, "after": comparison.after}
+            {
+                **asdict(comparison.difference),
+                "before": comparison.before,
+                "after": comparison.after,
+                "score": comparison.score,
+            }
             for comparison in self.comparisons
         ]
         return {"rows": rows, "comparisons": comparisons, "rewards": self.rewards}
@@ -134,16 +148,20 @@ class TrainingReport:
 
     def _scores(self) -> Table:
         names = score_order({score for scores in self.intervals.values() for score in scores})
-        others = [name for name in names if name not in ("f1", "em")]
+        if self.score == REWARD:  # no answer has a score
+            names = (REWARD,)
+        ranged = [name for name in names if name in WITH_INTERVALS]
+        others = [name for name in names if name not in WITH_INTERVALS]
         lines = []
         for stage, row in self.rows.items():
             scores = self.intervals[stage]
             counts = (str(len(row.episodes)), str(len(row.failed)))
+            intervals = (score_text(name, scores[name]) if name in scores else "-" for name in ranged)
             means = (percent(scores[name].mean) if name in scores else "-" for name in others)
-            lines.append(
-                (row.label, *counts, interval_text(scores["f1"]), interval_text(scores["em"]), *means)
-            )
-        return Table("", (*HEADER, *(f"{name} %" for name in others)), tuple(lines), LEGEND)
+            lines.append((row.label, *counts, *intervals, *means))
+        titles = (f"{label(name)}{unit(name)} [95% CI]" for name in ranged)
+        header = (*COUNTS, *titles, *(f"{name} %" for name in others))
+        return Table("", header, tuple(lines), LEGEND)
 
     def _collapse(self) -> Table:
         lines = [(row.label, *collapse_cells(row.answers, row.extractions)) for row in self.rows.values()]
@@ -158,6 +176,8 @@ class TrainingReport:
         rows = list(self.rows.values())
         groups = answer_groups(answer for row in rows for answer in row.answers)
         for score in dict.fromkeys(score for scores in self.intervals.values() for score in scores):
+            if score == REWARD:
+                continue
             lines = []
             for name, chosen in groups.items():
                 means = [answers_mean(row.answers, score, chosen) for row in rows]
@@ -170,15 +190,15 @@ class TrainingReport:
 
     def _failures(self) -> Iterator[str]:
         for row in self.rows.values():
-            for message, count in Counter(row.failed).most_common(_MOST_MESSAGES):
+            for message, count in most_common_failures(row.failed, _MOST_MESSAGES):
                 yield f"{row.label}: {count} episode(s) failed: {message}"
             if row.failed:
-                mean = float(np.mean(values)) if (values := row.values("f1")) else 0.0
-                as_zero = percent(failed_as_zero(mean, len(row.episodes), len(row.failed)))
-                yield (
-                    f"{row.label}: with all {len(row.failed)} failed episodes counted as 0, "
-                    f"F1 would be {as_zero} %"
+                mean = float(np.mean(values)) if (values := row.values(self.score)) else 0.0
+                as_zero = failed_as_zero(mean, len(row.episodes), len(row.failed))
+                would_be = (
+                    f"{label(self.score)} would be {number_text(self.score, as_zero)}{unit(self.score)}"
                 )
+                yield f"{row.label}: with all {len(row.failed)} failed episodes counted as 0, {would_be}"
 
 
 def _cost_cells(row: RowResult) -> tuple[str, ...]:
@@ -194,14 +214,15 @@ def training_report(
     """Compute the figures once."""
     ordered = {stage: rows[stage] for stage in STAGES if stage in rows}
     pairs = [(rows[before], rows[after]) for before, after in COMPARED if before in rows and after in rows]
-    differences = [compare(before, after, "f1") for before, after in pairs]
+    score = primary_score(episode for row in ordered.values() for episode in row.episodes)
+    differences = [compare(before, after, score) for before, after in pairs]
     return TrainingReport(
         rows=ordered,
         intervals={
             stage: {score: row.interval(score) for score in row.score_names} for stage, row in ordered.items()
         },
         comparisons=tuple(
-            Comparison(before.label, after.label, difference, p)
+            Comparison(before.label, after.label, difference, p, score)
             for (before, after), difference, p in zip(
                 pairs, differences, adjusted_p_values(differences), strict=True
             )

@@ -20,6 +20,7 @@ from cluster.common.ray_job import current_job, note_run
 from cluster.fleet.ledger import ledger_line
 from cluster.inspection.recorder import recording
 from cluster.measure.rows import EpisodeSource
+from cluster.measure.scores import mean_text
 from cluster.runs.checkpoint import (
     TrainState,
     best_checkpoint,
@@ -210,8 +211,8 @@ def _resumable(folder: RunFolder, display: Display) -> Iterator[None]:
 def _say_next(config: RunConfig, folder: RunFolder, display: Display) -> None:
     """Show the commands that go on from a run that is done."""
     saved = list_checkpoints(folder.path)
-    if (best := best_checkpoint(folder.path)) is not None:
-        display.say(f"best:     {best} (held-out F1 {100 * (score_of(best) or 0.0):.1f} %)")
+    if (best := best_checkpoint(folder.path)) is not None and (score := score_of(best)) is not None:
+        display.say(f"best:     {best} (held-out {mean_text(*score)})")
     if saved:
         steps, tasks = max(1, config.train.steps) * 2, config.evaluation.tasks * 4
         display.say(f"train on: engram train {folder.config} resume={saved[-1]} train.steps={steps}")

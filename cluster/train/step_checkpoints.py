@@ -11,14 +11,14 @@ whether the run was interrupted there or not.
 from __future__ import annotations
 
 import asyncio
-import math
 from dataclasses import replace
 from typing import Any, Protocol
 
 from cluster.common.errors import ClusterError
 from cluster.fleet.fleet import ElasticFleet
 from cluster.fleet.stream import GroupStream
-from cluster.measure.rows import RowResult, evaluate_row, row_metrics
+from cluster.measure.rows import RowResult, evaluate_row, primary_score, row_metrics
+from cluster.measure.scores import mean_text
 from cluster.runs.checkpoint import TrainState, save_checkpoint, score_checkpoint
 from cluster.train.prepare import RunFolder, RunSpec
 from cluster.train.scoreboard import Observers, evaluation_rows
@@ -118,14 +118,15 @@ class StepCheckpoints:
 
     def _save_score(self, step: int, result: RowResult) -> None:
         say, keep = self._observers.display.say, self._spec.config.train.keep_checkpoints
-        scores = [score for episode in result.episodes if math.isfinite(score := episode.mean("f1"))]
+        name = primary_score(result.episodes)
+        scores = result.values(name)
         self._observers.tracker.log(row_metrics(result, METRICS), step)
         if not scores:
             why = result.failed[0] if result.failed else "no worker serves"
             say(f"step {step} has no held-out score: none of its episodes was finished ({why})")
             return
-        f1 = sum(scores) / len(scores)
-        best = score_checkpoint(self._folder.path, step, f1, len(scores), keep)
+        mean = sum(scores) / len(scores)
+        best = score_checkpoint(self._folder.path, step, name, mean, len(scores), keep)
         failed = f", {len(result.failed)} episodes failed" if result.failed else ""
         kept = " (the best so far: kept)" if best else ""
-        say(f"step {step}: held-out F1 {100 * f1:.1f} % of {len(scores)} tasks{failed}{kept}")
+        say(f"step {step}: held-out {mean_text(name, mean)} of {len(scores)} tasks{failed}{kept}")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 from actors.environments.base import Abstainer, Environment, Rephraser
 from actors.episodes.demonstration import DemonstratingEnvironment, demonstrate, demonstrate_exchange
@@ -26,6 +26,7 @@ from cluster.common.tasks import TaskSource
 from cluster.tracking.tracker import Tracker
 from cluster.train.metrics import warm_start_metrics
 from configs.schema import RunConfig
+from configs.user_code import owned
 from learner.types import WarmStartReport
 
 
@@ -38,37 +39,62 @@ class SupervisedTrainer(Protocol):
 
 
 class Demonstrations:
-    """Supervised segments by step: step and seed alone determine them."""
+    """Supervised segments by step: step and seed alone determine them.
+
+    A task that cannot be demonstrated teaches nothing: ``faults`` has its message.
+    """
 
     def __init__(self, config: RunConfig, environment: DemonstratingEnvironment, model_path: Path) -> None:
         from transformers import AutoTokenizer
 
         self._config, self._environment = config, environment
+        self.faults: list[str] = []
         self._chat = ChatFormat(AutoTokenizer.from_pretrained(model_path))
         self._tasks = TaskSource(environment, "train", derived_seed(config.seed, "warm start"))
         self._unknown = TaskSource(environment, "train", derived_seed(config.seed, "warm start", "unknown"))
 
     def of_step(self, step: int) -> list[Segment]:
-        """The flashcards of ``tasks_per_step`` tasks, then the answers of ``unknown``. Raises TaskError."""
-        tasks = _of_step(self._tasks, step, self._config.warm_start.tasks_per_step)
-        memory, write, window = self._config.memory, self._config.write, self._config.engine.max_model_tokens
-        flashcards = [
-            segment
-            for task in tasks
-            for segment in demonstrate(task, self._environment, self._chat, memory, write, window)
-        ]
-        return flashcards + self._answers(step)
+        """The flashcards of ``tasks_per_step`` tasks, then the answers of ``unknown``.
 
-    def _answers(self, step: int) -> list[Segment]:
-        """For each of ``warm_start.unknown`` tasks: a question that nothing told, and the same told."""
-        environment, system_prompt = self._environment, self._environment.system_prompt
-        if not isinstance(environment, Abstainer):
-            return []
-        return [
-            demonstrate_exchange(exchange, system_prompt, self._chat, self._config.memory)
-            for task in _of_step(self._unknown, step, self._config.warm_start.unknown)
-            for exchange in environment.demonstrate_unknown(task)
-        ]
+        Raises TaskError where the tasks of this step all fail.
+        """
+        warm = self._config.warm_start
+        before = len(self.faults)
+        segments = self._taught(self._flashcards, _of_step(self._tasks, step, warm.tasks_per_step))
+        if isinstance(self._environment, Abstainer):
+            segments += self._taught(self._answers, _of_step(self._unknown, step, warm.unknown))
+        faults = self.faults[before:]
+        if not segments and faults:
+            raise TaskError(f"all {len(faults)} tasks of a warm start's step failed, the first: {faults[0]}")
+        return segments
+
+    def _taught(self, segments_of: Callable[[Task], list[Segment]], tasks: Sequence[Task]) -> list[Segment]:
+        taught: list[Segment] = []
+        for task in tasks:
+            try:
+                taught += segments_of(task)
+            except TaskError as error:
+                self.faults.append(str(error))
+        return taught
+
+    def _flashcards(self, task: Task) -> list[Segment]:
+        config = self._config
+        window, limit_s = config.engine.max_model_tokens, config.rollout.environment_timeout_s
+        return demonstrate(task, self._environment, self._chat, config.memory, config.write, window, limit_s)
+
+    def _answers(self, task: Task) -> list[Segment]:
+        """A question that nothing told, and the same told."""
+        environment: Any = self._environment  # an Abstainer
+        show, prompt = environment.demonstrate_unknown, task.system_prompt or environment.system_prompt
+        if task.fault:
+            raise TaskError(task.fault)
+        with owned(
+            f"task {task.id}: the environment {task.environment}'s demonstrate_unknown", TaskError, show
+        ):
+            return [
+                demonstrate_exchange(exchange, prompt, self._chat, self._config.memory)
+                for exchange in show(task)
+            ]
 
 
 def _of_step(tasks: TaskSource, step: int, per_step: int) -> list[Task]:
@@ -109,9 +135,14 @@ async def warm_start(
     tracker: Tracker,
     on_step: Callable[[str], None],
 ) -> None:
-    """Run the stage; ``on_step`` is given a line for each step. Raises LearnerError, TaskError."""
+    """Run the stage; ``on_step`` is given a line for each step. Raises LearnerError, TaskError.
+
+    Tasks that cannot be demonstrated are counted and said.
+    """
     for step in range(config.warm_start.steps):
         segments = await asyncio.to_thread(demonstrations.of_step, step)
         report = await asyncio.to_thread(trainer.warm_start_step, segments, config.warm_start.learning_rate)
-        tracker.log(warm_start_metrics(report), step + 1)
-        on_step(f"loss {report.loss:.3f} nats a token")
+        faults = demonstrations.faults
+        tracker.log({**warm_start_metrics(report), "warm_start/failed_tasks": float(len(faults))}, step + 1)
+        failed = f", {len(faults)} task(s) failed so far: {faults[-1]}" if faults else ""
+        on_step(f"loss {report.loss:.3f} nats a token{failed}")

@@ -10,6 +10,7 @@ import numpy as np
 
 from actors.environments.base import Environment
 from actors.episodes.episode import EpisodeSpec, play_episode, score_episode
+from actors.episodes.hosted_session import HostedSession
 from actors.memory.base import Memory
 from actors.memory.build import Surroundings
 from actors.protocols import AsyncWriter, Policy
@@ -45,9 +46,13 @@ async def run_episode(
     basis_id: str,
 ) -> Trajectory:
     """Play and score one episode, without slots and deadlines."""
-    return await score_episode(
-        await play_episode(spec, environment, policy, writer, chat, memory, basis_id, None)
-    )
+    session = HostedSession(environment, spec.task, limit_s=30)
+    try:
+        return await score_episode(
+            await play_episode(spec, session, policy, writer, chat, memory, basis_id, None)
+        )
+    finally:
+        await session.close()
 
 
 class ScriptedPolicy:

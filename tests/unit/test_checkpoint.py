@@ -73,13 +73,13 @@ def test_the_best_is_kept_besides_the_newest(tmp_path: Path) -> None:
     best = []
     for step, score in scores.items():
         save(tmp_path, step)
-        best.append(score_checkpoint(tmp_path, step, score, tasks=16, keep=2))
+        best.append(score_checkpoint(tmp_path, step, "f1", score, tasks=16, keep=2))
     assert best == [True, True, False, False, False]  # of equal scores the earlier checkpoint stays the best
     assert names(tmp_path) == ["step-000002", "step-000004", "step-000005"]
     assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000002"
     save(tmp_path, 6)
     assert score_of(tmp_path / "checkpoints" / "step-000006") is None
-    score_checkpoint(tmp_path, 6, 0.9, tasks=16, keep=2)
+    score_checkpoint(tmp_path, 6, "reward", 0.9, tasks=16, keep=2)
     assert names(tmp_path) == ["step-000005", "step-000006"]  # the old best is not kept any longer
     copy = shutil.copytree(tmp_path / "checkpoints", tmp_path / "elsewhere" / "checkpoints").parent
     assert best_checkpoint(copy) == copy / "checkpoints" / "step-000006"  # the scores go with a copy
@@ -200,7 +200,7 @@ def test_a_score_that_cannot_be_written_leaves_the_checkpoint_whole(tmp_path: Pa
         files_up_to(4),
         pytest.raises(SaveError, match=r"^the evaluation of step 1 could not be saved in .*File too large"),
     ):
-        score_checkpoint(tmp_path, 1, 0.5, tasks=16, keep=2)
+        score_checkpoint(tmp_path, 1, "f1", 0.5, tasks=16, keep=2)
     folder = tmp_path / "checkpoints" / "step-000001"
     assert score_of(folder) is None and load_checkpoint(folder).state.step == 1
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "learner", "state.json"]

@@ -177,7 +177,6 @@ def test_an_empty_list_has_no_items(tmp_path: Path, content: bytes) -> None:
         (b"[{}, 1]", "item 1: Input should be an object"),
         (b'[{}, "}"]', "item 1: Input should be an object"),
         (b"[[{}], {}]", "item 0: Input should be an object"),
-        (b'[{"a": "\xff"}]', "item 0: not JSON .invalid bytes in UTF8 string"),
         (b'[{"a": ' + b"7" * 5000 + b"}]", "item 0: not JSON .integer overflow"),
         (b"[" * 100_000, "item 0: not JSON"),
         (b'[{"a": ' + b"[" * 1000 + b"]" * 1000 + b"}]", "item 0: Invalid JSON: recursion limit exceeded"),
@@ -189,6 +188,32 @@ def test_a_file_that_is_something_else(tmp_path: Path, content: bytes, message: 
     with pytest.raises(TaskError, match=rf"other\.json: {message}") as error:
         list(DataFile(str(path), "a.setting", "a list").items(dict[str, Any], "id"))
     assert "\n" not in str(error.value)
+
+
+HALVES = (
+    b'\xef\xbb\xbf[{"id": "a\\ud83d", "t": "x\\udc00\\ud800 \xff}"}, '
+    b'{"id": "b", "t": "\\\\ud800 \\ud83d\\ude00"}]'
+)
+
+
+@pytest.mark.parametrize("chunk", [3, 7, 11, 1 << 16])
+def test_what_cannot_be_encoded_is_replaced_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, chunk: int
+) -> None:
+    monkeypatch.setattr(data_file, "_CHUNK", chunk)
+    path = tmp_path / "halves.json"
+    path.write_bytes(HALVES)
+    file = DataFile(str(path), "a.setting", "a list")
+    items = list(file.items(dict[str, str], "id"))
+    assert [item for _, item in items] == [
+        {"id": "a\ufffd", "t": "x\ufffd\ufffd \ufffd}"},
+        {"id": "b", "t": "\\ud800 \U0001f600"},
+    ]
+    assert [file.read_item(place, dict[str, str]) for place, _ in items] == [item for _, item in items]
+    path.write_bytes(HALVES.replace(b"[", b"").replace(b"}, ", b"}\n").replace(b"}]", b"}"))
+    assert [item for _, item in file.lines(dict[str, str])] == [item for _, item in items]
+    said = "4 character(s) that cannot be encoded became U+FFFD"
+    assert [record.message for record in caplog.records] == [f"{path}: {said}"] * 2
 
 
 def test_a_fault_shows_no_more_of_the_file_than_a_line(tmp_path: Path) -> None:

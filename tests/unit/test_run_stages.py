@@ -153,7 +153,7 @@ def test_an_evaluated_step_is_a_barrier_and_leaves_workers_as_a_new_start_would(
     label = "TMEM after RL at step 2"
     evaluation = ["finish", f"t0: {label}", f"t1: {label}", "load again", "release"]
     assert seat.calls == ["save", "hold", "save", *evaluation]
-    assert [score_of(folder) for folder in list_checkpoints(tmp_path)] == [None, 0.5]
+    assert [score_of(folder) for folder in list_checkpoints(tmp_path)] == [None, ("f1", 0.5)]
     assert list(tracker.steps) == [2] and tracker.steps[2]["eval/held_out/f1"] == 0.5
     assert "step 2: held-out F1 50.0 % of 2 tasks (the best so far: kept)" in output.getvalue()
 

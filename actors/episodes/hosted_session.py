@@ -1,0 +1,196 @@
+"""A user's session as an episode sees it: each call has an owner, a deadline and a check of what it gave.
+
+    play, score --> HostedSession: observe, act, outcome, close --> the user's Session, sync or async
+
+Whatever the user's code raises becomes a TaskError with their file and line: one failed episode. A late call
+becomes one too, and says whom it waited for. Text that cannot be encoded is cleaned and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
+from typing import Any, NoReturn, TypeVar
+
+from actors.environments.base import Environment, Observation, Session
+from actors.environments.build import answers_at_once
+from actors.episodes.user_calls import CallThread, Raised, run_apart
+from actors.protocols import TaskError
+from actors.text.encodable import encodable
+from actors.types import Answer, Outcome, Task
+from configs.user_code import fault, owned, place
+
+T = TypeVar("T")
+
+CLOSING_S = 30.0
+"""The longest wait for a session's ``close``: with a score it stays within the driver's grace."""
+
+
+class HostedSession:
+    """One session of one episode. Single-use: ``start``, then the calls of a session, then ``close``."""
+
+    def __init__(self, environment: Environment, task: Task, limit_s: float) -> None:
+        self.cleaned = 0  # texts of the environment that could not be encoded
+        self.system_prompt = self.question = ""
+        self.waits_for = ""  # the call of the user's code that runs now, or that was given up
+        self.task = task
+        self._environment, self._limit_s = environment, limit_s
+        self._at_once = answers_at_once(environment)
+        self._thread = CallThread(f"session of {task.id}")
+        self._session: Session | None = None
+
+    async def start(self) -> None:
+        """Start the session. Raises TaskError."""
+        environment, task = self._environment, self.task
+        if task.fault:
+            raise TaskError(task.fault)
+        session = await self._ask("start", environment.start, task)
+        self._session = session
+        for member in ("question", "observe", "act", "outcome"):
+            if not hasattr(type(session), member) and not hasattr(session, member):
+                gave = f"{type(session).__name__} without {member}"
+                self._refuse("start", gave, "a Session", environment.start)
+        question, prompt = await self._ask("question", lambda: (session.question, environment.system_prompt))
+        self.question = self._text("question", question)
+        self.system_prompt = self._text("system_prompt", task.system_prompt or prompt)
+
+    async def observe(self) -> Observation | None:
+        """The next observation, None when the episode is over. Raises TaskError."""
+        observe = self._open.observe
+        observation = await self._ask("observe", observe)
+        if observation is None:
+            return None
+        if not isinstance(observation, Observation):
+            self._refuse("observe", type(observation).__name__, "an Observation or None", observe)
+        text = self._text("observe", observation.text)
+        return observation if text is observation.text else replace(observation, text=text)
+
+    async def act(self, text: str) -> None:
+        """Give the agent's reply to the session. Raises TaskError."""
+        await self._ask("act", self._open.act, text)
+
+    async def outcome(self) -> Outcome:
+        """The score, checked, in plain floats and texts. The caller has a deadline. Raises TaskError.
+
+        Always apart from the episodes' loop: a shipped session may wait for a judge.
+        """
+        function = self._open.outcome
+        outcome = await self._run("outcome", function, at_once=False)
+        if not isinstance(outcome, Outcome):
+            self._refuse("outcome", type(outcome).__name__, "an Outcome", function)
+        with owned(self._whom("outcome"), TaskError, function):
+            return self._checked(outcome)
+
+    async def close(self) -> None:
+        """Call the session's ``close``, if it has one. Raises TaskError; the session is gone all the same."""
+        session, self._session = self._session, None
+        function = getattr(session, "close", None)
+        # a call that was given up may hold the session's own thread for ever
+        thread = CallThread(f"closing {self.task.id}") if self._thread.busy else self._thread
+        try:
+            if callable(function):
+                await self._in_time("close", function, CLOSING_S, self._run("close", function, thread=thread))
+        finally:
+            thread.end()
+            self._thread.end()
+
+    @property
+    def _open(self) -> Session:
+        assert self._session is not None, "start comes first, and nothing after close"
+        return self._session
+
+    async def _ask(self, verb: str, function: Callable[..., Any], *arguments: object) -> Any:
+        call = self._run(verb, function, *arguments)
+        return await self._in_time(verb, function, self._limit_s, call)
+
+    async def _in_time(
+        self, verb: str, function: Callable[..., Any], limit_s: float, call: Coroutine[Any, Any, T]
+    ) -> T:
+        deadline = asyncio.timeout(limit_s)
+        try:
+            async with deadline:
+                return await call
+        except TimeoutError:  # what the user's code raises is a TaskError by now
+            limit = "" if verb == "close" else "rollout.environment_timeout_s="
+            late = f"{self._whom(verb, function)} did not answer within {limit}{limit_s:g} s"
+            raise TaskError(f"{late}: raise it, or give the call a limit of its own") from None
+
+    async def _run(
+        self,
+        verb: str,
+        function: Callable[..., Any],
+        *arguments: object,
+        at_once: bool = True,
+        thread: CallThread | None = None,
+    ) -> Any:
+        """Return what the user's function returns. Raises TaskError."""
+        if self._at_once and at_once:
+            with owned(self._whom(verb), TaskError, function):
+                return function(*arguments)
+        self.waits_for = self._whom(verb, function)
+        result = await run_apart(function, arguments, thread or self._thread)
+        self.waits_for = ""
+        if isinstance(result, Raised):
+            raise fault(self._whom(verb), result.error, TaskError, function) from result.error
+        return result
+
+    def _whom(self, verb: str, function: object = None) -> str:
+        where = place(None, function)
+        return f"task {self.task.id}: the environment {self.task.environment}'s {verb}" + (
+            f" ({where})" if where else ""
+        )
+
+    def _refuse(self, verb: str, gave: str, wanted: str, function: object) -> NoReturn:
+        raise TaskError(f"{self._whom(verb, function)} gave {gave}, it must be {wanted}")
+
+    # --- what the user's code gave ------------------------------------------------------------------------
+
+    def _text(self, verb: str, value: object) -> str:
+        """``value`` as it can be encoded; anything but a text is refused."""
+        if not isinstance(value, str):
+            self._refuse(verb, f"{type(value).__name__} as its text", "a text", None)
+        text = encodable(value)
+        self.cleaned += text is not value
+        return text
+
+    def _checked(self, outcome: Outcome) -> Outcome:
+        """``outcome`` with Python's own floats and texts, so that it can be stored as JSON.
+
+        A user's environment may count in NumPy or torch.
+        """
+        reward = self._number("the reward", outcome.reward)
+        # A failed episode, not a reward of 0: the siblings would be compared with it.
+        if not math.isfinite(reward):
+            raise TaskError(f"{self._gave} the reward {reward}, it must be a finite number")
+        parts = self._numbers("reward part", outcome.reward_parts)
+        return Outcome(reward, parts, tuple(map(self._answer, outcome.answers)))
+
+    def _answer(self, answer: Answer) -> Answer:
+        gold: object = answer.gold
+        texts = (gold,) if isinstance(gold, str) else answer.gold
+        return Answer(
+            self._text("outcome", answer.question),
+            tuple(self._text("outcome", text) for text in texts),
+            self._text("outcome", answer.prediction),
+            self._text("outcome", answer.category),
+            self._numbers("score", answer.scores),
+        )
+
+    @property
+    def _gave(self) -> str:
+        return f"task {self.task.id}: the environment {self.task.environment} gave"
+
+    def _numbers(self, kind: str, values: Mapping[str, float]) -> dict[str, float]:
+        return {
+            self._text("outcome", name): self._number(f"the {kind} {name}", value)
+            for name, value in values.items()
+        }
+
+    def _number(self, name: str, value: float) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):  # the last is raised by a tensor of several numbers
+            # name the type: the repr of an array would be many lines
+            raise TaskError(f"{self._gave} {name} as {type(value).__name__}, it must be one number") from None

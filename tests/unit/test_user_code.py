@@ -1,0 +1,457 @@
+"""What a user's environment, reward or memory raises is one failed episode that names their file and line.
+
+What waits stops nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.environments.build import build_environment
+from actors.episodes.rollout import Rollout, RolloutRequest
+from actors.protocols import EngineError, TaskError
+from actors.text.chat_template import ChatFormat
+from actors.types import AdapterKey, Generation, Sampling, Task, TrajectoryGroup
+from cluster.common.errors import AllFailed
+from cluster.common.tasks import TaskSource
+from cluster.measure.rows import EvaluationRow, TaskResult, run_episodes
+from cluster.train.warm_start import Demonstrations
+from configs.extensions import ExtensionError, load_extension
+from configs.schema import (
+    EmbedderConfig,
+    EnvironmentConfig,
+    MemoryConfig,
+    RolloutConfig,
+    RunConfig,
+    WarmStartConfig,
+    WriteConfig,
+)
+from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
+
+MODULE = """
+import asyncio, threading
+from actors.environments.base import Observation
+from actors.memory.base import TruncationMemory
+from actors.types import Answer, Flashcard, Outcome, Task
+
+closed, threads, gate, faults = [], [], threading.Event(), []
+
+class Session:
+    question = "How many?"
+    def __init__(self, task): self.task, self.turns = task, 2
+    def observe(self):
+        threads.append(threading.get_ident())
+        return Observation("How many?", True) if self.turns else None
+    def act(self, text):
+        threads.append(threading.get_ident())
+        self.turns -= 1
+    def outcome(self): return Outcome(0.5, {}, ())
+    def close(self):
+        threads.append(threading.get_ident())
+        closed.append(self.task.id)
+
+class Shop:
+    name, system_prompt, session = "shop", "Count.", Session
+    def __init__(self, options): self.options = options
+    def tasks(self, split, seed, start):
+        for position in range(start, 9): yield Task(f"shop-{position}", "shop", {}, 0)
+    def start(self, task): return self.session(task)
+
+def first():  # the first sibling that comes here
+    faults.append(1)
+    return len(faults) == 1
+
+class Parses(Session):
+    def act(self, text):
+        if first(): int(text)  # line 36
+        super().act(text)
+
+class Stops(Session):
+    def observe(self):
+        if first(): next(iter(()))  # line 41
+        return super().observe()
+
+class Exits(Session):
+    def act(self, text):
+        if first(): raise SystemExit(3)  # line 46
+        super().act(text)
+
+class Gathers(Session):
+    async def act(self, text):
+        async def fails(): raise ConnectionError("no route\\n to the shop")  # line 51
+        if first():
+            async with asyncio.TaskGroup() as tools: tools.create_task(fails())
+        super().act(text)
+
+class Cancels(Session):
+    async def act(self, text):
+        if first(): raise asyncio.CancelledError  # line 58
+        super().act(text)
+
+class Texts(Session):
+    def observe(self): return "a text" if first() else super().observe()  # line 62
+
+class Scores(Session):
+    async def outcome(self): return 1 / 0 if first() else super().outcome()  # line 65
+
+class Leaves(Session):
+    def close(self):
+        if first(): raise OSError("the sandbox is gone")  # line 69
+
+class Late(Session):
+    def act(self, text): gate.wait(20)  # line 72
+
+class LateAsync(Session):
+    async def act(self, text): await asyncio.sleep(20)  # line 75
+
+class Blocks(Session):
+    async def act(self, text):
+        assert gate.wait(20)
+        super().act(text)
+
+class Meets(Session):
+    barrier = threading.Barrier(64, timeout=20)
+    def act(self, text):
+        self.barrier.wait()
+        super().act(text)
+
+class MeetsAsync(Session):
+    here = 0
+    async def act(self, text):
+        MeetsAsync.here += 1
+        while MeetsAsync.here < 64: await asyncio.sleep(0.001)
+        super().act(text)
+
+class Halves(Session):
+    question = "How \\udc00 many?"
+    def observe(self): return Observation("caf\\ud83d", True) if self.turns else None
+
+class Shops(Shop):
+    def tasks(self, split, seed, start):
+        for position in range(start, 6):
+            if position in (1, 4): raise LookupError("no such shelf")  # line 102
+            yield Task(f"shop-{position}", "shop", {}, 0)
+
+class Unsent(Shop):
+    def tasks(self, split, seed, start): return iter([Task("a", "shop", {"lock": threading.Lock()}, 0)])
+
+class Dicts(Shop):
+    def tasks(self, split, seed, start): return [{"id": "a"}]  # line 109
+
+class AlwaysParses(Session):
+    def act(self, text): int(text)
+
+class Reads(Session):
+    def observe(self):
+        self.turns -= 1
+        told = "Three lamps came in, and then two more lamps came in."
+        return Observation(told, False) if self.turns else None
+
+class Teaches(Shop):
+    session, lost = Reads, False
+    def demonstrate_flashcards(self, task, text, blind):
+        if self.lost or task.id == "shop-0": [].pop()
+        return (Flashcard("How many lamps?", "5"),)
+
+class Broken(Shop):
+    def __init__(self, options): options["shelves"]  # line 127
+
+class Forgets(TruncationMemory):
+    async def answer(self, agent, text, max_tokens):
+        reply = await super().answer(agent, text, max_tokens)
+        return {}[reply] if first() else reply  # line 132
+
+def forgets(config, write, around): return Forgets(40)
+def no_memory(config, write, around): raise RuntimeError("no disk")  # line 135
+def reward(task, outcome): return float(task.payload["price"])  # line 136
+async def slow_reward(task, outcome): return 0.25
+"""
+REQUEST = RolloutRequest(
+    Task("shop-0", "shop", {}, 0), "g", 3, MemoryConfig(policy="truncation"), 1.0, 8, seed=1
+)
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    (tmp_path / "my_env.py").write_text(MODULE, encoding="utf-8")
+    (tmp_path / "my_typo.py").write_text("x = 1\nclass Shop(:\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("my_env")
+    for name in ("my_env", "my_typo"):
+        sys.modules.pop(name, None)
+
+
+def _shop(session: str = "Session", kind: str = "Shop", reward: str = "") -> Any:
+    config = EnvironmentConfig(name="custom", custom=f"my_env:{kind}", reward=reward and f"my_env:{reward}")
+    environment: Any = build_environment(config, EmbedderConfig())
+    getattr(environment, "inner", environment).session = getattr(sys.modules["my_env"], session)
+    return environment
+
+
+def _rollout(chat: ChatFormat, environment: Any, policy: ScriptedPolicy, **rollout: float) -> Rollout:
+    config = replace(RolloutConfig(), **rollout)  # type: ignore[arg-type]
+    slots, writer = 64, ScriptedWriter()
+    return Rollout(policy, writer, environment, chat, WriteConfig(), config, slots, SURROUNDINGS, "b", "w")
+
+
+def _says(chat: ChatFormat, text: str = "three") -> Callable[..., Generation]:
+    return lambda prompt_ids, sampling, adapter: sampled(chat.reply(text))
+
+
+def _play(
+    chat: ChatFormat, environment: Any, request: RolloutRequest = REQUEST, **rollout: float
+) -> TrajectoryGroup:
+    policy = ScriptedPolicy(_says(chat))
+    return asyncio.run(_rollout(chat, environment, policy, **rollout).group(request))
+
+
+@pytest.mark.parametrize(
+    ("session", "said"),
+    [
+        ("Parses", "act: ValueError: invalid literal for int() with base 10: 'three' (my_env.py:36)"),
+        ("Stops", "observe: StopIteration (my_env.py:41)"),
+        ("Exits", "act: SystemExit: 3 (my_env.py:46)"),
+        ("Gathers", "act: ConnectionError: no route to the shop (my_env.py:51)"),
+        ("Cancels", "act: CancelledError (my_env.py:58)"),
+        ("Texts", "observe (my_env.py:62) gave str, it must be an Observation or None"),
+        ("Scores", "outcome: ZeroDivisionError: division by zero (my_env.py:65)"),
+        ("Leaves", "close: OSError: the sandbox is gone (my_env.py:69)"),
+    ],
+)
+def test_a_fault_of_the_environment_is_one_failed_episode_with_its_line(
+    mine: Any, chat: ChatFormat, session: str, said: str
+) -> None:
+    group = _play(chat, _shop(session))
+    assert [failed.boundary for failed in group.failed] == ["environment"]
+    assert group.failed[0].message == f"task shop-0: the environment shop's {said}"
+    assert len(group.trajectories) == 2 and group.trajectories[0].outcome.reward == 0.5
+    assert session == "Leaves" or mine.closed == ["shop-0"] * 3
+
+
+@pytest.mark.parametrize("session", ["Late", "LateAsync"])
+def test_a_call_has_a_deadline_that_says_whom_it_waited_for(
+    mine: Any, chat: ChatFormat, session: str
+) -> None:
+    group = _play(chat, _shop(session), environment_timeout_s=1.0)
+    late = re.compile(
+        r"task shop-0: the environment shop's act \(my_env\.py:7\d\) did not answer within "
+        r"rollout\.environment_timeout_s=1 s: raise it, or give the call a limit of its own"
+    )
+    assert all(late.fullmatch(failed.message) for failed in group.failed) and len(group.failed) == 3
+    assert {failed.boundary for failed in group.failed} == {"environment"}
+    assert mine.closed == ["shop-0"] * 3  # also where the session's own thread still hangs
+    group = _play(chat, _shop(session), episode_timeout_s=1.0)
+    assert {failed.boundary for failed in group.failed} == {"timeout"}
+    assert "waiting for task shop-0: the environment shop's act (my_env.py:7" in group.failed[0].message
+    assert len(mine.closed) == 6
+    mine.gate.set()
+
+
+@pytest.mark.parametrize("session", ["Meets", "MeetsAsync"])
+def test_siblings_wait_at_the_same_time(mine: Any, chat: ChatFormat, session: str) -> None:
+    group = _play(chat, _shop(session), replace(REQUEST, group_size=64))
+    assert group.failed == () and len(group.trajectories) == 64
+
+
+def test_an_async_call_that_blocks_stops_no_worker(mine: Any, chat: ChatFormat) -> None:
+    async def play() -> TrajectoryGroup:
+        running = asyncio.create_task(
+            _rollout(chat, _shop("Blocks"), ScriptedPolicy(_says(chat))).group(REQUEST)
+        )
+        await asyncio.sleep(0.05)
+        mine.gate.set()  # never reached where the call holds this loop
+        return await running
+
+    assert len(asyncio.run(play()).trajectories) == 3
+
+
+def test_all_calls_of_a_session_come_from_one_thread(mine: Any, chat: ChatFormat) -> None:
+    _play(chat, _shop(), replace(REQUEST, group_size=1))
+    assert len(mine.threads) == 6 and len(set(mine.threads)) == 1
+    assert mine.threads[0] != threading.get_ident()
+
+
+def test_a_cancelled_group_closes_its_sessions(mine: Any, chat: ChatFormat) -> None:
+    async def play() -> None:
+        policy = ScriptedPolicy(_says(chat), delay_s=60)
+        running = asyncio.create_task(_rollout(chat, _shop(), policy).group(REQUEST))
+        while policy.running < 3:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    asyncio.run(play())
+    assert mine.closed == ["shop-0"] * 3
+
+
+def test_an_episode_that_the_engine_fails_closes_its_session(mine: Any, chat: ChatFormat) -> None:
+    def fails(prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
+        raise EngineError("no room")
+
+    group = asyncio.run(_rollout(chat, _shop(), ScriptedPolicy(fails)).group(REQUEST))
+    assert {failed.boundary for failed in group.failed} == {"engine"} and mine.closed == ["shop-0"] * 3
+
+
+@pytest.mark.parametrize(
+    ("custom", "failed", "said"),
+    [
+        ("forgets", 1, "task shop-0: the memory Forgets: KeyError: 'three' (my_env.py:132)"),
+        ("no_memory", 3, "task shop-0: memory.policy=custom: RuntimeError: no disk (my_env.py:135)"),
+    ],
+)
+def test_a_fault_of_a_users_memory_is_the_memorys(
+    mine: Any, chat: ChatFormat, custom: str, failed: int, said: str
+) -> None:
+    memory = MemoryConfig(policy="custom", custom=f"my_env:{custom}")
+    group = _play(chat, _shop(), replace(REQUEST, memory=memory))
+    assert [(failure.boundary, failure.message) for failure in group.failed] == [("memory", said)] * failed
+    assert len(mine.closed) == 3 - (custom == "no_memory") * 3
+
+
+def test_an_error_of_the_engine_below_a_users_memory_is_the_engines(mine: Any, chat: ChatFormat) -> None:
+    memory = MemoryConfig(policy="custom", custom="my_env:forgets")
+
+    def fails(error: Exception) -> Callable[..., Generation]:
+        def script(prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
+            raise error
+
+        return script
+
+    rollout = _rollout(chat, _shop(), ScriptedPolicy(fails(EngineError("no room"))))
+    group = asyncio.run(rollout.group(replace(REQUEST, memory=memory)))
+    assert {failed.boundary for failed in group.failed} == {"engine"}
+    rollout = _rollout(chat, _shop(), ScriptedPolicy(fails(KeyError("a typo of ours"))))
+    with pytest.raises(KeyError, match="a typo of ours"):
+        asyncio.run(rollout.group(replace(REQUEST, memory=memory)))
+
+
+def test_a_users_reward_may_be_async_and_its_fault_has_its_line(mine: Any, chat: ChatFormat) -> None:
+    group = _play(chat, _shop("Scores", reward="slow_reward"), replace(REQUEST, group_size=2))
+    assert [trajectory.outcome.reward for trajectory in group.trajectories] == [0.25]
+    assert [failed.message for failed in group.failed] == [
+        "task shop-0: the environment shop's outcome: ZeroDivisionError: division by zero (my_env.py:65)"
+    ]
+    group = _play(chat, _shop(reward="reward"))
+    said = "task shop-0: environment.reward=my_env:reward: KeyError: 'price' (my_env.py:136)"
+    assert [failed.message for failed in group.failed] == [said] * 3
+    assert mine.closed == ["shop-0"] * 5
+
+
+def test_what_cannot_be_encoded_is_cleaned_and_counted(mine: Any, chat: ChatFormat) -> None:
+    group = _play(chat, _shop("Halves"), replace(REQUEST, group_size=1))
+    (trajectory,) = group.trajectories
+    assert trajectory.memory_events["cleaned_texts"] == 3
+    assert "caf\ufffd" in chat.decode(trajectory.segments[0].token_ids.tolist())
+
+
+def test_a_task_may_bring_its_own_system_prompt(mine: Any, chat: ChatFormat) -> None:
+    def prompt(task: Task) -> str:
+        (trajectory,) = _play(chat, _shop(), replace(REQUEST, group_size=1, task=task)).trajectories
+        return chat.turns(trajectory.segments[0].token_ids.tolist())[0].text
+
+    assert prompt(REQUEST.task) == "Count."
+    assert prompt(replace(REQUEST.task, system_prompt="Count in dozens.")) == "Count in dozens."
+
+
+# --- tasks, and what is built ------------------------------------------------------------------------------
+
+
+def test_a_task_that_cannot_be_made_is_a_failed_task(mine: Any, chat: ChatFormat) -> None:
+    fault = "the environment shop's tasks: LookupError: no such shelf (my_env.py:102)"
+    tasks = TaskSource(_shop(kind="Shops"), "train", 0)
+    assert [(task.id, task.fault) for task in tasks.first(4)] == [
+        ("shop-0", ""),
+        ("shop-train-0-1", fault),
+        ("shop-2", ""),
+        ("shop-3", ""),
+    ]
+    assert [tasks.at(position).fault for position in (0, 1, 4, 5)] == ["", fault, fault, ""]
+    assert tasks.at(6).id == "shop-0" and tasks.at(10).fault == fault  # the split repeats
+    group = _play(chat, _shop(kind="Shops"), replace(REQUEST, task=tasks.at(1)))
+    assert [(failed.boundary, failed.message) for failed in group.failed] == [("environment", fault)] * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("Unsent", r"shop's tasks: TypeError: cannot pickle '_thread\.lock' object \(my_env\.py:106\)"),
+        ("Dicts", r"TypeError: it gave dict, not a Task of actors/types\.py \(my_env\.py:109\)"),
+    ],
+)
+def test_where_no_task_can_be_made_nothing_starts(mine: Any, kind: str, said: str) -> None:
+    with pytest.raises(TaskError, match=said):
+        TaskSource(_shop(kind=kind), "train", 0).first(3)
+
+
+def test_an_environment_that_cannot_be_built_has_its_line(mine: Any) -> None:
+    with pytest.raises(TaskError, match=r"environment\.custom=my_env:Broken: KeyError: 'shelves' \(my_env"):
+        _shop(kind="Broken")
+    with pytest.raises(ExtensionError, match=r"importing my_typo: SyntaxError: .*\(my_typo\.py:2\)"):
+        load_extension("environment.custom", "my_typo:Shop")
+
+
+# --- rows and stages ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """A worker that plays episodes in this process."""
+
+    rollout: Rollout
+    name: str = "worker-0"
+
+    async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
+        return await self.rollout.group(replace(REQUEST, task=task, group_id=task.id, group_size=1))
+
+
+def _measure(chat: ChatFormat, session: str, tasks: int) -> tuple[list[TaskResult], str]:
+    """Play a row; return what was kept, and the error that ended it."""
+    kept: list[TaskResult] = []
+    source = _Source(_rollout(chat, _shop(session), ScriptedPolicy(_says(chat))))
+    row = EvaluationRow("TMEM before", MemoryConfig(policy="truncation"), 0)
+    played = list(enumerate(TaskSource(_shop(), "eval", 0).first(tasks)))
+    try:
+        asyncio.run(run_episodes(row, played, [source], 2, kept.append))
+    except AllFailed as error:
+        return kept, str(error)
+    return kept, ""
+
+
+def test_a_row_goes_on_after_a_fault_and_ends_where_all_fail_alike(mine: Any, chat: ChatFormat) -> None:
+    kept, error = _measure(chat, "Parses", 8)
+    assert error == "" and sum(len(task.failed) for task in kept) == 1 and len(kept) == 8
+    kept, error = _measure(chat, "AlwaysParses", 8)
+    assert len(kept) < 8
+    assert re.fullmatch(
+        r"TMEM before: all \d episodes failed alike: environment: task shop-\d: the environment shop's act: "
+        r"ValueError: invalid literal for int\(\) with base 10: 'three' \(my_env\.py:\d+\)",
+        error,
+    )
+
+
+def test_a_warm_start_counts_tasks_that_fail_and_ends_where_all_do(mine: Any, model_path: Path) -> None:
+    config = RunConfig(
+        environment=EnvironmentConfig(name="custom", custom="my_env:Teaches"),
+        memory=MemoryConfig(max_context_tokens=20, question_blind=True),
+        warm_start=WarmStartConfig(steps=1, tasks_per_step=3),
+    )
+    teacher: Any = build_environment(config.environment, EmbedderConfig())
+    demonstrations = Demonstrations(config, teacher, model_path)
+    assert len(demonstrations.of_step(0)) == 2
+    (fault,) = demonstrations.faults
+    assert fault.startswith("task shop-0: the environment shop's demonstrate_flashcards: IndexError: ")
+    teacher.lost = True
+    with pytest.raises(
+        TaskError, match=r"all 3 tasks of a warm start's step failed, the first: .*my_env\.py"
+    ):
+        demonstrations.of_step(1)
