@@ -19,19 +19,16 @@ from actors.environments.base import Attributor, Environment
 from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat
 from actors.types import ActionSpan, Segment, SpanKind, Trajectory, WriteRecord
+from configs.user_code import owned
 
 
 def attributed(trajectory: Trajectory, environment: Environment, chat: ChatFormat) -> Trajectory:
     """Return ``trajectory`` with what the environment says of it. Raises TaskError."""
     if not isinstance(environment, Attributor):
         return trajectory
-    try:
+    whom = f"task {trajectory.task.id}: the attribution of {environment.name}"
+    with owned(whom, TaskError):  # of a user's environment: it costs the episode, not the worker
         return _Attribution(trajectory, environment, chat).made()
-    except TaskError:
-        raise
-    except Exception as error:  # of a user's environment: it costs the episode, not the worker
-        what = f"raised {type(error).__name__}: {error}"
-        raise TaskError(f"task {trajectory.task.id}: the attribution of {environment.name} {what}") from error
 
 
 @dataclass(frozen=True, slots=True)

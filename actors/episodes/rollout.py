@@ -303,9 +303,7 @@ class Rollout:
 
     async def _scored(self, played: Played) -> Trajectory:
         """Raises TaskError, MemoryFault."""
-        scored = await score_episode(played)
-        with owned(f"task {scored.task.id}: the environment {scored.task.environment}'s card uses", TaskError):
-            return attributed(scored, self._environment, self._chat)
+        return attributed(await score_episode(played), self._environment, self._chat)
 
     async def _play(
         self,

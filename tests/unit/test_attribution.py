@@ -133,7 +133,7 @@ def test_an_environment_that_cannot_say_leaves_all_to_the_episode(chat: ChatForm
 @pytest.mark.parametrize(
     ("use", "said"),
     [
-        (KeyError("facts"), "the attribution of recall raised KeyError: 'facts'"),
+        (KeyError("facts"), r"the attribution of recall: KeyError: 'facts' \(tests"),
         (CardUse((0, 2), True), r"questions \[0, 2\], but there are 2 answers: places count from 0"),
     ],
 )
