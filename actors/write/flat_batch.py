@@ -7,6 +7,9 @@
 All examples share the prefix; a row is one example without it. A row attends to its group's prefix and to
 itself, the prefix to itself. With all rows in one group the prefix runs once: below Delta it is the same for
 everybody. With a group for each episode it runs once per episode, under that episode's Delta.
+
+An example may begin with all tokens of another: a card behind another card and its answer. Then its row has
+only the tokens that follow, behind its *parent*, and attends to the parent's tokens too.
 """
 
 from __future__ import annotations
@@ -25,17 +28,21 @@ _Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class RowSpan:
-    """A row of ``length`` tokens. Its last ``answers`` tokens predict the answer. Both at least 1."""
+    """A row of ``length`` tokens. Its last ``answers`` tokens predict the answer. Both at least 1.
+
+    parent: the place of an earlier row in the same group, whose tokens it continues.
+    """
 
     length: int
     answers: int
+    parent: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FlatBatch:
     """The index tensors of one stream, made by ``make_flat_batch``.
 
-    G groups, R rows, N tokens; Q the longest row without the prefix; A the longest answer.
+    G groups, R rows, N tokens; Q the longest row; A the longest answer; K the most that a row attends to.
     Tokens of group g are ``offsets[g]:offsets[g + 1]``. Its answer positions are
     ``answer_offsets[g]:answer_offsets[g + 1]`` of ``answers``.
     """
@@ -46,12 +53,12 @@ class FlatBatch:
     positions: Tensor  # int64 [N]: of each token within its example
     prefixes: Tensor  # int64 [G, P]: where the prefix tokens are
     rows: Tensor  # int64 [R, Q]: where each row's tokens are; shorter rows repeat their last
-    keys: Tensor  # int64 [R, P + Q]: what a row attends to
-    mask: Tensor  # bool [R, 1, Q, P + Q]
+    keys: Tensor  # int64 [R, K]: prefix, ancestors, row; shorter ones repeat their last
+    mask: Tensor  # bool [R, 1, Q, K]
     order: Tensor  # int64 [N]: place of each token in [prefixes, rows] flattened
     answers: Tensor  # int64 [sum of answers]: where the answer-predicting tokens are
     answer_rows: Tensor  # int64 [R, A]: as indices into ``answers``; shorter answers repeat their last
-    answer_mask: Tensor  # bool [R, 1, A, P + Q]
+    answer_mask: Tensor  # bool [R, 1, A, K]
     answer_order: Tensor  # int64 [sum of answers]: place of each in ``answer_rows`` flattened
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -124,9 +131,14 @@ def make_flat_batch(prefix: int, groups: Sequence[Sequence[RowSpan]], device: to
         np.arange(q_count), last
     )  # of each query within its row; shorter rows repeat their last
     rows = starts[:, None] + place
-    group_of_row = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     prefixes = prefix_starts[:, None] + np.arange(prefix)
-    keys = np.concatenate([prefixes[group_of_row], rows], axis=1)
+    contexts = _contexts(prefixes, starts, groups)
+    context_sizes = np.array([len(context) for context in contexts])
+    k_count = int((context_sizes + lengths).max())
+    keys = np.empty((len(spans), k_count), dtype=np.int64)
+    for number, (context, start, length) in enumerate(zip(contexts, starts, lengths, strict=True)):
+        seen = np.concatenate([context, start + np.arange(length)])
+        keys[number] = seen[np.minimum(np.arange(k_count), len(seen) - 1)]
     # Answer k of a row is predicted from place length - answers + k; shorter answers repeat their last.
     answer_place = np.minimum(lengths[:, None] - sizes[:, None] + np.arange(a_count), last)
     real = np.arange(a_count) < sizes[:, None]
@@ -136,15 +148,15 @@ def make_flat_batch(prefix: int, groups: Sequence[Sequence[RowSpan]], device: to
         prefix=prefix,
         offsets=tuple(offsets),
         answer_offsets=tuple(answer_offsets),
-        positions=_index(_positions(prefix, groups), device),
+        positions=_index(_positions(prefix, groups, context_sizes), device),
         prefixes=_index(prefixes, device),
         rows=_index(rows, device),
         keys=_index(keys, device),
-        mask=_mask(prefix, place, q_count, device),
+        mask=_mask(context_sizes, place, k_count, device),
         order=_index(_order(prefix, starts, prefix_starts, lengths, q_count, offsets[-1]), device),
         answers=_index((starts[:, None] + answer_place)[real], device),
         answer_rows=_index(firsts[:, None] + np.minimum(np.arange(a_count), sizes[:, None] - 1), device),
-        answer_mask=_mask(prefix, answer_place, q_count, device),
+        answer_mask=_mask(context_sizes, answer_place, k_count, device),
         answer_order=_index((np.arange(len(spans))[:, None] * a_count + np.arange(a_count))[real], device),
     )
 
@@ -163,11 +175,27 @@ def _places(prefix: int, groups: Sequence[Sequence[RowSpan]]) -> tuple[_Indices,
     return np.array(starts, dtype=np.int64), np.array(prefix_starts, dtype=np.int64), offsets
 
 
-def _positions(prefix: int, groups: Sequence[Sequence[RowSpan]]) -> _Indices:
+def _contexts(prefixes: _Indices, starts: _Indices, groups: Sequence[Sequence[RowSpan]]) -> list[_Indices]:
+    """Where the tokens are that each row continues: its group's prefix, then its ancestors."""
+    contexts: list[_Indices] = []
+    for of_group, group in zip(prefixes, groups, strict=True):
+        first = len(contexts)
+        for row in group:
+            if row.parent is None:
+                contexts.append(of_group)
+                continue
+            parent = first + row.parent
+            own = starts[parent] + np.arange(group[row.parent].length)
+            contexts.append(np.concatenate([contexts[parent], own]))
+    return contexts
+
+
+def _positions(prefix: int, groups: Sequence[Sequence[RowSpan]], context_sizes: _Indices) -> _Indices:
+    contexts = iter(context_sizes)
     pieces = [
         piece
         for group in groups
-        for piece in (np.arange(prefix), *(prefix + np.arange(row.length) for row in group))
+        for piece in (np.arange(prefix), *(next(contexts) + np.arange(row.length) for row in group))
     ]
     return np.concatenate(pieces)
 
@@ -184,11 +212,10 @@ def _order(
     return order
 
 
-def _mask(prefix: int, places: _Indices, q_count: int, device: torch.device) -> Tensor:
-    """True where the query at ``places`` [R, n] of its row may look: the whole prefix, then up to itself."""
-    own = np.arange(q_count)[None, None] <= places[..., None]
-    mask = np.concatenate([np.ones((*places.shape, prefix), dtype=bool), own], axis=-1)
-    return torch.from_numpy(mask)[:, None].to(device)
+def _mask(context_sizes: _Indices, places: _Indices, k_count: int, device: torch.device) -> Tensor:
+    """True where the query at ``places`` [R, n] of its row may look: all that it continues, then to itself."""
+    last = context_sizes[:, None] + places
+    return torch.from_numpy(np.arange(k_count)[None, None] <= last[..., None])[:, None].to(device)
 
 
 def _index(array: _Indices, device: torch.device) -> Tensor:

@@ -30,19 +30,16 @@ _OwnedExample = tuple[int, WriteExample]  # the number of its episode, and the e
 class Row:
     """One example behind the lower layers, without the shared prefix.
 
-    hidden [T, d]: its stream. targets int64 [A]: the answer. The last A positions of ``hidden`` predict it,
-    as the last answer token is no input. base float32 [A, V]: the log-probs that a preserved reply keeps;
+    inputs: its T tokens. hidden [T, d]: its stream. targets int64 [A]: the answer. The last A positions of
+    ``hidden`` predict it, as the last answer token is no input. base float32 [A, V]: the log-probs that a preserved reply keeps;
     None for an example that is taught.
     """
 
     episode: int
+    inputs: tuple[int, ...]
     hidden: Tensor
     targets: Tensor
     base: Tensor | None = None
-
-    @property
-    def span(self) -> RowSpan:
-        return RowSpan(len(self.hidden), len(self.targets))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,11 +52,15 @@ class LowerOutput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Piece:
-    """Examples that run together. sizes: tokens of their shared prefix, then of each example without it."""
+    """Examples that run together. ids: the shared prefix, then the own tokens of each. sizes: of these.
+
+    parents: the place of the example that each one continues.
+    """
 
     examples: list[WriteExample]
     ids: tuple[int, ...]
     sizes: list[int]
+    parents: list[int | None]
     batch: FlatBatch
 
 
@@ -83,7 +84,12 @@ class LowerLayers:
         shared = len(shared_prefix([example.prompt_ids for _, example in part]))
         device = self._model.device
         rows = [
-            Row(episode, streams[example][shared:], torch.tensor(example.answer_ids, device=device))
+            Row(
+                episode,
+                _inputs(example, shared),
+                streams[example][shared:],
+                torch.tensor(example.answer_ids, device=device),
+            )
             for episode, example in part
         ]
         return LowerOutput(streams[part[0][1]][:shared], tuple(rows))
@@ -112,21 +118,25 @@ class LowerLayers:
             of_pieces = self._pass(ids, batches).split(batches.sizes)
             for piece, stream in zip(together, of_pieces, strict=True):
                 prefix, *rows = stream.split(piece.sizes)
-                for example, row in zip(piece.examples, rows, strict=True):
-                    streams[example] = torch.cat([prefix, row])
+                for example, row, parent in zip(piece.examples, rows, piece.parents, strict=True):
+                    before = prefix if parent is None else streams[piece.examples[parent]]
+                    streams[example] = torch.cat([before, row])
         return streams
 
     def _pieces(self, examples: Sequence[WriteExample]) -> Iterator[_Piece]:
         shared = shared_prefix([example.prompt_ids for example in examples])
-        # Without the last answer token: nothing is predicted from it.
-        inputs = [(*example.prompt_ids, *example.answer_ids[:-1])[len(shared) :] for example in examples]
+        inputs = [_inputs(example, len(shared)) for example in examples]
+        answers = [len(example.answer_ids) for example in examples]
+        parents = parents_of([0] * len(examples), inputs, answers)
         lengths = [len(ids) for ids in inputs]
-        for chunk in chunks_of(lengths, [0] * len(examples), len(shared), self._chunk_tokens):
-            spans = [RowSpan(lengths[i], len(examples[i].answer_ids)) for i in chunk]
+        for chunk in chunks_of(lengths, [0] * len(examples), parents, len(shared), self._chunk_tokens):
+            spans = spans_of(chunk, lengths, answers, parents)
+            own = (inputs[i][-span.length :] for i, span in zip(chunk, spans, strict=True))
             yield _Piece(
                 examples=[examples[i] for i in chunk],
-                ids=(*shared, *(token for i in chunk for token in inputs[i])),
+                ids=(*shared, *(token for ids in own for token in ids)),
                 sizes=[len(shared), *(span.length for span in spans)],
+                parents=[span.parent for span in spans],
                 batch=make_flat_batch(len(shared), [spans], self._model.device),
             )
 
@@ -148,23 +158,78 @@ class LowerLayers:
         return hidden + model.attention(model.layers[self._first], hidden, pattern, rotary)
 
 
-def chunks_of(lengths: Sequence[int], groups: Sequence[int], prefix: int, limit: int) -> Iterator[list[int]]:
-    """Indices in the order of their groups, at most ``limit`` tokens in a chunk; a longer row is alone.
+def parents_of(
+    groups: Sequence[int], inputs: Sequence[tuple[int, ...]], answers: Sequence[int]
+) -> list[int | None]:
+    """The row of its group that each row continues: the longest with which it begins, before its answer."""
+    rows = {(group, ids): i for i, (group, ids) in enumerate(zip(groups, inputs, strict=True))}
+    lengths = sorted({len(ids) for ids in inputs}, reverse=True)
+    parents: list[int | None] = []
+    for group, ids, size in zip(groups, inputs, answers, strict=True):
+        beginnings = ((group, ids[:length]) for length in lengths if 0 < length <= len(ids) - size)
+        parents.append(next((rows[beginning] for beginning in beginnings if beginning in rows), None))
+    return parents
 
-    A chunk holds the prefix once per group, so a group is split only where it is too long for one chunk.
+
+def spans_of(
+    rows: Sequence[int], lengths: Sequence[int], answers: Sequence[int], parents: Sequence[int | None]
+) -> list[RowSpan]:
+    """The spans of ``rows`` of one group, each behind its parent, which is there before it."""
+    place = {i: number for number, i in enumerate(rows)}
+    spans = []
+    for i in rows:
+        parent = parents[i]
+        if parent is None:
+            spans.append(RowSpan(lengths[i], answers[i]))
+        else:
+            spans.append(RowSpan(lengths[i] - lengths[parent], answers[i], place[parent]))
+    return spans
+
+
+def chunks_of(
+    lengths: Sequence[int],
+    groups: Sequence[int],
+    parents: Sequence[int | None],
+    prefix: int,
+    limit: int,
+) -> Iterator[list[int]]:
+    """Indices in the order of their groups, at most ``limit`` tokens in a chunk; a longer family is alone.
+
+    A chunk holds the prefix once per group, so a group is split only where it is too long for one chunk. A
+    row and its parent are in the same chunk, the parent first. lengths: with the parents' tokens.
     """
     chunk: list[int] = []
     tokens = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (groups[i], lengths[i])):
-        cost = lengths[i] + (prefix if not chunk or groups[chunk[-1]] != groups[i] else 0)
+    for family in _families(lengths, groups, parents):
+        group = groups[family[0]]
+        own = sum(lengths[i] - (0 if (parent := parents[i]) is None else lengths[parent]) for i in family)
+        cost = own + (prefix if not chunk or groups[chunk[-1]] != group else 0)
         if chunk and tokens + cost > limit:
             yield chunk
             chunk, tokens = [], 0
-            cost = lengths[i] + prefix
-        chunk.append(i)
+            cost = own + prefix
+        chunk += family
         tokens += cost
     if chunk:
         yield chunk
+
+
+def _families(
+    lengths: Sequence[int], groups: Sequence[int], parents: Sequence[int | None]
+) -> list[list[int]]:
+    """The rows with all that continue them, parents first; by group, then short ones first."""
+    families: dict[int, list[int]] = {}
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        root = i
+        while (parent := parents[root]) is not None:
+            root = parent
+        families.setdefault(root, []).append(i)
+    return sorted(families.values(), key=lambda family: (groups[family[0]], lengths[family[-1]]))
+
+
+def _inputs(example: WriteExample, shared: int) -> tuple[int, ...]:
+    """Without the shared prefix and the last answer token: nothing is predicted from that."""
+    return (*example.prompt_ids, *example.answer_ids[:-1])[shared:]
 
 
 def shared_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

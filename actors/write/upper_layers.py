@@ -6,6 +6,7 @@
 These are not computed again and again, and every number stays as it is (up to rounding):
 
     shared prefix    tokens that all examples begin with: once per episode, under its own B (flat_batch.py)
+    parents          a card that others stand behind: once, and they attend to it
     padding          none: streams are flat, and only attention sees rectangles
     first MLP        its inputs depend on no B: W x and A x are kept over the epochs, no gradient goes below
     last layer       queries, MLP, norm and head at answer positions only
@@ -26,7 +27,7 @@ from actors.fast_weights.delta import Basis, StackedWeights
 from actors.write.flat_batch import FlatBatch, make_flat_batch
 from actors.write.frozen_llama import FrozenLayer, FrozenLlama, times_frozen
 from actors.write.kernels import add_grouped, head_pass, kl_pass, shrink_grouped
-from actors.write.lower_layers import Row, chunks_of
+from actors.write.lower_layers import Row, chunks_of, parents_of, spans_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,10 +73,12 @@ class UpperLayers:
     @torch.no_grad()
     def prepare(self, prefix: Tensor, rows: Sequence[Row]) -> tuple[Chunk, ...]:
         """Make what ``score`` needs of ``rows`` behind ``prefix``: once for all steps that use them."""
-        lengths, episodes = [len(row.hidden) for row in rows], [row.episode for row in rows]
+        lengths, episodes = [len(row.inputs) for row in rows], [row.episode for row in rows]
+        answers = [len(row.targets) for row in rows]
+        parents = parents_of(episodes, [row.inputs for row in rows], answers)
         return tuple(
-            self._prepare_chunk(prefix, rows, numbers)
-            for numbers in chunks_of(lengths, episodes, len(prefix), self._chunk_tokens)
+            self._prepare_chunk(prefix, rows, parents, numbers)
+            for numbers in chunks_of(lengths, episodes, parents, len(prefix), self._chunk_tokens)
         )
 
     # --- once per step --------------------------------------------------------------------------------------
@@ -154,15 +157,25 @@ class UpperLayers:
 
     # --- the passes -----------------------------------------------------------------------------------------
 
-    def _prepare_chunk(self, prefix: Tensor, rows: Sequence[Row], numbers: Sequence[int]) -> Chunk:
+    def _prepare_chunk(
+        self, prefix: Tensor, rows: Sequence[Row], parents: Sequence[int | None], numbers: Sequence[int]
+    ) -> Chunk:
         episodes = sorted({rows[i].episode for i in numbers})
         groups = [[i for i in numbers if rows[i].episode == episode] for episode in episodes]
         in_order = [i for group in groups for i in group]
-        spans = [[rows[i].span for i in group] for group in groups]
+        lengths, answers = [len(row.inputs) for row in rows], [len(row.targets) for row in rows]
+        spans = [spans_of(group, lengths, answers, parents) for group in groups]
         batch = make_flat_batch(len(prefix), spans, self._model.device)
         # Each group repeats the prefix: above the lower layers it runs under that episode's own B.
         hidden = torch.cat(
-            [piece for group in groups for piece in (prefix, *(rows[i].hidden for i in group))]
+            [
+                piece
+                for group, of_group in zip(groups, spans, strict=True)
+                for piece in (
+                    prefix,
+                    *(rows[i].hidden[-span.length :] for i, span in zip(group, of_group, strict=True)),
+                )
+            ]
         )
         if self._first == self._last:
             hidden = batch.answers_of(hidden)  # no later attention reads the other tokens

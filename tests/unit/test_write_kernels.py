@@ -10,17 +10,26 @@ from actors.write.flat_batch import FlatBatch, RowSpan, make_flat_batch
 from actors.write.kernels import head_pass
 
 CPU = torch.device("cpu")
-GROUPS = ((RowSpan(5, 2), RowSpan(3, 3)), (RowSpan(4, 1),), (RowSpan(1, 1), RowSpan(6, 2), RowSpan(2, 1)))
+# The last two rows of the third group continue its first row, and one another.
+GROUPS = (
+    (RowSpan(5, 2), RowSpan(3, 3)),
+    (RowSpan(4, 1),),
+    (RowSpan(1, 1), RowSpan(6, 2), RowSpan(2, 1), RowSpan(4, 2, parent=0), RowSpan(3, 1, parent=3)),
+)
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
 
 def places(batch: FlatBatch, prefix: int) -> list[tuple[list[int], list[int], RowSpan]]:
-    """For each row: where its group's prefix and its own tokens are, counted by hand."""
-    counted, start = [], 0
+    """For each row: where what it continues and its own tokens are, counted by hand."""
+    counted: list[tuple[list[int], list[int], RowSpan]] = []
+    start = 0
     for group in GROUPS:
-        own = start + prefix
+        first, own = len(counted), start + prefix
         for row in group:
-            counted.append((list(range(start, start + prefix)), list(range(own, own + row.length)), row))
+            before = list(range(start, start + prefix))
+            if row.parent is not None:
+                before = counted[first + row.parent][0] + counted[first + row.parent][1]
+            counted.append((before, list(range(own, own + row.length)), row))
             own += row.length
         start = own
     assert start == batch.offsets[-1] == len(batch.positions)
@@ -36,7 +45,7 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
 
 
 @pytest.mark.parametrize("prefix", [0, 3])
-def test_a_row_attends_to_its_groups_prefix_and_to_itself_and_to_nobody_else(prefix: int) -> None:
+def test_a_row_attends_to_what_it_continues_and_to_itself_and_to_nobody_else(prefix: int) -> None:
     batch = make_flat_batch(prefix, GROUPS, CPU)
     draw = torch.Generator().manual_seed(0)
     q, k, v = (
@@ -48,7 +57,7 @@ def test_a_row_attends_to_its_groups_prefix_and_to_itself_and_to_nobody_else(pre
     for before, own, row in places(batch, prefix):
         index = torch.tensor(before + own)
         expected = plain_attention(q[index], k[index], v[index])
-        assert batch.positions[index].tolist() == list(range(prefix + row.length))
+        assert batch.positions[index].tolist() == list(range(len(index)))
         assert torch.allclose(attended[index], expected, atol=1e-6)  # the prefix of its group included
         assert torch.allclose(answered[taken : taken + row.answers], expected[-row.answers :], atol=1e-6)
         taken += row.answers

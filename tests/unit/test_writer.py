@@ -180,6 +180,32 @@ def test_prompts_that_are_the_shared_prefix_or_equal() -> None:
         )
 
 
+@pytest.mark.parametrize("last_layers", [1, 3])
+@pytest.mark.parametrize("chunk_tokens", [20, 2048])
+def test_cards_behind_others_equal_the_loop_that_runs_each_whole(last_layers: int, chunk_tokens: int) -> None:
+    """Each card plainly, behind another, and behind two. Minibatches part them as they like."""
+    basis = basis_of(tiny_model(), last_layers)
+    requests = [
+        WriteRequest(name, zero(basis), behind_others(examples(seed, 3, shared_prefix=4)), seed=seed)
+        for seed, name in enumerate("ab", start=1)
+    ]
+    for batch_size in (4, 16):
+        config = replace(SGD, batch_size=batch_size, chunk_tokens=chunk_tokens)
+        for request, result in zip(requests, write(requests, config, last_layers=last_layers), strict=True):
+            expected = reference(request, basis, config, "llama")[0]
+            assert largest_difference(result.weights, expected) <= 1e-6
+
+
+def behind_others(cards: tuple[WriteExample, ...]) -> tuple[WriteExample, ...]:
+    a, b, c = cards
+    rows = [*cards]
+    for chain in ((a, b), (a, b, c), (c, a), (b, c)):
+        tokens = [token for card in chain for token in (*card.prompt_ids, *card.answer_ids)]
+        end = len(tokens) - len(chain[-1].answer_ids)
+        rows.append(WriteExample(tuple(tokens[:end]), tuple(tokens[end:])))
+    return tuple(rows)
+
+
 def test_companions_do_not_change_an_episode() -> None:
     basis = basis_of(tiny_model())
     requests = ragged_requests(basis)
