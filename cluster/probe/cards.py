@@ -51,23 +51,28 @@ They are asked, never written.
 def cards_of(source: str, seed: int) -> tuple[Card, ...]:
     """The cards of ``source``: a file, "recall:N" (held-out words) or "recall:train:N" (training's words).
 
-    A seed above 0 shuffles a file's order. Raises ProbeError.
+    "recall:Nx2": each fact is written in two wordings. A seed above 0 shuffles a file's order. Raises
+    ProbeError.
     """
     if not source.startswith("recall:"):
         cards = read_cards(Path(source))
         return cards if seed == 0 else tuple(random.Random(f"probe/{seed}").sample(cards, len(cards)))
     *middle, count = source.removeprefix("recall:").split(":")
-    if middle not in ([], ["train"], ["eval"]) or not count.isdecimal() or int(count) < 1:
+    count, twice, wordings = count.partition("x")
+    named = count.isdecimal() and int(count) > 0 and wordings in (("1", "2") if twice else ("",))
+    if middle not in ([], ["train"], ["eval"]) or not named:
         raise ProbeError(
-            f"--cards {source}: write recall:N, or recall:train:N to tune on other words, with N of 1 or more"
+            f"--cards {source}: write recall:N, or recall:train:N to tune on other words, with N of 1 or more; "
+            "Nx2 writes each fact in two wordings"
         )
-    return recall_cards(int(count), "train" if middle == ["train"] else "eval", seed)
+    split: Split = "train" if middle == ["train"] else "eval"
+    return recall_cards(int(count), split, seed, int(wordings or 1))
 
 
-def recall_cards(count: int, split: Split, seed: int) -> tuple[Card, ...]:
+def recall_cards(count: int, split: Split, seed: int, wordings: int = 1) -> tuple[Card, ...]:
     """``count`` facts, each a person and a relation, so no question has two answers.
 
-    Answers repeat only when a relation's answers are used up. Raises ProbeError.
+    ``wordings`` of each are written, the others are its paraphrases. Answers repeat only when a relation's answers are used up. Raises ProbeError.
     """
     pairs = list(itertools.product(PEOPLE[split], RELATIONS))
     if count > len(pairs):
@@ -82,10 +87,10 @@ def recall_cards(count: int, split: Split, seed: int) -> tuple[Card, ...]:
         values = relation.values[split]
         value = draw.choice([value for value in values if value not in used] or values)
         used.add(value)
-        wordings = (*relation.questions, *PARAPHRASES[relation.name])
-        question, *paraphrases = (wording.format(name=person) for wording in wordings)
+        forms = (*relation.questions, *PARAPHRASES[relation.name])
+        questions = tuple(form.format(name=person) for form in forms)
         telling = draw_telling.choice(relation.tellings).format(name=person, value=value)
-        cards.append(Card(question, value, tuple(paraphrases), telling))
+        cards.append(Card(questions[0], value, questions[wordings:], telling, questions[1:wordings]))
     return tuple(cards)
 
 
@@ -195,7 +200,8 @@ def examples_of(
 
 
 def flashcards_of(cards: Sequence[Card]) -> list[Flashcard]:
-    return [Flashcard(card.question, card.answer) for card in cards]
+    """The flashcards that write ``cards``: one for each wording."""
+    return [Flashcard(question, card.answer) for card in cards for question in (card.question, *card.also)]
 
 
 # --- unrelated text -----------------------------------------------------------------------------------------

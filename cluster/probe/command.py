@@ -35,7 +35,8 @@ EXAMPLES = """examples:
   engram probe quickstart --cards recall:64 --writes 16 --sweep write.rehearsal=0,4
 
 cards: a JSON or JSONL file of {"question", "answer"[, "paraphrases": [...]][, "telling"]}, or recall:N for N
-       made-up facts with paraphrases (recall:train:N: other people and answers, to tune on)
+       made-up facts with paraphrases (recall:train:N: other people and answers, to tune on; Nx2: each fact is
+       written in two wordings)
 grid:  settings of write.* and fast_weights.*, and supervision=flashcards|summary|raw: what of the facts a
        write trains on (write.rehearsal works with flashcards only)
 """

@@ -41,13 +41,14 @@ class ProbeError(RuntimeError):
 class Card:
     """A flashcard that is written, and paraphrases of its question that never are.
 
-    ``telling`` is the sentence that told it, "" if unknown.
+    ``telling`` is the sentence that told it, "" if unknown. ``also``: other wordings that are written, too.
     """
 
     question: str
     answer: str
     paraphrases: tuple[str, ...]
     telling: str = ""
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from cluster.probe.cards import (
     PARAPHRASES,
     cards_of,
     examples_of,
+    flashcards_of,
     read_cards,
     recall_cards,
     unrelated_pieces,
@@ -133,7 +134,24 @@ def test_paraphrases_are_wordings_that_are_never_written_or_told() -> None:
         assert not any(card.answer in asked for asked in (card.question, *card.paraphrases))
 
 
-@pytest.mark.parametrize("source", ["recall:0", "recall:", "recall:test:4", "recall:9999", "nowhere.jsonl"])
+def test_a_fact_is_written_in_two_wordings_where_the_source_says_so() -> None:
+    once, twice = cards_of("recall:5", 1), cards_of("recall:5x2", 1)
+    assert once == cards_of("recall:5x1", 1)
+    for card, reworded in zip(once, twice, strict=True):
+        assert (card.question, card.answer) == (reworded.question, reworded.answer)
+        assert (reworded.also, reworded.paraphrases) == (card.paraphrases[:1], card.paraphrases[1:])
+    written = flashcards_of(twice)
+    assert [(card.question, card.answer) for card in written[:2]] == [
+        (twice[0].question, twice[0].answer),
+        (twice[0].also[0], twice[0].answer),
+    ]
+    assert len(written) == 10
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["recall:0", "recall:", "recall:test:4", "recall:9999", "nowhere.jsonl", "recall:4x3", "recall:4x"],
+)
 def test_a_source_without_cards_is_refused(source: str) -> None:
     with pytest.raises(ProbeError, match=f"--cards {source}|--cards asks for 9999 facts"):
         cards_of(source, 0)
