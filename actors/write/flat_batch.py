@@ -213,7 +213,7 @@ def _order(
 
 
 def _mask(context_sizes: _Indices, places: _Indices, k_count: int, device: torch.device) -> Tensor:
-    """True where the query at ``places`` [R, n] of its row may look: all that it continues, then to itself."""
+    """True where the query at ``places`` [R, n] of its row looks: at all that it continues, up to itself."""
     last = context_sizes[:, None] + places
     return torch.from_numpy(np.arange(k_count)[None, None] <= last[..., None])[:, None].to(device)
 

@@ -28,25 +28,29 @@ _OwnedExample = tuple[int, WriteExample]  # the number of its episode, and the e
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One example behind the lower layers, without the shared prefix.
+    """One example behind the lower layers.
 
-    inputs: its T tokens. hidden [T, d]: its stream. targets int64 [A]: the answer. The last A positions of
-    ``hidden`` predict it, as the last answer token is no input. base float32 [A, V]: the log-probs that a preserved reply keeps;
-    None for an example that is taught.
+    hidden [T, d]: the stream of its T inputs; the last answer token is none. targets int64 [A]: the answer,
+    which the last A positions predict. base float32 [A, V]: the log-probs that a preserved reply keeps; None
+    for an example that is taught.
     """
 
     episode: int
-    inputs: tuple[int, ...]
+    example: WriteExample
     hidden: Tensor
     targets: Tensor
     base: Tensor | None = None
 
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        return inputs_of(self.example)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowerOutput:
-    """All examples of one part. prefix [P, d]: the P >= 0 tokens that every example begins with."""
+    """All examples of one part. prefix: how many tokens every example begins with, 0 or more."""
 
-    prefix: Tensor
+    prefix: int
     rows: tuple[Row, ...]
 
 
@@ -81,18 +85,12 @@ class LowerLayers:
         return tuple(self._output(part, streams) for part in parts)
 
     def _output(self, part: Sequence[_OwnedExample], streams: Mapping[WriteExample, Tensor]) -> LowerOutput:
-        shared = len(shared_prefix([example.prompt_ids for _, example in part]))
         device = self._model.device
         rows = [
-            Row(
-                episode,
-                _inputs(example, shared),
-                streams[example][shared:],
-                torch.tensor(example.answer_ids, device=device),
-            )
+            Row(episode, example, streams[example], torch.tensor(example.answer_ids, device=device))
             for episode, example in part
         ]
-        return LowerOutput(streams[part[0][1]][:shared], tuple(rows))
+        return LowerOutput(len(shared_prefix([example.prompt_ids for _, example in part])), tuple(rows))
 
     def _streams(self, parts: Sequence[Sequence[WriteExample]]) -> dict[WriteExample, Tensor]:
         """The stream of each example, remembered or run now."""
@@ -125,7 +123,7 @@ class LowerLayers:
 
     def _pieces(self, examples: Sequence[WriteExample]) -> Iterator[_Piece]:
         shared = shared_prefix([example.prompt_ids for example in examples])
-        inputs = [_inputs(example, len(shared)) for example in examples]
+        inputs = [inputs_of(example)[len(shared) :] for example in examples]
         answers = [len(example.answer_ids) for example in examples]
         parents = parents_of([0] * len(examples), inputs, answers)
         lengths = [len(ids) for ids in inputs]
@@ -227,9 +225,9 @@ def _families(
     return sorted(families.values(), key=lambda family: (groups[family[0]], lengths[family[-1]]))
 
 
-def _inputs(example: WriteExample, shared: int) -> tuple[int, ...]:
-    """Without the shared prefix and the last answer token: nothing is predicted from that."""
-    return (*example.prompt_ids, *example.answer_ids[:-1])[shared:]
+def inputs_of(example: WriteExample) -> tuple[int, ...]:
+    """Without the last answer token: nothing is predicted from that."""
+    return (*example.prompt_ids, *example.answer_ids[:-1])
 
 
 def shared_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

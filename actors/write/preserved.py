@@ -25,23 +25,17 @@ class PreservedReplies:
         self._nothing = stack([zero(basis)], basis, torch.float32, device)
         self._remembered: OrderedDict[WriteExample, Tensor] = OrderedDict()  # oldest first
 
-    def rows(self, prefix: Tensor, examples: Sequence[WriteExample], rows: Sequence[Row]) -> list[Row]:
-        """Give ``rows``, those of ``examples`` behind ``prefix``, the distributions that they keep."""
-        missing = {
-            example: row
-            for example, row in zip(examples, rows, strict=True)
-            if example not in self._remembered
-        }
+    def rows(self, prefix: int, rows: Sequence[Row]) -> list[Row]:
+        """Give ``rows`` the distributions that they keep. All begin with the same ``prefix`` tokens."""
+        missing = {row.example: row for row in rows if row.example not in self._remembered}
         if missing:
             # All under episode 0: its Delta is the only one here, and it is 0.
             chunks = self._layers.prepare(prefix, [replace(row, episode=0) for row in missing.values()])
             made = self._layers.distributions(chunks, self._nothing)
             self._remembered.update(zip(missing, made, strict=True))
-        for example in examples:
-            self._remembered.move_to_end(example)
-        based = [
-            replace(row, base=self._remembered[example]) for example, row in zip(examples, rows, strict=True)
-        ]
+        for row in rows:
+            self._remembered.move_to_end(row.example)
+        based = [replace(row, base=self._remembered[row.example]) for row in rows]
         self._forget()
         return based
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,8 +26,6 @@ from configs.schema import WriteConfig
 
 Selection = Sequence[Sequence[int]]  # numbers of rows, a list for each episode
 OnStep = Callable[[StackedWeights], None]
-_KEPT_TAUGHT = 2  # a single minibatch comes again at every step; of several, each is drawn anew
-_KEPT_PRESERVED = 16  # preserved replies come round again after as many steps, or fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,77 +72,45 @@ class Trained:
 
 
 class Rows:
-    """The rows of one write. What selections of them need is prepared once: that does not depend on B.
+    """The rows of one write, which all begin with the same ``prefix`` tokens."""
 
-    Taught and preserved rows are prepared apart. Together, each step's few preserved rows would bring another
-    copy of all that the cards need.
-    """
-
-    def __init__(
-        self, layers: UpperLayers, prefix: Tensor, rows: Sequence[Row], preserve_weight: float
-    ) -> None:
+    def __init__(self, layers: UpperLayers, prefix: int, rows: Sequence[Row], preserve_weight: float) -> None:
         self._layers, self._prefix, self._rows, self._weight = layers, prefix, rows, preserve_weight
-        self._taught, self._preserved = _Kept(_KEPT_TAUGHT), _Kept(_KEPT_PRESERVED)
+        self._selection: Selection = ()
+        self._chunks: tuple[Chunk, ...] = ()
 
     def score(self, steps: Sequence[Step], weights: StackedWeights) -> list[StepScores]:
         """The scores of each episode's step. Adds the gradient of its loss to ``weights``."""
-        logprobs = self._score(self._taught, [step.taught for step in steps], weights, self._mean_of_tokens)
-        kept = [step.preserved for step in steps]
-        kls: list[list[Tensor]] = [[] for _ in steps]
-        if any(kept):
-            kls = self._score(self._preserved, kept, weights, self._mean_of_replies)
+        selection = [(*step.taught, *step.preserved) for step in steps]
+        loss_weights = [weight for step in steps for weight in self._loss_weights(step)]
+        scores = by_episode(self._layers.score(self.prepared(selection), weights, loss_weights), selection)
         return [
-            StepScores(of_cards, sum(float(row.mean()) for row in of_replies) / max(1, len(of_replies)))
-            for of_cards, of_replies in zip(logprobs, kls, strict=True)
+            _step_scores(of_episode[: len(step.taught)], of_episode[len(step.taught) :])
+            for step, of_episode in zip(steps, scores, strict=True)
         ]
 
     def measure(self, selection: Selection, weights: StackedWeights) -> list[list[Tensor]]:
-        """The log-probs alone."""
+        """The log-probs alone, of taught rows."""
         (flat,) = self._layers.measure((self.prepared(selection), weights))
         return by_episode(flat, selection)
 
     def prepared(self, selection: Selection) -> tuple[Chunk, ...]:
-        """What taught rows need."""
-        return self._prepare(self._taught, selection)
+        """What the selected rows need. Steps without preserved replies often select the same rows again."""
+        if selection != self._selection:
+            rows = [self._rows[i] for of_episode in selection for i in of_episode]
+            self._selection, self._chunks = selection, self._layers.prepare(self._prefix, rows)
+        return self._chunks
 
-    def _score(
-        self, kept: _Kept, selection: Selection, weights: StackedWeights, weigh: _Weigh
-    ) -> list[list[Tensor]]:
-        loss_weights = [weight for of_episode in selection for weight in weigh(of_episode)]
-        chunks = self._prepare(kept, selection)
-        return by_episode(self._layers.score(chunks, weights, loss_weights), selection)
-
-    def _prepare(self, kept: _Kept, selection: Selection) -> tuple[Chunk, ...]:
-        rows = [self._rows[i] for of_episode in selection for i in of_episode]
-        return kept.get(selection, lambda: self._layers.prepare(self._prefix, rows))
-
-    def _mean_of_tokens(self, taught: Sequence[int]) -> list[float]:
-        tokens = sum(len(self._rows[i].targets) for i in taught)
-        return [1 / tokens] * len(taught)
-
-    def _mean_of_replies(self, preserved: Sequence[int]) -> list[float]:
-        """The mean over replies of their mean over tokens."""
-        return [self._weight / (len(preserved) * len(self._rows[i].targets)) for i in preserved]
+    def _loss_weights(self, step: Step) -> list[float]:
+        """Of cards the mean over tokens; of preserved replies the mean over replies of that of each."""
+        tokens = sum(len(self._rows[i].targets) for i in step.taught)
+        replies = len(step.preserved)
+        kept = [self._weight / (replies * len(self._rows[i].targets)) for i in step.preserved]
+        return [1 / tokens] * len(step.taught) + kept
 
 
-_Weigh = Callable[[Sequence[int]], list[float]]
-
-
-class _Kept:
-    """The newest prepared selections."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._chunks: OrderedDict[tuple[tuple[int, ...], ...], tuple[Chunk, ...]] = OrderedDict()
-
-    def get(self, selection: Selection, prepare: Callable[[], tuple[Chunk, ...]]) -> tuple[Chunk, ...]:
-        key = tuple(tuple(of_episode) for of_episode in selection)
-        if key not in self._chunks:
-            self._chunks[key] = prepare()
-            if len(self._chunks) > self._most:
-                self._chunks.popitem(last=False)
-        self._chunks.move_to_end(key)
-        return self._chunks[key]
+def _step_scores(logprobs: list[Tensor], kls: list[Tensor]) -> StepScores:
+    return StepScores(logprobs, sum(float(row.mean()) for row in kls) / max(1, len(kls)))
 
 
 def by_episode(flat: Iterable[Tensor], selection: Selection) -> list[list[Tensor]]:

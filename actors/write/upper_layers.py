@@ -1,14 +1,15 @@
 """The layers that Delta touches, for a writer that runs the same few examples through them many times.
 
     lower_layers.py --> LowerOutput --> prepare --> Chunk --> score: log-probs of the answers, gradient of B
-                        once per write   once per minibatch   once per step
+                        once per write    once per step, where it takes other rows than the last
 
 These are not computed again and again, and every number stays as it is (up to rounding):
 
     shared prefix    tokens that all examples begin with: once per episode, under its own B (flat_batch.py)
     parents          a card that others stand behind: once, and they attend to it
     padding          none: streams are flat, and only attention sees rectangles
-    first MLP        its inputs depend on no B: W x and A x are kept over the epochs, no gradient goes below
+    first MLP        its inputs depend on no B: W x and A x are kept over steps and writes (first_mlp.py), and
+                     no gradient goes below
     last layer       queries, MLP, norm and head at answer positions only
     head             the gradient of the cross-entropy is formed beside the log-probs, block by block, so no
                      logits are kept (``kernels.head_pass``)
@@ -18,12 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from actors.fast_weights.delta import Basis, StackedWeights
+from actors.write.first_mlp import GATE_AND_UP, FirstMlp, Stream, key_of
 from actors.write.flat_batch import FlatBatch, make_flat_batch
 from actors.write.frozen_llama import FrozenLayer, FrozenLlama, times_frozen
 from actors.write.kernels import add_grouped, head_pass, kl_pass, shrink_grouped
@@ -36,9 +39,7 @@ class Chunk:
 
     numbers: the rows' places among those that were prepared. sizes: tokens of their answers.
     episodes int64 [G]: whose B each group of ``batch`` acts under.
-    hidden [n, d], gate_up [n, 2 f], shrunk [n, rank] by projection: the first adapted MLP's residual stream,
-    W x and A x. n is all tokens, or the answers alone where that MLP is in the last layer.
-    x [n, d]: that MLP's input, kept where the write moves A too, as there is no A x to keep; else None.
+    stream: of all tokens, or of the answers alone where the first adapted MLP is in the last layer.
     taught, preserved: places of the two kinds of answer tokens, where there are both. base: log-probs [A, V]
     of each preserved row.
     """
@@ -48,10 +49,7 @@ class Chunk:
     episodes: Tensor
     batch: FlatBatch
     rotary: tuple[Tensor, Tensor]
-    hidden: Tensor
-    gate_up: Tensor
-    shrunk: Mapping[str, Tensor]
-    x: Tensor | None
+    stream: Stream
     targets: Tensor
     taught: Tensor
     preserved: Tensor
@@ -66,20 +64,34 @@ class UpperLayers:
         self._first, self._last = basis.first_layer, len(model.layers) - 1
         self._chunk_tokens = chunk_tokens
         self._a = {name: matrix.to(model.device, model.dtype) for name, matrix in basis.a.items()}
-        self._rank, self._train_a = basis.rank, basis.train_a
+        self._rank = basis.rank
+        self._first_mlp = FirstMlp(model, basis, self._a, chunk_tokens)
 
     # --- once per write -------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prepare(self, prefix: Tensor, rows: Sequence[Row]) -> tuple[Chunk, ...]:
-        """Make what ``score`` needs of ``rows`` behind ``prefix``: once for all steps that use them."""
-        lengths, episodes = [len(row.inputs) for row in rows], [row.episode for row in rows]
-        answers = [len(row.targets) for row in rows]
-        parents = parents_of(episodes, [row.inputs for row in rows], answers)
-        return tuple(
-            self._prepare_chunk(prefix, rows, parents, numbers)
-            for numbers in chunks_of(lengths, episodes, parents, len(prefix), self._chunk_tokens)
-        )
+    def prepare(self, prefix: int, rows: Sequence[Row]) -> tuple[Chunk, ...]:
+        """Make what ``score`` needs of ``rows``, which all begin with the same ``prefix`` tokens."""
+        inputs, episodes = [row.inputs[prefix:] for row in rows], [row.episode for row in rows]
+        lengths, answers = [len(ids) for ids in inputs], [len(row.targets) for row in rows]
+        parents = parents_of(episodes, inputs, answers)
+        streams = self._first_mlp.streams(rows)
+        chunks = []
+        for numbers in chunks_of(lengths, episodes, parents, prefix, self._chunk_tokens):
+            groups = [list(group) for _, group in groupby(numbers, lambda i: episodes[i])]
+            spans = [spans_of(group, lengths, answers, parents) for group in groups]
+            batch = make_flat_batch(prefix, spans, self._model.device)
+            # Each group repeats the prefix: above the lower layers it runs under that episode's own B.
+            pieces = [
+                piece
+                for group, of_group in zip(groups, spans, strict=True)
+                for piece in (
+                    streams[group[0]].first(prefix),
+                    *(streams[i].last(span.length) for i, span in zip(group, of_group, strict=True)),
+                )
+            ]
+            chunks.append(self._chunk([rows[i] for i in numbers], numbers, batch, Stream.joined(pieces)))
+        return tuple(chunks)
 
     # --- once per step --------------------------------------------------------------------------------------
 
@@ -157,53 +169,29 @@ class UpperLayers:
 
     # --- the passes -----------------------------------------------------------------------------------------
 
-    def _prepare_chunk(
-        self, prefix: Tensor, rows: Sequence[Row], parents: Sequence[int | None], numbers: Sequence[int]
-    ) -> Chunk:
-        episodes = sorted({rows[i].episode for i in numbers})
-        groups = [[i for i in numbers if rows[i].episode == episode] for episode in episodes]
-        in_order = [i for group in groups for i in group]
-        lengths, answers = [len(row.inputs) for row in rows], [len(row.targets) for row in rows]
-        spans = [spans_of(group, lengths, answers, parents) for group in groups]
-        batch = make_flat_batch(len(prefix), spans, self._model.device)
-        # Each group repeats the prefix: above the lower layers it runs under that episode's own B.
-        hidden = torch.cat(
-            [
-                piece
-                for group, of_group in zip(groups, spans, strict=True)
-                for piece in (
-                    prefix,
-                    *(rows[i].hidden[-span.length :] for i, span in zip(group, of_group, strict=True)),
-                )
-            ]
-        )
+    def _chunk(self, rows: Sequence[Row], numbers: Sequence[int], batch: FlatBatch, stream: Stream) -> Chunk:
+        device = self._model.device
         if self._first == self._last:
-            hidden = batch.answers_of(hidden)  # no later attention reads the other tokens
-        layer = self._model.layers[self._first]
-        x = self._model.normed(hidden, layer.post_norm)
-        adapted = () if self._train_a else self._gate_and_up(self._first)
-        kept = torch.tensor([rows[i].base is not None for i in in_order for _ in rows[i].targets])
+            stream = stream.map(batch.answers_of)  # no later attention reads the other tokens
+        kept = torch.tensor([row.base is not None for row in rows for _ in row.targets])
         return Chunk(
-            numbers=tuple(in_order),
-            sizes=tuple(len(rows[i].targets) for i in in_order),
-            episodes=torch.tensor(episodes, device=self._model.device),
+            numbers=tuple(numbers),
+            sizes=tuple(len(row.targets) for row in rows),
+            episodes=torch.tensor(list(dict.fromkeys(row.episode for row in rows)), device=device),
             batch=batch,
             rotary=self._model.rotary(batch),
-            hidden=hidden,
-            gate_up=layer.gate_up(x),
-            shrunk={name: x @ self._a[_key(self._first, name)].T for name in adapted},
-            x=x if self._train_a else None,
-            targets=torch.cat([rows[i].targets for i in in_order]),
-            taught=(~kept).nonzero()[:, 0].to(self._model.device),
-            preserved=kept.nonzero()[:, 0].to(self._model.device),
-            base=tuple(base for i in in_order if (base := rows[i].base) is not None),
+            stream=stream,
+            targets=torch.cat([row.targets for row in rows]),
+            taught=(~kept).nonzero()[:, 0].to(device),
+            preserved=kept.nonzero()[:, 0].to(device),
+            base=tuple(base for row in rows if (base := row.base) is not None),
         )
 
     def _states(self, chunk: Chunk, weights: StackedWeights) -> Tensor:
         """The normed stream [sum of A, d] at the answer-predicting positions. ``weights``: of the groups."""
-        model, batch = self._model, chunk.batch
-        shrunk = chunk.shrunk if chunk.x is None else self._shrink(self._first, chunk.x, weights.a, batch)
-        hidden = self._mlp(self._first, chunk.hidden, chunk.gate_up, shrunk, weights, batch)
+        model, batch, stream = self._model, chunk.batch, chunk.stream
+        shrunk = stream.shrunk if stream.x is None else self._shrink(self._first, stream.x, weights.a, batch)
+        hidden = self._mlp(self._first, stream.hidden, stream.gate_up, shrunk, weights, batch)
         for number in range(self._first + 1, self._last + 1):
             # Autograd adds up gradients in the order of these calls: it decides the last bit.
             layer = model.layers[number]
@@ -225,12 +213,12 @@ class UpperLayers:
             return {}
         if a:
             offsets = self._offsets(number, batch)
-            return {name: shrink_grouped(x, a[_key(number, name)], offsets) for name in names}
-        together = times_frozen(x, torch.cat([self._a[_key(number, name)] for name in names]), None)
+            return {name: shrink_grouped(x, a[key_of(number, name)], offsets) for name in names}
+        together = times_frozen(x, torch.cat([self._a[key_of(number, name)] for name in names]), None)
         return dict(zip(names, together.split(self._rank, dim=-1), strict=True))
 
     def _gate_and_up(self, number: int) -> list[str]:
-        return [name for name in ("gate_proj", "up_proj") if _key(number, name) in self._a]
+        return [name for name in GATE_AND_UP if key_of(number, name) in self._a]
 
     def _offsets(self, number: int, batch: FlatBatch) -> tuple[int, ...]:
         return batch.answer_offsets if number == self._last else batch.offsets
@@ -249,12 +237,12 @@ class UpperLayers:
         layer: FrozenLayer = self._model.layers[number]
         gate, up = gate_up.chunk(2, dim=-1)
         if "gate_proj" in shrunk:
-            gate = add_grouped(gate, shrunk["gate_proj"], b[_key(number, "gate_proj")], offsets)
+            gate = add_grouped(gate, shrunk["gate_proj"], b[key_of(number, "gate_proj")], offsets)
         if "up_proj" in shrunk:
-            up = add_grouped(up, shrunk["up_proj"], b[_key(number, "up_proj")], offsets)
+            up = add_grouped(up, shrunk["up_proj"], b[key_of(number, "up_proj")], offsets)
         act = functional.silu(gate) * up
         down = layer.down(act)
-        if (key := _key(number, "down_proj")) in self._a:
+        if (key := key_of(number, "down_proj")) in self._a:
             if weights.a:
                 small = shrink_grouped(act, weights.a[key], offsets)
             else:
@@ -265,7 +253,3 @@ class UpperLayers:
 
 def _by_row(chunk: Chunk, logprobs: Tensor) -> Iterator[tuple[int, Tensor]]:
     return zip(chunk.numbers, torch.split(logprobs, list(chunk.sizes)), strict=True)
-
-
-def _key(layer: int, projection: str) -> str:
-    return f"model.layers.{layer}.mlp.{projection}"

@@ -119,7 +119,7 @@ class BatchedWriter:
             [*owned, *kept], [*enumerate(probed), *enumerate(probed, len(requests))]
         )
         taught, preserved = output.rows[: len(owned)], output.rows[len(owned) :]
-        preserved_rows = self._preserved.rows(output.prefix, [reply for _, reply in kept], preserved)
+        preserved_rows = self._preserved.rows(output.prefix, preserved)
         rows = Rows(self._upper, output.prefix, (*taught, *preserved_rows), self._config.preserve.weight)
         places = [[i for i, (owner, _) in enumerate(owned) if owner == e] for e in range(len(requests))]
         numbers = {pair: number for number, pair in enumerate(kept, start=len(owned))}
