@@ -59,14 +59,16 @@ class PreserveConfig:
     questions: int = 24  # of the pool
     # memory-writing prompts of the pool, so that a write spares the next extraction
     extractions: int = 2
+    # requests of the pool that no memory is needed for, so that a write spares ordinary conversation
+    everyday: int = 4
     # for each card: questions on its subject that the text does not answer, where the environment knows some
     beside: int = 1
     per_step: int = 3  # of the pool, in turn
     reply_tokens: int = 3  # from the beginning of a reply
-    extraction_tokens: int = 24  # from the beginning of an extraction
+    extraction_tokens: int = 24  # from the beginning of an extraction, or of the reply to an everyday request
 
     def __post_init__(self) -> None:
-        not_negative(self, "weight", "extractions", "beside")
+        not_negative(self, "weight", "extractions", "everyday", "beside")
         positive(self, "questions", "per_step", "reply_tokens", "extraction_tokens")
 
 

@@ -1,7 +1,8 @@
 """The replies that a write leaves as they were: a pool of other questions, answered by the policy itself.
 
     questions: the environment's (Questioner) or shipped ones    -+
-    memory-writing prompts over shipped texts                     +-- policy, Delta = 0, greedy --> replies
+    memory-writing prompts over shipped texts                     |
+    everyday requests                                             +-- policy, Delta = 0, greedy --> replies
     questions beside the new cards (Questioner)                  -+    once a policy version
 
 Why: a write that trains cards alone answers every question with them. The pool holds the replies to questions
@@ -47,6 +48,16 @@ _TEXTS = (
     "I like strong tea. My train leaves at nine. Falk spent the holidays in Peru.",
 )
 _MOST_POOLS = 64  # a task may have a system prompt of its own
+_EVERYDAY = (
+    "How do I boil an egg?",
+    "What is the capital of France?",
+    "Write two sentences about the sea.",
+    "Which is larger, the sun or the moon?",
+    "How can I learn to cook?",
+    "Give me three words that rhyme with house.",
+    "Why do leaves turn brown in autumn?",
+    "Tell me a short joke.",
+)
 _MOST_REPLIES = 4096  # remembered; a conversation never changes its version
 
 
@@ -94,11 +105,15 @@ class PromptMaker:
         questions = () if asked is None else _asked_of(asked.other_questions, count, seed)
         questions += shipped_questions(count - len(questions))
         prompts = [self._asked(question) for question in questions]
-        texts = _TEXTS[: config.extractions]
-        for number, text in enumerate(texts):
-            turns = self._chat.user(text) + self._chat.user(extraction_prompt("", (), self._wordings))
+        wanted = self._chat.user(extraction_prompt("", (), self._wordings))
+        passages = [
+            *(self._chat.user(text) + wanted for text in _TEXTS[: config.extractions]),
+            *(self._chat.user(request) for request in _EVERYDAY[: config.everyday]),
+        ]
+        # Spread over the pool: a step takes few of it, in turn.
+        for number, turns in enumerate(passages):
             ids = self._opening + turns + self._chat.assistant_open
-            prompts.insert(number * (len(prompts) // len(texts) + 1), Prompt(ids, config.extraction_tokens))
+            prompts.insert(number * (count // len(passages) + 1), Prompt(ids, config.extraction_tokens))
         return prompts
 
     def beside(self, cards: Sequence[Flashcard]) -> list[Prompt]:

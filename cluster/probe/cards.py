@@ -62,8 +62,8 @@ def cards_of(source: str, seed: int) -> tuple[Card, ...]:
     named = count.isdecimal() and int(count) > 0 and wordings in (("1", "2") if twice else ("",))
     if middle not in ([], ["train"], ["eval"]) or not named:
         raise ProbeError(
-            f"--cards {source}: write recall:N, or recall:train:N to tune on other words, with N of 1 or more; "
-            "Nx2 writes each fact in two wordings"
+            f"--cards {source}: write recall:N, or recall:train:N to tune on other words, with N of 1 or more;"
+            " Nx2 writes each fact in two wordings"
         )
     split: Split = "train" if middle == ["train"] else "eval"
     return recall_cards(int(count), split, seed, int(wordings or 1))
@@ -72,7 +72,8 @@ def cards_of(source: str, seed: int) -> tuple[Card, ...]:
 def recall_cards(count: int, split: Split, seed: int, wordings: int = 1) -> tuple[Card, ...]:
     """``count`` facts, each a person and a relation, so no question has two answers.
 
-    ``wordings`` of each are written, the others are its paraphrases. Answers repeat only when a relation's answers are used up. Raises ProbeError.
+    ``wordings`` of each are written, the others are its paraphrases. Answers repeat only when a relation's
+    answers are used up. Raises ProbeError.
     """
     pairs = list(itertools.product(PEOPLE[split], RELATIONS))
     if count > len(pairs):

@@ -16,7 +16,7 @@ from configs.schema import PreserveConfig
 from tests.unit.rollout_fakes import ScriptedPolicy
 
 CONFIG = PreserveConfig(
-    weight=1.0, questions=4, extractions=1, per_step=3, reply_tokens=2, extraction_tokens=5
+    weight=1.0, questions=4, extractions=1, everyday=1, per_step=3, reply_tokens=2, extraction_tokens=5
 )
 NORA, OMAR = Flashcard("Where does Nora live?", "Lisbon"), Flashcard("Where does Omar live?", "Oslo")
 
@@ -50,16 +50,18 @@ def asked(chat: ChatFormat, replies: Sequence[WriteExample]) -> list[str]:
     return [chat.decode(reply.prompt_ids) for reply in replies]
 
 
-def test_the_pool_has_the_environments_questions_then_shipped_ones_and_extractions(chat: ChatFormat) -> None:
+def test_the_pool_has_the_environments_questions_then_shipped_ones_and_passages(chat: ChatFormat) -> None:
     policy = policy_of(chat)
     replies = asyncio.run(pool_of(policy, chat).replies([]))
     texts = asked(chat, replies)
     assert sum("Question 7" in text for text in texts) == 3
     assert sum(shipped_questions(1)[0] in text for text in texts) == 1
-    extractions = [reply for reply, text in zip(replies, texts, strict=True) if "JSON" in text]
-    assert len(set(extractions)) == 1 and len(extractions[0].answer_ids) == 5
-    assert {len(reply.answer_ids) for reply in replies if reply not in extractions} == {2}
-    assert len(replies) % CONFIG.per_step == 0 and len(set(replies)) == 5
+    passages = {
+        reply for reply, text in zip(replies, texts, strict=True) if "JSON" in text or "boil an egg" in text
+    }
+    assert [len(reply.answer_ids) for reply in passages] == [5, 5]
+    assert {len(reply.answer_ids) for reply in replies if reply not in passages} == {2}
+    assert len(replies) % CONFIG.per_step == 0 and len(set(replies)) == 6
 
 
 def test_half_of_a_step_is_beside_the_cards_where_the_environment_knows_some(chat: ChatFormat) -> None:
@@ -81,10 +83,10 @@ def test_each_reply_is_made_once_a_version(chat: ChatFormat) -> None:
         await pool.replies([OMAR])
 
     asyncio.run(episodes())
-    assert len(policy.calls) == 6  # 4 questions, 1 extraction, 1 beside Nora
+    assert len(policy.calls) == 7  # 4 questions, an extraction, an everyday request, one beside Nora
     policy.version += 1
     asyncio.run(pool.replies([NORA]))
-    assert len(policy.calls) == 12
+    assert len(policy.calls) == 14
 
 
 def test_an_episode_that_gives_up_takes_no_reply_from_the_others(chat: ChatFormat) -> None:
@@ -99,7 +101,7 @@ def test_an_episode_that_gives_up_takes_no_reply_from_the_others(chat: ChatForma
         leaves.cancel()
         return await stays
 
-    assert len(set(asyncio.run(episodes()))) == 5
+    assert len(set(asyncio.run(episodes()))) == 6
 
 
 def test_a_dead_engine_is_an_error_of_the_episode_and_is_asked_again(chat: ChatFormat) -> None:
