@@ -62,8 +62,8 @@ def cards_of(source: str, seed: int) -> tuple[Card, ...]:
     named = count.isdecimal() and int(count) > 0 and wordings in (("1", "2") if twice else ("",))
     if middle not in ([], ["train"], ["eval"]) or not named:
         raise ProbeError(
-            f"--cards {source}: write recall:N, or recall:train:N to tune on other words, with N of 1 or more;"
-            " Nx2 writes each fact in two wordings"
+            f"--cards {source}: write recall:N, or recall:train:N to tune on other words, "
+            "with N of 1 or more; Nx2 writes each fact in two wordings"
         )
     split: Split = "train" if middle == ["train"] else "eval"
     return recall_cards(int(count), split, seed, int(wordings or 1))
