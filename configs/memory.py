@@ -183,6 +183,9 @@ class MemoryConfig:
     question_blind: bool = False  # hide the question from the memory-writing prompts
     max_extract_tokens: int = 1024  # flashcards or implications of one extraction
     wordings: Literal[1, 2] = 1  # of each fact: 2 asks the agent for two cards, with different questions
+    # drop a flashcard whose answer has a word that nobody said since the last extraction: it repeats what was
+    # saved, or was made up
+    grounded: bool = False
     max_summary_tokens: int = 1024  # a summary or a state
     # what is written instead of the agent's flashcards, for evaluation only: gold ones, the same answers
     # under questions about other people, or both

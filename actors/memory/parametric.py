@@ -6,6 +6,7 @@ the row "hybrid" (TMEM's write and MemAgent's summary at once).
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
@@ -47,17 +48,21 @@ class Flashcards:
         turn = agent.chat.user(self._prompt(agent, full)) + agent.chat.assistant_open
         return len(turn) + saved + self._config.max_extract_tokens
 
-    async def write(self, agent: Agent, text: str) -> None:
-        """Write the flashcards in ``text``. Adds exactly one record to the agent's write log."""
+    async def write(self, agent: Agent, text: str, told: Ids) -> None:
+        """Write the flashcards in ``text``, the extraction of a context in which ``told`` was told.
+
+        Adds exactly one record to the agent's write log.
+        """
         limit = self._write.max_example_tokens
         parsed = parse_flashcards(text, self._write.max_flashcards)
-        written = self._control.written(parsed.cards)
-        cards = tuple(card for card in written if self._fits(agent, card))
-        too_long = len(parsed.cards) - len(cards)
-        rejected = parsed.rejected + too_long
+        grounded = self._grounded(parsed.cards, agent.chat.decode(told))
+        cards = tuple(card for card in self._control.written(grounded) if self._fits(agent, card))
+        rejected = parsed.rejected + len(parsed.cards) - len(cards)
         if not cards:
-            over = f"all {too_long} flashcards are over write.max_example_tokens={limit}"
-            agent.skip_write(text, rejected, parsed.problem or over)
+            unusable = f"all {len(parsed.cards)} flashcards answer what nobody told (memory.grounded)"
+            if grounded:
+                unusable = f"all {len(grounded)} flashcards are over write.max_example_tokens={limit}"
+            agent.skip_write(text, rejected, parsed.problem or unusable)
             return
         earlier = _not_outdated(self._written(agent), cards, self._config.wordings)
         rehearsed = earlier[max(0, len(earlier) - self._write.rehearsal) :]
@@ -70,6 +75,13 @@ class Flashcards:
         earlier = [_CARD] if bare else self._control.extracted(self._written(agent))
         shown = _newest(earlier, agent.chat, self._config.max_extract_tokens)
         return extraction_prompt(question, shown, self._config.wordings)
+
+    def _grounded(self, cards: Sequence[Flashcard], told: str) -> list[Flashcard]:
+        """Return the cards whose answer is among the words that were told, where that is asked for."""
+        if not self._config.grounded:
+            return list(cards)
+        words = set(_words(told))
+        return [card for card in cards if words.issuperset(_words(card.answer))]
 
     def _fits(self, agent: Agent, card: Flashcard) -> bool:
         example = write_example(card, agent.system_prompt, agent.chat)
@@ -158,9 +170,9 @@ class ParametricMemory(FlashcardMemory):
             return
         if self.cleared_without_news(agent):
             return
-        text = await self._flashcards.extract(agent)
+        told, text = agent.context.told, await self._flashcards.extract(agent)
         agent.clear()  # before the write: the segment was sampled under the revision that the write replaces
-        await self._flashcards.write(agent, text)
+        await self._flashcards.write(agent, text, told)
 
     def reserve(self, agent: Agent, full: bool = False) -> int:
         return self._flashcards.reserve(agent, full) if self._flashcards is not None else 0
@@ -189,13 +201,17 @@ class HybridMemory(FlashcardMemory):
         if self._flashcards is None:
             agent.clear(self._summary.remembered)
             return
-        text = await self._flashcards.extract(agent)
+        told, text = agent.context.told, await self._flashcards.extract(agent)
         agent.clear(self._summary.remembered)
-        await self._flashcards.write(agent, text)
+        await self._flashcards.write(agent, text, told)
 
     def reserve(self, agent: Agent, full: bool = False) -> int:
         cards = self._flashcards.reserve(agent, full) if self._flashcards is not None else 0
         return self._summary.reserve(agent, full) + cards
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
 
 
 def _not_outdated(earlier: Sequence[Flashcard], cards: Sequence[Flashcard], wordings: int) -> list[Flashcard]:

@@ -18,7 +18,7 @@ from actors.types import ActionSpan, Generation, PolicyVersion, Segment, SpanKin
 class Context:
     """Grows by observations (mask 0) and generations (mask 1).
 
-    ``told``: something to remember was told in it, and not only questions were asked.
+    ``told``: the tokens of turns that told something to remember, and did not only ask.
 
     Truncation never drops the ``opening``: the system prompt and the text that a memory puts in front.
     """
@@ -28,7 +28,7 @@ class Context:
         self._ids: list[int] = list(opening)
         self._logprobs: list[float] = [0.0] * len(opening)
         self._spans: list[ActionSpan] = []
-        self.told = False
+        self.told: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """Tokens, the opening included."""
@@ -60,7 +60,7 @@ class Context:
     def tell(self, ids: Sequence[int]) -> None:
         """Append tokens of a turn that tells something to remember."""
         self.observe(ids)
-        self.told = True
+        self.told += tuple(ids)
 
     def act(self, generation: Generation, kind: SpanKind) -> None:
         """Append sampled tokens with their log-probs. An empty generation leaves no trace."""

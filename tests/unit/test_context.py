@@ -62,4 +62,4 @@ def test_what_was_told_is_told_until_the_context_is_closed() -> None:
     context.observe([1, 2])
     assert not context.told and not context.truncated(3).told
     context.tell([3])
-    assert context.ids == (7, 8, 1, 2, 3) and context.told and context.truncated(3).told
+    assert context.ids == (7, 8, 1, 2, 3) and context.told == context.truncated(3).told == (3,)

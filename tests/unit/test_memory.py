@@ -68,9 +68,15 @@ def _agent(chat: ChatFormat, actor: _Actor, text: str = "Nora has moved to Lisbo
 
 
 def _relieve(
-    agent: Agent, write: WriteConfig = PAPER, question_blind: bool = False, wordings: Literal[1, 2] = 1
+    agent: Agent,
+    write: WriteConfig = PAPER,
+    question_blind: bool = False,
+    wordings: Literal[1, 2] = 1,
+    grounded: bool = False,
 ) -> None:
-    config = MemoryConfig(max_context_tokens=10, question_blind=question_blind, wordings=wordings)
+    config = MemoryConfig(
+        max_context_tokens=10, question_blind=question_blind, wordings=wordings, grounded=grounded
+    )
     asyncio.run(ParametricMemory(config, write, WINDOW).relieve(agent, 0))
 
 
@@ -188,6 +194,25 @@ def test_with_two_wordings_a_new_answer_outdates_both_old_questions(chat: ChatFo
     agent.context.tell(chat.user("She is in Oslo."))
     _relieve(agent, write, wordings=2)
     assert "What place?" in chat.decode(actor.learned[2][3].prompt_ids)
+
+
+def test_grounded_cards_answer_with_words_that_were_told(chat: ChatFormat) -> None:
+    """Neither what the agent said itself nor what was saved before counts as told."""
+    cards = [("Where does Nora live?", "LISBON."), ("Who moved?", "Nora Lisbon"), ("Which pet?", "a parrot")]
+    actor = _Actor(chat, ["A parrot.", _list(cards), _list(cards[:1])])
+    agent = _agent(chat, actor)
+    asyncio.run(agent.reply("act", 8))
+    _relieve(agent, grounded=True)
+    agent.context.tell(chat.user("Omar left."))
+    _relieve(agent, grounded=True)
+    first, second = agent.writes
+    assert [card.answer for card in first.flashcards] == ["LISBON.", "Nora Lisbon"]
+    assert first.rejected_flashcards == 1
+    assert (second.outcome, second.flashcards, second.rejected_flashcards) == ("empty", (), 1)
+    assert "nobody told (memory.grounded)" in second.reason
+    freely = _agent(chat, _Actor(chat, [_list(cards)]))
+    _relieve(freely)
+    assert len(freely.writes[0].flashcards) == 3
 
 
 def test_question_blind_leaves_the_question_out(chat: ChatFormat) -> None:
