@@ -250,6 +250,7 @@ class WriteRecord:
     preserved: tuple[WriteExample, ...] = ()  # what the write left as it was, see WriteRequest
     seed: int = 0  # of the minibatches' order
     uses: tuple[CardUse, ...] = ()  # of each of ``flashcards``; empty where the environment cannot say
+    repaired_flashcards: int = 0  # read from the extraction although they were no JSON, or had other keys
 
 
 # --- one episode -------------------------------------------------------------------------------------------

@@ -98,22 +98,28 @@ class Agent:
             self.context = running
 
     async def write(
-        self, text: str, cards: Sequence[Flashcard], examples: Sequence[WriteExample], rejected: int
+        self,
+        text: str,
+        cards: Sequence[Flashcard],
+        examples: Sequence[WriteExample],
+        rejected: int,
+        repaired: int = 0,
     ) -> None:
         """Write ``examples`` (at least one) into the fast weights and log it.
 
-        ``text`` is what the agent sampled for this write. ``rejected`` counts its unusable flashcards.
+        ``text`` is what the agent said for this write. ``rejected`` counts its unusable flashcards,
+        ``repaired`` those that were nearly JSON.
         """
         earlier = (record.flashcards for record in self.writes if record.outcome == "accepted")
         known = {card.question: card for card in (*chain.from_iterable(earlier), *cards)}
         request, result = await self.actor.learn(examples, [*known.values()])
-        self._log(text, cards, request, rejected, result)
+        self._log(text, cards, request, rejected, repaired, result)
 
-    def skip_write(self, text: str, rejected: int, reason: str) -> None:
+    def skip_write(self, text: str, rejected: int, reason: str, repaired: int = 0) -> None:
         """Log a write that did not happen, for ``reason``."""
         # NaN, not 0: an average that forgets to leave empty writes out shows it
         nothing = WriteResult(self.actor.weights, None, math.nan, math.nan, 0, 0.0, "empty", reason)
-        self._log(text, (), WriteRequest("", self.actor.weights, ()), rejected, nothing)
+        self._log(text, (), WriteRequest("", self.actor.weights, ()), rejected, repaired, nothing)
 
     def clear(self, remembered: str = "") -> None:
         """End the segment. The next one begins with the system prompt and ``remembered`` as a user turn.
@@ -140,6 +146,7 @@ class Agent:
         cards: Sequence[Flashcard],
         request: WriteRequest,
         rejected: int,
+        repaired: int,
         result: WriteResult,
     ) -> None:
         record = WriteRecord(
@@ -158,6 +165,7 @@ class Agent:
             reason=result.reason,
             preserved=request.preserved,
             seed=request.seed,
+            repaired_flashcards=repaired,
         )
         self.writes.append(record)
 

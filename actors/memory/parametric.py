@@ -62,13 +62,13 @@ class Flashcards:
             unusable = f"all {len(parsed.cards)} flashcards answer what nobody told (memory.grounded)"
             if grounded:
                 unusable = f"all {len(grounded)} flashcards are over write.max_example_tokens={limit}"
-            agent.skip_write(text, rejected, parsed.problem or unusable)
+            agent.skip_write(text, rejected, parsed.problem or unusable, parsed.repaired)
             return
         earlier = _not_outdated(self._written(agent), cards, self._config.wordings)
         rehearsed = earlier[max(0, len(earlier) - self._write.rehearsal) :]
         system_prompt, chat, depths = agent.system_prompt, agent.chat, self._write.depths
         examples = write_examples([*cards, *rehearsed], earlier, system_prompt, chat, depths, limit)
-        await agent.write(text, cards, examples, rejected)
+        await agent.write(text, cards, examples, rejected, parsed.repaired)
 
     def _prompt(self, agent: Agent, bare: bool = False) -> str:
         question = "" if self._config.question_blind else agent.question

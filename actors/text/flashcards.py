@@ -1,7 +1,10 @@
 """Flashcards as text (TMEM, arXiv 2606.04536): the prompt that asks for cards, the parser, write examples.
 
-Invariant: `parse_flashcards` never raises, whatever the model wrote. When it finds no card it says why. The
-wording of the prompt is our own.
+    reply --visible_reply--> what is said --strict scan--> cards
+                                          --repair-------> cards that are nearly JSON, counted
+
+Invariant: `parse_flashcards` never raises, whatever the model wrote, and invents no card. When it finds no
+card it says why. The wording of the prompt is our own.
 """
 
 from __future__ import annotations
@@ -9,17 +12,23 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.text.chat_template import ChatFormat
+from actors.text.nearly_json import Found, Value, objects
+from actors.text.thoughts import visible_reply
 from actors.types import Flashcard, WriteExample
 
 MAX_SIDE_CHARACTERS = 2000  # a longer question or answer is no flashcard
 
 _QUESTION_KEYS = ("instruction", "question")
 _ANSWER_KEYS = ("output", "answer")
+# As the repair reads them, in any capitalisation.
+_OTHER_QUESTION_KEYS = (*_QUESTION_KEYS, "q", "front", "prompt")
+_OTHER_ANSWER_KEYS = (*_ANSWER_KEYS, "a", "back", "response")
 _MAX_NESTING = 64
 _MAX_ARRAYS = 8
 _ABOUT = (
@@ -31,6 +40,10 @@ _TWICE = ", each fact twice: two questions in different words, the same answer."
 _TASK = "They should help with: {question}"
 _EARLIER = "Already saved: {cards}"
 _FORM = 'Write only a JSON list, [] if nothing is useful: [{"instruction": "question", "output": "answer"}]'
+# A small model repeats the form instead of filling it.
+_PLACEHOLDERS = frozenset({("question", "answer"), ("...", "..."), ("\u2026", "\u2026")})
+# Behind "[]": "[] if nothing is useful" is no answer, and an object may hold an empty list.
+_SAYS_MORE = re.compile(r"""[ \t"'`]*[\w,}]""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +51,13 @@ class ParsedFlashcards:
     """Cards read from a text.
 
     ``rejected`` counts the items of the array that gave no card. ``problem`` says why ``cards`` is empty or
-    cut short; otherwise it is "".
+    cut short; otherwise it is "". ``repaired``: so many of the cards were no JSON, or had other keys.
     """
 
     cards: tuple[Flashcard, ...]
     rejected: int
     problem: str
+    repaired: int = 0
 
 
 def extraction_prompt(question: str, earlier: Sequence[Flashcard], wordings: int = 1) -> str:
@@ -127,15 +141,24 @@ def _of_different_facts(cards: Sequence[Flashcard]) -> list[Flashcard]:
 def parse_flashcards(text: str, limit: int) -> ParsedFlashcards:
     """At most ``limit`` cards of the first JSON array in ``text`` that has cards or is complete and empty.
 
-    An array that breaks off gives its complete objects.
+    An array that breaks off gives its complete objects. Where no array has a card, all objects that are nearly
+    JSON are read. Thoughts are left out, and so is an echo of the prompt.
     """
+    text = visible_reply(text)
     first: ParsedFlashcards | None = None
-    for items, ended in _arrays(text):
-        parsed = _parse_items(items, ended, limit)
-        if parsed.cards or (ended and not items):
-            return parsed
+    for array in _arrays(text):
         # "[note] [{...}]": the first bracket may open something else. Its problem is told if no card follows.
+        if any(_card(item) is not None for item in array.items):
+            return _parse_items(array, limit)
+        parsed = _parse_items(array, limit)
+        if array.ended and not array.items and not _SAYS_MORE.match(text, array.end):
+            if first is None or not first.cards:
+                return parsed
+            break
         first = first or parsed
+    repaired = _repaired(text, limit)
+    if repaired.cards:
+        return repaired
     return first or ParsedFlashcards((), 0, "no JSON array in the text")
 
 
@@ -146,29 +169,70 @@ def unused_items(text: str, cards: Sequence[Flashcard]) -> tuple[str, ...]:
     """
     left = list(cards)
     unused: list[str] = []
-    for items, _ in _arrays(text):
-        for item in items:
-            card = _card(item)
-            if card in left:
+    for array in _arrays(visible_reply(text)):
+        for item in array.items:
+            used = [card for card in _cards_of(item)[0] if card in left]
+            for card in used:
                 left.remove(card)
-            else:
+            if not used:
                 unused.append(item)
     return tuple(unused)
 
 
-def _parse_items(items: Sequence[str], ended: bool, limit: int) -> ParsedFlashcards:
-    cards: list[Flashcard] = []
-    seen: set[str] = set()
-    rejected = 0
-    for item in items:
-        card = _card(item)
-        key = "" if card is None else " ".join(card.question.lower().split())
-        if card is None or key in seen or len(cards) == limit:
-            rejected += 1
-            continue
-        seen.add(key)
-        cards.append(card)
-    return ParsedFlashcards(tuple(cards), rejected, _problem(len(items), len(cards), ended))
+class _Collector:
+    """Takes cards up to ``limit``, each question once."""
+
+    def __init__(self, limit: int) -> None:
+        self.cards: list[Flashcard] = []
+        self.repaired = 0
+        self.rejected = 0
+        self._limit = limit
+        self._seen: set[str] = set()
+
+    def take(self, cards: Sequence[Flashcard], repaired: bool) -> None:
+        """Take the cards of one item. An item that gives none is rejected."""
+        new = 0
+        for card in cards:
+            key = " ".join(card.question.lower().split())
+            if key not in self._seen and len(self.cards) < self._limit:
+                self._seen.add(key)
+                self.cards.append(card)
+                new += 1
+        self.repaired += new if repaired else 0
+        self.rejected += not new
+
+    def parsed(self, problem: str) -> ParsedFlashcards:
+        return ParsedFlashcards(tuple(self.cards), self.rejected, problem, self.repaired)
+
+
+def _parse_items(array: _Array, limit: int) -> ParsedFlashcards:
+    collector = _Collector(limit)
+    for item in array.items:
+        collector.take(*_cards_of(item))
+    return collector.parsed(_problem(len(array.items), len(collector.cards), array.ended))
+
+
+def _repaired(text: str, limit: int) -> ParsedFlashcards:
+    """The cards of all objects in ``text`` that are nearly JSON. An object that breaks off is no item."""
+    collector, cut = _Collector(limit), False
+    for found in objects(text):
+        cut = cut or found.cut
+        if not found.cut:
+            collector.take(_cards_in([found]), repaired=True)
+    return collector.parsed("the JSON array breaks off" if cut else "")
+
+
+def _cards_of(item: str) -> tuple[list[Flashcard], bool]:
+    """(the cards of an array's item, they were repaired). Several where a comma is missing."""
+    card = _card(item)
+    if card is not None or not item.startswith("{"):
+        return ([] if card is None else [card]), False
+    return _cards_in(objects(item)), True
+
+
+def _cards_in(found: Iterable[Found]) -> list[Flashcard]:
+    cards = (_other_card(each.value) for each in found if each.value is not None)
+    return [card for card in cards if card is not None]
 
 
 def _problem(items: int, cards: int, ended: bool) -> str:
@@ -179,19 +243,28 @@ def _problem(items: int, cards: int, ended: bool) -> str:
     return "" if cards else f"none of the array's {items} items is a question with an answer"
 
 
-def _arrays(text: str) -> Iterator[tuple[list[str], bool]]:
-    """(raw items, array is closed) of the arrays in ``text``, left to right, at most ``_MAX_ARRAYS``."""
+@dataclass(frozen=True, slots=True)
+class _Array:
+    """The raw items of an array, where its text ends, and whether it is closed."""
+
+    items: list[str]
+    end: int
+    ended: bool
+
+
+def _arrays(text: str) -> Iterator[_Array]:
+    """The arrays in ``text``, left to right, at most ``_MAX_ARRAYS``."""
     start = text.find("[")
     for _ in range(_MAX_ARRAYS):
         if start < 0:
             return
-        items, end, ended = _array_items(text, start)
-        yield items, ended
-        start = text.find("[", end)
+        array = _array_at(text, start)
+        yield array
+        start = text.find("[", array.end)
 
 
-def _array_items(text: str, start: int) -> tuple[list[str], int, bool]:
-    """Scan the array that opens at ``start``: (raw top-level items, end of the scan, array is closed).
+def _array_at(text: str, start: int) -> _Array:
+    """Scan the array that opens at ``start``.
 
     It counts brackets and skips strings. A recursive parser could run out of stack; this scan cannot, and it
     keeps the items before a broken one.
@@ -220,7 +293,7 @@ def _array_items(text: str, start: int) -> tuple[list[str], int, bool]:
     # The text broke off after a whole object, before the next comma.
     if not ended and depth == 1 and last.endswith("}"):
         items.append(last)
-    return [item.strip() for item in items if item.strip()], place + 1, ended
+    return _Array([item.strip() for item in items if item.strip()], place + 1, ended)
 
 
 def _card(item: str) -> Flashcard | None:
@@ -229,11 +302,45 @@ def _card(item: str) -> Flashcard | None:
     if not item.startswith("{") or len(item) > 4 * MAX_SIDE_CHARACTERS or nesting > _MAX_NESTING:
         return None
     try:
-        value = json.loads(item, strict=False)  # a model breaks lines inside strings
+        # strict=False: a model breaks lines inside strings
+        value = json.loads(item, strict=False, object_pairs_hook=_each_key_once)
     except ValueError:
         return None
-    question, answer = _side(value, _QUESTION_KEYS), _side(value, _ANSWER_KEYS)
-    return Flashcard(question, answer) if question and answer else None
+    return _flashcard(_side(value, _QUESTION_KEYS), _side(value, _ANSWER_KEYS))
+
+
+def _each_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """With a key twice, a question could get another question's answer."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key twice")
+    return dict(pairs)
+
+
+def _other_card(value: Mapping[str, Value]) -> Flashcard | None:
+    """A card under the keys that models also use; its answer may be a list."""
+    by_name: dict[str, str] = {}
+    for key, side in value.items():
+        name = key.strip().lower()
+        if name in by_name:
+            return None
+        by_name[name] = _side_text(side)
+    question, answer = (
+        next((by_name[key] for key in keys if key in by_name), "")
+        for keys in (_OTHER_QUESTION_KEYS, _OTHER_ANSWER_KEYS)
+    )
+    return _flashcard(question, answer)
+
+
+def _side_text(side: Value) -> str:
+    listed = side if isinstance(side, list) else [side]
+    texts = [_clean(text) for text in listed if isinstance(text, str)]
+    text = ", ".join(texts) if len(texts) == len(listed) and all(texts) else ""
+    return text if len(text) <= MAX_SIDE_CHARACTERS else ""
+
+
+def _flashcard(question: str, answer: str) -> Flashcard | None:
+    is_echo = (question.lower(), answer.lower()) in _PLACEHOLDERS
+    return Flashcard(question, answer) if question and answer and not is_echo else None
 
 
 def _side(value: dict[str, object], keys: Sequence[str]) -> str:

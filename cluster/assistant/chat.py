@@ -247,7 +247,8 @@ def describe_write(record: WriteRecord) -> list[str]:
     unusable = (
         f"; {_plural(record.rejected_flashcards, 'item')} unusable" if record.rejected_flashcards else ""
     )
-    written = f"wrote {count} into revision {record.revision}: {losses} in {effort}{unusable}"
+    repaired = f"; {record.repaired_flashcards} repaired" if record.repaired_flashcards else ""
+    written = f"wrote {count} into revision {record.revision}: {losses} in {effort}{unusable}{repaired}"
     return [f"{written}; the context is empty now", *cards]
 
 

@@ -132,6 +132,7 @@ def _write(write: WriteEntry, pace: _Pace) -> Step:
         "writer_seconds": log.seconds,
         "examples": len(log.examples),
         "rejected": log.rejected_flashcards,
+        "repaired": log.repaired_flashcards,
     }
     receipt = Step("receipt", "GUARDRAIL", None, {"receipt": write.receipt}, pace.install)
     return Step(

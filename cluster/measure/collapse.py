@@ -55,12 +55,14 @@ class Extractions:
     """Counts of extractions: all, those without a readable list, and those that repeat an earlier card.
 
     "[]" is a readable list: the agent found nothing to save. A repeated card has the question and the answer
-    of a card that an earlier extraction of the episode has.
+    of a card that an earlier extraction of the episode has. ``repaired``: those with a card that was nearly
+    JSON.
     """
 
     count: int = 0
     unparsed: int = 0
     repeated: int = 0
+    repaired: int = 0
 
     @property
     def unparsed_share(self) -> float:
@@ -72,9 +74,17 @@ class Extractions:
         """NaN without an extraction."""
         return self.repeated / self.count if self.count else _NAN
 
+    @property
+    def repaired_share(self) -> float:
+        """NaN without an extraction."""
+        return self.repaired / self.count if self.count else _NAN
+
     def __add__(self, other: Extractions) -> Extractions:
         return Extractions(
-            self.count + other.count, self.unparsed + other.unparsed, self.repeated + other.repeated
+            self.count + other.count,
+            self.unparsed + other.unparsed,
+            self.repeated + other.repeated,
+            self.repaired + other.repaired,
         )
 
 
@@ -96,9 +106,10 @@ def count_extractions(writes: Iterable[WriteRecord]) -> ExtractionCounts:
     total, revision = ExtractionCounts(), 0
     earlier: set[tuple[str, str]] = set()
     for record in writes:
-        cards = set(map(_fact, parse_flashcards(record.extraction, _ALL_CARDS).cards))
+        parsed = parse_flashcards(record.extraction, _ALL_CARDS)
+        cards = set(map(_fact, parsed.cards))
         unparsed = not cards and _EMPTY_LIST.search(record.extraction) is None
-        one = Extractions(1, int(unparsed), int(bool(cards & earlier)))
+        one = Extractions(1, int(unparsed), int(bool(cards & earlier)), int(parsed.repaired > 0))
         total += ExtractionCounts(under_delta=one) if revision else ExtractionCounts(without_delta=one)
         earlier |= cards
         revision = record.revision  # in force when the next text is extracted
@@ -113,12 +124,12 @@ def total(counts: Iterable[ExtractionCounts | None]) -> ExtractionCounts | None:
 
 # --- what a table and a tracker show ----------------------------------------------------------------------
 
-HEADER = ("same answer %", "extractions", "unparsed %", "repeated %")
+HEADER = ("same answer %", "extractions", "unparsed %", "repeated %", "repaired %")
 LEGEND = (
     "same answer: share of the answers that equal the row's most frequent one, in brackets the same of the "
     "right answers · extractions: before / after the episode's first accepted write (Delta = 0 / under "
     "Delta) · unparsed: those without a readable list of cards · repeated: those with a card, question and "
-    "answer, of an earlier extraction of the episode"
+    "answer, of an earlier extraction of the episode · repaired: those with a card that was nearly JSON"
 )
 
 
@@ -127,13 +138,14 @@ def collapse_cells(answers: Sequence[Answer], extractions: ExtractionCounts | No
     constant = constancy(answers)
     same = f"{percent(constant.share)} ({percent(constant.gold)})" if answers else "-"
     if extractions is None:
-        return (same, "-", "-", "-")
+        return (same, "-", "-", "-", "-")
     first, later = extractions.without_delta, extractions.under_delta
     return (
         same,
         f"{first.count} / {later.count}",
         f"{percent(first.unparsed_share)} / {percent(later.unparsed_share)}",
         f"{percent(first.repeated_share)} / {percent(later.repeated_share)}",
+        f"{percent(first.repaired_share)} / {percent(later.repaired_share)}",
     )
 
 
@@ -145,6 +157,7 @@ def collapse_figures(answers: Sequence[Answer], extractions: ExtractionCounts | 
         for where, counts in (("", extractions.without_delta), ("_under_delta", extractions.under_delta)):
             figures[f"unparsed_extractions{where}"] = counts.unparsed_share
             figures[f"repeated_extractions{where}"] = counts.repeated_share
+            figures[f"repaired_extractions{where}"] = counts.repaired_share
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 

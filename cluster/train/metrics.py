@@ -164,6 +164,9 @@ def write_metrics(records: Sequence[WriteRecord]) -> dict[str, float]:
         "fast_weights/rejected_flashcards_per_write": _mean(
             [record.rejected_flashcards for record in records]
         ),
+        "fast_weights/repaired_flashcards_per_write": _mean(
+            [record.repaired_flashcards for record in records]
+        ),
         "fast_weights/loss_before": _mean(_finite(record.loss_before for record in trained)),
         "fast_weights/loss_after": _mean(_finite(record.loss_after for record in trained)),
         "fast_weights/seconds_per_write": _mean([record.seconds for record in trained]),

@@ -78,12 +78,12 @@ def test_an_extraction_is_under_delta_from_the_first_accepted_write_on() -> None
         [
             record(BROKEN, 0, "empty"),
             record(APRIL, 0, "rolled_back"),
-            record(APRIL, 1),  # sampled under revision 0; it repeats what was rolled back
+            record(APRIL.replace('"instruction"', "'instruction'"), 1),  # sampled under revision 0; it repeats what was rolled back
             record("[]", 1, "empty"),  # readable: there was nothing to save
             record("", 1, "empty"),
         ]
     )
-    assert counts.without_delta == Extractions(3, 1, 1)
+    assert counts.without_delta == Extractions(3, 1, 1, 1)  # the last is nearly JSON
     assert counts.under_delta == Extractions(2, 1, 0)
 
 
@@ -93,14 +93,16 @@ def test_counts_add_up_and_stay_unknown_without_any() -> None:
     assert both == ExtractionCounts(Extractions(2, 0, 0), Extractions(2, 2, 0))
     assert total([None]) is None
     answers = [answer("a", "a"), answer("a", "b")]
-    assert collapse_cells(answers, both) == ("100.0 (50.0)", "2 / 2", "0.0 / 100.0", "0.0 / 0.0")
+    assert collapse_cells(answers, both) == ("100.0 (50.0)", "2 / 2", "0.0 / 100.0", "0.0 / 0.0", "0.0 / 0.0")
     assert collapse_figures(answers, both) == {
         "constant_answers": 1.0,
         "constant_gold": 0.5,
         "unparsed_extractions": 0.0,
         "repeated_extractions": 0.0,
+        "repaired_extractions": 0.0,
         "unparsed_extractions_under_delta": 1.0,
         "repeated_extractions_under_delta": 0.0,
+        "repaired_extractions_under_delta": 0.0,
     }
 
 

@@ -40,10 +40,10 @@ OBJECT = '{"instruction": "a", "output": "b"}'
             0,
         ),  # brackets and quotes in strings
         ('[{"instruction": "year?", "output": 2022}]', (Flashcard("year?", "2022"),), 0),
-        ('[{"instruction": "x", "output": ["b"]}]', (), 1),
+        ('[{"instruction": "x", "output": [["b"]]}]', (), 1),
+        ('[{"instruction": "x", "output": {"text": "b"}}]', (), 1),
         ('[{"instruction": "x", "output": null}]', (), 1),
         ('[{"instruction": "x", "output": NaN}]', (), 1),
-        ('[{"instruction": "x", "output": true}]', (), 1),
         (
             '[{"instruction": "x"}, {"instruction": "", "output": "b"}, {"instruction": "x", "output": " "}]',
             (),
@@ -72,13 +72,120 @@ OBJECT = '{"instruction": "a", "output": "b"}'
         ('[{"instruction": "a\\\\", "output": "b"}, 3]', (Flashcard("a\\", "b"),), 1),
         ('[{"instruction": "a\\\\\\"]", "output": "b"}, 3]', (Flashcard('a\\"]', "b"),), 1),
         (f"[{OBJECT}, {{'instruction': 'c'}}]", (AB,), 1),
-        (f"[{OBJECT} {OBJECT}]", (), 1),  # a missing comma spoils the item, never the process
+        # with a key twice nobody can say which answer is whose
+        ('[{"question": "a", "answer": "b", "question": "c"}]', (), 1),
     ],
 )
 def test_parse(text: str, cards: tuple[Flashcard, ...], rejected: int) -> None:
     parsed = parse_flashcards(text, limit=32)
-    assert (parsed.cards, parsed.rejected) == (cards, rejected)
+    assert (parsed.cards, parsed.rejected, parsed.repaired) == (cards, rejected, 0)
     assert cards or parsed.problem
+
+
+CD = Flashcard("c", "d")
+
+
+@pytest.mark.parametrize(
+    ("text", "cards", "rejected", "repaired"),
+    [
+        ("[{'instruction': 'a', 'output': 'b'}]", (AB,), 0, 1),
+        ('[{"instruction": "a", "output": "b",},]', (AB,), 0, 1),
+        ('[{"Instruction": "a", "OUTPUT": "b"}]', (AB,), 0, 1),
+        ('[{"q": "a", "a": "b"}, {"Q": "c", "A": "d"}]', (AB, CD), 0, 2),
+        ('[{"front": "a", "back": "b"}]', (AB,), 0, 1),
+        ('[{"instruction": "a", "output": ["b", "c", 3]}]', (Flashcard("a", "b, c, 3"),), 0, 1),
+        ("[{'question': 'a', 'answer': True}]", (Flashcard("a", "true"),), 0, 1),
+        ("[{'question': 'a', 'answer': 1e3}]", (Flashcard("a", "1e3"),), 0, 1),  # as it was written
+        (OBJECT, (AB,), 0, 1),
+        ('{"q": "a", "a": "b"}\n{"q": "c", "a": "d"}', (AB, CD), 0, 2),
+        ('- {"q": "a", "a": "b"}\n- {"q": "c", "a": []}', (AB,), 1, 1),
+        ('{question: "a", answer: "b"}', (AB,), 0, 1),
+        ("[{\u201cquestion\u201d: \u201ca\u201d, \u201canswer\u201d: \u201cb\u201d}]", (AB,), 0, 1),
+        ("({'question': 'a', 'answer': 'b'}, {'question': 'c', 'answer': None})", (AB,), 1, 1),
+        (f"[{OBJECT} {{'q': 'c', 'a': 'd'}}]", (AB, CD), 0, 2),  # a comma is missing
+        (f"[{OBJECT}, {{'q': 'c', 'a': 'd'}}, 3]", (AB, CD), 1, 1),  # one is JSON, one nearly, one nothing
+        (f"{{'flashcards': [{{'q': 'a', 'a': 'b'}}, {OBJECT}]}}", (AB,), 1, 1),
+        (
+            "[{'q': 'Whose is Nora's dog, [Rex]?', 'a': 'It's the Okas' dog'}]",
+            (Flashcard("Whose is Nora's dog, [Rex]?", "It's the Okas' dog"),),
+            0,
+            1,
+        ),
+        (
+            """[{'q': 'She said "hi, [you', 'a': 'caf\\u00e9 \\ud83d\\ude42'}]""",
+            (Flashcard('She said "hi, [you', "caf\u00e9 \U0001f642"),),
+            0,
+            1,
+        ),
+        ("[{'q': 'a', 'a': 'b'}]\n[]", (AB,), 0, 1),
+    ],
+)
+def test_cards_that_are_nearly_json_are_repaired_and_counted(
+    text: str, cards: tuple[Flashcard, ...], rejected: int, repaired: int
+) -> None:
+    parsed = parse_flashcards(text, limit=32)
+    assert (parsed.cards, parsed.rejected, parsed.repaired) == (cards, rejected, repaired)
+    assert parsed.problem == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"q": "a", "a": "b", "q": "c"}',  # whose answer is b?
+        '{"q": "a", "a": "b" "q": "c", "a": "d"}',
+        '{"Q": "a", "q": "c", "a": "b"}',
+        '{"q": "Where?, "a": "Oslo"}',
+        "{'q': 'Where?', 'a': 'Oslo",  # cut: the answer may go on
+        "{'q': 'Where?', 'a': 20",
+        "{'q': 'Where?', 'a': Oslo}",
+        '{"q": "a", "a": null}',
+        '{"q": "a", "a": NaN}',
+        '{"q": "a", "a": ["b", null]}',
+        '{"q": ["a"], "b": "c"}',
+        '{"name": "Nora", "home": "Lisbon"}',
+        "Q: Where? A: Oslo",
+    ],
+)
+def test_the_repair_invents_no_card(text: str) -> None:
+    assert parse_flashcards(text, limit=32).cards == ()
+    assert parse_flashcards(f"[{text}]", limit=32).cards == ()
+
+
+def test_the_repair_keeps_the_whole_objects_of_a_list_that_breaks_off() -> None:
+    parsed = parse_flashcards("[{'q': 'a', 'a': 'b'}, {'q': 'c', 'a': 'd", limit=32)
+    assert (parsed.cards, parsed.rejected, parsed.repaired) == ((AB,), 0, 1)
+    assert parsed.problem == "the JSON array breaks off"
+
+
+def test_the_limit_counts_repaired_cards_too() -> None:
+    parsed = parse_flashcards(f"[{OBJECT}, {{'q': 'c', 'a': 'd'}}, {{'q': 'e', 'a': 'f'}}]", limit=2)
+    assert (parsed.cards, parsed.rejected, parsed.repaired) == ((AB, CD), 1, 1)
+
+
+FORM = extraction_prompt("", ()).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<think>\nA draft: [{{'q': 'x', 'a': 'y'}}] or [] maybe.\n</think>\n\n[{OBJECT}]",
+        f'A draft: [{{"question": "x", "answer": "y"}}], or [].</think>[{OBJECT}]',
+        f"[{OBJECT}]<think>Enough? [] []",
+        f"{FORM}\n[{OBJECT}]",
+        f"I am to write [] if nothing is useful. There is something: [{OBJECT}]",
+        f'[{{"instruction": "question", "output": "answer"}}, {OBJECT}]',
+        f'[{{"Question": "Question", "answer": "answer"}}]\n[{OBJECT}]',
+        f'[{{"instruction": "...", "output": "..."}}] then [{OBJECT}]',
+    ],
+)
+def test_thoughts_and_echoes_of_the_prompt_are_no_cards_and_end_no_search(text: str) -> None:
+    assert parse_flashcards(text, limit=32).cards == (AB,)
+
+
+@pytest.mark.parametrize("text", [FORM, f"<think>[{OBJECT}]", f"<think>{FORM}</think>", f"[] \n[{OBJECT}]"])
+def test_an_echo_or_a_thought_alone_has_no_cards(text: str) -> None:
+    parsed = parse_flashcards(text, limit=32)
+    assert parsed.cards == () and parsed.problem
 
 
 @pytest.mark.parametrize(
@@ -106,7 +213,7 @@ def test_complete_objects_of_an_array_that_breaks_off_are_kept(
     [
         ("", "no JSON array in the text"),
         ("I cannot do that.", "no JSON array in the text"),
-        (OBJECT, "no JSON array in the text"),
+        ('{"name": "Nora"}', "no JSON array in the text"),
         ("[]", "the JSON array is empty"),
         ("[ \n]", "the JSON array is empty"),
         ("[1, 2]", "none of the array's 2 items is a question with an answer"),
@@ -120,7 +227,8 @@ def test_an_empty_extraction_says_why(text: str, problem: str) -> None:
 
 def test_cards_are_found_behind_a_few_other_arrays() -> None:
     assert parse_flashcards("[1] " * 7 + f"[{OBJECT}]", limit=32).cards == (AB,)
-    assert parse_flashcards("[1] " * 100 + f"[{OBJECT}]", limit=32).cards == ()  # the work is bounded
+    # the work is bounded
+    assert parse_flashcards("[1] {2} " * 100 + f"[{OBJECT}]", limit=32).cards == ()
 
 
 def test_unused_items_are_those_that_became_no_card() -> None:
@@ -145,6 +253,10 @@ def test_limit() -> None:
         "[{" + "[" * 5_000 + "]" * 5_000 + "}]",
         '["' + "\\" * 100_000,
         "[" + "9" * 100_000 + "]",
+        "{'a': '" * 20_000,
+        "{'a':" * 20_000,
+        "[{'q': " + "[" * 50_000,
+        '{"' + "'\\" * 50_000,
     ],
 )
 def test_deep_or_huge_texts_end_in_an_empty_extraction(text: str) -> None:
@@ -155,6 +267,7 @@ def test_deep_or_huge_texts_end_in_an_empty_extraction(text: str) -> None:
 @given(
     st.text(max_size=400)
     | st.text(alphabet='[]{}",:\\ab1 ', max_size=400)
+    | st.text(alphabet="[](){}'\",:\\aqu1 ", max_size=400)
     | st.recursive(st.none() | st.text() | st.floats(), st.lists).map(json.dumps)
 )
 def test_never_raises(text: str) -> None:

@@ -278,6 +278,14 @@ def test_cards_over_the_limits_are_rejected_and_counted(chat: ChatFormat) -> Non
     assert "write.max_example_tokens=5" in agent.writes[0].reason
 
 
+def test_repaired_cards_are_written_and_counted(chat: ChatFormat) -> None:
+    agent = _agent(chat, _Actor(chat, ["[{'q': 'Who?', 'a': 'Nora'}, {'q': 'Where?', 'a': 'Lisbon'}]"]))
+    _relieve(agent)
+    (record,) = agent.writes
+    assert record.flashcards == (Flashcard("Who?", "Nora"), Flashcard("Where?", "Lisbon"))
+    assert (record.repaired_flashcards, record.rejected_flashcards) == (2, 0)
+
+
 def test_the_saved_cards_shown_are_bounded_newest_first(chat: ChatFormat) -> None:
     extractions = [
         json.dumps([{"instruction": f"Question number {i}?", "output": f"answer {i}"}]) for i in range(8)
