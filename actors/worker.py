@@ -271,7 +271,6 @@ RolloutActor = ray.remote(max_restarts=0)(_RolloutActor)
 
 def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
     import torch
-    from transformers import AutoTokenizer
 
     from actors.engine.policy import VLLMPolicy
     from actors.environments.base import prepare
@@ -280,11 +279,11 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
     from actors.episodes.rollout import Rollout
     from actors.fast_weights.basis import load_basis
     from actors.memory.build import surroundings
-    from actors.text.chat_template import ChatFormat
+    from actors.text.chat_template import open_chat
 
     config = spec.config
     torch.set_num_threads(config.rollout.threads)
-    chat = ChatFormat(AutoTokenizer.from_pretrained(spec.model_path))
+    chat = open_chat(spec.model_path, config.model)
     environment = build_environment(config.environment, config.embedder)
     # here, not in the first episode: that would stop the other episodes, and count against its deadline
     prepare(environment)

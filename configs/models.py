@@ -20,7 +20,15 @@ from typing import Any
 from configs.embedded import EMBEDDED_NAME, ModelError, embedded_folder
 from configs.schema import ModelConfig
 
-__all__ = ["EMBEDDED_NAME", "ModelError", "ResolvedModel", "check_supported", "fingerprint", "resolve_model"]
+__all__ = [
+    "EMBEDDED_NAME",
+    "ModelError",
+    "ResolvedModel",
+    "check_supported",
+    "declared_stop_ids",
+    "fingerprint",
+    "resolve_model",
+]
 
 # In these decoders model.layers.{i}.mlp.{gate,up,down}_proj are plain linear layers. Fast weights attach to
 # them.
@@ -76,7 +84,7 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
             vocab_size=int(hf_config["vocab_size"]),
             max_positions=int(hf_config["max_position_embeddings"]),
             tied_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
-            stop_token_ids=_stop_token_ids(path, hf_config, config.name),
+            stop_token_ids=declared_stop_ids(path, config.name),
             fingerprint=fingerprint(path),
         )
     except KeyError as error:
@@ -197,11 +205,23 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _stop_token_ids(path: Path, hf_config: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    generation = path / "generation_config.json"
-    ids = _read_json(generation, name).get("eos_token_id") if generation.exists() else None
-    ids = hf_config.get("eos_token_id") if ids is None else ids
-    return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
+def declared_stop_ids(path: Path, name: str = "") -> tuple[int, ...]:
+    """The eos tokens of the model in ``path``: of generation_config.json, else of config.json, else none.
+
+    A model may have several (Llama 3 has three). Raises ModelError where they are no token ids.
+    """
+    for file in (path / "generation_config.json", path / "config.json"):
+        declared = _read_json(file, name or str(path)).get("eos_token_id") if file.exists() else None
+        if declared is None:
+            continue
+        ids = declared if isinstance(declared, list) else [declared]
+        if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
+            problem = f"{file} has eos_token_id={declared!r}"
+            raise ModelError(
+                f"model {name or str(path)!r}: {problem}, it must be a token id or a list of them"
+            )
+        return tuple(ids)
+    return ()
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ setting, the help text says so, and the default is our choice.
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -77,6 +78,28 @@ class ModelConfig:
     name: str = "smollm2-135m"  # smollm2-135m, a folder, or a hub name such as Qwen/Qwen3-4B
     dtype: Literal["float32", "bfloat16"] = "float32"
     trust_remote_code: bool = False  # runs code that comes with the model
+    # the switch of Qwen3's chat template and others; without it replies have no thoughts where a template can
+    # leave them out. A thought needs room: raise sampling.max_answer_tokens and memory.max_extract_tokens
+    enable_thinking: bool = False
+    # the day that a chat template takes for today (Llama 3.2 writes it into the prompt), e.g. 2026-11-30;
+    # empty: the day on which the run starts, which a resumed run keeps
+    date: str = ""
+
+    def __post_init__(self) -> None:
+        cure = "leave it empty for the day on which the run starts"
+        require(_is_day(self.date), "date", self.date, "a day such as 2026-11-30", cure)
+
+    @property
+    def day(self) -> dt.date | None:
+        """``date`` as a day; None where it is empty."""
+        return dt.date.fromisoformat(self.date) if self.date else None
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return not text or dt.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ task; it is used once.
     session = env.start(task)
     while (observation := session.observe()) is not None:
         if observation.wants_action:
-            session.act(text)         text of the policy, decoded, without the stop token
+            session.act(text)         what the policy says: no stop token, no thoughts
     session.outcome()
     session.close()                   if it has it: once, however the episode ended
 
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from actors.protocols import TaskError
+from actors.text.thoughts import visible_reply
 from actors.types import CardUse, Flashcard, Outcome, Task
 from configs.user_code import owned
 
@@ -198,7 +199,7 @@ class ReadThenAsk:
         return next(self._observations, None)
 
     def act(self, text: str) -> None:
-        self._answers.append(text.strip())
+        self._answers.append(visible_reply(text).strip())
         self._unanswered -= 1
 
     @property

@@ -9,7 +9,7 @@ number is the id, the item is its own context.
 
 The agent reads the messages in their order and answers the request. Each rubric is checked. An answer that
 meets all rubrics scores 1, any other 0, as in the benchmark. An empty answer scores 0 and is not sent to a
-judge. Of an answer that begins with a ``<think>`` block, only the rest counts.
+judge. Of an answer with thoughts only the rest counts.
 
 ``Answer.scores``: ``solved`` is that score and the reward. ``f1`` and ``em``, which every report shows, equal
 it: a share of the rubrics in a main column would be taken for the benchmark's result. That share is
@@ -131,7 +131,7 @@ class RubricSession(ReadThenAsk):
     def outcome(self) -> Outcome:
         """Blocks while the judge decides. Raises TaskError when it cannot."""
         (prediction,) = self.answers
-        verdict = self._verdict(final_answer(prediction))
+        verdict = self._verdict(prediction)
         solved, share = float(all(verdict.met)), sum(verdict.met) / len(verdict.met)
         scores = {"f1": solved, "em": solved, "solved": solved, "rubrics_met": share}
         answer = Answer(
@@ -169,12 +169,6 @@ def split_request(text: str) -> tuple[str, str]:
     starts = (place + len(mark) for mark in _BREAKS if (place := text.find(mark, first, last)) >= 0)
     cut = next(starts, first)
     return text[:cut].rstrip(), text[cut:].lstrip()
-
-
-def final_answer(text: str) -> str:
-    """The answer without a thinking block at its front; "" where that block does not end."""
-    text = text.strip()
-    return text.partition("</think>")[2].strip() if text.startswith("<think>") else text
 
 
 # --- the file ---

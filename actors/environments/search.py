@@ -41,6 +41,7 @@ from actors.environments.scoring import mem1_em, mem1_f1, plain_em, plain_f1
 from actors.protocols import TaskError
 from actors.text.retrieval import Embedder, Hit, VectorIndex, WordIndex
 from actors.text.split_text import split_text
+from actors.text.thoughts import visible_reply
 from actors.types import Answer, Outcome, Task
 from configs.schema import SearchConfig
 
@@ -192,6 +193,7 @@ class SearchSession:
         return Observation(f"{self._results}\n\n{turn}" if self._results else turn, wants_action=True)
 
     def act(self, text: str) -> None:
+        text = visible_reply(text)
         self._turns += 1
         self._replies.append(text)
         reply = _REPLY.search(text)

@@ -77,7 +77,8 @@ def demonstrate_exchange(
     exchange: Exchange, system_prompt: str, chat: ChatFormat, memory: MemoryConfig
 ) -> Segment:
     """Return a segment with the last answer as its only taught text, under Delta = 0 and version 0."""
-    context = Context(chat.system(system_prompt))
+    system = chat.system(system_prompt)
+    context = Context(system, chat.opened_by(system))
     for text in exchange.texts:
         for turn in user_turns(text, chat, memory.max_context_tokens):
             context.observe(turn)

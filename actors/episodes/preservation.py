@@ -112,7 +112,7 @@ class PromptMaker:
         ]
         # Spread over the pool: a step takes few of it, in turn.
         for number, turns in enumerate(passages):
-            ids = self._opening + turns + self._chat.assistant_open
+            ids = self._opening + self._chat.join(self._opening, turns) + self._chat.assistant_open
             prompts.insert(number * (count // len(passages) + 1), Prompt(ids, config.extraction_tokens))
         return prompts
 
@@ -139,7 +139,8 @@ class PromptMaker:
         return [prompt for prompt in pool if prompt.ids not in answered]
 
     def _asked(self, question: str) -> Prompt:
-        ids = self._opening + self._chat.user(question) + self._chat.assistant_open
+        asked = self._chat.join(self._opening, self._chat.user(question))
+        ids = self._opening + asked + self._chat.assistant_open
         return Prompt(ids, self._config.reply_tokens)
 
 

@@ -55,8 +55,10 @@ def own_sensitivity(model_path: Path, basis: Basis, rank: int, seed: int) -> dic
     model, tokenizer = _load(model_path, torch.float32, "to measure fast_weights.sensitivity_rank")
     chat = ChatFormat(tokenizer)
     free = (tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,)
+    system = chat.system(_ASSISTANT)
+    user_open = () if chat.opened_by(system) else chat.user_open
     try:
-        texts = own_samples(model, (free, (*chat.system(_ASSISTANT), *chat.user_open)), seed)
+        texts = own_samples(model, (free, (*system, *user_open)), seed)
         return measure(model, basis.a, basis.first_layer, texts, rank, seed)
     except RuntimeError as error:  # sampling from NaN, a decomposition of NaN
         raise BasisError(

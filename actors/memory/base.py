@@ -76,13 +76,13 @@ class Agent:
     async def reply(self, kind: SpanKind, max_tokens: int) -> str:
         """Sample the next reply and close it as the chat template does.
 
-        Returns its text without the stop token.
+        Returns what it says: its text without the stop token and without thoughts.
         """
         self.context.observe(self.chat.assistant_open)
         generation = await self.actor.sample(self.context.ids, kind, max_tokens)
         self.context.act(generation, kind)
         self.context.observe(self.chat.assistant_close(generation.token_ids))
-        return self.chat.decode(generation.token_ids)
+        return self.chat.said(generation.token_ids)
 
     async def aside(self, prompt: str, kind: SpanKind, max_tokens: int) -> str:
         """Sample a reply to ``prompt`` in a context of its own. The running context does not see it.
@@ -174,8 +174,10 @@ class Agent:
             self.segments.append(self.context.close(self.actor.version, self.actor.weights.revision))
 
     def _fresh_context(self, remembered: str) -> Context:
-        opening = self.chat.system(self.system_prompt)
-        return Context(opening + self.chat.user(remembered) if remembered else opening)
+        if remembered:
+            return Context(self.chat.opening(self.system_prompt, remembered))
+        system = self.chat.system(self.system_prompt)
+        return Context(system, self.chat.opened_by(system))
 
 
 class Memory(Protocol):

@@ -252,7 +252,7 @@ class _Pager:
         chat = self._agent.chat
         while text:
             prompt = self._summary_prompt
-            frame = len(chat.system(self._agent.system_prompt) + chat.user(prompt("")))
+            frame = len(chat.opening(self._agent.system_prompt, prompt("")))
             part = split_text(text, self._tokens, self._config.max_context_tokens - frame - _SLACK)[0]
             text = text[len(part) :].strip()
             longest = min(self._share, self._config.max_summary_tokens)
@@ -282,7 +282,7 @@ class _Pager:
 
     def _opening(self, summary: str) -> Ids:
         chat = self._agent.chat
-        return chat.system(self._agent.system_prompt) + chat.user(self._memory_turn(summary))
+        return chat.opening(self._agent.system_prompt, self._memory_turn(summary))
 
     def _measures(self) -> tuple[int, int]:
         """Return two lengths in tokens: a share, and L_max less an alert. Raises TaskError.
@@ -291,7 +291,7 @@ class _Pager:
         """
         chat, limit = self._agent.chat, self._config.max_context_tokens
         empty = _memory_turn(dict.fromkeys(BLOCKS, ""), "", 0, 0, 0)
-        opening = chat.system(self._agent.system_prompt) + chat.user(empty)
+        opening = chat.opening(self._agent.system_prompt, empty)
         alert = len(chat.user(_ALERT.format(percent=100)))
         fixed = len(opening) + alert + _SLACK
         share = (limit - fixed) // 4

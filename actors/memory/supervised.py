@@ -88,6 +88,7 @@ class ImplicationsMemory(ContextMemory):
         turns = [agent.chat.user(line) for line in lines if line]  # trained on like texts that are read
         self.events["implications"] += len(turns)
         opening = agent.chat.system(agent.system_prompt)
+        turns = [agent.chat.join(opening, turn) for turn in turns]
         await _learn(agent, text, text_examples(opening, turns, self._write), self._write)
 
 
@@ -95,7 +96,7 @@ def summary_examples(
     chat: ChatFormat, system_prompt: str, summary: str, write: WriteConfig
 ) -> list[WriteExample]:
     """Return ``summary`` as the agent's reply to the question what it remembers, in pieces that fit."""
-    prompt = chat.system(system_prompt) + chat.user(_RECALL) + chat.assistant_open
+    prompt = chat.opening(system_prompt, _RECALL) + chat.assistant_open
     room = _room(prompt, write)
     pieces = split_text(summary, lambda piece: len(chat.reply(piece)), room) if summary and room > 1 else []
     return [WriteExample(prompt, chat.reply(piece)) for piece in pieces if piece.strip()]

@@ -1,36 +1,45 @@
 """Cuts a model's chat template into token pieces, so that a conversation grows by appending ids.
 
-    ids = chat.system(prompt) + chat.user(text) + chat.assistant_open       -> the engine samples `generation`
+    ids = chat.opening(prompt) + chat.user(text) + chat.assistant_open      -> the engine samples `generation`
     ids += generation + chat.assistant_close(generation) + chat.user(next) ...
+    answer = chat.said(generation)
 
-A template is a program that renders a list of messages; it has no pieces of its own. So the pieces are cut
-out of renderings of marker texts, once per tokenizer:
-
-    <bos>system\n | MARK | <end>\n<start>user\n | MARK | <end>\n<start>assistant\n | MARK | <end>\n ...
-    system_open            close + user_open             close + assistant_open          close
+A template is a program that renders a list of messages; it has no pieces of its own. So they are cut out of
+renderings of marker texts, once per tokenizer (template_text.py).
 
 Invariants. Pieces put together are the tokens that the template itself gives for the same messages; the
-constructor checks it. Text from outside never becomes a special token.
+constructor checks it. Text from outside never becomes a control token (plain_text.py).
+
+Where the template has no system turns, the system text opens the first user turn: see ``join``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from actors.text.plain_text import plain_encoder
+from actors.text.template_text import (
+    ROLES,
+    ChatTemplateError,
+    Template,
+    TemplateOptions,
+    TemplateText,
+    cut,
+)
+from actors.text.thoughts import end_of_thought, is_thought_mark, visible_reply
+from configs.models import declared_stop_ids
+from configs.schema import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["ChatFormat", "ChatTemplateError", "Ids", "TemplateOptions", "Turn", "open_chat"]
 Ids = tuple[int, ...]
-_ROLES = ("system", "user", "assistant", "user", "assistant")
-# Words that no template has.
-_MARKS = ("Qsystemq", "Quseraq", "Qreplyaq", "Quserbq", "Qreplybq")
 _WORD = "What"
-
-
-class ChatTemplateError(ValueError):
-    """The tokenizer's chat template cannot be cut into pieces. The message names the model and the cause."""
+_CONTENTS = tuple(f"{_WORD} is Q{name}q?" for name in ("system", "usera", "replya", "userb"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,50 +52,94 @@ class Turn:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class _TemplateText:
-    """The template's own text before and after the content of each role."""
+def open_chat(model_path: Path | str, config: ModelConfig) -> ChatFormat:
+    """Load the tokenizer in ``model_path``. Raises ChatTemplateError."""
+    from transformers import AutoTokenizer
 
-    system_open: str
-    system_close: str
-    user_open: str
-    user_close: str
-    assistant_open: str
-    assistant_close: str
+    tokenizer = AutoTokenizer.from_pretrained(str(model_path))
+    options = TemplateOptions(config.enable_thinking, config.day)
+    return ChatFormat(tokenizer, options, declared_stop_ids(Path(model_path)))
 
 
 class ChatFormat:
     """The token pieces of one tokenizer's chat template. Ids are Python ints. Threads may share it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises ChatTemplateError when the template cannot be cut: the message says why."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        options: TemplateOptions | None = None,
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
+        """``stop_token_ids``: the eos tokens that the model declares beside the tokenizer's.
+
+        Raises ChatTemplateError when the template cannot be cut: the message says why.
+        """
         self._tokenizer = tokenizer
-        text = _cut(tokenizer)
-        special = set(tokenizer.all_special_ids)
+        self._template = Template(tokenizer, options or TemplateOptions())
+        self._plain = plain_encoder(tokenizer)
+        added = tokenizer.added_tokens_decoder.items()
+        self._hidden_marks = {
+            token_id: token.content
+            for token_id, token in added
+            if token.special and is_thought_mark(token.content)
+        }
+        text = cut(self._template, bool(tokenizer.chat_template))
+        special = set(tokenizer.all_special_ids) | {id for id, token in added if token.special}
         self._system_open = self._encode_opening(text.system_open)
-        self._system_close = self._encode_template(text.system_close)
+        self._system_close = self._encode_closing(text.system_close)
         self.user_open: Ids = self._encode_opening(text.user_open)
-        self._user_close = self._encode_template(text.user_close)
-        self._reply_close = self._encode_template(text.assistant_close)
+        self._user_close = self._encode_closing(text.user_close)
+        self._reply_close = self._encode_closing(text.assistant_close)
         self.assistant_open: Ids = self._encode_template(text.assistant_open)
+        end = end_of_thought(text.assistant_open)
+        self.opens_thought = bool(end)
+        self._end_of_thought = self._encode_template(end)
         # The engine stops at this token. Were it ordinary text, it could stand inside a reply.
         if not self._reply_close or self._reply_close[0] not in special:
-            raise ChatTemplateError(
-                f"{_name(tokenizer)}: its chat template ends a reply with {text.assistant_close!r}, "
-                "which is no special token"
+            raise self._template.error(
+                f"its chat template ends a reply with {text.assistant_close!r}, which is no special token"
             )
-        stop, eos = self._reply_close[0], tokenizer.eos_token_id
-        # Some models have an eos token besides the end of a turn, and sample it too.
-        self.stop_token_ids: Ids = (stop, eos) if isinstance(eos, int) and eos != stop else (stop,)
-        self._check(self._encode_opening(text.assistant_open))
+        eos = tokenizer.eos_token_id
+        # Some models have eos tokens besides the end of a turn, and sample them too.
+        declared = [eos, *stop_token_ids] if isinstance(eos, int) else stop_token_ids
+        self.stop_token_ids: Ids = tuple(dict.fromkeys((self._reply_close[0], *declared)))
+        self._merges_system = text.merges_system
+        self._fit(text)
+
+    @property
+    def is_dated(self) -> bool:
+        """True when the template writes the day into its turns, so that prompts change overnight."""
+        return self._template.is_dated
 
     def system(self, text: str) -> Ids:
-        """The opening of a conversation: the system turn, after bos if the template has one."""
-        return self._system_open + self.encode(text) + self._system_close
+        """The opening of a conversation: the system turn, after bos if the template has one.
+
+        Where the template has no system turns, it opens the first user turn: what follows goes through
+        ``join``.
+        """
+        ids = self.encode(text)
+        if self._merges_system and not ids:
+            return self._system_open[: len(self._system_open) - len(self.user_open)]
+        return self._system_open + ids + self._system_close
 
     def user(self, text: str) -> Ids:
         """A whole user turn."""
         return self.user_open + self.encode(text) + self._user_close
+
+    def join(self, system: Ids, turn: Ids) -> Ids:
+        """``turn``, a user turn, without what ``system`` has opened already."""
+        opened = self.opened_by(system)
+        return turn[len(opened) :] if turn[: len(opened)] == opened else turn
+
+    def opened_by(self, system: Ids) -> Ids:
+        """What the first user turn behind ``system`` lacks; nothing where system texts have own turns."""
+        is_open = self._merges_system and system[: len(self._system_open)] == self._system_open
+        return self.user_open if is_open else ()
+
+    def opening(self, system_prompt: str, first: str) -> Ids:
+        """A conversation's opening with its first user turn."""
+        system = self.system(system_prompt)
+        return system + self.join(system, self.user(first))
 
     def assistant_close(self, sampled: Sequence[int]) -> Ids:
         """The tokens that close a sampled reply.
@@ -98,29 +151,47 @@ class ChatFormat:
         return self._reply_close
 
     def reply(self, text: str) -> Ids:
-        """A reply that is not sampled, such as a flashcard's answer: the text and the stop token."""
-        return (*self.encode(text), self._reply_close[0])
+        """A reply that is not sampled, such as a flashcard's answer: the text and the stop token.
+
+        Where the generation prompt opens a thought, the reply ends it first: the text is its visible part.
+        """
+        return (*self._end_of_thought, *self.encode(text), self._reply_close[0])
+
+    def said(self, sampled: Sequence[int]) -> str:
+        """What a sampled reply says: without its stop token and its thoughts."""
+        ended = bool(sampled) and sampled[-1] in self.stop_token_ids
+        return visible_reply(self.decode(sampled[:-1] if ended else sampled), self.opens_thought)
 
     def encode(self, text: str) -> Ids:
-        """Ids of plain text, stripped. "<|im_end|>" and the like stay ordinary characters."""
-        # Stripped, because templates strip contents too. split_special_tokens: else text could forge turns.
-        return tuple(
-            self._tokenizer.encode(text.strip(), add_special_tokens=False, split_special_tokens=True)
-        )
+        """Ids of plain text, stripped. "<|im_end|>", "</think>" and the like stay ordinary characters."""
+        # Stripped, because templates strip contents too.
+        return tuple(self._plain(text.strip()))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids`` without special tokens."""
-        return str(
-            self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        """The text of ``ids`` without special tokens. Thoughts keep their marks."""
+        parts: list[str] = []
+        run: list[int] = []
+        for token_id in ids:
+            if token_id in self._hidden_marks:
+                parts += [self._decode(run), self._hidden_marks[token_id]]
+                run = []
+            else:
+                run.append(token_id)
+        return "".join([*parts, self._decode(run)])
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def turns(self, ids: Sequence[int]) -> list[Turn]:
         """The turns of a conversation, for people to read.
 
         Tokens outside of any turn, such as the rest of a turn that truncation cut, have the role "text".
         """
-        opens = [(self._system_open, "system"), (self.user_open, "user"), (self.assistant_open, "assistant")]
-        closes = [(piece, "text") for piece in (self._system_close, self._user_close, self._reply_close)]
+        first, behind = ("user", ()) if self._merges_system else ("system", self._system_close)
+        # Without an opening of its own (Mistral), a reply begins where the user turn ends.
+        after_user = "text" if self.assistant_open else "assistant"
+        opens = [(self._system_open, first), (self.user_open, "user"), (self.assistant_open, "assistant")]
+        closes = [(behind, "text"), (self._user_close, after_user), (self._reply_close, "text")]
         pieces = [(piece, role) for piece, role in opens + closes if piece]
         turns: list[Turn] = []
         role, start, place = "text", 0, 0
@@ -147,103 +218,51 @@ class ChatFormat:
         ids = self._encode_template(text + _WORD)
         return ids[: -len(word)] if ids[-len(word) :] == word else self._encode_template(text)
 
-    def _check(self, assistant_open_before_a_word: Ids) -> None:
-        """Raises ChatTemplateError unless the pieces are the template's own tokens.
+    def _encode_closing(self, text: str) -> Ids:
+        """Ids of template text behind a content: some tokenizers put a blank in front of a text."""
+        word = self._encode_template(_WORD)
+        ids = self._encode_template(_WORD + text)
+        return ids[len(word) :] if ids[: len(word)] == word else self._encode_template(text)
 
-        It compares a prompt, and a prompt with a reply in it.
-        """
-        messages = [
-            {"role": role, "content": f"{_WORD} is {mark}?"}
-            for role, mark in zip(_ROLES[:4], _MARKS[:4], strict=True)
-        ]
-        contents = [message["content"] for message in messages]
-        short = self.system(contents[0]) + self.user(contents[1])
-        reply = self.encode(contents[2]) + self.assistant_close(())
-        # The engine samples a reply after assistant_open as it is encoded at the end of a text. Here a word
-        # follows it, so the piece as it is encoded before a word is compared.
-        long = short + assistant_open_before_a_word + reply + self.user(contents[3]) + self.assistant_open
-        cases = [(_render(self._tokenizer, messages[:2], True), short + self.assistant_open)]
-        rendering = _render(self._tokenizer, messages, True)
+    def _encode_between(self, text: str) -> Ids:
+        """Ids of template text between two contents."""
+        word = self._encode_template(_WORD)
+        ids = self._encode_opening(_WORD + text)
+        return ids[len(word) :] if ids[: len(word)] == word else ids
+
+    def _fit(self, text: TemplateText) -> None:
+        """Find the pieces that give the template's own tokens. Raises ChatTemplateError without any."""
+        reply_before_a_word = self._encode_opening(text.assistant_open)
+        # Some tokenizers begin a word's token with a blank: then one must stand in front of the user's text.
+        closes = [text.system_close, f"{text.system_close} "] if text.merges_system else [text.system_close]
+        for close in closes:
+            if text.merges_system:
+                self._system_close = self._encode_between(close)
+            if self._is_exact(close, reply_before_a_word):
+                return
+        raise self._template.error(
+            "its tokenizer merges the chat template with the text, so turns cannot be appended as ids"
+        )
+
+    def _is_exact(self, system_close: str, assistant_open_before_a_word: Ids) -> bool:
+        """Whether the pieces are the template's own tokens, of a prompt and of one with a reply in it."""
+        contents = list(_CONTENTS)
+        roles = list(ROLES[:4])
+        pieces = self.opening(contents[0], contents[1])
+        if self._merges_system:
+            contents[:2], roles[:1] = [f"{contents[0]}{system_close}{contents[1]}"], []
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        prompt = self._template.render(messages[:-2], True)
+        if self._encode_template(prompt) != pieces + self.assistant_open:
+            return False
+        rendering = self._template.render(messages, True)
         # Some templates rewrite earlier replies (they hide thoughts). Engram keeps replies as they were
         # sampled, so there is nothing to compare.
-        if rendering.startswith(cases[0][0]):
-            cases.append((rendering, long))
-        for rendering, pieces in cases:
-            if self._encode_template(rendering) != pieces:
-                raise ChatTemplateError(
-                    f"{_name(self._tokenizer)}: its tokenizer merges the chat template with the text, "
-                    "so turns cannot be appended as ids"
-                )
-
-
-def _cut(tokenizer: PreTrainedTokenizerBase) -> _TemplateText:
-    """Cut the template's own texts out of the rendering of five marker messages."""
-    if not tokenizer.chat_template:
-        raise ChatTemplateError(
-            f"{_name(tokenizer)} has no chat template: take an instruct model of the Llama or Qwen families"
-        )
-    messages = [{"role": role, "content": mark} for role, mark in zip(_ROLES, _MARKS, strict=True)]
-    before, after_system, _, after_reply, _, end = _around_marks(tokenizer, messages, False)
-    user_close = _around_marks(tokenizer, messages[:2], False)[-1]
-    prompt_end = _around_marks(tokenizer, messages[:2], True)[-1]
-    # The conversation ends with a reply, so ``end`` closes a reply. What stands between it and the text of
-    # the next user turn opens that turn.
-    user_open = after_reply[len(end) :]
-    is_uniform = (
-        after_reply.startswith(end)
-        and user_open
-        and after_system.endswith(user_open)
-        and prompt_end.startswith(user_close)
-        and end
-    )
-    if not is_uniform:
-        raise ChatTemplateError(
-            f"{_name(tokenizer)}: its chat template does not write each turn the same way, "
-            "so turns cannot be appended as ids"
-        )
-    return _TemplateText(
-        system_open=before,
-        system_close=after_system[: -len(user_open)],
-        user_open=user_open,
-        user_close=user_close,
-        assistant_open=prompt_end[len(user_close) :],
-        assistant_close=end,
-    )
-
-
-def _around_marks(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], open_reply: bool
-) -> list[str]:
-    """The rendering's texts before, between and after the contents of ``messages``."""
-    rest = _render(tokenizer, messages, open_reply)
-    parts: list[str] = []
-    for message in messages:
-        part, mark, rest = rest.partition(message["content"])
-        if not mark:
-            raise ChatTemplateError(
-                f"{_name(tokenizer)}: its chat template leaves a message out or reorders them; "
-                "a template with system turns is needed"
-            )
-        parts.append(part)
-    return [*parts, rest]
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], open_reply: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        # enable_thinking is Qwen3's switch; other templates ignore it. An answer has few tokens: no thoughts.
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=open_reply, enable_thinking=False
-            )
-        )
-    except TemplateError as error:
-        turns = ", ".join(message["role"] for message in messages)
-        raise ChatTemplateError(
-            f"{_name(tokenizer)}: its chat template refuses a conversation of {turns}: {error}"
-        ) from error
-
-
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.name_or_path or type(tokenizer).__name__
+        if not rendering.startswith(prompt):
+            return True
+        # The engine samples a reply after assistant_open as it is encoded at the end of a text. Here a word
+        # follows it. How a template puts the reply behind it is not compared: Engram's is as it was sampled.
+        ids = self._encode_template(rendering)
+        before = pieces + assistant_open_before_a_word
+        after = self.assistant_close(()) + self.user(contents[-1]) + self.assistant_open
+        return ids[: len(before)] == before and ids[-len(after) :] == after

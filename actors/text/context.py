@@ -18,13 +18,15 @@ from actors.types import ActionSpan, Generation, PolicyVersion, Segment, SpanKin
 class Context:
     """Grows by observations (mask 0) and generations (mask 1).
 
-    ``told``: the tokens of turns that told something to remember, and did not only ask.
+    ``told``: the tokens of turns that told something to remember, and did not only ask. ``opened``: how a user
+    turn begins, where the ``opening`` has begun it already (ChatFormat.opened_by).
 
     Truncation never drops the ``opening``: the system prompt and the text that a memory puts in front.
     """
 
-    def __init__(self, opening: Sequence[int]) -> None:
+    def __init__(self, opening: Sequence[int], opened: Sequence[int] = ()) -> None:
         self._opening = len(opening)
+        self._opened = tuple(opened)
         self._ids: list[int] = list(opening)
         self._logprobs: list[float] = [0.0] * len(opening)
         self._spans: list[ActionSpan] = []
@@ -54,6 +56,8 @@ class Context:
 
     def observe(self, ids: Sequence[int]) -> None:
         """Append tokens that the engine has not sampled."""
+        if self.is_fresh and self._opened and tuple(ids[: len(self._opened)]) == self._opened:
+            ids = ids[len(self._opened) :]
         self._ids += ids
         self._logprobs += [0.0] * len(ids)
 
@@ -102,8 +106,8 @@ class Context:
         It is never shorter than the opening.
         """
         rest = self._ids[self._opening :]
-        kept = Context(self._ids[: self._opening])
-        room = max(0, limit - self._opening)
-        kept.observe(rest[len(rest) - min(room, len(rest)) :])
+        room = min(max(0, limit - self._opening), len(rest))
+        kept = Context(self._ids[: self._opening], () if room else self._opened)
+        kept.observe(rest[len(rest) - room :])
         kept.told = self.told
         return kept

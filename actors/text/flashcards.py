@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from actors.text.chat_template import ChatFormat
+from actors.text.chat_template import ChatFormat, Ids
 from actors.text.nearly_json import Found, Value, objects
 from actors.text.thoughts import visible_reply
 from actors.types import Flashcard, WriteExample
@@ -86,14 +86,15 @@ def write_example(
     """The card in the form in which it will be asked: first, or behind other cards and their answers.
 
     prompt: system prompt, the other cards as finished turns, the question as a user turn; answer: the reply
-    with its stop token. Only the answer is learnt.
+    with its stop token, behind the end of the thought that a generation prompt opens. Only it is learnt.
     """
-    prompt = chat.system(system_prompt)
+    turns: Ids = ()
     for other in behind:
         reply = chat.reply(other.answer)
-        prompt += chat.user(other.question) + chat.assistant_open + reply + chat.assistant_close(reply)
+        turns += chat.user(other.question) + chat.assistant_open + reply + chat.assistant_close(reply)
+    system = chat.system(system_prompt)
     return WriteExample(
-        prompt_ids=prompt + chat.user(card.question) + chat.assistant_open,
+        prompt_ids=system + chat.join(system, turns + chat.user(card.question)) + chat.assistant_open,
         answer_ids=chat.reply(card.answer),
     )
 
@@ -141,8 +142,8 @@ def _of_different_facts(cards: Sequence[Flashcard]) -> list[Flashcard]:
 def parse_flashcards(text: str, limit: int) -> ParsedFlashcards:
     """At most ``limit`` cards of the first JSON array in ``text`` that has cards or is complete and empty.
 
-    An array that breaks off gives its complete objects. Where no array has a card, all objects that are nearly
-    JSON are read. Thoughts are left out, and so is an echo of the prompt.
+    An array that breaks off gives its complete objects. Where no array has a card, all objects that are
+    nearly JSON are read. Thoughts are left out, and so is an echo of the prompt.
     """
     text = visible_reply(text)
     first: ParsedFlashcards | None = None

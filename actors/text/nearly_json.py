@@ -39,7 +39,7 @@ class _BrokenError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An object of a text; ``value`` is None for a brace that opens none. ``cut``: there the text breaks off."""
+    """An object of a text. ``value`` is None for a brace that opens none, ``cut`` where the text ends."""
 
     value: dict[str, Value] | None
     cut: bool = False
@@ -109,7 +109,7 @@ class _Reader:
         return word if word in ("true", "false") else None
 
     def _string(self) -> str:
-        """A quote closes a text only where the object can go on: so "Nora's" needs no escape in single quotes."""
+        """A quote closes a text only where the object can go on: 'Nora's' needs no escape."""
         close = _QUOTES[self._text[self.place]]
         parts: list[str] = []
         stop = re.compile(rf"[\\{close}]")

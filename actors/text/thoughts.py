@@ -18,16 +18,24 @@ _MARK = re.compile(f"(?P<open>{_OPEN})|{_CLOSE}", re.IGNORECASE)
 
 
 def visible_reply(text: str, in_thought: bool = False) -> str:
-    """``text`` without its thoughts, stripped. "" where a thought does not end.
+    """``text`` without its thoughts, stripped; a text that has none as it is. "" in a thought without end.
 
     ``in_thought``: the generation prompt has opened a thought, so ``text`` begins inside it.
     """
+    marks = list(_MARK.finditer(text))
+    if not marks:
+        return "" if in_thought else text
+    last_close = max((mark.start() for mark in marks if not mark["open"]), default=-1)
     said: list[str] = []
     thinking, place = in_thought, 0
-    for mark in _MARK.finditer(text):
+    for mark in marks:
         if mark["open"]:
-            if not thinking:
-                said.append(text[place : mark.start()])
+            before = text[place : mark.start()]
+            # "The <think> tag opens a thought." speaks of a thought and opens none.
+            begins_line = not before.rpartition("\n")[2].strip()
+            if thinking or not (begins_line or last_close > mark.start()):
+                continue
+            said.append(before)
             thinking = True
         elif thinking:
             thinking = False
@@ -40,10 +48,15 @@ def visible_reply(text: str, in_thought: bool = False) -> str:
     return "".join(said).strip()
 
 
-def opens_thought(text: str) -> bool:
-    """True when ``text``, such as a generation prompt, ends inside a thought."""
-    *_, last = [None, *_MARK.finditer(text)]
-    return last is not None and last["open"] is not None
+def end_of_thought(prompt: str) -> str:
+    """The text that ends the thought which a generation prompt has opened; "" where it opens none."""
+    *_, last = [None, *_MARK.finditer(prompt)]
+    if last is None or not last["open"]:
+        return ""
+    mark = last[0]
+    # Qwen's own empty thought is "<think>\n\n</think>\n\n".
+    breaks = "\n" if prompt.endswith("\n") else "\n\n"
+    return f"{breaks}{mark[0]}/{mark[1:]}\n\n"
 
 
 def is_thought_mark(token: str) -> bool:

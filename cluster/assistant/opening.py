@@ -20,7 +20,7 @@ from actors.episodes.preservation import Preservation, preservation
 from actors.fast_weights.delta import Basis
 from actors.memory.window import require_window
 from actors.protocols import AsyncWriter, Policy
-from actors.text.chat_template import ChatFormat
+from actors.text.chat_template import ChatFormat, open_chat
 from cluster.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from configs.load import load_config
 from configs.models import ResolvedModel, resolve_model
@@ -134,7 +134,6 @@ def parts_of(opening: Opening, slots: int) -> Iterator[Parts]:
     Raises EngineError, ChatTemplateError, and BoundError where the engine's window is too small.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from actors.engine.policy import VLLMPolicy
     from actors.episodes.rollout import WriteBatcher
@@ -144,7 +143,7 @@ def parts_of(opening: Opening, slots: int) -> Iterator[Parts]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     threads = config.rollout.threads
     torch.set_num_threads(threads)
-    chat = ChatFormat(AutoTokenizer.from_pretrained(path))
+    chat = open_chat(path, config.model)
     require_window(config, chat, ())
     engine = replace(config.engine, slots=slots)
     policy = VLLMPolicy(

@@ -24,7 +24,7 @@ from actors.fast_weights.delta import Basis, zero
 from actors.memory.base import Agent
 from actors.memory.parametric import ParametricMemory
 from actors.protocols import Policy
-from actors.text.chat_template import ChatFormat
+from actors.text.chat_template import ChatFormat, open_chat
 from actors.text.flashcards import render_flashcards
 from actors.types import (
     AdapterKey,
@@ -45,7 +45,7 @@ from actors.types import (
     WriteRequest,
     WriteResult,
 )
-from configs.schema import RunConfig
+from configs.schema import ModelConfig, RunConfig
 
 if TYPE_CHECKING:
     from actors.episodes.rollout import Rollout
@@ -129,9 +129,7 @@ class ScriptedSide:
 
 
 def read_chat(model_path: Path) -> ChatFormat:
-    from transformers import AutoTokenizer
-
-    return ChatFormat(AutoTokenizer.from_pretrained(str(model_path)))
+    return open_chat(model_path, ModelConfig())
 
 
 # --- groups without an engine -----------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from actors.environments.recall import RecallEnvironment
 from actors.episodes.preservation import Prompt, PromptMaker, in_turn
 from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.fast_weights.delta import Basis, zero
-from actors.text.chat_template import ChatFormat
+from actors.text.chat_template import ChatFormat, open_chat
 from actors.text.flashcards import write_examples
 from actors.types import WriteExample, WriteRequest
 from actors.write.frozen_llama import FrozenLlama, read_model
@@ -31,7 +31,7 @@ from cluster.bench.machine import matmul_rate
 from cluster.bench.peft_loop import PeftLoop, WrittenB
 from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Timing
 from cluster.measure.report import Table
-from configs.schema import FastWeightsConfig, PreserveConfig, RecallConfig, WriteConfig
+from configs.schema import FastWeightsConfig, ModelConfig, PreserveConfig, RecallConfig, WriteConfig
 
 Kind = Literal["plain", "addressed"]
 
@@ -139,9 +139,7 @@ def _work_table(rows: Sequence[tuple[str, ...]], rate: float) -> Table:
 
 def _requests(context: Context, basis: Basis, count: int, config: WriteConfig) -> list[WriteRequest]:
     """Episodes of the recall environment, each with the gold flashcards of eight facts."""
-    from transformers import AutoTokenizer
-
-    chat = ChatFormat(AutoTokenizer.from_pretrained(context.model_path))
+    chat = open_chat(context.model_path, ModelConfig())
     environment = RecallEnvironment(RecallConfig(sessions=1, facts_per_session=CARDS, questions=CARDS))
     prompt, limit, preserve = environment.system_prompt, config.max_example_tokens, config.preserve
     maker = PromptMaker(chat, prompt, environment, preserve)

@@ -19,6 +19,7 @@ from actors.fast_weights.basis import load_basis, save_basis
 from actors.fast_weights.delta import Basis
 from actors.memory.build import custom_memory
 from actors.memory.window import require_window
+from actors.text.chat_template import open_chat
 from actors.types import PolicyVersion, Task
 from cluster.evaluation.command import REQUEST_FILE, save_request, saved_request
 from cluster.evaluation.plan import WRITING, Cell, Plan, Request, plan_cells
@@ -29,7 +30,6 @@ from cluster.train.prepare import (
     BASIS_FILE,
     check_unchanged,
     held_out,
-    open_chat,
     open_environment,
     questions_of,
     run_basis,
@@ -165,7 +165,7 @@ def _require_windows(
     model: ResolvedModel,
 ) -> None:
     """Raise ConfigError where a cell's extractions do not fit the engine's window."""
-    chat = open_chat(model.path)
+    chat = open_chat(model.path, plan.base.model)
     questions: dict[tuple[EnvironmentConfig, int, bool], list[str]] = {}  # starting a task may read a file
     for cell in plan.cells:
         config = cell.config

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actors.text.chat_template import ChatFormat
+from actors.text.chat_template import ChatFormat, open_chat
 from actors.types import FastWeights, WriteExample
 from cluster.common.errors import CheckpointError
 from cluster.inspection.record import EpisodeRecord, Passage, Record, RecordError
@@ -60,13 +60,12 @@ def compare(record: Record, path: Path, policy: Path | None) -> tuple[Compared, 
     model_path, basis = _theta(record, config, path.parent.parent, policy)
 
     import torch
-    from transformers import AutoTokenizer
 
     from actors.episodes.recovery import replay
     from actors.write.frozen_llama import read_model
     from actors.write.writer import BatchedWriter
 
-    chat = ChatFormat(AutoTokenizer.from_pretrained(str(model_path)))
+    chat = open_chat(model_path, config.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = read_model(str(model_path), config.model.dtype, device)
     writer = BatchedWriter(model, basis, config.write)
@@ -156,7 +155,7 @@ def _answered_again(
         for block in reader.prepare(examples, basis.first_layer, answered=True):
             replies = reader.answer(block, reader.read(block, layers), layers, max_tokens)
             for place, reply in zip(block.numbers, replies, strict=True):
-                texts[place] = chat.decode(reply)
+                texts[place] = chat.said(reply)
         return texts
 
     compared: list[Compared] = []

@@ -173,7 +173,7 @@ def describe(
         policy_version=trajectory.policy_version,
         basis_id=trajectory.revisions[0].basis_id if trajectory.revisions else "",
         segments=segments,
-        writes=_entries(trajectory.writes, segments, receipts),
+        writes=_entries(trajectory.writes, segments, receipts, chat),
         memory_events=dict(trajectory.memory_events),
         outcome=trajectory.outcome,
         siblings=tuple(siblings),
@@ -210,7 +210,7 @@ def _turns(ids: Sequence[int], start: int, end: int, chat: ChatFormat) -> list[P
 
 
 def _entries(
-    log: Sequence[WriteRecord], segments: Sequence[SegmentRecord], receipts: bool
+    log: Sequence[WriteRecord], segments: Sequence[SegmentRecord], receipts: bool, chat: ChatFormat
 ) -> tuple[WriteEntry, ...]:
     """Find the segment that each write came after. The log itself does not name it.
 
@@ -221,7 +221,7 @@ def _entries(
     place, before = 0, 0  # the first segment that can come next; the revision in force
     for record in log:
         later = range(place, len(segments))
-        source = next((at for at in later if _extracts(segments[at], record.extraction)), None)
+        source = next((at for at in later if _extracts(segments[at], record.extraction, chat)), None)
         if source is None:
             older = [at for at, segment in enumerate(segments) if segment.revision <= before]
             after = max([place - 1, *older[-1:]])
@@ -234,8 +234,9 @@ def _entries(
     return tuple(entries)
 
 
-def _extracts(segment: SegmentRecord, text: str) -> bool:
-    return any(passage.kind == "extract" and passage.text == text for passage in segment.passages)
+def _extracts(segment: SegmentRecord, text: str, chat: ChatFormat) -> bool:
+    sampled = (passage for passage in segment.passages if passage.kind == "extract")
+    return any(chat.said(segment.token_ids[passage.start : passage.end]) == text for passage in sampled)
 
 
 # --- the file ----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import numpy as np
 
 from actors.episodes.episode import derived_seed
 from actors.episodes.group_summary import GroupSummary
-from actors.text.chat_template import ChatFormat
+from actors.text.chat_template import ChatFormat, open_chat
 from actors.types import FailedEpisode, PolicyVersion, Task, Trajectory, TrajectoryGroup
 from cluster.fleet.stream import Batch
 from cluster.inspection.background import Background
@@ -56,7 +56,8 @@ def recording(config: RunConfig, run_dir: Path, model_path: Path, run_id: str) -
     """Record a run during the block; at its end everything is written. No ``run_id``: no traces."""
     wanted = config.episodes.traces and run_id
     traces = EpisodeTraces(store_uri(config.tracking, run_dir.parent), run_id) if wanted else None
-    chat = _chat_of(model_path)  # now: two threads that import transformers at once meet it half imported
+    # now: two threads that import transformers at once meet it half imported
+    chat = open_chat(model_path, config.model)
     sinks = () if traces is None else (traces.records.submit,)
     recorder = EpisodeRecorder(config.episodes, run_dir, chat, _from_object_store, sinks)
     wait = _WAIT_S
@@ -210,13 +211,6 @@ class _Watched:
         group = await self._source.episode(position, task, row)
         self._recorder.on_evaluated(self._config, self._step, position, row, group)
         return group
-
-
-def _chat_of(model_path: Path) -> ChatFormat:
-    """Read the chat format of the model in ``model_path``: a second or two."""
-    from transformers import AutoTokenizer
-
-    return ChatFormat(AutoTokenizer.from_pretrained(str(model_path)))
 
 
 def _from_object_store(reference: Any) -> TrajectoryGroup:

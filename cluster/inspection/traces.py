@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from actors.text.thoughts import visible_reply
 from cluster.inspection.background import Background
 from cluster.inspection.record import (
     EpisodeRecord,
@@ -107,7 +108,7 @@ def _reply(record: EpisodeRecord, number: int, passage: Passage, pace: _Pace, ab
     if passage.kind == "act":
         return Step("act", "LLM", None, outputs, passage.tokens * pace.act, about)
     for write in record.writes:
-        if write.after == number and write.log.extraction == passage.text:
+        if write.after == number and write.log.extraction == visible_reply(passage.text):
             outputs |= {"flashcards": _cards(write), "unused": list(write.unused)}
     return Step("extract", "LLM", None, outputs, passage.tokens * pace.extract, about)
 

@@ -197,7 +197,9 @@ def examples_of(
     draw = random.Random(" ".join(tellings))
     sentences = tellings + [draw.choice(FILLERS) for _ in tellings]
     draw.shuffle(sentences)
-    return tuple(text_examples(chat.system(system_prompt), [chat.user(" ".join(sentences))], write))
+    system = chat.system(system_prompt)
+    turn = chat.join(system, chat.user(" ".join(sentences)))
+    return tuple(text_examples(system, [turn], write))
 
 
 def flashcards_of(cards: Sequence[Card]) -> list[Flashcard]:

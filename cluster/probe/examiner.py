@@ -135,7 +135,7 @@ class Examiner:
             logprobs = reading.table.gather(1, block.targets[:, None])[:, 0].split(block.sizes)
             answers = self._reader.answer(block, reading, layers, group.longest_answer)
             for place, answer, answer_logprobs in zip(block.numbers, answers, logprobs, strict=True):
-                said, gold = self._chat.decode(answer).strip(), group.cards[group.owners[place]].answer
+                said, gold = self._chat.said(answer).strip(), group.cards[group.owners[place]].answer
                 loss = -float(answer_logprobs.double().mean())
                 asked[place] = Asked(loss, plain_em(said, gold), plain_f1(said, gold), said)
         scores: list[CardScore] = []

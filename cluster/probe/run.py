@@ -21,7 +21,7 @@ from actors.environments.recall import SYSTEM_PROMPT
 from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.fast_weights.delta import Basis, zero
 from actors.protocols import WriterError
-from actors.text.chat_template import ChatFormat
+from actors.text.chat_template import ChatFormat, open_chat
 from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.writer import BatchedWriter
 from cluster.common.display import Display
@@ -128,8 +128,6 @@ def probe(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions, displ
 
 
 def _prepare(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions) -> _Prepared:
-    from transformers import AutoTokenizer
-
     cards = {seed: cards_of(options.cards, seed) for seed in options.seeds}
     fewest = min(map(len, cards.values()))
     if options.writes > fewest:
@@ -144,8 +142,7 @@ def _prepare(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions) ->
         for seed, of_seed in cards.items()
     }
     model = resolve_model(config.model)
-    trusted = config.model.trust_remote_code
-    chat = ChatFormat(AutoTokenizer.from_pretrained(str(model.path), trust_remote_code=trusted))
+    chat = open_chat(model.path, config.model)
     _check_cards(options.cards, [card for of_seed in cards.values() for card in of_seed], cells, chat)
     plan = _plan(config, options, cards, strays, pieces, model)
     folder = options.resume

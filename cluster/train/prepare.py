@@ -19,7 +19,7 @@ from actors.fast_weights.delta import Basis
 from actors.memory.build import custom_memory
 from actors.memory.window import require_window
 from actors.protocols import TaskError
-from actors.text.chat_template import ChatFormat
+from actors.text.chat_template import open_chat
 from actors.types import Task
 from cluster.common.errors import CheckpointError
 from cluster.common.tasks import TaskSource
@@ -109,7 +109,9 @@ def prepare_training(config: RunConfig) -> tuple[RunSpec, RunFolder, Start]:
     require_demonstrations(config, environment)
     _require_attribution(config, environment)
     spec = RunSpec(config, environment, resolve_model(config.model).path, eval_tasks)
-    require_window(config, open_chat(spec.model_path), questions_of(config, environment, eval_tasks))
+    require_window(
+        config, open_chat(spec.model_path, config.model), questions_of(config, environment, eval_tasks)
+    )
     folder, start = _where_to_start(spec)
     require_free(folder.path)
     _create_folder(spec, folder, start)
@@ -196,13 +198,6 @@ def open_environment(config: RunConfig) -> Environment:
 def held_out(environment: Environment, config: RunConfig) -> tuple[Task, ...]:
     """The first ``evaluation.tasks`` of the eval split, fewer when it has fewer. Raises TaskError."""
     return tuple(TaskSource(environment, "eval", config.seed).first(config.evaluation.tasks))
-
-
-def open_chat(model_path: Path) -> ChatFormat:
-    """Load the model's tokenizer. Raises ChatTemplateError."""
-    from transformers import AutoTokenizer
-
-    return ChatFormat(AutoTokenizer.from_pretrained(model_path))
 
 
 def questions_of(config: RunConfig, environment: Environment, tasks: Sequence[Task]) -> list[str]:

@@ -20,7 +20,7 @@ from actors.environments.base import Abstainer, Environment, Rephraser
 from actors.episodes.demonstration import DemonstratingEnvironment, demonstrate, demonstrate_exchange
 from actors.episodes.episode import derived_seed
 from actors.protocols import TaskError
-from actors.text.chat_template import ChatFormat
+from actors.text.chat_template import open_chat
 from actors.types import Segment, Task
 from cluster.common.tasks import TaskSource
 from cluster.tracking.tracker import Tracker
@@ -45,11 +45,9 @@ class Demonstrations:
     """
 
     def __init__(self, config: RunConfig, environment: DemonstratingEnvironment, model_path: Path) -> None:
-        from transformers import AutoTokenizer
-
         self._config, self._environment = config, environment
         self.faults: list[str] = []
-        self._chat = ChatFormat(AutoTokenizer.from_pretrained(model_path))
+        self._chat = open_chat(model_path, config.model)
         self._tasks = TaskSource(environment, "train", derived_seed(config.seed, "warm start"))
         self._unknown = TaskSource(environment, "train", derived_seed(config.seed, "warm start", "unknown"))
 

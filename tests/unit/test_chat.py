@@ -179,7 +179,7 @@ def test_decode_gives_the_text_back(tiny_model_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (NO_SYSTEM, "System role not supported"),
+        (NO_SYSTEM, "does not write each turn the same way"),
         (NO_STOP, "no special token"),
         (DROPS, "leaves a message out"),
         (MERGES, "merges the chat template with the text"),

@@ -78,7 +78,9 @@ def test_an_extraction_is_under_delta_from_the_first_accepted_write_on() -> None
         [
             record(BROKEN, 0, "empty"),
             record(APRIL, 0, "rolled_back"),
-            record(APRIL.replace('"instruction"', "'instruction'"), 1),  # sampled under revision 0; it repeats what was rolled back
+            record(
+                APRIL.replace('"instruction"', "'instruction'"), 1
+            ),  # sampled under revision 0; it repeats what was rolled back
             record("[]", 1, "empty"),  # readable: there was nothing to save
             record("", 1, "empty"),
         ]

@@ -412,6 +412,37 @@ def test_a_completion_without_a_verdict(serve: Callable[..., Server], content: o
     )  # paid for, so counted
 
 
+def _verdict_in(body: dict[str, Any], message: Callable[[str], dict[str, Any]]) -> Served:
+    """A completion whose message holds the right verdict somewhere."""
+    completion = json.loads(_completion("").body)
+    completion["choices"][0]["message"] = {"role": "assistant"} | message(
+        _verdict_text(body, [True, False, True])
+    )
+    return Served(body=json.dumps(completion))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        lambda text: {"content": None, "reasoning_content": f"Let me see.\n{text}"},
+        lambda text: {"content": "", "reasoning": text},
+        lambda text: {"content": text, "reasoning_content": text.replace("true", "false")},
+        lambda text: {"content": [{"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:]}]},
+        lambda text: {
+            "content": [{"type": "image_url"}, {"type": "text", "text": text}, "x", {"text": None}]
+        },
+        lambda text: {"content": f"{text.replace('true', 'false')}? No.\n</think>\n{text}"},
+    ],
+    ids=["null", "empty", "both", "parts", "other parts", "orphan"],
+)
+def test_a_verdict_is_found_where_servers_put_it(
+    serve: Callable[..., Server], message: Callable[[str], dict[str, Any]]
+) -> None:
+    server = serve(lambda body: _verdict_in(body, message))
+    verdict = EndpointJudge(_config(server)).verdict("q", "a", RUBRICS)
+    assert verdict.met == (True, False, True) and verdict.cost.requests == 1
+
+
 def test_a_malformed_verdict_is_asked_for_again_with_what_was_wrong(serve: Callable[..., Server]) -> None:
     server = serve(_decide(True, True), _decide(True, True, False))
     verdict = EndpointJudge(_config(server)).verdict("q", "a", RUBRICS)
@@ -540,10 +571,21 @@ ONE, TWO = {"rubric": 1, "met": True, "reason": "yes"}, {"rubric": 2, "met": Fal
         _reply(ONE, TWO, overall=True),
         f"<think>{_reply(ONE, ONE)} no</think>{_reply(ONE, TWO)}",
         _reply(ONE, TWO) + _reply(ONE, TWO),
+        f"{_reply(ONE, ONE)} no\n</think>\n\n{_reply(ONE, TWO)}",  # the server's template opened the thought
+        f"<think>one</think>{_reply(ONE, TWO)}<think>{_reply(ONE, ONE)}?</think>",
+        _reply({**ONE, "met": 1}, {**TWO, "met": 0}),
+        _reply({**ONE, "met": "1"}, {**TWO, "met": "NO"}),
     ],
 )
 def test_a_verdict_is_read_from_many_forms(reply: str) -> None:
     assert parse_verdict(reply, PROMPT) == ((True, False), ("yes", "no"))
+
+
+@pytest.mark.parametrize("quoted", ["</think>", "<think>", "<think>x</think>"])
+def test_a_reason_may_quote_the_marks_of_a_thought(quoted: str) -> None:
+    reply = _reply({**ONE, "reason": f"it says {quoted}"}, TWO)
+    met, (reason, _) = parse_verdict(reply, PROMPT)
+    assert met == (True, False) and reason.startswith("it says")
 
 
 @pytest.mark.parametrize(
@@ -560,7 +602,9 @@ def test_a_verdict_is_read_from_many_forms(reply: str) -> None:
         (_reply(ONE, TWO, {"rubric": 3, "met": True}), "rubric 3 is none of the 2"),
         (_reply(ONE, {"rubric": 0, "met": True}), "rubric 0 is none of the 2"),
         (_reply(ONE, {"rubric": 2}), 'rubric 2 has no "met"'),
-        (_reply(ONE, {"rubric": 2, "met": 1}), 'rubric 2 has no "met"'),
+        (_reply(ONE, {"rubric": 2, "met": 0.7}), 'rubric 2 has no "met"'),
+        (_reply(ONE, {"rubric": 2, "met": 2}), 'rubric 2 has no "met"'),
+        (_reply(ONE, {"rubric": 2, "met": None}), 'rubric 2 has no "met"'),
         (_reply(ONE, {"rubric": 2, "met": "partly"}), 'rubric 2 has no "met"'),
         (_reply(ONE, {"rubric": True, "met": True}), 'no number "rubric"'),
         (_reply(True, False), 'no number "rubric"'),

@@ -22,7 +22,6 @@ from actors.environments.judge.judge import JudgeCost, Verdict
 from actors.environments.rubric import (
     RubricEnvironment,
     RubricSession,
-    final_answer,
     read_rubric_items,
     split_request,
 )
@@ -178,17 +177,11 @@ def test_an_unanswered_item_scores_0() -> None:
 
 
 def test_thoughts_before_the_answer_do_not_count() -> None:
-    assert (
-        final_answer("<think>\nsix?\n</think>\n\n7 points") == "7 points"
-        and final_answer("a </think> b") == "a </think> b"
-    )
     _, session = _play(
         _environment(), "tarn-points", "<think>two nested and one other, so let me add</think>7 points"
     )
     outcome = session.outcome()
-    assert outcome.reward == 1.0 and outcome.answers[0].prediction.startswith(
-        "<think>"
-    )  # what was said stays to be seen
+    assert outcome.reward == 1.0 and outcome.answers[0].prediction == "7 points"
 
 
 class _ScriptedJudge:

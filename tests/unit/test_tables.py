@@ -364,7 +364,7 @@ def test_tables_show_rows_intervals_writes_failures_and_categories() -> None:
     assert rows.rows[1][3].startswith("50.0 [6.8, 93.2]")
     assert rows.rows[1][5] == "25.0"
     assert "failed: episodes that did not finish; they are in no mean" in rows.legend
-    assert answers.rows[1] == ("TMEM", "100.0 (100.0)", "-", "-", "-")
+    assert answers.rows[1] == ("TMEM", "100.0 (100.0)", "-", "-", "-", "-")
     assert costs.rows[1] == ("TMEM", "2/4/0", "100+20", "1.5")
     assert official.header == ("official %", "questions", "memory off", "TMEM")
     assert official.rows == (("home", "1", "0.0", "37.5"), ("work", "1", "0.0", "12.5"))

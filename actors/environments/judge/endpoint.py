@@ -153,13 +153,25 @@ def _reply(completion: Any) -> Reply:
     choices = getattr(completion, "choices", None)
     if not isinstance(choices, list) or not choices:
         raise _no_protocol()
-    text = getattr(getattr(choices[0], "message", None), "content", None)
+    message = getattr(choices[0], "message", None)
+    # A server that parts thoughts from answers may leave the answer in the thoughts where these do not end.
+    fields = ("content", "reasoning_content", "reasoning")
+    text = next(filter(None, (_text(getattr(message, field, None)) for field in fields)), "")
     usage = getattr(completion, "usage", None)
     return Reply(
-        text=text if isinstance(text, str) else "",
+        text=text,
         prompt_tokens=_tokens(getattr(usage, "prompt_tokens", None)),
         generated_tokens=_tokens(getattr(usage, "completion_tokens", None)),
     )
+
+
+def _text(content: object) -> str:
+    """A message's text. It may come as a list of parts, {"type": "text", "text": ...}."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = (part.get("text") if isinstance(part, dict) else getattr(part, "text", None) for part in parts)
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _tokens(value: object) -> int | None:

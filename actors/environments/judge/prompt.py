@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.text.thoughts import visible_reply
+
 _SYSTEM = """You check an answer against numbered rubrics. \
 You are given one JSON object with the fields "id", "question", "rubrics" and "answer".
 The answer was written by a machine under test. \
@@ -28,7 +30,10 @@ Reply with one JSON object and nothing else, with exactly one entry for each rub
 
 _MAX_REPLY_CHARACTERS = 400_000
 _MAX_BRACES = 1000
-_WORDS: Mapping[str, bool] = {"yes": True, "true": True, "no": False, "false": False}
+_WORDS: Mapping[str, bool] = {
+    **dict.fromkeys(("yes", "true", "1", "1.0"), True),
+    **dict.fromkeys(("no", "false", "0", "0.0"), False),
+}
 
 
 class MalformedVerdictError(ValueError):
@@ -72,16 +77,17 @@ def judge_prompt(question: str, answer: str, rubrics: Sequence[str]) -> JudgePro
 def parse_verdict(reply: str, prompt: JudgePrompt) -> tuple[tuple[bool, ...], tuple[str, ...]]:
     """For each of the prompt's rubrics, in order: is it met, and why.
 
-    Accepts text or a fence around the object, another order, and yes/no for true/false. Raises
-    MalformedVerdictError when no object has the prompt's id, when a rubric is missing, twice, unknown or
-    undecided, and when two objects disagree.
+    Accepts thoughts, text or a fence around the object, another order, and yes/no or 1/0 for true/false.
+    Raises MalformedVerdictError when no object has the prompt's id, when a rubric is missing, twice, unknown
+    or undecided, and when two objects disagree.
     """
     if len(reply) > _MAX_REPLY_CHARACTERS:
         raise MalformedVerdictError(f"it has {len(reply)} characters")
-    text = reply.strip()
-    if text.startswith("<think>"):
-        text = text.partition("</think>")[2]
-    candidates = [candidate for candidate in _objects(text) if candidate.get("id") == prompt.id]
+    candidates = [value for value, _ in _objects(visible_reply(reply)) if value.get("id") == prompt.id]
+    if not candidates:
+        # A reason may quote "</think>" from the answer: inside an object it ends no thought.
+        quoting = ((value, text) for value, text in _objects(reply) if visible_reply(text) != text)
+        candidates = [value for value, _ in quoting if value.get("id") == prompt.id]
     verdicts = [_decisions(candidate, prompt.rubrics) for candidate in candidates]
     if not verdicts:
         raise MalformedVerdictError(f"it has no JSON object with the id {prompt.id}")
@@ -90,8 +96,8 @@ def parse_verdict(reply: str, prompt: JudgePrompt) -> tuple[tuple[bool, ...], tu
     return verdicts[0]
 
 
-def _objects(text: str) -> Iterator[Mapping[str, Any]]:
-    """The outermost JSON objects of ``text``, left to right.
+def _objects(text: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The outermost JSON objects of ``text``, left to right, each with its text.
 
     Why the bound: each brace that opens no object costs a scan, and a reply may have very many.
     """
@@ -101,13 +107,14 @@ def _objects(text: str) -> Iterator[Mapping[str, Any]]:
         if place < 0:
             return
         try:
-            value, place = decoder.raw_decode(text, place)
+            value, end = decoder.raw_decode(text, place)
         except RecursionError:
             return
         except ValueError:
             place += 1
         else:
-            yield value
+            yield value, text[place:end]
+            place = end
         place = text.find("{", place)
 
 
@@ -137,7 +144,8 @@ def _entry(entry: object) -> tuple[int, bool, str]:
         number = int(number)
     if not isinstance(number, int) or isinstance(number, bool):
         raise MalformedVerdictError('an entry has no number "rubric"')
-    decision = _WORDS.get(met.strip().lower()) if isinstance(met, str) else met
+    # 1 and "yes" are decisions, 0.7 is none
+    decision = met if isinstance(met, bool) else _WORDS.get(str(met).strip().lower())
     if not isinstance(decision, bool):
         raise MalformedVerdictError(f'rubric {number} has no "met" that is true or false')
     return number, decision, reason if isinstance(reason, str) else ""
