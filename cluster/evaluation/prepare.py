@@ -19,8 +19,9 @@ from actors.fast_weights.basis import load_basis, save_basis
 from actors.fast_weights.delta import Basis
 from actors.memory.build import custom_memory
 from actors.memory.window import require_window
-from actors.text.chat_template import open_chat
+from actors.text.chat_template import ChatFormat, open_chat
 from actors.types import PolicyVersion, Task
+from cluster.common.day import day_in, with_day
 from cluster.evaluation.command import REQUEST_FILE, save_request, saved_request
 from cluster.evaluation.plan import WRITING, Cell, Plan, Request, plan_cells
 from cluster.evaluation.store import CellStore
@@ -82,7 +83,8 @@ def prepare_comparison(request: Request) -> Comparison:
     environments = _environments(plan)
     tasks = {cell.key: held_out(environments[cell.config.environment], cell.config) for cell in plan.cells}
     model = resolve_model(config.model)
-    _require_windows(plan, environments, tasks, model)
+    chat = open_chat(model.path, config.model)
+    _require_windows(plan, environments, tasks, chat)
     checkpoint = None
     if request.checkpoint is not None:
         checkpoint = load_checkpoint(request.checkpoint.expanduser().absolute())
@@ -91,6 +93,8 @@ def prepare_comparison(request: Request) -> Comparison:
     folder = _resumed_folder(request, config) or _output_dir(config) / new_name
     with _writing(folder):
         require_free(folder)  # now: a basis may take minutes
+    before = folder / "config.yaml" if checkpoint is None else checkpoint.folder / "config.yaml"
+    plan = _with_day(plan, chat, day_in(before))
     store = CellStore(folder / "cells", _identity(model, checkpoint))
     for cell in plan.cells:  # a changed configuration is refused now, not after hours
         store.finished(cell)
@@ -162,10 +166,9 @@ def _require_windows(
     plan: Plan,
     environments: Mapping[EnvironmentConfig, Environment],
     tasks: Mapping[str, Sequence[Task]],
-    model: ResolvedModel,
+    chat: ChatFormat,
 ) -> None:
     """Raise ConfigError where a cell's extractions do not fit the engine's window."""
-    chat = open_chat(model.path, plan.base.model)
     questions: dict[tuple[EnvironmentConfig, int, bool], list[str]] = {}  # starting a task may read a file
     for cell in plan.cells:
         config = cell.config
@@ -176,6 +179,12 @@ def _require_windows(
             require_window(config, chat, questions[kind])
         except BoundError as error:
             raise ConfigError(f"{cell.key}: {error}") from None
+
+
+def _with_day(plan: Plan, chat: ChatFormat, day: str) -> Plan:
+    base = with_day(plan.base, chat, day)
+    cells = (replace(cell, config=with_day(cell.config, chat, base.model.date)) for cell in plan.cells)
+    return replace(plan, base=base, cells=tuple(cells))
 
 
 def _identity(model: ResolvedModel, checkpoint: Checkpoint | None) -> dict[str, str]:

@@ -24,6 +24,7 @@ from actors.protocols import WriterError
 from actors.text.chat_template import ChatFormat, open_chat
 from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.writer import BatchedWriter
+from cluster.common.day import with_day
 from cluster.common.display import Display
 from cluster.common.git import git_commit
 from cluster.measure.report import show
@@ -144,6 +145,8 @@ def _prepare(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions) ->
     model = resolve_model(config.model)
     chat = open_chat(model.path, config.model)
     _check_cards(options.cards, [card for of_seed in cards.values() for card in of_seed], cells, chat)
+    config = with_day(config, chat, _day_of(options.resume))
+    chat = open_chat(model.path, config.model)
     plan = _plan(config, options, cards, strays, pieces, model)
     folder = options.resume
     if folder is not None:
@@ -201,6 +204,16 @@ def _plan(
 
 def _by_seed(values: Mapping[int, Sequence[Any]]) -> dict[str, str]:
     return {str(seed): _digest([asdict(value) for value in of_seed]) for seed, of_seed in values.items()}
+
+
+def _day_of(folder: Path | None) -> str:
+    """The day of the prompts of the probe in ``folder``; "" where there is none yet."""
+    if folder is None or not (folder / PLAN).exists():
+        return ""
+    try:
+        return str(read_json(folder / PLAN, _PlanFile).plan.get("model.date", ""))
+    except FileError:  # said by _check_plan
+        return ""
 
 
 def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:

@@ -39,8 +39,10 @@ def begun_run(output_dir: Path, config: RunConfig, newest: Checkpoint | None) ->
     if last is None or (newest is not None and last < written(newest.folder)):
         return None
     run_dir = runs[last]
-    same = not list_checkpoints(run_dir) and _saved_settings(run_dir) == _settings(config)
-    return run_dir if same else None
+    saved, given = _saved_settings(run_dir), _settings(config)
+    if saved is not None and not config.model.date:  # the run keeps its own (day.py)
+        given["model.date"] = saved["model.date"]
+    return run_dir if not list_checkpoints(run_dir) and saved == given else None
 
 
 def note_run_id(run_dir: Path, run_id: str) -> None:

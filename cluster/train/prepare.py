@@ -21,6 +21,7 @@ from actors.memory.window import require_window
 from actors.protocols import TaskError
 from actors.text.chat_template import open_chat
 from actors.types import Task
+from cluster.common.day import day_in, with_day
 from cluster.common.errors import CheckpointError
 from cluster.common.tasks import TaskSource
 from cluster.runs.checkpoint import START, Checkpoint, TrainState, find_checkpoint
@@ -109,10 +110,11 @@ def prepare_training(config: RunConfig) -> tuple[RunSpec, RunFolder, Start]:
     require_demonstrations(config, environment)
     _require_attribution(config, environment)
     spec = RunSpec(config, environment, resolve_model(config.model).path, eval_tasks)
-    require_window(
-        config, open_chat(spec.model_path, config.model), questions_of(config, environment, eval_tasks)
-    )
+    chat = open_chat(spec.model_path, config.model)
+    require_window(config, chat, questions_of(config, environment, eval_tasks))
     folder, start = _where_to_start(spec)
+    before = folder.config if start.checkpoint is None else start.checkpoint.folder / "config.yaml"
+    spec = replace(spec, config=with_day(config, chat, day_in(before)))
     require_free(folder.path)
     _create_folder(spec, folder, start)
     return spec, folder, start
@@ -225,6 +227,7 @@ def check_unchanged(config: RunConfig, checkpoint: Checkpoint, keys: tuple[str, 
     Otherwise weights, basis, task positions or rows would lose their meaning.
     """
     saved, given = flatten(load_config(checkpoint.folder / "config.yaml", [])), flatten(config)
+    given["model.date"] = given["model.date"] or saved["model.date"]
     for key in saved:
         if (key in keys or key.split(".")[0] in keys) and saved[key] != given[key]:
             raise CheckpointError(

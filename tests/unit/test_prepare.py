@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from actors.protocols import TaskError
+from actors.text.chat_template import open_chat
 from cluster.common.errors import CheckpointError
 from cluster.fleet.ledger import LedgerSnapshot
 from cluster.runs.checkpoint import START, save_checkpoint
@@ -132,3 +135,64 @@ def test_a_training_with_a_control_is_refused(config: RunConfig, control: str) -
     with pytest.raises(ConfigError, match=rf"^memory\.control={control} is for evaluation .*engram evaluate"):
         prepare_training(controlled)
     assert not list(Path(config.output_dir).iterdir())
+
+
+# --- the day in a chat template ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dated_model(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a template that writes the day into the system turn, as Llama 3.2's does."""
+    folder = tmp_path_factory.mktemp("dated") / "model"
+    shutil.copytree(tiny_model_path, folder)
+    template = folder / "chat_template.jinja"
+    day = "{{ '<|im_start|>system\nToday is ' + strftime_now('%Y-%m-%d') + '.\n\n' }}"
+    turns = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    )
+    first = day + "{{ messages[0].content + '<|im_end|>\n' }}"
+    rest = turns.replace("in messages", "in messages[1:]")
+    reply = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    template.write_text(first + rest + reply)
+    return folder
+
+
+@pytest.mark.parametrize("resume", ["auto before a checkpoint", "auto", "by name"])
+def test_the_day_in_a_template_is_pinned_at_the_start_and_kept(
+    config: RunConfig, dated_model: Path, resume: str
+) -> None:
+    model = replace(config.model, name=str(dated_model))
+    spec, folder, _ = prepare_training(replace(config, model=model))
+    today = dt.date.today().isoformat()
+    assert spec.config.model.date == today == load_config(folder.config, []).model.date
+    yesterday = to_yaml(spec.config).replace(today, "2026-01-02")
+    folder.config.write_text(yesterday)
+    if resume != "auto before a checkpoint":
+        saved = save(folder, load_config(folder.config, []))
+    name = str(saved) if resume == "by name" else "auto"
+    again, same, start = prepare_training(replace(config, model=model, resume=name))
+    assert same == folder and (start.checkpoint is not None) == (resume != "auto before a checkpoint")
+    assert again.config.model.date == "2026-01-02" == load_config(folder.config, []).model.date
+    system = open_chat(again.model_path, again.config.model).system("Be brief.")
+    assert "Today is 2026-01-02.\n\nBe brief." in open_chat(again.model_path, again.config.model).decode(
+        system
+    )
+
+
+def test_a_day_of_ones_own_is_kept_and_no_template_without_one_gets_it(
+    config: RunConfig, dated_model: Path
+) -> None:
+    assert prepare_training(config)[0].config.model.date == ""
+    own = replace(config.model, name=str(dated_model), date="2025-12-24")
+    spec, folder, _ = prepare_training(replace(config, name="own", model=own))
+    assert spec.config.model.date == "2025-12-24"
+    saved = save(folder, spec.config)
+    other = replace(own, date="2025-12-25")
+    with pytest.raises(CheckpointError, match=r"model.date=2025-12-24, not 2025-12-25"):
+        prepare_training(replace(config, name="own", model=other, resume=str(saved)))
+
+
+@pytest.mark.parametrize("day", ["tomorrow", "2026-13-01", "20260101", "2026-1-1"])
+def test_a_day_is_a_day(day: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.date='.*' is not allowed: it must be a day such as"):
+        load_config(None, [f"model.date={day}"])
