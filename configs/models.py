@@ -10,6 +10,7 @@ a ``ModelError`` of one line.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Mapping
@@ -68,28 +69,42 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
     hf_config = _read_json(path / "config.json", config.name)
     check_supported(hf_config, config.name)
     _check_files(path, config.name)
-    try:
-        heads = int(hf_config["num_attention_heads"])
-        hidden = int(hf_config["hidden_size"])
-        return ResolvedModel(
-            name=config.name,
-            path=path,
-            model_type=str(hf_config["model_type"]),
-            num_layers=int(hf_config["num_hidden_layers"]),
-            hidden_size=hidden,
-            intermediate_size=int(hf_config["intermediate_size"]),
-            num_heads=heads,
-            num_kv_heads=int(hf_config.get("num_key_value_heads") or heads),
-            head_dim=int(hf_config.get("head_dim") or hidden // heads),
-            vocab_size=int(hf_config["vocab_size"]),
-            max_positions=int(hf_config["max_position_embeddings"]),
-            tied_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
-            stop_token_ids=declared_stop_ids(path, config.name),
-            fingerprint=fingerprint(path),
+    file = path / "config.json"
+
+    def whole(key: str, default: int | None = None) -> int:
+        value = hf_config.get(key)
+        if value is None and default is not None:
+            return default
+        if value is None:
+            raise ModelError(f"model {config.name!r}: {file} lacks the field {key!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ModelError(
+                f"model {config.name!r}: {file} has {key}={value!r}, it must be a whole number above 0"
+            )
+        return value
+
+    heads, hidden = whole("num_attention_heads"), whole("hidden_size")
+    tied = hf_config.get("tie_word_embeddings")
+    if tied not in (None, True, False):
+        raise ModelError(
+            f"model {config.name!r}: {file} has tie_word_embeddings={tied!r}, it must be true or false"
         )
-    except KeyError as error:
-        lacks = f"{path / 'config.json'} lacks the field {error.args[0]!r}"
-        raise ModelError(f"model {config.name!r}: {lacks}") from None
+    return ResolvedModel(
+        name=config.name,
+        path=path,
+        model_type=str(hf_config["model_type"]),
+        num_layers=whole("num_hidden_layers"),
+        hidden_size=hidden,
+        intermediate_size=whole("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=whole("num_key_value_heads", heads),
+        head_dim=whole("head_dim", max(1, hidden // heads)),
+        vocab_size=whole("vocab_size"),
+        max_positions=whole("max_position_embeddings"),
+        tied_embeddings=bool(tied),
+        stop_token_ids=declared_stop_ids(path, config.name),
+        fingerprint=fingerprint(path),
+    )
 
 
 def check_supported(hf_config: Mapping[str, Any], name: str) -> None:
@@ -100,7 +115,7 @@ def check_supported(hf_config: Mapping[str, Any], name: str) -> None:
         problem = f"model {name!r} has model_type {model_type!r}, which is not supported"
         supported = ", ".join(SUPPORTED_MODEL_TYPES)
         raise ModelError(f"{problem}; supported are {supported} (dense, text only)")
-    if "quantization_config" in hf_config:
+    if hf_config.get("quantization_config"):
         problem = f"model {name!r} has quantised weights, which cannot be trained"
         raise ModelError(f"{problem}; name the unquantised repository of the same model")
 
@@ -109,7 +124,7 @@ def fingerprint(path: Path) -> str:
     """Sha256 over config.json and, of each safetensors file, its name, size, header and 64 blocks of 4 KiB.
 
     The blocks are spread over the tensors, so this is cheap for any size. An optimizer step touches every
-    tensor, so the blocks tell two checkpoints of one model apart.
+    tensor, so the blocks tell two checkpoints of one model apart. Raises ModelError for a damaged file.
     """
     digest = hashlib.sha256()
     settings = json.loads((path / "config.json").read_bytes())
@@ -120,7 +135,10 @@ def fingerprint(path: Path) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as stream:
-            header = stream.read(int.from_bytes(stream.read(8), "little"))
+            length = int.from_bytes(stream.read(8), "little")
+            if length > size - 8:
+                raise ModelError(f"{file} is no safetensors file: it is damaged, or was not copied whole")
+            header = stream.read(length)
             digest.update(header)
             start = 8 + len(header)
             for block in range(SAMPLED_BLOCKS):
@@ -194,11 +212,17 @@ def _check_files(path: Path, name: str) -> None:
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        # transformers reads none
+        if text.startswith(codecs.BOM_UTF8):
+            raise ModelError(f"model {name!r}: {path} begins with a byte order mark: save it as plain UTF-8")
+        content = json.loads(text)
     except FileNotFoundError:
         cure = "the folder must hold a Hugging Face checkpoint"
         raise ModelError(f"model {name!r}: {path} does not exist; {cure}") from None
-    except ValueError as error:
+    except OSError as error:
+        raise ModelError(f"model {name!r}: {path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"model {name!r}: {path} is not JSON ({_first_line(error)})") from None
     if not isinstance(content, dict):
         raise ModelError(f"model {name!r}: {path} must hold a JSON object, got {type(content).__name__}")

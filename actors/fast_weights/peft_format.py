@@ -1,18 +1,23 @@
 """Writes fast weights as a stock PEFT LoRA adapter, and reads them back: for export and for other engines.
 
-scaling = lora_alpha / r is 1, so PEFT computes what ``add_delta`` computes.
+scaling = lora_alpha / r is 1, so PEFT computes what ``add_delta`` computes. An adapter that PEFT would apply
+in another way (use_rslora, alpha_pattern, rank_pattern, use_dora) is refused.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import FiniteFloat, PositiveInt
 from torch import Tensor
 
 from actors.fast_weights.basis import read_safetensors
@@ -24,6 +29,7 @@ _PREFIX = "base_model.model."
 _TENSORS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 _REVISION = "engram_revision"
+T = TypeVar("T", int, float)
 
 
 def to_peft(weights: FastWeights, basis: Basis) -> dict[str, Tensor]:
@@ -72,32 +78,58 @@ def export_peft(weights: FastWeights, basis: Basis, folder: str | os.PathLike[st
 
 
 @dataclass(frozen=True)
-class _Scaling:
-    """What is read of the adapter's configuration."""
+class _Settings:
+    """What is read of the adapter's configuration. PEFT writes null for a pattern that is not set."""
 
-    r: int
-    lora_alpha: float
+    r: PositiveInt
+    lora_alpha: FiniteFloat
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
+    rank_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[str, FiniteFloat] | None = None
+    fan_in_fan_out: bool | None = False
+
+    def rank(self, module: str) -> int:
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def scaling(self, module: str) -> float:
+        rank, alpha = self.rank(module), _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _by_pattern(pattern: Mapping[str, T] | None, module: str, default: T) -> T:
+    """PEFT's rule: the first key that matches the end of the module's name, as a regular expression."""
+    matches = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(matches, default)
 
 
 def from_peft(folder: str | os.PathLike[str], basis: Basis) -> FastWeights:
     """Read fast weights that ``export_peft`` wrote.
 
-    Raises BasisError when the folder is damaged, or belongs to another basis.
+    Raises BasisError when the folder is damaged, belongs to another basis, or is no plain LoRA.
     """
     try:
         tensors, metadata = read_safetensors(Path(folder) / _TENSORS)
         revision = int(metadata.get(_REVISION, "1"))
-        scaling = read_json(Path(folder) / _CONFIG, _Scaling)
-        scale = scaling.lora_alpha / scaling.r
-    except (OSError, ValueError, ArithmeticError, safetensors.SafetensorError) as error:
+        settings = read_json(Path(folder) / _CONFIG, _Settings)
+        scales = {module: settings.scaling(module) for module in basis.modules}
+        ranks = {module: settings.rank(module) for module in basis.modules}
+    except (OSError, ValueError, ArithmeticError, re.error, safetensors.SafetensorError) as error:
         raise BasisError(
             f"{folder}: cannot be read as an adapter ({error}); give a folder written by the export"
         ) from error
-    if scale != 1 or scaling.r != basis.rank:
-        raise BasisError(
-            f"{folder}: has rank {scaling.r} and scaling {scale:g}, "
-            f"basis {basis.id} needs rank {basis.rank} and scaling 1"
-        )
+    for setting in ("use_dora", "fan_in_fan_out"):
+        if getattr(settings, setting):
+            raise BasisError(
+                f"{folder}: has {setting}=true, and fast weights are a plain B A: train it without"
+            )
+    for module in basis.modules:
+        rank, scale = ranks[module], scales[module]
+        if rank != basis.rank or not math.isclose(scale, 1, rel_tol=1e-6):
+            raise BasisError(
+                f"{folder}: {module} has rank {rank} and scaling {scale:g}, "
+                f"basis {basis.id} needs rank {basis.rank} and scaling 1"
+            )
     return _unpack(tensors, revision, basis, folder)
 
 

@@ -460,7 +460,20 @@ def test_adapter_of_another_basis_or_damaged_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"lora_alpha": 6}, {"r": 6, "lora_alpha": 6}, {"r": 0}, {"r": "3"}, {"r": None}]
+    "change",
+    [
+        {"lora_alpha": 6},
+        {"r": 6, "lora_alpha": 6},
+        {"r": 0},
+        {"r": "3"},
+        {"r": None},
+        {"use_rslora": True},
+        {"alpha_pattern": {"down_proj": 6}},
+        {"alpha_pattern": {r"model\.layers\.\d+\.mlp.*": 6}},
+        {"rank_pattern": {"up_proj": 2}},
+        {"rank_pattern": {"(": 2}},
+        {"alpha_pattern": [1]},
+    ],
 )
 def test_an_adapter_of_another_rank_or_scaling_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     """PEFT acts under W + (lora_alpha / r) B A: another scaling makes another Delta of the same matrices."""
@@ -471,6 +484,34 @@ def test_an_adapter_of_another_rank_or_scaling_is_refused(tmp_path: Path, change
     with pytest.raises(BasisError, match=r"rank 3 and scaling 1$|cannot be read as an adapter") as caught:
         from_peft(tmp_path / "adapter", basis)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["use_dora", "fan_in_fan_out"])
+def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path: Path, setting: str) -> None:
+    basis = basis_of(tiny_model())
+    export_peft(random_weights(basis, 1), basis, tmp_path / "adapter", "m")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), setting: True}))
+    with pytest.raises(BasisError, match=rf"has {setting}=true"):
+        from_peft(tmp_path / "adapter", basis)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_rslora": True, "lora_alpha": 3**0.5},
+        {"alpha_pattern": {"q_proj": 6}, "rank_pattern": {}, "use_dora": None},
+        {"lora_alpha": 6, "alpha_pattern": {".*_proj": 3}},
+    ],
+)
+def test_settings_that_come_to_the_same_delta_are_read(tmp_path: Path, change: dict[str, object]) -> None:
+    basis = basis_of(tiny_model())
+    weights = random_weights(basis, 1)
+    export_peft(weights, basis, tmp_path / "adapter", "m")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    back = from_peft(tmp_path / "adapter", basis)
+    assert all(np.array_equal(back.b[name], weights.b[name]) for name in basis.modules)
 
 
 def test_revision_zero_exports_as_zeros(tmp_path: Path) -> None:

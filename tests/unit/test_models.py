@@ -185,6 +185,57 @@ def test_quantised_weights_are_refused(folder: Path) -> None:
     assert "quantised" in refused(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("num_hidden_layers", "thirty", "num_hidden_layers='thirty', it must be a whole number above 0"),
+        ("num_attention_heads", 0, "num_attention_heads=0, it must"),
+        ("hidden_size", [64], "hidden_size=[64], it must"),
+        ("vocab_size", 1e3, "vocab_size=1000.0, it must"),
+        ("head_dim", True, "head_dim=True, it must"),
+        ("intermediate_size", None, "lacks the field 'intermediate_size'"),
+        ("tie_word_embeddings", "false", "tie_word_embeddings='false', it must be true or false"),
+        ("model_type", ["llama"], "model_type ['llama'], which is not supported"),
+    ],
+)
+def test_an_odd_config_is_one_line(folder: Path, field: str, value: Any, shown: str) -> None:
+    change(folder / "config.json", **{field: value})
+    assert shown in refused(str(folder))
+
+
+@pytest.mark.parametrize("eos", ["</s>", [2, "3"], [[2]], -1, True, 2.0])
+def test_an_odd_eos_token_is_one_line(folder: Path, eos: Any) -> None:
+    change(folder / "generation_config.json", eos_token_id=eos)
+    assert "it must be a token id or a list of them" in refused(str(folder))
+
+
+def test_null_fields_mean_what_they_mean_to_transformers(folder: Path) -> None:
+    model = resolve_model(ModelConfig(name=str(folder)))
+    nothing = dict.fromkeys(("quantization_config", "head_dim", "num_key_value_heads", "tie_word_embeddings"))
+    change(folder / "config.json", **nothing)
+    change(folder / "generation_config.json", eos_token_id=None)
+    change(folder / "config.json", eos_token_id=[7, 5])
+    plain = resolve_model(ModelConfig(name=str(folder)))
+    assert (plain.num_kv_heads, plain.head_dim) == (plain.num_heads, plain.hidden_size // plain.num_heads)
+    assert plain.tied_embeddings is False and plain.stop_token_ids == (7, 5)
+    assert plain.num_layers == model.num_layers
+
+
+def test_damaged_files_are_one_line(folder: Path) -> None:
+    weights = next(folder.glob("*.safetensors"))
+    weights.write_bytes(b"\xff" * 100)
+    assert "is no safetensors file" in refused(str(folder))
+    config = folder / "config.json"
+    for content, shown in (
+        (b"\xef\xbb\xbf{}", "byte order mark"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b"[]", "must hold a JSON object"),
+    ):
+        config.write_bytes(content)
+        assert shown in refused(str(folder))
+
+
 def test_pickled_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     message = refused(str(folder))
