@@ -171,4 +171,5 @@ def _pieces(session: DatedSession) -> list[str]:
             size = 0
         pieces[-1].append(line)
         size += len(line)
-    return ["\n".join([f"[{session.date}]", *lines]) for lines in pieces]
+    heading = [f"[{session.date}]"] if session.date.strip() else []
+    return ["\n".join([*heading, *lines]) for lines in pieces]

@@ -12,7 +12,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo
 
-from actors.environments.data_file import DataFile, Place, Text, TextOrNumber, invalid, text_or_number
+from actors.environments.data_file import (
+    DataFile,
+    MessageText,
+    OptionalText,
+    Place,
+    Text,
+    TextOrNumber,
+    invalid,
+    list_or_nothing,
+    text_or_number,
+)
 from actors.environments.scoring import ADVERSARIAL, CATEGORY_NAMES
 
 _SETTING = "environment.conversation.path"
@@ -25,7 +35,10 @@ _DATE = re.compile(r"\d{4}/\d\d/\d\d \(\w{3}\) \d\d:\d\d")  # 2023/05/30 (Tue) 2
 
 @dataclass(frozen=True, slots=True)
 class DatedSession:
-    """One session of a conversation: "Speaker: text" lines under a date. Sessions are numbered from 1."""
+    """One session of a conversation: "Speaker: text" lines under a date, "" where the file has none.
+
+    Sessions are numbered from 1.
+    """
 
     number: int
     date: str
@@ -88,20 +101,20 @@ def _with_unique_ids(file: DataFile, field: str, items: Iterable[Conversation]) 
 
 @dataclass(frozen=True, slots=True)
 class _LocomoTurn:
-    speaker: Text
-    text: str
-    blip_caption: Text | None = None
+    speaker: TextOrNumber
+    text: OptionalText
+    blip_caption: OptionalText = ""
 
     @property
     def line(self) -> str:
-        caption = "" if self.blip_caption is None else f" [shares an image: {self.blip_caption}]"
+        caption = f" [shares an image: {self.blip_caption}]" if self.blip_caption.strip() else ""
         return f"{self.speaker}: {self.text}{caption}"
 
 
 @dataclass(frozen=True, slots=True)
 class _LocomoSession:
     turns: list[_LocomoTurn]
-    date_time: Text
+    date_time: OptionalText = ""
 
 
 def _by_session(conversation: object) -> object:
@@ -119,7 +132,13 @@ def _by_session(conversation: object) -> object:
         for key, field in ((name, "turns"), (f"{name}_date_time", "date_time")):
             if key in conversation:
                 session[field] = conversation[key]
-    return sessions
+    # some copies have null for a session that was not held
+    return {name: session for name, session in sessions.items() if session["turns"] is not None}
+
+
+def _category(value: object) -> object:
+    """Let the text "4" stand for the number, for pydantic."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\s*[0-9]\s*", value) else value
 
 
 def _locomo_answer(value: object, info: ValidationInfo) -> str:
@@ -130,9 +149,11 @@ def _locomo_answer(value: object, info: ValidationInfo) -> str:
 @dataclass(frozen=True, slots=True)
 class _LocomoQuestion:
     question: Text
-    category: Annotated[int, Field(ge=min(CATEGORY_NAMES), le=max(CATEGORY_NAMES))]
+    category: Annotated[
+        int, BeforeValidator(_category), Field(ge=min(CATEGORY_NAMES), le=max(CATEGORY_NAMES))
+    ]
     answer: Annotated[str, BeforeValidator(_locomo_answer), Field(validate_default=True)] = ""
-    evidence: tuple[Any, ...] = ()  # "D2:7" is turn 7 of session 2
+    evidence: Annotated[tuple[Any, ...], BeforeValidator(list_or_nothing)] = ()  # D2:7: session 2, turn 7
 
     def as_question(self) -> Question:
         sessions = (number for entry in self.evidence for number in _EVIDENCE_SESSION.findall(str(entry)))
@@ -144,7 +165,7 @@ class _LocomoQuestion:
 class _Locomo:
     conversation: Annotated[dict[str, _LocomoSession], BeforeValidator(_by_session)]
     qa: tuple[_LocomoQuestion, ...]
-    sample_id: Text = ""
+    sample_id: TextOrNumber = ""
 
     def as_conversation(self, number: int) -> Conversation:
         sessions = tuple(
@@ -165,7 +186,7 @@ class _Locomo:
 @dataclass(frozen=True, slots=True)
 class _ChatTurn:
     role: Literal["user", "assistant"]
-    content: str
+    content: MessageText
     has_answer: Any = False
 
 
@@ -179,19 +200,19 @@ def _longmemeval_answer(value: object, info: ValidationInfo) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _LongMemEval:
-    question_id: Text
+    question_id: TextOrNumber
     question_type: Text
     question: Text
-    question_date: Text
-    haystack_dates: tuple[Text, ...]
     haystack_sessions: tuple[tuple[_ChatTurn, ...], ...]
+    question_date: OptionalText = ""
+    haystack_dates: Annotated[tuple[OptionalText, ...], BeforeValidator(list_or_nothing)] = ()
     answer: Annotated[str, BeforeValidator(_longmemeval_answer), Field(validate_default=True)] = ""
-    answer_session_ids: tuple[TextOrNumber, ...] = ()
-    haystack_session_ids: tuple[TextOrNumber, ...] = ()
+    answer_session_ids: Annotated[tuple[TextOrNumber, ...], BeforeValidator(list_or_nothing)] = ()
+    haystack_session_ids: Annotated[tuple[TextOrNumber, ...], BeforeValidator(list_or_nothing)] = ()
 
     def __post_init__(self) -> None:
         dates, sessions = len(self.haystack_dates), len(self.haystack_sessions)
-        if dates != sessions:
+        if dates not in (0, sessions):  # without any, the sessions stand in the file's order
             raise invalid(f"haystack_dates: {dates} dates stand beside {sessions} haystack_sessions")
         if not any(turn.content.strip() for session in self.haystack_sessions for turn in session):
             raise invalid("haystack_sessions: Input should have at least one turn with a text")
@@ -201,7 +222,7 @@ class _LongMemEval:
         return tuple(
             DatedSession(
                 number=number,
-                date=self.haystack_dates[place],
+                date=self.haystack_dates[place] if self.haystack_dates else "",
                 lines=tuple(
                     f"{turn.role}: {text}"
                     for turn in self.haystack_sessions[place]
@@ -213,7 +234,8 @@ class _LongMemEval:
 
     def as_conversation(self, file: DataFile, place: Place) -> Conversation:
         question = Question(
-            text=f"[{self.question_date}] {self.question}",  # "how many days ago" needs a day to count from
+            # "how many days ago" needs a day to count from
+            text=f"[{self.question_date}] {self.question}" if self.question_date.strip() else self.question,
             answer=self.answer,
             category=self.question_type,
             locomo_category=None,
@@ -237,8 +259,8 @@ class _LongMemEval:
         LongMemEval-S is in that order, its oracle file is not.
         """
         dates = self.haystack_dates
-        places = list(range(len(dates)))
-        if all(_DATE.fullmatch(date) for date in dates):
+        places = list(range(len(self.haystack_sessions)))
+        if dates and all(_DATE.fullmatch(date) for date in dates):
             places.sort(key=lambda place: dates[place])
         return places
 

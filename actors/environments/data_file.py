@@ -4,8 +4,9 @@
     for place, talk in file.items(Talk, "sample_id"): ...
 
 What cannot be encoded (half of a character, bytes that are no UTF-8) becomes U+FFFD; a warning counts it.
-Every fault is a TaskError of one line: file, item or line, field, what is allowed. An example:
-"talks.json: item 3 ('harbour'): qa.1.answer: Input should be a text or a number".
+Harmless faults are forgiven: a byte order mark, ids as numbers, null where nothing is meant. What would
+change a score is not: a NaN as an answer. Every fault is a TaskError of one line: file, item or line, field,
+what is allowed. "talks.json: item 3 ('harbour'): qa.1.answer: Input should be a text or a number".
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,10 +59,33 @@ def text(value: object) -> str:
 
 
 def text_or_number(value: object) -> str:
-    """Turn a text or a number into a text, for pydantic."""
+    """Turn a text or a number into a text, for pydantic. NaN is none: it stands where a value is missing."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
         raise invalid("Input should be a text or a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise invalid(f"Input should be a text or a number, not {value}")
     return str(value)
+
+
+def text_or_nothing(value: object) -> object:
+    """Let null stand for no text, for pydantic."""
+    return "" if value is None else value
+
+
+def message_text(content: object) -> object:
+    """The text of a chat message: "" for null, the texts of a list of parts."""
+    if not isinstance(content, list):
+        return "" if content is None else content
+    return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+
+
+def list_or_nothing(value: object) -> tuple[object, ...]:
+    """Let null stand for an empty list, and a single text for a list of one, for pydantic."""
+    if isinstance(value, list):
+        return tuple(value)
+    if value is None or isinstance(value, str):
+        return () if value is None else (value,)
+    raise invalid("Input should be a list")
 
 
 def _one_or_more(check: Callable[[object], str]) -> Callable[[object], object]:
@@ -78,6 +103,8 @@ def _one_or_more(check: Callable[[object], str]) -> Callable[[object], object]:
 
 Text = Annotated[str, BeforeValidator(text)]
 TextOrNumber = Annotated[str, BeforeValidator(text_or_number)]
+MessageText = Annotated[str, BeforeValidator(message_text)]
+OptionalText = Annotated[str, BeforeValidator(text_or_nothing)]
 Texts = Annotated[list[Text], BeforeValidator(_one_or_more(text))]
 TextsOrNumbers = Annotated[list[TextOrNumber], BeforeValidator(_one_or_more(text_or_number))]
 
@@ -199,9 +226,7 @@ class DataFile:
         try:
             for piece in self._pieces():
                 # Only the structure counts here, and the parser refuses what cannot be encoded.
-                content = piece.removeprefix(codecs.BOM_UTF8) if end == 0 else piece
-                if content:  # to the parser, no bytes are the end
-                    parser.send(_HALF.sub(rb"\\u00", content.translate(_ASCII)))
+                parser.send(_HALF.sub(rb"\\u00", piece.translate(_ASCII)))
                 end += len(piece)
                 for event, _ in events:
                     outside = depth == 0
@@ -224,7 +249,11 @@ class DataFile:
 
     def _pieces(self) -> Iterator[bytes]:
         with self.open() as file:
-            while chunk := file.read(_CHUNK):
+            mark = file.read(len(codecs.BOM_UTF8))
+            # blanks in its place: the bytes are counted
+            start = b" " * len(mark) if mark == codecs.BOM_UTF8 else mark
+            while chunk := start + file.read(_CHUNK):
+                start = b""
                 while b"\\" in chunk[-_LONGEST_ESCAPE:] and (more := file.read(_LONGEST_ESCAPE)):
                     chunk += more  # an escape is never cut in two
                 yield from _TO_BRACE.findall(chunk)
@@ -258,4 +287,5 @@ def _name(number: int, content: bytes, id_field: str) -> str:
     except (ValueError, RecursionError):
         item = None
     name = item.get(id_field) if isinstance(item, dict) else None
-    return f"item {number} ({name[:_SHOWN_NAME]!r})" if isinstance(name, str) and name else f"item {number}"
+    shown = str(name)[:_SHOWN_NAME] if isinstance(name, (str, int)) and name != "" else ""
+    return f"item {number} ({shown!r})" if shown else f"item {number}"

@@ -1,39 +1,45 @@
 """Tasks from a user's own records: texts to read, then one question.
 
-A record is a line of JSON Lines, or a row of a Parquet file. The names of its fields are configured.
+A record is a line of JSON Lines, or a row of a Parquet file. The names of its fields are configured, and
+other shapes are known (record_fields.py).
 
     {"texts": ["Nora moved to Lisbon.", "Omar bakes."],
      "question": "Where does Nora live?",
      "answer": ["Lisbon", "in Lisbon"]}
 
-The reward is the token F1 against the best of the right answers. Records with the same texts are on the same
-side of the split.
+The reward is the token F1 against the best of the right answers. Where the texts do not tell the answer, one
+that says so is right (`scoring.says_unknown`), and the system prompt gives the words for it. Records with the
+same texts are on the same side of the split.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, ValidationError
 
 from actors.environments.base import ReadThenAsk, Split, held_out, passes, task_seed
 from actors.environments.data_file import DataFile, Text, TextOrNumber, Texts, TextsOrNumbers
-from actors.environments.scoring import plain_em, plain_f1
+from actors.environments.record_fields import columns_of, found_in
+from actors.environments.scoring import plain_em, plain_f1, says_unknown
 from actors.protocols import TaskError
 from actors.types import Answer, Outcome, Task
 from configs.files import one_line
 from configs.schema import RecordsConfig
 
 SYSTEM_PROMPT = "Remember what you read. Answer the question in a few words."
+_UNKNOWN = 'If the texts do not tell, answer "Not mentioned".'
 _NO_CATEGORY = "records"
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
+    """One record. ``answers`` is empty where the texts do not tell the answer."""
+
     texts: tuple[str, ...]
     question: str
     answers: tuple[str, ...]
@@ -49,11 +55,12 @@ class RecordsEnvironment:
     """The `records` task source."""
 
     name = "records"
-    system_prompt = SYSTEM_PROMPT
 
     def __init__(self, config: RecordsConfig) -> None:
         """Raises TaskError when the file is malformed or nothing can be held out."""
         records = read_records(config)
+        all_told = all(record.answers for record in records)
+        self.system_prompt = SYSTEM_PROMPT if all_told else f"{SYSTEM_PROMPT} {_UNKNOWN}"
         out = held_out([record.key for record in records], config.eval_fraction)
         self._records: dict[Split, list[Record]] = {
             "train": [record for record in records if record.key not in out],
@@ -94,53 +101,61 @@ class RecordSession(ReadThenAsk):
 
     def outcome(self) -> Outcome:
         (prediction,) = self.answers
-        scores = {
-            "f1": max(plain_f1(prediction, right) for right in self._right_answers),
-            "em": max(plain_em(prediction, right) for right in self._right_answers),
-        }
-        answer = Answer(self.question, self._right_answers, prediction, self._category, scores)
+        right_answers = self._right_answers
+        if right_answers:
+            scores = {
+                "f1": max(plain_f1(prediction, right) for right in right_answers),
+                "em": max(plain_em(prediction, right) for right in right_answers),
+            }
+        else:
+            scores = dict.fromkeys(("f1", "em"), float(says_unknown(prediction)))
+        gold = right_answers or ("Not mentioned",)
+        answer = Answer(self.question, gold, prediction, self._category, scores)
         return Outcome(reward=scores["f1"], reward_parts=dict(scores), answers=(answer,))
 
 
 def read_records(config: RecordsConfig) -> list[Record]:
     """All records, in the file's order: at least one. Raises TaskError."""
     file = DataFile(config.path, "environment.records.path", "a file of records (.jsonl or .parquet)")
-    kind = _columns(config)
-    is_table = config.path.endswith(".parquet")
-    rows = _rows(file, kind) if is_table else (row for _, row in file.lines(kind))
-    records = [Record(tuple(row.texts), row.question, tuple(row.answers), row.category) for row in rows]
+    if config.path.endswith(".parquet"):
+        rows = ((f"row {number}", row) for number, row in enumerate(_rows(file, columns_of(config))))
+    else:
+        rows = ((f"line {number}", row) for number, row in file.lines(dict[str, Any]))
+    records = [_record(file, name, row, config) for name, row in rows]
     if not records:
         raise file.empty("records")
     return records
 
 
-def _columns(config: RecordsConfig) -> Any:
-    """A pydantic model that reads the configured columns, so that its messages name them."""
-    category: Any = (TextOrNumber, Field(alias=config.category_field))
-    return create_model(
-        "Columns",
-        texts=(Texts, Field(alias=config.texts_field)),
-        question=(Text, Field(alias=config.question_field)),
-        answers=(TextsOrNumbers, Field(alias=config.answer_field)),
-        category=category if config.category_field else (str, _NO_CATEGORY),
-    )
+class _Fields(BaseModel):
+    texts: Texts
+    question: Text
+    answers: TextsOrNumbers | None
+    category: TextOrNumber = _NO_CATEGORY
 
 
-def _rows(file: DataFile, kind: type[BaseModel]) -> Iterator[Any]:
-    """The rows of a Parquet file, batch by batch."""
+def _record(file: DataFile, name: str, row: dict[str, Any], config: RecordsConfig) -> Record:
+    values, names = found_in(row, config)
+    try:
+        fields = _Fields.model_validate(values, strict=True)
+    except ValidationError as error:
+        fault = one_line(error)
+        field = fault.partition(":")[0].partition(".")[0]
+        raise file.fault(name, fault.replace(field, names[field], 1)) from None
+    answers = dict.fromkeys(fields.answers or ())
+    return Record(tuple(fields.texts), fields.question, tuple(answers), fields.category)
+
+
+def _rows(file: DataFile, wanted: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, batch by batch, with the ``wanted`` columns that it has."""
     import pyarrow as pa
     from pyarrow import parquet
 
     file.open().close()  # says why a file cannot be read
-    wanted = {field.alias for field in kind.model_fields.values()}
     try:
         table = parquet.ParquetFile(Path(file.path))
         columns = [name for name in table.schema_arrow.names if name in wanted]
-        rows = (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist())
-        for number, row in enumerate(rows):
-            try:
-                yield kind.model_validate(row, strict=True)
-            except ValidationError as error:
-                raise file.fault(f"row {number}", one_line(error)) from None
+        for batch in table.iter_batches(columns=columns):
+            yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise file.fault("", f"not a Parquet file that can be read: {error}") from error

@@ -32,7 +32,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator
 
 from actors.environments.base import ReadThenAsk, Split, held_out, passes, task_seed
-from actors.environments.data_file import DataFile, Text, TextOrNumber, invalid
+from actors.environments.data_file import DataFile, MessageText, Text, TextOrNumber, invalid
 from actors.environments.judge.judge import NO_COST, EndpointJudge, Judge, Verdict
 from actors.environments.rubric_rules import RuleChecker, RuleError, parse_rule
 from actors.protocols import TaskError
@@ -54,7 +54,7 @@ _SHOWN_RUBRIC = 80  # characters
 @dataclass(frozen=True, slots=True)
 class Message:
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: MessageText
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ its own tokens, the last <answer> of all replies, and 0 where an <answer> stays 
 the positions, in 0..1; MEM1 prints sums, ``objectives`` times as large.
 
 Files. Questions: HotpotQA's JSON list ({question, answer, _id, type, ...}, arXiv 1809.09600), or JSON lines
-of {question, answer[, category, id]}. Passages: a JSON object of title to sentences (or to one text), or JSON
-lines of {title, text}. A name that ends in .jsonl means JSON lines.
+of {question, answer[, category, id]}; golden_answers or answers may stand for answer, and answer_aliases
+beside it. Passages: a JSON object of title to sentences (or to one text), or JSON lines of {title, text}. A
+name that ends in .jsonl means JSON lines.
 
 Our choices. *Every turn repeats the questions and the form*, because a memory may clear the context between
 any two turns. TMEM (arXiv 2606.04536) has the question in each context, c_t = (q, h_t, m_t). An agent that
@@ -36,7 +37,7 @@ from typing import Annotated, Protocol
 from pydantic import AliasChoices, BeforeValidator, Field
 
 from actors.environments.base import Observation, Split, held_out, passes, task_seed
-from actors.environments.data_file import DataFile, Text, TextOrNumber, TextsOrNumbers, text
+from actors.environments.data_file import DataFile, Text, TextOrNumber, TextsOrNumbers, list_or_nothing, text
 from actors.environments.scoring import mem1_em, mem1_f1, plain_em, plain_f1
 from actors.protocols import TaskError
 from actors.text.retrieval import Embedder, Hit, VectorIndex, WordIndex
@@ -281,8 +282,11 @@ def _best(
 @dataclass(frozen=True, slots=True)
 class _Question:
     question: Text
-    answer: TextsOrNumbers
+    answer: Annotated[
+        TextsOrNumbers, Field(validation_alias=AliasChoices("answer", "golden_answers", "answers"))
+    ]
     id: Annotated[TextOrNumber, Field(validation_alias=AliasChoices("_id", "id"))] = ""
+    answer_aliases: Annotated[tuple[TextOrNumber, ...], BeforeValidator(list_or_nothing)] = ()
     category: Annotated[Text, Field(validation_alias=AliasChoices("category", "type"))] = "search"
 
 
@@ -304,7 +308,7 @@ def read_questions(path: str) -> list[SearchQuestion]:
         SearchQuestion(
             key=item.id or item.question.strip(),
             text=item.question.strip(),
-            answers=tuple(item.answer),
+            answers=tuple(dict.fromkeys([*item.answer, *item.answer_aliases])),
             category=item.category,
         )
         for _, item in items

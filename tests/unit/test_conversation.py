@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,22 +178,27 @@ TALK = (0, "conversation")
         (_without(0, "conversation"), "conversation: Field required"),
         (_with([], *TALK), "conversation: Input should be an object"),
         (_with({}, *TALK), "conversation: Input should have session_1, session_2, ..."),
-        (_without(*TALK, "session_2_date_time"), "conversation.session_2.date_time: Field required"),
-        (_with(" ", *TALK, "session_2_date_time"), "session_2.date_time: Input should be a text that is not"),
+        (_with(3, *TALK, "session_2_date_time"), "session_2.date_time: Input should be a valid string"),
         (_with("hi", *TALK, "session_1"), "conversation.session_1.turns: Input should be a valid array"),
         (_without(*TALK, "session_1", 1, "speaker"), "session_1.turns.1.speaker: Field required"),
-        (_with(None, *TALK, "session_1", 0, "text"), "turns.0.text: Input should be a valid string"),
-        (_with("", *TALK, "session_1", 2, "blip_caption"), "turns.2.blip_caption: Input should be a text"),
+        (_with(7, *TALK, "session_1", 0, "text"), "turns.0.text: Input should be a valid string"),
+        (
+            _with(["a"], *TALK, "session_1", 2, "blip_caption"),
+            "turns.2.blip_caption: Input should be a valid",
+        ),
         (_without(0, "qa", 2, "question"), "qa.2.question: Field required"),
         (_without(0, "qa", 1, "answer"), "qa.1.answer: Input should be a text or a number"),
         (_with(["a"], 0, "qa", 1, "answer"), "qa.1.answer: Input should be a text or a number"),
         (_with(True, 0, "qa", 1, "answer"), "qa.1.answer: Input should be a text or a number"),
         (_with(6, 0, "qa", 0, "category"), "qa.0.category: Input should be less than or equal to 5"),
         (_with(0, 0, "qa", 0, "category"), "qa.0.category: Input should be greater than or equal to 1"),
-        (_with("2", 0, "qa", 0, "category"), "qa.0.category: Input should be a valid integer"),
+        (_with("two", 0, "qa", 0, "category"), "qa.0.category: Input should be a valid integer"),
+        (_with("6", 0, "qa", 0, "category"), "qa.0.category: Input should be less than or equal to 5"),
+        (_with(math.nan, 0, "qa", 1, "answer"), "item 0: not JSON"),
+        (_with(math.inf, 0, "qa", 1, "answer"), "item 0: not JSON"),
         (_with(True, 0, "qa", 0, "category"), "qa.0.category: Input should be a valid integer"),
-        (_with("D1:1", 0, "qa", 0, "evidence"), "qa.0.evidence: Input should be a valid array"),
-        (_with(" ", 0, "sample_id"), "item 0 .*: sample_id: Input should be a text that is not blank"),
+        (_with(3, 0, "qa", 0, "evidence"), "qa.0.evidence: Input should be a list"),
+        (_with(" ", 0, "sample_id"), "item 0 .*: sample_id: Input should be a text or a number"),
         (_with("harbour", 1, "sample_id"), "item 1: sample_id 'harbour' occurs twice"),
         (_without(1), "it has 1 conversation, and at least 2 are needed"),
     ],
@@ -225,6 +232,42 @@ def test_a_file_that_is_something_else(tmp_path: Path, content: bytes, message: 
 def test_a_missing_file_or_no_path(tmp_path: Path) -> None:
     _refused(str(tmp_path / "none.json"), "cannot be read")
     _refused("", "environment.conversation.path is empty")
+
+
+def _read(tmp_path: Path, *changes: Callable[[Any], None], mark: bytes = b"") -> ConversationEnvironment:
+    items = copy.deepcopy(json.loads(SAMPLE.read_text()))
+    for change in changes:
+        change(items)
+    path = tmp_path / "forgiven.json"
+    path.write_bytes(mark + json.dumps(items, indent=1).encode())
+    return ConversationEnvironment(ConversationConfig(path=str(path)))
+
+
+def test_what_is_harmless_is_forgiven(tmp_path: Path) -> None:
+    environment = _read(
+        tmp_path,
+        _with(7, 0, "sample_id"),
+        _with(" 2 ", 0, "qa", 0, "category"),
+        _with("D2:1", 0, "qa", 0, "evidence"),
+        _with(None, 0, "qa", 1, "evidence"),
+        _with(" ", *TALK, "session_1", 2, "blip_caption"),
+        _with(None, *TALK, "session_1", 1, "text"),
+        _with(None, *TALK, "session_2_date_time"),
+        _with(None, *TALK, "session_3"),
+        mark=codecs.BOM_UTF8,
+    )
+    told = _told(environment, _task("7", 0))
+    assert told[0].splitlines()[3] == "Ida: Look at it."
+    assert told[1].startswith("Tomas: Vilma") and "[None]" not in "".join(told)
+    with_dates = _told(_environment(), _task("harbour", 0))
+    assert told[1] == with_dates[1].partition("\n")[2]
+    session = environment.start(_task("7", 0))
+    assert session.outcome().answers[0].category == "temporal"
+
+
+def test_a_session_without_a_date_has_no_heading(tmp_path: Path) -> None:
+    environment = _read(tmp_path, _without(*TALK, "session_1_date_time"))
+    assert _told(environment, _task("harbour", 0))[0].startswith("Ida: I signed")
 
 
 def _refused(path: str, message: str) -> None:

@@ -140,19 +140,43 @@ def test_locomos_settings_do_not_reach_it() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 100, 1 << 20])
 @pytest.mark.parametrize("form", [{"indent": 1}, {"ensure_ascii": False}, {"separators": (",", ":")}])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_a_list_comes_item_by_item_wherever_it_is_cut(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chunk: int, form: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chunk: int, form: dict[str, Any], encoding: str
 ) -> None:
     monkeypatch.setattr(data_file, "_CHUNK", chunk)
     values = [{"text": "⛵ naïve", "of": [1, {"a": 'b\\"}]{'}]}, {}, {"x": {"y": {}}}, {"}": "é" * 20}]
     file = DataFile(str(tmp_path / "list.json"), "path", "a list")
-    Path(file.path).write_text(f" {json.dumps(values, **form)}\n", encoding="utf-8")
+    Path(file.path).write_text(f" {json.dumps(values, **form)}\n", encoding=encoding)
     items = list(file.items(dict[str, Any], "text"))
     assert [value for _, value in items] == values
     assert [place.number for place, _ in items] == [0, 1, 2, 3]
     assert [file.read_item(place, dict[str, Any]) for place, _ in items] == values
     content = Path(file.path).read_bytes()
     assert [json.loads(content[place.start : place.end]) for place, _ in items] == values
+
+
+def test_what_is_harmless_is_forgiven(tmp_path: Path) -> None:
+    def change(items: Any) -> None:
+        items[0].update(question_id=17, answer=4, question_date=None, haystack_dates=None)
+        items[0].update(answer_session_ids=None, haystack_session_ids=None)
+        items[0]["haystack_sessions"][1][0]["content"] = None
+        del items[1]["question_date"], items[1]["haystack_dates"]
+
+    path = _changed(tmp_path, change)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    first, second, _ = read_longmemeval(str(path))
+    assert first.id == "17" and first.questions[0].answer == "4"
+    assert first.questions[0].text == "What did I name my boat?" and second.questions[0].text[0] != "["
+    assert [session.date for session in first.sessions()] == ["", "", ""]
+    session = _environment(path).start(Task("t", "conversation", {"conversation": "17", "questions": [0]}, 0))
+    observation = session.observe()
+    assert observation is not None and observation.text.startswith("user: ")
+
+
+@pytest.mark.parametrize("answer", [float("nan"), float("inf"), float("-inf")])
+def test_an_answer_that_is_no_number_is_refused(tmp_path: Path, answer: float) -> None:
+    _refused(_changed(tmp_path, lambda items: items[0].update(answer=answer)), "item 0: not JSON")
 
 
 @pytest.mark.parametrize("content", [b"[]", b" [ \n ] "])

@@ -97,9 +97,116 @@ def test_other_names_of_fields(tmp_path: Path) -> None:
     )
 
 
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "Nora moved to Lisbon."}, {"type": "image"}]},
+    {"role": "assistant", "content": None},
+    {"role": "user", "content": "Where does Nora live?"},
+]
+TOLD = ("[Instructions]\nBe brief.", "[User]\nNora moved to Lisbon.")
+
+
+@pytest.mark.parametrize(
+    ("record", "settings", "answers"),
+    [
+        ({"golden_answers": ["Lisbon", "Lisboa"]}, {}, ("Lisbon", "Lisboa")),
+        ({"answers": {"text": ["Lisbon", "Lisbon"], "answer_start": [14, 14]}}, {}, ("Lisbon",)),
+        ({"answers": {"text": ["Lisbon"]}}, {"answer_field": "answers.text"}, ("Lisbon",)),
+        ({"answer": {"value": "Lisbon", "aliases": ["Lisboa"], "type": "x"}}, {}, ("Lisbon", "Lisboa")),
+        ({"answer": "Lisbon", "answer_aliases": ["Lisboa", "Ulisipo"]}, {}, ("Lisbon", "Lisboa", "Ulisipo")),
+        ({"answer": "Lisbon", "aliases": []}, {}, ("Lisbon",)),
+        ({"out": {"best": [{"text": "Lisbon"}]}}, {"answer_field": "out.best.text"}, ("Lisbon",)),
+        ({"a.b": "Lisbon", "a": {"b": "Oslo"}}, {"answer_field": "a.b"}, ("Lisbon",)),
+        ({"answer": "Lisbon", "answerable": False}, {}, ()),
+        ({"answers": {"text": [], "answer_start": []}}, {}, ()),
+        ({"answer": None, "is_impossible": True}, {}, ()),
+    ],
+)
+@pytest.mark.parametrize("write", [_lines, _table])
+def test_right_answers_in_the_shapes_of_public_data(
+    tmp_path: Path, record: dict[str, Any], settings: dict[str, str], answers: tuple[str, ...], write: Any
+) -> None:
+    path = write(tmp_path, [{"texts": ["A text."], "question": "What?"} | record])
+    (read,) = read_records(RecordsConfig(path=str(path), **settings))  # type: ignore[arg-type]
+    assert (read.texts, read.question, read.answers) == (("A text.",), "What?", answers)
+
+
+@pytest.mark.parametrize(
+    ("record", "settings", "texts"),
+    [
+        ({"messages": MESSAGES}, {}, TOLD),
+        ({"prompt": MESSAGES, "texts": "A text."}, {}, ("A text.", *TOLD)),
+        ({"chat": MESSAGES[:2], "question": "Where does Nora live?"}, {"texts_field": "chat"}, TOLD),
+        (
+            {"ctx": {"sentences": [["A. ", "B."], ["C."]]}, "query": "Where does Nora live?"},
+            {"texts_field": "ctx.sentences"},
+            ("A. B.", "C."),
+        ),
+        (
+            {"contexts": [{"title": "t", "text": "A."}, {"text": "B."}], "query": "Where does Nora live?"},
+            {},
+            ("A.", "B."),
+        ),
+        (
+            {"paragraphs": [{"paragraph_text": "A."}], "q": {"text": "Where does Nora live?"}},
+            {"question_field": "q.text"},
+            ("A.",),
+        ),
+    ],
+)
+def test_texts_and_questions_in_the_shapes_of_public_data(
+    tmp_path: Path, record: dict[str, Any], settings: dict[str, str], texts: tuple[str, ...]
+) -> None:
+    path = _lines(tmp_path, [{"answer": "Lisbon"} | record])
+    (read,) = read_records(RecordsConfig(path=str(path), **settings))  # type: ignore[arg-type]
+    assert (read.texts, read.question, read.answers) == (texts, "Where does Nora live?", ("Lisbon",))
+
+
+def test_where_the_texts_do_not_tell_it_is_right_to_say_so(tmp_path: Path) -> None:
+    unknown = [{**record, "answerable": False} for record in RECORDS[:9]]
+    environment = _environment(_lines(tmp_path, [*unknown, RECORDS[9]]))
+    assert environment.system_prompt.endswith('answer "Not mentioned".')
+    assert "Not mentioned" not in _environment(_lines(tmp_path, RECORDS)).system_prompt
+    task = next(task for task in environment.tasks("train", 0, 0) if not task.payload["answers"])
+    for said, score in (("This is not mentioned.", 1.0), ("town 3", 0.0), ("", 0.0)):
+        session = environment.start(task)
+        session.act(said)
+        outcome = session.outcome()
+        assert (outcome.reward, outcome.answers[0].gold) == (score, ("Not mentioned",))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = _lines(tmp_path, RECORDS)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read_records(RecordsConfig(path=str(path)))) == len(RECORDS)
+
+
+@pytest.mark.parametrize("write", [_lines, _table])
+@pytest.mark.parametrize("answer", [float("nan"), [1.5, float("nan")], float("inf")])
+def test_an_answer_that_is_no_number_is_refused(tmp_path: Path, write: Any, answer: Any) -> None:
+    path = write(tmp_path, [{"texts": ["a"], "question": "q", "answer": answer}])
+    with pytest.raises(
+        TaskError, match=r"(line 1|row 0): answer(\.1)?: Input should be a text or a number, not"
+    ):
+        _environment(path)
+
+
 @pytest.mark.parametrize(
     ("record", "said"),
     [
+        (
+            {"texts": ["a"], "question": "q", "golden_answers": []},
+            "line 1: golden_answers: Input should have at least",
+        ),
+        (
+            {"texts": ["a"], "question": "q", "answer": {"x": 1}},
+            "line 1: answer: Input should be a text or a number",
+        ),
+        (
+            {"texts": ["a"], "messages": MESSAGES[:3], "answer": "a"},
+            "line 1: messages: Input should be a text",
+        ),
+        ({"texts": ["a"], "question": "q", "answer": None}, "line 1: answer: Field required"),
         ({"texts": ["a"], "question": "q"}, "line 1: answer: Field required"),
         (
             {"texts": [], "question": "q", "answer": "a"},

@@ -304,6 +304,15 @@ def test_blank_lines_and_blank_earlier_messages_are_passed_over(tmp_path: Path) 
     assert first.messages == () and first.line == 3
 
 
+def test_a_messages_content_may_be_null_or_a_list_of_parts(tmp_path: Path) -> None:
+    items = _lines()
+    last = items[0]["messages"][-1]
+    parts = [{"type": "text", "text": last["content"]}, {"type": "image_url", "image_url": {}}]
+    items[0]["messages"] = [{"role": "system", "content": None}, {**last, "content": parts}]
+    first = read_rubric_items(str(_file(tmp_path, items)))[0]
+    assert first.messages == () and first.request == last["content"]
+
+
 def _with(value: Any, *keys: Any) -> Callable[[Any], None]:
     def change(items: Any) -> None:
         for key in keys[:-1]:
@@ -322,7 +331,7 @@ def _with(value: Any, *keys: Any) -> Callable[[Any], None]:
         (_with("hi", 0, "messages", 0), "messages.0: Input should be an object"),
         (_with("tool", 0, "messages", 0, "role"), "messages.0.role: Input should be 'system', 'user' or"),
         (_with(["user"], 0, "messages", 0, "role"), "messages.0.role: Input should be 'system', 'user' or"),
-        (_with(None, 0, "messages", 0, "content"), "messages.0.content: Input should be a valid string"),
+        (_with(7, 0, "messages", 0, "content"), "messages.0.content: Input should be a valid string"),
         (_with(" ", 0, "messages", 1, "content"), "line 1: messages: The last message should be the user's"),
         (_with("assistant", 0, "messages", 1, "role"), "messages: The last message should be the user's"),
         (_with("be good", 2, "rubrics"), "line 3: rubrics: Input should be a valid array"),

@@ -238,6 +238,18 @@ def test_a_question_keeps_its_side_when_the_file_is_reordered_or_read_as_lines(t
     assert (first.key, first.answers, first.category) == ("s09", ("1968", "nothing"), "search")
 
 
+@pytest.mark.parametrize(
+    "fields", [{"golden_answers": ["1968"]}, {"answers": "1968"}, {"answer": 1968, "answer_aliases": None}]
+)
+def test_right_answers_under_other_names(tmp_path: Path, fields: dict[str, Any]) -> None:
+    path = tmp_path / "questions.jsonl"
+    aliases = {"answer_aliases": ["in 1968", "1968"]}
+    lines = [{"question": "When?", **fields}, {"question": "When?", **aliases, "answer": "1968"}]
+    path.write_text("\ufeff" + "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    one, two = read_questions(str(path))
+    assert (one.answers, two.answers) == (("1968",), ("1968", "in 1968"))
+
+
 def test_position_and_seed_alone_determine_a_task() -> None:
     everything = list(itertools.islice(_environment().tasks("train", 3, 0), 12))
     assert list(itertools.islice(_environment().tasks("train", 3, 5), 7)) == everything[5:]
