@@ -18,8 +18,8 @@ from actors.types import ActionSpan, Generation, PolicyVersion, Segment, SpanKin
 class Context:
     """Grows by observations (mask 0) and generations (mask 1).
 
-    ``told``: the tokens of turns that told something to remember, and did not only ask. ``opened``: how a user
-    turn begins, where the ``opening`` has begun it already (ChatFormat.opened_by).
+    ``told``: the tokens of turns that told something to remember, and did not only ask. ``opened``: how a
+    user turn begins, where the ``opening`` has begun it already (ChatFormat.opened_by).
 
     Truncation never drops the ``opening``: the system prompt and the text that a memory puts in front.
     """
