@@ -14,8 +14,17 @@ quickstart() {
 chat() {
     run=$(ls -d "$folder"/quickstart-2* | tail -n 1) # a training's folder: name and time
     [ -n "$run" ] || { echo "proof: chat needs the stage quickstart first" >&2 && exit 1; }
-    printf '%s\n' "My sister Elena has her birthday on April 7." "She lives in Oslo and plays the cello." \
-        "When is Elena's birthday?" "Where does Elena live?" | python -m cluster chat "$run" > "$folder/chat.txt"
+    # four facts in four turns, then the same in other words, then two strangers
+    printf '%s\n' "Elena was born on April 10." "Walter works as a dentist." "Olivia adopted a hedgehog." \
+        "Nathan plays the cello." /write "On which day was Elena born?" "What kind of work does Walter do?" \
+        "What animal does Olivia keep?" "Which instrument does Nathan practice?" "Where does Zoe live?" \
+        "What is Patrick's job?" | python -m cluster chat "$run" > "$folder/chat.txt"
+    grep '^agent>' "$folder/chat.txt" | tail -n 6 | awk '
+        BEGIN { split("April 10,dentist,hedgehog,cello", told, ",") }
+        NR <= 4 { right += index($0, told[NR]) > 0 }
+        NR > 4 { for (i in told) leaked += index($0, told[i]) > 0 }
+        END { print right + 0 " of 4 right in other words, " leaked + 0 " of 2 strangers got a told answer"
+              exit !(right >= 3 && leaked == 0) }'
 }
 chaos() {
     python -m tests.chaos.trials --trials 20 --seed 0 --output "$folder/chaos.md"
