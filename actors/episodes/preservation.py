@@ -3,7 +3,8 @@
     questions: the environment's (Questioner) or shipped ones    -+
     memory-writing prompts over shipped texts                     |
     everyday requests                                             +-- policy, Delta = 0, greedy --> replies
-    questions beside the new cards (Questioner)                  -+    once a policy version
+    questions beside the new cards (Questioner), or theirs       -+    once a policy version
+    under other names
 
 Why: a write that trains cards alone answers every question with them. The pool holds the replies to questions
 of the same form still; the questions beside a card teach that its answer is not the subject's only one.
@@ -12,6 +13,8 @@ of the same form still; the questions beside a card teach that its answer is not
 from __future__ import annotations
 
 import asyncio
+import random
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -47,6 +50,8 @@ _TEXTS = (
     "The shop had no bread left. Ruben plays the oboe. Silke bought a lamp.",
     "I like strong tea. My train leaves at nine. Falk spent the holidays in Peru.",
 )
+# a name within a question: a capital letter behind another word
+_NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+(?: [A-Z][a-z]+)*")
 _MOST_POOLS = 64  # a task may have a system prompt of its own
 _EVERYDAY = (
     "How do I boil an egg?",
@@ -78,6 +83,21 @@ def shipped_questions(count: int) -> tuple[str, ...]:
     )[:count]
 
 
+class OtherNames:
+    """The Questioner of conversations and of environments that have none: the cards' own, of other people."""
+
+    def other_questions(self, count: int, seed: int) -> tuple[str, ...]:
+        return ()
+
+    def questions_beside(self, card: Flashcard, known: Sequence[str]) -> tuple[str, ...]:
+        """The card's question under each shipped name in turn; none where it has no name."""
+        if not _NAME.search(card.question):
+            return ()
+        names = random.Random(card.question).sample(_NAMES, len(_NAMES))
+        others = (_NAME.sub(name, card.question) for name in names)
+        return tuple(other for other in others if other not in known)
+
+
 class PromptMaker:
     """Makes the prompts of a pool, in the form of an episode's own."""
 
@@ -90,7 +110,8 @@ class PromptMaker:
         wordings: int = 1,
     ) -> None:
         self._chat, self._system_prompt, self._opening = chat, system_prompt, chat.system(system_prompt)
-        self._questioner, self._config, self._wordings = questioner, config, wordings
+        self._questioner: Questioner = questioner or OtherNames()
+        self._config, self._wordings = config, wordings
 
     def under(self, system_prompt: str) -> PromptMaker:
         """The maker for a task with a system prompt of its own; this one where it has none."""
@@ -101,8 +122,7 @@ class PromptMaker:
     def pool(self, seed: int) -> list[Prompt]:
         """The prompts that all writes of a version share, memory-writing prompts among the questions."""
         count, config = self._config.questions, self._config
-        asked = self._questioner
-        questions = () if asked is None else _asked_of(asked.other_questions, count, seed)
+        questions = _asked_of(self._questioner.other_questions, count, seed)
         questions += shipped_questions(count - len(questions))
         prompts = [self._asked(question) for question in questions]
         wanted = self._chat.user(extraction_prompt("", (), self._wordings))
@@ -118,8 +138,6 @@ class PromptMaker:
 
     def beside(self, cards: Sequence[Flashcard]) -> list[Prompt]:
         """Questions on the subjects of an episode's ``cards``, so far, that none of them answers."""
-        if self._questioner is None:
-            return []
         known = [card.question for card in cards]
         questions = dict.fromkeys(
             question

@@ -74,6 +74,16 @@ def test_half_of_a_step_is_beside_the_cards_where_the_environment_knows_some(cha
     assert any("Nora's job" in text for text in asked(chat, asyncio.run(wide.replies([NORA]))))
 
 
+def test_without_a_questioner_the_cards_are_asked_of_other_people(chat: ChatFormat) -> None:
+    """A conversation has none. A question without a name has no other."""
+    maker = PromptMaker(chat, "Be brief.", None, replace(CONFIG, beside=2))
+    cards = [Flashcard("When was Nora's cat born?", "May 3"), Flashcard("Who is Olaf Lund?", "a welder")]
+    texts = [chat.decode(prompt.ids) for prompt in maker.beside([*cards, Flashcard("What rained?", "cats")])]
+    assert len(set(texts)) == len(texts) == 4
+    assert all("When was " in text and "'s cat born?" in text and "Nora" not in text for text in texts[:2])
+    assert all("Who is " in text and "Olaf" not in text and "Lund" not in text for text in texts[2:])
+
+
 def test_each_reply_is_made_once_a_version(chat: ChatFormat) -> None:
     policy = policy_of(chat)
     pool = pool_of(policy, chat)

@@ -174,11 +174,11 @@ def test_a_write_preserves_greedy_replies_of_the_untouched_model(tiny: SimpleNam
     assert first.seed != second.seed
     prompts = [tiny.chat.decode(reply.prompt_ids) for reply in first.preserved]
     assert sum("Save its useful facts" in prompt for prompt in prompts) == 1
+    assert any("boil an egg" in prompt for prompt in prompts)
     model = tiny.model
     for reply in first.preserved:
-        tokens = 24 if "Save its" in tiny.chat.decode(reply.prompt_ids) else 2
         ended = reply.answer_ids[-1] in tiny.chat.stop_token_ids
-        assert len(reply.answer_ids) == tokens or ended
+        assert len(reply.answer_ids) in (2, 24) or ended
         ((block,),) = [tiny.reader.prepare([reply], 0, answered=False)]
         assert tiny.reader.read(block, model.layers).table.argmax(-1).tolist() == list(reply.answer_ids)
 
