@@ -56,6 +56,7 @@ class Task:
     seed: int
     system_prompt: str = ""
     fault: str = ""
+    stage: int = 0  # k: of the k-th stage of the curriculum, whose environment plays it; 0: of environment.*
 
 
 # --- one action --------------------------------------------------------------------------------------------

@@ -280,13 +280,21 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
     from actors.fast_weights.basis import load_basis
     from actors.memory.build import surroundings
     from actors.text.chat_template import open_chat
+    from configs.curriculum import stages
 
     config = spec.config
     torch.set_num_threads(config.rollout.threads)
     chat = open_chat(spec.model_path, config.model)
     environment = build_environment(config.environment, config.embedder)
+    of_stages = [
+        environment
+        if stage.environment == config.environment
+        else build_environment(stage.environment, config.embedder)
+        for stage in stages(config)
+    ]
     # here, not in the first episode: that would stop the other episodes, and count against its deadline
-    prepare(environment)
+    for built in {id(each): each for each in (environment, *of_stages)}.values():
+        prepare(built)
     basis = load_basis(Path(spec.basis_path))
     policy = VLLMPolicy(
         spec.model_path,
@@ -313,5 +321,6 @@ def _build(spec: WorkerSpec) -> tuple[VLLMPolicy, Rollout]:
         spec.name,
         # It asks the policy itself: the log of an episode holds only what the episode sampled.
         preservation(policy, environment, chat, environment.system_prompt, config),
+        of_stages,
     )
     return policy, rollout

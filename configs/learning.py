@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from configs.bounds import custom_resource, not_negative, positive, require
 from configs.extensions import FORM, is_path
@@ -82,6 +82,23 @@ class LearnerConfig:
         not_negative(self, "warmup_steps", "weight_decay", "cpus_per_worker", "gpus_per_worker")
         custom_resource(self.resource)
         require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """Stages of training tasks, for any environment. Held-out tasks and the warm start stay as they are.
+
+    A stage is a mapping. ``environment`` has settings of ``environment.*``, laid over the run's own. The
+    stage ends after ``steps`` training steps, or when the mean of ``metric`` over its last ``window`` steps
+    is ``at_least`` or ``at_most`` a bound, whichever comes first. The last stage ends with the run. Example:
+    ``[{environment: {recall: {sessions: 1}}, metric: reward/mean, at_least: 0.6, window: 5, steps: 40}, {}]``
+    """
+
+    stages: tuple[dict[str, Any], ...] = field(default=(), hash=False)  # empty: none
+
+    @property
+    def is_on(self) -> bool:
+        return len(self.stages) > 0
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from configs.reference import settings
 from configs.schema import RunConfig
 from configs.shipped import hint
 
-__all__ = ["ConfigError", "Layer", "flatten", "load_config", "to_yaml"]
+__all__ = ["ConfigError", "Layer", "flatten", "load_config", "to_yaml", "with_environment"]
 _WRITE_A_MAPPING = "write 'section:' and indented 'key: value' lines"
 
 
@@ -62,7 +62,23 @@ def load_config(path: Path | None, overrides: Sequence[str], layers: Sequence[La
         config: RunConfig = _build(RunConfig(), "", values)
     except BoundError as error:
         raise ConfigError(f"{_blame(error, assignments, path)}{error}") from None
+    if config.curriculum.is_on:
+        from configs.curriculum import stages  # it needs this module
+
+        stages(config)
     return config
+
+
+def with_environment(config: RunConfig, settings: Mapping[str, object], source: str) -> RunConfig:
+    """``config`` with ``settings`` of ``environment.*`` laid over its own. Raises ConfigError."""
+    own = config.environment.options
+    options = [_Assignment(source, "environment.options", own)] if own else []  # merged, not replaced
+    assignments = [*options, *_leaves(source, "environment.", settings)]
+    try:
+        changed: RunConfig = _build(config, "", _typed_values(assignments))
+    except BoundError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    return changed
 
 
 def to_yaml(config: RunConfig) -> str:

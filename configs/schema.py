@@ -23,7 +23,7 @@ from configs.environments import (
     RubricConfig,
     SearchConfig,
 )
-from configs.learning import LearnerConfig, ObjectiveConfig, WarmStartConfig
+from configs.learning import CurriculumConfig, LearnerConfig, ObjectiveConfig, WarmStartConfig
 from configs.memory import (
     SUMMARIZING,
     FastWeightsConfig,
@@ -38,6 +38,7 @@ from configs.memory import (
 __all__ = [
     "AssistantConfig",
     "ConversationConfig",
+    "CurriculumConfig",
     "EmbedderConfig",
     "EngineConfig",
     "EnvironmentConfig",
@@ -353,6 +354,7 @@ class RunConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     episodes: EpisodesConfig = field(default_factory=EpisodesConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

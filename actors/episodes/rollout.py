@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -172,7 +172,9 @@ class Rollout:
         basis_id: str,
         worker_name: str,
         preservation: Preservation | None = None,
+        stages: Sequence[Environment] = (),
     ) -> None:
+        """``stages``: the environments of the curriculum's stages, which play the tasks of these."""
         if slots < 1:
             raise ValueError(
                 f"slots={slots} is not allowed: "
@@ -180,7 +182,7 @@ class Rollout:
             )
         self._policy = policy
         self._writer = WriteBatcher(writer)
-        self._environment = environment
+        self._environments = (environment, *stages)
         self._chat = chat
         self._write = write
         self._rollout = rollout
@@ -260,7 +262,8 @@ class Rollout:
         past: tuple[Event, ...],
     ) -> Trajectory | FailedEpisode:
         """Play and score one episode, then close its session, however it ended. Raises Diverged."""
-        session = HostedSession(self._environment, spec.task, self._rollout.environment_timeout_s)
+        environment = self._environments[spec.task.stage]
+        session = HostedSession(environment, spec.task, self._rollout.environment_timeout_s)
         playing = partial(self._play, spec, session, request, number, recovery, past)
         try:
             result = await self._finish(spec, session, playing)
@@ -303,7 +306,8 @@ class Rollout:
 
     async def _scored(self, played: Played) -> Trajectory:
         """Raises TaskError, MemoryFault."""
-        return attributed(await score_episode(played), self._environment, self._chat)
+        environment = self._environments[played.spec.task.stage]
+        return attributed(await score_episode(played), environment, self._chat)
 
     async def _play(
         self,
@@ -316,7 +320,8 @@ class Rollout:
     ) -> Played:
         whom = f"task {spec.task.id}: memory.policy={request.memory.policy}"
         with owned(whom, MemoryFault, passing=PASSING):
-            control = write_control(request.memory, request.task, self._environment)
+            environment = self._environments[spec.task.stage]
+            control = write_control(request.memory, request.task, environment)
             memory = build_memory(request.memory, self._write, self._surroundings, control)
         common = (self._chat, memory, self._basis_id, self._preservation)
         if self._in_flight:

@@ -23,7 +23,13 @@ from cluster.fleet.stream import Batch
 from cluster.measure.report import Table
 from cluster.runs.checkpoint import TrainState
 from cluster.tracking.tracker import Tracker
-from cluster.train.build import TrainingCluster, build_fleet, build_stream, training_cluster
+from cluster.train.build import (
+    TrainingCluster,
+    build_curriculum,
+    build_fleet,
+    build_stream,
+    training_cluster,
+)
 from cluster.train.loop import LoopParts, run_loop
 from cluster.train.metrics import StepSummary
 from cluster.train.prepare import RunFolder, RunSpec, Start, prepare_training
@@ -118,8 +124,13 @@ def _parts(spec: RunSpec, start: Start, cluster: TrainingCluster, tracker: Waiti
     async def on_checkpoint(state: TrainState) -> None: ...
 
     fleet = build_fleet(spec.config, cluster, lambda: spec.config.rollout.workers, lambda text: None)
-    stream = build_stream(spec, cluster, start.state, fleet, on_failures=lambda summary: None)
-    return LoopParts(stream, cluster.learner, fleet, cluster.channel, tracker, on_step, on_checkpoint)
+    curriculum = build_curriculum(spec, start.state, say=lambda text: None)
+    stream = build_stream(
+        spec, cluster, start.state, fleet, curriculum.task_at, on_failures=lambda summary: None
+    )
+    return LoopParts(
+        stream, cluster.learner, fleet, cluster.channel, tracker, curriculum, on_step, on_checkpoint
+    )
 
 
 def _idle_table(trackers: Mapping[int, WaitingTimes]) -> Table:

@@ -41,6 +41,7 @@ from cluster.fleet.stream import Batch, GroupStream, StreamCalls, StreamPlan
 from cluster.measure.report import Curve, Panel, Table, save_plot
 from cluster.runs.checkpoint import START, TrainState
 from cluster.tracking.tracker import Tracker
+from cluster.train.curriculum import Curriculum
 from cluster.train.loop import LoopParts, delivery, run_loop
 from cluster.train.metrics import StepSummary
 from configs.load import load_config
@@ -215,6 +216,7 @@ class _Fleet:
         tasks = TaskSource(
             build_environment(self._config.environment, self._config.embedder), "train", self._config.seed
         )
+        curriculum = Curriculum(tasks.at)
         stream_plan = StreamPlan(
             plan.steps, self._per_step, STALENESS, credits=1, stall_s=START_S + 2 * self._group_s
         )
@@ -223,7 +225,7 @@ class _Fleet:
             workers,
             0,
             Ledger(LedgerSnapshot()),
-            StreamCalls(tasks.at, missing=delivery(trainer)),
+            StreamCalls(curriculum.task_at, missing=delivery(trainer)),
         )
         staleness: list[float] = []
         enough = asyncio.Event()
@@ -252,6 +254,7 @@ class _Fleet:
             fleet,
             ObjectStoreChannel(trainable_only=False),
             Tracker(),
+            curriculum,
             on_step,
             on_checkpoint,
         )

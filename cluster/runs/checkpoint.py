@@ -19,7 +19,7 @@ import shutil
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,15 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class StageProgress:
+    """Where a run stands in its curriculum (cluster/train/curriculum.py)."""
+
+    stage: NonNegativeInt = 0  # place in curriculum.stages
+    steps: NonNegativeInt = 0  # that were made in it
+    figures: tuple[float, ...] = ()  # the last ones of its metric
+
+
+@dataclass(frozen=True, slots=True)
 class TrainState:
     """Where a run stands after ``step`` RL steps and, before them, ``warm_steps`` supervised ones."""
 
@@ -45,6 +54,7 @@ class TrainState:
     ledger: LedgerSnapshot
     tracking_run_id: str
     rewards: tuple[float, ...]
+    curriculum: StageProgress = StageProgress()
 
 
 START = TrainState(step=0, warm_steps=0, version=0, ledger=LedgerSnapshot(), tracking_run_id="", rewards=())
@@ -60,9 +70,7 @@ class _StateFile(TrainState):
 
     @property
     def state(self) -> TrainState:
-        return TrainState(
-            self.step, self.warm_steps, self.version, self.ledger, self.tracking_run_id, self.rewards
-        )
+        return TrainState(*(getattr(self, part.name) for part in fields(TrainState)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +152,7 @@ def _state_json(state: TrainState, folder: Path) -> str:
             ledger=state.ledger,
             tracking_run_id=state.tracking_run_id,
             rewards=state.rewards,
+            curriculum=state.curriculum,
             format="engram-run-1",
             written=time.time(),
             files={str(path.relative_to(folder)): path.stat().st_size for path in files},

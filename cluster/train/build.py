@@ -17,7 +17,7 @@ from pathlib import Path
 
 from actors.episodes.group_summary import GroupSummary
 from actors.fast_weights.basis import load_basis
-from actors.types import PolicyVersion
+from actors.types import PolicyVersion, Task
 from actors.worker import WorkerSpec
 from cluster.common.tasks import TaskSource
 from cluster.fleet.broadcast import ObjectStoreChannel
@@ -29,12 +29,14 @@ from cluster.fleet.remote_worker import REFRESH_S, RemoteWorker, credits_per_wor
 from cluster.fleet.stream import Batch, GroupStream, StreamCalls, StreamPlan
 from cluster.runs.checkpoint import TrainState
 from cluster.runs.wanted_workers import WantedWorkers
+from cluster.train.curriculum import Curriculum
 from cluster.train.loop import LoopParts, delivery
 from cluster.train.metrics import StepSummary, step_line
 from cluster.train.prepare import RunFolder, RunSpec, Start
 from cluster.train.scoreboard import Observers
 from cluster.train.step_checkpoints import StepCheckpoints
 from cluster.train.warm_start import Demonstrations, can_demonstrate
+from configs.curriculum import stages
 from configs.schema import RunConfig
 from learner.types import LearnerError
 from learner.worker import LearnerGroup, LearnerSpec
@@ -128,7 +130,8 @@ def build_loop(
     def on_failures(summary: GroupSummary) -> None:
         recorder.on_failures(config, wanted.step + 1, summary)
 
-    stream = build_stream(spec, cluster, state, fleet, on_failures)
+    curriculum = build_curriculum(spec, state, observers.display.say)
+    stream = build_stream(spec, cluster, state, fleet, curriculum.task_at, on_failures)
     checkpoints = StepCheckpoints(spec, folder, cluster.learner, stream, fleet, observers)
 
     def on_step(summary: StepSummary, batch: Batch) -> None:
@@ -143,6 +146,7 @@ def build_loop(
         fleet,
         cluster.channel,
         observers.tracker,
+        curriculum,
         on_step,
         checkpoints.on_checkpoint,
     )
@@ -165,11 +169,21 @@ def build_fleet(
     return ElasticFleet(cluster.workers, plan, cluster.channel.newest)
 
 
+def build_curriculum(spec: RunSpec, state: TrainState, say: Callable[[str], None]) -> Curriculum:
+    """The training tasks, from where ``state`` stands on."""
+    tasks, *of_stages = (
+        TaskSource(environment, "train", spec.config.seed).at
+        for environment in (spec.environment, *spec.stage_environments)
+    )
+    return Curriculum(tasks, stages(spec.config), of_stages, state.curriculum, say)
+
+
 def build_stream(
     spec: RunSpec,
     cluster: TrainingCluster,
     state: TrainState,
     fleet: ElasticFleet[RemoteWorker],
+    task_at: Callable[[int], Task],
     on_failures: Callable[[GroupSummary], None],
 ) -> GroupStream:
     """The stream of the training tasks over the workers of ``fleet``, from ``state`` on."""
@@ -184,7 +198,7 @@ def build_stream(
         stall_s=stall_s,
     )
     calls = StreamCalls(
-        task_at=TaskSource(spec.environment, "train", config.seed).at,
+        task_at=task_at,
         missing=delivery(cluster.learner),
         on_failures=on_failures,
         on_group=fleet.state.progress,

@@ -41,6 +41,7 @@ from cluster.fleet.fleet import ElasticFleet
 from cluster.fleet.stream import Batch, GroupStream
 from cluster.runs.checkpoint import TrainState
 from cluster.tracking.tracker import Tracker
+from cluster.train.curriculum import Curriculum
 from cluster.train.metrics import (
     StepSeconds,
     StepSummary,
@@ -78,6 +79,7 @@ class LoopParts:
     fleet: ElasticFleet[Any]
     channel: Channel
     tracker: Tracker
+    curriculum: Curriculum
     on_step: Callable[[StepSummary, Batch], None]
     on_checkpoint: Callable[[TrainState], Awaitable[None]]
 
@@ -159,6 +161,8 @@ async def _learn(parts: LoopParts, progress: _Progress, batch: Batch, began: flo
     summary = summarize(step, report, batch, seconds)
     figures = step_metrics(report, batch, seconds, stream.ledger)
     figures |= worker_metrics(list(fleet.reports.values())) | fleet.metrics()
+    # No wait since ``begin``: no task of the next step was issued yet.
+    figures |= parts.curriculum.after_step(step, figures, batch.positions)
     parts.tracker.log(figures, step)
     parts.on_step(summary, batch)
     progress.state = replace(
@@ -167,6 +171,7 @@ async def _learn(parts: LoopParts, progress: _Progress, batch: Batch, began: flo
         version=report.version,
         ledger=stream.ledger.snapshot(),
         rewards=(*state.rewards, summary.reward),
+        curriculum=parts.curriculum.progress,
     )
 
 

@@ -8,7 +8,7 @@ Ray and the engines start only afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from cluster.runs.checkpoint import START, Checkpoint, TrainState, find_checkpoi
 from cluster.runs.resume import begun_run, new_run, run_id_of
 from cluster.runs.run_lock import require_free
 from cluster.train.warm_start import require_demonstrations
+from configs.curriculum import stages
 from configs.files import write_text
 from configs.load import ConfigError, flatten, load_config, to_yaml
 from configs.models import resolve_model
@@ -53,12 +54,17 @@ KEPT = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunSpec:
-    """What a run is made of. ``model_path`` is the base model; ``eval_tasks`` are held-out tasks."""
+    """What a run is made of.
+
+    ``model_path`` is the base model, ``eval_tasks`` are held-out tasks, ``stage_environments`` those of the
+    curriculum's stages.
+    """
 
     config: RunConfig
     environment: Environment
     model_path: Path
     eval_tasks: tuple[Task, ...]
+    stage_environments: tuple[Environment, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +114,16 @@ def prepare_training(config: RunConfig) -> tuple[RunSpec, RunFolder, Start]:
     TaskSource(environment, "train", config.seed).first(_TRIED)
     eval_tasks = held_out(environment, config)
     require_demonstrations(config, environment)
-    _require_attribution(config, environment)
-    spec = RunSpec(config, environment, resolve_model(config.model).path, eval_tasks)
+    of_stages = tuple(_open_stages(config))
+    for each in (environment, *of_stages):
+        _require_attribution(config, each)
+    spec = RunSpec(config, environment, resolve_model(config.model).path, eval_tasks, of_stages)
     chat = open_chat(spec.model_path, config.model)
-    require_window(config, chat, questions_of(config, environment, eval_tasks))
+    questions = questions_of(config, environment, eval_tasks)
+    questions += [question for each in of_stages for question in _first_questions(config, each)]
+    require_window(config, chat, questions)
     folder, start = _where_to_start(spec)
+    _require_stage(config, start)
     before = folder.config if start.checkpoint is None else start.checkpoint.folder / "config.yaml"
     spec = replace(spec, config=with_day(config, chat, day_in(before)))
     require_free(folder.path)
@@ -137,6 +148,31 @@ def _require_trained_tokens(config: RunConfig) -> None:
             f"memory.policy={policy} writes no text, and no answer is trained with objective.tokens={tokens} "
             f"and answers sampled at {config.sampling.of_answers:g}: nothing is left to train; "
             "set objective.tokens=both and a temperature above 0"
+        )
+
+
+def _open_stages(config: RunConfig) -> Iterator[Environment]:
+    """The environments of the curriculum, each with a task. Raises TaskError: it names the stage."""
+    for place, stage in enumerate(stages(config)):
+        try:
+            environment = open_environment(replace(config, environment=stage.environment))
+            TaskSource(environment, "train", config.seed).first(1)
+        except TaskError as error:
+            raise TaskError(f"curriculum.stages[{place}]: {error}") from error
+        yield environment
+
+
+def _first_questions(config: RunConfig, environment: Environment) -> list[str]:
+    return questions_of(config, environment, TaskSource(environment, "train", config.seed).first(1))
+
+
+def _require_stage(config: RunConfig, start: Start) -> None:
+    """Raise CheckpointError where the checkpoint stands in a stage that the curriculum does not have."""
+    stage, there = start.state.curriculum.stage, len(config.curriculum.stages)
+    if start.checkpoint is not None and stage > 0 and stage >= there:
+        raise CheckpointError(
+            f"{start.checkpoint.folder} stands in stage {stage + 1} of its curriculum, and "
+            f"curriculum.stages has {there}: give it as many, or start anew"
         )
 
 

@@ -19,6 +19,7 @@ from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.stream import Batch, GroupStream, StreamCalls, StreamPlan
 from cluster.runs.checkpoint import START, TrainState
 from cluster.tracking.tracker import Tracker
+from cluster.train.curriculum import Curriculum
 from cluster.train.loop import LoopParts, delivery, run_loop
 from cluster.train.metrics import StepSummary
 from configs.schema import TrainConfig
@@ -138,14 +139,18 @@ def wire(
     state: TrainState,
     on_step: Callable[[StepSummary, Batch], None],
     on_checkpoint: Callable[[TrainState], Awaitable[None]],
+    curriculum: Curriculum | None = None,
 ) -> LoopParts:
     """Wire the loop as cluster/train/build.py does, with two groups in flight on a worker."""
     fleet = ElasticFleet(workers, fleet_plan, newest=None)
-    calls = StreamCalls(task_at, delivery(trainer), on_group=fleet.state.progress, on_lost=fleet.lost)
+    curriculum = curriculum or Curriculum(task_at)
+    calls = StreamCalls(
+        curriculum.task_at, delivery(trainer), on_group=fleet.state.progress, on_lost=fleet.lost
+    )
     steps = plan.steps - state.step
     stream_plan = StreamPlan(steps, plan.tasks_per_step, plan.max_staleness, credits=2, stall_s=5.0)
     stream = GroupStream(stream_plan, workers, state.version, ledger, calls)
-    return LoopParts(stream, trainer, fleet, Channel(), tracker, on_step, on_checkpoint)
+    return LoopParts(stream, trainer, fleet, Channel(), tracker, curriculum, on_step, on_checkpoint)
 
 
 class Mortal(Worker):
