@@ -34,6 +34,8 @@ from cluster.measure.rows import EpisodeScore, has_own_reward, primary_score
 from cluster.measure.scores import F1, REWARD, label, score_text, unit
 from cluster.measure.statistics import (
     FEWEST_SEEDS,
+    MOST_SEEDS,
+    POWER,
     PairedDifference,
     Played,
     adjusted_p_values,
@@ -42,6 +44,9 @@ from cluster.measure.statistics import (
     over_seeds,
     paired_by_item,
     seed_means,
+    seeds_needed,
+    smallest_gain,
+    spread_over_seeds,
 )
 from cluster.train.report import STAGES
 
@@ -53,6 +58,21 @@ LEGEND = (
     "Over questions: for other questions to the same runs; so are the intervals of stages. "
     "A question that several seeds ask counts once, with its mean."
 )
+ALPHAS = (0.05, 0.01)
+PLANNED_GAINS = (2, 5, 10)  # points
+POWER_HEADER = (
+    "change",
+    "seeds",
+    "spread, points",
+    "these seeds find",
+    *(f"seeds for +{gain}" for gain in PLANNED_GAINS),
+)
+POWER_LEGEND = (
+    "Spread: standard deviation over seeds. These seeds find: the gain in points that the t test over as many "
+    f"finds with {100 * POWER:.0f} % power, two-sided, at p < {ALPHAS[0]} / p < {ALPHAS[1]}. Seeds for +5: as "
+    "many find a gain of 5 points. A spread of few seeds is uncertain itself: of three, its 95 % interval goes "
+    "from half to six times."
+)
 LAST = "after_rl"
 STARTS = ("before", "after_warm_start", "memory_off")
 LATEST_STARTS = ("after_warm_start", "before")  # where RL began
@@ -63,6 +83,7 @@ class Change:
     """One change, over both units. ``by_seed``: its mean in each run, None where no task can be compared."""
 
     over_seeds: PairedDifference
+    spread: float  # the standard deviation over the seeds; NaN below two
     over_questions: PairedDifference
     by_seed: tuple[float | None, ...]
 
@@ -70,7 +91,8 @@ class Change:
     def of(before: Mapping[Played, float], after: Mapping[Played, float], seeds: Sequence[int]) -> Change:
         differences = {played: after[played] - before[played] for played in after if played in before}
         questions, means = paired_by_item(before, after), seed_means(differences)
-        return Change(over_seeds(means, questions), questions, tuple(means.get(seed) for seed in seeds))
+        by_seed = tuple(means.get(seed) for seed in seeds)
+        return Change(over_seeds(means, questions), spread_over_seeds(means), questions, by_seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +154,8 @@ class Pool:
                 for versus, figures in zip(self.versus, cells, strict=True)
             ]
             yield Table("Whether it gained more", (*VERSUS_HEADER, *_changes(self.score)), tuple(lines))
+        if power := tuple(self._power()):
+            yield Table("How many seeds a gain needs", POWER_HEADER, power, POWER_LEGEND)
 
     def notes(self) -> Iterator[str]:
         """What the tables do not say of themselves, a line each."""
@@ -150,6 +174,22 @@ class Pool:
                 yield f"{names}: {tasks} and are not paired; compare runs of one environment."
             elif versus.change.over_questions.count == 0:
                 yield f"{names} share no finished task: their gains cannot be compared."
+
+    def _power(self) -> Iterator[tuple[str, ...]]:
+        """A line for each change whose seeds have a spread. None for a reward: it has no points to plan with."""
+        if self.score == REWARD:
+            return
+        changes = [(f"{gain.name} since {gain.stage}", gain.change) for gain in self.gains]
+        changes += [(f"{one.name} against {one.other}", one.change) for one in self.versus]
+        for name, change in changes:
+            spread, seeds = change.spread, change.over_seeds.count
+            if spread > 0 and seeds >= FEWEST_SEEDS:  # not where it is NaN
+                found = [f"{100 * smallest_gain(spread, seeds, alpha):.1f}" for alpha in ALPHAS]
+                needed = [
+                    " / ".join(seeds_text(seeds_needed(gain / 100, spread, alpha)) for alpha in ALPHAS)
+                    for gain in PLANNED_GAINS
+                ]
+                yield (name, str(seeds), f"{100 * spread:.1f}", " / ".join(found), *needed)
 
     def _stages(self) -> Iterator[tuple[str, ...]]:
         for group in self.groups:
@@ -244,6 +284,10 @@ def _save_rewards(groups: Sequence[Group], path: Path) -> Path:
         curves.append(Curve(range(1, len(mean) + 1), mean, series, group.name))
     panel = Panel("training step", "reward, mean of the last 10 steps", tuple(curves), steps=True)
     return save_plot([panel], path)
+
+
+def seeds_text(seeds: int | None) -> str:
+    return f"> {MOST_SEEDS}" if seeds is None else str(seeds)
 
 
 # --- cells of the tables ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betainc, betaincinv, stdtr, stdtrit
+from scipy.special import betainc, betaincinv, nctdtr, stdtr, stdtrit
 
 Played = tuple[int, str, str]
 """Seed, task id, item (``EpisodeScore.item``). An id may stand for other questions elsewhere."""
@@ -25,6 +25,10 @@ SCORE: Bounds = (0.0, 1.0)
 DIFFERENCE: Bounds = (-1.0, 1.0)
 FEWEST_SEEDS = 3
 """With two seeds the t interval is 12.7 standard errors wide on each side: it tells nothing."""
+
+POWER = 0.8
+"""How often a planned comparison should find what is there."""
+MOST_SEEDS = 200  # that a plan may name
 
 _NAN = float("nan")
 _TAIL = 0.025  # of a 95 % interval
@@ -221,6 +225,43 @@ def over_seeds(means: Mapping[int, float], questions: PairedDifference) -> Paire
         max(p_value, questions.p_value),
         len(by_seed),
     )
+
+
+def spread_over_seeds(means: Mapping[int, float]) -> float:
+    """The standard deviation over the seeds' means; NaN below two seeds."""
+    return float(np.std(list(means.values()), ddof=1)) if len(means) > 1 else _NAN
+
+
+def power_over_seeds(gain: float, spread: float, seeds: int, alpha: float) -> float:
+    """How likely the two-sided t test over ``seeds`` finds a ``gain``. ``spread``: between seeds, in its unit.
+
+    Of the test alone: ``over_seeds`` also asks that the gain holds over questions.
+    """
+    freedom, shift = seeds - 1, gain / spread * math.sqrt(seeds)
+    reach = float(stdtrit(freedom, 1 - alpha / 2))
+    # Where the shift is large, the far tail underflows to NaN.
+    above, below = 1 - nctdtr(freedom, shift, reach), nctdtr(freedom, shift, -reach)
+    return float(np.nan_to_num(above, nan=1.0) + np.nan_to_num(below))
+
+
+def seeds_needed(gain: float, spread: float, alpha: float) -> int | None:
+    """The fewest seeds that find a ``gain`` with ``POWER``; None above ``MOST_SEEDS``."""
+    found = (
+        seeds
+        for seeds in range(FEWEST_SEEDS, MOST_SEEDS + 1)
+        if power_over_seeds(gain, spread, seeds, alpha) >= POWER
+    )
+    return next(found, None)
+
+
+def smallest_gain(spread: float, seeds: int, alpha: float) -> float:
+    """The gain that ``seeds`` find with ``POWER``, in the unit of ``spread``."""
+    low, high = 0.0, 100.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        enough = power_over_seeds(middle, 1.0, seeds, alpha) >= POWER
+        low, high = (low, middle) if enough else (middle, high)
+    return high * spread
 
 
 def seed_means(values: Mapping[Played, float]) -> dict[int, float]:

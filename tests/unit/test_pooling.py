@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from actors.types import Answer
 from cluster.cli import main
 from cluster.common.errors import CheckpointError
 from cluster.compare.command import EXAMPLES
-from cluster.compare.report import Pool, pool_groups, save_pool
+from cluster.compare.report import ALPHAS, Pool, pool_groups, save_pool
 from cluster.compare.runs import FREE, MAY_DIFFER, load_groups
 from cluster.measure.rows import EpisodeScore, RowResult, save_row
-from cluster.measure.statistics import holm
+from cluster.measure.statistics import holm, seeds_needed
 from configs.load import load_config, to_yaml
 
 QUICKSTART = Path(__file__).parents[2] / "tests" / "quickstart.yaml"
@@ -101,6 +102,35 @@ def test_a_gain_is_claimed_over_seeds(tmp_path: Path) -> None:
     assert cells[3:5] == ("3", "+30.0 [-19.7, +79.7]")
     assert cells[5:8] == (f"{expected.pvalue:.4f}", f"{2 * expected.pvalue:.4f}", "+10.0, +30.0, +50.0")
     assert not any("tell nothing of other seeds" in note for note in pool.notes())
+
+
+def test_the_seeds_that_a_gain_needs_follow_from_the_spread_over_seeds(tmp_path: Path) -> None:
+    for seed, gained in enumerate((0.26, 0.30, 0.34)):
+        save_run(tmp_path, "tmem", seed, {"before": [0.2] * 20, "after_rl": [0.2 + gained] * 20})
+        save_run(tmp_path, "flat", seed, {"before": [0.2] * 20, "after_rl": [0.5] * 20})
+    pool = pooled(*sorted(tmp_path.glob("*-*")))
+    (power,) = [table for table in pool.tables() if table.title == "How many seeds a gain needs"]
+    assert [line[0] for line in power.rows] == ["tmem since before", "flat against tmem"]
+    assert power.rows[0][1:3] == ("3", "4.0") and power.rows[0][3].startswith("13.1 / ")
+    assert power.rows[0][4:] == ("34 / 51", "8 / 11", "4 / 6")
+    alone = pooled(*(save_run(tmp_path, "two", seed, {"after_rl": [0.9]}) for seed in (0, 1)))
+    assert len(list(alone.tables())) == 1, "two seeds have no spread worth a plan"
+
+
+def test_the_plan_in_the_help_is_that_of_the_statistics() -> None:
+    lines = re.findall(r"^ +(\d+)((?: +\d+ / \d+){4})$", EXAMPLES, re.MULTILINE)
+    found = {(int(spread), *re.findall(r"\d+ / \d+", cells)) for spread, cells in lines}
+    expected = {
+        (
+            spread,
+            *(
+                " / ".join(str(seeds_needed(gain, spread, alpha)) for alpha in ALPHAS)
+                for gain in (2, 5, 10, 20)
+            ),
+        )
+        for spread in (2, 4, 8)
+    }
+    assert found == expected
 
 
 def test_one_or_two_seeds_have_no_p(tmp_path: Path) -> None:

@@ -23,7 +23,11 @@ from cluster.measure.statistics import (
     over_seeds,
     paired_by_item,
     paired_difference,
+    power_over_seeds,
     seed_means,
+    seeds_needed,
+    smallest_gain,
+    spread_over_seeds,
 )
 
 Drawn = Callable[[np.random.Generator, int], NDArray[np.float64]]
@@ -278,3 +282,33 @@ def test_figures_are_the_same_in_every_version() -> None:
     assert astuple(mean_interval(values)) == pytest.approx(astuple(plain), abs=1e-9)
     assert astuple(nested_interval(groups, 200, 3)) == pytest.approx(astuple(nested), abs=1e-9)
     assert astuple(paired_difference(values, after)) == pytest.approx(astuple(paired), abs=1e-9)
+
+
+# --- power ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gain", "alpha", "seeds"), [(1.0, 0.05, 10), (0.5, 0.05, 34), (2.0, 0.05, 5), (1.0, 0.01, 16)]
+)
+def test_seeds_needed_are_those_of_the_text_books_t_test(gain: float, alpha: float, seeds: int) -> None:
+    """G*Power's one-sample t test, two-sided, power 0.8."""
+    assert seeds_needed(gain, 1.0, alpha) == seeds
+    assert seeds_needed(4 * gain, 4.0, alpha) == seeds
+    assert power_over_seeds(gain, 1.0, seeds - 1, alpha) < 0.8 <= power_over_seeds(gain, 1.0, seeds, alpha)
+
+
+def test_the_test_over_seeds_has_the_power_that_is_said() -> None:
+    sure = PairedDifference(0.0, 0.0, 0.0, 0.0, 99)  # over questions: the test of seeds alone decides
+    rng = np.random.default_rng(0)
+    drawn = rng.normal(0.05, 0.04, (4000, 6))
+    found = [over_seeds(dict(enumerate(row)), sure).p_value < 0.05 for row in drawn.tolist()]
+    assert np.mean(found) == pytest.approx(power_over_seeds(0.05, 0.04, 6, 0.05), abs=0.02)
+
+
+def test_power_at_its_ends() -> None:
+    assert power_over_seeds(0.0, 1.0, 5, 0.05) == pytest.approx(0.05)
+    assert power_over_seeds(99.0, 1.0, 5, 0.01) == pytest.approx(1.0)
+    assert seeds_needed(0.01, 1.0, 0.05) is None
+    gain = smallest_gain(0.04, 5, 0.05)
+    assert power_over_seeds(gain, 0.04, 5, 0.05) == pytest.approx(0.8, abs=1e-6)
+    assert math.isnan(spread_over_seeds({0: 0.5})) and spread_over_seeds({0: 0.0, 1: 2.0}) == math.sqrt(2)
