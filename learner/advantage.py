@@ -6,7 +6,9 @@ objective.advantage --estimator()--> rewards of the finished siblings, in order 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -65,6 +67,17 @@ def estimator(config: ObjectiveConfig) -> Estimator:
         "rloo": leave_one_out,
     }
     return shipped.get(config.advantage) or load_extension("objective.advantage", config.advantage)
+
+
+def shuffled(group: TrajectoryGroup, seed: int) -> TrajectoryGroup:
+    """Return the group with its siblings' outcomes exchanged by lot: the control of ``train.control``.
+
+    Each permutation is equally likely, so the expected advantage of an episode is 0 whatever it did.
+    """
+    outcomes = [trajectory.outcome for trajectory in group.trajectories]
+    random.Random(f"{seed}/{group.task.id}/{group.policy_version}").shuffle(outcomes)
+    pairs = zip(group.trajectories, outcomes, strict=True)
+    return replace(group, trajectories=tuple(replace(one, outcome=outcome) for one, outcome in pairs))
 
 
 def score(

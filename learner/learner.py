@@ -27,7 +27,7 @@ from actors.fast_weights.delta import Basis, DeltaInjector, StackedWeights, stac
 from actors.types import PolicyVersion, Segment, Trajectory, TrajectoryGroup
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner import checkpoint
-from learner.advantage import estimator, score
+from learner.advantage import estimator, score, shuffled
 from learner.batch import RowSet, as_objective_sees, pack, pad, rows_of, split, supervised_rows
 from learner.engine import TrainingEngine
 from learner.model import PolicyModel, load_model, load_reference
@@ -63,7 +63,8 @@ class Learner:
     of answers where it differs. With one minibatch the old log-probs of PPO's ratio are the current ones,
     detached: one step per batch, ratio 1. With more, a pass without gradient computes them at the start of
     the step. The KL reference is the policy as RL begins: ``model_path``, loaded a second time when
-    ``kl_coefficient > 0``, or what the warm start made of it.
+    ``kl_coefficient > 0``, or what the warm start made of it. ``shuffle_rewards``: a control, see
+    ``advantage.shuffled``.
     """
 
     def __init__(
@@ -77,10 +78,12 @@ class Learner:
         rank: int,
         world_size: int,
         answer_temperature: float | None = None,
+        shuffle_rewards: bool = False,
     ) -> None:
         self._config, self._objective, self._basis = config, objective, basis
         self._estimate = estimator(objective)
         self._model_path, self._seed = model_path, seed
+        self._shuffle_rewards = shuffle_rewards
         self._temperature, self._answer_temperature = temperature, answer_temperature
         self._model = load_model(model_path, config)
         self._injector = DeltaInjector(self._model.base, basis)
@@ -108,7 +111,8 @@ class Learner:
         run must resume from a checkpoint; undoing would need a second copy of theta and Adam.
         """
         started = time.perf_counter()
-        scored_groups = [score(group, self._estimate, self._objective.credit) for group in groups]
+        seen = [shuffled(group, self._seed) for group in groups] if self._shuffle_rewards else groups
+        scored_groups = [score(group, self._estimate, self._objective.credit) for group in seen]
         scored = [episode for group in scored_groups for episode in group]
         segments = (segment for episode in scored for segment in episode.trajectory.segments)
         if not any(segment.action_mask.any() for segment in segments):

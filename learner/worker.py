@@ -39,6 +39,7 @@ class LearnerSpec:
     seed: int
     temperature: float
     answer_temperature: float | None = None  # None: ``temperature``
+    shuffle_rewards: bool = False
 
 
 @ray.remote(max_restarts=0)
@@ -77,6 +78,7 @@ class LearnerActor:
             self._rank,
             ranks,
             spec.answer_temperature,
+            spec.shuffle_rewards,
         )
         return self._learner.version
 

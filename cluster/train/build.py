@@ -102,6 +102,7 @@ def _start_learner(spec: RunSpec, folder: RunFolder, start: Start) -> LearnerGro
         config.seed,
         config.sampling.temperature,
         config.sampling.answer_temperature,
+        shuffle_rewards=config.train.control == "shuffled_rewards",
     )
     learner = LearnerGroup(learner_spec, config.ray.startup_timeout_s)
     if checkpoint is not None:
@@ -207,11 +208,10 @@ def build_stream(
     return GroupStream(plan, cluster.workers, state.version, Ledger(state.ledger), calls)
 
 
-def build_demonstrations(spec: RunSpec) -> Demonstrations | None:
-    """What a warm start learns from; None where there is no warm start."""
-    if spec.config.warm_start.steps == 0 or not can_demonstrate(spec.environment):
-        return None
-    return Demonstrations(spec.config, spec.environment, spec.model_path)
+def build_demonstrations(spec: RunSpec, purpose: str) -> Demonstrations:
+    """What supervised steps learn from; each ``purpose`` has tasks of its own."""
+    assert can_demonstrate(spec.environment), "`require_demonstrations` has checked"
+    return Demonstrations(spec.config, spec.environment, spec.model_path, purpose)
 
 
 # --- workers without a learner ----------------------------------------------------------------------------

@@ -102,16 +102,37 @@ async def _warm_start(
     cluster: TrainingCluster, spec: RunSpec, folder: RunFolder, state: TrainState, observers: Observers
 ) -> TrainState:
     """The supervised stage, if there is one. The workers then serve its result, which is saved."""
-    demonstrations = build_demonstrations(spec)
-    if demonstrations is None:
-        return state
     config, steps = spec.config, spec.config.warm_start.steps
+    if steps == 0:
+        return state
+    demonstrations = build_demonstrations(spec, "warm start")
     with observers.display.counting("warm start", steps) as counter:
-        await warm_start(demonstrations, cluster.learner, config, observers.tracker, counter.advance)
+        await warm_start(
+            demonstrations, cluster.learner, config, observers.tracker, counter.advance, range(steps)
+        )
     await _serve_newest(cluster)
     state = replace(state, warm_steps=steps, version=cluster.learner.version)
     await save_state(folder, config, cluster.learner, state)
     return state
+
+
+async def _supervise(
+    cluster: TrainingCluster, spec: RunSpec, folder: RunFolder, state: TrainState, observers: Observers
+) -> tuple[TrainState, Sequence[EpisodeSource]]:
+    """The control in the place of RL: supervised steps on fresh tasks. It is saved at its end."""
+    config, steps = spec.config, range(state.step, spec.config.train.steps)
+    if not steps:
+        return state, cluster.workers
+    demonstrations = build_demonstrations(spec, "supervised control")
+    learner, tracker = cluster.learner, observers.tracker
+    with observers.display.counting("supervised step", len(steps)) as counter:
+        await warm_start(
+            demonstrations, learner, config, tracker, counter.advance, steps, config.warm_start.steps
+        )
+    await _serve_newest(cluster)
+    state = replace(state, step=config.train.steps, version=learner.version)
+    await save_state(folder, config, learner, state)
+    return state, cluster.workers
 
 
 async def _serve_newest(cluster: TrainingCluster) -> None:
@@ -127,6 +148,8 @@ async def _reinforce(
 ) -> tuple[TrainState, Sequence[EpisodeSource]]:
     """The RL stage. Returns its last state, and the workers that serve then: some may have been replaced."""
     plan, display = spec.config.train, observers.display
+    if plan.control == "supervised":
+        return await _supervise(cluster, spec, folder, state, observers)
     with display.counting("train step", max(0, plan.steps - state.step)) as counter:
         parts = build_loop(cluster, spec, folder, state, observers, counter.advance)
         try:

@@ -44,6 +44,11 @@ _MEMORY_NAMES: Mapping[MemoryPolicy, str] = {
     "hybrid": "summary + TMEM",
     "custom": "custom memory",
 }
+_TRAINED: Mapping[Literal["none", "shuffled_rewards", "supervised"], str] = {
+    "none": "RL",
+    "shuffled_rewards": "RL, rewards shuffled",
+    "supervised": "more supervised steps",
+}
 _CONTROL_LABELS: Mapping[Literal["oracle", "other_cards"], str] = {
     "oracle": "oracle: gold cards",
     "other_cards": "control: other cards",
@@ -67,7 +72,7 @@ def evaluation_rows(config: RunConfig) -> dict[str, EvaluationRow]:
     labels = {
         "before": f"{name} before",
         "after_warm_start": f"{name} after warm start",
-        "after_rl": f"{name} after RL",
+        "after_rl": f"{name} after {_TRAINED[config.train.control]}",
     }
     rows = {key: EvaluationRow(label, config.memory, config.seed) for key, label in labels.items()}
     if config.evaluation.memory_off_row and config.memory.policy != "truncation":

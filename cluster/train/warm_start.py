@@ -39,17 +39,23 @@ class SupervisedTrainer(Protocol):
 
 
 class Demonstrations:
-    """Supervised segments by step: step and seed alone determine them.
+    """Supervised segments by step: step, seed and purpose alone determine them.
 
     A task that cannot be demonstrated teaches nothing: ``faults`` has its message.
     """
 
-    def __init__(self, config: RunConfig, environment: DemonstratingEnvironment, model_path: Path) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        environment: DemonstratingEnvironment,
+        model_path: Path,
+        purpose: str = "warm start",
+    ) -> None:
         self._config, self._environment = config, environment
         self.faults: list[str] = []
         self._chat = open_chat(model_path, config.model)
-        self._tasks = TaskSource(environment, "train", derived_seed(config.seed, "warm start"))
-        self._unknown = TaskSource(environment, "train", derived_seed(config.seed, "warm start", "unknown"))
+        self._tasks = TaskSource(environment, "train", derived_seed(config.seed, purpose))
+        self._unknown = TaskSource(environment, "train", derived_seed(config.seed, purpose, "unknown"))
 
     def of_step(self, step: int) -> list[Segment]:
         """The flashcards of ``tasks_per_step`` tasks, then the answers of ``unknown``.
@@ -106,14 +112,14 @@ def can_demonstrate(environment: Environment) -> TypeGuard[DemonstratingEnvironm
 
 def require_demonstrations(config: RunConfig, environment: Environment) -> None:
     """Raise TaskError when the config asks for a warm start that the environment cannot teach."""
-    warm, name = config.warm_start, environment.name
-    if warm.steps == 0:
+    warm, name, supervised = config.warm_start, environment.name, config.train.control == "supervised"
+    if warm.steps == 0 and not supervised:
         return
     if not can_demonstrate(environment):
-        raise TaskError(
-            f"warm_start.steps={warm.steps} is not possible: {name} has no demonstrations; "
-            "set warm_start.steps=0"
-        )
+        asked, off = f"warm_start.steps={warm.steps}", "warm_start.steps=0"
+        if supervised:
+            asked, off = "train.control=supervised", "train.control=none and warm_start.steps=0"
+        raise TaskError(f"{asked} is not possible: {name} has no demonstrations; set {off}")
     if warm.unknown > 0 and not isinstance(environment, Abstainer):
         raise TaskError(
             f"warm_start.unknown={warm.unknown} is not possible: {name} demonstrates no question that "
@@ -132,15 +138,19 @@ async def warm_start(
     config: RunConfig,
     tracker: Tracker,
     on_step: Callable[[str], None],
+    steps: range,
+    logged_from: int = 0,
 ) -> None:
-    """Run the stage; ``on_step`` is given a line for each step. Raises LearnerError, TaskError.
+    """Make the ``steps``; ``on_step`` is given a line for each. Raises LearnerError, TaskError.
 
-    Tasks that cannot be demonstrated are counted and said.
+    Tasks that cannot be demonstrated are counted and said. ``logged_from``: the step of the tracker's figures
+    before the first of all.
     """
-    for step in range(config.warm_start.steps):
+    for step in steps:
         segments = await asyncio.to_thread(demonstrations.of_step, step)
         report = await asyncio.to_thread(trainer.warm_start_step, segments, config.warm_start.learning_rate)
         faults = demonstrations.faults
-        tracker.log({**warm_start_metrics(report), "warm_start/failed_tasks": float(len(faults))}, step + 1)
+        figures = {**warm_start_metrics(report), "warm_start/failed_tasks": float(len(faults))}
+        tracker.log(figures, logged_from + step + 1)
         failed = f", {len(faults)} task(s) failed so far: {faults[-1]}" if faults else ""
         on_step(f"loss {report.loss:.3f} nats a token{failed}")

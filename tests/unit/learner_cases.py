@@ -126,9 +126,20 @@ def learner(
     rank: int = 0,
     world_size: int = 1,
     answer_temperature: float | None = None,
+    shuffle_rewards: bool = False,
 ) -> Learner:
-    path = str(model_path)
-    return Learner(config, objective, path, basis, 0, temperature, rank, world_size, answer_temperature)
+    return Learner(
+        config,
+        objective,
+        str(model_path),
+        basis,
+        0,
+        temperature,
+        rank,
+        world_size,
+        answer_temperature,
+        shuffle_rewards,
+    )
 
 
 def free(

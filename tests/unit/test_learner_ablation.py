@@ -13,6 +13,7 @@ import torch
 from actors.fast_weights.delta import Basis
 from actors.types import ActionSpan, TrajectoryGroup
 from configs.schema import ObjectiveConfig
+from learner.advantage import shuffled
 from learner.batch import as_objective_sees, rows_of
 from learner.learner import Learner
 from learner.types import ScoredTrajectory
@@ -121,6 +122,18 @@ def test_a_step_without_a_card_that_could_be_trained_has_no_signal(llama: Path, 
     made = learner(llama, llama_basis, free(), replace(UNWEIGHTED, tokens="cards"))
     report = made.step([replace(whole, trajectories=tuple(answers))])
     assert (report.optimizer_steps, report.version, report.action_tokens) == (0, 0, 0)
+
+
+def test_a_step_with_shuffled_rewards_is_that_of_the_exchanged_outcomes(
+    llama: Path, llama_basis: Basis, tmp_path: Path
+) -> None:
+    whole = replace(group(llama_basis, (1.0, 0.0, 0.25)), policy_version=1)
+    exchanged = shuffled(whole, seed=0)
+    assert [one.outcome.reward for one in exchanged.trajectories] != [1.0, 0.0, 0.25]
+    control = learner(llama, llama_basis, free(), shuffle_rewards=True)
+    found = gradient_of_step(control, [whole], tmp_path / "control")
+    expected = gradient_of_step(learner(llama, llama_basis, free()), [exchanged], tmp_path / "exchanged")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_each_kind_of_token_is_scored_at_its_own_temperature(llama: Path, llama_basis: Basis) -> None:

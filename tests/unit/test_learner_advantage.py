@@ -20,7 +20,7 @@ from actors.types import (
     TrajectoryGroup,
 )
 from configs.schema import ObjectiveConfig
-from learner.advantage import estimator, grpo, leave_one_out, positive_only, score
+from learner.advantage import estimator, grpo, leave_one_out, positive_only, score, shuffled
 from learner.types import LearnerError
 
 REWARDS = st.lists(st.floats(-10, 10), min_size=1, max_size=16)
@@ -115,6 +115,21 @@ def test_credit_by_question_compares_each_answer_with_its_siblings() -> None:
     serves: list[tuple[int, ...] | None] = [(0,), (1,), (0, 1), (), None]
     found = [first.advantage_of(ActionSpan(0, 1, "act", serves=served)) for served in serves]
     assert found == [0.5, -0.5, 0.0, 0.0, 0.0]
+
+
+def test_shuffled_rewards_are_the_siblings_own_and_say_nothing_of_an_episode() -> None:
+    group = asked((1.0, 1.0), (1.0, 0.0), (0.0, 0.0), (0.0, 1.0))
+    outcomes = [one.outcome for one in group.trajectories]
+    first, again = ([one.outcome for one in shuffled(group, 3).trajectories] for _ in range(2))
+    assert first == again
+    estimate, sums = estimator(ObjectiveConfig(normalize_by_std=False)), [0.0] * 4
+    for version in range(3000):
+        seen = shuffled(replace(group, policy_version=version), 0)
+        assert sorted(one.outcome.reward for one in seen.trajectories) == [0.0, 0.5, 0.5, 1.0]
+        assert [one.episode_id for one in seen.trajectories] == [one.episode_id for one in group.trajectories]
+        assert all(one.outcome in outcomes for one in seen.trajectories), "reward and answers stay together"
+        sums = [total + one.advantage for total, one in zip(sums, score(seen, estimate), strict=True)]
+    assert all(abs(total) / 3000 < 0.03 for total in sums)  # of advantages of 0.5 at most
 
 
 def test_credit_by_question_needs_the_same_questions() -> None:

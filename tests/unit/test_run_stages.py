@@ -25,7 +25,8 @@ from cluster.train import run
 from cluster.train.prepare import RunFolder, RunSpec, Start
 from cluster.train.scoreboard import Observers, Scoreboard, evaluation_rows
 from cluster.train.step_checkpoints import StepCheckpoints, save_state
-from configs.schema import EvaluationConfig, MemoryConfig, RunConfig, TrainConfig
+from configs.schema import EvaluationConfig, MemoryConfig, RunConfig, TrainConfig, WarmStartConfig
+from learner.types import WarmStartReport
 from tests.unit.cluster_cases import group, task_at
 from tests.unit.loop_cases import Recorder
 
@@ -74,6 +75,62 @@ def test_without_an_rl_step_no_row_says_after_rl(monkeypatch: pytest.MonkeyPatch
         "oracle",
         "other_cards",
     ]
+
+
+# --- the control that goes on with supervised steps --------------------------------------------------------
+
+
+class Supervised:
+    """Counts supervised steps as the learner does."""
+
+    def __init__(self, version: int) -> None:
+        self.version, self.taught = version, list[str]()
+
+    def warm_start_step(self, segments: list[Any], learning_rate: float) -> WarmStartReport:
+        self.version += 1
+        self.taught.append(str(segments))
+        return WarmStartReport(self.version, 0.5, 1.0, 3, 0.1)
+
+    def save(self, folder: str) -> None:
+        Path(folder).mkdir()
+
+
+def test_the_supervised_control_makes_as_many_steps_and_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_config = TrainConfig(steps=4, control="supervised", group_size=2)
+    config = RunConfig(train=train_config, warm_start=WarmStartConfig(steps=3))
+    served: list[int] = []
+
+    async def serve(cluster: Any) -> None:
+        served.append(cluster.learner.version)
+
+    def demonstrations(spec: RunSpec, purpose: str) -> Any:
+        return SimpleNamespace(of_step=lambda step: f"{purpose} {step}")
+
+    monkeypatch.setattr(run, "_serve_newest", serve)
+    monkeypatch.setattr(run, "build_demonstrations", demonstrations)
+    learner, (observers, tracker, _) = Supervised(version=3), observers_of(Seat())
+    cluster: Any = SimpleNamespace(workers=("w",), learner=learner)
+    begun = replace(START, warm_steps=3, version=3)
+    for wanted in (2, 4):
+        spec = spec_of(replace(config, train=replace(train_config, steps=wanted)))
+        begun, workers = asyncio.run(run._reinforce(cluster, spec, RunFolder(tmp_path), begun, observers))
+        assert (begun.step, begun.version, workers) == (wanted, 3 + wanted, ("w",))
+        assert load_checkpoint(list_checkpoints(tmp_path)[-1]).state == begun
+    assert learner.taught == [f"supervised control {step}" for step in range(4)]
+    assert served == [5, 7] and sorted(tracker.steps) == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("control", "label"),
+    [
+        ("shuffled_rewards", "TMEM after RL, rewards shuffled"),
+        ("supervised", "TMEM after more supervised steps"),
+    ],
+)
+def test_a_control_is_named_in_its_row(control: Any, label: str) -> None:
+    assert evaluation_rows(RunConfig(train=TrainConfig(control=control)))["after_rl"].label == label
 
 
 # --- a step that is saved and scored ---------------------------------------------------------------------

@@ -59,6 +59,16 @@ def test_what_is_unknown_is_taught_beside_the_flashcards_with_a_told_twin(
     assert _ids(segments) == _ids(_segments(model_path, 3, step=1))
 
 
+def test_each_purpose_has_tasks_of_its_own(model_path: Path) -> None:
+    environment = RecallEnvironment(CONFIG.environment.recall)
+    warm, control = (
+        Demonstrations(CONFIG, environment, model_path, purpose) for purpose in ("warm start", "c")
+    )
+    assert _ids(warm.of_step(0)) == _ids(_segments(model_path, 0, step=0))
+    taught = {tuple(ids) for step in range(3) for ids in _ids(warm.of_step(step))}
+    assert not taught & {tuple(ids) for step in range(3) for ids in _ids(control.of_step(step))}
+
+
 @pytest.mark.parametrize(
     ("reward", "settings", "problem"),
     [
