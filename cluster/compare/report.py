@@ -68,10 +68,10 @@ POWER_HEADER = (
     *(f"seeds for +{gain}" for gain in PLANNED_GAINS),
 )
 POWER_LEGEND = (
-    "Spread: standard deviation over seeds. These seeds find: the gain in points that the t test over as many "
-    f"finds with {100 * POWER:.0f} % power, two-sided, at p < {ALPHAS[0]} / p < {ALPHAS[1]}. Seeds for +5: as "
-    "many find a gain of 5 points. A spread of few seeds is uncertain itself: of three, its 95 % interval goes "
-    "from half to six times."
+    "Spread: standard deviation over seeds. These seeds find: the gain in points that the t test over as "
+    f"many finds with {100 * POWER:.0f} % power, two-sided, at p < {ALPHAS[0]} / p < {ALPHAS[1]}. Seeds for "
+    "+5: as many find a gain of 5 points. A spread of few seeds is uncertain itself: of three, its 95 % "
+    "interval goes from half to six times."
 )
 LAST = "after_rl"
 STARTS = ("before", "after_warm_start", "memory_off")

@@ -15,6 +15,7 @@ from cluster.common.failures import most_common_failures
 from cluster.evaluation.plan import L_MAX, slug
 from cluster.evaluation.summary import Cost, Difference, RowSummary, primary_of
 from cluster.measure.answer_kinds import kinds_table
+from cluster.measure.card_counts import cards_table
 from cluster.measure.collapse import HEADER as COLLAPSE_HEADER
 from cluster.measure.collapse import LEGEND as COLLAPSE_LEGEND
 from cluster.measure.collapse import collapse_cells, collapse_figures
@@ -133,6 +134,7 @@ class ComparisonReport:
         scores = [score for score in _scores(rows) if score != REWARD]
         tables = [self._score_table(benchmark), *(self._categories(rows, score) for score in scores)]
         tables.append(kinds_table({row.label: row.answers for row in rows}))
+        tables.append(cards_table({row.label: (row.answers, row.cards) for row in rows}))
         tables += [self._collapse_table(rows), self._cost_table(benchmark), self._events(benchmark)]
         shown = tuple(table for table in tables if table.rows)
         return Section(benchmark, tables=shown, plots=tuple(plots))
@@ -196,6 +198,7 @@ class ComparisonReport:
         scores = {score: row.interval(score) for score in _scores([row])}
         plain = {**row.reward_parts(), **_flat(cost), "failed_episodes": float(len(row.failed))}
         plain |= collapse_figures(row.answers, row.extractions)
+        plain |= row.cards.shares if row.cards is not None else {}
         count = len(row.episodes)
         return scores | {name: Interval(value, math.nan, math.nan, count) for name, value in plain.items()}
 

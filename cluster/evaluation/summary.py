@@ -15,6 +15,7 @@ import numpy as np
 from actors.types import Answer
 from cluster.evaluation.plan import Cell
 from cluster.evaluation.store import CellResult, worst
+from cluster.measure.card_counts import CardCounts, total_cards
 from cluster.measure.collapse import ExtractionCounts, total
 from cluster.measure.rows import Chosen, EpisodeScore, primary_score
 from cluster.measure.scores import F1
@@ -77,6 +78,10 @@ class RowSummary:
     @property
     def extractions(self) -> ExtractionCounts | None:
         return total(episode.extractions for episode in self.episodes)
+
+    @property
+    def cards(self) -> CardCounts | None:
+        return total_cards(episode.cards for episode in self.episodes)
 
     @property
     def items(self) -> int:

@@ -25,6 +25,7 @@ from actors.environments.recall_scoring import UNTOLD
 from actors.types import Answer, PolicyVersion, Task, Trajectory, TrajectoryGroup, WriteOutcome
 from cluster.common.errors import AllFailed, CheckpointError
 from cluster.common.failures import failure_text, one_cause
+from cluster.measure.card_counts import CardCounts, count_cards, total_cards
 from cluster.measure.collapse import ExtractionCounts, collapse_figures, count_extractions, total
 from cluster.measure.scores import F1, REWARD, score_order
 from cluster.measure.statistics import Interval, PairedDifference, mean_interval, paired_difference
@@ -86,6 +87,7 @@ class EpisodeScore:
     peak_context: int
     seconds: float
     extractions: ExtractionCounts | None = None
+    cards: CardCounts | None = None  # None too where the environment cannot say
 
     def mean(self, score: str, chosen: Chosen = lambda _: True) -> float:
         """Over the chosen answers that have ``score``; NaN without one. The reward is the episode's own."""
@@ -155,6 +157,10 @@ class RowResult:
     @property
     def extractions(self) -> ExtractionCounts | None:
         return total(episode.extractions for episode in self.episodes)
+
+    @property
+    def cards(self) -> CardCounts | None:
+        return total_cards(episode.cards for episode in self.episodes)
 
     def values(self, score: str) -> list[float]:
         """The mean of each task that has ``score``."""
@@ -303,6 +309,7 @@ def score_episode(trajectory: Trajectory, writes_cards: bool = False) -> Episode
         peak_context=max(lengths, default=0),
         seconds=trajectory.timings.total,
         extractions=count_extractions(trajectory.writes) if writes_cards else None,
+        cards=count_cards(trajectory.writes, outcome.answers) if writes_cards else None,
     )
 
 
@@ -343,6 +350,7 @@ def row_metrics(result: RowResult, key: str) -> dict[str, float]:
     figures |= {f"writes_{outcome}": float(count) for outcome, count in result.writes.items()}
     figures["failed_episodes"] = float(len(result.failed))
     figures |= collapse_figures(result.answers, result.extractions)
+    figures |= result.cards.shares if result.cards is not None else {}
     if result.episodes:
         costs = ("prompt_tokens", "generated_tokens", "seconds")
         figures |= {field: result.per_episode(field) for field in costs}

@@ -233,7 +233,7 @@ def spread_over_seeds(means: Mapping[int, float]) -> float:
 
 
 def power_over_seeds(gain: float, spread: float, seeds: int, alpha: float) -> float:
-    """How likely the two-sided t test over ``seeds`` finds a ``gain``. ``spread``: between seeds, in its unit.
+    """How likely the two-sided t test over ``seeds`` finds a ``gain``. ``spread``: their standard deviation.
 
     Of the test alone: ``over_seeds`` also asks that the gain holds over questions.
     """

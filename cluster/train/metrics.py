@@ -22,6 +22,7 @@ from actors.types import Timings, WriteRecord
 from actors.worker import WorkerReport
 from cluster.fleet.ledger import Ledger
 from cluster.fleet.stream import Batch
+from cluster.measure.card_counts import count_cards, total_cards
 from learner.types import StepReport, WarmStartReport
 
 
@@ -88,6 +89,7 @@ def step_metrics(report: StepReport, batch: Batch, seconds: StepSeconds, ledger:
         reward_metrics(groups)
         | rollout_metrics(episodes)
         | write_metrics([record for episode in episodes for record in episode.writes])
+        | card_metrics(episodes)
     )
     metrics |= episode_timeline(episodes) | learner_timeline(seconds)
     metrics |= {
@@ -171,6 +173,12 @@ def write_metrics(records: Sequence[WriteRecord]) -> dict[str, float]:
         "fast_weights/loss_after": _mean(_finite(record.loss_after for record in trained)),
         "fast_weights/seconds_per_write": _mean([record.seconds for record in trained]),
     }
+
+
+def card_metrics(episodes: Sequence[EpisodeSummary]) -> dict[str, float]:
+    """Shares of right cards and of what became of them; empty where the environment cannot say."""
+    counts = total_cards(count_cards(episode.writes, episode.outcome.answers) for episode in episodes)
+    return {f"cards/{name}": share for name, share in (counts.shares if counts else {}).items()}
 
 
 def worker_metrics(reports: Sequence[WorkerReport]) -> dict[str, float]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from cluster.common.failures import most_common_failures
 from cluster.measure.answer_kinds import kinds_table
+from cluster.measure.card_counts import cards_table
 from cluster.measure.collapse import HEADER as COLLAPSE_HEADER
 from cluster.measure.collapse import LEGEND as COLLAPSE_LEGEND
 from cluster.measure.collapse import collapse_cells, collapse_figures
@@ -108,7 +109,8 @@ class TrainingReport:
     def document(self, plots: Sequence[Path] = ()) -> Document:
         notes = (*(comparison.sentence for comparison in self.comparisons), *self._failures())
         kinds = kinds_table({row.label: row.answers for row in self.rows.values()})
-        shown = (kinds,) if kinds.rows else ()
+        cards = cards_table({row.label: (row.answers, row.cards) for row in self.rows.values()})
+        shown = tuple(table for table in (kinds, cards) if table.rows)
         tables = (self._scores(), *shown, self._collapse(), self._costs(), *self._by_category())
         return Document(self.title, {}, (Section("", tables=tables, notes=notes, plots=tuple(plots)),))
 
@@ -123,6 +125,7 @@ class TrainingReport:
                 "scores": self.intervals[stage],
                 "writes": row.writes,
                 **collapse_figures(row.answers, row.extractions),
+                **(row.cards.shares if row.cards is not None else {}),
             }
             for stage, row in self.rows.items()
         ]
