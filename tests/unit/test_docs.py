@@ -7,7 +7,7 @@ import fnmatch
 import re
 import shlex
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,13 +17,15 @@ from typer.main import get_command
 
 from actors.engine.policy import EngineStats
 from actors.engine.step_loop import PHASES
-from actors.types import Boundary, TrajectoryGroup
+from actors.environments.recall_scoring import KINDS
+from actors.types import Boundary, CardUse, Flashcard, TrajectoryGroup
 from actors.worker import WorkerReport
 from cluster.cli import app
 from cluster.fleet.fleet import ElasticFleet, FleetPlan, phase_seconds
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.stream import Batch
 from cluster.measure.rows import RowResult, row_metrics, score_episode
+from cluster.train.curriculum import Curriculum
 from cluster.train.metrics import (
     StepSeconds,
     step_metrics,
@@ -33,6 +35,7 @@ from cluster.train.metrics import (
 )
 from cluster.train.report import STAGES
 from cluster.train.step_checkpoints import METRICS
+from configs.curriculum import stages
 from configs.load import ConfigError, load_config
 from configs.reference import PATH, reference, settings
 from configs.shipped import shipped
@@ -126,6 +129,11 @@ def _logged() -> set[str]:
     Two sections are missing: what MLflow's monitor finds, and what a probe is made of.
     """
     episode, report = trajectory(task_at(0), 0, 1.0, writes=("accepted",)), _zeros(StepReport, tokens=1)
+    card = replace(
+        episode.writes[0], flashcards=(Flashcard("Where?", "here"),), uses=(CardUse((0,), right=True),)
+    )
+    parts = {**episode.outcome.reward_parts, **dict.fromkeys(KINDS, 0.0)}  # recall's
+    episode = replace(episode, writes=(card,), outcome=replace(episode.outcome, reward_parts=parts))
     groups = TrajectoryGroup(task_at(0), 0, (episode,), (), "worker-0")
     ledger = Ledger(LedgerSnapshot(failures=dict.fromkeys(get_args(Boundary), 1)))
     stats = _zeros(EngineStats, seconds=dict.fromkeys(PHASES, 1.0))
@@ -139,9 +147,17 @@ def _logged() -> set[str]:
         worker_timeline(phase_seconds({}, {"worker-0": worker})),
         fleet.metrics(),
         warm_start_metrics(_zeros(WarmStartReport)),
+        _stage_figures(),
         *(row_metrics(row, key) for key in (*STAGES, METRICS)),
     ]
     return {name for metrics in figures for name in metrics}
+
+
+def _stage_figures() -> dict[str, float]:
+    config = load_config(None, ["curriculum.stages=[{}]"])
+    curriculum = Curriculum(task_at, stages(config), [task_at])
+    curriculum.task_at(0)
+    return curriculum.after_step(1, {}, [0])
 
 
 def _metrics(text: str, root: Path) -> list[str]:
