@@ -162,13 +162,11 @@ class Flashcard:
 class CardUse:
     """What the environment says of a flashcard that was written, see ``Attributor``.
 
-    ``questions``: places in ``Outcome.answers`` of the questions that it is about. ``right``: its question
-    and its answer are a fact of the task. Example, about the second question, with a wrong answer:
-    CardUse((1,), right=False)
+    Example, about the second question of the episode, with a wrong answer: CardUse((1,), right=False)
     """
 
-    questions: tuple[int, ...]
-    right: bool
+    questions: tuple[int, ...]  # places in ``Outcome.answers`` of the questions that it is about
+    right: bool  # its question and its answer are a fact of the task
 
 
 @dataclass(frozen=True, slots=True)

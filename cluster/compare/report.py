@@ -176,7 +176,7 @@ class Pool:
                 yield f"{names} share no finished task: their gains cannot be compared."
 
     def _power(self) -> Iterator[tuple[str, ...]]:
-        """A line for each change whose seeds have a spread. None for a reward: it has no points to plan with."""
+        """A line for each change whose seeds have a spread; none for a reward, which has no points."""
         if self.score == REWARD:
             return
         changes = [(f"{gain.name} since {gain.stage}", gain.change) for gain in self.gains]
