@@ -106,7 +106,7 @@ def test_the_supervised_control_makes_as_many_steps_and_goes_on_where_it_was(
         served.append(cluster.learner.version)
 
     def demonstrations(spec: RunSpec, purpose: str) -> Any:
-        return SimpleNamespace(of_step=lambda step: f"{purpose} {step}")
+        return SimpleNamespace(of_step=lambda step: f"{purpose} {step}", faults=[])
 
     monkeypatch.setattr(run, "_serve_newest", serve)
     monkeypatch.setattr(run, "build_demonstrations", demonstrations)
