@@ -212,7 +212,8 @@ class Probe:
 class WriteResult:
     """What the writer answers. ``weights`` is the new revision, or the request's own after a roll-back.
 
-    ``probe`` is None unless the write was accepted. Losses are mean nats per answer token.
+    ``probe`` is None unless the write was accepted. Losses are mean nats per answer token. preserved_kl: mean
+    nats a token from the preserved replies, at the last step's; 0 where nothing is preserved.
     """
 
     weights: FastWeights
@@ -223,6 +224,7 @@ class WriteResult:
     seconds: float
     outcome: WriteOutcome
     reason: str  # empty for an accepted write, else why it was not accepted
+    preserved_kl: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +250,7 @@ class WriteRecord:
     reason: str
     preserved: tuple[WriteExample, ...] = ()  # what the write left as it was, see WriteRequest
     seed: int = 0  # of the minibatches' order
+    preserved_kl: float = 0.0  # see WriteResult
     uses: tuple[CardUse, ...] = ()  # of each of ``flashcards``; empty where the environment cannot say
     repaired_flashcards: int = 0  # read from the extraction although they were no JSON, or had other keys
 

@@ -165,6 +165,7 @@ class Agent:
             reason=result.reason,
             preserved=request.preserved,
             seed=request.seed,
+            preserved_kl=result.preserved_kl,
             repaired_flashcards=repaired,
         )
         self.writes.append(record)

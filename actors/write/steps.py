@@ -63,12 +63,14 @@ class Trained:
 
     before: log-probs of each example under the request's weights. final: the new fast weights. failures: why
     the steps of that episode were stopped, "" if they were not; then its ``final`` is its start.
+    kls: of the replies that the last step preserved.
     """
 
     before: list[list[Tensor]]
     final: StackedWeights
     steps: list[int]
     failures: list[str]
+    kls: list[float]
 
 
 class Rows:
@@ -165,6 +167,7 @@ def train(
     schedules = [_Schedule(plan, config) for plan in plans]
     optimizer = make_optimizer(trained, sensitivities, config)
     steps, failures, known_steps = [0] * len(plans), [""] * len(plans), [0] * len(plans)
+    kls = [0.0] * len(plans)
     # One minibatch holds all examples of the other episodes: their first step is the measurement.
     several = [e for e in episodes if schedules[e].batches > 1]
     measured = rows.measure([plans[e].taught for e in several], start) if several else []
@@ -180,6 +183,7 @@ def train(
                 before.setdefault(e, score.logprobs)
             is_known = score.loss <= config.known_loss and _harm(score, config) <= config.known_loss
             known_steps[e] = known_steps[e] + 1 if is_known else 0
+            kls[e] = score.kl
         # Where a whole epoch is known, this step would move nothing that is worth it.
         ended = [e for e in active if config.known_loss > 0 and known_steps[e] >= schedules[e].batches]
         _keep(final, trained, ended)
@@ -198,7 +202,7 @@ def train(
         active = [e for e in active if steps[e] < schedules[e].steps and not failures[e]]
         if not active:
             break
-    return Trained([before[e] for e in episodes], final, steps, failures)
+    return Trained([before[e] for e in episodes], final, steps, failures, kls)
 
 
 def _harm(score: StepScores, config: WriteConfig) -> float:

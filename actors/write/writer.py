@@ -187,7 +187,9 @@ class BatchedWriter:
             return WriteResult(
                 request.weights, None, loss_before, loss_after, steps, seconds, "rolled_back", reason
             )
-        return WriteResult(weights, probe, loss_before, loss_after, steps, seconds, "accepted", "")
+        return WriteResult(
+            weights, probe, loss_before, loss_after, steps, seconds, "accepted", "", trained.kls[e]
+        )
 
     def _weights_of(self, stacked: StackedWeights, e: int, revision: int) -> FastWeights:
         b, a = (

@@ -171,6 +171,7 @@ def write_metrics(records: Sequence[WriteRecord]) -> dict[str, float]:
         ),
         "fast_weights/loss_before": _mean(_finite(record.loss_before for record in trained)),
         "fast_weights/loss_after": _mean(_finite(record.loss_after for record in trained)),
+        "fast_weights/preserved_kl": _mean([record.preserved_kl for record in trained if record.preserved]),
         "fast_weights/seconds_per_write": _mean([record.seconds for record in trained]),
     }
 
