@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 
 _LONGEST = 200  # characters of a value in a message
@@ -57,6 +58,14 @@ def fraction(config: object, name: str) -> None:
     """Require that the named field lies between 0 and 1."""
     value = getattr(config, name)
     require(0 < value < 1, name, value, "between 0 and 1, both excluded")
+
+
+def home_expanded(config: object, *names: str) -> None:
+    """Put the home folder in place of a leading ~ of the named paths, while ``config`` is constructed."""
+    for name in names:
+        path: str = getattr(config, name)
+        if path.startswith("~"):
+            object.__setattr__(config, name, os.path.expanduser(path))  # noqa: PTH111 - Path drops a last "/"
 
 
 def custom_resource(name: str) -> None:

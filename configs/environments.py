@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from configs.bounds import fraction, not_negative, positive, require
+from configs.bounds import fraction, home_expanded, not_negative, positive, require
 from configs.extensions import FORM, is_path
 
 
@@ -50,6 +50,7 @@ class ConversationConfig:
     eval_fraction: float = 0.5  # of the conversations, held out
 
     def __post_init__(self) -> None:
+        home_expanded(self, "path")
         positive(self, "questions_per_episode")
         not_negative(self, "max_sessions")
         fraction(self, "eval_fraction")
@@ -80,6 +81,7 @@ class SearchConfig:
     eval_fraction: float = 0.5  # of the tasks, held out
 
     def __post_init__(self) -> None:
+        home_expanded(self, "questions_path", "corpus_path")
         positive(self, "objectives", "results", "max_turns")
         fraction(self, "eval_fraction")
 
@@ -102,6 +104,7 @@ class JudgeConfig:
     usd_per_million_generated_tokens: float = 0.0
 
     def __post_init__(self) -> None:
+        home_expanded(self, "cache_dir")
         positive(self, "timeout_s", "max_concurrent")
         not_negative(self, "retries", "usd_per_million_prompt_tokens", "usd_per_million_generated_tokens")
 
@@ -120,6 +123,7 @@ class RubricConfig:
     eval_fraction: float = 0.5  # of the contexts, held out; items with the same context stay together
 
     def __post_init__(self) -> None:
+        home_expanded(self, "path")
         fraction(self, "eval_fraction")
 
 
@@ -138,6 +142,7 @@ class RecordsConfig:
     eval_fraction: float = 0.1  # of the records, held out; records with the same texts stay together
 
     def __post_init__(self) -> None:
+        home_expanded(self, "path")
         fraction(self, "eval_fraction")
 
 

@@ -9,7 +9,6 @@ Whatever fails raises ``ConfigError`` with one line: the file or argument, the k
 from __future__ import annotations
 
 import difflib
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, make_dataclass, replace
@@ -21,12 +20,15 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs import yaml_scalars
 from configs.bounds import BoundError, ConfigError, shown
 from configs.reference import settings
 from configs.schema import RunConfig
 from configs.shipped import hint
 
 __all__ = ["ConfigError", "Layer", "flatten", "load_config", "to_yaml", "with_environment"]
+_NUMBERS = (int, float, tuple[int, ...], tuple[float, ...])
+_LEADING_ZERO = re.compile(r"\s*[-+]?0[0-9_]")
 _WRITE_A_MAPPING = "write 'section:' and indented 'key: value' lines"
 
 
@@ -91,9 +93,12 @@ def to_yaml(config: RunConfig) -> str:
 
 def _from_file(path: Path) -> Iterator[_Assignment]:
     content = _parse_yaml(path, _read_text(path))
-    if not isinstance(content, DictConfig):
-        raise ConfigError(f"{path}: holds a list, not a mapping; {_WRITE_A_MAPPING}")
-    yield from _leaves(str(path), "", OmegaConf.to_container(content, resolve=False))
+    if content is None:
+        return
+    if not isinstance(content, dict):
+        held = "a list, not a mapping" if isinstance(content, list) else "no mapping"
+        raise ConfigError(f"{path}: holds {held}; {_WRITE_A_MAPPING}")
+    yield from _leaves(str(path), "", content)
 
 
 def _read_text(path: Path) -> str:
@@ -111,7 +116,7 @@ def _read_text(path: Path) -> str:
 
 def _parse_yaml(path: Path, text: str) -> object:
     try:
-        return OmegaConf.load(io.StringIO(text))
+        return yaml_scalars.parse(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -120,12 +125,14 @@ def _parse_yaml(path: Path, text: str) -> object:
     except yaml.reader.ReaderError as error:
         place = f"character {error.position + 1} is {error.character!r}"
         raise ConfigError(f"{path}: {place}; {error.reason}") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; a nesting of thousands
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits; a nesting of thousands
         raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
-    except OSError:  # OmegaConf's error for a text or a number
-        raise ConfigError(f"{path}: holds no mapping; {_WRITE_A_MAPPING}") from None
 
 
 def _from_layer(layer: Layer) -> Iterator[_Assignment]:
@@ -140,13 +147,12 @@ def _from_layer(layer: Layer) -> Iterator[_Assignment]:
 def _leaves(source: str, prefix: str, content: Any) -> Iterator[_Assignment]:
     """The leaves of a nested mapping. A mapping whose key is a setting, or unknown, is a leaf itself."""
     for name, value in content.items():
-        key = f"{prefix}{name}"
+        key = f"{prefix}{yaml_scalars.texts(name)}"
         if _in_section(key) and (value is None or isinstance(value, dict)):
             yield from _leaves(source, f"{key}.", value or {})
         else:
             _check_key(source, key)
-            _check_texts(source, key, value)
-            yield _Assignment(source, key, value)
+            yield _Assignment(source, key, _as_written(value, key))
 
 
 def _from_argument(argument: str) -> _Assignment:
@@ -160,7 +166,7 @@ def _from_argument(argument: str) -> _Assignment:
         inner = _nested(key.removeprefix(f"{mapping}."), _value(text, mapping, argument))
         return _Assignment(source, mapping, inner)
     _check_key(source, key)
-    # Text is taken as typed: YAML would read a path such as 10:4 or [a as something else.
+    # Text is taken as typed: YAML would read a path such as {a} or [a as something else.
     kind = settings()[key].kind
     if kind is str and text[:1] not in ("'", '"'):
         return _Assignment(source, key, text)
@@ -172,12 +178,16 @@ def _from_argument(argument: str) -> _Assignment:
 
 def _value(text: str, key: str, argument: str) -> object:
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError):
+        return _as_written(yaml_scalars.parse(text), key)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         problem = f"{text[:100]!r} cannot be read; {key} must be {settings()[key].allowed}"
         raise ConfigError(f"argument {argument[:200]!r}: {problem}") from None
-    assert isinstance(value, dict)
-    return value["value"]
+
+
+def _as_written(value: Any, key: str) -> object:
+    """``value`` of a parsed file, as the setting takes it: a text stays as it was written."""
+    is_text = settings()[key].kind in (str, tuple[str, ...])
+    return yaml_scalars.texts(value) if is_text else yaml_scalars.values(value)
 
 
 def _mapping_around(key: str) -> str | None:
@@ -195,16 +205,6 @@ def _nested(key: str, value: object) -> dict[str, object]:
 
 
 # --- checks -------------------------------------------------------------------------------------------------
-
-
-def _check_texts(source: str, key: str, value: object) -> None:
-    """YAML reads 10:4 as a number in base 60: in a file, an item of a list of texts must be quoted."""
-    if settings()[key].kind != tuple[str, ...] or not isinstance(value, list):
-        return
-    for item in value:
-        if not isinstance(item, str):
-            cure = 'quote each item, e.g. ["10:4"]'
-            raise ConfigError(f"{source}: {key} has {item}, which YAML read as no text: {cure}")
 
 
 def _in_section(key: str) -> bool:
@@ -252,6 +252,9 @@ def _typed_values(assignments: Sequence[_Assignment]) -> dict[str, object]:
 def _typed(assignment: _Assignment) -> object:
     """The value as its setting's type. A value that refers to others is checked and left as it is."""
     value, kind = assignment.value, settings()[assignment.key].kind
+    if kind in _NUMBERS and any(map(_LEADING_ZERO.match, _texts_in(value))):
+        problem = f"{assignment.key}={shown(value)} is not allowed: write it without the leading zero"
+        raise ConfigError(f"{assignment.source}: {problem}, which may mean base 8 or 10")
     if value == MISSING:  # OmegaConf's mark for "not given"
         raise _refused(assignment)
     if type(value) is kind:  # nearly every value; the merge below takes a millisecond
@@ -261,6 +264,10 @@ def _typed(assignment: _Assignment) -> object:
     except (OmegaConfBaseException, ValueError, TypeError):
         raise _refused(assignment) from None
     return value if _needs_others(value) else OmegaConf.to_object(merged).value  # type: ignore[union-attr]
+
+
+def _texts_in(value: object) -> list[str]:
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
 
 
 @cache

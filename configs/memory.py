@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from configs.bounds import fraction, not_negative, positive, require
+from configs.bounds import fraction, home_expanded, not_negative, positive, require
 from configs.extensions import FORM, is_path
 
 
@@ -33,6 +33,7 @@ class FastWeightsConfig:
     sensitivity_rank: int = 0
 
     def __post_init__(self) -> None:
+        home_expanded(self, "calibration_path")
         positive(self, "rank", "last_layers")
         require(self.rank <= 64, "rank", self.rank, "at most 64", "the engine's adapter slots are that wide")
         measured = self.sensitivity_rank

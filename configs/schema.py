@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.bounds import custom_resource, not_negative, positive, require
+from configs.bounds import custom_resource, home_expanded, not_negative, positive, require
 from configs.environments import (
     ConversationConfig,
     EnvironmentConfig,
@@ -87,6 +87,7 @@ class ModelConfig:
     date: str = ""
 
     def __post_init__(self) -> None:
+        home_expanded(self, "name")
         cure = "leave it empty for the day on which the run starts"
         require(_is_day(self.date), "date", self.date, "a day such as 2026-11-30", cure)
 
@@ -111,6 +112,9 @@ class EmbedderConfig:
     """
 
     name: str = "minilm"  # minilm, a folder, or a hub name such as BAAI/bge-small-en-v1.5
+
+    def __post_init__(self) -> None:
+        home_expanded(self, "name")
 
 
 @dataclass(frozen=True)
@@ -292,6 +296,7 @@ class TrackingConfig:
     models: Literal["reference", "upload", "off"] = "reference"
 
     def __post_init__(self) -> None:
+        home_expanded(self, "uri")
         positive(self, "timeout_s")
         not_negative(self, "finish_timeout_s", "system_metrics_s")
 
@@ -330,6 +335,7 @@ class AssistantConfig:
 
     def __post_init__(self) -> None:
         not_negative(self, "temperature")
+        home_expanded(self, "save_dir")
         positive(self, "max_conversations", "idle_s", "max_body_kib", "request_timeout_s")
 
 
@@ -365,6 +371,7 @@ class RunConfig:
     assistant: AssistantConfig = field(default_factory=AssistantConfig)
 
     def __post_init__(self) -> None:
+        home_expanded(self, "output_dir", "resume")
         not_negative(self, "seed")
         importance = self.objective.importance
         corrected = self.rollout.refresh == "drain" or importance == "truncated"
