@@ -59,7 +59,7 @@ def texts(tree: Any) -> Any:
     return tree.text if isinstance(tree, Scalar) else tree
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - PyYAML's, filled below
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
@@ -75,7 +75,8 @@ class _Loader(yaml.SafeLoader):
                         key.start_mark,
                     )
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        read: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return read
 
 
 def _scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Scalar:

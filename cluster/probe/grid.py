@@ -29,6 +29,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, NonNegativeInt
 from pydantic_core import PydanticCustomError
 
 from cluster.probe.values import SUPERVISIONS, Cell, ProbeError, Supervision
+from configs import yaml_scalars
 from configs.files import FileError, parse_json
 from configs.load import ConfigError, load_config
 from configs.schema import RunConfig
@@ -131,7 +132,7 @@ def load_study(name: str) -> Study:
     """Read a shipped study by name, or a file. Raises ProbeError: file, key, what is allowed."""
     path = shipped("studies").get(name, Path(name))
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml_scalars.values(yaml_scalars.parse(path.read_text(encoding="utf-8")))
         return parse_json(json.dumps(data, default=str), Study)
     except FileNotFoundError:
         names = ", ".join(shipped("studies"))
@@ -141,7 +142,7 @@ def load_study(name: str) -> Study:
     except FileError as error:
         keys = ", ".join(field.name for field in fields(Study))
         raise ProbeError(f"--study {name}: {error}; its keys are {keys}") from None
-    # YAML takes 2024-13-01 for a date (ValueError). A nesting of thousands is a RecursionError.
+    # A number of thousands of digits is a ValueError, a nesting of thousands a RecursionError.
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ProbeError(f"--study {name}: is not YAML that can be read ({reason})") from None
