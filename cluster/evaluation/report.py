@@ -133,7 +133,7 @@ class ComparisonReport:
         rows = [row for row, _ in self.of(benchmark)]
         scores = [score for score in _scores(rows) if score != REWARD]
         tables = [self._score_table(benchmark), *(self._categories(rows, score) for score in scores)]
-        tables.append(kinds_table({row.label: row.answers for row in rows}))
+        tables.append(kinds_table({row.label: row.episodes for row in rows}))
         tables.append(cards_table({row.label: (row.answers, row.cards) for row in rows}))
         tables += [self._collapse_table(rows), self._cost_table(benchmark), self._events(benchmark)]
         shown = tuple(table for table in tables if table.rows)

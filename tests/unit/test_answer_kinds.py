@@ -59,9 +59,9 @@ def test_a_trainings_table_tells_told_from_untold() -> None:
     right = round(100 * sum(a.scores["f1"] for a in told) / 12)
     elsewhere = round(100 * sum(a.scores["told_elsewhere"] for a in told) / 12)
     text = markdown(report.document())
-    assert "| row | told (12) | stranger (6) | same_person (6) |" in text
-    assert f"| leaks | {right}/{elsewhere}/0/0 | 0/100/0/0 | 0/100/0/0 |" in text
-    assert "| knows | 100/0/0/0 | 100/0/100/0 | 100/0/100/0 |" in text
+    assert "| row | told (12) | stranger (6) | same_person (6) | leak % [95% CI] |" in text
+    assert f"| leaks | {right}/{elsewhere}/0/0 | 0/100/0/0 | 0/100/0/0 | 100.0 [54.1, 100.0] |" in text
+    assert "| knows | 100/0/0/0 | 100/0/100/0 | 100/0/100/0 | 0.0 [0.0, 45.9] |" in text
     assert "| told | 12 |" in text.partition("f1 by category")[2]
 
 
@@ -85,8 +85,8 @@ def test_an_evaluation_shows_them_too() -> None:
     costs = tuple(row.cost(MODEL, 4) for row in rows)
     report = replace(evaluation(), rows=rows, costs=costs, differences=())
     text = markdown(report.document())
-    assert "| row | told (12) | stranger (6) | same_person (6) |" in text
-    assert re.search(r"\| tmem \| \d+/\d+/0/0 \| 0/100/0/0 \| 0/100/0/0 \|", text)
+    assert "| row | told (12) | stranger (6) | same_person (6) | leak % [95% CI] |" in text
+    assert re.search(r"\| tmem \| \d+/\d+/0/0 \| 0/100/0/0 \| 0/100/0/0 \| 100.0 ", text)
     shares = {
         (line["category"], line["measure"]): line["value"]
         for line in report.figures()
