@@ -96,6 +96,11 @@ class WriteConfig:
     # nats per token below which an example is known: the write ends where all are, and the natural optimizer
     # aims at it; 0 (the paper): every write takes all its steps
     known_loss: float = 0.0
+    # only answer tokens of at most this probability are trained; 1: all of them. 0.5 is the rule of MemFT
+    hard_below: float = 1.0
+    # of sgd and adam: B moves only in so many directions of A's outputs, those that the model's own text uses
+    # least; 0: in all of them. AlphaEdit's idea (arXiv 2410.02355), in the coordinates of the basis
+    null_space: int = 0
     # each card is also learnt behind so many other cards and their answers: a list such as [1, 3]
     depths: tuple[int, ...] = ()
     preserve: PreserveConfig = field(default_factory=PreserveConfig)
@@ -109,7 +114,11 @@ class WriteConfig:
         require(ratio >= 1, "max_loss_ratio", ratio, "1 or more", cure)
         require(self.epochs >= 0, "epochs", self.epochs, "0 (T is the identity) or more")
         require(self.rehearsal >= 0, "rehearsal", self.rehearsal, "0 (off) or more")
-        not_negative(self, "known_loss")
+        not_negative(self, "known_loss", "null_space")
+        require(0 < self.hard_below <= 1, "hard_below", self.hard_below, "in (0, 1]", "1 trains every token")
+        apart = self.null_space == 0 or self.optimizer != "natural"
+        bound = "0 with write.optimizer=natural"
+        require(apart, "null_space", self.null_space, bound, "that weighs all directions by their use")
         ordered = sorted(set(self.depths)) == list(self.depths) and all(depth > 0 for depth in self.depths)
         require(ordered, "depths", list(self.depths), "numbers of cards from 1 on, each larger than the last")
 

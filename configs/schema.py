@@ -385,9 +385,11 @@ class RunConfig:
         bound, cure = "both or cards with sampling.answer_temperature=0", "greedy answers are not trained"
         require(trains, "objective.tokens", self.objective.tokens, bound, cure)
         rank = self.fast_weights.sensitivity_rank
-        measured = self.write.optimizer != "natural" or rank > 0
-        bound, cure = "1 or more with write.optimizer=natural", "64 is a good value"
+        measured = (self.write.optimizer != "natural" and self.write.null_space == 0) or rank > 0
+        bound, cure = "1 or more with write.optimizer=natural or write.null_space", "64 is a good value"
         require(measured, "fast_weights.sensitivity_rank", rank, bound, cure)
+        kept, most = self.write.null_space, self.fast_weights.rank
+        require(kept <= most, "write.null_space", kept, f"at most fast_weights.rank={most}")
         setting, acts = self.environment.acts
         most = self.rollout.max_turns
         cure = "what is asked later would never be answered and score 0: raise that, or lower this"

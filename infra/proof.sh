@@ -6,7 +6,7 @@ set -eu
 folder=${1:-runs/proof}
 [ $# -gt 0 ] && shift
 [ $# -gt 0 ] || set -- quickstart chat chaos studies rl
-studies="write addressed supervision basis steps sensitivity capacity capacity_writes forgetting"
+studies="write addressed neighbours supervision basis steps sensitivity capacity capacity_writes forgetting"
 
 quickstart() {
     python -m cluster train configs/quickstart.yaml name=quickstart output_dir="$folder" resume=auto

@@ -62,6 +62,12 @@ class Sensitivity:
         result: Tensor = (self.inverse[-1] * gradient + self.directions @ kept) @ self.read
         return result
 
+    def null_space(self, count: int) -> Tensor:
+        """The projection [r, r] on the ``count`` directions of A x that the model's own text uses least."""
+        _, directions = torch.linalg.eigh(self.read)  # of C^-1, ascending: the last are the least used
+        least = directions[:, -count:]
+        return least @ least.T
+
     def parts(self) -> dict[str, Tensor]:
         return {part: getattr(self, part) for part in self.PARTS}
 

@@ -59,11 +59,12 @@ def shrink_grouped(x: Tensor, a: Tensor, offsets: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def head_pass(
-    states: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None
+    states: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None, most: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs float32 [A] of ``targets``, given states [A, d] and head [V, d].
 
-    With ``weights`` [A] also the gradient [A, d] of -sum(weights * log-probs) with respect to ``states``.
+    With ``weights`` [A] also the gradient [A, d] of -sum(weights * log-probs) with respect to ``states``. The
+    sum is over the tokens whose log-prob is at most ``most``.
     """
     logprobs = torch.empty(len(states), dtype=torch.float32, device=states.device)
     gradient = torch.empty_like(states) if weights is not None else None
@@ -77,7 +78,7 @@ def head_pass(
         logprobs[block] = (chosen - total.log()).squeeze(-1)
         if weights is not None and gradient is not None:
             # softmax(z) - onehot is formed in the memory of z, so logits exist for one block at a time.
-            scale = weights[block, None].to(z.device)
+            scale = (weights.to(z.device)[block] * (logprobs[block] <= most))[:, None]
             z *= scale / total
             z.scatter_add_(-1, target, -scale)
             gradient[block] = _summed_by_blocks(z.to(states.dtype), head)

@@ -44,19 +44,44 @@ class _TorchOptimizer:
         self._optimizer.step()
 
 
+class _Confined:
+    """Lets an optimizer move each parameter [n, d_out, r] in the subspace of its projection [r, r] alone.
+
+    The step is projected, not the gradient: Adam's step leaves the subspace of its gradients.
+    """
+
+    def __init__(
+        self, optimizer: WriteOptimizer, parameters: Sequence[Tensor], allowed: Sequence[Tensor]
+    ) -> None:
+        self._optimizer, self._pairs = optimizer, list(zip(parameters, allowed, strict=True))
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self, losses: Tensor) -> None:
+        before = [parameter.clone() for parameter, _ in self._pairs]
+        self._optimizer.step(losses)
+        for (parameter, projection), start in zip(self._pairs, before, strict=True):
+            parameter.copy_(start + (parameter - start) @ projection)
+
+
 def make_optimizer(
     weights: StackedWeights, sensitivities: Sequence[Sensitivity], config: WriteConfig
 ) -> WriteOptimizer:
     """The optimizer that moves ``weights`` in place. None of them mixes episodes: companions stay apart.
 
-    sensitivities: of each matrix, for the natural optimizer.
+    sensitivities: of each matrix, for the natural optimizer and write.null_space.
     """
     parameters = [matrix.requires_grad_() for matrix in weights.matrices]
-    if config.optimizer == "sgd":
-        return _TorchOptimizer(torch.optim.SGD(parameters, lr=config.learning_rate))
-    if config.optimizer == "adam":
-        return _TorchOptimizer(torch.optim.Adam(parameters, lr=config.learning_rate))
-    return NaturalOptimizer(parameters, sensitivities, config.step_kl)
+    if config.optimizer == "natural":
+        return NaturalOptimizer(parameters, sensitivities, config.step_kl)
+    kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
+    optimizer = _TorchOptimizer(kind(parameters, lr=config.learning_rate))
+    if not config.null_space:
+        return optimizer
+    allowed = [sensitivity.null_space(config.null_space) for sensitivity in sensitivities]
+    return _Confined(optimizer, parameters, allowed)
 
 
 class NaturalOptimizer:

@@ -17,6 +17,7 @@ These are not computed again and again, and every number stays as it is (up to r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -59,8 +60,9 @@ class Chunk:
 class UpperLayers:
     """From the first adapted MLP to the head. B and A are tensors of the caller; theta gets no gradient."""
 
-    def __init__(self, model: FrozenLlama, basis: Basis, chunk_tokens: int) -> None:
-        self._model = model
+    def __init__(self, model: FrozenLlama, basis: Basis, chunk_tokens: int, hard_below: float = 1.0) -> None:
+        """``hard_below``: only answer tokens of at most this probability give a gradient."""
+        self._model, self._most = model, math.log(hard_below)
         self._first, self._last = basis.first_layer, len(model.layers) - 1
         self._chunk_tokens = chunk_tokens
         self._a = {name: matrix.to(model.device, model.dtype) for name, matrix in basis.a.items()}
@@ -122,13 +124,15 @@ class UpperLayers:
         """Log-probs or KL of each answer token, and the gradient of their weighted sum by ``states``."""
         head, taught, kept = self._model.head, chunk.taught, chunk.preserved
         if not chunk.base:
-            return head_pass(states, head, chunk.targets, weights)
+            return head_pass(states, head, chunk.targets, weights, self._most)
         kl, of_kept = kl_pass(states[kept], head, chunk.base, weights.to(kept.device)[kept])
         values = torch.empty(len(states), device=states.device).index_copy_(0, kept, kl)
         gradient = torch.empty_like(states).index_copy_(0, kept, of_kept)
         if len(taught):
             own_weights = weights.to(taught.device)[taught]
-            logprobs, of_taught = head_pass(states[taught], head, chunk.targets[taught], own_weights)
+            logprobs, of_taught = head_pass(
+                states[taught], head, chunk.targets[taught], own_weights, self._most
+            )
             values.index_copy_(0, taught, logprobs)
             assert of_taught is not None
             gradient.index_copy_(0, taught, of_taught)

@@ -64,17 +64,20 @@ class BatchedWriter:
     """
 
     def __init__(self, model: FrozenLlama, basis: Basis, config: WriteConfig) -> None:
-        if config.optimizer == "natural" and not basis.sensitivity:
+        if (config.optimizer == "natural" or config.null_space) and not basis.sensitivity:
+            needs = (
+                f"write.null_space={config.null_space}" if config.null_space else "write.optimizer=natural"
+            )
             raise BasisError(
                 f"basis {basis.id} was made without fast_weights.sensitivity_rank, "
-                "which write.optimizer=natural needs: start a run with it"
+                f"which {needs} needs: start a run with it"
             )
         self._model, self._basis, self._config = model, basis, config
         self._sensitivities = [
             basis.sensitivity[name].to(model.device) for name in basis.d_out if basis.sensitivity
         ]
         self._lower = LowerLayers(model, basis.first_layer, config.chunk_tokens)
-        self._upper = UpperLayers(model, basis, config.chunk_tokens)
+        self._upper = UpperLayers(model, basis, config.chunk_tokens, config.hard_below)
         self._preserved = PreservedReplies(self._upper, basis, model.device)
 
     def write(self, requests: Sequence[WriteRequest]) -> list[WriteResult]:

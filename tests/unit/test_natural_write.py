@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import safetensors.torch
@@ -281,3 +282,28 @@ def test_what_the_natural_write_needs_is_asked_for() -> None:
         RunConfig(write=NATURAL)
     with pytest.raises(BoundError, match=r"train_a=True is not allowed"):
         FastWeightsConfig(sensitivity_rank=8, train_a=True)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_confined_write_moves_b_only_where_the_models_own_text_reads_least(
+    optimizer: Literal["sgd", "adam"],
+) -> None:
+    model = tiny_model()
+    basis = sensitive(model)
+    config = WriteConfig(optimizer=optimizer, learning_rate=5e-3, epochs=6, null_space=1)
+    (result,) = BatchedWriter(frozen(model), basis, config).write(
+        [WriteRequest("a", zero(basis), examples(1, 3))]
+    )
+    assert result.loss_after < result.loss_before
+    for name, b in result.weights.b.items():
+        read = basis.sensitivity[name].read.double()  # C^-1
+        moved = torch.from_numpy(b).double()
+        used = torch.linalg.inv(read)
+        least = torch.linalg.eigvalsh(used)[0]
+        # B A x of a token has a part along one direction only: that of the least eigenvalue of C
+        assert torch.linalg.matrix_rank(moved, rtol=1e-4) == 1
+        assert torch.allclose(
+            (moved @ used), least * moved, atol=1e-5 * float(moved.abs().max() * used.max())
+        )
+    with pytest.raises(BasisError, match=r"write\.null_space=1"):
+        BatchedWriter(frozen(model), basis_of(model), config)

@@ -78,3 +78,10 @@ def test_the_heads_gradient_is_that_of_the_cross_entropy(count: int, scale: floa
     assert gradient is not None and states.grad is not None
     assert torch.allclose(gradient, states.grad, atol=1e-5)
     assert head_pass(states.detach(), head, targets, None)[1] is None
+    # with a bound, tokens that are likelier give no gradient
+    most = float(expected.detach().median())
+    hard = head_pass(states.detach(), head, targets, weights, most)[1]
+    assert hard is not None
+    is_hard = expected.detach() <= most
+    assert 0 < int(is_hard.sum()) < count
+    assert torch.allclose(hard, torch.where(is_hard[:, None], states.grad, 0.0), atol=1e-5)
