@@ -190,6 +190,17 @@ def test_groups_of_an_earlier_stage_do_not_count_for_the_present_one(tmp_path: P
     made.task_at(4)
     figures = made.after_step(2, {"reward/mean": 0.9}, [2, 4])
     assert figures == {"curriculum/stage": 2, "curriculum/steps": 1, "curriculum/tasks_of_stage": 1}
+    watched = "{environment: {recall.sessions: 1}, metric: reward/mean, at_least: 0.5}"
+    text = f"curriculum: {{stages: [{{steps: 1}}, {watched}, {{}}]}}"
+    mixed = curriculum_of(loaded(tmp_path, text), StageProgress(), [])
+    mixed.task_at(1)
+    mixed.progress = StageProgress(1)
+    mixed.task_at(2)
+    mixed.after_step(2, {"reward/mean": 0.9}, [1, 2])
+    assert mixed.progress == StageProgress(1, 1), "half of the reward is of the stage before"
+    mixed.task_at(3)
+    mixed.after_step(3, {"reward/mean": 0.9}, [3])
+    assert mixed.progress == StageProgress(2)
     stale = curriculum_of(loaded(tmp_path), StageProgress(), [])
     stale.task_at(1)
     stale.progress = StageProgress(1)
