@@ -135,9 +135,10 @@ class RecordsConfig:
     """
 
     path: str = ""  # required with environment.name=records: a file whose name ends in .jsonl or .parquet
-    texts_field: str = "texts"  # a text, or a list of texts that are read one after another
-    question_field: str = "question"
-    answer_field: str = "answer"  # a text or a number, or a list of them that are all right
+    # a text, or a list of texts that are read one after another; chat messages too. A dot goes inside a field
+    texts_field: str = "texts"
+    question_field: str = "question"  # a text, or chat messages that end with it
+    answer_field: str = "answer"  # a text or a number, or a list of them that are all right; or answers.text
     category_field: str = ""  # scores are also shown by its values; empty: all in one
     eval_fraction: float = 0.1  # of the records, held out; records with the same texts stay together
 

@@ -169,6 +169,8 @@ class ChatFormat:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids`` without special tokens. Thoughts keep their marks."""
+        if not self._hidden_marks:
+            return self._decode(list(ids))
         parts: list[str] = []
         run: list[int] = []
         for token_id in ids:

@@ -81,7 +81,7 @@ class Template:
                     strftime_now=self._today,
                 )
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             turns = ", ".join(message["role"] for message in messages)
             raise self.error(f"its chat template refuses a conversation of {turns}: {error}") from error
 

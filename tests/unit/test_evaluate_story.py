@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from configs.load import load_config, to_yaml
 from configs.schema import RunConfig
 from tests.unit.cluster_cases import task_at, trajectory
 from tests.unit.comparison_cases import Counts, Stage
+from tests.unit.tokenizer_families import with_dated_template
 
 QUICKSTART = Path("tests/quickstart.yaml")
 SMALL = (
@@ -175,6 +177,21 @@ def test_a_checkpoint_brings_the_basis_that_its_policy_learnt_with(
     (run / BASIS_FILE).write_bytes(b"")
     with pytest.raises(BasisError):
         prepare_comparison(request)
+
+
+def test_an_evaluation_keeps_the_day_that_its_model_is_told(
+    settings: tuple[str, ...], tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """A template may write the day into prompts: a resumed evaluation must ask under the same one."""
+    model = with_dated_template(tiny_model_path, tmp_path / "dated")
+    settings = (*settings, f"model.name={model}")
+    today = dt.date.today().isoformat()
+    first = prepared(settings, ("tmem",))
+    assert {cell.config.model.date for cell in first.plan.cells} == {today} == {first.plan.base.model.date}
+    first.config_path.write_text(first.config_path.read_text().replace(today, "2026-01-02"))
+    again = prepared(settings, ("tmem",), resume=str(first.folder))
+    assert {cell.config.model.date for cell in again.plan.cells} == {"2026-01-02"}
+    assert load_config(again.config_path, []).model.date == "2026-01-02"
 
 
 def test_what_is_measured_of_the_model_does_not_depend_on_the_seeds_asked_for(

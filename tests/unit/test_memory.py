@@ -21,6 +21,7 @@ from actors.text.flashcards import extraction_prompt
 from actors.text.split_text import split_text
 from actors.types import FastWeights, Flashcard, Generation, SpanKind, WriteExample, WriteRequest, WriteResult
 from configs.schema import MemoryConfig, WriteConfig
+from tests.unit import tokenizer_families
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedWriter, sampled
 
 PAPER = WriteConfig()
@@ -284,6 +285,27 @@ def test_repaired_cards_are_written_and_counted(chat: ChatFormat) -> None:
     (record,) = agent.writes
     assert record.flashcards == (Flashcard("Who?", "Nora"), Flashcard("Where?", "Lisbon"))
     assert (record.repaired_flashcards, record.rejected_flashcards) == (2, 0)
+
+
+def test_what_a_model_only_thinks_is_neither_written_nor_answered() -> None:
+    """A model whose prompt opens the thought, as R1's distills have it."""
+    thinking = ChatFormat(tokenizer_families.byte_level(tokenizer_families.R1))
+    reply = f'A draft: [{{"q": "Who?", "a": "Omar"}}]. Better:\n</think>\n\n{CARDS}'
+    answer = "Oslo? No.</think>\n\nLisbon"
+    actor = _Actor(thinking, [reply, answer])
+    agent = _agent(thinking, actor)
+    _relieve(agent)
+    (record,) = agent.writes
+    assert record.extraction == CARDS and record.repaired_flashcards == 0
+    assert "Omar" not in {card.answer for card in record.flashcards}
+    for example in actor.learned[0]:
+        assert thinking.decode(example.prompt_ids).endswith("<think>\n")
+        assert thinking.decode(example.answer_ids).startswith("\n</think>\n\n")
+    assert asyncio.run(agent.reply("act", 8)) == "Lisbon"
+    cut = _Actor(thinking, [reply.partition("</think>")[0]], stops=False)
+    agent = _agent(thinking, cut)
+    _relieve(agent)
+    assert agent.writes[0].extraction == "" and agent.writes[0].outcome == "empty"
 
 
 def test_the_saved_cards_shown_are_bounded_newest_first(chat: ChatFormat) -> None:

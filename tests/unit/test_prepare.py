@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from cluster.runs.resume import note_run_id
 from cluster.train.prepare import RunFolder, prepare_training
 from configs.load import ConfigError, load_config, to_yaml
 from configs.schema import RecordsConfig, RunConfig
+from tests.unit.tokenizer_families import with_dated_template
 
 STATE = replace(START, step=3, version=4, warm_steps=1, tracking_run_id="abc", ledger=LedgerSnapshot(6))
 
@@ -142,19 +142,7 @@ def test_a_training_with_a_control_is_refused(config: RunConfig, control: str) -
 
 @pytest.fixture(scope="module")
 def dated_model(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a template that writes the day into the system turn, as Llama 3.2's does."""
-    folder = tmp_path_factory.mktemp("dated") / "model"
-    shutil.copytree(tiny_model_path, folder)
-    template = folder / "chat_template.jinja"
-    day = "{{ '<|im_start|>system\nToday is ' + strftime_now('%Y-%m-%d') + '.\n\n' }}"
-    turns = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    )
-    first = day + "{{ messages[0].content + '<|im_end|>\n' }}"
-    rest = turns.replace("in messages", "in messages[1:]")
-    reply = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    template.write_text(first + rest + reply)
-    return folder
+    return with_dated_template(tiny_model_path, tmp_path_factory.mktemp("dated") / "model")
 
 
 @pytest.mark.parametrize("resume", ["auto before a checkpoint", "auto", "by name"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 CORPUS = (
@@ -132,3 +134,15 @@ def sentence_piece(template: str, eos: str = "</s>", control: Sequence[str] = ()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=eos, bos_token="<s>", unk_token="<unk>", chat_template=template
     )
+
+
+def with_dated_template(model: Path, folder: Path) -> Path:
+    """Copy a model of SmolLM2's tokenizer, with a template that names the day as Llama 3.2's does."""
+    shutil.copytree(model, folder)
+    day = "{{ '<|im_start|>system\nToday is ' + strftime_now('%Y-%m-%d') + '.\n\n' }}"
+    first = "{{ messages[0].content + '<|im_end|>\n' }}"
+    turn = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    rest = "{% for m in messages[1:] %}" + turn + "{% endfor %}"
+    reply = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(day + first + rest + reply)
+    return folder
