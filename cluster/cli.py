@@ -9,6 +9,7 @@ once.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from cluster.jobs import command as jobs
 from cluster.probe import command as probing
 from configs.bounds import ConfigError
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.ESTALE)
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 _TRAIN_EXAMPLES = """examples:
@@ -105,6 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), EXIT_USAGE)
     except asyncio.CancelledError:  # a job's stop (SIGTERM) cancels the run, which has said what was saved
         status = EXIT_INTERRUPTED
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        cure = "make room or get the right to it, then go on: what was saved before is whole (resume=auto)"
+        place = error.filename or "a file"
+        return _complain(f"{place}: cannot be written or read ({error.strerror}); {cure}", EXIT_FAILED)
     except (RuntimeError, ValueError) as error:
         failed = _status_of(error)
         if failed is None:
@@ -140,10 +148,9 @@ def train(
         return
 
     from cluster.common.display import Display
-    from cluster.train.prepare import prepare_training
-    from cluster.train.run import train as run
+    from cluster.train.run import train_config
 
-    asyncio.run(run(*prepare_training(loaded), Display()))
+    train_config(loaded, Display())
 
 
 def scale(

@@ -1,7 +1,8 @@
 """Writes files that are whole or absent, and reads JSON that has the expected shape. Every floor uses it.
 
 write_text     aside --> fsync --> rename      a reader sees the old file or the new one, never a part
-new_folder     the same for a folder of files
+new_folder     the same for a folder of files, which may replace an earlier one
+remove_folder  a reader sees the folder or none, never a part
 read_json      bytes --> pydantic --> a frozen dataclass, or one line: file, place, what is wrong
 """
 
@@ -11,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -35,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """As ``write_text``, for bytes."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _aside(path, "partial")
     try:
         partial.write_bytes(content)
         sync(partial)
@@ -47,22 +48,65 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     """Fill a folder beside ``target``; a good end gives it that name, a failure removes it.
 
-    ``target`` must not exist, or be empty. Raises OSError.
+    ``target`` must not exist, or be empty. With ``replace`` an earlier folder keeps its name until the new
+    one is on the disk; a process that is killed between the two renames leaves it to ``recover_folder``.
+    Raises OSError.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    partial, old = _aside(target, "partial"), _aside(target, "old")
+    recover_folder(target)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_folder(partial)
     try:
         yield partial
         sync_tree(partial)
+        if replace and target.exists():
+            target.rename(old)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            recover_folder(target)
         raise
     sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Undo a replacement that was cut off: the earlier folder gets its name back. Raises OSError.
+
+    Only for the one process that writes there: another one's replacement may be on its way.
+    """
+    old = _aside(target, "old")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(target)
+
+
+def remove_folder(target: Path) -> None:
+    """Delete a folder. It disappears at once: no reader finds a part of it. Raises OSError."""
+    gone = _aside(target, "gone")
+    for leftover in (_aside(target, "old"), gone):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    if target.exists():
+        target.rename(gone)
+        shutil.rmtree(gone)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and the missing ones above it, all on the disk. Raises OSError."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def _aside(target: Path, role: str) -> Path:
+    return target.with_name(f".{target.name}.{role}")
 
 
 def read_json(path: Path, kind: type[T]) -> T:

@@ -343,7 +343,8 @@ class AssistantConfig:
 class RunConfig:
     """One run.
 
-    ``resume`` is a checkpoint folder, "auto" (the newest checkpoint in ``output_dir``) or "" (a new run).
+    ``resume`` is a checkpoint folder, "auto" (the newest unfinished run of this name in ``output_dir``, from
+    its newest undamaged checkpoint) or "" (a new run).
     """
 
     name: str = "engram"
@@ -373,6 +374,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         home_expanded(self, "output_dir", "resume")
         not_negative(self, "seed")
+        plain = self.name.isprintable() and "/" not in self.name and not self.name.startswith((".", "-"))
+        fits = 0 < len(self.name.encode()) <= 100  # bytes; with a date it names folders
+        bound = "1 to 100 printable characters without /, the first neither . nor -"
+        require(plain and fits, "name", self.name, bound, "it names the run's folder in output_dir")
         importance = self.objective.importance
         corrected = self.rollout.refresh == "drain" or importance == "truncated"
         bound = "truncated with rollout.refresh=in_flight"

@@ -3,20 +3,21 @@
     DIR/adapter_config.json, adapter_model.safetensors   what stock PEFT and stock vLLM load
     DIR/memory.json                                      model, flashcards, losses, context, last probe
 
-The folder appears whole or not at all. An adapter folder without memory.json loads too if it is on the same
+The folder appears whole or not at all, and an earlier one stays until then. An adapter folder without
+memory.json loads too if it is on the same
 basis. Nothing is ever unpickled. A folder that cannot be used is one line: AssistantError.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
+from safetensors import SafetensorError
 
 from actors.fast_weights.delta import BasisError
 from actors.fast_weights.peft_format import export_peft, from_peft
@@ -90,13 +91,11 @@ def save_memory(memory: SavedMemory, opening: Opening, folder: Path, overwrite: 
         probe=() if memory.probe is None else (memory.probe,),
     )
     try:
-        with new_folder(folder) as partial:
+        with new_folder(folder, replace=overwrite) as partial:
             export_peft(memory.weights, opening.basis, partial, opening.base_model)
             (partial / MEMORY_FILE).write_text(dump_json(content, indent=None) + "\n", encoding="utf-8")
-            if folder.exists():
-                shutil.rmtree(folder)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise AssistantError(f"{folder}: cannot be written ({reason}); name another place") from error
 
 

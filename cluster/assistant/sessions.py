@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import shutil
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.assistant.conversation import Conversation
 from cluster.assistant.opening import AssistantError, Parts
+from configs.files import recover_folder, remove_folder
 
 
 class BusyError(RuntimeError):
@@ -103,7 +103,8 @@ class Sessions:
         if entry is not None and entry.users:
             raise BusyError(f"conversation {name} is in the middle of a turn: try again")
         if saved is not None:
-            shutil.rmtree(saved, ignore_errors=True)
+            with suppress(OSError):
+                remove_folder(saved)
         if entry is not None:
             await self._drop(name)
         return entry is not None or saved is not None
@@ -125,8 +126,12 @@ class Sessions:
         return Conversation(self._parts, name, default if system_prompt is None else system_prompt)
 
     def _saved(self, name: str) -> Path | None:
-        folder = None if self._folder is None else self._folder / name
-        return folder if folder is not None and folder.is_dir() else None
+        if self._folder is None:
+            return None
+        folder = self._folder / name
+        with suppress(OSError):
+            recover_folder(folder)  # a server was killed while it saved the conversation again
+        return folder if folder.is_dir() else None
 
     def _idle(self) -> list[str]:
         """The conversations without a turn, the longest idle first."""

@@ -5,6 +5,8 @@ The message is one line for the user: who was waited for or what is wrong, and w
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class ClusterError(RuntimeError):
     """The run cannot go on."""
@@ -32,6 +34,18 @@ class AllFailed(ClusterError):
 
 class CheckpointError(ClusterError):
     """A checkpoint is missing, incomplete, or belongs to another configuration."""
+
+
+class UnloadableError(CheckpointError):
+    """The learner cannot load a checkpoint whose files are as they were written. ``folder`` is that one."""
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(f"{folder} cannot be loaded: {reason}")
+        self.folder = folder
+
+
+class AllFinished(ClusterError):
+    """``resume=auto`` finds only runs that are done. No failure: a script that restarts runs ends here."""
 
 
 class InUseError(ClusterError):

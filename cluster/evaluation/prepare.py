@@ -5,7 +5,6 @@ Request --> Plan --> each benchmark's tasks, the model, the checkpoint --> run f
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,12 +25,14 @@ from cluster.evaluation.command import REQUEST_FILE, save_request, saved_request
 from cluster.evaluation.plan import WRITING, Cell, Plan, Request, plan_cells
 from cluster.evaluation.store import CellStore
 from cluster.runs.checkpoint import Checkpoint, load_checkpoint
+from cluster.runs.run_folders import create_run, runs_of
 from cluster.runs.run_lock import held, require_free
 from cluster.train.prepare import (
     BASIS_FILE,
     check_unchanged,
     held_out,
     open_environment,
+    output_dir_of,
     questions_of,
     run_basis,
 )
@@ -89,9 +90,9 @@ def prepare_comparison(request: Request) -> Comparison:
     if request.checkpoint is not None:
         checkpoint = load_checkpoint(request.checkpoint.expanduser().absolute())
         check_unchanged(config, checkpoint, ("model",))
-    new_name = f"{config.name}-evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = _resumed_folder(request, config) or _output_dir(config) / new_name
-    with _writing(folder):
+    folder = _resumed_folder(request, config)
+    with _writing(folder or output_dir_of(config)):
+        folder = folder or create_run(output_dir_of(config), f"{config.name}-evaluate")
         require_free(folder)  # now: a basis may take minutes
     before = folder / "config.yaml" if checkpoint is None else checkpoint.folder / "config.yaml"
     plan = _with_day(plan, chat, day_in(before))
@@ -136,15 +137,11 @@ def _resumed_folder(request: Request, config: RunConfig) -> Path | None:
     if not request.resume:
         return None
     if request.resume == "auto":
-        requests = sorted(_output_dir(config).glob(f"{config.name}-evaluate-*/{REQUEST_FILE}"))
-        return requests[-1].parent if requests else None
+        runs = runs_of(output_dir_of(config), f"{config.name}-evaluate")
+        return next((run for run in runs if (run / REQUEST_FILE).is_file()), None)
     folder = Path(request.resume).expanduser().absolute()
     saved_request(folder)
     return folder
-
-
-def _output_dir(config: RunConfig) -> Path:
-    return Path(config.output_dir).expanduser().absolute()
 
 
 def _environments(plan: Plan) -> dict[EnvironmentConfig, Environment]:

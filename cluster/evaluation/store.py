@@ -10,6 +10,8 @@ these episodes again. Both files hold every setting that decides the figures; ot
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -72,6 +74,7 @@ class _CellFile:
 
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class CellStore:
@@ -105,9 +108,8 @@ class CellStore:
         if not lines:  # killed while the settings were written
             return []
         self._check_same(path, cell, _parsed(path, header, _Header).settings)
-        whole = lines[:-1]  # behind the last line break: nothing, or a line that was cut off
-        tasks = [_parsed(path, line, TaskResult) for line in whole]
-        return [task for task in tasks if not task.failed]
+        # Behind the last line break: nothing, or a line that was cut off.
+        return [task for line in lines[:-1] if (task := _whole(path, line)) is not None and not task.failed]
 
     def journal(self, cell: Cell, begun: Sequence[TaskResult]) -> Journal:
         """Continue a cell: its journal is written anew, with the tasks of ``begun``. Raises SaveError."""
@@ -175,6 +177,7 @@ class Journal:
         with saving(self._path):
             self._file.write(f"{dump_json(task, indent=None)}\n")
             self._file.flush()
+            os.fsync(self._file.fileno())
         self.tasks.append(task)
 
     def __enter__(self) -> Journal:
@@ -199,6 +202,15 @@ def _write(path: Path, text: str) -> None:
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
+
+
+def _whole(path: Path, line: str) -> TaskResult | None:
+    """A task's line; None, with a warning, for one that a disk or a crash has spoiled: it runs again."""
+    try:
+        return parse_json(line, TaskResult)
+    except FileError as error:
+        _log.warning("warning: %s: a damaged line is left out, its task runs again (%s)", path, error)
+        return None
 
 
 def _parsed(path: Path, text: str, kind: type[T]) -> T:

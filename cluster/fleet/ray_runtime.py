@@ -89,7 +89,7 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
     try:
         if config.ray.address:
             ray.init(
-                address=config.ray.address,
+                address=_cluster_address(config.ray.address),
                 namespace=namespace,
                 job_config=_job_config(),
                 log_to_driver=False,
@@ -109,6 +109,8 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
+    except StartupError:
+        raise
     except Exception as error:  # Ray raises the plain class, too: for a node that is slow to start, say
         address = config.ray.address
         where = f"join Ray at ray.address={address!r}" if address else "start a local Ray"
@@ -118,6 +120,25 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _cluster_address(address: str) -> str:
+    """What ``auto`` means: $RAY_ADDRESS, which a Ray job has, else the cluster of ``ray start``.
+
+    Ray itself would also join any local Ray that it finds on the machine: another run's, or a stranger's.
+    Raises StartupError.
+    """
+    if address != "auto":
+        return address
+    from ray._private.utils import read_ray_address  # the file that ``ray start`` writes has no public reader
+
+    started: str | None = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    if not started:
+        raise StartupError(
+            "ray.address=auto finds no cluster on this machine: begin one with `ray start --head`, set "
+            "RAY_ADDRESS, or name it with ray.address=HOST:PORT (empty: a local Ray for this run)"
+        )
+    return started
 
 
 def _job_config() -> Any:

@@ -23,13 +23,13 @@ import numpy as np
 
 from actors.environments.recall_scoring import UNTOLD
 from actors.types import Answer, PolicyVersion, Task, Trajectory, TrajectoryGroup, WriteOutcome
-from cluster.common.errors import AllFailed, CheckpointError
+from cluster.common.errors import AllFailed, CheckpointError, SaveError
 from cluster.common.failures import failure_text, one_cause
 from cluster.measure.card_counts import CardCounts, count_cards, total_cards
 from cluster.measure.collapse import ExtractionCounts, collapse_figures, count_extractions, total
 from cluster.measure.scores import F1, REWARD, score_order
 from cluster.measure.statistics import Interval, PairedDifference, mean_interval, paired_difference
-from configs.files import FileError, Measured, dump_json, read_json, write_text
+from configs.files import FileError, Measured, dump_json, make_folder, read_json, write_text
 from configs.memory import CARD_WRITING
 from configs.schema import MemoryConfig
 
@@ -358,8 +358,13 @@ def row_metrics(result: RowResult, key: str) -> dict[str, float]:
 
 
 def save_row(result: RowResult, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, dump_json(result))
+    """Raises SaveError."""
+    try:
+        make_folder(path.parent)
+        write_text(path, dump_json(result))
+    except OSError as error:
+        cure = "what was saved before is whole: make room there and resume the run"
+        raise SaveError(f"{path}: cannot be written ({error.strerror or error}); {cure}") from error
 
 
 def load_row(path: Path) -> RowResult:

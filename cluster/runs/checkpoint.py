@@ -2,24 +2,28 @@
 
     <run>/checkpoints/step-000050/
         learner/          theta (a Hugging Face folder), optimizer, RNG of every rank; the learner writes it
-        state.json        step, policy version, task ledger, MLflow run id, rewards, sizes of the other files
+        state.json        step, generation, policy version, task ledger, MLflow run id, rewards
         config.yaml       the resolved configuration
+        SHA256SUMS        a digest of each file above, as ``sha256sum --check`` reads it
         evaluation.json   mean held-out score, where train.evaluate_every measured it
 
 A checkpoint is written into a hidden folder, brought to the disk and renamed: a visible one is complete.
+Its digests are checked before a run goes on from it: what the disk has changed since is not trained on.
 The newest ``train.keep_checkpoints`` and the best are kept. The scores stand in the checkpoints themselves:
 an index or a link beside them could be out of date.
+Checkpoints are ordered by generation, then by step. A run that went back to an earlier step is in its next
+generation. The clock has no say: it may be set back.
 Episodes need no RNG state: task and sampling seeds follow from the run's seed and the task's position.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import shutil
 import socket
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -27,11 +31,22 @@ from pydantic import FiniteFloat, NonNegativeInt
 
 from cluster.common.errors import CheckpointError, SaveError
 from cluster.fleet.ledger import LedgerSnapshot
-from configs.files import FileError, dump_json, new_folder, read_json, sync_tree, write_text
+from configs.digests import check_digests, write_digests
+from configs.files import (
+    FileError,
+    dump_json,
+    new_folder,
+    read_json,
+    recover_folder,
+    remove_folder,
+    sync_tree,
+    write_text,
+)
 from configs.schema import RunConfig
 from learner.types import LearnerError
 
 _FOLDER, _STATE, _SCORE = "checkpoints", "state.json", "evaluation.json"
+_NOWHERE = (-1, -1)  # the place of a checkpoint whose state cannot be read
 _log = logging.getLogger(__name__)
 
 
@@ -62,11 +77,11 @@ START = TrainState(step=0, warm_steps=0, version=0, ledger=LedgerSnapshot(), tra
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _StateFile(TrainState):
-    """``state.json``. Older versions of Engram wrote neither ``written`` nor ``files``."""
+    """``state.json``. Older versions of Engram wrote neither ``generation`` nor digests."""
 
     format: Literal["engram-run-1"]
-    written: float | None = None  # seconds since the epoch
-    files: dict[str, int] = field(default_factory=dict)  # bytes by path below the checkpoint
+    generation: NonNegativeInt = 0
+    has_digests: bool = False
 
     @property
     def state(self) -> TrainState:
@@ -112,55 +127,51 @@ async def save_checkpoint(
     config_yaml: str,
     save_learner: Callable[[Path], Awaitable[None]],
     keep: int,
+    in_use: Collection[Path] = (),
 ) -> Checkpoint:
-    """Write a checkpoint, then delete all but the newest ``keep`` and the best.
+    """Write a checkpoint, then delete all but the newest ``keep``, the best, and those ``in_use``.
 
     A crash on the way leaves the earlier checkpoints as they were. Raises SaveError (a full disk), with
     nothing half-written left behind.
     """
     folder = run_dir / _FOLDER / f"step-{state.step:06d}"
-    replaced = folder.with_name(f".{folder.name}.old")
     try:
-        _restore_replaced(run_dir)
-        with new_folder(folder) as partial:
+        recover_checkpoints(run_dir)
+        saved = _state_file(state, _next_generation(run_dir, state.step))
+        with new_folder(folder, replace=True) as partial:
             await save_learner(partial / "learner")
             (partial / "config.yaml").write_text(config_yaml, encoding="utf-8")
-            (partial / _STATE).write_text(_state_json(state, partial), encoding="utf-8")
-            if folder.exists():  # a run that was resumed from an earlier step writes this step again
-                sync_tree(partial)  # first, since no checkpoint of this step is visible between the renames
-                folder.rename(replaced)
+            (partial / _STATE).write_text(dump_json(saved), encoding="utf-8")
+            await asyncio.to_thread(_seal, partial)  # gigabytes: the event loop serves the workers meanwhile
     except (OSError, LearnerError) as error:
-        _restore_replaced(run_dir)
         cause = " ".join(str(error).split())
         raise SaveError(
             f"step {state.step} could not be saved in {folder.parent}{_free_space(run_dir)}: {cause}; "
             "earlier checkpoints are whole"
         ) from error
-    shutil.rmtree(replaced, ignore_errors=True)
-    _prune(run_dir, keep)
+    prune(run_dir, keep, {folder, *in_use})
     return Checkpoint(folder, state)
 
 
-def _state_json(state: TrainState, folder: Path) -> str:
-    """The text of ``state.json`` for a checkpoint whose other files are in ``folder``."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return dump_json(
-        _StateFile(
-            step=state.step,
-            warm_steps=state.warm_steps,
-            version=state.version,
-            ledger=state.ledger,
-            tracking_run_id=state.tracking_run_id,
-            rewards=state.rewards,
-            curriculum=state.curriculum,
-            format="engram-run-1",
-            written=time.time(),
-            files={str(path.relative_to(folder)): path.stat().st_size for path in files},
-        )
-    )
+def _state_file(state: TrainState, generation: int) -> _StateFile:
+    values = {item.name: getattr(state, item.name) for item in fields(TrainState)}
+    return _StateFile(**values, format="engram-run-1", generation=generation, has_digests=True)
 
 
-def score_checkpoint(run_dir: Path, step: int, name: str, score: float, tasks: int, keep: int) -> bool:
+def _next_generation(run_dir: Path, step: int) -> int:
+    """The generation of a checkpoint that is written now: a step that does not go on begins the next one."""
+    generation, newest = max((_place(folder) for folder in list_checkpoints(run_dir)), default=(0, -1))
+    return max(0, generation) if step > newest else max(0, generation) + 1
+
+
+def _seal(folder: Path) -> None:
+    write_digests(folder)
+    sync_tree(folder)
+
+
+def score_checkpoint(
+    run_dir: Path, step: int, name: str, score: float, tasks: int, keep: int, in_use: Collection[Path] = ()
+) -> bool:
     """Save the mean held-out score of a saved step ("f1" or "reward"), and prune.
 
     Returns whether it is the best so far. Raises SaveError.
@@ -172,25 +183,36 @@ def score_checkpoint(run_dir: Path, step: int, name: str, score: float, tasks: i
         raise SaveError(
             f"the evaluation of step {step} could not be saved in {folder}{_free_space(run_dir)}: {error}"
         ) from error
-    _prune(run_dir, keep)
+    prune(run_dir, keep, {folder, *in_use})
     return best_checkpoint(run_dir) == folder
 
 
-def _prune(run_dir: Path, keep: int) -> None:
-    best = best_checkpoint(run_dir)
-    for folder in list_checkpoints(run_dir)[:-keep]:
-        if folder != best:
-            shutil.rmtree(folder)
+def prune(run_dir: Path, keep: int, in_use: Collection[Path] = ()) -> None:
+    """Delete all but the newest ``keep``, the best, and those ``in_use``.
+
+    One that cannot be deleted is a warning: it costs space, not the run.
+    """
+    kept = {*list_checkpoints(run_dir)[-keep:], best_checkpoint(run_dir), *in_use}
+    for folder in list_checkpoints(run_dir):
+        if folder in kept:
+            continue
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            _log.warning("warning: the old checkpoint %s cannot be deleted (%s)", folder, error.strerror)
 
 
-def _restore_replaced(run_dir: Path) -> None:
-    """Give a checkpoint its name back that was about to be replaced when the process died."""
-    for replaced in (run_dir / _FOLDER).glob(".step-*.old"):
-        folder = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old"))
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+def recover_checkpoints(run_dir: Path) -> None:
+    """Tidy up after a process that died while it replaced or deleted a checkpoint. Raises OSError.
+
+    Only for the process that holds the run's lock: another one's work looks the same.
+    """
+    for hidden in (run_dir / _FOLDER).glob(".step-*"):
+        folder = hidden.with_name(hidden.stem.removeprefix("."))
+        if hidden.suffix == ".old":
+            recover_folder(folder)
         else:
-            replaced.rename(folder)
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _free_space(run_dir: Path) -> str:
@@ -220,62 +242,42 @@ def _read_state(folder: Path) -> _StateFile:
         raise CheckpointError(str(error)[:500]) from None
 
 
-def find_checkpoint(resume: str, output_dir: Path) -> Checkpoint | None:
-    """Find the checkpoint that ``resume`` names; all its files are there in full. Raises CheckpointError.
+def newest_whole(run_dir: Path, refused: Collection[Path] = ()) -> Checkpoint | None:
+    """Find the newest checkpoint of a run whose files are as they were written; None where there is none.
 
-    "" is None (start anew), "auto" the newest in ``output_dir`` (None when there is none), else a folder.
+    Each that is passed over is a warning with its reason. Those ``refused`` could not be loaded before.
     """
-    if not resume:
-        return None
-    if resume == "auto":
-        return _newest_whole(output_dir)
-    folder = Path(resume).expanduser().absolute()
-    _restore_replaced(folder.parent.parent)
-    return _load_whole(folder)
-
-
-def _newest_whole(output_dir: Path) -> Checkpoint | None:
-    """Find the newest undamaged checkpoint; damaged ones are skipped with a warning.
-
-    Raises CheckpointError when every checkpoint is damaged.
-    """
-    for run_dir in output_dir.glob("*/"):
-        _restore_replaced(run_dir)
-    folders = [folder for run_dir in output_dir.glob("*/") for folder in (run_dir / _FOLDER).glob("step-*/")]
-    for folder in sorted(folders, key=_age_order, reverse=True):
+    places = {folder: _place(folder) for folder in (run_dir / _FOLDER).glob("step-*/")}
+    unreadable = [folder for folder, place in places.items() if place == _NOWHERE]
+    for folder in [*unreadable, *sorted(places.keys() - unreadable, key=places.__getitem__, reverse=True)]:
         try:
-            return _load_whole(folder)
+            if folder not in refused:
+                return load_whole(folder)
         except CheckpointError as error:
-            _log.warning("resume=auto skips a damaged checkpoint: %s", error)
-    if folders:
-        raise CheckpointError(
-            f"no checkpoint in {output_dir} is whole: start anew (resume=), or put one back from a copy"
-        )
+            _log.warning("resume=auto passes over a damaged checkpoint: %s", error)
     return None
 
 
-def _load_whole(folder: Path) -> Checkpoint:
-    """As ``load_checkpoint``, and check that every file has the size that was written.
+def load_whole(folder: Path) -> Checkpoint:
+    """As ``load_checkpoint``, and check the digest of every file. Raises CheckpointError.
 
-    Checkpoints from before sizes were kept are not checked.
+    Checkpoints from before digests were kept are not checked.
     """
     saved = _read_state(folder)
-    for name, size in saved.files.items():
+    if saved.has_digests:
         try:
-            present = (folder / name).stat().st_size
-        except OSError:
-            raise CheckpointError(f"{folder} is incomplete: {name} is missing") from None
-        if present != size:
-            raise CheckpointError(f"{folder} is damaged: {name} has {present} bytes, {size} were written")
+            check_digests(folder)
+        except FileError as error:
+            raise CheckpointError(str(error)) from None
     return Checkpoint(folder, saved.state)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """List the complete checkpoints of a run in the order in which they were written.
+    """List the complete checkpoints of a run in the order in which they were written, damaged ones first.
 
     After a resume from an earlier step this is not the order of the steps.
     """
-    return sorted((path.parent for path in (run_dir / _FOLDER).glob(f"step-*/{_STATE}")), key=_age_order)
+    return sorted((path.parent for path in (run_dir / _FOLDER).glob(f"step-*/{_STATE}")), key=_place)
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
@@ -299,20 +301,13 @@ def score_of(folder: Path) -> tuple[str, float] | None:
     return next(((name, score) for name, score in scores if score is not None), None)
 
 
-def written(folder: Path) -> float:
-    """When the checkpoint was written, in seconds since the epoch, as its own state says.
-
-    File times do not survive a copy. For a damaged checkpoint, the time of its folder.
-    """
+def _place(folder: Path) -> tuple[int, int]:
+    """(generation, step) of a checkpoint; one whose state cannot be read comes before all others."""
     try:
-        saved = read_json(folder / _STATE, _StateFile).written
+        saved = read_json(folder / _STATE, _StateFile)
     except (FileNotFoundError, FileError):
-        saved = None
-    return folder.stat().st_mtime if saved is None else saved
-
-
-def _age_order(folder: Path) -> tuple[float, str]:
-    return written(folder), folder.name
+        return _NOWHERE
+    return saved.generation, saved.step
 
 
 # --- for the tracker --------------------------------------------------------------------------------------

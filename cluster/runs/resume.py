@@ -1,48 +1,83 @@
-"""Finds a run that died before its first checkpoint: ``resume=auto`` continues it.
+"""Finds what ``resume`` means: a checkpoint by its folder, or (auto) the newest unfinished run of the name.
 
-It goes on in its folder, with the rows that it has measured and with its MLflow run.
+    auto: runs of this name, newest first --> finished? --> its newest whole checkpoint
+                                                        --> none yet: its folder, if the settings are the same
+
+A run without a checkpoint goes on in its folder, with the rows that it has measured and with its MLflow run.
 
     <run>/tracking-run    the id of its MLflow run, written when that is opened
 """
 
 from __future__ import annotations
 
-import re
-import time
+import logging
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
-from cluster.runs.checkpoint import Checkpoint, list_checkpoints, written
+from cluster.common.errors import AllFinished, CheckpointError, InUseError
+from cluster.runs.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    load_whole,
+    newest_whole,
+    recover_checkpoints,
+)
+from cluster.runs.run_folders import finished_steps, runs_of
+from cluster.runs.run_lock import held
 from configs.files import write_text
 from configs.load import ConfigError, flatten, load_config
 from configs.schema import RunConfig
 
 RUN_ID_FILE = "tracking-run"
-_TIME_FORMAT = "%Y%m%d-%H%M%S"
+_log = logging.getLogger(__name__)
 
 
-def new_run(output_dir: Path, name: str) -> Path:
-    """Name the folder of a run that begins now."""
-    return output_dir / f"{name}-{time.strftime(_TIME_FORMAT)}"
+def find_checkpoint(folder: Path) -> Checkpoint:
+    """Read the checkpoint that a user named, whose files are as they were written. Raises CheckpointError."""
+    run_dir = folder.parent.parent
+    _recover(run_dir)
+    try:
+        return load_whole(folder)
+    except CheckpointError as error:
+        others = [other for other in list_checkpoints(run_dir) if other != folder]
+        hint = f"; the run's other checkpoints: {', '.join(map(str, others))}" if others else ""
+        raise CheckpointError(f"{error}{hint}") from None
 
 
-def begun_run(output_dir: Path, config: RunConfig, newest: Checkpoint | None) -> Path | None:
-    """Find the folder of the last run of this name, if that run can be continued without a checkpoint.
+def find_unfinished(
+    output_dir: Path, config: RunConfig, refused: Collection[Path] = ()
+) -> Checkpoint | Path | None:
+    """Find what ``resume=auto`` goes on from: a checkpoint, a run without one, or None: no run of the name.
 
-    It must have begun after ``newest`` was written, have no checkpoint, and have the settings of ``config``.
+    ``refused`` are checkpoints that could not be loaded. Raises AllFinished where nothing is left to do, and
+    CheckpointError where all that is left is damaged.
     """
-    runs = {
-        began: run_dir
-        for run_dir in output_dir.glob(f"{config.name}-*/")
-        if (began := _start_time(run_dir, config.name)) is not None
-    }
-    last = max(runs, default=None)
-    if last is None or (newest is not None and last < written(newest.folder)):
-        return None
-    run_dir = runs[last]
-    saved, given = _saved_settings(run_dir), _settings(config)
-    if saved is not None and not config.model.date:  # the run keeps its own (day.py)
-        given["model.date"] = saved["model.date"]
-    return run_dir if not list_checkpoints(run_dir) and saved == given else None
+    runs = runs_of(output_dir, config.name)
+    finished = [run for run in runs if finished_steps(run) >= config.train.steps]
+    damaged = False
+    for run_dir in runs:
+        if run_dir in finished:
+            continue
+        _recover(run_dir)
+        if (checkpoint := newest_whole(run_dir, refused)) is not None:
+            return checkpoint
+        if list_checkpoints(run_dir):
+            damaged = True
+        elif _has_settings(run_dir, config):
+            return run_dir
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint of {config.name} in {output_dir} is whole: start anew (resume=), or put one back "
+            "from a copy"
+        )
+    if finished:
+        raise AllFinished(
+            f"resume=auto: nothing is left to do: every run of {config.name} in {output_dir} is "
+            f"finished, the newest is {finished[0].name}; start anew with resume=, or train on with "
+            f"train.steps=N above {finished_steps(finished[0])}"
+        )
+    return None
 
 
 def note_run_id(run_dir: Path, run_id: str) -> None:
@@ -57,13 +92,30 @@ def run_id_of(run_dir: Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
-def _start_time(run_dir: Path, name: str) -> float | None:
-    """When the run began, in seconds since the epoch, from its folder's name."""
-    stamp = re.fullmatch(re.escape(name) + r"-(\d{8}-\d{6})", run_dir.name)
-    try:
-        return None if stamp is None else time.mktime(time.strptime(stamp[1], _TIME_FORMAT))
-    except ValueError:  # digits, but no time
-        return None
+def _recover(run_dir: Path) -> None:
+    """Tidy up what a killed process left; a run that is at work, or that we may not write, stays as it is."""
+    if any((run_dir / "checkpoints").glob(".step-*")):
+        with suppress(InUseError, OSError), held(run_dir):
+            recover_checkpoints(run_dir)
+
+
+def _has_settings(run_dir: Path, config: RunConfig) -> bool:
+    """Whether the run, which has no checkpoint, began with the settings of ``config``; else says it."""
+    saved, given = _saved_settings(run_dir), _settings(config)
+    if saved is None:
+        return False
+    if not config.model.date:  # the run keeps its own (day.py)
+        given["model.date"] = saved["model.date"]
+    other = [key for key in given if saved.get(key) != given[key]]
+    if other:
+        _log.warning(
+            "resume=auto passes over %s, which has no checkpoint: it began with %s=%s, not %s",
+            run_dir,
+            other[0],
+            saved.get(other[0], "nothing"),
+            given[other[0]],
+        )
+    return not other
 
 
 def _saved_settings(run_dir: Path) -> dict[str, str] | None:

@@ -47,6 +47,21 @@ def require_free(folder: Path) -> None:
         os.close(_take(folder))
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process works in ``folder``. Looks only: writes nothing."""
+    try:
+        handle = os.open(folder / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 def _take(folder: Path) -> int:
     """Open the lock file and lock it.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import PositiveInt
 
 from cluster.common.errors import ClusterError
+from cluster.runs.run_lock import is_held
 from configs.files import FileError, dump_json, read_json, write_text
 
 _FILE = "workers.json"
@@ -67,12 +68,21 @@ def ask_for(run_dir: Path, workers: int) -> None:
         )
     if not (run_dir / "config.yaml").is_file():
         raise ScaleError(f"{run_dir} is no run folder: it has no config.yaml")
+    if not is_held(run_dir):
+        raise ScaleError(
+            f"{run_dir} is not running: it ended or died, so nobody would read the number; "
+            f"go on with it: engram train {run_dir / 'config.yaml'} resume=auto rollout.workers={workers}"
+        )
     write_text(run_dir / _FILE, dump_json(_Request(workers)))
 
 
 def newest_run(output_dir: Path) -> Path:
-    """The run folder in ``output_dir`` that was written to last. Raises ScaleError."""
+    """The run folder in ``output_dir`` that was written to last, of those at work if any is.
+
+    Raises ScaleError.
+    """
     runs = [path.parent for path in output_dir.glob("*/config.yaml") if "-evaluate-" not in path.parent.name]
     if not runs:
         raise ScaleError(f"{output_dir} holds no run: give the run's folder with --run")
+    runs = [run_dir for run_dir in runs if is_held(run_dir)] or runs
     return max(runs, key=lambda run_dir: max(path.stat().st_mtime_ns for path in run_dir.iterdir()))

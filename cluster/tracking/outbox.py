@@ -139,6 +139,7 @@ def _opened(path: Path) -> sqlite3.Connection:
         if isinstance(error, sqlite3.OperationalError):  # it cannot be opened, which is no damage
             raise
         aside = path.replace(path.with_suffix(".damaged"))
+        path.with_name(f"{path.name}-wal").unlink(missing_ok=True)  # it belongs to that file
         _log.warning("warning: %s is damaged (%s): its records stay in %s, unsent", path, error, aside)
         return _opened(path)
     return database

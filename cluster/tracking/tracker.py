@@ -22,12 +22,14 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cluster.common.errors import TrackingError
 from cluster.common.git import git_commit
 from cluster.common.ray_job import current_job
+from cluster.common.turn import in_turn
 from cluster.tracking.outbox import Entity, Outbox, Point, Status
 from cluster.tracking.sender import MlflowRun, Sender, first_line, shown
 from cluster.tracking.system_metrics import SystemMetrics
@@ -146,7 +148,10 @@ def open_run(
     if not tracking.enabled:
         return Tracker()
     _quiet(tracking.timeout_s)
-    run = _in_mlflow(tracking, output_dir, run_name, params, resumed_run_id)
+    own = store_uri(tracking, output_dir) == _own_store(output_dir)
+    # MLflow creates the tables of a new store step by step: two at once wreck it for good.
+    with in_turn(output_dir) if own else nullcontext():
+        run = _in_mlflow(tracking, output_dir, run_name, params, resumed_run_id)
     uri, path = store_uri(tracking, output_dir), output_dir / run_name / f"mlflow-{run.run_id}.sqlite"
     try:
         outbox = Outbox(path)

@@ -19,6 +19,7 @@ from actors.episodes.group_summary import GroupSummary
 from actors.fast_weights.basis import load_basis
 from actors.types import PolicyVersion, Task
 from actors.worker import WorkerSpec
+from cluster.common.errors import UnloadableError
 from cluster.common.tasks import TaskSource
 from cluster.fleet.broadcast import ObjectStoreChannel
 from cluster.fleet.episode_journal import start_journal
@@ -106,12 +107,15 @@ def _start_learner(spec: RunSpec, folder: RunFolder, start: Start) -> LearnerGro
     )
     learner = LearnerGroup(learner_spec, config.ray.startup_timeout_s)
     if checkpoint is not None:
-        learner.load(str(checkpoint.learner))
+        try:
+            learner.load(str(checkpoint.learner))
+        except LearnerError as error:
+            learner.close()
+            raise UnloadableError(checkpoint.folder, str(error)) from error
         if learner.version != checkpoint.state.version:
             learner.close()
-            raise LearnerError(
-                f"{checkpoint.folder}: the learner's version {learner.version} is not the run's"
-            )
+            version = f"the learner's version {learner.version} is not the run's"
+            raise UnloadableError(checkpoint.folder, version)
     return learner
 
 

@@ -8,7 +8,7 @@ Ray and the engines start only afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +24,9 @@ from actors.types import Task
 from cluster.common.day import day_in, with_day
 from cluster.common.errors import CheckpointError
 from cluster.common.tasks import TaskSource
-from cluster.runs.checkpoint import START, Checkpoint, TrainState, find_checkpoint
-from cluster.runs.resume import begun_run, new_run, run_id_of
+from cluster.runs.checkpoint import START, Checkpoint, TrainState
+from cluster.runs.resume import find_checkpoint, find_unfinished, run_id_of
+from cluster.runs.run_folders import create_run
 from cluster.runs.run_lock import require_free
 from cluster.train.warm_start import require_demonstrations
 from configs.curriculum import stages
@@ -69,9 +70,14 @@ class RunSpec:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The folder of a run, and the files in it."""
+    """The folder of a run, and the files in it.
+
+    ``in_use`` are checkpoints that the run's processes still read: workers that replace lost ones start from
+    what the run was resumed from.
+    """
 
     path: Path
+    in_use: tuple[Path, ...] = ()
 
     @property
     def config(self) -> Path:
@@ -102,9 +108,10 @@ class Start:
     policy_path: Path
 
 
-def prepare_training(config: RunConfig) -> tuple[RunSpec, RunFolder, Start]:
-    """Check everything, then create the run folder.
+def prepare_training(config: RunConfig, refused: Collection[Path] = ()) -> tuple[RunSpec, RunFolder, Start]:
+    """Check everything, then create the run folder; one that is resumed is changed by ``write_config`` alone.
 
+    ``resume=auto`` passes over the checkpoints in ``refused``.
     Raises TaskError, ModelError, CheckpointError, InUseError, ValueError: one line each.
     """
     _refuse_control(config)
@@ -122,12 +129,18 @@ def prepare_training(config: RunConfig) -> tuple[RunSpec, RunFolder, Start]:
     questions = questions_of(config, environment, eval_tasks)
     questions += [question for each in of_stages for question in _first_questions(config, each)]
     require_window(config, chat, questions)
-    folder, start = _where_to_start(spec)
+    folder, start = _where_to_start(spec, refused)
     _require_stage(config, start)
-    before = folder.config if start.checkpoint is None else start.checkpoint.folder / "config.yaml"
-    spec = replace(spec, config=with_day(config, chat, day_in(before)))
+    before = None if folder is None else folder.config
+    if start.checkpoint is not None:
+        before = start.checkpoint.folder / "config.yaml"
+    spec = replace(spec, config=with_day(config, chat, "" if before is None else day_in(before)))
+    if folder is None:
+        folder = _create_folder(spec)
     require_free(folder.path)
-    _create_folder(spec, folder, start)
+    if not folder.basis.exists() and start.checkpoint is None:
+        save_basis(run_basis(spec.model_path, spec.config), folder.basis)
+    load_basis(folder.basis)  # of the weights that the run started from: a resumed run keeps its own
     return spec, folder, start
 
 
@@ -186,38 +199,39 @@ def _require_attribution(config: RunConfig, environment: Environment) -> None:
         )
 
 
-def _where_to_start(spec: RunSpec) -> tuple[RunFolder, Start]:
-    """Choose a new run, a run without a checkpoint (resume=auto), or the checkpoint that ``resume`` names."""
-    config = spec.config
-    output_dir = Path(config.output_dir).expanduser().absolute()
-    checkpoint = find_checkpoint(config.resume, output_dir)
-    begun = begun_run(output_dir, config, checkpoint) if config.resume == "auto" else None
-    if begun is not None:
-        state = replace(START, tracking_run_id=run_id_of(begun))
-        return RunFolder(begun), Start(None, state, spec.model_path)
-    if checkpoint is not None:
-        check_unchanged(config, checkpoint, KEPT)
-        return RunFolder(checkpoint.run_dir), Start(checkpoint, checkpoint.state, checkpoint.model)
-    return RunFolder(new_run(output_dir, config.name)), Start(None, START, spec.model_path)
-
-
-def _create_folder(spec: RunSpec, folder: RunFolder, start: Start) -> None:
-    """Create the run folder with config and basis.
-
-    A basis belongs to the weights that the run started from: a resumed run keeps its own.
-    """
-    if folder.basis.exists():
-        basis = None
-    elif start.checkpoint is not None:
-        basis = load_basis(start.checkpoint.run_dir / BASIS_FILE)
+def _where_to_start(spec: RunSpec, refused: Collection[Path]) -> tuple[RunFolder | None, Start]:
+    """Choose a new run (no folder yet), a run without a checkpoint (resume=auto), or a checkpoint."""
+    config, new = spec.config, Start(None, START, spec.model_path)
+    if not config.resume:
+        return None, new
+    if config.resume == "auto":
+        found = find_unfinished(output_dir_of(config), config, refused)
     else:
-        basis = run_basis(
-            spec.model_path, spec.config
-        )  # before the folder: a calibration text may be missing
-    folder.path.mkdir(parents=True, exist_ok=True)
+        found = find_checkpoint(Path(config.resume).expanduser().absolute())
+    if found is None:
+        return None, new
+    if isinstance(found, Path):
+        return RunFolder(found), replace(new, state=replace(START, tracking_run_id=run_id_of(found)))
+    check_unchanged(config, found, KEPT)
+    return RunFolder(found.run_dir, (found.folder,)), Start(found, found.state, found.model)
+
+
+def output_dir_of(config: RunConfig) -> Path:
+    return Path(config.output_dir).expanduser().absolute()
+
+
+def _create_folder(spec: RunSpec) -> RunFolder:
+    """Create the folder of a new run with config and basis."""
+    basis = run_basis(spec.model_path, spec.config)  # before the folder: a calibration text may be missing
+    folder = RunFolder(create_run(output_dir_of(spec.config), spec.config.name))
+    save_basis(basis, folder.basis)
+    write_text(folder.config, to_yaml(spec.config))  # last: a run with a config is whole
+    return folder
+
+
+def write_config(spec: RunSpec, folder: RunFolder) -> None:
+    """Write the config that the run goes on with. The caller holds its lock: nobody else's is overwritten."""
     write_text(folder.config, to_yaml(spec.config))
-    if basis is not None:
-        save_basis(basis, folder.basis)
 
 
 def open_environment(config: RunConfig) -> Environment:

@@ -14,8 +14,10 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from cluster.common.display import Display
+from cluster.common.errors import AllFinished, UnloadableError
 from cluster.common.ray_job import current_job, note_run
 from cluster.fleet.ledger import ledger_line
 from cluster.inspection.recorder import recording
@@ -26,15 +28,17 @@ from cluster.runs.checkpoint import (
     best_checkpoint,
     kept_models,
     list_checkpoints,
+    prune,
     score_of,
 )
 from cluster.runs.resume import note_run_id
+from cluster.runs.run_folders import mark_finished
 from cluster.runs.run_lock import held
 from cluster.tracking.registry import dataset_values
 from cluster.tracking.tracker import RunStatus, Tracker, start_tracking
 from cluster.train.build import TrainingCluster, build_demonstrations, build_loop, training_cluster
 from cluster.train.loop import run_loop
-from cluster.train.prepare import RunFolder, RunSpec, Start
+from cluster.train.prepare import RunFolder, RunSpec, Start, prepare_training, write_config
 from cluster.train.report import CONTROLS
 from cluster.train.scoreboard import Observers, Scoreboard
 from cluster.train.step_checkpoints import save_state
@@ -42,12 +46,35 @@ from cluster.train.warm_start import warm_start
 from configs.schema import RunConfig
 
 
+def train_config(config: RunConfig, display: Display) -> None:
+    """The command ``train``. With ``resume=auto`` a checkpoint that cannot be loaded is passed over by name.
+
+    Raises ClusterError and what ``prepare_training`` raises.
+    """
+    refused: list[Path] = []
+    while True:
+        try:
+            with _told(display):
+                prepared = prepare_training(config, refused)
+            asyncio.run(train(*prepared, display))
+        except AllFinished as nothing:
+            display.say(str(nothing))
+        except UnloadableError as error:
+            if config.resume != "auto":
+                raise
+            display.say(f"resume=auto passes over a checkpoint: {error}")
+            refused.append(error.folder)
+            continue
+        return
+
+
 async def train(spec: RunSpec, folder: RunFolder, start: Start, display: Display) -> None:
-    """The command ``train``, from its start to its end.
+    """One training, from its start to its end.
 
     Raises ClusterError, LearnerError; the user has been told then what is saved and how to go on.
     """
     with held(folder.path):
+        write_config(spec, folder)
         tracker = _track(spec.config, folder, start.state.tracking_run_id)
         with (
             ending(tracker, display),
@@ -59,6 +86,8 @@ async def train(spec: RunSpec, folder: RunFolder, start: Start, display: Display
             async with training_cluster(spec, folder, start) as cluster:
                 await note_run(current_job(os.environ), tracker.run_id)
                 await train_on(cluster, spec, folder, start, tracker, display)
+            mark_finished(folder.path, spec.config.train.steps)
+            prune(folder.path, spec.config.train.keep_checkpoints)  # nobody reads the others any longer
             _say_next(spec.config, folder, display)
 
 
@@ -178,16 +207,25 @@ def ending(tracker: Tracker, display: Display) -> Iterator[None]:
     What the tracker warns of goes to the user's display.
     """
     status: RunStatus = "FAILED"
+    with _told(display):
+        try:
+            yield
+            status = "FINISHED"
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            status = "KILLED"
+            raise
+        finally:
+            tracker.finish(status)
+
+
+@contextmanager
+def _told(display: Display) -> Iterator[None]:
+    """Show the warnings of the block to the user."""
     handler = _DisplayHandler(display)
     logging.getLogger("cluster").addHandler(handler)
     try:
         yield
-        status = "FINISHED"
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        status = "KILLED"
-        raise
     finally:
-        tracker.finish(status)
         logging.getLogger("cluster").removeHandler(handler)
 
 
@@ -220,8 +258,9 @@ def _resumable(folder: RunFolder, display: Display) -> Iterator[None]:
     """Tell the user of a run that broke or was stopped what is saved and how to go on."""
     try:
         yield
-    except BaseException:
-        saved = list_checkpoints(folder.path)
+    except BaseException as error:
+        refused = error.folder if isinstance(error, UnloadableError) else None
+        saved = [checkpoint for checkpoint in list_checkpoints(folder.path) if checkpoint != refused]
         if saved:
             display.say(f"saved: {saved[-1]}")
         else:

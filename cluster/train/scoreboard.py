@@ -14,11 +14,13 @@ from typing import Literal
 
 from actors.episodes.controls import missing_for_control
 from cluster.common.display import Display
+from cluster.common.errors import CheckpointError
 from cluster.inspection.recorder import EpisodeRecorder
 from cluster.measure.report import show
 from cluster.measure.rows import (
     EpisodeSource,
     EvaluationRow,
+    RowResult,
     evaluate_row,
     load_row,
     row_metrics,
@@ -99,7 +101,7 @@ class Scoreboard:
         """
         config, tasks, display = self.spec.config, self.spec.eval_tasks, self.observers.display
         row = evaluation_rows(config).get(key)
-        if row is None or self.folder.row(key).exists():
+        if row is None or self._row(key) is not None:
             return
         if missing := missing_for_control(row.memory, self.spec.environment):
             display.say(f"no row {row.label!r}: the environment {config.environment.name} has no {missing}")
@@ -116,6 +118,15 @@ class Scoreboard:
         save_row(result, self.folder.row(key))
         self.observers.tracker.log(row_metrics(result, key), step)
 
+    def _row(self, key: str) -> RowResult | None:
+        """The row as it was saved; None where there is none, or a damaged one, which is said."""
+        file = self.folder.row(key)
+        try:
+            return load_row(file) if file.exists() else None
+        except CheckpointError as error:
+            self.observers.display.say(f"warning: the row is left out: {error}")
+            return None
+
     def forget(self, *keys: str) -> None:
         """Drop rows that were measured before this run was resumed to go further."""
         for key in keys:
@@ -124,8 +135,7 @@ class Scoreboard:
     def report(self, rewards: tuple[float, ...]) -> None:
         """Show the table and what it means; save and track the same."""
         config, display = self.spec.config, self.observers.display
-        files = {stage: self.folder.row(stage) for stage in STAGES}
-        rows = {stage: load_row(file) for stage, file in files.items() if file.exists()}
+        rows = {stage: row for stage in STAGES if (row := self._row(stage)) is not None}
         report = training_report(rows, rewards, config.evaluation.temperature)
         show(report.document(), display)
         for path in save_report(report, self.folder.report):

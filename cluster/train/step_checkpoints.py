@@ -48,6 +48,7 @@ async def save_state(folder: RunFolder, config: RunConfig, learner: SavedLearner
             to_yaml(config),
             lambda target: asyncio.to_thread(learner.save, str(target)),
             config.train.keep_checkpoints,
+            folder.in_use,
         )
     )
     try:
@@ -126,7 +127,8 @@ class StepCheckpoints:
             say(f"step {step} has no held-out score: none of its episodes was finished ({why})")
             return
         mean = sum(scores) / len(scores)
-        best = score_checkpoint(self._folder.path, step, name, mean, len(scores), keep)
+        folder = self._folder
+        best = score_checkpoint(folder.path, step, name, mean, len(scores), keep, folder.in_use)
         failed = f", {len(result.failed)} episodes failed" if result.failed else ""
         kept = " (the best so far: kept)" if best else ""
         say(f"step {step}: held-out {mean_text(name, mean)} of {len(scores)} tasks{failed}{kept}")

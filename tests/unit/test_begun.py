@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.common.errors import CheckpointError, InUseError
-from cluster.runs.checkpoint import START, Checkpoint, find_checkpoint, list_checkpoints, save_checkpoint
-from cluster.runs.resume import begun_run, new_run, note_run_id, run_id_of
+from cluster.common.errors import AllFinished, CheckpointError, InUseError
+from cluster.runs.checkpoint import START, Checkpoint, save_checkpoint
+from cluster.runs.resume import find_checkpoint, find_unfinished, note_run_id, run_id_of
+from cluster.runs.run_folders import create_run, mark_finished, runs_of
 from cluster.runs.run_lock import held, require_free
 from configs.load import load_config, to_yaml
 from configs.schema import RunConfig
@@ -51,6 +52,26 @@ def _lose(folder: Path) -> None:
     (folder / "learner/model/model.safetensors").unlink()
 
 
+def _flip(folder: Path) -> None:
+    """One byte, and the same size and time: only a digest tells."""
+    file = folder / "learner/model/model.safetensors"
+    file.write_bytes(b"x" * 500 + b"y" + b"x" * 499)
+
+
+def _flip_state(folder: Path) -> None:
+    text = (folder / "state.json").read_text()
+    (folder / "state.json").write_text(text.replace('"version": 0', '"version": 1'))
+
+
+def _lose_digest(folder: Path) -> None:
+    lines = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (folder / "SHA256SUMS").write_text("".join(line for line in lines if "safetensors" not in line))
+
+
+def _lose_digests(folder: Path) -> None:
+    (folder / "SHA256SUMS").unlink()
+
+
 def _spoil(folder: Path) -> None:
     (folder / "state.json").write_text('{"format"')
 
@@ -62,41 +83,67 @@ def _lose_state(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (_cut, r"is damaged: learner/model/model\.safetensors has 999 bytes, 1000 were written$"),
-        (_grow, r"is damaged: learner/model/model\.safetensors has 1001 bytes, 1000 were written$"),
+        (_cut, r"is damaged: learner/model/model\.safetensors is not as it was written$"),
+        (_grow, r"is damaged: learner/model/model\.safetensors is not as it was written$"),
         (_lose, r"is incomplete: learner/model/model\.safetensors is missing$"),
+        (_flip, r"is damaged: learner/model/model\.safetensors is not as it was written$"),
+        (_flip_state, r"is damaged: state\.json is not as it was written$"),
+        (_lose_digest, r"is damaged: SHA256SUMS is not as it was written$"),
+        (_lose_digests, r"is incomplete: SHA256SUMS is missing$"),
         (_spoil, r"state\.json cannot be used"),
         (_lose_state, r"is no checkpoint: it has no state\.json"),
     ],
-    ids=["cut", "grown", "lost", "spoiled", "no state"],
+    ids=[
+        "cut",
+        "grown",
+        "lost",
+        "flipped",
+        "flipped state",
+        "no digest",
+        "no digests",
+        "spoiled",
+        "no state",
+    ],
 )
 def test_a_damaged_checkpoint_is_skipped_with_a_warning_in_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], reason: str
 ) -> None:
-    run = tmp_path / "run"
+    run = begin(tmp_path, CONFIG, "20260101-120000", "abc")
     older, newer = save(run, 2), save(run, 4)
-    found = find_checkpoint("auto", tmp_path)
-    assert found is not None and found.folder == newer and not warnings(caplog)
+    found = find_unfinished(tmp_path, CONFIG)
+    assert isinstance(found, Checkpoint) and found.folder == newer and not warnings(caplog)
     damage(newer)
-    found = find_checkpoint("auto", tmp_path)
-    assert found is not None and found.folder == older
+    found = find_unfinished(tmp_path, CONFIG)
+    assert isinstance(found, Checkpoint) and found.folder == older
     (line,) = warnings(caplog)
     assert "\n" not in line and re.search(reason, line)
-    assert line.startswith("resume=auto skips a damaged checkpoint: ")
+    assert line.startswith("resume=auto passes over a damaged checkpoint: ")
     with pytest.raises(CheckpointError, match=reason.removesuffix("$")):
-        find_checkpoint(str(newer), tmp_path)
+        find_checkpoint(newer)
     damage(older)
-    with pytest.raises(CheckpointError, match=r"no checkpoint in \S+ is whole: start anew"):
-        find_checkpoint("auto", tmp_path)
+    (run / "config.yaml").write_text(to_yaml(replace(CONFIG, seed=9)))  # nor is it begun anew
+    if damage is not _lose_state:
+        with pytest.raises(CheckpointError, match=r"no checkpoint of trial in \S+ is whole: start anew"):
+            find_unfinished(tmp_path, CONFIG)
 
 
-def test_sizes_are_not_checked_where_an_older_version_wrote_none(tmp_path: Path) -> None:
-    folder = save(tmp_path / "run", 2)
+def test_digests_are_not_checked_where_an_older_version_wrote_none(tmp_path: Path) -> None:
+    run = begin(tmp_path, CONFIG, "20260101-120000", "abc")
+    folder = save(run, 2)
     state = json.loads((folder / "state.json").read_text())
-    assert state.pop("files") and state.pop("written")
+    assert state.pop("has_digests") is True and state.pop("generation") == 0
     (folder / "state.json").write_text(json.dumps(state))
     _cut(folder)
-    assert find_checkpoint("auto", tmp_path) is not None
+    assert isinstance(find_unfinished(tmp_path, CONFIG), Checkpoint)
+
+
+def test_a_checkpoint_that_could_not_be_loaded_is_passed_over(tmp_path: Path) -> None:
+    run = begin(tmp_path, CONFIG, "20260101-120000", "abc")
+    older, newer = save(run, 2), save(run, 4)
+    found = find_unfinished(tmp_path, CONFIG, refused=[newer])
+    assert isinstance(found, Checkpoint) and found.folder == older
+    with pytest.raises(CheckpointError, match="is whole"):
+        find_unfinished(tmp_path, CONFIG, refused=[newer, older])
 
 
 def begin(output_dir: Path, config: RunConfig, stamp: str, run_id: str) -> Path:
@@ -108,28 +155,79 @@ def begin(output_dir: Path, config: RunConfig, stamp: str, run_id: str) -> Path:
 
 
 def test_a_run_that_died_before_its_first_checkpoint_goes_on_under_its_id(tmp_path: Path) -> None:
-    assert begun_run(tmp_path, CONFIG, None) is None
+    assert find_unfinished(tmp_path / "nothing", CONFIG) is None
     begin(tmp_path, CONFIG, "20260101-120000", "older")
     run = begin(tmp_path, CONFIG, "20260101-130000", "abc")
     begin(tmp_path, replace(CONFIG, name="trial-two"), "20260101-140000", "other")
     (tmp_path / "trial-99999999-999999").mkdir()
-    found = begun_run(tmp_path, replace(CONFIG, resume="auto"), None)
-    assert found == run and run_id_of(found) == "abc"
+    found = find_unfinished(tmp_path, replace(CONFIG, resume="auto"))
+    assert found == run and run_id_of(run) == "abc"
     assert run_id_of(tmp_path / "trial-two-20260101-140000") == "other" and run_id_of(tmp_path) == ""
-    assert new_run(tmp_path, "trial").name.startswith("trial-20")
 
 
-def test_a_begun_run_is_not_continued_with_other_settings_or_beside_a_checkpoint(tmp_path: Path) -> None:
+def test_auto_takes_the_newest_unfinished_run_of_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The clock goes back by a day between the runs: the order is that of their beginnings."""
+    runs = []
+    for day in ("20260103", "20260102", "20260101"):
+        monkeypatch.setattr(time, "strftime", lambda form, day=day: f"{day}-120000")
+        runs.append(create_run(tmp_path, "trial"))
+        save(runs[-1], 2)
+    saved = save(create_run(tmp_path, "other"), 50)
+
+    def found() -> Path:
+        checkpoint = find_unfinished(tmp_path, CONFIG)
+        assert isinstance(checkpoint, Checkpoint)
+        return checkpoint.run_dir
+
+    assert found() == runs[2]
+    mark_finished(runs[2], CONFIG.train.steps)
+    assert found() == runs[1]
+    mark_finished(runs[1], CONFIG.train.steps)
+    mark_finished(runs[0], CONFIG.train.steps)
+    with pytest.raises(AllFinished, match=rf"every run of trial in \S+ is finished.*{runs[2].name}.*resume="):
+        find_unfinished(tmp_path, CONFIG)
+    more = replace(CONFIG, train=replace(CONFIG.train, steps=CONFIG.train.steps + 2))
+    further = find_unfinished(tmp_path, more)
+    assert isinstance(further, Checkpoint) and further.run_dir == runs[2]
+    assert saved.exists() and not warnings(caplog)
+
+
+def test_a_begun_run_of_other_settings_is_passed_over_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = begin(tmp_path, CONFIG, "20260101-130000", "abc")
     other = replace(CONFIG, learner=replace(CONFIG.learner, learning_rate=1.0))
-    assert begun_run(tmp_path, other, None) is None
-    newer = Checkpoint(save(tmp_path / "elsewhere", 2), START)
-    assert begun_run(tmp_path, CONFIG, newer) is None
-    late = begin(tmp_path, CONFIG, time.strftime("%Y%m%d-%H%M%S", time.localtime(time.time() + 60)), "def")
-    assert begun_run(tmp_path, CONFIG, newer) == late
-    save(late, 1)
-    assert begun_run(tmp_path, CONFIG, None) is None and list_checkpoints(late)
-    assert run.exists()
+    assert find_unfinished(tmp_path, other) is None
+    (line,) = warnings(caplog)
+    assert str(run) in line and "learner.learning_rate=" in line and "not 1.0" in line
+    assert find_unfinished(tmp_path, CONFIG) == run
+
+
+def test_runs_that_begin_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from cluster.runs.run_folders import create_run\n"
+        "time.strftime = lambda form: '20260101-120000'\n"
+        "for _ in range(5): create_run(Path(sys.argv[1]) / 'new', 'trial')"
+    )
+    starts = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(4)]
+    assert [start.wait(timeout=60) for start in starts] == [0] * 4
+    runs = runs_of(tmp_path / "new", "trial")
+    assert len(runs) == 20
+    assert [(run / "number").read_text().strip() for run in runs] == [str(n) for n in range(20, 0, -1)]
+
+
+def test_another_process_leaves_a_save_alone_that_is_on_its_way(tmp_path: Path) -> None:
+    """Between the two renames of a replacement: only the process with the lock may tidy up."""
+    run = begin(tmp_path, CONFIG, "20260101-120000", "abc")
+    folder = save(run, 2)
+    old = folder.with_name(f".{folder.name}.old")
+    folder.rename(old)
+    with held(run):
+        find_unfinished(tmp_path, replace(CONFIG, seed=9))
+        assert old.exists()
+    assert isinstance(find_unfinished(tmp_path, CONFIG), Checkpoint) and folder.exists()
 
 
 def test_two_processes_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import os
 import resource
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -21,9 +22,11 @@ from cluster.runs.checkpoint import (
     Checkpoint,
     TrainState,
     best_checkpoint,
-    find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    newest_whole,
+    prune,
+    recover_checkpoints,
     save_checkpoint,
     score_checkpoint,
     score_of,
@@ -37,12 +40,14 @@ from tests.unit.learner_cases import free, group, learner, write_model
 QUICKSTART = Path("tests/quickstart.yaml")
 
 
-def save(run_dir: Path, step: int, keep: int = 2, content: str = "theta") -> None:
+def save(
+    run_dir: Path, step: int, keep: int = 2, content: str = "theta", in_use: tuple[Path, ...] = ()
+) -> None:
     async def write(target: Path) -> None:
         target.mkdir()
         (target / "theta").write_text(content)
 
-    asyncio.run(save_checkpoint(run_dir, replace(START, step=step), "name: test\n", write, keep))
+    asyncio.run(save_checkpoint(run_dir, replace(START, step=step), "name: test\n", write, keep, in_use))
 
 
 def names(run_dir: Path) -> list[str]:
@@ -98,7 +103,7 @@ def test_a_run_resumed_from_an_earlier_step_keeps_what_it_writes(tmp_path: Path)
         save(tmp_path, step, keep=3)
     save(tmp_path, 3, keep=2)
     assert names(tmp_path) == ["step-000006", "step-000003"]
-    found = find_checkpoint("auto", tmp_path.parent)
+    found = newest_whole(tmp_path)
     assert found is not None and found.state.step == 3
     save(tmp_path, 6, keep=2, content="anew")
     assert names(tmp_path) == ["step-000003", "step-000006"]
@@ -122,7 +127,8 @@ def test_a_death_while_a_checkpoint_is_replaced_loses_neither(
         save(run, 6, content="second")
     monkeypatch.undo()
     assert names(run) == []  # between the two renames
-    found = find_checkpoint("auto", tmp_path)
+    recover_checkpoints(run)
+    found = newest_whole(run)
     assert found is not None and (found.learner / "theta").read_text() == "first"
     save(run, 6, content="third")
     assert (found.learner / "theta").read_text() == "third" and hidden(run) == []
@@ -203,8 +209,62 @@ def test_a_score_that_cannot_be_written_leaves_the_checkpoint_whole(tmp_path: Pa
         score_checkpoint(tmp_path, 1, "f1", 0.5, tasks=16, keep=2)
     folder = tmp_path / "checkpoints" / "step-000001"
     assert score_of(folder) is None and load_checkpoint(folder).state.step == 1
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "learner", "state.json"]
-    assert json.loads((folder / "state.json").read_text())["written"] > 0
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "SHA256SUMS",
+        "config.yaml",
+        "learner",
+        "state.json",
+    ]
+
+
+def test_the_clock_has_no_say_in_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set back by an hour after each save, file times too: what was written last stays the newest."""
+    now = time.time()
+    for step in (1, 2, 3, 4):
+        monkeypatch.setattr(time, "time", lambda step=step: now - 3600 * step)
+        save(tmp_path, step)
+        os.utime(tmp_path / "checkpoints" / f"step-{step:06d}", (now - 3600 * step,) * 2)
+    assert names(tmp_path) == ["step-000003", "step-000004"]
+    save(tmp_path, 2)  # resumed from an earlier step: the next generation
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+
+
+def test_what_is_resumed_from_is_kept_until_the_run_ends(tmp_path: Path) -> None:
+    save(tmp_path, 1, keep=1)
+    resumed = tmp_path / "checkpoints" / "step-000001"
+    for step in (2, 3, 4):
+        save(tmp_path, step, keep=1, in_use=(resumed,))
+        score_checkpoint(tmp_path, step, "f1", 0.1, tasks=1, keep=1, in_use=(resumed,))
+        assert resumed.exists()
+    prune(tmp_path, 1)
+    assert names(tmp_path) == ["step-000002", "step-000004"]  # the best, and the newest
+
+
+def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints" / "step-000002" / "state.json").write_text("{")
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["step-000001", "step-000003"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "step-000001 cannot be deleted (Permission denied)" in line and "\n" not in line
+    monkeypatch.undo()
+    save(tmp_path, 4)
+    assert hidden(tmp_path) == []  # another try at the next save
 
 
 @pytest.mark.parametrize(

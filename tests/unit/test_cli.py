@@ -21,6 +21,7 @@ import pytest
 from typer.main import get_command
 
 from cluster.cli import app, main
+from cluster.runs.run_lock import held
 from configs.load import load_config
 from configs.reference import settings
 from configs.shipped import find_config, shipped
@@ -280,7 +281,11 @@ def test_scale_asks_the_newest_run_and_refuses_what_is_none(
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text("name: x\n")
     os.utime(tmp_path / "old" / "config.yaml", (1, 1))
-    assert main(["scale", "3", "--output-dir", str(tmp_path)]) == 0
+    dead = failure(capsys, "scale", "3", "--output-dir", str(tmp_path))
+    assert "is not running: it ended or died" in dead and "rollout.workers=3" in dead
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["config.yaml"]
+    with held(tmp_path / "new"):
+        assert main(["scale", "3", "--output-dir", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "new" / "workers.json").read_text()) == {"workers": 3}
     assert "asked for 3 rollout worker(s)" in capsys.readouterr().out
     assert "is no run folder" in failure(capsys, "scale", "3", "--run", str(tmp_path / "nothing"))

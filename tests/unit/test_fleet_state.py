@@ -14,6 +14,7 @@ from cluster.fleet.contract import Lane, Openings
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.state import ALIVE, FleetState
 from cluster.fleet.stream import may_issue
+from cluster.runs.run_lock import held
 from cluster.runs.wanted_workers import ScaleError, WantedWorkers, ask_for, newest_run, read_wanted, scheduled
 from tests.unit.cluster_cases import ScriptedWorker
 
@@ -190,7 +191,8 @@ def test_the_number_of_workers_follows_config_schedule_and_person(tmp_path: Path
     assert wanted() == 2
     wanted.step = 10
     assert wanted() == 4
-    ask_for(newest_run(tmp_path), 7)
+    with held(tmp_path / "run"):
+        ask_for(newest_run(tmp_path), 7)
     assert wanted() == read_wanted(tmp_path / "run") == 7
     for damaged in ("{", "[]", '{"workers": 0}', '{"workers": true}', '{"workers": "7"}'):
         (tmp_path / "run" / "workers.json").write_text(damaged)

@@ -23,11 +23,11 @@ from cluster.fleet.stream import Batch
 from cluster.runs.checkpoint import (
     START,
     TrainState,
-    find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
+from cluster.runs.resume import find_checkpoint
 from cluster.train.loop import run_loop
 from cluster.train.metrics import StepSeconds, StepSummary, step_line, summarize
 from configs.schema import TrainConfig
@@ -315,21 +315,10 @@ def test_only_the_newest_checkpoints_are_kept_and_a_broken_one_is_never_seen(tmp
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
 
 
-def test_auto_finds_the_newest_of_all_runs(tmp_path: Path) -> None:
-    assert find_checkpoint("", tmp_path) is None
-    assert find_checkpoint("auto", tmp_path / "nothing") is None
-    asyncio.run(_save(tmp_path / "old", 50))
-    asyncio.run(_save(tmp_path / "new", 2))
-    found = find_checkpoint("auto", tmp_path)
-    assert found is not None
-    assert found.folder == tmp_path / "new" / "checkpoints" / "step-000002"
-    assert found.run_dir == tmp_path / "new"
-
-
 def test_naming_the_runs_folder_points_to_its_checkpoint(tmp_path: Path) -> None:
     asyncio.run(_save(tmp_path / "run", 7))
     with pytest.raises(CheckpointError, match=r"is no checkpoint: .* did you mean .*step-000007\?"):
-        find_checkpoint(str(tmp_path / "run"), tmp_path)
+        find_checkpoint(tmp_path / "run")
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         load_checkpoint(tmp_path / "elsewhere")
 
