@@ -40,6 +40,15 @@ def require(condition: bool, key: str, value: object, bound: str, cure: str = ""
         raise BoundError(key, value, f"{bound}; {cure}" if cure else bound)
 
 
+def folder_name(config: object, name: str) -> None:
+    """Require that a field names a folder, and cannot lead out of the one that this folder stands in."""
+    value = str(getattr(config, name))
+    plain = value.isprintable() and "/" not in value and not value.startswith((".", "-"))
+    fits = 0 < len(value.encode()) <= 100  # bytes: a date is added
+    bound = "1 to 100 printable characters without /, the first neither . nor -"
+    require(plain and fits, name, value, bound, "it names a folder in output_dir")
+
+
 def positive(config: object, *names: str) -> None:
     """Require that the named fields are finite and greater than 0."""
     for name in names:

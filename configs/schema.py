@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.bounds import custom_resource, home_expanded, not_negative, positive, require
+from configs.bounds import custom_resource, folder_name, home_expanded, not_negative, positive, require
 from configs.environments import (
     ConversationConfig,
     EnvironmentConfig,
@@ -343,8 +343,7 @@ class AssistantConfig:
 class RunConfig:
     """One run.
 
-    ``resume`` is a checkpoint folder, "auto" (the newest unfinished run of this name in ``output_dir``, from
-    its newest undamaged checkpoint) or "" (a new run).
+    ``resume``: a checkpoint folder, "auto" (the newest unfinished run of ``name``) or "" (a new run).
     """
 
     name: str = "engram"
@@ -374,10 +373,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         home_expanded(self, "output_dir", "resume")
         not_negative(self, "seed")
-        plain = self.name.isprintable() and "/" not in self.name and not self.name.startswith((".", "-"))
-        fits = 0 < len(self.name.encode()) <= 100  # bytes; with a date it names folders
-        bound = "1 to 100 printable characters without /, the first neither . nor -"
-        require(plain and fits, "name", self.name, bound, "it names the run's folder in output_dir")
+        folder_name(self, "name")
         importance = self.objective.importance
         corrected = self.rollout.refresh == "drain" or importance == "truncated"
         bound = "truncated with rollout.refresh=in_flight"

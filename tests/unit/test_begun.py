@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.common.errors import AllFinished, CheckpointError, InUseError
+from cluster.common.errors import AllFinished, CheckpointError, InUseError, StartupError
+from cluster.fleet.ray_runtime import _cluster_address
 from cluster.runs.checkpoint import START, Checkpoint, save_checkpoint
 from cluster.runs.resume import find_checkpoint, find_unfinished, note_run_id, run_id_of
 from cluster.runs.run_folders import create_run, mark_finished, runs_of
 from cluster.runs.run_lock import held, require_free
-from configs.load import load_config, to_yaml
+from configs.load import ConfigError, load_config, to_yaml
 from configs.schema import RunConfig
 
 CONFIG = load_config(Path("tests/quickstart.yaml"), ["name=trial"])
@@ -249,3 +250,22 @@ def test_two_processes_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock
         require_free(tmp_path)
     require_free(tmp_path)
     require_free(tmp_path / "not there")
+
+
+@pytest.mark.parametrize("name", ["", "..", "../up", "a/b", "/abs", ".hidden", "-x", "a\nb", "n" * 101])
+def test_a_name_cannot_leave_its_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"name=.*is not allowed: it must be 1 to 100 printable characters"):
+        replace(CONFIG, name=name)
+
+
+def test_auto_joins_the_cluster_of_ray_start_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not whatever local Ray runs on the machine, which Ray itself would join."""
+    monkeypatch.setattr("ray._private.utils.get_ray_address_file", lambda _: str(tmp_path / "current"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(StartupError, match=r"ray\.address=auto finds no cluster on this machine"):
+        _cluster_address("auto")
+    (tmp_path / "current").write_text("10.0.0.1:6379\n")
+    assert _cluster_address("auto") == "10.0.0.1:6379"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
+    assert _cluster_address("auto") == "10.0.0.2:6379"
+    assert _cluster_address("10.0.0.3:1") == "10.0.0.3:1"

@@ -86,7 +86,7 @@ def test_a_folder_takes_its_name_when_it_is_complete(tmp_path: Path, monkeypatch
     with new_folder(tmp_path / "made") as folder:
         (folder / "a").write_text("1")
         assert not (tmp_path / "made").exists()
-    assert (tmp_path / "made" / "a").read_text() == "1" and [path.name for path in synced[:1]] == ["a"]
+    assert (tmp_path / "made" / "a").read_text() == "1" and [path.name for path in synced[1:2]] == ["a"]
 
     with pytest.raises(RuntimeError), new_folder(tmp_path / "failed"):
         raise RuntimeError
