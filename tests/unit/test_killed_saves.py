@@ -25,7 +25,9 @@ from cluster.runs.checkpoint import START, newest_whole, recover_checkpoints, sa
 from cluster.tracking.outbox import Outbox, Point
 from configs.files import new_folder, recover_folder, remove_folder, write_text
 
-_WRITES = os.O_WRONLY | os.O_RDWR
+
+def _is_write(flags: object) -> bool:
+    return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR))
 
 
 class _Killer:
@@ -42,9 +44,10 @@ class _Killer:
 
     def audit(self, event: str, arguments: tuple[object, ...]) -> None:
         """Opening for writing, renaming, deleting, making folders: Python tells before they happen."""
-        watched = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
-        watched |= event == "open" and isinstance(arguments[2], int) and bool(arguments[2] & _WRITES)
-        if watched and str(arguments[0]).startswith(self._root):
+        watched = event in ("os.remove", "os.rmdir")  # rmtree gives them no more than a name
+        if event in ("os.rename", "os.mkdir") or (event == "open" and _is_write(arguments[2])):
+            watched = str(arguments[0]).startswith(self._root)
+        if watched:
             self.strike()
 
 
