@@ -23,7 +23,8 @@ from cluster.runs.checkpoint import START, Checkpoint, save_checkpoint
 from cluster.runs.resume import find_checkpoint, find_unfinished, note_run_id, run_id_of
 from cluster.runs.run_folders import create_run, mark_finished, runs_of
 from cluster.runs.run_lock import held, require_free
-from configs.load import ConfigError, load_config, to_yaml
+from configs.bounds import BoundError
+from configs.load import load_config, to_yaml
 from configs.schema import RunConfig
 
 CONFIG = load_config(Path("tests/quickstart.yaml"), ["name=trial"])
@@ -254,7 +255,7 @@ def test_two_processes_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock
 
 @pytest.mark.parametrize("name", ["", "..", "../up", "a/b", "/abs", ".hidden", "-x", "a\nb", "n" * 101])
 def test_a_name_cannot_leave_its_folder(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"name=.*is not allowed: it must be 1 to 100 printable characters"):
+    with pytest.raises(BoundError, match=r"name=.*is not allowed: it must be 1 to 100 printable characters"):
         replace(CONFIG, name=name)
 
 
