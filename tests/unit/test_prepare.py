@@ -75,7 +75,7 @@ def test_a_run_that_died_before_its_first_checkpoint_goes_on_in_its_folder(confi
     note_run_id(folder.path, "abc")
     basis = folder.basis.read_bytes()
     spec, again, start = prepare_training(replace(config, resume="auto"))
-    assert again == folder and folder.basis.read_bytes() == basis
+    assert again.path == folder.path and folder.basis.read_bytes() == basis
     assert start.state == replace(START, tracking_run_id="abc")
     assert (start.checkpoint, start.policy_path) == (None, spec.model_path)
 
@@ -86,7 +86,7 @@ def test_a_checkpoint_goes_on_with_its_weights_state_and_basis(config: RunConfig
     basis, saved = folder.basis.read_bytes(), save(folder, config)
     resumed = replace(config, resume="auto" if resume == "auto" else str(saved))
     spec, again, start = prepare_training(resumed)
-    assert again == folder and folder.basis.read_bytes() == basis
+    assert again.path == folder.path and folder.basis.read_bytes() == basis
     assert start.checkpoint is not None and start.checkpoint.folder == saved
     assert start.state == STATE and start.policy_path == saved / "learner" / "model" != spec.model_path
 
@@ -159,7 +159,9 @@ def test_the_day_in_a_template_is_pinned_at_the_start_and_kept(
         saved = save(folder, load_config(folder.config, []))
     name = str(saved) if resume == "by name" else "auto"
     again, same, start = prepare_training(replace(config, model=model, resume=name))
-    assert same == folder and (start.checkpoint is not None) == (resume != "auto before a checkpoint")
+    assert same.path == folder.path and (start.checkpoint is not None) == (
+        resume != "auto before a checkpoint"
+    )
     assert again.config.model.date == "2026-01-02" == load_config(folder.config, []).model.date
     system = open_chat(again.model_path, again.config.model).system("Be brief.")
     assert "Today is 2026-01-02.\n\nBe brief." in open_chat(again.model_path, again.config.model).decode(
