@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.embedded import EMBEDDED_NAME, ModelError, embedded_folder
-from configs.schema import ModelConfig
+from configs.schema import EngineConfig, ModelConfig
 
 __all__ = [
     "EMBEDDED_NAME",
@@ -28,6 +28,7 @@ __all__ = [
     "check_supported",
     "declared_stop_ids",
     "fingerprint",
+    "require_positions",
     "resolve_model",
 ]
 
@@ -105,6 +106,15 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
         stop_token_ids=declared_stop_ids(path, config.name),
         fingerprint=fingerprint(path),
     )
+
+
+def require_positions(model: ResolvedModel, engine: EngineConfig) -> None:
+    """Raise ModelError where ``engine.max_model_tokens`` is more than the model's window."""
+    if engine.max_model_tokens > model.max_positions:
+        raise ModelError(
+            f"engine.max_model_tokens={engine.max_model_tokens} is more than the window of model "
+            f"{model.name!r}: {model.max_positions} tokens; lower it"
+        )
 
 
 def check_supported(hf_config: Mapping[str, Any], name: str) -> None:

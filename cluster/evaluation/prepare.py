@@ -24,6 +24,7 @@ from cluster.common.day import day_in, with_day
 from cluster.evaluation.command import REQUEST_FILE, save_request, saved_request
 from cluster.evaluation.plan import WRITING, Cell, Plan, Request, plan_cells
 from cluster.evaluation.store import CellStore
+from cluster.fleet.ray_runtime import demand, require_gpus
 from cluster.runs.checkpoint import Checkpoint, load_checkpoint
 from cluster.runs.run_folders import create_run, runs_of
 from cluster.runs.run_lock import held, require_free
@@ -34,12 +35,13 @@ from cluster.train.prepare import (
     open_environment,
     output_dir_of,
     questions_of,
+    require_machine,
     run_basis,
 )
 from configs.bounds import BoundError
 from configs.files import write_text
 from configs.load import ConfigError, load_config, to_yaml
-from configs.models import ResolvedModel, resolve_model
+from configs.models import ResolvedModel, require_positions, resolve_model
 from configs.schema import EnvironmentConfig, FastWeightsConfig, RunConfig
 
 
@@ -81,9 +83,14 @@ def prepare_comparison(request: Request) -> Comparison:
     """
     plan = plan_cells(request)
     config = plan.base
+    require_machine(config, demand(config, learner=False))
+    for cell in plan.cells:
+        require_gpus(cell.config, demand(cell.config, learner=False))
     environments = _environments(plan)
     tasks = {cell.key: held_out(environments[cell.config.environment], cell.config) for cell in plan.cells}
     model = resolve_model(config.model)
+    for cell in plan.cells:
+        require_positions(model, cell.config.engine)
     chat = open_chat(model.path, config.model)
     _require_windows(plan, environments, tasks, chat)
     checkpoint = None

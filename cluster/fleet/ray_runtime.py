@@ -74,6 +74,19 @@ def demand(config: RunConfig, learner: bool) -> Demand:
     )
 
 
+def require_gpus(config: RunConfig, needed: Demand) -> None:
+    """Raise StartupError when this machine has too few GPUs for a local Ray, which never grows.
+
+    A cluster may scale up; there the start-up deadline decides.
+    """
+    if config.ray.address or not needed.gpus:
+        return
+    import torch
+
+    if needed.gpus > (gpus := torch.cuda.device_count()):
+        raise _too_few(needed, gpus)
+
+
 @contextmanager
 def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
     """Start or join Ray for the duration of the block. Raises StartupError.
@@ -242,18 +255,19 @@ async def _value(ref: ObjectRef[T]) -> T:
 
 
 def _check_resources(config: RunConfig, needed: Demand) -> None:
-    """Raise StartupError when a local Ray has too few GPUs: it never grows.
-
-    A cluster may scale up; there the start-up deadline decides.
-    """
+    """Raise StartupError when a local Ray found fewer GPUs than ``require_gpus``."""
     import ray
 
     gpus = ray.cluster_resources().get("GPU", 0)
     if not config.ray.address and needed.gpus > gpus:
-        raise StartupError(
-            f"the run asks for {needed}, this machine has {gpus:g} GPU: "
-            "lower rollout.gpus_per_worker, learner.gpus_per_worker or their workers"
-        )
+        raise _too_few(needed, gpus)
+
+
+def _too_few(needed: Demand, gpus: float) -> StartupError:
+    return StartupError(
+        f"the run asks for {needed}, this machine has {gpus:g} GPU: "
+        "lower rollout.gpus_per_worker, learner.gpus_per_worker or their workers"
+    )
 
 
 def _cause(error: Exception) -> str:

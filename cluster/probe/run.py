@@ -26,6 +26,7 @@ from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.writer import BatchedWriter
 from cluster.common.day import with_day
 from cluster.common.display import Display
+from cluster.common.folders import require_writable
 from cluster.common.git import git_commit
 from cluster.measure.report import show
 from cluster.probe.cards import cards_of, examples_of, unrelated_pieces
@@ -36,7 +37,7 @@ from cluster.probe.report import ProbeReport, metrics, save_report
 from cluster.probe.strays import Stray, questioner_of, strays_of
 from cluster.probe.teaching import Teacher
 from cluster.probe.values import LEAKS, Card, Cell, CellRun, Point, ProbeError, TextPiece
-from cluster.tracking.tracker import RunStatus, Tracker, open_run
+from cluster.tracking.tracker import RunStatus, Tracker, open_run, require_server
 from configs.files import FileError, dump_json, read_json, write_text
 from configs.load import flatten
 from configs.models import ResolvedModel, resolve_model
@@ -129,6 +130,9 @@ def probe(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions, displ
 
 
 def _prepare(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions) -> _Prepared:
+    output_dir = Path(config.output_dir).expanduser().absolute()
+    require_writable(output_dir, "output_dir")
+    require_server(config.tracking, output_dir)
     cards = {seed: cards_of(options.cards, seed) for seed in options.seeds}
     fewest = min(map(len, cards.values()))
     if options.writes > fewest:
@@ -152,7 +156,9 @@ def _prepare(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions) ->
     if folder is not None:
         _check_plan(folder, plan)
     else:
-        folder = Path(config.output_dir) / f"{config.name}-probe-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = (
+            Path(config.output_dir).expanduser() / f"{config.name}-probe-{time.strftime('%Y%m%d-%H%M%S')}"
+        )
     folder = folder.expanduser().absolute()
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     return _Prepared(config, options, tuple(cells), cards, strays, pieces, model, chat, folder, plan)

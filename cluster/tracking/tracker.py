@@ -3,6 +3,7 @@
     log, artifact, dataset, model --0.5 ms--> outbox: a file in the run's folder --sender: a thread--> MLflow
 
 Every wait, and its bound:
+    require_server  3 s: before anything starts
     open_run      MLflow must answer here: tracking.timeout_s for each of about six calls, then TrackingError
     log and such  wait for the local disk only; an MLflow that is away costs the training nothing
     finish        waits for MLflow: tracking.finish_timeout_s, 5 s at most when the run was told to stop
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 import sqlite3
 import time
 import warnings
@@ -25,6 +28,8 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from cluster.common.errors import TrackingError
 from cluster.common.git import git_commit
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 _LONGEST_PARAM = 500  # characters
+_CONNECT_S = 3.0  # to a server that answers at all
+_SIGNS = {"@": "_at_", "%": "_percent_", "#": "_number_", "&": "_and_", "+": "_plus_"}
 _STOPPED_WAIT_S = 5.0  # the grace time of a run that was told to stop is for its checkpoint
 _log = logging.getLogger(__name__)
 
@@ -88,7 +95,7 @@ class MlflowTracker(Tracker):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         now, lost = _now_ms(), self._outbox.lost
-        points = [Point(key, float(value), now, step) for key, value in metrics.items()]
+        points = [Point(mlflow_key(key), float(value), now, step) for key, value in metrics.items()]
         if self._sender.problem:
             points.append(Point("tracking/spooled", float(len(self._outbox)), now, step))
         self._outbox.append(points)
@@ -185,9 +192,8 @@ def _in_mlflow(
         artifacts = output_dir / "mlflow-artifacts" if uri == _own_store(output_dir) else None
         experiment = _experiment(client, tracking.experiment, artifacts)
         run = client.create_run(experiment, run_name=run_name, tags=_tags())
-        client.log_batch(
-            run.info.run_id, params=[Param(key, value[:_LONGEST_PARAM]) for key, value in params.items()]
-        )
+        logged = [Param(mlflow_key(key), text[:_LONGEST_PARAM]) for key, text in params.items()]
+        client.log_batch(run.info.run_id, params=logged)
         return MlflowRun(client, run)
     except MlflowException as error:
         raise TrackingError(
@@ -196,13 +202,48 @@ def _in_mlflow(
         ) from error
 
 
+def require_server(tracking: TrackingConfig, output_dir: Path) -> None:
+    """Raise TrackingError when nobody listens at the address of MLflow's server.
+
+    Why here: MLflow's client takes a minute to say so.
+    """
+    uri = store_uri(tracking, output_dir)
+    address = urlsplit(uri)
+    if not tracking.enabled or address.scheme not in ("http", "https"):
+        return
+    host = address.hostname or ""
+    if address.scheme in getproxies() and not proxy_bypass(host):
+        return  # a proxy knows the way to hosts that this machine does not
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TrackingError(
+            f"cannot use MLflow at {shown(uri)}: {reason}; "
+            "set tracking.uri, or tracking.enabled=false to run without it"
+        ) from None
+
+
 def store_uri(tracking: TrackingConfig, output_dir: Path) -> str:
     """The address of the MLflow that the runs of ``output_dir`` report to."""
     return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or _own_store(output_dir)
 
 
+def mlflow_key(name: str) -> str:
+    """``name`` as MLflow takes it: a user's reward part or option may be called "f1@5" or "..".
+
+    MLflow allows letters, digits, and _-. :/ but no path that is not plain.
+    """
+    text = re.sub(r"[^\w\-. :/]", lambda sign: _SIGNS.get(sign[0], f"_x{ord(sign[0]):x}_"), name)
+    parts = (part if part.strip(".") else "_x2e_" * len(part) or "_" for part in text.split("/"))
+    return "/".join(parts)
+
+
 def _own_store(output_dir: Path) -> str:
-    return f"sqlite:///{output_dir / 'mlflow.db'}"
+    path = str(output_dir / "mlflow.db")
+    quoted = quote(path) if set(path) & set("%?#") else path  # in an address these signs have a meaning
+    return f"sqlite:///{quoted}"
 
 
 def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> str:

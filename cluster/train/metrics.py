@@ -134,8 +134,10 @@ def reward_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
     for episode in _episodes(groups):
         for name, value in episode.outcome.reward_parts.items():
             parts.setdefault(name, []).append(float(value))
+    # a part may be called as one of the figures above
     return metrics | {
-        f"reward/{name}": _mean(values) for name, values in parts.items() if f"reward/{name}" not in metrics
+        f"reward/part_{name}" if f"reward/{name}" in metrics else f"reward/{name}": _mean(values)
+        for name, values in parts.items()
     }
 
 

@@ -23,16 +23,19 @@ from actors.text.chat_template import open_chat
 from actors.types import Task
 from cluster.common.day import day_in, with_day
 from cluster.common.errors import CheckpointError
+from cluster.common.folders import require_writable
 from cluster.common.tasks import TaskSource
+from cluster.fleet.ray_runtime import Demand, demand, require_gpus
 from cluster.runs.checkpoint import START, Checkpoint, TrainState
 from cluster.runs.resume import find_checkpoint, find_unfinished, run_id_of
 from cluster.runs.run_folders import create_run
 from cluster.runs.run_lock import require_free
+from cluster.tracking.tracker import require_server
 from cluster.train.warm_start import require_demonstrations
 from configs.curriculum import stages
 from configs.files import write_text
 from configs.load import ConfigError, flatten, load_config, to_yaml
-from configs.models import resolve_model
+from configs.models import require_positions, resolve_model
 from configs.schema import RunConfig
 from learner.advantage import estimator
 
@@ -114,6 +117,8 @@ def prepare_training(config: RunConfig, refused: Collection[Path] = ()) -> tuple
     ``resume=auto`` passes over the checkpoints in ``refused``.
     Raises TaskError, ModelError, CheckpointError, InUseError, ValueError: one line each.
     """
+    require_machine(config, demand(config, learner=True))
+    _require_deadlines(config)
     _refuse_control(config)
     _require_trained_tokens(config)
     estimator(config.objective)  # a user's own is found now, not by a worker
@@ -124,7 +129,9 @@ def prepare_training(config: RunConfig, refused: Collection[Path] = ()) -> tuple
     of_stages = tuple(_open_stages(config))
     for each in (environment, *of_stages):
         _require_attribution(config, each)
-    spec = RunSpec(config, environment, resolve_model(config.model).path, eval_tasks, of_stages)
+    model = resolve_model(config.model)
+    require_positions(model, config.engine)
+    spec = RunSpec(config, environment, model.path, eval_tasks, of_stages)
     chat = open_chat(spec.model_path, config.model)
     questions = questions_of(config, environment, eval_tasks)
     questions += [question for each in of_stages for question in _first_questions(config, each)]
@@ -142,6 +149,27 @@ def prepare_training(config: RunConfig, refused: Collection[Path] = ()) -> tuple
         save_basis(run_basis(spec.model_path, spec.config), folder.basis)
     load_basis(folder.basis)  # of the weights that the run started from: a resumed run keeps its own
     return spec, folder, start
+
+
+def require_machine(config: RunConfig, needed: Demand) -> None:
+    """Check what the run needs of this machine and its surroundings, in seconds.
+
+    Raises ConfigError for ``output_dir``, StartupError for GPUs, TrackingError for MLflow's server.
+    """
+    output_dir = output_dir_of(config)
+    require_writable(output_dir, "output_dir")
+    require_server(config.tracking, output_dir)
+    require_gpus(config, needed)
+
+
+def _require_deadlines(config: RunConfig) -> None:
+    """Raise ConfigError where a group is late before its episodes are: healthy workers would be replaced."""
+    group, episode = config.train.group_timeout_s, config.rollout.episode_timeout_s
+    if group <= episode:
+        raise ConfigError(
+            f"train.group_timeout_s={group:g} is not allowed: it must be more than "
+            f"rollout.episode_timeout_s={episode:g}, else a worker whose episode is merely late is replaced"
+        )
 
 
 def _refuse_control(config: RunConfig) -> None:

@@ -32,6 +32,7 @@ SETTINGS = (
     "train.group_size=2",
     "train.checkpoint_every=2",
     "train.group_timeout_s=120",
+    "rollout.episode_timeout_s=110",
     "warm_start.steps=0",
     "evaluation.tasks=1",
     "evaluation.bootstrap_samples=100",
