@@ -6,6 +6,7 @@ No test starts an engine or Ray: a mistake must be found before either starts.
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 import os
@@ -289,6 +290,27 @@ def test_scale_asks_the_newest_run_and_refuses_what_is_none(
     assert json.loads((tmp_path / "new" / "workers.json").read_text()) == {"workers": 3}
     assert "asked for 3 rollout worker(s)" in capsys.readouterr().out
     assert "is no run folder" in failure(capsys, "scale", "3", "--run", str(tmp_path / "nothing"))
+
+
+def test_a_full_disk_is_one_line_wherever_it_is_met(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device", "/runs/x/workers.json")
+
+    monkeypatch.setattr("cluster.runs.wanted_workers.newest_run", full)
+    assert main(["scale", "3", "--output-dir", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith(
+        "error: /runs/x/workers.json: cannot be written or read (No"
+    )
+
+    def bug(_: Path) -> Path:
+        raise FileNotFoundError(errno.ENOENT, "No such file", "x")
+
+    monkeypatch.setattr("cluster.runs.wanted_workers.newest_run", bug)
+    with pytest.raises(FileNotFoundError):  # a mistake of ours keeps its traceback
+        main(["scale", "3", "--output-dir", str(tmp_path)])
 
 
 # --- Tab ---------------------------------------------------------------------------------------------------

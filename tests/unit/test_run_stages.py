@@ -18,7 +18,7 @@ from rich.console import Console
 
 from actors.types import Task, TrajectoryGroup
 from cluster.common.display import Display
-from cluster.common.errors import ClusterError, WorkerLost
+from cluster.common.errors import AllFinished, ClusterError, UnloadableError, WorkerLost
 from cluster.measure.rows import EvaluationRow, load_row
 from cluster.runs.checkpoint import START, TrainState, list_checkpoints, load_checkpoint, score_of
 from cluster.train import run
@@ -334,3 +334,43 @@ def test_the_tracked_run_ends_with_the_status_of_the_run(error: BaseException | 
             raise error
     assert statuses == [status]
     assert output.getvalue() == "the store is slow\n"
+
+
+@pytest.mark.parametrize("resume", ["auto", "/runs/x/checkpoints/step-000004"])
+def test_a_checkpoint_that_cannot_be_loaded_is_passed_over_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], resume: str
+) -> None:
+    """With resume=auto the run goes on from the next one; a checkpoint that was named ends it."""
+    damaged, asked = Path("/runs/x/checkpoints/step-000004"), list[list[Path]]()
+
+    def prepare(_: RunConfig, refused: list[Path]) -> tuple[str]:
+        asked.append(list(refused))
+        return ("older",) if refused else ("newer",)
+
+    async def train(which: str, _: Display) -> None:
+        if which == "newer":
+            raise UnloadableError(damaged, "learner.json: not a learner checkpoint")
+
+    monkeypatch.setattr(run, "prepare_training", prepare)
+    monkeypatch.setattr(run, "train", train)
+    config = RunConfig(resume=resume)
+    if resume == "auto":
+        run.train_config(config, Display())
+        assert asked == [[], [damaged]]
+        assert (
+            f"passes over a checkpoint: {damaged} cannot be loaded: learner.json" in capsys.readouterr().out
+        )
+    else:
+        with pytest.raises(UnloadableError, match="step-000004 cannot be loaded"):
+            run.train_config(config, Display())
+
+
+def test_where_all_runs_are_finished_it_says_so_and_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nothing(_: RunConfig, refused: list[Path]) -> None:
+        raise AllFinished("resume=auto: nothing is left to do")
+
+    monkeypatch.setattr(run, "prepare_training", nothing)
+    run.train_config(RunConfig(resume="auto"), Display())
+    assert capsys.readouterr().out == "resume=auto: nothing is left to do\n"
