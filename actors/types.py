@@ -18,8 +18,7 @@ Worked example. An episode reads two sessions, each of which fills the context, 
     revisions    (revision 1, revision 2)
     writes       (record 1, record 2)
 
-Values are frozen, complete at construction, and picklable. This module imports the standard library and
-numpy only.
+Values are frozen, complete at construction, and picklable. Imports: the standard library and numpy only.
 """
 
 from __future__ import annotations
@@ -198,11 +197,9 @@ class WriteRequest:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a receipt checks: the writer's log-probs of the last n tokens, before and after the write.
+    """What a receipt checks: the writer's log-probs of the last n tokens, before and after the write."""
 
-    Example with n = 2: Probe((12, 7, 504, 2), before=(-6.1, -2.0), after=(-0.4, -0.1))
-    """
-
+    # n = 2: Probe((12, 7, 504, 2), before=(-6.1, -2.0), after=(-0.4, -0.1))
     token_ids: tuple[int, ...]
     before: tuple[float, ...]  # n values
     after: tuple[float, ...]  # n values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 import os
 import re
@@ -75,6 +76,14 @@ def home_expanded(config: object, *names: str) -> None:
         path: str = getattr(config, name)
         if path.startswith("~"):
             object.__setattr__(config, name, os.path.expanduser(path))  # noqa: PTH111 - Path drops a last "/"
+
+
+def is_day(text: str) -> bool:
+    """True for a day such as 2026-11-30, and for no text."""
+    try:
+        return not text or dt.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def custom_resource(name: str) -> None:

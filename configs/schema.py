@@ -13,7 +13,15 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.bounds import custom_resource, folder_name, home_expanded, not_negative, positive, require
+from configs.bounds import (
+    custom_resource,
+    folder_name,
+    home_expanded,
+    is_day,
+    not_negative,
+    positive,
+    require,
+)
 from configs.environments import (
     ConversationConfig,
     EnvironmentConfig,
@@ -88,20 +96,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         home_expanded(self, "name")
-        cure = "leave it empty for the day on which the run starts"
-        require(_is_day(self.date), "date", self.date, "a day such as 2026-11-30", cure)
+        require(is_day(self.date), "date", self.date, "a day such as 2026-11-30; or empty, for today")
 
     @property
     def day(self) -> dt.date | None:
         """``date`` as a day; None where it is empty."""
         return dt.date.fromisoformat(self.date) if self.date else None
-
-
-def _is_day(text: str) -> bool:
-    try:
-        return not text or dt.date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True)
