@@ -42,6 +42,7 @@ from configs.memory import (
     PreserveConfig,
     WriteConfig,
 )
+from configs.services import AssistantConfig, EpisodesConfig, RayConfig, TrackingConfig
 
 __all__ = [
     "AssistantConfig",
@@ -262,81 +263,6 @@ class EvaluationConfig:
         not_negative(self, "temperature")
         samples, cure = self.bootstrap_samples, "a 95 % interval needs so many resamples"
         require(samples >= 100, "bootstrap_samples", samples, "100 or more", cure)
-
-
-@dataclass(frozen=True)
-class EpisodesConfig:
-    """Which episodes a run keeps for ``engram inspect``: one file each, in the run's folder."""
-
-    per_step: int = 1  # of the episodes that a training step learned from, drawn by lot
-    per_evaluation: int = 2  # of each held-out evaluation: its first tasks, the same in every row
-    failed: int = 100  # of a run; later failures are only counted
-    traces: bool = True  # the same episodes as MLflow traces of the run
-
-    def __post_init__(self) -> None:
-        not_negative(self, "per_step", "per_evaluation", "failed")
-
-
-@dataclass(frozen=True)
-class TrackingConfig:
-    """MLflow.
-
-    An empty ``uri`` means MLFLOW_TRACKING_URI, and without this variable sqlite in the output folder.
-    """
-
-    enabled: bool = True
-    uri: str = ""
-    experiment: str = "engram"
-    timeout_s: float = 20.0  # of one request to a server
-    # how long the end of a run waits for a store that is away; what was not sent stays in the run's folder
-    finish_timeout_s: float = 30.0
-    # between measurements of the driver's machine (processor, memory, disk, network, GPUs); 0: never
-    system_metrics_s: float = 10.0
-    # kept checkpoints become registered models: as references to their folders, or with all their files
-    models: Literal["reference", "upload", "off"] = "reference"
-
-    def __post_init__(self) -> None:
-        home_expanded(self, "uri")
-        positive(self, "timeout_s")
-        not_negative(self, "finish_timeout_s", "system_metrics_s")
-
-
-@dataclass(frozen=True)
-class RayConfig:
-    """Ray. An empty ``address`` starts a local Ray for this run, also where a cluster runs on the machine.
-
-    ``auto`` or an address joins a cluster. In a Ray job the default is ``auto``.
-    """
-
-    address: str = ""
-    object_store_gib: float = 2.0  # of a local Ray
-    startup_timeout_s: float = 300.0
-
-    def __post_init__(self) -> None:
-        positive(self, "object_store_gib", "startup_timeout_s")
-
-
-@dataclass(frozen=True)
-class AssistantConfig:
-    """The commands ``chat`` and ``serve``. A conversation is one long episode and has its own memory.
-
-    ``memory`` bounds its context and flashcards, ``sampling`` its replies.
-    """
-
-    # empty: the prompt of the environment in this configuration, under which a checkpoint was trained
-    system_prompt: str = ""
-    temperature: float = 0.0  # 0: greedy
-    # that serve keeps in memory; one more puts away the conversation that was idle longest
-    max_conversations: int = 64
-    idle_s: float = 3600.0  # a conversation that was idle for so long is put away too
-    save_dir: str = ""  # put away means: saved here, and loaded when it is named again; empty: forgotten
-    max_body_kib: int = 256  # of one request to serve
-    request_timeout_s: float = 300.0  # of one request to serve, with the wait for its turn
-
-    def __post_init__(self) -> None:
-        not_negative(self, "temperature")
-        home_expanded(self, "save_dir")
-        positive(self, "max_conversations", "idle_s", "max_body_kib", "request_timeout_s")
 
 
 @dataclass(frozen=True)
