@@ -78,7 +78,7 @@ def home_expanded(config: object, *names: str) -> None:
             object.__setattr__(config, name, os.path.expanduser(path))  # noqa: PTH111 - Path drops a last "/"
 
 
-def is_day(text: str) -> bool:
+def a_day(text: str) -> bool:
     """True for a day such as 2026-11-30, and for no text."""
     try:
         return not text or dt.date.fromisoformat(text).isoformat() == text

@@ -13,15 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.bounds import (
-    custom_resource,
-    folder_name,
-    home_expanded,
-    is_day,
-    not_negative,
-    positive,
-    require,
-)
+from configs.bounds import a_day, custom_resource, folder_name, home_expanded, not_negative, positive, require
 from configs.environments import (
     ConversationConfig,
     EnvironmentConfig,
@@ -97,7 +89,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         home_expanded(self, "name")
-        require(is_day(self.date), "date", self.date, "a day such as 2026-11-30; or empty, for today")
+        require(a_day(self.date), "date", self.date, "a day such as 2026-11-30; or empty, for today")
 
     @property
     def day(self) -> dt.date | None:
