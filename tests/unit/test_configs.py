@@ -17,7 +17,7 @@ from configs import environments, learning, memory, schema
 from configs.load import ConfigError, flatten, load_config, to_yaml
 from configs.reference import help_table
 from configs.reference import settings as all_settings
-from configs.schema import EnvironmentConfig, LearnerConfig, RecordsConfig, RunConfig
+from configs.schema import EnvironmentConfig, LearnerConfig, RecordsConfig, RunConfig, TrackingConfig
 from configs.shipped import find_config, shipped
 
 SHIPPED = list(shipped().values())
@@ -82,10 +82,15 @@ def test_overrides_win_over_the_file_and_later_over_earlier(yaml_file: Path) -> 
 
 def test_text_is_taken_as_typed_and_references_resolve() -> None:
     config = load_config(
-        None, ["environment.conversation.path=a b=c #1.json", "name=", "train.steps=${train.group_size}"]
+        None,
+        [
+            "environment.conversation.path=a b=c #1.json",
+            "tracking.experiment=",
+            "train.steps=${train.group_size}",
+        ],
     )
     assert config.environment.conversation.path == "a b=c #1.json"
-    assert config.name == ""
+    assert config.tracking.experiment == ""
     assert config.train.steps == config.train.group_size
 
 
@@ -110,7 +115,7 @@ def test_references_see_final_values_of_the_right_type() -> None:
         ("name: 12:30:45", "name", "12:30:45"),
         ("name: 2026-11-30", "name", "2026-11-30"),
         ("name: 0x1F", "name", "0x1F"),
-        ("name: .5", "name", ".5"),
+        ("tracking: {experiment: .5}", "tracking.experiment", ".5"),
         ("tracking: {models: off}", "tracking.models", "off"),
         ("tracking: {enabled: off}", "tracking.enabled", False),
         ("train: {steps: 0x1F}", "train.steps", 31),
@@ -220,7 +225,7 @@ def test_an_empty_section_changes_nothing(yaml_file: Path) -> None:
 @given(st.text(st.characters(exclude_categories=("Cs", "Cc"))).filter(lambda text: text != "???"))
 def test_any_text_round_trips(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     file = tmp_path_factory.mktemp("round") / "x.yaml"
-    config = RunConfig(name=text, output_dir=f"\\${{{text}}}")
+    config = RunConfig(tracking=TrackingConfig(experiment=text), output_dir=f"\\${{{text}}}")
     file.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(file, []) == config
 
