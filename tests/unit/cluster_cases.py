@@ -19,6 +19,7 @@ from actors.types import (
     Timings,
     Trajectory,
     TrajectoryGroup,
+    WriteExample,
     WriteOutcome,
     WriteRecord,
 )
@@ -44,7 +45,11 @@ def trajectory(
     )
     records = tuple(
         WriteRecord(
-            0, (), (), "[]", 0, 3, 2, 2.0, 1.0, 5, 0.5, outcome, "" if outcome == "accepted" else "no card"
+            *(0, (), (), "[]", 0, 3, 2, 2.0, 1.0, 5, 0.5),
+            outcome,
+            "" if outcome == "accepted" else "no card",
+            preserved=(WriteExample((1,), (2,)),),
+            preserved_kl=0.25,
         )
         for outcome in writes
     )

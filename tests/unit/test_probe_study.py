@@ -18,9 +18,9 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 def test_a_shipped_study_is_a_grid_over_the_quickstart(name: str) -> None:
     study = load_study(name)
     _, cells = load_grid(QUICKSTART, study.settings, study.cells, study.sweep)
-    for cell in cells:  # the quickstart preserves, and a study's cell only where it says so
-        preserves = any("preserve.weight" in setting for setting in cell.settings)
-        assert (cell.write.preserve.weight > 0) == preserves
+    for cell in cells:  # the quickstart preserves, and a study's cell only where study or cell says so
+        said = [setting for setting in (*study.settings, *cell.settings) if "preserve.weight=" in setting]
+        assert cell.write.preserve.weight == float(said[-1].partition("=")[2] if said else 0)
     assert len(cells) >= max(2, len(study.cells))
     assert study.cards.startswith("recall:")
     assert study.cards.startswith("recall:train:") == name.endswith("tuning"), (
