@@ -40,6 +40,7 @@ RAY_FILES = {
     "test_resume",
     "test_short",
     "test_train_loop",
+    "test_user_faults",
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
