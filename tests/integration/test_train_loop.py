@@ -1,7 +1,7 @@
 """The whole circle on real parts: vLLM, DeepSpeed, Ray and MLflow train a tiny model; a checkpoint goes on.
 
-The tiny model is random: it writes no parsable flashcard and earns no reward, so the weights move by the warm
-start. What is tested is the circle.
+The tiny model is random: it writes no parsable flashcard and earns no reward, so its advantages are made up.
+What is tested is the circle.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ SETTINGS = (
     "train.tasks_per_step=2",
     "train.group_size=2",
     "train.checkpoint_every=1",
+    "objective.advantage=tests.integration.advantages:by_place",
     "warm_start.steps=1",
     "warm_start.tasks_per_step=2",
     "warm_start.learning_rate=1e-2",  # so high that the new weights can be told from the old ones
