@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from actors.environments.base import Demonstrator, Environment, Questioner
 from actors.episodes.demonstration import gold_flashcards
 from actors.memory.controls import OWN_CARDS, GoldCards, OtherQuestions, WriteControl
@@ -13,14 +15,14 @@ from configs.user_code import owned
 
 _MOST_QUESTIONS = 512  # that an episode draws from; if its cards need more, they are used again
 
-_NEEDS = {
-    "oracle": ("demonstrate_flashcards",),
-    "other_cards": ("other_questions",),
-    "oracle_other_cards": ("demonstrate_flashcards", "other_questions"),
+_NEEDS: Mapping[str, tuple[type, ...]] = {
+    "oracle": (Demonstrator,),
+    "other_cards": (Questioner,),
+    "oracle_other_cards": (Demonstrator, Questioner),
 }
-_PARTS = {
-    "demonstrate_flashcards": "gold flashcards (Demonstrator in actors/environments/base.py)",
-    "other_questions": "questions about others (Questioner in actors/environments/base.py)",
+_PARTS: Mapping[type, str] = {
+    Demonstrator: "gold flashcards (Demonstrator in actors/environments/base.py)",
+    Questioner: "questions about others (Questioner in actors/environments/base.py)",
 }
 
 
@@ -31,12 +33,12 @@ def write_control(config: MemoryConfig, task: Task, environment: Environment) ->
     require_control(config, environment)
     control: WriteControl = OWN_CARDS
     if config.control != "other_cards":
-        demonstrator: Demonstrator = environment  # type: ignore[assignment]  # `require_control` has checked
-        control = GoldCards(lambda text: gold_flashcards(demonstrator, task, text, config))
+        assert isinstance(environment, Demonstrator)
+        control = GoldCards(lambda text: gold_flashcards(environment, task, text, config))
     if config.control == "oracle":
         return control
-    questioner: Questioner = environment  # type: ignore[assignment]  # as above
-    ask = questioner.other_questions
+    assert isinstance(environment, Questioner)
+    ask = environment.other_questions
     with owned(f"task {task.id}: the environment {task.environment}'s other_questions", TaskError, ask):
         questions = tuple(encodable(question) for question in ask(_MOST_QUESTIONS, task.seed))
     if not questions:
@@ -56,4 +58,4 @@ def require_control(config: MemoryConfig, environment: Environment) -> None:
 def missing_for_control(config: MemoryConfig, environment: Environment) -> str:
     """Name the first part that ``memory.control`` needs and the environment does not have, else ""."""
     needs = _NEEDS.get(config.control, ())
-    return next((_PARTS[part] for part in needs if not hasattr(environment, part)), "")
+    return next((_PARTS[part] for part in needs if not isinstance(environment, part)), "")

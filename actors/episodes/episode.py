@@ -71,8 +71,9 @@ class EpisodeSpec:
 
     def temperature_of(self, kind: SpanKind) -> float:
         """Answers may have a temperature of their own."""
-        answer = kind == "act" and self.answer_temperature is not None
-        return self.answer_temperature if answer else self.temperature  # type: ignore[return-value]
+        if kind == "act" and self.answer_temperature is not None:
+            return self.answer_temperature
+        return self.temperature
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -80,8 +80,7 @@ class Flashcards:
         """Return the cards whose answer is among the words that were told, where that is asked for."""
         if not self._config.grounded:
             return list(cards)
-        words = set(_words(told))
-        return [card for card in cards if words.issuperset(_words(card.answer))]
+        return [card for card in cards if _is_told(card.answer, told)]
 
     def _fits(self, agent: Agent, card: Flashcard) -> bool:
         example = write_example(card, agent.system_prompt, agent.chat)
@@ -208,6 +207,15 @@ class HybridMemory(FlashcardMemory):
     def reserve(self, agent: Agent, full: bool = False) -> int:
         cards = self._flashcards.reserve(agent, full) if self._flashcards is not None else 0
         return self._summary.reserve(agent, full) + cards
+
+
+def _is_told(answer: str, told: str) -> bool:
+    """Whether all words of ``answer`` are among those of ``told``.
+
+    Chinese, Japanese or Thai puts no blanks between words, so there a word may stand within a longer run.
+    """
+    words = set(_words(told))
+    return all(word in words or (not word.isascii() and word in told.casefold()) for word in _words(answer))
 
 
 def _words(text: str) -> list[str]:

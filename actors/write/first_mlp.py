@@ -37,11 +37,14 @@ class Stream:
     def __len__(self) -> int:
         return len(self.hidden)
 
+    def part(self, start: int, end: int) -> Stream:
+        return self.map(lambda tensor: tensor[start:end])
+
     def first(self, tokens: int) -> Stream:
-        return self.map(lambda tensor: tensor[:tokens])
+        return self.part(0, tokens)
 
     def last(self, tokens: int) -> Stream:
-        return self.map(lambda tensor: tensor[len(tensor) - tokens :])
+        return self.part(len(self) - tokens, len(self))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Stream:
         x = None if self.x is None else change(self.x)
@@ -100,7 +103,7 @@ class FirstMlp:
         start = 0
         for size in sizes:
             # A copy: a view would keep the whole block alive when the others are forgotten.
-            yield stream.map(lambda tensor, at=slice(start, start + size): tensor[at].clone())  # type: ignore[misc]
+            yield stream.part(start, start + size).map(torch.clone)
             start += size
 
     def _forget(self, newest: int) -> None:

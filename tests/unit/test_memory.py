@@ -216,6 +216,14 @@ def test_grounded_cards_answer_with_words_that_were_told(chat: ChatFormat) -> No
     assert len(freely.writes[0].flashcards) == 3
 
 
+def test_a_grounded_answer_may_stand_within_a_text_without_blanks(chat: ChatFormat) -> None:
+    """In Latin letters "art" is not told by "start"."""
+    cards = [("她住在哪里?", "上海"), ("她养什么?", "猫"), ("What begins?", "art")]
+    agent = _agent(chat, _Actor(chat, [_list(cards)]), "她住在上海。 They start.")
+    _relieve(agent, grounded=True)
+    assert [card.answer for card in agent.writes[0].flashcards] == ["上海"]
+
+
 def test_question_blind_leaves_the_question_out(chat: ChatFormat) -> None:
     actor = _Actor(chat, [CARDS])
     _relieve(_agent(chat, actor), question_blind=True)
