@@ -5,6 +5,7 @@ The lock is the kernel's (flock on <folder>/.lock): it ends with its process, ho
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -14,21 +15,25 @@ from pathlib import Path
 
 from configs.files import make_folder
 
-LONGEST_S = 120.0
+LONGEST_S = 300.0
 _PAUSE_S = 0.05
 
 
 @contextmanager
 def in_turn(folder: Path, longest_s: float = LONGEST_S) -> Iterator[None]:
-    """Hold the lock of ``folder``, which is created, for the block; wait for it at most ``longest_s``.
+    """Hold the lock of ``folder``, which is created, for the block.
 
-    Goes on without the lock then: a process that hangs must not stop all others. Raises OSError.
+    Raises OSError; it is a TimeoutError where another process holds the lock for ``longest_s``.
     """
     make_folder(folder)
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    lock = folder / ".lock"
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     deadline = time.monotonic() + longest_s
     try:
-        while not _taken(handle) and time.monotonic() < deadline:
+        while not _taken(handle):
+            if time.monotonic() > deadline:
+                waited = f"another process has held it for {longest_s:g} s: end that process"
+                raise TimeoutError(errno.ETIMEDOUT, waited, str(lock))
             time.sleep(_PAUSE_S)
         yield
     finally:

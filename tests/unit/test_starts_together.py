@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  before the forks: once, not twenty times
+import pytest
 from mlflow.tracking import MlflowClient
 
+from cluster.common.folders import require_writable
+from cluster.common.turn import in_turn
 from cluster.runs.run_folders import create_run, runs_of
 from cluster.tracking.tracker import open_run
 from configs.schema import TrackingConfig
@@ -16,6 +19,7 @@ STARTS = 20
 
 
 def start(output_dir: Path) -> None:
+    require_writable(output_dir, "output_dir")
     run_dir = create_run(output_dir, "trial")
     tracker = open_run(TrackingConfig(system_metrics_s=0), output_dir, run_dir.name, {"seed": "0"}, "")
     tracker.log({"reward/mean": 0.5}, 1)
@@ -44,3 +48,11 @@ def test_twenty_starts_in_a_new_folder(tmp_path: Path) -> None:
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.run_name for run in runs} == names
     assert all(run.info.status == "FINISHED" and run.data.metrics["reward/mean"] == 0.5 for run in runs)
+
+
+def test_who_holds_a_turn_for_too_long_is_said(tmp_path: Path) -> None:
+    said = "another process has held it for 0.1 s"
+    with in_turn(tmp_path), pytest.raises(TimeoutError, match=said), in_turn(tmp_path, longest_s=0.1):
+        raise AssertionError("two hold the lock")
+    with in_turn(tmp_path, longest_s=0.1):
+        pass
