@@ -72,7 +72,7 @@ def place(error: BaseException | None, source: object = None) -> str:
     The innermost line of a file of their own; else the first line of a package that they installed; else
     where ``source`` is defined.
     """
-    if isinstance(error, SyntaxError) and error.filename:
+    if isinstance(error, SyntaxError) and error.filename and _is_file(error.filename):
         return f"{_short(error.filename)}:{error.lineno}"
     frames = [
         (frame.f_code.co_filename, line)

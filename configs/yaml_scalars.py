@@ -8,7 +8,6 @@ steps: 0010      a text, never 8: `load` refuses it for a number
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +53,8 @@ def values(tree: Any) -> Any:
 
 def texts(tree: Any) -> Any:
     """``tree`` with a text for each scalar, as it was written."""
+    if isinstance(tree, dict):
+        return {texts(key): texts(item) for key, item in tree.items()}
     if isinstance(tree, list):
         return [texts(item) for item in tree]
     return tree.text if isinstance(tree, Scalar) else tree
@@ -62,7 +63,17 @@ def texts(tree: Any) -> Any:
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - PyYAML's, filled below
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._checked: set[int] = set()  # ids of nodes: a merge adds keys to a mapping that may stand twice
+
+    def flatten_mapping(self, node: Any) -> None:
+        if id(node) not in self._checked:
+            self._checked.add(id(node))
+            self._refuse_twice(node)
+        super().flatten_mapping(node)
+
+    def _refuse_twice(self, node: Any) -> None:
         """Refuse a key that stands twice: the first value would be lost."""
         seen: set[str] = set()
         for key, _ in node.value:
@@ -75,8 +86,6 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
                         key.start_mark,
                     )
                 seen.add(key.value)
-        read: dict[Hashable, Any] = super().construct_mapping(node, deep)
-        return read
 
 
 def _scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Scalar:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from actors.environments.base import (
     Split,
     prepare,
 )
+from actors.environments.user_calls import CallThread, Raised, run_apart
 from actors.protocols import TaskError
 from actors.types import CardUse, Flashcard, Outcome, Task
 from configs.extensions import ExtensionError, load_extension, require_members
@@ -227,8 +227,15 @@ class _RewardedSession:
 
     async def _outcome_later(self, outcome: Awaitable[Outcome]) -> Outcome:
         scored = await outcome
-        value = await asyncio.to_thread(self._call, scored)  # a sync reward may wait
-        return await self._awaited(scored, value) if inspect.isawaitable(value) else self._with(scored, value)
+        thread = CallThread(f"reward of {self.task.id}")  # a sync reward may wait
+        try:
+            value = await run_apart(self._call, (scored,), thread)
+        finally:
+            thread.end()
+        with owned(self._whom, TaskError, self.reward):
+            if isinstance(value, Raised):
+                raise value.error
+        return self._with(scored, value)
 
     def _call(self, outcome: Outcome) -> Any:
         with owned(self._whom, TaskError, self.reward):

@@ -90,7 +90,7 @@ class _Attribution:
     def _text(self, sampled: _Sampled) -> str:
         segment = self._trajectory.segments[sampled.segment]
         start, end = segment.spans[sampled.first].start, segment.spans[sampled.last - 1].end
-        return self._chat.decode(segment.token_ids[start:end].tolist())
+        return self._chat.said(segment.token_ids[start:end].tolist())
 
     def _marked(self, place: int, segment: Segment) -> Segment:
         spans: list[ActionSpan] = list(segment.spans)

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from actors.environments.base import Demonstrator, Environment, Exchange, Rephraser
+from actors.environments.user_calls import run_blocking
 from actors.episodes.episode import play
 from actors.episodes.hosted_session import HostedSession
-from actors.episodes.user_calls import run_blocking
 from actors.memory.base import Agent, user_turns
 from actors.memory.parametric import ParametricMemory
 from actors.protocols import TaskError

@@ -259,7 +259,7 @@ def _owned_by(memory: Memory, agent: Agent, task_id: str) -> Iterator[None]:
         yield
     except PASSING:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
         if codes & {actor.sample.__code__, actor.learn.__code__}:
             raise

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from actors.environments.base import Environment, Observation, Session
 from actors.environments.build import answers_at_once
-from actors.episodes.user_calls import CallThread, Raised, run_apart
+from actors.environments.user_calls import CallThread, Raised, close_late, run_apart
 from actors.protocols import TaskError
 from actors.text.encodable import encodable
 from actors.types import Answer, Outcome, Task
@@ -48,10 +48,11 @@ class HostedSession:
             raise TaskError(task.fault)
         session = await self._ask("start", environment.start, task)
         self._session = session
-        for member in ("question", "observe", "act", "outcome"):
-            if not hasattr(type(session), member) and not hasattr(session, member):
-                gave = f"{type(session).__name__} without {member}"
-                self._refuse("start", gave, "a Session", environment.start)
+        with owned(self._whom("start"), TaskError, environment.start):  # a __getattr__ of theirs may raise
+            for member in ("question", "observe", "act", "outcome"):
+                if not hasattr(type(session), member) and not hasattr(session, member):
+                    gave = f"{type(session).__name__} without {member}"
+                    self._refuse("start", gave, "a Session", environment.start)
         question, prompt = await self._ask("question", lambda: (session.question, environment.system_prompt))
         self.question = self._text("question", question)
         self.system_prompt = self._text("system_prompt", task.system_prompt or prompt)
@@ -86,10 +87,13 @@ class HostedSession:
     async def close(self) -> None:
         """Call the session's ``close``, if it has one. Raises TaskError; the session is gone all the same."""
         session, self._session = self._session, None
-        function = getattr(session, "close", None)
+        if session is None and self._thread.busy:  # the start was given up
+            self._thread.hand_on(close_late)
         # a call that was given up may hold the session's own thread for ever
         thread = CallThread(f"closing {self.task.id}") if self._thread.busy else self._thread
         try:
+            with owned(self._whom("close"), TaskError):
+                function = getattr(session, "close", None)
             if callable(function):
                 await self._in_time("close", function, CLOSING_S, self._run("close", function, thread=thread))
         finally:

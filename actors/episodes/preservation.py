@@ -133,7 +133,9 @@ class PromptMaker:
         # Spread over the pool: a step takes few of it, in turn.
         for number, turns in enumerate(passages):
             ids = self._opening + self._chat.join(self._opening, turns) + self._chat.assistant_open
-            prompts.insert(number * (count // len(passages) + 1), Prompt(ids, config.extraction_tokens))
+            prompts.insert(
+                number * (len(questions) // len(passages) + 1), Prompt(ids, config.extraction_tokens)
+            )
         return prompts
 
     def beside(self, cards: Sequence[Flashcard]) -> list[Prompt]:

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from actors.text.encodable import encodable
+
 Value = str | list["Value"] | dict[str, "Value"] | None
 
 _MAX_CHARACTERS = 65_536  # of a text that is looked at
@@ -123,7 +125,7 @@ class _Reader:
             elif _AFTER_TEXT.match(self._text, start):
                 self.place = start
                 # \\ud83d\\ude42 are two escapes of one character
-                return "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                return encodable("".join(parts))
             else:
                 parts.append(found[0])
         raise _BrokenError(at_end=True)

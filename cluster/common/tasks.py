@@ -109,5 +109,7 @@ def _checked(task: object) -> Task:
         raise TypeError(f"it gave {type(task).__name__}, not a Task of actors/types.py")
     if not isinstance(task.id, str) or not task.id:
         raise TypeError(f"a task's id is {task.id!r}, it must be a text that is not empty")
+    if not isinstance(task.system_prompt, str):
+        raise TypeError(f"a task's system_prompt is {type(task.system_prompt).__name__}, it must be a text")
     copy.deepcopy(task.payload)  # as a worker gets it: what cannot travel (a lock, a socket) is named here
-    return replace(task, id=encodable(task.id))
+    return replace(task, id=encodable(task.id), system_prompt=encodable(task.system_prompt))

@@ -87,6 +87,15 @@ def test_an_extraction_served_what_its_cards_are_about_and_an_answer_its_own_que
     assert uses == [(CardUse((PLACES[0],), True),), (CardUse((PLACES[1],), False),)]
 
 
+def test_what_is_thought_in_front_of_the_cards_takes_no_credit_from_them(chat: ChatFormat) -> None:
+    def extract(session: int) -> str:
+        return (
+            f"<think>A name.</think>\n\n{cards((FACTS[session]['plain_question'], FACTS[session]['answer']))}"
+        )
+
+    assert served(play(chat, extract))[:2] == [("extract", (PLACES[0],)), ("extract", (PLACES[1],))]
+
+
 def test_without_a_card_that_serves_it_is_what_the_context_tells(chat: ChatFormat) -> None:
     stray = cards(("Where does Xqz live?", "Oslo"))
     group = play(chat, lambda session: "no list" if session == 0 else stray)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import environments, learning, memory, schema
+from configs import environments, learning, memory, schema, yaml_scalars
 from configs.load import ConfigError, flatten, load_config, to_yaml
 from configs.reference import help_table
 from configs.reference import settings as all_settings
@@ -219,6 +219,11 @@ def test_a_load_takes_milliseconds() -> None:
 def test_an_empty_section_changes_nothing(yaml_file: Path) -> None:
     yaml_file.write_text("train:\n  # steps: 3\n")
     assert load_config(yaml_file, []) == RunConfig()
+
+
+def test_a_mapping_that_was_merged_may_be_merged_again() -> None:
+    text = "b: &b {k: 0}\nx: {y: &a {<<: *b, k: 1}}\nz: {<<: *a}"
+    assert yaml_scalars.values(yaml_scalars.parse(text))["z"] == {"k": 1}
 
 
 @settings(max_examples=20, deadline=None)

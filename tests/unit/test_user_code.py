@@ -9,6 +9,7 @@ import importlib
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,6 +175,34 @@ def forgets(config, write, around): return Forgets(40)
 def no_memory(config, write, around): raise RuntimeError("no disk")  # line 135
 def reward(task, outcome): return float(task.payload["price"])  # line 136
 async def slow_reward(task, outcome): return 0.25
+
+class Fetches:
+    question, turns = "How many?", 1
+    def __init__(self, task): self.task = task
+    def __getattr__(self, name): return {}[name]  # line 142
+    def observe(self): return None
+    def act(self, text): pass
+    def outcome(self): return Outcome(0.5, {}, ())
+
+class Evaluates(Session):
+    def act(self, text):
+        if first(): import ast; ast.literal_eval("(")  # line 149
+        super().act(text)
+
+class Opens(Shop):
+    def start(self, task):
+        gate.wait(20)
+        return self.session(task)
+
+class Prompts(Shop):
+    def tasks(self, split, seed, start): return [Task("shop-1", "shop", {}, 0, system_prompt="Count\\ud83d.")]
+
+class Quits(TruncationMemory):
+    async def answer(self, agent, text, max_tokens):
+        if first(): raise SystemExit(4)  # line 162
+        return await super().answer(agent, text, max_tokens)
+
+def quits(config, write, around): return Quits(40)
 """
 REQUEST = RolloutRequest(
     Task("shop-0", "shop", {}, 0), "g", 3, MemoryConfig(policy="truncation"), 1.0, 8, seed=1
@@ -224,6 +253,7 @@ def _play(
         ("Cancels", "act: CancelledError (my_env.py:58)"),
         ("Texts", "observe (my_env.py:62) gave str, it must be an Observation or None"),
         ("Scores", "outcome: ZeroDivisionError: division by zero (my_env.py:65)"),
+        ("Evaluates", "act: SyntaxError: '(' was never closed (<unknown>, line 1) (my_env.py:149)"),
         ("Leaves", "close: OSError: the sandbox is gone (my_env.py:69)"),
     ],
 )
@@ -235,6 +265,22 @@ def test_a_fault_of_the_environment_is_one_failed_episode_with_its_line(
     assert group.failed[0].message == f"task shop-0: the environment shop's {said}"
     assert len(group.trajectories) == 2 and group.trajectories[0].outcome.reward == 0.5
     assert session == "Leaves" or mine.closed == ["shop-0"] * 3
+
+
+def test_a_fault_of_looking_for_close_is_the_sessions_own(mine: Any, chat: ChatFormat) -> None:
+    group = _play(chat, _shop("Fetches"))
+    said = "task shop-0: the environment shop's close: KeyError: 'close' (my_env.py:142)"
+    assert [failed.message for failed in group.failed] == [said] * 3
+
+
+def test_a_session_that_starts_too_late_is_closed_all_the_same(mine: Any, chat: ChatFormat) -> None:
+    group = _play(chat, _shop(kind="Opens"), environment_timeout_s=0.2)
+    assert len(group.failed) == 3 and mine.closed == []
+    mine.gate.set()
+    deadline = time.monotonic() + 10
+    while len(mine.closed) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("session", ["Late", "LateAsync"])
@@ -306,6 +352,7 @@ def test_an_episode_that_the_engine_fails_closes_its_session(mine: Any, chat: Ch
     ("custom", "failed", "said"),
     [
         ("forgets", 1, "task shop-0: the memory Forgets: KeyError: 'three' (my_env.py:132)"),
+        ("quits", 1, "task shop-0: the memory Quits: SystemExit: 4 (my_env.py:162)"),
         ("no_memory", 3, "task shop-0: memory.policy=custom: RuntimeError: no disk (my_env.py:135)"),
     ],
 )
@@ -364,6 +411,11 @@ def test_a_task_may_bring_its_own_system_prompt(mine: Any, chat: ChatFormat) -> 
 
 
 # --- tasks, and what is built ------------------------------------------------------------------------------
+
+
+def test_a_tasks_own_system_prompt_can_be_encoded(mine: Any) -> None:
+    (task,) = TaskSource(_shop(kind="Prompts"), "train", 0).first(1)
+    assert task.system_prompt == "Count\ufffd."
 
 
 def test_a_task_that_cannot_be_made_is_a_failed_task(mine: Any, chat: ChatFormat) -> None:

@@ -1,6 +1,6 @@
 """Runs a user's functions where their waiting stops nobody: sync ones in a thread, async ones on a loop.
 
-    rollout worker's loop:  engine, writer, episodes            never runs a user's code
+    rollout worker's loop:  engine, writer, episodes            never waits for a user's session
     a thread an episode:    sync functions of its session, in the order of their calls
     one loop in a thread:   async functions of all sessions
 
@@ -56,6 +56,11 @@ class CallThread:
         self._calls.put((future, function))
         return future
 
+    def hand_on(self, function: Callable[[Any], object]) -> None:
+        """Call ``function`` with what the last call returns, behind it."""
+        if (last := self._last) is not None:
+            self.submit(lambda: function(last.result()))
+
     def end(self) -> None:
         """Let the thread end after its last call."""
         self._calls.put(None)
@@ -81,6 +86,13 @@ async def run_apart(function: Callable[..., Any], arguments: tuple[Any, ...], th
     if inspect.isawaitable(result):
         return await asyncio.wrap_future(_start(_caught(lambda: result)))
     return result
+
+
+def close_late(session: Any) -> None:
+    """Close, in its thread, a session that came when nobody waited for it. Nobody hears of a fault then."""
+    close = getattr(session, "close", None)
+    if callable(close) and inspect.isawaitable(closing := close()):
+        _start(_caught(lambda: closing))
 
 
 def is_async(function: Callable[..., Any]) -> bool:
