@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from configs.files import FileError, dump_json, parse_json, sync, sync_tree
 from learner.engine import TrainingEngine
 from learner.model import PolicyModel
-from learner.types import LearnerError
+from learner.types import LearnerError, UnreadableError
 
 _FORMAT = "engram-learner-1"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -148,7 +148,8 @@ def load(
 ) -> Counters:
     """Put the checkpoint into ``engine``, ``model`` and ``reference``. Collective.
 
-    Raises LearnerError when the checkpoint does not fit; nothing has changed then.
+    Raises LearnerError when the checkpoint does not fit, UnreadableError when a file is spoilt; nothing has
+    changed then.
     """
     source = Path(folder)
     counters = _read_counters(source / "learner.json")
@@ -209,7 +210,7 @@ def _read(path: Path, parameters: list[tuple[str, nn.Parameter]]) -> dict[str, T
     try:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise LearnerError(f"{path}: cannot be read ({error}); choose another checkpoint") from error
+        raise UnreadableError(f"{path}: cannot be read ({error}); choose another checkpoint") from error
     for name, param in parameters:
         shape = tuple(getattr(param, "ds_shape", param.shape))
         stored = tuple(tensors[name].shape) if name in tensors else "nothing"
@@ -225,7 +226,8 @@ def _read_reference(path: Path, trained: list[tuple[str, nn.Parameter]]) -> dict
     if not path.exists():
         raise LearnerError(
             f"{path}: is missing, so objective.kl_coefficient has no reference: this checkpoint was trained "
-            "without a KL term after a warm start; set objective.kl_coefficient=0, or start anew"
+            "without a KL term after a warm start, or by an older version; set objective.kl_coefficient=0, "
+            "or start anew"
         )
     return _read(path, trained)
 
@@ -252,8 +254,8 @@ def _parse(path: Path, kind: type[T]) -> T:
         raise _no_checkpoint(path, str(error)) from error
 
 
-def _no_checkpoint(path: Path, reason: str) -> LearnerError:
-    return LearnerError(
+def _no_checkpoint(path: Path, reason: str) -> UnreadableError:
+    return UnreadableError(
         f"{path}: not a learner checkpoint ({reason}); give the folder that Learner.save wrote"
     )
 
@@ -269,8 +271,7 @@ def _copy_companions(source: Path, target: Path) -> None:
 def _replace(partial: Path, target: Path) -> None:
     """Give ``partial`` the name ``target``, whole and on the disk.
 
-    Not ``files.new_folder``: that takes no folder which exists, and one process. Here every rank writes, and
-    the older checkpoint keeps its name until the new one is complete.
+    Not ``files.new_folder``: that is for one process, and here every rank writes.
     """
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)

@@ -245,7 +245,7 @@ class Learner:
                 raise
             raise LearnerError(
                 f"minibatch {place + 1}: {error}. "
-                f"But minibatches 1 to {place} of {minibatches} of this batch are already applied, "
+                f"But {applied} of the {minibatches} minibatches of this batch are already applied, "
                 f"though the version is still {self.version}: resume from the last checkpoint"
             ) from error
         self._count(adam_steps=1)
@@ -339,7 +339,9 @@ class Learner:
         advantages = [abs(one) for episode in episodes for one in episode.by_question or (episode.advantage,)]
         tokens = sum(len(segment.token_ids) for segment in segments)
         places = sum(microbatch.token_ids.size for microbatch in microbatches)
-        policy_loss, kl = statistics.policy_loss / len(minibatches), statistics.kl / len(minibatches)
+        policy_loss = kl = math.nan  # no forward: no signal
+        if statistics.tokens:
+            policy_loss, kl = statistics.policy_loss / len(minibatches), statistics.kl / len(minibatches)
         return StepReport(
             version=self.version,
             optimizer_steps=len(norms),
@@ -354,7 +356,7 @@ class Learner:
             entropy=statistics.mean(statistics.entropy),
             engine_logprob_diff_mean=statistics.mean(statistics.difference),
             engine_logprob_diff_max=statistics.difference_max if statistics.tokens else math.nan,
-            grad_norm=sum(norms) / len(norms) if norms else 0.0,
+            grad_norm=sum(norms) / len(norms) if norms else math.nan,
             learning_rate=rate,
             tokens=tokens,
             action_tokens=sum(int(segment.action_mask.sum()) for segment in segments),

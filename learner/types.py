@@ -23,6 +23,10 @@ class LearnerError(RuntimeError):
     """
 
 
+class UnreadableError(LearnerError):
+    """A file of a checkpoint cannot be read as what it is. Another checkpoint may be whole."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredTrajectory:
     """An episode and its advantage A_hat (TMEM, arXiv 2606.04536).

@@ -5,7 +5,6 @@ The lock is the kernel's (flock on <folder>/.lock): it ends with its process, ho
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import time
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.common.errors import InUseError
 from configs.files import make_folder
 
 LONGEST_S = 300.0
@@ -23,7 +23,7 @@ _PAUSE_S = 0.05
 def in_turn(folder: Path, longest_s: float = LONGEST_S) -> Iterator[None]:
     """Hold the lock of ``folder``, which is created, for the block.
 
-    Raises OSError; it is a TimeoutError where another process holds the lock for ``longest_s``.
+    Raises OSError, and InUseError where another process holds the lock for ``longest_s``.
     """
     make_folder(folder)
     lock = folder / ".lock"
@@ -32,8 +32,7 @@ def in_turn(folder: Path, longest_s: float = LONGEST_S) -> Iterator[None]:
     try:
         while not _taken(handle):
             if time.monotonic() > deadline:
-                waited = f"another process has held it for {longest_s:g} s: end that process"
-                raise TimeoutError(errno.ETIMEDOUT, waited, str(lock))
+                raise InUseError(f"{lock}: another process has held it for {longest_s:g} s: end that process")
             time.sleep(_PAUSE_S)
         yield
     finally:

@@ -64,7 +64,10 @@ async def run_cells(comparison: Comparison, cells: Sequence[Cell], hooks: Hooks)
     if not cells:
         return {}
     needs = [demand(cell.config, learner=False) for cell in cells]
-    most = Demand(max(need.cpus for need in needs), max(need.gpus for need in needs))
+    custom = sorted({resource for need in needs for resource in need.custom})  # the last has the most
+    most = Demand(
+        max(need.cpus for need in needs), max(need.gpus for need in needs), tuple(dict(custom).items())
+    )
     given_up: dict[str, str] = {}
     with ray_runtime(comparison.plan.base, most):
         cancel_on_sigterm()

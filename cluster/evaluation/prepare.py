@@ -97,17 +97,25 @@ def prepare_comparison(request: Request) -> Comparison:
     if request.checkpoint is not None:
         checkpoint = load_checkpoint(request.checkpoint.expanduser().absolute())
         check_unchanged(config, checkpoint, ("model",))
-    folder = _resumed_folder(request, config)
-    with _writing(folder or output_dir_of(config)):
-        folder = folder or create_run(output_dir_of(config), f"{config.name}-evaluate")
-        require_free(folder)  # now: a basis may take minutes
-    before = folder / "config.yaml" if checkpoint is None else checkpoint.folder / "config.yaml"
-    plan = _with_day(plan, chat, day_in(before))
+    resumed = _resumed_folder(request, config)
+    if resumed is not None:
+        with _writing(resumed):
+            require_free(resumed)  # now: a basis may take minutes
+    before = resumed if checkpoint is None else checkpoint.folder
+    plan = _with_day(plan, chat, "" if before is None else day_in(before / "config.yaml"))
+    if resumed is not None:  # a changed configuration is refused now, not after hours
+        store = CellStore(resumed / "cells", _identity(model, checkpoint))
+        for cell in plan.cells:
+            store.finished(cell)
+            store.begun(cell)
+    bases, made = _bases(plan, model.path, checkpoint)
+    folder = resumed
+    if folder is None:  # last: a mistake above leaves none
+        with _writing(output_dir_of(config)):
+            folder = create_run(output_dir_of(config), f"{config.name}-evaluate")
+    bases = {key: folder / path for key, path in bases.items()}
+    made = {folder / path: basis for path, basis in made.items()}
     store = CellStore(folder / "cells", _identity(model, checkpoint))
-    for cell in plan.cells:  # a changed configuration is refused now, not after hours
-        store.finished(cell)
-        store.begun(cell)
-    bases, made = _bases(plan, model.path, checkpoint, folder)
     comparison = Comparison(plan, model, checkpoint, folder, store, tasks, bases)
     _save(comparison, request, made)
     return comparison
@@ -200,10 +208,11 @@ def _identity(model: ResolvedModel, checkpoint: Checkpoint | None) -> dict[str, 
 
 
 def _bases(
-    plan: Plan, model: Path, checkpoint: Checkpoint | None, folder: Path
+    plan: Plan, model: Path, checkpoint: Checkpoint | None
 ) -> tuple[dict[str, Path], dict[Path, Basis]]:
     """The basis file of every cell, by key, and the bases that are still to be written, by file.
 
+    Files are relative to the evaluation's folder; a checkpoint's is absolute.
     A checkpoint's policy learnt with its run's basis: cells with the fast weights of that run use it. Any
     other basis is computed from the base model's weights, as that one was. Its file is named by its content,
     so no other request can change it.
@@ -220,7 +229,7 @@ def _bases(
         kind = (cell.config.fast_weights, _basis_seed(cell, plan.base.seed))
         if kind not in shared:
             basis = run_basis(model, replace(cell.config, seed=kind[1]))
-            shared[kind] = folder / "bases" / f"{basis.id}.safetensors"
+            shared[kind] = Path("bases") / f"{basis.id}.safetensors"
             made[shared[kind]] = basis
         files[cell.key] = shared[kind]
     return files, made

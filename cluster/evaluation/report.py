@@ -134,7 +134,7 @@ class ComparisonReport:
         scores = [score for score in _scores(rows) if score != REWARD]
         tables = [self._score_table(benchmark), *(self._categories(rows, score) for score in scores)]
         tables.append(kinds_table({row.label: row.episodes for row in rows}))
-        tables.append(cards_table({row.label: (row.answers, row.cards) for row in rows}))
+        tables.append(cards_table({row.label: row.cards for row in rows}))
         tables += [self._collapse_table(rows), self._cost_table(benchmark), self._events(benchmark)]
         shown = tuple(table for table in tables if table.rows)
         return Section(benchmark, tables=shown, plots=tuple(plots))

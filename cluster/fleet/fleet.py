@@ -133,11 +133,13 @@ class ElasticFleet(Generic[Worker]):
         """Wait until every worker that serves has the newest version, or is lost.
 
         Where none is left, wait until a new one serves: an evaluation may follow. Raises nothing: failures
-        have been handed to the stream, and a start has its own deadline.
+        have been handed to the stream, which ends the wait, and a start has its own deadline.
         """
         while rolls := [roll for roll in self._rolls.values() if not roll.done()]:
             await asyncio.gather(*rolls, return_exceptions=True)
         while not self.workers and self.state.counts() & Counter(("starting", "refreshing")):
+            if self._stream.has_failed:
+                return
             await asyncio.sleep(0.1)
 
     async def load_again(self) -> None:

@@ -204,6 +204,11 @@ class GroupStream:
         self._error = self._error or error
         self._changed.set()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether something broke in the background: what a caller waits for may never come."""
+        return self._error is not None
+
     def raise_failure(self) -> None:
         """Raise what broke in the background, if anything did."""
         if self._error is not None:

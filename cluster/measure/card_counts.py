@@ -8,9 +8,8 @@ better. Where the environment cannot say what a card is worth (``Attributor``) t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from actors.environments.recall_scoring import UNTOLD
 from actors.types import Answer, WriteRecord
@@ -34,13 +33,7 @@ class CardCounts:
     answered: int = 0
 
     def __add__(self, other: CardCounts) -> CardCounts:
-        return CardCounts(
-            self.cards + other.cards,
-            self.right + other.right,
-            self.questions + other.questions,
-            self.covered + other.covered,
-            self.answered + other.answered,
-        )
+        return CardCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def shares(self) -> dict[str, float]:
@@ -85,29 +78,20 @@ HEADER = (
     "right %",
     "asked, with a right card %",
     "of these right %",
-    "leak %",
-    "abstained %",
 )
 LEGEND = (
     "right: cards whose question and answer are a fact of the task · asked, with a right card: of the "
-    "questions whose answer was told · of these right: answered exactly · leak: answered with what was told "
-    "in answer to something else · abstained: says that it does not know; both of all questions"
+    "questions whose answer was told · of these right: answered exactly"
 )
 
 
-def cards_table(rows: Mapping[str, tuple[Sequence[Answer], CardCounts | None]]) -> Table:
-    """By row its answers and counts. A table without lines where no row has counts."""
-    lines = [(label, *_cells(answers, counts)) for label, (answers, counts) in rows.items() if counts]
+def cards_table(rows: Mapping[str, CardCounts | None]) -> Table:
+    """By row its counts. A table without lines where no row has any."""
+    lines = [(label, *_cells(counts)) for label, counts in rows.items() if counts]
     return Table("Right flashcards", HEADER, tuple(lines), LEGEND)
 
 
-def _cells(answers: Sequence[Answer], counts: CardCounts) -> tuple[str, ...]:
+def _cells(counts: CardCounts) -> tuple[str, ...]:
     shares = counts.shares
     names = ("right_cards", "questions_with_a_right_card", "right_answers_of_right_cards")
-    kinds = (_share(answers, kind) for kind in ("told_elsewhere", "abstained"))
-    return (str(counts.cards), *(percent(shares.get(name, _NAN)) for name in names), *map(percent, kinds))
-
-
-def _share(answers: Sequence[Answer], kind: str) -> float:
-    values = [answer.scores[kind] for answer in answers if kind in answer.scores]
-    return math.fsum(values) / len(values) if values else _NAN
+    return (str(counts.cards), *(percent(shares.get(name, _NAN)) for name in names))

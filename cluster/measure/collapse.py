@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from actors.text.flashcards import parse_flashcards
 from actors.types import Answer, Flashcard, WriteRecord
@@ -80,12 +80,7 @@ class Extractions:
         return self.repaired / self.count if self.count else _NAN
 
     def __add__(self, other: Extractions) -> Extractions:
-        return Extractions(
-            self.count + other.count,
-            self.unparsed + other.unparsed,
-            self.repeated + other.repeated,
-            self.repaired + other.repaired,
-        )
+        return Extractions(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +91,7 @@ class ExtractionCounts:
     under_delta: Extractions = Extractions()
 
     def __add__(self, other: ExtractionCounts) -> ExtractionCounts:
-        return ExtractionCounts(
-            self.without_delta + other.without_delta, self.under_delta + other.under_delta
-        )
+        return ExtractionCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 def count_extractions(writes: Iterable[WriteRecord]) -> ExtractionCounts:

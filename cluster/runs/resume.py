@@ -62,7 +62,7 @@ def find_unfinished(
         _recover(run_dir)
         if (checkpoint := newest_whole(run_dir, refused)) is not None:
             return checkpoint
-        if list_checkpoints(run_dir):
+        if any((run_dir / "checkpoints").glob("step-*/")):
             damaged = True
         elif _has_settings(run_dir, config):
             return run_dir

@@ -10,9 +10,9 @@ Every wait, and its bound:
 
 What MLflow has not taken by then stays in the file. The process that resumes the run sends it first.
 
-The part of a metric's name before "/" is its chart section: reward, learner, rollout, fleet, staleness, sync,
-fast_weights, timing_s, timeline, perf, eval, warm_start, tracking, system. While MLflow is away,
-"tracking/spooled" is the number of records that it has not taken.
+The part of a metric's name before "/" is its chart section: reward, cards, learner, rollout, fleet,
+staleness, sync, fast_weights, timing_s, timeline, perf, eval, warm_start, curriculum, tracking, system. While
+MLflow is away, "tracking/spooled" is the number of records that it has not taken.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from cluster.train.step_checkpoints import StepCheckpoints
 from cluster.train.warm_start import Demonstrations, can_demonstrate
 from configs.curriculum import stages
 from configs.schema import RunConfig
-from learner.types import LearnerError
+from learner.types import LearnerError, UnreadableError
 from learner.worker import LearnerGroup, LearnerSpec
 
 
@@ -109,9 +109,12 @@ def _start_learner(spec: RunSpec, folder: RunFolder, start: Start) -> LearnerGro
     if checkpoint is not None:
         try:
             learner.load(str(checkpoint.learner))
-        except LearnerError as error:
+        except UnreadableError as error:
             learner.close()
             raise UnloadableError(checkpoint.folder, str(error)) from error
+        except LearnerError:  # a rank died, or a setting has changed: the checkpoint is not to blame
+            learner.close()
+            raise
         if learner.version != checkpoint.state.version:
             learner.close()
             version = f"the learner's version {learner.version} is not the run's"

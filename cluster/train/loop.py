@@ -19,7 +19,8 @@ Every wait, and who unblocks it:
     refreshing        in the background, awaited after the last step: each worker drains and loads under
                       train.group_timeout_s and the refresh deadline
 
-A batch without any signal moves no weights: the step counts, but there is no new version to publish.
+A batch without any signal moves no weights: the step counts, but there is no new version to publish (an
+evaluated step publishes the same one again).
 
 With max_staleness 0 the stream issues nothing for the next step until a worker has the new version:
 strictly on-policy. With more, workers go on under the old version while the learner computes and while
@@ -111,7 +112,7 @@ async def run_loop(parts: LoopParts, plan: TrainConfig, state: TrainState) -> Tr
     try:
         await fleet.start(stream)
         while progress.state.step < plan.steps:
-            await _one_step(parts, progress)
+            await _one_step(parts, plan, progress)
             step = progress.state.step
             if step % plan.checkpoint_every == 0 or step == plan.steps:
                 await parts.on_checkpoint(progress.state)
@@ -129,11 +130,11 @@ async def run_loop(parts: LoopParts, plan: TrainConfig, state: TrainState) -> Tr
         await stream.close()
 
 
-async def _one_step(parts: LoopParts, progress: _Progress) -> None:
+async def _one_step(parts: LoopParts, plan: TrainConfig, progress: _Progress) -> None:
     """Take a batch, learn, publish."""
     began = time.monotonic()
     batch = await parts.stream.take()
-    learning = asyncio.create_task(_learn(parts, progress, batch, began))
+    learning = asyncio.create_task(_learn(parts, plan, progress, batch, began))
     try:
         await asyncio.shield(learning)
     except asyncio.CancelledError:
@@ -142,7 +143,9 @@ async def _one_step(parts: LoopParts, progress: _Progress) -> None:
         raise
 
 
-async def _learn(parts: LoopParts, progress: _Progress, batch: Batch, began: float) -> None:
+async def _learn(
+    parts: LoopParts, plan: TrainConfig, progress: _Progress, batch: Batch, began: float
+) -> None:
     """Train on ``batch``, begin the rollout of the new version, and log. Moves ``progress.state`` on."""
     stream, fleet, state = parts.stream, parts.fleet, progress.state
     step = state.step + 1
@@ -152,7 +155,9 @@ async def _learn(parts: LoopParts, progress: _Progress, batch: Batch, began: flo
     stream.trained(batch, report.version)
     learned = time.monotonic()
     weights = None
-    if report.version != state.version:  # else the batch had no signal, and the workers have these weights
+    evaluated = plan.evaluate_every > 0 and step % plan.evaluate_every == 0
+    # Without a signal the workers have these weights. But an evaluated step is a barrier, whatever it learnt.
+    if report.version != state.version or evaluated:
         weights = await asyncio.to_thread(parts.channel.publish, parts.trainer)
     published = time.monotonic()
     if weights is not None:

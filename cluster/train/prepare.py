@@ -197,14 +197,14 @@ def _open_stages(config: RunConfig) -> Iterator[Environment]:
     for place, stage in enumerate(stages(config)):
         try:
             environment = open_environment(replace(config, environment=stage.environment))
-            TaskSource(environment, "train", config.seed).first(1)
+            TaskSource(environment, "train", config.seed).first(_TRIED)
         except TaskError as error:
             raise TaskError(f"curriculum.stages[{place}]: {error}") from error
         yield environment
 
 
 def _first_questions(config: RunConfig, environment: Environment) -> list[str]:
-    return questions_of(config, environment, TaskSource(environment, "train", config.seed).first(1))
+    return questions_of(config, environment, TaskSource(environment, "train", config.seed).first(_TRIED))
 
 
 def _require_stage(config: RunConfig, start: Start) -> None:

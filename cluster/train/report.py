@@ -109,7 +109,7 @@ class TrainingReport:
     def document(self, plots: Sequence[Path] = ()) -> Document:
         notes = (*(comparison.sentence for comparison in self.comparisons), *self._failures())
         kinds = kinds_table({row.label: row.episodes for row in self.rows.values()})
-        cards = cards_table({row.label: (row.answers, row.cards) for row in self.rows.values()})
+        cards = cards_table({row.label: row.cards for row in self.rows.values()})
         shown = tuple(table for table in (kinds, cards) if table.rows)
         tables = (self._scores(), *shown, self._collapse(), self._costs(), *self._by_category())
         return Document(self.title, {}, (Section("", tables=tables, notes=notes, plots=tuple(plots)),))

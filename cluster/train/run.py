@@ -148,19 +148,24 @@ async def _warm_start(
 async def _supervise(
     cluster: TrainingCluster, spec: RunSpec, folder: RunFolder, state: TrainState, observers: Observers
 ) -> tuple[TrainState, Sequence[EpisodeSource]]:
-    """The control in the place of RL: supervised steps on fresh tasks. It is saved at its end."""
-    config, steps = spec.config, range(state.step, spec.config.train.steps)
-    if not steps:
+    """The control in the place of RL: supervised steps on fresh tasks, saved every train.checkpoint_every.
+
+    An interrupt loses the steps since then. There is no evaluation between the steps.
+    """
+    config, last, every = spec.config, spec.config.train.steps, spec.config.train.checkpoint_every
+    if state.step >= last:
         return state, cluster.workers
     demonstrations = build_demonstrations(spec, "supervised control")
     learner, tracker = cluster.learner, observers.tracker
-    with observers.display.counting("supervised step", len(steps)) as counter:
-        await warm_start(
-            demonstrations, learner, config, tracker, counter.advance, steps, config.warm_start.steps
-        )
+    with observers.display.counting("supervised step", last - state.step) as counter:
+        for begin in range(state.step, last, every):
+            steps = range(begin, min(begin + every, last))
+            await warm_start(
+                demonstrations, learner, config, tracker, counter.advance, steps, config.warm_start.steps
+            )
+            state = replace(state, step=steps.stop, version=learner.version)
+            await save_state(folder, config, learner, state)
     await _serve_newest(cluster)
-    state = replace(state, step=config.train.steps, version=learner.version)
-    await save_state(folder, config, learner, state)
     return state, cluster.workers
 
 

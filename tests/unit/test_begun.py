@@ -124,9 +124,8 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_in_one_line(
         find_checkpoint(newer)
     damage(older)
     (run / "config.yaml").write_text(to_yaml(replace(CONFIG, seed=9)))  # nor is it begun anew
-    if damage is not _lose_state:
-        with pytest.raises(CheckpointError, match=r"no checkpoint of trial in \S+ is whole: start anew"):
-            find_unfinished(tmp_path, CONFIG)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of trial in \S+ is whole: start anew"):
+        find_unfinished(tmp_path, CONFIG)
 
 
 def test_digests_are_not_checked_where_an_older_version_wrote_none(tmp_path: Path) -> None:

@@ -95,6 +95,15 @@ def test_a_cell_that_was_given_up_is_no_success(
     assert "- recall, truncation: NOT MEASURED, seed 0: worker-0 died during task recall-eval-0-1" in report
 
 
+def test_a_mistake_in_the_fast_weights_leaves_no_folder(
+    settings: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = ("fast_weights.basis=data", f"fast_weights.calibration_path={tmp_path / 'none.txt'}")
+    complaint(capsys, 1, str(QUICKSTART), *settings, *missing, "--rows", "truncation")
+    runs = tmp_path / "runs"
+    assert not runs.exists() or not [path for path in runs.iterdir() if path.is_dir()]
+
+
 def test_an_evaluation_that_runs_is_left_alone_by_a_second_one(
     settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -230,6 +230,29 @@ def test_a_step_without_signal_counts_and_is_not_published(tmp_path: Path, max_s
     assert bench.ledger.settled["trained"] == 12 and bench.ledger.balanced
 
 
+def test_an_evaluated_step_without_signal_is_a_barrier_all_the_same(tmp_path: Path) -> None:
+    """The workers load the same version again: no episode in flight runs beside the evaluation."""
+    every = {"checkpoint_every": 2, "evaluate_every": 2}
+    plan = TrainConfig(steps=4, tasks_per_step=2, group_size=2, max_staleness=2, **every)
+    bench = Bench(tmp_path, plan)
+    bench.trainer.idle = {2, 3, 4}
+    for worker in bench.workers:
+        worker.loads_again = True
+    served: list[PolicyVersion] = []
+    bench.workers[0].on_refresh = served.append
+    assert bench.run().version == 1
+    assert served == [1, 1, 1]  # of the steps 1, 2 and 4
+
+
+def test_what_breaks_in_the_last_rollout_ends_the_run(tmp_path: Path) -> None:
+    """No worker serves then, and none is starting: the loop must not wait for one."""
+    bench = Bench(tmp_path, TrainConfig(steps=1, tasks_per_step=2, group_size=2))
+    for worker in bench.workers:
+        worker.refused = RuntimeError("a fault of our own")
+    with pytest.raises(RuntimeError, match="a fault of our own"):
+        bench.run()
+
+
 def test_no_steps_is_a_run_too(tmp_path: Path) -> None:
     bench = Bench(tmp_path, TrainConfig(steps=0, tasks_per_step=2, group_size=2))
     assert bench.run() == START

@@ -9,6 +9,7 @@ import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  before the forks: o
 import pytest
 from mlflow.tracking import MlflowClient
 
+from cluster.common.errors import InUseError
 from cluster.common.folders import require_writable
 from cluster.common.turn import in_turn
 from cluster.runs.run_folders import create_run, runs_of
@@ -52,7 +53,7 @@ def test_twenty_starts_in_a_new_folder(tmp_path: Path) -> None:
 
 def test_who_holds_a_turn_for_too_long_is_said(tmp_path: Path) -> None:
     said = "another process has held it for 0.1 s"
-    with in_turn(tmp_path), pytest.raises(TimeoutError, match=said), in_turn(tmp_path, longest_s=0.1):
+    with in_turn(tmp_path), pytest.raises(InUseError, match=said), in_turn(tmp_path, longest_s=0.1):
         raise AssertionError("two hold the lock")
     with in_turn(tmp_path, longest_s=0.1):
         pass
