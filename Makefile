@@ -76,7 +76,7 @@ reference: $(STAMP) ## write configs/REFERENCE.md from the schema
 
 # The CPU lock sees torch's CPU wheels, the GPU lock must not: it would take them silently.
 COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml -q --extra dev --python-version 3.11 \
-	--generate-hashes --no-emit-find-links --no-emit-index-url
+	--generate-hashes --no-emit-find-links --no-emit-index-url --overrides infra/locks/overrides.txt
 lock: $(STAMP) ## recompile both locks after a change of dependencies (ARGS=--upgrade for newer ones)
 	@$(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)",UV_EXTRA_INDEX_URL=$(TORCH_INDEX) UV_INDEX_STRATEGY=unsafe-best-match) \
 		$(COMPILE) --extra cpu --excludes infra/locks/exclude.txt -o infra/locks/cpu.lock $(ARGS)
