@@ -19,18 +19,17 @@ from contextlib import asynccontextmanager, contextmanager
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from openai.types import Model
 from starlette.exceptions import HTTPException
 
+from actors.endpoint.answers import error_body, models_body
+from actors.endpoint.requests import RequestError, read_json
 from actors.protocols import EngineError, ReceiptError, WriterError
 from cluster.assistant.openai_format import (
     Answer,
     ChatRequest,
-    RequestError,
     check_name,
     completion,
     completion_events,
-    error_body,
     parse_request,
     summarize,
 )
@@ -121,8 +120,7 @@ def _add_completions(routes: APIRouter, parts: Parts, sessions: Sessions) -> Non
 
     @routes.get("/models")
     async def models() -> Response:
-        model = Model(id=name, object="model", created=0, owned_by="engram")
-        return JSONResponse({"object": "list", "data": [model.model_dump(exclude_unset=True)]})
+        return JSONResponse(models_body(name))
 
     @routes.post("/chat/completions")
     async def complete(request: Request) -> Response:
@@ -157,21 +155,11 @@ def _add_conversations(routes: APIRouter, sessions: Sessions) -> None:
 
 
 async def _read(request: Request, parts: Parts) -> ChatRequest:
-    """Read and check the body, which must be JSON. Raises RequestError.
-
-    A browser asks before it sends JSON to another origin, and is refused. So web pages cannot talk to a local
-    server.
-    """
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise RequestError(415, "the Content-Type must be application/json", None, "unsupported_media_type")
-    limit = parts.opening.config.assistant.max_body_kib * 1024
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            message = f"the body is over {limit} bytes (assistant.max_body_kib)"
-            raise RequestError(413, message, None, "body_too_large")
-    chat_request = parse_request(bytes(body), request.headers.get("x-conversation-id"), parts.opening.config)
+    """Read and check the body. Raises RequestError."""
+    config = parts.opening.config
+    kind, limit = request.headers.get("content-type", ""), config.assistant.max_body_kib * 1024
+    data = await read_json(kind, request.stream(), limit, "assistant.max_body_kib")
+    chat_request = parse_request(data, request.headers.get("x-conversation-id"), config)
     name = model_name(parts.opening)
     if chat_request.model != name:
         message = f"the model {chat_request.model[:100]!r} is not served here; {name!r} is"

@@ -20,6 +20,7 @@ import torch
 from fastapi.testclient import TestClient
 from rich.console import Console
 
+from actors.endpoint.requests import RequestError
 from actors.episodes.rollout import WriteBatcher
 from actors.fast_weights.basis import make_basis
 from actors.fast_weights.delta import Basis
@@ -29,7 +30,7 @@ from actors.text.flashcards import render_flashcards
 from actors.types import AdapterKey, FastWeights, Flashcard, Generation, Probe, Sampling, WriteRequest
 from cluster.assistant.chat import Terminal
 from cluster.assistant.conversation import Conversation, Reply
-from cluster.assistant.openai_format import Answer, RequestError, completion_events, parse_request
+from cluster.assistant.openai_format import Answer, completion_events, parse_request
 from cluster.assistant.opening import AssistantError, Opening, Parts
 from cluster.assistant.serve import build_app
 from cluster.assistant.sessions import BusyError, Sessions
@@ -495,11 +496,11 @@ def test_a_dead_engine_is_named_by_every_route_that_needs_it(parts: Parts) -> No
 
 
 def test_numbers_that_are_bounds_are_cut_to_what_the_engine_has(opening: Opening) -> None:
-    request = parse_request(json.dumps(body(max_tokens=10**6)).encode(), None, opening.config)
+    request = parse_request(body(max_tokens=10**6), None, opening.config)
     assert (request.max_tokens, request.temperature) == (8, 0.0)
     assert (request.turns, request.history) == (("Nora lives in Lisbon.",), ())
     with pytest.raises(RequestError, match="differ"):
-        parse_request(json.dumps(body(conversation="a")).encode(), "b", opening.config)
+        parse_request(body(conversation="a"), "b", opening.config)
 
 
 # --- in the terminal ------------------------------------------------------------------------------------

@@ -1,0 +1,157 @@
+"""Requests of OpenAI's chat completions: what every endpoint here accepts, and how it refuses the rest.
+
+    bytes --read_json--> dict --checked--> a Body of the endpoint, or RequestError
+
+Both endpoints use it: ``serve`` (cluster/assistant/) and the one of a user's harness (loopback.py). What would
+change the answer and cannot be done is refused by name, never passed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+
+class RequestError(Exception):
+    """A client's mistake, in OpenAI's terms."""
+
+    def __init__(self, status: int, message: str, param: str | None, code: str) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+def bad_value(message: str, param: str | None) -> RequestError:
+    return RequestError(400, message, param, "invalid_value")
+
+
+def only(*neutral: object) -> AfterValidator:
+    """Accept null and ``neutral``, which change nothing.
+
+    Any other value would change the answer, so refuse it.
+    """
+
+    def check(value: object) -> object:
+        # In Python True equals 1, in JSON it does not.
+        same = (value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
+        if value is None or any(same):
+            return value
+        allowed = ", or give " + " or ".join(map(json.dumps, neutral)) if neutral else ""
+        raise PydanticCustomError("unsupported", f"is not supported: leave it out{allowed}")
+
+    return AfterValidator(check)
+
+
+def _text(content: object) -> object:
+    """Join a list of text parts. Replace half a surrogate pair: no tokenizer takes it."""
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        parts = [part.get("text", "") for part in content if part.get("type") == "text"]
+        if len(parts) == len(content) and all(isinstance(part, str) for part in parts):
+            content = "\n".join(parts)
+    return content.encode("utf-8", errors="replace").decode() if isinstance(content, str) else content
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Neutral = Annotated[object, only()]
+
+
+class Body(BaseModel):
+    """What all endpoints understand alike. ``description`` completes the message "FIELD must be ..."."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    model: str | None = Field(None, description="a text")
+    max_completion_tokens: int | None = Field(None, ge=1, description="a whole number, 1 or more")
+    max_tokens: int | None = Field(None, ge=1, description="a whole number, 1 or more")
+    stream: bool | None = Field(None, description="true or false")
+    stream_options: object = None
+
+    n: Annotated[object, only(1)] = None
+    top_p: Annotated[object, only(1)] = None
+    presence_penalty: Annotated[object, only(0)] = None
+    frequency_penalty: Annotated[object, only(0)] = None
+    logprobs: Annotated[object, only(False)] = None
+    top_logprobs: Annotated[object, only(0)] = None
+    logit_bias: Annotated[object, only({})] = None
+    seed: Neutral = None
+    tools: Annotated[object, only([])] = None
+    functions: Annotated[object, only([])] = None
+    response_format: Annotated[object, only({"type": "text"})] = None
+    modalities: Annotated[object, only(["text"])] = None
+    audio: Neutral = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The request's own bound of the reply."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def usage_in_stream(self) -> bool:
+        options = self.stream_options
+        return isinstance(options, dict) and options.get("include_usage") is True
+
+
+Role = Literal["system", "developer", "user", "assistant"]
+B = TypeVar("B", bound=Body)
+
+
+async def read_json(
+    content_type: str, stream: AsyncIterable[bytes], limit: int, setting: str = ""
+) -> dict[str, Any]:
+    """Read a body of at most ``limit`` bytes, which must be a JSON object. Raises RequestError.
+
+    A browser asks before it sends JSON to another origin, and is refused. So web pages cannot talk to a local
+    server. ``setting``: where the limit stands.
+    """
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise RequestError(415, "the Content-Type must be application/json", None, "unsupported_media_type")
+    body = bytearray()
+    async for piece in stream:
+        body += piece
+        if len(body) > limit:
+            message = f"the body is over {limit} bytes" + (f" ({setting})" if setting else "")
+            raise RequestError(413, message, None, "body_too_large")
+    return parse_json(bytes(body))
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """Raises RequestError unless ``content`` is a JSON object."""
+    try:
+        data = json.loads(content)  # not pydantic's parser: it refuses half a surrogate pair
+    except (ValueError, RecursionError):
+        raise bad_value("the body is not JSON", None) from None
+    if not isinstance(data, dict):
+        raise bad_value("the body must be a JSON object", None)
+    return data
+
+
+def checked(kind: type[B], message_kind: type[BaseModel], data: Mapping[str, Any]) -> B:
+    """``data`` as a ``kind``, whose messages are of ``message_kind``. Raises RequestError."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _refusal(error, kind, message_kind) from None
+
+
+def _refusal(error: ValidationError, model: type[BaseModel], message_kind: type[BaseModel]) -> RequestError:
+    """The first fault as one line, e.g. "messages[0].role must be system, user or assistant"."""
+    first = error.errors(include_url=False)[0]
+    place, rule = "", ""
+    for part in first["loc"]:
+        if isinstance(part, int):
+            place, rule, model = f"{place}[{part}]", "an object", message_kind
+        elif part in model.model_fields:
+            place, rule = f"{place}.{part}" if place else part, model.model_fields[part].description or ""
+        else:  # a field that nobody knows
+            place = f"{place}.{part}" if place else part
+    match first["type"]:
+        case "unsupported":
+            message = f"{place} {first['msg']}"
+        case "extra_forbidden":
+            message = f"{place} is not supported: leave it out"
+        case _:
+            message = f"{place} must be {rule}"
+    return bad_value(message, place)
