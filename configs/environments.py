@@ -8,6 +8,9 @@ from typing import Any, Literal
 from configs.bounds import fraction, home_expanded, not_negative, positive, require
 from configs.extensions import FORM, is_path
 
+REPLACEABLE = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty")
+"""Fields of a harness's calls whose place the run's own sampling may take."""
+
 
 @dataclass(frozen=True)
 class RecallConfig:
@@ -148,10 +151,37 @@ class RecordsConfig:
 
 
 @dataclass(frozen=True)
+class HarnessConfig:
+    """An agent harness of your own: whatever speaks the OpenAI API. It finds the policy on 127.0.0.1.
+
+    One of ``command`` and ``function`` is given. A command gets its endpoint in ``OPENAI_BASE_URL`` and
+    ``OPENAI_API_KEY``, and the task as JSON on stdin; the last line of its stdout is its result, in JSON. A
+    function gets base_url, api_key and the Task, and returns its result.
+    """
+
+    command: tuple[str, ...] = ()  # a program and its arguments, e.g. [python, my_agent.py]
+    function: str = ""  # package.module:name of a function of base_url, api_key and task, async or not
+    # required with environment.name=harness: a .jsonl file, each line the payload of a task; or
+    # package.module:name of a function from train or eval to a list of these. A task with an answer is scored
+    # by it where the harness gives no reward
+    tasks: str = ""
+    eval_fraction: float = 0.1  # of the tasks of a file, held out
+    # fields of the harness's calls that the run's own sampling replaces, e.g. [temperature, top_p]; others
+    # than these may be refused
+    ignored_fields: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        home_expanded(self, "tasks")
+        fraction(self, "eval_fraction")
+        known = set(self.ignored_fields) <= set(REPLACEABLE)
+        require(known, "ignored_fields", self.ignored_fields, f"some of {', '.join(REPLACEABLE)}")
+
+
+@dataclass(frozen=True)
 class EnvironmentConfig:
     """Where tasks come from."""
 
-    name: Literal["recall", "conversation", "search", "rubric", "records", "custom"] = "recall"
+    name: Literal["recall", "conversation", "search", "rubric", "records", "harness", "custom"] = "recall"
     # with environment.name=custom: package.module:name of a function from options to an Environment
     custom: str = ""
     # the custom environment's argument
@@ -163,6 +193,7 @@ class EnvironmentConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     rubric: RubricConfig = field(default_factory=RubricConfig)
     records: RecordsConfig = field(default_factory=RecordsConfig)
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
 
     def __post_init__(self) -> None:
         known = self.name != "custom" or is_path(self.custom)
@@ -171,6 +202,15 @@ class EnvironmentConfig:
         readable = self.name != "records" or self.records.path.endswith((".jsonl", ".parquet"))
         bound = "a .jsonl or .parquet file where environment.name is records"
         require(readable, "records.path", self.records.path, bound)
+        harness = self.harness
+        one = self.name != "harness" or (len(harness.command) > 0) != (harness.function != "")
+        bound = "given where environment.name is harness, or else harness.function"
+        require(one, "harness.command", harness.command, bound)
+        named = harness.function == "" or is_path(harness.function)
+        require(named, "harness.function", harness.function, f"{FORM}, or empty")
+        readable = self.name != "harness" or is_path(harness.tasks) or harness.tasks.endswith(".jsonl")
+        bound = f"a .jsonl file or {FORM} where environment.name is harness"
+        require(readable, "harness.tasks", harness.tasks, bound)
         search, judge = self.search, self.rubric.judge
         for name, key, path, what in (
             ("conversation", "conversation.path", self.conversation.path, "a file of conversations"),

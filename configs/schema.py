@@ -17,6 +17,7 @@ from configs.bounds import a_day, custom_resource, folder_name, home_expanded, n
 from configs.environments import (
     ConversationConfig,
     EnvironmentConfig,
+    HarnessConfig,
     JudgeConfig,
     RecallConfig,
     RecordsConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "EpisodesConfig",
     "EvaluationConfig",
     "FastWeightsConfig",
+    "HarnessConfig",
     "JudgeConfig",
     "LearnerConfig",
     "MemoryConfig",

@@ -2,8 +2,8 @@
 
     bytes --read_json--> dict --checked--> a Body of the endpoint, or RequestError
 
-Both endpoints use it: ``serve`` (cluster/assistant/) and the one of a user's harness (loopback.py). What would
-change the answer and cannot be done is refused by name, never passed over.
+Both endpoints use it: ``serve`` (cluster/assistant/) and the one of a user's harness (loopback.py). What
+would change the answer and cannot be done is refused by name.
 """
 
 from __future__ import annotations

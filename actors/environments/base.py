@@ -22,31 +22,55 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from actors.protocols import TaskError
 from actors.text.thoughts import visible_reply
-from actors.types import CardUse, Flashcard, Outcome, Task
+from actors.types import CardUse, FinishReason, Flashcard, Outcome, Task
 from configs.user_code import owned
 
 Split = Literal["train", "eval"]
 
 
 @dataclass(frozen=True, slots=True)
+class Reply:
+    """An action, with how it was sampled. ``prompt_tokens`` is the context that it was sampled from."""
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    reply_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """A user turn for the agent. Where it ``wants_action``, the next call of the session is ``act``.
 
-    ``tells``: it holds something to remember. A mere question does not.
+    ``tells``: it holds something to remember. A mere question does not. ``max_tokens`` bounds the action
+    below the run's own bound. The action ends with the first text of ``stop`` in it; that text is sampled,
+    and is not in what ``act`` gets. ``heard`` is called before ``act``, with how the action was sampled.
     """
 
     text: str
     wants_action: bool
     tells: bool = True
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    heard: Callable[[Reply], None] | None = None
+
+    def __post_init__(self) -> None:
+        most, stop = self.max_tokens, self.stop
+        if most is not None and (not isinstance(most, int) or most < 1):
+            raise ValueError(f"max_tokens={most!r} must be a whole number, 1 or more, or None")
+        if not isinstance(stop, tuple) or not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop={stop!r} must be a tuple of texts, none of them empty")
 
 
 class Session(Protocol):
+    """An episode's view of a task. It may have a ``system_prompt`` of its own, before the environment's."""
+
     @property
     def question(self) -> str:
         """What the episode is about. The extraction prompt shows it, unless the memory is question-blind."""

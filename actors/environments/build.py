@@ -71,6 +71,11 @@ def _named(config: EnvironmentConfig, embedder: EmbedderConfig) -> Environment:
         from actors.environments.records import RecordsEnvironment
 
         return RecordsEnvironment(config.records)
+    if config.name == "harness":
+        from actors.environments.harness import HarnessEnvironment
+
+        harness: Any = HarnessEnvironment(config.harness)  # its sessions start and wait as coroutines
+        return harness
     if config.name == "custom":
         return _custom(config)
     from actors.environments.conversation import ConversationEnvironment
@@ -206,6 +211,10 @@ class _RewardedSession:
     @property
     def question(self) -> str:
         return str(self.inner.question)
+
+    @property
+    def system_prompt(self) -> Any:
+        return getattr(self.inner, "system_prompt", "")
 
     def observe(self) -> Any:
         return self.inner.observe()

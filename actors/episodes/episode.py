@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from actors.environments.base import Reply
 from actors.episodes.hosted_session import HostedSession
 from actors.episodes.preservation import Preservation
 from actors.episodes.recovery import Diverged
@@ -108,6 +109,7 @@ class LiveActor:
         basis_id: str,
     ) -> None:
         self.version: PolicyVersion = policy.version
+        self.own_prompt = spec.task.system_prompt  # in the place of the environment's system prompt
         self.weights = FastWeights(basis_id=basis_id, revision=0, b={})
         self.revisions: list[FastWeights] = []
         self.seconds: dict[_Phase, float] = {"act": 0.0, "extract": 0.0, "write": 0.0, "install": 0.0}
@@ -141,8 +143,8 @@ class LiveActor:
         started = time.perf_counter()
         seed = derived_seed(self._spec.seed, "write", self._writes)
         self._writes += 1
-        preserving, prompt = self._preservation, self._spec.task.system_prompt
-        preserved = await preserving.replies(cards, prompt) if preserving else ()
+        preserving = self._preservation
+        preserved = await preserving.replies(cards, self.own_prompt) if preserving else ()
         request = WriteRequest(self._spec.episode_id, self.weights, tuple(examples), preserved, seed)
         result = await self._writer.write(request)
         written = time.perf_counter()
@@ -195,6 +197,7 @@ async def play_episode(
     started = time.perf_counter()
     actor = LiveActor(policy, writer, preservation, spec, basis_id)
     await session.start()
+    actor.own_prompt = session.own_prompt
     agent = Agent(actor, chat, session.system_prompt, session.question)
     try:
         stop_reason = await play(agent, session, memory, spec.max_answer_tokens, spec.max_turns)
@@ -241,11 +244,14 @@ async def play(
             continue
         if turns == max_turns:
             return "max_turns"
-        agent.turn_tells = observation.tells
+        agent.turn_tells, agent.turn_stop = observation.tells, observation.stop
+        most = min(max_answer_tokens, observation.max_tokens or max_answer_tokens)
         with _owned_by(memory, agent, session.task.id):
-            reply = await memory.answer(agent, observation.text, max_answer_tokens)
+            reply = await memory.answer(agent, observation.text, most)
             if not isinstance(reply, str):
                 raise TypeError(f"its answer is {type(reply).__name__}, it must be a text")
+        if observation.heard is not None:
+            observation.heard(Reply(reply, *agent.last_act))
         await session.act(reply)
         turns += 1
     return "done"

@@ -34,6 +34,7 @@ class HostedSession:
     def __init__(self, environment: Environment, task: Task, limit_s: float) -> None:
         self.cleaned = 0  # texts of the environment that could not be encoded
         self.system_prompt = self.question = ""
+        self.own_prompt = ""  # the task's or the session's own system prompt, if it has one
         self.waits_for = ""  # the call of the user's code that runs now, or that was given up
         self.task = task
         self._environment, self._limit_s = environment, limit_s
@@ -53,9 +54,10 @@ class HostedSession:
                 if not hasattr(type(session), member) and not hasattr(session, member):
                     gave = f"{type(session).__name__} without {member}"
                     self._refuse("start", gave, "a Session", environment.start)
-        question, prompt = await self._ask("question", lambda: (session.question, environment.system_prompt))
+        own, question, prompt = await self._ask("question", lambda: _texts_of(session, environment))
         self.question = self._text("question", question)
-        self.system_prompt = self._text("system_prompt", task.system_prompt or prompt)
+        self.own_prompt = self._text("system_prompt", task.system_prompt or own or "")
+        self.system_prompt = self.own_prompt or self._text("system_prompt", prompt)
 
     async def observe(self) -> Observation | None:
         """The next observation, None when the episode is over. Raises TaskError."""
@@ -198,3 +200,7 @@ class HostedSession:
         except (TypeError, ValueError, RuntimeError):  # the last is raised by a tensor of several numbers
             # name the type: the repr of an array would be many lines
             raise TaskError(f"{self._gave} {name} as {type(value).__name__}, it must be one number") from None
+
+
+def _texts_of(session: Session, environment: Environment) -> tuple[object, object, object]:
+    return getattr(session, "system_prompt", ""), session.question, environment.system_prompt

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -22,6 +23,7 @@ from actors.text.context import Context
 from actors.text.split_text import split_text
 from actors.types import (
     FastWeights,
+    FinishReason,
     Flashcard,
     Generation,
     PolicyVersion,
@@ -69,6 +71,9 @@ class Agent:
         self.system_prompt = system_prompt
         self.question = question
         self.turn_tells = True  # whether a turn that wants an answer also tells something to remember
+        self.turn_stop: tuple[str, ...] = ()  # texts that end the answer to the turn
+        # of the last answer: how it ended, the tokens of its context, and its own
+        self.last_act: tuple[FinishReason, int, int] = ("stop", 0, 0)
         self.context = self._fresh_context("")
         self.segments: list[Segment] = []
         self.writes: list[WriteRecord] = []
@@ -79,10 +84,15 @@ class Agent:
         Returns what it says: its text without the stop token and without thoughts.
         """
         self.context.observe(self.chat.assistant_open)
-        generation = await self.actor.sample(self.context.ids, kind, max_tokens)
+        prompt = self.context.ids
+        generation = await self.actor.sample(prompt, kind, max_tokens)
+        text = self.chat.said(generation.token_ids)
+        if kind == "act":
+            generation, text = ended_at(self.turn_stop, generation, text, self.chat)
+            self.last_act = (generation.finish_reason, len(prompt), len(generation.token_ids))
         self.context.act(generation, kind)
         self.context.observe(self.chat.assistant_close(generation.token_ids))
-        return self.chat.said(generation.token_ids)
+        return text
 
     async def aside(self, prompt: str, kind: SpanKind, max_tokens: int) -> str:
         """Sample a reply to ``prompt`` in a context of its own. The running context does not see it.
@@ -261,6 +271,27 @@ class TruncationMemory(ContextMemory):
     async def relieve(self, agent: Agent, incoming: int) -> None:
         self.events["truncations"] += 1
         agent.truncate(self.max_context_tokens - incoming)
+
+
+def ended_at(
+    stop: Sequence[str], generation: Generation, text: str, chat: ChatFormat
+) -> tuple[Generation, str]:
+    """Cut what was sampled behind the first of the ``stop`` texts in what it says, and ``text`` before it.
+
+    The engine knows no stop texts, it gives ids for ids. The beginning of a sample is itself a sample of the
+    policy, so what is kept is trained as it was sampled. What is cut off has cost its time.
+    """
+    if not any(end in text for end in stop):
+        return generation, text
+
+    def has_ended(tokens: int) -> bool:
+        said = chat.said(generation.token_ids[:tokens])
+        return any(end in said for end in stop)
+
+    kept = bisect_left(range(len(generation.token_ids)), True, key=has_ended)
+    ids, logprobs, versions = generation.token_ids, generation.logprobs, generation.versions
+    before = min(text.find(end) for end in stop if end in text)
+    return Generation(ids[:kept], logprobs[:kept], "stop", versions[:kept]), text[:before]
 
 
 def user_turns(text: str, chat: ChatFormat, limit: int) -> list[Ids]:

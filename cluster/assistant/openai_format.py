@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from actors.endpoint import answers
-from actors.endpoint.requests import Body, Neutral, Role, Text, bad_value, checked, only
+from actors.endpoint.requests import Body, Role, Text, bad_value, checked, only
 from actors.types import WriteRecord
 from cluster.assistant.conversation import Reply
 from configs.schema import RunConfig
