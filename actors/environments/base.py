@@ -69,7 +69,7 @@ class Observation:
 
 
 class Session(Protocol):
-    """An episode's view of a task. It may have a ``system_prompt`` of its own, before the environment's."""
+    """An episode's view of a task. Its class may have a property ``system_prompt``, before the environment's."""
 
     @property
     def question(self) -> str:

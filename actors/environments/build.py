@@ -214,7 +214,7 @@ class _RewardedSession:
 
     @property
     def system_prompt(self) -> Any:
-        return getattr(self.inner, "system_prompt", "")
+        return self.inner.system_prompt if hasattr(type(self.inner), "system_prompt") else ""
 
     def observe(self) -> Any:
         return self.inner.observe()

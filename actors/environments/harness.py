@@ -71,12 +71,17 @@ class HarnessSession:
     def __init__(self, task: Task, endpoint: Loopback, channel: Channel) -> None:
         question = task.payload.get("question", "")
         self.question = question if isinstance(question, str) else ""
-        self.system_prompt = ""
+        self._system_prompt = ""
         self._task, self._endpoint, self._channel = task, endpoint, channel
         self._running: Running | None = None
         self._ended: Ended | None = None
         self._turns: list[Observation] = []  # of the present call, the next one last
         self._reply: Reply | None = None  # to be sent; later the last one that was
+
+    @property
+    def system_prompt(self) -> str:
+        """That of the harness's first call."""
+        return self._system_prompt
 
     async def begin(self, harness: Harness) -> None:
         visit = Visit(self._endpoint.base_url, self._channel.key, self._task)
@@ -85,7 +90,7 @@ class HarnessSession:
         if call is None:
             where = "OPENAI_BASE_URL (a function's base_url) with the key in OPENAI_API_KEY (its api_key)"
             raise TaskError(f"task {self._task.id}: the harness ended without one call: it must call {where}")
-        self.system_prompt = call.system_prompt or ""
+        self._system_prompt = call.system_prompt or ""
         self._take(call)
 
     async def observe(self) -> Observation | None:
@@ -177,7 +182,7 @@ def _outcome(task: Task, result: Any, last_reply: str) -> Outcome:
     fields: Mapping[str, Any] = result if isinstance(result, Mapping) else {}
     if isinstance(result, str):
         fields = {"answer": result}
-    elif isinstance(result, (int, float)):
+    elif hasattr(result, "__float__"):  # Python's number, NumPy's or torch's
         fields = {"reward": result}
     elif result is not None and not fields:
         raise _unusable(task, f"gave {type(result).__name__}")

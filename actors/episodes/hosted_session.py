@@ -202,5 +202,7 @@ class HostedSession:
             raise TaskError(f"{self._gave} {name} as {type(value).__name__}, it must be one number") from None
 
 
-def _texts_of(session: Session, environment: Environment) -> tuple[object, object, object]:
-    return getattr(session, "system_prompt", ""), session.question, environment.system_prompt
+def _texts_of(session: Any, environment: Environment) -> tuple[object, object, object]:
+    # of the class: a __getattr__ of the user's is asked for what every session has, and for no more
+    own = session.system_prompt if hasattr(type(session), "system_prompt") else ""
+    return own, session.question, environment.system_prompt

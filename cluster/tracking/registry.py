@@ -35,7 +35,9 @@ def dataset_values(environment: EnvironmentConfig, context: DataContext) -> dict
     files = [
         Path(value).expanduser()
         for key, value in settings.items()
-        if (key.endswith("path") or (key == "tasks" and ":" not in str(value))) and isinstance(value, str) and value
+        if (key.endswith("path") or (key == "tasks" and ":" not in str(value)))
+        and isinstance(value, str)
+        and value
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for file in files:

@@ -34,8 +34,10 @@ from configs.schema import (
     RolloutConfig,
     WriteConfig,
 )
+from configs.shipped import shipped
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
+ROOT = Path(__file__).parents[2]
 CARDS = '[{"instruction": "Who moved?", "output": "Nora"}]'
 MODULE = '''
 import asyncio, json, time
@@ -256,6 +258,18 @@ def test_a_harness_is_trained_like_the_same_talk_in_an_ordinary_environment(
     assert (mine.outcome.reward, mine.outcome.answers) == (0.25, ())
 
 
+def test_the_worked_example(chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "actors/README.md").read_text("utf-8").split("\n## An agent harness of your own\n")[1]
+    (tmp_path / "my_agent.py").write_text(section.split("```python\n")[1].split("```")[0], "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (command,) = re.findall(r"```sh\nengram train quickstart (.*?)\n```", section, re.DOTALL)
+    config = load_config(shipped()["quickstart"], command.replace("\\\n", " ").split())
+    trajectory = only(play(chat, config.environment, most=16, context=100))
+    assert sum(span.kind == "act" for segment in trajectory.segments for span in segment.spans) == 4
+    assert len(trajectory.writes) == 1
+    assert trajectory.outcome.answers[0].prediction == "Nora, in Lisbon, 4."
+
+
 def test_siblings_have_channels_of_their_own(chat: ChatFormat, user: ModuleType) -> None:
     group = play(chat, function("talks"), size=4)
     assert len(group.trajectories) == 4 and group.failed == ()
@@ -280,6 +294,13 @@ def test_what_a_call_may_ask_for_and_what_is_refused_by_name(chat: ChatFormat, u
     assert (seen["stream"], seen["finish"]) == ("Nora,", "length")
     (segment,) = trajectory.segments
     assert len(segment.spans) == 2 and seen["usage"] == 3
+    assert [turn.text for turn in chat.turns(segment.token_ids.tolist())[-5:]] == [
+        "Hello?",
+        "Are you there?",
+        "Nora, in Lisbon, 1.",
+        "Good.",
+        "Nora,",
+    ]
     assert (trajectory.outcome.reward, trajectory.outcome.reward_parts) == (1.0, {"polite": 0.5})
 
 
