@@ -69,7 +69,7 @@ class Observation:
 
 
 class Session(Protocol):
-    """An episode's view of a task. Its class may have a property ``system_prompt``, before the environment's."""
+    """One episode's view of a task. A property ``system_prompt`` goes before the environment's."""
 
     @property
     def question(self) -> str:
