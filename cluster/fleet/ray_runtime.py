@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +99,8 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
 
     os.environ.update(_ENVIRONMENT)
     logging.getLogger("ray").setLevel(logging.ERROR)
+    # What the learner publishes is detached and contiguous, so Ray's warning says nothing new.
+    warnings.filterwarnings("ignore", message="Zero-copy tensor serialization is enabled")
     namespace = f"engram-{uuid.uuid4().hex[:8]}"
     try:
         if config.ray.address:

@@ -55,7 +55,9 @@ def _train(tiny_model_path: Path, folder: Path, fails: bool) -> subprocess.Compl
     return subprocess.run(
         [sys.executable, "-m", "cluster", "train", ROOT / "tests" / "quickstart.yaml", *words, *settings],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}
+        | {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"},  # as in a Ray job: Ray's warning of it is noise
         capture_output=True,
         text=True,
         timeout=500,
