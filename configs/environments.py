@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from configs.bounds import fraction, home_expanded, not_negative, positive, require
 from configs.extensions import FORM, is_path
+from configs.services import EndpointConfig
 
 REPLACEABLE = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty")
 """Fields of a harness's calls whose place the run's own sampling may take."""
@@ -90,26 +91,11 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
-    """An LLM behind an OpenAI-compatible endpoint.
+class JudgeConfig(EndpointConfig):
+    """An LLM behind an OpenAI-compatible endpoint that decides about rubrics.
 
     Its key is read from the environment variable ``api_key_env``, and never logged.
     """
-
-    url: str = ""  # e.g. http://127.0.0.1:8000/v1
-    model: str = ""
-    api_key_env: str = "OPENAI_API_KEY"  # empty: no key is sent
-    timeout_s: float = 60.0  # of one request; a verdict takes at most (retries + 1) times as long
-    retries: int = 3
-    max_concurrent: int = 8  # requests at once, of each rollout worker
-    cache_dir: str = ""  # verdicts are kept here and asked for once; empty: no cache
-    usd_per_million_prompt_tokens: float = 0.0  # for the cost column
-    usd_per_million_generated_tokens: float = 0.0
-
-    def __post_init__(self) -> None:
-        home_expanded(self, "cache_dir")
-        positive(self, "timeout_s", "max_concurrent")
-        not_negative(self, "retries", "usd_per_million_prompt_tokens", "usd_per_million_generated_tokens")
 
 
 @dataclass(frozen=True)

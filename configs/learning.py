@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from configs.bounds import custom_resource, not_negative, positive, require
+from configs.bounds import custom_resource, home_expanded, not_negative, positive, require
 from configs.extensions import FORM, is_path
+from configs.services import EndpointConfig, require_no_secret
 
 ADVANTAGES = ("grpo", "positive", "rloo")
 
@@ -102,19 +103,40 @@ class CurriculumConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig(EndpointConfig):
+    """An LLM behind an OpenAI-compatible endpoint that writes a warm start's flashcards. No url: none.
+
+    Its key is read from the environment variable ``api_key_env``, and never logged. A card whose answer does
+    not stand in the text that it comes from is dropped and counted.
+    """
+
+    cache_dir: str = ""  # answers are kept here and asked for once; empty: the folder teacher in output_dir
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_no_secret("url", self.url)
+        require(self.url == "" or self.model != "", "model", self.model, "given where there is a url")
+
+
+@dataclass(frozen=True)
 class WarmStartConfig:
     """A short supervised stage that teaches a small model to write parsable flashcards.
 
-    ``steps: 0`` skips it.
+    ``steps: 0`` skips it. The flashcards are the environment's own where it knows any. With a file or a
+    teacher they come from there, for any environment; with both, from each in turn.
     """
 
     steps: int = 0
-    tasks_per_step: int = 8
+    tasks_per_step: int = 8  # or lines of ``demonstrations``
     learning_rate: float = 1e-4
     # of each step: so many questions that nothing told is answered by "I don't know.", and the same questions
     # answered behind a text that tells the answer; few are enough, with many it says so of what it knows
     unknown: int = 0
+    # a JSON lines file of texts and of the flashcards to write of them (actors/README.md shows the format)
+    demonstrations: str = ""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
     def __post_init__(self) -> None:
+        home_expanded(self, "demonstrations")
         not_negative(self, "steps", "unknown")
         positive(self, "tasks_per_step", "learning_rate")

@@ -154,7 +154,9 @@ def _notes(cls: type[Any]) -> dict[str, str]:
     """The comment of each field: the lines above it and the text behind it."""
     return {
         name: " ".join([*(line.removeprefix("    # ") for line in above.splitlines()), beside]).strip()
-        for above, name, beside in _FIELD.findall(inspect.getsource(cls))
+        for base in reversed(cls.__mro__)
+        if is_dataclass(base)
+        for above, name, beside in _FIELD.findall(inspect.getsource(base))
     }
 
 

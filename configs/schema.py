@@ -24,7 +24,13 @@ from configs.environments import (
     RubricConfig,
     SearchConfig,
 )
-from configs.learning import CurriculumConfig, LearnerConfig, ObjectiveConfig, WarmStartConfig
+from configs.learning import (
+    CurriculumConfig,
+    LearnerConfig,
+    ObjectiveConfig,
+    TeacherConfig,
+    WarmStartConfig,
+)
 from configs.memory import (
     SUMMARIZING,
     FastWeightsConfig,
@@ -35,13 +41,14 @@ from configs.memory import (
     PreserveConfig,
     WriteConfig,
 )
-from configs.services import AssistantConfig, EpisodesConfig, RayConfig, TrackingConfig
+from configs.services import AssistantConfig, EndpointConfig, EpisodesConfig, RayConfig, TrackingConfig
 
 __all__ = [
     "AssistantConfig",
     "ConversationConfig",
     "CurriculumConfig",
     "EmbedderConfig",
+    "EndpointConfig",
     "EngineConfig",
     "EnvironmentConfig",
     "EpisodesConfig",
@@ -65,6 +72,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "SearchConfig",
+    "TeacherConfig",
     "TrackingConfig",
     "TrainConfig",
     "WarmStartConfig",

@@ -1,11 +1,58 @@
-"""Settings of what stands around a run: kept episodes, MLflow, Ray, and the assistant."""
+"""Settings of what stands around a run: model endpoints, kept episodes, MLflow, Ray, and the assistant."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
-from configs.bounds import home_expanded, not_negative, positive
+from configs.bounds import home_expanded, not_negative, positive, require
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """An LLM behind an OpenAI-compatible endpoint.
+
+    Its key is read from the environment variable ``api_key_env``, and never logged.
+    """
+
+    url: str = ""  # e.g. http://127.0.0.1:8000/v1
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"  # empty: no key is sent
+    timeout_s: float = 60.0  # of one request; an answer takes at most (retries + 1) times as long
+    retries: int = 3
+    max_concurrent: int = 8  # requests at once, of each process
+    cache_dir: str = ""  # answers are kept here and asked for once; empty: no cache
+    usd_per_million_prompt_tokens: float = 0.0  # for the cost column
+    usd_per_million_generated_tokens: float = 0.0
+
+    def __post_init__(self) -> None:
+        home_expanded(self, "cache_dir")
+        positive(self, "timeout_s", "max_concurrent")
+        not_negative(self, "retries", "usd_per_million_prompt_tokens", "usd_per_million_generated_tokens")
+        # Settings are saved and logged. A key among them is refused, and not shown.
+        is_name = re.fullmatch(r"[A-Za-z_]\w*|", self.api_key_env, re.ASCII) is not None
+        bound, cure = "the name of an environment variable, or empty", "the key itself is no setting"
+        require(is_name, "api_key_env", _HIDDEN, bound, cure)
+
+
+def without_secret(url: str) -> bool:
+    """Whether an address has no user, no password and no query, which may hold a key."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return True  # no address at all: whoever opens it says so
+    return "@" not in parts.netloc and not parts.query
+
+
+def require_no_secret(key: str, url: str) -> None:
+    """Refuse an address that may hold a key, without showing it: settings are saved and logged."""
+    bound, cure = "an address without user, password and query", "name the key's variable in api_key_env"
+    require(without_secret(url), key, _HIDDEN, bound, cure)
+
+
+_HIDDEN = "(hidden)"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ judge. Of an answer with thoughts only the rest counts.
 ``Answer.scores``: ``solved`` is that score and the reward. ``f1`` and ``em``, which every report shows, equal
 it: a share of the rubrics in a main column would be taken for the benchmark's result. That share is
 ``rubrics_met``. ``Outcome.reward_parts`` has the judge's cost: ``judge_requests``, ``judge_usd``
-(`JudgeCost`).
+(`Cost`).
 
 Our choices. Items that share a context are on the same side of the train and eval split. The system prompt is
 Engram's; an item's system message is read like the other messages, under its role. Of a long last message
@@ -33,7 +33,8 @@ from pydantic import AfterValidator
 
 from actors.environments.base import ReadThenAsk, Split, held_out, passes, task_seed
 from actors.environments.data_file import DataFile, MessageText, Text, TextOrNumber, invalid
-from actors.environments.judge.judge import NO_COST, EndpointJudge, Judge, Verdict
+from actors.environments.judge.cached_endpoint import NO_COST
+from actors.environments.judge.judge import EndpointJudge, Judge, Verdict
 from actors.environments.rubric_rules import RuleChecker, RuleError, parse_rule
 from actors.protocols import TaskError
 from actors.types import Answer, Outcome, Task

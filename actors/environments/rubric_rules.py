@@ -21,7 +21,8 @@ from functools import lru_cache
 
 import regex
 
-from actors.environments.judge.judge import NO_COST, Verdict
+from actors.environments.judge.cached_endpoint import NO_COST
+from actors.environments.judge.judge import Verdict
 from actors.protocols import TaskError
 
 Rule = Callable[[str], bool]

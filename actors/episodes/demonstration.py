@@ -1,15 +1,20 @@
 """What an ideal agent would write as flashcards: supervised segments for the warm start.
 
+    CardsOf: from a full context to the cards to write of it
+        the environment's own (gold_cards)    a teacher (teacher.py)    a file (written_demonstrations.py)
+
 A demonstration runs the loop, trigger, prompts and chat pieces of a real episode (episode.play,
-ParametricMemory). Only the actor differs: it extracts the environment's gold flashcards and answers nothing.
-So the taught text has exactly the form that is sampled later.
+ParametricMemory). Only the actor differs: it extracts those cards and answers nothing. So the taught text has
+exactly the form that is sampled later.
 
 A demonstrated exchange teaches an answer: the one to a question that nothing told, or that a text told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from actors.environments.base import Demonstrator, Environment, Exchange, Rephraser
@@ -17,9 +22,10 @@ from actors.environments.user_calls import run_blocking
 from actors.episodes.episode import play
 from actors.episodes.hosted_session import HostedSession
 from actors.memory.base import Agent, user_turns
+from actors.memory.controls import WriteControl
 from actors.memory.parametric import ParametricMemory
 from actors.protocols import TaskError
-from actors.text.chat_template import ChatFormat
+from actors.text.chat_template import ChatFormat, Ids
 from actors.text.context import Context
 from actors.text.encodable import encodable
 from actors.text.flashcards import render_flashcards
@@ -38,19 +44,36 @@ from actors.types import (
 from configs.schema import MemoryConfig, WriteConfig
 from configs.user_code import owned
 
+ALL_TURNS = 1_000_000
+
 
 class DemonstratingEnvironment(Environment, Demonstrator, Protocol):
     """An environment that knows the gold flashcards of its tasks."""
 
 
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """What stands in a context when flashcards are asked for: all of it, what was told, and the request."""
+
+    context: str
+    told: str
+    request: str
+
+
+CardsOf = Callable[[Extraction], Sequence[Flashcard] | None]
+"""The cards to write of a context; None: nothing is taught here. May block. Raises TaskError."""
+
+
 def demonstrate(
     task: Task,
-    environment: DemonstratingEnvironment,
+    environment: Environment,
+    cards_of: CardsOf,
     chat: ChatFormat,
     memory: MemoryConfig,
     write: WriteConfig,
     window_tokens: int,
     limit_s: float = 300.0,
+    max_turns: int = ALL_TURNS,
 ) -> list[Segment]:
     """Return one segment for each extraction of ``task``, under Delta = 0 and version 0. Raises TaskError.
 
@@ -62,10 +85,10 @@ def demonstrate(
         session = HostedSession(environment, task, limit_s)
         try:
             await session.start()
-            actor = _Demonstrator(task, environment, chat, memory)
+            actor = ShownActor(chat, task.id)
             agent = Agent(actor, chat, session.system_prompt, session.question)
-            remembering = ParametricMemory(memory, write, window_tokens)
-            await play(agent, session, remembering, max_answer_tokens=1, max_turns=_ALL_TURNS)
+            remembering = ParametricMemory(memory, write, window_tokens, ShownCards(actor, cards_of))
+            await play(agent, session, remembering, max_answer_tokens=1, max_turns=max_turns)
             return list(agent.finish())  # an empty answer leaves no trace, so each segment has an extraction
         finally:
             await session.close()
@@ -82,13 +105,28 @@ def demonstrate_exchange(
     for text in exchange.texts:
         for turn in user_turns(text, chat, memory.max_context_tokens):
             context.observe(turn)
-    *earlier, (question, answer) = exchange.turns
+    return answered(context, exchange.turns, chat)
+
+
+def answered(context: Context, turns: Sequence[tuple[str, str]], chat: ChatFormat) -> Segment:
+    """Close ``context`` behind questions with their answers, the last of which is taught."""
+    *earlier, (question, answer) = turns
     for asked, replied in earlier:
-        reply = chat.reply(replied)
-        context.observe(chat.user(asked) + chat.assistant_open + reply + chat.assistant_close(reply))
+        context.observe(chat.user(asked) + assistant_turn(chat, replied))
     context.observe(chat.user(question) + chat.assistant_open)
     context.act(_taught(chat, answer), "act")
     return context.close(0, 0)
+
+
+def assistant_turn(chat: ChatFormat, text: str) -> Ids:
+    """A whole reply that was not sampled."""
+    reply = chat.reply(text)
+    return chat.assistant_open + reply + chat.assistant_close(reply)
+
+
+def gold_cards(demonstrator: Demonstrator, task: Task, memory: MemoryConfig) -> CardsOf:
+    """The environment's own cards."""
+    return lambda extraction: gold_flashcards(demonstrator, task, extraction.context, memory)
 
 
 def gold_flashcards(
@@ -112,35 +150,43 @@ def gold_flashcards(
         )
 
 
-_ALL_TURNS = 1_000_000
+class ShownActor:
+    """The Actor that is told what it extracts: ``cards``. It answers nothing."""
 
-
-class _Demonstrator:
-    """The Actor that knows the gold flashcards."""
-
-    def __init__(
-        self, task: Task, environment: DemonstratingEnvironment, chat: ChatFormat, memory: MemoryConfig
-    ) -> None:
+    def __init__(self, chat: ChatFormat, episode_id: str) -> None:
         self.version: PolicyVersion = 0
         self.weights = FastWeights(basis_id="demonstration", revision=0, b={})
-        self._task = task
-        self._environment = environment
+        self.cards: Sequence[Flashcard] | None = None  # of the next extraction
         self._chat = chat
-        self._memory = memory
+        self._episode_id = episode_id
 
     async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
-        if kind == "act":
-            return Generation((), (), "length")  # no answer is taught: an empty generation leaves no mask
-        text = self._chat.decode(prompt_ids)
-        cards = gold_flashcards(self._environment, self._task, text, self._memory)
-        return _taught(self._chat, render_flashcards(cards))
+        if kind == "act" or self.cards is None:
+            return Generation((), (), "length")  # nothing is taught: an empty generation leaves no mask
+        return _taught(self._chat, render_flashcards(self.cards))
 
     async def learn(
         self, examples: Sequence[WriteExample], cards: Sequence[Flashcard]
     ) -> tuple[WriteRequest, WriteResult]:
         """Accept without writing, so that the next extraction prompt shows these cards as saved."""
-        request = WriteRequest(self._task.id, self.weights, tuple(examples))
+        request = WriteRequest(self._episode_id, self.weights, tuple(examples))
         return request, WriteResult(self.weights, None, 0.0, 0.0, 0, 0.0, "accepted", "")
+
+
+class ShownCards(WriteControl):
+    """Looks at a full context, and tells the actor which cards it extracts from it."""
+
+    def __init__(self, actor: ShownActor, cards_of: CardsOf) -> None:
+        self._actor, self._cards_of = actor, cards_of
+
+    async def extract(self, agent: Agent, max_tokens: int) -> str:
+        chat, context = agent.chat, agent.context
+        *_, request = chat.turns(context.ids)
+        told = "\n\n".join(turn.text for turn in chat.turns(context.told))
+        extraction = Extraction(chat.decode(context.ids), told, request.text)
+        # apart: a teacher waits for its endpoint
+        self._actor.cards = await asyncio.to_thread(self._cards_of, extraction)
+        return await agent.reply("extract", max_tokens)
 
 
 def _taught(chat: ChatFormat, text: str) -> Generation:

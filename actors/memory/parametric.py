@@ -6,7 +6,6 @@ the row "hybrid" (TMEM's write and MemAgent's summary at once).
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
@@ -22,6 +21,7 @@ from actors.text.flashcards import (
     write_example,
     write_examples,
 )
+from actors.text.grounded import is_told
 from actors.types import Flashcard
 from configs.schema import MemoryConfig, WriteConfig
 
@@ -80,7 +80,7 @@ class Flashcards:
         """Return the cards whose answer is among the words that were told, where that is asked for."""
         if not self._config.grounded:
             return list(cards)
-        return [card for card in cards if _is_told(card.answer, told)]
+        return [card for card in cards if is_told(card.answer, told)]
 
     def _fits(self, agent: Agent, card: Flashcard) -> bool:
         example = write_example(card, agent.system_prompt, agent.chat)
@@ -207,19 +207,6 @@ class HybridMemory(FlashcardMemory):
     def reserve(self, agent: Agent, full: bool = False) -> int:
         cards = self._flashcards.reserve(agent, full) if self._flashcards is not None else 0
         return self._summary.reserve(agent, full) + cards
-
-
-def _is_told(answer: str, told: str) -> bool:
-    """Whether all words of ``answer`` are among those of ``told``.
-
-    Chinese, Japanese or Thai puts no blanks between words, so there a word may stand within a longer run.
-    """
-    words = set(_words(told))
-    return all(word in words or (not word.isascii() and word in told.casefold()) for word in _words(answer))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
 
 
 def _not_outdated(earlier: Sequence[Flashcard], cards: Sequence[Flashcard], wordings: int) -> list[Flashcard]:

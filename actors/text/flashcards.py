@@ -42,6 +42,7 @@ _EARLIER = "Already saved: {cards}"
 _FORM = 'Write only a JSON list, [] if nothing is useful: [{"instruction": "question", "output": "answer"}]'
 # A small model repeats the form instead of filling it.
 _PLACEHOLDERS = frozenset({("question", "answer"), ("...", "..."), ("\u2026", "\u2026")})
+_SAYS_NONE = "the JSON array is empty"
 # Behind "[]": "[] if nothing is useful" is no answer, and an object may hold an empty list.
 _SAYS_MORE = re.compile(r"""[ \t"'`]*[\w,}]""")
 
@@ -58,6 +59,11 @@ class ParsedFlashcards:
     rejected: int
     problem: str
     repaired: int = 0
+
+    @property
+    def says_none(self) -> bool:
+        """Whether the text says that there is nothing to write: it has an empty list."""
+        return self.problem == _SAYS_NONE
 
 
 def extraction_prompt(question: str, earlier: Sequence[Flashcard], wordings: int = 1) -> str:
@@ -240,7 +246,7 @@ def _problem(items: int, cards: int, ended: bool) -> str:
     if not ended:
         return "the JSON array breaks off"
     if items == 0:
-        return "the JSON array is empty"
+        return _SAYS_NONE
     return "" if cards else f"none of the array's {items} items is a question with an answer"
 
 

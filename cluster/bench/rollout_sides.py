@@ -83,7 +83,7 @@ class EngramSide:
     def __init__(self, setup: Setup) -> None:
         from actors.environments.build import build_environment
         from actors.fast_weights.basis import load_basis
-        from cluster.train.warm_start import can_demonstrate
+        from cluster.train.demonstrations import can_demonstrate
 
         self._setup, config = setup, setup.config
         torch.set_num_threads(config.rollout.threads)

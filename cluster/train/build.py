@@ -31,12 +31,12 @@ from cluster.fleet.stream import Batch, GroupStream, StreamCalls, StreamPlan
 from cluster.runs.checkpoint import TrainState
 from cluster.runs.wanted_workers import WantedWorkers
 from cluster.train.curriculum import Curriculum
+from cluster.train.demonstrations import Demonstrations
 from cluster.train.loop import LoopParts, delivery
 from cluster.train.metrics import StepSummary, step_line
 from cluster.train.prepare import RunFolder, RunSpec, Start
 from cluster.train.scoreboard import Observers
 from cluster.train.step_checkpoints import StepCheckpoints
-from cluster.train.warm_start import Demonstrations, can_demonstrate
 from configs.curriculum import stages
 from configs.schema import RunConfig
 from learner.types import LearnerError, UnreadableError
@@ -217,7 +217,6 @@ def build_stream(
 
 def build_demonstrations(spec: RunSpec, purpose: str) -> Demonstrations:
     """What supervised steps learn from; each ``purpose`` has tasks of its own."""
-    assert can_demonstrate(spec.environment), "`require_demonstrations` has checked"
     return Demonstrations(spec.config, spec.environment, spec.model_path, purpose)
 
 

@@ -31,7 +31,7 @@ from cluster.runs.resume import find_checkpoint, find_unfinished, run_id_of
 from cluster.runs.run_folders import create_run
 from cluster.runs.run_lock import require_free
 from cluster.tracking.tracker import require_server
-from cluster.train.warm_start import require_demonstrations
+from cluster.train.demonstrations import require_demonstrations, require_sources
 from configs.curriculum import stages
 from configs.files import write_text
 from configs.load import ConfigError, flatten, load_config, to_yaml
@@ -138,6 +138,8 @@ def prepare_training(config: RunConfig, refused: Collection[Path] = ()) -> tuple
     require_window(config, chat, questions)
     folder, start = _where_to_start(spec, refused)
     _require_stage(config, start)
+    if start.checkpoint is None or config.train.control == "supervised":
+        require_sources(config, environment, chat)
     before = None if folder is None else folder.config
     if start.checkpoint is not None:
         before = start.checkpoint.folder / "config.yaml"

@@ -191,6 +191,8 @@ PATHS = (
     "environment.rubric.judge.cache_dir",
     "environment.records.path",
     "fast_weights.calibration_path",
+    "warm_start.demonstrations",
+    "warm_start.teacher.cache_dir",
     "assistant.save_dir",
     "tracking.uri",
 )

@@ -11,13 +11,13 @@ import pytest
 
 from actors.environments.base import Exchange
 from actors.environments.recall import RecallEnvironment
-from actors.episodes.demonstration import demonstrate, demonstrate_exchange
+from actors.episodes.demonstration import demonstrate, demonstrate_exchange, gold_cards
 from actors.episodes.episode import EpisodeSpec
 from actors.episodes.rollout import WriteBatcher
 from actors.memory.build import build_memory
 from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import parse_flashcards
-from actors.types import AdapterKey, Generation, Sampling, Trajectory
+from actors.types import AdapterKey, Generation, Sampling, Segment, Task, Trajectory
 from configs.schema import MemoryConfig, RecallConfig, WriteConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, run_episode, sampled
 
@@ -28,11 +28,16 @@ WINDOW = SURROUNDINGS.window_tokens
 TASKS = list(itertools.islice(ENVIRONMENT.tasks("train", 0, 0), 10))
 
 
+def _demonstrated(task: Task, chat: ChatFormat, memory: MemoryConfig) -> list[Segment]:
+    cards_of = gold_cards(ENVIRONMENT, task, memory)
+    return demonstrate(task, ENVIRONMENT, cards_of, chat, memory, WriteConfig(), WINDOW)
+
+
 @pytest.mark.parametrize("blind", [False, True])
 def test_the_mask_covers_the_gold_flashcards_only(chat: ChatFormat, blind: bool) -> None:
     memory = MemoryConfig(max_context_tokens=50, question_blind=blind)
     for task in TASKS:
-        segments = demonstrate(task, ENVIRONMENT, chat, memory, WriteConfig(), WINDOW)
+        segments = _demonstrated(task, chat, memory)
         assert len(segments) >= 2  # one for each session, and one where the questions fill the context
         assert {span.kind for segment in segments for span in segment.spans} == {"extract"}
         for text, segment in zip(task.payload["sessions"], segments[:2], strict=True):
@@ -47,7 +52,7 @@ def test_the_mask_covers_the_gold_flashcards_only(chat: ChatFormat, blind: bool)
 def test_two_wordings_are_two_cards_a_fact_side_by_side(chat: ChatFormat) -> None:
     memory = MemoryConfig(max_context_tokens=50, question_blind=True, wordings=2)
     task = TASKS[0]
-    segments = demonstrate(task, ENVIRONMENT, chat, memory, WriteConfig(), WINDOW)
+    segments = _demonstrated(task, chat, memory)
     taught = parse_flashcards(chat.decode(segments[0].token_ids[segments[0].action_mask]), 32).cards
     gold = ENVIRONMENT.demonstrate_flashcards(task, task.payload["sessions"][0], question_blind=True)
     assert taught[::2] == gold and len(gold) == 4
@@ -55,7 +60,7 @@ def test_two_wordings_are_two_cards_a_fact_side_by_side(chat: ChatFormat) -> Non
         assert other.answer == card.answer
         assert ENVIRONMENT.wordings(card.question) == (card.question, other.question)
     # A question-aware agent's first card has the words of the question, whichever of the two they are.
-    aware = demonstrate(task, ENVIRONMENT, chat, replace(memory, question_blind=False), WriteConfig(), WINDOW)
+    aware = _demonstrated(task, chat, replace(memory, question_blind=False))
     cards = parse_flashcards(chat.decode(aware[0].token_ids[aware[0].action_mask]), 32).cards
     asked = {question["question"] for question in task.payload["questions"]}
     assert cards and all(card.question in asked for card in cards[::2])
@@ -79,7 +84,7 @@ def test_an_exchange_teaches_its_last_answer_only(chat: ChatFormat) -> None:
 @pytest.mark.parametrize("window", [50, 90])
 def test_a_real_episode_that_writes_the_gold_sees_the_same_tokens(chat: ChatFormat, window: int) -> None:
     task, memory = TASKS[0], MemoryConfig(max_context_tokens=window)
-    taught = demonstrate(task, ENVIRONMENT, chat, memory, WriteConfig(), WINDOW)
+    taught = _demonstrated(task, chat, memory)
     replies = iter([tuple(segment.token_ids[segment.action_mask].tolist()) for segment in taught])
 
     def script(prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
@@ -100,6 +105,6 @@ def test_a_real_episode_that_writes_the_gold_sees_the_same_tokens(chat: ChatForm
 def test_it_runs_inside_a_running_event_loop_too(chat: ChatFormat) -> None:
     async def inside() -> int:
         memory = MemoryConfig(max_context_tokens=50)
-        return len(demonstrate(TASKS[0], ENVIRONMENT, chat, memory, WriteConfig(), WINDOW))
+        return len(_demonstrated(TASKS[0], chat, memory))
 
     assert asyncio.run(inside()) >= 2

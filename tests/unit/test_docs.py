@@ -18,6 +18,7 @@ from typer.main import get_command
 from actors.engine.policy import EngineStats
 from actors.engine.step_loop import PHASES
 from actors.environments.recall_scoring import KINDS
+from actors.episodes.teacher import Teaching
 from actors.types import Boundary, CardUse, Flashcard, TrajectoryGroup
 from actors.worker import WorkerReport
 from cluster.cli import app
@@ -146,7 +147,9 @@ def _logged() -> set[str]:
         worker_metrics([worker]),
         worker_timeline(phase_seconds({}, {"worker-0": worker})),
         fleet.metrics(),
-        warm_start_metrics(_zeros(WarmStartReport)),
+        warm_start_metrics(
+            _zeros(WarmStartReport), {f"teacher_{name}": 0.0 for name in Teaching().figures()}
+        ),
         _stage_figures(),
         *(row_metrics(row, key) for key in (*STAGES, METRICS)),
     ]

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,110 +15,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.environments.judge import judge as judge_module
-from actors.environments.judge.judge import EndpointJudge, JudgeCost
-from actors.environments.judge.prompt import MalformedVerdictError, judge_prompt, parse_verdict
+from actors.environments.judge import cached_endpoint
+from actors.environments.judge.cached_endpoint import Cost, MalformedReplyError
+from actors.environments.judge.judge import EndpointJudge
+from actors.environments.judge.prompt import judge_prompt, parse_verdict
 from actors.protocols import TaskError
 from configs.schema import JudgeConfig
+from tests.unit.endpoint_server import Script, Served, Server, completion, error_reply, serving
 
 KEY = "sk-very-secret-0123456789"
 KEY_VARIABLE = "ENGRAM_TEST_JUDGE_KEY"
 RUBRICS = ("names the city", "gives the year", "has no more than ten words")
-Script = Callable[[dict[str, Any]], "Served"]
-
-
-@dataclass(frozen=True)
-class Served:
-    """A scripted response. ``hold``: keep the connection, send nothing. ``drip``: send bytes without end."""
-
-    status: int = 200
-    body: str = ""
-    headers: tuple[tuple[str, str], ...] = (("Content-Type", "application/json"),)
-    hold: bool = False
-    drip: bool = False
-    delay_s: float = 0.0
-
-
-@dataclass
-class Server:
-    """Plays its scripts in order, the last one for ever."""
-
-    url: str
-    scripts: list[Script]
-    requests: list[dict[str, Any]] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
-    most_at_once: int = 0
-    now: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    over: threading.Event = field(default_factory=threading.Event)
-
-    def take(self, headers: dict[str, str], body: dict[str, Any]) -> Served:
-        with self.lock:
-            place = min(len(self.requests), len(self.scripts) - 1)
-            self.requests.append(body)
-            self.headers.append(headers)
-            self.now += 1
-            self.most_at_once = max(self.most_at_once, self.now)
-        return self.scripts[place](body)
-
-
-def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            served = server.take({name.lower(): value for name, value in self.headers.items()}, body)
-            try:
-                self._send(served)
-            except OSError:  # the client gave up, as some tests want
-                self.close_connection = True
-            finally:
-                with server.lock:
-                    server.now -= 1
-
-        def _send(self, served: Served) -> None:
-            if served.hold:
-                server.over.wait(30)
-                self.close_connection = True
-                return
-            time.sleep(served.delay_s)
-            data = served.body.encode()
-            self.send_response(served.status)
-            for name, value in served.headers:
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(10**6 if served.drip else len(data)))
-            self.end_headers()
-            while served.drip and not server.over.wait(0.02):
-                self.wfile.write(b" ")
-            self.wfile.write(data)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    return Handler
 
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    monkeypatch.setattr(judge_module, "_FIRST_PAUSE_S", 0.01)
-    running: list[tuple[ThreadingHTTPServer, Server]] = []
-
-    def start(*scripts: Script) -> Server:
-        server = Server("", list(scripts))
-        http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
-        server.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
-        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-        running.append((http, server))
-        return server
-
-    yield start
-    for http, server in running:
-        server.over.set()
-        http.shutdown()
-        http.server_close()
+    monkeypatch.setattr(cached_endpoint, "_FIRST_PAUSE_S", 0.01)
+    with serving() as start:
+        yield start
 
 
 def _config(server: Server | str, **changes: Any) -> JudgeConfig:
@@ -134,20 +47,6 @@ def _config(server: Server | str, **changes: Any) -> JudgeConfig:
     return JudgeConfig(url=server if isinstance(server, str) else server.url, **values)
 
 
-def _completion(text: object, usage: object = None) -> Served:
-    body = {
-        "id": "c",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "judge-1",
-        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-        "usage": {"prompt_tokens": 200, "completion_tokens": 50, "total_tokens": 250}
-        if usage is None
-        else usage,
-    }
-    return Served(body=json.dumps(body))
-
-
 def _verdict_text(body: dict[str, Any], met: list[bool], **extra: Any) -> str:
     asked = json.JSONDecoder().raw_decode(body["messages"][1]["content"])[0]
     entries = [
@@ -158,12 +57,7 @@ def _verdict_text(body: dict[str, Any], met: list[bool], **extra: Any) -> str:
 
 
 def _decide(*met: bool) -> Script:
-    return lambda body: _completion(_verdict_text(body, list(met)))
-
-
-def _error(status: int, message: str = "", **headers: str) -> Script:
-    body = json.dumps({"error": {"message": message, "type": "t", "code": "c"}})
-    return lambda _: Served(status, body, (("Content-Type", "application/json"), *headers.items()))
+    return lambda body: completion(_verdict_text(body, list(met)))
 
 
 def _failure(judge: EndpointJudge, answer: str = "Oslo") -> str:
@@ -185,9 +79,7 @@ def test_a_verdict_its_reasons_and_what_it_cost(serve: Callable[..., Server]) ->
     )
     verdict = judge.verdict("Where and when?", "Oslo", RUBRICS)
     assert verdict.met == (True, False, True) and verdict.reasons == ("because 1", "because 2", "because 3")
-    assert verdict.cost == JudgeCost(
-        requests=1, prompt_tokens=200, generated_tokens=50, usd=pytest.approx(0.004)
-    )
+    assert verdict.cost == Cost(requests=1, prompt_tokens=200, generated_tokens=50, usd=pytest.approx(0.004))
     (request,), (headers,) = server.requests, server.headers
     assert (request["model"], request["temperature"]) == ("judge-1", 0) and headers[
         "authorization"
@@ -201,8 +93,8 @@ def test_a_verdict_its_reasons_and_what_it_cost(serve: Callable[..., Server]) ->
 def test_a_reply_without_a_token_count_is_unmetered(
     serve: Callable[..., Server],
 ) -> None:
-    judge = EndpointJudge(_config(serve(lambda body: _completion(_verdict_text(body, [True] * 3), usage={}))))
-    assert judge.verdict("q", "a", RUBRICS).cost == JudgeCost(requests=1, unmetered=1)
+    judge = EndpointJudge(_config(serve(lambda body: completion(_verdict_text(body, [True] * 3), usage={}))))
+    assert judge.verdict("q", "a", RUBRICS).cost == Cost(requests=1, unmetered=1)
 
 
 def test_without_a_key_none_of_it_is_sent(
@@ -216,16 +108,14 @@ def test_without_a_key_none_of_it_is_sent(
 
 def test_the_key_is_in_no_log(serve: Callable[..., Server], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    judge = EndpointJudge(
-        _config(serve(_error(500, f"the key {KEY} met an error"), _decide(True, True, True)))
-    )
-    judge.verdict("q", "a", RUBRICS)
+    config = _config(serve(error_reply(500, f"the key {KEY} met an error"), _decide(True, True, True)))
+    EndpointJudge(config).verdict("q", "a", RUBRICS)
     logged = "\n".join(
         f"{record.getMessage()} {record.__dict__}"
         for record in caplog.records
         if record.name.split(".")[0] != "openai"
     )
-    assert KEY not in logged and KEY not in repr(judge.__dict__["_config"])
+    assert KEY not in logged and KEY not in repr(config)
 
 
 # --- the cache ---
@@ -237,10 +127,8 @@ def test_a_kept_verdict_is_not_asked_for_again_also_by_another_process_or_endpoi
     server = serve(_decide(True, False, True))
     first = EndpointJudge(_config(server, cache_dir=str(tmp_path / "kept")))
     original = first.verdict("q", "a", RUBRICS)
-    assert first.verdict("q", "a", RUBRICS) == type(original)(
-        original.met, original.reasons, JudgeCost(cached=1)
-    )
-    assert first.spent == JudgeCost(requests=1, cached=1, prompt_tokens=200, generated_tokens=50)
+    assert first.verdict("q", "a", RUBRICS) == type(original)(original.met, original.reasons, Cost(cached=1))
+    assert first.spent == Cost(requests=1, cached=1, prompt_tokens=200, generated_tokens=50)
     elsewhere = EndpointJudge(_config("http://127.0.0.1:9/v1", cache_dir=str(tmp_path / "kept")))
     assert elsewhere.verdict("q", "a", RUBRICS).met == original.met
     assert len(server.requests) == 1
@@ -275,11 +163,11 @@ def test_a_kept_reply_that_is_no_verdict_is_asked_for_again(
     with sqlite3.connect(tmp_path / "kept" / "cache.db") as base:
         base.execute("UPDATE Cache SET value = 'all rubrics are met'")
     assert judge.verdict("q", "a", RUBRICS).met == (False, True, True) and len(server.requests) == 2
-    assert judge.verdict("q", "a", RUBRICS).cost == JudgeCost(cached=1)
+    assert judge.verdict("q", "a", RUBRICS).cost == Cost(cached=1)
 
 
 def test_a_failed_verdict_is_not_kept(serve: Callable[..., Server], tmp_path: Path) -> None:
-    server = serve(_error(400, "no"), _decide(True, True, True))
+    server = serve(error_reply(400, "no"), _decide(True, True, True))
     judge = EndpointJudge(_config(server, cache_dir=str(tmp_path / "kept")))
     _failure(judge)
     assert judge.verdict("Where?", "Oslo", RUBRICS).cost.requests == 1
@@ -300,7 +188,7 @@ def test_a_cache_folder_that_cannot_be_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
 def test_what_may_pass_is_tried_again(serve: Callable[..., Server], status: int) -> None:
-    server = serve(_error(status, "busy"), _error(status, "busy"), _decide(True, True, True))
+    server = serve(error_reply(status, "busy"), error_reply(status, "busy"), _decide(True, True, True))
     verdict = EndpointJudge(_config(server)).verdict("q", "a", RUBRICS)
     assert verdict.cost.requests == 3 and all(verdict.met)
 
@@ -325,7 +213,7 @@ def test_what_may_pass_is_tried_again(serve: Callable[..., Server], status: int)
 def test_what_does_not_pass_is_one_line_with_the_setting(
     serve: Callable[..., Server], status: int, told: str, message: str, requests: int
 ) -> None:
-    server = serve(_error(status, told))
+    server = serve(error_reply(status, told))
     judge = EndpointJudge(_config(server))
     shown = _failure(judge)
     assert (
@@ -341,9 +229,9 @@ def test_a_key_that_is_not_set_is_named(
 ) -> None:
     monkeypatch.delenv(KEY_VARIABLE)
     assert f"set the environment variable {KEY_VARIABLE}, which is not set" in _failure(
-        EndpointJudge(_config(serve(_error(401))))
+        EndpointJudge(_config(serve(error_reply(401))))
     )
-    shown = _failure(EndpointJudge(_config(serve(_error(401)), api_key_env="")))
+    shown = _failure(EndpointJudge(_config(serve(error_reply(401)), api_key_env="")))
     assert "environment.rubric.judge.api_key_env, which is empty" in shown
 
 
@@ -368,17 +256,17 @@ def test_a_judge_that_hangs_ends_by_its_deadline(serve: Callable[..., Server], s
 def test_pauses_double_up_to_a_bound() -> None:
     for number in range(12):
         pause = min(20.0, 0.5 * 2**number)
-        assert 0.75 * pause <= judge_module._pause(number) <= 1.25 * pause
+        assert 0.75 * pause <= cached_endpoint._pause(number) <= 1.25 * pause
 
 
 def test_a_wait_that_the_endpoint_asks_for_is_kept_but_not_beyond_the_deadline(
     serve: Callable[..., Server],
 ) -> None:
-    server = serve(_error(429, "later", **{"Retry-After": "0.3"}), _decide(True, True, True))
+    server = serve(error_reply(429, "later", **{"Retry-After": "0.3"}), _decide(True, True, True))
     started = time.monotonic()
     EndpointJudge(_config(server)).verdict("q", "a", RUBRICS)
     assert time.monotonic() - started > 0.3
-    server = serve(_error(429, "tomorrow", **{"Retry-After": "86400"}))
+    server = serve(error_reply(429, "tomorrow", **{"Retry-After": "86400"}))
     started = time.monotonic()
     assert "429: " in _failure(EndpointJudge(_config(server)))
     assert time.monotonic() - started < 20 and len(server.requests) == 1
@@ -404,21 +292,19 @@ def test_a_server_of_another_kind(serve: Callable[..., Server], served: Served) 
 
 @pytest.mark.parametrize("content", [None, "", "I like it.", [{"type": "text", "text": "x"}], 3])
 def test_a_completion_without_a_verdict(serve: Callable[..., Server], content: object) -> None:
-    judge = EndpointJudge(_config(serve(lambda _: _completion(content))))
+    judge = EndpointJudge(_config(serve(lambda _: completion(content))))
     shown = _failure(judge)
     assert "gives no usable verdict" in shown and "environment.rubric.judge.model" in shown
-    assert judge.spent == JudgeCost(
-        requests=3, prompt_tokens=600, generated_tokens=150
-    )  # paid for, so counted
+    assert judge.spent == Cost(requests=3, prompt_tokens=600, generated_tokens=150)  # paid for, so counted
 
 
 def _verdict_in(body: dict[str, Any], message: Callable[[str], dict[str, Any]]) -> Served:
     """A completion whose message holds the right verdict somewhere."""
-    completion = json.loads(_completion("").body)
-    completion["choices"][0]["message"] = {"role": "assistant"} | message(
+    answered = json.loads(completion("").body)
+    answered["choices"][0]["message"] = {"role": "assistant"} | message(
         _verdict_text(body, [True, False, True])
     )
-    return Served(body=json.dumps(completion))
+    return Served(body=json.dumps(answered))
 
 
 @pytest.mark.parametrize(
@@ -446,7 +332,7 @@ def test_a_verdict_is_found_where_servers_put_it(
 def test_a_malformed_verdict_is_asked_for_again_with_what_was_wrong(serve: Callable[..., Server]) -> None:
     server = serve(_decide(True, True), _decide(True, True, False))
     verdict = EndpointJudge(_config(server)).verdict("q", "a", RUBRICS)
-    assert verdict.met == (True, True, False) and verdict.cost == JudgeCost(
+    assert verdict.met == (True, True, False) and verdict.cost == Cost(
         requests=2, prompt_tokens=400, generated_tokens=100
     )
     assert "rubric 3 of 3 is not decided" in server.requests[1]["messages"][1]["content"]
@@ -479,18 +365,18 @@ def test_a_key_that_no_header_takes_is_refused_unseen(monkeypatch: pytest.Monkey
 
 def test_no_more_requests_at_once_than_allowed(serve: Callable[..., Server]) -> None:
     def slowly(body: dict[str, Any]) -> Served:
-        return Served(body=_completion(_verdict_text(body, [True] * 3)).body, delay_s=0.1)
+        return Served(body=completion(_verdict_text(body, [True] * 3)).body, delay_s=0.1)
 
     server = serve(slowly)
     judge = EndpointJudge(_config(server, max_concurrent=3))
     with ThreadPoolExecutor(9) as threads:
         verdicts = list(threads.map(lambda number: judge.verdict("q", f"answer {number}", RUBRICS), range(9)))
     assert server.most_at_once == 3 and len(verdicts) == 9
-    assert judge.spent == JudgeCost(requests=9, prompt_tokens=1800, generated_tokens=450)
+    assert judge.spent == Cost(requests=9, prompt_tokens=1800, generated_tokens=450)
 
 
 def test_a_place_is_free_again_after_a_failure(serve: Callable[..., Server]) -> None:
-    server = serve(_error(400), _error(400), _decide(True, True, True))
+    server = serve(error_reply(400), error_reply(400), _decide(True, True, True))
     judge = EndpointJudge(_config(server, max_concurrent=1))
     _failure(judge, "a")
     _failure(judge, "b")
@@ -518,14 +404,14 @@ def test_a_judge_that_quotes_an_answer_is_not_misread(serve: Callable[..., Serve
         asked = json.loads(body["messages"][1]["content"])
         assert asked["answer"] == attack and set(asked) == {"id", "question", "rubrics", "answer"}
         verdict = _verdict_text(body, [True, False, True])
-        return _completion(f"The answer says:\n{attack}\nMy verdict:\n```json\n{verdict}\n```")
+        return completion(f"The answer says:\n{attack}\nMy verdict:\n```json\n{verdict}\n```")
 
     assert EndpointJudge(_config(serve(quotes))).verdict("q", attack, RUBRICS).met == (True, False, True)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_answer_echoed_for_a_verdict_is_none(serve: Callable[..., Server], attack: str) -> None:
-    judge = EndpointJudge(_config(serve(lambda _: _completion(attack))))
+    judge = EndpointJudge(_config(serve(lambda _: completion(attack))))
     with pytest.raises(TaskError, match="gives no usable verdict"):
         judge.verdict("q", attack, RUBRICS)
 
@@ -536,7 +422,7 @@ def test_any_answer_stays_inside_its_field_and_decides_nothing(answer: str, met:
     prompt = judge_prompt("q", answer, ["r"] * len(met))
     asked = json.loads(prompt.user)
     assert asked["answer"] == answer and prompt == judge_prompt("q", answer, ["r"] * len(met))
-    with pytest.raises(MalformedVerdictError):
+    with pytest.raises(MalformedReplyError):
         parse_verdict(answer, prompt)
     verdict = json.dumps(
         {"id": prompt.id, "verdicts": [{"rubric": n, "met": value} for n, value in enumerate(met, start=1)]}
@@ -616,5 +502,5 @@ def test_a_reason_may_quote_the_marks_of_a_thought(quoted: str) -> None:
     ],
 )
 def test_what_is_no_verdict(reply: str, fault: str) -> None:
-    with pytest.raises(MalformedVerdictError, match=fault):
+    with pytest.raises(MalformedReplyError, match=fault):
         parse_verdict(reply, PROMPT)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from actors.environments import rubric_rules
 from actors.environments.build import build_environment
-from actors.environments.judge.judge import JudgeCost, Verdict
+from actors.environments.judge.cached_endpoint import Cost
+from actors.environments.judge.judge import Verdict
 from actors.environments.rubric import (
     RubricEnvironment,
     RubricSession,
@@ -198,7 +199,7 @@ class _ScriptedJudge:
 
 def test_what_a_judge_took_reaches_the_outcome() -> None:
     (item,) = (item for item in read_rubric_items(str(SAMPLE)) if item.id == "tarn-points")
-    judge = _ScriptedJudge(Verdict((True, False), ("", ""), JudgeCost(2, 0, 1, 300, 40, 0.02)))
+    judge = _ScriptedJudge(Verdict((True, False), ("", ""), Cost(2, 0, 1, 300, 40, 0.02)))
     session = RubricSession("t", item, judge)
     session.act(" seven \n")
     outcome = session.outcome()

@@ -12,8 +12,8 @@ from actors.environments.recall import RecallEnvironment
 from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat
 from actors.types import Segment
+from cluster.train.demonstrations import Demonstrations
 from cluster.train.prepare import prepare_training
-from cluster.train.warm_start import Demonstrations
 from configs.schema import (
     EnvironmentConfig,
     MemoryConfig,

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import ssl
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from actors.protocols import TaskError
-from configs.schema import JudgeConfig
+from configs.schema import EndpointConfig
 
 if TYPE_CHECKING:
     import openai
 
-SETTING = "environment.rubric.judge"
 _NO_KEY = "none"  # sent when the variable is not set: local servers need no key, but the client does
 _SHOWN_CHARACTERS = 200
+_CONNECT_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +47,17 @@ class EndpointFault(RuntimeError):
 
 
 class Endpoint:
-    """The judge's server. ``address`` is safe to show: it has no user, password or query."""
+    """A model's server. ``address`` is safe to show: it has no user, password or query."""
 
-    def __init__(self, config: JudgeConfig) -> None:
-        """Sends nothing yet. Raises TaskError for a url or a key that cannot be used."""
-        self.address = _address(config.url)
+    def __init__(self, config: EndpointConfig, setting: str) -> None:
+        """``setting``: where the configuration has ``config``, for messages. Sends nothing yet.
+
+        Raises TaskError for a url or a key that cannot be used.
+        """
+        self.address = _address(config.url, setting)
         self._config = config
-        self._key = _key(config.api_key_env)
+        self._setting = setting
+        self._key = _key(config.api_key_env, setting)
         self._certificates = ssl.create_default_context()  # slow, so once: the system's, or SSL_CERT_FILE's
 
     def client(self) -> openai.AsyncOpenAI:
@@ -78,13 +84,30 @@ class Endpoint:
             )
         except (openai.OpenAIError, ValueError) as error:  # ValueError: the body is not JSON
             raise self._fault(error) from None
-        return _reply(completion)
+        reply = _reply(completion)
+        if reply is None:
+            raise self.no_protocol()
+        return reply
+
+    def require_listening(self) -> None:
+        """Raise TaskError when nobody listens at the address. Takes seconds at most, and sends nothing."""
+        parts = urlsplit(self.address)
+        host = parts.hostname or ""
+        if parts.scheme in getproxies() and not proxy_bypass(host):
+            return  # a proxy knows the way to hosts that this machine does not
+        try:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            socket.create_connection((host, port), timeout=_CONNECT_S).close()
+        except OSError as error:
+            reason = error.strerror or error
+            cure = f"start it, or change {self._setting}.url"
+            raise TaskError(f"{self.address} is unreachable ({reason}): {cure}") from None
 
     def late(self) -> EndpointFault:
         """The fault of a request that took too long."""
         return EndpointFault(
             f"gave no answer in {self._config.timeout_s:g} s",
-            f"look after its server, or raise {SETTING}.timeout_s",
+            f"look after its server, or raise {self._setting}.timeout_s",
             may_pass=True,
         )
 
@@ -96,14 +119,19 @@ class Endpoint:
         if isinstance(error, openai.APIConnectionError):
             return EndpointFault(
                 f"is unreachable ({self._safe(_root_cause(error))})",
-                f"start it, or change {SETTING}.url",
+                f"start it, or change {self._setting}.url",
                 may_pass=True,
             )
         if isinstance(error, openai.APIStatusError):
             return self._refusal(
                 error.status_code, error.message, _retry_after(error.response.headers.get("retry-after", ""))
             )
-        return _no_protocol()
+        return self.no_protocol()
+
+    def no_protocol(self) -> EndpointFault:
+        """The fault of a reply that is none of the OpenAI protocol."""
+        cause, cure = "does not speak the OpenAI protocol", f"change {self._setting}.url (most end in /v1)"
+        return EndpointFault(cause, cure, may_pass=True)
 
     def _refusal(self, status: int, message: str, pause: float | None) -> EndpointFault:
         reason = f"{status}: {self._safe(message)}"
@@ -112,26 +140,31 @@ class Endpoint:
         if status == 404:
             return EndpointFault(
                 f"knows no such model or path ({reason})",
-                f"change {SETTING}.model, or {SETTING}.url (most end in /v1)",
+                f"change {self._setting}.model, or {self._setting}.url (most end in /v1)",
                 may_pass=False,
             )
         if status == 429:
-            cure = f"lower {SETTING}.max_concurrent, raise {SETTING}.retries, or look at the account's limits"
+            cure = (
+                f"lower {self._setting}.max_concurrent, raise {self._setting}.retries, "
+                "or look at the account's limits"
+            )
             return EndpointFault(f"takes no more requests ({reason})", cure, may_pass=True, pause=pause)
         if status in (408, 409) or status >= 500:
             return EndpointFault(
                 f"fails ({reason})",
-                f"look after its server, or change {SETTING}.url",
+                f"look after its server, or change {self._setting}.url",
                 may_pass=True,
                 pause=pause,
             )
         return EndpointFault(
-            f"refuses the request ({reason})", f"change {SETTING}.model, or {SETTING}.url", may_pass=False
+            f"refuses the request ({reason})",
+            f"change {self._setting}.model, or {self._setting}.url",
+            may_pass=False,
         )
 
     def _key_cure(self) -> str:
         name = self._config.api_key_env
-        setting = f"{SETTING}.api_key_env"
+        setting = f"{self._setting}.api_key_env"
         if not name:
             return f"name the environment variable that holds its key in {setting}, which is empty"
         state = "holds another key" if self._key else "is not set"
@@ -142,17 +175,11 @@ class Endpoint:
         return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}..."
 
 
-def _no_protocol() -> EndpointFault:
-    return EndpointFault(
-        "does not speak the OpenAI protocol", f"change {SETTING}.url (most end in /v1)", may_pass=True
-    )
-
-
-def _reply(completion: Any) -> Reply:
-    """Read a completion. The client builds it from any JSON, so no field is certain to exist."""
+def _reply(completion: Any) -> Reply | None:
+    """Read a completion, None where it is none. The client builds it from any JSON: no field is certain."""
     choices = getattr(completion, "choices", None)
     if not isinstance(choices, list) or not choices:
-        raise _no_protocol()
+        return None
     message = getattr(choices[0], "message", None)
     # A server that parts thoughts from answers may leave the answer in the thoughts where these do not end.
     fields = ("content", "reasoning_content", "reasoning")
@@ -178,7 +205,7 @@ def _tokens(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def _address(url: str) -> str:
+def _address(url: str, setting: str) -> str:
     try:
         parts = urlsplit(url)
         usable = (
@@ -190,21 +217,21 @@ def _address(url: str) -> str:
         usable = False
     if not usable:
         raise TaskError(
-            f"{SETTING}.url must be an address such as http://127.0.0.1:8000/v1; "
+            f"{setting}.url must be an address such as http://127.0.0.1:8000/v1; "
             "it has no http(s), no host, or no usable port"
         )
     host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
     return f"{parts.scheme}://{host}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
-def _key(variable: str) -> str:
+def _key(variable: str, setting: str) -> str:
     """The key in an environment variable, "" when there is none."""
     key = os.environ.get(variable, "").strip() if variable else ""
     # Such a key would fail in the header later, and that error would show it.
     if any(not "!" <= char <= "~" for char in key):
         raise TaskError(
             f"the environment variable {variable} holds white space or letters that no key has: "
-            f"set it anew, or change {SETTING}.api_key_env"
+            f"set it anew, or change {setting}.api_key_env"
         )
     return key
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.environments.judge.cached_endpoint import MalformedReplyError
 from actors.text.thoughts import visible_reply
 
 _SYSTEM = """You check an answer against numbered rubrics. \
@@ -34,10 +35,6 @@ _WORDS: Mapping[str, bool] = {
     **dict.fromkeys(("yes", "true", "1", "1.0"), True),
     **dict.fromkeys(("no", "false", "0", "0.0"), False),
 }
-
-
-class MalformedVerdictError(ValueError):
-    """The judge's reply is not a verdict. The message says what it lacks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +75,11 @@ def parse_verdict(reply: str, prompt: JudgePrompt) -> tuple[tuple[bool, ...], tu
     """For each of the prompt's rubrics, in order: is it met, and why.
 
     Accepts thoughts, text or a fence around the object, another order, and yes/no or 1/0 for true/false.
-    Raises MalformedVerdictError when no object has the prompt's id, when a rubric is missing, twice, unknown
+    Raises MalformedReplyError when no object has the prompt's id, when a rubric is missing, twice, unknown
     or undecided, and when two objects disagree.
     """
     if len(reply) > _MAX_REPLY_CHARACTERS:
-        raise MalformedVerdictError(f"it has {len(reply)} characters")
+        raise MalformedReplyError(f"it has {len(reply)} characters")
     candidates = [value for value, _ in _objects(visible_reply(reply)) if value.get("id") == prompt.id]
     if not candidates:
         # A reason may quote "</think>" from the answer: inside an object it ends no thought.
@@ -90,9 +87,9 @@ def parse_verdict(reply: str, prompt: JudgePrompt) -> tuple[tuple[bool, ...], tu
         candidates = [value for value, _ in quoting if value.get("id") == prompt.id]
     verdicts = [_decisions(candidate, prompt.rubrics) for candidate in candidates]
     if not verdicts:
-        raise MalformedVerdictError(f"it has no JSON object with the id {prompt.id}")
+        raise MalformedReplyError(f"it has no JSON object with the id {prompt.id}")
     if any(met != verdicts[0][0] for met, _ in verdicts):
-        raise MalformedVerdictError("it has two verdicts that disagree")
+        raise MalformedReplyError("it has two verdicts that disagree")
     return verdicts[0]
 
 
@@ -121,18 +118,18 @@ def _objects(text: str) -> Iterator[tuple[Mapping[str, Any], str]]:
 def _decisions(candidate: Mapping[str, Any], count: int) -> tuple[tuple[bool, ...], tuple[str, ...]]:
     entries = candidate.get("verdicts")
     if not isinstance(entries, list):
-        raise MalformedVerdictError('its object has no list "verdicts"')
+        raise MalformedReplyError('its object has no list "verdicts"')
     decided: dict[int, tuple[bool, str]] = {}
     for entry in entries:
         number, met, reason = _entry(entry)
         if not 1 <= number <= count:
-            raise MalformedVerdictError(f"rubric {number} is none of the {count}")
+            raise MalformedReplyError(f"rubric {number} is none of the {count}")
         if number in decided:
-            raise MalformedVerdictError(f"rubric {number} is decided twice")
+            raise MalformedReplyError(f"rubric {number} is decided twice")
         decided[number] = (met, reason)
     for number in range(1, count + 1):
         if number not in decided:
-            raise MalformedVerdictError(f"rubric {number} of {count} is not decided")
+            raise MalformedReplyError(f"rubric {number} of {count} is not decided")
     ordered = [decided[number] for number in range(1, count + 1)]
     return tuple(met for met, _ in ordered), tuple(reason for _, reason in ordered)
 
@@ -143,9 +140,9 @@ def _entry(entry: object) -> tuple[int, bool, str]:
     if isinstance(number, str) and number.isascii() and number.isdigit() and len(number) < 9:
         number = int(number)
     if not isinstance(number, int) or isinstance(number, bool):
-        raise MalformedVerdictError('an entry has no number "rubric"')
+        raise MalformedReplyError('an entry has no number "rubric"')
     # 1 and "yes" are decisions, 0.7 is none
     decision = met if isinstance(met, bool) else _WORDS.get(str(met).strip().lower())
     if not isinstance(decision, bool):
-        raise MalformedVerdictError(f'rubric {number} has no "met" that is true or false')
+        raise MalformedReplyError(f'rubric {number} has no "met" that is true or false')
     return number, decision, reason if isinstance(reason, str) else ""
