@@ -26,6 +26,7 @@ from cluster.common.arguments import Config, ListSettings, PrintConfig, Settings
 from cluster.compare import command as compare
 from cluster.evaluation import command as evaluation
 from cluster.inspection import command as inspection
+from cluster.inspection import trial_command as trial
 from cluster.jobs import command as jobs
 from cluster.probe import command as probing
 from configs.bounds import ConfigError
@@ -61,6 +62,7 @@ _EXAMPLES = """examples:
   engram train quickstart                         train on this machine, no service needed
   engram evaluate quickstart                      held-out tasks, memory off and on
   engram probe quickstart --cards recall:12       what a write is worth: recall, paraphrases, damage
+  engram try my_shop:Shop                         play a task of an environment yourself, without a model
   engram inspect runs/quickstart-...              what an agent read, wrote into its weights, and answered
   engram pool runs/tmem-* runs/memory-off-*       training runs over seeds, side by side
   engram scale 4                                  more or fewer rollout workers while a run goes on
@@ -227,8 +229,10 @@ class _SubmitCommand(TyperCommand):
     allow_interspersed_args = False
 
 
-def _add(function: Callable[..., Any], examples: str, kind: type[TyperCommand] = TyperCommand) -> None:
-    app.command(cls=kind, epilog=_verbatim(examples))(function)
+def _add(
+    function: Callable[..., Any], examples: str, kind: type[TyperCommand] = TyperCommand, name: str = ""
+) -> None:
+    app.command(name or None, cls=kind, epilog=_verbatim(examples))(function)
 
 
 @app.callback(epilog=_verbatim(_EXAMPLES))
@@ -239,6 +243,7 @@ def _engram() -> None:
 _add(train, _TRAIN_EXAMPLES)
 _add(evaluation.evaluate, evaluation.EXAMPLES)
 _add(probing.probe, probing.EXAMPLES, probing.ProbeCommand)
+_add(trial.try_environment, trial.EXAMPLES, name="try")
 _add(inspection.inspect, inspection.EXAMPLES)
 _add(compare.pool, compare.EXAMPLES)
 _add(scale, _SCALE_EXAMPLES)

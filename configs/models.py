@@ -30,12 +30,15 @@ __all__ = [
     "fingerprint",
     "require_positions",
     "resolve_model",
+    "tokenizer_folder",
 ]
 
 # In these decoders model.layers.{i}.mlp.{gate,up,down}_proj are plain linear layers. Fast weights attach to
 # them.
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+# Only safetensors: to load a pickled .bin file runs the code that its author put into it.
+WEIGHTS = "*.safetensors"
+HUB_PATTERNS = ("*.json", WEIGHTS, "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 4096
 
@@ -108,6 +111,13 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
     )
 
 
+def tokenizer_folder(config: ModelConfig) -> Path:
+    """Find or download the tokenizer of the model named by ``config``, without weights. Raises ModelError."""
+    path = _locate(config, weights=False)
+    _check_tokenizer(path, config.name)
+    return path
+
+
 def require_positions(model: ResolvedModel, engine: EngineConfig) -> None:
     """Raise ModelError where ``engine.max_model_tokens`` is more than the model's window."""
     if engine.max_model_tokens > model.max_positions:
@@ -160,7 +170,7 @@ def fingerprint(path: Path) -> str:
 # --- where the folder comes from ----------------------------------------------------------------------------
 
 
-def _locate(config: ModelConfig) -> Path:
+def _locate(config: ModelConfig, weights: bool = True) -> Path:
     name = config.name
     if name == EMBEDDED_NAME:
         return embedded_folder()
@@ -170,10 +180,11 @@ def _locate(config: ModelConfig) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         allowed = f"{EMBEDDED_NAME}, a folder with config.json, or a hub name like org/model"
         raise ModelError(f"model {name!r} is no folder here; allowed are {allowed}")
-    return _download(name, config.trust_remote_code)
+    patterns = HUB_PATTERNS if weights else tuple(pattern for pattern in HUB_PATTERNS if pattern != WEIGHTS)
+    return _download(name, [*patterns, "*.py"] if config.trust_remote_code else list(patterns))
 
 
-def _download(name: str, trust_remote_code: bool) -> Path:
+def _download(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -183,8 +194,6 @@ def _download(name: str, trust_remote_code: bool) -> Path:
         RepositoryNotFoundError,
     )
 
-    # Only safetensors: to load a pickled .bin file runs the code that its author put into it.
-    patterns = [*HUB_PATTERNS, "*.py"] if trust_remote_code else list(HUB_PATTERNS)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except GatedRepoError:
@@ -209,6 +218,11 @@ def _check_files(path: Path, name: str) -> None:
         pickled = " (only pickled .bin/.pt weights, which are never loaded)" if unsafe else ""
         cure = "convert it with save_pretrained(), or name another repository"
         raise ModelError(f"model {name!r}: no *.safetensors in {path}{pickled}; {cure}")
+    _check_tokenizer(path, name)
+
+
+def _check_tokenizer(path: Path, name: str) -> None:
+    """Raise ModelError unless ``path`` holds a tokenizer and a chat template."""
     if not any((path / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         cure = "copy the base model's tokenizer files into it"
         raise ModelError(f"model {name!r}: no tokenizer in {path}; {cure}")

@@ -181,6 +181,10 @@ class ChatFormat:
                 run.append(token_id)
         return "".join([*parts, self._decode(run)])
 
+    def piece(self, token_id: int) -> str:
+        """A token as the tokenizer's vocabulary writes it, special tokens too, for people to read."""
+        return str(self._tokenizer.convert_ids_to_tokens(token_id))
+
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
