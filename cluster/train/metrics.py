@@ -227,7 +227,8 @@ def learner_timeline(seconds: StepSeconds) -> dict[str, float]:
 def warm_start_metrics(report: WarmStartReport, taught: Mapping[str, float]) -> Mapping[str, float]:
     """Of one step; ``taught``: ``Demonstrations.figures``."""
     learned = {field.name: float(getattr(report, field.name)) for field in fields(report)}
-    return {f"warm_start/{name}": value for name, value in (learned | taught).items() if name != "version"}
+    figures = {**learned, **taught}
+    return {f"warm_start/{name}": value for name, value in figures.items() if name != "version"}
 
 
 def _fractions(view: str, seconds: Mapping[str, float]) -> dict[str, float]:
