@@ -8,6 +8,7 @@ from typing import Any, Literal
 from configs.bounds import fraction, home_expanded, not_negative, positive, require
 from configs.extensions import FORM, is_path
 from configs.services import EndpointConfig
+from configs.tool_servers import tool_servers
 
 REPLACEABLE = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty")
 """Fields of a harness's calls whose place the run's own sampling may take."""
@@ -123,7 +124,7 @@ class RecordsConfig:
     The hub's data sets are Parquet files.
     """
 
-    path: str = ""  # required with environment.name=records: a file whose name ends in .jsonl or .parquet
+    path: str = ""  # required with environment.name=records or mcp: a file that ends in .jsonl or .parquet
     # a text, or a list of texts that are read one after another; chat messages too. A dot goes inside a field
     texts_field: str = "texts"
     question_field: str = "question"  # a text, or chat messages that end with it
@@ -164,10 +165,35 @@ class HarnessConfig:
 
 
 @dataclass(frozen=True)
+class McpConfig(RecordsConfig):
+    """Questions that are answered with the tools of MCP servers, over stdio or HTTP.
+
+    A task is a record of a question and its right answers, as with environment.name=records; texts are
+    optional. Each episode starts servers of its own, and closes them. A server is ``command`` (a list), with
+    ``env`` and ``cwd``, or ``url`` with ``headers``; ``tools`` names those that are wanted. ``env`` is a list
+    of names of environment variables, ``headers`` a mapping of a header to such a name: their values, and
+    those of ``$NAME`` in a command or a url, are read by the worker and never stored. Example:
+    ``{shop: {command: [python, shop.py], env: [SHOP_KEY]}, web: {url: http://127.0.0.1:8000/mcp}}``
+    """
+
+    servers: dict[str, Any] = field(default_factory=dict, hash=False)  # by names of your own; see above
+    max_turns: int = 8  # replies of one episode: calls, and the answer
+    timeout_s: float = 60.0  # of a server's start and of each call; a late one fails its episode
+    max_result_characters: int = 4000  # of one call's result; what is longer is cut
+    # ask the question again below the results, with the turns that are left: a memory may have cleared it
+    repeat_question: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "max_turns", "timeout_s", "max_result_characters")
+        tool_servers(self.servers)
+
+
+@dataclass(frozen=True)
 class EnvironmentConfig:
     """Where tasks come from."""
 
-    name: Literal["recall", "conversation", "search", "rubric", "records", "harness", "custom"] = "recall"
+    name: Literal["recall", "conversation", "search", "rubric", "records", "mcp", "harness", "custom"] = "recall"
     # with environment.name=custom: package.module:name of a function from options to an Environment
     custom: str = ""
     # the custom environment's argument
@@ -180,14 +206,12 @@ class EnvironmentConfig:
     rubric: RubricConfig = field(default_factory=RubricConfig)
     records: RecordsConfig = field(default_factory=RecordsConfig)
     harness: HarnessConfig = field(default_factory=HarnessConfig)
+    mcp: McpConfig = field(default_factory=McpConfig)
 
     def __post_init__(self) -> None:
         known = self.name != "custom" or is_path(self.custom)
         require(known, "custom", self.custom, f"{FORM} where environment.name is custom")
         require(self.reward == "" or is_path(self.reward), "reward", self.reward, f"{FORM}, or empty")
-        readable = self.name != "records" or self.records.path.endswith((".jsonl", ".parquet"))
-        bound = "a .jsonl or .parquet file where environment.name is records"
-        require(readable, "records.path", self.records.path, bound)
         harness = self.harness
         one = self.name != "harness" or (len(harness.command) > 0) != (harness.function != "")
         bound = "given where environment.name is harness, or else harness.function"
@@ -197,6 +221,12 @@ class EnvironmentConfig:
         readable = self.name != "harness" or is_path(harness.tasks) or harness.tasks.endswith(".jsonl")
         bound = f"a .jsonl file or {FORM} where environment.name is harness"
         require(readable, "harness.tasks", harness.tasks, bound)
+        for name, path in (("records", self.records.path), ("mcp", self.mcp.path)):
+            readable = self.name != name or path.endswith((".jsonl", ".parquet"))
+            bound = f"a .jsonl or .parquet file where environment.name is {name}"
+            require(readable, f"{name}.path", path, bound)
+        served = self.name != "mcp" or len(self.mcp.servers) > 0
+        require(served, "mcp.servers", self.mcp.servers, "one server or more where environment.name is mcp")
         search, judge = self.search, self.rubric.judge
         for name, key, path, what in (
             ("conversation", "conversation.path", self.conversation.path, "a file of conversations"),
@@ -222,6 +252,8 @@ class EnvironmentConfig:
             return setting, self.recall.questions + unknown
         if self.name == "search":
             return "search.max_turns", self.search.max_turns
+        if self.name == "mcp":
+            return "mcp.max_turns", self.mcp.max_turns
         if self.name == "conversation" and self.conversation.format == "locomo":
             return "conversation.questions_per_episode", self.conversation.questions_per_episode
         return "name", 1  # LongMemEval, rubric and records ask once

@@ -28,10 +28,12 @@ from typing import Literal, Protocol, runtime_checkable
 
 from actors.protocols import TaskError
 from actors.text.thoughts import visible_reply
+from actors.text.tools import Tool
 from actors.types import CardUse, FinishReason, Flashcard, Outcome, Task
 from configs.user_code import owned
 
 Split = Literal["train", "eval"]
+TurnRole = Literal["user", "tool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +48,12 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """A user turn for the agent. Where it ``wants_action``, the next call of the session is ``act``.
+    """A turn for the agent. Where it ``wants_action``, the next call of the session is ``act``.
 
     ``tells``: it holds something to remember. A mere question does not. ``max_tokens`` bounds the action
     below the run's own bound. The action ends with the first text of ``stop`` in it; that text is sampled,
-    and is not in what ``act`` gets. ``heard`` is called before ``act``, with how the action was sampled.
+    and is not in what ``act`` gets. ``heard`` is called before ``act``, with how the action was sampled. ``role`` is
+    "tool" for what a tool of the session gave: the chat template may have a turn of its own for that.
     """
 
     text: str
@@ -59,6 +62,7 @@ class Observation:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     heard: Callable[[Reply], None] | None = None
+    role: TurnRole = "user"
 
     def __post_init__(self) -> None:
         most, stop = self.max_tokens, self.stop
@@ -105,6 +109,17 @@ class Environment(Protocol):
         ...
 
     def start(self, task: Task) -> Session: ...
+
+
+@runtime_checkable
+class ToolUser(Protocol):
+    """An optional part of a session: the agent's prompt tells these tools, in the chat template's own form.
+
+    The calls stand in the text of ``act``, as the model writes them (actors/text/tools.py).
+    """
+
+    @property
+    def tools(self) -> Sequence[Tool]: ...
 
 
 @runtime_checkable

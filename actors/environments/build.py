@@ -22,6 +22,7 @@ from actors.environments.base import (
     Rephraser,
     Session,
     Split,
+    ToolUser,
     prepare,
 )
 from actors.environments.user_calls import CallThread, Raised, run_apart
@@ -76,6 +77,10 @@ def _named(config: EnvironmentConfig, embedder: EmbedderConfig) -> Environment:
 
         harness: Any = HarnessEnvironment(config.harness)  # its sessions start and wait as coroutines
         return harness
+    if config.name == "mcp":
+        from actors.environments.mcp_tools import McpEnvironment
+
+        return McpEnvironment(config.mcp)
     if config.name == "custom":
         return _custom(config)
     from actors.environments.conversation import ConversationEnvironment
@@ -215,6 +220,10 @@ class _RewardedSession:
     @property
     def system_prompt(self) -> Any:
         return self.inner.system_prompt if hasattr(type(self.inner), "system_prompt") else ""
+
+    @property
+    def tools(self) -> Any:
+        return self.inner.tools if isinstance(self.inner, ToolUser) else ()
 
     def observe(self) -> Any:
         return self.inner.observe()

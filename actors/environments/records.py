@@ -34,6 +34,7 @@ from configs.schema import RecordsConfig
 SYSTEM_PROMPT = "Remember what you read. Answer the question in a few words."
 _UNKNOWN = 'If the texts do not tell, answer "Not mentioned".'
 _NO_CATEGORY = "records"
+_NO_TEXT = "none"  # for pydantic, which wants a text
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +49,21 @@ class Record:
     @property
     def key(self) -> str:
         """Decides the side of the split."""
-        return hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
+        return hashlib.sha256("\0".join(self.texts or (self.question,)).encode()).hexdigest()
 
 
 class RecordsEnvironment:
     """The `records` task source."""
 
     name = "records"
+    prompt = SYSTEM_PROMPT
+    needs_texts = True
 
     def __init__(self, config: RecordsConfig) -> None:
         """Raises TaskError when the file is malformed or nothing can be held out."""
-        records = read_records(config)
+        records = read_records(config, self.name, self.needs_texts)
         all_told = all(record.answers for record in records)
-        self.system_prompt = SYSTEM_PROMPT if all_told else f"{SYSTEM_PROMPT} {_UNKNOWN}"
+        self.system_prompt = self.prompt if all_told else f"{self.prompt} {_UNKNOWN}"
         out = held_out([record.key for record in records], config.eval_fraction)
         self._records: dict[Split, list[Record]] = {
             "train": [record for record in records if record.key not in out],
@@ -84,7 +87,7 @@ class RecordsEnvironment:
                 "category": record.category,
             }
             yield Task(
-                f"records-{split}-{seed}-{position}", self.name, payload, task_seed(split, seed, position)
+                f"{self.name}-{split}-{seed}-{position}", self.name, payload, task_seed(split, seed, position)
             )
 
     def start(self, task: Task) -> RecordSession:
@@ -96,32 +99,39 @@ class RecordSession(ReadThenAsk):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task.payload["texts"], [task.payload["question"]])
-        self._right_answers = tuple(task.payload["answers"])
-        self._category = task.payload["category"]
+        self._task = task
 
     def outcome(self) -> Outcome:
         (prediction,) = self.answers
-        right_answers = self._right_answers
-        if right_answers:
-            scores = {
-                "f1": max(plain_f1(prediction, right) for right in right_answers),
-                "em": max(plain_em(prediction, right) for right in right_answers),
-            }
-        else:
-            scores = dict.fromkeys(("f1", "em"), float(says_unknown(prediction)))
-        gold = right_answers or ("Not mentioned",)
-        answer = Answer(self.question, gold, prediction, self._category, scores)
-        return Outcome(reward=scores["f1"], reward_parts=dict(scores), answers=(answer,))
+        answer = scored_answer(self._task, prediction)
+        return Outcome(reward=answer.scores["f1"], reward_parts=dict(answer.scores), answers=(answer,))
 
 
-def read_records(config: RecordsConfig) -> list[Record]:
+def scored_answer(task: Task, prediction: str) -> Answer:
+    """The answer to a record's question, with "f1" and "em" against the best of the right ones."""
+    right_answers = tuple(task.payload["answers"])
+    if right_answers:
+        scores = {
+            "f1": max(plain_f1(prediction, right) for right in right_answers),
+            "em": max(plain_em(prediction, right) for right in right_answers),
+        }
+    else:
+        scores = dict.fromkeys(("f1", "em"), float(says_unknown(prediction)))
+    gold = right_answers or ("Not mentioned",)
+    return Answer(task.payload["question"], gold, prediction, task.payload["category"], scores)
+
+
+def read_records(
+    config: RecordsConfig, environment: str = "records", needs_texts: bool = True
+) -> list[Record]:
     """All records, in the file's order: at least one. Raises TaskError."""
-    file = DataFile(config.path, "environment.records.path", "a file of records (.jsonl or .parquet)")
+    setting = f"environment.{environment}.path"
+    file = DataFile(config.path, setting, "a file of records (.jsonl or .parquet)")
     if config.path.endswith(".parquet"):
         rows = ((f"row {number}", row) for number, row in enumerate(_rows(file, columns_of(config))))
     else:
         rows = ((f"line {number}", row) for number, row in file.lines(dict[str, Any]))
-    records = [_record(file, name, row, config) for name, row in rows]
+    records = [_record(file, name, row, config, needs_texts) for name, row in rows]
     if not records:
         raise file.empty("records")
     return records
@@ -134,8 +144,13 @@ class _Fields(BaseModel):
     category: TextOrNumber = _NO_CATEGORY
 
 
-def _record(file: DataFile, name: str, row: dict[str, Any], config: RecordsConfig) -> Record:
+def _record(
+    file: DataFile, name: str, row: dict[str, Any], config: RecordsConfig, needs_texts: bool
+) -> Record:
     values, names = found_in(row, config)
+    has_texts = needs_texts or bool(values.get("texts"))
+    if not has_texts:
+        values["texts"] = [_NO_TEXT]
     try:
         fields = _Fields.model_validate(values, strict=True)
     except ValidationError as error:
@@ -143,7 +158,7 @@ def _record(file: DataFile, name: str, row: dict[str, Any], config: RecordsConfi
         field = fault.partition(":")[0].partition(".")[0]
         raise file.fault(name, fault.replace(field, names[field], 1)) from None
     answers = dict.fromkeys(fields.answers or ())
-    return Record(tuple(fields.texts), fields.question, tuple(answers), fields.category)
+    return Record(tuple(fields.texts) if has_texts else (), fields.question, tuple(answers), fields.category)
 
 
 def _rows(file: DataFile, wanted: Collection[str]) -> Iterator[dict[str, Any]]:

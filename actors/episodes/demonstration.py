@@ -21,7 +21,7 @@ from actors.environments.base import Demonstrator, Environment, Exchange, Rephra
 from actors.environments.user_calls import run_blocking
 from actors.episodes.episode import play
 from actors.episodes.hosted_session import HostedSession
-from actors.memory.base import Agent, user_turns
+from actors.memory.base import Agent, turns_of
 from actors.memory.controls import WriteControl
 from actors.memory.parametric import ParametricMemory
 from actors.protocols import TaskError
@@ -103,7 +103,7 @@ def demonstrate_exchange(
     system = chat.system(system_prompt)
     context = Context(system, chat.opened_by(system))
     for text in exchange.texts:
-        for turn in user_turns(text, chat, memory.max_context_tokens):
+        for turn in turns_of(text, chat.user, memory.max_context_tokens):
             context.observe(turn)
     return answered(context, exchange.turns, chat)
 

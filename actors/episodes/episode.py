@@ -198,7 +198,7 @@ async def play_episode(
     actor = LiveActor(policy, writer, preservation, spec, basis_id)
     await session.start()
     actor.own_prompt = session.own_prompt
-    agent = Agent(actor, chat, session.system_prompt, session.question)
+    agent = Agent(actor, session.told_tools(chat), session.system_prompt, session.question)
     try:
         stop_reason = await play(agent, session, memory, spec.max_answer_tokens, spec.max_turns)
     finally:
@@ -238,6 +238,7 @@ async def play(
     """
     turns = 0
     while (observation := await session.observe()) is not None:
+        agent.turn_role = observation.role
         if not observation.wants_action:
             with _owned_by(memory, agent, session.task.id):
                 await memory.read(agent, observation.text)

@@ -14,10 +14,11 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
-from actors.environments.base import Environment, Observation, Session
+from actors.environments.base import Environment, Observation, Session, ToolUser
 from actors.environments.build import answers_at_once
 from actors.environments.user_calls import CallThread, Raised, close_late, run_apart
 from actors.protocols import TaskError
+from actors.text.chat_template import ChatFormat, ChatTemplateError
 from actors.text.encodable import encodable
 from actors.types import Answer, Outcome, Task
 from configs.user_code import fault, owned, place
@@ -58,6 +59,15 @@ class HostedSession:
         self.question = self._text("question", question)
         self.own_prompt = self._text("system_prompt", task.system_prompt or own or "")
         self.system_prompt = self.own_prompt or self._text("system_prompt", prompt)
+
+    def told_tools(self, chat: ChatFormat) -> ChatFormat:
+        """``chat`` with the session's tools in its prompt, if it has some. Raises TaskError."""
+        with owned(self._whom("tools"), TaskError):
+            tools = self._session.tools if isinstance(self._session, ToolUser) else ()
+        try:
+            return chat.with_tools(tools)
+        except ChatTemplateError as error:
+            raise TaskError(f"{self._whom('tools')}: {error}") from error
 
     async def observe(self) -> Observation | None:
         """The next observation, None when the episode is over. Raises TaskError."""

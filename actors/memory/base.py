@@ -14,9 +14,9 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Protocol
+from typing import Literal, Protocol
 
 from actors.text.chat_template import ChatFormat, Ids
 from actors.text.context import Context
@@ -74,9 +74,14 @@ class Agent:
         self.turn_stop: tuple[str, ...] = ()  # texts that end the answer to the turn
         # of the last answer: how it ended, the tokens of its context, and its own
         self.last_act: tuple[FinishReason, int, int] = ("stop", 0, 0)
+        self.turn_role: Literal["user", "tool"] = "user"  # whose turn is read or answered now
         self.context = self._fresh_context("")
         self.segments: list[Segment] = []
         self.writes: list[WriteRecord] = []
+
+    def turn(self, text: str) -> Ids:
+        """``text`` of the environment as a whole turn: a user's, or a tool's."""
+        return self.chat.result(text) if self.turn_role == "tool" else self.chat.user(text)
 
     async def reply(self, kind: SpanKind, max_tokens: int) -> str:
         """Sample the next reply and close it as the chat template does.
@@ -222,7 +227,7 @@ class ContextMemory(ABC):
         self.events: Counter[str] = Counter()
 
     async def read(self, agent: Agent, text: str) -> None:
-        for turn in user_turns(text, agent.chat, self.max_context_tokens):
+        for turn in turns_of(text, agent.turn, self.max_context_tokens):
             await self.take_in(agent, turn)
 
     async def take_in(self, agent: Agent, turn: Ids) -> None:
@@ -232,7 +237,7 @@ class ContextMemory(ABC):
             await self.relieve(agent, 0)
 
     async def answer(self, agent: Agent, text: str, max_tokens: int) -> str:
-        turn = agent.chat.user(text)
+        turn = agent.turn(text)
         if self.is_full(agent, len(turn)):
             await self.relieve(agent, len(turn))
         if agent.turn_tells:
@@ -294,9 +299,9 @@ def ended_at(
     return Generation(ids[:kept], logprobs[:kept], "stop", versions[:kept]), text[:before]
 
 
-def user_turns(text: str, chat: ChatFormat, limit: int) -> list[Ids]:
-    """Return ``text`` as user turns of at most ``limit`` tokens each.
+def turns_of(text: str, turn: Callable[[str], Ids], limit: int) -> list[Ids]:
+    """Return ``text`` as turns of at most ``limit`` tokens each. ``turn`` makes one of a piece.
 
     Cuts at lines, else at sentences, else at words. Only white space at the cuts is lost.
     """
-    return [chat.user(piece) for piece in split_text(text, lambda piece: len(chat.user(piece)), limit)]
+    return [turn(piece) for piece in split_text(text, lambda piece: len(turn(piece)), limit)]

@@ -76,7 +76,7 @@ class NotesMemory:
 
     async def answer(self, agent: Agent, text: str, max_tokens: int) -> str:
         await self._note_exchange(agent)
-        turn = agent.chat.user(text)
+        turn = agent.turn(text)
         agent.clear(await self._recall(agent, text, self._limit - len(agent.context) - len(turn)))
         agent.context.observe(turn)
         reply = await agent.reply("act", max_tokens)

@@ -304,9 +304,9 @@ class _Pager:
 
     def _turns(self, text: str) -> list[_Turn]:
         """Return ``text`` as turns of at most a share each."""
-        user = self._agent.chat.user
-        pieces = split_text(text, lambda piece: len(user(piece)), self._share)
-        return [_Turn(user(piece), piece) for piece in pieces]
+        turn = self._agent.turn
+        pieces = split_text(text, lambda piece: len(turn(piece)), self._share)
+        return [_Turn(turn(piece), piece) for piece in pieces]
 
     def _cut(self, answer: str, max_tokens: int) -> str:
         """Bound an answer by ``max_tokens``: its reply may have been as long as a call."""

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 
-from actors.memory.base import Agent, ContextMemory, user_turns
+from actors.memory.base import Agent, ContextMemory, turns_of
 from actors.memory.controls import OWN_CARDS, WriteControl
 from actors.memory.summary import Summary
 from actors.text.chat_template import ChatFormat, Ids
@@ -119,7 +119,7 @@ class FlashcardMemory(ContextMemory):
         if self._flashcards is None:
             await super().read(agent, text)
             return
-        whole = agent.chat.user(text)
+        whole = agent.turn(text)
         if not self._has_room(agent, len(whole)) and self._fits_alone(agent, len(whole)):
             await self.relieve(agent, len(whole))
         for turn in [whole] if self._has_room(agent, len(whole)) else self._pieces(agent, text):
@@ -144,7 +144,7 @@ class FlashcardMemory(ContextMemory):
         opening = len(agent.chat.system(agent.system_prompt))
         # a relief between two pieces may save more: that must not take the next piece's room
         free = self._window_tokens - opening - self.reserve(agent, full=True)
-        return user_turns(text, agent.chat, max(_LEAST_PIECE, min(self.max_context_tokens, free)))
+        return turns_of(text, agent.turn, max(_LEAST_PIECE, min(self.max_context_tokens, free)))
 
     @abstractmethod
     def reserve(self, agent: Agent, full: bool = False) -> int:

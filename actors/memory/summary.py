@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from actors.memory.base import Agent, ContextMemory, user_turns
+from actors.memory.base import Agent, ContextMemory, turns_of
 from configs.schema import MemoryConfig
 
 _REWRITE = (
@@ -84,14 +84,14 @@ class StateMemory:
         self._state = Summary(config)
 
     async def read(self, agent: Agent, text: str) -> None:
-        for turn in user_turns(text, agent.chat, self._limit):
+        for turn in turns_of(text, agent.turn, self._limit):
             await self._consolidate(agent)
             agent.context.observe(turn)
         await self._consolidate(agent)
 
     async def answer(self, agent: Agent, text: str, max_tokens: int) -> str:
         await self._consolidate(agent)
-        agent.context.observe(agent.chat.user(text))
+        agent.context.observe(agent.turn(text))
         return await agent.reply("act", max_tokens)
 
     async def _consolidate(self, agent: Agent) -> None:

@@ -15,21 +15,27 @@ Where the template has no system turns, the system text opens the first user tur
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actors.text.plain_text import plain_encoder
+from actors.text.plain_text import is_control, plain_encoder
 from actors.text.template_text import (
     ROLES,
     ChatTemplateError,
     Template,
     TemplateOptions,
     TemplateText,
+    ToolText,
     cut,
+    cut_tools,
+    with_result,
 )
 from actors.text.thoughts import end_of_thought, is_thought_mark, visible_reply
+from actors.text.tools import Tool, plain_rendering
 from configs.models import declared_stop_ids
 from configs.schema import ModelConfig
 
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["ChatFormat", "ChatTemplateError", "Ids", "TemplateOptions", "Turn", "open_chat"]
 Ids = tuple[int, ...]
 _WORD = "What"
+_MOST_TOLD = 64
 _CONTENTS = tuple(f"{_WORD} is Q{name}q?" for name in ("system", "usera", "replya", "userb"))
 
 
@@ -50,6 +57,20 @@ class Turn:
     start: int
     end: int
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Wrap:
+    """What the template puts around a content: ids, texts that touch the content, ids.
+
+    ``escapes``: the content stands there as the inside of a JSON string.
+    """
+
+    open: Ids
+    before: str
+    after: str
+    close: Ids
+    escapes: bool = False
 
 
 def open_chat(model_path: Path | str, config: ModelConfig) -> ChatFormat:
@@ -104,6 +125,10 @@ class ChatFormat:
         declared = [eos, *stop_token_ids] if isinstance(eos, int) else stop_token_ids
         self.stop_token_ids: Ids = tuple(dict.fromkeys((self._reply_close[0], *declared)))
         self._merges_system = text.merges_system
+        self._text = text
+        self._told: dict[str, ChatFormat] = {}  # by the tools, as JSON: siblings have the same
+        self._around_system = ("", "")  # texts of the template that touch the system text
+        self._result: _Wrap | None = None
         self._fit(text)
 
     @property
@@ -111,13 +136,50 @@ class ChatFormat:
         """True when the template writes the day into its turns, so that prompts change overnight."""
         return self._template.is_dated
 
+    def with_tools(self, tools: Sequence[Tool]) -> ChatFormat:
+        """This format with ``tools`` in every opening: in the template's own form, or else in words.
+
+        Raises ChatTemplateError where a tool's own text holds a control token.
+        """
+        if not tools:
+            return self
+        written = json.dumps([tool.function for tool in tools], ensure_ascii=False)
+        if written not in self._told:
+            self._refuse_control_tokens(written)
+            if len(self._told) == _MOST_TOLD:
+                self._told.clear()
+            self._told[written] = self._telling(tools)
+        return self._told[written]
+
+    def _telling(self, tools: Sequence[Tool]) -> ChatFormat:
+        chat = copy.copy(self)
+        text = cut_tools(self._template, self._text, tools)
+        if text is None or not chat._takes(text, tools):
+            chat = copy.copy(self)
+            chat._around_system = ("", f"\n\n{plain_rendering(tools)}")
+        return chat
+
+    @property
+    def tells_tools(self) -> bool:
+        """Whether the tools stand in the template's own form, and so does what they give."""
+        return self._result is not None
+
+    def result(self, text: str) -> Ids:
+        """A whole turn with what a tool gave."""
+        if self._result is None:
+            return self.user(f"Result of the tool:\n{text}")
+        wrap, text = self._result, text.strip()
+        inner = json.dumps(text, ensure_ascii=False)[1:-1] if wrap.escapes else text
+        return (*wrap.open, *self._plain(f"{wrap.before}{inner}{wrap.after}"), *wrap.close)
+
     def system(self, text: str) -> Ids:
         """The opening of a conversation: the system turn, after bos if the template has one.
 
         Where the template has no system turns, it opens the first user turn: what follows goes through
         ``join``.
         """
-        ids = self.encode(text)
+        before, after = self._around_system
+        ids = tuple(self._plain(f"{before}{text.strip()}{after}"))
         if self._merges_system and not ids:
             return self._system_open[: len(self._system_open) - len(self.user_open)]
         return self._system_open + ids + self._system_close
@@ -210,6 +272,53 @@ class ChatFormat:
                 role, start = next_role, place + len(piece)
             place += max(1, len(piece))
         return [turn for turn in turns if turn.text.strip()]
+
+    def _takes(self, text: ToolText, tools: Sequence[Tool]) -> bool:
+        """Take the pieces for ``tools``. Returns whether they are the template's own tokens."""
+        if self._merges_system:
+            self._system_open = self._encode_opening(text.system_open)
+        else:
+            wrap = self._wrap(text.system_open, text.system_close)
+            self._system_open, self._system_close = wrap.open, wrap.close
+            self._around_system = (wrap.before, wrap.after)
+        self._result = replace(self._wrap(text.result_open, text.result_close), escapes=text.escapes)
+        system, user, *_ = _CONTENTS
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        prompt = self._encode_template(self._template.render(messages, True, tools))
+        called = self._encode_template(
+            self._template.render(with_result(messages[1:], user, tools), True, tools)
+        )
+        # Behind a merged system text stands what ``_fit`` has compared.
+        start = self.opening(system, user) + self.assistant_open
+        start = self._system_open + self.encode(system) if self._merges_system else start
+        end = self.result(user) + self.assistant_open
+        return prompt[: len(start)] == start and called[-len(end) :] == end
+
+    def _wrap(self, opening: str, closing: str) -> _Wrap:
+        """Cut the template's texts at the control tokens that stand nearest to the content between them.
+
+        Why: without a control token between them, a tokenizer merges the template's text and the content.
+        """
+        marks = [
+            mark
+            for token in self._tokenizer.added_tokens_decoder.values()
+            if is_control(mark := token.content)
+        ]
+        start = max((opening.rfind(mark) + len(mark) for mark in marks if mark in opening), default=0)
+        end = min((closing.find(mark) for mark in marks if mark in closing), default=len(closing))
+        return _Wrap(
+            self._encode_template(opening[:start]),
+            opening[start:],
+            closing[:end],
+            self._encode_template(closing[end:]),
+        )
+
+    def _refuse_control_tokens(self, written: str) -> None:
+        """Tools come from a server: the template must not make control tokens of their text."""
+        for token_id in set(self._encode_template(written)) - set(self.encode(written)):
+            name = self._tokenizer.added_tokens_decoder.get(token_id)
+            if name is not None:
+                raise self._template.error(f"a tool's own text holds the control token {name.content!r}")
 
     def _encode_template(self, text: str) -> Ids:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False)) if text else ()

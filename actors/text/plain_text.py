@@ -19,6 +19,11 @@ Encoder = Callable[[str], list[int]]
 _HARMLESS = re.compile(r"\w+|\s+")  # a word or a run of blanks may be an added token too: it controls nothing
 
 
+def is_control(added: str) -> bool:
+    """Whether an added token may control a model: it is no mere word, and no blanks."""
+    return not _HARMLESS.fullmatch(added)
+
+
 def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """A function from text to ids, none of which is an added token of ``tokenizer``."""
 
@@ -29,7 +34,7 @@ def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     added = {
         token_id: token.content
         for token_id, token in tokenizer.added_tokens_decoder.items()
-        if not token.special and not _HARMLESS.fullmatch(token.content)
+        if not token.special and is_control(token.content)
     }
     if not added:
         return without_special

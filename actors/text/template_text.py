@@ -8,18 +8,22 @@ A template without system turns (Mistral 7B, Gemma) gets the system text at the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from actors.text.tools import Tool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
+Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "user", "assistant")
 # Words that no template has.
 _MARKS = ("Qsystemq", "Quseraq", "Qreplyaq", "Quserbq", "Qreplybq")
+_QUOTED = 'Qresult"q'  # of a tool: shows whether the template escapes it
 _BLANK_LINE = "\n\n"
 
 
@@ -56,6 +60,20 @@ class TemplateText:
     merges_system: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class ToolText:
+    """The template's own text around a system text with tools, and around a tool's result.
+
+    ``escapes``: a result stands there as the inside of a JSON string (Llama 3).
+    """
+
+    system_open: str
+    system_close: str
+    result_open: str
+    result_close: str
+    escapes: bool
+
+
 class Template:
     """Renders messages with the chat template of one tokenizer. ``is_dated``: it has asked for the day."""
 
@@ -67,7 +85,7 @@ class Template:
     def name(self) -> str:
         return self._tokenizer.name_or_path or type(self._tokenizer).__name__
 
-    def render(self, messages: Sequence[Message], open_reply: bool) -> str:
+    def render(self, messages: Sequence[Message], open_reply: bool, tools: Sequence[Tool] = ()) -> str:
         """Raises ChatTemplateError where the template refuses the messages."""
         from jinja2 import TemplateError
 
@@ -75,6 +93,8 @@ class Template:
             return str(
                 self._tokenizer.apply_chat_template(
                     list(messages),
+                    tools=[tool.function for tool in tools] or None,
+                    tools_in_user_message=False,  # Llama 3: a context may be cleared of its first turn
                     tokenize=False,
                     add_generation_prompt=open_reply,
                     enable_thinking=self._options.enable_thinking,
@@ -110,6 +130,55 @@ def cut(template: Template, has_template: bool) -> TemplateText:
             "its chat template does not write each turn the same way, so turns cannot be appended as ids"
         )
     return text
+
+
+def cut_tools(template: Template, text: TemplateText, tools: Sequence[Tool]) -> ToolText | None:
+    """Cut the template's texts for ``tools``; None where it has none, or writes them in no usable place."""
+    turns = ROLES[:2]
+    messages: list[Message] = [
+        {"role": role, "content": mark} for role, mark in zip(turns, _MARKS[:2], strict=True)
+    ]
+    try:
+        bare = template.render(messages, True)
+        if template.render(messages, True, tools) == bare:
+            return None
+        before, between, after = _around_marks(template, messages, True, tools)
+        result = _around_result(template, text, tools)
+    except ChatTemplateError:
+        return None
+    own_turn = not text.merges_system
+    opens = between.endswith(text.user_open) if own_turn else before.endswith(text.user_open)
+    same = own_turn or between == text.system_close
+    if result is None or not opens or not same or after != text.user_close + text.assistant_open:
+        return None
+    return ToolText(before, between[: -len(text.user_open)] if own_turn else between, *result)
+
+
+def with_result(messages: Sequence[Message], result: str, tools: Sequence[Tool]) -> list[Message]:
+    """``messages`` with a call of the first tool and its ``result``."""
+    call = {"name": tools[0].name, "arguments": {}}
+    # Mistral wants an id of nine characters, and some templates want a content beside the call.
+    calls = [{"id": "call00000", "type": "function", "function": call}]
+    return [
+        *messages,
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": result, "tool_call_id": "call00000", "name": tools[0].name},
+    ]
+
+
+def _around_result(
+    template: Template, text: TemplateText, tools: Sequence[Tool]
+) -> tuple[str, str, bool] | None:
+    """(text before a result, text behind it, whether it is escaped)."""
+    asked = {"role": "user", "content": _MARKS[1]}
+    rendering = template.render(with_result([asked], _QUOTED, tools), True, tools)
+    escaped = json.dumps(_QUOTED)[1:-1]
+    escapes = _QUOTED not in rendering
+    before, mark, after = rendering.partition(escaped if escapes else _QUOTED)
+    called, close, opening = before.rpartition(text.assistant_close)
+    if not mark or not called or not close or not after.endswith(text.assistant_open):
+        return None
+    return opening, after[: len(after) - len(text.assistant_open)], escapes
 
 
 def _cut(around: Callable[[int, bool], list[str]]) -> TemplateText | None:
@@ -152,9 +221,11 @@ def _without_system(text: TemplateText) -> TemplateText:
     )
 
 
-def _around_marks(template: Template, messages: Sequence[Message], open_reply: bool) -> list[str]:
+def _around_marks(
+    template: Template, messages: Sequence[Message], open_reply: bool, tools: Sequence[Tool] = ()
+) -> list[str]:
     """The rendering's texts before, between and after the contents of ``messages``."""
-    rest = template.render(messages, open_reply)
+    rest = template.render(messages, open_reply, tools)
     parts: list[str] = []
     for message in messages:
         part, mark, rest = rest.partition(message["content"])

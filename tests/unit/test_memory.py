@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.memory.base import Agent, TruncationMemory, user_turns
+from actors.memory.base import Agent, TruncationMemory, turns_of
 from actors.memory.build import build_memory
 from actors.memory.parametric import ParametricMemory
 from actors.text.chat_template import ChatFormat
@@ -406,13 +406,13 @@ def test_a_long_observation_comes_in_turns_that_fit(chat: ChatFormat) -> None:
     text = "\n".join(
         f"Ida: this is line {i}. It has two sentences, and a {'very ' * (i % 7)}long end!" for i in range(60)
     )
-    turns = user_turns(text, chat, 64)
+    turns = turns_of(text, chat.user, 64)
     assert all(len(turn) <= 64 for turn in turns)
     assert len(turns) < 1.5 * len(chat.encode(text)) / 50  # and they are well filled
     frame = chat.user("")
     bare = "".join(chat.decode(turn).removeprefix(chat.decode(frame[:3])) for turn in turns)
     assert bare.split() == text.split()
-    assert user_turns("Short.", chat, 64) == [chat.user("Short.")]
+    assert turns_of("Short.", chat.user, 64) == [chat.user("Short.")]
 
 
 @settings(deadline=None)

@@ -13,6 +13,8 @@ CORPUS = (
     "system user assistant INST think tool call Today Date Nov 2026 2024 "
 ) * 4
 
+_LINES = "It costs 12 crowns.\n\n What is it?\n Today:\n" * 4
+
 QWEN3 = (
     "{%- for m in messages %}"
     "{%- if m.role == 'assistant' and '</think>' in m.content %}"
@@ -77,26 +79,95 @@ GEMMA = (
     "{%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{%- endif %}"
 )
 
+# With tools. Qwen 3: behind the system text; a result in a user turn; an assistant's last turn has a thought.
+QWEN3_TOOLS = (
+    "{%- if tools %}{{- '<|im_start|>system\n' }}"
+    "{%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}"
+    "{{- '# Tools\n\nCall them so.\n<tools>' }}{%- for t in tools %}{{- '\n' + (t | tojson) }}{%- endfor %}"
+    "{{- '\n</tools>\n<tool_call>\n{...}\n</tool_call><|im_end|>\n' }}"
+    "{%- elif messages[0].role == 'system' %}"
+    "{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}"
+    "{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{{- '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{%- elif m.role == 'assistant' %}"
+    "{{- '<|im_start|>assistant\n' }}{%- if loop.last %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    '{{- m.content }}{%- for c in m.tool_calls or [] %}{{- \'<tool_call>\n{"name": "\' + c.function.name }}'
+    "{{- '\", \"arguments\": ' + (c.function.arguments | tojson) + '}\n</tool_call>' }}{%- endfor %}"
+    "{{- '<|im_end|>\n' }}{%- elif m.role == 'tool' %}"
+    "{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}"
+    "{{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+    "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}"
+    "{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}"
+    "{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
+)
+# Llama 3.1: in the first user turn, or before the system text; a result as JSON in a turn of its own.
+LLAMA31_TOOLS = (
+    "{{- '<bos>' }}{%- set here = tools_in_user_message is defined and not tools_in_user_message %}"
+    "{%- set system = messages[0].content | trim if messages[0].role == 'system' else '' %}"
+    "{%- set rest = messages[1:] if messages[0].role == 'system' else messages %}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}"
+    "{%- if tools is not none %}{{- 'Environment: ipython\n' }}{%- endif %}"
+    "{%- if tools is not none and here %}{{- 'Functions:\n\n' }}"
+    "{%- for t in tools %}{{- (t | tojson(indent=4)) + '\n\n' }}{%- endfor %}{%- endif %}"
+    "{{- system + '<|im_end|>' }}{%- for m in rest %}"
+    "{%- if m.role == 'tool' %}{{- '<|start_header_id|>ipython<|end_header_id|>\n\n' }}"
+    "{{- ({'output': m.content} | tojson) + '<|im_end|>' }}{%- elif m.tool_calls %}"
+    "{%- if m.tool_calls | length > 1 %}{{- raise_exception('one call at once') }}{%- endif %}"
+    "{%- set f = m.tool_calls[0].function %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{{- '{\"name\": \"' + f.name + '\", \"parameters\": ' + (f.arguments | tojson) + '}<|im_end|>' }}"
+    "{%- else %}{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim }}"
+    "{{- '<|im_end|>' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+# Mistral v0.3: before the last user turn, which has the system text too; ids of nine characters.
+MISTRAL_V3_TOOLS = (
+    "{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}"
+    "{%- set rest = messages[1:] %}{%- else %}{%- set rest = messages %}{%- endif %}"
+    "{%- set users = rest | selectattr('role', 'equalto', 'user') | list %}{{- '<s>' }}"
+    "{%- for m in rest %}{%- if m.role == 'user' %}"
+    "{%- if tools is not none and m == users[-1] %}{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) }}"
+    "{{- '[/AVAILABLE_TOOLS]' }}{%- endif %}{{- '[INST] ' }}"
+    "{%- if loop.last and system is defined %}{{- system + '\n\n' }}{%- endif %}{{- m.content + '[/INST]' }}"
+    "{%- elif m.tool_calls %}{{- '[TOOL_CALLS] [' }}{%- for c in m.tool_calls %}"
+    "{{- (c.function | tojson)[:-1] }}{%- if c.id | length != 9 %}{{- raise_exception('ids of nine') }}"
+    "{%- endif %}{{- ', \"id\": \"' + c.id + '\"}' }}{%- endfor %}{{- ']</s>' }}"
+    "{%- elif m.role == 'tool' %}{{- '[TOOL_RESULTS] {\"content\": ' + m.content }}"
+    "{{- ', \"call_id\": \"' + m.tool_call_id + '\"}[/TOOL_RESULTS]' }}"
+    "{%- else %}{{- ' ' + m.content + '</s>' }}{%- endif %}{%- endfor %}"
+)
+MISTRAL_CONTROL = (
+    *("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    *("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+)
+
 _SPECIAL = ("<s>", "</s>", "<bos>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<start_of_turn>")
 _MORE_SPECIAL = ("<end_of_turn>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>")
 _R1_MARKS = ("<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>")
-NOT_SPECIAL = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+NOT_SPECIAL = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+_WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 
 
-def byte_level(template: str, eos: str = "<|im_end|>", hidden: Sequence[str] = ()) -> Any:
+def byte_level(
+    template: str, eos: str = "<|im_end|>", hidden: Sequence[str] = (), takes_lines: bool = False
+) -> Any:
     """A tokenizer as Llama 3 and Qwen have: bytes, control tokens that are special, and some that are not.
 
     ``hidden``: those of ``NOT_SPECIAL`` that are special here, so that a decoder leaves them out.
+    ``takes_lines``: a mark takes the line ends behind it into its token, as Qwen's and Llama 3's do.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not takes_lines)
+    words = [pre_tokenizers.Split(Regex(_WORDS), "isolated")] if takes_lines else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*words, bytes_alone])
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
-        [CORPUS], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+        [CORPUS, _LINES] if takes_lines else [CORPUS],
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False),
     )
     special = (*_SPECIAL, *_MORE_SPECIAL, *_R1_MARKS, *hidden)
     backend.add_special_tokens([AddedToken(name, normalized=False) for name in special])
