@@ -52,8 +52,8 @@ class Observation:
 
     ``tells``: it holds something to remember. A mere question does not. ``max_tokens`` bounds the action
     below the run's own bound. The action ends with the first text of ``stop`` in it; that text is sampled,
-    and is not in what ``act`` gets. ``heard`` is called before ``act``, with how the action was sampled. ``role`` is
-    "tool" for what a tool of the session gave: the chat template may have a turn of its own for that.
+    and is not in what ``act`` gets. ``heard`` is called before ``act``, with how the action was sampled.
+    ``role`` is "tool" for what a tool of the session gave: a chat template may have a turn of its own for it.
     """
 
     text: str

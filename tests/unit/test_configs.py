@@ -190,6 +190,7 @@ PATHS = (
     "environment.rubric.path",
     "environment.rubric.judge.cache_dir",
     "environment.records.path",
+    "environment.mcp.path",
     "fast_weights.calibration_path",
     "warm_start.demonstrations",
     "warm_start.teacher.cache_dir",
