@@ -193,7 +193,9 @@ class McpConfig(RecordsConfig):
 class EnvironmentConfig:
     """Where tasks come from."""
 
-    name: Literal["recall", "conversation", "search", "rubric", "records", "mcp", "harness", "custom"] = "recall"
+    name: Literal["recall", "conversation", "search", "rubric", "records", "mcp", "harness", "custom"] = (
+        "recall"
+    )
     # with environment.name=custom: package.module:name of a function from options to an Environment
     custom: str = ""
     # the custom environment's argument

@@ -111,7 +111,6 @@ class Environment(Protocol):
     def start(self, task: Task) -> Session: ...
 
 
-@runtime_checkable
 class ToolUser(Protocol):
     """An optional part of a session: the agent's prompt tells these tools, in the chat template's own form.
 

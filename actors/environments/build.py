@@ -22,7 +22,6 @@ from actors.environments.base import (
     Rephraser,
     Session,
     Split,
-    ToolUser,
     prepare,
 )
 from actors.environments.user_calls import CallThread, Raised, run_apart
@@ -223,7 +222,7 @@ class _RewardedSession:
 
     @property
     def tools(self) -> Any:
-        return self.inner.tools if isinstance(self.inner, ToolUser) else ()
+        return self.inner.tools if hasattr(type(self.inner), "tools") else ()
 
     def observe(self) -> Any:
         return self.inner.observe()

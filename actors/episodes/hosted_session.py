@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
-from actors.environments.base import Environment, Observation, Session, ToolUser
+from actors.environments.base import Environment, Observation, Session
 from actors.environments.build import answers_at_once
 from actors.environments.user_calls import CallThread, Raised, close_late, run_apart
 from actors.protocols import TaskError
@@ -63,7 +63,8 @@ class HostedSession:
     def told_tools(self, chat: ChatFormat) -> ChatFormat:
         """``chat`` with the session's tools in its prompt, if it has some. Raises TaskError."""
         with owned(self._whom("tools"), TaskError):
-            tools = self._session.tools if isinstance(self._session, ToolUser) else ()
+            session: Any = self._session  # of its class: a __getattr__ of theirs may have any name
+            tools = session.tools if hasattr(type(session), "tools") else ()
         try:
             return chat.with_tools(tools)
         except ChatTemplateError as error:
