@@ -86,7 +86,7 @@ def demonstrate(
         try:
             await session.start()
             actor = ShownActor(chat, task.id)
-            agent = Agent(actor, chat, session.system_prompt, session.question)
+            agent = Agent(actor, session.told_tools(chat), session.system_prompt, session.question)
             remembering = ParametricMemory(memory, write, window_tokens, ShownCards(actor, cards_of))
             await play(agent, session, remembering, max_answer_tokens=1, max_turns=max_turns)
             return list(agent.finish())  # an empty answer leaves no trace, so each segment has an extraction

@@ -122,7 +122,7 @@ async def _played(
         await session.start()
         view.begin(task, session)
         actor = TriedActor(config, environment, task, chat, replies, view)
-        agent = Agent(actor, chat, session.system_prompt, session.question)
+        agent = Agent(actor, session.told_tools(chat), session.system_prompt, session.question)
         try:
             stop = await play(
                 agent, session, memory, config.sampling.max_answer_tokens, config.rollout.max_turns
