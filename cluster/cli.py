@@ -23,6 +23,7 @@ from typer.main import get_command
 from cluster.assistant import command as assistant
 from cluster.bench.suite import ABOUT
 from cluster.common.arguments import Config, ListSettings, PrintConfig, Settings, required_config
+from cluster.common.quiet import Verbose, quiet
 from cluster.compare import command as compare
 from cluster.evaluation import command as evaluation
 from cluster.inspection import command as inspection
@@ -63,6 +64,7 @@ _EXAMPLES = """examples:
   engram evaluate quickstart                      held-out tasks, memory off and on
   engram probe quickstart --cards recall:12       what a write is worth: recall, paraphrases, damage
   engram try my_shop:Shop                         play a task of an environment yourself, without a model
+  engram watch                                    the newest run while it goes on
   engram inspect runs/quickstart-...              what an agent read, wrote into its weights, and answered
   engram pool runs/tmem-* runs/memory-off-*       training runs over seeds, side by side
   engram scale 4                                  more or fewer rollout workers while a run goes on
@@ -132,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(
     config: Config = "",
     settings: Settings = None,
+    verbose: Verbose = False,
     print_config: PrintConfig = False,
     list_settings: ListSettings = False,
 ) -> None:
@@ -150,9 +153,12 @@ def train(
         return
 
     from cluster.common.display import Display
-    from cluster.train.run import train_config
 
-    train_config(loaded, Display())
+    display = Display()
+    with quiet(verbose):
+        from cluster.train.run import train_config
+
+        train_config(loaded, display)
 
 
 def scale(
@@ -194,25 +200,29 @@ def bench(
     ] = False,
     output_dir: Annotated[Path, typer.Option(metavar="DIR", help="where the report goes")] = Path("runs"),
     no_tracking: Annotated[bool, typer.Option("--no-tracking", help="do not log to MLflow")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure every seam against a named baseline.
 
     Both take turns on this machine. Prints tables; writes report.md, report.json and plots; logs to MLflow.
     """
-    from cluster.bench.run import BenchOptions
-    from cluster.bench.run import bench as run
     from cluster.common.display import Display
 
-    chosen = BenchOptions(
-        names=tuple(names or ()),
-        model=model,
-        repeats=1 if quick else repeats,
-        threads=threads,
-        quick=quick,
-        output_dir=output_dir,
-        tracking=not no_tracking,
-    )
-    run(chosen, Display())
+    display = Display()
+    with quiet(verbose):
+        from cluster.bench.run import BenchOptions
+        from cluster.bench.run import bench as run
+
+        chosen = BenchOptions(
+            names=tuple(names or ()),
+            model=model,
+            repeats=1 if quick else repeats,
+            threads=threads,
+            quick=quick,
+            output_dir=output_dir,
+            tracking=not no_tracking,
+        )
+        run(chosen, display)
 
 
 # --- all commands, in the order of --help ------------------------------------------------------------------
@@ -244,6 +254,7 @@ _add(train, _TRAIN_EXAMPLES)
 _add(evaluation.evaluate, evaluation.EXAMPLES)
 _add(probing.probe, probing.EXAMPLES, probing.ProbeCommand)
 _add(trial.try_environment, trial.EXAMPLES, name="try")
+_add(inspection.watch, inspection.WATCH_EXAMPLES)
 _add(inspection.inspect, inspection.EXAMPLES)
 _add(compare.pool, compare.EXAMPLES)
 _add(scale, _SCALE_EXAMPLES)

@@ -61,6 +61,7 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     make_folder(partial)
     try:
         yield partial
+        _open_to_readers(partial)
         sync_tree(partial)
         if replace and target.exists():
             target.rename(old)
@@ -72,6 +73,17 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
         raise
     sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give all in ``folder`` the rights that the user's umask grants: safetensors makes files of mode 0600.
+
+    The folder itself was made under the umask, which has no safe reader in a process with threads.
+    """
+    granted = folder.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(granted if path.is_dir() else granted & 0o666)
 
 
 def recover_folder(target: Path) -> None:

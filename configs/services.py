@@ -59,7 +59,7 @@ _HIDDEN = "(hidden)"
 class EpisodesConfig:
     """Which episodes a run keeps for ``engram inspect``: one file each, in the run's folder."""
 
-    per_step: int = 1  # of the episodes that a training step learned from, drawn by lot
+    per_step: int = 1  # of the episodes that a training step learned from: siblings of a task, drawn by lot
     per_evaluation: int = 2  # of each held-out evaluation: its first tasks, the same in every row
     failed: int = 100  # of a run; later failures are only counted
     traces: bool = True  # the same episodes as MLflow traces of the run

@@ -33,6 +33,7 @@ _HELP = """/write             write what is in the context now, and clear it
 /status            context, revision, Delta
 /help, /quit"""
 _MAX_FILE_BYTES = 2**20
+_LONGER = {"sampling.max_answer_tokens": 256, "engine.max_model_tokens": 4096}
 
 
 def chat(opening: Opening, memory: Path | None, source: TextIO, display: Display) -> int:
@@ -118,7 +119,7 @@ class Terminal:
             self._note(f"the context is full ({used}): writing flashcards ...")
         reply = self._wait(conversation.say(text, self._max_answer))
         self._show_writes(reply.writes)
-        self._display.say(f"agent> {_shown(reply)}")
+        self._display.say(f"agent> {_shown(reply, self._max_answer)}")
 
     def _write(self, argument: str) -> None:
         record = self._wait(self._conversation.write())
@@ -140,7 +141,8 @@ class Terminal:
         try:
             for on in (False, True):
                 conversation.delta = on
-                answer = _shown(self._wait(conversation.ask(argument, self._max_answer)))
+                reply = self._wait(conversation.ask(argument, self._max_answer))
+                answer = _shown(reply, self._max_answer)
                 self._note(f"{'with Delta   ' if on else 'without Delta'}: {answer}")
         finally:
             conversation.delta = was
@@ -252,13 +254,14 @@ def describe_write(record: WriteRecord) -> list[str]:
     return [f"{written}; the context is empty now", *cards]
 
 
-def _shown(reply: Reply) -> str:
+def _shown(reply: Reply, most: int) -> str:
+    """``most``: the tokens that an answer may have. One that is cut earlier has met the engine's window."""
     text = reply.text.strip() or "(no answer)"
-    return (
-        text
-        if reply.finish_reason == "stop"
-        else f"{text} (cut off at {_plural(reply.reply_tokens, 'token')})"
-    )
+    if reply.finish_reason == "stop":
+        return text
+    key = "sampling.max_answer_tokens" if reply.reply_tokens >= most else "engine.max_model_tokens"
+    cut = f"cut off at {_plural(reply.reply_tokens, 'token')}"
+    return f"{text} ({cut}; for longer answers start with a larger {key}, e.g. {key}={_LONGER[key]})"
 
 
 def _plural(count: int, word: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.common.arguments import Settings, complete_config
+from cluster.common.quiet import Verbose, quiet
 
 if TYPE_CHECKING:
     from cluster.assistant.opening import Opening
@@ -76,12 +77,16 @@ def chat(
     memory: Annotated[
         Path | None, typer.Option(metavar="DIR", help="go on from a saved memory, as /load does")
     ] = None,
+    verbose: Verbose = False,
 ) -> int:
     """Talk to an agent that learns in the conversation."""
-    from cluster.assistant.chat import chat as talk
     from cluster.common.display import Display
 
-    failures = talk(_opening(model, settings, config), memory, sys.stdin, Display())
+    display = Display()
+    with quiet(verbose):
+        from cluster.assistant.chat import chat as talk
+
+        failures = talk(_opening(model, settings, config), memory, sys.stdin, display)
     return 1 if failures else 0
 
 
@@ -91,15 +96,19 @@ def serve(
     config: Config = "",
     host: Annotated[str, typer.Option(help="where to listen; 127.0.0.1 is this machine alone")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    verbose: Verbose = False,
 ) -> None:
     """Serve an OpenAI-compatible endpoint.
 
     Each conversation owns its memory.
     """
-    from cluster.assistant.serve import serve as listen
     from cluster.common.display import Display
 
-    listen(_opening(model, settings, config), host, port, Display())
+    display = Display()
+    with quiet(verbose):
+        from cluster.assistant.serve import serve as listen
+
+        listen(_opening(model, settings, config), host, port, display)
 
 
 def export(
@@ -121,10 +130,12 @@ def export(
 
     A checkpoint becomes a Hugging Face folder, a memory a PEFT adapter.
     """
-    from cluster.assistant.export import export as write
     from cluster.common.display import Display
 
-    what = write(source.expanduser(), target.expanduser(), model)
+    with quiet(verbose=False):
+        from cluster.assistant.export import export as write
+
+        what = write(source.expanduser(), target.expanduser(), model)
     Display().say(f"{target}: {what}")
 
 

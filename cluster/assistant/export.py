@@ -1,7 +1,7 @@
 """Exports what was trained to other tools: a memory as a PEFT adapter, a checkpoint as a Hugging Face folder.
 
-    a checkpoint, or a run (its newest)          -> DIR: config.json, model.safetensors, the tokenizer;
-                                                    DIR/engram: the run's basis and settings
+    a checkpoint, or a run (its newest)          -> DIR: config.json, model.safetensors, the tokenizer,
+                                                    a model card; DIR/engram: basis, settings and state
     a saved conversation (a folder)              -> DIR: the adapter alone, without flashcards and context
     an episode's record (.json in RUN/episodes)  -> DIR: adapter_config.json, adapter_model.safetensors,
                                                     made by replaying the write log on the same base
@@ -20,9 +20,9 @@ from pathlib import Path
 from actors.protocols import WriterError
 from actors.types import WriteRecord
 from cluster.assistant.memory_file import MEMORY_FILE, SavedMemory, save_memory
+from cluster.assistant.model_card import CARD_FILE, model_card
 from cluster.assistant.opening import (
     BASIS_FILE,
-    COMPANION,
     CONFIG_FILE,
     AssistantError,
     Opening,
@@ -31,7 +31,13 @@ from cluster.assistant.opening import (
     open_source,
 )
 from cluster.inspection.record import EpisodeRecord, FailureRecord, load
-from cluster.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from cluster.runs.checkpoint import (
+    COMPANION,
+    STATE_FILE,
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+)
 from configs.files import new_folder
 from configs.load import load_config
 from configs.models import resolve_model
@@ -72,7 +78,9 @@ def _export_checkpoint(checkpoint: Checkpoint, target: Path) -> str:
         shutil.copytree(checkpoint.model, folder, dirs_exist_ok=True)
         (folder / COMPANION).mkdir()
         shutil.copyfile(basis, folder / COMPANION / BASIS_FILE)
-        shutil.copyfile(checkpoint.folder / CONFIG_FILE, folder / COMPANION / CONFIG_FILE)
+        for name in (CONFIG_FILE, STATE_FILE):
+            shutil.copyfile(checkpoint.folder / name, folder / COMPANION / name)
+        (folder / CARD_FILE).write_text(model_card(checkpoint, target.name), encoding="utf-8")
     state = checkpoint.state
     return (
         "a Hugging Face model: "

@@ -9,7 +9,6 @@ a folder that ``export`` wrote              the settings and the basis that expo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from actors.fast_weights.delta import Basis
 from actors.memory.window import require_window
 from actors.protocols import AsyncWriter, Policy
 from actors.text.chat_template import ChatFormat, open_chat
-from cluster.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from cluster.runs.checkpoint import COMPANION, Checkpoint, list_checkpoints, load_checkpoint
 from configs.load import load_config
 from configs.models import ResolvedModel, resolve_model
 from configs.schema import RunConfig
@@ -30,8 +29,6 @@ PRESET = Path(configs.__file__).parent / "chat.yaml"
 # The names of these two files in a run's folder, and in the companion folder of an exported model.
 BASIS_FILE = "basis.safetensors"
 CONFIG_FILE = "config.yaml"
-# A subfolder of an exported model: vLLM reads every safetensors file beside config.json as weights.
-COMPANION = Path("engram")
 
 
 class AssistantError(ValueError):
@@ -139,8 +136,6 @@ def parts_of(opening: Opening, slots: int) -> Iterator[Parts]:
     from actors.episodes.rollout import WriteBatcher
 
     config, path = opening.config, opening.model.path
-    # vLLM's dozen warnings about the machine would stand between a person and the agent.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     threads = config.rollout.threads
     torch.set_num_threads(threads)
     chat = open_chat(path, config.model)

@@ -55,7 +55,13 @@ def serve(opening: Opening, host: str, port: int, display: Display) -> None:
     with listening, parts_of(opening, slots) as parts:
         app = build_app(parts, Sessions(parts, slots), key)
         server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_S, access_log=False)
+            uvicorn.Config(
+                app,
+                log_config=None,  # its own would write where libraries do (common/quiet.py)
+                log_level="warning",
+                timeout_graceful_shutdown=_GRACE_S,
+                access_log=False,
+            )
         )
         display.say(
             f"serving {model_name(opening)} on http://{_in_url(host)}:{listening.getsockname()[1]}/v1 "

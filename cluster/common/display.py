@@ -1,14 +1,39 @@
-"""Output for people: live progress on a terminal, plain lines elsewhere (the log of a job, or of CI)."""
+"""Output for people: live progress on a terminal, plain lines elsewhere (the log of a job, or of CI).
+
+Display.expect   how much the whole run has of each kind of work: evaluations, warm start, train steps
+Display.counting a stage of it; its pace tells how long the rest of its kind will take
+"""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
 PLAIN_WIDTH = 160  # columns of a table, where there is no terminal
+_LONG_WORD = 24  # characters
+
+
+@dataclass(slots=True)
+class _Work:
+    """Items of one kind: how many the run expects, how many are done, and the seconds that these took."""
+
+    expected: int = 0
+    done: int = 0
+    seconds: float = 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds, by the pace so far. NaN before the first item."""
+        items = max(0, self.expected - self.done)
+        return 0.0 if items == 0 else items * self.seconds / self.done if self.done else math.nan
 
 
 class Display:
@@ -18,34 +43,62 @@ class Display:
         self.console = console or Console(
             file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH
         )
+        self._work: dict[str, _Work] = {}
 
     def say(self, text: str) -> None:
         """Print a line. Brackets in it are no markup."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def counting(self, title: str, total: int) -> StageCounter:
-        """Show the progress of a stage of ``total`` items, during a ``with`` block."""
-        return StageCounter(self.console, title, total)
+    def expect(self, items: Mapping[str, int]) -> None:
+        """Say how many items of each kind the whole run has. Progress then tells the time left for all."""
+        self._work = {kind: _Work(count) for kind, count in items.items()}
+
+    def counting(self, title: str, total: int, kind: str = "") -> StageCounter:
+        """Show the progress of a stage of ``total`` items of ``kind``, during a ``with`` block."""
+        return StageCounter(self, title, total, kind)
+
+    def worked(self, kind: str, seconds: float) -> None:
+        """Count an item of ``kind``, which took ``seconds``."""
+        if kind in self._work:
+            self._work[kind].done += 1
+            self._work[kind].seconds += seconds
+
+    @property
+    def run_left(self) -> str:
+        """The time left for the whole run, "" where nothing is expected.
+
+        "over" where a kind of work has not begun yet, so that nobody knows its pace.
+        """
+        left = [work.left for work in self._work.values()]
+        known = [seconds for seconds in left if not math.isnan(seconds)]
+        if not known:
+            return ""
+        return f"{'over ' if len(known) < len(left) else ''}{duration(sum(known))}"
 
 
 class StageCounter:
-    """A bar on a terminal. Elsewhere a line at the beginning, one for each detail, and one at the end."""
+    """A bar on a terminal, with the details as lines above it. Elsewhere lines alone.
 
-    def __init__(self, console: Console, title: str, total: int) -> None:
-        self._console = console
+    Without details there is a line for every tenth of the stage.
+    """
+
+    def __init__(self, display: Display, title: str, total: int, kind: str) -> None:
+        self._display, self._console = display, display.console
         self._title = title
         self._total = total
+        self._kind = kind
         self._done = 0
-        self._began = time.monotonic()
+        self._began = self._last = time.monotonic()
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[detail]}", markup=False),
+            TextColumn("{task.fields[left]}", markup=False),
         )
+        console = self._console
         self._bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
-        self._task = self._bar.add_task(title, total=total, detail="") if self._bar else None
+        self._task = self._bar.add_task(title, total=total, left="") if self._bar else None
 
     def __enter__(self) -> StageCounter:
         if self._bar:
@@ -63,21 +116,34 @@ class StageCounter:
         )
 
     def advance(self, detail: str = "") -> None:
-        """Count an item. ``detail`` is shown beside it."""
+        """Count an item. ``detail`` is a line of its own, which stays."""
+        now = time.monotonic()
         self._done += 1
-        left = f"left {self.time_left}"
+        self._display.worked(self._kind, now - self._last)
+        self._last = now
+        left = f"left {self._time_left(now)}"
+        if run_left := self._display.run_left:
+            left += f" (the whole run: {run_left})"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, advance=1, detail=f"{detail}  {left}" if detail else left)
-        elif detail:
-            line = f"{self._title} {self._done}/{self._total}: {detail}, {left}"
-            self._console.print(line, markup=False)
+            self._bar.update(self._task, advance=1, left=left)
+        tenths = 10 * self._done // max(1, self._total)
+        is_new_tenth = tenths > 10 * (self._done - 1) // max(1, self._total) and tenths < 10
+        place = f"{self._title} {self._done}/{self._total}"
+        if detail:
+            after = "" if self._bar else f", {left}"
+            self._console.print(f"{place}: {detail}{after}", markup=False, soft_wrap=True)
+        elif is_new_tenth and self._bar is None:
+            self._console.print(f"{place}, {left}", markup=False, soft_wrap=True)
 
     @property
     def time_left(self) -> str:
         """The time that the rest takes at the mean pace so far."""
+        return self._time_left(time.monotonic())
+
+    def _time_left(self, now: float) -> str:
         if self._done == 0:
             return "?"
-        return duration((time.monotonic() - self._began) / self._done * (self._total - self._done))
+        return duration((now - self._began) / self._done * (self._total - self._done))
 
 
 def duration(seconds: float) -> str:
@@ -88,3 +154,14 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def keep_words(table: Table) -> None:
+    """Make no column narrower than its words. Only a word longer than ``_LONG_WORD`` may still be cut."""
+    for column in table.columns:
+        words = " ".join(map(_plain, (column.header, *column.cells))).split()
+        column.min_width = min(_LONG_WORD, max(map(len, words), default=0))
+
+
+def _plain(cell: object) -> str:
+    return cell.plain if isinstance(cell, Text) else str(cell)

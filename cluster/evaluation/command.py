@@ -19,6 +19,7 @@ from cluster.common.arguments import (
     split_names,
     split_seeds,
 )
+from cluster.common.quiet import Verbose, quiet
 from cluster.evaluation.plan import OWN, Request, plan_cells
 from configs.bounds import ConfigError
 from configs.shipped import shipped
@@ -91,6 +92,7 @@ def evaluate(
             help="go on with this evaluation, with what it was asked for; auto: the newest",
         ),
     ] = "",
+    verbose: Verbose = False,
     print_config: PrintConfig = False,
     list_settings: ListSettings = False,
 ) -> None:
@@ -125,10 +127,13 @@ def evaluate(
         return
 
     from cluster.common.display import Display
-    from cluster.evaluation.prepare import prepare_comparison
-    from cluster.evaluation.run import evaluate as run
 
-    asyncio.run(run(prepare_comparison(request), Display()))
+    display = Display()
+    with quiet(verbose):
+        from cluster.evaluation.prepare import prepare_comparison
+        from cluster.evaluation.run import evaluate as run
+
+        asyncio.run(run(prepare_comparison(request), display))
 
 
 def save_request(request: Request, folder: Path) -> None:

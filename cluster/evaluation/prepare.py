@@ -25,7 +25,7 @@ from cluster.evaluation.command import REQUEST_FILE, save_request, saved_request
 from cluster.evaluation.plan import WRITING, Cell, Plan, Request, plan_cells
 from cluster.evaluation.store import CellStore
 from cluster.fleet.ray_runtime import demand, require_gpus
-from cluster.runs.checkpoint import Checkpoint, load_checkpoint
+from cluster.runs.checkpoint import Checkpoint, load_played
 from cluster.runs.run_folders import create_run, runs_of
 from cluster.runs.run_lock import held, require_free
 from cluster.train.prepare import (
@@ -95,7 +95,7 @@ def prepare_comparison(request: Request) -> Comparison:
     _require_windows(plan, environments, tasks, chat)
     checkpoint = None
     if request.checkpoint is not None:
-        checkpoint = load_checkpoint(request.checkpoint.expanduser().absolute())
+        checkpoint = load_played(request.checkpoint.expanduser().absolute())
         check_unchanged(config, checkpoint, ("model",))
     resumed = _resumed_folder(request, config)
     if resumed is not None:
@@ -203,7 +203,7 @@ def _identity(model: ResolvedModel, checkpoint: Checkpoint | None) -> dict[str, 
     """Name the weights: the model's, or a checkpoint's by name and version (its folder may have moved)."""
     policy = "the base model"
     if checkpoint is not None:
-        policy = f"{checkpoint.run_dir.name}/{checkpoint.folder.name} version {checkpoint.state.version}"
+        policy = f"{checkpoint.title} version {checkpoint.state.version}"
     return {"weights of the model": model.fingerprint[:16], "policy": policy}
 
 

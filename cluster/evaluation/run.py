@@ -185,7 +185,7 @@ def _facts(comparison: Comparison) -> dict[str, str]:
     seeds = sorted({cell.config.seed for cell in comparison.plan.cells})
     policy = "the base model"
     if checkpoint is not None:
-        policy = f"{checkpoint.run_dir.name}/{checkpoint.folder.name}"
+        policy = checkpoint.title
     decodings = {decoding(cell.config.evaluation.temperature) for cell in comparison.plan.cells}
     return {
         "policy": policy,

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.common.quiet import quiet
 from configs.bounds import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cluster.inspection.compare import Compared
     from cluster.inspection.record import Record
 
@@ -18,12 +21,47 @@ EXAMPLES = """examples:
   engram inspect runs/quickstart-20260101-120000                      the episodes that the run kept
   engram inspect runs/quickstart-20260101-120000 --episode 3          the third of them
   engram inspect runs/quickstart-20260101-120000 --episode train-44.1 --html episode.html
+  engram inspect runs/quickstart-20260101-120000 --task recall-eval-0-0    its siblings and rows side by side
   engram inspect runs/.../episodes/step-000012--train-44.1.json --compare
 
 episodes.per_step, episodes.per_evaluation and episodes.failed set how many episodes a run keeps. --compare
 loads the model, rebuilds the fast weights from the episode's write log, and answers again with them and
 without.
 """
+
+WATCH_EXAMPLES = """examples:
+  engram watch                                        the newest run in runs/, until it ends
+  engram watch runs/quickstart-20260101-120000
+  engram watch runs/quickstart-20260101-120000 --once       one look, for a log
+
+It reads the run's folder (figures.jsonl, episodes/), so it works wherever that is seen. Ctrl-C ends it, and
+leaves the run as it is.
+"""
+
+
+def watch(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="the run's folder", show_default="the one written to last")
+    ] = "",
+    once: Annotated[bool, typer.Option("--once", help="show it once and stop")] = False,
+    output_dir: Annotated[str, typer.Option(metavar="DIR", help="where to look for the newest")] = "runs",
+) -> None:
+    """Watch a run: newest episodes, rewards, writes, leak, timeline."""
+    from rich.console import Console
+
+    from cluster.inspection.record import RecordError
+    from cluster.inspection.watch import look, view
+    from cluster.inspection.watch import watch as follow
+    from cluster.runs.wanted_workers import newest_run
+
+    folder = Path(run) if run else newest_run(Path(output_dir))
+    if not (folder / "config.yaml").is_file():
+        raise RecordError(f"{folder}: is no run's folder: give one, e.g. runs/quickstart-20260101-120000")
+    console = Console(highlight=False)
+    if once:
+        console.print(view(look(folder), console.width))
+    else:
+        follow(folder, console)
 
 
 def inspect(
@@ -34,6 +72,7 @@ def inspect(
     episode: Annotated[
         str, typer.Option(metavar="N|NAME", help="an episode of the run: its number, or a part of its name")
     ] = "",
+    task: Annotated[str, typer.Option(metavar="TASK", help="all kept episodes of a task, side by side")] = "",
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="write the episode as one HTML page instead of showing it"),
@@ -61,6 +100,13 @@ def inspect(
     if policy is not None and not compare:
         raise ConfigError("argument --policy: belongs to --compare")
     console = Console(highlight=False)
+    if task:
+        if episode or html or compare:
+            raise ConfigError(
+                "argument --task: shows several episodes; leave out --episode, --html, --compare"
+            )
+        _show_task(run, task, console)
+        return
     path = _chosen(run, episode)
     if path is None:
         if html or compare:
@@ -76,14 +122,29 @@ def inspect(
         console.print(f"{html}: open it in a browser", markup=False, soft_wrap=True)
 
 
+def _show_task(run: Path, task: str, console: Console) -> None:
+    """Raises RecordError where no episode, or one that is damaged, was kept of the task."""
+    from cluster.inspection.record import RecordError, list_records, load
+    from cluster.inspection.siblings import show_siblings
+
+    records = [load(path) for path in list_records(run)]
+    chosen = [record for record in records if record.task_id == task]
+    if not chosen:
+        names = ", ".join(sorted({record.task_id for record in records})[:5]) or "none"
+        raise RecordError(f"--task {task}: {run} kept no episode of it; it has some of {names}")
+    show_siblings(task, chosen, console)
+
+
 def _compared(record: Record, path: Path, policy: Path | None) -> tuple[Compared, ...]:
     """The answers with and without fast weights. Raises RecordError for a write log of other weights."""
     from actors.protocols import WriterError
-    from cluster.inspection.compare import compare
     from cluster.inspection.record import RecordError
 
     try:
-        return compare(record, path, policy)
+        with quiet(verbose=False):
+            from cluster.inspection.compare import compare
+
+            return compare(record, path, policy)
     except WriterError as error:
         raise RecordError(f"{path}: {error}") from None
 

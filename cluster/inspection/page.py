@@ -15,11 +15,13 @@ from cluster.inspection.record import EpisodeRecord, FailureRecord, Passage, Rec
 from cluster.inspection.terminal import (
     COMPARED_COLUMNS,
     COMPARED_TITLE,
+    Mark,
     Piece,
     answer_cells,
     compared_cells,
     facts,
     head_line,
+    mark,
     number_text,
     pieces,
     unshown,
@@ -31,7 +33,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 _STYLE = """
 :root {
   color-scheme: light dark; --line: #8884; --soft: #8881;
-  --act: #1a7f37; --extract: #8250df; --write: #9a6700; --bad: #cf222e;
+  --good: #1a7f37; --between: #bc6c00; --bad: #cf222e; --extract: #8250df; --write: #9a6700;
 }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.15rem; overflow-wrap: anywhere; }
@@ -45,7 +47,10 @@ section { border-left: 3px solid var(--line); padding-left: 1rem; }
 .passage > p, summary { margin: 0; font-size: .8rem; opacity: .7; }
 pre { margin: .1rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { font: .9em/1.45 ui-monospace, monospace; }
-.act pre { color: var(--act); font-weight: 600; }
+.act pre { font-weight: 600; }
+.right pre, td.right { color: var(--good); }
+.partly pre, td.partly { color: var(--between); }
+.wrong pre, td.wrong { color: var(--bad); }
 .extract pre { color: var(--extract); }
 .write { border: 1px solid var(--write); border-radius: 4px; padding: .4rem .8rem; margin: .6rem 0; }
 .write.empty, .write.rolled_back { border-color: var(--bad); }
@@ -105,7 +110,9 @@ def _body(record: Record, compared: Sequence[Compared]) -> Iterator[str]:
     if line := unshown(record):
         yield f"<p>{_safe(line)}</p>"
     yield "<h2>Answers</h2>"
-    yield _table("answers", ("question", "answered", "gold", "category", "scores"), answer_cells(record))
+    columns = ("question", "answered", "gold", "category", "scores")
+    marks = [mark(answer.scores) for answer in record.outcome.answers]
+    yield _table("answers", columns, answer_cells(record), marks)
     yield f'<p class="reward">reward {_safe(number_text(record.outcome.reward))}</p>'
     if compared:
         yield f"<h2>{COMPARED_TITLE}</h2>"
@@ -116,17 +123,17 @@ def _piece(piece: Piece) -> str:
     if piece.write is not None:
         return _write(piece.title, piece.write)
     if piece.passage is not None:
-        return _passage(piece.title, piece.passage)
+        return _passage(piece.title, piece.passage, piece.mark)
     return f'<p class="cleared">{_safe(piece.title)}</p>'
 
 
-def _passage(title: str, passage: Passage) -> str:
+def _passage(title: str, passage: Passage, scored: Mark) -> str:
     label, text = _safe(title), passage.text.strip()
     full = f"<pre>{_safe(text)}</pre>"
     if len(passage.text) > _LONG and passage.kind not in ("act", "extract"):
         summary = f"<summary>{label}, {_safe(text[:80])} …</summary>"
         return f'<details class="passage {passage.kind}">{summary}{full}</details>'
-    return f'<div class="passage {passage.kind}"><p>{label}</p>{full}</div>'
+    return f'<div class="passage {passage.kind} {scored}"><p>{label}</p>{full}</div>'
 
 
 def _write(title: str, write: WriteEntry) -> str:
@@ -155,7 +162,15 @@ def _losses(record: EpisodeRecord) -> str:
     return f'{title}<table class="losses"><tbody>{table}</tbody></table>'
 
 
-def _table(name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(
+    name: str, header: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[Mark] = ()
+) -> str:
+    """``marks``: how the second cell of each row, the answer, was scored."""
     head = "".join(f"<th>{_safe(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(f'<td>{_safe(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<table class="grid {name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [f"<td>{_safe(cell)}</td>" for cell in row]
+        if marks:
+            cells[1] = f'<td class="{marks[number]}">{_safe(row[1])}</td>'
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<table class="grid {name}"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'

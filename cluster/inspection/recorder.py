@@ -106,15 +106,17 @@ class EpisodeRecorder:
         self._failures = 0  # records of failed episodes
 
     def on_batch(self, config: RunConfig, step: int, batch: Batch) -> None:
-        """Keep ``episodes.per_step`` of the episodes that the learner's ``step`` was made of."""
+        """Keep ``episodes.per_step`` of the episodes that the learner's ``step`` was made of.
+
+        Siblings come first: the same task with another reward says more than another task.
+        """
         scene = _Scene(config, "train", "", step)
-        episodes = [
-            (place, number)
-            for place, group in enumerate(batch.groups)
-            for number in range(len(group.summary.episodes))
-        ]
         lot = np.random.default_rng(derived_seed(config.seed, "kept episodes", step))
-        drawn = [episodes[index] for index in lot.permutation(len(episodes))[: self._settings.per_step]]
+        drawn = [
+            (int(place), int(number))
+            for place in lot.permutation(len(batch.groups))
+            for number in lot.permutation(len(batch.groups[place].summary.episodes))
+        ][: self._settings.per_step]
         for place, kept in groupby(sorted(drawn), key=itemgetter(0)):
             numbers = [number for _, number in kept]
             self.jobs.submit(partial(self._fetch_and_keep, scene, batch.groups[place].content, numbers))

@@ -21,6 +21,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from actors.text.thoughts import visible_reply
+from actors.types import Answer
+from cluster.common.display import keep_words
 from cluster.inspection.compare import Compared
 from cluster.inspection.record import (
     EpisodeRecord,
@@ -33,6 +36,8 @@ from cluster.inspection.record import (
     load,
 )
 
+Mark = Literal["", "right", "partly", "wrong"]
+"""How an answer was scored; "" where it has no score."""
 COMPARED_TITLE = "With and without its fast weights (greedy, after the same context)"
 COMPARED_COLUMNS = ("context", "in the episode", "with Delta", "with Delta = 0")
 _TITLES = {
@@ -48,11 +53,17 @@ _STYLES = {
     "user": "",
     "assistant": "dim",
     "text": "dim",
-    "act": "bold green",
     "extract": "bold magenta",
+}
+MARKED: Mapping[Mark, str] = {
+    "": "bold",
+    "right": "bold green",
+    "partly": "bold yellow",
+    "wrong": "bold red",
 }
 _STRETCH = 8  # tokens: by chance no context ends with the ones that the next begins with
 _HEADING = "bold cyan"
+_WIDE = 110  # columns of a terminal that has room for the names of episodes
 
 
 # --- in words ----------------------------------------------------------------------------------------------
@@ -66,18 +77,39 @@ class Piece:
     title: str
     passage: Passage | None = None
     write: WriteEntry | None = None
+    mark: Mark = ""
+
+
+def mark(scores: Mapping[str, float]) -> Mark:
+    """Right, wrong or between, by F1; without one by the mean of what there is."""
+    values = (
+        [scores["f1"]] if "f1" in scores else [value for value in scores.values() if math.isfinite(value)]
+    )
+    if not values:
+        return ""
+    mean = sum(values) / len(values)
+    return "right" if mean >= 1 else "wrong" if mean <= 0 else "partly"
 
 
 def pieces(record: EpisodeRecord) -> Iterator[Piece]:
     """Tell the episode from its beginning to its end, without the answers."""
+    answers = list(record.outcome.answers)  # that no reply was found for yet: they come in this order
     yield from _writes(record, -1)
     for number, segment in enumerate(record.segments):
         yield Piece("context", _context_line(number, segment))
         for passage in segment.passages:
-            yield Piece("passage", f"{_TITLES[passage.kind]} ({passage.tokens} tokens)", passage)
+            scored: Mark = ""
+            if passage.kind == "act" and answers and _is_answer(passage, answers[0]):
+                scored = mark(answers.pop(0).scores)
+            title = f"{_TITLES[passage.kind]} ({passage.tokens} tokens)"
+            yield Piece("passage", f"{title}, {scored}" if scored else title, passage, mark=scored)
         yield from _writes(record, number)
         if number < len(record.segments) - 1:
             yield Piece("cleared", _cleared_line(segment, record.segments[number + 1]))
+
+
+def _is_answer(passage: Passage, answer: Answer) -> bool:
+    return visible_reply(passage.text).strip() == answer.prediction.strip()
 
 
 def _writes(record: EpisodeRecord, number: int) -> Iterator[Piece]:
@@ -239,7 +271,8 @@ def show(record: Record, compared: Sequence[Compared], console: Console) -> None
     answers = [
         (question, answered, gold, scores) for question, answered, gold, _, scores in answer_cells(record)
     ]
-    _show_table(("question", "answered", "gold", "scores"), answers, console)
+    marks = [MARKED[mark(answer.scores)] for answer in record.outcome.answers]
+    _show_table(("question", "answered", "gold", "scores"), answers, console, marks)
     console.print(Text(f"reward {number_text(record.outcome.reward)}", style="bold"))
     if compared:
         console.rule(Text(COMPARED_TITLE, style=_HEADING), align="left")
@@ -247,21 +280,26 @@ def show(record: Record, compared: Sequence[Compared], console: Console) -> None
 
 
 def show_list(run: Path, paths: Sequence[Path], console: Console) -> None:
-    """Print a row for each episode that the run kept."""
+    """Print a row for each episode that the run kept. A narrow terminal has no room for their names."""
+    columns = ("no.", "step", "what", "task", "reward", "F1", "writes", "episode")
+    shown = columns if console.width >= _WIDE else columns[:-1]
     title = Text(f"{len(paths)} kept episodes of {run.name}")
     table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-    for name in ("no.", "step", "what", "task", "reward", "F1", "writes", "episode"):
+    for name in shown:
         right = name in ("no.", "step", "reward", "F1")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for number, path in enumerate(paths, start=1):
         try:
-            table.add_row(str(number), *(Text(visible(cell)) for cell in _cells(load(path))))
+            cells = [Text(visible(cell)) for cell in list_cells(load(path))]
         except RecordError as error:
-            table.add_row(str(number), "", Text(visible(str(error)), style="red"), "", "", "", "", "")
+            cells = [Text(""), Text(visible(str(error)), style="red"), *(Text("") for _ in columns[3:])]
+        table.add_row(str(number), *cells[: len(shown) - 1])
+    keep_words(table)
     console.print(table)
 
 
-def _cells(record: Record) -> tuple[str, ...]:
+def list_cells(record: Record) -> tuple[str, ...]:
+    """The cells of ``show_list``: step, what, task, reward, F1, writes, episode."""
     step, label = str(record.origin.step), record.origin.label or "train"
     if isinstance(record, FailureRecord):
         return step, f"{label}: failed at {record.boundary}", record.task_id, "", "", "", record.episode_id
@@ -283,7 +321,8 @@ def _show_piece(piece: Piece, console: Console) -> None:
     elif piece.passage is not None:
         console.print(Text(piece.title, style="dim"))
         text = visible(piece.passage.text.strip())
-        console.print(_indented(Text(text, style=_STYLES[piece.passage.kind])))
+        style = MARKED[piece.mark] if piece.passage.kind == "act" else _STYLES[piece.passage.kind]
+        console.print(_indented(Text(text, style=style)))
 
 
 def _show_write(title: str, write: WriteEntry, console: Console) -> None:
@@ -300,10 +339,16 @@ def _indented(text: Text) -> Padding:
     return Padding(text, (0, 0, 0, 2))
 
 
-def _show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+def _show_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console, marks: Sequence[str] = ()
+) -> None:
+    """``marks``: the style of the second cell of each row, the answer."""
     table = Table(box=SIMPLE, pad_edge=False)
     for name in columns:
         table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(visible(cell)) for cell in row))
+    for number, row in enumerate(rows):
+        cells = [Text(visible(cell)) for cell in row]
+        if marks:
+            cells[1].stylize(marks[number])
+        table.add_row(*cells)
     console.print(table)

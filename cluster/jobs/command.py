@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _FORWARDED = ("MLFLOW_TRACKING_URI",)
 _SAVED = ("saved: ", "no checkpoint was saved")  # what a stopped run prints (cluster/train/run.py)
 _STYLE = {"PENDING": "yellow", "RUNNING": "cyan", "SUCCEEDED": "green", "FAILED": "red", "STOPPED": "magenta"}
+_WIDE = 120  # columns of a terminal that has room for a line with all of a job
 _SHORT = 8  # characters of a commit or a run id that tell it from others
 _CONNECTION = """
 A cluster with a token (RAY_AUTH_MODE=token) wants --auth token, and the token in RAY_AUTH_TOKEN, in the file
@@ -120,7 +121,8 @@ def status(
     jobs = _connect(address, auth, deadline)
     if job:
         return _show(jobs.get(job))
-    _console().print(jobs_table(jobs.all(), address, time.time()))
+    console = _console()
+    console.print(jobs_table(jobs.all(), address, time.time(), console.width))
     return 0
 
 
@@ -218,10 +220,13 @@ def _variable(text: str) -> tuple[str, str]:
 # --- what is shown -----------------------------------------------------------------------------------------
 
 
-def jobs_table(jobs: list[Job], address: str, now: float) -> RenderableType:
-    """One line for each job."""
+def jobs_table(jobs: list[Job], address: str, now: float, width: int) -> RenderableType:
+    """One line for each job; on a terminal of fewer than ``_WIDE`` columns some lines for each."""
+    from rich.console import Group
     from rich.table import Table
 
+    if width < _WIDE:
+        return Group(f"Jobs at {address}", *(line for job in jobs for line in _job_lines(job, now)))
     table = Table(title=f"Jobs at {address}", title_justify="left")
     for header in ("job", "status", "started", "took", "commit", "MLflow run", "command"):
         folded = header in ("job", "command")
@@ -231,6 +236,18 @@ def jobs_table(jobs: list[Job], address: str, now: float) -> RenderableType:
         commit, run = job.commit[:_SHORT], job.mlflow_run[:_SHORT]
         table.add_row(job.name, _status(job), started, took, commit, run, _command(job))
     return table
+
+
+def _job_lines(job: Job, now: float) -> list[Text]:
+    from rich.text import Text
+
+    command = _command(job)
+    command.pad_left(2)
+    about = [f"started {_clock(job.started)}", f"took {_took(job, now)}"] if job.started is not None else []
+    about += [f"commit {job.commit[:_SHORT]}"] if job.commit else []
+    about += [f"MLflow run {job.mlflow_run[:_SHORT]}"] if job.mlflow_run else []
+    lines = [Text.assemble((job.name, "bold"), " ", _status(job)), Text(f"  {', '.join(about)}"), command]
+    return [line for line in lines if line.plain.strip()]
 
 
 def job_table(job: Job, now: float) -> RenderableType:

@@ -30,6 +30,7 @@ MOST_LABELS = 24  # of a plot's legend
 NAMED_COLOURS = 10  # matplotlib's C0 to C9
 SIGNIFICANT = 0.05
 SMALLEST_P = 0.0001  # shown
+ALONE = "clear alone, but among all comparisons of this report"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,8 @@ def comparison_sentence(
         return f"{after} and {before} share no finished task: nothing can be compared."
     verdict = "a significant gain" if difference.mean > 0 else "a significant LOSS"
     if adjusted_p >= SIGNIFICANT:
-        verdict = "NOT significant"
+        alone = difference.p_value < SIGNIFICANT  # and its own interval leaves 0 out
+        verdict = f"{ALONE}, NOT significant" if alone else "NOT significant"
     points = "" if score == REWARD else " points"
     change = f"{label(score)} {score_text(score, difference, sign='+')}{points} on {difference.count} {unit}"
     p_values = f"p = {p_text(difference.p_value)}, adjusted p = {p_text(adjusted_p)}".replace("= <", "<")

@@ -18,6 +18,7 @@ from cluster.common.arguments import (
     required_config,
     split_seeds,
 )
+from cluster.common.quiet import Verbose, quiet
 from configs.bounds import ConfigError
 from configs.shipped import shipped
 
@@ -106,6 +107,7 @@ def probe(
         Path | None,
         typer.Option(metavar="FOLDER", help="go on in an earlier probe's folder; finished cells are kept"),
     ] = None,
+    verbose: Verbose = False,
     print_config: PrintConfig = False,
     list_settings: ListSettings = False,
 ) -> None:
@@ -132,18 +134,21 @@ def probe(
         raise ConfigError(f"probe needs --cards: {allowed}")
 
     from cluster.common.display import Display
-    from cluster.probe.run import ProbeOptions
-    from cluster.probe.run import probe as run
 
-    chosen = ProbeOptions(
-        cards=cards or plan.cards,
-        unrelated=unrelated,
-        each_step=each_step or plan.each_step,
-        writes=writes or plan.writes,
-        seeds=chosen_seeds,
-        resume=resume,
-    )
-    run(base, grid, chosen, Display())
+    display = Display()
+    with quiet(verbose):
+        from cluster.probe.run import ProbeOptions
+        from cluster.probe.run import probe as run
+
+        chosen = ProbeOptions(
+            cards=cards or plan.cards,
+            unrelated=unrelated,
+            each_step=each_step or plan.each_step,
+            writes=writes or plan.writes,
+            seeds=chosen_seeds,
+            resume=resume,
+        )
+        run(base, grid, chosen, display)
 
 
 def _words(option: str, values: list[str] | None) -> list[list[str]]:

@@ -46,7 +46,9 @@ from configs.files import (
 from configs.schema import RunConfig
 from learner.types import LearnerError
 
-_FOLDER, _STATE, _SCORE = "checkpoints", "state.json", "evaluation.json"
+_FOLDER, STATE_FILE, _SCORE = "checkpoints", "state.json", "evaluation.json"
+COMPANION = "engram"
+"""A subfolder of an exported model: vLLM reads every safetensors file beside config.json as weights."""
 _NOWHERE = (-1, -1)  # the place of a checkpoint whose state cannot be read
 _log = logging.getLogger(__name__)
 
@@ -118,6 +120,27 @@ class Checkpoint:
     def run_dir(self) -> Path:
         return self.folder.parent.parent
 
+    @property
+    def title(self) -> str:
+        return f"{self.run_dir.name}/{self.folder.name}"
+
+
+class ExportedCheckpoint(Checkpoint):
+    """What ``engram export`` made of a checkpoint: to be played, not trained on. ``folder``: DIR/engram."""
+
+    @property
+    def model(self) -> Path:
+        return self.folder.parent
+
+    @property
+    def run_dir(self) -> Path:
+        """Where its basis lies."""
+        return self.folder
+
+    @property
+    def title(self) -> str:
+        return f"{self.model.name} (exported)"
+
 
 # --- write ------------------------------------------------------------------------------------------------
 
@@ -142,7 +165,7 @@ async def save_checkpoint(
         with new_folder(folder, replace=True) as partial:
             await save_learner(partial / "learner")
             (partial / "config.yaml").write_text(config_yaml, encoding="utf-8")
-            (partial / _STATE).write_text(dump_json(saved), encoding="utf-8")
+            (partial / STATE_FILE).write_text(dump_json(saved), encoding="utf-8")
             await asyncio.to_thread(_seal, partial)  # gigabytes: the event loop serves the workers meanwhile
     except (OSError, LearnerError) as error:
         cause = " ".join(str(error).split())
@@ -226,6 +249,17 @@ def _free_space(run_dir: Path) -> str:
 # --- find and read ----------------------------------------------------------------------------------------
 
 
+def load_played(folder: Path) -> Checkpoint:
+    """As ``load_checkpoint``, of an exported checkpoint too. Raises CheckpointError."""
+    companion = folder / COMPANION
+    if not companion.is_dir():
+        return load_checkpoint(folder)
+    if not (companion / STATE_FILE).exists():
+        cure = f"export it again, or evaluate with model.name={folder} (the basis is then made anew)"
+        raise CheckpointError(f"{folder} was exported by an older version, without its state; {cure}")
+    return ExportedCheckpoint(companion, _read_state(companion).state)
+
+
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read the state of the checkpoint in ``folder``. Raises CheckpointError when it is no checkpoint."""
     return Checkpoint(folder, _read_state(folder).state)
@@ -233,12 +267,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def _read_state(folder: Path) -> _StateFile:
     try:
-        return read_json(folder / _STATE, _StateFile)
+        return read_json(folder / STATE_FILE, _StateFile)
     except FileNotFoundError:
         # for a user who named the run's folder, or its checkpoints folder
         nearby = [*list_checkpoints(folder), *list_checkpoints(folder.parent)]
         hint = f"; did you mean {nearby[-1]}?" if nearby else ""
-        raise CheckpointError(f"{folder} is no checkpoint: it has no {_STATE}{hint}") from None
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {STATE_FILE}{hint}") from None
     except FileError as error:
         raise CheckpointError(str(error)[:500]) from None
 
@@ -278,7 +312,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
     After a resume from an earlier step this is not the order of the steps.
     """
-    return sorted((path.parent for path in (run_dir / _FOLDER).glob(f"step-*/{_STATE}")), key=_place)
+    return sorted((path.parent for path in (run_dir / _FOLDER).glob(f"step-*/{STATE_FILE}")), key=_place)
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
@@ -305,7 +339,7 @@ def score_of(folder: Path) -> tuple[str, float] | None:
 def _place(folder: Path) -> tuple[int, int]:
     """(generation, step) of a checkpoint; one whose state cannot be read comes before all others."""
     try:
-        saved = read_json(folder / _STATE, _StateFile)
+        saved = read_json(folder / STATE_FILE, _StateFile)
     except (FileNotFoundError, FileError):
         return _NOWHERE
     return saved.generation, saved.step

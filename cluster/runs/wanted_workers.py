@@ -83,6 +83,6 @@ def newest_run(output_dir: Path) -> Path:
     """
     runs = [path.parent for path in output_dir.glob("*/config.yaml") if "-evaluate-" not in path.parent.name]
     if not runs:
-        raise ScaleError(f"{output_dir} holds no run: give the run's folder with --run")
+        raise ScaleError(f"{output_dir} holds no run: name the run's folder")
     runs = [run_dir for run_dir in runs if is_held(run_dir)] or runs
     return max(runs, key=lambda run_dir: max(path.stat().st_mtime_ns for path in run_dir.iterdir()))

@@ -77,13 +77,15 @@ class Comparison:
     difference: PairedDifference
     adjusted_p: float
     score: str = F1
+    trained: bool = True  # steps of RL lie between the rows
 
     @property
     def sentence(self) -> str:
         sentence = comparison_sentence(
             self.after, self.before, self.difference, self.adjusted_p, "tasks", self.score
         )
-        cure = " More train.steps or more evaluation.tasks may show a difference."
+        more = "More train.steps or more evaluation.tasks" if self.trained else "More evaluation.tasks"
+        cure = f" {more} may show a difference."
         return sentence + (cure if self.adjusted_p >= SIGNIFICANT else "")
 
 
@@ -216,7 +218,8 @@ def training_report(
 ) -> TrainingReport:
     """Compute the figures once."""
     ordered = {stage: rows[stage] for stage in STAGES if stage in rows}
-    pairs = [(rows[before], rows[after]) for before, after in COMPARED if before in rows and after in rows]
+    stages = [pair for pair in COMPARED if set(pair) <= rows.keys()]
+    pairs = [(rows[before], rows[after]) for before, after in stages]
     score = primary_score(episode for row in ordered.values() for episode in row.episodes)
     differences = [compare(before, after, score) for before, after in pairs]
     return TrainingReport(
@@ -225,9 +228,9 @@ def training_report(
             stage: {score: row.interval(score) for score in row.score_names} for stage, row in ordered.items()
         },
         comparisons=tuple(
-            Comparison(before.label, after.label, difference, p, score)
-            for (before, after), difference, p in zip(
-                pairs, differences, adjusted_p_values(differences), strict=True
+            Comparison(before.label, after.label, difference, p, score, trained=stage == "after_rl")
+            for (before, after), (_, stage), difference, p in zip(
+                pairs, stages, differences, adjusted_p_values(differences), strict=True
             )
         ),
         rewards=tuple(rewards),

@@ -34,16 +34,19 @@ from cluster.runs.checkpoint import (
 from cluster.runs.resume import note_run_id
 from cluster.runs.run_folders import mark_finished
 from cluster.runs.run_lock import held
+from cluster.tracking.figure_file import FigureFile
 from cluster.tracking.registry import dataset_values
 from cluster.tracking.tracker import RunStatus, Tracker, start_tracking
 from cluster.train.build import TrainingCluster, build_demonstrations, build_loop, training_cluster
 from cluster.train.loop import run_loop
 from cluster.train.prepare import RunFolder, RunSpec, Start, prepare_training, write_config
 from cluster.train.report import CONTROLS
-from cluster.train.scoreboard import Observers, Scoreboard
+from cluster.train.scoreboard import EVALUATE, Observers, Scoreboard
 from cluster.train.step_checkpoints import save_state
 from cluster.train.warm_start import warm_start
 from configs.schema import RunConfig
+
+_WARM, _STEP = "warm start", "train step"
 
 
 def train_config(config: RunConfig, display: Display) -> None:
@@ -109,6 +112,8 @@ async def _stages(
 ) -> TrainState:
     scores = Scoreboard(spec, folder, observers)
     state = replace(start.state, tracking_run_id=observers.tracker.run_id)
+    scores.forget("after_rl", *CONTROLS)  # of before a resume, where the run now goes further
+    observers.display.expect(_expected(spec.config, start, scores))
     if start.checkpoint is None:
         await scores.measure("memory_off", 0, cluster.workers)
         await scores.measure("before", 0, cluster.workers)
@@ -117,7 +122,6 @@ async def _stages(
         await scores.measure("after_warm_start", 0, cluster.workers)
         # Empties the caches: a run that is resumed here, with its row measured, begins with empty ones too.
         await _serve_newest(cluster)
-    scores.forget("after_rl", *CONTROLS)
     state, workers = await _reinforce(cluster, spec, folder, state, observers)
     if state.step > 0:  # with train.steps=0 the row would measure the same weights again
         await scores.measure("after_rl", state.step, workers)
@@ -125,6 +129,20 @@ async def _stages(
         await scores.measure(control, state.step, workers)
     scores.report(state.rewards)
     return state
+
+
+def _expected(config: RunConfig, start: Start, scores: Scoreboard) -> dict[str, int]:
+    """How much of each kind of work is ahead: what the time left of the whole run is told by."""
+    at_start = start.checkpoint is None
+    warm = config.warm_start.steps if at_start else 0
+    first = ("memory_off", "before") if at_start else ()
+    warmed = ("after_warm_start",) if warm or (start.state.warm_steps and start.state.step == 0) else ()
+    last = (("after_rl",) if config.train.steps else ()) + CONTROLS
+    return {
+        EVALUATE: scores.ahead((*first, *warmed, *last)),
+        _WARM: warm,
+        _STEP: max(0, config.train.steps - start.state.step),
+    }
 
 
 async def _warm_start(
@@ -135,7 +153,7 @@ async def _warm_start(
     if steps == 0:
         return state
     demonstrations = build_demonstrations(spec, "warm start")
-    with observers.display.counting("warm start", steps) as counter:
+    with observers.display.counting(_WARM, steps, _WARM) as counter:
         await warm_start(
             demonstrations, cluster.learner, config, observers.tracker, counter.advance, range(steps)
         )
@@ -157,7 +175,7 @@ async def _supervise(
         return state, cluster.workers
     demonstrations = build_demonstrations(spec, "supervised control")
     learner, tracker = cluster.learner, observers.tracker
-    with observers.display.counting("supervised step", last - state.step) as counter:
+    with observers.display.counting("supervised step", last - state.step, _STEP) as counter:
         for begin in range(state.step, last, every):
             steps = range(begin, min(begin + every, last))
             await warm_start(
@@ -184,7 +202,7 @@ async def _reinforce(
     plan, display = spec.config.train, observers.display
     if plan.control == "supervised":
         return await _supervise(cluster, spec, folder, state, observers)
-    with display.counting("train step", max(0, plan.steps - state.step)) as counter:
+    with display.counting(_STEP, max(0, plan.steps - state.step), _STEP) as counter:
         parts = build_loop(cluster, spec, folder, state, observers, counter.advance)
         try:
             state = await run_loop(parts, plan, state)
@@ -202,7 +220,7 @@ def _track(config: RunConfig, folder: RunFolder, run_id: str) -> Tracker:
     note_run_id(folder.path, tracker.run_id)  # now: the first checkpoint may be hours away
     tracker.dataset(dataset_values(config.environment, "training"))
     tracker.dataset(dataset_values(config.environment, "evaluation"))
-    return tracker
+    return FigureFile(tracker, folder.path)
 
 
 @contextmanager

@@ -57,6 +57,10 @@ _CONTROL_LABELS: Mapping[Literal["oracle", "other_cards"], str] = {
 }
 
 
+EVALUATE = "evaluate"
+"""The kind of work of a row, for the time that a run has left (Display.expect)."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Observers:
     """What is told of a run: its figures, the person at the terminal, and some of its episodes."""
@@ -112,11 +116,23 @@ class Scoreboard:
                 f"the held-out split has {len(tasks)} tasks, fewer than evaluation.tasks={wanted}: "
                 "all are used"
             )
-        with display.counting(f"evaluate {row.label}", len(tasks)) as counter:
+        with display.counting(f"evaluate {row.label}", len(tasks), EVALUATE) as counter:
             watched = self.observers.recorder.watch(workers, config, step)
             result = await evaluate_row(row, tasks, watched, config.engine.slots, counter.advance)
         save_row(result, self.folder.row(key))
         self.observers.tracker.log(row_metrics(result, key), step)
+
+    def ahead(self, keys: Sequence[str]) -> int:
+        """The episodes of those rows of ``keys`` that ``measure`` would play."""
+        rows = evaluation_rows(self.spec.config)
+        played = [
+            key
+            for key in keys
+            if key in rows
+            and not self.folder.row(key).exists()
+            and not missing_for_control(rows[key].memory, self.spec.environment)
+        ]
+        return len(played) * len(self.spec.eval_tasks)
 
     def _row(self, key: str) -> RowResult | None:
         """The row as it was saved; None where there is none, or a damaged one, which is said."""

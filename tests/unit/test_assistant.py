@@ -28,7 +28,7 @@ from actors.protocols import EngineError
 from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import render_flashcards
 from actors.types import AdapterKey, FastWeights, Flashcard, Generation, Probe, Sampling, WriteRequest
-from cluster.assistant.chat import Terminal
+from cluster.assistant.chat import Terminal, _shown
 from cluster.assistant.conversation import Conversation, Reply
 from cluster.assistant.openai_format import Answer, completion_events, parse_request
 from cluster.assistant.opening import AssistantError, Opening, Parts
@@ -554,6 +554,16 @@ def test_what_cannot_be_done_is_one_line_and_the_conversation_goes_on(
     )
     assert failures == 6 and text.count("error: ") == 6 and "Traceback" not in text
     assert text.rstrip().endswith("agent> under 0")
+
+
+def test_an_answer_that_was_cut_says_how_to_get_longer_ones() -> None:
+    cut = Reply("Once upon", "length", revision=0, prompt_tokens=5, reply_tokens=8, writes=())
+    assert _shown(cut, 8) == (
+        "Once upon (cut off at 8 tokens; for longer answers start with a larger "
+        "sampling.max_answer_tokens, e.g. sampling.max_answer_tokens=256)"
+    )
+    assert "engine.max_model_tokens" in _shown(cut, 64)
+    assert _shown(replace(cut, finish_reason="stop"), 8) == "Once upon"
 
 
 def test_a_model_that_writes_no_flashcards_is_shown_as_such(opening: Opening, chat: ChatFormat) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +15,14 @@ import pytest
 
 from actors.fast_weights.basis import BasisError, load_basis, save_basis
 from actors.fast_weights.delta import Basis
+from cluster.assistant.export import export
 from cluster.cli import main
+from cluster.common.errors import CheckpointError
 from cluster.evaluation import prepare
 from cluster.evaluation.plan import Request
 from cluster.evaluation.prepare import Comparison, prepare_comparison
-from cluster.measure.rows import score_episode
-from cluster.runs.checkpoint import START, Checkpoint
+from cluster.measure.rows import RowResult, save_row, score_episode
+from cluster.runs.checkpoint import START, Checkpoint, save_checkpoint
 from cluster.runs.run_lock import held
 from cluster.train.prepare import BASIS_FILE, run_basis
 from configs.load import load_config, to_yaml
@@ -177,7 +182,7 @@ def test_a_checkpoint_brings_the_basis_that_its_policy_learnt_with(
     config = load_config(QUICKSTART, settings)
     (saved / "config.yaml").write_text(to_yaml(config))
     save_basis(run_basis(tiny_model_path, config), run / BASIS_FILE)
-    monkeypatch.setattr(prepare, "load_checkpoint", lambda path: Checkpoint(path, replace(START, version=2)))
+    monkeypatch.setattr(prepare, "load_played", lambda path: Checkpoint(path, replace(START, version=2)))
     request = Request(QUICKSTART, settings, saved, ("tmem", "seal"), (), (), "", (), "")
     compared = prepare_comparison(request)
     assert compared.bases["recall--tmem--seed0"] == run / BASIS_FILE
@@ -185,6 +190,43 @@ def test_a_checkpoint_brings_the_basis_that_its_policy_learnt_with(
     assert (compared.policy_path, compared.version) == (saved / "learner" / "model", 2)
     (run / BASIS_FILE).write_bytes(b"")
     with pytest.raises(BasisError):
+        prepare_comparison(request)
+
+
+def test_an_exported_checkpoint_has_a_card_and_can_be_evaluated(
+    settings: tuple[str, ...], tiny_model_path: Path, tmp_path: Path
+) -> None:
+    run, exported = tmp_path / "old-1", tmp_path / "exported"
+    config = load_config(QUICKSTART, settings)
+
+    async def save_learner(folder: Path) -> None:
+        shutil.copytree(tiny_model_path, folder / "model")
+        (folder / "model" / "model.safetensors").chmod(0o600)  # as safetensors makes it
+
+    state = replace(START, step=2, version=2)
+    saved = asyncio.run(save_checkpoint(run, state, to_yaml(config), save_learner, 1))
+    save_basis(run_basis(tiny_model_path, config), run / BASIS_FILE)
+    for version, label in ((0, "TMEM before"), (9, "TMEM of a later step")):
+        save_row(RowResult(label, version, (), ("engine: gone",)), run / "evaluation" / f"{version}.json")
+    before = os.umask(0o022)
+    try:
+        export(run, exported, "")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in exported.rglob("*") if path.is_file()} == {0o644}
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "0 supervised steps, 2 RL steps" in card
+    assert "| TMEM before | 0 | 0 | 1 |" in card and "later step" not in card
+    assert f"| write.epochs | {config.write.epochs} |" in card and "engram chat exported" in card
+
+    request = Request(QUICKSTART, settings, exported, ("tmem",), (), (), "", (), "")
+    compared = prepare_comparison(request)
+    assert (compared.policy_path, compared.version, compared.step) == (exported, 2, 2)
+    assert compared.bases["recall--tmem--seed0"] == exported / "engram" / BASIS_FILE
+    assert saved.title == "old-1/step-000002" and compared.checkpoint is not None
+    assert compared.checkpoint.title == "exported (exported)"
+    (exported / "engram" / "state.json").unlink()  # as an older version made it
+    with pytest.raises(CheckpointError, match=f"export it again, or evaluate with model.name={exported}"):
         prepare_comparison(request)
 
 

@@ -204,7 +204,7 @@ def test_asking_for_what_cannot_be_is_one_line(tmp_path: Path) -> None:
         ask_for(tmp_path, 2)
     with pytest.raises(ScaleError, match="0 workers is not allowed"):
         ask_for(tmp_path, 0)
-    with pytest.raises(ScaleError, match="holds no run: give the run's folder with --run"):
+    with pytest.raises(ScaleError, match="holds no run: name the run's folder"):
         newest_run(tmp_path)
 
 

@@ -56,7 +56,7 @@ from cluster.inspection.record import (
     save,
 )
 from cluster.inspection.recorder import EpisodeRecorder
-from cluster.inspection.terminal import show
+from cluster.inspection.terminal import mark, show, show_list
 from cluster.measure.rows import EvaluationRow
 from configs.schema import EpisodesConfig, MemoryConfig, MemoryPolicy, RecallConfig, RunConfig, WriteConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, run_episode, sampled
@@ -466,6 +466,20 @@ def test_the_recorder_keeps_what_the_settings_say(
     assert all((tmp_path / FOLDER / name).exists() for name in configs)
 
 
+def test_siblings_are_kept_before_other_tasks(
+    play: Callable[..., Trajectory], chat: ChatFormat, tmp_path: Path
+) -> None:
+    tasks = [group_of(play, version) for version in (4, 5, 6)]
+    finished = tuple(FinishedGroup(GroupSummary.of(group), group) for group in tasks)  # type: ignore[arg-type]
+    siblings = len(tasks[0].trajectories)
+    keeping = recorder(tmp_path, chat, EpisodesConfig(per_step=siblings))
+    keeping.on_batch(RunConfig(), 1, Batch((4, 5, 6), finished, (0, 0, 0), 0))
+    keeping.close(30)
+    kept = [load(path) for path in list_records(tmp_path)]
+    assert len({record.episode_id for record in kept}) == siblings > 1
+    assert len({record.episode_id.partition(".")[0] for record in kept}) == 1
+
+
 def test_what_cannot_be_kept_is_counted_and_said_once(
     play: Callable[..., Trajectory], chat: ChatFormat, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -515,3 +529,27 @@ def test_a_real_browser_shows_the_page_and_runs_nothing(hostile: EpisodeRecord, 
     shown = json.loads(done.stdout.splitlines()[-1])
     assert shown["requests"] == [page.as_uri()] and shown["alerts"] == [], shown
     assert "<script>alert(1)</script>" in shown["text"] and "context cleared" in shown["text"].lower()
+
+
+def test_the_page_and_the_terminal_colour_answers_by_their_score(record: EpisodeRecord) -> None:
+    question, *_ = record.outcome.answers
+    said = question.prediction
+    answers = (replace(question, scores={"f1": 1.0}), replace(question, scores={"f1": 0.0}))
+    scored = replace(record, outcome=replace(record.outcome, answers=answers))
+    page = render(scored, ())
+    assert page.count('<div class="passage act right">') == page.count('<div class="passage act wrong">') == 1
+    assert f'<td class="right">{said}</td>' in page and f'<td class="wrong">{said}</td>' in page
+    output = io.StringIO()
+    show(scored, (), Console(file=output, width=100, force_terminal=True, color_system="standard"))
+    assert f"\x1b[1;32m{said}" in output.getvalue() and f"\x1b[1;31m{said}" in output.getvalue()
+    assert mark({"f1": 0.5, "em": 0.0}) == "partly" and mark({}) == "" and mark({"rubric": 1.0}) == "right"
+
+
+def test_the_list_of_episodes_keeps_its_words_at_80_columns(record: EpisodeRecord, tmp_path: Path) -> None:
+    origin = replace(record.origin, source="evaluation", label="TMEM, question-blind after warm start")
+    save(replace(record, origin=origin), tmp_path / FOLDER)
+    output = io.StringIO()
+    show_list(tmp_path, list_records(tmp_path), Console(file=output, width=80))
+    text = output.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(word in text for word in ("question-blind", record.task_id, "writes", "reward"))

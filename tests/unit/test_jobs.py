@@ -180,12 +180,20 @@ def test_submit_wants_a_checkout_and_known_variables(
 def test_status_of_all_and_of_one(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = Jobs(fake, ENDPOINT).all()
     assert [job.status for job in jobs] == ["SUCCEEDED"]  # the driver that nobody submitted is left out
-    text = rendered(jobs_table(jobs, ENDPOINT.address, now=0.0))
+    text = rendered(jobs_table(jobs, ENDPOINT.address, 0.0, 200))
     for expected in ("monday", "SUCCEEDED", "1:01:01", "abc123", "f27", "rollout.schedule=[10:4]"):
         assert expected in text
     assert "1:00:00" in rendered(job_table(Jobs(FakeClient(["RUNNING"]), ENDPOINT).get("monday"), now=4600.0))
     assert cli.main(["status", "monday"]) == 0
     assert "MLflow run" in capsys.readouterr().out
+
+
+def test_the_jobs_can_be_read_at_80_columns(fake: FakeClient) -> None:
+    text = rendered(jobs_table(Jobs(fake, ENDPOINT).all(), ENDPOINT.address, 0.0, 80), 80)
+    assert text.splitlines()[0] == f"Jobs at {ENDPOINT.address}"
+    assert max(map(len, text.splitlines())) <= 80
+    for whole in ("monday SUCCEEDED", "took 1:01:01", "commit abc123", "rollout.schedule=[10:4]"):
+        assert whole in text
 
 
 def test_logs(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,7 +359,7 @@ def test_words_are_quoted_for_the_shell() -> None:
     assert submission.entrypoint == """python -m cluster train configs/x.yaml 'name=it'"'"'s $HOME'"""
 
 
-def rendered(table: Any) -> str:
+def rendered(table: Any, width: int = 200) -> str:
     out = io.StringIO()
-    Console(file=out, width=200).print(table)
+    Console(file=out, width=width).print(table)
     return out.getvalue()

@@ -330,7 +330,13 @@ def test_the_sentence_says_plainly_what_was_shown() -> None:
     assert "F1 -35.0" in loss.sentence and "significant LOSS." in loss.sentence
     assert "p = 1.0000, adjusted p = 1.0000: NOT significant. More train.steps or" in nothing.sentence
     edge = Comparison("a", "b", gain.difference, 0.05)
-    assert "NOT significant" in edge.sentence
+    assert "clear alone, but among all comparisons of this report, NOT significant." in edge.sentence
+
+
+def test_a_comparison_of_before_the_training_asks_for_no_more_training() -> None:
+    off, before = row("memory off", [0.1, 0.2] * 20), row("TMEM before", [0.1, 0.2] * 20)
+    (same,) = training(memory_off=off, before=before).comparisons
+    assert same.sentence.endswith("NOT significant. More evaluation.tasks may show a difference.")
 
 
 def test_no_shared_task_is_said() -> None:

@@ -1,0 +1,140 @@
+"""A run is watched from its folder alone: its figures, its newest episodes, its end."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from actors.types import Answer, Outcome, Timings
+from cluster.cli import main
+from cluster.inspection.record import FOLDER, EpisodeRecord, Origin, save
+from cluster.inspection.watch import look, spark, view
+from cluster.inspection.watch import watch as follow
+from cluster.runs.run_folders import mark_finished
+from cluster.runs.run_lock import held
+from cluster.tracking.figure_file import FIGURES, FigureFile, read_figures
+from cluster.tracking.tracker import Tracker
+from configs.load import load_config, to_yaml
+
+QUICKSTART = Path("tests/quickstart.yaml")
+
+
+def record(step: int, reward: float, label: str = "", said: str = "Lisbon", number: int = 0) -> EpisodeRecord:
+    source = "evaluation" if label else "train"
+    origin = Origin("r-1", source, label, step, "worker-0", "tiny", "parametric", "settings.yaml")
+    answer = Answer("Where is Nora?", ("Lisbon",), said, "recall", {"f1": reward})
+    return EpisodeRecord(
+        origin=origin,
+        task_id="recall-0-1",
+        environment="recall",
+        episode_id=f"{label or 'train'}-{step}.{number}",
+        policy_version=step,
+        basis_id="",
+        segments=(),
+        writes=(),
+        memory_events={},
+        outcome=Outcome(reward, {}, (answer,)),
+        siblings=(),
+        stop_reason="done",
+        timings=Timings(1.0, 0.5, 0.5, 0.0, 0.0, 0.0),
+        ended=0.0,
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "r-1"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(load_config(QUICKSTART, ["train.steps=40"])))
+    figures = FigureFile(Tracker(), folder)
+    figures.log({"eval/before/f1": 0.125}, 0)
+    for step, reward in enumerate((0.1, 0.3, 0.2), start=1):
+        figures.log(
+            {"reward/mean": reward, "reward/told_elsewhere": 0.25, "fast_weights/accepted": 7.0}, step
+        )
+    figures.log({"fast_weights/empty": 1.0, "fast_weights/rolled_back": 0.0}, 3)
+    figures.log({"timeline/worker_write": 0.75, "timeline/worker_idle": 0.25}, 3)
+    save(record(3, 0.5), folder / FOLDER)
+    return folder
+
+
+def shown(folder: Path, width: int = 80) -> str:
+    output = io.StringIO()
+    Console(file=output, width=width).print(view(look(folder), width))
+    return output.getvalue()
+
+
+def test_a_look_at_a_run_tells_how_it_goes(run: Path) -> None:
+    with held(run):
+        text = shown(run)
+    for said in (
+        "r-1 · running · step 3 of 40 · last figures 0 s ago",
+        "▁█▅ 0.200 (0.100 to 0.300)",
+        "held-out  before F1 12.5 %",
+        "writes    7 accepted, 1 empty, 0 rolled back",
+        "leak      told_elsewhere 0.250",
+        "write 75 %  idle 25 %",
+        "recall-0-1",
+    ):
+        assert said in text, text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "not running" in shown(run)
+    mark_finished(run, 40)
+    assert "r-1 · finished" in shown(run)
+
+
+def test_the_command_shows_the_newest_run_once_where_there_is_no_terminal(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["watch", "--output-dir", str(run.parent)]) == 0
+    assert main(["watch", str(run), "--once"]) == 0
+    assert capsys.readouterr().out.count("r-1 · not running · step 3 of 40") == 2
+    assert main(["watch", str(run / "nothing")]) == 2
+    assert "is no run's folder" in capsys.readouterr().err
+
+
+def test_a_live_view_ends_with_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([True, True, False])
+    monkeypatch.setattr("cluster.inspection.watch.is_held", lambda folder: next(looks))
+    monkeypatch.setattr("cluster.inspection.watch._EVERY_S", 0.0)
+    output = io.StringIO()
+    follow(run, Console(file=output, width=80, force_terminal=True))
+    assert output.getvalue().count("step 3 of 40") >= 2 and next(looks, None) is None
+
+
+def test_figures_are_read_back_and_a_torn_line_is_skipped(run: Path) -> None:
+    FigureFile(Tracker(), run).log({"reward/mean": math.nan, "learner/loss": 1.5}, 4)
+    with (run / FIGURES).open("a") as file:
+        file.write('{"step": 5, "time": 1.0, "figu')
+    *_, last = read_figures(run)
+    assert (last.step, last.figures["learner/loss"]) == (4, 1.5) and math.isnan(last.figures["reward/mean"])
+    assert list(read_figures(run / "nowhere")) == []
+
+
+def test_a_folder_that_takes_no_figures_is_one_warning(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run / FIGURES).unlink()
+    (run / FIGURES).mkdir()
+    figures = FigureFile(Tracker(), run)
+    figures.log({"a": 1.0}, 1)
+    figures.log({"a": 1.0}, 2)
+    assert len(caplog.records) == 1 and "takes no figures" in caplog.text
+
+
+def test_a_curve_in_one_line() -> None:
+    assert spark([0.0, 1.0], 10) == "▁█" and spark([0.5, 0.5], 10) == "▁▁"
+    assert spark([0.0, 0.0, 1.0, 1.0], 2) == "▁█" and spark([math.nan], 10) == ""
+
+
+def test_episodes_of_a_task_stand_side_by_side(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(record(3, 0.0, said="Porto", number=1), run / FOLDER)
+    save(record(0, 1.0, label="TMEM before"), run / FOLDER)
+    assert main(["inspect", str(run), "--task", "recall-0-1"]) == 0
+    text = capsys.readouterr().out
+    assert "task recall-0-1: 3 kept episodes" in text and "Porto" in text and "TMEM before" in text
+    assert main(["inspect", str(run), "--task", "other"]) == 2
+    assert "kept no episode of it; it has some of recall-0-1" in capsys.readouterr().err
+    assert main(["inspect", str(run), "--task", "recall-0-1", "--compare"]) == 2
