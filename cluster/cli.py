@@ -22,7 +22,14 @@ from typer.main import get_command
 
 from cluster.assistant import command as assistant
 from cluster.bench.suite import ABOUT
-from cluster.common.arguments import Config, ListSettings, PrintConfig, Settings, required_config
+from cluster.common.arguments import (
+    Config,
+    ListSettings,
+    PrintConfig,
+    Settings,
+    required_config,
+    split_seeds,
+)
 from cluster.common.quiet import Verbose, quiet
 from cluster.compare import command as compare
 from cluster.evaluation import command as evaluation
@@ -40,6 +47,8 @@ _TRAIN_EXAMPLES = """examples:
   engram train quickstart train.steps=4 rollout.workers=2
   engram train locomo environment.conversation.path=locomo10.json
   engram train quickstart resume=auto
+  engram train quickstart --seeds 0,1,2            three runs one after another, then their comparison
+  engram train quickstart --seeds 0,1,2 --sweep objective.advantage=grpo,rloo
   engram train quickstart train.steps=4 --print-config
 """
 _SCALE_EXAMPLES = """examples:
@@ -61,12 +70,13 @@ examples:
 """
 _EXAMPLES = """examples:
   engram train quickstart                         train on this machine, no service needed
+  engram train quickstart --seeds 0,1,2           three runs, pooled over their seeds
   engram evaluate quickstart                      held-out tasks, memory off and on
   engram probe quickstart --cards recall:12       what a write is worth: recall, paraphrases, damage
   engram try my_shop:Shop                         play a task of an environment yourself, without a model
   engram watch                                    the newest run while it goes on
   engram inspect runs/quickstart-...              what an agent read, wrote into its weights, and answered
-  engram pool runs/tmem-* runs/memory-off-*       training runs over seeds, side by side
+  engram compare runs/tmem-* runs/memory-off-*    training runs over seeds, side by side
   engram scale 4                                  more or fewer rollout workers while a run goes on
   engram submit train quickstart output_dir=/shared/runs       the same as a job on a Ray cluster
   engram chat runs/quickstart-...                 talk to what was trained; it learns in the conversation
@@ -134,11 +144,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(
     config: Config = "",
     settings: Settings = None,
+    seeds: Annotated[
+        str,
+        typer.Option(
+            metavar="0,1,2",
+            help="a run for each, one after another; then all are compared",
+            show_default="one run",
+        ),
+    ] = "",
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=A,B", help="runs for each value; several --sweep are multiplied"),
+    ] = None,
     verbose: Verbose = False,
     print_config: PrintConfig = False,
     list_settings: ListSettings = False,
-) -> None:
-    """Evaluate, train, evaluate again, and compare."""
+) -> int:
+    """Evaluate, train, evaluate again, and compare.
+
+    With --seeds or --sweep several runs. What is missing of them is trained, then a table pools them.
+    """
     from cluster.common.ray_job import job_overrides
     from configs.load import load_config, to_yaml
 
@@ -147,10 +172,12 @@ def train(
     if misplaced is not None:
         raise ConfigError(f"argument {misplaced!r}: belongs to evaluate; train takes resume=FOLDER")
     path = required_config("train", config)
+    if (seeds or sweep) and not print_config:
+        return _train_several(path, words, seeds, sweep or [], verbose)
     loaded = load_config(path, job_overrides(path, words, os.environ))
     if print_config:
         print(to_yaml(loaded), end="")
-        return
+        return EXIT_OK
 
     from cluster.common.display import Display
 
@@ -159,6 +186,18 @@ def train(
         from cluster.train.run import train_config
 
         train_config(loaded, display)
+    return EXIT_OK
+
+
+def _train_several(path: Path, words: list[str], seeds: str, sweep: list[str], verbose: bool) -> int:
+    from cluster.common.display import Display
+
+    display, chosen = Display(), split_seeds("--seeds", seeds)
+    with quiet(verbose):
+        from cluster.compare.seeds import play_in_process, train_runs, wanted_runs
+
+        runs = wanted_runs(path, words, chosen, sweep)
+    return train_runs(runs, verbose, display, play_in_process)
 
 
 def scale(
@@ -256,7 +295,7 @@ _add(probing.probe, probing.EXAMPLES, probing.ProbeCommand)
 _add(trial.try_environment, trial.EXAMPLES, name="try")
 _add(inspection.watch, inspection.WATCH_EXAMPLES)
 _add(inspection.inspect, inspection.EXAMPLES)
-_add(compare.pool, compare.EXAMPLES)
+_add(compare.compare, compare.EXAMPLES)
 _add(scale, _SCALE_EXAMPLES)
 _add(assistant.chat, assistant.CHAT_EXAMPLES)
 _add(assistant.serve, assistant.SERVE_EXAMPLES)

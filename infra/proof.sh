@@ -38,7 +38,7 @@ studies() {
 }
 rl() {
     infra/recall_rl.sh "$folder/recall-rl" "0 1 2" tmem memory-off no-extraction-credit final-delta
-    python -m cluster pool "$folder"/recall-rl/*/*/tmem-* "$folder"/recall-rl/*/*/memory-off-* > "$folder/rl.txt"
+    python -m cluster compare "$folder"/recall-rl/*/*/tmem-* "$folder"/recall-rl/*/*/memory-off-* > "$folder/rl.txt"
     cat "$folder/rl.txt"
 }
 

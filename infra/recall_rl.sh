@@ -1,7 +1,7 @@
 #!/bin/sh
 # Does RL teach to write? For each seed one warm-started policy, and from it each kind of run with the same budget:
 #   [CONFIG=recall_asking] infra/recall_rl.sh FOLDER "SEEDS" KIND...
-#   infra/recall_rl.sh runs/recall-rl "0 1 2" tmem memory-off && python -m cluster pool runs/recall-rl/*/*/tmem-* runs/recall-rl/*/*/memory-off-*
+#   infra/recall_rl.sh runs/recall-rl "0 1 2" tmem memory-off && python -m cluster compare runs/recall-rl/*/*/tmem-* runs/recall-rl/*/*/memory-off-*
 # Kinds: tmem; controls memory-off, summary, shuffled (siblings exchange their rewards), supervised (the warm start goes on);
 # ablations no-extraction-credit, final-delta, by-episode (credit), no-preserve (the write), one-wording (the cards).
 # CONFIG is recall_rl (one fact) or recall_asking (two facts). What FOLDER holds is not run again; a run that was killed goes on.

@@ -1,4 +1,4 @@
-"""The ``pool`` command: training runs over seeds, side by side."""
+"""The ``compare`` command: training runs over seeds, side by side."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 EXAMPLES = """examples:
-  for seed in 0 1 2; do engram train quickstart name=tmem seed=$seed; done
-  for seed in 0 1 2; do engram train quickstart name=memory-off memory.policy=truncation seed=$seed; done
-  engram pool runs/tmem-* runs/memory-off-* --output runs/pool
+  engram train quickstart name=tmem --seeds 0,1,2
+  engram train quickstart name=memory-off memory.policy=truncation --seeds 0,1,2
+  engram compare runs/tmem-* runs/memory-off-* --output runs/compared
 
 Runs with the same name= are one group. They may differ only in seed, in model.name (the policy that a seed
 starts from; a note names them) and in what changes no result: output_dir, resume, tracking.*, ray.*,
@@ -26,24 +26,20 @@ a gain with 80 % power at p < 0.05 / p < 0.01, by the standard deviation between
 """
 
 
-def pool(
+def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="folders of finished training runs")],
-    output: Annotated[Path, typer.Option(metavar="FOLDER", help="where the tables and the plot go")] = Path(
-        "runs/pool"
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="where tables and plots go")] = Path(
+        "runs/compared"
     ),
 ) -> None:
-    """Pool training runs over seeds.
+    """Compare training runs, pooled over seeds.
 
-    What training gained, and whether one kind of run gained more than another.
+    Curves, what training gained, and whether one kind of run gained more than another.
     """
     from cluster.common.display import Display
-    from cluster.compare.report import open_output, pool_groups, save_pool
+    from cluster.compare.report import open_output, show_compared
     from cluster.compare.runs import load_groups
-    from cluster.measure.report import show
 
     groups = load_groups(runs)
     open_output(output)
-    pooled, display = pool_groups(groups), Display()
-    show(pooled.document(), display)
-    for path in save_pool(pooled, output):
-        display.say(f"saved: {path}")
+    show_compared(groups, output, Display())

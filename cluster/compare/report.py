@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cluster.common.display import Display
 from cluster.common.errors import CheckpointError
 from cluster.compare.runs import Group
 from cluster.measure.report import (
@@ -29,6 +30,7 @@ from cluster.measure.report import (
     running_mean,
     save_document,
     save_plot,
+    show,
 )
 from cluster.measure.rows import EpisodeScore, has_own_reward, primary_score
 from cluster.measure.scores import F1, REWARD, label, score_text, unit
@@ -253,14 +255,22 @@ def open_output(folder: Path) -> None:
             pass
 
 
+def show_compared(groups: tuple[Group, ...], folder: Path, display: Display) -> None:
+    """Print the tables, and save them with the plots in ``folder``. Raises CheckpointError."""
+    pool = pool_groups(groups)
+    show(pool.document(), display)
+    for path in save_pool(pool, folder):
+        display.say(f"saved: {path}")
+
+
 def save_pool(pool: Pool, folder: Path) -> list[Path]:
-    """Write pool.md, pool.json and reward.png; return their paths. Raises CheckpointError."""
+    """Write compare.md, compare.json, reward.png, gains.png; return their paths. Raises CheckpointError."""
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        plot = _save_rewards(pool.groups, folder / "reward.png")
-        document = pool.document([plot])
+        plots = [_save_rewards(pool.groups, folder / "reward.png"), *_save_gains(pool, folder / "gains.png")]
+        document = pool.document(plots)
         data = {"gains": pool.gains, "versus": pool.versus, "notes": list(pool.notes())}
-        return [*save_document(document, folder, data, name="pool"), plot]
+        return [*save_document(document, folder, data, name="compare"), *plots]
 
 
 @contextmanager
@@ -284,6 +294,30 @@ def _save_rewards(groups: Sequence[Group], path: Path) -> Path:
         curves.append(Curve(range(1, len(mean) + 1), mean, series, group.name))
     panel = Panel("training step", "reward, mean of the last 10 steps", tuple(curves), steps=True)
     return save_plot([panel], path)
+
+
+def _save_gains(pool: Pool, path: Path) -> list[Path]:
+    """What each group gained since its RL began: the mean over seeds, with its interval, and each seed.
+
+    No plot where no group has a gain.
+    """
+    begun = {group.name: next((s for s in LATEST_STARTS if group.has(s)), "") for group in pool.groups}
+    gains = [gain for gain in pool.gains if begun[gain.name] == gain.stage and gain.change.over_seeds.count]
+    if not gains:
+        return []
+    factor, points = (1, "") if pool.score == REWARD else (100, ", points")
+    curves = []
+    for place, gain in enumerate(gains):
+        over = gain.change.over_seeds
+        seeds = [factor * mean for mean in gain.change.by_seed if mean is not None]
+        label_ = "" if place else "a seed"
+        curves.append(Curve([place + 0.15] * len(seeds), seeds, 1, label_, "crosses"))
+        spans = [(factor * over.low, factor * over.high)] if np.isfinite(over.low) else []
+        label_ = "" if place else "mean over seeds, with 95 % interval from three seeds on"
+        curves.append(Curve([place], [factor * over.mean], 0, label_, "points", spans))
+    ticks = {place: f"{gain.name}\nsince {gain.stage}" for place, gain in enumerate(gains)}
+    panel = Panel("", f"gain in {label(pool.score)}{points}", tuple(curves), ticks=ticks)
+    return [save_plot([panel], path)]
 
 
 def seeds_text(seeds: int | None) -> str:

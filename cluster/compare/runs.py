@@ -77,7 +77,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """The part of report.json that a pool reads."""
+    """The part of report.json that ``compare`` reads."""
 
     rewards: tuple[float, ...]
 

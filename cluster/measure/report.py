@@ -1,4 +1,4 @@
-"""The report kit: train, evaluate, pool, probe and bench show what they measured through it.
+"""The report kit: train, evaluate, compare, probe and bench show what they measured through it.
 
     figures --> Table --> Section --> Document --> show: the terminal
                                                --> save_document: report.md, report.json, report.csv
@@ -281,7 +281,7 @@ def _set_axes(axes: Any, panel: Panel) -> None:
     if panel.log_x:
         axes.set_xscale("log")
     if panel.steps:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if panel.ticks:
         axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
         axes.xaxis.set_minor_locator(NullLocator())  # a logarithmic axis would number its own

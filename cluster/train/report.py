@@ -60,7 +60,8 @@ LEGEND = (
     "tasks: finished episodes · failed: episodes that did not finish; they are in no mean · "
     "intervals: 95 %, over tasks (Korn and Graubard's; Clopper and Pearson's for scores of 0 or 1) · "
     "p: the same test; adjusted (Holm): for all comparisons of this report · "
-    "both speak of other tasks for this one run; what training does, runs of several seeds tell (engram pool)"
+    "both speak of other tasks for this one run; what training does, runs of several seeds tell "
+    "(engram train --seeds 0,1,2)"
 )
 COST_LEGEND = (
     "writes: accepted/empty/rolled back · tokens: read+generated per episode · s/ep: seconds per episode"
@@ -117,7 +118,7 @@ class TrainingReport:
         return Document(self.title, {}, (Section("", tables=tables, notes=notes, plots=tuple(plots)),))
 
     def data(self) -> dict[str, Any]:
-        """The content of report.json. ``pool`` reads the rewards."""
+        """The content of report.json. ``compare`` reads the rewards."""
         rows = [
             {
                 "label": row.label,

@@ -141,7 +141,7 @@ def test_settings_may_stand_before_and_behind_options(capsys: pytest.CaptureFixt
     ("words", "said"),
     [
         (("trian", "quickstart"), "No such command 'trian'. Did you mean 'train'?"),
-        (("evaluate", "quickstart", "--rwos", "tmem"), "No such option: --rwos; did you mean --rows?"),
+        (("evaluate", "quickstart", "--rwos", "tmem"), "No such option: --rwos; did you mean --rows"),
         (("train", "quickstart", "--xyzzy"), "No such option: --xyzzy"),
         (("train", "quickstart", "word"), "argument 'word': write key=value"),
         (("train", "quickstart", "trian.steps=3"), "did you mean train.steps"),

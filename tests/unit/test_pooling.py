@@ -223,10 +223,10 @@ def test_what_failed_is_a_dash_and_null_and_no_test(tmp_path: Path) -> None:
     assert gains[0][5] == gains[0][6] == f"{p_value:.4f}" != f"{holm([p_value, 1.0])[0]:.4f}"
     assert rows_of(pool, 0)[-1] == ("off (seeds 0)", "after_rl", "0", "-", "-", "1")
     save_pool(pool, tmp_path / "pool")
-    saved = json.loads((tmp_path / "pool" / "pool.json").read_text(), parse_constant=pytest.fail)
+    saved = json.loads((tmp_path / "pool" / "compare.json").read_text(), parse_constant=pytest.fail)
     changes = [gain["change"] for gain in saved["gains"]]
     assert changes[0]["by_seed"][3] is None and changes[1]["over_seeds"]["mean"] is None
-    assert "nan" not in (tmp_path / "pool" / "pool.md").read_text()
+    assert "nan" not in (tmp_path / "pool" / "compare.md").read_text()
 
 
 def test_models_that_differ_inside_a_group_are_named(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_models_that_differ_inside_a_group_are_named(tmp_path: Path) -> None:
     pool = pooled(*folders, save_run(tmp_path, "off", 0, stages))
     assert note in pool.notes()
     save_pool(pool, tmp_path / "pool")
-    assert f"- {note}\n" in (tmp_path / "pool" / "pool.md").read_text()
+    assert f"- {note}\n" in (tmp_path / "pool" / "compare.md").read_text()
     for text in (EXAMPLES, MAY_DIFFER):
         assert [key for key in FREE if key.rstrip(".") not in text] == []
 
@@ -247,15 +247,15 @@ def test_an_output_that_cannot_be_written_is_one_line_before_the_tables(
     run = save_run(tmp_path, "tmem", 0, {"before": [0.0], "after_rl": [0.5]})
     file = tmp_path / "notes.txt"
     file.write_text("mine")
-    (tmp_path / "taken" / "pool.md").mkdir(parents=True)
+    (tmp_path / "taken" / "compare.md").mkdir(parents=True)
     for folder, reason in ((file, "it is no folder"), (file / "pool", "Not a directory")):
-        assert main(["pool", str(run), "--output", str(folder)]) == 2
+        assert main(["compare", str(run), "--output", str(folder)]) == 2
         said = capsys.readouterr()
         cure = "name another folder with --output"
         assert (said.out, said.err) == ("", f"error: {folder}: cannot be written ({reason}); {cure}\n")
     assert file.read_text() == "mine"
     taken = str(tmp_path / "taken")  # its pool.md is a folder: only writing shows that
-    assert main(["pool", str(run), "--output", taken]) == 2
+    assert main(["compare", str(run), "--output", taken]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -271,14 +271,21 @@ def test_a_stage_that_one_run_has_not_got_is_left_out(tmp_path: Path) -> None:
 def test_from_the_command_line_to_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stages = {"before": [0.0, 0.5], "after_rl": [0.5, 1.0]}
     runs = [str(save_run(tmp_path, name, seed, stages)) for name in ("tmem", "off") for seed in (0, 1)]
-    assert main(["pool", *runs, "--output", str(tmp_path / "pool")]) == 0
+    assert main(["compare", *runs, "--output", str(tmp_path / "pool")]) == 0
     assert "+50.0, +50.0" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "pool").iterdir()} == {"pool.md", "pool.json", "reward.png"}
+    assert {path.name for path in (tmp_path / "pool").iterdir()} == {
+        "compare.md",
+        "compare.json",
+        "reward.png",
+        "gains.png",
+    }
     assert (
-        json.loads((tmp_path / "pool" / "pool.json").read_text())["gains"][0]["change"]["over_seeds"]["mean"]
+        json.loads((tmp_path / "pool" / "compare.json").read_text())["gains"][0]["change"]["over_seeds"][
+            "mean"
+        ]
         == 0.5
     )
-    text = (tmp_path / "pool" / "pool.md").read_text()
+    text = (tmp_path / "pool" / "compare.md").read_text()
     assert "## Whether it gained more" in text and f"- tmem: {runs[0]}, {runs[1]}\n" in text
 
 
@@ -304,5 +311,5 @@ def test_what_does_not_belong_together_is_refused_in_one_line(
         with pytest.raises(CheckpointError, match=part) as caught:
             load_groups(folders)
         assert "\n" not in str(caught.value)
-    assert main(["pool", str(tmp_path / "nowhere")]) == 2
+    assert main(["compare", str(tmp_path / "nowhere")]) == 2
     assert "holds no config.yaml" in capsys.readouterr().err

@@ -42,6 +42,9 @@ def measured(monkeypatch: pytest.MonkeyPatch, rl_steps: int) -> list[tuple[str, 
 
         def forget(self, *keys: str) -> None: ...
 
+        def ahead(self, keys: Sequence[str]) -> int:
+            return 4 * len(keys)
+
         def report(self, rewards: tuple[float, ...]) -> None: ...
 
     async def warm_start(*parts: object) -> TrainState:
@@ -54,9 +57,10 @@ def measured(monkeypatch: pytest.MonkeyPatch, rl_steps: int) -> list[tuple[str, 
     monkeypatch.setattr(run, "_warm_start", warm_start)
     monkeypatch.setattr(run, "_reinforce", reinforce)
     cluster: Any = SimpleNamespace(workers="the first")
-    observers: Any = SimpleNamespace(tracker=SimpleNamespace(run_id="run"))
+    observers: Any = SimpleNamespace(tracker=SimpleNamespace(run_id="run"), display=Display())
     nothing: Any = None
-    asyncio.run(run._stages(cluster, nothing, nothing, Start(None, START, Path()), observers))
+    spec: Any = SimpleNamespace(config=RunConfig(warm_start=WarmStartConfig(steps=0)))
+    asyncio.run(run._stages(cluster, spec, nothing, Start(None, START, Path()), observers))
     return rows
 
 
