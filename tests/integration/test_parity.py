@@ -16,9 +16,14 @@ import pytest
 import torch
 
 from actors.engine.policy import VLLMPolicy
+from actors.environments.base import Environment, Observation, Split
+from actors.environments.build import build_environment
+from actors.episodes.rollout import Rollout, RolloutRequest
 from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.fast_weights.delta import Basis, DeltaInjector, stack, zero
+from actors.memory.build import surroundings
 from actors.protocols import FastWeightWriter
+from actors.text.chat_template import ChatFormat
 from actors.text.context import Context
 from actors.types import (
     AdapterKey,
@@ -32,12 +37,24 @@ from actors.types import (
     WriteExample,
     WriteRequest,
 )
-from configs.schema import EngineConfig, FastWeightsConfig, LearnerConfig, ModelConfig, WriteConfig
+from configs.schema import (
+    EmbedderConfig,
+    EngineConfig,
+    EnvironmentConfig,
+    FastWeightsConfig,
+    HarnessConfig,
+    LearnerConfig,
+    MemoryConfig,
+    ModelConfig,
+    RolloutConfig,
+    WriteConfig,
+)
 from learner.batch import pad
 from learner.model import PolicyModel, load_model
 from learner.types import Row
 
 pytestmark = pytest.mark.engine_in_process
+ROOT = Path(__file__).parents[2]
 STOP = 2
 EXACT = 1e-3  # nats, float32
 SAMPLING = Sampling(temperature=1.0, max_tokens=24, seed=3, kind="act")
@@ -115,7 +132,71 @@ def _largest_gap(seam: Seam, trajectory: Trajectory) -> float:
     return float(np.abs(scored.numpy() - batch.engine_logprobs[batch.loss_mask]).max())
 
 
+class _Told:
+    """The talk of the README's harness as a session of an ordinary environment."""
+
+    def __init__(self, task: Task) -> None:
+        days = [Observation(f"{day} Note it.", True, max_tokens=8) for day in task.payload["days"]]
+        asked = Observation(f"{task.payload['question']} Answer with a number.", True, stop=("\n",))
+        self.question, self._turns = task.payload["question"], iter([*days, asked])
+
+    def observe(self) -> Observation | None:
+        return next(self._turns, None)
+
+    def act(self, text: str) -> None:
+        self._last = text
+
+    def outcome(self) -> Outcome:
+        return Outcome(0.0, {}, ())
+
+
+class _Shop:
+    name, system_prompt = "harness", "You keep the books of a shop."
+
+    def tasks(self, split: Split, seed: int, start: int) -> Iterator[Task]:
+        return iter(())
+
+    def start(self, task: Task) -> _Told:
+        return _Told(task)
+
+
+def test_a_harness_is_sampled_and_scored_like_the_same_talk_in_an_ordinary_environment(
+    seam: Seam, chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = (ROOT / "actors/README.md").read_text("utf-8").split("\n## An agent harness of your own\n")[1]
+    (tmp_path / "my_agent.py").write_text(section.split("```python\n")[1].split("```")[0], "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = HarnessConfig(function="my_agent:clerk", tasks="my_agent:tasks")
+    harness = build_environment(EnvironmentConfig(name="harness", harness=config), EmbedderConfig())
+    task = next(harness.tasks("train", 0, 0))
+    memory = MemoryConfig(policy="raw", max_context_tokens=50)  # the tiny model writes no flashcards
+    around = surroundings(256, 16, EmbedderConfig())
+
+    async def played(environment: Environment) -> Trajectory:
+        rollout = Rollout(
+            seam.policy, seam.writer, environment, chat, WriteConfig(), RolloutConfig(), 4, around,
+            seam.basis.id, "worker-0",
+        )  # fmt: skip
+        group = await rollout.group(
+            RolloutRequest(task, environment.system_prompt or "h", 1, memory, 1.0, 16, 1)
+        )
+        assert group.failed == ()
+        return group.trajectories[0]
+
+    mine, theirs = (asyncio.run(asyncio.wait_for(played(each), 120)) for each in (harness, _Shop()))
+    assert len(mine.revisions) == len(theirs.revisions) >= 2
+    assert len(mine.segments) == len(theirs.segments) >= 3
+    for one, other in zip(mine.segments, theirs.segments, strict=True):
+        assert np.array_equal(one.token_ids, other.token_ids)
+        assert (one.spans, one.revision) == (other.spans, other.revision)
+        assert np.abs(one.logprobs - other.logprobs).max() <= EXACT
+    assert _largest_gap(seam, mine) <= EXACT
+    assert mine.outcome.answers[0].gold == (task.payload["answer"],)
+
+
 def test_the_learner_scores_what_the_engine_sampled_and_a_broadcast_keeps_it_so(seam: Seam) -> None:
+    passed = seam.policy.stats().receipts_passed
+
     async def story() -> None:
         first, second = await asyncio.gather(_episode(seam, "a", 4), _episode(seam, "b", 5))
         assert max(_largest_gap(seam, first), _largest_gap(seam, second)) <= EXACT
@@ -132,6 +213,6 @@ def test_the_learner_scores_what_the_engine_sampled_and_a_broadcast_keeps_it_so(
         await seam.policy.refresh(1, tensors, complete=True)
         assert seam.policy.version == 1
         assert _largest_gap(seam, await _episode(seam, "a", 6)) <= EXACT
-        assert seam.policy.stats().receipts_passed == 6
+        assert seam.policy.stats().receipts_passed == passed + 6
 
     asyncio.run(asyncio.wait_for(story(), timeout=240))
