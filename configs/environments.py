@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from configs.bounds import fraction, home_expanded, not_negative, positive, require
+from configs.ecosystem import ADAPTERS, GymnasiumConfig, OpenEnvConfig, TextArenaConfig, VerifiersConfig
 from configs.extensions import FORM, is_path
 from configs.services import EndpointConfig
 from configs.tool_servers import tool_servers
@@ -193,9 +194,20 @@ class McpConfig(RecordsConfig):
 class EnvironmentConfig:
     """Where tasks come from."""
 
-    name: Literal["recall", "conversation", "search", "rubric", "records", "mcp", "harness", "custom"] = (
-        "recall"
-    )
+    name: Literal[
+        "recall",
+        "conversation",
+        "search",
+        "rubric",
+        "records",
+        "mcp",
+        "harness",
+        "custom",
+        "gymnasium",
+        "textarena",
+        "openenv",
+        "verifiers",
+    ] = "recall"
     # with environment.name=custom: package.module:name of a function from options to an Environment
     custom: str = ""
     # the custom environment's argument
@@ -209,6 +221,10 @@ class EnvironmentConfig:
     records: RecordsConfig = field(default_factory=RecordsConfig)
     harness: HarnessConfig = field(default_factory=HarnessConfig)
     mcp: McpConfig = field(default_factory=McpConfig)
+    gymnasium: GymnasiumConfig = field(default_factory=GymnasiumConfig)
+    textarena: TextArenaConfig = field(default_factory=TextArenaConfig)
+    openenv: OpenEnvConfig = field(default_factory=OpenEnvConfig)
+    verifiers: VerifiersConfig = field(default_factory=VerifiersConfig)
 
     def __post_init__(self) -> None:
         known = self.name != "custom" or is_path(self.custom)
@@ -235,6 +251,10 @@ class EnvironmentConfig:
             ("search", "search.questions_path", search.questions_path, "a file"),
             ("search", "search.corpus_path", search.corpus_path, "a file"),
             ("rubric", "rubric.path", self.rubric.path, "a JSON lines file"),
+            ("gymnasium", "gymnasium.id", self.gymnasium.id, "an id of gymnasium.make"),
+            ("textarena", "textarena.game", self.textarena.game, "a game of textarena.make"),
+            ("openenv", "openenv.url", self.openenv.url, "the address of a server"),
+            ("verifiers", "verifiers.id", self.verifiers.id, "an id of verifiers.load_environment"),
         ):
             require(self.name != name or path != "", key, path, f"{what} where environment.name is {name}")
         judged = self.name == "rubric" and self.rubric.checker == "judge"
@@ -243,10 +263,15 @@ class EnvironmentConfig:
             require(not judged or value != "", f"rubric.judge.{key}", value, bound, "or checker=rules")
 
     @property
+    def starts_slowly(self) -> bool:
+        """Whether a session may take long to start: it runs code that is not Engram's."""
+        return self.name in ("custom", *ADAPTERS)
+
+    @property
     def acts(self) -> tuple[str, int]:
         """The setting that bounds how often an episode asks for an act, and its value.
 
-        Texts that are only read are no acts. A custom environment's bound is unknown and counts as 1.
+        Texts that are only read are no acts. The bound of others' environments is unknown and counts as 1.
         """
         if self.name == "recall":
             unknown = self.recall.unknown_questions

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.bounds import a_day, custom_resource, folder_name, home_expanded, not_negative, positive, require
+from configs.ecosystem import GymnasiumConfig, OpenEnvConfig, TextArenaConfig, VerifiersConfig
 from configs.environments import (
     ConversationConfig,
     EnvironmentConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "EpisodesConfig",
     "EvaluationConfig",
     "FastWeightsConfig",
+    "GymnasiumConfig",
     "HarnessConfig",
     "JudgeConfig",
     "LearnerConfig",
@@ -64,6 +66,7 @@ __all__ = [
     "ModelConfig",
     "NotesConfig",
     "ObjectiveConfig",
+    "OpenEnvConfig",
     "PagingConfig",
     "PreserveConfig",
     "RayConfig",
@@ -75,8 +78,10 @@ __all__ = [
     "SamplingConfig",
     "SearchConfig",
     "TeacherConfig",
+    "TextArenaConfig",
     "TrackingConfig",
     "TrainConfig",
+    "VerifiersConfig",
     "WarmStartConfig",
     "WriteConfig",
 ]

@@ -27,6 +27,7 @@ from actors.environments.base import (
 from actors.environments.user_calls import CallThread, Raised, run_apart
 from actors.protocols import TaskError
 from actors.types import CardUse, Flashcard, Outcome, Task
+from configs.ecosystem import ADAPTERS
 from configs.extensions import ExtensionError, load_extension, require_members
 from configs.schema import EmbedderConfig, EnvironmentConfig
 from configs.user_code import owned
@@ -82,9 +83,29 @@ def _named(config: EnvironmentConfig, embedder: EmbedderConfig) -> Environment:
         return McpEnvironment(config.mcp)
     if config.name == "custom":
         return _custom(config)
+    if config.name in ADAPTERS:
+        return _adapter(config)
     from actors.environments.conversation import ConversationEnvironment
 
     return ConversationEnvironment(config.conversation)
+
+
+def _adapter(config: EnvironmentConfig) -> Environment:
+    if config.name == "gymnasium":
+        from actors.environments.ecosystem.gymnasium import GymnasiumEnvironment
+
+        return GymnasiumEnvironment(config.gymnasium)
+    if config.name == "textarena":
+        from actors.environments.ecosystem.textarena import TextArenaEnvironment
+
+        return TextArenaEnvironment(config.textarena)
+    if config.name == "openenv":
+        from actors.environments.ecosystem.openenv import OpenEnvEnvironment
+
+        return OpenEnvEnvironment(config.openenv)
+    from actors.environments.ecosystem.verifiers import VerifiersEnvironment
+
+    return VerifiersEnvironment(config.verifiers)
 
 
 def _custom(config: EnvironmentConfig) -> Environment:

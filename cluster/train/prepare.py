@@ -285,10 +285,10 @@ def held_out(environment: Environment, config: RunConfig) -> tuple[Task, ...]:
 def questions_of(config: RunConfig, environment: Environment, tasks: Sequence[Task]) -> list[str]:
     """The questions of ``tasks`` in memory-writing prompts; none where these are blind. Raises TaskError.
 
-    Some environments start slowly, outside of a worker too: one that prepares itself, or a user's own. Their
+    Some environments start slowly, outside of a worker too: one that prepares itself, or others' code. Their
     questions stay unknown.
     """
-    slow = isinstance(environment, Preparer) or config.environment.name == "custom"
+    slow = isinstance(environment, Preparer) or config.environment.starts_slowly
     return (
         []
         if slow or config.memory.question_blind
