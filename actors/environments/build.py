@@ -105,7 +105,8 @@ def _adapter(config: EnvironmentConfig) -> Environment:
         return OpenEnvEnvironment(config.openenv)
     from actors.environments.ecosystem.verifiers import VerifiersEnvironment
 
-    return VerifiersEnvironment(config.verifiers)
+    verifiers: Any = VerifiersEnvironment(config.verifiers)  # its sessions are of coroutines
+    return verifiers
 
 
 def _custom(config: EnvironmentConfig) -> Environment:

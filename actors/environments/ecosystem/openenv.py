@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 from actors.environments.base import Split
@@ -56,13 +58,8 @@ class OpenEnvEnvironment:
 
     def start(self, task: Task) -> OpenEnvSession:
         address = f"ws{self._config.url.removeprefix('http').rstrip('/')}/ws"
-        with owned(self._whom, TaskError):
-            socket = self._connect(address)
-        try:
-            return OpenEnvSession(socket, self._whom, self._config, self._fields, task.seed)
-        except BaseException:
-            socket.close()
-            raise
+        connect = partial(self._connect, address)
+        return OpenEnvSession(connect, self._whom, self._config, self._fields, task.seed)
 
     def _only_text(self, kind: str, schema: Mapping[str, Any], among: list[str] | None) -> str:
         """The only text field of a schema. Raises TaskError."""
@@ -83,12 +80,23 @@ class OpenEnvSession(SteppedSession):
     """One episode over one connection, which gives it an environment object of its own in the server."""
 
     def __init__(
-        self, socket: Any, whom: str, config: OpenEnvConfig, fields: tuple[str, str], seed: int
+        self,
+        connect: Callable[[], Any],
+        whom: str,
+        config: OpenEnvConfig,
+        fields: tuple[str, str],
+        seed: int,
     ) -> None:
-        self._socket, self._whom, self._config = socket, whom, config
+        self._whom, self._config = whom, config
         self._taken, self._shown = fields
-        first = self._ask("reset", {"seed": seed, **config.reset})
-        super().__init__(self._read(first))
+        self._opened = ExitStack()
+        with owned(whom, TaskError):
+            self._socket = self._opened.enter_context(connect())
+        try:
+            super().__init__(self._read(self._ask("reset", {"seed": seed, **config.reset})))
+        except BaseException:
+            self.close()
+            raise
         self.parts["refused"] = 0.0
 
     def act(self, text: str) -> None:
@@ -101,15 +109,18 @@ class OpenEnvSession(SteppedSession):
             self.stepped(None if over else self._read(result), float(result.get("reward") or 0.0))
 
     def close(self) -> None:
-        self._socket.close()
+        self._opened.close()
 
     def _read(self, result: Mapping[str, Any]) -> str:
         return as_text(self._whom, result.get("observation", {}).get(self._shown), _CURE)
 
     def _ask(self, kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
         """Send a message; its result, or the refusal of an action. Raises TaskError."""
+        from websockets.exceptions import ConnectionClosed
+
         with owned(f"{self._whom}, {kind}", TaskError):
-            self._socket.send(json.dumps({"type": kind, "data": data}))
+            with suppress(ConnectionClosed):  # a server that hangs up has said why: that can still be read
+                self._socket.send(json.dumps({"type": kind, "data": data}))
             answer = json.loads(self._socket.recv())
             result: dict[str, Any] = answer["data"]
         if answer["type"] != "error":

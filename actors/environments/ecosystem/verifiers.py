@@ -219,7 +219,7 @@ def _bridge(session: VerifiersSession) -> Any:
     from verifiers.clients import Client
     from verifiers.types import Response, ResponseMessage
 
-    class Bridge(Client):  # type: ignore[misc,type-arg]  # made here: the package is optional
+    class Bridge(Client):  # made here: the package is optional
         async def get_response(
             self, prompt: Any, model: str, sampling_args: Any, tools: Any = None, **_: Any
         ) -> Any:
