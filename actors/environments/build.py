@@ -43,7 +43,7 @@ def build_environment(config: EnvironmentConfig, embedder: EmbedderConfig) -> En
     ``embedder`` is loaded only by an environment that searches by meaning.
     Raises TaskError, ExtensionError or ValueError when its settings or its files cannot be used.
     """
-    environment = _named(config, embedder)
+    environment = _adapter(config) if config.name in ADAPTERS else _named(config, embedder)
     return _with_reward(environment, config.reward) if config.reward else environment
 
 
@@ -83,8 +83,6 @@ def _named(config: EnvironmentConfig, embedder: EmbedderConfig) -> Environment:
         return McpEnvironment(config.mcp)
     if config.name == "custom":
         return _custom(config)
-    if config.name in ADAPTERS:
-        return _adapter(config)
     from actors.environments.conversation import ConversationEnvironment
 
     return ConversationEnvironment(config.conversation)
