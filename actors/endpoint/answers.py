@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from openai.types import CompletionUsage, ErrorObject, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
@@ -18,6 +19,20 @@ from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from pydantic import BaseModel
 
 from actors.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class SaidCall:
+    """A tool call of a reply. ``arguments`` is JSON."""
+
+    id: str
+    name: str
+    arguments: str
+
+    @property
+    def as_tool_call(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 class Said(Protocol):
@@ -48,25 +63,29 @@ def models_body(name: str) -> dict[str, Any]:
     return {"object": "list", "data": [model.model_dump(exclude_unset=True)]}
 
 
-def completion(model: str, said: Said, extra: dict[str, Any]) -> str:
-    """The answer as JSON. ``extra``: fields of an endpoint's own."""
-    message = ChatCompletionMessage(role="assistant", content=said.text)
+def completion(model: str, said: Said, extra: dict[str, Any], calls: Sequence[SaidCall] = ()) -> str:
+    """The answer as JSON. ``extra``: fields of an endpoint's own. ``calls`` take the place of the text."""
+    told = [call.as_tool_call for call in calls]
+    message = ChatCompletionMessage.model_validate({"role": "assistant", **_content(said, told)})
     content = ChatCompletion(
         id=_new_id(),
         object="chat.completion",
         created=int(time.time()),
         model=model,
-        choices=[Choice(index=0, message=message, finish_reason=said.finish_reason, logprobs=None)],
+        choices=[Choice(index=0, message=message, finish_reason=_reason(said, calls), logprobs=None)],
         usage=_usage(said),
     )
     return _to_json(content.model_copy(update=extra))
 
 
-def completion_events(model: str, said: Said, with_usage: bool, extra: dict[str, Any]) -> Iterator[str]:
+def completion_events(
+    model: str, said: Said, with_usage: bool, extra: dict[str, Any], calls: Sequence[SaidCall] = ()
+) -> Iterator[str]:
     """Server-sent events: the answer in one piece, then how it ended, as OpenAI's chunks."""
-    text = ChoiceDelta(role="assistant", content=said.text)
+    told = [{"index": place, **call.as_tool_call} for place, call in enumerate(calls)]
+    text = ChoiceDelta.model_validate({"role": "assistant", **_content(said, told)})
     first = ChunkChoice(index=0, delta=text, finish_reason=None, logprobs=None)
-    last = ChunkChoice(index=0, delta=ChoiceDelta(), finish_reason=said.finish_reason, logprobs=None)
+    last = ChunkChoice(index=0, delta=ChoiceDelta(), finish_reason=_reason(said, calls), logprobs=None)
     changes: list[dict[str, object]] = [{"choices": [first]}, {"choices": [last], **extra}]
     if with_usage:
         changes.append({"usage": _usage(said)})
@@ -78,6 +97,14 @@ def completion_events(model: str, said: Said, with_usage: bool, extra: dict[str,
     for change in changes:
         yield f"data: {_to_json(chunk.model_copy(update=change))}\n\n"
     yield "data: [DONE]\n\n"
+
+
+def _content(said: Said, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {"content": None, "tool_calls": calls} if calls else {"content": said.text}
+
+
+def _reason(said: Said, calls: Sequence[SaidCall]) -> Literal["stop", "length", "tool_calls"]:
+    return "tool_calls" if calls and said.finish_reason == "stop" else said.finish_reason
 
 
 def _to_json(content: BaseModel) -> str:

@@ -11,28 +11,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from actors.endpoint.requests import RequestError, Role, Text, bad_value, only
+from actors.endpoint.answers import SaidCall
+from actors.endpoint.requests import RequestError, Role, Text, bad_value
+
+
+class _Function(BaseModel):
+    name: str = Field(description="a text")
+    arguments: str = Field(description="JSON in a text")
+
+
+class _SentCall(BaseModel):
+    id: str = Field(description="a text")
+    function: _Function = Field(description="an object with name and arguments")
 
 
 class Message(BaseModel):
-    """One message of a call. Null is an empty text: an assistant may have said nothing."""
+    """One message of a call. Null is an empty text: an assistant may have said nothing, or called tools."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    role: Role = Field(description="system, user or assistant: tools are not supported here")
+    role: Role | Literal["tool"] = Field(description="system, user, assistant or tool")
     content: Annotated[Text, BeforeValidator(lambda content: "" if content is None else content)] = Field(
         "", description="text"
     )
-    tool_calls: Annotated[object, only([])] = None
+    tool_calls: list[_SentCall] | None = Field(None, description="the calls as they were answered")
+    tool_call_id: str | None = Field(None, description="a text")
 
     @property
-    def said(self) -> tuple[str, str]:
-        """Who says what. White space around a text is nothing that a template keeps."""
-        return "system" if self.role == "developer" else self.role, self.content.strip()
+    def said(self) -> Said:
+        """White space around a text is nothing that a template keeps."""
+        if self.tool_calls:
+            sent = [
+                SaidCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls
+            ]
+            return Said("assistant", _written(sent))
+        role = "system" if self.role == "developer" else self.role
+        return Said(role, self.content.strip(), self.tool_call_id or "")
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Who said what. ``call``: the tool call whose result it is."""
+
+    role: str
+    text: str
+    call: str = ""
+
+
+def _written(calls: Sequence[SaidCall]) -> str:
+    return "\n".join(f"{call.id} {call.name} {call.arguments}" for call in calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +71,15 @@ class NewTurns:
     """What a call adds. ``system_prompt`` is None but in the first call of a conversation that has one."""
 
     system_prompt: str | None
-    turns: tuple[str, ...]  # the user's, one or more
+    turns: tuple[Said, ...]  # the user's and the tools', one or more
 
 
 class History:
     """What both sides have said in one conversation. It only grows."""
 
     def __init__(self) -> None:
-        self._known: list[tuple[str, str]] = []
+        self._known: list[Said] = []
+        self._open: tuple[SaidCall, ...] = ()  # tool calls of the newest reply
 
     def accept(self, messages: Sequence[Message]) -> NewTurns:
         """Take in the messages behind those that are known.
@@ -59,19 +91,22 @@ class History:
             if place == len(said) or said[place] != known:
                 raise _conflict(place, place == len(said))
         start = len(self._known)
-        system_prompt = said[0][1] if not start and said[0][0] == "system" else None
+        system_prompt = said[0].text if not start and said[0].role == "system" else None
         start += system_prompt is not None
-        for place, (role, _) in enumerate(said[start:], start):
-            if role != "user":
-                raise _foreign(place, role)
+        for place, new in enumerate(said[start:], start):
+            if new.role == "tool" and new.call not in {call.id for call in self._open}:
+                raise _unasked(place)
+            if new.role not in ("user", "tool"):
+                raise _foreign(place, new.role)
         if start == len(said):
-            raise bad_value("the last message must be the user's", "messages")
+            raise bad_value("the last message must be the user's, or a tool's", "messages")
         self._known = said
-        return NewTurns(system_prompt, tuple(text for _, text in said[start:]))
+        return NewTurns(system_prompt, tuple(said[start:]))
 
-    def reply(self, text: str) -> None:
-        """Add what the policy has said to the newest call."""
-        self._known.append(("assistant", text.strip()))
+    def reply(self, text: str, calls: Sequence[SaidCall]) -> None:
+        """Add what the policy has said to the newest call of the client."""
+        self._open = tuple(calls)
+        self._known.append(Said("assistant", _written(calls) if calls else text.strip()))
 
 
 def _conflict(place: int, missing: bool) -> RequestError:
@@ -80,6 +115,11 @@ def _conflict(place: int, missing: bool) -> RequestError:
     cure = "send the whole conversation with every call, and only append to it"
     message = f"{where} {what}: an edited history, or a second branch of it, cannot be trained: {cure}"
     return RequestError(409, message, where, "history_conflict")
+
+
+def _unasked(place: int) -> RequestError:
+    where = f"messages[{place}].tool_call_id"
+    return bad_value(f"{where} must be the id of a call in the newest reply", where)
 
 
 def _foreign(place: int, role: str) -> RequestError:

@@ -16,23 +16,42 @@ import asyncio
 import secrets
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Collection, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from actors.endpoint.answers import Said, completion, completion_events, error_body, models_body
+from actors.endpoint.answers import (
+    Said,
+    SaidCall,
+    completion,
+    completion_events,
+    error_body,
+    models_body,
+)
 from actors.endpoint.history import History, Message
-from actors.endpoint.requests import Body, Neutral, RequestError, Text, checked, read_json
+from actors.endpoint.history import Said as Turn
+from actors.endpoint.requests import Body, Neutral, RequestError, Text, checked, only, read_json
 
 T = TypeVar("T")
 MODEL = "policy"
 _MOST_BYTES = 64 * 2**20
 _START_S = 30.0
+
+
+class _Function(BaseModel):
+    name: str = Field(min_length=1, description="a text")
+    description: str | None = Field(None, description="a text")
+    parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
+
+
+class _Tool(BaseModel):
+    type: Literal["function"] = Field(description="function")
+    function: _Function = Field(description="an object with name, description and parameters")
 
 
 class _Body(Body):
@@ -46,6 +65,9 @@ class _Body(Body):
         BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
     ] = Field(None, description="a text or a list of texts, none of them empty")
     temperature: Neutral = None
+    tools: list[_Tool] | None = Field(None, description="a list of functions")
+    tool_choice: Annotated[object, only("auto")] = None
+    parallel_tool_calls: Annotated[object, only(True)] = None
     # they change nothing in an answer
     user: object = None
     metadata: object = None
@@ -60,17 +82,21 @@ class Call:
     """What a call brings to its episode. ``system_prompt``: of the first call of a conversation with one."""
 
     system_prompt: str | None
-    turns: tuple[str, ...]  # the user's new turns; the last one is to be answered
+    turns: tuple[Turn, ...]  # new, of the user or of tools; the last one is to be answered
+    tools: tuple[Mapping[str, Any], ...]  # name, description, parameters; the same in all calls of an episode
     max_tokens: int | None
     stop: tuple[str, ...]
+
+
+Answered = tuple[Said, tuple[SaidCall, ...]]
 
 
 @dataclass(slots=True)
 class _Asked:
     """The newest call. ``gone`` tells whether its client waits no more."""
 
-    said: list[tuple[str, str]]
-    reply: asyncio.Future[Said]
+    said: list[Turn]
+    reply: asyncio.Future[Answered]
     gone: Callable[[], Awaitable[bool]]
     lost: bool = False  # the reply came when nobody waited for it
 
@@ -84,10 +110,11 @@ class Channel:
         self._history = History()
         self._queue: asyncio.Queue[Call | None] = asyncio.Queue()
         self._asked: _Asked | None = None
+        self._tools: tuple[Mapping[str, Any], ...] | None = None  # of the first call
         self._over = ""  # why no call is answered any more
 
-    async def ask(self, body: _Body, repeated: bool, gone: Callable[[], Awaitable[bool]]) -> Said:
-        """Return the policy's reply. Raises RequestError.
+    async def ask(self, body: _Body, repeated: bool, gone: Callable[[], Awaitable[bool]]) -> Answered:
+        """Return the policy's reply, with the tool calls in it. Raises RequestError.
 
         ``repeated``: the client says that it sends this call again. It gets the reply that it missed.
         """
@@ -102,29 +129,34 @@ class Channel:
         if asked is not None and not asked.reply.done():
             message = "another call of this episode is being answered: parallel branches cannot be trained"
             raise RequestError(409, message, None, "history_conflict")
+        tools = tuple(tool.function.model_dump() for tool in body.tools or ())
+        if self._tools not in (None, tools):
+            message = "tools must be the same in all calls of an episode: they stand in its prompt"
+            raise RequestError(409, message, "tools", "history_conflict")
         new = self._history.accept(body.messages)
-        reply: asyncio.Future[Said] = asyncio.get_running_loop().create_future()
+        self._tools = tools
+        reply: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
         self._asked = _Asked(said, reply, gone)
         self.calls += 1
-        call = Call(new.system_prompt, new.turns, body.most_tokens, tuple(body.stop or ()))
+        call = Call(new.system_prompt, new.turns, tools, body.most_tokens, tuple(body.stop or ()))
         self._queue.put_nowait(call)
         return await self._wait(self._asked)
 
-    async def _wait(self, asked: _Asked) -> Said:
-        said = await asyncio.shield(asked.reply)  # another handler may wait for it too
+    async def _wait(self, asked: _Asked) -> Answered:
+        answered = await asyncio.shield(asked.reply)  # another handler may wait for it too
         asked.lost = await asked.gone()
-        return said
+        return answered
 
     async def next_call(self) -> Call | None:
         """The next call, None after ``finish``."""
         return await self._queue.get()
 
-    async def answer(self, said: Said) -> None:
-        """Answer the newest call."""
+    async def answer(self, said: Said, calls: tuple[SaidCall, ...]) -> None:
+        """Answer the newest call. ``calls``: the tool calls that the reply makes."""
         asked = self._asked
         assert asked is not None and not asked.reply.done(), "no call waits"
-        self._history.reply(said.text)
-        asked.reply.set_result(said)
+        self._history.reply(said.text, calls)
+        asked.reply.set_result((said, calls))
 
     async def finish(self) -> None:
         """Let ``next_call`` return None behind the calls that have come: the harness makes no more."""
@@ -212,12 +244,12 @@ def build_app(channels: dict[str, Channel], ignored: frozenset[str]) -> FastAPI:
         body = checked(_Body, Message, {key: data[key] for key in data if key not in ignored})
         # the official client's own count of its retries
         repeated = request.headers.get("x-stainless-retry-count", "0") != "0"
-        said = await channel.ask(body, repeated, request.is_disconnected)
+        said, calls = await channel.ask(body, repeated, request.is_disconnected)
         name = body.model or MODEL  # a harness may have its own name for the one model that is here
         if body.stream:
-            events = completion_events(name, said, body.usage_in_stream, {})
+            events = completion_events(name, said, body.usage_in_stream, {}, calls)
             return StreamingResponse(events, media_type="text/event-stream")
-        return Response(completion(name, said, {}), media_type="application/json")
+        return Response(completion(name, said, {}, calls), media_type="application/json")
 
     async def refuse(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestError):

@@ -142,11 +142,12 @@ def _refusal(error: ValidationError, model: type[BaseModel], message_kind: type[
     place, rule = "", ""
     for part in first["loc"]:
         if isinstance(part, int):
-            place, rule, model = f"{place}[{part}]", "an object", message_kind
-        elif part in model.model_fields:
-            place, rule = f"{place}.{part}" if place else part, model.model_fields[part].description or ""
-        else:  # a field that nobody knows
+            model = message_kind if place == "messages" else BaseModel
+            place, rule = f"{place}[{part}]", "an object"
+        else:
             place = f"{place}.{part}" if place else part
+            known = model.model_fields.get(part)
+            rule = (known.description or "") if known else f"valid ({first['msg']})"
     match first["type"]:
         case "unsupported":
             message = f"{place} {first['msg']}"

@@ -13,15 +13,19 @@ The reward is what the harness gives at its end, or its answer against the task'
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from actors.endpoint.answers import SaidCall
 from actors.endpoint.loopback import Call, Channel, Loopback
 from actors.environments.base import Observation, Reply, Split, held_out, passes, task_seed
 from actors.environments.data_file import DataFile
 from actors.environments.harness_process import Command, Ended, Function, Harness, Running, Visit
 from actors.environments.scoring import plain_em, plain_f1
 from actors.protocols import TaskError
+from actors.text.tools import Tool, calls_in
 from actors.types import Answer, Outcome, Task
 from configs.extensions import is_path, load_extension
 from configs.schema import HarnessConfig
@@ -72,6 +76,8 @@ class HarnessSession:
         question = task.payload.get("question", "")
         self.question = question if isinstance(question, str) else ""
         self._system_prompt = ""
+        self._tools: tuple[Tool, ...] = ()
+        self._called = 0  # tool calls so far
         self._task, self._endpoint, self._channel = task, endpoint, channel
         self._running: Running | None = None
         self._ended: Ended | None = None
@@ -83,6 +89,11 @@ class HarnessSession:
         """That of the harness's first call."""
         return self._system_prompt
 
+    @property
+    def tools(self) -> Sequence[Tool]:
+        """Those of the harness's first call, and so of all."""
+        return self._tools
+
     async def begin(self, harness: Harness) -> None:
         visit = Visit(self._endpoint.base_url, self._channel.key, self._task)
         self._running = harness.start(visit, self._on_end)
@@ -91,6 +102,9 @@ class HarnessSession:
             where = "OPENAI_BASE_URL (a function's base_url) with the key in OPENAI_API_KEY (its api_key)"
             raise TaskError(f"task {self._task.id}: the harness ended without one call: it must call {where}")
         self._system_prompt = call.system_prompt or ""
+        self._tools = tuple(
+            Tool(tool["name"], tool["description"] or "", tool["parameters"] or {}) for tool in call.tools
+        )
         self._take(call)
 
     async def observe(self) -> Observation | None:
@@ -103,7 +117,18 @@ class HarnessSession:
 
     async def act(self, text: str) -> None:
         assert self._reply is not None and self._reply.text == text, "heard comes first"
-        await self._endpoint.on_loop(self._channel.answer(self._reply))
+        await self._endpoint.on_loop(self._channel.answer(self._reply, self._calls_in(text)))
+
+    def _calls_in(self, text: str) -> tuple[SaidCall, ...]:
+        """The tool calls of a reply. Where one cannot be read, none: the harness gets the text as it is."""
+        found = calls_in(text, [tool.name for tool in self._tools]) if self._tools else ()
+        if any(call.fault for call in found):
+            return ()
+        start, self._called = self._called, self._called + len(found)
+        return tuple(
+            SaidCall(f"call_{number}", call.name, json.dumps(dict(call.arguments), ensure_ascii=False))
+            for number, call in enumerate(found, start)
+        )
 
     async def outcome(self) -> Outcome:
         """Wait for the harness's end, which comes soon: where it is not over yet, its turns are used up."""
@@ -131,9 +156,13 @@ class HarnessSession:
         return call
 
     def _take(self, call: Call) -> None:
-        *read, asked = call.turns
-        action = Observation(asked, True, max_tokens=call.max_tokens, stop=call.stop, heard=self._hear)
-        self._turns = [action, *(Observation(text, wants_action=False) for text in reversed(read))]
+        turns = [
+            Observation(turn.text, wants_action=False, role="tool" if turn.role == "tool" else "user")
+            for turn in call.turns
+        ]
+        most, stop, heard = call.max_tokens, call.stop, self._hear
+        turns[-1] = replace(turns[-1], wants_action=True, max_tokens=most, stop=stop, heard=heard)
+        self._turns = turns[::-1]
 
     def _hear(self, reply: Reply) -> None:
         self._reply = reply

@@ -43,6 +43,7 @@ MODULE = '''
 import asyncio, json, time
 import openai
 from actors.environments.base import Observation
+from actors.text.tools import Tool
 from actors.types import Outcome
 
 SYSTEM = "You are a clerk."
@@ -79,6 +80,44 @@ class SameSession:
     def act(self, text): pass
     def outcome(self): return Outcome(0.25, {}, ())
 
+PRICE = {"type": "object", "properties": {"item": {"type": "string"}}}
+
+async def shops(base_url, api_key, task):
+    """Gives the policy a tool, runs its calls, and asks for an answer in the end."""
+    client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key)
+    price = {"name": "price", "description": "Of an item", "parameters": PRICE}
+    tool = {"type": "function", "function": price}
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "What does a lamp cost?"}]
+    answer = await client.chat.completions.create(model="m", messages=messages, tools=[tool])
+    message = answer.choices[0].message
+    (call,) = message.tool_calls
+    seen["call"] = (message.content, call.function.name, json.loads(call.function.arguments))
+    seen["reason"] = answer.choices[0].finish_reason
+    result = {"role": "tool", "tool_call_id": call.id, "content": "7 dollars"}
+    for key, wrong in (("id", [{**result, "tool_call_id": "call_9"}]), ("tools", [result])):
+        offered = [tool] if key == "id" else []
+        sent = [*messages, message, *wrong]
+        try: await client.chat.completions.create(model="m", messages=sent, tools=offered)
+        except openai.APIStatusError as error: seen[key] = (error.status_code, error.body["message"])
+    messages += [message, result, {"role": "user", "content": "Say it in words."}]
+    stream = await client.chat.completions.create(model="m", messages=messages, tools=[tool], stream=True)
+    chunks = [chunk async for chunk in stream]
+    seen["answer"] = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    return 1.0
+
+class SameShop:
+    name, system_prompt = "harness", SYSTEM
+    def __init__(self, options): pass
+    def tasks(self, split, seed, start): return iter(())
+    def start(self, task): return SameShopSession()
+
+class SameShopSession(SameSession):
+    tools = (Tool("price", "Of an item", PRICE),)
+    def __init__(self): self.turns = [
+        Observation("Say it in words.", True), Observation("7 dollars", False, role="tool"),
+        Observation("What does a lamp cost?", True)]
+    def observe(self): return self.turns.pop() if self.turns else None
+
 def client_of(base_url, api_key): return openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=0)
 
 def asks(client, *texts, **options):
@@ -94,7 +133,7 @@ def probes(base_url, api_key, task):
     client = client_of(base_url, api_key)
     said = {}
     said["models"] = [model.id for model in client.models.list()]
-    fields = dict(n=2, temperature=0.3, top_p=0.5, seed=1, logprobs=True, tools=[{"type": "function"}])
+    fields = dict(n=2, temperature=0.3, top_p=0.5, seed=1, logprobs=True)
     for field, value in {**fields, "response_format": {"type": "json_object"}}.items():
         said[field] = refused(lambda: asks(client, "Hello?", **{field: value}))
     said["top_k"] = refused(lambda: asks(client, "Hello?", extra_body={"top_k": 4}))
@@ -174,14 +213,15 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
 class Talk:
     """A scripted policy: cards where it is asked for them, else a reply with the number of the sample."""
 
-    def __init__(self, chat: ChatFormat) -> None:
-        self.chat, self.samples = chat, 0
+    def __init__(self, chat: ChatFormat, says: Sequence[str]) -> None:
+        self.chat, self.says, self.samples = chat, says, 0
 
     def __call__(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
         if sampling.kind == "extract":
             return sampled(self.chat.reply(CARDS))
         self.samples += 1
-        ids = self.chat.reply(f"Nora, in Lisbon, {self.samples}.")
+        text = self.says[self.samples - 1] if self.says else f"Nora, in Lisbon, {self.samples}."
+        ids = self.chat.reply(text)
         if len(ids) > sampling.max_tokens:
             cut = sampled(ids[: sampling.max_tokens])
             return Generation(cut.token_ids, cut.logprobs, "length")
@@ -189,10 +229,14 @@ class Talk:
 
 
 def rollout_in(
-    chat: ChatFormat, environment: Environment, limit_s: float = 30.0, max_turns: int = 64
+    chat: ChatFormat,
+    environment: Environment,
+    limit_s: float = 30.0,
+    max_turns: int = 64,
+    says: Sequence[str] = (),
 ) -> Rollout:
     return Rollout(
-        ScriptedPolicy(Talk(chat)),
+        ScriptedPolicy(Talk(chat, says)),
         ScriptedWriter(),
         environment,
         chat,
@@ -218,9 +262,10 @@ def play(
     most: int = 64,
     context: int = 60,
     max_turns: int = 64,
+    says: Sequence[str] = (),
 ) -> TrajectoryGroup:
     environment = build_environment(config, EmbedderConfig())
-    rollout = rollout_in(chat, environment, limit_s, max_turns)
+    rollout = rollout_in(chat, environment, limit_s, max_turns, says)
     return asyncio.run(rollout.group(request_of(environment, size, most, context)))
 
 
@@ -260,6 +305,7 @@ def test_a_harness_is_trained_like_the_same_talk_in_an_ordinary_environment(
 
 def test_the_worked_example(chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = (ROOT / "actors/README.md").read_text("utf-8").split("\n## An agent harness of your own\n")[1]
+    section = section.split("\n## ")[0]
     (tmp_path / "my_agent.py").write_text(section.split("```python\n")[1].split("```")[0], "utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     (command,) = re.findall(r"```sh\nengram train quickstart (.*?)\n```", section, re.DOTALL)
@@ -268,6 +314,26 @@ def test_the_worked_example(chat: ChatFormat, tmp_path: Path, monkeypatch: pytes
     assert sum(span.kind == "act" for segment in trajectory.segments for span in segment.spans) == 4
     assert len(trajectory.writes) == 1
     assert trajectory.outcome.answers[0].prediction == "Nora, in Lisbon, 4."
+
+
+def test_tools_stand_in_the_prompt_and_calls_come_back_in_the_protocols_form(
+    chat: ChatFormat, user: ModuleType
+) -> None:
+    says = ['<tool_call>{"name": "price", "arguments": {"item": "lamp"}}</tool_call>', "Seven dollars."]
+    config = EnvironmentConfig(name="custom", custom="my_harness:SameShop")
+    mine, theirs = (
+        only(play(chat, each, context=500, says=says)) for each in (function("shops", "bare"), config)
+    )
+    assert user.seen["call"] == (None, "price", {"item": "lamp"})
+    assert user.seen["reason"] == "tool_calls" and user.seen["answer"] == "Seven dollars."
+    assert user.seen["id"] == (
+        400,
+        "messages[3].tool_call_id must be the id of a call in the newest reply",
+    )
+    assert user.seen["tools"][0] == 409 and "the same in all calls" in user.seen["tools"][1]
+    (one,), (other,) = mine.segments, theirs.segments
+    assert np.array_equal(one.token_ids, other.token_ids) and one.spans == other.spans
+    assert "Of an item" in chat.decode(one.token_ids.tolist())
 
 
 def test_siblings_have_channels_of_their_own(chat: ChatFormat, user: ModuleType) -> None:
@@ -279,7 +345,7 @@ def test_what_a_call_may_ask_for_and_what_is_refused_by_name(chat: ChatFormat, u
     trajectory = only(play(chat, function("probes", "bare"), context=500, most=32))
     seen = user.seen
     assert seen["models"] == ["policy"]
-    for field in ("n", "temperature", "top_p", "top_k", "seed", "logprobs", "tools", "response_format"):
+    for field in ("n", "temperature", "top_p", "top_k", "seed", "logprobs", "response_format"):
         assert seen[field][0] == 400 and seen[field][1].startswith(f"{field} is not supported"), seen[field]
     assert seen["key"][0] == 401 and "api_key" in seen["key"][1]
     assert seen["path"][0] == 404 and "only /v1/chat/completions" in seen["path"][1]
@@ -289,7 +355,7 @@ def test_what_a_call_may_ask_for_and_what_is_refused_by_name(chat: ChatFormat, u
     assert seen["edited"][0] == 409 and seen["edited"][1].startswith("messages[1] is not what was said")
     assert seen["branch"][0] == 409 and seen["branch"][1].startswith("messages[2] is missing")
     assert seen["reply"][0] == 409 and seen["shorter"][0] == 409
-    assert seen["nothing new"] == (400, "the last message must be the user's")
+    assert seen["nothing new"] == (400, "the last message must be the user's, or a tool's")
     assert seen["retry"] == "Nora, in Lisbon, 1."  # as it was: it is not sampled again
     assert (seen["stream"], seen["finish"]) == ("Nora,", "length")
     (segment,) = trajectory.segments
