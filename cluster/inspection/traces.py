@@ -3,8 +3,13 @@
     EpisodeRecord --steps_of--> spans: observe, act, extract, write, receipt, answer, reward
     spans --a thread: start_trace, log_spans--> the experiment; metadata mlflow.sourceRun = the run
 
+A trace is named by its task, and siblings of a step are one session. Rewards and scores are its assessments:
+those of an answer stand at its span, with the gold answer as expectation. What the model read and said has
+MLflow's chat form, with its tokens.
+
 A store that is away costs traces, never the run. They are counted; their records stay in the run's folder.
-Only the sum of each phase was measured: its seconds are shared out over its spans. The root span says so.
+A write has the seconds that its writer measured; what it waited for others comes before it. Of the other
+phases only sums were measured, shared out over their tokens. The root span says so.
 """
 
 from __future__ import annotations
@@ -12,12 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from actors.text.thoughts import visible_reply
+from actors.types import Answer
 from cluster.inspection.background import Background
 from cluster.inspection.record import (
     EpisodeRecord,
@@ -29,23 +36,33 @@ from cluster.inspection.record import (
     file_name,
     plain,
 )
+from cluster.inspection.terminal import mark
+from cluster.measure.rows import OUTCOMES
 from cluster.tracking.sender import first_line, shown
 
 if TYPE_CHECKING:
+    from mlflow.entities import Assessment
     from mlflow.entities.span import Span
     from mlflow.tracing.client import TracingClient
     from opentelemetry.trace import SpanContext
 
 _MOST_WAITING = 32
 _LONGEST_PREVIEW = 500  # characters
-_TIMES = "the seconds of a phase are shared out over its spans: only their sums were measured"
+_TIMES = (
+    "a write's seconds were measured; those of other phases are shared out over their tokens: "
+    "only their sums were measured"
+)
+_ROLES = {"system": "system", "assistant": "assistant", "act": "assistant", "extract": "assistant"}
 _READ = ("system", "user", "assistant", "text")
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A span to be. ``kind``: MLflow's span type. ``inside``: spans at its end, beyond ``seconds``."""
+    """A span to be. ``kind``: MLflow's span type. ``inside``: spans at its end, beyond ``seconds``.
+
+    ``wait``: seconds before it, in which the episode waited for others. ``answer``: what it assesses.
+    """
 
     name: str
     kind: str
@@ -55,10 +72,12 @@ class Step:
     attributes: dict[str, Any] = field(default_factory=dict)
     inside: tuple[Step, ...] = ()
     error: str = ""
+    wait: float = 0.0
+    answer: Answer | None = None
 
     @property
     def length(self) -> float:
-        return self.seconds + sum(step.length for step in self.inside)
+        return self.seconds + sum(step.wait + step.length for step in self.inside)
 
 
 def steps_of(record: EpisodeRecord) -> tuple[Step, ...]:
@@ -67,7 +86,10 @@ def steps_of(record: EpisodeRecord) -> tuple[Step, ...]:
 
 
 class _Pace:
-    """Seconds of each phase for one of its units: a token, a write, an install, a stretch that was read."""
+    """Seconds of each phase for one of its units: a token, an install, a stretch that was read.
+
+    ``wait``: before a write.
+    """
 
     def __init__(self, record: EpisodeRecord) -> None:
         times = record.timings
@@ -75,7 +97,9 @@ class _Pace:
         reads = sum(read for segment in record.segments for read, _ in _stretches(segment))
         self.act = times.act / max(1, record.tokens_of("act"))
         self.extract = times.extract / max(1, record.tokens_of("extract"))
-        self.write = times.write / max(1, len(outcomes) - outcomes.count("empty"))
+        written = [write.log.seconds for write in record.writes if write.log.outcome != "empty"]
+        # A batch of writes may have taken longer than this episode was in it: then there was no wait.
+        self.wait = max(0.0, times.write - sum(written)) / max(1, len(written))
         self.install = times.install / max(1, outcomes.count("accepted"))
         self.observe = max(0.0, times.environment) / max(1, reads)
 
@@ -96,7 +120,7 @@ def _contexts(record: EpisodeRecord, pace: _Pace) -> Iterator[Step]:
             tokens = sum(passage.tokens for passage in passages)
             about = {"context": number, "revision": segment.revision, "tokens": tokens}
             if read:
-                turns = [{"role": turn.kind, "text": turn.text} for turn in passages]
+                turns = {"messages": [_message(turn) for turn in passages]}
                 yield Step("observe", "UNKNOWN", None, turns, pace.observe, about)
             else:
                 yield _reply(record, number, passages[0], pace, about)
@@ -104,13 +128,23 @@ def _contexts(record: EpisodeRecord, pace: _Pace) -> Iterator[Step]:
 
 
 def _reply(record: EpisodeRecord, number: int, passage: Passage, pace: _Pace, about: dict[str, Any]) -> Step:
-    outputs: dict[str, Any] = {"text": passage.text}
+    """A sampled passage: the context before it as messages, and what the model said."""
+    segment = record.segments[number]
+    before = [turn for turn in segment.passages if turn.end <= passage.start]
+    inputs = {"messages": [_message(turn) for turn in before]}
+    outputs: dict[str, Any] = {"choices": [{"message": _message(passage)}]}
+    usage = {"input_tokens": passage.start, "output_tokens": passage.tokens, "total_tokens": passage.end}
+    about = {**about, "mlflow.chat.tokenUsage": usage, "model": record.origin.model}
     if passage.kind == "act":
-        return Step("act", "LLM", None, outputs, passage.tokens * pace.act, about)
+        return Step("act", "LLM", inputs, outputs, passage.tokens * pace.act, about)
     for write in record.writes:
         if write.after == number and write.log.extraction == visible_reply(passage.text):
             outputs |= {"flashcards": _cards(write), "unused": list(write.unused)}
-    return Step("extract", "LLM", None, outputs, passage.tokens * pace.extract, about)
+    return Step("extract", "LLM", inputs, outputs, passage.tokens * pace.extract, about)
+
+
+def _message(passage: Passage) -> dict[str, str]:
+    return {"role": _ROLES.get(passage.kind, "user"), "content": passage.text}
 
 
 def _writes_after(record: EpisodeRecord, number: int, pace: _Pace) -> Iterator[Step]:
@@ -141,10 +175,11 @@ def _write(write: WriteEntry, pace: _Pace) -> Step:
         "MEMORY",
         {"flashcards": _cards(write)},
         outputs,
-        0.0 if log.outcome == "empty" else pace.write,
+        0.0 if log.outcome == "empty" else log.seconds,
         about,
         () if write.receipt == "none" else (receipt,),
         error=(log.reason or log.outcome) if log.outcome == "rolled_back" else "",
+        wait=0.0 if log.outcome == "empty" else pace.wait,
     )
 
 
@@ -156,7 +191,7 @@ def _ending(record: EpisodeRecord) -> Iterator[Step]:
     for answer in record.outcome.answers:
         inputs = {"question": answer.question, "gold": list(answer.gold), "category": answer.category}
         outputs = {"prediction": answer.prediction, "scores": dict(answer.scores)}
-        yield Step("answer", "EVALUATOR", inputs, outputs, 0.0)
+        yield Step("answer", "EVALUATOR", inputs, outputs, 0.0, answer=answer)
     outcome = record.outcome
     reward = {
         "reward": outcome.reward,
@@ -200,6 +235,7 @@ def send(client: TracingClient, experiment: str, run_id: str, record: Record) ->
     number = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "big")
     root = _root(record)
     began = record.ended - root.length
+    spans = _spans(root, number, int(began * 1e9), None, 1)
     info = TraceInfo(
         trace_id=_trace_id(number),
         trace_location=TraceLocation.from_experiment_id(experiment),
@@ -208,15 +244,77 @@ def send(client: TracingClient, experiment: str, run_id: str, record: Record) ->
         request_preview=f"{record.task_id} ({record.episode_id})",
         response_preview=_preview(record)[:_LONGEST_PREVIEW],
         execution_duration=int(root.length * 1000),
-        trace_metadata={"mlflow.sourceRun": run_id},
-        tags={
-            "mlflow.traceName": "episode",
-            "engram.source": record.origin.source,
-            "engram.step": str(record.origin.step),
-        },
+        trace_metadata=_metadata(run_id, record),
+        tags=_tags(record),
+        assessments=list(_assessments(root, record, spans, _trace_id(number))),
     )
     client.start_trace(info)
-    client.log_spans(experiment, _spans(root, number, int(began * 1e9), None, 1))
+    client.log_spans(experiment, spans)
+
+
+def _metadata(run_id: str, record: Record) -> dict[str, str]:
+    origin = record.origin
+    session = f"{record.task_id}, {origin.label or 'train'}, step {origin.step}"
+    metadata = {"mlflow.sourceRun": run_id, "mlflow.trace.session": session}
+    if isinstance(record, EpisodeRecord):
+        read, said = record.tokens - record.sampled_tokens, record.sampled_tokens
+        usage = {"input_tokens": read, "output_tokens": said, "total_tokens": read + said}
+        metadata["mlflow.trace.tokenUsage"] = json.dumps(usage)
+    return metadata
+
+
+def _tags(record: Record) -> dict[str, str]:
+    origin = record.origin
+    tags = {
+        "mlflow.traceName": record.task_id,
+        "engram.source": origin.source,
+        "engram.step": str(origin.step),
+        "engram.label": origin.label,
+        "engram.memory": origin.memory,
+        "engram.policy_version": str(record.policy_version),
+    }
+    if isinstance(record, EpisodeRecord):
+        outcomes = [write.log.outcome for write in record.writes]
+        tags |= {
+            "engram.reward": f"{record.outcome.reward:.6g}",
+            "engram.writes": "/".join(str(outcomes.count(name)) for name in OUTCOMES),
+        }
+    return {name: value for name, value in tags.items() if value}
+
+
+def _assessments(root: Step, record: Record, spans: Sequence[Span], trace_id: str) -> Iterator[Assessment]:
+    """The reward and mean scores of the episode, and the scores and the gold answer at each answer's span."""
+    from mlflow.entities import AssessmentSource, Expectation, Feedback
+
+    if isinstance(record, FailureRecord):
+        return
+    scorer = AssessmentSource(source_type="CODE", source_id=f"environment {record.environment}")
+    values: dict[str, list[float]] = {"reward": [record.outcome.reward]}
+    for answer in record.outcome.answers:
+        for name, value in answer.scores.items():
+            values.setdefault(name, []).append(value)
+    for name, numbers in values.items():
+        if math.isfinite(mean := sum(numbers) / len(numbers)):  # NaN has no place in the store
+            yield Feedback(name=name, value=mean, source=scorer, trace_id=trace_id)
+    answered = zip(_in_order(root), spans, strict=True)
+    for answer, span in ((step.answer, span) for step, span in answered if step.answer is not None):
+        at = {"source": scorer, "trace_id": trace_id, "span_id": span.span_id}
+        yield Expectation(name="expected_response", value=" | ".join(answer.gold), **at)
+        yield Feedback(
+            name="answer", value=mark(answer.scores) or "no score", rationale=_scored(answer), **at
+        )
+
+
+def _scored(answer: Answer) -> str:
+    scores = ", ".join(f"{name} {value:.3g}" for name, value in answer.scores.items())
+    return f"{answer.prediction!r} ({scores})"
+
+
+def _in_order(step: Step) -> Iterator[Step]:
+    """As ``_spans`` makes them: each step before those inside it."""
+    yield step
+    for inner in step.inside:
+        yield from _in_order(inner)
 
 
 def _trace_id(number: int) -> str:
@@ -245,11 +343,13 @@ def _root(record: Record) -> Step:
     }
     if isinstance(record, FailureRecord):
         outputs: dict[str, Any] = {"failed": record.boundary, "message": record.message}
-        return Step("episode", "AGENT", inputs, outputs, 0.0, about, error=record.message or record.boundary)
+        return Step(
+            record.task_id, "AGENT", inputs, outputs, 0.0, about, error=record.message or record.boundary
+        )
     answers = [answer.prediction for answer in record.outcome.answers]
     outputs = {"reward": record.outcome.reward, "answers": answers, "stop_reason": record.stop_reason}
     about |= {"tokens": record.tokens}
-    return Step("episode", "AGENT", inputs, outputs, 0.0, about, steps_of(record))
+    return Step(record.task_id, "AGENT", inputs, outputs, 0.0, about, steps_of(record))
 
 
 def _spans(step: Step, trace: int, start: int, parent: SpanContext | None, first_id: int) -> list[Span]:
@@ -282,6 +382,7 @@ def _spans(step: Step, trace: int, start: int, parent: SpanContext | None, first
     spans = [Span(span)]
     start += int(step.seconds * 1e9)
     for inner in step.inside:
+        start += int(inner.wait * 1e9)
         spans += _spans(inner, trace, start, context, first_id + len(spans))
         start += int(inner.length * 1e9)
     return spans

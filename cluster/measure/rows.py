@@ -27,7 +27,7 @@ from cluster.common.errors import AllFailed, CheckpointError, SaveError
 from cluster.common.failures import failure_text, one_cause
 from cluster.measure.card_counts import CardCounts, count_cards, total_cards
 from cluster.measure.collapse import ExtractionCounts, collapse_figures, count_extractions, total
-from cluster.measure.scores import F1, REWARD, score_order
+from cluster.measure.scores import F1, REWARD, SUMMARY, score_order
 from cluster.measure.statistics import Interval, PairedDifference, mean_interval, paired_difference
 from configs.files import FileError, Measured, dump_json, make_folder, read_json, write_text
 from configs.memory import CARD_WRITING
@@ -355,6 +355,13 @@ def row_metrics(result: RowResult, key: str) -> dict[str, float]:
         costs = ("prompt_tokens", "generated_tokens", "seconds")
         figures |= {field: result.per_episode(field) for field in costs}
     return {f"eval/{key}/{name}": value for name, value in figures.items()}
+
+
+def summary_metrics(result: RowResult) -> dict[str, float]:
+    """The held-out score of the trained policy, for its chart over the run's steps. {} without one."""
+    score = primary_score(result.episodes)
+    values = result.values(score)
+    return {f"{SUMMARY}/held_out_{score}": float(np.mean(values))} if values else {}
 
 
 def save_row(result: RowResult, path: Path) -> None:

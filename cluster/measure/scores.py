@@ -14,6 +14,9 @@ F1 = "f1"
 REWARD = "reward"
 """The name under which an episode's reward stands beside the scores of its answers."""
 
+SUMMARY = "Summary"
+"""The section of the charts that a reader wants first. MLflow sorts sections by name, capitals first."""
+
 
 def score_order(names: set[str]) -> tuple[str, ...]:
     """f1, em and the reward first."""

@@ -3,13 +3,14 @@
     Tracker.dataset, Tracker.model --outbox--> sender --> take_dataset, take_model
 
 Both may be repeated: they look first for what MLflow holds. A checkpoint stays where it is; the tags of its
-model say where. With tracking.models=upload its Hugging Face folder is copied into MLflow too.
+model say where. With tracking.models=upload MLflow has a copy, which ``mlflow.transformers`` loads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -86,9 +87,27 @@ def _logged_model(client: MlflowClient, run_id: str, values: Values) -> LoggedMo
         )
     if str(model.status) != "READY":
         if values["upload"] == "True":
-            client.log_model_artifacts(model.model_id, values["weights"])
+            _upload(client, str(model.model_id), values)
         client.finalize_logged_model(model.model_id, "READY")
     return model
+
+
+def _upload(client: MlflowClient, model_id: str, values: Values) -> None:
+    """Copy a checkpoint's Hugging Face folder into MLflow, as a model of its flavor transformers.
+
+    So ``mlflow.transformers.load_model("models:/NAME@best")`` answers. The weights are never loaded, and
+    copied twice: in the run's folder, then to MLflow. Why the requirements are named: else MLflow would load
+    the model to find them.
+    """
+    import mlflow.transformers
+
+    run_dir = Path(values["folder"]).parent.parent
+    with tempfile.TemporaryDirectory(prefix=".upload-", dir=run_dir) as folder:
+        path, needs = str(Path(folder) / "model"), ["transformers", "torch"]
+        mlflow.transformers.save_model(
+            values["weights"], path, task="text-generation", pip_requirements=needs
+        )
+        client.log_model_artifacts(model_id, path)
 
 
 def _version(client: MlflowClient, run_id: str, model: LoggedModel, values: Values) -> str:

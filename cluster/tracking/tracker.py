@@ -10,13 +10,15 @@ Every wait, and its bound:
 
 What MLflow has not taken by then stays in the file. The process that resumes the run sends it first.
 
-The part of a metric's name before "/" is its chart section: reward, cards, learner, rollout, fleet,
+The part of a metric's name before "/" is its chart section. MLflow sorts sections by name, capitals first: so
+``Summary/reward`` and ``Summary/held_out_f1`` come first. The others: reward, cards, learner, rollout, fleet,
 staleness, sync, fast_weights, timing_s, timeline, perf, eval, warm_start, curriculum, tracking, system. While
 MLflow is away, "tracking/spooled" is the number of records that it has not taken.
 """
 
 from __future__ import annotations
 
+import getpass
 import logging
 import os
 import re
@@ -25,7 +27,7 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, urlsplit
@@ -258,9 +260,13 @@ def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> str:
 def _tags() -> dict[str, str]:
     """The run's origin. A Ray job works in a copy without its repository: its submission names the commit."""
     job = current_job(os.environ)
+    user = ""
+    with suppress(OSError, KeyError):  # a container's user may have no name
+        user = getpass.getuser()
     commit = git_commit(Path(__file__).parent) or (job.commit if job is not None else "")
     tags = {
-        "mlflow.source.name": "python -m cluster",
+        "mlflow.user": user,
+        "mlflow.source.name": "engram",
         "mlflow.source.type": "LOCAL" if job is None else "JOB",
         "mlflow.source.git.commit": commit,
         "ray_job": "" if job is None else job.submission_id,

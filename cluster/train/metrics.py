@@ -1,7 +1,8 @@
 """Turns what a step produced into the figures that the tracker logs, by pure functions.
 
-The section of a figure's name before "/" is its chart group in MLflow. The section ``timeline`` says where a
-step's time went, as fractions that sum to 1 in each of three views:
+The section of a figure's name before "/" is its chart group in MLflow. ``Summary``, the first there, has the
+reward of a step and the held-out score of the policy. The section ``timeline`` says where a step's time went,
+as fractions that sum to 1 in each of three views:
 
     timeline/worker_*    workers' step threads: act, extract, receipt, write, install, refresh, idle, other
     timeline/episode_*   the episodes, waiting included: act, extract, write, install, environment
@@ -23,6 +24,7 @@ from actors.worker import WorkerReport
 from cluster.fleet.ledger import Ledger
 from cluster.fleet.stream import Batch
 from cluster.measure.card_counts import count_cards, total_cards
+from cluster.measure.scores import SUMMARY
 from learner.types import StepReport, WarmStartReport
 
 
@@ -91,6 +93,7 @@ def step_metrics(report: StepReport, batch: Batch, seconds: StepSeconds, ledger:
         | write_metrics([record for episode in episodes for record in episode.writes])
         | card_metrics(episodes)
     )
+    metrics[f"{SUMMARY}/reward"] = metrics["reward/mean"]
     metrics |= episode_timeline(episodes) | learner_timeline(seconds)
     metrics |= {
         f"learner/{field.name}": float(getattr(report, field.name))

@@ -25,6 +25,7 @@ from cluster.measure.rows import (
     load_row,
     row_metrics,
     save_row,
+    summary_metrics,
 )
 from cluster.tracking.tracker import Tracker
 from cluster.train.prepare import RunFolder, RunSpec
@@ -120,7 +121,11 @@ class Scoreboard:
             watched = self.observers.recorder.watch(workers, config, step)
             result = await evaluate_row(row, tasks, watched, config.engine.slots, counter.advance)
         save_row(result, self.folder.row(key))
-        self.observers.tracker.log(row_metrics(result, key), step)
+        figures = row_metrics(result, key)
+        first = "after_warm_start" if config.warm_start.steps > 0 else "before"
+        if key in (first, "after_rl"):  # what RL begins with, and what it made of it
+            figures |= summary_metrics(result)
+        self.observers.tracker.log(figures, step)
 
     def ahead(self, keys: Sequence[str]) -> int:
         """The episodes of those rows of ``keys`` that ``measure`` would play."""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from cluster.common.errors import ClusterError
 from cluster.fleet.fleet import ElasticFleet
 from cluster.fleet.stream import GroupStream
-from cluster.measure.rows import RowResult, evaluate_row, primary_score, row_metrics
+from cluster.measure.rows import RowResult, evaluate_row, primary_score, row_metrics, summary_metrics
 from cluster.measure.scores import mean_text
 from cluster.runs.checkpoint import TrainState, save_checkpoint, score_checkpoint
 from cluster.train.prepare import RunFolder, RunSpec
@@ -121,7 +121,7 @@ class StepCheckpoints:
         say, keep = self._observers.display.say, self._spec.config.train.keep_checkpoints
         name = primary_score(result.episodes)
         scores = result.values(name)
-        self._observers.tracker.log(row_metrics(result, METRICS), step)
+        self._observers.tracker.log(row_metrics(result, METRICS) | summary_metrics(result), step)
         if not scores:
             why = result.failed[0] if result.failed else "no worker serves"
             say(f"step {step} has no held-out score: none of its episodes was finished ({why})")

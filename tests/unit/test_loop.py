@@ -108,6 +108,7 @@ def test_metrics_have_the_sections_of_the_dashboard(tmp_path: Path) -> None:
     bench.run()
     sections = {name.partition("/")[0] for name in bench.tracker.steps[3]}
     assert sections == {
+        "Summary",
         "reward",
         "learner",
         "rollout",

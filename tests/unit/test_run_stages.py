@@ -110,7 +110,7 @@ def test_the_supervised_control_makes_as_many_steps_and_goes_on_where_it_was(
         served.append(cluster.learner.version)
 
     def demonstrations(spec: RunSpec, purpose: str) -> Any:
-        return SimpleNamespace(of_step=lambda step: f"{purpose} {step}", faults=[])
+        return SimpleNamespace(of_step=lambda step: f"{purpose} {step}", figures=dict, note=lambda: "")
 
     monkeypatch.setattr(run, "_serve_newest", serve)
     monkeypatch.setattr(run, "build_demonstrations", demonstrations)
@@ -277,6 +277,19 @@ def test_a_row_is_measured_once_and_again_after_it_was_forgotten(tmp_path: Path)
     scores.forget("before")
     asyncio.run(scores.measure("before", 0, [seat]))
     assert len(seat.calls) == 6
+
+
+def test_the_summary_has_the_held_out_score_of_the_trained_policy_alone(tmp_path: Path) -> None:
+    """Before RL it is what the warm start made, where there was one."""
+    for warm_steps, first in ((0, "before"), (9, "after_warm_start")):
+        logged = []
+        for key in ("memory_off", "before", "after_warm_start", "after_rl"):
+            observers, tracker, _ = observers_of(Seat())
+            config = RunConfig(warm_start=WarmStartConfig(steps=warm_steps))
+            folder = RunFolder(tmp_path / str(warm_steps) / key)
+            asyncio.run(Scoreboard(spec_of(config), folder, observers).measure(key, 0, [Seat()]))
+            logged += [key] if tracker.steps[0].get("Summary/held_out_f1") == 0.5 else []
+        assert logged == [first, "after_rl"]
 
 
 def test_a_run_without_memory_has_no_second_row_with_its_memory_off(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -124,10 +125,12 @@ def test_an_episode_is_told_in_order_and_its_phases_add_up() -> None:
         "reward",
     ]
     seconds = {
-        name: sum(step.seconds for step in steps if step.name == name)
+        name: sum(step.wait + step.seconds for step in steps if step.name == name)
         for name in ("observe", "extract", "write", "act")
     }
     assert seconds == pytest.approx({"observe": 1.0, "extract": 1.2, "write": 1.0, "act": 0.4})
+    # A write is as long as its writer measured, however long it waited; an empty one takes no time.
+    assert [step.seconds for step in steps if step.name == "write"] == [0.2, 0.2, 0.0]
     assert sum(inner.seconds for step in steps for inner in step.inside) == pytest.approx(0.4)
 
 
@@ -155,15 +158,23 @@ def test_a_trace_of_the_run_holds_the_episode(tracker: MlflowTracker, uri: str) 
     spans = trace.data.spans
     context = ("observe", "extract", "write")
     answered = ("observe", "act", "answer", "reward")
-    assert [span.name for span in spans] == ["episode", *context, "receipt", *context, *context, *answered]
+    assert [span.name for span in spans] == ["recall-7", *context, "receipt", *context, *context, *answered]
     root = spans[0]
     assert root.parent_id is None and all(span.parent_id for span in spans[1:])
     assert all(
         root.start_time_ns <= span.start_time_ns <= span.end_time_ns <= root.end_time_ns for span in spans
     )
     by_name = {span.name: span for span in reversed(spans)}  # the first of each
+    assert by_name["extract"].inputs == {
+        "messages": [
+            {"role": "system", "content": "Remember."},
+            {"role": "user", "content": "session 0"},
+        ]
+    }
+    usage = {"input_tokens": 6, "output_tokens": 4, "total_tokens": 10}
+    assert by_name["extract"].get_attribute("mlflow.chat.tokenUsage") == usage
     assert by_name["extract"].outputs == {
-        "text": "cards 0",
+        "choices": [{"message": {"role": "assistant", "content": "cards 0"}}],
         "flashcards": [{"question": "Who moved?", "answer": "Nora"}],
         "unused": ["what?"],
     }
@@ -179,7 +190,21 @@ def test_a_trace_of_the_run_holds_the_episode(tracker: MlflowTracker, uri: str) 
     assert codes == [SpanStatusCode.OK, SpanStatusCode.ERROR, SpanStatusCode.OK]
     assert writes[1].status.description == "the loss rose"
     assert writes[2].outputs["loss_after"] is None  # there is none: no NaN in the store
-    assert [span.name for span in failed.data.spans] == ["episode"]
+    info = trace.info
+    assert (info.tags["mlflow.traceName"], info.tags["engram.reward"]) == ("recall-7", "0.5")
+    assert info.tags["engram.writes"] == "1/1/1" and info.token_usage["output_tokens"] == 16
+    assert info.trace_metadata["mlflow.trace.session"] == "recall-7, train, step 12"
+    found = {each.name: each for each in info.assessments}
+    assert {name: each.value for name, each in found.items()} == {
+        "reward": 0.5,
+        "f1": 1.0,
+        "em": 1.0,
+        "answer": "right",
+        "expected_response": "Nora",
+    }
+    assert found["answer"].span_id == found["expected_response"].span_id == by_name["answer"].span_id
+    assert found["reward"].source.source_id == "environment recall"
+    assert [span.name for span in failed.data.spans] == ["recall-8"]
     assert failed.data.spans[0].outputs == {
         "failed": "receipt",
         "message": "the engine does not act as the writer computed",
@@ -283,17 +308,25 @@ def test_kept_checkpoints_are_models_with_aliases_and_come_once(
     assert kept_models(replace(CONFIG, tracking=TrackingConfig(models="off")), run_dir) == []
 
 
-def test_a_model_is_uploaded_where_the_setting_says_so(
-    tracker: MlflowTracker, uri: str, run_dir: Path
+def test_a_model_that_is_uploaded_can_be_loaded(
+    tracker: MlflowTracker, uri: str, run_dir: Path, tiny_model_path: Path
 ) -> None:
+    weights = run_dir / "checkpoints" / "step-000010" / "learner" / "model"
+    shutil.rmtree(weights)
+    shutil.copytree(tiny_model_path, weights)
     upload = replace(CONFIG, name="uploaded", tracking=TrackingConfig(models="upload"))
-    tracker.model(kept_models(upload, run_dir)[1])
+    tracker.model(kept_models(upload, run_dir)[-1])
     tracker.finish("FINISHED")
-    client = MlflowClient(uri)
-    version = client.get_model_version_by_alias("engram-uploaded", "newest")
-    assert [file.path for file in client.list_logged_model_artifacts(version.tags["engram.model_id"])] == [
-        "config.json"
-    ]
+    mlflow.set_tracking_uri(uri)
+    try:
+        loaded = mlflow.transformers.load_model(
+            "models:/engram-uploaded@newest", return_type="components", device="cpu"
+        )
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert type(loaded["model"]).__name__ == "LlamaForCausalLM"
+    assert loaded["tokenizer"]("Who?")["input_ids"]
+    assert not list(run_dir.glob(".upload-*"))
 
 
 def test_the_machines_figures_come_with_steps_that_go_on_after_a_resume() -> None:
