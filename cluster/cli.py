@@ -37,6 +37,7 @@ from cluster.inspection import command as inspection
 from cluster.inspection import trial_command as trial
 from cluster.jobs import command as jobs
 from cluster.probe import command as probing
+from cluster.sizing import command as sizing
 from configs.bounds import ConfigError
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.ESTALE)
@@ -71,6 +72,8 @@ examples:
 _EXAMPLES = """examples:
   engram train quickstart                         train on this machine, no service needed
   engram train quickstart --seeds 0,1,2           three runs, pooled over their seeds
+  engram plan one_gpu --gpus 1 --gpu-gib 24       what of it fits, before anything starts
+  engram doctor                                   what this machine has, and what would stop a run
   engram evaluate quickstart                      held-out tasks, memory off and on
   engram probe quickstart --cards recall:12       what a write is worth: recall, paraphrases, damage
   engram try my_shop:Shop                         play a task of an environment yourself, without a model
@@ -305,6 +308,8 @@ _add(jobs.status, jobs.STATUS_EXAMPLES)
 _add(jobs.logs, jobs.LOGS_EXAMPLES)
 _add(jobs.stop, jobs.STOP_EXAMPLES)
 _add(bench, _BENCH_EXAMPLES)
+_add(sizing.plan, sizing.PLAN_EXAMPLES)
+_add(sizing.doctor, sizing.DOCTOR_EXAMPLES)
 
 
 # --- errors ------------------------------------------------------------------------------------------------

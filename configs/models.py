@@ -10,16 +10,14 @@ a ``ModelError`` of one line.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 from configs.embedded import EMBEDDED_NAME, ModelError, embedded_folder
 from configs.schema import EngineConfig, ModelConfig
+from configs.shapes import ModelShape, check_supported, read_config, read_shape
 
 __all__ = [
     "EMBEDDED_NAME",
@@ -28,14 +26,12 @@ __all__ = [
     "check_supported",
     "declared_stop_ids",
     "fingerprint",
+    "model_shape",
     "require_positions",
     "resolve_model",
     "tokenizer_folder",
 ]
 
-# In these decoders model.layers.{i}.mlp.{gate,up,down}_proj are plain linear layers. Fast weights attach to
-# them.
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Only safetensors: to load a pickled .bin file runs the code that its author put into it.
 WEIGHTS = "*.safetensors"
 HUB_PATTERNS = ("*.json", WEIGHTS, "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
@@ -44,7 +40,7 @@ BLOCK_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class ResolvedModel:
+class ResolvedModel(ModelShape):
     """A model on this machine. ``path`` holds config.json, safetensors and a tokenizer with a chat template.
 
     ``fingerprint`` is a sha256 (hex) that changes with the architecture and the weights, see `fingerprint`.
@@ -53,16 +49,6 @@ class ResolvedModel:
 
     name: str
     path: Path
-    model_type: str
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    tied_embeddings: bool
     stop_token_ids: tuple[int, ...]
     fingerprint: str
 
@@ -70,42 +56,12 @@ class ResolvedModel:
 def resolve_model(config: ModelConfig) -> ResolvedModel:
     """Find, download or convert the model named by ``config``. Raises ModelError."""
     path = _locate(config)
-    hf_config = _read_json(path / "config.json", config.name)
-    check_supported(hf_config, config.name)
+    shape = read_shape(path / "config.json", config.name)
     _check_files(path, config.name)
-    file = path / "config.json"
-
-    def whole(key: str, default: int | None = None) -> int:
-        value = hf_config.get(key)
-        if value is None and default is not None:
-            return default
-        if value is None:
-            raise ModelError(f"model {config.name!r}: {file} lacks the field {key!r}")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(
-                f"model {config.name!r}: {file} has {key}={value!r}, it must be a whole number above 0"
-            )
-        return value
-
-    heads, hidden = whole("num_attention_heads"), whole("hidden_size")
-    tied = hf_config.get("tie_word_embeddings")
-    if tied not in (None, True, False):
-        raise ModelError(
-            f"model {config.name!r}: {file} has tie_word_embeddings={tied!r}, it must be true or false"
-        )
     return ResolvedModel(
+        *astuple(shape),
         name=config.name,
         path=path,
-        model_type=str(hf_config["model_type"]),
-        num_layers=whole("num_hidden_layers"),
-        hidden_size=hidden,
-        intermediate_size=whole("intermediate_size"),
-        num_heads=heads,
-        num_kv_heads=whole("num_key_value_heads", heads),
-        head_dim=whole("head_dim", max(1, hidden // heads)),
-        vocab_size=whole("vocab_size"),
-        max_positions=whole("max_position_embeddings"),
-        tied_embeddings=bool(tied),
         stop_token_ids=declared_stop_ids(path, config.name),
         fingerprint=fingerprint(path),
     )
@@ -118,6 +74,30 @@ def tokenizer_folder(config: ModelConfig) -> Path:
     return path
 
 
+def model_shape(config: ModelConfig) -> ModelShape:
+    """The shape of the model named by ``config``, from its config.json alone. Raises ModelError.
+
+    Of a hub name that is not in the local cache this file is downloaded, and nothing else.
+    """
+    name = config.name
+    if name == EMBEDDED_NAME or not _is_hub_name(name):
+        return read_shape(_locate(config) / "config.json", name)
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    found = try_to_load_from_cache(name, "config.json")
+    if isinstance(found, str):
+        return read_shape(Path(found), name)
+    try:
+        return read_shape(Path(hf_hub_download(name, "config.json")), name)
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        answer = f" ({_first_line(error)})" if isinstance(error, HfHubHTTPError) else ""
+        raise ModelError(
+            f"model {name!r}: its config.json is neither in the local cache nor to be had from the hub"
+            f"{answer}; give a folder that holds this file as model.name"
+        ) from None
+
+
 def require_positions(model: ResolvedModel, engine: EngineConfig) -> None:
     """Raise ModelError where ``engine.max_model_tokens`` is more than the model's window."""
     if engine.max_model_tokens > model.max_positions:
@@ -125,19 +105,6 @@ def require_positions(model: ResolvedModel, engine: EngineConfig) -> None:
             f"engine.max_model_tokens={engine.max_model_tokens} is more than the window of model "
             f"{model.name!r}: {model.max_positions} tokens; lower it"
         )
-
-
-def check_supported(hf_config: Mapping[str, Any], name: str) -> None:
-    """Raise ModelError unless ``hf_config`` (the content of config.json) is a dense decoder of a known
-    type."""
-    model_type = hf_config.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        problem = f"model {name!r} has model_type {model_type!r}, which is not supported"
-        supported = ", ".join(SUPPORTED_MODEL_TYPES)
-        raise ModelError(f"{problem}; supported are {supported} (dense, text only)")
-    if hf_config.get("quantization_config"):
-        problem = f"model {name!r} has quantised weights, which cannot be trained"
-        raise ModelError(f"{problem}; name the unquantised repository of the same model")
 
 
 def fingerprint(path: Path) -> str:
@@ -177,11 +144,18 @@ def _locate(config: ModelConfig, weights: bool = True) -> Path:
     local = Path(name).expanduser()
     if local.is_dir():
         return local.resolve()
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not _is_hub_name(name):
         allowed = f"{EMBEDDED_NAME}, a folder with config.json, or a hub name like org/model"
         raise ModelError(f"model {name!r} is no folder here; allowed are {allowed}")
     patterns = HUB_PATTERNS if weights else tuple(pattern for pattern in HUB_PATTERNS if pattern != WEIGHTS)
     return _download(name, [*patterns, "*.py"] if config.trust_remote_code else list(patterns))
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether ``name`` is no folder here, and has the form of a hub's."""
+    if Path(name).expanduser().is_dir():
+        return False
+    return not name.startswith((".", "/", "~")) and name.count("/") == 1
 
 
 def _download(name: str, patterns: list[str]) -> Path:
@@ -229,28 +203,9 @@ def _check_tokenizer(path: Path, name: str) -> None:
     if any((path / file).exists() for file in ("chat_template.jinja", "chat_template.json")):
         return
     tokenizer_config = path / "tokenizer_config.json"
-    if not tokenizer_config.exists() or not _read_json(tokenizer_config, name).get("chat_template"):
+    if not tokenizer_config.exists() or not read_config(tokenizer_config, name).get("chat_template"):
         cure = f"use the instruct variant, or put a chat_template.jinja into {path}"
         raise ModelError(f"model {name!r}: its tokenizer has no chat template; {cure}")
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        text = path.read_bytes()
-        # transformers reads none
-        if text.startswith(codecs.BOM_UTF8):
-            raise ModelError(f"model {name!r}: {path} begins with a byte order mark: save it as plain UTF-8")
-        content = json.loads(text)
-    except FileNotFoundError:
-        cure = "the folder must hold a Hugging Face checkpoint"
-        raise ModelError(f"model {name!r}: {path} does not exist; {cure}") from None
-    except OSError as error:
-        raise ModelError(f"model {name!r}: {path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"model {name!r}: {path} is not JSON ({_first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"model {name!r}: {path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def declared_stop_ids(path: Path, name: str = "") -> tuple[int, ...]:
@@ -259,7 +214,7 @@ def declared_stop_ids(path: Path, name: str = "") -> tuple[int, ...]:
     A model may have several (Llama 3 has three). Raises ModelError where they are no token ids.
     """
     for file in (path / "generation_config.json", path / "config.json"):
-        declared = _read_json(file, name or str(path)).get("eos_token_id") if file.exists() else None
+        declared = read_config(file, name or str(path)).get("eos_token_id") if file.exists() else None
         if declared is None:
             continue
         ids = declared if isinstance(declared, list) else [declared]

@@ -152,6 +152,9 @@ class SamplingConfig:
         return self.temperature if self.answer_temperature is None else self.answer_temperature
 
 
+CPU_KV_CACHE_GIB = 1.0
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """The vLLM engine of each rollout worker.
@@ -161,16 +164,21 @@ class EngineConfig:
 
     slots: int = 16  # episodes at once
     max_model_tokens: int = 8192  # prompt + answer
-    kv_cache_gib: float = 1.0  # on a CPU
-    gpu_memory_utilization: float = 0.6  # on a GPU
+    # null: 1 on a CPU, and on a GPU what gpu_memory_utilization leaves; a number is safer where a learner
+    # shares the GPU: vLLM then measures nothing
+    kv_cache_gib: float | None = None
+    gpu_memory_utilization: float = 0.6  # of the whole GPU, without engine.kv_cache_gib
     enforce_eager: bool = False
     # check every installed revision against the writer's own forward pass
     receipts: Literal["always", "off"] = "always"
-    # nats per token, for float32; bfloat16 needs about 0.3, since it rounds the base model itself
-    receipt_tolerance: float = 0.02
+    # nats per token; null: what the rounding of model.dtype needs, see configs/tolerances.py
+    receipt_tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        positive(self, "slots", "max_model_tokens", "kv_cache_gib", "receipt_tolerance")
+        positive(self, "slots", "max_model_tokens")
+        positive(
+            self, *(key for key in ("kv_cache_gib", "receipt_tolerance") if getattr(self, key) is not None)
+        )
         used = self.gpu_memory_utilization
         require(0 < used <= 1, "gpu_memory_utilization", used, "in (0, 1]")
 
@@ -330,7 +338,23 @@ class RunConfig:
         most = self.rollout.max_turns
         cure = "what is asked later would never be answered and score 0: raise that, or lower this"
         require(acts <= most, f"environment.{setting}", acts, f"at most rollout.max_turns={most}", cure)
+        self._require_gpus()
         self._require_room()
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether a learner's rank may stand on an engine's GPU: both ask for a part of one."""
+        return 0 < self.rollout.gpus_per_worker < 1 and 0 < self.learner.gpus_per_worker < 1
+
+    def _require_gpus(self) -> None:
+        """What vLLM and the learner can do with GPUs."""
+        for section, process in (("rollout", "an engine"), ("learner", "a rank of the learner")):
+            asked = getattr(self, section).gpus_per_worker
+            cure = f"{process} runs on one GPU (no tensor parallelism): raise {section}.workers"
+            require(asked <= 1, f"{section}.gpus_per_worker", asked, "at most 1", cure)
+        fits = self.rollout.gpus_per_worker == 0 or self.model.dtype != "float32"
+        cure = "vLLM's adapters on a GPU take 16-bit numbers only"
+        require(fits, "model.dtype", self.model.dtype, "bfloat16 with rollout.gpus_per_worker above 0", cure)
 
     def _require_room(self) -> None:
         """A full context, one extraction and a summary must fit into the engine's window."""

@@ -100,11 +100,14 @@ class RayConfig:
     """
 
     address: str = ""
-    object_store_gib: float = 2.0  # of a local Ray
+    # of a local Ray; null: what two versions of the weights and the waiting episodes need, at least 2
+    object_store_gib: float | None = None
     startup_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        positive(self, "object_store_gib", "startup_timeout_s")
+        positive(self, "startup_timeout_s")
+        if self.object_store_gib is not None:
+            positive(self, "object_store_gib")
 
 
 @dataclass(frozen=True)

@@ -116,12 +116,12 @@ def _save(
         (partial / "model").mkdir(parents=True)
         (partial / "optimizer").mkdir()
     engine.barrier()
-    # Gathering is collective: all ranks go through every tensor, and rank 0 alone writes.
-    theta = dict(engine.full_tensors(model.by_name(trainable_only=False), copy=False))
+    # Gathering is collective: all ranks go through every tensor, and rank 0 alone copies and writes.
+    theta = dict(engine.full_tensors(model.by_name(trainable_only=False), copy=False, wanted=first))
     _write(partial / "model" / "model.safetensors", theta, first)
     del theta
     for file, moment in (("master", None), *((moment, moment) for moment in _MOMENTS)):
-        state = {name: _get(engine, param, moment) for name, param in model.by_name(trainable_only=True)}
+        state = _gathered(engine, model.by_name(trainable_only=True), moment)
         _write(partial / "optimizer" / f"{file}.safetensors", state, first)
         del state  # one of the three at a time
     if reference is not None:
@@ -178,8 +178,20 @@ def load(
 # --- tensors -----------------------------------------------------------------------------------------------
 
 
+def _gathered(
+    engine: TrainingEngine, parameters: list[tuple[str, nn.Parameter]], moment: str | None
+) -> dict[str, Tensor]:
+    """Return what ``_get`` gives of all ``parameters``, {} on other ranks than 0. Collective."""
+    gathered = {}
+    for name, param in parameters:
+        value = _get(engine, param, moment)
+        if engine.rank == 0:
+            gathered[name] = value.to("cpu", torch.float32, copy=True).contiguous()
+    return gathered
+
+
 def _get(engine: TrainingEngine, param: nn.Parameter, moment: str | None) -> Tensor:
-    """Return the full float32 master of ``param``, or one of Adam's moments, on the CPU. Collective."""
+    """Return the full float32 master of ``param``, or one of Adam's moments. Collective."""
     if engine.zero_stage == 0:
         value = param.detach() if moment is None else engine.optimizer.state[param][moment]
     elif moment is None:
@@ -187,7 +199,7 @@ def _get(engine: TrainingEngine, param: nn.Parameter, moment: str | None) -> Ten
     else:
         value = safe_get_full_optimizer_state(param, moment)
     shape = getattr(param, "ds_shape", param.shape)  # ZeRO-3 empties the parameter and keeps its shape there
-    return value.reshape(shape).to("cpu", torch.float32, copy=True).contiguous()
+    return value.reshape(shape)
 
 
 @torch.no_grad()

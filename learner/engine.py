@@ -33,9 +33,15 @@ class GuardedAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, params: Iterator[nn.Parameter], config: LearnerConfig) -> None:
+        fused = config.gpus_per_worker > 0  # without the temporary copies of all masters, 4 bytes a parameter
         super().__init__(
-            params, lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
+            params,
+            lr=config.learning_rate,
+            betas=(0.9, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            fused=fused or None,
         )
+        self.is_fused = fused
         self.guard_norm = config.max_grad_norm if config.zero_stage == 0 else None
         self.grad_norm = math.nan
 
@@ -105,20 +111,21 @@ class TrainingEngine:
                 value.zero_()
 
     def full_tensors(
-        self, parameters: list[tuple[str, nn.Parameter]], copy: bool
+        self, parameters: list[tuple[str, nn.Parameter]], copy: bool, wanted: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the full values on the CPU, contiguous, in the training dtype.
+        """Yield the full values on the CPU, contiguous, in the training dtype; none where not ``wanted``.
 
         Without ``copy`` they may be the parameters' own memory, which the next step overwrites. Collective
-        under ZeRO-3: all ranks iterate to the end.
+        under ZeRO-3: all ranks iterate to the end, and a rank that wants none copies none.
         """
         for name, param in parameters:
             if self.zero_stage == 3:
                 with deepspeed.zero.GatheredParameters([param]):
-                    tensor = param.detach().to("cpu", copy=True)
+                    tensor = param.detach().to("cpu", copy=True) if wanted else None
             else:
-                tensor = param.detach().to("cpu", copy=copy)
-            yield name, tensor.contiguous()
+                tensor = param.detach().to("cpu", copy=copy) if wanted else None
+            if tensor is not None:
+                yield name, tensor.contiguous()
 
     @torch.no_grad()
     def load_tensors(self, parameters: list[tuple[str, nn.Parameter]], tensors: Mapping[str, Tensor]) -> None:
@@ -154,7 +161,8 @@ class TrainingEngine:
         """
         for flat in self._flat_parameters():
             self.optimizer.state[flat] = {
-                "step": torch.tensor(0.0),
+                # a fused step counts on the parameters' device
+                "step": torch.tensor(0.0, device=flat.device if self.optimizer.is_fused else None),
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }

@@ -185,12 +185,12 @@ class Learner:
             result.append(values)
         return tuple(result)
 
-    def weights(self, trainable_only: bool, copy: bool = True) -> dict[str, Tensor]:
-        """Return full weights by name, on the CPU, in ``config.dtype``.
+    def weights(self, trainable_only: bool, copy: bool = True, wanted: bool = True) -> dict[str, Tensor]:
+        """Return full weights by name, on the CPU, in ``config.dtype``; {} where they are not ``wanted``.
 
         Without ``copy`` they may be the learner's own memory, which its next step overwrites.
         """
-        return dict(self._engine.full_tensors(self._model.by_name(trainable_only), copy))
+        return dict(self._engine.full_tensors(self._model.by_name(trainable_only), copy, wanted))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Save everything; see ``learner.checkpoint``. Raises LearnerError."""

@@ -100,8 +100,7 @@ class LearnerActor:
 
         They need no copy: Ray writes them to the object store before it runs the next call.
         """
-        weights = self._learner.weights(trainable_only, copy=False)
-        return weights if self._rank == 0 else {}
+        return self._learner.weights(trainable_only, copy=False, wanted=self._rank == 0)
 
     @ray.method
     def save(self, folder: str) -> PolicyVersion:

@@ -45,6 +45,7 @@ from actors.fast_weights.delta import Basis, BasisError, check
 from actors.protocols import EngineError, ReceiptError
 from actors.types import AdapterKey, FastWeights, FinishReason, Generation, PolicyVersion, Probe, Sampling
 from configs.schema import EngineConfig, ModelConfig, WriteConfig
+from configs.tolerances import receipt_tolerance
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -110,6 +111,7 @@ class VLLMPolicy:
         seed: int,
     ) -> None:
         self._config, self._basis, self._stop = engine, basis, stop_token_ids
+        self._tolerance = receipt_tolerance(engine, model)
         self._table = AdapterTable(version)
         self._request_ids = itertools.count()
         self._counters = _Counters()
@@ -279,7 +281,7 @@ class VLLMPolicy:
         if self.version != version:
             return  # a refresh in flight overtook it: the probe is of the weights before
         try:
-            seen = check_receipt(scored[-len(probe.after) :], probe, self._config.receipt_tolerance)
+            seen = check_receipt(scored[-len(probe.after) :], probe, self._tolerance)
         except ReceiptError as error:
             self._counters.receipts_failed += 1
             raise ReceiptError(f"{key.name}: {error}") from error

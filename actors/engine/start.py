@@ -24,7 +24,7 @@ from actors.engine.vllm_internals.kernels import search_with_care
 from actors.fast_weights.delta import Basis
 from actors.protocols import EngineError
 from actors.types import PolicyVersion
-from configs.schema import EngineConfig, ModelConfig
+from configs.schema import CPU_KV_CACHE_GIB, EngineConfig, ModelConfig
 
 if TYPE_CHECKING:
     from vllm import EngineArgs
@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The slot widths that vLLM 0.32 accepts; a smaller rank is padded with zeros."""
+
+_GPU_STEP_TOKENS = 8192
+"""Tokens of one engine step on a GPU. vLLM would take 2,048 for an engine inside of another program."""
+
+_NO_SHARE = 0.01
+"""gpu_memory_utilization where the KV cache has a size: vLLM then only asks that so much is free."""
 
 _PREFILL_TOKENS = 64
 """Tokens of one engine step on CPU, per slot: enough for a good matmul, and running requests still go on."""
@@ -90,16 +96,33 @@ def engine_modules(modules: Sequence[str]) -> list[str]:
     return sorted(set(renamed))
 
 
+def kv_cache_bytes(engine: EngineConfig, on_cpu: bool) -> int | None:
+    """The size of the KV cache; None where vLLM measures what is left of its share of the GPU."""
+    size = CPU_KV_CACHE_GIB if on_cpu and engine.kv_cache_gib is None else engine.kv_cache_gib
+    return None if size is None else int(size * 2**30)
+
+
 def engine_arguments(
     model_path: str | os.PathLike[str], model: ModelConfig, engine: EngineConfig, basis: Basis, seed: int
 ) -> EngineArgs:
-    """All of vLLM's settings: ``engine.slots`` requests at once, each under its own adapter of ``basis``."""
+    """All of vLLM's settings: ``engine.slots`` requests at once, each under its own adapter of ``basis``.
+
+    Raises EngineError for float32 on a GPU.
+    """
     from vllm import EngineArgs
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
-    # Room for a whole prompt, as partial prefills are off on CPU.
-    step_tokens = max(engine.max_model_tokens, _PREFILL_TOKENS * engine.slots) if on_cpu else None
+    if model.dtype == "float32" and not on_cpu:  # vLLM would end with an AssertionError without a text
+        raise EngineError(
+            "model.dtype=float32 is not possible on a GPU: vLLM's adapters take 16-bit numbers only; "
+            "set model.dtype=bfloat16"
+        )
+    if on_cpu:  # room for a whole prompt, as partial prefills are off on CPU
+        step_tokens = max(engine.max_model_tokens, _PREFILL_TOKENS * engine.slots)
+    else:
+        step_tokens = max(_GPU_STEP_TOKENS, engine.slots)
+    cache = kv_cache_bytes(engine, on_cpu)
     return EngineArgs(
         model=str(model_path),
         skip_tokenizer_init=True,
@@ -116,8 +139,8 @@ def engine_arguments(
         # Compiling takes minutes on CPU, and with adapters vLLM turns it off there anyway.
         enforce_eager=engine.enforce_eager or on_cpu,
         enable_prefix_caching=True,
-        kv_cache_memory_bytes=int(engine.kv_cache_gib * 2**30) if on_cpu else None,
-        gpu_memory_utilization=engine.gpu_memory_utilization,
+        kv_cache_memory_bytes=cache,
+        gpu_memory_utilization=engine.gpu_memory_utilization if on_cpu or cache is None else _NO_SHARE,
         logprobs_mode="processed_logprobs",
         enable_lora=True,
         max_loras=engine.slots,

@@ -42,9 +42,7 @@ from actors.types import (
     WriteRequest,
     WriteResult,
 )
-
-# Nats per answer token. Float32 sums in another order move a loss by 1e-5, another base moves it by tenths.
-LOSS_TOLERANCE = 1e-2
+from configs.tolerances import REPLAY
 
 
 class ReplayError(WriterError):
@@ -190,6 +188,8 @@ class Recovery:
     journal: Journal
     reissued: bool  # the group was issued to another worker before
     progress: Mapping[int, Progress]  # by sibling
+    # nats per answer token by which the loss of a write made again may differ
+    tolerance: float = REPLAY["float32"]
 
 
 NO_RECOVERY = Recovery(NoJournal(), reissued=False, progress={})
@@ -285,8 +285,8 @@ class RecordedPolicy:
 class RecordedWriter:
     """The AsyncWriter (actors/protocols.py) of one episode, with its log in between."""
 
-    def __init__(self, writer: AsyncWriter, log: EpisodeLog) -> None:
-        self._writer, self._log = writer, log
+    def __init__(self, writer: AsyncWriter, log: EpisodeLog, tolerance: float) -> None:
+        self._writer, self._log, self._tolerance = writer, log, tolerance
 
     async def write(self, request: WriteRequest) -> WriteResult:
         """Write, or write again. Raises Diverged, and what the writer raises."""
@@ -312,7 +312,7 @@ class RecordedWriter:
             )
         result = await self._writer.write(request)
         try:
-            check_replay(where, logged, result, LOSS_TOLERANCE)
+            check_replay(where, logged, result, self._tolerance)
         except ReplayError as error:
             raise Diverged(str(error)) from error
         return result

@@ -328,7 +328,8 @@ class Rollout:
             living = InFlightPolicy(self._policy, self._writer)
             return await play_episode(spec, session, living, living, *common)
         log = EpisodeLog(partial(recovery.journal.note, request.group_id, number, self._policy.version), past)
-        policy, writer = RecordedPolicy(self._policy, log), RecordedWriter(self._writer, log)
+        policy = RecordedPolicy(self._policy, log)
+        writer = RecordedWriter(self._writer, log, recovery.tolerance)
         played = await play_episode(spec, session, policy, writer, *common)
         log.flush()  # the replies after the last write: a worker may die while the episode is scored
         return played

@@ -42,6 +42,7 @@ from configs.files import new_folder
 from configs.load import load_config
 from configs.models import resolve_model
 from configs.schema import ModelConfig
+from configs.tolerances import receipt_tolerance
 
 
 def export(source: Path, target: Path, model: str) -> str:
@@ -151,7 +152,9 @@ def _replay(path: Path, record: EpisodeRecord, log: list[WriteRecord], opening: 
     device = torch.device("cpu")
     writer = checkpoint_writer(str(opening.model.path), basis, config.write, config.model.dtype, device)
     try:
-        revisions = replay(writer, record.episode_id, basis.id, log, config.engine.receipt_tolerance)
+        revisions = replay(
+            writer, record.episode_id, basis.id, log, receipt_tolerance(config.engine, config.model)
+        )
     except WriterError as error:
         raise AssistantError(f"{path}: {error}") from error
     without_examples = tuple(replace(write, examples=()) for write in log)

@@ -18,6 +18,7 @@ from actors.episodes.recovery import Event, Progress, Recovery
 from actors.types import PolicyVersion
 from cluster.common.errors import WorkerLost
 from cluster.fleet.ray_runtime import answer
+from configs.tolerances import REPLAY
 
 MOST_TOKENS = 4_000_000  # 32 MB
 ASK_S = 30.0
@@ -92,10 +93,13 @@ class RemoteJournal:
 
 
 class EpisodeJournal:
-    """The driver's side: which groups were issued before, and the progress of their episodes."""
+    """The driver's side: which groups were issued before, and the progress of their episodes.
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    ``dtype``: of the model, whose rounding a write that is made again may differ by.
+    """
+
+    def __init__(self, actor: Any, dtype: str) -> None:
+        self._actor, self._tolerance = actor, REPLAY[dtype]
         self._issued: set[str] = set()
 
     async def open(self, group_id: str) -> Recovery:
@@ -106,7 +110,7 @@ class EpisodeJournal:
         reissued = group_id in self._issued
         self._issued.add(group_id)
         progress: dict[int, Progress] = await self._ask(group_id) if reissued else {}
-        return Recovery(RemoteJournal(self._actor), reissued, progress)
+        return Recovery(RemoteJournal(self._actor), reissued, progress, self._tolerance)
 
     def close(self, group_id: str) -> None:
         """Forget a finished group. If it is lost after that, with its node, it starts anew."""
@@ -123,8 +127,8 @@ class EpisodeJournal:
         return progress
 
 
-def start_journal() -> EpisodeJournal:
-    """Start the journal's actor. Ray is up.
+def start_journal(dtype: str) -> EpisodeJournal:
+    """Start the journal's actor, for episodes of a model of ``dtype``. Ray is up.
 
     It stands on the driver's node: it is lost together with the driver, the only process that asks it.
     """
@@ -132,4 +136,4 @@ def start_journal() -> EpisodeJournal:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = JournalActor
-    return EpisodeJournal(actor.options(scheduling_strategy=here).remote())
+    return EpisodeJournal(actor.options(scheduling_strategy=here).remote(), dtype)

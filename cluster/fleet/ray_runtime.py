@@ -24,7 +24,9 @@ import configs
 from actors.protocols import TaskError
 from cluster.common.errors import StartupError, WorkerLost
 from cluster.common.ray_job import current_job
+from cluster.sizing.memory import object_store_gib
 from configs.extensions import ExtensionError
+from configs.models import model_shape
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -120,7 +122,7 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
                 job_config=_job_config(),
                 num_cpus=max(os.cpu_count() or 1, math.ceil(needed.cpus)),
                 resources=dict.fromkeys((name for name, _ in needed.custom), _PLENTY),
-                object_store_memory=int(config.ray.object_store_gib * _GIB),
+                object_store_memory=int(object_store_gib(config, model_shape(config.model)) * _GIB),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,

@@ -22,6 +22,7 @@ from cluster.runs.checkpoint import list_checkpoints, load_checkpoint
 from configs.load import load_config
 from configs.models import resolve_model
 from configs.schema import RunConfig
+from configs.tolerances import receipt_tolerance
 
 if TYPE_CHECKING:
     from actors.fast_weights.delta import Basis
@@ -70,7 +71,9 @@ def compare(record: Record, path: Path, policy: Path | None) -> tuple[Compared, 
     model = read_model(str(model_path), config.model.dtype, device)
     writer = BatchedWriter(model, basis, config.write)
     log = [write.log for write in record.writes]
-    revisions = replay(writer, record.episode_id, record.basis_id, log, config.engine.receipt_tolerance)
+    revisions = replay(
+        writer, record.episode_id, record.basis_id, log, receipt_tolerance(config.engine, config.model)
+    )
     return _answered_again(answers, revisions, basis, chat, model, config.sampling.max_answer_tokens)
 
 

@@ -1,6 +1,7 @@
 """The composition root of a training: it constructs what runs and hands each part its parts.
 
     RunSpec, RunFolder, Start --> Ray --> rollout workers and learner, started together --> TrainingCluster
+                                          (on GPUs that they share: the learner first)
     TrainingCluster           --> fleet --> stream --> step checkpoints --> LoopParts --> (run.py) the loop
 
 Parts are built in the order of the second line, so that each is given only parts that exist. What calls
@@ -67,7 +68,7 @@ async def training_cluster(spec: RunSpec, folder: RunFolder, start: Start) -> As
     needed = demand(config, learner=True)
     with ray_runtime(config, needed):
         cancel_on_sigterm()
-        journal = start_journal() if config.rollout.recover_episodes else None
+        journal = start_journal(config.model.dtype) if config.rollout.recover_episodes else None
         launched: list[RemoteWorker] = []
 
         def launch(name: str) -> RemoteWorker:
@@ -76,9 +77,12 @@ async def training_cluster(spec: RunSpec, folder: RunFolder, start: Start) -> As
             launched.append(worker)
             return worker
 
-        workers = tuple(launch(f"worker-{number}") for number in range(config.rollout.workers))
         starting = asyncio.create_task(asyncio.to_thread(_start_learner, spec, folder, start))
         try:
+            # On a shared GPU an engine that starts would count what the learner takes meanwhile as its own.
+            if config.shares_gpus:
+                await asyncio.shield(starting)
+            workers = tuple(launch(f"worker-{number}") for number in range(config.rollout.workers))
             await _ready(workers, config, needed)
             learner = await asyncio.shield(starting)
             channel = ObjectStoreChannel(trainable_only=config.learner.trainable == "last_layers")

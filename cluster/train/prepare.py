@@ -8,6 +8,7 @@ Ray and the engines start only afterwards.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from cluster.runs.checkpoint import START, Checkpoint, TrainState
 from cluster.runs.resume import find_checkpoint, find_unfinished, run_id_of
 from cluster.runs.run_folders import create_run
 from cluster.runs.run_lock import require_free
+from cluster.sizing.machine import this_machine
+from cluster.sizing.plan import make_plan
 from cluster.tracking.tracker import require_server
 from cluster.train.demonstrations import require_demonstrations, require_sources
 from configs.curriculum import stages
@@ -37,8 +40,10 @@ from configs.files import write_text
 from configs.load import ConfigError, flatten, load_config, to_yaml
 from configs.models import require_positions, resolve_model
 from configs.schema import RunConfig
+from configs.shapes import ModelShape
 from learner.advantage import estimator
 
+_log = logging.getLogger(__name__)
 BASIS_FILE = "basis.safetensors"  # in the folder of a run
 _TRIED = 3  # training tasks: where none can be made, no other will
 KEPT = (
@@ -131,6 +136,7 @@ def prepare_training(config: RunConfig, refused: Collection[Path] = ()) -> tuple
         _require_attribution(config, each)
     model = resolve_model(config.model)
     require_positions(model, config.engine)
+    _warn_of_shortages(config, model)
     spec = RunSpec(config, environment, model.path, eval_tasks, of_stages)
     chat = open_chat(spec.model_path, config.model)
     questions = questions_of(config, environment, eval_tasks)
@@ -162,6 +168,13 @@ def require_machine(config: RunConfig, needed: Demand) -> None:
     require_writable(output_dir, "output_dir")
     require_server(config.tracking, output_dir)
     require_gpus(config, needed)
+
+
+def _warn_of_shortages(config: RunConfig, model: ModelShape) -> None:
+    """Say what will not fit here, by the arithmetic of ``engram plan``. A cluster's nodes may differ."""
+    if not config.ray.address:
+        for shortage in make_plan(config, model, this_machine()).shortages:
+            _log.warning("this may not fit: %s", shortage)
 
 
 def _require_deadlines(config: RunConfig) -> None:

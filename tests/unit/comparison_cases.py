@@ -25,7 +25,11 @@ from configs.models import ResolvedModel
 from tests.unit.cluster_cases import group, task_at
 
 MODEL = ResolvedModel(
-    "tiny", Path("tiny"), "llama", 2, 64, 128, 2, 1, 32, 100, 512, True, (2,), "0123456789abcdef"
+    *("llama", 2, 64, 128, 2, 1, 32, 100, 512, True, False, False),
+    name="tiny",
+    path=Path("tiny"),
+    stop_token_ids=(2,),
+    fingerprint="0123456789abcdef",
 )
 PEAK = PeakMemory(100, 0, "")
 PEAK_OF_A_START = 5000

@@ -41,7 +41,11 @@ def _closed_port() -> int:
             ModelError,
             r"engine\.max_model_tokens=100000 is more than the window of model .*: \d+ tokens; lower it",
         ),
-        ("rollout.gpus_per_worker=64", StartupError, r"the run asks for .* 64 GPU, this machine has \d+ GPU"),
+        (
+            "rollout.workers=64 rollout.gpus_per_worker=1 model.dtype=bfloat16",
+            StartupError,
+            r"the run asks for .* 64 GPU, this machine has \d+ GPU",
+        ),
         (
             "tracking.uri=http://127.0.0.1:{port}",
             TrackingError,
@@ -59,7 +63,7 @@ def test_what_is_not_there_is_said_before_anything_starts(
     tmp_path: Path, model_path: Path, setting: str, kind: type[Exception], said: str
 ) -> None:
     (tmp_path / "a-file").write_text("")
-    words = [setting.format(port=_closed_port(), folder=tmp_path), f"model.name={model_path}"]
+    words = [*setting.format(port=_closed_port(), folder=tmp_path).split(), f"model.name={model_path}"]
     config = _config(tmp_path, *words, f"tracking.enabled={str('tracking' in setting).lower()}")
     began = time.process_time()
     with pytest.raises(kind, match=said) as caught:

