@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs.embedded import EMBEDDED_NAME, ModelError, embedded_folder
@@ -59,7 +59,7 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
     shape = read_shape(path / "config.json", config.name)
     _check_files(path, config.name)
     return ResolvedModel(
-        *astuple(shape),
+        **asdict(shape),
         name=config.name,
         path=path,
         stop_token_ids=declared_stop_ids(path, config.name),
