@@ -177,20 +177,28 @@ def play_in_process(words: Sequence[str]) -> int:
     command = [sys.executable, "-P", "-c", _START, *words]  # -P: a cluster.py of the user's hides nothing
     code = [str(Path(configs.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(code)}
-    with subprocess.Popen(command, env=environment) as process, _passing_on(process):
-        return process.wait()
+    with subprocess.Popen(command, env=environment) as process, _passing_on(process) as stopped:
+        status = process.wait()
+    return _INTERRUPTED if stopped else status
 
 
 @contextmanager
-def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Hand SIGTERM on. Ctrl-C reaches the process by itself: the terminal sends it to both."""
-    handlers: dict[signal.Signals, Callable[..., object]] = {
-        signal.SIGTERM: lambda number, _: process.send_signal(number),
-        signal.SIGINT: lambda number, _: None,
-    }
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Hand SIGTERM on, and note the signals that came in the value of the block.
+
+    Ctrl-C reaches the process by itself: the terminal sends it to both. A process that gets SIGTERM twice, as
+    from a Ray job's stop and from here, takes it once (cancel_on_sigterm).
+    """
+    stopped: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        stopped.append(number)
+        if number == signal.SIGTERM:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

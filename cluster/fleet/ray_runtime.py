@@ -178,11 +178,17 @@ def _job_config() -> Any:
 def cancel_on_sigterm() -> None:
     """Let SIGTERM, a job's stop, end the current task as Ctrl-C does.
 
-    Call it once Ray is up: Ray installs a handler of its own, which aborts the process.
+    Call it once Ray is up: Ray installs a handler of its own, which aborts the process. A second SIGTERM does
+    nothing: it would cut off what the first one lets the task save.
     """
     task = asyncio.current_task()
     assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+    def stop() -> None:
+        if not task.cancelling():
+            task.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
 
 
 def cluster_resources() -> str:

@@ -203,7 +203,11 @@ def _check(words: tuple[str, ...], folder: Path, environment: Mapping[str, str])
             f"{config}: is not part of what is sent; "
             "give a file in the working directory by its relative path"
         )
-    settings = [word for word in arguments if "=" in word and not word.startswith("-")]
+    settings = [
+        word
+        for before, word in zip(("", *arguments), arguments, strict=False)
+        if "=" in word and not word.startswith("-") and before != "--sweep"  # its values are no setting's
+    ]
     if what != "train":
         settings = [word for word in settings if word.startswith(("output_dir=", "tracking."))]
     shipped = folder / "configs" / f"{config}.yaml"  # a name means the file of the checkout that is sent

@@ -155,6 +155,12 @@ def test_what_cannot_work_is_not_submitted(
     assert fake.submitted == {}
 
 
+def test_runs_over_seeds_and_sweeps_can_be_submitted(fake: FakeClient) -> None:
+    words = ["train", str(QUICKSTART), "output_dir=/r", "--seeds", "0,1", "--sweep", "write.epochs=1,2"]
+    assert cli.main(["submit", "--name", "monday", *words]) == 0
+    assert fake.submitted["entrypoint"].endswith("--seeds 0,1 --sweep write.epochs=1,2")
+
+
 def test_a_shipped_configuration_is_that_of_the_checkout(fake: FakeClient, tmp_path: Path) -> None:
     submit = ["submit", "--name", "monday"]
     assert cli.main([*submit, "train", "quickstart", "output_dir=/r", "--print-config"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import signal
@@ -18,6 +19,7 @@ from cluster.common.display import Display
 from cluster.common.errors import ClusterError
 from cluster.compare import seeds
 from cluster.compare.seeds import Wanted, train_runs, wanted_runs
+from cluster.fleet.ray_runtime import cancel_on_sigterm
 from cluster.runs.run_folders import mark_finished
 from configs.bounds import ConfigError
 from configs.load import to_yaml
@@ -142,7 +144,31 @@ def test_a_run_has_a_process_of_its_own_that_a_users_modules_do_not_hide(tmp_pat
     assert done.returncode == 0 and "steps: 7" in done.stdout, done.stderr
 
 
-def test_a_stop_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    child = "import os, signal, sys, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+def test_a_stop_is_passed_on_and_no_further_run_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
     monkeypatch.setattr(seeds, "_START", child)
-    assert seeds.play_in_process([]) == -signal.SIGTERM
+    assert seeds.play_in_process([]) == 130  # although it ended well
+
+
+def test_a_second_stop_does_not_cut_off_what_the_first_one_saves() -> None:
+    saved = []
+
+    async def run() -> None:
+        cancel_on_sigterm()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0.05)
+            saved.append(1)
+            raise
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(run())
+    assert saved == [1]
