@@ -35,7 +35,8 @@ from actors.endpoint.answers import (
 )
 from actors.endpoint.history import History, Message
 from actors.endpoint.history import Said as Turn
-from actors.endpoint.requests import Body, Neutral, RequestError, Text, checked, only, read_json
+from actors.endpoint.requests import Body, Neutral, RequestError, Text, bad_value, checked, only, read_json
+from configs.environments import REPLACEABLE
 
 T = TypeVar("T")
 MODEL = "policy"
@@ -241,7 +242,7 @@ def build_app(channels: dict[str, Channel], ignored: frozenset[str]) -> FastAPI:
     async def complete(request: Request) -> Response:
         channel = channel_of(request)
         data = await read_json(request.headers.get("content-type", ""), request.stream(), _MOST_BYTES)
-        body = checked(_Body, Message, {key: data[key] for key in data if key not in ignored})
+        body = _checked({key: data[key] for key in data if key not in ignored})
         # the official client's own count of its retries
         repeated = request.headers.get("x-stainless-retry-count", "0") != "0"
         said, calls = await channel.ask(body, repeated, request.is_disconnected)
@@ -264,6 +265,16 @@ def build_app(channels: dict[str, Channel], ignored: frozenset[str]) -> FastAPI:
     for kind in (RequestError, HTTPException):
         app.add_exception_handler(kind, refuse)
     return app
+
+
+def _checked(data: Mapping[str, Any]) -> _Body:
+    try:
+        return checked(_Body, Message, data)
+    except RequestError as error:
+        if error.param not in REPLACEABLE:
+            raise
+        cure = f"or let the run's own take its place: environment.harness.ignored_fields=[{error.param}]"
+        raise bad_value(f"{error.message}, {cure}", error.param) from None
 
 
 def _serving(app: FastAPI, listening: socket.socket) -> asyncio.AbstractEventLoop:

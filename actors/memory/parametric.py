@@ -22,6 +22,7 @@ from actors.text.flashcards import (
     write_examples,
 )
 from actors.text.grounded import is_told
+from actors.text.split_text import split_text
 from actors.types import Flashcard
 from configs.schema import MemoryConfig, WriteConfig
 
@@ -127,6 +128,16 @@ class FlashcardMemory(ContextMemory):
                 await self.relieve(agent, len(turn))
             await self.take_in(agent, turn)
 
+    async def answer(self, agent: Agent, text: str, max_tokens: int) -> str:
+        """A turn that the window cannot hold is read in pieces; the last one is answered."""
+        tokens = self._opening(agent) + len(agent.turn(text)) + len(agent.chat.assistant_open)
+        if tokens >= self._window_tokens:
+            limit = self._longest_piece(agent)
+            *front, text = split_text(text, lambda piece: len(agent.turn(piece)), limit)
+            for piece in front:
+                await self.read(agent, piece)
+        return await super().answer(agent, text, max_tokens)
+
     def _has_room(self, agent: Agent, incoming: int) -> bool:
         """Return whether an extraction still fits the window behind ``incoming`` more tokens."""
         tokens = len(agent.context) + incoming
@@ -137,14 +148,19 @@ class FlashcardMemory(ContextMemory):
 
     def _free(self, agent: Agent) -> int:
         """Return the tokens that a fresh context may take in before its extraction has no room."""
-        opening = len(agent.context) - len(agent.context.after_opening)
-        return self._window_tokens - opening - self.reserve(agent)
+        return self._window_tokens - self._opening(agent) - self.reserve(agent)
+
+    def _opening(self, agent: Agent) -> int:
+        return len(agent.context) - len(agent.context.after_opening)
 
     def _pieces(self, agent: Agent, text: str) -> list[Ids]:
+        return turns_of(text, agent.turn, self._longest_piece(agent))
+
+    def _longest_piece(self, agent: Agent) -> int:
         opening = len(agent.chat.system(agent.system_prompt))
         # a relief between two pieces may save more: that must not take the next piece's room
         free = self._window_tokens - opening - self.reserve(agent, full=True)
-        return turns_of(text, agent.turn, max(_LEAST_PIECE, min(self.max_context_tokens, free)))
+        return max(_LEAST_PIECE, min(self.max_context_tokens, free))
 
     @abstractmethod
     def reserve(self, agent: Agent, full: bool = False) -> int:

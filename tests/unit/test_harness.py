@@ -347,6 +347,8 @@ def test_what_a_call_may_ask_for_and_what_is_refused_by_name(chat: ChatFormat, u
     assert seen["models"] == ["policy"]
     for field in ("n", "temperature", "top_p", "top_k", "seed", "logprobs", "response_format"):
         assert seen[field][0] == 400 and seen[field][1].startswith(f"{field} is not supported"), seen[field]
+    assert seen["seed"][1].endswith("environment.harness.ignored_fields=[seed]")
+    assert "ignored_fields" not in seen["n"][1]
     assert seen["key"][0] == 401 and "api_key" in seen["key"][1]
     assert seen["path"][0] == 404 and "only /v1/chat/completions" in seen["path"][1]
     assert seen["example"][0] == 400 and seen["example"][1].startswith(
@@ -394,6 +396,19 @@ def test_a_stop_text_ends_the_reply_and_what_is_behind_it_is_not_trained(
         "user",
         "assistant",
     ]
+
+
+def test_a_message_longer_than_the_window_is_read_in_pieces(chat: ChatFormat, user: ModuleType) -> None:
+    def reads(base_url: str, api_key: str, task: Task) -> float:
+        text = " ".join(f"Nora met {name} in Lisbon." for name in range(900)) + " Whom did she meet first?"
+        user.asks(user.client_of(base_url, api_key), text)
+        return 0.5
+
+    user.reads = reads  # type: ignore[attr-defined]
+    trajectory = only(play(chat, function("reads", "bare"), context=1000))
+    assert len(trajectory.writes) >= 3
+    assert max(len(segment.token_ids) for segment in trajectory.segments) < SURROUNDINGS.window_tokens
+    assert "meet first?" in chat.decode(trajectory.segments[-1].token_ids.tolist())
 
 
 def test_a_second_branch_at_the_same_time_is_refused(chat: ChatFormat, user: ModuleType) -> None:
