@@ -122,10 +122,12 @@ class RubricConfig:
 class RecordsConfig:
     """Texts to read, then a question: one task for each record of a JSON Lines or Parquet file.
 
-    The hub's data sets are Parquet files.
+    A data set of the hub is named hub:org/name, hub:org/name:CONFIG@SPLIT or hub:FOLDER, in every setting
+    that names a data file (it needs the extra hub).
     """
 
-    path: str = ""  # required with environment.name=records or mcp: a file that ends in .jsonl or .parquet
+    # required with environment.name=records or mcp: a file that ends in .jsonl or .parquet, or hub:org/name
+    path: str = ""
     # a text, or a list of texts that are read one after another; chat messages too. A dot goes inside a field
     texts_field: str = "texts"
     question_field: str = "question"  # a text, or chat messages that end with it
@@ -163,6 +165,10 @@ class HarnessConfig:
         fraction(self, "eval_fraction")
         known = set(self.ignored_fields) <= set(REPLACEABLE)
         require(known, "ignored_fields", self.ignored_fields, f"some of {', '.join(REPLACEABLE)}")
+
+
+def _is_records(path: str) -> bool:
+    return path.endswith((".jsonl", ".parquet")) or path.startswith("hub:")
 
 
 @dataclass(frozen=True)
@@ -240,8 +246,8 @@ class EnvironmentConfig:
         bound = f"a .jsonl file or {FORM} where environment.name is harness"
         require(readable, "harness.tasks", harness.tasks, bound)
         for name, path in (("records", self.records.path), ("mcp", self.mcp.path)):
-            readable = self.name != name or path.endswith((".jsonl", ".parquet"))
-            bound = f"a .jsonl or .parquet file where environment.name is {name}"
+            readable = self.name != name or _is_records(path)
+            bound = f"a .jsonl or .parquet file, or hub:org/name, where environment.name is {name}"
             require(readable, f"{name}.path", path, bound)
         served = self.name != "mcp" or len(self.mcp.servers) > 0
         require(served, "mcp.servers", self.mcp.servers, "one server or more where environment.name is mcp")

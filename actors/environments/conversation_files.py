@@ -71,7 +71,7 @@ class Conversation:
 
 def read_locomo(path: str) -> list[Conversation]:
     """All conversations of a LoCoMo file. Raises TaskError."""
-    file = DataFile(path, _SETTING, _LOCOMO)
+    file = DataFile(path, _SETTING, _LOCOMO, listed=True)
     items = file.items(_Locomo, "sample_id")
     return _with_unique_ids(file, "sample_id", (item.as_conversation(place.number) for place, item in items))
 
@@ -82,7 +82,7 @@ def read_longmemeval(path: str) -> list[Conversation]:
     The first pass checks each item and keeps only its question. An episode reads its own item again, half a
     megabyte in LongMemEval-S.
     """
-    file = DataFile(path, _SETTING, _LONGMEMEVAL)
+    file = DataFile(path, _SETTING, _LONGMEMEVAL, listed=True)
     items = file.items(_LongMemEval, "question_id")
     return _with_unique_ids(file, "question_id", (item.as_conversation(file, place) for place, item in items))
 

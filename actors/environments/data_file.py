@@ -26,6 +26,7 @@ import ijson
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
+from actors.environments.hub_data import is_hub, local_copy
 from actors.protocols import TaskError
 from configs.files import FileError, parse_json
 
@@ -120,7 +121,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file that a setting names. ``what`` describes it: "a LoCoMo file (a list of conversations)".
+    """A file that a setting names, or a data set of the hub (hub_data.py).
+
+    ``what`` describes it: "a LoCoMo file (a list of conversations)".
 
     Every method raises TaskError.
     """
@@ -128,13 +131,15 @@ class DataFile:
     path: str
     setting: str
     what: str
+    listed: bool = False  # how a data set of the hub is read: as a JSON list, or as JSON lines
 
     def open(self) -> BinaryIO:
-        """Open the file for reading."""
+        """Open the file, or the copy of a data set, for reading."""
         if not self.path:
             raise TaskError(f"{self.setting} is empty: give the path of {self.what}")
+        path = local_copy(self.path, self.listed) if is_hub(self.path) else Path(self.path)
         try:
-            return Path(self.path).open("rb")
+            return path.open("rb")
         except OSError as error:
             cause = f"{self.path}: cannot be read ({error.strerror})"
             raise TaskError(f"{cause}: give {self.setting} the path of {self.what}") from error

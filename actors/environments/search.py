@@ -38,6 +38,7 @@ from pydantic import AliasChoices, BeforeValidator, Field
 
 from actors.environments.base import Observation, Split, held_out, passes, task_seed
 from actors.environments.data_file import DataFile, Text, TextOrNumber, TextsOrNumbers, list_or_nothing, text
+from actors.environments.hub_data import is_hub
 from actors.environments.scoring import mem1_em, mem1_f1, plain_em, plain_f1
 from actors.protocols import TaskError
 from actors.text.retrieval import Embedder, Hit, VectorIndex, WordIndex
@@ -344,4 +345,4 @@ def read_corpus(path: str) -> list[Passage]:
 
 
 def _is_lines(path: str) -> bool:
-    return path.endswith(".jsonl")
+    return is_hub(path) or path.endswith(".jsonl")

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from actors.environments.base import Abstainer, Environment, Rephraser, passes
+from actors.environments.base import Abstainer, Environment, Rephraser, passes, prepare
 from actors.episodes.demonstration import (
     CardsOf,
     DemonstratingEnvironment,
@@ -58,7 +58,8 @@ class Demonstrations:
         self._sources: list[Callable[[int], Job]] = []
         if self._file:
             self._sources.append(self._line_at)
-        if self._teacher or not self._file:
+        self._plays, self._is_prepared = bool(self._teacher) or not self._file, False
+        if self._plays:
             self._sources.append(self._task_at)
 
     def of_step(self, step: int) -> list[Segment]:
@@ -66,6 +67,9 @@ class Demonstrations:
 
         Raises TaskError where the tasks of this step all fail, or leave nothing to teach.
         """
+        if self._plays and not self._is_prepared:
+            prepare(self._environment)  # here, apart from the driver's loop: it may be slow
+            self._is_prepared = True
         warm, count = self._config.warm_start, len(self._sources)
         before = len(self.faults)
         positions = range(step * warm.tasks_per_step, (step + 1) * warm.tasks_per_step)

@@ -361,3 +361,21 @@ def test_a_file_and_a_teacher_take_turns_and_every_line_is_seen(
     both = _demonstrations(_taught_by(server, tmp_path, f"warm_start.demonstrations={path}"), model_path)
     answers = [card.answer for segment in both.of_step(0) for card in _cards(chat, segment)]
     assert [answer in PLACES for answer in answers] == [False, True, False, True]
+
+
+def test_an_environment_is_prepared_before_a_teacher_sees_its_episodes(
+    serve: Callable[..., Server], tmp_path: Path, config: RunConfig, model_path: Path
+) -> None:
+    class Slow(RecordsEnvironment):
+        prepared = 0
+
+        def prepare(self) -> None:
+            self.prepared += 1
+
+    config = _taught_by(serve(_teach(str)), tmp_path)
+    environment = Slow(config.environment.records)
+    demonstrations = Demonstrations(config, environment, model_path)
+    assert environment.prepared == 0  # not on the loop that builds it
+    demonstrations.of_step(0)
+    demonstrations.of_step(1)
+    assert environment.prepared == 1
