@@ -53,13 +53,19 @@ class ConversationConfig:
     questions_per_episode: int = 1  # asked after all sessions; LongMemEval has one a conversation
     max_sessions: int = 0  # 0: all; n: the last n sessions up to the evidence, for quick looks
     categories: tuple[int, ...] = (1, 2, 3, 4, 5)  # of LoCoMo's questions; other formats ignore it
+    # keep only questions behind whose newest evidence so many tokens or more are told: the newest L_max
+    # tokens do not hold it when they are asked; 0: all. Counted in words, each of which is a token or more, so
+    # all models get the same questions. Questions without known evidence are left out
+    evidence_beyond: int = 0
     eval_fraction: float = 0.5  # of the conversations, held out
 
     def __post_init__(self) -> None:
         home_expanded(self, "path")
         positive(self, "questions_per_episode")
-        not_negative(self, "max_sessions")
+        not_negative(self, "max_sessions", "evidence_beyond")
         fraction(self, "eval_fraction")
+        whole, bound = self.evidence_beyond == 0 or self.max_sessions == 0, "0 with evidence_beyond"
+        require(whole, "max_sessions", self.max_sessions, bound, "it ends with the session of the evidence")
         known = len(self.categories) > 0 and set(self.categories) <= {1, 2, 3, 4, 5}
         require(known, "categories", self.categories, "some of 1, 2, 3, 4, 5")
         scored = self.format == "locomo" or self.scorer == "plain"

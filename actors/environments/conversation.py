@@ -63,10 +63,12 @@ class ConversationEnvironment:
             self._chunks["eval" if conversation.id in for_eval else "train"] += self._chunked(conversation)
         for split, chunks in self._chunks.items():
             if not chunks:
-                categories = list(config.categories)
-                raise TaskError(
-                    f"{config.path}: the {split} conversations have no question of categories {categories}"
+                problem = (
+                    f"the {split} conversations have no question of categories {list(config.categories)}"
                 )
+                if beyond := config.evidence_beyond:
+                    problem += f" with {beyond} words told behind its evidence (evidence_beyond): lower it"
+                raise TaskError(f"{config.path}: {problem}")
 
     def tasks(self, split: Split, seed: int, start: int) -> Iterator[Task]:
         """Endless for train, in a new order every pass; one pass for eval."""
@@ -96,10 +98,12 @@ class ConversationEnvironment:
     def _chunked(self, conversation: Conversation) -> list[tuple[str, tuple[int, ...]]]:
         """(conversation, questions) of each episode."""
         categories = (*self._config.categories, None)  # None: LongMemEval has no categories to choose from
+        beyond = self._config.evidence_beyond
+        sessions = conversation.sessions() if beyond else ()
         numbers = [
             number
             for number, question in enumerate(conversation.questions)
-            if question.locomo_category in categories
+            if question.locomo_category in categories and _words_behind(question, sessions) >= beyond
         ]
         size = self._config.questions_per_episode
         return [
@@ -156,6 +160,16 @@ def _last_sessions(
     evidence = [number for question in questions for number in question.evidence_sessions]
     newest = max(evidence, default=sessions[-1].number)
     return [session for session in sessions if session.number <= newest][-count:] or sessions[-count:]
+
+
+def _words_behind(question: Question, sessions: Sequence[DatedSession]) -> int:
+    """How many words are told behind the session of the question's newest evidence; 0 where none is known.
+
+    No tokenizer's token spans two words, so there are at least as many tokens.
+    """
+    newest = max(question.evidence_sessions, default=None)
+    later = (session for session in sessions if newest is not None and session.number > newest)
+    return sum(len(line.split()) for session in later for line in session.lines)
 
 
 def _pieces(session: DatedSession) -> list[str]:

@@ -16,6 +16,7 @@ import pytest
 from actors.environments.build import build_environment
 from actors.environments.conversation import ConversationEnvironment
 from actors.protocols import TaskError
+from actors.text.chat_template import ChatFormat
 from actors.types import Task
 from configs.schema import ConversationConfig, EmbedderConfig, EnvironmentConfig
 
@@ -291,3 +292,36 @@ def test_a_real_file(locomo_path: Path) -> None:
     assert len(tasks) > 100
     for task in tasks:
         assert environment.start(task).observe() is not None
+
+
+def _told_behind(tmp_path: Path, words: int) -> ConversationEnvironment:
+    """Question 0 has its evidence in session 1, question 1 in session 2, question 2 in both, 3 has none."""
+    items = json.loads(SAMPLE.read_text())
+    for item in items:
+        talk = item["conversation"]
+        talk["session_1"] = [{"speaker": "Ida", "text": "I live in Oslo."}]
+        talk["session_2"] = [{"speaker": "Ida", "text": "rain " * (words - 1)}]  # and who says it
+        item["qa"] = [
+            {"question": f"Where? {n}", "answer": "Oslo", "category": 4, "evidence": evidence}
+            for n, evidence in enumerate((["D1:1"], ["D2:1"], ["D1:1", "D2:1"], []))
+        ]
+        for key in [key for key in talk if key.startswith("session_") and key[8] not in "12"]:
+            del talk[key]
+    (tmp_path / "talks.json").write_text(json.dumps(items))
+    settings = {"path": str(tmp_path / "talks.json"), "evidence_beyond": 300}
+    return ConversationEnvironment(ConversationConfig(**settings))
+
+
+def test_only_questions_are_kept_whose_evidence_lies_beyond_the_newest_tokens(
+    tmp_path: Path, chat: ChatFormat
+) -> None:
+    environment = _told_behind(tmp_path, 300)
+    tasks = [*environment.tasks("eval", 0, 0), *itertools.islice(environment.tasks("train", 0, 0), 5)]
+    assert tasks and all(task.payload["questions"] == [0] for task in tasks)
+    texts = _told(environment, tasks[0])
+    newest = "".join(text for text in texts if "Oslo" not in text)
+    assert len(chat.encode(newest)) >= 300  # so the newest 300 tokens do not hold the evidence
+    with pytest.raises(TaskError, match=r"with 300 words told behind its evidence .* lower it"):
+        _told_behind(tmp_path, 299)
+    with pytest.raises(ValueError, match=r"max_sessions=2 is not allowed: it must be 0 with evidence_beyond"):
+        ConversationConfig(path="a.json", evidence_beyond=300, max_sessions=2)
