@@ -48,13 +48,13 @@ class ConversationConfig:
     """
 
     path: str = ""  # required with environment.name=conversation
-    format: Literal["locomo", "longmemeval"] = "locomo"  # the file's schema
-    scorer: Literal["official", "plain"] = "plain"  # official: LoCoMo's own
+    format: Literal["locomo", "longmemeval", "memoryagentbench"] = "locomo"  # the file's schema
+    scorer: Literal["official", "plain"] = "plain"  # official: LoCoMo's or MemoryAgentBench's own
     questions_per_episode: int = 1  # asked after all sessions; LongMemEval has one a conversation
     max_sessions: int = 0  # 0: all; n: the last n sessions up to the evidence, for quick looks
     categories: tuple[int, ...] = (1, 2, 3, 4, 5)  # of LoCoMo's questions; other formats ignore it
     # keep only questions behind whose newest evidence so many tokens or more are told: the newest L_max
-    # tokens do not hold it when they are asked; 0: all. Counted in words, each of which is a token or more, so
+    # tokens do not hold it when they are asked; 0: all. Counted in words, each of which is a token or more:
     # all models get the same questions. Questions without known evidence are left out
     evidence_beyond: int = 0
     eval_fraction: float = 0.5  # of the conversations, held out
@@ -68,9 +68,11 @@ class ConversationConfig:
         require(whole, "max_sessions", self.max_sessions, bound, "it ends with the session of the evidence")
         known = len(self.categories) > 0 and set(self.categories) <= {1, 2, 3, 4, 5}
         require(known, "categories", self.categories, "some of 1, 2, 3, 4, 5")
-        scored = self.format == "locomo" or self.scorer == "plain"
+        scored = self.format != "longmemeval" or self.scorer == "plain"
         bound = f"plain where format is {self.format}"
-        require(scored, "scorer", self.scorer, bound, "the official rules are LoCoMo's")
+        require(scored, "scorer", self.scorer, bound, "its own rule is a model's judgement")
+        known, bound = self.format != "memoryagentbench" or self.evidence_beyond == 0, "0 with this format"
+        require(known, "evidence_beyond", self.evidence_beyond, bound, "its evidence is unknown")
 
 
 @dataclass(frozen=True)
@@ -293,6 +295,6 @@ class EnvironmentConfig:
             return "search.max_turns", self.search.max_turns
         if self.name == "mcp":
             return "mcp.max_turns", self.mcp.max_turns
-        if self.name == "conversation" and self.conversation.format == "locomo":
+        if self.name == "conversation" and self.conversation.format != "longmemeval":
             return "conversation.questions_per_episode", self.conversation.questions_per_episode
         return "name", 1  # LongMemEval, rubric and records ask once

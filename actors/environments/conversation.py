@@ -1,13 +1,15 @@
 """Tells long conversations of many sessions, then asks questions about them. The user gives the file.
 
-It is LoCoMo's (arXiv 2402.17753) or LongMemEval's (arXiv 2410.10813). A session comes in pieces of whole
-turns, each under the session's date. Train and eval share no conversation. In LongMemEval each question has
-its own conversation.
+It is LoCoMo's (arXiv 2402.17753), LongMemEval's (arXiv 2410.10813) or MemoryAgentBench's (arXiv 2507.05257,
+see memoryagentbench.py). A session comes in pieces of whole turns, each under the session's date. Train and
+eval share no conversation. In LongMemEval each question has its own conversation.
 
 The reward is the mean ``f1`` over the questions. ``f1`` is the score of the configured scorer:
 
     LoCoMo        official_f1, plain_f1 and em are all reported; the official scorer is for this benchmark
     LongMemEval   plain_f1 and em, as in TMEM's tables (arXiv 2606.04536); its own metric is an LLM judge
+    MemoryAgent-  official_f1 is the benchmark's own match, 0 or 1; plain_f1 and em are those of the
+    Bench         best right answer
 
 Our choices. Questions that the conversation does not answer (LoCoMo's category 5, LongMemEval's "_abs") are
 asked like the others; the system prompt gives the words for this case. An answer is right when it says so:
@@ -27,6 +29,7 @@ from actors.environments.conversation_files import (
     read_locomo,
     read_longmemeval,
 )
+from actors.environments.memoryagentbench import read_memoryagentbench, rule_score
 from actors.environments.scoring import official_f1, plain_em, plain_f1, says_not_mentioned, says_unknown
 from actors.protocols import TaskError
 from actors.types import Answer, Outcome, Task
@@ -38,6 +41,11 @@ SYSTEM_PROMPT = (
     'If the conversation does not tell, answer "Not mentioned".'
 )
 _PIECE_CHARACTERS = 2000  # about 500 tokens
+_READERS = {
+    "locomo": read_locomo,
+    "longmemeval": read_longmemeval,
+    "memoryagentbench": read_memoryagentbench,
+}
 
 
 class ConversationEnvironment:
@@ -49,8 +57,7 @@ class ConversationEnvironment:
     def __init__(self, config: ConversationConfig) -> None:
         """Raises TaskError when the file is missing, malformed, or has too little for both splits."""
         self._config = config
-        read = read_longmemeval if config.format == "longmemeval" else read_locomo
-        conversations = read(config.path)
+        conversations = _READERS[config.format](config.path)
         if len(conversations) < 2:
             raise TaskError(
                 f"{config.path}: it has {len(conversations)} conversation, and at least 2 are needed: "
@@ -79,6 +86,7 @@ class ConversationEnvironment:
                 environment=self.name,
                 payload={"conversation": conversation, "questions": list(questions)},
                 seed=task_seed(split, seed, position),
+                system_prompt=self._conversations[conversation].system_prompt,
             )
 
     def start(self, task: Task) -> ConversationSession:
@@ -130,10 +138,11 @@ class ConversationSession(ReadThenAsk):
         return Outcome(reward=parts["f1"], reward_parts=parts, answers=answers)
 
     def _answer(self, question: Question, prediction: str) -> Answer:
-        if question.answer:
+        right = (question.answer, *question.aliases) if question.answer else ()
+        if right:
             scores = {
-                "plain_f1": plain_f1(prediction, question.answer),
-                "em": plain_em(prediction, question.answer),
+                "plain_f1": max(plain_f1(prediction, answer) for answer in right),
+                "em": max(plain_em(prediction, answer) for answer in right),
             }
         elif question.locomo_category is None:
             scores = dict.fromkeys(("plain_f1", "em", "abstention"), float(says_unknown(prediction)))
@@ -141,9 +150,11 @@ class ConversationSession(ReadThenAsk):
             scores = dict.fromkeys(("plain_f1", "em"), float(says_not_mentioned(prediction)))
         if question.locomo_category is not None:
             scores["official_f1"] = official_f1(prediction, question.answer, question.locomo_category)
+        if question.rule:
+            scores["official_f1"] = rule_score(question.rule, prediction, right)
         return Answer(
             question=question.text,
-            gold=(question.answer or "Not mentioned",),
+            gold=right or ("Not mentioned",),
             prediction=prediction,
             category=question.category,
             scores={"f1": scores[f"{self._scorer}_f1"], **scores},

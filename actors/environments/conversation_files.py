@@ -50,7 +50,8 @@ class Question:
     """A question about a conversation. ``answer`` is "" where the conversation does not tell it.
 
     ``locomo_category`` picks the rule of LoCoMo's official scorer. It is None in LongMemEval, which that
-    scorer does not judge. ``evidence_sessions`` may be empty.
+    scorer does not judge. ``evidence_sessions`` may be empty. ``aliases`` are right too. ``rule`` scores
+    MemoryAgentBench's answers, and is "" elsewhere.
     """
 
     text: str
@@ -58,15 +59,21 @@ class Question:
     category: str  # as reported
     locomo_category: int | None
     evidence_sessions: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
+    rule: Literal["", "contains", "same"] = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """``sessions`` returns at least one session, in order. It may read the file again. Raises TaskError."""
+    """``sessions`` returns at least one session, in order. It may read the file again. Raises TaskError.
+
+    ``system_prompt``: "" for the environment's.
+    """
 
     id: str
     questions: tuple[Question, ...]
     sessions: Callable[[], Sequence[DatedSession]]
+    system_prompt: str = ""
 
 
 def read_locomo(path: str) -> list[Conversation]:

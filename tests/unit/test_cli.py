@@ -373,7 +373,7 @@ def test_tab_completes_settings_and_their_values() -> None:
 
 def test_tab_completes_rows_studies_and_benchmarks() -> None:
     assert complete("engram evaluate quickstart --rows tmem,trunc") == ["tmem,truncation"]
-    assert complete("engram evaluate quickstart --benchmarks loc") == ["locomo"]
+    assert complete("engram evaluate quickstart --benchmarks loc") == ["locomo", "locomo_beyond"]
     assert complete("engram probe quickstart --study st") == ["steps"]
     assert complete("engram bench wri") == ["writer"]
 
