@@ -66,7 +66,9 @@ def test_a_context_is_told_once_and_its_questions_follow(tmp_path: Path) -> None
         ("Leeds",),
         ("Ida", "ida K."),
     )
-    assert (first.scores["f1"], first.scores["em"]) == (1.0, 0.0) and second.scores["plain_f1"] == pytest.approx(2 / 3)
+    assert (first.scores["f1"], first.scores["em"]) == (1.0, 0.0) and second.scores[
+        "plain_f1"
+    ] == pytest.approx(2 / 3)
     assert outcome.reward == 1.0
     _, outcome, prompt = _played(environment, "icl", "label 28")
     assert (
