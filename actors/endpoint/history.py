@@ -71,7 +71,7 @@ class NewTurns:
     """What a call adds. ``system_prompt`` is None but in the first call of a conversation that has one."""
 
     system_prompt: str | None
-    turns: tuple[Said, ...]  # the user's and the tools', one or more
+    turns: tuple[Said, ...]  # one or more; the last one is the user's or a tool's
 
 
 class History:
@@ -96,9 +96,13 @@ class History:
         for place, new in enumerate(said[start:], start):
             if new.role == "tool" and new.call not in {call.id for call in self._open}:
                 raise _unasked(place)
-            if new.role not in ("user", "tool"):
-                raise _foreign(place, new.role)
-        if start == len(said):
+            if new.role == "system":
+                where = f"messages[{place}]"
+                raise bad_value(f"{where}: a system message can only be the first", where)
+            if new.role == "assistant" and messages[place].tool_calls:
+                where = f"messages[{place}].tool_calls"
+                raise bad_value(f"{where}: these calls were not sampled in this episode", where)
+        if start == len(said) or said[-1].role == "assistant":
             raise bad_value("the last message must be the user's, or a tool's", "messages")
         self._known = said
         return NewTurns(system_prompt, tuple(said[start:]))
@@ -120,11 +124,3 @@ def _conflict(place: int, missing: bool) -> RequestError:
 def _unasked(place: int) -> RequestError:
     where = f"messages[{place}].tool_call_id"
     return bad_value(f"{where} must be the id of a call in the newest reply", where)
-
-
-def _foreign(place: int, role: str) -> RequestError:
-    where = f"messages[{place}]"
-    if role == "system":
-        return bad_value(f"{where}: a system message can only be the first", where)
-    cure = "put examples into the system or the user message"
-    return bad_value(f"{where}: this reply was not sampled in this episode: {cure}", where)

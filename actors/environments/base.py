@@ -33,7 +33,7 @@ from actors.types import CardUse, FinishReason, Flashcard, Outcome, Task
 from configs.user_code import owned
 
 Split = Literal["train", "eval"]
-TurnRole = Literal["user", "tool"]
+TurnRole = Literal["user", "tool", "assistant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class Observation:
     below the run's own bound. The action ends with the first text of ``stop`` in it; that text is sampled,
     and is not in what ``act`` gets. ``heard`` is called before ``act``, with how the action was sampled.
     ``role`` is "tool" for what a tool of the session gave: a chat template may have a turn of its own for it.
+    "assistant": a reply that nobody sampled, such as an example; it wants no action.
     """
 
     text: str

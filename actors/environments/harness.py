@@ -16,11 +16,11 @@ import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from actors.endpoint.answers import SaidCall
 from actors.endpoint.loopback import Call, Channel, Loopback
-from actors.environments.base import Observation, Reply, Split, held_out, passes, task_seed
+from actors.environments.base import Observation, Reply, Split, TurnRole, held_out, passes, task_seed
 from actors.environments.data_file import DataFile
 from actors.environments.harness_process import Command, Ended, Function, Harness, Running, Visit
 from actors.environments.scoring import plain_em, plain_f1
@@ -157,8 +157,7 @@ class HarnessSession:
 
     def _take(self, call: Call) -> None:
         turns = [
-            Observation(turn.text, wants_action=False, role="tool" if turn.role == "tool" else "user")
-            for turn in call.turns
+            Observation(turn.text, wants_action=False, role=cast(TurnRole, turn.role)) for turn in call.turns
         ]
         most, stop, heard = call.max_tokens, call.stop, self._hear
         turns[-1] = replace(turns[-1], wants_action=True, max_tokens=most, stop=stop, heard=heard)

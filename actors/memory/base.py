@@ -74,13 +74,16 @@ class Agent:
         self.turn_stop: tuple[str, ...] = ()  # texts that end the answer to the turn
         # of the last answer: how it ended, the tokens of its context, and its own
         self.last_act: tuple[FinishReason, int, int] = ("stop", 0, 0)
-        self.turn_role: Literal["user", "tool"] = "user"  # whose turn is read or answered now
+        self.turn_role: Literal["user", "tool", "assistant"] = "user"  # whose turn is read or answered now
         self.context = self._fresh_context("")
         self.segments: list[Segment] = []
         self.writes: list[WriteRecord] = []
 
     def turn(self, text: str) -> Ids:
-        """``text`` of the environment as a whole turn: a user's, or a tool's."""
+        """``text`` of the environment as a whole turn: a user's, a tool's, or a reply that nobody sampled."""
+        if self.turn_role == "assistant":
+            ids = self.chat.reply(text)
+            return self.chat.assistant_open + ids + self.chat.assistant_close(ids)
         return self.chat.result(text) if self.turn_role == "tool" else self.chat.user(text)
 
     async def reply(self, kind: SpanKind, max_tokens: int) -> str:

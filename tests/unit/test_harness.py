@@ -22,9 +22,11 @@ import pytest
 
 from actors.environments.base import Environment
 from actors.environments.build import build_environment
+from actors.episodes.recovery import Recovery
 from actors.episodes.rollout import Rollout, RolloutRequest
 from actors.text.chat_template import ChatFormat
 from actors.types import AdapterKey, Generation, Sampling, Task, Trajectory, TrajectoryGroup
+from cluster.fleet.episode_journal import GroupJournal
 from configs.load import ConfigError, load_config
 from configs.schema import (
     EmbedderConfig,
@@ -140,8 +142,9 @@ def probes(base_url, api_key, task):
     said["key"] = refused(lambda: asks(client_of(base_url, "another"), "Hello?"))
     said["path"] = refused(lambda: client.embeddings.create(model="m", input="a"))
     example = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}]
-    said["example"] = refused(lambda: client.chat.completions.create(
-        model="m", messages=[*example, {"role": "user", "content": "2?"}]))
+    said["example"] = refused(lambda: client.chat.completions.create(model="m", messages=example))
+    late = [*example, {"role": "system", "content": "Be kind."}, {"role": "user", "content": "2?"}]
+    said["late"] = refused(lambda: client.chat.completions.create(model="m", messages=late))
     first = asks(client, "Hello?", "Are you there?", max_tokens=10**6)
     reply = {"role": "assistant", "content": first.choices[0].message.content}
     known = [{"role": "user", "content": "Hello?"}, {"role": "user", "content": " Are you there?\\n"}, reply]
@@ -336,6 +339,48 @@ def test_tools_stand_in_the_prompt_and_calls_come_back_in_the_protocols_form(
     assert "Of an item" in chat.decode(one.token_ids.tolist())
 
 
+def test_replies_that_were_not_sampled_are_context(chat: ChatFormat, user: ModuleType) -> None:
+    def shows(base_url: str, api_key: str, task: Task) -> float:
+        example = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}]
+        messages = [*example, {"role": "user", "content": "2?"}]
+        client = user.client_of(base_url, api_key)
+        answer = client.chat.completions.create(model="m", messages=messages).choices[0].message
+        messages += [answer, {"role": "assistant", "content": "So."}, {"role": "user", "content": "3?"}]
+        client.chat.completions.create(model="m", messages=messages)
+        return 0.5
+
+    user.shows = shows  # type: ignore[attr-defined]
+    (segment,) = only(play(chat, function("shows", "bare"), context=500)).segments
+    turns = chat.turns(segment.token_ids.tolist())
+    assert [(turn.role, turn.text) for turn in turns[-7:]] == [
+        ("user", "1?"),
+        ("assistant", "2"),
+        ("user", "2?"),
+        ("assistant", "Nora, in Lisbon, 1."),
+        ("assistant", "So."),
+        ("user", "3?"),
+        ("assistant", "Nora, in Lisbon, 2."),
+    ]
+    sampled_ids = [segment.token_ids[span.start : span.end].tolist() for span in segment.spans]
+    assert [chat.said(ids) for ids in sampled_ids] == ["Nora, in Lisbon, 1.", "Nora, in Lisbon, 2."]
+
+
+def test_an_episode_of_a_lost_worker_goes_on_with_the_harness_played_again(
+    chat: ChatFormat, user: ModuleType
+) -> None:
+    environment = build_environment(function("talks", "bare"), EmbedderConfig())
+    journal, trajectories = GroupJournal(10**6), []
+    for reissued in (False, True):
+        rollout = rollout_in(chat, environment)
+        recovery = Recovery(journal, reissued, journal.progress("g"))
+        group, recovered = asyncio.run(rollout.recoverable_group(request_of(environment), recovery))
+        trajectories.append(only(group))
+        assert recovered.continued == reissued
+    first, second = trajectories
+    pairs = list(zip(first.segments, second.segments, strict=True))
+    assert len(pairs) >= 3 and all(np.array_equal(one.token_ids, other.token_ids) for one, other in pairs)
+
+
 def test_siblings_have_channels_of_their_own(chat: ChatFormat, user: ModuleType) -> None:
     group = play(chat, function("talks"), size=4)
     assert len(group.trajectories) == 4 and group.failed == ()
@@ -351,9 +396,8 @@ def test_what_a_call_may_ask_for_and_what_is_refused_by_name(chat: ChatFormat, u
     assert "ignored_fields" not in seen["n"][1]
     assert seen["key"][0] == 401 and "api_key" in seen["key"][1]
     assert seen["path"][0] == 404 and "only /v1/chat/completions" in seen["path"][1]
-    assert seen["example"][0] == 400 and seen["example"][1].startswith(
-        "messages[1]: this reply was not sampl"
-    )
+    assert seen["example"] == seen["nothing new"]
+    assert seen["late"] == (400, "messages[2]: a system message can only be the first")
     assert seen["edited"][0] == 409 and seen["edited"][1].startswith("messages[1] is not what was said")
     assert seen["branch"][0] == 409 and seen["branch"][1].startswith("messages[2] is missing")
     assert seen["reply"][0] == 409 and seen["shorter"][0] == 409
