@@ -315,6 +315,7 @@ def _save_gains(pool: Pool, path: Path) -> list[Path]:
         spans = [(factor * over.low, factor * over.high)] if np.isfinite(over.low) else []
         label_ = "" if place else "mean over seeds, with 95 % interval from three seeds on"
         curves.append(Curve([place], [factor * over.mean], 0, label_, "points", spans))
+    curves.append(Curve([-0.3, len(gains) - 0.7], [0, 0], 2, style="dashed"))
     ticks = {place: f"{gain.name}\nsince {gain.stage}" for place, gain in enumerate(gains)}
     panel = Panel("", f"gain in {label(pool.score)}{points}", tuple(curves), ticks=ticks)
     return [save_plot([panel], path)]

@@ -43,6 +43,7 @@ class Snapshot:
     figures: Mapping[str, Mapping[int, float]]
     logged: float  # s since the last figure; NaN without one
     newest: tuple[Record, ...]
+    cells: str  # of an evaluation, in words; "" of a training
 
     def last(self, name: str) -> float:
         """The newest value of a figure. NaN without one."""
@@ -64,7 +65,21 @@ def look(run_dir: Path) -> Snapshot:
         steps = load_config(run_dir / "config.yaml", []).train.steps
     except ConfigError:
         steps = 0
-    return Snapshot(run_dir.name, steps, state, figures, logged, tuple(_newest(run_dir)))
+    return Snapshot(run_dir.name, steps, state, figures, logged, tuple(_newest(run_dir)), _cells(run_dir))
+
+
+def _cells(run_dir: Path) -> str:
+    """What an evaluation has measured: a file for each finished cell, a line for each task of one at work."""
+    folder = run_dir / "cells"
+    if not folder.is_dir():
+        return ""
+    finished = {path.stem for path in folder.glob("*.json")}
+    begun = {path.stem: path for path in folder.glob("*.jsonl") if path.stem not in finished}
+    parts = [f"{len(finished)} finished"]
+    parts += [
+        f"{name} at {max(0, len(path.read_bytes().splitlines()) - 1)} tasks" for name, path in begun.items()
+    ]
+    return ", ".join(parts)
 
 
 def _newest(run_dir: Path) -> Iterator[Record]:
@@ -99,12 +114,14 @@ def view(shown: Snapshot, width: int) -> RenderableType:
 
 def _head(shown: Snapshot) -> Text:
     done = max(shown.figures.get("reward/mean", {}), default=0)
-    of = f" of {shown.steps}" if shown.steps else ""
+    at = f" · step {done} of {shown.steps}" if shown.steps and not shown.cells else ""
     ago = "" if math.isnan(shown.logged) else f" · last figures {duration(shown.logged)} ago"
-    return Text.assemble((shown.run, "bold"), f" · {shown.state} · step {done}{of}{ago}")
+    return Text.assemble((shown.run, "bold"), f" · {shown.state}{at}{ago}")
 
 
 def _progress(shown: Snapshot, width: int) -> Iterator[Text]:
+    if shown.cells:
+        yield Text(f"cells     {shown.cells}")
     rewards = shown.figures.get("reward/mean", {})
     if rewards:
         line = spark([rewards[step] for step in sorted(rewards)], max(10, width - 40))

@@ -87,6 +87,15 @@ def test_a_look_at_a_run_tells_how_it_goes(run: Path) -> None:
     assert "r-1 · finished" in shown(run)
 
 
+def test_an_evaluation_tells_its_cells(run: Path) -> None:
+    (run / "cells").mkdir()
+    (run / "cells" / "recall--off--seed0.json").write_text("{}")
+    (run / "cells" / "recall--off--seed0.jsonl").write_text("{}\n{}\n")
+    (run / "cells" / "recall--tmem--seed0.jsonl").write_text("{}\n{}\n{}\n")
+    text = shown(run)
+    assert "cells     1 finished, recall--tmem--seed0 at 2 tasks" in text and "step 3 of 40" not in text
+
+
 def test_the_command_shows_the_newest_run_once_where_there_is_no_terminal(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
