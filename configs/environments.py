@@ -110,12 +110,12 @@ class JudgeConfig(EndpointConfig):
 
 @dataclass(frozen=True)
 class RubricConfig:
-    """Context learning judged by rubrics (CL-Bench, arXiv 2602.03587).
-
-    An answer that meets all rubrics of an item scores 1, any other 0.
-    """
+    """Context learning judged by rubrics (CL-Bench, arXiv 2602.03587; BEAM, arXiv 2510.27246)."""
 
     path: str = ""  # required with environment.name=rubric: JSON lines of messages, rubrics and metadata
+    format: Literal["clbench", "beam"] = "clbench"  # the file's schema
+    # the reward: 1 where all rubrics are met (CL-Bench), or the share of them (BEAM)
+    score: Literal["all", "share"] = "all"
     # an LLM judge, or the rule that each rubric states (then a file with a rubric in prose is refused)
     checker: Literal["judge", "rules"] = "judge"
     judge: JudgeConfig = field(default_factory=JudgeConfig)

@@ -20,21 +20,21 @@ Our choices. Items that share a context are on the same side of the train and ev
 Engram's; an item's system message is read like the other messages, under its role. Of a long last message
 only the end is the request; the part before it is read first. Memory and judge are shown the request.
 
+With ``rubric.score=share`` the share is the reward and ``f1``: BEAM's rule (beam.py), which adds up points.
+
 CL-Bench's licence allows evaluation only. Train on your own files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
-
-from pydantic import AfterValidator
+from dataclasses import asdict
 
 from actors.environments.base import ReadThenAsk, Split, held_out, passes, task_seed
-from actors.environments.data_file import DataFile, MessageText, Text, TextOrNumber, invalid
+from actors.environments.beam import read_beam_items
 from actors.environments.judge.cached_endpoint import NO_COST
 from actors.environments.judge.judge import EndpointJudge, Judge, Verdict
+from actors.environments.rubric_files import Message, RubricItem, read_rubric_items
 from actors.environments.rubric_rules import RuleChecker, RuleError, parse_rule
 from actors.protocols import TaskError
 from actors.types import Answer, Outcome, Task
@@ -48,27 +48,7 @@ SYSTEM_PROMPT = (
 _LABELS = {"system": "[Instructions]", "user": "[User]", "assistant": "[Assistant]"}
 _REQUEST_CHARACTERS = 2000  # about 500 tokens
 _BREAKS = ("\n\n", "\n", ". ", " ")
-_NO_CATEGORY = "uncategorised"
 _SHOWN_RUBRIC = 80  # characters
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    role: Literal["system", "user", "assistant"]
-    content: MessageText
-
-
-@dataclass(frozen=True, slots=True)
-class RubricItem:
-    """One task: ``messages``, none of them blank, then ``request``. ``line`` is its line, counted from 1."""
-
-    id: str
-    context_id: str
-    category: str
-    messages: tuple[Message, ...]
-    request: str
-    rubrics: tuple[str, ...]
-    line: int
 
 
 class RubricEnvironment:
@@ -83,9 +63,10 @@ class RubricEnvironment:
         Also when a rubric is not one that the checker ``rules`` can check.
         """
         self._path = config.path
-        items = read_rubric_items(config.path)
+        items = read_beam_items(config.path) if config.format == "beam" else read_rubric_items(config.path)
         if config.checker == "rules":
             _check_rules(config.path, items)
+        self._by_share = config.score == "share"
         self._judge: Judge = RuleChecker() if config.checker == "rules" else EndpointJudge(config.judge)
         self._items = {item.id: item for item in items}
         contexts = [item.context_id for item in items]
@@ -109,32 +90,35 @@ class RubricEnvironment:
                 environment=self.name,
                 payload={"item": ids[place]},
                 seed=task_seed(split, seed, position),
+                system_prompt=self._items[ids[place]].system_prompt,
             )
 
     def start(self, task: Task) -> RubricSession:
         item = self._items.get(task.payload.get("item", ""))
         if item is None:
             raise TaskError(f"task {task.id}: {self._path} has no item {task.payload.get('item')!r}")
-        return RubricSession(task.id, item, self._judge)
+        return RubricSession(task.id, item, self._judge, self._by_share)
 
 
 class RubricSession(ReadThenAsk):
     """One episode: the messages, then the request."""
 
-    def __init__(self, task_id: str, item: RubricItem, judge: Judge) -> None:
+    def __init__(self, task_id: str, item: RubricItem, judge: Judge, by_share: bool = False) -> None:
         material, request = split_request(item.request)
         messages = [*item.messages, *([Message("user", material)] if material else [])]
         super().__init__([f"{_LABELS[message.role]}\n{message.content}" for message in messages], [request])
         self._task_id = task_id
         self._item = item
         self._judge = judge
+        self._by_share = by_share
 
     def outcome(self) -> Outcome:
         """Blocks while the judge decides. Raises TaskError when it cannot."""
         (prediction,) = self.answers
         verdict = self._verdict(prediction)
         solved, share = float(all(verdict.met)), sum(verdict.met) / len(verdict.met)
-        scores = {"f1": solved, "em": solved, "solved": solved, "rubrics_met": share}
+        reward = share if self._by_share else solved
+        scores = {"f1": reward, "em": solved, "solved": solved, "rubrics_met": share}
         answer = Answer(
             question=self.question,
             gold=self._item.rubrics,
@@ -143,7 +127,7 @@ class RubricSession(ReadThenAsk):
             scores=scores,
         )
         costs = {f"judge_{name}": float(value) for name, value in asdict(verdict.cost).items()}
-        return Outcome(reward=solved, reward_parts=scores | costs, answers=(answer,))
+        return Outcome(reward=reward, reward_parts=scores | costs, answers=(answer,))
 
     def _verdict(self, answer: str) -> Verdict:
         rubrics = self._item.rubrics
@@ -170,69 +154,6 @@ def split_request(text: str) -> tuple[str, str]:
     starts = (place + len(mark) for mark in _BREAKS if (place := text.find(mark, first, last)) >= 0)
     cut = next(starts, first)
     return text[:cut].rstrip(), text[cut:].lstrip()
-
-
-# --- the file ---
-
-
-def _ends_with_request(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
-        raise invalid("The last message should be the user's, with a text: it is the request")
-    return messages
-
-
-def _not_empty(rubrics: tuple[str, ...]) -> tuple[str, ...]:
-    if not rubrics:
-        raise invalid("Input should have at least one rubric")
-    return rubrics
-
-
-@dataclass(frozen=True, slots=True)
-class _Metadata:
-    task_id: TextOrNumber | None = None
-    context_id: TextOrNumber | None = None
-    context_category: TextOrNumber | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    messages: Annotated[tuple[Message, ...], AfterValidator(_ends_with_request)]
-    rubrics: Annotated[tuple[Text, ...], AfterValidator(_not_empty)]
-    metadata: _Metadata = _Metadata()
-
-    def as_item(self, number: int) -> RubricItem:
-        task_id, context_id, category = (
-            (value or "").strip()
-            for value in (self.metadata.task_id, self.metadata.context_id, self.metadata.context_category)
-        )
-        return RubricItem(
-            id=task_id or f"line-{number}",
-            context_id=context_id or task_id or f"line-{number}",
-            category=category or _NO_CATEGORY,
-            messages=tuple(message for message in self.messages[:-1] if message.content.strip()),
-            request=self.messages[-1].content,
-            rubrics=tuple(rubric.strip() for rubric in self.rubrics),
-            line=number,
-        )
-
-
-def read_rubric_items(path: str) -> list[RubricItem]:
-    """All items of the file: at least one, with unique ids. Raises TaskError."""
-    file = DataFile(
-        path,
-        "environment.rubric.path",
-        "a file of JSON lines with messages, rubrics and metadata (CL-Bench's schema)",
-    )
-    items = [line.as_item(number) for number, line in file.lines(_Line)]
-    if not items:
-        raise file.empty("items")
-    lines: dict[str, int] = {}
-    for item in items:
-        if item.id in lines:
-            fault = f"metadata.task_id {item.id!r} stands in line {lines[item.id]} already"
-            raise file.fault(f"line {item.line}", fault)
-        lines[item.id] = item.line
-    return items
 
 
 def _check_rules(path: str, items: list[RubricItem]) -> None:
