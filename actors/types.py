@@ -43,9 +43,8 @@ Boundary = Literal["environment", "memory", "engine", "receipt", "writer", "time
 @dataclass(frozen=True, slots=True)
 class Task:
     """One problem. ``payload`` is plain JSON-like data that only the environment ``environment`` understands.
-
-    ``system_prompt`` takes the place of the environment's where it is not empty. ``fault`` says why the
-    environment could not make the task: then its episodes fail with it.
+    ``system_prompt``, where not empty, takes the place of the environment's. A task that the environment
+    could not make has a ``fault``, and its episodes fail with it.
     Example: Task("recall-train-0-17", "recall", {"sessions": [...], "questions": [...]}, seed=17)
     """
 
@@ -55,6 +54,7 @@ class Task:
     seed: int
     system_prompt: str = ""
     fault: str = ""
+    member: str = ""  # of environment.mix: the environment that made it, and plays it
     stage: int = 0  # k: of the k-th stage of the curriculum, whose environment plays it; 0: of environment.*
 
 

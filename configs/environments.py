@@ -226,6 +226,9 @@ class EnvironmentConfig:
     custom: str = ""
     # the custom environment's argument
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    # several environments in one run: a list of {share: 0.7, name: mine, environment: {...}}. environment has
+    # settings of environment.*, laid over the others here; shares are of the tasks; empty: one environment
+    mix: tuple[dict[str, Any], ...] = field(default=(), hash=False)
     # package.module:name of a function from Task and Outcome to the reward; empty: the environment's own
     reward: str = ""
     recall: RecallConfig = field(default_factory=RecallConfig)
@@ -282,11 +285,18 @@ class EnvironmentConfig:
         return self.name in ("custom", *ADAPTERS)
 
     @property
+    def label(self) -> str:
+        """The environment's name for people."""
+        return "mix" if self.mix else self.name
+
+    @property
     def acts(self) -> tuple[str, int]:
         """The setting that bounds how often an episode asks for an act, and its value.
 
         Texts that are only read are no acts. The bound of others' environments is unknown and counts as 1.
         """
+        if self.mix:
+            return "mix", 1  # each of its environments is checked alone
         if self.name == "recall":
             unknown = self.recall.unknown_questions
             setting = "recall.questions + recall.unknown_questions" if unknown else "recall.questions"

@@ -23,10 +23,18 @@ from omegaconf.errors import OmegaConfBaseException
 from configs import yaml_scalars
 from configs.bounds import BoundError, ConfigError, shown
 from configs.reference import settings
-from configs.schema import RunConfig
+from configs.schema import EnvironmentConfig, RunConfig
 from configs.shipped import hint
 
-__all__ = ["ConfigError", "Layer", "flatten", "load_config", "to_yaml", "with_environment"]
+__all__ = [
+    "ConfigError",
+    "Layer",
+    "environment_with",
+    "flatten",
+    "load_config",
+    "to_yaml",
+    "with_environment",
+]
 _NUMBERS = (int, float, tuple[int, ...], tuple[float, ...])
 _LEADING_ZERO = re.compile(r"\s*[-+]?0[0-9_]")
 _WRITE_A_MAPPING = "write 'section:' and indented 'key: value' lines"
@@ -64,6 +72,7 @@ def load_config(path: Path | None, overrides: Sequence[str], layers: Sequence[La
         config: RunConfig = _build(RunConfig(), "", values)
     except BoundError as error:
         raise ConfigError(f"{_blame(error, assignments, path)}{error}") from None
+    _check_mix(config)
     if config.curriculum.is_on:
         from configs.curriculum import stages  # it needs this module
 
@@ -73,14 +82,33 @@ def load_config(path: Path | None, overrides: Sequence[str], layers: Sequence[La
 
 def with_environment(config: RunConfig, settings: Mapping[str, object], source: str) -> RunConfig:
     """``config`` with ``settings`` of ``environment.*`` laid over its own. Raises ConfigError."""
-    own = config.environment.options
-    options = [_Assignment(source, "environment.options", own)] if own else []  # merged, not replaced
-    assignments = [*options, *_leaves(source, "environment.", settings)]
     try:
-        changed: RunConfig = _build(config, "", _typed_values(assignments))
+        changed = replace(config, environment=environment_with(config.environment, settings, source))
+        _check_mix(changed)
     except BoundError as error:
         raise ConfigError(f"{source}: {error}") from None
     return changed
+
+
+def environment_with(
+    environment: EnvironmentConfig, settings: Mapping[str, object], source: str
+) -> EnvironmentConfig:
+    """``environment`` with ``settings`` of ``environment.*`` laid over its own. Raises ConfigError."""
+    own = environment.options
+    options = [_Assignment(source, "environment.options", own)] if own else []  # merged, not replaced
+    assignments = [*options, *_leaves(source, "environment.", settings)]
+    try:
+        changed: EnvironmentConfig = _build(environment, "environment.", _typed_values(assignments))
+    except BoundError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    return changed
+
+
+def _check_mix(config: RunConfig) -> None:
+    if config.environment.mix:
+        from configs.mixture import check_mix  # it needs this module
+
+        check_mix(config)
 
 
 def to_yaml(config: RunConfig) -> str:

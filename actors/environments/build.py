@@ -43,6 +43,16 @@ def build_environment(config: EnvironmentConfig, embedder: EmbedderConfig) -> En
     ``embedder`` is loaded only by an environment that searches by meaning.
     Raises TaskError, ExtensionError or ValueError when its settings or its files cannot be used.
     """
+    if config.mix:
+        from actors.environments.mixture import Mixed, mixed
+        from configs.mixture import members
+
+        return mixed(
+            [
+                Mixed(each.name, each.share, build_environment(each.environment, embedder))
+                for each in members(config)
+            ]
+        )
     environment = _adapter(config) if config.name in ADAPTERS else _named(config, embedder)
     return _with_reward(environment, config.reward) if config.reward else environment
 

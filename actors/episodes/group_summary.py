@@ -58,10 +58,17 @@ class GroupSummary:
     failed: tuple[FailedEpisode, ...]
     worker: str
     recovered: Recovered  # episodes of a group that another worker had begun (recovery.py)
+    member: str = ""  # of environment.mix: the task's environment
 
     @staticmethod
     def of(group: TrajectoryGroup, recovered: Recovered = NONE_RECOVERED) -> GroupSummary:
         episodes = tuple(EpisodeSummary.of(trajectory) for trajectory in group.trajectories)
         return GroupSummary(
-            group.task.id, group.policy_version, episodes, group.failed, group.worker, recovered
+            group.task.id,
+            group.policy_version,
+            episodes,
+            group.failed,
+            group.worker,
+            recovered,
+            group.task.member,
         )

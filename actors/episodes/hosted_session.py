@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from actors.environments.base import Environment, Observation, Session
 from actors.environments.build import answers_at_once
+from actors.environments.mixture import playing
 from actors.environments.user_calls import CallThread, Raised, close_late, run_apart
 from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat, ChatTemplateError
@@ -39,15 +40,17 @@ class HostedSession:
         self.waits_for = ""  # the call of the user's code that runs now, or that was given up
         self.task = task
         self._environment, self._limit_s = environment, limit_s
-        self._at_once = answers_at_once(environment)
+        self._at_once = False  # whether its calls need no thread
         self._thread = CallThread(f"session of {task.id}")
         self._session: Session | None = None
 
     async def start(self) -> None:
         """Start the session. Raises TaskError."""
-        environment, task = self._environment, self.task
+        task = self.task
         if task.fault:
             raise TaskError(task.fault)
+        environment = playing(self._environment, task)
+        self._at_once = answers_at_once(environment)
         session = await self._ask("start", environment.start, task)
         self._session = session
         with owned(self._whom("start"), TaskError, environment.start):  # a __getattr__ of theirs may raise
@@ -59,6 +62,8 @@ class HostedSession:
         self.question = self._text("question", question)
         self.own_prompt = self._text("system_prompt", task.system_prompt or own or "")
         self.system_prompt = self.own_prompt or self._text("system_prompt", prompt)
+        if task.member:  # the mixture's prompt is another one
+            self.own_prompt = self.system_prompt
 
     def told_tools(self, chat: ChatFormat) -> ChatFormat:
         """``chat`` with the session's tools in its prompt, if it has some. Raises TaskError."""

@@ -24,6 +24,7 @@ from functools import partial
 from typing import TypeVar
 
 from actors.environments.base import Environment
+from actors.environments.mixture import playing
 from actors.episodes.attribution import attributed
 from actors.episodes.controls import write_control
 from actors.episodes.episode import (
@@ -307,7 +308,8 @@ class Rollout:
     async def _scored(self, played: Played) -> Trajectory:
         """Raises TaskError, MemoryFault."""
         environment = self._environments[played.spec.task.stage]
-        return attributed(await score_episode(played), environment, self._chat)
+        trajectory = await score_episode(played)
+        return attributed(trajectory, playing(environment, trajectory.task), self._chat)
 
     async def _play(
         self,
@@ -320,7 +322,7 @@ class Rollout:
     ) -> Played:
         whom = f"task {spec.task.id}: memory.policy={request.memory.policy}"
         with owned(whom, MemoryFault, passing=PASSING):
-            environment = self._environments[spec.task.stage]
+            environment = playing(self._environments[spec.task.stage], spec.task)
             control = write_control(request.memory, request.task, environment)
             memory = build_memory(request.memory, self._write, self._surroundings, control)
         common = (self._chat, memory, self._basis_id, self._preservation)

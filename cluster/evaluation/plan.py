@@ -122,7 +122,7 @@ def plan_cells(request: Request) -> Plan:
         for row in rows:
             for variant in _variants(row, benchmark, request, sweep):
                 config = _load(request, benchmark, row, variant.swept)
-                name, seeds = benchmark.name or config.environment.name, request.seeds or (base.seed,)
+                name, seeds = benchmark.name or config.environment.label, request.seeds or (base.seed,)
                 cells += [Cell(name, variant, replace(config, seed=seed)) for seed in seeds]
     _check_unique([cell.key for cell in cells])
     variants = list(dict.fromkeys(cell.variant for cell in cells))

@@ -113,6 +113,11 @@ class ComparisonReport:
         """Every figure for JSON and CSV. ``category`` is "" for all answers. A cost has no interval."""
         for row, cost in zip(self.rows, self.costs, strict=True):
             figures = [(name, "", value) for name, value in self._overall(row, cost).items()]
+            for member in row.members:
+                part = row.of_member(member)
+                figures += [
+                    (score, f"environment {member}", part.interval(score)) for score in _scores([part])
+                ]
             figures += [
                 (score, group, row.interval(score, chosen))
                 for group, chosen in answer_groups(row.answers).items()
@@ -132,7 +137,11 @@ class ComparisonReport:
     def _section(self, benchmark: str, plots: Sequence[Path]) -> Section:
         rows = [row for row, _ in self.of(benchmark)]
         scores = [score for score in _scores(rows) if score != REWARD]
-        tables = [self._score_table(benchmark), *(self._categories(rows, score) for score in scores)]
+        tables = [
+            self._score_table(benchmark),
+            _environment_table(rows),
+            *(self._categories(rows, score) for score in scores),
+        ]
         tables.append(kinds_table({row.label: row.episodes for row in rows}))
         tables.append(cards_table({row.label: row.cards for row in rows}))
         tables += [self._collapse_table(rows), self._cost_table(benchmark), self._events(benchmark)]
@@ -201,6 +210,18 @@ class ComparisonReport:
         plain |= row.cards.shares if row.cards is not None else {}
         count = len(row.episodes)
         return scores | {name: Interval(value, math.nan, math.nan, count) for name, value in plain.items()}
+
+
+def _environment_table(rows: Sequence[RowSummary]) -> Table:
+    """With environment.mix: each row's episodes of each environment apart."""
+    parts = [(row.label, member, row.of_member(member)) for row in rows for member in row.members]
+    scores = _scores([part for _, _, part in parts])
+    lines = []
+    for name, member, part in parts:
+        shown = (score_text(score, part.interval(score)) for score in scores)
+        lines.append((name, member, _tasks(part), str(len(part.failed)), *shown))
+    titles = (f"{label(score)}{unit(score)} [95% CI]" for score in scores)
+    return Table("Scores by environment", ("row", "environment", "tasks", "failed", *titles), tuple(lines))
 
 
 def save_comparison(report: ComparisonReport, folder: Path) -> list[Path]:

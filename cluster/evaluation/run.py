@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from cluster.common.display import Display
@@ -26,6 +27,7 @@ from cluster.tracking.registry import dataset_values
 from cluster.tracking.tracker import Tracker, start_tracking
 from cluster.train.run import ending
 from configs.files import write_text
+from configs.mixture import environments
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -151,7 +153,8 @@ def _track(comparison: Comparison) -> Tracker:
     tracker = start_tracking(
         config, comparison.folder.parent, comparison.folder.name, comparison.config_path, before
     )
-    for environment in dict.fromkeys(cell.config.environment for cell in comparison.plan.cells):
+    played = (environments(cell.config.environment) for cell in comparison.plan.cells)
+    for environment in dict.fromkeys(chain.from_iterable(played)):
         tracker.dataset(dataset_values(environment, "evaluation"))
     if tracker.run_id:
         write_text(path, tracker.run_id)

@@ -7,7 +7,7 @@ question again, its values are averaged first: a repeated question is no new evi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -82,6 +82,16 @@ class RowSummary:
     @property
     def cards(self) -> CardCounts | None:
         return total_cards(episode.cards for episode in self.episodes)
+
+    @property
+    def members(self) -> list[str]:
+        """The environments of environment.mix; empty without it."""
+        return sorted({member for _, cell in self.cells for member in cell.result.members})
+
+    def of_member(self, name: str) -> RowSummary:
+        """The row's episodes of one environment of the mix."""
+        own = [(seed, replace(cell, result=cell.result.of_member(name))) for seed, cell in self.cells]
+        return replace(self, cells=tuple(own))
 
     @property
     def items(self) -> int:

@@ -26,8 +26,8 @@ from actors.types import Answer, PolicyVersion, Task, Trajectory, TrajectoryGrou
 from cluster.common.errors import AllFailed, CheckpointError, SaveError
 from cluster.common.failures import failure_text, one_cause
 from cluster.measure.card_counts import CardCounts, count_cards, total_cards
-from cluster.measure.collapse import ExtractionCounts, collapse_figures, count_extractions, total
-from cluster.measure.scores import F1, REWARD, SUMMARY, score_order
+from cluster.measure.collapse import ExtractionCounts, count_extractions, total
+from cluster.measure.scores import F1, REWARD, score_order
 from cluster.measure.statistics import Interval, PairedDifference, mean_interval, paired_difference
 from configs.files import FileError, Measured, dump_json, make_folder, read_json, write_text
 from configs.memory import CARD_WRITING
@@ -88,6 +88,7 @@ class EpisodeScore:
     seconds: float
     extractions: ExtractionCounts | None = None
     cards: CardCounts | None = None  # None too where the environment cannot say
+    member: str = ""  # of environment.mix: the task's environment
 
     def mean(self, score: str, chosen: Chosen = lambda _: True) -> float:
         """Over the chosen answers that have ``score``; NaN without one. The reward is the episode's own."""
@@ -104,6 +105,7 @@ class TaskResult:
     policy_version: PolicyVersion
     episodes: tuple[EpisodeScore, ...]
     failed: tuple[str, ...]
+    member: str = ""  # of environment.mix: the task's environment
 
     @staticmethod
     def of(position: int, group: TrajectoryGroup, writes_cards: bool = False) -> TaskResult:
@@ -112,17 +114,22 @@ class TaskResult:
             group.policy_version,
             episodes=tuple(score_episode(trajectory, writes_cards) for trajectory in group.trajectories),
             failed=tuple(failure_text(failure) for failure in group.failed),
+            member=group.task.member,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """All episodes of a row. ``failed`` holds "boundary: message" per failed episode."""
+    """All episodes of a row. ``failed`` holds "boundary: message" per failed episode.
+
+    ``failed_members``: of environment.mix, the environment of each of ``failed``; empty without a mix.
+    """
 
     label: str
     policy_version: PolicyVersion
     episodes: tuple[EpisodeScore, ...]
     failed: tuple[str, ...]
+    failed_members: tuple[str, ...] = ()
 
     @staticmethod
     def of(label: str, tasks: Iterable[TaskResult]) -> RowResult:
@@ -132,6 +139,23 @@ class RowResult:
             policy_version=max((task.policy_version for task in ordered), default=0),
             episodes=tuple(episode for task in ordered for episode in task.episodes),
             failed=tuple(message for task in ordered for message in task.failed),
+            failed_members=tuple(task.member for task in ordered for _ in task.failed if task.member),
+        )
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The environments of environment.mix; empty without it."""
+        played = {episode.member for episode in self.episodes if episode.member}
+        return tuple(sorted(played | set(self.failed_members)))
+
+    def of_member(self, name: str) -> RowResult:
+        """The row's episodes of one environment of the mix."""
+        failed = zip(self.failed, self.failed_members, strict=False)
+        return replace(
+            self,
+            episodes=tuple(episode for episode in self.episodes if episode.member == name),
+            failed=tuple(message for message, member in failed if member == name),
+            failed_members=tuple(member for member in self.failed_members if member == name),
         )
 
     @property
@@ -198,9 +222,14 @@ def has_own_reward(episodes: Iterable[EpisodeScore]) -> bool:
 
 
 def primary_score(episodes: Iterable[EpisodeScore]) -> str:
-    """The score by which rows are compared: F1, or the reward where no episode has an answer."""
+    """The score by which rows are compared: F1, or the reward where no episode has an answer.
+
+    Of several environments (environment.mix) it is the reward where one of them has no answers.
+    """
     shown = list(episodes)
-    return REWARD if shown and not any(np.isfinite(episode.mean(F1)) for episode in shown) else F1
+    has_f1 = [bool(np.isfinite(episode.mean(F1))) for episode in shown]
+    mixed = any(episode.member for episode in shown)  # then all are compared by what all have
+    return REWARD if shown and not (all(has_f1) if mixed else any(has_f1)) else F1
 
 
 def categories(answers: Iterable[Answer]) -> dict[str, Chosen]:
@@ -310,6 +339,7 @@ def score_episode(trajectory: Trajectory, writes_cards: bool = False) -> Episode
         seconds=trajectory.timings.total,
         extractions=count_extractions(trajectory.writes) if writes_cards else None,
         cards=count_cards(trajectory.writes, outcome.answers) if writes_cards else None,
+        member=trajectory.task.member,
     )
 
 
@@ -333,35 +363,6 @@ def compare(before: RowResult, after: RowResult, score: str) -> PairedDifference
         task for task in first if task in second and np.isfinite(first[task]) and np.isfinite(second[task])
     ]
     return paired_difference([first[task] for task in shared], [second[task] for task in shared])
-
-
-def row_metrics(result: RowResult, key: str) -> dict[str, float]:
-    """The row's figures for the tracker: eval/<key>/f1 ..., by category where there is more than one."""
-    figures = {
-        score: float(np.mean(values)) for score in result.score_names if (values := result.values(score))
-    }
-    for category, chosen in categories(result.answers).items():
-        figures[f"f1_{category}"] = answers_mean(result.answers, "f1", chosen)[0]
-    for group, chosen in told_and_untold(result.answers).items():
-        shares = {score: answers_mean(result.answers, score, chosen) for score in result.score_names}
-        figures |= {f"{score}_{group}": mean for score, (mean, count) in shares.items() if count}
-    if result.episodes:
-        figures[REWARD] = result.per_episode(REWARD)
-    figures |= {f"writes_{outcome}": float(count) for outcome, count in result.writes.items()}
-    figures["failed_episodes"] = float(len(result.failed))
-    figures |= collapse_figures(result.answers, result.extractions)
-    figures |= result.cards.shares if result.cards is not None else {}
-    if result.episodes:
-        costs = ("prompt_tokens", "generated_tokens", "seconds")
-        figures |= {field: result.per_episode(field) for field in costs}
-    return {f"eval/{key}/{name}": value for name, value in figures.items()}
-
-
-def summary_metrics(result: RowResult) -> dict[str, float]:
-    """The held-out score of the trained policy, for its chart over the run's steps. {} without one."""
-    score = primary_score(result.episodes)
-    values = result.values(score)
-    return {f"{SUMMARY}/held_out_{score}": float(np.mean(values))} if values else {}
 
 
 def save_row(result: RowResult, path: Path) -> None:

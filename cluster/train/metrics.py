@@ -92,6 +92,7 @@ def step_metrics(report: StepReport, batch: Batch, seconds: StepSeconds, ledger:
         | rollout_metrics(episodes)
         | write_metrics([record for episode in episodes for record in episode.writes])
         | card_metrics(episodes)
+        | mix_metrics(groups)
     )
     metrics[f"{SUMMARY}/reward"] = metrics["reward/mean"]
     metrics |= episode_timeline(episodes) | learner_timeline(seconds)
@@ -142,6 +143,21 @@ def reward_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
         f"reward/part_{name}" if f"reward/{name}" in metrics else f"reward/{name}": _mean(values)
         for name, values in parts.items()
     }
+
+
+def mix_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
+    """Figures of each environment of environment.mix apart; none without it."""
+    metrics: dict[str, float] = {}
+    for member in sorted({group.member for group in groups if group.member}):
+        own = [group for group in groups if group.member == member]
+        figures = {key.removeprefix("reward/"): value for key, value in reward_metrics(own).items()}
+        figures |= {
+            "groups": float(len(own)),
+            "episodes": float(len(_episodes(own))),
+            "failed_episodes": float(sum(len(group.failed) for group in own)),
+        }
+        metrics |= {f"mix/{member}_{name}": value for name, value in figures.items()}
+    return metrics
 
 
 def rollout_metrics(episodes: Sequence[EpisodeSummary]) -> dict[str, float]:

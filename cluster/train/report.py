@@ -114,7 +114,14 @@ class TrainingReport:
         kinds = kinds_table({row.label: row.episodes for row in self.rows.values()})
         cards = cards_table({row.label: row.cards for row in self.rows.values()})
         shown = tuple(table for table in (kinds, cards) if table.rows)
-        tables = (self._scores(), *shown, self._collapse(), self._costs(), *self._by_category())
+        tables = (
+            self._scores(),
+            *self._by_environment(),
+            *shown,
+            self._collapse(),
+            self._costs(),
+            *self._by_category(),
+        )
         return Document(self.title, {}, (Section("", tables=tables, notes=notes, plots=tuple(plots)),))
 
     def data(self) -> dict[str, Any]:
@@ -154,20 +161,27 @@ class TrainingReport:
 
     def _scores(self) -> Table:
         names = score_order({score for scores in self.intervals.values() for score in scores})
-        if self.score == REWARD:  # no answer has a score
-            names = (REWARD,)
-        ranged = [name for name in names if name in WITH_INTERVALS]
-        others = [name for name in names if name not in WITH_INTERVALS]
+        if self.score == REWARD and not any(row.members for row in self.rows.values()):
+            names = (REWARD,)  # no answer has a score
+        lines = [
+            (row.label, *_counts(row), *_score_cells(self.intervals[stage], names))
+            for stage, row in self.rows.items()
+        ]
+        return Table("", (*COUNTS, *_score_titles(names)), tuple(lines), LEGEND)
+
+    def _by_environment(self) -> Iterator[Table]:
+        """With environment.mix: each row's episodes of each environment apart."""
+        parts = [row.of_member(name) for row in self.rows.values() for name in row.members]
+        names = score_order({score for part in parts for score in part.score_names})
         lines = []
-        for stage, row in self.rows.items():
-            scores = self.intervals[stage]
-            counts = (str(len(row.episodes)), str(len(row.failed)))
-            intervals = (score_text(name, scores[name]) if name in scores else "-" for name in ranged)
-            means = (percent(scores[name].mean) if name in scores else "-" for name in others)
-            lines.append((row.label, *counts, *intervals, *means))
-        titles = (f"{label(name)}{unit(name)} [95% CI]" for name in ranged)
-        header = (*COUNTS, *titles, *(f"{name} %" for name in others))
-        return Table("", header, tuple(lines), LEGEND)
+        for row in self.rows.values():
+            for member in row.members:
+                part = row.of_member(member)
+                scores = {score: part.interval(score) for score in part.score_names}
+                lines.append((row.label, member, *_counts(part), *_score_cells(scores, names)))
+        if lines:
+            header = ("row", "environment", *COUNTS[1:], *_score_titles(names))
+            yield Table("Scores by environment", header, tuple(lines))
 
     def _collapse(self) -> Table:
         lines = [(row.label, *collapse_cells(row.answers, row.extractions)) for row in self.rows.values()]
@@ -205,6 +219,23 @@ class TrainingReport:
                     f"{label(self.score)} would be {number_text(self.score, as_zero)}{unit(self.score)}"
                 )
                 yield f"{row.label}: with all {len(row.failed)} failed episodes counted as 0, {would_be}"
+
+
+def _counts(row: RowResult) -> tuple[str, str]:
+    return str(len(row.episodes)), str(len(row.failed))
+
+
+def _score_titles(names: Sequence[str]) -> Iterator[str]:
+    """Titles of the scores with intervals, then of the others."""
+    yield from (f"{label(name)}{unit(name)} [95% CI]" for name in names if name in WITH_INTERVALS)
+    yield from (f"{name} %" for name in names if name not in WITH_INTERVALS)
+
+
+def _score_cells(scores: Mapping[str, Interval], names: Sequence[str]) -> Iterator[str]:
+    for name in (name for name in names if name in WITH_INTERVALS):
+        yield score_text(name, scores[name]) if name in scores and scores[name].count else "-"
+    for name in (name for name in names if name not in WITH_INTERVALS):
+        yield percent(scores[name].mean) if name in scores and scores[name].count else "-"
 
 
 def _cost_cells(row: RowResult) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ from cluster.train.report import CONTROLS
 from cluster.train.scoreboard import EVALUATE, Observers, Scoreboard
 from cluster.train.step_checkpoints import save_state
 from cluster.train.warm_start import warm_start
+from configs.mixture import environments
 from configs.schema import RunConfig
 
 _WARM, _STEP = "warm start", "train step"
@@ -218,8 +219,9 @@ def _track(config: RunConfig, folder: RunFolder, run_id: str) -> Tracker:
     """Open the tracked run of a training: a new one, or ``run_id`` again. Raises TrackingError."""
     tracker = start_tracking(config, folder.path.parent, folder.path.name, folder.config, run_id)
     note_run_id(folder.path, tracker.run_id)  # now: the first checkpoint may be hours away
-    tracker.dataset(dataset_values(config.environment, "training"))
-    tracker.dataset(dataset_values(config.environment, "evaluation"))
+    for environment in environments(config.environment):
+        tracker.dataset(dataset_values(environment, "training"))
+        tracker.dataset(dataset_values(environment, "evaluation"))
     return FigureFile(tracker, folder.path)
 
 

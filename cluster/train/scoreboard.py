@@ -17,15 +17,14 @@ from cluster.common.display import Display
 from cluster.common.errors import CheckpointError
 from cluster.inspection.recorder import EpisodeRecorder
 from cluster.measure.report import show
+from cluster.measure.row_metrics import row_metrics, summary_metrics
 from cluster.measure.rows import (
     EpisodeSource,
     EvaluationRow,
     RowResult,
     evaluate_row,
     load_row,
-    row_metrics,
     save_row,
-    summary_metrics,
 )
 from cluster.tracking.tracker import Tracker
 from cluster.train.prepare import RunFolder, RunSpec
@@ -109,7 +108,9 @@ class Scoreboard:
         if row is None or self._row(key) is not None:
             return
         if missing := missing_for_control(row.memory, self.spec.environment):
-            display.say(f"no row {row.label!r}: the environment {config.environment.name} has no {missing}")
+            display.say(
+                f"no row {row.label!r}: the environment {self.spec.environment.name} has no {missing}"
+            )
             return
         wanted = config.evaluation.tasks
         if len(tasks) < wanted:

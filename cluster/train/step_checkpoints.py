@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from cluster.common.errors import ClusterError
 from cluster.fleet.fleet import ElasticFleet
 from cluster.fleet.stream import GroupStream
-from cluster.measure.rows import RowResult, evaluate_row, primary_score, row_metrics, summary_metrics
+from cluster.measure.row_metrics import row_metrics, summary_metrics
+from cluster.measure.rows import RowResult, evaluate_row, primary_score
 from cluster.measure.scores import mean_text
 from cluster.runs.checkpoint import TrainState, save_checkpoint, score_checkpoint
 from cluster.train.prepare import RunFolder, RunSpec

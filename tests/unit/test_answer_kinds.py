@@ -13,7 +13,8 @@ from actors.environments.recall import RecallEnvironment
 from actors.types import Answer, Task
 from cluster.evaluation.summary import summarize
 from cluster.measure.report import markdown
-from cluster.measure.rows import EpisodeScore, RowResult, row_metrics
+from cluster.measure.row_metrics import row_metrics
+from cluster.measure.rows import EpisodeScore, RowResult
 from cluster.train.report import TrainingReport
 from configs.schema import RecallConfig
 from tests.unit.comparison_cases import MODEL, plan, result

@@ -10,7 +10,8 @@ import pytest
 from actors.episodes.group_summary import EpisodeSummary
 from actors.types import Answer, CardUse, Flashcard, Outcome, Task, Timings, Trajectory, WriteRecord
 from cluster.measure.card_counts import CardCounts, cards_table, count_cards, total_cards
-from cluster.measure.rows import RowResult, load_row, row_metrics, save_row, score_episode
+from cluster.measure.row_metrics import row_metrics
+from cluster.measure.rows import RowResult, load_row, save_row, score_episode
 from cluster.train.metrics import card_metrics
 from cluster.train.report import training_report
 

@@ -25,7 +25,8 @@ from cluster.cli import app
 from cluster.fleet.fleet import ElasticFleet, FleetPlan, phase_seconds
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.stream import Batch
-from cluster.measure.rows import RowResult, row_metrics, score_episode
+from cluster.measure.row_metrics import row_metrics
+from cluster.measure.rows import RowResult, score_episode
 from cluster.train.curriculum import Curriculum
 from cluster.train.metrics import (
     StepSeconds,
@@ -134,8 +135,10 @@ def _logged() -> set[str]:
         episode.writes[0], flashcards=(Flashcard("Where?", "here"),), uses=(CardUse((0,), right=True),)
     )
     parts = {**episode.outcome.reward_parts, **dict.fromkeys(KINDS, 0.0)}  # recall's
-    episode = replace(episode, writes=(card,), outcome=replace(episode.outcome, reward_parts=parts))
-    groups = TrajectoryGroup(task_at(0), 0, (episode,), (), "worker-0")
+    task = replace(task_at(0), member="mine")  # of an environment.mix
+    outcome = replace(episode.outcome, reward_parts=parts)
+    episode = replace(episode, task=task, writes=(card,), outcome=outcome)
+    groups = TrajectoryGroup(task, 0, (episode,), (), "worker-0")
     ledger = Ledger(LedgerSnapshot(failures=dict.fromkeys(get_args(Boundary), 1)))
     stats = _zeros(EngineStats, seconds=dict.fromkeys(PHASES, 1.0))
     worker = _zeros(WorkerReport, name="worker-0", engine=stats)

@@ -16,7 +16,8 @@ from cluster.evaluation.report import ComparisonReport, save_comparison
 from cluster.evaluation.store import CellResult
 from cluster.evaluation.summary import compare_rows, summarize
 from cluster.measure.report import markdown
-from cluster.measure.rows import EpisodeScore, RowResult, row_metrics, save_row
+from cluster.measure.row_metrics import row_metrics
+from cluster.measure.rows import EpisodeScore, RowResult, save_row
 from cluster.train.report import save_report, training_report
 from configs.load import load_config, to_yaml
 from tests.unit.comparison_cases import MODEL, PEAK, plan

@@ -30,6 +30,7 @@ from cluster.measure.report import (
     save_plot,
     show,
 )
+from cluster.measure.row_metrics import row_metrics
 from cluster.measure.rows import (
     EpisodeScore,
     EvaluationRow,
@@ -37,7 +38,6 @@ from cluster.measure.rows import (
     compare,
     evaluate_row,
     load_row,
-    row_metrics,
     save_row,
     score_episode,
 )
