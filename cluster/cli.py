@@ -13,6 +13,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,7 @@ _TRAIN_EXAMPLES = """examples:
   engram train quickstart resume=auto
   engram train quickstart --seeds 0,1,2            three runs one after another, then their comparison
   engram train quickstart --seeds 0,1,2 --sweep objective.advantage=grpo,rloo
+  engram train quickstart --supervise 5           a process that dies is started again, with what it had saved
   engram train quickstart train.steps=4 --print-config
 """
 _SCALE_EXAMPLES = """examples:
@@ -162,6 +164,15 @@ def train(
     verbose: Verbose = False,
     print_config: PrintConfig = False,
     list_settings: ListSettings = False,
+    supervise: Annotated[
+        int,
+        typer.Option(
+            "--supervise",
+            min=0,
+            metavar="N",
+            help="start a training whose process died again from its last checkpoint, at most N times",
+        ),
+    ] = 0,
 ) -> int:
     """Evaluate, train, evaluate again, and compare.
 
@@ -175,12 +186,19 @@ def train(
     if misplaced is not None:
         raise ConfigError(f"argument {misplaced!r}: belongs to evaluate; train takes resume=FOLDER")
     path = required_config("train", config)
+    if supervise and (seeds or sweep):
+        raise ConfigError(f"--supervise {supervise}: watches one run, without --seeds and --sweep")
     if (seeds or sweep) and not print_config:
         return _train_several(path, words, seeds, sweep or [], verbose)
     loaded = load_config(path, job_overrides(path, words, os.environ))
     if print_config:
         print(to_yaml(loaded), end="")
         return EXIT_OK
+    if supervise:
+        from cluster.train.supervise import Supervisor, this_command
+
+        command = [*this_command(sys.argv[1:]), "train", config, *(["--verbose"] if verbose else [])]
+        return Supervisor(command, words, loaded, supervise, partial(print, flush=True)).run()
 
     from cluster.common.display import Display
 

@@ -248,12 +248,14 @@ class TrainConfig:
     evaluate_tasks: int = 16  # of each such evaluation: the first of the eval split
     # a worker that takes longer for a group is replaced; keep it above rollout.episode_timeout_s
     group_timeout_s: float = 1200.0
+    # restarts of a lost learner from one checkpoint; the rollout workers stay up. 0: it ends the run
+    learner_retries: int = 2
     # what a training is compared with: RL whose siblings exchange their rewards by lot, or as many steps more
     # of the warm start (with its settings, on fresh tasks) in the place of RL
     control: Literal["none", "shuffled_rewards", "supervised"] = "none"
 
     def __post_init__(self) -> None:
-        not_negative(self, "steps", "max_staleness", "evaluate_every")
+        not_negative(self, "steps", "max_staleness", "evaluate_every", "learner_retries")
         positive(self, "tasks_per_step", "group_timeout_s", "checkpoint_every", "keep_checkpoints")
         positive(self, "evaluate_tasks")
         every, saved = self.evaluate_every, self.checkpoint_every

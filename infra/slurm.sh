@@ -3,7 +3,8 @@
 #   sbatch infra/slurm.sh configs/node_8gpu.yaml output_dir=/shared/runs
 #   sbatch --nodes=4 --export=ALL,ENGRAM_VENV=/shared/engram/.venv infra/slurm.sh configs/node_8gpu.yaml output_dir=/shared/runs rollout.workers=12
 # Submit it from a checkout on storage that all nodes see, with .venv made there (make setup VARIANT=gpu). Requeued, or submitted again, it goes on
-# where it stopped (resume=auto). Ten minutes before the time limit the training is told to save and end.
+# where it stopped (resume=auto). Ten minutes before the time limit the training is told to save and end, and the job requeues itself,
+# at most ENGRAM_REQUEUES times (50). A process that dies on the way is started again three times (--supervise).
 #SBATCH --job-name=engram
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -48,15 +49,29 @@ temporary="/tmp/ray-$SLURM_JOB_ID" # short: sockets lie below it, whose paths ma
 driver="$PWD/.engram-$SLURM_JOB_ID.pid"
 
 # The batch script runs on the first node, as the training does. SIGTERM there: the running step ends, and is saved.
-trap '[ -s "$driver" ] && kill -TERM "$(cat "$driver")" 2> /dev/null || true' USR1 TERM
+at_limit=
+end_training() { [ ! -s "$driver" ] || kill -TERM "$(cat "$driver")" 2> /dev/null || true; }
+trap 'at_limit=1; end_training' USR1 # Slurm sends it before the time limit, see --signal above
+trap end_training TERM
 trap 'rm -f "$driver"' EXIT
 
 status=0
 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
     ray symmetric-run --address "$head:$port" --min-nodes "$SLURM_JOB_NUM_NODES" --temp-dir="$temporary" --disable-usage-stats -- \
-    bash -c 'echo $$ > "$0" && exec python -m cluster train "$@"' "$driver" "$@" ray.address=auto resume=auto &
+    bash -c 'echo $$ > "$0" && exec python -m cluster train "$@"' "$driver" "$@" ray.address=auto resume=auto --supervise=3 &
 step=$!
 while kill -0 "$step" 2> /dev/null; do # a trap ends `wait` early
     wait "$step" && status=0 || status=$?
 done
+if [ -n "$at_limit" ] && [ "$status" -eq 130 ]; then # it has saved, and is not done
+    requeues="${SLURM_RESTART_COUNT:-0}" most="${ENGRAM_REQUEUES:-50}"
+    if [ "$requeues" -ge "$most" ]; then
+        echo "error: at the time limit after $requeues requeues, ENGRAM_REQUEUES=$most allows no more: submit it again to go on" >&2
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        echo "saved at the time limit: job $SLURM_JOB_ID is requeued and goes on where it stopped"
+        exit 0
+    else
+        echo "error: saved at the time limit, but Slurm does not requeue job $SLURM_JOB_ID: submit it again to go on" >&2
+    fi
+fi
 exit "$status"

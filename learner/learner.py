@@ -79,6 +79,7 @@ class Learner:
         world_size: int,
         answer_temperature: float | None = None,
         shuffle_rewards: bool = False,
+        lost_versions: int = 0,
     ) -> None:
         self._config, self._objective, self._basis = config, objective, basis
         self._estimate = estimator(objective)
@@ -93,11 +94,15 @@ class Learner:
             reference = load_reference(model_path, config).to(self._engine.device)
             self._reference = _Reference(reference, DeltaInjector(reference.base, basis))
         self._counters = checkpoint.Counters(version=0, rl_steps=0, adam_steps=0, warm=False)
+        self._lost_versions = lost_versions
 
     @property
     def version(self) -> PolicyVersion:
-        """Steps behind the weights: each ``warm_start_step`` adds one, and each ``step`` that moved them."""
-        return self._counters.version
+        """Steps behind the weights, and the versions that were lost with an earlier learner of the run.
+
+        Each ``warm_start_step`` adds one, and each ``step`` that moved the weights.
+        """
+        return self._counters.version + self._lost_versions
 
     def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
         """Make one RL step on ``groups``.
@@ -210,7 +215,7 @@ class Learner:
         # with a KL term an episode of advantage 0 has a gradient too
         skip = objective.kl_coefficient == 0
         plan = []
-        for part in split(scored, objective.minibatches, (self._seed, self.version)):
+        for part in split(scored, objective.minibatches, (self._seed, self._counters.version)):
             seen = as_objective_sees(part, objective, greedy_answers=self._answer_temperature == 0)
             rows = rows_of(seen, objective.aggregate, skip_zero_advantage=skip)
             packed = pack(rows.rows, budget, ranks, self._temperature, self._answer_temperature)

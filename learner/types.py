@@ -23,6 +23,10 @@ class LearnerError(RuntimeError):
     """
 
 
+class LearnerLost(LearnerError):
+    """A rank died, is late, or failed by no fault of its input. A learner that is started again may go on."""
+
+
 class UnreadableError(LearnerError):
     """A file of a checkpoint cannot be read as what it is. Another checkpoint may be whole."""
 

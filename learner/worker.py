@@ -3,26 +3,28 @@
 Every wait, and who ends it:
     the driver, for ranks       ``learner.step_timeout_s``; the error names the ranks that are late
     ranks, for each other       torch.distributed
-Ray does not restart a rank. A rank that died ends the group, and the run resumes from its checkpoint.
+Ray does not restart a rank: it would have lost its weights. A call that raises LearnerLost leaves a group
+that ``restart`` brings back: all ranks start anew, from a checkpoint.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 from torch import Tensor
 
 from actors.fast_weights.delta import Basis
 from actors.types import PolicyVersion, Segment, TrajectoryGroup
 from configs.schema import LearnerConfig, ObjectiveConfig
-from learner.types import LearnerError, StepReport, WarmStartReport
+from learner.types import LearnerError, LearnerLost, StepReport, WarmStartReport
 
 if TYPE_CHECKING:
     from learner.learner import Learner
@@ -40,6 +42,7 @@ class LearnerSpec:
     temperature: float
     answer_temperature: float | None = None  # None: ``temperature``
     shuffle_rewards: bool = False
+    lost_versions: int = 0  # that earlier learners of the run had made and lost: their numbers are taken
 
 
 @ray.remote(max_restarts=0)
@@ -79,6 +82,7 @@ class LearnerActor:
             ranks,
             spec.answer_temperature,
             spec.shuffle_rewards,
+            spec.lost_versions,
         )
         return self._learner.version
 
@@ -94,13 +98,14 @@ class LearnerActor:
     def warm_start_step(self, segments: Sequence[Segment], learning_rate: float) -> WarmStartReport:
         return self._learner.warm_start_step(segments, learning_rate)
 
-    @ray.method
-    def weights(self, trainable_only: bool) -> dict[str, Tensor]:
-        """Return the weights on rank 0, and {} on other ranks. Collective under ZeRO-3.
+    @ray.method(num_returns=2)
+    def weights(self, trainable_only: bool) -> tuple[dict[str, Tensor], PolicyVersion]:
+        """Return two objects: the weights on rank 0, {} on other ranks, and their version. Collective.
 
         They need no copy: Ray writes them to the object store before it runs the next call.
         """
-        return self._learner.weights(trainable_only, copy=False, wanted=self._rank == 0)
+        weights = self._learner.weights(trainable_only, copy=False, wanted=self._rank == 0)
+        return weights, self._learner.version
 
     @ray.method
     def save(self, folder: str) -> PolicyVersion:
@@ -116,13 +121,15 @@ class LearnerActor:
 class LearnerGroup:
     """All ranks as one learner, for the driver.
 
-    Every call raises LearnerError with the rank's own message, or after ``config.step_timeout_s``; ValueError
-    for bad input. ``actor`` is what a rank runs in: LearnerActor, or another class with its methods. When
-    ranks live on several nodes, ``folder`` must be on storage that all of them see.
+    Every call raises LearnerError with the rank's own message; LearnerLost where a rank died, failed by no
+    fault of its input, or is silent for ``config.step_timeout_s``; ValueError for bad input. ``actor`` is
+    what a rank runs in: LearnerActor, or another class with its methods. When ranks live on several nodes,
+    ``folder`` must be on storage that all of them see.
     """
 
     def __init__(self, spec: LearnerSpec, start_timeout_s: float, actor: Any = LearnerActor) -> None:
         config = spec.config
+        self._spec, self._start_timeout_s = spec, start_timeout_s
         self._timeout = config.step_timeout_s
         named = {config.resource: 1} if config.resource else {}
         cpus, gpus = f"{config.cpus_per_worker:g} CPUs", f"{config.gpus_per_worker:g} GPUs"
@@ -132,19 +139,18 @@ class LearnerGroup:
         environment = {"OMP_NUM_THREADS": str(config.threads), "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
         if config.gpus_per_worker == 0:
             environment["DS_ACCELERATOR"] = "cpu"
-        options = actor.options(
+        self._options = actor.options(
             num_cpus=config.cpus_per_worker,
             num_gpus=config.gpus_per_worker,
             resources=named,
             runtime_env={"env_vars": environment},
         )
-        reference = ray.put(spec)
-        self._actors: list[Any] = [options.remote(reference, rank) for rank in range(config.workers)]
+        self._actors: list[Any] = []
+        self._closing = threading.Lock()
+        self._closed = False
+        self._version: PolicyVersion = 0
         try:
-            host, port = self._get([self._actors[0].address.remote()], "start", start_timeout_s)[0]
-            self._version: PolicyVersion = self._get(
-                [actor.start.remote(host, port) for actor in self._actors], "start", start_timeout_s
-            )[0]
+            self._start()
         except LearnerError:
             self.close()
             raise
@@ -152,6 +158,33 @@ class LearnerGroup:
     @property
     def version(self) -> PolicyVersion:
         return self._version
+
+    def restart(self, folder: str | None, lost_versions: int) -> None:
+        """End what is left of the ranks and start them all again, from the checkpoint in ``folder``.
+
+        None: from the weights that the run began with. ``lost_versions``: see LearnerSpec.
+        """
+        self._kill()
+        self._spec = replace(self._spec, lost_versions=lost_versions)
+        try:
+            self._start()
+            if folder is not None:
+                self.load(folder)
+        except LearnerLost:
+            self._require_open()
+            raise
+
+    def _start(self) -> None:
+        reference = ray.put(self._spec)
+        with self._closing:  # another thread may close the group
+            self._require_open()
+            self._actors = [
+                self._options.remote(reference, rank) for rank in range(self._spec.config.workers)
+            ]
+        host, port = self._get([self._actors[0].address.remote()], "start", self._start_timeout_s)[0]
+        self._version = self._get(
+            [actor.start.remote(host, port) for actor in self._actors], "start", self._start_timeout_s
+        )[0]
 
     def missing(self, groups: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> list[int]:
         """Bring ``groups`` to the ranks' nodes. Return the places of groups that were lost with their node.
@@ -185,11 +218,11 @@ class LearnerGroup:
     def weights_ref(self, trainable_only: bool) -> ray.ObjectRef[dict[str, Tensor]]:
         """Return a reference to rank 0's full weights in the object store, ready when this returns.
 
-        They never pass through the driver.
+        They never pass through the driver: their versions do, which are the sign that the ranks were whole.
         """
         calls = [actor.weights.remote(trainable_only) for actor in self._actors]
-        self._wait(calls, "weights", time.monotonic() + self._timeout, self._timeout)
-        reference: ray.ObjectRef[dict[str, Tensor]] = calls[0]
+        self._get([version for _, version in calls], "weights", self._timeout)
+        reference: ray.ObjectRef[dict[str, Tensor]] = calls[0][0]
         return reference
 
     def save(self, folder: str) -> None:
@@ -203,6 +236,15 @@ class LearnerGroup:
 
     def close(self) -> None:
         """End the ranks' processes. The group cannot be used afterwards."""
+        with self._closing:
+            self._closed = True
+        self._kill()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise LearnerError("the learner was closed")
+
+    def _kill(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
@@ -217,7 +259,7 @@ class LearnerGroup:
             if isinstance(error.cause, ObjectLostError):
                 return True
             self._raise_failure(calls, "hold")
-        except RayActorError:
+        except RayError:
             self._raise_failure(calls, "hold")
         return False
 
@@ -228,7 +270,7 @@ class LearnerGroup:
         if pending:
             late = [rank for rank, call in enumerate(calls) if call in pending]
             cluster = ray.cluster_resources()
-            raise LearnerError(
+            raise LearnerLost(
                 f"learner {verb}: no answer from rank {late} within {timeout:g} s "
                 f"(asked for {self._resources}; the cluster has {cluster.get('CPU', 0):g} CPUs, "
                 f"{cluster.get('GPU', 0):g} GPUs): free resources, or raise the timeout"
@@ -250,12 +292,18 @@ class LearnerGroup:
             cause = error.cause
             if isinstance(cause, LearnerError | ValueError):
                 raise cause from error
-            raise LearnerError(f"learner {verb}: a rank failed: {type(cause).__name__}: {cause}") from error
+            raise LearnerLost(f"learner {verb}: a rank failed: {type(cause).__name__}: {cause}") from error
         except RayActorError as error:
-            raise LearnerError(
-                f"learner {verb}: a rank's process died ({error}); resume from the last checkpoint"
-            ) from error
+            raise LearnerLost(f"learner {verb}: a rank's process died ({_first_line(error)})") from error
         except GetTimeoutError as error:
-            raise LearnerError(
+            raise LearnerLost(
                 f"learner {verb}: a result could not be fetched within {self._timeout:g} s"
             ) from error
+        except RayError as error:
+            raise LearnerLost(f"learner {verb}: a rank was lost ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    """What Ray says, without its lines of actor ids and causes."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

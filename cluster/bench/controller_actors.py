@@ -150,6 +150,6 @@ class VirtualRank:
         counts = {"optimizer_steps": 1, "tokens": tokens, "trajectories": len(trajectories)}
         return StepReport(**(values | counts | {"version": self._version}))
 
-    @ray.method
-    def weights(self, trainable_only: bool) -> dict[str, Any]:
-        return {}
+    @ray.method(num_returns=2)
+    def weights(self, trainable_only: bool) -> tuple[dict[str, Any], PolicyVersion]:
+        return {}, self._version

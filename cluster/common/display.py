@@ -63,6 +63,13 @@ class Display:
             self._work[kind].done += 1
             self._work[kind].seconds += seconds
 
+    def undone(self, kind: str, items: int) -> None:
+        """Take back ``items`` of ``kind`` at their mean time: they are done again."""
+        if kind in self._work and (work := self._work[kind]).done:
+            kept = max(0, work.done - items)
+            work.seconds *= kept / work.done
+            work.done = kept
+
     @property
     def run_left(self) -> str:
         """The time left for the whole run, "" where nothing is expected.
@@ -134,6 +141,13 @@ class StageCounter:
             self._console.print(f"{place}: {detail}{after}", markup=False, soft_wrap=True)
         elif is_new_tenth and self._bar is None:
             self._console.print(f"{place}, {left}", markup=False, soft_wrap=True)
+
+    def go_back(self, items: int) -> None:
+        """Take back so many items, which are done again."""
+        self._done = max(0, self._done - items)
+        self._display.undone(self._kind, items)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done)
 
     @property
     def time_left(self) -> str:

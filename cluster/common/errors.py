@@ -20,6 +20,14 @@ class WorkerLost(ClusterError):
     """A rollout worker died, or did not answer within its deadline."""
 
 
+class WorkerDied(WorkerLost):
+    """The process of the worker ``whom`` is gone: killed, or out of memory. Another one may live."""
+
+    def __init__(self, message: str, whom: str) -> None:
+        super().__init__(message)
+        self.whom = whom
+
+
 class FleetError(ClusterError):
     """Rollout workers die as fast as they start. Holds the last causes."""
 

@@ -84,3 +84,14 @@ class Openings:
             return None
         key = min(keys, key=lambda load_and_version: load_and_version[0])
         return next(iter(self._lanes[key].values()))
+
+
+def may_issue(
+    learner_version: int, worker_version: int, outstanding: int, per_step: int, max_staleness: int
+) -> bool:
+    """Whether a group issued now will still be fresh when its turn comes.
+
+    ``learner_version`` is the version the learner will have at its next take. ``outstanding`` groups are
+    ahead in the queue: they fill ``outstanding // per_step`` whole steps before this group is consumed.
+    """
+    return learner_version - worker_version + outstanding // per_step <= max_staleness

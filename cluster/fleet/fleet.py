@@ -22,6 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from actors.engine.step_loop import PHASES
 from actors.types import PolicyVersion
 from actors.worker import WorkerReport
+from cluster.common.backoff import backoff_s
 from cluster.common.errors import ClusterError, FleetError
 from cluster.fleet.broadcast import ObjectStoreWeights
 from cluster.fleet.contract import GroupSource
@@ -93,13 +94,12 @@ class ElasticFleet(Generic[Worker]):
             self.state.refreshed(name, plan.version if newest is None else newest.version)
 
     async def start(self, stream: GroupStream) -> None:
-        """Watch the workers, to which ``stream`` gives tasks. Raises ClusterError.
+        """Watch the workers, to which ``stream`` gives tasks. One that died before is replaced.
 
         The stream was built with ``lost`` and ``state.progress`` among its calls.
         """
         self._stream = stream
-        reports = await asyncio.gather(*(worker.report() for worker in self._workers.values()))
-        self._counted = {report.name: report for report in reports}
+        await asyncio.gather(*(self._count(worker) for worker in list(self._workers.values())))
         self._spawn(self._watch)
 
     def phase_seconds(self) -> dict[str, float]:
@@ -155,6 +155,12 @@ class ElasticFleet(Generic[Worker]):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def _count(self, worker: Worker) -> None:
+        try:
+            self._counted[worker.name] = await worker.report()
+        except ClusterError as error:
+            self.lost(worker.name, error)
+
     # --- lost, missing and surplus workers ----------------------------------------------------------------
 
     def lost(self, name: str, error: Exception) -> None:
@@ -194,8 +200,12 @@ class ElasticFleet(Generic[Worker]):
                 self._end(name)
 
     async def _bring_up(self, name: str) -> None:
-        """Start a worker, load the newest weights (and those that came meanwhile), then let it serve."""
+        """Start a worker, after a pause where others died, load the newest weights, then let it serve.
+
+        Weights that come meanwhile are loaded too.
+        """
         assert self._plan.launch is not None, "a fleet that cannot launch never wants more workers"
+        await asyncio.sleep(backoff_s(self.state.losses_in_a_row))
         worker = self._workers[name] = self._plan.launch(name)
         try:
             await worker.ready()

@@ -82,6 +82,29 @@ class Ledger:
         self.reissued += 1
         return True
 
+    def rewind(self, snapshot: LedgerSnapshot) -> None:
+        """Go back to the books of a checkpoint: what was settled since is issued again.
+
+        What happened stays counted: failures, re-issues, recoveries.
+        """
+        self._next, self._again = snapshot.next_position, deque(snapshot.pending)
+        self._pending.clear()
+        self.settled = Counter(dict(snapshot.settled))
+        self.issued = sum(self.settled.values())
+
+    def adopt(self, position: int) -> bool:
+        """Count a task as pending that is finished already. False where the books have settled it."""
+        if position in self._again:
+            self._again.remove(position)
+        elif position >= self._next:
+            self._again.extend(range(self._next, position))
+            self._next = position + 1
+        else:
+            return False
+        self._pending.add(position)
+        self.issued += 1
+        return True
+
     def count_failures(self, boundaries: Sequence[Boundary]) -> None:
         """Count failed episodes by the boundary that failed."""
         self.failures.update(boundaries)

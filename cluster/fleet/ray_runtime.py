@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import configs
 from actors.protocols import TaskError
-from cluster.common.errors import StartupError, WorkerLost
+from cluster.common.errors import StartupError, WorkerDied, WorkerLost
 from cluster.common.ray_job import current_job
+from cluster.fleet.ray_watch import RayDied, watched
 from cluster.sizing.memory import object_store_gib
 from configs.extensions import ExtensionError
 from configs.models import model_shape
@@ -92,7 +93,7 @@ def require_gpus(config: RunConfig, needed: Demand) -> None:
 
 @contextmanager
 def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
-    """Start or join Ray for the duration of the block. Raises StartupError.
+    """Start or join Ray for the duration of the block. Raises StartupError, and RayDied where it dies.
 
     A local Ray is told of at least as many CPUs as the actors ask for: on a smaller machine they share the
     cores and run slower. It gets plenty of the custom resources, which only say what kind of node is wanted.
@@ -114,6 +115,8 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
                 logging_level=logging.ERROR,
             )
         else:
+            # At 15, Ray's own, any other program on the machine starves the engines.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             # Loopback only. Otherwise Ray would ask for a token that another Ray of this user left.
             os.environ["RAY_AUTH_MODE"] = "disabled"
             ray.init(
@@ -134,8 +137,13 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
         where = f"join Ray at ray.address={address!r}" if address else "start a local Ray"
         raise StartupError(f"cannot {where}: {_first_line(error)}") from error
     try:
-        _check_resources(config, needed)
-        yield
+        with watched(local=not config.ray.address):
+            _check_resources(config, needed)
+            yield
+    except RayDied:
+        if not config.ray.address:
+            _end_local()
+        raise
     finally:
         ray.shutdown()
 
@@ -226,7 +234,7 @@ async def answer(ref: ObjectRef[T], deadline_s: float, whom: str, doing: str) ->
             raise cause from None
         raise WorkerLost(f"{whom} failed in {doing}: {_cause(error)}") from error
     except RayActorError as error:
-        raise WorkerLost(f"{whom} died during {doing}: {_first_line(error)}") from error
+        raise WorkerDied(f"{whom} died during {doing}: {_first_line(error)}", whom) from error
     except RayError as error:
         raise WorkerLost(f"{whom} was lost during {doing}: {_first_line(error)}") from error
 
@@ -290,3 +298,11 @@ def _cause(error: Exception) -> str:
 def _first_line(error: object) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _end_local() -> None:
+    """End what is left of a local Ray: its own shutdown would ask the processes that died first."""
+    from ray._private import worker  # nothing public ends them without asking
+
+    if (node := getattr(worker, "_global_node", None)) is not None:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)

@@ -60,7 +60,7 @@ class FleetState:
         self.members: dict[str, Member] = {}
         self.lost = 0  # workers that died, over the whole run
         self.replaced = 0  # workers started in the place of a dead one
-        self._losses_in_a_row = 0
+        self.losses_in_a_row = 0
 
     def launch(self, name: str) -> None:
         """A worker called ``name`` is starting."""
@@ -71,7 +71,8 @@ class FleetState:
         self.members[name] = Member(name, "starting", None, "", 0)
 
     def next_name(self) -> str:
-        return f"worker-{len(self.members)}"
+        """One above all that there were: a worker that was replaced before this fleet had one too."""
+        return f"worker-{1 + max((int(name.rpartition('-')[2]) for name in self.members), default=-1)}"
 
     def ready(self, name: str) -> None:
         """It is up, and gets the current weights before it serves."""
@@ -105,7 +106,7 @@ class FleetState:
 
     def progress(self) -> None:
         """A group arrived: the fleet works, so losses before it do not add up with later ones."""
-        self._losses_in_a_row = 0
+        self.losses_in_a_row = 0
 
     def lose(self, name: str, reason: str) -> bool:
         """It is dead. Returns False when that was known."""
@@ -114,7 +115,7 @@ class FleetState:
             return False
         if member.state != "draining":
             self.lost += 1
-            self._losses_in_a_row += 1
+            self.losses_in_a_row += 1
         self._move(name, "dead")
         self.members[name] = replace(self.members[name], reason=reason)
         return True
@@ -136,7 +137,7 @@ class FleetState:
     @property
     def hopeless(self) -> bool:
         """So many deaths without a single group in between mean that the next worker will die too."""
-        return self._losses_in_a_row > max(3, 2 * self.target)
+        return self.losses_in_a_row > max(3, 2 * self.target)
 
     def counts(self) -> Counter[str]:
         return Counter(member.state for member in self.members.values())

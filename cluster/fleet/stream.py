@@ -23,19 +23,8 @@ from actors.episodes.group_summary import GroupSummary
 from actors.types import PolicyVersion, Task
 from cluster.common.errors import ClusterError, StreamError
 from cluster.common.failures import failure_text, most_common_failures
-from cluster.fleet.contract import FinishedGroup, GroupSource, Lane, Openings
-from cluster.fleet.ledger import Ledger
-
-
-def may_issue(
-    learner_version: int, worker_version: int, outstanding: int, per_step: int, max_staleness: int
-) -> bool:
-    """Whether a group issued now will still be fresh when its turn comes.
-
-    ``learner_version`` is the version the learner will have at its next take. ``outstanding`` groups are
-    ahead in the queue: they fill ``outstanding // per_step`` whole steps before this group is consumed.
-    """
-    return learner_version - worker_version + outstanding // per_step <= max_staleness
+from cluster.fleet.contract import FinishedGroup, GroupSource, Lane, Openings, may_issue
+from cluster.fleet.ledger import Ledger, LedgerSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +64,15 @@ class StreamCalls:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Ready:
+    """A finished group. ``version``: what its age is counted from, mostly the version that sampled it."""
+
+    position: int
+    version: PolicyVersion
+    group: FinishedGroup
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """What one step trains on. ``positions`` and ``staleness`` have one value per group.
 
@@ -105,8 +103,11 @@ class GroupStream:
         for worker in workers:
             self._open_lane(worker, version)
         self._running: dict[int, asyncio.Task[None]] = {}  # by position
-        self._ready: deque[tuple[int, FinishedGroup]] = deque()
+        self._ready: deque[_Ready] = deque()
         self._taken = 0  # groups of the batch that is being put together
+        self._untrained: list[_Ready] = []  # these, and then those of the batch that the learner has
+        self._kept: set[int] = set()  # positions that stayed in the last ``rewind``
+        self._renamed: dict[PolicyVersion, PolicyVersion] = {}  # of checkpoints, by ``rewind``
         self._to_deliver = plan.steps * plan.per_step
         self._unusable = 0  # groups in a row
         self._messages: list[str] = []  # of those groups' failures
@@ -173,7 +174,7 @@ class GroupStream:
 
         Raises StreamError, or what a worker raised.
         """
-        fresh: list[tuple[int, int, FinishedGroup]] = []  # position, age in versions, group
+        fresh = self._untrained = list[_Ready]()
         dropped = 0
         while True:
             dropped += self._take_ready(fresh)
@@ -182,13 +183,14 @@ class GroupStream:
                 await self._wait_for_change()
             elif not await self._drop_missing(fresh):
                 break
-        fresh.sort(key=lambda entry: entry[0])
+        fresh.sort(key=lambda entry: entry.position)
+        ages = tuple(self._version - entry.version for entry in fresh)
         self._taken = 0
         self._to_deliver -= len(fresh)
         self._version += 1
         self._fill()
-        positions, ages, groups = zip(*fresh, strict=True)
-        return Batch(positions, groups, ages, dropped)
+        groups = tuple(entry.group for entry in fresh)
+        return Batch(tuple(entry.position for entry in fresh), groups, ages, dropped)
 
     def trained(self, batch: Batch, version: PolicyVersion) -> None:
         """Settle the tasks of ``batch``: the learner has consumed it, and has ``version`` now.
@@ -197,7 +199,32 @@ class GroupStream:
         """
         for position in batch.positions:
             self.ledger.settle(position, "trained")
+        self._untrained = []
         self._version = version
+
+    async def settled(self) -> None:
+        """Wait until every group in flight has arrived, or was lost. The stream is held."""
+        await asyncio.gather(*self._running.values(), return_exceptions=True)
+
+    def rewind(self, books: LedgerSnapshot, saved: PolicyVersion, version: PolicyVersion, steps: int) -> None:
+        """Go back to a checkpoint: its version was ``saved`` and is ``version`` from now on.
+
+        Nothing is in flight, and ``steps`` are left. A finished group that was not trained stays, once, if it
+        is at most ``max_staleness`` optimizer steps away from the checkpoint: before it, or after it on the
+        way that was lost. The other tasks are issued again.
+        """
+        finished, origin = [*self._untrained, *self._ready], self._renamed.get(saved, saved)
+        self.ledger.rewind(books)
+        self._ready.clear()
+        self._untrained, kept = [], set[int]()
+        for entry in finished:
+            away = abs(entry.version - origin)
+            near = away <= self._plan.max_staleness and entry.position not in self._kept
+            if near and self.ledger.adopt(entry.position):
+                kept.add(entry.position)
+                self._ready.append(_Ready(entry.position, version - away, entry.group))
+        self._kept, self._renamed[saved], self._version = kept, version, version
+        self._taken, self._to_deliver = 0, steps * self._plan.per_step
 
     def fail(self, error: Exception) -> None:
         """Make ``take`` raise ``error``: something that the stream depends on broke."""
@@ -226,28 +253,27 @@ class GroupStream:
         self._running.clear()
         self._ready.clear()
 
-    def _take_ready(self, fresh: list[tuple[int, int, FinishedGroup]]) -> int:
+    def _take_ready(self, fresh: list[_Ready]) -> int:
         """Move ready groups into ``fresh`` until a batch is full. Returns how many were stale and dropped."""
         dropped = 0
         while self._ready and len(fresh) < self._plan.per_step:
-            position, group = self._ready.popleft()
-            age = self._version - group.summary.policy_version
-            if age > self._plan.max_staleness:
-                self.ledger.settle(position, "stale")
+            entry = self._ready.popleft()
+            if self._version - entry.version > self._plan.max_staleness:
+                self.ledger.settle(entry.position, "stale")
                 dropped += 1
             else:
-                fresh.append((position, age, group))
+                fresh.append(entry)
         self._taken = len(fresh)
         return dropped
 
-    async def _drop_missing(self, fresh: list[tuple[int, int, FinishedGroup]]) -> bool:
+    async def _drop_missing(self, fresh: list[_Ready]) -> bool:
         """Bring a full batch to the learner; drop the groups that are lost. Returns whether any was."""
         if self._calls.missing is None:
             return False
-        lost = await self._calls.missing([group for _, _, group in fresh])
+        lost = await self._calls.missing([entry.group for entry in fresh])
         for place in lost:
-            position, _, group = fresh[place]
-            self._reissue(position, f"{group.summary.worker}'s node was lost with a finished group in it")
+            worker = fresh[place].group.summary.worker
+            self._reissue(fresh[place].position, f"{worker}'s node was lost with a finished group in it")
         fresh[:] = [entry for place, entry in enumerate(fresh) if place not in lost]
         self._taken = len(fresh)
         return bool(lost)
@@ -349,7 +375,7 @@ class GroupStream:
             self._calls.on_failures(group.summary)
         self.ledger.count_recovered(group.summary.recovered.continued, group.summary.recovered.restarted)
         if len(group.summary.episodes) >= 2:
-            self._ready.append((position, group))
+            self._ready.append(_Ready(position, group.summary.policy_version, group))
             self._unusable = 0
             self._messages.clear()
             return

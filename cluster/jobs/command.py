@@ -31,6 +31,7 @@ that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token. Never put it on the com
 """
 SUBMIT_EXAMPLES = f"""examples:
   engram submit train configs/quickstart.yaml output_dir=/shared/runs resume=auto
+  engram submit --retries 5 train configs/quickstart.yaml output_dir=/shared/runs
   engram submit --follow --address http://head:8265 train configs/node_8gpu.yaml output_dir=/shared/runs \\
       resume=auto train.steps=400
   engram submit --name monday --env HF_HOME=/shared/hf evaluate quickstart output_dir=/shared/runs \\
@@ -84,6 +85,12 @@ def submit(
         str,
         typer.Option(metavar="DIR", help="what is sent: a checkout of Engram", show_default="this folder"),
     ] = ".",
+    retries: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="restarts of a training whose process died (train --supervise)"
+        ),
+    ] = 0,
     env: Annotated[
         list[str] | None,
         typer.Option(
@@ -103,7 +110,13 @@ def submit(
     deadline: Deadline = 30,
 ) -> int:
     """Run a command on a Ray cluster, as a job."""
-    submission = _submission((what, *(arguments or [])), working_dir, env or [], name, grace)
+    words = [*(arguments or [])]
+    if retries:
+        if what != "train":
+            cure = f"run the missing part of {what} again with its --resume"
+            raise ConfigError(f"--retries {retries}: only train goes on by itself; {cure}")
+        words.append(f"--supervise={retries}")
+    submission = _submission((what, *words), working_dir, env or [], name, grace)
     jobs = _connect(address, auth, deadline)
     job = jobs.submit(submission)
     console = _console()

@@ -44,12 +44,14 @@ from configs.files import (
     write_text,
 )
 from configs.schema import RunConfig
-from learner.types import LearnerError
+from learner.types import LearnerError, LearnerLost
 
 _FOLDER, STATE_FILE, _SCORE = "checkpoints", "state.json", "evaluation.json"
 COMPANION = "engram"
 """A subfolder of an exported model: vLLM reads every safetensors file beside config.json as weights."""
-_NOWHERE = (-1, -1)  # the place of a checkpoint whose state cannot be read
+Place = tuple[int, int]  # generation and step of a checkpoint: the order in which they were written
+_NOWHERE: Place = (-1, -1)  # of a checkpoint whose state cannot be read
+_BEFORE_ALL: Place = (-2, -2)
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +66,11 @@ class StageProgress:
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """Where a run stands after ``step`` RL steps and, before them, ``warm_steps`` supervised ones."""
+    """Where a run stands after ``step`` RL steps and, before them, ``warm_steps`` supervised ones.
+
+    ``version`` counts these steps, and the ``lost_versions``: those that a lost learner had made since its
+    last checkpoint. Their numbers are never given again. ``learner_restarts`` counts how often that was.
+    """
 
     step: NonNegativeInt
     warm_steps: NonNegativeInt
@@ -73,6 +79,8 @@ class TrainState:
     tracking_run_id: str
     rewards: tuple[float, ...]
     curriculum: StageProgress = StageProgress()
+    lost_versions: NonNegativeInt = 0
+    learner_restarts: NonNegativeInt = 0
 
 
 START = TrainState(step=0, warm_steps=0, version=0, ledger=LedgerSnapshot(), tracking_run_id="", rewards=())
@@ -155,8 +163,8 @@ async def save_checkpoint(
 ) -> Checkpoint:
     """Write a checkpoint, then delete all but the newest ``keep``, the best, and those ``in_use``.
 
-    A crash on the way leaves the earlier checkpoints as they were. Raises SaveError (a full disk), with
-    nothing half-written left behind.
+    A crash on the way leaves the earlier checkpoints as they were. Raises SaveError (a full disk) and
+    LearnerLost, with nothing half-written left behind.
     """
     folder = run_dir / _FOLDER / f"step-{state.step:06d}"
     try:
@@ -168,6 +176,8 @@ async def save_checkpoint(
             (partial / STATE_FILE).write_text(dump_json(saved), encoding="utf-8")
             await asyncio.to_thread(_seal, partial)  # gigabytes: the event loop serves the workers meanwhile
     except (OSError, LearnerError) as error:
+        if isinstance(error, LearnerLost):
+            raise  # the disk is not to blame, and the learner may come back
         cause = " ".join(str(error).split())
         raise SaveError(
             f"step {state.step} could not be saved in {folder.parent}{_free_space(run_dir)}: {cause}; "
@@ -184,7 +194,7 @@ def _state_file(state: TrainState, generation: int) -> _StateFile:
 
 def _next_generation(run_dir: Path, step: int) -> int:
     """The generation of a checkpoint that is written now: a step that does not go on begins the next one."""
-    generation, newest = max((_place(folder) for folder in list_checkpoints(run_dir)), default=(0, -1))
+    generation, newest = max((place_of(folder) for folder in list_checkpoints(run_dir)), default=(0, -1))
     return max(0, generation) if step > newest else max(0, generation) + 1
 
 
@@ -277,12 +287,16 @@ def _read_state(folder: Path) -> _StateFile:
         raise CheckpointError(str(error)[:500]) from None
 
 
-def newest_whole(run_dir: Path, refused: Collection[Path] = ()) -> Checkpoint | None:
+def newest_whole(
+    run_dir: Path, refused: Collection[Path] = (), after: Place = _BEFORE_ALL
+) -> Checkpoint | None:
     """Find the newest checkpoint of a run whose files are as they were written; None where there is none.
 
     Each that is passed over is a warning with its reason. Those ``refused`` could not be loaded before.
+    ``after``: only those with a later place count.
     """
-    places = {folder: _place(folder) for folder in (run_dir / _FOLDER).glob("step-*/")}
+    folders = (run_dir / _FOLDER).glob("step-*/")
+    places = {folder: place for folder in folders if (place := place_of(folder)) > after}
     unreadable = [folder for folder, place in places.items() if place == _NOWHERE]
     for folder in [*unreadable, *sorted(places.keys() - unreadable, key=places.__getitem__, reverse=True)]:
         try:
@@ -312,7 +326,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
     After a resume from an earlier step this is not the order of the steps.
     """
-    return sorted((path.parent for path in (run_dir / _FOLDER).glob(f"step-*/{STATE_FILE}")), key=_place)
+    return sorted((path.parent for path in (run_dir / _FOLDER).glob(f"step-*/{STATE_FILE}")), key=place_of)
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
@@ -336,7 +350,7 @@ def score_of(folder: Path) -> tuple[str, float] | None:
     return next(((name, score) for name, score in scores if score is not None), None)
 
 
-def _place(folder: Path) -> tuple[int, int]:
+def place_of(folder: Path) -> Place:
     """(generation, step) of a checkpoint; one whose state cannot be read comes before all others."""
     try:
         saved = read_json(folder / STATE_FILE, _StateFile)

@@ -14,12 +14,14 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from actors.episodes.group_summary import GroupSummary
 from actors.fast_weights.basis import load_basis
 from actors.types import PolicyVersion, Task
 from actors.worker import WorkerSpec
+from cluster.common.display import StageCounter
 from cluster.common.errors import UnloadableError
 from cluster.common.tasks import TaskSource
 from cluster.fleet.broadcast import ObjectStoreChannel
@@ -28,11 +30,13 @@ from cluster.fleet.fleet import ElasticFleet, FleetPlan
 from cluster.fleet.ledger import Ledger
 from cluster.fleet.ray_runtime import Demand, all_ready, cancel_on_sigterm, demand, ray_runtime
 from cluster.fleet.remote_worker import REFRESH_S, RemoteWorker, credits_per_worker, worker_process
+from cluster.fleet.seats import Crew
 from cluster.fleet.stream import Batch, GroupStream, StreamCalls, StreamPlan
 from cluster.runs.checkpoint import TrainState
 from cluster.runs.wanted_workers import WantedWorkers
 from cluster.train.curriculum import Curriculum
 from cluster.train.demonstrations import Demonstrations
+from cluster.train.learner_recovery import LearnerRecovery
 from cluster.train.loop import LoopParts, delivery
 from cluster.train.metrics import StepSummary, step_line
 from cluster.train.prepare import RunFolder, RunSpec, Start
@@ -40,7 +44,7 @@ from cluster.train.scoreboard import Observers
 from cluster.train.step_checkpoints import StepCheckpoints
 from configs.curriculum import stages
 from configs.schema import RunConfig
-from learner.types import LearnerError, UnreadableError
+from learner.types import LearnerError, LearnerLost, UnreadableError
 from learner.worker import LearnerGroup, LearnerSpec
 
 
@@ -48,21 +52,29 @@ from learner.worker import LearnerGroup, LearnerSpec
 class TrainingCluster:
     """What is up during a training. ``launch`` starts one worker more, which serves ``launch_version``.
 
-    ``workers`` are those that it began with; the fleet replaces, adds and ends some.
+    ``crew`` has the workers while no fleet has them. ``recovery`` brings a lost learner back.
     """
 
-    workers: tuple[RemoteWorker, ...]
+    crew: Crew[RemoteWorker]
     launch: Callable[[str], RemoteWorker]
     launch_version: PolicyVersion
     learner: LearnerGroup
     channel: ObjectStoreChannel
+    recovery: LearnerRecovery
+
+    @property
+    def workers(self) -> tuple[RemoteWorker, ...]:
+        return tuple(self.crew.workers)
 
 
 @asynccontextmanager
-async def training_cluster(spec: RunSpec, folder: RunFolder, start: Start) -> AsyncIterator[TrainingCluster]:
+async def training_cluster(
+    spec: RunSpec, folder: RunFolder, start: Start, say: Callable[[str], None] = lambda text: None
+) -> AsyncIterator[TrainingCluster]:
     """Start Ray, the workers and the learner for the duration of the block, all at the version of ``start``.
 
-    Raises StartupError or LearnerError; whatever had started is ended.
+    ``say`` is told of what is lost and brought back. Raises StartupError or LearnerError; whatever had
+    started is ended.
     """
     config, version = spec.config, start.state.version
     needed = demand(config, learner=True)
@@ -77,17 +89,25 @@ async def training_cluster(spec: RunSpec, folder: RunFolder, start: Start) -> As
             launched.append(worker)
             return worker
 
+        def launch_next() -> RemoteWorker:
+            numbers = [int(worker.name.rpartition("-")[2]) for worker in launched]
+            return launch(f"worker-{max(numbers, default=-1) + 1}")
+
+        channel = ObjectStoreChannel(trainable_only=config.learner.trainable == "last_layers")
+        crew = Crew[RemoteWorker]((), launch_next, lambda: channel.newest, say)
         starting = asyncio.create_task(asyncio.to_thread(_start_learner, spec, folder, start))
         try:
             # On a shared GPU an engine that starts would count what the learner takes meanwhile as its own.
             if config.shares_gpus:
                 await asyncio.shield(starting)
-            workers = tuple(launch(f"worker-{number}") for number in range(config.rollout.workers))
-            await _ready(workers, config, needed)
+            crew.adopt([launch_next() for _ in range(config.rollout.workers)])
+            await crew.start(partial(_ready, config=config, needed=needed))
             learner = await asyncio.shield(starting)
-            channel = ObjectStoreChannel(trainable_only=config.learner.trainable == "last_layers")
-            yield TrainingCluster(workers, launch, version, learner, channel)
+            retries = config.train.learner_retries
+            recovery = LearnerRecovery(learner, folder.path, start.checkpoint, retries, say)
+            yield TrainingCluster(crew, launch, version, learner, channel, recovery)
         finally:
+            await crew.close()
             for worker in launched:
                 worker.kill()
             # A learner that is still starting can only be closed once it is up.
@@ -108,6 +128,7 @@ def _start_learner(spec: RunSpec, folder: RunFolder, start: Start) -> LearnerGro
         config.sampling.temperature,
         config.sampling.answer_temperature,
         shuffle_rewards=config.train.control == "shuffled_rewards",
+        lost_versions=start.state.lost_versions,
     )
     learner = LearnerGroup(learner_spec, config.ray.startup_timeout_s)
     if checkpoint is not None:
@@ -132,9 +153,9 @@ def build_loop(
     folder: RunFolder,
     state: TrainState,
     observers: Observers,
-    advance: Callable[[str], None],
+    counter: StageCounter,
 ) -> LoopParts:
-    """The parts of the RL stage. ``advance`` is given a line for each step."""
+    """The parts of the RL stage. ``counter`` is given a line for each step."""
     config, recorder = spec.config, observers.recorder
     wanted = WantedWorkers(config.rollout.workers, config.rollout.schedule, folder.path, state.step)
     fleet = build_fleet(config, cluster, wanted, observers.display.say)
@@ -150,7 +171,14 @@ def build_loop(
         wanted.step = summary.step
         recorder.on_batch(config, summary.step, batch)
         checkpoints.on_step(summary.step)
-        advance(step_line(summary))
+        counter.advance(step_line(summary))
+
+    async def recover(error: LearnerLost, stood: TrainState) -> tuple[TrainState, PolicyVersion]:
+        restored, saved_version = await asyncio.to_thread(cluster.recovery.restart, error, stood)
+        wanted.step = restored.step
+        checkpoints.go_back()
+        counter.go_back(stood.step - restored.step)
+        return restored, saved_version
 
     return LoopParts(
         stream,
@@ -161,6 +189,7 @@ def build_loop(
         curriculum,
         on_step,
         checkpoints.on_checkpoint,
+        recover,
     )
 
 
@@ -178,7 +207,9 @@ def build_fleet(
         say=say,
         in_flight=config.rollout.refresh == "in_flight",
     )
-    return ElasticFleet(cluster.workers, plan, cluster.channel.newest)
+    fleet = ElasticFleet(cluster.workers, plan, cluster.channel.newest)
+    fleet.state.lost = fleet.state.replaced = cluster.crew.lost  # before the fleet had them
+    return fleet
 
 
 def build_curriculum(spec: RunSpec, state: TrainState, say: Callable[[str], None]) -> Curriculum:

@@ -25,6 +25,9 @@ evaluated step publishes the same one again).
 With max_staleness 0 the stream issues nothing for the next step until a worker has the new version:
 strictly on-policy. With more, workers go on under the old version while the learner computes and while
 other workers are refreshed.
+
+A lost learner starts again from the last checkpoint, and the steps since then are made again. The workers
+end their groups meanwhile. They load the restored weights before they get a task.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from actors.types import TrajectoryGroup
+from actors.types import PolicyVersion, TrajectoryGroup
 from cluster.fleet.broadcast import Channel, WeightSource
 from cluster.fleet.contract import FinishedGroup
 from cluster.fleet.fleet import ElasticFleet
@@ -52,7 +55,7 @@ from cluster.train.metrics import (
     worker_timeline,
 )
 from configs.schema import TrainConfig
-from learner.types import StepReport
+from learner.types import LearnerLost, StepReport
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -72,7 +75,9 @@ class Trainer(WeightSource, Protocol):
 class LoopParts:
     """What build.py wires together.
 
-    ``on_step`` shows a step and what it was made of; ``on_checkpoint`` saves everything.
+    ``on_step`` shows a step and what it was made of; ``on_checkpoint`` saves everything. ``recover`` brings a
+    lost learner back: given where the run stood, it returns where it stands, and the version of that
+    checkpoint when it was saved. None: a lost learner ends the run.
     """
 
     stream: GroupStream
@@ -83,6 +88,7 @@ class LoopParts:
     curriculum: Curriculum
     on_step: Callable[[StepSummary, Batch], None]
     on_checkpoint: Callable[[TrainState], Awaitable[None]]
+    recover: Callable[[LearnerLost, TrainState], Awaitable[tuple[TrainState, PolicyVersion]]] | None = None
 
 
 @dataclass(slots=True)
@@ -112,11 +118,14 @@ async def run_loop(parts: LoopParts, plan: TrainConfig, state: TrainState) -> Tr
     try:
         await fleet.start(stream)
         while progress.state.step < plan.steps:
-            await _one_step(parts, plan, progress)
-            step = progress.state.step
-            if step % plan.checkpoint_every == 0 or step == plan.steps:
-                await parts.on_checkpoint(progress.state)
-                progress.saved = step
+            try:
+                await _one_step(parts, plan, progress)
+                step = progress.state.step
+                if step % plan.checkpoint_every == 0 or step == plan.steps:
+                    await parts.on_checkpoint(progress.state)
+                    progress.saved = step
+            except LearnerLost as error:
+                await _start_again(parts, plan, progress, error)
         await fleet.finish()
         _log_worker_timeline(parts, progress.state.step)
         stream.raise_failure()
@@ -143,6 +152,29 @@ async def _one_step(parts: LoopParts, plan: TrainConfig, progress: _Progress) ->
         raise
 
 
+async def _start_again(parts: LoopParts, plan: TrainConfig, progress: _Progress, error: LearnerLost) -> None:
+    """Bring the learner back, and go on from its last checkpoint. Raises LearnerError."""
+    if parts.recover is None:
+        raise error
+    stream, fleet = parts.stream, parts.fleet
+    progress.saved = progress.state.step  # without a learner there is nothing to save
+    stream.hold()
+    while True:
+        try:
+            state, saved_version = await parts.recover(error, progress.state)
+            weights = await asyncio.to_thread(parts.channel.publish, parts.trainer)
+            break
+        except LearnerLost as again:  # while it handed out its weights
+            error = again
+    await stream.settled()
+    stream.rewind(state.ledger, saved_version, state.version, plan.steps - state.step)
+    parts.curriculum.progress = state.curriculum
+    progress.state, progress.saved = state, state.step
+    fleet.begin(weights)
+    await fleet.finish()
+    stream.release()
+
+
 async def _learn(
     parts: LoopParts, plan: TrainConfig, progress: _Progress, batch: Batch, began: float
 ) -> None:
@@ -164,7 +196,7 @@ async def _learn(
         fleet.begin(weights)
     seconds = StepSeconds(taken - began, learned - taken, published - learned, time.monotonic() - began)
     summary = summarize(step, report, batch, seconds)
-    figures = step_metrics(report, batch, seconds, stream.ledger)
+    figures = step_metrics(report, batch, seconds, stream.ledger, state.learner_restarts)
     figures |= worker_metrics(list(fleet.reports.values())) | fleet.metrics()
     # No wait since ``begin``: no task of the next step was issued yet.
     figures |= parts.curriculum.after_step(step, figures, batch.positions)

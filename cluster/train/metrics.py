@@ -83,8 +83,13 @@ def summarize(step: int, report: StepReport, batch: Batch, seconds: StepSeconds)
     )
 
 
-def step_metrics(report: StepReport, batch: Batch, seconds: StepSeconds, ledger: Ledger) -> dict[str, float]:
-    """All figures of an RL step. A value that it lacks (no write, no forward) is left out, never 0."""
+def step_metrics(
+    report: StepReport, batch: Batch, seconds: StepSeconds, ledger: Ledger, learner_restarts: int = 0
+) -> dict[str, float]:
+    """All figures of an RL step. A value that it lacks (no write, no forward) is left out, never 0.
+
+    ``learner_restarts``: of the run, up to this step.
+    """
     groups = [group.summary for group in batch.groups]
     episodes = _episodes(groups)
     metrics = (
@@ -102,6 +107,7 @@ def step_metrics(report: StepReport, batch: Batch, seconds: StepSeconds, ledger:
         if field.name not in ("version", "seconds")
     }
     metrics |= {
+        "learner/restarts": float(learner_restarts),
         "staleness/mean": _mean(batch.staleness),
         "staleness/max": float(max(batch.staleness, default=0)),
         "staleness/dropped_groups": float(batch.dropped),

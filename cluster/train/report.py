@@ -92,13 +92,17 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class TrainingReport:
-    """Rows by stage with their intervals by score. ``rewards``: the mean reward of each step, in order."""
+    """Rows by stage with their intervals by score. ``rewards``: the mean reward of each step, in order.
+
+    ``learner_restarts``: how often the run went back to a checkpoint because its learner was lost.
+    """
 
     rows: Mapping[str, RowResult]
     intervals: Mapping[str, Mapping[str, Interval]]
     comparisons: tuple[Comparison, ...]
     rewards: tuple[float, ...]
     temperature: float  # of the evaluation
+    learner_restarts: int = 0
 
     @property
     def title(self) -> str:
@@ -111,6 +115,8 @@ class TrainingReport:
 
     def document(self, plots: Sequence[Path] = ()) -> Document:
         notes = (*(comparison.sentence for comparison in self.comparisons), *self._failures())
+        if self.learner_restarts:
+            notes += (f"The learner was lost and started again from a checkpoint {self.learner_restarts} x.",)
         kinds = kinds_table({row.label: row.episodes for row in self.rows.values()})
         cards = cards_table({row.label: row.cards for row in self.rows.values()})
         shown = tuple(table for table in (kinds, cards) if table.rows)
@@ -148,7 +154,8 @@ class TrainingReport:
             }
             for comparison in self.comparisons
         ]
-        return {"rows": rows, "comparisons": comparisons, "rewards": self.rewards}
+        restarts = {"learner_restarts": self.learner_restarts}
+        return {"rows": rows, "comparisons": comparisons, "rewards": self.rewards, **restarts}
 
     def csv_lines(self) -> Iterator[dict[str, object]]:
         """A line for each row and score."""
@@ -246,7 +253,10 @@ def _cost_cells(row: RowResult) -> tuple[str, ...]:
 
 
 def training_report(
-    rows: Mapping[str, RowResult], rewards: Sequence[float], temperature: float
+    rows: Mapping[str, RowResult],
+    rewards: Sequence[float],
+    temperature: float,
+    learner_restarts: int = 0,
 ) -> TrainingReport:
     """Compute the figures once."""
     ordered = {stage: rows[stage] for stage in STAGES if stage in rows}
@@ -267,6 +277,7 @@ def training_report(
         ),
         rewards=tuple(rewards),
         temperature=temperature,
+        learner_restarts=learner_restarts,
     )
 
 

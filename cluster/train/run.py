@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +46,7 @@ from cluster.train.step_checkpoints import save_state
 from cluster.train.warm_start import warm_start
 from configs.mixture import environments
 from configs.schema import RunConfig
+from learner.types import LearnerLost
 
 _WARM, _STEP = "warm start", "train step"
 
@@ -87,7 +88,7 @@ async def train(spec: RunSpec, folder: RunFolder, start: Start, display: Display
         ):
             workers, ranks = spec.config.rollout.workers, spec.config.learner.workers
             display.say(f"starting {workers} rollout worker(s) and {ranks} learner rank(s): {folder.path}")
-            async with training_cluster(spec, folder, start) as cluster:
+            async with training_cluster(spec, folder, start, display.say) as cluster:
                 await note_run(current_job(os.environ), tracker.run_id)
                 await train_on(cluster, spec, folder, start, tracker, display)
             mark_finished(folder.path, spec.config.train.steps)
@@ -116,11 +117,11 @@ async def _stages(
     scores.forget("after_rl", *CONTROLS)  # of before a resume, where the run now goes further
     observers.display.expect(_expected(spec.config, start, scores))
     if start.checkpoint is None:
-        await scores.measure("memory_off", 0, cluster.workers)
-        await scores.measure("before", 0, cluster.workers)
+        await scores.measure("memory_off", 0, cluster.crew.seats)
+        await scores.measure("before", 0, cluster.crew.seats)
         state = await _warm_start(cluster, spec, folder, state, observers)
     if state.warm_steps > 0 and state.step == 0:
-        await scores.measure("after_warm_start", 0, cluster.workers)
+        await scores.measure("after_warm_start", 0, cluster.crew.seats)
         # Empties the caches: a run that is resumed here, with its row measured, begins with empty ones too.
         await _serve_newest(cluster)
     state, workers = await _reinforce(cluster, spec, folder, state, observers)
@@ -128,7 +129,7 @@ async def _stages(
         await scores.measure("after_rl", state.step, workers)
     for control in CONTROLS:  # of the policy that the run ends with
         await scores.measure(control, state.step, workers)
-    scores.report(state.rewards)
+    scores.report(state)
     return state
 
 
@@ -153,15 +154,30 @@ async def _warm_start(
     config, steps = spec.config, spec.config.warm_start.steps
     if steps == 0:
         return state
-    demonstrations = build_demonstrations(spec, "warm start")
-    with observers.display.counting(_WARM, steps, _WARM) as counter:
-        await warm_start(
-            demonstrations, cluster.learner, config, observers.tracker, counter.advance, range(steps)
-        )
-    await _serve_newest(cluster)
-    state = replace(state, warm_steps=steps, version=cluster.learner.version)
-    await save_state(folder, config, cluster.learner, state)
-    return state
+
+    async def stage(state: TrainState) -> TrainState:
+        demonstrations = build_demonstrations(spec, "warm start")
+        with observers.display.counting(_WARM, steps, _WARM) as counter:
+            await warm_start(
+                demonstrations, cluster.learner, config, observers.tracker, counter.advance, range(steps)
+            )
+        await _serve_newest(cluster)
+        state = replace(state, warm_steps=steps, version=cluster.learner.version)
+        await save_state(folder, config, cluster.learner, state)
+        return state
+
+    return await _recovered(cluster, stage, state)
+
+
+async def _recovered(
+    cluster: TrainingCluster, stage: Callable[[TrainState], Awaitable[TrainState]], state: TrainState
+) -> TrainState:
+    """Run a supervised ``stage`` from ``state``; after a loss of the learner again, from its checkpoint."""
+    while True:
+        try:
+            return await stage(state)
+        except LearnerLost as error:
+            state, _ = await asyncio.to_thread(cluster.recovery.restart, error, state)
 
 
 async def _supervise(
@@ -173,27 +189,28 @@ async def _supervise(
     """
     config, last, every = spec.config, spec.config.train.steps, spec.config.train.checkpoint_every
     if state.step >= last:
-        return state, cluster.workers
+        return state, cluster.crew.seats
     demonstrations = build_demonstrations(spec, "supervised control")
     learner, tracker = cluster.learner, observers.tracker
-    with observers.display.counting("supervised step", last - state.step, _STEP) as counter:
-        for begin in range(state.step, last, every):
-            steps = range(begin, min(begin + every, last))
-            await warm_start(
-                demonstrations, learner, config, tracker, counter.advance, steps, config.warm_start.steps
-            )
-            state = replace(state, step=steps.stop, version=learner.version)
-            await save_state(folder, config, learner, state)
-    await _serve_newest(cluster)
-    return state, cluster.workers
+
+    async def stage(state: TrainState) -> TrainState:
+        with observers.display.counting("supervised step", last - state.step, _STEP) as counter:
+            for begin in range(state.step, last, every):
+                steps = range(begin, min(begin + every, last))
+                await warm_start(
+                    demonstrations, learner, config, tracker, counter.advance, steps, config.warm_start.steps
+                )
+                state = replace(state, step=steps.stop, version=learner.version)
+                await save_state(folder, config, learner, state)
+        await _serve_newest(cluster)
+        return state
+
+    return await _recovered(cluster, stage, state), cluster.crew.seats
 
 
 async def _serve_newest(cluster: TrainingCluster) -> None:
     """Let every worker load the learner's present weights."""
-    weights = await asyncio.to_thread(cluster.channel.publish, cluster.learner)
-    async with asyncio.TaskGroup() as refreshes:
-        for worker in cluster.workers:
-            refreshes.create_task(worker.refresh(weights))
+    await cluster.crew.load(await asyncio.to_thread(cluster.channel.publish, cluster.learner))
 
 
 async def _reinforce(
@@ -204,12 +221,13 @@ async def _reinforce(
     if plan.control == "supervised":
         return await _supervise(cluster, spec, folder, state, observers)
     with display.counting(_STEP, max(0, plan.steps - state.step), _STEP) as counter:
-        parts = build_loop(cluster, spec, folder, state, observers, counter.advance)
+        parts = build_loop(cluster, spec, folder, state, observers, counter)
         try:
             state = await run_loop(parts, plan, state)
         finally:
             display.say(ledger_line(parts.stream.ledger))
-        return state, parts.fleet.workers
+        cluster.crew.adopt(parts.fleet.workers)
+        return state, cluster.crew.seats
 
 
 # --- what frames a run ------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from cluster.measure.rows import (
     load_row,
     save_row,
 )
+from cluster.runs.checkpoint import TrainState
 from cluster.tracking.tracker import Tracker
 from cluster.train.prepare import RunFolder, RunSpec
 from cluster.train.report import STAGES, save_report, training_report
@@ -154,11 +155,12 @@ class Scoreboard:
         for key in keys:
             self.folder.row(key).unlink(missing_ok=True)
 
-    def report(self, rewards: tuple[float, ...]) -> None:
+    def report(self, state: TrainState) -> None:
         """Show the table and what it means; save and track the same."""
         config, display = self.spec.config, self.observers.display
         rows = {stage: row for stage in STAGES if (row := self._row(stage)) is not None}
-        report = training_report(rows, rewards, config.evaluation.temperature)
+        temperature = config.evaluation.temperature
+        report = training_report(rows, state.rewards, temperature, state.learner_restarts)
         show(report.document(), display)
         for path in save_report(report, self.folder.report):
             self.observers.tracker.artifact(path)

@@ -14,8 +14,10 @@ import asyncio
 from dataclasses import replace
 from typing import Any, Protocol
 
+from actors.types import PolicyVersion
 from cluster.common.errors import ClusterError
 from cluster.fleet.fleet import ElasticFleet
+from cluster.fleet.seats import FleetPool
 from cluster.fleet.stream import GroupStream
 from cluster.measure.row_metrics import row_metrics, summary_metrics
 from cluster.measure.rows import RowResult, evaluate_row, primary_score
@@ -84,6 +86,10 @@ class StepCheckpoints:
         if self._is_evaluated(step):
             self._stream.hold()
 
+    def go_back(self) -> None:
+        """The run goes back to a checkpoint: later steps are saved again."""
+        self._saved = -1
+
     async def on_checkpoint(self, state: TrainState) -> None:
         """Save ``state``, and evaluate it if that is due. Raises SaveError.
 
@@ -94,14 +100,14 @@ class StepCheckpoints:
         self._saved = state.step
         await save_state(self._folder, self._spec.config, self._learner, state)
         if self._is_evaluated(state.step):
-            await self._evaluate(state.step)
+            await self._evaluate(state.step, state.version)
 
     def _is_evaluated(self, step: int) -> bool:
         every = self._spec.config.train.evaluate_every
         return every > 0 and step % every == 0
 
-    async def _evaluate(self, step: int) -> None:
-        """Measure the step. A worker that is lost costs the step its score, not the run."""
+    async def _evaluate(self, step: int, version: PolicyVersion) -> None:
+        """Measure the step. A fleet that cannot be kept up costs the step its score first."""
         config, display = self._spec.config, self._observers.display
         tasks = self._spec.eval_tasks[: config.train.evaluate_tasks]
         row = evaluation_rows(config)["after_rl"]
@@ -109,8 +115,9 @@ class StepCheckpoints:
         await self._fleet.finish()
         try:
             with display.counting(f"evaluate {row.label}", len(tasks)) as counter:
-                workers = self._observers.recorder.watch(self._fleet.workers, config, step)
-                result = await evaluate_row(row, tasks, workers, config.engine.slots, counter.advance)
+                seats = FleetPool(self._fleet, version).seats
+                watched = self._observers.recorder.watch(seats, config, step)
+                result = await evaluate_row(row, tasks, watched, config.engine.slots, counter.advance)
         except ClusterError as error:
             display.say(f"step {step} has no held-out score: {error}")
         else:

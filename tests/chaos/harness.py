@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 ROOT = Path(__file__).parents[2]
-WORKER, LEARNER = "ray::_RolloutActor", "ray::LearnerActor"
+WORKER, LEARNER, GCS = "ray::_RolloutActor", "ray::LearnerActor", "gcs_server"
 WAIT_S = float(os.environ.get("ENGRAM_CHAOS_WAIT_S", "300"))
 """The longest wait of a trial; only a very busy machine needs more."""
 
@@ -119,9 +119,14 @@ class Run:
             time.sleep(0.05)
 
     def processes(self, title: str) -> list[int]:
-        """The run's processes whose title begins with ``title``, oldest first."""
+        """The run's processes by title, or by the name of their program, oldest first."""
         self.look()
-        return [pid for pid in descendants([self.process.pid]) if command_line(pid).startswith(title)]
+        commands = {pid: command_line(pid) for pid in descendants([self.process.pid])}
+        return [
+            pid
+            for pid, command in commands.items()
+            if command.startswith(title) or command.partition(" ")[0].endswith(f"/{title}")
+        ]
 
     def look(self) -> None:
         """Remember which processes the run has."""
@@ -256,8 +261,10 @@ def check_finished(
 
     audit = audited(run.folder)
     promise(len(audit) >= 2 * steps, f"every group was audited: {len(audit)}")
+    # Groups that outlived their learner are fresh, but versions that were lost lie in between.
+    apart = max_staleness + state.get("lost_versions", 0)
     for group in audit:
-        _check_group(group, max_staleness, in_flight)
+        _check_group(group, apart, in_flight)
     promise(not writes or sum(group["revisions"] for group in audit) > 0, "episodes wrote")
 
     figures, runs = stored(database or run.folder / "runs" / "mlflow.db")
@@ -318,6 +325,11 @@ def descendants(roots: Sequence[int]) -> list[int]:
         pids += below
         queue += below
     return sorted(pids)
+
+
+def children(parent: int) -> list[int]:
+    """The processes that ``parent`` has started itself and that live."""
+    return [pid for pid in descendants([parent]) if _stat(pid)[1:2] == [str(parent)] and started(pid)]
 
 
 def command_line(pid: int) -> str:

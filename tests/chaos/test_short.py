@@ -34,7 +34,9 @@ def story(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     settings = [f"model.name={tiny_model_path}", "rollout.recover_episodes=true"]
     struck = resumed = None
     try:
-        struck = Run(folder, [*settings, "train.steps=1000", "train.checkpoint_every=1"])
+        struck = Run(
+            folder, [*settings, "train.steps=1000", "train.checkpoint_every=1", "train.learner_retries=0"]
+        )
         status = _strike(struck)
         steps = checkpoint_state(folder)["step"] + 2
         resumed = Run(folder, [*settings, f"train.steps={steps}", "resume=auto"])
@@ -81,7 +83,9 @@ def test_lost_workers_are_replaced_and_the_fleet_scales_while_training(story: St
     assert story.books.recovered + story.books.restarted >= 2, "the siblings of a lost group"
 
 
-def test_a_learner_that_is_killed_ends_the_run_with_one_line_that_says_how_to_go_on(story: Story) -> None:
+def test_a_learner_that_may_not_start_again_ends_the_run_with_one_line_that_says_how_to_go_on(
+    story: Story,
+) -> None:
     assert story.status == 1
     assert "a rank's process died" in story.struck.one_line()
     assert any(line.startswith("to go on: engram train") for line in story.struck.lines)

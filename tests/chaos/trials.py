@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos.harness import (
+    GCS,
     LEARNER,
     ROOT,
     WORKER,
@@ -33,6 +34,7 @@ from tests.chaos.harness import (
     Run,
     audited,
     check_finished,
+    children,
     promise,
     stored,
 )
@@ -146,6 +148,11 @@ def _lived_through(run: Run, books: Books) -> None:
     )
 
 
+def _came_back(run: Run, books: Books) -> None:
+    said = [line for line in run.lines if line.startswith("the learner is lost (")]
+    promise(len(said) == 1, f"the learner comes back once, and it is said: {said}")
+
+
 def _act(run: Run, scene: Scene) -> None:
     scene.act()
 
@@ -167,10 +174,14 @@ KINDS: dict[str, Kind] = {
     "engine_fails": Kind(_inflict("engine"), after=_reissued),
     "worker_hangs": Kind(_stop, settings=("rollout.workers=2", "rollout.health_s=3"), after=_reissued),
     "killed_in_refresh": Kind(_inflict("refresh"), after=_reissued),
-    "learner_killed": Kind(lambda run, scene: _none(run.kill(LEARNER)), ends=True),
+    "learner_killed": Kind(lambda run, scene: _none(run.kill(LEARNER)), after=_came_back),
     "rank_of_two_killed": Kind(
-        lambda run, scene: _none(run.kill(LEARNER, 1)), ends=True, settings=("learner.workers=2",)
+        lambda run, scene: _none(run.kill(LEARNER, 1)), settings=("learner.workers=2",), after=_came_back
     ),
+    "supervised_driver_killed": Kind(
+        lambda run, scene: os.kill(children(run.process.pid)[0], signal.SIGKILL), settings=("--supervise=1",)
+    ),
+    "gcs_killed": Kind(lambda run, scene: _none(run.kill(GCS)), ends=True),
     "driver_killed": Kind(lambda run, scene: run.process.kill(), ends=True),
     "stopped_by_sigterm": Kind(lambda run, scene: run.process.terminate(), ends=True),
     "mlflow_killed": Kind(_act, around=mlflow_server, settings=(), after=_every_step_is_stored),

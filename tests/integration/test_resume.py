@@ -1,4 +1,4 @@
-"""Deterministic mode: a run that was killed and stopped in between ends with the same weights to the bit.
+"""Deterministic mode: a run that lost its learner, was killed and stopped ends with the same weights.
 
 The mode: one worker, one thread each, train.max_staleness=0, float32 and engine.slots=1. With more slots
 timing decides which requests share an engine step, and matrix products of other sizes may round
@@ -26,6 +26,7 @@ from mlflow.tracking import MlflowClient
 from transformers import AutoModelForCausalLM
 
 from cluster.runs.checkpoint import Checkpoint, best_checkpoint, list_checkpoints, load_checkpoint
+from tests.chaos.harness import LEARNER, command_line, descendants
 
 # four lives, most of them start-up, on machines that may be busy
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -124,7 +125,11 @@ def story(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     assert whole.end() == 0, whole.output
 
     killed = Run(settings, name="interrupted")
-    killed.until("train step 3/4")
+    killed.until("train step 1/4")
+    (rank,) = (pid for pid in descendants([killed.process.pid]) if command_line(pid).startswith(LEARNER))
+    os.kill(rank, signal.SIGKILL)
+    killed.until("the learner is lost (")
+    killed.until("train step 3/4")  # step 1 was made twice
     time.sleep(0.5)  # into the fourth step
     assert killed.end(signal.SIGKILL) == -signal.SIGKILL
     (folder,) = output_dir.glob("interrupted-*/")
@@ -155,6 +160,7 @@ def newest(run_dir: Path) -> Checkpoint:
 def test_killed_and_stopped_it_ends_with_the_same_weights_to_the_bit(story: Story) -> None:
     assert story.killed == ["step-000002"]  # step 3 was lost with the process, and taken again
     assert story.whole.state.step == story.interrupted.state.step == STEPS
+    assert story.interrupted.state.learner_restarts == 1 and story.whole.state.learner_restarts == 0
     for file in (
         "model/model.safetensors",
         "optimizer/master.safetensors",
@@ -174,7 +180,10 @@ def test_killed_and_stopped_it_ends_with_the_same_weights_to_the_bit(story: Stor
 
 
 def test_every_step_of_both_runs_saw_the_same_engine(story: Story) -> None:
-    """These figures contain the engine's log-probs. A step that was taken twice gave the same twice."""
+    """These figures contain the engine's log-probs. A step that was made twice gave the same twice.
+
+    Step 1 was made again for the lost learner, steps 3 and 4 for the killed driver.
+    """
     client = MlflowClient(f"sqlite:///{story.output_dir}/mlflow.db")
     for key in (
         "learner/engine_logprob_diff_mean",

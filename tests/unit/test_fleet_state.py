@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.fleet.contract import Lane, Openings
+from cluster.fleet.contract import Lane, Openings, may_issue
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.state import ALIVE, FleetState
-from cluster.fleet.stream import may_issue
 from cluster.runs.run_lock import held
 from cluster.runs.wanted_workers import ScaleError, WantedWorkers, ask_for, newest_run, read_wanted, scheduled
 from tests.unit.cluster_cases import ScriptedWorker

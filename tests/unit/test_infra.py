@@ -242,7 +242,8 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
     Stand-ins for Slurm's two commands and for ray print their arguments.
     """
-    write(tmp_path / "scontrol", "printf 'node-a\\nnode-b\\n'")
+    requeue = 'echo "scontrol $*"; exit "${FAKE_REQUEUE:-0}"'
+    write(tmp_path / "scontrol", f"if [ $1 = requeue ]; then {requeue}; fi; printf 'node-a\\nnode-b\\n'")
     write(tmp_path / "srun", 'while [ "$1" != ray ]; do echo "srun $1"; shift; done; exec "$@"')
     shown = (
         'echo "mode $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}"; while [ "$1" != -- ]; do echo "ray $1"; shift; done'
@@ -270,26 +271,46 @@ def test_the_slurm_script_starts_the_training_under_symmetric_run(
     assert done.returncode == 7, done.stderr  # the training's own
     assert (
         "python -m cluster train configs/node_8gpu.yaml output_dir=/shared/runs ray.address=auto resume=auto"
-        in lines
+        " --supervise=3" in lines
     )
     assert "mode token 64" in lines and "ray node-a:20042" in lines and "srun --ntasks=2" in lines
     assert list(tmp_path.glob(".engram-*")) == []
 
 
-def test_the_slurm_script_tells_the_training_to_save_before_the_time_limit(
-    slurm: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("sent", "status", "surroundings", "said", "ends"),
+    [
+        (signal.SIGUSR1, 130, {}, ["saved", "scontrol requeue 42", "saved at the time limit: job 42 is"], 0),
+        (signal.SIGUSR1, 0, {}, ["saved"], 0),  # the last step was made: it is done
+        (signal.SIGUSR1, 1, {}, ["saved"], 1),
+        (signal.SIGTERM, 130, {}, ["saved"], 130),  # scancel
+        (signal.SIGUSR1, 130, {"SLURM_RESTART_COUNT": "50"}, ["saved", "error: at the time limit"], 130),
+        (signal.SIGUSR1, 130, {"FAKE_REQUEUE": "1"}, ["saved", "scontrol", "error: saved at the"], 130),
+    ],
+    ids=["requeued", "done", "failed", "cancelled", "too often", "refused"],
+)
+def test_at_the_time_limit_the_slurm_job_saves_and_requeues_itself(
+    slurm: dict[str, str],
+    tmp_path: Path,
+    sent: signal.Signals,
+    status: int,
+    surroundings: dict[str, str],
+    said: list[str],
+    ends: int,
 ) -> None:
     write(
         tmp_path / "venv/bin/python",
-        "trap 'echo saved; exit 130' TERM; echo trains; while :; do sleep 0.05; done",
+        f"trap 'echo saved; exit {status}' TERM; echo trains; while :; do sleep 0.05; done",
     )
-    with subprocess.Popen(TRAINING, env=slurm, stdout=subprocess.PIPE, text=True) as batch:
+    piped: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(TRAINING, env=slurm | surroundings, **piped) as batch:
         assert batch.stdout is not None
         while "trains" not in batch.stdout.readline():
             assert batch.poll() is None
-        batch.send_signal(signal.SIGUSR1)  # what Slurm sends
-        assert batch.communicate(timeout=30)[0].splitlines() == ["saved"]
-    assert batch.returncode == 130
+        batch.send_signal(sent)  # what Slurm sends to the batch script
+        lines = batch.communicate(timeout=30)[0].splitlines()
+    assert len(lines) == len(said) and all(map(str.startswith, lines, said)), lines
+    assert batch.returncode == ends
 
 
 def write(path: Path, body: str) -> None:

@@ -124,6 +124,18 @@ def test_submit_sends_the_command_with_commit_grace_and_the_store(
     assert set(sent["metadata"]) <= {"commit"} and len(sent["metadata"].get("commit", "0" * 40)) >= 40
 
 
+def test_retries_supervise_the_training_on_the_cluster_and_nothing_else(
+    fake: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", str(QUICKSTART), "output_dir=/r"]
+    assert cli.main(["submit", "--name", "monday", "--retries", "4", *words]) == 0
+    assert fake.submitted["entrypoint"].endswith(f"train {QUICKSTART} output_dir=/r --supervise=4")
+    refused = error(
+        capsys, "submit", "--retries", "4", "evaluate", str(QUICKSTART), "output_dir=/r", status=2
+    )
+    assert "only train goes on by itself" in refused
+
+
 def test_submit_follow_shows_the_log_and_has_the_jobs_status(
     fake: FakeClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -353,7 +365,7 @@ def test_the_submissions_of_help_are_accepted(
     assert cli.main(["submit", "--help"]) == 0
     text = capsys.readouterr().out.replace("\\\n", " ")
     lines = [line.split() for line in text.splitlines() if line.startswith("    engram submit")]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for _, submit, *words in lines:
         assert cli.main([submit, "--name", "monday", *words]) in (0, 1)
         assert fake.submitted["entrypoint"].startswith("python -m cluster ")

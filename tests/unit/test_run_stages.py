@@ -56,7 +56,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, rl_steps: int) -> list[tuple[str, 
     monkeypatch.setattr(run, "Scoreboard", Board)
     monkeypatch.setattr(run, "_warm_start", warm_start)
     monkeypatch.setattr(run, "_reinforce", reinforce)
-    cluster: Any = SimpleNamespace(workers="the first")
+    cluster: Any = SimpleNamespace(crew=SimpleNamespace(seats="the first"))
     observers: Any = SimpleNamespace(tracker=SimpleNamespace(run_id="run"), display=Display())
     nothing: Any = None
     spec: Any = SimpleNamespace(config=RunConfig(warm_start=WarmStartConfig(steps=0)))
@@ -115,7 +115,7 @@ def test_the_supervised_control_makes_as_many_steps_and_goes_on_where_it_was(
     monkeypatch.setattr(run, "_serve_newest", serve)
     monkeypatch.setattr(run, "build_demonstrations", demonstrations)
     learner, (observers, tracker, _) = Supervised(version=3), observers_of(Seat())
-    cluster: Any = SimpleNamespace(workers=("w",), learner=learner)
+    cluster: Any = SimpleNamespace(crew=SimpleNamespace(seats=("w",)), learner=learner)
     begun = replace(START, warm_steps=3, version=3)
     for wanted in (2, 4):
         spec = spec_of(replace(config, train=replace(train_config, steps=wanted)))
@@ -148,10 +148,15 @@ class Seat:
     def __init__(self, score: float | ClusterError = 0.5) -> None:
         self.calls: list[str] = []
         self._score = score
+        self._up = True
+        self.state = SimpleNamespace(progress=lambda: None)
 
     @property
     def workers(self) -> tuple[Seat, ...]:
-        return (self,)
+        return (self,) if self._up else ()
+
+    def lost(self, name: str, error: ClusterError) -> None:
+        self._up = False
 
     def save(self, folder: str) -> None:
         self.calls.append("save")
@@ -228,7 +233,9 @@ def test_a_step_is_saved_and_evaluated_once(tmp_path: Path) -> None:
     assert seat.calls == calls
 
 
-def test_a_lost_worker_costs_the_step_its_score_and_not_the_run(tmp_path: Path) -> None:
+def test_a_fleet_with_nobody_left_costs_the_step_its_score_and_not_yet_the_run(
+    tmp_path: Path,
+) -> None:
     seat = Seat(WorkerLost("worker-0 died during task t0"))
     built, _, output = checkpoints(tmp_path, seat)
     run_to(built, 2)
