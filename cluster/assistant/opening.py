@@ -188,4 +188,5 @@ def _environment_prompt(config: RunConfig) -> str:
 
     modules = (recall, conversation, search, rubric)
     prompts = {module.__name__.rpartition(".")[2]: module.SYSTEM_PROMPT for module in modules}
-    return prompts.get(config.environment.name, recall.SYSTEM_PROMPT)
+    configured = getattr(getattr(config.environment, config.environment.name, None), "system_prompt", "")
+    return configured or prompts.get(config.environment.name, recall.SYSTEM_PROMPT)

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -376,7 +377,9 @@ def test_what_openenvs_server_says_and_refuses(chat: ChatFormat, worse: str) -> 
 # --- verifiers ----------------------------------------------------------------------------------------------
 
 
-def test_verifiers_rows_are_tasks_and_the_rubric_is_the_reward(chat: ChatFormat) -> None:
+def test_verifiers_rows_are_tasks_and_the_rubric_is_the_reward(
+    chat: ChatFormat, capfd: pytest.CaptureFixture[str]
+) -> None:
     environment = _build(_run(3))
     train = [_first(environment, position=position) for position in range(8)]
     held_out = list(environment.tasks("eval", 0, 0))
@@ -399,6 +402,7 @@ def test_verifiers_rows_are_tasks_and_the_rubric_is_the_reward(chat: ChatFormat)
     )
     assert (right.reward, right.reward_parts["num_turns"]) == (1.0, 1.0)
     assert (wrong.reward, wrong.reward_parts["num_turns"]) == (0.0, 2.0)
+    assert capfd.readouterr() == ("", ""), "no progress bars, no warnings of the libraries"
 
 
 def _worse(answers: str, **args: object) -> Environment:
@@ -430,6 +434,21 @@ def test_verifiers_scores_a_rollout_that_the_turn_limit_has_cut(chat: ChatFormat
 def test_verifiers_faults_have_an_owner(chat: ChatFormat, answers: str, rubric: str, said: str) -> None:
     environment = _worse(answers, rubric=rubric)
     assert re.search(said, _failure(_play(chat, environment, _first(environment), lambda _: "hm")))
+
+
+def test_a_session_of_verifiers_that_is_closed_early_cleans_up() -> None:
+    import my_worse
+
+    my_worse.Steps.ended.clear()
+    environment = _worse("a")
+
+    async def play() -> None:
+        session: Any = await environment.start(_first(environment))  # type: ignore[misc]
+        assert (await session.observe()).text == "Say a."
+        await session.close()
+
+    asyncio.run(play())
+    assert my_worse.Steps.ended == ["a"]
 
 
 def test_what_verifiers_needs_beyond_texts_is_said_at_once() -> None:

@@ -46,9 +46,10 @@ class VerifiersEnvironment:
 
     def __init__(self, config: VerifiersConfig) -> None:
         """Raises TaskError where the environment cannot be loaded, or needs more than texts."""
-        os.environ.setdefault("VF_LOG_LEVEL", "WARNING")  # else every load is a line on stderr
+        os.environ.setdefault("VF_LOG_LEVEL", "CRITICAL")  # what it logs as an error fails an episode here
         for module in ("verifiers.envs.multiturn_env", "verifiers.utils.env_utils"):
             package(self.name, module)  # `import verifiers` alone hides what is missing
+        package(self.name, "datasets").disable_progress_bars()
         self.system_prompt = config.system_prompt
         self._whom = f"environment.verifiers.id={config.id}"
         with owned(self._whom, TaskError), _no_signal_handlers():
