@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,8 +36,10 @@ __all__ = [
 # Only safetensors: to load a pickled .bin file runs the code that its author put into it.
 WEIGHTS = "*.safetensors"
 HUB_PATTERNS = ("*.json", WEIGHTS, "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 4096
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +162,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _download(name: str, patterns: list[str]) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -168,6 +171,10 @@ def _download(name: str, patterns: list[str]) -> Path:
         RepositoryNotFoundError,
     )
 
+    is_cached = any(try_to_load_from_cache(name, file) for file in _WEIGHT_FILES)
+    if WEIGHTS in patterns and not is_cached and not constants.HF_HUB_OFFLINE:
+        # Its bars are kept out of a command's output, and it may take many minutes.
+        _log.warning("downloading the model %s from %s ...", name, HfApi().endpoint)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except GatedRepoError:

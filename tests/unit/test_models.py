@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from configs import embedded
+from configs import embedded, models
 from configs.models import ModelError, check_supported, fingerprint, resolve_model
 from configs.schema import ModelConfig
 
@@ -263,3 +263,24 @@ def test_an_unreachable_hub_says_what_to_do_instead() -> None:
     message = refused("nobody/such-a-model")  # the tests run with HF_HUB_OFFLINE=1
     assert "not in the local cache" in message
     assert "model.name=smollm2-135m" in message
+
+
+def test_a_download_is_said_and_a_cached_model_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bars of libraries are hidden (common/quiet.py): without a line nothing would be seen for minutes."""
+    import huggingface_hub
+
+    cached: list[str] = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda name, file: file if file in cached else None
+    )
+    models._download("a/b", list(models.HUB_PATTERNS))
+    assert "downloading the model a/b from https://" in caplog.text
+    caplog.clear()
+    models._download("a/b", ["*.json"])
+    cached.append("model.safetensors.index.json")
+    models._download("a/b", list(models.HUB_PATTERNS))
+    assert caplog.text == ""
