@@ -11,6 +11,7 @@ the user. Some of Ray's calls wait for a dead GCS with no deadline: for them the
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import sys
@@ -26,6 +27,7 @@ _POLL_S = 1.0
 _REFUSALS = 3  # in a row: nothing listens at the port of a local Ray, whose GCS nobody starts again
 _REFUSALS_OF_A_CLUSTER = 60  # so long Ray waits for a GCS that is started again
 _SILENT_S = 60.0  # a GCS that is busy, or a network that is away
+_log = logging.getLogger(__name__)
 
 
 class RayDied(ClusterError):
@@ -64,8 +66,9 @@ class _Watch(threading.Thread):
             with suppress(RuntimeError):  # the loop has just ended
                 self._loop.call_soon_threadsafe(self._task.cancel)
         if not self._over.wait(GRACE_S):
-            sys.stderr.write(f"error: {self.died}: go on with resume=auto (evaluate: --resume FOLDER)\n")
-            sys.stderr.flush()
+            # A warning reaches the user wherever a command has turned what libraries print (common/quiet.py).
+            _log.critical("error: %s: go on with resume=auto (evaluate: --resume FOLDER)", self.died)
+            sys.stdout.flush()
             os._exit(1)
 
 

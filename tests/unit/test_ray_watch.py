@@ -68,12 +68,13 @@ def test_a_call_that_never_returns_is_no_way_out() -> None:
     """The process ends with the line all the same."""
     code = """
 import asyncio, os, time
+from cluster.common.quiet import quiet
 from cluster.fleet import ray_watch
 ray_watch._POLL_S, ray_watch.GRACE_S = 0.05, 0.3
 ray_watch._gcs_address = lambda: ("127.0.0.1", 9)
 ray_watch._raylet_pid = lambda: None
 async def main():
-    with ray_watch.watched(local=True):
+    with quiet(verbose=False), ray_watch.watched(local=True):
         time.sleep(60)
 asyncio.run(main())
 """
