@@ -146,6 +146,7 @@ def test_the_tracked_run_is_complete(trained: Trained) -> None:
     assert tracked.data.params["warm_start.steps"] == "1"
     sections = {name.partition("/")[0] for name in tracked.data.metrics}
     of_training = {
+        "Summary",
         "reward",
         "learner",
         "rollout",
