@@ -10,6 +10,8 @@ from configs.extensions import FORM, is_path
 from configs.services import EndpointConfig, require_no_secret
 
 ADVANTAGES = ("grpo", "positive", "rloo")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""All linear matrices of a layer (Llama, Mistral, Qwen2, Qwen3)."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class LearnerConfig:
     """The DeepSpeed learner.
 
     ``trainable: full`` is the paper's. ``last_layers`` trains only the last ``trainable_layers``: cheap on a
-    CPU.
+    CPU. ``lora`` trains a LoRA on the policy, beside the fast weights: only its factors have gradients and
+    optimizer states, and only they travel to the workers. It needs a higher ``learning_rate``, 1e-5 to 1e-4.
     """
 
     learning_rate: float = 1e-6
@@ -72,17 +75,26 @@ class LearnerConfig:
     threads: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     microbatch_tokens: int = 2048  # in one forward and backward pass
-    trainable: Literal["full", "last_layers"] = "full"
+    trainable: Literal["full", "last_layers", "lora"] = "full"
     trainable_layers: int = 8  # with trainable=last_layers
+    lora_rank: int = 16  # with trainable=lora; as PEFT's r; its dropout is always 0
+    lora_alpha: float = 32.0  # with trainable=lora: the factors' product counts alpha / rank times
+    lora_targets: tuple[str, ...] = LORA_TARGETS  # with trainable=lora: the matrices of every layer
     gradient_checkpointing: bool = False
     step_timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
         positive(self, "learning_rate", "max_grad_norm", "workers", "threads", "microbatch_tokens")
-        positive(self, "trainable_layers", "step_timeout_s")
+        positive(self, "trainable_layers", "lora_rank", "lora_alpha", "step_timeout_s")
         not_negative(self, "warmup_steps", "weight_decay", "cpus_per_worker", "gpus_per_worker")
         custom_resource(self.resource)
         require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
+        known = 0 < len(self.lora_targets) == len(set(self.lora_targets) & set(LORA_TARGETS))
+        require(known, "lora_targets", self.lora_targets, f"one or more of {', '.join(LORA_TARGETS)}")
+
+    @property
+    def lora_scale(self) -> float:
+        return self.lora_alpha / self.lora_rank
 
 
 @dataclass(frozen=True)

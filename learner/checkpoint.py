@@ -1,11 +1,15 @@
 """Save and load everything of the learner. Nothing is pickled, so loading a foreign checkpoint runs no code.
 
     folder/model/              theta as a Hugging Face folder (transformers and vLLM read it)
+    folder/adapter/            where theta is a LoRA: its factors, as a PEFT adapter of the base model
     folder/optimizer/          full tensors by parameter name: master.safetensors (float32 theta),
                                exp_avg.safetensors, exp_avg_sq.safetensors
     folder/reference.safetensors   the KL term's reference where a warm start made it: the weights as RL began
     folder/rng-{rank}.json     states of python's, numpy's and torch's generators
     folder/learner.json        format, ranks, step counters
+
+Where theta is a LoRA, model/ holds the sum of base and factors. It stands alone, for evaluation, chat and new
+workers. A learner that goes on takes base and factors apart again, so that nothing is rounded twice.
 
 The state is gathered to full tensors. So a checkpoint does not depend on the ZeRO stage or on the number of
 ranks that wrote it. Invariant: after ``load`` the weights and the next step's loss are those of an
@@ -15,9 +19,11 @@ uninterrupted run, to the bit (same ranks, same threads).
 from __future__ import annotations
 
 import base64
+import math
 import os
 import random
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -36,12 +42,14 @@ from torch import Tensor, nn
 
 from configs.files import FileError, dump_json, parse_json, sync, sync_tree
 from learner.engine import TrainingEngine
+from learner.lora import save_adapter, whole_policy
 from learner.model import PolicyModel
 from learner.types import LearnerError, UnreadableError
 
 _FORMAT = "engram-learner-1"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _REFERENCE = "reference.safetensors"
+_SHARD_BYTES = 2**30
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".safetensors.index.json", ".bin.index.json")
 T = TypeVar("T")
 
@@ -117,9 +125,7 @@ def _save(
         (partial / "optimizer").mkdir()
     engine.barrier()
     # Gathering is collective: all ranks go through every tensor, and rank 0 alone copies and writes.
-    theta = dict(engine.full_tensors(model.by_name(trainable_only=False), copy=False, wanted=first))
-    _write(partial / "model" / "model.safetensors", theta, first)
-    del theta
+    _write_policy(partial, engine, model, str(model_path))
     for file, moment in (("master", None), *((moment, moment) for moment in _MOMENTS)):
         state = _gathered(engine, model.by_name(trainable_only=True), moment)
         _write(partial / "optimizer" / f"{file}.safetensors", state, first)
@@ -153,16 +159,20 @@ def load(
     """
     source = Path(folder)
     counters = _read_counters(source / "learner.json")
-    everything, trained = model.by_name(trainable_only=False), model.by_name(trainable_only=True)
+    acting, trained = model.by_name(trainable_only=False), model.by_name(trainable_only=True)
     # All files are read and checked before the first tensor is set.
-    theta = _read(source / "model" / "model.safetensors", everything)
     states = {
         key: _read(source / "optimizer" / f"{key}.safetensors", trained) for key in ("master", *_MOMENTS)
     }
+    if model.lora is None:
+        theta = _read(source / "model" / "model.safetensors", acting)
+    else:
+        acting, theta = trained, states["master"]
+        _require_same_base(source / "model", engine, model, theta)
     generators = _read_generators(source / f"rng-{engine.rank}.json")
     if reference is not None and counters.has_own_reference:
         reference.set_by_name(_read_reference(source / _REFERENCE, trained))
-    engine.load_tensors(everything, theta)
+    engine.load_tensors(acting, theta)
     for name, param in trained:
         _set(engine, param, states["master"][name], None)
         for moment in _MOMENTS:
@@ -213,6 +223,61 @@ def _set(engine: TrainingEngine, param: nn.Parameter, value: Tensor, moment: str
         safe_set_full_optimizer_state(param, value, moment)
 
 
+def _write_policy(partial: Path, engine: TrainingEngine, model: PolicyModel, model_path: str) -> None:
+    """Write model/ and adapter/. Collective.
+
+    The sums of a LoRA are new tensors, so they go into several files: never all of them in memory.
+    """
+    first, folder = engine.rank == 0, partial / "model"
+    limit = math.inf if model.lora is None else _SHARD_BYTES
+    index: dict[str, str] = {}
+    whole = whole_policy(engine, model, copy=False, wanted=first)
+    for number, shard in enumerate(_shards(whole, limit), start=1):
+        file = f"model-{number:05}.safetensors"
+        _write(folder / file, shard, first)
+        index.update(dict.fromkeys(shard, file))
+    files = set(index.values())
+    if first and len(files) == 1:
+        (folder / files.pop()).rename(folder / "model.safetensors")
+    elif first:
+        (folder / "model.safetensors.index.json").write_text(dump_json({"metadata": {}, "weight_map": index}))
+    if model.lora is not None:
+        trained = model.by_name(trainable_only=True)
+        factors = dict(engine.full_tensors(trained, copy=False, wanted=first))
+        if first:
+            save_adapter(partial / "adapter", model.lora, factors, model_path)
+
+
+def _shards(tensors: Iterator[tuple[str, Tensor]], limit: float) -> Iterator[dict[str, Tensor]]:
+    """Collect ``tensors`` into dictionaries of at most ``limit`` bytes, or of one tensor."""
+    held: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if held and sum(one.nbytes for one in held.values()) + tensor.nbytes > limit:
+            yield held
+            held = {}
+        held[name] = tensor
+    yield held
+
+
+def _require_same_base(
+    folder: Path, engine: TrainingEngine, model: PolicyModel, factors: Mapping[str, Tensor]
+) -> None:
+    """Raise LearnerError unless the base weights and ``factors`` give the saved sums. Collective."""
+    saved: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        saved |= _read(path, [])
+    acting = {name: factor.to(model.base.dtype) for name, factor in factors.items()}
+    for name, found in whole_policy(engine, model, copy=False, factors=acting):
+        expected = saved.get(name, torch.empty(0))
+        same = found.shape == expected.shape and found.dtype == expected.dtype
+        # other machines may round some of the sums to the neighbouring number
+        if not same or float((found - expected).norm()) > torch.finfo(found.dtype).eps * float(found.norm()):
+            raise LearnerError(
+                f"{folder}: {name} is not the sum of the base model and the checkpoint's factors: the base "
+                "model, learner.lora_alpha or learner.dtype has changed; use those that it was trained with"
+            )
+
+
 def _write(path: Path, tensors: dict[str, Tensor], first: bool) -> None:
     if first:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
@@ -229,7 +294,7 @@ def _read(path: Path, parameters: list[tuple[str, nn.Parameter]]) -> dict[str, T
         if stored != shape:
             raise LearnerError(
                 f"{path}: holds {stored} for {name} of shape {shape}; "
-                "it is another model's, or another learner.trainable's checkpoint"
+                "it is another model's checkpoint, or that of another learner.trainable or lora_rank"
             )
     return tensors
 

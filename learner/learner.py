@@ -30,6 +30,7 @@ from learner import checkpoint
 from learner.advantage import estimator, score, shuffled
 from learner.batch import RowSet, as_objective_sees, pack, pad, rows_of, split, supervised_rows
 from learner.engine import TrainingEngine
+from learner.lora import whole_policy
 from learner.model import PolicyModel, load_model, load_reference
 from learner.objective import TokenBatch, TokenStatistics, policy_objective
 from learner.types import LearnerError, Microbatch, Row, ScoredTrajectory, StepReport, WarmStartReport
@@ -86,7 +87,7 @@ class Learner:
         self._model_path, self._seed = model_path, seed
         self._shuffle_rewards = shuffle_rewards
         self._temperature, self._answer_temperature = temperature, answer_temperature
-        self._model = load_model(model_path, config)
+        self._model = load_model(model_path, config, seed)
         self._injector = DeltaInjector(self._model.base, basis)
         self._engine = TrainingEngine(self._model, config, rank, world_size)
         self._reference: _Reference | None = None
@@ -193,9 +194,12 @@ class Learner:
     def weights(self, trainable_only: bool, copy: bool = True, wanted: bool = True) -> dict[str, Tensor]:
         """Return full weights by name, on the CPU, in ``config.dtype``; {} where they are not ``wanted``.
 
+        ``trainable_only``: those that training changes; of a LoRA the factors (learner.lora).
         Without ``copy`` they may be the learner's own memory, which its next step overwrites.
         """
-        return dict(self._engine.full_tensors(self._model.by_name(trainable_only), copy, wanted))
+        if trainable_only:
+            return dict(self._engine.full_tensors(self._model.by_name(trainable_only=True), copy, wanted))
+        return dict(whole_policy(self._engine, self._model, copy, wanted=wanted))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Save everything; see ``learner.checkpoint``. Raises LearnerError."""

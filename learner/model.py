@@ -6,6 +6,7 @@ Delta is not here: ``actors.fast_weights.delta.DeltaInjector`` adds it to the pr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.schema import LearnerConfig
 from learner.head import TokenHead
+from learner.lora import add_factors, plain_name
 from learner.types import LearnerError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PolicyModel(nn.Module):
-    """Everything runs inside ``forward``, because ZeRO-3 gathers the weights around it."""
+    """Everything runs inside ``forward``, because ZeRO-3 gathers the weights around it.
 
-    def __init__(self, base: PreTrainedModel) -> None:
+    ``lora``: PEFT's settings where theta is a LoRA, else None.
+    """
+
+    def __init__(self, base: PreTrainedModel, lora: Any) -> None:
         super().__init__()
+        self.lora = lora
         base.set_output_embeddings(TokenHead(base.get_output_embeddings()))
         self.base = base
 
@@ -45,10 +51,10 @@ class PolicyModel(nn.Module):
     def by_name(self, trainable_only: bool) -> list[tuple[str, nn.Parameter]]:
         """Return parameters under their Hugging Face names, e.g. "model.layers.0.mlp.up_proj.weight".
 
-        A tied head is listed once, as the embedding.
+        A tied head is listed once, as the embedding. Factors of a LoRA stand beside what they are added to.
         """
         return [
-            (name, param)
+            (plain_name(name), param)
             for name, param in self.base.named_parameters()
             if param.requires_grad or not trainable_only
         ]
@@ -61,25 +67,35 @@ class PolicyModel(nn.Module):
             parameters[name].copy_(tensor)
 
 
-def load_model(model_path: str, config: LearnerConfig) -> PolicyModel:
+def load_model(model_path: str, config: LearnerConfig, seed: int = 0) -> PolicyModel:
     """Load a Hugging Face folder in ``config.dtype``; ``config.trainable`` parameters require a gradient.
 
-    Raises LearnerError.
+    ``seed`` draws the factors of a LoRA. Raises LearnerError.
     """
-    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=_DTYPES[config.dtype])
+    base = _load(model_path, config)
     base.config.use_cache = False
     base.train()
+    lora = add_factors(base, config, seed) if config.trainable == "lora" else None
     _freeze(base, config)
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return PolicyModel(base)
+    return PolicyModel(base, lora)
 
 
 def load_reference(model_path: str, config: LearnerConfig) -> PolicyModel:
-    """Load a frozen copy of the weights, for the KL term. Each rank holds a whole copy."""
-    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=_DTYPES[config.dtype])
+    """Load a frozen copy of the weights, for the KL term. Each rank holds a whole copy.
+
+    That of a LoRA has factors too, at 0: what a warm start trains is put there.
+    """
+    base = _load(model_path, config)
+    lora = add_factors(base, config, seed=0) if config.trainable == "lora" else None
     base.requires_grad_(False)
-    return PolicyModel(base.eval())
+    return PolicyModel(base.eval(), lora)
+
+
+def _load(model_path: str, config: LearnerConfig) -> PreTrainedModel:
+    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=_DTYPES[config.dtype])
+    return base
 
 
 def _freeze(base: PreTrainedModel, config: LearnerConfig) -> None:
@@ -88,7 +104,7 @@ def _freeze(base: PreTrainedModel, config: LearnerConfig) -> None:
     Autograd keeps and computes nothing below the first trainable layer. Embeddings and head are frozen too:
     where they are tied, training the head would train the input of the frozen layers.
     """
-    if config.trainable == "full":
+    if config.trainable != "last_layers":
         return
     decoder = base.get_decoder()
     layers = list(decoder.layers)

@@ -189,6 +189,7 @@ class DeltaInjector:
         modules = dict(model.named_modules())
         for name in basis.modules:
             module = modules.get(name)
+            module = getattr(module, "base_layer", module)  # inside PEFT's, where theta itself is a LoRA
             if not isinstance(module, nn.Linear):
                 fault = "no such module" if module is None else f"a {type(module).__name__}"
                 raise BasisError(f"{name}: {fault} in {type(model).__name__}; {SUPPORTED}")

@@ -265,7 +265,9 @@ class OwnedWeights:
 
         Raises WriterError, with nothing changed, when a shape is wrong.
         """
-        held = {name: tensor for name, tensor in tensors.items() if name in self._parts}
+        held = {
+            name: tensors[name] for name in self._parts if name in tensors
+        }  # others may cost time to form
         for name, tensor in held.items():
             if tensor.shape != self._parts[name].shape:
                 has, needs = tuple(tensor.shape), tuple(self._parts[name].shape)

@@ -49,9 +49,11 @@ EXPORT_EXAMPLES = """examples:
   engram export ada adapter
   vllm serve exported --enable-lora --max-lora-rank 8 --lora-modules episode=adapter
 
-A run (its newest checkpoint) or a checkpoint becomes a Hugging Face folder. A saved conversation, or an
-episode's record, becomes a PEFT adapter (adapter_config.json, adapter_model.safetensors). An episode's writes
-are replayed on the weights that it was played on: the run's checkpoint of that version, or --model.
+A run (its newest checkpoint) or a checkpoint becomes a Hugging Face folder. Where it trained a LoRA
+(learner.trainable=lora) it becomes a PEFT adapter of the base model, or with --merge the folder.
+A saved conversation, or an episode's record, becomes a PEFT adapter (adapter_config.json,
+adapter_model.safetensors). An episode's writes are replayed on the weights that it was played on: the run's
+checkpoint of that version, or --model.
 """
 
 Model = Annotated[
@@ -125,17 +127,22 @@ def export(
             metavar="MODEL", help="of an episode: the weights it was played on, if its run lacks them"
         ),
     ] = "",
+    merge: Annotated[
+        bool,
+        typer.Option("--merge", help="of a run that trained a LoRA: write the whole model"),
+    ] = False,
 ) -> None:
     """Export a checkpoint, or a memory.
 
-    A checkpoint becomes a Hugging Face folder, a memory a PEFT adapter.
+    A checkpoint becomes a Hugging Face folder (a PEFT adapter where it trained a LoRA), a memory a PEFT
+    adapter.
     """
     from cluster.common.display import Display
 
     with quiet(verbose=False):
         from cluster.assistant.export import export as write
 
-        what = write(source.expanduser(), target.expanduser(), model)
+        what = write(source.expanduser(), target.expanduser(), model, merge)
     Display().say(f"{target}: {what}")
 
 

@@ -2,15 +2,19 @@
 
     a checkpoint, or a run (its newest)          -> DIR: config.json, model.safetensors, the tokenizer,
                                                     a model card; DIR/engram: basis, settings and state
+      where theta is a LoRA (trainable=lora)     -> DIR: adapter_config.json, adapter_model.safetensors, for
+                                                    the base model; with --merge the whole model, as above
     a saved conversation (a folder)              -> DIR: the adapter alone, without flashcards and context
     an episode's record (.json in RUN/episodes)  -> DIR: adapter_config.json, adapter_model.safetensors,
                                                     made by replaying the write log on the same base
 
-Each folder appears whole or not at all. ``chat`` and ``serve`` read all three.
+Each folder appears whole or not at all. ``chat`` and ``serve`` read all but the LoRA of theta, which is no
+memory: they take its run, or the merged model.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +32,7 @@ from cluster.assistant.opening import (
     Opening,
     Source,
     find_checkpoint_of,
+    is_hub_name,
     open_source,
 )
 from cluster.inspection.record import EpisodeRecord, FailureRecord, load
@@ -38,21 +43,24 @@ from cluster.runs.checkpoint import (
     list_checkpoints,
     load_checkpoint,
 )
-from configs.files import new_folder
+from configs.files import dump_json, new_folder
 from configs.load import load_config
 from configs.models import resolve_model
 from configs.schema import ModelConfig
 from configs.tolerances import receipt_tolerance
 
 
-def export(source: Path, target: Path, model: str) -> str:
+def export(source: Path, target: Path, model: str, merge: bool = False) -> str:
     """Write ``target``, which must be new or empty; returns a description of what it holds.
 
-    ``model`` names the weights that an episode was played on; "" finds them in its run.
+    ``model`` names the weights that an episode was played on; "" finds them in its run. With ``merge`` a
+    checkpoint is always a whole model, even where theta is a LoRA.
     Raises AssistantError, RecordError, CheckpointError, ModelError, BasisError.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise AssistantError(f"{target}: already holds something; export into a new folder")
+    if merge and source.is_file():
+        raise AssistantError(f"--merge: {source} is an episode's record; only a checkpoint has two forms")
     if model and not source.is_file():
         raise AssistantError(f"--model {model}: only an episode's record needs it; {source} is a folder")
     if source.is_file():
@@ -60,6 +68,9 @@ def export(source: Path, target: Path, model: str) -> str:
     if (source / MEMORY_FILE).exists():
         return _export_conversation(source, target)
     if source.is_dir() and (checkpoint := find_checkpoint_of(source)) is not None:
+        adapter = checkpoint.learner / "adapter"
+        if adapter.exists() and not merge:
+            return _export_adapter(checkpoint, adapter, target)
         return _export_checkpoint(checkpoint, target)
     raise AssistantError(
         f"{source}: is no run, checkpoint, saved conversation or episode's record; "
@@ -82,11 +93,24 @@ def _export_checkpoint(checkpoint: Checkpoint, target: Path) -> str:
         for name in (CONFIG_FILE, STATE_FILE):
             shutil.copyfile(checkpoint.folder / name, folder / COMPANION / name)
         (folder / CARD_FILE).write_text(model_card(checkpoint, target.name), encoding="utf-8")
+    return f"a Hugging Face model: {_theta(checkpoint)}"
+
+
+def _export_adapter(checkpoint: Checkpoint, adapter: Path, target: Path) -> str:
+    """Copy the LoRA. Its base is the name that the run used where that is a hub's, else the folder."""
+    base = load_config(checkpoint.folder / CONFIG_FILE, ()).model.name
+    with _folder_at(target) as folder:
+        shutil.copytree(adapter, folder, dirs_exist_ok=True)
+        if is_hub_name(base):
+            path = folder / "adapter_config.json"
+            settings = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+            path.write_text(dump_json(settings), encoding="utf-8")
+    return f"a PEFT adapter of {base}: {_theta(checkpoint)}; --merge writes the whole model"
+
+
+def _theta(checkpoint: Checkpoint) -> str:
     state = checkpoint.state
-    return (
-        "a Hugging Face model: "
-        f"theta after {state.step} RL steps (version {state.version}) of {checkpoint.run_dir.name}"
-    )
+    return f"theta after {state.step} RL steps (version {state.version}) of {checkpoint.run_dir.name}"
 
 
 def _export_conversation(source: Path, target: Path) -> str:

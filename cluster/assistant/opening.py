@@ -64,8 +64,7 @@ class Opening:
     def base_model(self) -> str:
         """The base model that an adapter names: a hub's name if it has one, else the folder."""
         name = self.config.model.name
-        is_hub_name = name.count("/") == 1 and not Path(name).expanduser().exists()
-        return name if is_hub_name else str(self.model.path)
+        return name if is_hub_name(name) else str(self.model.path)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +80,11 @@ class Parts:
     chat: ChatFormat
     preservation: Preservation | None
     failure: Callable[[], str]
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether the model ``name`` lies on a hub, and not in a folder of that name."""
+    return name.count("/") == 1 and not Path(name).expanduser().exists()
 
 
 def find_checkpoint_of(folder: Path) -> Checkpoint | None:

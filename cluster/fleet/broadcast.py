@@ -9,6 +9,7 @@ Invariant: a handle's tensors are those of its version, whenever they are fetche
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +18,8 @@ from actors.types import PolicyVersion
 if TYPE_CHECKING:
     from ray import ObjectRef
     from torch import Tensor
+
+    from actors.policy_lora import LoraBase
 
 
 class WeightSource(Protocol):
@@ -43,33 +46,40 @@ class Channel(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ObjectStoreWeights:
-    """A published version (actors.worker.PublishedWeights). Dropping the last handle frees the tensors."""
+    """A published version (actors.worker.PublishedWeights). Dropping the last handle frees the tensors.
+
+    ``base``: the tensors are the factors of a LoRA on it; None where they are the weights themselves.
+    """
 
     version: PolicyVersion
     complete: bool
     ref: ObjectRef[dict[str, Tensor]]
+    base: LoraBase | None = None
 
-    def fetch(self, timeout_s: float) -> dict[str, Tensor]:
-        """The tensors, read-only views of shared memory.
+    def fetch(self, timeout_s: float) -> Mapping[str, Tensor]:
+        """The tensors, read-only views of shared memory, or formed from such views when asked for.
 
-        Blocks at most ``timeout_s``; raises TimeoutError (Ray's own) after that.
+        Blocks at most ``timeout_s``; raises TimeoutError (Ray's own) after that, and EngineError where the
+        base weights on this node do not fit the factors.
         """
         import ray
 
-        return ray.get(self.ref, timeout=timeout_s)
+        tensors: dict[str, Tensor] = ray.get(self.ref, timeout=timeout_s)
+        return tensors if self.base is None else self.base.with_factors(tensors)
 
 
 class ObjectStoreChannel:
     """Ray's object store as a channel; it holds on to the newest version, for workers that start later.
 
-    ``trainable_only`` leaves out what training never changes: the workers have it from the base model.
+    ``trainable_only`` leaves out what training never changes: the workers have it from the base model. With
+    ``base`` the source trains a LoRA on it, and only the factors travel.
     """
 
-    def __init__(self, trainable_only: bool) -> None:
-        self._trainable_only = trainable_only
+    def __init__(self, trainable_only: bool, base: LoraBase | None = None) -> None:
+        self._trainable_only, self._base = trainable_only, base
         self.newest: ObjectStoreWeights | None = None
 
     def publish(self, source: WeightSource) -> ObjectStoreWeights:
         weights = source.weights_ref(self._trainable_only)
-        self.newest = ObjectStoreWeights(source.version, not self._trainable_only, weights)
+        self.newest = ObjectStoreWeights(source.version, not self._trainable_only, weights, self._base)
         return self.newest

@@ -59,13 +59,25 @@ def trained_parameters(shape: ModelShape, config: LearnerConfig) -> int:
     """Numbers that the learner trains."""
     if config.trainable == "full":
         return shape.parameters
+    if config.trainable == "lora":
+        return _factors(shape, config)
     return min(config.trainable_layers, shape.num_layers) * shape.layer_parameters + shape.hidden_size
+
+
+def _factors(shape: ModelShape, config: LearnerConfig) -> int:
+    """Numbers in the factors of a LoRA: A [rank, d_in] and B [d_out, rank] of each matrix."""
+    hidden, inner, query, key = shape.hidden_size, shape.intermediate_size, shape.query_width, shape.key_width
+    attention = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": query}
+    widths = (hidden + attention.get(name, inner) for name in config.lora_targets)
+    return config.lora_rank * shape.num_layers * sum(widths)
 
 
 def learner_parts(shape: ModelShape, config: LearnerConfig, reference: bool) -> tuple[Part, ...]:
     """Of one rank. ``reference``: with the second model of a KL term."""
     width, ranks, stage = BYTES[config.dtype], config.workers, config.zero_stage
     total, trained = shape.parameters, trained_parameters(shape, config)
+    if config.trainable == "lora":
+        total += trained  # the factors stand beside the weights
     share = trained / ranks if stage else trained
     weights = total * width / (ranks if stage == 3 else 1)
     masters = 0 if stage == 0 else 4 * share
@@ -234,5 +246,7 @@ def cache_tokens(shape: ModelShape, config: RunConfig, cache: float) -> int:
 
 
 def refresh_seconds(shape: ModelShape, config: RunConfig) -> float:
-    """An estimate of how long new weights take into a worker."""
-    return published_bytes(shape, config.learner) / REFRESH_BYTES_S
+    """An estimate of how long new weights take into a worker. It forms all matrices of a LoRA anew."""
+    learner = config.learner
+    formed = shape.parameters * BYTES[learner.dtype] if learner.trainable == "lora" else 0
+    return max(formed, published_bytes(shape, learner)) / REFRESH_BYTES_S

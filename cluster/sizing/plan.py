@@ -203,7 +203,7 @@ def _cure(process: Process, config: RunConfig, room: float) -> str:
     if peak(without_pass) / GIB + CONTEXT_GIB < room:
         checkpoints = "" if config.learner.gradient_checkpointing else "learner.gradient_checkpointing=true, "
         return f"{checkpoints}a smaller learner.microbatch_tokens"
-    return "more learner.workers with learner.zero_stage=3, learner.trainable=last_layers, a smaller model"
+    return "learner.trainable=lora or last_layers, more learner.workers with learner.zero_stage=3, a smaller model"
 
 
 def _cache_shortages(processes: tuple[Process, ...], config: RunConfig, shape: ModelShape) -> Iterator[str]:
@@ -239,7 +239,9 @@ def _host_shortages(
         largest = max(processes, key=lambda process: 0 if process.gpu else process.gib * process.count)
         cure = "rollout.workers or engine.kv_cache_gib"
         if largest.name == "learner":
-            cure = "learner.microbatch_tokens or learner.workers, or train learner.trainable=last_layers"
+            cure = (
+                "learner.microbatch_tokens or learner.workers, or train learner.trainable=lora or last_layers"
+            )
         yield f"the run needs {gib:.1f} GiB of memory, there are {machine.memory_gib:.1f}; lower {cure}"
 
 

@@ -93,7 +93,7 @@ async def training_cluster(
             numbers = [int(worker.name.rpartition("-")[2]) for worker in launched]
             return launch(f"worker-{max(numbers, default=-1) + 1}")
 
-        channel = ObjectStoreChannel(trainable_only=config.learner.trainable == "last_layers")
+        channel = _channel(spec)
         crew = Crew[RemoteWorker]((), launch_next, lambda: channel.newest, say)
         starting = asyncio.create_task(asyncio.to_thread(_start_learner, spec, folder, start))
         try:
@@ -114,6 +114,17 @@ async def training_cluster(
             await asyncio.wait([starting], timeout=config.ray.startup_timeout_s)
             if starting.done() and starting.exception() is None:
                 starting.result().close()
+
+
+def _channel(spec: RunSpec) -> ObjectStoreChannel:
+    """What of the policy travels to the workers: all, the trained layers, or the factors of a LoRA."""
+    from actors.policy_lora import LoraBase
+
+    learner = spec.config.learner
+    if learner.trainable == "lora":
+        base = LoraBase(str(spec.model_path), learner.dtype, learner.lora_scale)
+        return ObjectStoreChannel(trainable_only=True, base=base)
+    return ObjectStoreChannel(trainable_only=learner.trainable == "last_layers")
 
 
 def _start_learner(spec: RunSpec, folder: RunFolder, start: Start) -> LearnerGroup:

@@ -59,6 +59,8 @@ KEPT = (
     "evaluation.temperature",
 )
 """Settings and sections that a resumed training keeps: its rows are measured under them, and compared."""
+KEPT_OF_LORA = ("learner.trainable", "learner.lora_rank", "learner.lora_alpha", "learner.lora_targets")
+"""What a resumed training also keeps where it trains a LoRA, or did: the factors stand for nothing else."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -255,7 +257,7 @@ def _where_to_start(spec: RunSpec, refused: Collection[Path]) -> tuple[RunFolder
         return None, new
     if isinstance(found, Path):
         return RunFolder(found), replace(new, state=replace(START, tracking_run_id=run_id_of(found)))
-    check_unchanged(config, found, KEPT)
+    require_same_meaning(config, found)
     return RunFolder(found.run_dir, (found.folder,)), Start(found, found.state, found.model)
 
 
@@ -312,6 +314,14 @@ def questions_of(config: RunConfig, environment: Environment, tasks: Sequence[Ta
 def run_basis(model_path: Path, config: RunConfig) -> Basis:
     """Compute the basis of a run that starts from the weights in ``model_path``. Raises BasisError."""
     return compute_basis_from_checkpoint(model_path, config.fast_weights, config.seed)
+
+
+def require_same_meaning(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where a resumed training has other settings that give its state a meaning."""
+    check_unchanged(config, checkpoint, KEPT)
+    before = load_config(checkpoint.folder / "config.yaml", [])
+    if "lora" in (config.learner.trainable, before.learner.trainable):
+        check_unchanged(config, checkpoint, KEPT_OF_LORA)
 
 
 def check_unchanged(config: RunConfig, checkpoint: Checkpoint, keys: tuple[str, ...]) -> None:

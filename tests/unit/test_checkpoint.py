@@ -30,7 +30,7 @@ from cluster.runs.checkpoint import (
     score_checkpoint,
     score_of,
 )
-from cluster.train.prepare import KEPT, check_unchanged
+from cluster.train.prepare import KEPT, check_unchanged, require_same_meaning
 from configs.load import ConfigError, load_config, to_yaml
 from configs.schema import RunConfig
 from learner.learner import Learner
@@ -284,7 +284,23 @@ def test_what_gives_a_checkpoint_its_meaning_may_not_change(tmp_path: Path, chan
         check_unchanged(other, Checkpoint(tmp_path, START), KEPT)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (["learner.trainable=lora"], ["learner.lora_rank=8"], "learner.lora_rank=16, not 8"),
+        (["learner.trainable=lora"], ["learner.trainable=full"], "learner.trainable=lora, not full"),
+        ([], ["learner.trainable=lora"], "learner.trainable=full, not lora"),
+    ],
+)
+def test_the_shape_of_a_lora_may_not_change(
+    tmp_path: Path, before: list[str], now: list[str], said: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(None, before)), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=said):
+        require_same_meaning(load_config(tmp_path / "config.yaml", now), Checkpoint(tmp_path, START))
+
+
 def test_what_only_costs_may_change(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(RunConfig()), encoding="utf-8")
-    other = load_config(tmp_path / "config.yaml", ["evaluation.tasks=7", "train.steps=9"])
-    check_unchanged(other, Checkpoint(tmp_path, START), KEPT)
+    other = load_config(tmp_path / "config.yaml", ["evaluation.tasks=7", "learner.lora_rank=9"])
+    require_same_meaning(other, Checkpoint(tmp_path, START))

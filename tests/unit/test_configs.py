@@ -275,6 +275,13 @@ def test_the_configuration_is_frozen_all_the_way() -> None:
             "environment.conversation.categories=[1,9]",
             "environment.conversation.categories=(1, 9) is not allowed",
         ),
+        ("learner.lora_rank=0", "learner.lora_rank=0 is not allowed: it must be greater than 0"),
+        (
+            "learner.lora_targets=[lm_head]",
+            "('lm_head',) is not allowed: it must be one or more of q_proj, k_",
+        ),
+        ("learner.lora_targets=[up_proj,up_proj]", "learner.lora_targets=('up_proj', 'up_proj') is not"),
+        ("learner.lora_targets=[]", "learner.lora_targets=() is not allowed"),
         ("train.steps=-1", "train.steps=-1 is not allowed: it must be 0 or more"),
         ("learner.learning_rate=.nan", "learner.learning_rate=nan is not allowed"),
         ("train.group_size=1", "train.group_size=1 is not allowed: it must be 2 or more; advantages compare"),

@@ -27,6 +27,7 @@ from cluster.sizing.memory import (
     slot_bytes,
     snapshot_numbers,
     store_bytes,
+    trained_parameters,
 )
 from cluster.sizing.plan import make_plan
 from cluster.train import prepare
@@ -124,6 +125,24 @@ def test_the_learners_state_is_what_deepspeed_estimates(
         shape.parameters, largest, ranks, cpu_offload=False, cpu_offload_params=False
     )
     assert ours(3) == pytest.approx(zero3 - gathered, rel=0.25)
+
+
+def test_the_factors_of_a_lora_are_those_that_peft_makes(shape_of: Callable[[str], ModelShape]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from learner.lora import add_factors
+
+    name, config = "Qwen/Qwen3-4B", LearnerConfig(trainable="lora", dtype="bfloat16", gpus_per_worker=1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_of(name)))
+        add_factors(model, config, seed=0)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    shape = shape_of(name)
+    assert trained_parameters(shape, config) == trained
+    assert published_bytes(shape, config) == 2 * trained
+    # weights and factors in bfloat16, float32 masters and Adam's two moments of the factors alone
+    assert held(learner_parts(shape, config, reference=False)) == 2 * shape.parameters + (2 + 12) * trained
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -31,6 +31,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from actors.policy_lora import FormedWeights
 from actors.protocols import EngineError
 
 
@@ -69,6 +70,7 @@ def check(places: Sequence[Place], tensors: Mapping[str, Tensor], complete: bool
     """
     shapes = {name: shape for place in places for name, shape in place.parts.items()}
     aliases = {place.alias for place in places}
+    found = _shapes_of(tensors)
     wanted = {
         name
         for place in places
@@ -77,9 +79,7 @@ def check(places: Sequence[Place], tensors: Mapping[str, Tensor], complete: bool
     }
     missing = sorted(wanted - set(tensors))
     unknown = sorted(set(tensors) - set(shapes) - aliases)
-    misshapen = sorted(
-        name for name in shapes if name in tensors and tuple(tensors[name].shape) != shapes[name]
-    )
+    misshapen = sorted(name for name in shapes if name in found and found[name] != shapes[name])
     faults = [
         f"{len(names)} {word}, first {names[0]}"
         for word, names in (("missing", missing), ("unknown", unknown))
@@ -89,7 +89,7 @@ def check(places: Sequence[Place], tensors: Mapping[str, Tensor], complete: bool
         first = misshapen[0]
         faults.append(
             f"{len(misshapen)} of another shape, first {first} "
-            f"{list(tensors[first].shape)} in place of {list(shapes[first])}"
+            f"{list(found[first])} in place of {list(shapes[first])}"
         )
     if faults:
         cure = (
@@ -98,6 +98,13 @@ def check(places: Sequence[Place], tensors: Mapping[str, Tensor], complete: bool
             else "hand over all parts of each packed matrix (q, k and v; gate and up)"
         )
         raise EngineError(f"of {len(tensors)} tensors {'; '.join(faults)}; {cure}")
+
+
+def _shapes_of(tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
+    """Shapes by name. Of matrices that are formed when they are asked for, without forming them."""
+    if isinstance(tensors, FormedWeights):
+        return tensors.shapes
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def load(model: nn.Module, places: Sequence[Place], tensors: Mapping[str, Tensor]) -> None:
