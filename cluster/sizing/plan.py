@@ -203,7 +203,8 @@ def _cure(process: Process, config: RunConfig, room: float) -> str:
     if peak(without_pass) / GIB + CONTEXT_GIB < room:
         checkpoints = "" if config.learner.gradient_checkpointing else "learner.gradient_checkpointing=true, "
         return f"{checkpoints}a smaller learner.microbatch_tokens"
-    return "learner.trainable=lora or last_layers, more learner.workers with learner.zero_stage=3, a smaller model"
+    ranks = "more learner.workers with learner.zero_stage=3"
+    return f"learner.trainable=lora or last_layers, {ranks}, a smaller model"
 
 
 def _cache_shortages(processes: tuple[Process, ...], config: RunConfig, shape: ModelShape) -> Iterator[str]:
