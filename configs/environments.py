@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -231,6 +232,10 @@ class EnvironmentConfig:
     mix: tuple[dict[str, Any], ...] = field(default=(), hash=False)
     # package.module:name of a function from Task and Outcome to the reward; empty: the environment's own
     reward: str = ""
+    # the reward as a weighted sum of the outcome's parts, e.g. {f1: 1.0, well_formed: 0.2}. Parts are the
+    # environment's (its tables name them), its own reward as "environment", and what environment.reward
+    # returns: a mapping of named parts, or a number under the function's name; empty: no sum
+    reward_weights: dict[str, Any] = field(default_factory=dict, hash=False)
     recall: RecallConfig = field(default_factory=RecallConfig)
     conversation: ConversationConfig = field(default_factory=ConversationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -247,6 +252,13 @@ class EnvironmentConfig:
         known = self.name != "custom" or is_path(self.custom)
         require(known, "custom", self.custom, f"{FORM} where environment.name is custom")
         require(self.reward == "" or is_path(self.reward), "reward", self.reward, f"{FORM}, or empty")
+        numbers = all(
+            isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+            for weight in self.reward_weights.values()
+        )
+        moves = not self.reward_weights or (numbers and any(self.reward_weights.values()))
+        bound = "a mapping of parts to numbers, one of them other than 0"
+        require(numbers and moves, "reward_weights", self.reward_weights, bound)
         harness = self.harness
         one = self.name != "harness" or (len(harness.command) > 0) != (harness.function != "")
         bound = "given where environment.name is harness, or else harness.function"
@@ -283,6 +295,11 @@ class EnvironmentConfig:
     def starts_slowly(self) -> bool:
         """Whether a session may take long to start: it runs code that is not Engram's."""
         return self.name in ("custom", *ADAPTERS)
+
+    @property
+    def makes_reward(self) -> bool:
+        """Whether the configuration replaces the environment's own reward."""
+        return self.reward != "" or len(self.reward_weights) > 0
 
     @property
     def label(self) -> str:

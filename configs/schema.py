@@ -324,8 +324,8 @@ class RunConfig:
         bound = "truncated with rollout.refresh=in_flight"
         cure = "tokens of older weights need their ratio corrected"
         require(corrected, "objective.importance", importance, bound, cure)
-        by_reward = self.objective.credit == "episode" or self.environment.reward == ""
-        bound, cure = "episode with environment.reward", "that reward is of whole episodes"
+        by_reward = self.objective.credit == "episode" or not self.environment.makes_reward
+        bound, cure = "episode with environment.reward or reward_weights", "that reward is of whole episodes"
         require(by_reward, "objective.credit", self.objective.credit, bound, cure)
         trains = self.objective.tokens != "answers" or self.sampling.of_answers > 0
         bound, cure = "both or cards with sampling.answer_temperature=0", "greedy answers are not trained"

@@ -1,13 +1,14 @@
 """Builds an environment from the configuration: a shipped one or a user's own, with the user's own reward.
 
-``environment.custom`` and ``environment.reward`` name the user's code as ``package.module:name``.
+``environment.custom`` and ``environment.reward`` name the user's code as ``package.module:name``. With
+``environment.reward_weights`` the reward is a weighted sum of the outcome's named parts.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,13 +33,13 @@ from configs.extensions import ExtensionError, load_extension, require_members
 from configs.schema import EmbedderConfig, EnvironmentConfig
 from configs.user_code import owned
 
-Reward = Callable[[Task, Outcome], Any]  # a number, or an awaitable one
+Reward = Callable[[Task, Outcome], Any]  # a number or named parts, or an awaitable of these
 _AT_ONCE = ("recall", "records")  # shipped environments whose sessions only compute
 _MEMBERS = ("name", "system_prompt", "tasks", "start")
 
 
 def build_environment(config: EnvironmentConfig, embedder: EmbedderConfig) -> Environment:
-    """Build the environment named ``config.name``, with the reward ``config.reward`` if that is set.
+    """Build the environment named ``config.name``, with the reward that ``config`` makes, if it makes one.
 
     ``embedder`` is loaded only by an environment that searches by meaning.
     Raises TaskError, ExtensionError or ValueError when its settings or its files cannot be used.
@@ -54,7 +55,7 @@ def build_environment(config: EnvironmentConfig, embedder: EmbedderConfig) -> En
             ]
         )
     environment = _adapter(config) if config.name in ADAPTERS else _named(config, embedder)
-    return _with_reward(environment, config.reward) if config.reward else environment
+    return _with_reward(environment, config) if config.makes_reward else environment
 
 
 def answers_at_once(environment: Environment) -> bool:
@@ -128,18 +129,23 @@ def _custom(config: EnvironmentConfig) -> Environment:
     return environment
 
 
-def _with_reward(environment: Environment, path: str) -> Environment:
-    """Replace the environment's reward by the function at ``path``. Raises ExtensionError.
+def _with_reward(environment: Environment, config: EnvironmentConfig) -> Environment:
+    """Replace the environment's reward by a function's, or by a sum of parts. Raises ExtensionError.
 
     The environment's own reward becomes the part "environment" of the outcome.
     """
-    reward: Reward = load_extension("environment.reward", path)
+    path = config.reward
+    reward: Reward = load_extension("environment.reward", path) if path else _no_more_parts
     parts = tuple(part for kind, part in _OPTIONAL.items() if isinstance(environment, kind))
     # A class for just these parts, so that the wrapper has those of the environment and no others.
     wrapper: type[_Rewarded] = (
         type("_Rewarded", (*parts, _Rewarded), {"__slots__": ()}) if parts else _Rewarded
     )
-    return wrapper(environment, reward, path)
+    return wrapper(environment, reward, path, config.reward_weights)
+
+
+def _no_more_parts(task: Task, outcome: Outcome) -> Mapping[str, float]:
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +153,7 @@ class _Rewarded:
     inner: Any  # an Environment, maybe with optional parts
     reward: Reward
     path: str
+    weights: Mapping[str, float]
 
     @property
     def name(self) -> str:
@@ -171,7 +178,7 @@ class _Rewarded:
         return self._rewarded(await session, task)
 
     def _rewarded(self, session: Session, task: Task) -> _RewardedSession:
-        return _RewardedSession(session, task, self.reward, self.path)
+        return _RewardedSession(session, task, self.reward, self.path, self.weights)
 
 
 class _Demonstrates(_Rewarded):
@@ -241,6 +248,7 @@ class _RewardedSession:
     task: Task
     reward: Reward
     path: str
+    weights: Mapping[str, float]
 
     @property
     def question(self) -> str:
@@ -261,7 +269,7 @@ class _RewardedSession:
         return self.inner.act(text)
 
     def outcome(self) -> Any:
-        """Raises TaskError when the user's function raises or returns no number: that episode alone fails."""
+        """Raises TaskError for a fault of the user's function, and an unknown part: that episode fails."""
         outcome = self.inner.outcome()
         if inspect.isawaitable(outcome):
             return self._outcome_later(outcome)
@@ -294,14 +302,32 @@ class _RewardedSession:
         return self._with(outcome, reward)
 
     def _with(self, outcome: Outcome, value: Any) -> Outcome:
-        """``outcome`` with ``value`` as its reward."""
+        """``outcome`` with the reward that the function's ``value`` makes."""
         with owned(self._whom, TaskError, self.reward):
-            reward = float(value)
-        if not math.isfinite(reward):
-            raise TaskError(f"{self._whom} returned {reward}: a reward is a finite number")
+            named = isinstance(value, Mapping)
+            own = {str(name): float(part) for name, part in value.items()} if named else {"": float(value)}
+        for name, part in own.items():
+            if not math.isfinite(part):
+                shown = f"{name}={part}" if name else str(part)
+                raise TaskError(f"{self._whom} returned {shown}: a reward is a finite number")
         parts = {**outcome.reward_parts, "environment": outcome.reward}
-        return replace(outcome, reward=reward, reward_parts=parts)
+        if not named and not self.weights:
+            return replace(outcome, reward=own[""], reward_parts=parts)
+        function = self.path.rpartition(":")[2]
+        parts |= own if named else {function: own[""]}
+        return replace(outcome, reward=self._sum(parts), reward_parts=parts)
+
+    def _sum(self, parts: Mapping[str, Any]) -> float:
+        """The weighted sum. Raises TaskError where a part is not there."""
+        have, setting = ", ".join(sorted(parts)), "environment.reward_weights"
+        if not self.weights:
+            raise TaskError(f"{self._whom} returned named parts: say in {setting} what each weighs; {have}")
+        if missing := ", ".join(name for name in self.weights if name not in parts):
+            raise TaskError(f"task {self.task.id}: {setting} names {missing}; the outcome has {have}")
+        with owned(self._whom, TaskError):
+            return sum(float(weight) * float(parts[name]) for name, weight in self.weights.items())
 
     @property
     def _whom(self) -> str:
-        return f"task {self.task.id}: environment.reward={self.path}"
+        setting = f"environment.reward={self.path}" if self.path else "environment.reward_weights"
+        return f"task {self.task.id}: {setting}"

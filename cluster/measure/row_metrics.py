@@ -28,6 +28,7 @@ def row_metrics(result: RowResult, key: str) -> dict[str, float]:
     if result.episodes:
         costs = ("prompt_tokens", "generated_tokens", "seconds")
         figures |= {field: result.per_episode(field) for field in costs}
+    figures |= {f"reward_part_{name}": mean for name, mean in result.weighed_parts().items()}
     for member in result.members:
         own = result.of_member(member)
         shown = {score: own.values(score) for score in own.score_names}

@@ -40,6 +40,9 @@ OUTCOMES: tuple[WriteOutcome, ...] = get_args(WriteOutcome)
 
 _HOPELESS = 4  # episodes that fail by one cause before any finishes
 
+MADE = "environment"
+"""The part that keeps the environment's own reward where the configuration makes another one."""
+
 Chosen = Callable[[Answer], bool]
 
 
@@ -193,6 +196,12 @@ class RowResult:
     def interval(self, score: str) -> Interval:
         """Mean over tasks (each the mean of its answers)."""
         return mean_interval(self.values(score))
+
+    def weighed_parts(self) -> dict[str, float]:
+        """Mean parts of the reward, where the configuration makes the reward; else empty."""
+        made = [episode.reward_parts for episode in self.episodes if MADE in episode.reward_parts]
+        names = sorted({name for parts in made for name in parts})
+        return {name: float(np.mean([parts[name] for parts in made if name in parts])) for name in names}
 
     def per_episode(self, field: str) -> float:
         """Mean over episodes of one of reward, prompt_tokens, generated_tokens, seconds."""

@@ -123,6 +123,7 @@ class TrainingReport:
         tables = (
             self._scores(),
             *self._by_environment(),
+            *self._parts(),
             *shown,
             self._collapse(),
             self._costs(),
@@ -190,6 +191,17 @@ class TrainingReport:
             header = ("row", "environment", *COUNTS[1:], *_score_titles(names))
             yield Table("Scores by environment", header, tuple(lines))
 
+    def _parts(self) -> Iterator[Table]:
+        """The parts of a reward that the configuration makes, and the reward itself."""
+        parts = {row.label: row.weighed_parts() for row in self.rows.values()}
+        names = sorted({name for means in parts.values() for name in means})
+        lines = [
+            (row.label, f"{row.per_episode(REWARD):.3f}", *_numbers(parts[row.label], names))
+            for row in self.rows.values()
+        ]
+        if names:
+            yield Table("Reward and its parts", ("row", REWARD, *names), tuple(lines))
+
     def _collapse(self) -> Table:
         lines = [(row.label, *collapse_cells(row.answers, row.extractions)) for row in self.rows.values()]
         return Table("Answers and flashcards", ("row", *COLLAPSE_HEADER), tuple(lines), COLLAPSE_LEGEND)
@@ -226,6 +238,10 @@ class TrainingReport:
                     f"{label(self.score)} would be {number_text(self.score, as_zero)}{unit(self.score)}"
                 )
                 yield f"{row.label}: with all {len(row.failed)} failed episodes counted as 0, {would_be}"
+
+
+def _numbers(values: Mapping[str, float], names: Sequence[str]) -> Iterator[str]:
+    yield from (f"{values[name]:.3f}" if name in values else "-" for name in names)
 
 
 def _counts(row: RowResult) -> tuple[str, str]:
