@@ -12,7 +12,7 @@ STAMP := .venv/.set-up-$(VARIANT)-$(firstword $(shell cksum < $(LOCK)))
 BIN   := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all proof check fuzz bench chaos dist reference lock clean
+.PHONY: help setup train test test-all proof check fuzz bench chaos gpu-smoke dist reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench: $(STAMP) ## measure every seam against its baseline (ARGS='writer --repea
 
 chaos: $(STAMP) ## strike 20 training runs at random times, and print what became of them (ARGS='--trials 5 --seed 1')
 	@$(BIN)/python -m tests.chaos.trials $(ARGS)
+
+gpu-smoke: $(STAMP) ## first contact with a GPU: one JSON line a stage (VARIANT=gpu, ARGS='slots learner')
+	@$(BIN)/python -m tests.gpu.smoke $(ARGS)
 
 # pip fetches torch, and uv the rest: where one of several indexes cannot be reached pip only warns, uv gives up. pip
 # also heeds PIP_FIND_LINKS. --no-deps everywhere: the lock is complete, and what it excludes

@@ -80,6 +80,8 @@ def learner_parts(shape: ModelShape, config: LearnerConfig, reference: bool) -> 
         total += trained  # the factors stand beside the weights
     share = trained / ranks if stage else trained
     weights = total * width / (ranks if stage == 3 else 1)
+    if config.gpus_per_worker == 0 and config.trainable != "full":
+        weights += trained * width  # the model's file stays mapped, beside DeepSpeed's own trained weights
     masters = 0 if stage == 0 else 4 * share
     return (
         Part("weights", weights + (total * width if reference else 0)),
@@ -93,7 +95,12 @@ def _gradients(config: LearnerConfig, trained: int, share: float) -> float:
     """Gradients as a backward pass leaves them, with the bucket that is being reduced."""
     width = BYTES[config.dtype]
     kept = share if config.zero_stage >= 2 else trained
-    return kept * width + (2 * min(_BUCKET, trained) * width if config.zero_stage else 0)
+    return kept * width + _buckets(config, trained)
+
+
+def _buckets(config: LearnerConfig, trained: int) -> float:
+    """What DeepSpeed reduces in; it stays over the step."""
+    return 2 * min(_BUCKET, trained) * BYTES[config.dtype] if config.zero_stage else 0
 
 
 def _step_bytes(config: LearnerConfig, trained: int, share: float) -> float:
@@ -109,7 +116,8 @@ def _step_bytes(config: LearnerConfig, trained: int, share: float) -> float:
     flat = part * width
     as_float = 4 * part if width < 4 else 0
     before = kept + flat + as_float
-    after = (kept if config.zero_stage == 3 else 0) + 4 * part + (0 if on_gpu else 8 * part)
+    left = kept if config.zero_stage == 3 else _buckets(config, trained)
+    after = left + 4 * part + (0 if on_gpu else 8 * part)
     return max(before, after)
 
 
