@@ -80,7 +80,7 @@ def learner_parts(shape: ModelShape, config: LearnerConfig, reference: bool) -> 
         total += trained  # the factors stand beside the weights
     share = trained / ranks if stage else trained
     weights = total * width / (ranks if stage == 3 else 1)
-    if config.gpus_per_worker == 0 and config.trainable != "full":
+    if config.gpus_per_worker == 0 and config.trainable == "last_layers":
         weights += trained * width  # the model's file stays mapped, beside DeepSpeed's own trained weights
     masters = 0 if stage == 0 else 4 * share
     return (

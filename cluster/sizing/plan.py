@@ -29,6 +29,7 @@ from configs.schema import RunConfig
 from configs.shapes import ModelShape
 
 COMPILE_S = 900.0  # vLLM compiles and captures graphs when it starts on a GPU: give it so long
+FRAGMENTS = 0.05  # of a GPU: what its allocators cannot use
 _DRIVER_GIB = 1.0  # of the driver's process, and as much of Ray's own
 
 
@@ -185,13 +186,16 @@ def _gpu_shortages(
             "learner.workers or their gpus_per_worker"
         )
     seen: set[tuple[str, ...]] = set()
+    room = machine.gpu_gib * (1 - FRAGMENTS)
     for number, on in enumerate(gpus):
         need, names = sum(process.gib for process in on), tuple(process.name for process in on)
-        if need > machine.gpu_gib and names not in seen:
+        if need > room and names not in seen:
             seen.add(names)  # eight GPUs with the same load are one shortage
-            over = need - machine.gpu_gib
-            cure = " or ".join(_cure(process, config, process.gib - over) for process in on)
-            yield f"GPU {number} needs {need:.1f} GiB and has {machine.gpu_gib:g}; {cure}"
+            cure = " or ".join(_cure(process, config, process.gib - (need - room)) for process in on)
+            yield (
+                f"GPU {number} needs {need:.1f} GiB and has {machine.gpu_gib:g}, less {FRAGMENTS:.0%} for "
+                f"fragments; {cure}"
+            )
 
 
 def _cure(process: Process, config: RunConfig, room: float) -> str:
