@@ -6,13 +6,13 @@ order. In float32 that shows in the fifth digit. In bfloat16 it is the rounding 
 Measured in bfloat16 on 2026-11-30 with SmolLM2-135M on a CPU, with vLLM's plain weights as a GPU has them: 36
 installs after ten steps of Adam at 1e-3 (86 tokens of probes), 20 of these writes made again alone.
 
-    receipts   a token is off by 0.13 nats (root mean square), the largest by 0.47, as without an adapter;
-               refused at 0.02: 29 of 36, at 0.3: 3, at 0.5 none. At 0.8 the tail of these differences, taken as
-               exponential, leaves 2 false refusals in 1,000 installs. A write moved its probe by 15 nats
-               (median; the smallest tenth by 10 or less), so what does not act is seen. Writes that move it
-               by less than the tolerance prove little, and are counted (``receipts_unseen``)
-    replays    losses are off by 0.08 nats at most; refused at 0.01: 5 of 20, at 0.05: 1, at 0.1 none.
-               Another base moves a loss by tenths or more. A false refusal only starts an episode again
+    receipts   a token is off by 0.13 nats (root mean square), the largest by 0.47, as without an adapter.
+               Refused at 0.02: 29 of 36, at 0.3: 3, at 0.5: none. At 0.8 the tail of these differences, taken
+               as exponential, leaves 2 false refusals in 1,000 installs. A write moved its probe by 15 nats
+               (median; 10 or less in a tenth), so an adapter that does not act is seen. Writes that move it
+               by less than the tolerance prove little, and are counted (``receipts_unseen``).
+    replays    losses are off by 0.08 nats at most. Refused at 0.01: 5 of 20, at 0.05: 1, at 0.1: none. A
+               false refusal only starts an episode again.
 """
 
 from __future__ import annotations

@@ -86,9 +86,8 @@ def test_configurations_for_gpus_leave_the_tolerance_to_the_dtype_and_have_time_
 
 def test_the_tolerance_of_a_receipt_follows_from_the_dtype_unless_it_is_given() -> None:
     assert receipt_tolerance(EngineConfig(), ModelConfig()) == RECEIPT["float32"] == 0.02
-    assert (
-        receipt_tolerance(EngineConfig(), BFLOAT16) == RECEIPT["bfloat16"] > 0.269
-    )  # seen where all was right
+    largest_seen = 0.472  # where engine and writer were right, see configs/tolerances.py
+    assert receipt_tolerance(EngineConfig(), BFLOAT16) == RECEIPT["bfloat16"] > largest_seen
     assert receipt_tolerance(EngineConfig(receipt_tolerance=0.5), BFLOAT16) == 0.5
 
 
