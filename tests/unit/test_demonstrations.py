@@ -15,6 +15,7 @@ from actors.environments.judge import cached_endpoint
 from actors.environments.records import RecordsEnvironment
 from actors.episodes.demonstration import demonstrate, gold_cards
 from actors.episodes.written_demonstrations import WrittenDemonstrations
+from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import parse_flashcards
@@ -23,9 +24,10 @@ from cluster.train.demonstrations import Demonstrations, require_demonstrations,
 from cluster.train.warm_start import warm_start
 from configs.bounds import ConfigError
 from configs.load import flatten, load_config, to_yaml
-from configs.schema import MemoryConfig, RunConfig, WriteConfig
+from configs.schema import FastWeightsConfig, MemoryConfig, RunConfig, WriteConfig
 from learner.types import WarmStartReport
 from tests.unit.endpoint_server import Script, Served, Server, completion, error_reply, serving
+from tests.unit.learner_cases import free, learner
 from tests.unit.test_demonstration import ENVIRONMENT, TASKS, WINDOW
 
 KEY = "sk-very-secret-0123456789"
@@ -379,3 +381,15 @@ def test_an_environment_is_prepared_before_a_teacher_sees_its_episodes(
     demonstrations.of_step(0)
     demonstrations.of_step(1)
     assert environment.prepared == 1
+
+
+def test_the_real_learner_learns_what_a_file_shows(
+    tmp_path: Path, config: RunConfig, tiny_model_path: Path
+) -> None:
+    lines = [{"told": f"Omar has {count} cats.", "cards": [CARD | {"answer": count}]} for count in range(2)]
+    config = _config(tmp_path, f"warm_start.demonstrations={_file(tmp_path, *lines)}")
+    demonstrations = _demonstrations(config, tiny_model_path)
+    basis = compute_basis_from_checkpoint(tiny_model_path, FastWeightsConfig(), seed=0)
+    made = learner(tiny_model_path, basis, free())
+    losses = [made.warm_start_step(demonstrations.of_step(step), 3e-3).loss for step in range(6)]
+    assert losses[-1] < 0.7 * losses[0]
