@@ -93,7 +93,7 @@ class Demonstrations:
         }
 
     def note(self) -> str:
-        """The same for people: "; the teacher gave 40 flashcards, 3 more were dropped (...)"."""
+        """The same for people: "the teacher gave 40 flashcard(s), 3 dropped: ...". Empty: nothing to say."""
         parts = []
         if self._teacher:
             given, cost = self._teacher.given, self._teacher.given.cost
@@ -106,7 +106,7 @@ class Demonstrations:
             parts += [f"{cost.usd:.4f} USD"] if cost.usd else []
         if self.faults:
             parts.append(f"{len(self.faults)} task(s) failed so far: {self.faults[-1]}")
-        return "".join(f", {part}" for part in parts)
+        return ", ".join(parts)
 
     def _taught(self, jobs: Sequence[Job]) -> list[Segment]:
         """The segments of the jobs, in their order. Those of a teacher wait for it at the same time."""

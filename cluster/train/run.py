@@ -38,6 +38,7 @@ from cluster.tracking.figure_file import FigureFile
 from cluster.tracking.registry import dataset_values
 from cluster.tracking.tracker import RunStatus, Tracker, start_tracking
 from cluster.train.build import TrainingCluster, build_demonstrations, build_loop, training_cluster
+from cluster.train.demonstrations import Demonstrations
 from cluster.train.loop import run_loop
 from cluster.train.prepare import RunFolder, RunSpec, Start, prepare_training, write_config
 from cluster.train.report import CONTROLS
@@ -161,6 +162,7 @@ async def _warm_start(
             await warm_start(
                 demonstrations, cluster.learner, config, observers.tracker, counter.advance, range(steps)
             )
+        _summarize("warm start", demonstrations, observers)
         await _serve_newest(cluster)
         state = replace(state, warm_steps=steps, version=cluster.learner.version)
         await save_state(folder, config, cluster.learner, state)
@@ -202,10 +204,17 @@ async def _supervise(
                 )
                 state = replace(state, step=steps.stop, version=learner.version)
                 await save_state(folder, config, learner, state)
+        _summarize("supervised steps", demonstrations, observers)
         await _serve_newest(cluster)
         return state
 
     return await _recovered(cluster, stage, state), cluster.crew.seats
+
+
+def _summarize(stage: str, demonstrations: Demonstrations, observers: Observers) -> None:
+    """Say what a teacher gave and which tasks failed. A bar on a terminal has shown it and is gone."""
+    if note := demonstrations.note():
+        observers.display.say(f"{stage}: {note}")
 
 
 async def _serve_newest(cluster: TrainingCluster) -> None:

@@ -49,4 +49,4 @@ async def warm_start(
         segments = await asyncio.to_thread(demonstrations.of_step, step)
         report = await asyncio.to_thread(trainer.warm_start_step, segments, config.warm_start.learning_rate)
         tracker.log(warm_start_metrics(report, demonstrations.figures()), logged_from + step + 1)
-        on_step(f"loss {report.loss:.3f} nats a token{demonstrations.note()}")
+        on_step(", ".join(filter(None, (f"loss {report.loss:.3f} nats a token", demonstrations.note()))))

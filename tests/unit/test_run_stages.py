@@ -110,11 +110,13 @@ def test_the_supervised_control_makes_as_many_steps_and_goes_on_where_it_was(
         served.append(cluster.learner.version)
 
     def demonstrations(spec: RunSpec, purpose: str) -> Any:
-        return SimpleNamespace(of_step=lambda step: f"{purpose} {step}", figures=dict, note=lambda: "")
+        return SimpleNamespace(
+            of_step=lambda step: f"{purpose} {step}", figures=dict, note=lambda: "3 dropped"
+        )
 
     monkeypatch.setattr(run, "_serve_newest", serve)
     monkeypatch.setattr(run, "build_demonstrations", demonstrations)
-    learner, (observers, tracker, _) = Supervised(version=3), observers_of(Seat())
+    learner, (observers, tracker, said) = Supervised(version=3), observers_of(Seat())
     cluster: Any = SimpleNamespace(crew=SimpleNamespace(seats=("w",)), learner=learner)
     begun = replace(START, warm_steps=3, version=3)
     for wanted in (2, 4):
@@ -124,6 +126,7 @@ def test_the_supervised_control_makes_as_many_steps_and_goes_on_where_it_was(
         assert load_checkpoint(list_checkpoints(tmp_path)[-1]).state == begun
     assert learner.taught == [f"supervised control {step}" for step in range(4)]
     assert served == [5, 7] and sorted(tracker.steps) == [4, 5, 6, 7]
+    assert said.getvalue().count("supervised steps: 3 dropped\n") == 2  # a bar would be gone by now
 
 
 @pytest.mark.parametrize(
