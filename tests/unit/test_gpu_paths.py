@@ -202,7 +202,7 @@ def test_on_shared_gpus_the_learner_is_up_before_an_engine_starts(
         seen.append(spec.name)
         return SimpleNamespace(name=spec.name, kill=lambda: None)
 
-    async def ready(*_: object) -> None:
+    async def ready(*_: object, **__: object) -> None:
         pass
 
     settings = ["rollout.workers=2", "model.dtype=bfloat16"]
@@ -214,8 +214,8 @@ def test_on_shared_gpus_the_learner_is_up_before_an_engine_starts(
     monkeypatch.setattr(build, "_ready", ready)
     monkeypatch.setattr(build, "RemoteWorker", worker)
     monkeypatch.setattr(build, "_start_learner", start_learner)
-    start: Any = SimpleNamespace(state=SimpleNamespace(version=0), policy_path=Path("p"))
-    spec, folder = SimpleNamespace(config=config), SimpleNamespace(basis=Path("b"))
+    start: Any = SimpleNamespace(state=SimpleNamespace(version=0), policy_path=Path("p"), checkpoint=None)
+    spec, folder = SimpleNamespace(config=config), SimpleNamespace(basis=Path("b"), path=Path("f"))
 
     async def story() -> None:
         async with build.training_cluster(spec, folder, start):  # type: ignore[arg-type]
@@ -321,6 +321,6 @@ def test_only_the_first_rank_copies_weights_to_the_cpu(llama: Path, llama_basis:
 
     for rank in (0, 1):
         actor = LearnerActor.__ray_metadata__.modified_class(None, rank)  # type: ignore[attr-defined]
-        actor._learner = SimpleNamespace(weights=weights)
+        actor._learner = SimpleNamespace(weights=weights, version=0)
         actor.weights(True)
     assert asked == [True, False]
