@@ -164,7 +164,12 @@ def _parse_yaml(path: Path, text: str) -> object:
 
 
 def _from_layer(layer: Layer) -> Iterator[_Assignment]:
-    for assignment in _from_file(layer.path):
+    """What the file sets. One that names an environment begins without the run's mix and reward weights."""
+    assignments = [*_from_file(layer.path)]
+    if any(assignment.key == "environment.name" for assignment in assignments):
+        yield _Assignment(str(layer.path), "environment.mix", [])
+        yield _Assignment(str(layer.path), "environment.reward_weights", {})
+    for assignment in assignments:
         if not assignment.key.startswith(layer.allowed):
             patterns = (f"{key}*" if key.endswith((".", "_")) else key for key in layer.allowed)
             problem = f"{assignment.key} is not a setting of a {layer.kind}"
@@ -269,7 +274,8 @@ def _typed_values(assignments: Sequence[_Assignment]) -> dict[str, object]:
     for assignment in assignments:
         key, value = assignment.key, _typed(assignment)
         earlier = values.get(key)
-        if isinstance(value, dict) and isinstance(earlier, dict):  # mappings are merged, all else is replaced
+        # Mappings are merged, all else is replaced; an empty mapping clears.
+        if isinstance(value, dict) and value and isinstance(earlier, dict):
             value = OmegaConf.to_container(OmegaConf.merge(earlier, value), resolve=False)
         values[key] = value
     if any(_needs_others(assignment.value) for assignment in assignments):

@@ -30,6 +30,7 @@ from actors.environments.base import (
 )
 from actors.protocols import TaskError
 from actors.types import CardUse, Flashcard, Task
+from configs.user_code import owned
 
 _Place = tuple[int, int]  # a member, and which of its tasks
 
@@ -71,10 +72,14 @@ class MixedEnvironment:
             if place is None:
                 return
             member, number = self._all[place[0]], place[1]
-            task = draw.task(place[0], number)
+            try:
+                with owned(f"the environment {member.name}'s tasks", TaskError, member.environment.tasks):
+                    task = draw.task(place[0], number)
+            except TaskError as error:  # a member's fault is counted as that member's
+                task = Task(f"{split}-{seed}-{position}", member.name, {}, 0, fault=str(error))
             if task is None:
                 raise TaskError(f"{member.name} gave another number of tasks than before")
-            name = task.id if task.id.startswith(member.name) else f"{member.name}-{task.id}"
+            name = task.id if task.id.startswith(f"{member.name}-") else f"{member.name}-{task.id}"
             lap = f"-{position}" if draw.is_repeated(place) else ""
             yield replace(task, id=f"{name}{lap}", member=member.name)
 

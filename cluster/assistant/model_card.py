@@ -10,6 +10,7 @@ from cluster.measure.rows import RowResult, load_row
 from cluster.measure.scores import F1, REWARD, label, score_text, unit
 from cluster.runs.checkpoint import Checkpoint, score_of
 from configs.load import flatten, load_config
+from configs.mixture import members
 
 CARD_FILE = "README.md"
 _WRITING = ("memory.policy", "memory.max_context_tokens", "memory.max_extract_tokens", "model.dtype")
@@ -43,7 +44,8 @@ def model_card(checkpoint: Checkpoint, name: str) -> str:
         "base model": config.model.name,
         "run": checkpoint.run_dir.name,
         "training": f"{state.warm_steps} supervised steps, {state.step} RL steps (version {state.version})",
-        "environment": config.environment.name,
+        "environment": " + ".join(each.name for each in members(config.environment))
+        or config.environment.name,
     }
     if (score := score_of(checkpoint.folder)) is not None:
         facts["held-out score during training"] = f"{label(score[0])} {score[1]:.3f}"

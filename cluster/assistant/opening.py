@@ -22,6 +22,7 @@ from actors.protocols import AsyncWriter, Policy
 from actors.text.chat_template import ChatFormat, open_chat
 from cluster.runs.checkpoint import COMPANION, Checkpoint, list_checkpoints, load_checkpoint
 from configs.load import load_config
+from configs.mixture import environments
 from configs.models import ResolvedModel, resolve_model
 from configs.schema import RunConfig
 
@@ -187,10 +188,14 @@ def _check(config: RunConfig, source: Source, overrides: Sequence[str]) -> None:
 
 
 def _environment_prompt(config: RunConfig) -> str:
-    """The system prompt of the configured environment. For a user's own it is recall's, which suits any."""
+    """The system prompt of the configured environment, of a mix the first one's.
+
+    For a user's own it is recall's, which suits any.
+    """
     from actors.environments import conversation, recall, rubric, search
 
     modules = (recall, conversation, search, rubric)
     prompts = {module.__name__.rpartition(".")[2]: module.SYSTEM_PROMPT for module in modules}
-    configured = getattr(getattr(config.environment, config.environment.name, None), "system_prompt", "")
-    return configured or prompts.get(config.environment.name, recall.SYSTEM_PROMPT)
+    environment = environments(config.environment)[0]
+    configured = getattr(getattr(environment, environment.name, None), "system_prompt", "")
+    return configured or prompts.get(environment.name, recall.SYSTEM_PROMPT)

@@ -147,9 +147,12 @@ class Crew(Generic[Worker]):
             except WorkerLost as error:
                 await self.replace(worker, error)
 
-        async with asyncio.TaskGroup() as loads:
-            for worker in self.workers:
-                loads.create_task(load(worker))
+        try:
+            async with asyncio.TaskGroup() as loads:
+                for worker in self.workers:
+                    loads.create_task(load(worker))
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
 
     async def replace(self, worker: Worker, error: WorkerLost) -> None:
         """Start another in its place; lanes that lost the same worker wait for the same one."""

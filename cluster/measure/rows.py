@@ -125,7 +125,7 @@ class TaskResult:
 class RowResult:
     """All episodes of a row. ``failed`` holds "boundary: message" per failed episode.
 
-    ``failed_members``: of environment.mix, the environment of each of ``failed``; empty without a mix.
+    ``failed_members``: of environment.mix, the environment of each of ``failed``; "" without a mix.
     """
 
     label: str
@@ -142,14 +142,14 @@ class RowResult:
             policy_version=max((task.policy_version for task in ordered), default=0),
             episodes=tuple(episode for task in ordered for episode in task.episodes),
             failed=tuple(message for task in ordered for message in task.failed),
-            failed_members=tuple(task.member for task in ordered for _ in task.failed if task.member),
+            failed_members=tuple(task.member for task in ordered for _ in task.failed),
         )
 
     @property
     def members(self) -> tuple[str, ...]:
         """The environments of environment.mix; empty without it."""
-        played = {episode.member for episode in self.episodes if episode.member}
-        return tuple(sorted(played | set(self.failed_members)))
+        played = {episode.member for episode in self.episodes} | set(self.failed_members)
+        return tuple(sorted(played - {""}))
 
     def of_member(self, name: str) -> RowResult:
         """The row's episodes of one environment of the mix."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from actors.environments.base import Abstainer, Environment, Rephraser, passes, prepare
+from actors.environments.mixture import playing
 from actors.episodes.demonstration import (
     CardsOf,
     DemonstratingEnvironment,
@@ -148,9 +149,10 @@ class Demonstrations:
     def _answers(self, task: Task) -> list[Segment]:
         """A question that nothing told, and the same told."""
         environment: Any = self._environment  # an Abstainer
-        show, prompt = environment.demonstrate_unknown, task.system_prompt or environment.system_prompt
         if task.fault:
             raise TaskError(task.fault)
+        show = environment.demonstrate_unknown
+        prompt = task.system_prompt or playing(environment, task).system_prompt
         whom = f"task {task.id}: the environment {task.environment}'s demonstrate_unknown"
         with owned(whom, TaskError, show):
             return [

@@ -35,6 +35,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -125,6 +126,8 @@ async def run_loop(parts: LoopParts, plan: TrainConfig, state: TrainState) -> Tr
                     await parts.on_checkpoint(progress.state)
                     progress.saved = step
             except LearnerLost as error:
+                progress.saved = progress.state.step  # without a learner there is nothing to save
+                unless_stopped(error)
                 await _start_again(parts, plan, progress, error)
         await fleet.finish()
         _log_worker_timeline(parts, progress.state.step)
@@ -132,11 +135,19 @@ async def run_loop(parts: LoopParts, plan: TrainConfig, state: TrainState) -> Tr
         return progress.state
     except asyncio.CancelledError:
         if progress.state.step > progress.saved:
-            await parts.on_checkpoint(progress.state)
+            with suppress(LearnerLost):  # a signal that ends the driver often ends the ranks too
+                await parts.on_checkpoint(progress.state)
         raise
     finally:
         await fleet.close()
         await stream.close()
+
+
+def unless_stopped(error: LearnerLost) -> None:
+    """Go on being cancelled where the learner was lost on the way: a stop is not undone by a restart."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError from error
 
 
 async def _one_step(parts: LoopParts, plan: TrainConfig, progress: _Progress) -> None:
@@ -157,7 +168,6 @@ async def _start_again(parts: LoopParts, plan: TrainConfig, progress: _Progress,
     if parts.recover is None:
         raise error
     stream, fleet = parts.stream, parts.fleet
-    progress.saved = progress.state.step  # without a learner there is nothing to save
     stream.hold()
     while True:
         try:

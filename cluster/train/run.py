@@ -39,7 +39,7 @@ from cluster.tracking.registry import dataset_values
 from cluster.tracking.tracker import RunStatus, Tracker, start_tracking
 from cluster.train.build import TrainingCluster, build_demonstrations, build_loop, training_cluster
 from cluster.train.demonstrations import Demonstrations
-from cluster.train.loop import run_loop
+from cluster.train.loop import run_loop, unless_stopped
 from cluster.train.prepare import RunFolder, RunSpec, Start, prepare_training, write_config
 from cluster.train.report import CONTROLS
 from cluster.train.scoreboard import EVALUATE, Observers, Scoreboard
@@ -179,6 +179,7 @@ async def _recovered(
         try:
             return await stage(state)
         except LearnerLost as error:
+            unless_stopped(error)
             state, _ = await asyncio.to_thread(cluster.recovery.restart, error, state)
 
 

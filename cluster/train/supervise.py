@@ -44,9 +44,11 @@ class Supervisor:
     _child: subprocess.Popen[bytes] | None = None
     _stops: int = 0  # signals that asked for the end
     _before: Path | None = field(init=False)
+    _saved_before: list[Path] = field(init=False)
 
     def __post_init__(self) -> None:
         self._before = self._newest()
+        self._saved_before = self._saved()
 
     def run(self) -> int:
         """Run the training to its end. Returns its exit status; that of its last life where it died."""
@@ -79,16 +81,24 @@ class Supervisor:
 
     def _resuming(self) -> list[str]:
         """The settings of a life that goes on with the run of the one before."""
-        run = self._newest()
-        named = self.config.resume not in ("", "auto")
-        if named:
-            run = Path(self.config.resume).expanduser().absolute().parent.parent
-        elif run == self._before and not self.config.resume:
-            return [*self.settings]  # it died before it had a folder
         resume = "auto"
-        if run is not None and named and run != self._newest() and (saved := list_checkpoints(run)):
-            resume = str(saved[-1])  # auto would go on with a later run
+        if self._names_a_checkpoint:  # auto would go on with a later run, or on another branch of this one
+            saved = self._saved()
+            if saved == self._saved_before:
+                return [*self.settings]  # it died before it saved anything
+            resume = str(saved[-1])
+        elif self._newest() == self._before and not self.config.resume:
+            return [*self.settings]  # it died before it had a folder
         return [*(word for word in self.settings if not word.startswith("resume=")), f"resume={resume}"]
+
+    @property
+    def _names_a_checkpoint(self) -> bool:
+        return self.config.resume not in ("", "auto")
+
+    def _saved(self) -> list[Path]:
+        """The newest checkpoint of the run that ``resume`` names; empty where it names none."""
+        run = Path(self.config.resume).expanduser().absolute().parent.parent
+        return list_checkpoints(run)[-1:] if self._names_a_checkpoint else []
 
     def _newest(self) -> Path | None:
         runs = runs_of(Path(self.config.output_dir).expanduser().absolute(), self.config.name)

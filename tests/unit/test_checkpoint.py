@@ -90,6 +90,14 @@ def test_the_best_is_kept_besides_the_newest(tmp_path: Path) -> None:
     assert hidden(tmp_path) == []
 
 
+def test_a_score_of_another_kind_is_not_the_best(tmp_path: Path) -> None:
+    """Of a mix, F1 is what is left where the environment without answers failed."""
+    for step, (kind, score) in enumerate((("reward", 0.35), ("f1", 0.6), ("reward", 0.55)), start=1):
+        save(tmp_path, step)
+        score_checkpoint(tmp_path, step, kind, score, tasks=16, keep=9)
+    assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000003"
+
+
 def test_without_an_evaluation_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)

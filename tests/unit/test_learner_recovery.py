@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,12 @@ class Learner(Trainer):
         self.deadly: set[int] = set()  # calls of ``step``, from 1 on
         self.failures: list[Exception] = []  # of the next restarts
         self.publish_fails = False
+        self.dying: Callable[[], None] = lambda: None
 
     def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
         self.steps += 1
         if self.steps in self.deadly:
+            self.dying()
             raise LearnerLost(DIED)
         return super().step(groups)
 
@@ -98,6 +101,7 @@ class Bench:
             await save(self.folder, state, self.learner)
 
         async def body() -> TrainState:
+            self.loop, self.main = asyncio.get_running_loop(), asyncio.current_task()
             fleet_plan: FleetPlan[Worker] = FleetPlan(
                 None, lambda: len(self.workers), 0, 1, 60.0, self.said.append, in_flight=False
             )
@@ -166,6 +170,21 @@ def test_without_a_checkpoint_it_begins_again_with_the_first_weights(tmp_path: P
     state = bench.run()
     assert bench.learner.restarts == [(None, 3)] and (state.step, state.version) == (4, 7)
     assert "starts again from the weights that the run began with" in bench.said[0]
+
+
+def test_a_stop_that_ends_the_learner_too_is_a_stop(tmp_path: Path) -> None:
+    """Slurm and systemd send SIGTERM to every process of a job."""
+    bench = Bench(tmp_path, plan(checkpoint_every=100))
+
+    def stop() -> None:
+        assert bench.main is not None
+        bench.loop.call_soon_threadsafe(bench.main.cancel)
+        time.sleep(0.1)
+
+    bench.learner.deadly, bench.learner.dying = {3}, stop
+    with pytest.raises(asyncio.CancelledError):
+        bench.run()
+    assert bench.learner.restarts == [] and bench.learner.steps == 3
 
 
 def test_the_loop_goes_on_when_the_weights_do_not_come_out(tmp_path: Path) -> None:

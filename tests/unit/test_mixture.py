@@ -32,7 +32,7 @@ from cluster.train.curriculum import Curriculum
 from cluster.train.metrics import mix_metrics
 from cluster.train.report import training_report
 from configs.curriculum import stages
-from configs.load import ConfigError, load_config, to_yaml
+from configs.load import ConfigError, Layer, load_config, to_yaml
 from configs.mixture import members
 from configs.schema import EmbedderConfig, MemoryConfig, RolloutConfig, RunConfig, WriteConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
@@ -98,6 +98,49 @@ def test_in_the_eval_split_a_member_without_more_tasks_drops_out() -> None:
     assert sorted(drawn) == [("a", 0), ("a", 1), *(("b", number) for number in range(5))]
     assert _drawn(environment, "eval", 100, start=4) == drawn[4:]
     assert len(TaskSource(environment, "eval", 1).first(100)) == 7
+
+
+class Broken(Numbers):
+    """Its second task cannot be made."""
+
+    def tasks(self, split: str, seed: int, start: int) -> Iterator[Task]:
+        for task in super().tasks(split, seed, start):
+            if task.payload["number"] == 1:
+                raise RuntimeError("no such file")
+            yield task
+
+
+def test_a_task_that_cannot_be_made_is_counted_as_its_environments() -> None:
+    environment = _numbers(("a", 0.5, Numbers("a", held=3)), ("b", 0.5, Broken("b", held=3)))
+    tasks = TaskSource(environment, "eval", 1).first(6)
+    faulty = [(task.member, task.fault) for task in tasks if task.fault]
+    ((member, fault),) = faulty
+    assert member == "b" and "the environment b's tasks: RuntimeError: no such file" in fault
+    results = [
+        TaskResult(place, 0, (), (task.fault or "engine: late",), task.member)
+        for place, task in enumerate(tasks)
+    ]
+    row = RowResult.of("row", results)
+    assert row.members == ("a", "b")
+    assert row.of_member("a").failed == ("engine: late",) * 3 and fault in row.of_member("b").failed
+
+
+def test_ids_differ_where_one_name_begins_another() -> None:
+    environment = _numbers(("rec", 0.5, Numbers("recall")), ("recall", 0.5, Numbers("recall")))
+    ids = [task.id for task in itertools.islice(environment.tasks("train", 1, 0), 20)]
+    assert len(set(ids)) == 20
+
+
+def test_a_layer_that_names_an_environment_ends_the_mix_and_its_weights(tmp_path: Path) -> None:
+    path, layer = tmp_path / "run.yaml", tmp_path / "benchmark.yaml"
+    mix = [{"share": 1, "environment": {"name": "recall"}}]
+    path.write_text(json.dumps({"environment": {"mix": mix, "reward_weights": {"f1": 1.0}}}))
+    layer.write_text("environment: {name: recall, recall: {sessions: 1}}")
+    config = load_config(path, [], [Layer(layer, "benchmark", ("environment.",))])
+    assert not config.environment.mix and not config.environment.reward_weights
+    given = load_config(path, ["environment.reward_weights={em: 1}"])
+    assert given.environment.reward_weights == {"f1": 1.0, "em": 1.0}  # mappings are merged
+    assert not load_config(path, ["environment.reward_weights={}"]).environment.reward_weights
 
 
 def _config(tmp_path: Path, mix: list[dict[str, Any]], *arguments: str, **more: object) -> RunConfig:

@@ -123,6 +123,15 @@ def test_a_worker_that_is_lost_while_it_loads_is_replaced_by_one_that_has_loaded
     ]
 
 
+def test_workers_that_cannot_load_end_the_stage_with_the_cause() -> None:
+    stage = Stage()
+    stage.starts, stage.newest = lambda name: False, weights(1)
+    for worker in stage.all:
+        worker.dead = True
+    with pytest.raises(FleetError, match="rollout workers died and no episode arrived"):
+        asyncio.run(stage.crew.load(stage.newest))
+
+
 @pytest.mark.parametrize("deaths", [1, 5])
 def test_a_worker_whose_process_dies_in_the_start_is_started_again_a_few_times(deaths: int) -> None:
     stage = Stage()

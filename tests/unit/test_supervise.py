@@ -25,6 +25,10 @@ with (folder / "lives").open("a") as lives:
     lives.write(json.dumps(sys.argv[2:]) + "\\n")
 if len(sys.argv) > 2 and acts[0] != "before its folder":
     (folder / "runs" / "name-20260101-000000").mkdir(parents=True, exist_ok=True)
+if str(acts[0]).startswith("saves "):
+    saved = Path(acts[0].removeprefix("saves "))
+    saved.mkdir(parents=True)
+    (saved / "state.json").write_text("{}")
 if acts[0] == "leaves a process":
     left = subprocess.Popen(["sleep", "600"], start_new_session=True)
     (folder / "left").write_text(str(left.pid))
@@ -103,10 +107,19 @@ def test_a_named_checkpoint_is_gone_on_from_in_its_own_run(tmp_path: Path) -> No
     output_dir = tmp_path / "runs"
     older, _ = create_run(output_dir, "name"), create_run(output_dir, "name")
     saved = older / "checkpoints" / "step-000002"
-    saved.mkdir(parents=True)
-    (saved / "state.json").write_text("{}")
-    ended = supervised(tmp_path, 1, ["killed", 0], f"resume={older}/checkpoints/step-000001")
+    ended = supervised(tmp_path, 1, [f"saves {saved}", 0], f"resume={older}/checkpoints/step-000001")
     assert ended.lives[1] == [f"resume={saved}"]
+
+
+def test_a_life_that_saved_nothing_begins_again_where_it_was_told_to(tmp_path: Path) -> None:
+    """The run's own later checkpoint is another branch."""
+    run = create_run(tmp_path / "runs", "name")
+    for step in (1, 2):
+        saved = run / "checkpoints" / f"step-{step:06}"
+        saved.mkdir(parents=True)
+        (saved / "state.json").write_text("{}")
+    named = f"resume={run}/checkpoints/step-000001"
+    assert supervised(tmp_path, 1, ["killed", 0], named).lives == [[named], [named]]
 
 
 def test_the_command_is_found_again_and_wants_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
