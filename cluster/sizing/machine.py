@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ class Gpu:
     """One GPU, as nvidia-smi describes it."""
 
     name: str
-    gib: float
+    gib: float  # 0 where the driver gives no number
     driver: str
 
 
@@ -32,12 +33,12 @@ class Machine:
     memory_gib: float
     shared_gib: float
     gpus: int
-    gpu_gib: float  # of the smallest, 0 without one
+    gpu_gib: float  # of the smallest; 0 without one, and where it is unknown
     named: bool = False
 
     def __str__(self) -> str:
         gpus = f"{self.gpus} GPU{'s' if self.gpus != 1 else ''}"
-        gpus += f" of {self.gpu_gib:g} GiB" if self.gpus else ""
+        gpus += f" of {self.gpu_gib:g} GiB" if self.gpus and self.gpu_gib else ""
         if self.named:
             return gpus
         return f"{self.cpus} CPUs, {self.memory_gib:.1f} GiB of memory and {gpus}"
@@ -77,9 +78,24 @@ def find_gpus() -> tuple[Gpu, ...]:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return ()
-    lines = [line.split(", ") for line in answer.stdout.strip().splitlines()]
-    found = tuple(Gpu(name, float(mib) / 1024, driver) for name, mib, driver in lines)
+    # Other lines are messages ("No devices were found"); a GPU that shares the host's memory says "[N/A]".
+    rows = [row for line in answer.stdout.splitlines() if len(row := line.strip().rsplit(", ", 2)) == 3]
+    found = tuple(
+        Gpu(name, int(mib) / 1024 if mib.isdecimal() else 0.0, driver) for name, mib, driver in rows
+    )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return found
     return found[: len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])]
+
+
+def packed(shares: Sequence[float]) -> list[list[int]]:
+    """GPUs, each as the indices of the ``shares`` on it: the first with room, as Ray splits none over two."""
+    gpus: list[list[int]] = []
+    for index, share in enumerate(shares):
+        if share:
+            rooms = (on for on in gpus if sum(shares[other] for other in on) + share <= 1 + 1e-9)
+            if (on := next(rooms, None)) is None:
+                gpus.append(on := [])
+            on.append(index)
+    return gpus

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from cluster.sizing.machine import Machine
+from cluster.sizing.machine import Machine, packed
 from cluster.sizing.memory import (
     CONTEXT_GIB,
     EMPTY_GIB,
@@ -30,6 +30,7 @@ from configs.shapes import ModelShape
 
 COMPILE_S = 900.0  # vLLM compiles and captures graphs when it starts on a GPU: give it so long
 FRAGMENTS = 0.05  # of a GPU: what its allocators cannot use
+SHARED_BYTES = 10**10  # an object store above it must fit into /dev/shm, or Ray refuses to start
 _DRIVER_GIB = 1.0  # of the driver's process, and as much of Ray's own
 
 
@@ -83,19 +84,20 @@ class Plan:
 def make_plan(config: RunConfig, shape: ModelShape, machine: Machine) -> Plan:
     """Lay the processes of a training onto ``machine``."""
     processes = _processes(config, shape, machine)
-    gpus = _placed(processes, machine)
+    gpus = _placed(processes)
     size = f"{shape.parameters / 1e6:,.0f} million parameters, {config.model.dtype}"
     lines = [
         *(line for process in processes for line in process.lines()),
         *_loads(gpus, machine),
         ("object store", _store_line(config, shape)),
+        *_slow_store_lines(config, shape, machine),
         ("host memory", _host_line(_host_gib(processes, config, shape), machine)),
         ("refresh", f"{refresh_seconds(shape, config):6.1f} s, about, for new weights into a worker"),
         *_episode_lines(processes, config, shape),
     ]
     shortages = (
         *_gpu_shortages(processes, gpus, config, machine),
-        *_cache_shortages(processes, config, shape),
+        *_cache_shortages(processes, config, shape, machine),
         *_host_shortages(processes, config, shape, machine),
         *_limits(config, shape),
     )
@@ -112,25 +114,19 @@ def _processes(config: RunConfig, shape: ModelShape, machine: Machine) -> tuple[
     )
 
 
-def _placed(processes: tuple[Process, ...], machine: Machine) -> list[list[Process]]:
-    """Processes by GPU, each on the first that has room for its part, as Ray does; at most the machine's."""
-    gpus: list[list[Process]] = []
-    for process in processes:
-        for _ in range(process.count if process.gpu else 0):
-            rooms = (on for on in gpus if sum(other.gpu for other in on) + process.gpu <= 1 + 1e-9)
-            on = next(rooms, None)
-            if on is None:
-                gpus.append(on := [])
-            on.append(process)
-    return gpus[: max(machine.gpus, 0)]
+def _placed(processes: tuple[Process, ...]) -> list[list[Process]]:
+    """Processes by GPU: all that they need, which may be more than the machine has."""
+    each = [process for process in processes for _ in range(process.count)]
+    return [[each[index] for index in on] for on in packed([process.gpu for process in each])]
 
 
 # --- lines ------------------------------------------------------------------------------------------------
 
 
 def _loads(gpus: list[list[Process]], machine: Machine) -> Iterator[tuple[str, str]]:
-    """A line for each row of GPUs that hold the same."""
-    for _, row in groupby(enumerate(gpus), key=lambda pair: [process.name for process in pair[1]]):
+    """A line for each row of the machine's GPUs that hold the same."""
+    known = gpus[: machine.gpus] if machine.gpu_gib else []
+    for _, row in groupby(enumerate(known), key=lambda pair: [process.name for process in pair[1]]):
         numbers, same = zip(*row, strict=True)
         each = " + ".join(f"{process.name} {process.gib:.1f}" for process in same[0])
         name = f"GPU {numbers[0]}" + (f" to {numbers[-1]}" if len(numbers) > 1 else "")
@@ -145,6 +141,17 @@ def _store_line(config: RunConfig, shape: ModelShape) -> str:
         f"{size:6.1f} GiB, needed {(weights + episodes) / GIB:.1f}: two versions of the weights "
         f"{weights / GIB:.1f}, the B of waiting episodes {episodes / GIB:.1f}"
     )
+
+
+def _slow_store_lines(config: RunConfig, shape: ModelShape, machine: Machine) -> Iterator[tuple[str, str]]:
+    """A note where Ray starts all the same."""
+    size = object_store_gib(config, shape)
+    if not config.ray.address and machine.shared_gib < size <= SHARED_BYTES / GIB:
+        yield (
+            "",
+            f"    slow: /dev/shm has {machine.shared_gib:.1f} GiB, so Ray keeps it in its temporary folder "
+            "(a container takes --shm-size)",
+        )
 
 
 def _host_line(gib: float, machine: Machine) -> str:
@@ -179,15 +186,23 @@ def _host_gib(processes: tuple[Process, ...], config: RunConfig, shape: ModelSha
 def _gpu_shortages(
     processes: tuple[Process, ...], gpus: list[list[Process]], config: RunConfig, machine: Machine
 ) -> Iterator[str]:
-    asked = sum(process.count * process.gpu for process in processes)
-    if asked > machine.gpus:
-        yield (
-            f"the run asks for {asked:g} GPUs, there are {machine.gpus}; lower rollout.workers, "
-            "learner.workers or their gpus_per_worker"
-        )
+    if len(gpus) > machine.gpus:
+        asked = sum(process.count * process.gpu for process in processes)
+        said = f"the run asks for {asked:g} GPUs"
+        if asked <= machine.gpus:
+            said = f"these shares need {len(gpus)} GPUs, as none is split over two"
+        cure = "lower rollout.workers, learner.workers or their gpus_per_worker"
+        yield f"{said}, there are {machine.gpus}; {cure}"
+    if not machine.gpu_gib:
+        if gpus and machine.gpus:
+            yield (
+                "nvidia-smi gives no memory size of this machine's GPUs; name it: "
+                f"engram plan --gpus {machine.gpus} --gpu-gib GIB"
+            )
+        return
     seen: set[tuple[str, ...]] = set()
     room = machine.gpu_gib * (1 - FRAGMENTS)
-    for number, on in enumerate(gpus):
+    for number, on in enumerate(gpus[: machine.gpus]):
         need, names = sum(process.gib for process in on), tuple(process.name for process in on)
         if need > room and names not in seen:
             seen.add(names)  # eight GPUs with the same load are one shortage
@@ -211,12 +226,15 @@ def _cure(process: Process, config: RunConfig, room: float) -> str:
     return f"learner.trainable=lora or last_layers, {ranks}, a smaller model"
 
 
-def _cache_shortages(processes: tuple[Process, ...], config: RunConfig, shape: ModelShape) -> Iterator[str]:
+def _cache_shortages(
+    processes: tuple[Process, ...], config: RunConfig, shape: ModelShape, machine: Machine
+) -> Iterator[str]:
+    on_gpu = processes[1].gpu and config.engine.kv_cache_gib is None
+    if on_gpu and machine.gpus and not machine.gpu_gib:
+        return  # the cache is a part of a memory that is unknown
     tokens, longest = cache_tokens(shape, config, _cache(processes[1])), config.engine.max_model_tokens
     if tokens < longest:
-        setting = "engine.kv_cache_gib"
-        if config.engine.kv_cache_gib is None and processes[1].gpu:
-            setting = "engine.gpu_memory_utilization"
+        setting = f"engine.{'gpu_memory_utilization' if on_gpu else 'kv_cache_gib'}"
         yield (
             f"the KV cache holds {tokens:,} tokens, fewer than engine.max_model_tokens={longest}; "
             f"raise {setting}, or lower engine.max_model_tokens"
@@ -234,10 +252,10 @@ def _host_shortages(
             f"ray.object_store_gib={size:g} is less than the {needed:.1f} GiB that a step needs, and Ray "
             f"writes the rest to disk; set ray.object_store_gib=null, or {math.ceil(needed)}"
         )
-    if size > machine.shared_gib:
+    if size > max(machine.shared_gib, SHARED_BYTES / GIB):
         yield (
             f"the object store of {size:.1f} GiB does not fit into /dev/shm ({machine.shared_gib:.1f} GiB); "
-            "give the container more (--shm-size), or lower train.tasks_per_step"
+            "give the container more (--shm-size), or lower train.tasks_per_step or ray.object_store_gib"
         )
     gib = _host_gib(processes, config, shape)
     if gib > machine.memory_gib:

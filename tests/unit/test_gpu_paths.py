@@ -25,7 +25,9 @@ from actors.fast_weights.basis import make_basis
 from actors.fast_weights.delta import Basis
 from actors.protocols import EngineError
 from actors.types import FastWeights, WriteExample, WriteRequest, WriteResult
+from cluster.common.errors import StartupError
 from cluster.fleet.episode_journal import EpisodeJournal
+from cluster.fleet.ray_runtime import demand, require_gpus
 from cluster.train import build
 from configs.load import ConfigError, load_config
 from configs.schema import EngineConfig, LearnerConfig, ModelConfig, ObjectiveConfig, RunConfig
@@ -62,6 +64,11 @@ WITH_GPUS = [file for file in shipped().values() if "gpus_per_worker" in file.re
             ["learner.gpus_per_worker=2"],
             "learner.gpus_per_worker=2.0 is not allowed: it must be at most 1; a rank of the learner runs on "
             "one GPU (no tensor parallelism): raise learner.workers",
+        ),
+        (
+            ["learner.gpus_per_worker=0.5", "learner.workers=2"],
+            "learner.gpus_per_worker=0.5 is not allowed: it must be 0 or 1 with several learner.workers; "
+            "NCCL takes one rank a GPU",
         ),
     ],
 )
@@ -232,6 +239,17 @@ def test_a_gpu_is_shared_where_both_ask_for_a_part_of_one() -> None:
 
     assert shares(0.5, 0.5) and shares(0.3, 0.7)
     assert not (shares(1, 1) or shares(0.5, 0) or shares(0, 0.5) or RunConfig().shares_gpus)
+
+
+def test_shares_that_no_two_gpus_can_hold_are_refused_on_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    words = ["model.dtype=bfloat16", "rollout.workers=2", "learner.gpus_per_worker=0.6"]
+    config = load_config(None, [*words, "rollout.gpus_per_worker=0.6"])  # 1.8 in all
+    with pytest.raises(StartupError, match=r"asks for .* 3 GPU, this machine has 2 GPU.*no share is split"):
+        require_gpus(config, demand(config, learner=True))
+    require_gpus(config, demand(config, learner=False))
+    fits = load_config(None, [*words, "rollout.gpus_per_worker=0.4"])
+    require_gpus(fits, demand(fits, learner=True))
 
 
 # --- the learner ------------------------------------------------------------------------------------------

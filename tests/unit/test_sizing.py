@@ -14,8 +14,9 @@ import pytest
 from cluster.cli import main
 from cluster.sizing import doctor as doctor_module
 from cluster.sizing import machine as machine_module
+from cluster.sizing import plan as plan_module
 from cluster.sizing.doctor import Finding, graphics, packages
-from cluster.sizing.machine import Gpu, Machine, find_gpus, named_machine
+from cluster.sizing.machine import Gpu, Machine, find_gpus, named_machine, packed
 from cluster.sizing.memory import (
     GIB,
     cache_tokens,
@@ -275,10 +276,38 @@ def test_the_shipped_configurations_for_gpus_fit_theirs_and_say_that_they_were_n
 def test_a_small_machine_is_said_to_be_short_of_memory_and_of_shared_memory() -> None:
     shape = model_shape(ModelConfig())
     _, shortages = planned(shape, "quickstart", replace(MACHINE, memory_gib=4.0, shared_gib=0.06))
-    assert len(shortages) == 2
-    assert "does not fit into /dev/shm (0.1 GiB)" in shortages[0] and "--shm-size" in shortages[0]
-    assert "GiB of memory, there are 4.0; lower" in shortages[1]
-    assert planned(shape, "quickstart", MACHINE)[1] == ()
+    assert len(shortages) == 1 and "GiB of memory, there are 4.0; lower" in shortages[0]
+    text, shortages = planned(shape, "quickstart", MACHINE)
+    assert shortages == () and "slow: /dev/shm" not in text
+
+
+def test_shared_memory_stops_a_run_only_from_where_ray_refuses() -> None:
+    from ray._private.ray_constants import REQUIRE_SHM_SIZE_THRESHOLD
+
+    assert plan_module.SHARED_BYTES == REQUIRE_SHM_SIZE_THRESHOLD
+    shape, small = model_shape(ModelConfig()), replace(MACHINE, shared_gib=0.06)
+    text, shortages = planned(shape, "quickstart", small)
+    assert shortages == () and "slow: /dev/shm has 0.1 GiB, so Ray keeps it in its temporary folder" in text
+    text, (short,) = planned(shape, "quickstart", small, "ray.object_store_gib=9.4")  # 10.09e9 bytes
+    assert "does not fit into /dev/shm (0.1 GiB)" in short and "slow: /dev/shm" not in text
+    assert "--shm-size" in short and "ray.object_store_gib" in short
+
+
+def test_shares_that_ray_can_never_place_do_not_fit(shape_of: Callable[[str], ModelShape]) -> None:
+    assert packed([0.6, 0.0, 0.4, 0.6]) == [[0, 2], [3]] and len(packed([0.1] * 10)) == 1
+    settings = ["rollout.workers=2", "rollout.gpus_per_worker=0.6", "learner.gpus_per_worker=0.6"]
+    shape = shape_of("Qwen/Qwen3-0.6B")
+    text, (short,) = planned(shape, "one_gpu", named_machine(2, 79), *settings)
+    assert short.startswith("these shares need 3 GPUs, as none is split over two, there are 2; lower")
+    assert "GPU 0 to 1" not in text and "GPU 1" in text and "GPU 2" not in text
+    assert planned(shape, "one_gpu", named_machine(3, 79), *settings)[1] == ()
+
+
+def test_gpus_of_unknown_memory_are_asked_for(shape_of: Callable[[str], ModelShape]) -> None:
+    machine = replace(MACHINE, gpus=1)
+    text, (short,) = planned(shape_of("Qwen/Qwen3-0.6B"), "one_gpu", machine)
+    assert short.endswith("name it: engram plan --gpus 1 --gpu-gib GIB") and " 0 GiB" not in text
+    assert planned(model_shape(ModelConfig()), "quickstart", machine)[1] == ()
 
 
 def test_a_training_warns_of_what_will_not_fit(
@@ -333,11 +362,24 @@ def test_doctor_names_what_would_stop_a_run() -> None:
     assert "nvidia-smi finds no GPU" in problems(graphics((), cuda))[0] and problems(graphics((), cpu)) == []
     assert "3.10 is not supported" in doctor_module.python((3, 10)).problem
     assert not doctor_module.python((3, 13)).problem
-    assert "--shm-size" in doctor_module.shared_memory(0.06).problem
+    built = {"vllm": "0.32.0+cpu"}  # vLLM's own build for CPUs
+    assert problems(graphics((), lambda name: built.get(name, ""))) == []
+    small = doctor_module.shared_memory(0.06)
+    assert "--shm-size" in small.text and not small.problem
+    assert "--shm-size" not in doctor_module.shared_memory(16).text
+    assert "H200 (memory unknown)" in next(iter(graphics((replace(GPU, gib=0.0),), cuda))).text
     assert "96% full" in doctor_module.disk(Path("/tmp"), 0.96, 1.0).problem
     assert "ulimit -n" in doctor_module.open_files(1024).problem
     assert "must resolve" in doctor_module.ports("no-such-host.invalid").problem
     assert not doctor_module.ports("localhost").problem
+
+
+def test_doctor_measures_the_disk_of_a_folder_that_ray_has_yet_to_make(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "not" / "there"))
+    (disk,) = (finding for finding in doctor_module.machine() if finding.name == "disk")
+    assert str(tmp_path / "not" / "there") in disk.text
 
 
 def test_doctor_knows_a_cluster_that_runs_here(tmp_path: Path) -> None:
@@ -371,6 +413,11 @@ def test_gpus_are_those_that_nvidia_smi_lists_and_the_process_may_see(
     ] * 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert len(find_gpus()) == 1
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    script.write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A], 580.95.05'\necho\necho 'a warning'\n")
+    assert find_gpus() == (Gpu("NVIDIA GB10", 0.0, "580.95.05"),)
+    script.write_text("#!/bin/sh\necho 'No devices were found'\n")
+    assert find_gpus() == () and machine_module.this_machine().gpu_gib == 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert find_gpus() == ()
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
