@@ -21,7 +21,7 @@ _USE = """In conversation it writes what it hears into fast weights, with the se
 ```sh
 engram chat {name}
 engram serve {name} --port 8123
-engram evaluate {config} checkpoint={name}
+engram evaluate {name}/engram/config.yaml checkpoint={name}
 ```
 
 Without Engram it is an ordinary model, which answers from its context alone:
@@ -53,7 +53,7 @@ def model_card(checkpoint: Checkpoint, name: str) -> str:
         key: value for key, value in flatten(config).items() if key in _WRITING or key.startswith(_SECTIONS)
     }
     sections = (
-        Section("Use", _USE.format(name=name, config=config.name)),
+        Section("Use", _USE.format(name=name)),
         Section("Held-out evaluation of the run", tables=_scores(checkpoint)),
         Section("Settings of the write", tables=(Table("", ("setting", "value"), tuple(settings.items())),)),
     )

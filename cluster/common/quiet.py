@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import tempfile
-import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,20 +43,19 @@ def quiet(verbose: bool) -> Iterator[None]:
     shown = os.dup(2)
     failed = False
     try:
-        with os.fdopen(os.dup(shown), "w") as terminal, os.fdopen(number, "w") as file:
-            os.dup2(file.fileno(), 2)
-            sys.stderr = file
-            logging.lastResort = _ours(terminal)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                try:
-                    yield
-                except Exception as error:
-                    failed = not isinstance(error, ValueError)  # that is a user's mistake, and says all
-                    raise
-                finally:
-                    os.dup2(shown, 2)
-                    sys.stderr, logging.lastResort = stderr, last_resort
+        with os.fdopen(os.dup(shown), "w") as terminal:
+            file = _lasting(number)
+            os.dup2(number, 2)
+            sys.stderr, logging.lastResort = file, _LastResort(terminal, file)
+            try:
+                yield
+            except Exception as error:
+                failed = not isinstance(error, ValueError)  # that is a user's mistake, and says all
+                raise
+            finally:
+                file.flush()
+                os.dup2(shown, 2)
+                sys.stderr, logging.lastResort = stderr, last_resort
     finally:
         os.close(shown)
         if failed and path.stat().st_size:
@@ -66,9 +65,20 @@ def quiet(verbose: bool) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _ours(stream: TextIO) -> logging.StreamHandler[TextIO]:
-    """What Python calls for a warning that nobody handles: here for those of our own rooms alone."""
-    handler = logging.StreamHandler(stream)
-    handler.setLevel(logging.WARNING)
-    handler.addFilter(lambda record: record.name.partition(".")[0] in _OURS)
-    return handler
+def _lasting(number: int) -> TextIO:
+    """A stream that stays open while anybody holds it: a library's log handler, made in the block, may."""
+    file = os.fdopen(number, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
+    weakref.finalize(file, os.close, number).atexit = False  # libraries log at the exit, too
+    return file
+
+
+class _LastResort(logging.Handler):
+    """What Python calls for a warning that nobody handles. Ours reach the user, a library's the file."""
+
+    def __init__(self, terminal: TextIO, file: TextIO) -> None:
+        super().__init__(logging.WARNING)
+        self._ours, self._others = logging.StreamHandler(terminal), logging.StreamHandler(file)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ours = record.name.partition(".")[0] in _OURS
+        (self._ours if ours else self._others).emit(record)

@@ -13,8 +13,8 @@ EXAMPLES = """examples:
   engram compare runs/tmem-* runs/memory-off-* --output runs/compared
 
 Runs with the same name= are one group. They may differ only in seed, in model.name (the policy that a seed
-starts from; a note names them) and in what changes no result: output_dir, resume, tracking.*, ray.*,
-episodes.*. The first run's group is compared with each other group.
+starts from; a note names them), in model.date (the day on which a run began) and in what changes no result:
+output_dir, resume, tracking.*, ray.*, episodes.*. The first run's group is compared with each other group.
 
 The run (its seed) is the unit of what is claimed about training: t over seeds, two-sided. So many seeds find
 a gain with 80 % power at p < 0.05 / p < 0.01, by the standard deviation between seeds (all in points):

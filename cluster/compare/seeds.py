@@ -5,7 +5,8 @@
         --> compare
 
 The same command again trains what is missing. A run that is finished is left as it is. One that was
-interrupted goes on from its newest whole checkpoint. A run that fails does not stop the others.
+interrupted goes on from its newest whole checkpoint. Both must have the settings that are asked for. A run
+that fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -26,7 +27,7 @@ from cluster.common.display import Display
 from cluster.common.errors import ClusterError
 from cluster.common.ray_job import job_overrides
 from cluster.compare.runs import FREE, load_groups
-from cluster.runs.checkpoint import newest_whole
+from cluster.runs.checkpoint import list_checkpoints, newest_whole
 from cluster.runs.run_folders import finished_steps, runs_of
 from configs.bounds import ConfigError
 from configs.load import flatten, load_config
@@ -62,9 +63,7 @@ def wanted_runs(path: Path, words: Sequence[str], seeds: Sequence[int], sweep: S
     base = load_config(path, job_overrides(path, words, os.environ))
     runs = []
     for kind in product(*axes):
-        name = "-".join(
-            [base.name, *(re.sub(r"[^A-Za-z0-9._]+", "-", value).strip("-") for _, value in kind)]
-        )
+        name = "-".join([base.name, *(_word(value) for _, value in kind)])
         swept = [f"{key}={value}" for key, value in kind]
         for seed in seeds or (base.seed,):
             own = (*words, *swept, f"name={name}", f"seed={seed}")
@@ -134,10 +133,16 @@ def _resume(run: Wanted) -> list[str]:
 
 
 def _finished(run: Wanted) -> Path | None:
-    """The folder of the run, once it is done. Raises ConfigError where it has other settings than wanted."""
+    """The folder of the run, once it is done.
+
+    Raises ConfigError where it, or a run that could be resumed, has other settings than wanted. Only
+    ``train.steps`` of the latter may differ: more steps are a reason to go on.
+    """
     for folder in _earlier(run):
-        if finished_steps(folder) >= run.config.train.steps:
-            _require_same(folder, run.config)
+        done = finished_steps(folder) >= run.config.train.steps
+        if done or list_checkpoints(folder):
+            _require_same(folder, run.config, but=() if done else ("train.steps",))
+        if done:
             return folder
     return None
 
@@ -157,19 +162,14 @@ def _output_dir(config: RunConfig) -> Path:
     return Path(config.output_dir).expanduser().absolute()
 
 
-def _require_same(folder: Path, config: RunConfig) -> None:
-    saved, given = _settings(load_config(folder / "config.yaml", [])), _settings(config)
-    other = next((key for key in given if saved.get(key) != given[key]), None)
+def _require_same(folder: Path, config: RunConfig, but: tuple[str, ...]) -> None:
+    saved, given = flatten(load_config(folder / "config.yaml", [])), flatten(config)
+    free = (*FREE, *but)
+    other = next((key for key in given if saved[key] != given[key] and not key.startswith(free)), None)
     if other is not None:
-        differs = f"has {other}={saved.get(other)}, not {given[other]}"
+        differs = f"has {other}={saved[other]}, not {given[other]}"
         cure = f"give these runs another name, e.g. name={config.name}-2, or another output_dir"
         raise ConfigError(f"{folder} is a run of this name and seed, and {differs}; {cure}")
-
-
-def _settings(config: RunConfig) -> Mapping[str, str]:
-    """What must be the same for a run to count as done. A run keeps the day on which it began."""
-    free = (*FREE, "model.date")
-    return {key: value for key, value in flatten(config).items() if not key.startswith(free)}
 
 
 def play_in_process(words: Sequence[str]) -> int:

@@ -57,6 +57,8 @@ def look(run_dir: Path) -> Snapshot:
     logged = math.nan
     for line in read_figures(run_dir):
         logged = time.time() - line.time
+        if "reward/mean" in line.figures and line.step <= max(figures.get("reward/mean", {}), default=-1):
+            figures = dict(_until(line.step, figures))
         for name, value in line.figures.items():
             figures.setdefault(name, {})[line.step] = value
     finished = finished_steps(run_dir) >= 0
@@ -66,6 +68,15 @@ def look(run_dir: Path) -> Snapshot:
     except ConfigError:
         steps = 0
     return Snapshot(run_dir.name, steps, state, figures, logged, tuple(_newest(run_dir)), _cells(run_dir))
+
+
+def _until(step: int, figures: Mapping[str, dict[int, float]]) -> Iterator[tuple[str, dict[int, float]]]:
+    """``figures`` without those of steps that a resume took back. A warm start counts steps of its own."""
+    for name, values in figures.items():
+        own = name.startswith("warm_start/")
+        kept = {at: value for at, value in values.items() if own or at <= step}
+        if kept:
+            yield name, kept
 
 
 def _cells(run_dir: Path) -> str:
@@ -113,8 +124,8 @@ def view(shown: Snapshot, width: int) -> RenderableType:
 
 
 def _head(shown: Snapshot) -> Text:
-    done = max(shown.figures.get("reward/mean", {}), default=0)
-    at = f" · step {done} of {shown.steps}" if shown.steps and not shown.cells else ""
+    done = max(shown.figures.get("reward/mean", {}), default=0)  # none: a warm start, or supervised steps
+    at = f" · step {done} of {shown.steps}" if done and shown.steps and not shown.cells else ""
     ago = "" if math.isnan(shown.logged) else f" · last figures {duration(shown.logged)} ago"
     return Text.assemble((shown.run, "bold"), f" · {shown.state}{at}{ago}")
 

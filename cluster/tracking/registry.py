@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, str]
 DataContext = Literal["training", "evaluation"]
-_MODEL_TAGS = ("folder", "weights", "host", "held_out_f1")  # of the values; kept as engram.<name>
+_MODEL_TAGS = ("folder", "weights", "host", "held_out_f1", "held_out_reward")  # kept as engram.<name>
 
 
 def dataset_values(environment: EnvironmentConfig, context: DataContext) -> dict[str, str]:

@@ -6,6 +6,7 @@ import asyncio
 import datetime as dt
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -218,6 +219,8 @@ def test_an_exported_checkpoint_has_a_card_and_can_be_evaluated(
     assert card.startswith("---\nlibrary_name: transformers\n") and "0 supervised steps, 2 RL steps" in card
     assert "| TMEM before | 0 | 0 | 1 |" in card and "later step" not in card
     assert f"| write.epochs | {config.write.epochs} |" in card and "engram chat exported" in card
+    (named,) = re.findall(r"^engram evaluate (\S+) checkpoint=exported$", card, re.MULTILINE)
+    assert load_config(tmp_path / named, []) == config
 
     request = Request(QUICKSTART, settings, exported, ("tmem",), (), (), "", (), "")
     compared = prepare_comparison(request)

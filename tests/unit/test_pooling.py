@@ -241,6 +241,15 @@ def test_models_that_differ_inside_a_group_are_named(tmp_path: Path) -> None:
         assert [key for key in FREE if key.rstrip(".") not in text] == []
 
 
+def test_runs_of_one_group_may_begin_on_different_days(tmp_path: Path) -> None:
+    stages, days = {"before": [0.0], "after_rl": [0.5]}, ("2026-01-01", "2026-01-02")
+    folders = [
+        save_run(tmp_path, "tmem", seed, stages, [f"model.date={day}"]) for seed, day in enumerate(days)
+    ]
+    (group,) = load_groups(folders)
+    assert [run.config.model.date for run in group.runs] == list(days)
+
+
 def test_an_output_that_cannot_be_written_is_one_line_before_the_tables(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

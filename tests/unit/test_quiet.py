@@ -54,9 +54,17 @@ def test_a_command_that_fails_names_the_file(tmp_path: Path) -> None:
     done = ran(tmp_path, then="raise RuntimeError('broken')")
     assert done.stderr.endswith("RuntimeError: broken\n") and "from C++" not in done.stderr
     (named,) = re.findall(r"what libraries printed: (\S+) \(--verbose shows it\)", done.stdout)
-    assert "from C++" in Path(named).read_text()
+    kept = Path(named).read_text()
+    assert all(text in kept for text in ("from C++", "a child", "a bar", "from Python", "from a logger"))
+    assert "of ours" not in kept and done.stderr.startswith("of ours\n")
     mistake = ran(tmp_path, then="raise ValueError('a mistake')")
     assert "what libraries printed" not in mistake.stdout
+
+
+def test_a_librarys_log_handler_outlives_the_block(tmp_path: Path) -> None:
+    adds = "import atexit; log = logging.getLogger('vllm'); log.addHandler(logging.StreamHandler())"
+    done = ran(tmp_path, then=f"{adds}; atexit.register(log.error, 'at the exit')")
+    assert (done.stdout, done.stderr) == ("an answer\n", "of ours\n")
 
 
 def test_stderr_is_as_it_was_behind_the_block(capfd: pytest.CaptureFixture[str]) -> None:

@@ -113,6 +113,30 @@ def test_a_finished_run_of_other_settings_is_refused_before_any_run(tmp_path: Pa
     assert len(trainer.asked) == 1
 
 
+def test_an_interrupted_run_of_other_settings_is_refused_before_any_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = runs_in(tmp_path, [1, 0])
+    begun = tmp_path / "tmem-20260101-115900"
+    state = begun / "checkpoints" / "step-000001" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text("{}")
+    checkpoint = type("Whole", (), {"folder": state.parent})
+    monkeypatch.setattr(seeds, "newest_whole", lambda folder: checkpoint if folder == begun else None)
+
+    def begin_with(*words: str) -> None:
+        given = [f"output_dir={tmp_path}", "train.steps=1", "name=tmem", *words]
+        (config,) = (run.config for run in wanted_runs(QUICKSTART, given, [0], []))
+        (begun / "config.yaml").write_text(to_yaml(config))
+
+    begin_with("objective.advantage=rloo", "train.steps=9")
+    with pytest.raises(ConfigError, match=r"has objective.advantage=rloo, not grpo; give these runs another"):
+        trained(runs, trainer := Trainer(tmp_path))
+    assert trainer.asked == []
+    begin_with("train.steps=9", "model.date=2026-01-01")
+    assert trained(runs, trainer)[0] == 0 and trainer.asked[1][-1] == f"resume={state.parent}"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -308,6 +308,19 @@ def test_kept_checkpoints_are_models_with_aliases_and_come_once(
     assert kept_models(replace(CONFIG, tracking=TrackingConfig(models="off")), run_dir) == []
 
 
+def test_a_model_of_a_run_with_rewards_alone_tells_its_score(
+    tracker: MlflowTracker, uri: str, run_dir: Path
+) -> None:
+    for score in run_dir.glob("checkpoints/*/evaluation.json"):
+        score.write_text(json.dumps({"reward": 0.75, "tasks": 8}))
+    tracker.model(kept_models(CONFIG, run_dir)[0])
+    tracker.finish("FINISHED")
+    client = MlflowClient(uri)
+    experiment = client.get_run(tracker.run_id).info.experiment_id
+    (model,) = client.search_logged_models([experiment])
+    assert model.tags["engram.held_out_reward"] == "0.750000"
+
+
 def test_a_model_that_is_uploaded_can_be_loaded(
     tracker: MlflowTracker, uri: str, run_dir: Path, tiny_model_path: Path
 ) -> None:

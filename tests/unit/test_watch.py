@@ -87,6 +87,25 @@ def test_a_look_at_a_run_tells_how_it_goes(run: Path) -> None:
     assert "r-1 · finished" in shown(run)
 
 
+def test_steps_that_a_resume_took_back_are_not_shown(run: Path) -> None:
+    figures = FigureFile(Tracker(), run)
+    figures.log({"warm_start/loss": 1.0}, 30)
+    figures.log({"eval/during/f1": 0.5}, 3)
+    figures.log({"reward/mean": 0.4, "fast_weights/accepted": 5.0}, 2)
+    text, figures_now = shown(run), look(run).figures
+    assert "step 2 of 40" in text and " 0.400 (0.100 to 0.400)" in text and "writes    5 accepted" in text
+    assert "held-out  before F1 12.5 %\n" in text and "rolled back" in text
+    assert figures_now["warm_start/loss"] == {30: 1.0} and "timeline/worker_write" not in figures_now
+
+
+def test_without_rl_steps_no_step_is_told(run: Path) -> None:
+    (run / FIGURES).unlink()
+    assert "r-1 · not running\n" in shown(run).replace(" \n", "\n")
+    FigureFile(Tracker(), run).log({"warm_start/loss": 1.0}, 5)
+    text = shown(run)
+    assert "r-1 · not running · last figures" in text and "warm start, loss" in text
+
+
 def test_an_evaluation_tells_its_cells(run: Path) -> None:
     (run / "cells").mkdir()
     (run / "cells" / "recall--off--seed0.json").write_text("{}")
