@@ -116,7 +116,8 @@ def _step_bytes(config: LearnerConfig, trained: int, share: float) -> float:
     flat = part * width
     as_float = 4 * part if width < 4 else 0
     before = kept + flat + as_float
-    left = kept if config.zero_stage == 3 else _buckets(config, trained)
+    # On a CPU the allocator keeps what it gave to small gradients: they are gone, their pages are not.
+    left = _buckets(config, trained) if on_gpu and config.zero_stage < 3 else kept
     after = left + 4 * part + (0 if on_gpu else 8 * part)
     return max(before, after)
 

@@ -26,6 +26,7 @@ from actors.fast_weights.delta import Basis
 from actors.protocols import EngineError, ReceiptError
 from actors.types import AdapterKey, FastWeights, Generation, Probe, Sampling
 from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig
+from configs.tolerances import RECEIPT
 from tests.integration.engine_reference import Reference, distance, prompt, written
 
 pytestmark = pytest.mark.engine_in_process
@@ -298,7 +299,7 @@ def test_the_tolerance_of_a_receipt_is_the_configurations(
     """A writer that is off by 0.9 tolerances on one token passes; off by 1.5 it is refused."""
     ids, weights = tuple(prompt(8, 40)), written(basis, 1, 52, SIZE)
     old, new = (reference.logprobs(ids, delta)[-12:] for delta in (None, weights))
-    new[5] += share * EngineConfig().receipt_tolerance
+    new[5] += share * RECEIPT["float32"]
     name, probe = key(policy, f"off-by-{share}"), Probe(ids, tuple(old), tuple(new))
     if passes:
         run(policy.install(name, weights, probe))

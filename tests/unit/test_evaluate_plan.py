@@ -260,7 +260,7 @@ def test_a_custom_memory_may_use_every_setting(tmp_path: Path) -> None:
     ("asked", "said"),
     [
         (request(rows=("tmen",)), "--rows tmen: no such row; shipped are amem"),
-        (request(benchmarks=("locomoo",)), "--benchmarks locomoo: no such benchmark; shipped are locomo"),
+        (request(benchmarks=("locomoo",)), "--benchmarks locomoo: no such benchmark; shipped are beam"),
         (request(benchmarks=("locomo",)), "environment.conversation.path"),
         (
             request("memory.policy=full", rows=("tmem", "truncation")),
