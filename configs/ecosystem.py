@@ -7,6 +7,7 @@ from typing import Any
 
 from configs.bounds import fraction, positive, require
 from configs.extensions import FORM, is_path
+from configs.services import require_no_secret
 
 ADAPTERS = ("gymnasium", "textarena", "openenv", "verifiers")
 """Values of ``environment.name`` whose environment is another project's. Their names are their sections'."""
@@ -59,6 +60,7 @@ class OpenEnvConfig:
     system_prompt: str = "Act in the environment that you read. Reply with your action and nothing else."
 
     def __post_init__(self) -> None:
+        require_no_secret("url", self.url, "settings are saved and logged")
         known = self.url == "" or self.url.startswith(("http://", "https://"))
         require(known, "url", self.url, "an address such as http://127.0.0.1:8000")
 

@@ -35,6 +35,7 @@ class EndpointConfig:
         is_name = re.fullmatch(r"[A-Za-z_]\w*|", self.api_key_env, re.ASCII) is not None
         bound, cure = "the name of an environment variable, or empty", "the key itself is no setting"
         require(is_name, "api_key_env", _HIDDEN, bound, cure)
+        require_no_secret("url", self.url, "name the key's variable in api_key_env")
 
 
 def without_secret(url: str) -> bool:
@@ -46,10 +47,9 @@ def without_secret(url: str) -> bool:
     return "@" not in parts.netloc and not parts.query
 
 
-def require_no_secret(key: str, url: str) -> None:
+def require_no_secret(key: str, url: str, cure: str) -> None:
     """Refuse an address that may hold a key, without showing it: settings are saved and logged."""
-    bound, cure = "an address without user, password and query", "name the key's variable in api_key_env"
-    require(without_secret(url), key, _HIDDEN, bound, cure)
+    require(without_secret(url), key, _HIDDEN, "an address without user, password and query", cure)
 
 
 _HIDDEN = "(hidden)"

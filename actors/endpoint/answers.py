@@ -18,6 +18,7 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from pydantic import BaseModel
 
+from actors.text.tools import before_calls
 from actors.types import FinishReason
 
 
@@ -64,7 +65,7 @@ def models_body(name: str) -> dict[str, Any]:
 
 
 def completion(model: str, said: Said, extra: dict[str, Any], calls: Sequence[SaidCall] = ()) -> str:
-    """The answer as JSON. ``extra``: fields of an endpoint's own. ``calls`` take the place of the text."""
+    """The answer as JSON. ``extra``: fields of an endpoint's own. ``calls`` take their place in the text."""
     told = [call.as_tool_call for call in calls]
     message = ChatCompletionMessage.model_validate({"role": "assistant", **_content(said, told)})
     content = ChatCompletion(
@@ -100,7 +101,9 @@ def completion_events(
 
 
 def _content(said: Said, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {"content": None, "tool_calls": calls} if calls else {"content": said.text}
+    return (
+        {"content": before_calls(said.text) or None, "tool_calls": calls} if calls else {"content": said.text}
+    )
 
 
 def _reason(said: Said, calls: Sequence[SaidCall]) -> Literal["stop", "length", "tool_calls"]:

@@ -95,7 +95,7 @@ class HarnessSession:
         return self._tools
 
     async def begin(self, harness: Harness) -> None:
-        visit = Visit(self._endpoint.base_url, self._channel.key, self._task)
+        visit = Visit(self._endpoint.base_url, self._channel.key, self._task, bool(_gold(self._task)))
         self._running = harness.start(visit, self._on_end)
         call = await self._next_call()
         if call is None:
@@ -134,7 +134,12 @@ class HarnessSession:
         """Wait for the harness's end, which comes soon: where it is not over yet, its turns are used up."""
         if self._ended is None:
             await self._endpoint.on_loop(self._channel.end("all rollout.max_turns replies are given"))
-            await self._next_call()
+            await self._next()
+            assert self._ended is not None
+            if (
+                self._ended.error is not None
+            ):  # few harnesses catch the refusal: the episode is cut, not failed
+                self._ended = Ended(None, None)
         assert self._ended is not None
         return _outcome(self._task, self._ended.result, self._reply.text if self._reply else "")
 
@@ -150,10 +155,13 @@ class HarnessSession:
 
     async def _next_call(self) -> Call | None:
         """The next call, None at the harness's end. Raises what ended it."""
-        call = await self._endpoint.on_loop(self._channel.next_call())
+        call = await self._next()
         if call is None and self._ended is not None and self._ended.error is not None:
             raise self._ended.error
         return call
+
+    async def _next(self) -> Call | None:
+        return await self._endpoint.on_loop(self._channel.next_call())
 
     def _take(self, call: Call) -> None:
         turns = [

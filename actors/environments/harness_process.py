@@ -39,6 +39,7 @@ class Visit:
     base_url: str
     key: str
     task: Task
+    has_answer: bool  # whether the task brings its right answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class Command:
         def follow() -> None:
             with kept:
                 status = running.wait()
-                ended(_ended(shown, status, _last_line(out), _last_line(err)))
+                ended(_ended(shown, status, _last_line(out), _last_line(err), visit.has_answer))
 
         threading.Thread(target=follow, name=f"harness of {task.id}", daemon=True).start()
         return running
@@ -160,18 +161,21 @@ def _variables(visit: Visit, own: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _ended(shown: str, status: int, last_out: str, last_err: str) -> Ended:
+def _ended(shown: str, status: int, last_out: str, last_err: str, has_answer: bool) -> Ended:
+    """What the last lines say. Where the task has an answer, "1984" is one and no reward."""
     if status:
         how = f"exited with status {status}" if status > 0 else f"was ended by signal {-status}"
         why = last_err[:_SHOWN] or "it wrote nothing on stderr"
         return Ended(None, TaskError(f"the harness {shown} {how}: {why}"))
     try:
-        return Ended(json.loads(last_out), None)
+        result = json.loads(last_out)
+        is_answer = has_answer and isinstance(result, (int, float))
+        return Ended(last_out if is_answer else result, None)
     except ValueError:
         if last_out.startswith(("{", "[", '"')):  # meant as a result: not to be taken for a log
             line = last_out[:_SHOWN]
             return Ended(None, TaskError(f"the harness {shown}: its last line is not JSON: {line}"))
-        return Ended(None, None)
+        return Ended(last_out if has_answer and last_out else None, None)
 
 
 def _last_line(stream: IO[bytes]) -> str:

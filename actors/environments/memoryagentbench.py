@@ -99,8 +99,10 @@ def rule_score(rule: Rule, prediction: str, answers: Sequence[str]) -> float:
 
     As in the benchmark, what stands behind "Answer:" on its line counts too.
     """
+    if not prediction.strip():
+        return 0.0
     said = [prediction, *(_ANSWER.findall(prediction)[:1])]
-    pairs = [(_plain(each), _plain(answer)) for each in said for answer in answers]
+    pairs = [(_plain(each, rule), _plain(answer, rule)) for each in said for answer in answers]
     if rule == "same":
         return float(any(each == answer for each, answer in pairs))
     return float(any(answer and answer in each for each, answer in pairs))
@@ -130,6 +132,8 @@ class _Told:
         return self.sessions
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, rule: Rule) -> str:
     kept = "".join(char for char in text.lower() if char not in string.punctuation)
-    return " ".join(_ARTICLES.sub(" ", kept).split())
+    bare = " ".join(_ARTICLES.sub(" ", kept).split())
+    # "A" may be a choice; as a part it would stand in nearly every text
+    return bare or (kept.strip() if rule == "same" else "")

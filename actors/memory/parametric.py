@@ -129,14 +129,22 @@ class FlashcardMemory(ContextMemory):
             await self.take_in(agent, turn)
 
     async def answer(self, agent: Agent, text: str, max_tokens: int) -> str:
-        """A turn that the window cannot hold is read in pieces; the last one is answered."""
-        tokens = self._opening(agent) + len(agent.turn(text)) + len(agent.chat.assistant_open)
-        if tokens >= self._window_tokens:
+        """A turn without room for its answer and an extraction is read in pieces; the last is answered."""
+        if self._overfills(agent, len(agent.turn(text)), max_tokens):
             limit = self._longest_piece(agent)
             *front, text = split_text(text, lambda piece: len(agent.turn(piece)), limit)
             for piece in front:
                 await self.read(agent, piece)
         return await super().answer(agent, text, max_tokens)
+
+    def _overfills(self, agent: Agent, turn: int, max_tokens: int) -> bool:
+        """Return whether not even a fresh context can take in a ``turn`` to answer."""
+        opened = turn + len(agent.chat.assistant_open)
+        if self._opening(agent) + opened >= self._window_tokens:
+            return True
+        if self._flashcards is None or turn <= self.max_context_tokens:  # a turn within L_max is never split
+            return False
+        return opened + max_tokens + len(agent.chat.assistant_close(())) > self._free(agent)
 
     def _has_room(self, agent: Agent, incoming: int) -> bool:
         """Return whether an extraction still fits the window behind ``incoming`` more tokens."""

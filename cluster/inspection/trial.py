@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,6 +115,8 @@ def try_task(config: RunConfig, trial: Trial, replies: Replies, console: Console
 async def _played(
     config: RunConfig, environment: Environment, task: Task, chat: ChatFormat, replies: Replies, view: View
 ) -> None:
+    if replies.are_typed:  # asyncio's own handler waits for the loop, which waits for a line
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     window = config.engine.max_model_tokens
     around = surroundings(window, config.sampling.max_answer_tokens, config.embedder)
     memory = build_memory(config.memory, config.write, around)

@@ -91,12 +91,13 @@ class Steps(vf.MultiTurnEnv):
 
 def turns(state): return float(len(state["trajectory"]))
 def price(answer, info): return {"dear": 2.0}[answer] if answer in ("dear", "cheap") else 0.0
+def nothing(state): return None
 def group(completions): return [0.0 for _ in completions]
 
 def load_environment(answers="a b c", rubric="turns", tools=False):
     if answers == "none": raise KeyError("answers")
     rows = [{"question": f"Say {answer}.", "answer": answer, "info": {"n": 1}} for answer in answers.split()]
-    functions = {"turns": [turns], "price": [turns, price], "group": [group]}[rubric]
+    functions = {"turns": [turns], "price": [turns, price], "group": [group], "nothing": [nothing]}[rubric]
     tool = [vf.Tool(name="look", description="", parameters={})]
     rubric = vf.Rubric(funcs=functions, weights=[0.5, 1.0][:len(functions)])
     data = {"dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(rows)}
@@ -406,6 +407,12 @@ def test_verifiers_rows_are_tasks_and_the_rubric_is_the_reward(
     assert capfd.readouterr() == ("", ""), "no progress bars, no warnings of the libraries"
 
 
+def test_an_address_of_openenv_with_a_secret_is_refused_unseen() -> None:
+    for url in ("http://me:hunter2@host", "http://host?key=hunter2"):
+        with pytest.raises(ConfigError, match=r"url='\(hidden\)' is not allowed"):
+            load_config(ROOT / "configs/quickstart.yaml", [f"environment.openenv.url={url}"])
+
+
 def _worse(answers: str, **args: object) -> Environment:
     config = VerifiersConfig(id="my_worse", args={"answers": answers, **args})
     return _build(EnvironmentConfig(name="verifiers", verifiers=config))
@@ -429,6 +436,7 @@ def test_verifiers_scores_a_rollout_that_the_turn_limit_has_cut(chat: ChatFormat
         ("raise", "turns", r"ZeroDivisionError: division by zero \(my_worse\.py:\d+\)$"),
         ("own", "turns", r"ToolError: the shop is closed \(my_worse\.py:\d+\)$"),
         ("cheap", "price", r"outcome: KeyError: 'cheap' \(my_worse\.py:\d+\)$"),
+        ("a", "nothing", r"TypeError: float\(\) argument must be .* not 'NoneType'"),
         ("rewrite", "turns", r"it shows the agent 0 of its 1 replies"),
     ],
 )

@@ -22,6 +22,7 @@ import pytest
 
 from actors.environments.base import Environment
 from actors.environments.build import build_environment
+from actors.environments.harness_process import _ended
 from actors.episodes.recovery import Recovery
 from actors.episodes.rollout import Rollout, RolloutRequest
 from actors.text.chat_template import ChatFormat
@@ -185,6 +186,12 @@ def endless(base_url, api_key, task):
             return len(messages)
         messages.append(answer.choices[0].message)
 
+def stubborn(base_url, api_key, task):
+    client, messages = client_of(base_url, api_key), []
+    while True:
+        messages.append({"role": "user", "content": "And?"})
+        messages.append(client.chat.completions.create(model="m", messages=messages).choices[0].message)
+
 def raises(base_url, api_key, task):
     asks(client_of(base_url, api_key), "Hello?")
     return {}["no such key"]  # this line
@@ -322,12 +329,13 @@ def test_the_worked_example(chat: ChatFormat, tmp_path: Path, monkeypatch: pytes
 def test_tools_stand_in_the_prompt_and_calls_come_back_in_the_protocols_form(
     chat: ChatFormat, user: ModuleType
 ) -> None:
-    says = ['<tool_call>{"name": "price", "arguments": {"item": "lamp"}}</tool_call>', "Seven dollars."]
+    call = '<tool_call>{"name": "price", "arguments": {"item": "lamp"}}</tool_call>'
+    says = [f"Let me look.\n{call}", "Seven dollars."]
     config = EnvironmentConfig(name="custom", custom="my_harness:SameShop")
     mine, theirs = (
         only(play(chat, each, context=500, says=says)) for each in (function("shops", "bare"), config)
     )
-    assert user.seen["call"] == (None, "price", {"item": "lamp"})
+    assert user.seen["call"] == ("Let me look.", "price", {"item": "lamp"})
     assert user.seen["reason"] == "tool_calls" and user.seen["answer"] == "Seven dollars."
     assert user.seen["id"] == (
         400,
@@ -477,6 +485,31 @@ def test_the_turn_limit_ends_the_calls_and_the_harness_may_still_give_its_reward
     trajectory = only(play(chat, function("endless", "bare"), max_turns=3))
     assert trajectory.stop_reason == "max_turns" and trajectory.outcome.reward == 7
     assert user.seen["endless"] == (410, "all rollout.max_turns replies are given")
+
+
+def test_a_harness_that_the_turn_limit_ends_is_scored_by_its_last_reply(
+    chat: ChatFormat, user: ModuleType
+) -> None:
+    trajectory = only(play(chat, function("stubborn"), max_turns=3))
+    assert trajectory.stop_reason == "max_turns" and trajectory.outcome.reward == pytest.approx(0.4)
+    assert trajectory.outcome.answers[0].prediction == "Nora, in Lisbon, 3."
+    assert "gave no reward, and the task has no answer" in fault(
+        play(chat, function("stubborn", "bare"), max_turns=3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "with_answer", "without"),
+    [("1984", "1984", 1984), ("Nora", "Nora", None), ('{"reward": 1}', {"reward": 1}, {"reward": 1})],
+)
+def test_a_number_in_a_commands_last_line_is_the_answer_where_there_is_one(
+    line: str, with_answer: object, without: object
+) -> None:
+    given = [_ended("agent", 0, line, "", has_answer).result for has_answer in (True, False)]
+    assert given == [with_answer, without] and [type(each) for each in given] == [
+        type(with_answer),
+        type(without),
+    ]
 
 
 @pytest.mark.parametrize(

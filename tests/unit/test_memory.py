@@ -365,6 +365,19 @@ def test_a_long_text_waits_for_an_empty_context_rather_than_come_in_pieces(chat:
     assert agent.context.is_fresh and len(agent.writes) == 2
 
 
+def test_a_turn_to_answer_leaves_room_for_its_extraction_or_comes_in_pieces(chat: ChatFormat) -> None:
+    text = "Nora has moved to Lisbon. " * 12
+    config = MemoryConfig(max_context_tokens=len(chat.user(text)) // 2, max_extract_tokens=32)
+    for spare, in_pieces in ((0, False), (-1, True)):
+        actor = _Actor(chat, [CARDS] * 6)
+        agent = Agent(actor, chat, "Be brief.", "Where does Nora live?")
+        asked = chat.user(extraction_prompt(agent.question, ())) + chat.assistant_open
+        held = len(agent.context) + len(chat.user(text)) + len(chat.assistant_open) + 8
+        window = held + len(chat.assistant_close(())) + len(asked) + 32 + spare
+        asyncio.run(ParametricMemory(config, WriteConfig(), window).answer(agent, text, 8))
+        assert (len(agent.writes) > 0) == in_pieces
+
+
 def test_a_context_with_questions_alone_is_cleared_and_counted(chat: ChatFormat) -> None:
     agent = Agent(_Actor(chat, ["Lisbon"]), chat, "Be brief.", "")
     memory = ParametricMemory(MemoryConfig(max_context_tokens=10), PAPER, WINDOW)

@@ -88,6 +88,10 @@ def test_a_context_is_told_once_and_its_questions_follow(tmp_path: Path) -> None
         ("same", "The correct labels are 28 and 29", ["28"], 0),
         ("same", "Answer: The 28.\nAs said.", ["28"], 1),
         ("contains", "", ["Leeds"], 0),
+        ("same", "", ["A"], 0),
+        ("same", "The", ["A"], 0),
+        ("same", "A.", ["A"], 1),
+        ("contains", "cat", ["A"], 0),
     ],
 )
 def test_the_benchmarks_two_matches(rule: Any, prediction: str, answers: list[str], score: float) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cluster.cli import main
+from cluster.inspection.trial import Replies, Trial, try_task
+from configs.load import load_config
+from configs.shipped import shipped
 from tests.conftest import TOKENIZER_FILES
 
 SHOP = """
@@ -139,6 +144,21 @@ def test_typed_replies_come_from_the_standard_input_and_nothing_heavy_is_loaded(
         check=False,
     )
     assert (run.returncode, run.stderr) == (0, "") and "reward 9 (sum 9)" in run.stdout
+
+
+def test_the_first_interrupt_ends_typed_replies(shop: int, tokenizer: str) -> None:
+    asked = []
+
+    def typed(prompt: str) -> str:
+        asked.append(prompt)
+        signal.raise_signal(signal.SIGINT)
+        return "1"
+
+    settings = ["environment.name=custom", "environment.custom=my_shop:Shop", tokenizer]
+    config = load_config(shipped()["quickstart"], settings)
+    with pytest.raises(KeyboardInterrupt):
+        try_task(config, Trial("train", 0, False), Replies(None, typed), Console())
+    assert asked == ["reply 1"]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@
     rubric.score_rollout                                             outcome
 
 Rows of its dataset are tasks, the rubric's sum is the reward, and the functions of the rubric are its parts.
-A reward function that raises fails the episode; verifiers itself would count it as 0. What a text cannot say
-is refused at start: tools, and rewards that compare the siblings of a group.
+A reward function that raises, or gives no number, fails the episode; verifiers would count it as 0. What a
+text cannot say is refused at start: tools, and rewards that compare the siblings of a group.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def _noted(function: Callable[..., Any]) -> Callable[..., Any]:
     async def call(*arguments: Any, **named: Any) -> Any:
         try:
             result = function(*arguments, **named)
-            return await result if inspect.isawaitable(result) else result
+            return float(await result if inspect.isawaitable(result) else result)
         except Exception as error:
             _raised.get([]).append(error)
             raise
