@@ -132,16 +132,15 @@ class HarnessSession:
 
     async def outcome(self) -> Outcome:
         """Wait for the harness's end, which comes soon: where it is not over yet, its turns are used up."""
-        if self._ended is None:
-            await self._endpoint.on_loop(self._channel.end("all rollout.max_turns replies are given"))
-            await self._next()
-            assert self._ended is not None
-            if (
-                self._ended.error is not None
-            ):  # few harnesses catch the refusal: the episode is cut, not failed
-                self._ended = Ended(None, None)
+        ended = self._ended or await self._cut()
+        return _outcome(self._task, ended.result, self._reply.text if self._reply else "")
+
+    async def _cut(self) -> Ended:
+        """Refuse further calls and wait for the end. Few harnesses catch a refusal: that is no failure."""
+        await self._endpoint.on_loop(self._channel.end("all rollout.max_turns replies are given"))
+        await self._next()
         assert self._ended is not None
-        return _outcome(self._task, self._ended.result, self._reply.text if self._reply else "")
+        return self._ended if self._ended.error is None else Ended(None, None)
 
     async def close(self) -> None:
         await self._endpoint.close(self._channel)
