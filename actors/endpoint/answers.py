@@ -18,7 +18,6 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from pydantic import BaseModel
 
-from actors.text.tools import before_calls
 from actors.types import FinishReason
 
 
@@ -101,9 +100,10 @@ def completion_events(
 
 
 def _content(said: Said, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return (
-        {"content": before_calls(said.text) or None, "tool_calls": calls} if calls else {"content": said.text}
-    )
+    if not calls:
+        return {"content": said.text}
+    before, mark, _ = said.text.partition("<tool_call>")  # in the other forms nothing stands before a call
+    return {"content": (before.strip() if mark else "") or None, "tool_calls": calls}
 
 
 def _reason(said: Said, calls: Sequence[SaidCall]) -> Literal["stop", "length", "tool_calls"]:

@@ -65,12 +65,6 @@ def calls_in(reply: str, names: Collection[str]) -> tuple[ToolCall, ...]:
     return _named(text, names)
 
 
-def before_calls(reply: str) -> str:
-    """What a reply with calls says before the first of them. Only marked calls stand beside other text."""
-    block = _BLOCK.search(reply)
-    return reply[: block.start()].strip() if block else ""
-
-
 def plain_rendering(tools: Sequence[Tool]) -> str:
     """The tools in words, for a model whose chat template has none."""
     lines = [json.dumps(tool.function["function"], ensure_ascii=False) for tool in tools]
