@@ -155,11 +155,7 @@ def _parse_yaml(path: Path, text: str) -> object:
         raise ConfigError(f"{path}: {place}; {error.reason}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from None
-    except (
-        ValueError,
-        TypeError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits; a nesting of thousands
+    except (ValueError, TypeError, RecursionError) as error:  # thousands of digits, or of levels
         raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
 
 
@@ -274,8 +270,7 @@ def _typed_values(assignments: Sequence[_Assignment]) -> dict[str, object]:
     for assignment in assignments:
         key, value = assignment.key, _typed(assignment)
         earlier = values.get(key)
-        # Mappings are merged, all else is replaced; an empty mapping clears.
-        if isinstance(value, dict) and value and isinstance(earlier, dict):
+        if value and isinstance(value, dict) and isinstance(earlier, dict):  # merged; an empty one clears
             value = OmegaConf.to_container(OmegaConf.merge(earlier, value), resolve=False)
         values[key] = value
     if any(_needs_others(assignment.value) for assignment in assignments):

@@ -332,16 +332,11 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def best_checkpoint(run_dir: Path) -> Path | None:
     """Find the evaluated checkpoint with the highest mean held-out score, the earliest of equal ones.
 
-    None where none was evaluated. Where some have a reward, those with F1 are left out: an environment of
-    theirs failed, and the two cannot be compared.
+    None: none was evaluated. Where some have a reward, F1 does not count: an environment of theirs failed.
     """
-    scores = {
-        folder: score for folder in list_checkpoints(run_dir) if (score := score_of(folder)) is not None
-    }
-    names = {name for name, _ in scores.values()}
-    compared = {
-        folder: value for folder, (name, value) in scores.items() if len(names) == 1 or name == "reward"
-    }
+    scores = {folder: score for folder in list_checkpoints(run_dir) if (score := score_of(folder))}
+    kind = max((name for name, _ in scores.values()), default="")  # "reward" stands behind "f1"
+    compared = {folder: value for folder, (name, value) in scores.items() if name == kind}
     return max(compared, key=lambda folder: compared[folder], default=None)
 
 

@@ -317,7 +317,8 @@ def test_a_model_of_a_run_with_rewards_alone_tells_its_score(
     tracker.finish("FINISHED")
     client = MlflowClient(uri)
     experiment = client.get_run(tracker.run_id).info.experiment_id
-    (model,) = client.search_logged_models([experiment])
+    models = client.search_logged_models([experiment])  # other tests have models in this store too
+    (model,) = [each for each in models if each.source_run_id == tracker.run_id]
     assert model.tags["engram.held_out_reward"] == "0.750000"
 
 
