@@ -18,6 +18,7 @@ Every wait, and who ends it:
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -67,13 +68,17 @@ class PublishedWeights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """What a worker is built from. Both paths must be readable on its node."""
+    """What a worker is built from. Both paths must be readable on its node.
+
+    ``folder`` is the driver's: relative names in a user's commands and code mean it. "": where Ray is.
+    """
 
     name: str
     config: RunConfig
     model_path: str  # a Hugging Face folder with the weights of ``version``
     basis_path: str
     version: PolicyVersion
+    folder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +234,8 @@ class _RolloutActor:
     _worker: RolloutWorker
 
     async def start(self, spec: WorkerSpec) -> str:
+        if spec.folder and Path(spec.folder).is_dir():  # on another node it may not be there
+            os.chdir(spec.folder)
         self._worker = await asyncio.to_thread(RolloutWorker, spec)
         return spec.name
 

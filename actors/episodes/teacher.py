@@ -19,6 +19,7 @@ from actors.environments.judge.cached_endpoint import (
     CachedEndpoint,
     Cost,
     MalformedReplyError,
+    Prompt,
     Role,
 )
 from actors.episodes.demonstration import Extraction
@@ -85,7 +86,7 @@ class Teacher:
 
         Blocks. Raises TaskError.
         """
-        prompt = _Prompt(_SYSTEM, f"{extraction.told}\n\n{extraction.request}")
+        prompt = Prompt(_SYSTEM, f"{extraction.told}\n\n{extraction.request}", "JSON list")
         cards = self._endpoint.answer(prompt, partial(_cards_in, limit=self._most_cards)).value
         grounded = [card for card in cards if is_told(card.answer, extraction.told)]
         taught = list(grounded)
@@ -99,17 +100,6 @@ class Teacher:
                 without_room=self._given.without_room + len(grounded) - len(taught),
             )
         return None if cards and not taught else tuple(taught)
-
-
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    system: str
-    user: str
-
-    def user_after(self, fault: str) -> str:
-        if not fault:
-            return self.user
-        return f"{self.user}\n\nAn earlier reply could not be used: {fault}. Reply with the JSON list only."
 
 
 def _cards_in(reply: str, limit: int) -> tuple[Flashcard, ...]:

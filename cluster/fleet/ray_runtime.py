@@ -168,6 +168,11 @@ def _cluster_address(address: str) -> str:
     return started
 
 
+def driver_folder() -> str:
+    """The folder that workers work in, as the driver does. "" in a Ray job: Ray gives it a folder."""
+    return "" if current_job(os.environ) is not None else str(Path.cwd())
+
+
 def _job_config() -> Any:
     """A JobConfig: workers look for modules in this installation of Engram, then in the current folder.
 
@@ -181,7 +186,7 @@ def _job_config() -> Any:
         return None
     installation = Path(configs.__file__).parents[1]
     # Each is put in front of those before it. _client_job: Ray does not add the current folder itself.
-    return JobConfig(_client_job=True, _py_driver_sys_path=[str(Path.cwd()), str(installation)])
+    return JobConfig(_client_job=True, _py_driver_sys_path=[driver_folder(), str(installation)])
 
 
 def cancel_on_sigterm() -> None:

@@ -18,9 +18,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+
+import psutil
 
 from cluster.common.errors import ClusterError
+from cluster.common.processes import is_alive
 
 GRACE_S = 30.0
 _POLL_S = 1.0
@@ -37,7 +39,7 @@ class RayDied(ClusterError):
 class _Watch(threading.Thread):
     """Looks until something has died, or ``stop`` is called."""
 
-    def __init__(self, gcs: tuple[str, int], refusals: int, raylet: int | None) -> None:
+    def __init__(self, gcs: tuple[str, int], refusals: int, raylet: psutil.Process | None) -> None:
         super().__init__(name="ray-watch", daemon=True)
         self.died = ""
         self._gcs, self._refusals, self._raylet = gcs, refusals, raylet
@@ -51,7 +53,7 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         refused, silent = 0, 0.0
         while not self._over.wait(_POLL_S):
-            if self._raylet is not None and not _lives(self._raylet):
+            if self._raylet is not None and not is_alive(self._raylet):
                 return self._end("Ray's raylet on this machine died")
             answer = _asks(self._gcs)
             refused = refused + 1 if answer == "refused" else 0
@@ -75,7 +77,7 @@ class _Watch(threading.Thread):
 @contextmanager
 def watched(local: bool) -> Iterator[None]:
     """Watch Ray, which is up, for the block. Raises RayDied in place of what the death made of the block."""
-    watch = _Watch(_gcs_address(), _REFUSALS if local else _REFUSALS_OF_A_CLUSTER, _raylet_pid())
+    watch = _Watch(_gcs_address(), _REFUSALS if local else _REFUSALS_OF_A_CLUSTER, _raylet())
     watch.start()
     try:
         yield
@@ -102,24 +104,16 @@ def _gcs_address() -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _raylet_pid() -> int | None:
+def _raylet() -> psutil.Process | None:
     """The raylet of this driver's node; None where it cannot be seen."""
     from ray._private.worker import global_worker  # the driver's own socket has no public reader
 
     name = str(getattr(global_worker.node, "raylet_socket_name", ""))
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            words = path.read_bytes().decode(errors="replace").split("\0")
-            if name and words[0].endswith("raylet") and f"--raylet_socket_name={name}" in words:
-                return int(path.parent.name)
+    for process in psutil.process_iter(["cmdline"]) if name else ():
+        words = process.info["cmdline"] or [""]
+        if words[0].endswith("raylet") and f"--raylet_socket_name={name}" in words:
+            return process
     return None
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def _asks(address: tuple[str, int]) -> str:

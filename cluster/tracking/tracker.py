@@ -22,7 +22,6 @@ import getpass
 import logging
 import os
 import re
-import socket
 import sqlite3
 import time
 import warnings
@@ -31,7 +30,6 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from cluster.common.errors import TrackingError
 from cluster.common.git import git_commit
@@ -41,6 +39,7 @@ from cluster.tracking.outbox import Entity, Outbox, Point, Status
 from cluster.tracking.sender import MlflowRun, Sender, first_line, shown
 from cluster.tracking.system_metrics import SystemMetrics
 from configs.load import flatten
+from configs.reachable import unreachable
 from configs.schema import RunConfig, TrackingConfig
 
 if TYPE_CHECKING:
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 _LONGEST_PARAM = 500  # characters
-_CONNECT_S = 3.0  # to a server that answers at all
 _SIGNS = {"@": "_at_", "%": "_percent_", "#": "_number_", "&": "_and_", "+": "_plus_"}
 _STOPPED_WAIT_S = 5.0  # the grace time of a run that was told to stop is for its checkpoint
 _log = logging.getLogger(__name__)
@@ -210,21 +208,13 @@ def require_server(tracking: TrackingConfig, output_dir: Path) -> None:
     Why here: MLflow's client takes a minute to say so.
     """
     uri = store_uri(tracking, output_dir)
-    address = urlsplit(uri)
-    if not tracking.enabled or address.scheme not in ("http", "https"):
+    if not tracking.enabled or urlsplit(uri).scheme not in ("http", "https"):
         return
-    host = address.hostname or ""
-    if address.scheme in getproxies() and not proxy_bypass(host):
-        return  # a proxy knows the way to hosts that this machine does not
-    try:
-        port = address.port or (443 if address.scheme == "https" else 80)
-        socket.create_connection((host, port), timeout=_CONNECT_S).close()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+    if reason := unreachable(uri):
         raise TrackingError(
             f"cannot use MLflow at {shown(uri)}: {reason}; "
             "set tracking.uri, or tracking.enabled=false to run without it"
-        ) from None
+        )
 
 
 def store_uri(tracking: TrackingConfig, output_dir: Path) -> str:

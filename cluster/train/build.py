@@ -28,7 +28,7 @@ from cluster.fleet.broadcast import ObjectStoreChannel
 from cluster.fleet.episode_journal import start_journal
 from cluster.fleet.fleet import ElasticFleet, FleetPlan
 from cluster.fleet.ledger import Ledger
-from cluster.fleet.ray_runtime import Demand, all_ready, cancel_on_sigterm, demand, ray_runtime
+from cluster.fleet.ray_runtime import Demand, all_ready, cancel_on_sigterm, demand, driver_folder, ray_runtime
 from cluster.fleet.remote_worker import REFRESH_S, RemoteWorker, credits_per_worker, worker_process
 from cluster.fleet.seats import Crew
 from cluster.fleet.stream import Batch, GroupStream, StreamCalls, StreamPlan
@@ -84,7 +84,7 @@ async def training_cluster(
         launched: list[RemoteWorker] = []
 
         def launch(name: str) -> RemoteWorker:
-            worker_spec = WorkerSpec(name, config, str(start.policy_path), str(folder.basis), version)
+            worker_spec = _worker_spec(name, config, start.policy_path, folder.basis, version)
             worker = RemoteWorker(worker_spec, worker_process(config), journal)
             launched.append(worker)
             return worker
@@ -290,9 +290,15 @@ def worker_specs(
 ) -> list[WorkerSpec]:
     """What each of ``rollout.workers`` is built from."""
     return [
-        WorkerSpec(f"worker-{number}", config, str(policy_path), str(basis_path), version)
+        _worker_spec(f"worker-{number}", config, policy_path, basis_path, version)
         for number in range(config.rollout.workers)
     ]
+
+
+def _worker_spec(
+    name: str, config: RunConfig, policy_path: Path, basis_path: Path, version: PolicyVersion
+) -> WorkerSpec:
+    return WorkerSpec(name, config, str(policy_path), str(basis_path), version, driver_folder())
 
 
 async def _ready(workers: Sequence[RemoteWorker], config: RunConfig, needed: Demand) -> None:

@@ -21,7 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from cluster.common.backoff import backoff_s
+from cluster.common.processes import is_alive
 from cluster.runs.checkpoint import list_checkpoints
 from cluster.runs.run_folders import runs_of
 from configs.schema import RunConfig
@@ -161,28 +164,17 @@ def _adopt_orphans() -> None:
 def _end_descendants(grace_s: float) -> None:
     """Wait until all processes of the child have ended, and kill those that do not within ``grace_s``."""
     end = time.monotonic() + grace_s
-    while (pids := _descendants()) and time.monotonic() < end + grace_s:
+    while (processes := _descendants()) and time.monotonic() < end + grace_s:
         if time.monotonic() > end:
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         time.sleep(_POLL_S)
 
 
-def _descendants() -> list[int]:
+def _descendants() -> list[psutil.Process]:
     """The living processes below this one. Those that have ended are reaped."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                children.setdefault(int(parent), []).append(int(path.parent.name))
-    found, queue = list[int](), [os.getpid()]
-    while queue:
-        below = children.get(queue.pop(), [])
-        found += below
-        queue += below
-    return found
+    return [process for process in psutil.Process().children(recursive=True) if is_alive(process)]

@@ -11,6 +11,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
+from actors.environments.judge import cached_endpoint
+
+KEY = "sk-very-secret-0123456789"
 Script = Callable[[dict[str, Any]], "Served"]
 
 
@@ -106,6 +111,15 @@ def serving() -> Iterator[Callable[..., Server]]:
             server.over.set()
             http.shutdown()
             http.server_close()
+
+
+def reached(monkeypatch: pytest.MonkeyPatch, key_variable: str) -> Iterator[Callable[..., Server]]:
+    """``serving`` for a fixture: clients find the servers without a proxy, have KEY, and hardly pause."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv(key_variable, KEY)
+    monkeypatch.setattr(cached_endpoint, "_FIRST_PAUSE_S", 0.01)
+    with serving() as start:
+        yield start
 
 
 def completion(text: object, usage: object = None) -> Served:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from actors.environments.judge import cached_endpoint
 from actors.environments.records import RecordsEnvironment
 from actors.episodes.demonstration import demonstrate, gold_cards
 from actors.episodes.written_demonstrations import WrittenDemonstrations
@@ -26,22 +25,17 @@ from configs.bounds import ConfigError
 from configs.load import flatten, load_config, to_yaml
 from configs.schema import FastWeightsConfig, MemoryConfig, RunConfig, WriteConfig
 from learner.types import WarmStartReport
-from tests.unit.endpoint_server import Script, Served, Server, completion, error_reply, serving
+from tests.unit.endpoint_server import KEY, Script, Served, Server, completion, error_reply, reached
 from tests.unit.learner_cases import free, learner
 from tests.unit.test_demonstration import ENVIRONMENT, TASKS, WINDOW
 
-KEY = "sk-very-secret-0123456789"
 KEY_VARIABLE = "ENGRAM_TEST_TEACHER_KEY"
 PLACES = ("Lisbon", "Oslo", "Cairo", "Quito", "Hanoi", "Accra")
 
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
-    monkeypatch.setattr(cached_endpoint, "_FIRST_PAUSE_S", 0.01)
-    with serving() as start:
-        yield start
+    yield from reached(monkeypatch, KEY_VARIABLE)
 
 
 @pytest.fixture

@@ -22,20 +22,15 @@ from actors.environments.judge.prompt import judge_prompt, parse_verdict
 from actors.protocols import TaskError
 from configs.bounds import BoundError
 from configs.schema import JudgeConfig
-from tests.unit.endpoint_server import Script, Served, Server, completion, error_reply, serving
+from tests.unit.endpoint_server import KEY, Script, Served, Server, completion, error_reply, reached
 
-KEY = "sk-very-secret-0123456789"
 KEY_VARIABLE = "ENGRAM_TEST_JUDGE_KEY"
 RUBRICS = ("names the city", "gives the year", "has no more than ten words")
 
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
-    monkeypatch.setattr(cached_endpoint, "_FIRST_PAUSE_S", 0.01)
-    with serving() as start:
-        yield start
+    yield from reached(monkeypatch, KEY_VARIABLE)
 
 
 def _config(server: Server | str, **changes: Any) -> JudgeConfig:

@@ -117,6 +117,19 @@ def test_what_an_environment_prepares_is_there_when_the_worker_is_up(
     assert made == ["index", "engine"]
 
 
+@pytest.mark.parametrize(("folder", "is_there"), [("driver", True), ("elsewhere", False)])
+def test_a_worker_works_in_the_drivers_folder_where_its_node_has_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str, is_there: bool
+) -> None:
+    """A command such as [python, my_agent.py] means the user's file, not one beside Ray."""
+    (tmp_path / "driver").mkdir()
+    monkeypatch.chdir(tmp_path)  # and back at the end
+    monkeypatch.setattr(worker_module, "RolloutWorker", lambda spec: Path.cwd())
+    actor = worker_module._RolloutActor()
+    asyncio.run(actor.start(WorkerSpec("worker-0", RunConfig(), "", "", 0, str(tmp_path / folder))))
+    assert Path.cwd() == (tmp_path / "driver" if is_there else tmp_path)
+
+
 def test_late_verdicts_fail_their_episodes_before_the_driver_gives_up_the_worker() -> None:
     assert SCORING_S < EPISODE_GRACE_S
 

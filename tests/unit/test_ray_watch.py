@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import psutil
 import pytest
 
 from cluster.fleet import ray_watch
@@ -28,7 +29,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
         address = gcs.getsockname()
         monkeypatch.setattr(ray_watch, "_POLL_S", 0.05)
         monkeypatch.setattr(ray_watch, "_gcs_address", lambda: address)
-        monkeypatch.setattr(ray_watch, "_raylet_pid", lambda: raylet.pid)
+        monkeypatch.setattr(ray_watch, "_raylet", lambda: psutil.Process(raylet.pid))
         yield Stand(gcs, raylet)
         raylet.kill()
 
@@ -72,7 +73,7 @@ from cluster.common.quiet import quiet
 from cluster.fleet import ray_watch
 ray_watch._POLL_S, ray_watch.GRACE_S = 0.05, 0.3
 ray_watch._gcs_address = lambda: ("127.0.0.1", 9)
-ray_watch._raylet_pid = lambda: None
+ray_watch._raylet = lambda: None
 async def main():
     with quiet(verbose=False), ray_watch.watched(local=True):
         time.sleep(60)

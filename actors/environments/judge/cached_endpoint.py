@@ -21,7 +21,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import diskcache
 from diskcache.core import MODE_RAW, MODE_TEXT
@@ -39,16 +39,20 @@ class MalformedReplyError(ValueError):
     """The model's reply cannot be used. The message says what it lacks: "it has no JSON array"."""
 
 
-class Prompt(Protocol):
-    @property
-    def system(self) -> str: ...
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request. Its reply should be ``wanted``, "JSON list"."""
 
-    @property
-    def user(self) -> str: ...
+    system: str
+    user: str
+    wanted: str
 
     def user_after(self, fault: str) -> str:
         """The user turn of the next try, after a malformed reply; ``fault`` is "" when there was none."""
-        ...
+        if not fault:
+            return self.user
+        again = f"An earlier reply could not be used: {fault}. Reply with the {self.wanted} only."
+        return f"{self.user}\n\n{again}"
 
 
 @dataclass(frozen=True, slots=True)

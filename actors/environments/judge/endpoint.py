@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import ssl
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from actors.protocols import TaskError
+from configs.reachable import unreachable
 from configs.schema import EndpointConfig
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 _NO_KEY = "none"  # sent when the variable is not set: local servers need no key, but the client does
 _SHOWN_CHARACTERS = 200
-_CONNECT_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +89,9 @@ class Endpoint:
 
     def require_listening(self) -> None:
         """Raise TaskError when nobody listens at the address. Takes seconds at most, and sends nothing."""
-        parts = urlsplit(self.address)
-        host = parts.hostname or ""
-        if parts.scheme in getproxies() and not proxy_bypass(host):
-            return  # a proxy knows the way to hosts that this machine does not
-        try:
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((host, port), timeout=_CONNECT_S).close()
-        except OSError as error:
-            reason = error.strerror or error
+        if reason := unreachable(self.address):
             cure = f"start it, or change {self._setting}.url"
-            raise TaskError(f"{self.address} is unreachable ({reason}): {cure}") from None
+            raise TaskError(f"{self.address} is unreachable ({reason}): {cure}")
 
     def late(self) -> EndpointFault:
         """The fault of a request that took too long."""

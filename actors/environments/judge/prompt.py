@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.environments.judge.cached_endpoint import MalformedReplyError
+from actors.environments.judge.cached_endpoint import MalformedReplyError, Prompt
 from actors.text.thoughts import visible_reply
 
 _SYSTEM = """You check an answer against numbered rubrics. \
@@ -38,22 +38,14 @@ _WORDS: Mapping[str, bool] = {
 
 
 @dataclass(frozen=True, slots=True)
-class JudgePrompt:
+class JudgePrompt(Prompt):
     """One request about ``rubrics`` rubrics.
 
     ``id`` is a hash of question, answer and rubrics. It is the same in every run, so a verdict can be cached.
     """
 
     id: str
-    system: str
-    user: str
     rubrics: int
-
-    def user_after(self, fault: str) -> str:
-        """The user turn of the next try, after a malformed reply; ``fault`` is "" when there was none."""
-        if not fault:
-            return self.user
-        return f"{self.user}\n\nAn earlier reply could not be used: {fault}. Reply with the JSON object only."
 
 
 def judge_prompt(question: str, answer: str, rubrics: Sequence[str]) -> JudgePrompt:
@@ -68,7 +60,7 @@ def judge_prompt(question: str, answer: str, rubrics: Sequence[str]) -> JudgePro
     user = json.dumps(request, ensure_ascii=False, indent=1)
     # A model may write a lone surrogate. UTF-8 has none, so it could not be sent.
     sendable = user.encode("utf-8", "backslashreplace").decode()
-    return JudgePrompt(id=identity, system=_SYSTEM, user=sendable, rubrics=len(rubrics))
+    return JudgePrompt(_SYSTEM, sendable, "JSON object", id=identity, rubrics=len(rubrics))
 
 
 def parse_verdict(reply: str, prompt: JudgePrompt) -> tuple[tuple[bool, ...], tuple[str, ...]]:
