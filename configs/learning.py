@@ -37,9 +37,9 @@ class ObjectiveConfig:
     # answers sampled at sampling.answer_temperature=0 are never trained, see there
     tokens: Literal["both", "cards", "answers"] = "both"
     # episode: all that an episode sampled has the advantage of its reward; question: an answer has the
-    # advantage of its own question's score among the siblings, and an extraction the mean of those of the
-    # questions that its cards are about (where there are none: of those whose answers its context tells, 0
-    # where it tells none), as far as the environment can say (Attributor); the rest has the episode's
+    # advantage of its own question's score among the siblings, and a card the mean of those of the
+    # questions that it is about and of those that its context tells and no card is about, as far as the
+    # environment can say (Attributor); the rest has the episode's
     credit: Literal["episode", "question"] = "episode"
     # own: a segment is scored under the Delta that it was sampled under; final: under the episode's last
     # Delta (an ablation, biased)

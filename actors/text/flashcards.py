@@ -186,6 +186,15 @@ def unused_items(text: str, cards: Sequence[Flashcard]) -> tuple[str, ...]:
     return tuple(unused)
 
 
+def card_items(text: str) -> tuple[tuple[str, tuple[Flashcard, ...]], ...]:
+    """The raw items of the arrays in ``text``, in order, and the cards that each gives.
+
+    A card counts here also where ``parse_flashcards`` would not take it: again, or beyond the limit.
+    """
+    arrays = _arrays(visible_reply(text))
+    return tuple((item, tuple(_cards_of(item)[0])) for array in arrays for item in array.items)
+
+
 class _Collector:
     """Takes cards up to ``limit``, each question once."""
 

@@ -192,10 +192,11 @@ def _segment(segment: Segment, chat: ChatFormat) -> SegmentRecord:
     ids = [int(token) for token in segment.token_ids]
     passages: list[Passage] = []
     place = 0
-    for span in segment.spans:
-        passages += _turns(ids, place, span.start, chat)
-        passages.append(Passage(span.kind, span.start, span.end, chat.decode(ids[span.start : span.end])))
-        place = span.end
+    for spans in segment.generations:
+        start, end = spans[0].start, spans[-1].end
+        passages += _turns(ids, place, start, chat)
+        passages.append(Passage(spans[0].kind, start, end, chat.decode(ids[start:end])))
+        place = end
     passages += _turns(ids, place, len(ids), chat)
     return SegmentRecord(segment.revision, tuple(ids), tuple(passages))
 
