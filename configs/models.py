@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs.embedded import EMBEDDED_NAME, ModelError, embedded_folder
+from configs.hub import hub_or_cache
 from configs.schema import EngineConfig, ModelConfig
 from configs.shapes import ModelShape, check_supported, read_config, read_shape
 
@@ -91,14 +92,15 @@ def model_shape(config: ModelConfig) -> ModelShape:
     found = try_to_load_from_cache(name, "config.json")
     if isinstance(found, str):
         return read_shape(Path(found), name)
-    try:
-        return read_shape(Path(hf_hub_download(name, "config.json")), name)
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        answer = f" ({_first_line(error)})" if isinstance(error, HfHubHTTPError) else ""
-        raise ModelError(
-            f"model {name!r}: its config.json is neither in the local cache nor to be had from the hub"
-            f"{answer}; give a folder that holds this file as model.name"
-        ) from None
+    with hub_or_cache(name) as silence:
+        try:
+            return read_shape(Path(hf_hub_download(name, "config.json")), name)
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            answer = silence or (_first_line(error) if isinstance(error, HfHubHTTPError) else "")
+            raise ModelError(
+                f"model {name!r}: its config.json is neither in the local cache nor to be had from the hub"
+                f"{f' ({answer})' if answer else ''}; give a folder that holds this file as model.name"
+            ) from None
 
 
 def require_positions(model: ResolvedModel, engine: EngineConfig) -> None:
@@ -162,34 +164,33 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _download(name: str, patterns: list[str]) -> Path:
-    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
     is_cached = any(try_to_load_from_cache(name, file) for file in _WEIGHT_FILES)
-    if WEIGHTS in patterns and not is_cached and not constants.HF_HUB_OFFLINE:
-        # Its bars are kept out of a command's output, and it may take many minutes.
-        _log.warning("downloading the model %s from %s ...", name, HfApi().endpoint)
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except GatedRepoError:
-        cure = "accept its licence there, then set HF_TOKEN"
-        raise ModelError(f"model {name!r} is gated on the hub: {cure}") from None
-    except RepositoryNotFoundError:
-        problem = f"model {name!r} is neither a folder here nor a repository on {HfApi().endpoint}"
-        raise ModelError(f"{problem}; check the name, or set HF_TOKEN") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        offline = isinstance(error, OfflineModeIsEnabled)
-        reason = "HF_HUB_OFFLINE is set" if offline else _first_line(error)
-        problem = f"is not in the local cache and the hub {HfApi().endpoint} cannot be reached ({reason})"
-        cure = "download it elsewhere and give its folder as model.name"
-        other = f"use model.name={EMBEDDED_NAME}, which needs no hub"
-        raise ModelError(f"model {name!r} {problem}; {cure}, or {other}") from None
+    with hub_or_cache(name) as silence:
+        if WEIGHTS in patterns and not is_cached and not silence:
+            # Its bars are kept out of a command's output, and it may take many minutes.
+            _log.warning("downloading the model %s from %s ...", name, HfApi().endpoint)
+        try:
+            return Path(snapshot_download(name, allow_patterns=patterns))
+        except GatedRepoError:
+            cure = "accept its licence there, then set HF_TOKEN"
+            raise ModelError(f"model {name!r} is gated on the hub: {cure}") from None
+        except RepositoryNotFoundError:
+            problem = f"model {name!r} is neither a folder here nor a repository on {HfApi().endpoint}"
+            raise ModelError(f"{problem}; check the name, or set HF_TOKEN") from None
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            reason = silence or _first_line(error)
+            problem = f"is not in the local cache and the hub {HfApi().endpoint} cannot be reached ({reason})"
+            cure = "download it elsewhere and give its folder as model.name"
+            other = f"use model.name={EMBEDDED_NAME}, which needs no hub"
+            raise ModelError(f"model {name!r} {problem}; {cure}, or {other}") from None
 
 
 def _check_files(path: Path, name: str) -> None:

@@ -16,6 +16,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +181,19 @@ def longmemeval_path() -> Path:
 def hotpotqa_path() -> Path:
     """The folder named by ENGRAM_HOTPOTQA_PATH (questions.json, corpus.json); else a skip."""
     return _data("ENGRAM_HOTPOTQA_PATH", "a folder with HotpotQA's questions.json and their corpus.json")
+
+
+@pytest.fixture
+def silent_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A hub that takes connections and never says a word; its cache is empty."""
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.5")
+        yield server
 
 
 def _data(variable: str, what: str) -> Path:

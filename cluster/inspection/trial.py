@@ -44,6 +44,7 @@ from actors.types import (
     WriteRequest,
     WriteResult,
 )
+from cluster.common.quiet import quiet
 from cluster.common.tasks import TaskSource
 from cluster.inspection.terminal import number_text, scores_text, visible
 from configs.bounds import ConfigError
@@ -102,7 +103,8 @@ def typed_reply(prompt: str) -> str | None:
 
 def try_task(config: RunConfig, trial: Trial, replies: Replies, console: Console) -> None:
     """Play one task. Raises TaskError or MemoryFault for a fault, with the user's file and line."""
-    chat = open_chat(tokenizer_folder(config.model), config.model)
+    with quiet(verbose=False):  # what the environment prints is the user's, and stays
+        chat = open_chat(tokenizer_folder(config.model), config.model)
     try:
         environment = build_environment(config.environment, config.embedder)
     except ValueError as error:  # settings that only the environment can judge

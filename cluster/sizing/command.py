@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cluster.common.arguments import Config, Settings, required_config
+from cluster.common.quiet import Verbose, quiet
 from configs.bounds import ConfigError
 
 PLAN_EXAMPLES = """examples:
@@ -33,6 +34,7 @@ def plan(
     gpu_gib: Annotated[
         float | None, typer.Option(min=1, metavar="GIB", help="memory of each", show_default="this one's")
     ] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Say what of a training fits into memory."""
     from cluster.sizing.machine import named_machine, this_machine
@@ -44,7 +46,9 @@ def plan(
         raise ConfigError("plan takes --gpus and --gpu-gib together; without both it looks at this machine")
     loaded = load_config(required_config("plan", config), settings or [])
     machine = this_machine() if gpus is None or gpu_gib is None else named_machine(gpus, gpu_gib)
-    made = make_plan(loaded, model_shape(loaded.model), machine)
+    with quiet(verbose):
+        shape = model_shape(loaded.model)
+    made = make_plan(loaded, shape, machine)
     typer.echo(str(made))
     if made.shortages:
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from configs import embedded, models
+from configs import embedded, hub, models
 from configs.models import ModelError, check_supported, fingerprint, resolve_model
 from configs.schema import ModelConfig
 
@@ -273,6 +273,7 @@ def test_a_download_is_said_and_a_cached_model_is_not(
 
     cached: list[str] = []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_silence", lambda name, kind: "")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
     monkeypatch.setattr(
         huggingface_hub, "try_to_load_from_cache", lambda name, file: file if file in cached else None

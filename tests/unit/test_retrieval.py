@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +68,12 @@ def test_an_embedder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"embedder.name=.*cannot be loaded.*give minilm") as failure:
         load_embedder(EmbedderConfig(name=str(tmp_path / "nothing")))
     assert "\n" not in str(failure.value)
+
+
+def test_an_embedder_of_a_hub_that_does_not_answer_is_one_line(
+    embedder: Embedder, silent_hub: socket.socket, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """``embedder`` has imported the library. Alone it asks for three files, six times each: 70 s."""
+    with pytest.raises(TaskError, match=r"cannot be loaded \(not in the local cache, and the hub: no answer"):
+        load_embedder(EmbedderConfig(name="org/embedder"))
+    assert "Retrying" not in capfd.readouterr().err
