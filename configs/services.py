@@ -70,14 +70,16 @@ class EpisodesConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """MLflow.
+    """Where a run reports: MLflow, and wandb or trackio where they are installed.
 
     An empty ``uri`` means MLFLOW_TRACKING_URI, and without this variable sqlite in the output folder.
     """
 
     enabled: bool = True
-    uri: str = ""
-    experiment: str = "engram"
+    # wandb and trackio are extras; their keys and addresses are variables of theirs, such as WANDB_API_KEY
+    trackers: tuple[Literal["mlflow", "wandb", "trackio"], ...] = ("mlflow",)
+    uri: str = ""  # of MLflow
+    experiment: str = "engram"  # MLflow's; the project of wandb and trackio
     timeout_s: float = 20.0  # of one request to a server
     # how long the end of a run waits for a store that is away; what was not sent stays in the run's folder
     finish_timeout_s: float = 30.0
@@ -90,6 +92,12 @@ class TrackingConfig:
         home_expanded(self, "uri")
         positive(self, "timeout_s")
         not_negative(self, "finish_timeout_s", "system_metrics_s")
+        cure = "tracking.enabled=false turns tracking off"
+        require(bool(self.trackers), "trackers", self.trackers, "one or more of mlflow, wandb, trackio", cure)
+
+    @property
+    def uses_mlflow(self) -> bool:
+        return self.enabled and "mlflow" in self.trackers
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def require_lasting(config: RunConfig, environ: Mapping[str, str]) -> None:
     uri, setting = config.tracking.uri, "tracking.uri"
     if not uri:
         uri, setting = environ.get("MLFLOW_TRACKING_URI", ""), "MLFLOW_TRACKING_URI"
-    path = _local_path(uri) if config.tracking.enabled and uri else None
+    path = _local_path(uri) if config.tracking.uses_mlflow and uri else None
     if path is not None and not Path(path).is_absolute():
         allowed = "sqlite:////shared/mlflow.db (four slashes), or the http:// address of a server"
         _refuse(f"{setting}={uri}", allowed)

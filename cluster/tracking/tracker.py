@@ -1,5 +1,7 @@
 """The tracker: a run's figures, files, data and models on their way to MLflow. One MLflow run per training.
 
+With ``tracking.trackers`` wandb and trackio get them too, or instead (others.py).
+
     log, artifact, dataset, model --0.5 ms--> outbox: a file in the run's folder --sender: a thread--> MLflow
 
 Every wait, and its bound:
@@ -25,8 +27,9 @@ import re
 import sqlite3
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, urlsplit
@@ -35,6 +38,7 @@ from cluster.common.errors import TrackingError
 from cluster.common.git import git_commit
 from cluster.common.ray_job import current_job
 from cluster.common.turn import in_turn
+from cluster.tracking.others import Sink, open_others, require_others
 from cluster.tracking.outbox import Entity, Outbox, Point, Status
 from cluster.tracking.sender import MlflowRun, Sender, first_line, shown
 from cluster.tracking.system_metrics import SystemMetrics
@@ -132,6 +136,51 @@ class MlflowTracker(Tracker):
         self._outbox.close()
 
 
+class Relay(Tracker):
+    """Hands each verb to ``first`` and to every sink. One that raises is left out from then on."""
+
+    def __init__(self, first: Tracker | None, sinks: Sequence[Sink]) -> None:
+        self._first, self._sinks = first or Tracker(), list(sinks)
+        self.run_id = self._first.run_id
+        places = [] if first is None else [first.location]
+        self.location = "; ".join([*places, *(sink.location for sink in sinks)])
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._first.log(metrics, step)
+        self._each(lambda sink: sink.log(metrics, step))
+
+    def artifact(self, path: Path) -> None:
+        self._first.artifact(path)
+        self._each(lambda sink: sink.file(path))
+
+    def dataset(self, values: Mapping[str, str]) -> None:
+        self._first.dataset(values)
+        content = f"{values['name']} (sha256 {values['digest']})"
+        self._each(lambda sink: sink.note(f"data/{values['context']}", content))
+
+    def model(self, values: Mapping[str, str]) -> None:
+        self._first.model(values)
+        for alias in values["aliases"].split():
+            self._each(partial(_note, f"checkpoint/{alias}", values["folder"]))
+
+    def finish(self, status: RunStatus) -> None:
+        self._each(lambda sink: sink.end(failed=status != "FINISHED"))
+        self._first.finish(status)
+
+    def _each(self, verb: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                verb(sink)
+            except Exception as error:  # noqa: BLE001  a client raises what it likes, and no verb may
+                self._sinks.remove(sink)
+                text = "warning: %s takes nothing more (%s): the run goes on without it"
+                _log.warning(text, sink.name, first_line(error))
+
+
+def _note(name: str, value: str, sink: Sink) -> None:
+    sink.note(name, value)
+
+
 def start_tracking(
     config: RunConfig, output_dir: Path, run_name: str, config_file: Path, resumed_run_id: str
 ) -> Tracker:
@@ -148,12 +197,28 @@ def start_tracking(
 def open_run(
     tracking: TrackingConfig, output_dir: Path, run_name: str, params: Mapping[str, str], resumed_run_id: str
 ) -> Tracker:
-    """Open a new run with ``params``, or the earlier one again. Raises TrackingError.
+    """Open a new run with ``params``, or the earlier one again, in each tracker. Raises TrackingError."""
+    if not tracking.enabled:
+        return Tracker()
+    if tuple(tracking.trackers) == ("mlflow",):
+        return _open_mlflow(tracking, output_dir, run_name, params, resumed_run_id)
+    sinks = open_others(tracking, output_dir / run_name, params)
+    if not tracking.uses_mlflow:
+        return Relay(None, sinks)
+    try:
+        return Relay(_open_mlflow(tracking, output_dir, run_name, params, resumed_run_id), sinks)
+    except TrackingError:
+        Relay(None, sinks).finish("FAILED")
+        raise
+
+
+def _open_mlflow(
+    tracking: TrackingConfig, output_dir: Path, run_name: str, params: Mapping[str, str], resumed_run_id: str
+) -> MlflowTracker:
+    """Open the run in MLflow.
 
     The outbox lies in ``output_dir / run_name``. What an earlier process left in it is sent first.
     """
-    if not tracking.enabled:
-        return Tracker()
     _quiet(tracking.timeout_s)
     own = store_uri(tracking, output_dir) == _own_store(output_dir)
     # MLflow creates the tables of a new store step by step: two at once wreck it for good.
@@ -203,12 +268,13 @@ def _in_mlflow(
 
 
 def require_server(tracking: TrackingConfig, output_dir: Path) -> None:
-    """Raise TrackingError when nobody listens at the address of MLflow's server.
+    """Raise TrackingError when nobody listens at the address of MLflow's server, or a package is missing.
 
     Why here: MLflow's client takes a minute to say so.
     """
+    require_others(tracking)
     uri = store_uri(tracking, output_dir)
-    if not tracking.enabled or urlsplit(uri).scheme not in ("http", "https"):
+    if not tracking.uses_mlflow or urlsplit(uri).scheme not in ("http", "https"):
         return
     if reason := unreachable(uri):
         raise TrackingError(
