@@ -86,6 +86,7 @@ _EXAMPLES = """examples:
   engram submit train quickstart output_dir=/shared/runs       the same as a job on a Ray cluster
   engram chat runs/quickstart-...                 talk to what was trained; it learns in the conversation
   engram serve runs/quickstart-...                the same behind an OpenAI-compatible endpoint
+  engram memory ada                               what a conversation has learnt; correct it, or forget some
   engram export runs/quickstart-... exported      a plain Hugging Face folder, or a memory as a PEFT adapter
   engram bench                                    every seam against a named baseline
   engram train --settings                         every setting with its default and what is allowed
@@ -320,6 +321,7 @@ _add(compare.compare, compare.EXAMPLES)
 _add(scale, _SCALE_EXAMPLES)
 _add(assistant.chat, assistant.CHAT_EXAMPLES)
 _add(assistant.serve, assistant.SERVE_EXAMPLES)
+_add(assistant.memory, assistant.MEMORY_EXAMPLES)
 _add(assistant.export, assistant.EXPORT_EXAMPLES)
 _add(jobs.submit, jobs.SUBMIT_EXAMPLES, _SubmitCommand)
 _add(jobs.status, jobs.STATUS_EXAMPLES)
@@ -352,7 +354,7 @@ def _status_of(error: Exception) -> int | None:
     None for a programming error, whose traceback is wanted. The imports take seconds, and an error has time.
     """
     from actors.fast_weights.delta import BasisError
-    from actors.protocols import EngineError, TaskError
+    from actors.protocols import EngineError, ReceiptError, TaskError, WriterError
     from actors.text.chat_template import ChatTemplateError
     from cluster.assistant.opening import AssistantError
     from cluster.bench.values import BenchError
@@ -368,5 +370,6 @@ def _status_of(error: Exception) -> int | None:
     parts = TaskError | ModelError | ChatTemplateError | ExtensionError
     if isinstance(error, files | parts | AssistantError | ProbeError | ScaleError):
         return EXIT_USAGE
-    failures = ClusterError | BasisError | EngineError | LearnerError | BenchError
+    writes = EngineError | ReceiptError | WriterError
+    failures = ClusterError | BasisError | writes | LearnerError | BenchError
     return EXIT_FAILED if isinstance(error, failures) else None

@@ -99,9 +99,12 @@ def recover_folder(target: Path) -> None:
 
 
 def remove_folder(target: Path) -> None:
-    """Delete a folder. It disappears at once: no reader finds a part of it. Raises OSError."""
+    """Delete a folder. It disappears at once: no reader finds a part of it. Raises OSError.
+
+    What a killed process left beside it goes too.
+    """
     gone = _aside(target, "gone")
-    for leftover in (_aside(target, "old"), gone):
+    for leftover in (_aside(target, "old"), _aside(target, "partial"), gone):
         if leftover.exists():
             shutil.rmtree(leftover)
     if target.exists():

@@ -131,7 +131,11 @@ class AssistantConfig:
     # that serve keeps in memory; one more puts away the conversation that was idle longest
     max_conversations: int = 64
     idle_s: float = 3600.0  # a conversation that was idle for so long is put away too
-    save_dir: str = ""  # put away means: saved here, and loaded when it is named again; empty: forgotten
+    # serve saves each conversation here after every turn, and loads it when it is named again; empty: a
+    # conversation that is put away is forgotten
+    save_dir: str = ""
+    max_saved: int = 1000  # conversations in save_dir; a new one is refused where it is full
+    max_saved_mib: float = 4096.0  # of all files in save_dir; a new conversation is refused where it is full
     max_body_kib: int = 256  # of one request to serve
     request_timeout_s: float = 300.0  # of one request to serve, with the wait for its turn
 
@@ -139,3 +143,4 @@ class AssistantConfig:
         not_negative(self, "temperature")
         home_expanded(self, "save_dir")
         positive(self, "max_conversations", "idle_s", "max_body_kib", "request_timeout_s")
+        positive(self, "max_saved", "max_saved_mib")

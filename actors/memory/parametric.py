@@ -23,7 +23,7 @@ from actors.text.flashcards import (
 )
 from actors.text.grounded import is_told
 from actors.text.split_text import split_text
-from actors.types import Flashcard
+from actors.types import Flashcard, WriteRecord
 from configs.schema import MemoryConfig, WriteConfig
 
 _LEAST_PIECE = 16  # tokens of a turn in a window that is too small
@@ -65,11 +65,18 @@ class Flashcards:
                 unusable = f"all {len(grounded)} flashcards are over write.max_example_tokens={limit}"
             agent.skip_write(text, rejected, parsed.problem or unusable, parsed.repaired)
             return
+        await self.teach(agent, cards, text, rejected, parsed.repaired)
+
+    async def teach(
+        self, agent: Agent, cards: Sequence[Flashcard], text: str = "", rejected: int = 0, repaired: int = 0
+    ) -> None:
+        """Write ``cards``, of which at least one fits, and log the write with the agent's own ``text``."""
+        limit = self._write.max_example_tokens
         earlier = _not_outdated(self._written(agent), cards, self._config.wordings)
         rehearsed = earlier[max(0, len(earlier) - self._write.rehearsal) :]
         system_prompt, chat, depths = agent.system_prompt, agent.chat, self._write.depths
         examples = write_examples([*cards, *rehearsed], earlier, system_prompt, chat, depths, limit)
-        await agent.write(text, cards, examples, rejected, parsed.repaired)
+        await agent.write(text, cards, examples, rejected, repaired)
 
     def _prompt(self, agent: Agent, bare: bool = False) -> str:
         question = "" if self._config.question_blind else agent.question
@@ -88,13 +95,7 @@ class Flashcards:
         return example_tokens(example) <= self._write.max_example_tokens
 
     def _written(self, agent: Agent) -> list[Flashcard]:
-        """Return the cards that the episode has written and not answered anew since, oldest first."""
-        written: list[Flashcard] = []
-        for record in agent.writes:
-            if record.outcome == "accepted":
-                kept = _not_outdated(written, record.flashcards, self._config.wordings)
-                written = [*kept, *record.flashcards]
-        return written
+        return standing_cards(agent.writes, self._config.wordings)
 
 
 class FlashcardMemory(ContextMemory):
@@ -186,6 +187,11 @@ class ParametricMemory(FlashcardMemory):
     then the agent is the truncation agent, to the token.
     """
 
+    async def teach(self, agent: Agent, cards: Sequence[Flashcard]) -> None:
+        """Write ``cards`` that were written before, without a context; at least one of them must fit."""
+        assert self._flashcards is not None, "write.epochs=0 writes nothing"
+        await self._flashcards.teach(agent, cards)
+
     async def relieve(self, agent: Agent, incoming: int) -> None:
         if self._flashcards is None:
             self.events["truncations"] += 1
@@ -231,6 +237,15 @@ class HybridMemory(FlashcardMemory):
     def reserve(self, agent: Agent, full: bool = False) -> int:
         cards = self._flashcards.reserve(agent, full) if self._flashcards is not None else 0
         return self._summary.reserve(agent, full) + cards
+
+
+def standing_cards(writes: Sequence[WriteRecord], wordings: int) -> list[Flashcard]:
+    """Return the cards that ``writes`` have written and not answered anew since, oldest first."""
+    standing: list[Flashcard] = []
+    for record in writes:
+        if record.outcome == "accepted":
+            standing = [*_not_outdated(standing, record.flashcards, wordings), *record.flashcards]
+    return standing
 
 
 def _not_outdated(earlier: Sequence[Flashcard], cards: Sequence[Flashcard], wordings: int) -> list[Flashcard]:

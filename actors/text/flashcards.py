@@ -349,7 +349,7 @@ def _other_card(value: Mapping[str, Value]) -> Flashcard | None:
 
 def _side_text(side: Value) -> str:
     listed = side if isinstance(side, list) else [side]
-    texts = [_clean(text) for text in listed if isinstance(text, str)]
+    texts = [clean(text) for text in listed if isinstance(text, str)]
     text = ", ".join(texts) if len(texts) == len(listed) and all(texts) else ""
     return text if len(text) <= MAX_SIDE_CHARACTERS else ""
 
@@ -364,12 +364,12 @@ def _side(value: dict[str, object], keys: Sequence[str]) -> str:
         side = value.get(key)
         is_number = isinstance(side, (int, float)) and not isinstance(side, bool) and math.isfinite(side)
         if isinstance(side, str) or is_number:
-            text = _clean(str(side))
+            text = clean(str(side))
             return text if len(text) <= MAX_SIDE_CHARACTERS else ""
     return ""
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Make it one line, without control characters and lone surrogates: no tokenizer encodes a surrogate."""
     kept = "".join(char if unicodedata.category(char) not in ("Cc", "Cs") else " " for char in text)
     return " ".join(kept.split())

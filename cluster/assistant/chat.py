@@ -17,14 +17,18 @@ from actors.protocols import EngineError, ReceiptError, WriterError
 from actors.types import WriteRecord
 from cluster.assistant.conversation import Conversation, Reply
 from cluster.assistant.opening import AssistantError, Opening, parts_of
+from cluster.assistant.tending import Edits, Rebuilt, card_lines
 from cluster.common.display import Display
+from configs.files import recover_folder
 
 T = TypeVar("T")
 
 _HELP = """/write             write what is in the context now, and clear it
 /delta off|on      answer without, or with, what was written (the comparison)
 /compare QUESTION  both answers side by side, from an empty context: what the weights alone know
-/cards             all flashcards written so far
+/cards             the flashcards in the weights, numbered
+/correct N ANSWER  give flashcard N the right answer; all that remain are written anew
+/forget N          forget flashcard N; the others are written anew
 /tell TEXT         something that wants no answer
 /read FILE         read a text file; it is written in pieces where it is longer than the context
 /save DIR          the memory as a PEFT adapter (safetensors), with all that is needed to go on
@@ -46,7 +50,7 @@ def chat(opening: Opening, memory: Path | None, source: TextIO, display: Display
         conversation = Conversation(parts, "chat", opening.system_prompt)
         terminal = Terminal(conversation, opening, runner, display)
         if memory is not None:
-            terminal.load(str(memory))
+            terminal.live_in(memory.expanduser())
         window = opening.config.memory.max_context_tokens
         display.say(f"ready: a context of {window} tokens; /help lists the commands, /quit ends")
         terminal.converse(source)
@@ -65,15 +69,18 @@ class Terminal:
         self._window = config.memory.max_context_tokens
         self._max_answer = config.sampling.max_answer_tokens
         self._timeout_s = config.assistant.request_timeout_s
+        self._home: Path | None = None
         self._commands: dict[str, Callable[[str], None]] = {
             "write": self._write,
             "delta": self._delta,
             "compare": self._compare,
             "cards": self._cards,
+            "correct": self._correct,
+            "forget": self._forget,
             "tell": self._tell,
             "read": self._read,
             "save": self._save,
-            "load": self.load,
+            "load": self._load,
             "new": self._new,
             "status": self._status,
             "help": lambda argument: self._note(_HELP),
@@ -87,11 +94,23 @@ class Terminal:
             if text:
                 self._attempt(text)
 
-    def load(self, argument: str) -> None:
+    def live_in(self, folder: Path) -> None:
+        """Go on from the memory in ``folder``, if there is one; from now on save there after every turn."""
+        recover_folder(folder)  # a chat was killed while it saved
+        if folder.is_dir() and any(folder.iterdir()):
+            self._load(str(folder))
+        else:
+            self._note(f"{folder}: a new memory")
+        self._home = folder
+        self._conversation.save(folder, overwrite=True)
+        self._note(f"saved in {folder} after every turn")
+
+    def _load(self, argument: str) -> None:
         conversation = self._conversation
-        self._wait(conversation.load(self._folder(argument, "load")))
+        rebuilt = self._wait(conversation.load(self._folder(argument, "load")), limited=False)
         cards = _plural(len(conversation.cards), "flashcard")
         self._note(f"loaded {argument}: {cards}, revision {conversation.revision}")
+        self._show_rebuilt(rebuilt)
 
     # --- turns and commands -----------------------------------------------------------------------------
 
@@ -111,6 +130,14 @@ class Terminal:
             self._fail(f"no answer within {limit}; the turn is forgotten")
         except KeyboardInterrupt:
             self._note("interrupted: the turn is forgotten; /quit ends")
+        self._keep()
+
+    def _keep(self) -> None:
+        if self._home is not None:
+            try:
+                self._conversation.save(self._home, overwrite=True)
+            except AssistantError as error:
+                self._fail(f"this turn is not saved: {error}")
 
     def _say(self, text: str) -> None:
         conversation = self._conversation
@@ -150,8 +177,24 @@ class Terminal:
     def _cards(self, argument: str) -> None:
         if not (cards := self._conversation.cards):
             self._note("nothing written yet")
-        for card in cards:
-            self._note(f"  {card.question} -> {card.answer}")
+        for line in card_lines(cards, self._display.console.width - 4):
+            self._note(line)
+
+    def _correct(self, argument: str) -> None:
+        number, _, answer = argument.partition(" ")
+        if not number.isdecimal() or not answer.strip():
+            raise AssistantError("/correct needs a number of /cards and the answer: /correct 3 in Porto")
+        self._tend(Edits(correct={int(number): answer}))
+
+    def _forget(self, argument: str) -> None:
+        numbers = argument.replace(",", " ").split()
+        if not numbers or not all(number.isdecimal() for number in numbers):
+            raise AssistantError("/forget needs numbers of /cards, e.g. /forget 3")
+        self._tend(Edits(forget=tuple(map(int, numbers))))
+
+    def _tend(self, edits: Edits) -> None:
+        self._show_rebuilt(self._wait(self._conversation.tend(edits), limited=False))
+        self._status("")
 
     def _tell(self, argument: str) -> None:
         if not argument:
@@ -194,10 +237,11 @@ class Terminal:
 
     # --- helpers ----------------------------------------------------------------------------------------
 
-    def _wait(self, turn: Coroutine[Any, Any, T]) -> T:
+    def _wait(self, turn: Coroutine[Any, Any, T], limited: bool = True) -> T:
+        """The result of ``turn``. Without a limit where many cards are written: Ctrl-C ends that."""
         console = self._display.console
         with console.status("...") if console.is_terminal else nullcontext():
-            return self._runner.run(asyncio.wait_for(turn, self._timeout_s))
+            return self._runner.run(asyncio.wait_for(turn, self._timeout_s if limited else None))
 
     def _lines(self, source: TextIO) -> Iterator[str]:
         if not source.isatty():
@@ -217,6 +261,10 @@ class Terminal:
         for record in writes:
             for line in describe_write(record):
                 self._note(line)
+
+    def _show_rebuilt(self, rebuilt: Rebuilt | None) -> None:
+        for line in rebuilt.lines() if rebuilt is not None else ():
+            self._note(line)
 
     def _folder(self, argument: str, command: str) -> Path:
         if not argument:

@@ -1,4 +1,4 @@
-"""The commands ``chat``, ``serve`` and ``export``: from their arguments to what they run."""
+"""The commands ``chat``, ``serve``, ``memory`` and ``export``: from their arguments to what they run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from cluster.common.arguments import Settings, complete_config
 from cluster.common.quiet import Verbose, quiet
+from configs.bounds import ConfigError
 
 if TYPE_CHECKING:
     from cluster.assistant.opening import Opening
@@ -42,6 +43,21 @@ The field "conversation" of a request, or its header X-Conversation-Id, names a 
 turn of a request are new. The turns before them are read once, when the conversation begins. A request
 without a name is a conversation of its own, forgotten when it is answered. Anybody who knows a name can talk
 to it: set ENGRAM_API_KEY, and every request except /health must carry it as a bearer token.
+"""
+MEMORY_EXAMPLES = """examples:
+  engram memory ada
+  engram memory ada --correct '3=in Porto' --forget 5 --forget 6
+  engram memory ada --model runs/quickstart-20260101-120000
+  engram memory conversations/ada --forget 2 write.epochs=20
+
+Without options it lists the flashcards in the weights of a saved conversation; no model is loaded.
+
+--correct and --forget name them by their numbers. The model is loaded, and Delta is written anew from the
+flashcards that remain, since nothing takes one out of the weights. It says how many of them were learnt, and
+which did not take. The folder is replaced at the end, or stays as it is. --model writes them onto another
+model, as chat and serve do by themselves when a saved conversation is not one of their model.
+
+Do not change a memory that a chat or a server has open: it is saved there again after its next turn.
 """
 EXPORT_EXAMPLES = """examples:
   engram export runs/quickstart-20260101-120000 exported
@@ -77,7 +93,10 @@ def chat(
     settings: Settings = None,
     config: Config = "",
     memory: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="go on from a saved memory, as /load does")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="where the conversation lives: loaded, and saved again after every turn"
+        ),
     ] = None,
     verbose: Verbose = False,
 ) -> int:
@@ -111,6 +130,47 @@ def serve(
         from cluster.assistant.serve import serve as listen
 
         listen(_opening(model, settings, config), host, port, display)
+
+
+def memory(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="that /save, --memory or serve wrote")],
+    settings: Settings = None,
+    correct: Annotated[
+        list[str] | None,
+        typer.Option(metavar="N=ANSWER", help="give flashcard N the right answer; can be repeated"),
+    ] = None,
+    forget: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="forget flashcard N; can be repeated")
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL", help="write it onto this model", show_default="the one that it is a memory of"
+        ),
+    ] = "",
+    config: Config = "",
+    verbose: Verbose = False,
+) -> None:
+    """Show what a saved conversation has written into its weights; correct or forget some of it."""
+    from cluster.common.display import Display
+
+    display = Display()
+    with quiet(verbose):
+        from cluster.assistant.tending import parse_edits
+        from cluster.assistant.tending_command import change, show
+        from configs.shipped import find_config
+
+        edits = parse_edits(forget or (), correct or ())
+        if edits or model:
+            chosen = find_config(config) if config else None
+            change(folder.expanduser(), edits, model, chosen, settings or [], display)
+        elif settings:
+            word = settings[0]
+            raise ConfigError(
+                f"argument {word!r}: a list needs no settings; they are for --correct, --forget"
+            )
+        else:
+            show(folder.expanduser(), display)
 
 
 def export(

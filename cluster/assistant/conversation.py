@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.episodes.episode import EpisodeSpec, LiveActor, derived_seed
 from actors.memory.base import Agent
-from actors.memory.parametric import ParametricMemory
+from actors.memory.parametric import ParametricMemory, standing_cards
 from actors.text.split_text import split_text
 from actors.types import (
     AdapterKey,
@@ -41,8 +42,9 @@ from actors.types import (
     WriteRequest,
     WriteResult,
 )
-from cluster.assistant.memory_file import SavedMemory, load_memory, save_memory
-from cluster.assistant.opening import Parts
+from cluster.assistant.memory_file import SavedAdapter, SavedMemory, load_memory, save_memory
+from cluster.assistant.opening import AssistantError, Parts
+from cluster.assistant.tending import NO_EDITS, Edits, Rebuilt, can_read, losses_of, remaining, written_anew
 
 # Numbers the episodes of this process, so that an adapter's name is never used twice in an engine.
 _EPISODE_NUMBERS = itertools.count(1)
@@ -165,6 +167,8 @@ class Conversation:
         self._speaker = _Speaker(parts, name)
         self._memory = ParametricMemory(config.memory, config.write, config.engine.max_model_tokens)
         self._agent = Agent(self._speaker, parts.chat, system_prompt, "")
+        self._name, self._wordings = name, config.memory.wordings
+        self._saved: SavedAdapter | None = None  # of the last save or load
 
     # --- state ------------------------------------------------------------------------------------------
 
@@ -201,8 +205,8 @@ class Conversation:
 
     @property
     def cards(self) -> tuple[Flashcard, ...]:
-        """All flashcards in the weights, oldest first."""
-        return self._state().cards
+        """The flashcards in the weights that no later one answers anew, oldest first."""
+        return tuple(standing_cards(self._agent.writes, self._wordings))
 
     @property
     def context_tokens(self) -> int:
@@ -271,15 +275,38 @@ class Conversation:
         await self._become(SavedMemory(zero, opening.system_prompt, (), (), None))
 
     def save(self, folder: Path, overwrite: bool) -> None:
-        """Save the conversation, see memory_file.py. Raises AssistantError."""
-        save_memory(self._state(), self._parts.opening, folder, overwrite)
+        """Save the conversation, see memory_file.py. Raises AssistantError.
 
-    async def load(self, folder: Path) -> None:
-        """Replace this conversation by the one in ``folder``.
+        The adapter is written where it has changed since the last save there: most turns write nothing.
+        """
+        earlier, self._saved = self._saved, None  # what a save that fails leaves is not known
+        self._saved = save_memory(self._state(), self._parts.opening, folder, overwrite, earlier)
+
+    async def load(self, folder: Path, edits: Edits = NO_EDITS) -> Rebuilt | None:
+        """Replace this conversation by the one in ``folder``, with ``edits`` of its flashcards.
+
+        Its Delta is loaded if it is one of this model and no card changes: then returns None. Otherwise the
+        cards are written anew. Raises AssistantError too; then nothing changed.
+        """
+        memory, foreign = load_memory(folder, self._parts.opening)
+        cards = edits.applied(memory.cards)
+        if foreign or cards != memory.cards:
+            return await self._rebuild(memory, cards, foreign)
+        await self._become(memory)
+        with suppress(OSError):
+            self._saved = SavedAdapter.of(folder, memory.weights)
+        return None
+
+    async def tend(self, edits: Edits) -> Rebuilt:
+        """Correct and forget flashcards: Delta is rebuilt from those that remain.
 
         Raises AssistantError too; then nothing changed.
         """
-        await self._become(load_memory(folder, self._parts.opening))
+        memory = self._state()
+        cards = edits.applied(memory.cards)
+        if cards == memory.cards:
+            raise AssistantError("nothing changes: the flashcards say that already")
+        return await self._rebuild(memory, cards, "")
 
     async def close(self) -> None:
         """Release the adapter in the engine."""
@@ -291,8 +318,37 @@ class Conversation:
         agent, speaker = self._agent, self._speaker
         unwritten = agent.context.after_opening
         return SavedMemory(
-            speaker.weights, agent.system_prompt, unwritten, tuple(agent.writes), speaker.probe
+            speaker.weights,
+            agent.system_prompt,
+            unwritten,
+            tuple(agent.writes),
+            speaker.probe,
+            self._parts.chat.decode(unwritten),
+            self._wordings,
         )
+
+    async def _rebuild(self, memory: SavedMemory, cards: tuple[Flashcard, ...], reason: str) -> Rebuilt:
+        """Continue with ``memory``, and with a Delta that is made of ``cards`` alone.
+
+        It is made under an episode of its own, so that a failure leaves this conversation as it is.
+        """
+        parts, started = self._parts, time.perf_counter()
+        keeps = not reason or can_read(memory, parts)
+        context_ids, context = (memory.context_ids, memory.context) if keeps else ((), "")
+        speaker = _Speaker(parts, self._name)
+        try:
+            writes = await written_anew(cards, memory.system_prompt, parts, self._memory, speaker)
+            adapter = AdapterKey(speaker.version, speaker.episode_id, speaker.weights.revision)
+            losses = await losses_of(cards, memory.system_prompt, parts, adapter)
+            weights, probe = speaker.weights, speaker.probe
+            await self._become(
+                replace(memory, weights=weights, context_ids=context_ids, writes=writes, probe=probe)
+            )
+        finally:
+            await speaker.close()
+        left_out = len(memory.context_ids) - len(context_ids)
+        notes = remaining(memory.cards, cards, context)
+        return Rebuilt(cards, losses, time.perf_counter() - started, reason, left_out, notes)
 
     async def _become(self, memory: SavedMemory) -> None:
         await self._speaker.become(memory.weights, memory.probe)

@@ -4,8 +4,8 @@
     DIR/memory.json                                      model, flashcards, losses, context, last probe
 
 The folder appears whole or not at all, and an earlier one stays until then. An adapter folder without
-memory.json loads too if it is on the same
-basis. Nothing is ever unpickled. A folder that cannot be used is one line: AssistantError.
+memory.json loads too if it is on the same basis. Nothing is ever unpickled. A folder that cannot be used is
+one line: AssistantError.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from safetensors import SafetensorError
 
 from actors.fast_weights.delta import BasisError
 from actors.fast_weights.peft_format import export_peft, from_peft
+from actors.memory.parametric import standing_cards
 from actors.types import FastWeights, Flashcard, Probe, WriteRecord
 from cluster.assistant.opening import AssistantError, Opening
-from configs.files import FileError, Measured, dump_json, new_folder, read_json
+from configs.files import FileError, Measured, dump_json, new_folder, read_json, write_text
 
 MEMORY_FILE = "memory.json"
+_ADAPTER = "adapter_model.safetensors"
+_FILES = {"adapter_config.json", _ADAPTER, MEMORY_FILE}
 _CURE = "give a folder that /save, serve or export wrote"
 
 
@@ -34,7 +37,8 @@ class SavedMemory:
     """A conversation's state. ``context_ids`` are the tokens that are not yet written.
 
     ``writes`` have no examples: Delta itself is kept. ``probe`` is what the last write's receipt checked, so
-    that a loaded Delta can be checked the same way; None if no write was accepted.
+    that a loaded Delta can be checked the same way; None if no write was accepted. ``context`` is the text of
+    ``context_ids``. ``wordings``: see memory.wordings.
     """
 
     weights: FastWeights
@@ -42,11 +46,13 @@ class SavedMemory:
     context_ids: tuple[int, ...]
     writes: tuple[WriteRecord, ...]
     probe: Probe | None
+    context: str = ""
+    wordings: int = 1
 
     @property
     def cards(self) -> tuple[Flashcard, ...]:
-        accepted = (record for record in self.writes if record.outcome == "accepted")
-        return tuple(card for record in accepted for card in record.flashcards)
+        """The flashcards in the weights that no later one answers anew, oldest first."""
+        return tuple(standing_cards(self.writes, self.wordings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +64,11 @@ class _Write(WriteRecord):
 
 
 @dataclass(frozen=True, slots=True)
-class _Content:
-    """The fields of memory.json. ``model`` is a name for people; ``fingerprint`` identifies its weights."""
+class MemoryContent:
+    """The fields of memory.json. ``model`` names the model, ``fingerprint`` identifies its weights.
+
+    ``context`` and ``wordings`` came later: older files lack them.
+    """
 
     format: Literal["engram-memory-1"]
     model: str
@@ -70,18 +79,65 @@ class _Content:
     context_ids: tuple[int, ...]
     writes: tuple[_Write, ...]
     probe: Annotated[tuple[Probe, ...], Field(max_length=1)]
+    context: str = ""
+    wordings: int = 1
+
+    @property
+    def cards(self) -> tuple[Flashcard, ...]:
+        return tuple(standing_cards(self.writes, self.wordings))
 
 
-def save_memory(memory: SavedMemory, opening: Opening, folder: Path, overwrite: bool) -> None:
-    """Write ``memory`` to ``folder``. Raises AssistantError if that cannot be written.
+@dataclass(frozen=True, slots=True, eq=False)
+class SavedAdapter:
+    """The adapter of ``weights`` as it was saved in ``folder``. ``stamp`` tells it from a later one."""
 
-    Without ``overwrite`` the folder must be new or empty.
+    folder: Path
+    weights: FastWeights
+    stamp: tuple[int, int]
+
+    @classmethod
+    def of(cls, folder: Path, weights: FastWeights) -> SavedAdapter:
+        """The one that stands in ``folder``. Raises OSError."""
+        return cls(folder, weights, _stamp(folder))
+
+    def stands_in(self, folder: Path, weights: FastWeights) -> bool:
+        """Whether ``folder`` still holds the adapter of ``weights``. Raises OSError."""
+        is_same = self.folder == folder and self.weights is weights
+        return is_same and (folder / _ADAPTER).exists() and _stamp(folder) == self.stamp
+
+
+def _stamp(folder: Path) -> tuple[int, int]:
+    status = (folder / _ADAPTER).stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def save_memory(
+    memory: SavedMemory,
+    opening: Opening,
+    folder: Path,
+    overwrite: bool,
+    earlier: SavedAdapter | None = None,
+) -> SavedAdapter:
+    """Write ``memory`` to ``folder``; returns what ``earlier`` is of its next save.
+
+    Without ``overwrite`` the folder must be new or empty; with it, it may hold an earlier memory, and nothing
+    else. Where the ``earlier`` adapter is this memory's and still there, memory.json alone is replaced.
+    Raises AssistantError if it cannot be written.
     """
-    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        held.discard(f".{MEMORY_FILE}.partial")  # of a process that was killed
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    if not overwrite and (held or (folder.exists() and not folder.is_dir())):
         raise AssistantError(f"{folder}: already holds something; name a new folder")
-    content = _Content(
+    if other := held - _FILES:
+        raise AssistantError(
+            f"{folder}: holds {min(other)!r}, which is no part of a memory; name a new folder"
+        )
+    content = MemoryContent(
         format="engram-memory-1",
-        model=opening.title,
+        model=_model_name(opening),
         fingerprint=opening.model.fingerprint,
         basis_id=opening.basis.id,
         revision=memory.weights.revision,
@@ -89,72 +145,99 @@ def save_memory(memory: SavedMemory, opening: Opening, folder: Path, overwrite: 
         context_ids=memory.context_ids,
         writes=tuple(map(_as_saved, memory.writes)),
         probe=() if memory.probe is None else (memory.probe,),
+        context=memory.context,
+        wordings=memory.wordings,
     )
+    text = dump_json(content, indent=None) + "\n"
     try:
+        if earlier is not None and earlier.stands_in(folder, memory.weights) and held == _FILES:
+            write_text(folder / MEMORY_FILE, text)
+            return earlier
         with new_folder(folder, replace=overwrite) as partial:
             export_peft(memory.weights, opening.basis, partial, opening.base_model)
-            (partial / MEMORY_FILE).write_text(dump_json(content, indent=None) + "\n", encoding="utf-8")
+            (partial / MEMORY_FILE).write_text(text, encoding="utf-8")
+        return SavedAdapter.of(folder, memory.weights)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AssistantError(f"{folder}: cannot be written ({reason}); name another place") from error
+        raise _cannot_write(folder, error) from error
 
 
-def load_memory(folder: Path, opening: Opening) -> SavedMemory:
-    """Read what ``save_memory`` wrote.
+def load_memory(folder: Path, opening: Opening) -> tuple[SavedMemory, str]:
+    """Read what ``save_memory`` wrote; also says why its Delta is not one of ``opening``, "" if it is.
 
-    Raises AssistantError for a folder that is no memory, is damaged, or belongs to another model or basis.
+    A memory of other weights, or of another basis, comes with its flashcards and with Delta = 0: they must be
+    written anew. Raises AssistantError for a folder that is no memory, or is damaged.
     """
-    if not folder.is_dir():
-        raise AssistantError(f"{folder}: no such folder; {_CURE}")
-    content = _read(folder / MEMORY_FILE, opening)
+    content = read_content(folder)
+    if content is not None and (foreign := _foreign(content, opening)):
+        zero = FastWeights(opening.basis.id, 0, {})
+        return _memory(content, zero, None), foreign
+    if content is not None and (fault := _fault(content, opening)):
+        raise AssistantError(f"{folder / MEMORY_FILE}: damaged: {fault}; {_CURE}")
     try:
         weights = from_peft(folder, opening.basis)
     except BasisError as error:
         raise AssistantError(str(error)) from error
     if content is None:
-        return SavedMemory(weights, opening.system_prompt, (), (), None)
+        return SavedMemory(weights, opening.system_prompt, (), (), None), ""
     if content.revision != weights.revision:
         raise AssistantError(
             f"{folder}: {MEMORY_FILE} is of revision {content.revision}, "
             f"the adapter of {weights.revision}; {_CURE}"
         )
-    probe = content.probe[0] if content.probe else None
-    return SavedMemory(weights, content.system_prompt, content.context_ids, content.writes, probe)
+    return _memory(content, weights, content.probe[0] if content.probe else None), ""
+
+
+def read_content(folder: Path) -> MemoryContent | None:
+    """What memory.json holds, None for a folder without one. Raises AssistantError, also without a folder."""
+    if not folder.is_dir():
+        raise AssistantError(f"{folder}: no such folder; {_CURE}")
+    try:
+        return read_json(folder / MEMORY_FILE, MemoryContent)
+    except FileNotFoundError:
+        return None
+    except FileError as error:
+        raise AssistantError(f"{error}; {_CURE}") from error
+
+
+def _model_name(opening: Opening) -> str:
+    """The model so that it is found again from any folder."""
+    path = Path(opening.title).expanduser()
+    return str(path.absolute()) if path.is_dir() else opening.title
+
+
+def _memory(content: MemoryContent, weights: FastWeights, probe: Probe | None) -> SavedMemory:
+    return SavedMemory(
+        weights,
+        content.system_prompt,
+        content.context_ids,
+        content.writes,
+        probe,
+        content.context,
+        content.wordings,
+    )
+
+
+def _cannot_write(folder: Path, error: Exception) -> AssistantError:
+    reason = getattr(error, "strerror", None) or error
+    return AssistantError(f"{folder}: cannot be written ({reason}); name another place")
 
 
 def _as_saved(record: WriteRecord) -> _Write:
     return _Write(*(getattr(record, field.name) for field in fields(WriteRecord)))
 
 
-def _read(path: Path, opening: Opening) -> _Content | None:
-    """The checked content of memory.json, None without such a file."""
-    try:
-        content = read_json(path, _Content)
-    except FileNotFoundError:
-        return None
-    except FileError as error:
-        raise AssistantError(f"{error}; {_CURE}") from error
-    if fault := _fault(content, opening):
-        raise AssistantError(f"{path}: damaged: {fault}; {_CURE}")
-    _check_owner(path.parent, content, opening)
-    return content
-
-
-def _check_owner(folder: Path, content: _Content, opening: Opening) -> None:
-    """Refuse a memory of other weights or of another basis. A run's checkpoints share the basis alone."""
+def _foreign(content: MemoryContent, opening: Opening) -> str:
+    """Why Delta does not fit ``opening``, "" if it does. A run's checkpoints share the basis alone."""
     if content.fingerprint != opening.model.fingerprint:
-        raise AssistantError(
-            f"{folder}: is a memory of the model {content.model!r}, "
-            f"whose weights are not those of {opening.title!r}: load it there"
+        return (
+            f"it is a memory of the model {content.model!r}, whose weights are not those of {opening.title!r}"
         )
     if content.basis_id != opening.basis.id:
-        raise AssistantError(
-            f"{folder}: is on the basis {content.basis_id!r}, here it is {opening.basis.id!r}: "
-            "load it under the fast_weights.* that it was made with"
-        )
+        return f"it is on the basis {content.basis_id!r}, here it is {opening.basis.id!r}"
+    return ""
 
 
-def _fault(content: _Content, opening: Opening) -> str:
+def _fault(content: MemoryContent, opening: Opening) -> str:
     """What is wrong with values of the right type, "" if nothing: the engine would refuse them much later."""
     window, most = opening.config.engine.max_model_tokens, opening.model.vocab_size - 1
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import configs
 from actors.episodes.preservation import Preservation, preservation
@@ -20,6 +21,7 @@ from actors.fast_weights.delta import Basis
 from actors.memory.window import require_window
 from actors.protocols import AsyncWriter, Policy
 from actors.text.chat_template import ChatFormat, open_chat
+from actors.types import AdapterKey
 from cluster.runs.checkpoint import COMPANION, Checkpoint, list_checkpoints, load_checkpoint
 from configs.load import load_config
 from configs.mixture import environments
@@ -33,7 +35,7 @@ CONFIG_FILE = "config.yaml"
 
 
 class AssistantError(ValueError):
-    """A user's mistake in ``chat``, ``serve`` or ``export``. One line."""
+    """A user's mistake in ``chat``, ``serve``, ``memory`` or ``export``. One line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,14 @@ class Opening:
         return name if is_hub_name(name) else str(self.model.path)
 
 
+class ScoringPolicy(Policy, Protocol):
+    """A policy that also says how well it knows a text: VLLMPolicy."""
+
+    async def score(self, token_ids: Sequence[int], adapter: AdapterKey) -> list[float]:
+        """Log-probs of tokens 1..n-1, each given those before it. Raises EngineError."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Parts:
     """What conversations share. The policy version never changes.
@@ -76,7 +86,7 @@ class Parts:
     """
 
     opening: Opening
-    policy: Policy
+    policy: ScoringPolicy
     writer: AsyncWriter
     chat: ChatFormat
     preservation: Preservation | None

@@ -34,6 +34,7 @@ from cluster.assistant.openai_format import (
     summarize,
 )
 from cluster.assistant.opening import AssistantError, Opening, Parts, parts_of
+from cluster.assistant.saved import FullError
 from cluster.assistant.sessions import BusyError, Sessions
 from cluster.common.display import Display
 from configs.files import dump_json
@@ -118,7 +119,10 @@ def _add_health(app: FastAPI, parts: Parts, sessions: Sessions) -> None:
     async def health() -> Response:
         failure = parts.failure()
         state = {"status": "dead" if failure else "ok", "model": name, "conversations": len(sessions)}
-        return JSONResponse(state | ({"reason": failure} if failure else {}), 503 if failure else 200)
+        unsaved = {"unsaved": len(sessions.unsaved)} if sessions.unsaved else {}
+        return JSONResponse(
+            state | unsaved | ({"reason": failure} if failure else {}), 503 if failure else 200
+        )
 
 
 def _add_completions(routes: APIRouter, parts: Parts, sessions: Sessions) -> None:
@@ -206,6 +210,8 @@ def _add_errors(app: FastAPI, limit_s: float) -> None:
                 message, code = f"{request.method} {request.url.path}: {detail}", "not_found"
             case BusyError():
                 status, message, code = 429, str(error), "too_many_conversations"
+            case FullError():
+                status, message, code = 507, str(error), "no_room_for_conversations"
             case TimeoutError():
                 message = f"no answer within {limit_s:g} s (assistant.request_timeout_s); the turn is undone"
                 status, code = 504, "timeout"
@@ -213,7 +219,7 @@ def _add_errors(app: FastAPI, limit_s: float) -> None:
                 status, message, code = 500, " ".join(str(error).split())[:500], type(error).__name__
         return JSONResponse(error_body(status, message, param, code), status)
 
-    refusals = (RequestError, HTTPException, BusyError, TimeoutError)
+    refusals = (RequestError, HTTPException, BusyError, FullError, TimeoutError)
     for kind in (*refusals, AssistantError, EngineError, ReceiptError, WriterError):
         app.add_exception_handler(kind, respond)
 

@@ -3,9 +3,9 @@
     turn("ada") --> room in the table? --> ada's lock --> a slot of the engine --> the conversation
 
 The table holds at most ``assistant.max_conversations``. When another one comes, the conversation that was
-idle longest is put away. Each request also puts away those that were idle for ``assistant.idle_s``. To put
-away means to save in ``assistant.save_dir``; the conversation is loaded when it is named again. Without that
-folder it is dropped. A conversation in the middle of a turn is never put away.
+idle longest is put away. Each request also puts away those that were idle for ``assistant.idle_s``. A
+conversation is saved in ``assistant.save_dir`` after every turn, and loaded when it is named again. Without
+that folder, what is put away is dropped. A conversation in the middle of a turn is never put away.
 
 Every wait, and who unblocks it: a turn waits for the turn before it and for a slot. Both are released at the
 latest when their requests reach their deadlines.
@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from cluster.assistant.conversation import Conversation
 from cluster.assistant.opening import AssistantError, Parts
-from configs.files import recover_folder, remove_folder
+from cluster.assistant.saved import SavedConversations
+
+_log = logging.getLogger(__name__)
 
 
 class BusyError(RuntimeError):
@@ -32,13 +34,17 @@ class BusyError(RuntimeError):
 
 @dataclass(slots=True)
 class _Entry:
-    """``users`` counts turns that run or wait. ``begun``: it was loaded, or its first turn is over."""
+    """``users`` counts turns that run or wait. ``begun``: it was loaded, or its first turn is over.
+
+    ``problem``: why its last turn could not be saved, "" if it was.
+    """
 
     conversation: Conversation
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     users: int = 0
     last_used: float = field(default_factory=time.monotonic)
     begun: bool = False
+    problem: str = ""
 
 
 class Sessions:
@@ -50,14 +56,18 @@ class Sessions:
     def __init__(self, parts: Parts, slots: int) -> None:
         self._parts = parts
         self._settings = parts.opening.config.assistant
-        save_dir = self._settings.save_dir
-        self._folder = Path(save_dir).expanduser().absolute() if save_dir else None
+        self._saved = SavedConversations(self._settings)
         self._entries: dict[str, _Entry] = {}
         self._slots = asyncio.Semaphore(slots)
         self._anonymous = itertools.count()
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def unsaved(self) -> dict[str, str]:
+        """By the names of the conversations whose last turn could not be saved: why."""
+        return {name: entry.problem for name, entry in self._entries.items() if entry.problem}
 
     @asynccontextmanager
     async def turn(
@@ -66,23 +76,30 @@ class Sessions:
         """Give the block the conversation for itself, and whether it is new.
 
         Without a ``name`` the conversation is forgotten afterwards. A new conversation gets ``system_prompt``
-        (None: the model's own). If its first turn fails, it is dropped. Raises BusyError; AssistantError for
-        a damaged save, and if the conversation that must make room cannot be saved.
+        (None: the model's own). If its first turn fails, it is dropped. Raises BusyError; FullError for a new
+        name where the bounds of ``save_dir`` leave no room; AssistantError for a damaged save, and if the
+        conversation that must make room cannot be saved.
         """
         await self._put_away_idle()
         key = f"~{next(self._anonymous)}" if name is None else name
         if key not in self._entries:
             await self._make_room()
         if (entry := self._entries.get(key)) is None:  # another request may have opened it meanwhile
+            if name is not None:
+                # a name cannot begin with "~": those conversations are never saved
+                others = (other for other, entry in self._entries.items() if not entry.begun)
+                self._saved.require_room(name, sum(not other.startswith("~") for other in others))
             entry = self._entries[key] = _Entry(self._open(key, system_prompt))
         entry.users += 1
         try:
             async with entry.lock, self._slots:
-                if not entry.begun and name is not None and (saved := self._saved(name)) is not None:
+                if not entry.begun and name is not None and (saved := self._saved.find(name)) is not None:
                     await entry.conversation.load(saved)
                     entry.begun = True
                 yield entry.conversation, not entry.begun
                 entry.begun = True
+                if name is not None:
+                    self._save(name, entry)
         finally:
             entry.users -= 1
             entry.last_used = time.monotonic()
@@ -97,17 +114,15 @@ class Sessions:
     async def forget(self, name: str) -> bool:
         """Drop a conversation from memory and disk; False if there is none.
 
-        Raises BusyError during a turn.
+        Raises BusyError during a turn, AssistantError where the disk keeps something of it.
         """
-        entry, saved = self._entries.get(name), self._saved(name)
+        entry = self._entries.get(name)
         if entry is not None and entry.users:
             raise BusyError(f"conversation {name} is in the middle of a turn: try again")
-        if saved is not None:
-            with suppress(OSError):
-                remove_folder(saved)
+        was_saved = self._saved.delete(name)
         if entry is not None:
             await self._drop(name)
-        return entry is not None or saved is not None
+        return entry is not None or was_saved
 
     async def close(self) -> list[str]:
         """Put all conversations away; returns an error for each that could not be saved."""
@@ -125,13 +140,20 @@ class Sessions:
         default = self._parts.opening.system_prompt
         return Conversation(self._parts, name, default if system_prompt is None else system_prompt)
 
-    def _saved(self, name: str) -> Path | None:
-        if self._folder is None:
-            return None
-        folder = self._folder / name
-        with suppress(OSError):
-            recover_folder(folder)  # a server was killed while it saved the conversation again
-        return folder if folder.is_dir() else None
+    def _save(self, name: str, entry: _Entry) -> None:
+        """Save a turn that has ended. It is answered all the same where the disk refuses it.
+
+        The conversation stays in memory then, ``unsaved`` names it, and its next turn is saved with it.
+        """
+        if (folder := self._saved.folder(name)) is None:
+            return
+        try:
+            entry.conversation.save(folder, overwrite=True)
+            entry.problem = ""
+        except AssistantError as error:
+            if not entry.problem:
+                _log.warning("a turn is answered but not saved: %s", error)
+            entry.problem = str(error)
 
     def _idle(self) -> list[str]:
         """The conversations without a turn, the longest idle first."""
@@ -145,7 +167,8 @@ class Sessions:
             if entry is None or entry.users:
                 continue
             if time.monotonic() - entry.last_used > self._settings.idle_s:
-                await self._put_away(name)
+                with suppress(AssistantError):  # the disk refuses it: it stays here, and ``unsaved`` names it
+                    await self._put_away(name)
 
     async def _make_room(self) -> None:
         most = self._settings.max_conversations
@@ -159,9 +182,11 @@ class Sessions:
             await self._put_away(idle[0])
 
     async def _put_away(self, name: str) -> None:
-        # Save before the first await: a request that names it during _drop finds it on the disk.
-        if self._folder is not None and self._entries[name].begun:
-            self._entries[name].conversation.save(self._folder / name, overwrite=True)
+        entry = self._entries[name]
+        if entry.problem:  # before the first await: a request that names it during _drop finds it saved
+            self._save(name, entry)
+            if entry.problem:
+                raise AssistantError(entry.problem)
         await self._drop(name)
 
     async def _drop(self, name: str) -> None:

@@ -69,6 +69,7 @@ class Engine(ScriptedPolicy):
 
     def __init__(self, chat: ChatFormat, cards: Sequence[Flashcard] = (CARD,)) -> None:
         self.broken = ""
+        self._decode = chat.decode
 
         def script(prompt: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
             if self.broken == sampling.kind:
@@ -77,6 +78,11 @@ class Engine(ScriptedPolicy):
             return sampled(chat.reply(text))
 
         super().__init__(script)
+
+    async def score(self, token_ids: Sequence[int], adapter: AdapterKey) -> list[float]:
+        """All is known, except what has "riddle" in it."""
+        assert adapter.revision == 0 or adapter.name in self.installed
+        return [-1.5 if "riddle" in self._decode(token_ids) else -0.001] * (len(token_ids) - 1)
 
     async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
         await super().install(key, weights, probe)
@@ -254,8 +260,6 @@ def _cut(folder: Path) -> None:
         (_without_adapter, "cannot be read as an adapter"),
         (_cut, "memory.json cannot be used: Invalid JSON"),
         (_changed(format="other"), "memory.json cannot be used: format: Input should be 'engram-memory-1'"),
-        (_changed(fingerprint="0"), "is a memory of the model 'tiny', whose weights are not those of 'tiny'"),
-        (_changed(basis_id="0"), "is on the basis '0', here it is"),
         (_changed(revision=7), "is of revision 7, the adapter of 1"),
         (_changed(context_ids=[1, 10**6]), "context_ids: expected token ids, 0 to 49151"),
         (_changed(context_ids=[1] * 5000), "context_ids: 5000 tokens do not fit"),
@@ -319,7 +323,7 @@ def test_the_longest_idle_is_put_away_saved_and_found_again(parts: Parts, tmp_pa
         assert (tmp_path / "b" / "memory.json").exists()
         async with sessions.turn("b", None) as (talk, new):
             assert not new and talk.unwritten_tokens > 0
-        assert not (tmp_path / "c").exists() and (tmp_path / "a").exists()
+        assert sessions.look("c") is not None and sessions.look("a") is None
         assert await sessions.close() == [] and {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
 
     run(story())
@@ -595,7 +599,7 @@ def test_a_write_request_reaches_the_writer_with_the_conversations_own_weights(
 # --- on the command line --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["chat", "serve", "export"])
+@pytest.mark.parametrize("command", ["chat", "serve", "memory", "export"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"  engram {command} " in capsys.readouterr().out
