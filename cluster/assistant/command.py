@@ -165,10 +165,8 @@ def memory(
             chosen = find_config(config) if config else None
             change(folder.expanduser(), edits, model, chosen, settings or [], display)
         elif settings:
-            word = settings[0]
-            raise ConfigError(
-                f"argument {word!r}: a list needs no settings; they are for --correct, --forget"
-            )
+            needs = "settings are for --correct, --forget and --model"
+            raise ConfigError(f"argument {settings[0]!r}: {needs}; the list needs none")
         else:
             show(folder.expanduser(), display)
 

@@ -445,7 +445,7 @@ def test_a_folder_with_other_files_is_never_replaced(bench: Bench, tmp_path: Pat
     async def story() -> None:
         talk = await bench.written(tmp_path / "nora")
         (tmp_path / "nora" / "thesis.txt").write_text("mine")
-        with pytest.raises(AssistantError, match=r"holds 'thesis\.txt', no part of a memory"):
+        with pytest.raises(AssistantError, match=r"holds 'thesis\.txt', which is no part of a memory"):
             talk.save(tmp_path / "nora", overwrite=True)
         assert (tmp_path / "nora" / "thesis.txt").read_text() == "mine"
 
