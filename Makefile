@@ -32,7 +32,7 @@ test: $(STAMP) ## the tests of every change, ten minutes (ARGS='-k name' for som
 test-all: $(STAMP) ## these and the slow ones, what CI runs: half an hour
 	@$(PYTEST) $(ARGS)
 
-proof: $(STAMP) ## what takes hours, resumable: quickstart, chat, chaos, studies, RL over seeds (ARGS='runs/proof chaos')
+proof: $(STAMP) ## what takes hours, resumable: quickstart, chat, kills, chaos, studies, RL over seeds (ARGS='runs/proof chaos')
 	@PATH="$(CURDIR)/$(BIN):$$PATH" infra/proof.sh $(ARGS)
 
 check: $(STAMP) ## format, lint, types, and who imports whom

@@ -62,10 +62,11 @@ class EpisodesConfig:
     per_step: int = 1  # of the episodes that a training step learned from: siblings of a task, drawn by lot
     per_evaluation: int = 2  # of each held-out evaluation: its first tasks, the same in every row
     failed: int = 100  # of a run; later failures are only counted
+    keep: int = 10_000  # files of training episodes: the oldest are deleted beyond it; 0: all are kept
     traces: bool = True  # the same episodes as MLflow traces of the run
 
     def __post_init__(self) -> None:
-        not_negative(self, "per_step", "per_evaluation", "failed")
+        not_negative(self, "per_step", "per_evaluation", "failed", "keep")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 #!/bin/sh
 # The third tier of proof, `make proof`: what takes hours. It can be stopped and started again.
-#   infra/proof.sh [FOLDER [STAGE...]]      FOLDER: runs/proof      stages: quickstart chat chaos studies rl
+#   infra/proof.sh [FOLDER [STAGE...]]      FOLDER: runs/proof      stages: quickstart chat kills chaos studies rl
 # A stage that ended well leaves FOLDER/STAGE.done with commit and seconds, and is not run again.
 set -eu
 folder=${1:-runs/proof}
 [ $# -gt 0 ] && shift
-[ $# -gt 0 ] || set -- quickstart chat chaos studies rl
+[ $# -gt 0 ] || set -- quickstart chat kills chaos studies rl
 studies="write addressed neighbours supervision basis steps sensitivity capacity capacity_writes forgetting"
 
 quickstart() {
@@ -26,6 +26,10 @@ chat() {
         END { print right + 0 " of 4 right in other words, " leaked + 0 " of 2 strangers got a told answer"
               exit !(right >= 3 && leaked == 0) }'
 }
+kills() { # 200 of each kind of file, and runs of 100,000 steps
+    ENGRAM_KILLS=200 ENGRAM_STEPS=100000 \
+        python -m pytest -n 0 tests/unit/test_killed_lives.py tests/unit/test_killed_saves.py tests/unit/test_long_runs.py
+}
 chaos() {
     python -m tests.chaos.trials --trials 20 --seed 0 --output "$folder/chaos.md"
 }
@@ -45,8 +49,8 @@ rl() {
 mkdir -p "$folder"
 for stage in "$@"; do
     case $stage in
-    quickstart | chat | chaos | studies | rl) ;;
-    *) echo "stage $stage is not known: quickstart, chat, chaos, studies or rl" >&2 && exit 2 ;;
+    quickstart | chat | kills | chaos | studies | rl) ;;
+    *) echo "stage $stage is not known: quickstart, chat, kills, chaos, studies or rl" >&2 && exit 2 ;;
     esac
     if [ -e "$folder/$stage.done" ]; then
         echo "proof: $stage was done before: $(cat "$folder/$stage.done")"

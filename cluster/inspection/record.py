@@ -291,6 +291,12 @@ def load(path: Path) -> Record:
     return record
 
 
+def is_of_training(path: Path) -> bool:
+    """Whether a record's file is of a training episode: it has no label."""
+    parts = path.name.split("--")
+    return len(parts) == (3 if parts[1:2] == ["failed"] else 2)
+
+
 def list_records(run_dir: Path) -> list[Path]:
     """List the files of a run's episodes, by step."""
     return sorted((run_dir / FOLDER).glob("*.json"))

@@ -36,6 +36,8 @@ from cluster.inspection.record import (
     Source,
     describe,
     describe_failure,
+    is_of_training,
+    list_records,
     save,
     save_text,
 )
@@ -104,6 +106,7 @@ class EpisodeRecorder:
             "episode-recorder", lambda job: job(), _explain, _MOST_WAITING
         )
         self._failures = 0  # records of failed episodes
+        self._files: dict[Path, None] | None = None  # of training episodes, the oldest first
 
     def on_batch(self, config: RunConfig, step: int, batch: Batch) -> None:
         """Keep ``episodes.per_step`` of the episodes that the learner's ``step`` was made of.
@@ -173,9 +176,21 @@ class EpisodeRecorder:
 
     def _keep(self, records: Sequence[Record]) -> None:
         for record in records:
-            save(record, self._run_dir / FOLDER)
+            self._prune(save(record, self._run_dir / FOLDER))
             for add in self._sinks:
                 add(record)
+
+    def _prune(self, saved: Path) -> None:
+        """Delete the oldest files of training episodes beyond ``episodes.keep``, of earlier lives too."""
+        if not self._settings.keep or not is_of_training(saved):
+            return
+        if self._files is None:
+            self._files = dict.fromkeys(filter(is_of_training, list_records(self._run_dir)))
+        self._files[saved] = None
+        while len(self._files) > self._settings.keep:
+            oldest = next(iter(self._files))
+            del self._files[oldest]
+            oldest.unlink(missing_ok=True)
 
     def _origin(self, scene: _Scene, worker: str) -> Origin:
         """Say where an episode comes from. Its settings stand beside the records, each version once."""

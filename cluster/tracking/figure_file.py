@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 
 from cluster.tracking.tracker import RunStatus, Tracker
@@ -43,8 +45,8 @@ class FigureFile(Tracker):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         line = {"step": step, "time": round(time.time(), 3), "figures": dict(metrics)}
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(dump_json(line, indent=None) + "\n")
+            with self._path.open("ab+") as file:
+                file.write(_line_break(file) + dump_json(line, indent=None).encode() + b"\n")
         except OSError as error:
             if not self._warned:
                 _log.warning("warning: %s takes no figures (%s)", self._path, error.strerror)
@@ -62,6 +64,14 @@ class FigureFile(Tracker):
 
     def finish(self, status: RunStatus) -> None:
         self._tracker.finish(status)
+
+
+def _line_break(file: BufferedRandom) -> bytes:
+    """What a line must begin with: a line break behind a line that was cut off by a kill or a full disk."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return b""
+    file.seek(-1, os.SEEK_END)
+    return b"" if file.read(1) == b"\n" else b"\n"
 
 
 def read_figures(run_dir: Path) -> Iterator[Logged]:

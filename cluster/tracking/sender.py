@@ -5,8 +5,11 @@
          '----- pause <-----'-- no answer: one warning an outage, and these records are in doubt
 
 In doubt: MLflow may hold some of them, since its answer was lost, or the process died before it came.
-All but points may be sent twice. Points in doubt are compared with those that MLflow holds: a point keeps the
-time of its logging, by which it is recognized.
+All but points may be sent twice. Points in doubt are compared with the last one that MLflow holds of their
+key: points leave in the order of logging. One call tells the last of every key, however long the run is.
+
+A training that goes back to a checkpoint makes steps again. MLflow cannot take a value back, so a step stays
+as it was logged first. The run's figures.jsonl has both.
 
 A record that MLflow refuses for good is dropped with a warning: it must not hold up the rest.
 """
@@ -30,17 +33,30 @@ if TYPE_CHECKING:
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 15.0  # it doubles with each failure
 _LAST_PAUSE_AT_END_S = 0.5  # while the run waits for us
+_UNSTEPPED = ("system/", "tracking/")  # their steps are no training steps
 _ENTITY_ATTEMPTS = 3  # while MLflow itself answers: a broken artifact store must not hold up the metrics
 _log = logging.getLogger(__name__)
 
 
 class MlflowRun:
-    """One run in MLflow. Raises whatever MLflow, its database driver or its artifact store raises."""
+    """One run in MLflow. Raises whatever MLflow, its database driver or its artifact store raises.
 
-    def __init__(self, client: MlflowClient, run: Run) -> None:
-        self._client = client
+    ``once``: of each key, one point a step is sent. Else a later point of a step is sent too: a report that
+    was completed.
+    """
+
+    def __init__(self, client: MlflowClient, run: Run, once: bool = False) -> None:
+        self._client, self._once = client, once
         self.run_id = str(run.info.run_id)
         self.began = float(run.info.start_time) / 1000  # s since 1970
+        self._last = _last_points(run)  # (step, time) of the last point of each key that MLflow holds
+
+    @property
+    def last_step(self) -> int:
+        """The last step of a training figure that MLflow holds; 0 without one."""
+        return max(
+            (step for key, (step, _) in self._last.items() if not key.startswith(_UNSTEPPED)), default=0
+        )
 
     def ping(self) -> None:
         """Raise if MLflow does not answer."""
@@ -51,7 +67,7 @@ class MlflowRun:
         match records[0]:
             case Point():
                 points = [record for record in records if isinstance(record, Point)]
-                return self._log(self._missing(points) if in_doubt else points)
+                return self._log(self._missing(points, in_doubt))
             case Entity("artifact", {"name": name}) if not Path(name).exists():
                 return [f"{name} is gone"]
             case Entity("artifact", {"name": name}):
@@ -64,11 +80,17 @@ class MlflowRun:
                 self._client.set_terminated(self.run_id, status, time)
         return []
 
-    def _missing(self, points: Sequence[Point]) -> list[Point]:
-        """The points that MLflow lacks. Why: its file store appends a point that comes twice."""
-        histories = (self._client.get_metric_history(self.run_id, key) for key in {it.key for it in points})
-        held = {(it.key, it.step, it.timestamp) for history in histories for it in history}
-        return [point for point in points if (point.key, point.step, point.time) not in held]
+    def _missing(self, points: Sequence[Point], in_doubt: bool) -> list[Point]:
+        """The points that MLflow is to be sent: it would keep a second one beside the first."""
+        if in_doubt:
+            self._last = _last_points(self._client.get_run(self.run_id))
+        last, missing = dict(self._last), list[Point]()
+        for point in points:
+            place, held = (point.step, point.time), last.get(point.key)
+            if held is None or (place[0] > held[0] if self._once else not in_doubt or place > held):
+                missing.append(point)
+                last[point.key] = place
+        return missing
 
     def _log(self, points: Sequence[Point]) -> list[str]:
         """Send all in one call; one by one when MLflow finds one of them invalid (it then took none)."""
@@ -83,7 +105,13 @@ class MlflowRun:
             if len(points) == 1:
                 return [f"{points[0].key}: {first_line(error)}"]
             return [refusal for point in points for refusal in self._log([point])]
+        self._last |= {it.key: (it.step, it.time) for it in points}
         return []
+
+
+def _last_points(run: Run) -> dict[str, tuple[int, int]]:
+    """The (step, time) of the last point of each key of ``run``, as MLflow has told it."""
+    return {point.key: (point.step, point.timestamp) for point in run.data.to_proto().metrics}
 
 
 class Sender(threading.Thread):

@@ -7,6 +7,7 @@ With ``tracking.trackers`` wandb and trackio get them too, or instead (others.py
 Every wait, and its bound:
     require_server  3 s: before anything starts
     open_run      MLflow must answer here: tracking.timeout_s for each of about six calls, then TrackingError
+                  (a locked database: 5 to 40 s)
     log and such  wait for the local disk only; an MLflow that is away costs the training nothing
     finish        waits for MLflow: tracking.finish_timeout_s, 5 s at most when the run was told to stop
 
@@ -182,40 +183,58 @@ def _note(name: str, value: str, sink: Sink) -> None:
 
 
 def start_tracking(
-    config: RunConfig, output_dir: Path, run_name: str, config_file: Path, resumed_run_id: str
+    config: RunConfig,
+    output_dir: Path,
+    run_name: str,
+    config_file: Path,
+    resumed_run_id: str,
+    from_step: int | None = None,
 ) -> Tracker:
     """Open the run of a training: its params are the flattened config, its first artifact is the config file.
 
-    ``resumed_run_id``: the earlier run that goes on, "" for a new one. Raises TrackingError.
+    ``resumed_run_id`` and ``from_step``: as in ``open_run``. Raises TrackingError.
     """
-    tracker = open_run(config.tracking, output_dir, run_name, flatten(config), resumed_run_id)
+    tracker = open_run(config.tracking, output_dir, run_name, flatten(config), resumed_run_id, from_step)
     if not resumed_run_id:
         tracker.artifact(config_file)
     return tracker
 
 
 def open_run(
-    tracking: TrackingConfig, output_dir: Path, run_name: str, params: Mapping[str, str], resumed_run_id: str
+    tracking: TrackingConfig,
+    output_dir: Path,
+    run_name: str,
+    params: Mapping[str, str],
+    resumed_run_id: str,
+    from_step: int | None = None,
 ) -> Tracker:
-    """Open a new run with ``params``, or the earlier one again, in each tracker. Raises TrackingError."""
+    """Open a new run with ``params``, or the earlier one again, in each tracker. Raises TrackingError.
+
+    ``from_step``: the step that a training goes on from. It makes steps again that MLflow may hold: each is
+    there once, as it was logged first. None: a later figure of a step is sent too.
+    """
     if not tracking.enabled:
         return Tracker()
-    if tuple(tracking.trackers) == ("mlflow",):
-        return _open_mlflow(tracking, output_dir, run_name, params, resumed_run_id)
     sinks = open_others(tracking, output_dir / run_name, params)
     if not tracking.uses_mlflow:
         return Relay(None, sinks)
     try:
-        return Relay(_open_mlflow(tracking, output_dir, run_name, params, resumed_run_id), sinks)
+        mlflow = _open_mlflow(tracking, output_dir, run_name, params, resumed_run_id, from_step)
+        return Relay(mlflow, sinks) if sinks else mlflow
     except TrackingError:
         Relay(None, sinks).finish("FAILED")
         raise
 
 
 def _open_mlflow(
-    tracking: TrackingConfig, output_dir: Path, run_name: str, params: Mapping[str, str], resumed_run_id: str
+    tracking: TrackingConfig,
+    output_dir: Path,
+    run_name: str,
+    params: Mapping[str, str],
+    resumed_run_id: str,
+    from_step: int | None,
 ) -> MlflowTracker:
-    """Open the run in MLflow.
+    """Open the run in MLflow, as ``open_run`` says.
 
     The outbox lies in ``output_dir / run_name``. What an earlier process left in it is sent first.
     """
@@ -223,7 +242,7 @@ def _open_mlflow(
     own = store_uri(tracking, output_dir) == _own_store(output_dir)
     # MLflow creates the tables of a new store step by step: two at once wreck it for good.
     with in_turn(output_dir) if own else nullcontext():
-        run = _in_mlflow(tracking, output_dir, run_name, params, resumed_run_id)
+        run = _in_mlflow(tracking, output_dir, run_name, params, resumed_run_id, from_step is not None)
     uri, path = store_uri(tracking, output_dir), output_dir / run_name / f"mlflow-{run.run_id}.sqlite"
     try:
         outbox = Outbox(path)
@@ -236,15 +255,26 @@ def _open_mlflow(
             len(outbox),
             shown(uri),
         )
+    if from_step is not None and (held := run.last_step) > from_step:
+        _log.warning(
+            "steps %d to %d are made again: MLflow keeps their first figures, and %s has both",
+            from_step + 1,
+            held,
+            output_dir / run_name / "figures.jsonl",
+        )
     return MlflowTracker(run, outbox, uri, tracking)
 
 
 def _in_mlflow(
-    tracking: TrackingConfig, output_dir: Path, run_name: str, params: Mapping[str, str], resumed_run_id: str
+    tracking: TrackingConfig,
+    output_dir: Path,
+    run_name: str,
+    params: Mapping[str, str],
+    resumed_run_id: str,
+    once: bool,
 ) -> MlflowRun:
     """Create the run with its params, or mark it as running again. Raises TrackingError."""
     from mlflow.entities import Param
-    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
     uri = store_uri(tracking, output_dir)
@@ -252,15 +282,15 @@ def _in_mlflow(
         client = MlflowClient(tracking_uri=uri)
         if resumed_run_id:
             client.update_run(resumed_run_id, status="RUNNING")
-            return MlflowRun(client, client.get_run(resumed_run_id))
+            return MlflowRun(client, client.get_run(resumed_run_id), once)
         # Artifacts of our own store lie beside it, wherever the run was started.
         artifacts = output_dir / "mlflow-artifacts" if uri == _own_store(output_dir) else None
         experiment = _experiment(client, tracking.experiment, artifacts)
         run = client.create_run(experiment, run_name=run_name, tags=_tags())
         logged = [Param(mlflow_key(key), text[:_LONGEST_PARAM]) for key, text in params.items()]
         client.log_batch(run.info.run_id, params=logged)
-        return MlflowRun(client, run)
-    except MlflowException as error:
+        return MlflowRun(client, run, once)
+    except Exception as error:
         raise TrackingError(
             f"cannot use MLflow at {shown(uri)}: {first_line(error)}; "
             "set tracking.uri, or tracking.enabled=false to run without it"
@@ -339,7 +369,8 @@ def _quiet(timeout_s: float) -> None:
 
     Quiet: MLflow announces its migrations and a missing git, and prints a traceback for each failure of its
     store. The sender says it in one line. Impatient: MLflow's client waits 120 s, and asks seven times more.
-    Here an attempt takes ``timeout_s``, and the sender repeats it.
+    Here an attempt takes ``timeout_s``, and the sender repeats it. A database that cannot be opened is tried
+    ten times by MLflow, in 100 s; here twice.
     """
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -347,6 +378,8 @@ def _quiet(timeout_s: float) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="mlflow")
     from mlflow import environment_variables
+    from mlflow.store.db import utils as db_utils
 
     environment_variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES.default = 0
+    db_utils.MAX_RETRY_COUNT = 2
     environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT.default = max(1, round(timeout_s))

@@ -81,7 +81,8 @@ async def train(spec: RunSpec, folder: RunFolder, start: Start, display: Display
     """
     with held(folder.path):
         write_config(spec, folder)
-        tracker = _track(spec.config, folder, start.state.tracking_run_id)
+        with _told(display):
+            tracker = _track(spec.config, folder, start.state)
         with (
             ending(tracker, display),
             _registered(spec.config, folder, tracker),
@@ -243,9 +244,10 @@ async def _reinforce(
 # --- what frames a run ------------------------------------------------------------------------------------
 
 
-def _track(config: RunConfig, folder: RunFolder, run_id: str) -> Tracker:
-    """Open the tracked run of a training: a new one, or ``run_id`` again. Raises TrackingError."""
-    tracker = start_tracking(config, folder.path.parent, folder.path.name, folder.config, run_id)
+def _track(config: RunConfig, folder: RunFolder, state: TrainState) -> Tracker:
+    """Open the tracked run of a training: a new one, or that of ``state`` again. Raises TrackingError."""
+    run_dir, run_id = folder.path, state.tracking_run_id
+    tracker = start_tracking(config, run_dir.parent, run_dir.name, folder.config, run_id, state.step)
     note_run_id(folder.path, tracker.run_id)  # now: the first checkpoint may be hours away
     for environment in environments(config.environment):
         tracker.dataset(dataset_values(environment, "training"))

@@ -129,7 +129,10 @@ class StepCheckpoints:
         say, keep = self._observers.display.say, self._spec.config.train.keep_checkpoints
         name = primary_score(result.episodes)
         scores = result.values(name)
-        self._observers.tracker.log(row_metrics(result, METRICS) | summary_metrics(result), step)
+        figures = row_metrics(result, METRICS)
+        if step < self._spec.config.train.steps:  # else the row after RL follows, over all tasks
+            figures |= summary_metrics(result)
+        self._observers.tracker.log(figures, step)
         if not scores:
             why = result.failed[0] if result.failed else "no worker serves"
             say(f"step {step} has no held-out score: none of its episodes was finished ({why})")

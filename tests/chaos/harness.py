@@ -267,7 +267,8 @@ def check_finished(
         _check_group(group, apart, in_flight)
     promise(not writes or sum(group["revisions"] for group in audit) > 0, "episodes wrote")
 
-    figures, runs = stored(database or run.folder / "runs" / "mlflow.db")
+    figures, runs, twice = stored(database or run.folder / "runs" / "mlflow.db")
+    promise(not twice, f"MLflow holds each step once: {twice[:3]}")
     promise(max(figures["fast_weights/receipts_failed"]) == 0, "no generation was under a wrong adapter")
     promise(not writes or max(figures["fast_weights/receipts_passed"]) > 0, "and receipts were checked")
     statuses = [status for _, status in runs]
@@ -292,14 +293,15 @@ def audited(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
 
 
-def stored(database: Path) -> tuple[dict[str, list[float]], list[tuple[str, str]]]:
-    """All metrics of an MLflow store by name, and its runs with their status."""
+def stored(database: Path) -> tuple[dict[str, list[float]], list[tuple[str, str]], list[tuple[str, int]]]:
+    """All metrics of an MLflow store by name, its runs with their status, and steps that it holds twice."""
     figures: dict[str, list[float]] = {}
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as store:
         for key, value in store.execute("select key, value from metrics order by step"):
             figures.setdefault(key, []).append(value)
         runs = list(store.execute("select run_uuid, status from runs"))
-    return figures, runs
+        twice = "select key, step from metrics group by run_uuid, key, step having count(*) > 1"
+        return figures, runs, list(store.execute(twice))
 
 
 def promise(kept: bool, what: str) -> None:

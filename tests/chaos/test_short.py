@@ -99,5 +99,5 @@ def test_the_run_goes_on_to_its_end_and_every_task_is_accounted_for(story: Story
 
 def test_a_nan_reward_is_a_failed_episode_and_a_nan_write_is_rolled_back(story: Story) -> None:
     assert story.books.failed.get("environment") == 1
-    figures, _ = stored(story.resumed.folder / "runs" / "mlflow.db")
+    figures, _, _ = stored(story.resumed.folder / "runs" / "mlflow.db")
     assert max(figures["fast_weights/rolled_back"]) >= 1

@@ -98,7 +98,7 @@ def _fill_disk(run: Run, scene: Scene) -> None:
 
 
 def _every_step_is_stored(run: Run, books: Books) -> None:
-    figures, _ = stored(run.folder / "server.db")
+    figures, _, _ = stored(run.folder / "server.db")
     promise(
         len(figures["reward/mean"]) == STEPS,
         f"figures of the outage are filled in afterwards: {len(figures['reward/mean'])} of {STEPS} steps",
@@ -112,7 +112,7 @@ def _failed(boundary: str) -> Callable[[Run, Books], None]:
 
 
 def _rolled_back(run: Run, books: Books) -> None:
-    figures, _ = stored(run.folder / "runs" / "mlflow.db")
+    figures, _, _ = stored(run.folder / "runs" / "mlflow.db")
     taken_back, writes = figures["fast_weights/rolled_back"], figures["fast_weights/writes"]
     promise(
         max(taken_back) >= 1,

@@ -26,6 +26,7 @@ from mlflow.tracking import MlflowClient
 from transformers import AutoModelForCausalLM
 
 from cluster.runs.checkpoint import Checkpoint, best_checkpoint, list_checkpoints, load_checkpoint
+from cluster.tracking.figure_file import read_figures
 from tests.chaos.harness import LEARNER, command_line, descendants
 
 # four lives, most of them start-up, on machines that may be busy
@@ -182,7 +183,8 @@ def test_killed_and_stopped_it_ends_with_the_same_weights_to_the_bit(story: Stor
 def test_every_step_of_both_runs_saw_the_same_engine(story: Story) -> None:
     """These figures contain the engine's log-probs. A step that was made twice gave the same twice.
 
-    Step 1 was made again for the lost learner, steps 3 and 4 for the killed driver.
+    Step 1 was made again for the lost learner, steps 3 and 4 for the killed driver. MLflow has each step
+    once, the run's folder each time that it was made.
     """
     client = MlflowClient(f"sqlite:///{story.output_dir}/mlflow.db")
     for key in (
@@ -197,8 +199,13 @@ def test_every_step_of_both_runs_saw_the_same_engine(story: Story) -> None:
             for end in (story.whole, story.interrupted)
         )
         expected = {point.step: point.value for point in whole}
-        assert sorted(expected) == [1, 2, 3, 4] and {point.step for point in other} == set(expected)
-        unequal = [(point.step, point.value) for point in other if point.value != expected[point.step]]
+        assert [point.step for point in other] == [point.step for point in whole] == [1, 2, 3, 4]
+        assert {point.step: point.value for point in other} == expected, key
+        made = [line for line in read_figures(story.interrupted.run_dir) if key in line.figures]
+        assert len(made) > 4 and {line.step for line in made} == set(expected)
+        unequal = [
+            (line.step, line.figures[key]) for line in made if line.figures[key] != expected[line.step]
+        ]
         assert unequal == [], key
         assert len(set(expected.values())) > 1
 

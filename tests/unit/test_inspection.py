@@ -480,6 +480,24 @@ def test_siblings_are_kept_before_other_tasks(
     assert len({record.episode_id.partition(".")[0] for record in kept}) == 1
 
 
+def test_the_oldest_training_episodes_go_and_those_of_evaluations_stay(
+    play: Callable[..., Trajectory], chat: ChatFormat, tmp_path: Path
+) -> None:
+    """Also what an earlier process of the run has kept."""
+    row, settings = EvaluationRow("TMEM before", MemoryConfig(), 7), EpisodesConfig(per_step=1, keep=3)
+    for steps in ((1, 2, 3), (4, 5)):
+        keeping = recorder(tmp_path, chat, settings)
+        for step in steps:
+            group = group_of(play, step)
+            finished = FinishedGroup(GroupSummary.of(group), group)  # type: ignore[arg-type]
+            keeping.on_batch(RunConfig(), step, Batch((step,), (finished,), (0,), 0))
+        keeping.on_evaluated(RunConfig(), 0, 0, row, replace(group_of(play, steps[0]), failed=()))
+        keeping.close(30)
+    kept = [(load(path).origin.source, load(path).origin.step) for path in list_records(tmp_path)]
+    training = [step for source, step in kept if source == "train"]
+    assert training == [3, 4, 5] and len(kept) == 3 + 4
+
+
 def test_what_cannot_be_kept_is_counted_and_said_once(
     play: Callable[..., Trajectory], chat: ChatFormat, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,17 +1,13 @@
 """A process that saves is killed at each of its file operations: nothing is lost, nothing torn is believed.
 
-The child is a fork of this process. It ends with os._exit in the place of, or in the middle of, its n-th
-operation on a file (open for writing, write, fsync, rename, delete), for n = 1, 2, ... until a save survives.
+The child ends in the place of, or in the middle of, its n-th operation on a file, for n = 1, 2, ... until a
+save survives (killed.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import io
 import os
-import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,83 +20,7 @@ from cluster.measure.rows import EpisodeScore, TaskResult
 from cluster.runs.checkpoint import START, newest_whole, recover_checkpoints, save_checkpoint
 from cluster.tracking.outbox import Outbox, Point
 from configs.files import new_folder, recover_folder, remove_folder, write_text
-
-
-def _is_write(flags: object) -> bool:
-    return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR))
-
-
-class _Killer:
-    """Counts the operations of a process on files below ``root``, and ends it at number ``dies_at``."""
-
-    def __init__(self, root: Path, dies_at: int) -> None:
-        self._root, self._left = str(root), dies_at
-
-    def strike(self, before_death: Callable[[], object] = lambda: None) -> None:
-        self._left -= 1
-        if self._left == 0:
-            before_death()
-            os._exit(9)
-
-    def audit(self, event: str, arguments: tuple[object, ...]) -> None:
-        """Opening for writing, renaming, deleting, making folders: Python tells before they happen."""
-        watched = event in ("os.remove", "os.rmdir")  # rmtree gives them no more than a name
-        if event in ("os.rename", "os.mkdir") or (event == "open" and _is_write(arguments[2])):
-            watched = str(arguments[0]).startswith(self._root)
-        if watched:
-            self.strike()
-
-
-def killed_at(root: Path, work: Callable[[], None], dies_at: int) -> bool:
-    """Run ``work`` in a child that dies at its operation ``dies_at``. False if it came to its end."""
-    child = os.fork()
-    if child == 0:
-        killer = _Killer(root, dies_at)
-        fsync, write = os.fsync, io.TextIOWrapper.write
-
-        def dying_fsync(handle: int) -> None:
-            killer.strike()
-            fsync(handle)
-
-        os.fsync = dying_fsync
-        plain = Path.write_text
-
-        def dying_write(self: Path, text: str, *rest: object, **named: object) -> int:
-            with io.open(self, "w", encoding="utf-8") as file:  # noqa: UP020  half of it is on the disk then
-                write(file, text[: len(text) // 2])
-                file.flush()
-                killer.strike()
-            return plain(self, text, *rest, **named)  # type: ignore[arg-type]
-
-        Path.write_text = dying_write  # type: ignore[method-assign, assignment]
-        sys.addaudithook(killer.audit)
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 9), "the work itself failed"
-    return status == 9
-
-
-def kill_everywhere(
-    tmp_path: Path,
-    prepare: Callable[[Path], None],
-    work: Callable[[Path], None],
-    check: Callable[[Path, bool], None],
-) -> int:
-    """Prepare a folder, kill ``work`` at operation 1, 2, ... and check what is left. Returns the kills."""
-    for dies_at in range(1, 2000):
-        root = tmp_path / f"at-{dies_at}"
-        root.mkdir()
-        prepare(root)
-        died = killed_at(root, lambda root=root: work(root), dies_at)  # type: ignore[misc]
-        check(root, died)
-        shutil.rmtree(root)
-        if not died:
-            return dies_at - 1
-    raise AssertionError("the work never ends")
+from tests.unit.killed import kill_everywhere
 
 
 def checkpoint(run: Path, step: int, content: str, keep: int = 2) -> None:
