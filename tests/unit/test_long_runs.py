@@ -110,7 +110,9 @@ def test_a_run_of_many_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     def on_step(summary: StepSummary, batch: Batch) -> None: ...
 
     async def train() -> TrainState:
-        fleet = FleetPlan(lambda name: Forgetful(name), lambda: 2, 0, 1, 60.0, lambda text: None)
+        fleet = FleetPlan(
+            lambda name: Forgetful(name), lambda: 2, 0, 1, 60.0, lambda text: None, in_flight=False
+        )
         parts = wire(workers, fleet, ForgetfulTrainer(), tracker, ledger, plan, START, on_step, save)  # type: ignore[arg-type]
         return await run_loop(parts, plan, START)
 

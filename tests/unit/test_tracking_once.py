@@ -32,6 +32,9 @@ def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One store for the module: its first creation takes seconds."""
     folder = tmp_path_factory.mktemp("once")
     (folder / "config.yaml").write_text("train: {steps: 3}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        begin(folder).finish("FINISHED")
     return folder
 
 
@@ -117,7 +120,6 @@ def test_points_in_doubt_cost_the_same_in_a_run_of_any_length(
 ) -> None:
     """No history is read. What MLflow keeps of the last points is a line a key, and so is what we keep."""
     client, costs = MlflowClient(f"sqlite:///{output_dir}/mlflow.db"), []
-    begin(output_dir).finish("FINISHED")
     histories = MlflowClient.get_metric_history
     monkeypatch.setattr(MlflowClient, "get_metric_history", lambda *_: pytest.fail("a history was read"))
     keys = [f"learner/figure_{number}" for number in range(30)]
@@ -168,7 +170,6 @@ def test_a_store_that_cannot_be_opened_is_one_line_at_the_start(
 
 @pytest.mark.slow  # MLflow waits 20 s for the lock
 def test_a_locked_store_is_one_line_at_the_start(output_dir: Path) -> None:
-    begin(output_dir).finish("FINISHED")
     locked = sqlite3.connect(output_dir / "mlflow.db")
     locked.execute("BEGIN EXCLUSIVE")
     try:
