@@ -50,6 +50,7 @@ from configs.schema import RunConfig
 from learner.types import LearnerLost
 
 _WARM, _STEP = "warm start", "train step"
+_log = logging.getLogger(__name__)
 
 
 def train_config(config: RunConfig, display: Display) -> None:
@@ -82,7 +83,7 @@ async def train(spec: RunSpec, folder: RunFolder, start: Start, display: Display
     with held(folder.path):
         write_config(spec, folder)
         with _told(display):
-            tracker = _track(spec.config, folder, start.state)
+            tracker = _track(spec.config, folder, start)
         with (
             ending(tracker, display),
             _registered(spec.config, folder, tracker),
@@ -244,15 +245,31 @@ async def _reinforce(
 # --- what frames a run ------------------------------------------------------------------------------------
 
 
-def _track(config: RunConfig, folder: RunFolder, state: TrainState) -> Tracker:
-    """Open the tracked run of a training: a new one, or that of ``state`` again. Raises TrackingError."""
-    run_dir, run_id = folder.path, state.tracking_run_id
+def _track(config: RunConfig, folder: RunFolder, start: Start) -> Tracker:
+    """Open the tracked run of a training: a new one, or that of ``start`` again. Raises TrackingError."""
+    run_dir, state = folder.path, start.state
+    run_id = "" if _begins_a_branch(config, folder, start) else state.tracking_run_id
     tracker = start_tracking(config, run_dir.parent, run_dir.name, folder.config, run_id, state.step)
     note_run_id(folder.path, tracker.run_id)  # now: the first checkpoint may be hours away
     for environment in environments(config.environment):
         tracker.dataset(dataset_values(environment, "training"))
         tracker.dataset(dataset_values(environment, "evaluation"))
     return FigureFile(tracker, folder.path)
+
+
+def _begins_a_branch(config: RunConfig, folder: RunFolder, start: Start) -> bool:
+    """Whether a user went back to an earlier checkpoint by its name; it is said.
+
+    Its steps get an MLflow run of their own: in the old one each step stays as it was logged first.
+    """
+    if start.checkpoint is None or config.resume == "auto":
+        return False
+    newest = list_checkpoints(folder.path)[-1]
+    if start.checkpoint.folder == newest:
+        return False
+    text = "%s is not the newest checkpoint (%s is): from here on the figures go to a new MLflow run"
+    _log.warning(text, start.checkpoint.folder, newest.name)
+    return True
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from configs.schema import EvaluationConfig, MemoryConfig, RunConfig, TrainConfi
 from learner.types import WarmStartReport
 from tests.unit.cluster_cases import group, task_at
 from tests.unit.loop_cases import Recorder
+from tests.unit.test_killed_saves import checkpoint
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, rl_steps: int) -> list[tuple[str, int, str]]:
@@ -361,6 +362,35 @@ def test_the_tracked_run_ends_with_the_status_of_the_run(error: BaseException | 
             raise error
     assert statuses == [status]
     assert output.getvalue() == "the store is slow\n"
+
+
+@pytest.mark.parametrize(("resume", "step", "run_id"), [("auto", 2, "abc"), ("x", 4, "abc"), ("x", 2, "")])
+def test_a_user_who_goes_back_by_name_gets_a_new_mlflow_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    resume: str,
+    step: int,
+    run_id: str,
+) -> None:
+    """Where the newest checkpoint is damaged, ``auto`` goes back too: its steps are made again."""
+    for saved in (2, 4):
+        checkpoint(tmp_path, saved, "x")
+    opened = []
+
+    def open_run(
+        config: RunConfig, output: Path, name: str, file: Path, resumed: str, from_step: int
+    ) -> Recorder:
+        opened.append((resumed, from_step))
+        return Recorder()
+
+    monkeypatch.setattr(run, "start_tracking", open_run)
+    loaded = load_checkpoint(tmp_path / "checkpoints" / f"step-{step:06d}")
+    start = Start(loaded, replace(loaded.state, tracking_run_id="abc"), tmp_path)
+    run._track(RunConfig(resume=resume), RunFolder(tmp_path), start)
+    assert opened == [(run_id, step)]
+    said = [line for line in caplog.messages if "go to a new MLflow run" in line]
+    assert len(said) == (run_id == "")
 
 
 @pytest.mark.parametrize("resume", ["auto", "/runs/x/checkpoints/step-000004"])

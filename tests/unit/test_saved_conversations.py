@@ -16,9 +16,9 @@ from cluster.assistant.saved import FullError, SavedConversations
 from cluster.assistant.serve import build_app
 from cluster.assistant.sessions import Sessions
 from configs.schema import AssistantConfig
+from tests.unit.killed import killed_at
 from tests.unit.rollout_fakes import MODULE
 from tests.unit.test_assistant import body, chat, engine, opening, parts, run, with_limits
-from tests.unit.test_killed_saves import killed_at
 
 __all__ = ["chat", "engine", "opening", "parts"]  # fixtures
 
