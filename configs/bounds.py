@@ -7,6 +7,7 @@ import math
 import os
 import re
 
+HIDDEN = "(hidden)"  # in place of a value that may hold a secret
 _LONGEST = 200  # characters of a value in a message
 _RAYS_OWN = ("cpu", "gpu", "memory", "object_store_memory")
 

@@ -30,7 +30,7 @@ def write_digests(folder: Path) -> None:
 
 def check_digests(folder: Path) -> None:
     """Raise FileError, in one line, for the first file that is missing or not as it was written."""
-    names = _read(folder)
+    names = read_digests(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
             present = list(pool.map(_digest, (folder / name for name in names)))
@@ -44,8 +44,8 @@ def check_digests(folder: Path) -> None:
             raise FileError(f"{folder} is damaged: {name} is not as it was written")
 
 
-def _read(folder: Path) -> dict[str, str]:
-    """The digest of each file by its name."""
+def read_digests(folder: Path) -> dict[str, str]:
+    """The digest of each file by its name. Raises FileError for a list that is not as it was written."""
     try:
         text = (folder / FILE).read_text(encoding="utf-8")
     except FileNotFoundError:

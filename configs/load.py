@@ -21,7 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs import yaml_scalars
-from configs.bounds import BoundError, ConfigError, shown
+from configs.bounds import HIDDEN, BoundError, ConfigError, shown
 from configs.reference import settings
 from configs.schema import EnvironmentConfig, RunConfig
 from configs.shipped import hint
@@ -363,7 +363,9 @@ def _blame(error: BoundError, assignments: Sequence[_Assignment], path: Path | N
     own = [assignment for assignment in assignments if assignment.key == error.key]
     named = [assignment for assignment in assignments if assignment.key in error.bound]
     if own or named:
-        return f"{(own or named)[-1].source}: "
+        source = (own or named)[-1].source
+        is_secret = error.value == HIDDEN and source.startswith("argument ")
+        return f"argument {error.key}: " if is_secret else f"{source}: "  # the word itself holds the secret
     return f"{path}: " if path is not None else ""
 
 

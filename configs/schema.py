@@ -43,7 +43,15 @@ from configs.memory import (
     PreserveConfig,
     WriteConfig,
 )
-from configs.services import AssistantConfig, EndpointConfig, EpisodesConfig, RayConfig, TrackingConfig
+from configs.services import (
+    AssistantConfig,
+    EndpointConfig,
+    EpisodesConfig,
+    RayConfig,
+    StoreConfig,
+    TrackingConfig,
+)
+from configs.store_url import store_url
 
 __all__ = [
     "AssistantConfig",
@@ -77,6 +85,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "SearchConfig",
+    "StoreConfig",
     "TeacherConfig",
     "TextArenaConfig",
     "TrackingConfig",
@@ -293,7 +302,9 @@ class RunConfig:
 
     name: str = "engram"
     seed: int = 0
-    output_dir: str = "runs"  # checkpoints, tables, plots; one folder for each run
+    # checkpoints, tables, plots; one folder for each run. Also the address of a store, s3://, gs:// or file://,
+    # so that a run outlives its machine (store.*)
+    output_dir: str = "runs"
     resume: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -312,10 +323,12 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     episodes: EpisodesConfig = field(default_factory=EpisodesConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     assistant: AssistantConfig = field(default_factory=AssistantConfig)
 
     def __post_init__(self) -> None:
+        store_url(self, "output_dir", "resume")
         home_expanded(self, "output_dir", "resume")
         not_negative(self, "seed")
         folder_name(self, "name")

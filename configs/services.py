@@ -1,4 +1,4 @@
-"""Settings of what stands around a run: model endpoints, kept episodes, MLflow, Ray, and the assistant."""
+"""Settings of what stands around a run: model endpoints, kept episodes, MLflow, stores, Ray, assistant."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
-from configs.bounds import home_expanded, not_negative, positive, require
+from configs.bounds import HIDDEN, home_expanded, not_negative, positive, require
+from configs.store_url import is_url
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class EndpointConfig:
         # Settings are saved and logged. A key among them is refused, and not shown.
         is_name = re.fullmatch(r"[A-Za-z_]\w*|", self.api_key_env, re.ASCII) is not None
         bound, cure = "the name of an environment variable, or empty", "the key itself is no setting"
-        require(is_name, "api_key_env", _HIDDEN, bound, cure)
+        require(is_name, "api_key_env", HIDDEN, bound, cure)
         require_no_secret("url", self.url, "name the key's variable in api_key_env")
 
 
@@ -49,10 +50,7 @@ def without_secret(url: str) -> bool:
 
 def require_no_secret(key: str, url: str, cure: str) -> None:
     """Refuse an address that may hold a key, without showing it: settings are saved and logged."""
-    require(without_secret(url), key, _HIDDEN, "an address without user, password and query", cure)
-
-
-_HIDDEN = "(hidden)"
+    require(without_secret(url), key, HIDDEN, "an address without user, password and query", cure)
 
 
 @dataclass(frozen=True)
@@ -99,6 +97,28 @@ class TrackingConfig:
     @property
     def uses_mlflow(self) -> bool:
         return self.enabled and "mlflow" in self.trackers
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Where ``output_dir`` is the address of a store (s3://, gs://, file://): how runs work with it.
+
+    A run works in a local folder. Each file that is whole there is put into the store, in the background.
+    Credentials come from the environment (AWS_ACCESS_KEY_ID and its like), never from settings.
+    """
+
+    # the local folder of the runs; with several machines one that all of them see. Empty: in ENGRAM_CACHE, or
+    # else ~/.cache/engram
+    work_dir: str = ""
+    timeout_s: float = 30.0  # without a byte from the store, until a request is given up and tried again
+    # how long the end of a run waits for the store; what is not there by then stays in the local folder
+    finish_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        home_expanded(self, "work_dir")
+        positive(self, "timeout_s")
+        not_negative(self, "finish_timeout_s")
+        require(not is_url(self.work_dir), "work_dir", self.work_dir, "a folder of this machine")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ if [ "$#" -lt 1 ]; then
     exit 2
 fi
 case " $* " in
-*" output_dir=/"*) ;;
+*" output_dir=/"* | *" store.work_dir=/"*) ;;
 *)
     echo "error: give an absolute output_dir on storage that all nodes see, e.g. output_dir=/shared/runs" >&2
     exit 2

@@ -173,9 +173,10 @@ def memory(
 
 def export(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="SOURCE", help="a run, a checkpoint, a saved conversation or an episode's record"
+            metavar="SOURCE",
+            help="a run, a checkpoint, a saved conversation or an episode's record; or its address (s3://)",
         ),
     ],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="the new folder")],
@@ -199,8 +200,10 @@ def export(
 
     with quiet(verbose=False):
         from cluster.assistant.export import export as write
+        from cluster.runs.from_store import local_copy
 
-        what = write(source.expanduser(), target.expanduser(), model, merge)
+        found = local_copy(source, weights=True).expanduser()
+        what = write(found, target.expanduser(), model, merge)
     Display().say(f"{target}: {what}")
 
 

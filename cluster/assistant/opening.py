@@ -23,6 +23,7 @@ from actors.protocols import AsyncWriter, Policy
 from actors.text.chat_template import ChatFormat, open_chat
 from actors.types import AdapterKey
 from cluster.runs.checkpoint import COMPANION, Checkpoint, list_checkpoints, load_checkpoint
+from cluster.runs.from_store import local_copy
 from configs.load import load_config
 from configs.mixture import environments
 from configs.models import ResolvedModel, resolve_model
@@ -110,8 +111,8 @@ def find_checkpoint_of(folder: Path) -> Checkpoint | None:
 
 
 def locate(model: str) -> Source:
-    """Find the weights and settings that ``model`` names. Raises CheckpointError."""
-    folder = Path(model).expanduser().absolute()
+    """Find the weights and settings that ``model`` names. Raises CheckpointError, StoreError."""
+    folder = local_copy(model, weights=True).expanduser().absolute()
     if folder.is_dir():
         if (checkpoint := find_checkpoint_of(folder)) is not None:
             config_path = checkpoint.folder / CONFIG_FILE

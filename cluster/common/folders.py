@@ -1,11 +1,34 @@
-"""Checks a folder before a run needs it: a user hears in a second that nothing can be written there."""
+"""Names the folder that runs work in, and checks it before a run needs it: a user hears in a second that
+nothing can be written there.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from configs.bounds import ConfigError
+from configs.embedded import cache_folder
+from configs.schema import RunConfig
+from configs.store_url import is_url
+
+
+def output_folder(config: RunConfig) -> Path:
+    """The folder in which the runs of ``config`` work: ``output_dir``, or a local one beside a store."""
+    if not is_url(config.output_dir):
+        return Path(config.output_dir).expanduser().absolute()
+    return Path(config.store.work_dir or cache_of("runs", config.output_dir)).expanduser().absolute()
+
+
+def cache_of(purpose: str, url: str) -> Path:
+    """The folder of the cache for what lies at ``url``: s3://bucket/a has CACHE/<purpose>/s3/bucket/a."""
+    parts = urlsplit(url)
+    folder = cache_folder() / purpose / parts.scheme / f"{parts.netloc}{parts.path}".strip("/")
+    if parts.query:  # a bucket of this name at another endpoint
+        folder = folder.with_name(f"{folder.name}@{hashlib.sha256(parts.query.encode()).hexdigest()[:8]}")
+    return folder
 
 
 def require_writable(folder: Path, setting: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from configs.load import ConfigError, load_config
 from configs.schema import RunConfig
+from configs.store_url import is_url
 
 JOIN = "ray.address=auto"  # the cluster that the job runs on
 _VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's own name: {"runtime_env": {...}, "metadata": {...}}
@@ -61,7 +62,11 @@ def job_overrides(config: Path, overrides: Sequence[str], environ: Mapping[str, 
 
 def require_lasting(config: RunConfig, environ: Mapping[str, str]) -> None:
     """Require that a job's outputs have absolute places. Raises ConfigError."""
-    if not Path(config.output_dir).expanduser().is_absolute():
+    if is_url(config.output_dir):
+        work_dir = config.store.work_dir
+        if work_dir and not Path(work_dir).is_absolute():
+            _refuse(f"store.work_dir={work_dir}", "store.work_dir=/shared/runs, a folder that all nodes see")
+    elif not Path(config.output_dir).expanduser().is_absolute():
         allowed = "output_dir=/shared/runs, on storage that all nodes of the cluster see"
         _refuse(f"output_dir={config.output_dir}", allowed)
     _require_lasting_resume(config.resume, f"resume={config.resume}")
@@ -97,7 +102,7 @@ async def note_run(job: RayJob | None, run_id: str) -> None:
 
 
 def _require_lasting_resume(resume: str, said: str) -> None:
-    if resume and resume != "auto" and not Path(resume).expanduser().is_absolute():
+    if resume and resume != "auto" and not is_url(resume) and not Path(resume).expanduser().is_absolute():
         _refuse(said, "resume=auto (the newest in output_dir), or the checkpoint's absolute folder")
 
 

@@ -14,7 +14,8 @@ EXAMPLES = """examples:
 
 Runs with the same name= are one group. They may differ only in seed, in model.name (the policy that a seed
 starts from; a note names them), in model.date (the day on which a run began) and in what changes no result:
-output_dir, resume, tracking.*, ray.*, episodes.*. The first run's group is compared with each other group.
+output_dir, resume, tracking.*, store.*, ray.*, episodes.*. The first run's group is compared with each other
+group.
 
 The run (its seed) is the unit of what is claimed about training: t over seeds, two-sided. So many seeds find
 a gain with 80 % power at p < 0.05 / p < 0.01, by the standard deviation between seeds (all in points):
@@ -27,7 +28,9 @@ a gain with 80 % power at p < 0.05 / p < 0.01, by the standard deviation between
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="folders of finished training runs")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN", help="folders, or addresses in a store, of finished runs")
+    ],
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="where tables and plots go")] = Path(
         "runs/compared"
     ),
@@ -39,7 +42,8 @@ def compare(
     from cluster.common.display import Display
     from cluster.compare.report import open_output, show_compared
     from cluster.compare.runs import load_groups
+    from cluster.runs.from_store import local_copy
 
-    groups = load_groups(runs)
+    groups = load_groups([local_copy(run, weights=False) for run in runs])
     open_output(output)
     show_compared(groups, output, Display())

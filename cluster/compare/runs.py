@@ -21,12 +21,22 @@ from configs.files import FileError, read_json
 from configs.load import flatten, load_config
 from configs.schema import RunConfig
 
-FREE = ("seed", "model.name", "model.date", "output_dir", "resume", "tracking.", "ray.", "episodes.")
+FREE = (
+    "seed",
+    "model.name",
+    "model.date",
+    "output_dir",
+    "resume",
+    "tracking.",
+    "store.",
+    "ray.",
+    "episodes.",
+)
 """Settings that may differ inside a group: the varied ones, and those that change no result."""
 
 MAY_DIFFER = (
     "seed, model.name (the policy that a seed starts from), model.date (the day on which a run began) "
-    "and what changes no result: output_dir, resume, tracking.*, ray.*, episodes.*"
+    "and what changes no result: output_dir, resume, tracking.*, store.*, ray.*, episodes.*"
 )
 """FREE in words."""
 

@@ -25,14 +25,17 @@ from pathlib import Path
 import configs
 from cluster.common.display import Display
 from cluster.common.errors import ClusterError
+from cluster.common.folders import output_folder
 from cluster.common.ray_job import job_overrides
 from cluster.compare.runs import FREE, load_groups
 from cluster.runs.checkpoint import list_checkpoints, newest_whole
+from cluster.runs.from_store import bring_all
 from cluster.runs.run_folders import finished_steps, runs_of
 from configs.bounds import ConfigError
 from configs.load import flatten, load_config
 from configs.reference import settings
 from configs.schema import RunConfig
+from configs.store_url import is_url
 
 _INTERRUPTED = 130
 _LIST = re.compile(r",(?![^\[]*\])")  # a comma outside of brackets
@@ -102,6 +105,9 @@ def train_runs(runs: Sequence[Wanted], verbose: bool, display: Display, play: Pl
     """
     from cluster.compare.report import show_compared
 
+    for config in {run.config.name: run.config for run in runs}.values():
+        if is_url(config.output_dir):
+            bring_all(config)  # the table needs them all
     missing = [run for run in runs if _finished(run) is None]
     display.say(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before")
     failed: list[str] = []
@@ -116,7 +122,7 @@ def train_runs(runs: Sequence[Wanted], verbose: bool, display: Display, play: Pl
     folders = [folder for run in runs if (folder := _finished(run)) is not None]
     if folders:
         names = list(dict.fromkeys(run.config.name for run in runs))
-        output = _output_dir(runs[0].config) / f"{names[0]}-compared"
+        output = output_folder(runs[0].config) / f"{names[0]}-compared"
         show_compared(load_groups(folders), output, display)
     if failed:
         cure = "its own error stands above; the same command again goes on"
@@ -149,17 +155,13 @@ def _finished(run: Wanted) -> Path | None:
 
 def _earlier(run: Wanted) -> Iterator[Path]:
     """Runs of this name and seed, the newest first."""
-    for folder in runs_of(_output_dir(run.config), run.config.name):
+    for folder in runs_of(output_folder(run.config), run.config.name):
         try:
             saved = load_config(folder / "config.yaml", [])
         except ConfigError:  # a run that died before it had written its settings
             continue
         if saved.seed == run.config.seed:
             yield folder
-
-
-def _output_dir(config: RunConfig) -> Path:
-    return Path(config.output_dir).expanduser().absolute()
 
 
 def _require_same(folder: Path, config: RunConfig, but: tuple[str, ...]) -> None:

@@ -101,6 +101,7 @@ def evaluate(
     Rows x benchmarks x seeds, of the base model or of a checkpoint.
     """
     from cluster.common.ray_job import job_overrides
+    from cluster.runs.from_store import local_copy
     from configs.load import to_yaml
 
     words = settings or []
@@ -114,7 +115,7 @@ def evaluate(
         request = Request(
             config=path,
             overrides=tuple(word for word in overrides if word.partition("=")[0] not in _NOT_SETTINGS),
-            checkpoint=Path(given["checkpoint"]) if "checkpoint" in given else None,
+            checkpoint=local_copy(given["checkpoint"], weights=True) if "checkpoint" in given else None,
             rows=split_names("--rows", rows),
             benchmarks=split_names("--benchmarks", benchmarks),
             seeds=split_seeds("--seeds", seeds),

@@ -21,11 +21,13 @@ from actors.memory.window import require_window
 from actors.text.chat_template import ChatFormat, open_chat
 from actors.types import PolicyVersion, Task
 from cluster.common.day import day_in, with_day
+from cluster.common.folders import output_folder
 from cluster.evaluation.command import REQUEST_FILE, save_request, saved_request
 from cluster.evaluation.plan import WRITING, Cell, Plan, Request, plan_cells
 from cluster.evaluation.store import CellStore
 from cluster.fleet.ray_runtime import demand, require_gpus
 from cluster.runs.checkpoint import Checkpoint, load_played
+from cluster.runs.from_store import bring_newest, newest_number
 from cluster.runs.run_folders import create_run, runs_of
 from cluster.runs.run_lock import held, require_free
 from cluster.train.prepare import (
@@ -33,7 +35,6 @@ from cluster.train.prepare import (
     check_unchanged,
     held_out,
     open_environment,
-    output_dir_of,
     questions_of,
     require_machine,
     run_basis,
@@ -43,6 +44,7 @@ from configs.files import write_text
 from configs.load import ConfigError, load_config, to_yaml
 from configs.models import ResolvedModel, require_positions, resolve_model
 from configs.schema import EnvironmentConfig, FastWeightsConfig, RunConfig
+from configs.store_url import is_url
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,8 +113,9 @@ def prepare_comparison(request: Request) -> Comparison:
     bases, made = _bases(plan, model.path, checkpoint)
     folder = resumed
     if folder is None:  # last: a mistake above leaves none
-        with _writing(output_dir_of(config)):
-            folder = create_run(output_dir_of(config), f"{config.name}-evaluate")
+        with _writing(output_folder(config)):
+            name = f"{config.name}-evaluate"
+            folder = create_run(output_folder(config), name, newest_number(config, name))
     bases = {key: folder / path for key, path in bases.items()}
     made = {folder / path: basis for path, basis in made.items()}
     store = CellStore(folder / "cells", _identity(model, checkpoint))
@@ -152,7 +155,9 @@ def _resumed_folder(request: Request, config: RunConfig) -> Path | None:
     if not request.resume:
         return None
     if request.resume == "auto":
-        runs = runs_of(output_dir_of(config), f"{config.name}-evaluate")
+        if is_url(config.output_dir):
+            bring_newest(config, f"{config.name}-evaluate")
+        runs = runs_of(output_folder(config), f"{config.name}-evaluate")
         return next((run for run in runs if (run / REQUEST_FILE).is_file()), None)
     folder = Path(request.resume).expanduser().absolute()
     saved_request(folder)

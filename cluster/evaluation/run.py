@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from cluster.inspection.recorder import EpisodeRecorder, recording
 from cluster.measure.report import decoding, show
 from cluster.measure.rows import EpisodeSource, primary_score
 from cluster.measure.scores import mean_text
+from cluster.runs.mirror import mirrored
 from cluster.runs.run_lock import held
 from cluster.tracking.registry import dataset_values
 from cluster.tracking.tracker import Tracker, start_tracking
@@ -38,18 +39,19 @@ async def evaluate(comparison: Comparison, display: Display) -> None:
     Raises ClusterError when Ray does not start or the disk is full. Also after the report is written, when a
     cell was given up or has no finished episode.
     """
-    with held(comparison.folder):
-        await _evaluate(comparison, display)
+    config, folder = comparison.plan.base, comparison.folder
+    with held(folder), mirrored(config, folder, display.say) as saved:
+        await _evaluate(comparison, display, saved)
 
 
-async def _evaluate(comparison: Comparison, display: Display) -> None:
+async def _evaluate(comparison: Comparison, display: Display, saved: Callable[[], None]) -> None:
     tracker = _track(comparison)
     with ending(tracker, display), _resumable(comparison, display):
         missing, base = _missing(comparison), comparison.plan.base
         done = len(comparison.plan.cells) - len(missing)
         display.say(f"{_overview(comparison)}; {done} done before: {comparison.folder}")
         with recording(base, comparison.folder, comparison.model.path, tracker.run_id) as recorder:
-            given_up = await _measure(comparison, missing, display, recorder)
+            given_up = await _measure(comparison, missing, display, recorder, saved)
         _report(comparison, given_up, tracker, display)
         require_measured(comparison, given_up)
 
@@ -82,7 +84,11 @@ def require_measured(comparison: Comparison, given_up: Mapping[str, str]) -> Non
 
 
 async def _measure(
-    comparison: Comparison, missing: list[Cell], display: Display, recorder: EpisodeRecorder
+    comparison: Comparison,
+    missing: list[Cell],
+    display: Display,
+    recorder: EpisodeRecorder,
+    saved: Callable[[], None],
 ) -> dict[str, str]:
     """Run the missing cells with progress over their episodes; return why some were given up."""
     if not missing:
@@ -101,6 +107,7 @@ async def _measure(
             display.say(f"{place}: {_named(cell)}, {left} episodes; all in {counter.time_left}")
 
         def finished(cell: Cell) -> None:
+            saved()
             done = comparison.store.finished(cell)
             assert done is not None
             row = done.result

@@ -52,9 +52,10 @@ def watch(
     from cluster.inspection.record import RecordError
     from cluster.inspection.watch import look, view
     from cluster.inspection.watch import watch as follow
+    from cluster.runs.from_store import local_copy
     from cluster.runs.wanted_workers import newest_run
 
-    folder = Path(run) if run else newest_run(Path(output_dir))
+    folder = local_copy(run, weights=False) if run else newest_run(Path(output_dir))
     if not (folder / "config.yaml").is_file():
         raise RecordError(f"{folder}: is no run's folder: give one, e.g. runs/quickstart-20260101-120000")
     console = Console(highlight=False)
@@ -66,8 +67,11 @@ def watch(
 
 def inspect(
     run: Annotated[
-        Path,
-        typer.Argument(metavar="RUN_OR_FILE", help="a run's or an evaluation's folder, or an episode's file"),
+        str,
+        typer.Argument(
+            metavar="RUN_OR_FILE",
+            help="a run's or an evaluation's folder, or an episode's file; or its address in a store",
+        ),
     ],
     episode: Annotated[
         str, typer.Option(metavar="N|NAME", help="an episode of the run: its number, or a part of its name")
@@ -96,6 +100,7 @@ def inspect(
 
     from cluster.inspection.record import list_records, load
     from cluster.inspection.terminal import show, show_list
+    from cluster.runs.from_store import local_copy
 
     if policy is not None and not compare:
         raise ConfigError("argument --policy: belongs to --compare")
@@ -105,13 +110,14 @@ def inspect(
             raise ConfigError(
                 "argument --task: shows several episodes; leave out --episode, --html, --compare"
             )
-        _show_task(run, task, console)
+        _show_task(local_copy(run, weights=False), task, console)
         return
-    path = _chosen(run, episode)
+    source = local_copy(run, weights=compare)
+    path = _chosen(source, episode)
     if path is None:
         if html or compare:
             raise ConfigError("arguments --html and --compare need one episode: choose it with --episode N")
-        show_list(run, list_records(run), console)
+        show_list(source, list_records(source), console)
         return
     record = load(path)
     compared = _compared(record, path.absolute(), policy) if compare else ()

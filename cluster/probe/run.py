@@ -26,7 +26,7 @@ from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.writer import BatchedWriter
 from cluster.common.day import with_day
 from cluster.common.display import Display
-from cluster.common.folders import require_writable
+from cluster.common.folders import output_folder, require_writable
 from cluster.common.git import git_commit
 from cluster.measure.report import show
 from cluster.probe.cards import cards_of, examples_of, unrelated_pieces
@@ -130,7 +130,7 @@ def probe(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions, displ
 
 
 def _prepare(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions) -> _Prepared:
-    output_dir = Path(config.output_dir).expanduser().absolute()
+    output_dir = output_folder(config)
     require_writable(output_dir, "output_dir")
     require_server(config.tracking, output_dir)
     cards = {seed: cards_of(options.cards, seed) for seed in options.seeds}
@@ -156,9 +156,7 @@ def _prepare(config: RunConfig, cells: Sequence[Cell], options: ProbeOptions) ->
     if folder is not None:
         _check_plan(folder, plan)
     else:
-        folder = (
-            Path(config.output_dir).expanduser() / f"{config.name}-probe-{time.strftime('%Y%m%d-%H%M%S')}"
-        )
+        folder = output_dir / f"{config.name}-probe-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = folder.expanduser().absolute()
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     return _Prepared(config, options, tuple(cells), cards, strays, pieces, model, chat, folder, plan)

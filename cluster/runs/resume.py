@@ -126,4 +126,5 @@ def _saved_settings(run_dir: Path) -> dict[str, str] | None:
 
 
 def _settings(config: RunConfig) -> dict[str, str]:
-    return {key: value for key, value in flatten(config).items() if key != "resume"}
+    free = ("resume", "store.")  # another machine may have other folders
+    return {key: value for key, value in flatten(config).items() if not key.startswith(free)}

@@ -10,49 +10,68 @@ A name is taken by making its folder: of two runs that begin in one second, each
 from __future__ import annotations
 
 import re
+import secrets
 import time
+from itertools import chain, count
 from pathlib import Path
 
 from cluster.common.turn import in_turn
 from configs.files import sync, write_text
 
-_NUMBER, _FINISHED = "number", "finished"
+NUMBER, FINISHED = "number", "finished"
 _STAMP = re.compile(r"-(\d{8}-\d{6}(?:-\d+)?)")
 
 
-def create_run(output_dir: Path, name: str) -> Path:
-    """Create the folder of a run that begins now. Raises OSError."""
+def create_run(output_dir: Path, name: str, elsewhere: int | None = None) -> Path:
+    """Create the folder of a run that begins now. Raises OSError.
+
+    ``elsewhere``: the highest number of such a run on other machines, whose runs go into the same store. No
+    two of them may have one name there, so it gets a number by lot.
+    """
     with in_turn(output_dir):
-        number = 1 + max((_number(folder, _NUMBER) for folder in _folders(output_dir)), default=0)
+        number = 1 + max((elsewhere or 0, *(number_of(folder) for folder in _folders(output_dir))))
         stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run_dir, again = output_dir / stem, 1
-        while run_dir.exists():
-            again += 1
-            run_dir = output_dir / f"{stem}-{again}"
+        more = (f"-{again}" for again in count(2))
+        if elsewhere is not None:
+            more = (f"-{secrets.randbelow(9000) + 1000}" for _ in count())
+        suffixes = more if elsewhere is not None else chain([""], more)
+        run_dir = next(path for suffix in suffixes if not (path := output_dir / f"{stem}{suffix}").exists())
         run_dir.mkdir()
-        write_text(run_dir / _NUMBER, f"{number}\n")
+        write_text(run_dir / NUMBER, f"{number}\n")
         sync(output_dir)
     return run_dir
 
 
 def runs_of(output_dir: Path, name: str) -> list[Path]:
     """The folders of the runs of ``name``, the newest first."""
-    stamps = {
-        folder: stamp[1]
-        for folder in _folders(output_dir)
-        if folder.name.startswith(name) and (stamp := _STAMP.fullmatch(folder.name[len(name) :]))
-    }
-    return sorted(stamps, key=lambda folder: (_number(folder, _NUMBER), stamps[folder]), reverse=True)
+    stamps = {folder: stamp for folder in _folders(output_dir) if (stamp := _stamp(folder.name, name))}
+    return sorted(stamps, key=lambda folder: (number_of(folder), stamps[folder]), reverse=True)
+
+
+def is_run_of(folder: str, name: str) -> bool:
+    """Whether a folder's name is that of a run of ``name``."""
+    return bool(_stamp(folder, name))
 
 
 def mark_finished(run_dir: Path, steps: int) -> None:
     """Note that the run is done, up to its report. Raises OSError."""
-    write_text(run_dir / _FINISHED, f"{steps}\n")
+    write_text(run_dir / FINISHED, f"{steps}\n")
 
 
 def finished_steps(run_dir: Path) -> int:
     """The ``train.steps`` after which the run was done; -1 for a run that is not."""
-    return _number(run_dir, _FINISHED, missing=-1)
+    return _number(run_dir, FINISHED, missing=-1)
+
+
+def number_of(run_dir: Path) -> int:
+    """Which run of its output folder it is; 0 for those of older versions."""
+    return _number(run_dir, NUMBER)
+
+
+def _stamp(folder: str, name: str) -> str:
+    """The part of a run folder's name behind the run's; "" where it is another's."""
+    stamp = _STAMP.fullmatch(folder[len(name) :]) if folder.startswith(name) else None
+    return "" if stamp is None else stamp[1]
 
 
 def _folders(output_dir: Path) -> list[Path]:

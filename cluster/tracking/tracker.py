@@ -240,6 +240,13 @@ def _open_mlflow(
     """
     _quiet(tracking.timeout_s)
     own = store_uri(tracking, output_dir) == _own_store(output_dir)
+    if own and resumed_run_id and not (output_dir / "mlflow.db").exists():
+        _log.warning(
+            "warning: the run's MLflow store is on another machine: a new MLflow run begins in %s; "
+            "figures.jsonl has all of them (tracking.uri names a server that outlives machines)",
+            shown(_own_store(output_dir)),
+        )
+        resumed_run_id = ""
     # MLflow creates the tables of a new store step by step: two at once wreck it for good.
     with in_turn(output_dir) if own else nullcontext():
         run = _in_mlflow(tracking, output_dir, run_name, params, resumed_run_id, from_step is not None)

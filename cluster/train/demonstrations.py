@@ -30,6 +30,7 @@ from actors.episodes.written_demonstrations import WrittenDemonstrations
 from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat, open_chat
 from actors.types import Segment, Task
+from cluster.common.folders import output_folder
 from cluster.common.tasks import TaskSource
 from configs.schema import RunConfig
 from configs.user_code import owned
@@ -204,7 +205,7 @@ def open_teacher(config: RunConfig, chat: ChatFormat) -> Teacher | None:
     teacher = config.warm_start.teacher
     if not teacher.url:
         return None
-    folder = Path(config.output_dir).expanduser().absolute() / _TEACHERS_FOLDER
+    folder = output_folder(config) / _TEACHERS_FOLDER
     kept = replace(teacher, cache_dir=teacher.cache_dir or str(folder))
     return Teacher(kept, config.memory, config.write, chat)
 

@@ -9,7 +9,7 @@ Ray and the engines start only afterwards.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,13 +24,15 @@ from actors.text.chat_template import open_chat
 from actors.types import Task
 from cluster.common.day import day_in, with_day
 from cluster.common.errors import CheckpointError
-from cluster.common.folders import require_writable
+from cluster.common.folders import output_folder, require_writable
 from cluster.common.tasks import TaskSource
 from cluster.fleet.ray_runtime import Demand, demand, require_gpus
 from cluster.runs.checkpoint import START, Checkpoint, TrainState
+from cluster.runs.from_store import bring_named, bring_unfinished, newest_number
 from cluster.runs.resume import find_checkpoint, find_unfinished, run_id_of
 from cluster.runs.run_folders import create_run
 from cluster.runs.run_lock import require_free
+from cluster.runs.store import Store, StoreError
 from cluster.sizing.machine import this_machine
 from cluster.sizing.plan import make_plan
 from cluster.tracking.tracker import require_server
@@ -41,6 +43,7 @@ from configs.load import ConfigError, flatten, load_config, to_yaml
 from configs.models import require_positions, resolve_model
 from configs.schema import RunConfig
 from configs.shapes import ModelShape
+from configs.store_url import is_url
 from learner.advantage import estimator
 
 _log = logging.getLogger(__name__)
@@ -83,11 +86,13 @@ class RunFolder:
     """The folder of a run, and the files in it.
 
     ``in_use`` are checkpoints that the run's processes still read: workers that replace lost ones start from
-    what the run was resumed from.
+    what the run was resumed from. ``saved`` is called when something in the folder is whole; it returns at
+    once.
     """
 
     path: Path
     in_use: tuple[Path, ...] = ()
+    saved: Callable[[], None] = lambda: None
 
     @property
     def config(self) -> Path:
@@ -166,10 +171,27 @@ def require_machine(config: RunConfig, needed: Demand) -> None:
 
     Raises ConfigError for ``output_dir``, StartupError for GPUs, TrackingError for MLflow's server.
     """
-    output_dir = output_dir_of(config)
-    require_writable(output_dir, "output_dir")
+    output_dir = output_folder(config)
+    require_writable(output_dir, "store.work_dir" if is_url(config.output_dir) else "output_dir")
+    _require_store(config)
     require_server(config.tracking, output_dir)
     require_gpus(config, needed)
+
+
+def _require_store(config: RunConfig) -> None:
+    """Raise ConfigError where the store refuses what is put there. One that is away may come back."""
+    if not is_url(config.output_dir):
+        return
+    try:
+        Store(config.output_dir, config.store.timeout_s).require_writable()
+    except StoreError as error:
+        _log.warning("warning: %s: what is saved waits in %s", error, output_folder(config))
+    if config.ray.address and not config.store.work_dir:
+        _log.warning(
+            "warning: with several machines set store.work_dir to a folder that all of them see: workers and "
+            "learner read and write %s",
+            output_folder(config),
+        )
 
 
 def _warn_of_shortages(config: RunConfig, model: ModelShape) -> None:
@@ -250,9 +272,11 @@ def _where_to_start(spec: RunSpec, refused: Collection[Path]) -> tuple[RunFolder
     if not config.resume:
         return None, new
     if config.resume == "auto":
-        found = find_unfinished(output_dir_of(config), config, refused)
+        if is_url(config.output_dir) and not refused:
+            bring_unfinished(config)
+        found = find_unfinished(output_folder(config), config, refused)
     else:
-        found = find_checkpoint(Path(config.resume).expanduser().absolute())
+        found = find_checkpoint(bring_named(config))
     if found is None:
         return None, new
     if isinstance(found, Path):
@@ -261,14 +285,11 @@ def _where_to_start(spec: RunSpec, refused: Collection[Path]) -> tuple[RunFolder
     return RunFolder(found.run_dir, (found.folder,)), Start(found, found.state, found.model)
 
 
-def output_dir_of(config: RunConfig) -> Path:
-    return Path(config.output_dir).expanduser().absolute()
-
-
 def _create_folder(spec: RunSpec) -> RunFolder:
     """Create the folder of a new run with config and basis."""
     basis = run_basis(spec.model_path, spec.config)  # before the folder: a calibration text may be missing
-    folder = RunFolder(create_run(output_dir_of(spec.config), spec.config.name))
+    config, name = spec.config, spec.config.name
+    folder = RunFolder(create_run(output_folder(config), name, newest_number(config, name)))
     save_basis(basis, folder.basis)
     write_text(folder.config, to_yaml(spec.config))  # last: a run with a config is whole
     return folder

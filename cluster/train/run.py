@@ -18,6 +18,7 @@ from pathlib import Path
 
 from cluster.common.display import Display
 from cluster.common.errors import AllFinished, UnloadableError
+from cluster.common.folders import output_folder
 from cluster.common.ray_job import current_job, note_run
 from cluster.fleet.ledger import ledger_line
 from cluster.inspection.recorder import recording
@@ -31,8 +32,9 @@ from cluster.runs.checkpoint import (
     prune,
     score_of,
 )
+from cluster.runs.mirror import mirrored
 from cluster.runs.resume import note_run_id
-from cluster.runs.run_folders import mark_finished
+from cluster.runs.run_folders import mark_finished, runs_of
 from cluster.runs.run_lock import held
 from cluster.tracking.figure_file import FigureFile
 from cluster.tracking.registry import dataset_values
@@ -66,6 +68,7 @@ def train_config(config: RunConfig, display: Display) -> None:
             asyncio.run(train(*prepared, display))
         except AllFinished as nothing:
             display.say(str(nothing))
+            _store_the_rest(config, display)
         except UnloadableError as error:
             if config.resume != "auto":
                 raise
@@ -75,12 +78,20 @@ def train_config(config: RunConfig, display: Display) -> None:
         return
 
 
+def _store_the_rest(config: RunConfig, display: Display) -> None:
+    """Put into the store what the newest run could not put there when it ended."""
+    for run_dir in runs_of(output_folder(config), config.name)[:1]:
+        with held(run_dir), mirrored(config, run_dir, display.say):
+            pass
+
+
 async def train(spec: RunSpec, folder: RunFolder, start: Start, display: Display) -> None:
     """One training, from its start to its end.
 
     Raises ClusterError, LearnerError; the user has been told then what is saved and how to go on.
     """
-    with held(folder.path):
+    with held(folder.path), mirrored(spec.config, folder.path, display.say) as saved:
+        folder = replace(folder, saved=saved)
         write_config(spec, folder)
         with _told(display):
             tracker = _track(spec.config, folder, start)

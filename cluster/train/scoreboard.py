@@ -123,6 +123,7 @@ class Scoreboard:
             watched = self.observers.recorder.watch(workers, config, step)
             result = await evaluate_row(row, tasks, watched, config.engine.slots, counter.advance)
         save_row(result, self.folder.row(key))
+        self.folder.saved()
         figures = row_metrics(result, key)
         first = "after_warm_start" if config.warm_start.steps > 0 else "before"
         if key in (first, "after_rl"):  # what RL begins with, and what it made of it

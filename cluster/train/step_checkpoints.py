@@ -59,6 +59,8 @@ async def save_state(folder: RunFolder, config: RunConfig, learner: SavedLearner
     except asyncio.CancelledError:
         await saving
         raise
+    finally:
+        folder.saved()
 
 
 class StepCheckpoints:
@@ -140,6 +142,7 @@ class StepCheckpoints:
         mean = sum(scores) / len(scores)
         folder = self._folder
         best = score_checkpoint(folder.path, step, name, mean, len(scores), keep, folder.in_use)
+        folder.saved()
         failed = f", {len(result.failed)} episodes failed" if result.failed else ""
         kept = " (the best so far: kept)" if best else ""
         say(f"step {step}: held-out {mean_text(name, mean)} of {len(scores)} tasks{failed}{kept}")

@@ -24,8 +24,10 @@ from types import FrameType
 import psutil
 
 from cluster.common.backoff import backoff_s
+from cluster.common.folders import output_folder
 from cluster.common.processes import is_alive
 from cluster.runs.checkpoint import list_checkpoints
+from cluster.runs.from_store import named_here
 from cluster.runs.run_folders import runs_of
 from configs.schema import RunConfig
 
@@ -100,11 +102,12 @@ class Supervisor:
 
     def _saved(self) -> list[Path]:
         """The newest checkpoint of the run that ``resume`` names; empty where it names none."""
-        run = Path(self.config.resume).expanduser().absolute().parent.parent
-        return list_checkpoints(run)[-1:] if self._names_a_checkpoint else []
+        if not self._names_a_checkpoint:
+            return []
+        return list_checkpoints(named_here(self.config).parent.parent)[-1:]
 
     def _newest(self) -> Path | None:
-        runs = runs_of(Path(self.config.output_dir).expanduser().absolute(), self.config.name)
+        runs = runs_of(output_folder(self.config), self.config.name)
         return runs[0] if runs else None
 
     def _wait(self, seconds: float) -> bool:

@@ -181,6 +181,7 @@ def test_arguments_are_read_as_files_are() -> None:
 
 PATHS = (
     "output_dir",
+    "store.work_dir",
     "resume",
     "model.name",
     "embedder.name",

@@ -1,0 +1,228 @@
+"""Takes runs from a store: what ``resume=auto`` goes on with on an empty machine, and runs to be looked at.
+
+    the runs of the name, newest first --> finished? --> further than the folder here? --> taken down, checked
+
+What is here and did not go as far is set aside, not deleted: <run>.aside-1.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from cluster.common.errors import AllFinished, CheckpointError
+from cluster.common.folders import cache_of, output_folder
+from cluster.runs.mirror import Standing, outline, standing
+from cluster.runs.run_folders import finished_steps, is_run_of, number_of, runs_of
+from cluster.runs.run_lock import require_free
+from cluster.runs.store import DamagedError, Manifest, Store, StoredRun, StoreError, checkpoint_of
+from configs.bounds import ConfigError
+from configs.files import FileError, dump_json, make_folder, read_json, remove_folder, write_text
+from configs.schema import RunConfig
+from configs.store_url import is_url
+
+_TIMEOUT_S = 30.0  # where no configuration says it
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A run in a store that can be taken."""
+
+    run: StoredRun
+    manifest: Manifest
+    number: int
+    standing: Standing
+
+    @property
+    def name(self) -> str:
+        return self.run.root.rpartition("/")[2]
+
+
+def bring_unfinished(config: RunConfig) -> None:
+    """Take down what ``resume=auto`` goes on with, where the store has more of it than the folder here.
+
+    Without an answer from the store a run that is here goes on. Raises StoreError where there is none, and
+    AllFinished.
+    """
+    output_dir = output_folder(config)
+    try:
+        found = _find(config)
+    except StoreError as error:
+        if not _has_unfinished(config):
+            cure = "so nobody knows what to go on with: try again, or start anew with resume="
+            raise StoreError(
+                f"{error}; no unfinished run of {config.name} is in {output_dir}, {cure}"
+            ) from None
+        _log.warning("warning: %s: the run goes on from %s", error, output_dir)
+        return
+    for one in found:
+        here = output_dir / one.name
+        unfinished = one.standing[0] < config.train.steps
+        ahead = one.standing > standing(here) or not (here / "config.yaml").exists()
+        if ahead and (unfinished or here.exists()):
+            _take(one, here)
+        if unfinished:
+            return
+    if found and not _has_unfinished(config):
+        raise AllFinished(
+            f"resume=auto: nothing is left to do: every run of {config.name} in {config.output_dir} is "
+            f"finished, the newest is {found[0].name}; start anew with resume=, or train on with "
+            f"train.steps=N above {found[0].standing[0]}"
+        )
+
+
+def _has_unfinished(config: RunConfig) -> bool:
+    runs = runs_of(output_folder(config), config.name)
+    return any(finished_steps(run) < config.train.steps for run in runs)
+
+
+def named_here(config: RunConfig) -> Path:
+    """Where the checkpoint that ``resume`` names lies on this machine, once it is taken from a store.
+
+    Raises ConfigError.
+    """
+    if not is_url(config.resume):
+        return Path(config.resume).expanduser().absolute()
+    base, named = (text.partition("?")[0].rstrip("/") for text in (config.output_dir, config.resume))
+    name, _, inside = named.removeprefix(f"{base}/").partition("/")
+    if not named.startswith(f"{base}/") or not inside:
+        example = f"{base if is_url(base) else 's3://bucket/runs'}/NAME/checkpoints/step-000050"
+        raise ConfigError(f"resume={config.resume}: must be a checkpoint below output_dir, e.g. {example}")
+    return output_folder(config) / name / inside
+
+
+def bring_named(config: RunConfig) -> Path:
+    """The checkpoint that ``resume`` names. One that is only in the store is taken down with its run.
+
+    Raises ConfigError, CheckpointError, StoreError.
+    """
+    folder = named_here(config)
+    if is_url(config.resume) and not folder.is_dir():
+        name, _, inside = str(folder.relative_to(output_folder(config))).partition("/")
+        found = list(_outlines(Store(config.output_dir, config.store.timeout_s), [name]))
+        if not any(path.startswith(f"{inside}/") for one in found for path in one.manifest.files):
+            raise CheckpointError(f"resume={config.resume}: is not in the store")
+        _take(found[0], output_folder(config) / name)
+    return folder
+
+
+def bring_all(config: RunConfig) -> None:
+    """Take down every run of the name that is not here, or not as far. Raises StoreError."""
+    for one in _find(config):
+        here = output_folder(config) / one.name
+        if one.standing > standing(here) or not here.exists():
+            _take(one, here)
+
+
+def bring_newest(config: RunConfig, name: str) -> None:
+    """Take down the newest run of ``name``, an evaluation, where it is not here. Raises StoreError."""
+    for one in _find(config, name)[:1]:
+        if not (output_folder(config) / one.name).exists():
+            _take(one, output_folder(config) / one.name)
+
+
+def newest_number(config: RunConfig, name: str) -> int | None:
+    """The highest number of the runs of ``name`` in the store; None where ``output_dir`` is a folder."""
+    if not is_url(config.output_dir):
+        return None
+    try:
+        return max((one.number for one in _find(config, name)), default=0)
+    except StoreError:
+        return 0  # it was said when the store was tried
+
+
+def local_copy(text: str, weights: bool) -> Path:
+    """``text`` as a path. Of an address the run is taken into the cache, checkpoints only with ``weights``.
+
+    The address may be of a run, or of something in it. Raises StoreError, CheckpointError.
+    """
+    if not is_url(text):
+        return Path(text)
+    address, options, rest = text.partition("?")
+    parts = address.rstrip("/").split("/")
+    for inner in range(4):  # itself, up to RUN/checkpoints/step-000050/learner
+        if len(parts) - inner < 5:  # scheme, "", bucket, a folder, the run
+            break
+        above = "/".join(parts[: len(parts) - inner - 1]) + options + rest
+        run = Store(above, _TIMEOUT_S).run(parts[len(parts) - inner - 1])
+        if (manifest := run.newest()) is not None:
+            within = "/".join(parts[len(parts) - inner :])
+            return _cached(run, manifest, within, weights) / within
+    raise CheckpointError(
+        f"{text}: no run was stored there; give the address of one, e.g. s3://bucket/runs/NAME"
+    )
+
+
+def _cached(run: StoredRun, manifest: Manifest, within: str, weights: bool) -> Path:
+    """The copy of a run in the cache; the one from before where it is the same."""
+    only = checkpoint_of(f"{within}/state.json")
+    kind = (only.rpartition("/")[2] or "whole") if weights else "no-weights"
+    target = cache_of("fetched", run.url) / kind / run.root.rpartition("/")[2]
+    mark = target.with_name(f"{target.name}.manifest")
+    try:
+        if target.is_dir() and read_json(mark, Manifest) == manifest:
+            return target
+    except (FileNotFoundError, FileError):
+        pass
+
+    def wanted(path: str) -> bool:
+        unit = checkpoint_of(path)
+        return not unit or (weights and only in ("", unit))
+
+    _log.warning("taking %s into %s (%.0f MiB)", run.url, target, _mib(manifest, wanted))
+    remove_folder(target)
+    make_folder(target.parent)
+    run.take(manifest, target, wanted)
+    write_text(mark, dump_json(manifest))
+    return target
+
+
+def _find(config: RunConfig, name: str = "") -> list[_Found]:
+    """The stored runs of the name that can be believed, the newest first."""
+    store, name = Store(config.output_dir, config.store.timeout_s), name or config.name
+    found = list(_outlines(store, [run for run in store.runs() if is_run_of(run, name)]))
+    return sorted(found, key=lambda one: (one.number, one.name), reverse=True)
+
+
+def _outlines(store: Store, names: list[str]) -> Iterator[_Found]:
+    for name in names:
+        run = store.run(name)
+        manifest = run.newest()
+        if manifest is None or "config.yaml" not in manifest.files:  # it died before anything was there
+            continue
+        try:
+            with outline(run, manifest) as folder:
+                found = _Found(run, manifest, number_of(folder), standing(folder))
+        except DamagedError as error:
+            _log.warning("warning: a stored run is passed over: %s", error)
+        else:
+            yield found
+
+
+def _take(one: _Found, here: Path) -> None:
+    """Take a run down, and set aside what is here. Raises StoreError, DamagedError, InUseError, OSError."""
+    _log.warning(
+        "%s has more of the run than this machine: taking it into %s (%.0f MiB)",
+        one.run.url,
+        here,
+        _mib(one.manifest, lambda path: True),
+    )
+    make_folder(here.parent)
+    fresh = here.with_name(f"{here.name}.new")  # no run's name
+    remove_folder(fresh)
+    one.run.take(one.manifest, fresh)
+    if here.exists():
+        require_free(here)
+        asides = (here.with_name(f"{here.name}.aside-{number}") for number in count(1))
+        aside = next(path for path in asides if not path.exists())
+        here.rename(aside)
+        _log.warning("what was in %s is in %s", here, aside)
+    fresh.rename(here)
+
+
+def _mib(manifest: Manifest, wanted: Callable[[str], bool]) -> float:
+    return sum(content.size for path, content in manifest.files.items() if wanted(path)) / 2**20

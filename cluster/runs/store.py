@@ -1,0 +1,329 @@
+"""A run's files in a store, so that the run outlives its machine: S3, Google's, or another mounted disk.
+
+    <url>/<run>/blobs/<sha256>           the content of a file, named by its digest: never another one
+    <url>/<run>/manifest-00000012.json   which files the run has, each with its digest: written last
+
+A manifest names only what was put before it. A writer that is killed leaves the one before, and blobs that
+nobody names. A reader compares each file with its digest. So a torn upload is never believed. A new manifest
+has the next number and the mark of its writer: a machine that is taken for dead, and is not, sees another's.
+
+pyarrow.fs speaks to the stores. Every request has a deadline; errors are one line, without a credential.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from pydantic import AfterValidator, NonNegativeInt
+
+from cluster.common.errors import ClusterError
+from configs.bounds import ConfigError
+from configs.files import FileError, dump_json, new_folder, parse_json
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileInfo, FileSystem
+
+_CHUNK = 8 * 2**20
+_BLOBS = "blobs"
+_MANIFEST = re.compile(r"manifest-(\d{8})\.json")
+_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+# What a store says to a request that it refuses; else it does not answer, and may later.
+_REFUSALS = (
+    "ACCESS_DENIED",
+    "NO_SUCH_BUCKET",
+    "INVALID_ACCESS_KEY_ID",
+    "INVALID_CLIENT_TOKEN_ID",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "UNRECOGNIZED_CLIENT",
+    "MISSING_AUTHENTICATION_TOKEN",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "Permission denied",
+    "Read-only",
+    "Not a directory",
+)
+
+
+class StoreError(ClusterError):
+    """A store does not answer, or refuses."""
+
+
+class DamagedError(ClusterError):
+    """A file in a store is missing, or is not what was put there."""
+
+
+class ChangedError(RuntimeError):
+    """A local file is not, or no longer, what its digest says."""
+
+
+def _plain(path: str) -> str:
+    """A manifest may come from anywhere: its files stay in the run's folder."""
+    parts = PurePosixPath(path).parts
+    if not parts or parts[0] == "/" or ".." in parts or "\0" in path:
+        raise ValueError("is no path in a run's folder")
+    return path
+
+
+def _digest(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise ValueError("is no digest")
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of a run by its content."""
+
+    sha256: Annotated[str, AfterValidator(_digest)]
+    size: NonNegativeInt
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The files of a run, by their paths in its folder."""
+
+    number: NonNegativeInt
+    writer: str
+    files: dict[Annotated[str, AfterValidator(_plain)], StoredFile] = field(default_factory=dict)
+    format: Literal["engram-store-1"] = "engram-store-1"
+
+
+@dataclass(frozen=True)
+class Store:
+    """The runs at ``url``. Nothing is asked before the first call; all calls raise StoreError."""
+
+    url: str
+    timeout_s: float
+
+    def runs(self) -> list[str]:
+        """The names of the folders there."""
+        with _asking(self.url):
+            return sorted(
+                entry.base_name for entry in _listed(self.filesystem, self.root) if not entry.is_file
+            )
+
+    def run(self, name: str) -> StoredRun:
+        address, options, rest = self.url.partition("?")
+        return StoredRun(self, f"{address.rstrip('/')}/{name}{options}{rest}", f"{self.root}/{name}")
+
+    def require_writable(self) -> None:
+        """Put a file and delete it. Raises ConfigError for a refusal, StoreError where nobody answers."""
+        trial = f"{self.root}/.engram-{os.getpid()}"
+        try:
+            with _asking(self.url):
+                with opened(self.filesystem, trial) as file:
+                    file.write(b"x")
+                self.filesystem.delete_file(trial)
+        except StoreError as error:
+            if any(refusal in str(error) for refusal in _REFUSALS):
+                cure = "give another output_dir, or mend the credentials in the environment"
+                raise ConfigError(f"output_dir: {error}; {cure}") from None
+            raise
+
+    @cached_property
+    def root(self) -> str:
+        """The place of the runs, as ``filesystem`` names it."""
+        parts = urlsplit(self.url)
+        return (parts.netloc + unquote(parts.path)).rstrip("/")
+
+    @cached_property
+    def filesystem(self) -> FileSystem:
+        """The way to the store. A region that nobody named is asked for: raises OSError."""
+        from pyarrow import fs
+
+        parts = urlsplit(self.url)
+        options = dict(parse_qsl(parts.query))
+        if parts.scheme != "s3":
+            filesystem, _ = fs.FileSystem.from_uri(self.url)
+            return filesystem
+        endpoint = options.get("endpoint_override") or _of_environment(
+            "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"
+        )
+        scheme, _, host = endpoint.rpartition("://")
+        region = options.get("region") or _of_environment("AWS_REGION", "AWS_DEFAULT_REGION")
+        if not region and not host:
+            region = fs.resolve_s3_region(parts.netloc)
+        return fs.S3FileSystem(
+            region=region or None,
+            endpoint_override=host.rstrip("/") or None,
+            scheme=options.get("scheme") or scheme or "https",
+            connect_timeout=self.timeout_s,
+            request_timeout=self.timeout_s,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=2),
+            allow_delayed_open=True,  # a small file is one request
+            background_writes=False,  # else parts of a large file pile up in memory before a slow store
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """One run in a store: ``url`` for people, ``root`` for pyarrow. All calls raise StoreError."""
+
+    store: Store
+    url: str
+    root: str
+
+    def numbers(self) -> list[int]:
+        """The numbers of the manifests, whole or not, the newest first."""
+        with _asking(self.url):
+            names = [entry.base_name for entry in _listed(self.store.filesystem, self.root) if entry.is_file]
+        return sorted((int(match[1]) for name in names if (match := _MANIFEST.fullmatch(name))), reverse=True)
+
+    def newest(self) -> Manifest | None:
+        """The newest whole manifest; None where there is none."""
+        for number in self.numbers():
+            place = self._manifest(number)
+            with (
+                _asking(self.url),
+                suppress(FileNotFoundError, FileError),
+                self.store.filesystem.open_input_stream(place) as file,
+            ):
+                return parse_json(file.read(), Manifest)
+        return None
+
+    def blobs(self) -> set[str]:
+        """The digests of all blobs, whole or not."""
+        with _asking(self.url):
+            return {entry.base_name for entry in _listed(self.store.filesystem, f"{self.root}/{_BLOBS}")}
+
+    def put(self, path: Path, content: StoredFile, goes_on: Callable[[], bool] = lambda: True) -> None:
+        """Put the file at ``path``, as far as ``content`` goes, while it ``goes_on``.
+
+        Raises ChangedError where the file holds something else, OSError where it cannot be read.
+        """
+        place = self._blob(content.sha256)
+        with path.open("rb") as file, _asking(self.url), opened(self.store.filesystem, place) as blob:
+
+            def write(chunk: bytes) -> None:
+                if not goes_on():
+                    raise OSError("no more time")
+                blob.write(chunk)
+
+            copied = _copied(file, write, content.size)
+        if copied != content:
+            self.delete({content.sha256})
+            raise ChangedError(f"{path} changed while it was read")
+
+    def write(self, manifest: Manifest) -> None:
+        """Write a manifest, and delete those before it."""
+        with _asking(self.url), opened(self.store.filesystem, self._manifest(manifest.number)) as file:
+            file.write(dump_json(manifest).encode())
+        with suppress(StoreError):  # the next one deletes it
+            for number in self.numbers():
+                if number < manifest.number:
+                    with _asking(self.url), suppress(FileNotFoundError):
+                        self.store.filesystem.delete_file(self._manifest(number))
+
+    def delete(self, digests: set[str]) -> None:
+        """Delete blobs that no manifest names any longer."""
+        for digest in digests:
+            with _asking(self.url), suppress(FileNotFoundError):
+                self.store.filesystem.delete_file(self._blob(digest))
+
+    def take(
+        self, manifest: Manifest, target: Path, wanted: Callable[[str], bool] = lambda path: True
+    ) -> None:
+        """Fill the new folder ``target`` with the ``wanted`` files, each compared with its digest.
+
+        Of a checkpoint with a damaged file none is taken. Raises DamagedError for any other, and OSError.
+        """
+        bad: set[str] = set()
+        with new_folder(target) as partial:
+            for path, content in manifest.files.items():
+                unit = checkpoint_of(path)
+                if not wanted(path) or unit in bad:
+                    continue
+                try:
+                    self._take(content, partial / path)
+                except DamagedError as error:
+                    if not unit:
+                        raise DamagedError(f"{self.url}: {path} {error}") from None
+                    bad.add(unit)
+                    shutil.rmtree(partial / unit, ignore_errors=True)
+
+    def _take(self, content: StoredFile, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file, _asking(self.url):
+            try:
+                with self.store.filesystem.open_input_stream(self._blob(content.sha256)) as blob:
+                    copied = _copied(blob, file.write, content.size + 1)
+            except FileNotFoundError:
+                raise DamagedError("is missing there") from None
+        if copied != content:
+            raise DamagedError("is not what was put there")
+
+    def _manifest(self, number: int) -> str:
+        return f"{self.root}/manifest-{number:08d}.json"
+
+    def _blob(self, digest: str) -> str:
+        return f"{self.root}/{_BLOBS}/{digest}"
+
+
+def checkpoint_of(path: str) -> str:
+    """The folder of the checkpoint that a file is of; "" for other files."""
+    parts = PurePosixPath(path).parts
+    return f"{parts[0]}/{parts[1]}" if parts[0] == "checkpoints" and len(parts) > 2 else ""
+
+
+def digest_of(path: Path, size: int) -> StoredFile:
+    """The first ``size`` bytes of a file. Raises OSError."""
+    with path.open("rb") as file:
+        return _copied(file, lambda chunk: None, size)
+
+
+@contextmanager
+def opened(filesystem: FileSystem, place: str) -> Iterator[BinaryIO]:
+    """A file in a store to be written. Only a disk has folders that must be there before."""
+    if filesystem.type_name == "local":
+        filesystem.create_dir(place.rpartition("/")[0], recursive=True)
+    with filesystem.open_output_stream(place) as file:
+        yield file
+
+
+def _copied(source: BinaryIO, write: Callable[[bytes], object], size: int) -> StoredFile:
+    """Hand at most ``size`` bytes of ``source`` on, and say what they were."""
+    digest, left = hashlib.sha256(), size
+    while left and (chunk := source.read(min(left, _CHUNK))):
+        write(chunk)
+        digest.update(chunk)
+        left -= len(chunk)
+    return StoredFile(digest.hexdigest(), size - left)
+
+
+def _listed(filesystem: FileSystem, place: str) -> list[FileInfo]:
+    from pyarrow.fs import FileSelector
+
+    return filesystem.get_file_info(FileSelector(place, allow_not_found=True))
+
+
+def _of_environment(*names: str) -> str:
+    return next((value for name in names if (value := os.environ.get(name))), "")
+
+
+@contextmanager
+def _asking(url: str) -> Iterator[None]:
+    """Raise StoreError for what a store, or the way to it, says."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{url} {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    for name in _SECRETS:
+        if secret := os.environ.get(name):
+            text = text.replace(secret, f"({name})")
+    return f"does not answer, or refuses ({text[:300]})"
