@@ -1,21 +1,23 @@
-"""Answers of OpenAI's chat completions: one reply as JSON, or as server-sent events; and errors.
+"""Answers of OpenAI's chat completions: replies as JSON, or as server-sent events; and errors.
 
-A reply is sampled whole before its first event is sent: a stream is the reply in one piece.
+Both endpoints use it: ``serve`` sends text as it is sampled, the one of a user's harness in one piece.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from openai.types import CompletionUsage, ErrorObject, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
-from openai.types.chat.chat_completion import Choice
+from openai.types.chat.chat_completion import Choice as ChatChoice
+from openai.types.chat.chat_completion import ChoiceLogprobs
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 from pydantic import BaseModel
 
 from actors.types import FinishReason
@@ -58,70 +60,132 @@ def error_body(status: int, message: str, param: str | None, code: str) -> dict[
     return {"error": error.model_dump(exclude_unset=True)}
 
 
+def model_body(name: str) -> dict[str, Any]:
+    return Model(id=name, object="model", created=0, owned_by="engram").model_dump(exclude_unset=True)
+
+
 def models_body(name: str) -> dict[str, Any]:
-    model = Model(id=name, object="model", created=0, owned_by="engram")
-    return {"object": "list", "data": [model.model_dump(exclude_unset=True)]}
+    return {"object": "list", "data": [model_body(name)]}
 
 
-def completion(model: str, said: Said, extra: dict[str, Any], calls: Sequence[SaidCall] = ()) -> str:
-    """The answer as JSON. ``extra``: fields of an endpoint's own. ``calls`` take their place in the text."""
-    told = [call.as_tool_call for call in calls]
-    message = ChatCompletionMessage.model_validate({"role": "assistant", **_content(said, told)})
+@dataclass(frozen=True, slots=True)
+class SaidChoice:
+    """A reply as a client sees it. The ``calls`` take their place in its text."""
+
+    text: str
+    finish_reason: FinishReason
+    calls: tuple[SaidCall, ...] = ()
+    logprobs: ChoiceLogprobs | None = None
+
+    @property
+    def content(self) -> str | None:
+        """What is said beside the calls. In the forms without a mark nothing stands before a call."""
+        if not self.calls:
+            return self.text
+        before, mark, _ = self.text.partition("<tool_call>")
+        return (before.strip() if mark else "") or None
+
+    @property
+    def reason(self) -> Literal["stop", "length", "tool_calls"]:
+        return "tool_calls" if self.calls and self.finish_reason == "stop" else self.finish_reason
+
+
+def completion(
+    model: str, choices: Sequence[SaidChoice], counted: CompletionUsage, extra: Mapping[str, Any]
+) -> str:
+    """The answer as JSON. ``extra``: fields of an endpoint's own."""
     content = ChatCompletion(
-        id=_new_id(),
+        id=new_id("chatcmpl"),
         object="chat.completion",
         created=int(time.time()),
         model=model,
-        choices=[Choice(index=0, message=message, finish_reason=_reason(said, calls), logprobs=None)],
-        usage=_usage(said),
+        choices=[_choice(place, choice) for place, choice in enumerate(choices)],
+        usage=counted,
     )
-    return _to_json(content.model_copy(update=extra))
+    return to_json(content.model_copy(update=dict(extra)))
 
 
 def completion_events(
-    model: str, said: Said, with_usage: bool, extra: dict[str, Any], calls: Sequence[SaidCall] = ()
+    model: str, choice: SaidChoice, counted: CompletionUsage | None, extra: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Server-sent events: the answer in one piece, then how it ended, as OpenAI's chunks."""
-    told = [{"index": place, **call.as_tool_call} for place, call in enumerate(calls)]
-    text = ChoiceDelta.model_validate({"role": "assistant", **_content(said, told)})
-    first = ChunkChoice(index=0, delta=text, finish_reason=None, logprobs=None)
-    last = ChunkChoice(index=0, delta=ChoiceDelta(), finish_reason=_reason(said, calls), logprobs=None)
-    changes: list[dict[str, object]] = [{"choices": [first]}, {"choices": [last], **extra}]
-    if with_usage:
-        changes.append({"usage": _usage(said)})
-
-    created = int(time.time())
-    chunk = ChatCompletionChunk(
-        id=_new_id(), object="chat.completion.chunk", created=created, model=model, choices=[]
-    )
-    for change in changes:
-        yield f"data: {_to_json(chunk.model_copy(update=change))}\n\n"
-    yield "data: [DONE]\n\n"
+    """Server-sent events: the answer in one piece, then how it ended. ``counted``: where it is asked for."""
+    chunks = Chunks(model)
+    yield chunks.begin(0, choice.content or "", choice.calls)
+    yield chunks.end(0, choice, extra)
+    if counted is not None:
+        yield chunks.count(counted)
+    yield DONE
 
 
-def _content(said: Said, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    if not calls:
-        return {"content": said.text}
-    before, mark, _ = said.text.partition("<tool_call>")  # in the other forms nothing stands before a call
-    return {"content": (before.strip() if mark else "") or None, "tool_calls": calls}
+DONE = "data: [DONE]\n\n"
 
 
-def _reason(said: Said, calls: Sequence[SaidCall]) -> Literal["stop", "length", "tool_calls"]:
-    return "tool_calls" if calls and said.finish_reason == "stop" else said.finish_reason
+class Chunks:
+    """The server-sent events of one answer, as OpenAI's chunks. Each choice has a beginning and an end."""
+
+    def __init__(self, model: str) -> None:
+        created = int(time.time())
+        self._empty = ChatCompletionChunk(
+            id=new_id("chatcmpl"), object="chat.completion.chunk", created=created, model=model, choices=[]
+        )
+
+    def begin(self, index: int, text: str, calls: Sequence[SaidCall] = ()) -> str:
+        told = {"tool_calls": _numbered(calls)} if calls else {}
+        content = {"content": text or None} if calls else {"content": text}
+        return self._of(index, {"role": "assistant", **content, **told})
+
+    def text(self, index: int, text: str) -> str:
+        return self._of(index, {"content": text})
+
+    def calls(self, index: int, calls: Sequence[SaidCall]) -> str:
+        return self._of(index, {"tool_calls": _numbered(calls)})
+
+    def end(self, index: int, choice: SaidChoice, extra: Mapping[str, Any]) -> str:
+        """How a choice ended, with the log-probs of all its tokens if it has any."""
+        told = choice.logprobs
+        logprobs = None if told is None else ChunkLogprobs(content=told.content, refusal=None)
+        last = ChunkChoice(index=index, delta=ChoiceDelta(), finish_reason=choice.reason, logprobs=logprobs)
+        return self._event({"choices": [last], **extra})
+
+    def count(self, counted: CompletionUsage) -> str:
+        return self._event({"usage": counted})
+
+    def _of(self, index: int, delta: Mapping[str, Any]) -> str:
+        told = ChoiceDelta.model_validate(delta)
+        choice = ChunkChoice(index=index, delta=told, finish_reason=None, logprobs=None)
+        return self._event({"choices": [choice]})
+
+    def _event(self, change: Mapping[str, Any]) -> str:
+        return event(self._empty.model_copy(update=dict(change)))
 
 
-def _to_json(content: BaseModel) -> str:
+def event(content: BaseModel, name: str = "") -> str:
+    """One server-sent event."""
+    return f"{f'event: {name}' + chr(10) if name else ''}data: {to_json(content)}\n\n"
+
+
+def to_json(content: BaseModel) -> str:
     """Only the fields that were set. ASCII, because some readers of events end a line at U+2028."""
     return content.model_dump_json(exclude_unset=True, ensure_ascii=True)
 
 
-def _new_id() -> str:
-    return f"chatcmpl-{uuid.uuid4().hex}"
+def new_id(kind: str) -> str:
+    return f"{kind}-{uuid.uuid4().hex}"
 
 
-def _usage(said: Said) -> CompletionUsage:
+def usage(said: Said) -> CompletionUsage:
     return CompletionUsage(
         prompt_tokens=said.prompt_tokens,
         completion_tokens=said.reply_tokens,
         total_tokens=said.prompt_tokens + said.reply_tokens,
     )
+
+
+def _choice(index: int, choice: SaidChoice) -> ChatChoice:
+    told = {"tool_calls": [call.as_tool_call for call in choice.calls]} if choice.calls else {}
+    message = ChatCompletionMessage.model_validate({"role": "assistant", "content": choice.content, **told})
+    return ChatChoice(index=index, message=message, finish_reason=choice.reason, logprobs=choice.logprobs)
+
+
+def _numbered(calls: Sequence[SaidCall]) -> list[dict[str, Any]]:
+    return [{"index": place, **call.as_tool_call} for place, call in enumerate(calls)]

@@ -28,10 +28,12 @@ from starlette.exceptions import HTTPException
 from actors.endpoint.answers import (
     Said,
     SaidCall,
+    SaidChoice,
     completion,
     completion_events,
     error_body,
     models_body,
+    usage,
 )
 from actors.endpoint.history import History, Message
 from actors.endpoint.history import Said as Turn
@@ -246,11 +248,12 @@ def build_app(channels: dict[str, Channel], ignored: frozenset[str]) -> FastAPI:
         # the official client's own count of its retries
         repeated = request.headers.get("x-stainless-retry-count", "0") != "0"
         said, calls = await channel.ask(body, repeated, request.is_disconnected)
+        choice = SaidChoice(said.text, said.finish_reason, calls)
         name = body.model or MODEL  # a harness may have its own name for the one model that is here
         if body.stream:
-            events = completion_events(name, said, body.usage_in_stream, {}, calls)
+            events = completion_events(name, choice, usage(said) if body.usage_in_stream else None, {})
             return StreamingResponse(events, media_type="text/event-stream")
-        return Response(completion(name, said, {}, calls), media_type="application/json")
+        return Response(completion(name, [choice], usage(said), {}), media_type="application/json")
 
     async def refuse(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestError):
@@ -269,7 +272,7 @@ def build_app(channels: dict[str, Channel], ignored: frozenset[str]) -> FastAPI:
 
 def _checked(data: Mapping[str, Any]) -> _Body:
     try:
-        return checked(_Body, Message, data)
+        return checked(_Body, data)
     except RequestError as error:
         if error.param not in REPLACEABLE:
             raise

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 
@@ -128,26 +129,30 @@ def parse_json(content: bytes) -> dict[str, Any]:
     return data
 
 
-def checked(kind: type[B], message_kind: type[BaseModel], data: Mapping[str, Any]) -> B:
-    """``data`` as a ``kind``, whose messages are of ``message_kind``. Raises RequestError."""
+def checked(kind: type[B], data: Mapping[str, Any]) -> B:
+    """``data`` as a ``kind``. Raises RequestError."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise _refusal(error, kind, message_kind) from None
+        raise _refusal(error, kind) from None
 
 
-def _refusal(error: ValidationError, model: type[BaseModel], message_kind: type[BaseModel]) -> RequestError:
+def _refusal(error: ValidationError, kind: type[BaseModel]) -> RequestError:
     """The first fault as one line, e.g. "messages[0].role must be system, user or assistant"."""
     first = error.errors(include_url=False)[0]
     place, rule = "", ""
+    model: type[BaseModel] | None = kind
     for part in first["loc"]:
         if isinstance(part, int):
-            model = message_kind if place == "messages" else BaseModel
-            place, rule = f"{place}[{part}]", "an object"
-        else:
+            place = f"{place}[{part}]"
+            rule = "an object" if model else rule
+        elif part.isidentifier() or part.isdigit():  # else it names one of several types
             place = f"{place}.{part}" if place else part
-            known = model.model_fields.get(part)
-            rule = (known.description or "") if known else f"valid ({first['msg']})"
+            known = _field(model, part)
+            if known is not None:
+                model, rule = _model_in(known.annotation), known.description or ""
+            elif model:
+                rule = f"valid ({first['msg']})"
     match first["type"]:
         case "unsupported":
             message = f"{place} {first['msg']}"
@@ -156,3 +161,15 @@ def _refusal(error: ValidationError, model: type[BaseModel], message_kind: type[
         case _:
             message = f"{place} must be {rule}"
     return bad_value(message, place)
+
+
+def _field(model: type[BaseModel] | None, name: str) -> FieldInfo | None:
+    fields = model.model_fields if model else {}
+    return next((field for key, field in fields.items() if name in (key, field.alias)), None)
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """The model of a field's values, or of those in its list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for inner in get_args(annotation) if (model := _model_in(inner))), None)

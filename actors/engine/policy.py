@@ -12,7 +12,8 @@ One engine lives in this process. A thread of its own steps it (step_loop.py); v
 inside vLLM's worker. Every coroutine here waits for that thread, which resolves its future between two steps.
 
 Revision 0 is the base model itself: no adapter is named and nothing is added, so Delta = 0 costs nothing.
-Log-probs are log_softmax(z / T) of the sampled token, of z when greedy. No top-p, top-k or penalty touches z.
+Log-probs are log_softmax(z / T) of the sampled token, of z when greedy. No top-p, top-k or penalty touches z,
+except where a client of ``serve`` asks for one (``speak``).
 Method: TMEM, arXiv 2606.04536, the policy pi_{theta + Delta}.
 """
 
@@ -23,7 +24,8 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from actors.engine.adapters import AdapterTable, as_tensors, check_receipt
+from actors.engine.sampling import Outputs, decoding_parameters, sampling_parameters
 from actors.engine.start import (
     build_engine,
     load_weights,
@@ -43,7 +46,16 @@ from actors.engine.step_loop import Phase, RequestKind, StepLoop
 from actors.engine.writer import EngineWeights, EngineWriter
 from actors.fast_weights.delta import Basis, BasisError, check
 from actors.protocols import EngineError, ReceiptError
-from actors.types import AdapterKey, FastWeights, FinishReason, Generation, PolicyVersion, Probe, Sampling
+from actors.speech import Decoding, Heard, RefusedError, Spoken
+from actors.types import (
+    AdapterKey,
+    FastWeights,
+    FinishReason,
+    Generation,
+    PolicyVersion,
+    Probe,
+    Sampling,
+)
 from configs.schema import EngineConfig, ModelConfig, WriteConfig
 from configs.tolerances import receipt_tolerance
 
@@ -94,7 +106,8 @@ class _Counters:
 class VLLMPolicy:
     """actors.protocols.Policy on vLLM. The constructor blocks until the engine is up; it raises EngineError.
 
-    threads: the CPU threads of the step thread. stop_token_ids: each ends a generation.
+    threads: the CPU threads of the step thread. stop_token_ids: each ends a generation. ``tokenizer``: vLLM
+    loads it, so that replies can keep to a JSON schema.
     Invariant: an adapter name that was used once is never used again. So the prefix cache, which is keyed by
     that name, cannot hold another adapter's keys and values.
     """
@@ -109,6 +122,7 @@ class VLLMPolicy:
         version: PolicyVersion,
         threads: int,
         seed: int,
+        tokenizer: bool = False,
     ) -> None:
         self._config, self._basis, self._stop = engine, basis, stop_token_ids
         self._tolerance = receipt_tolerance(engine, model)
@@ -119,7 +133,9 @@ class VLLMPolicy:
         self._vocabulary = read_vocabulary(model_path, model, engine)
         self._loop: StepLoop[LLMEngine] = StepLoop(
             "the vLLM engine",
-            lambda: build_engine(model_path, model, engine, basis, threads=threads, seed=seed),
+            lambda: build_engine(
+                model_path, model, engine, basis, threads=threads, seed=seed, tokenizer=tokenizer
+            ),
             shut_down,
             START_TIMEOUT_S,
         )
@@ -163,6 +179,23 @@ class VLLMPolicy:
             int(span.version) for span in sampled.weight_versions for _ in range(span.start, span.end)
         )
         return Generation(tuple(sampled.token_ids), tuple(sampled.logprobs.logprobs), reason, versions)
+
+    async def speak(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        adapter: AdapterKey,
+        decoding: Decoding,
+        heard: Heard,
+    ) -> Spoken:
+        """Sample for a client, see actors/speech.py. Cancelling it aborts the request."""
+        parameters = decoding_parameters(sampling, decoding, self._stop)
+        outputs = Outputs()
+        done = self._request(prompt_ids, parameters, adapter, sampling.kind, outputs.put)
+        self._counters.prompt_tokens += len(prompt_ids)
+        spoken = await outputs.listen(done, heard)
+        self._counters.generated_tokens += len(spoken.generation.token_ids)
+        return spoken
 
     async def score(self, token_ids: Sequence[int], adapter: AdapterKey) -> list[float]:
         """Log-probs (T = 1) of tokens 1..n-1 of ``token_ids`` under ``adapter``, each given those before it.
@@ -256,6 +289,18 @@ class VLLMPolicy:
     async def _run(
         self, token_ids: Sequence[int], parameters: SamplingParams, adapter: AdapterKey, kind: RequestKind
     ) -> Any:
+        output = await asyncio.wrap_future(self._request(token_ids, parameters, adapter, kind, None))
+        self._counters.prompt_tokens += len(token_ids)
+        return output
+
+    def _request(
+        self,
+        token_ids: Sequence[int],
+        parameters: SamplingParams,
+        adapter: AdapterKey,
+        kind: RequestKind,
+        progress: Callable[[Any], None] | None,
+    ) -> Future[Any]:
         ids = list(token_ids)
         limit = self._config.max_model_tokens
         if not 0 < len(ids) < limit:
@@ -272,9 +317,7 @@ class VLLMPolicy:
         add = functools.partial(
             self._add, request_id=request_id, ids=ids, parameters=parameters, adapter=adapter
         )
-        output = await asyncio.wrap_future(self._loop.request(request_id, adapter.name, kind, len(ids), add))
-        self._counters.prompt_tokens += len(ids)
-        return output
+        return self._loop.request(request_id, adapter.name, kind, len(ids), add, progress)
 
     async def _demand_receipt(self, key: AdapterKey, probe: Probe, version: PolicyVersion) -> None:
         scored = await self.score(probe.token_ids, key)
@@ -309,7 +352,7 @@ class VLLMPolicy:
                 request_id, tokens_input(ids), parameters, lora_request=self._table.find(adapter)
             )
         except (VLLMClientError, ValueError) as error:
-            raise EngineError(f"vLLM refuses the request: {error}") from error
+            raise RefusedError(f"vLLM refuses the request: {error}") from error
 
     def _refresh(
         self,
@@ -333,31 +376,3 @@ class VLLMPolicy:
         else:
             self._table.start_version(engine, version)
         self._counters.refreshes += 1
-
-
-def sampling_parameters(
-    temperature: float, max_tokens: int, seed: int, stop_token_ids: tuple[int, ...], prompt_logprobs: bool
-) -> SamplingParams:
-    """Plain sampling, ids in and ids out.
-
-    ``prompt_logprobs`` turns the prefix cache off for the request: for receipts and tests only.
-    """
-    from vllm import SamplingParams
-    from vllm.exceptions import VLLMClientError
-    from vllm.sampling_params import RequestOutputKind
-
-    try:
-        return SamplingParams(
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seed=seed % 2**63,
-            stop_token_ids=list(stop_token_ids),
-            ignore_eos=True,  # the stop tokens are ours alone
-            logprobs=0,
-            prompt_logprobs=0 if prompt_logprobs else None,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-    except (VLLMClientError, ValueError) as error:
-        raise EngineError(f"vLLM refuses the sampling settings: {error}") from error

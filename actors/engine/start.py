@@ -103,9 +103,16 @@ def kv_cache_bytes(engine: EngineConfig, on_cpu: bool) -> int | None:
 
 
 def engine_arguments(
-    model_path: str | os.PathLike[str], model: ModelConfig, engine: EngineConfig, basis: Basis, seed: int
+    model_path: str | os.PathLike[str],
+    model: ModelConfig,
+    engine: EngineConfig,
+    basis: Basis,
+    seed: int,
+    tokenizer: bool = False,
 ) -> EngineArgs:
     """All of vLLM's settings: ``engine.slots`` requests at once, each under its own adapter of ``basis``.
+
+    ``tokenizer``: vLLM loads it. Nothing but a JSON schema needs it: ids go in and ids come out.
 
     Raises EngineError for float32 on a GPU.
     """
@@ -125,7 +132,7 @@ def engine_arguments(
     cache = kv_cache_bytes(engine, on_cpu)
     return EngineArgs(
         model=str(model_path),
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not tokenizer,
         trust_remote_code=model.trust_remote_code,
         dtype=model.dtype,
         seed=seed,
@@ -175,12 +182,13 @@ def build_engine(
     *,
     threads: int,
     seed: int,
+    tokenizer: bool = False,
 ) -> LLMEngine:
     """An LLMEngine with ``engine.slots`` adapter slots, whose worker knows ``basis``.
 
     Raises EngineError, or what vLLM raises.
     """
-    built = start_engine(engine_arguments(model_path, model, engine, basis, seed), threads)
+    built = start_engine(engine_arguments(model_path, model, engine, basis, seed, tokenizer), threads)
     built.collective_rpc("engram_setup", args=(dict(basis.a), basis.train_a))
     return built
 

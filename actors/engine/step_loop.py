@@ -3,6 +3,7 @@
     caller (any thread, any event loop)                  step thread
     call(f, kind)      -> Future of f(engine)    --->    run all work that waits, have a moment's patience,
     request(id, add)   -> Future of the output   --->    take one engine.step(), and again
+    its ``progress``   <---  each unfinished output
     future.cancel()                              --->    engine.abort_request([id])
     times                                        <---    where every second of the thread went, by phase
 
@@ -85,6 +86,7 @@ class _Running:
     label: str
     kind: RequestKind
     tokens: int  # to compute in the next step
+    progress: Callable[[Any], None] | None
 
 
 class _Account:
@@ -143,12 +145,19 @@ class StepLoop(Generic[E]):
         return self._submit(work, kind)
 
     def request(
-        self, request_id: str, label: str, kind: RequestKind, prompt_tokens: int, add: Callable[[E], None]
+        self,
+        request_id: str,
+        label: str,
+        kind: RequestKind,
+        prompt_tokens: int,
+        add: Callable[[E], None],
+        progress: Callable[[Any], None] | None = None,
     ) -> Future[Any]:
         """Add a request; the future gets the engine's finished output, or what ``add`` raised.
 
         Cancelling the future aborts the request. ``label`` says what the request depends on, see
-        ``running_labels``. ``kind`` and ``prompt_tokens`` are for the account of ``times``.
+        ``running_labels``. ``kind`` and ``prompt_tokens`` are for the account of ``times``. ``progress`` gets
+        every unfinished output, on the step thread: it must be quick, and must not raise.
         """
         done: Future[Any] = Future()
 
@@ -161,7 +170,7 @@ class StepLoop(Generic[E]):
                 if done.set_running_or_notify_cancel():
                     done.set_exception(error)
             else:
-                self._requests[request_id] = _Running(done, label, kind, prompt_tokens)
+                self._requests[request_id] = _Running(done, label, kind, prompt_tokens, progress)
 
         def stop(engine: E) -> None:
             if self._requests.pop(request_id, None) is not None:
@@ -303,7 +312,11 @@ class StepLoop(Generic[E]):
         """Answer the callers whose requests are finished; returns how many."""
         answered = 0
         for output in outputs:
-            if output.finished:
+            if not output.finished:
+                running = self._requests.get(output.request_id)
+                if running is not None and running.progress is not None:
+                    running.progress(output)
+            else:
                 running = self._requests.pop(output.request_id, None)
                 if running is not None and running.done.set_running_or_notify_cancel():
                     running.done.set_result(output)

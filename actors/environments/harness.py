@@ -25,7 +25,7 @@ from actors.environments.data_file import DataFile
 from actors.environments.harness_process import Command, Ended, Function, Harness, Running, Visit
 from actors.environments.scoring import plain_em, plain_f1
 from actors.protocols import TaskError
-from actors.text.tools import Tool, calls_in
+from actors.text.tools import Tool, readable_calls
 from actors.types import Answer, Outcome, Task
 from configs.extensions import is_path, load_extension
 from configs.schema import HarnessConfig
@@ -121,9 +121,7 @@ class HarnessSession:
 
     def _calls_in(self, text: str) -> tuple[SaidCall, ...]:
         """The tool calls of a reply. Where one cannot be read, none: the harness gets the text as it is."""
-        found = calls_in(text, [tool.name for tool in self._tools]) if self._tools else ()
-        if any(call.fault for call in found):
-            return ()
+        found = readable_calls(text, [tool.name for tool in self._tools]) if self._tools else ()
         start, self._called = self._called, self._called + len(found)
         return tuple(
             SaidCall(f"call_{number}", call.name, json.dumps(dict(call.arguments), ensure_ascii=False))

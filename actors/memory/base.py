@@ -96,7 +96,7 @@ class Agent:
         generation = await self.actor.sample(prompt, kind, max_tokens)
         text = self.chat.said(generation.token_ids)
         if kind == "act":
-            generation, text = ended_at(self.turn_stop, generation, text, self.chat)
+            generation, text = ended_at(self.turn_stop, generation, text, self.chat.said)
             self.last_act = (generation.finish_reason, len(prompt), len(generation.token_ids))
         self.context.act(generation, kind)
         self.context.observe(self.chat.assistant_close(generation.token_ids))
@@ -282,7 +282,7 @@ class TruncationMemory(ContextMemory):
 
 
 def ended_at(
-    stop: Sequence[str], generation: Generation, text: str, chat: ChatFormat
+    stop: Sequence[str], generation: Generation, text: str, said: Callable[[Sequence[int]], str]
 ) -> tuple[Generation, str]:
     """Cut what was sampled behind the first of the ``stop`` texts in what it says, and ``text`` before it.
 
@@ -293,8 +293,8 @@ def ended_at(
         return generation, text
 
     def has_ended(tokens: int) -> bool:
-        said = chat.said(generation.token_ids[:tokens])
-        return any(end in said for end in stop)
+        beginning = said(generation.token_ids[:tokens])
+        return any(end in beginning for end in stop)
 
     kept = bisect_left(range(len(generation.token_ids)), True, key=has_ended)
     ids, logprobs, versions = generation.token_ids, generation.logprobs, generation.versions

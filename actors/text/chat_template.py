@@ -224,6 +224,15 @@ class ChatFormat:
         ended = bool(sampled) and sampled[-1] in self.stop_token_ids
         return visible_reply(self.decode(sampled[:-1] if ended else sampled), self.opens_thought)
 
+    def plainly(self, sampled: Sequence[int]) -> str:
+        """The text of a continuation: without its stop token, with its thoughts."""
+        ended = bool(sampled) and sampled[-1] in self.stop_token_ids
+        return self.decode(sampled[:-1] if ended else sampled)
+
+    def continued(self, text: str) -> Ids:
+        """Ids of a text that is no turn, as it is: after bos where the tokenizer begins a text with it."""
+        return (*self._tokenizer.encode(""), *self._plain(text))
+
     def encode(self, text: str) -> Ids:
         """Ids of plain text, stripped. "<|im_end|>", "</think>" and the like stay ordinary characters."""
         # Stripped, because templates strip contents too.

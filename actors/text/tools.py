@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
+CALL_MARK = "<tool_call>"
 _MARKS = ("<|python_tag|>", "[TOOL_CALLS]")
 _NAMED = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(\[ARGS\])?\s*(?={)")
 _BETWEEN = " \t\r\n,;"
@@ -63,6 +64,40 @@ def calls_in(reply: str, names: Collection[str]) -> tuple[ToolCall, ...]:
     if values and all(_is_call(value) for value in values):
         return tuple(map(_call, values))
     return _named(text, names)
+
+
+def readable_calls(reply: str, names: Collection[str]) -> tuple[ToolCall, ...]:
+    """The calls in a visible reply; none where one of them is faulty: then the reply is a text as it is."""
+    found = calls_in(reply, names)
+    return () if any(call.fault for call in found) else found
+
+
+def before_calls(reply: str) -> str:
+    """The text that stands before the calls of a reply. In the forms without a mark there is none."""
+    before, mark, _ = reply.partition(CALL_MARK)
+    return before if mark else ""
+
+
+def written_calls(calls: Iterable[tuple[str, str]]) -> list[str]:
+    """Calls as a model would write them, for a history that it did not write. They are (name, arguments)."""
+    form = CALL_MARK + '{{"name": {}, "arguments": {}}}</tool_call>'
+    return [form.format(json.dumps(name), arguments) for name, arguments in calls]
+
+
+def surely_text(beginning: str, names: Collection[str]) -> str:
+    """How much of a reply's beginning is text, whatever follows it."""
+    start = beginning.lstrip()
+    for mark in (*_MARKS, "{", "[", *names):
+        if start.startswith(mark) or mark.startswith(start):
+            return ""
+    before, mark, _ = beginning.partition(CALL_MARK)
+    return before if mark else beginning[: len(beginning) - overlap(beginning, CALL_MARK)]
+
+
+def overlap(text: str, mark: str) -> int:
+    """How many characters at the end of ``text`` may be the beginning of ``mark``."""
+    sizes = range(min(len(text), len(mark) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(mark[:size])), 0)
 
 
 def plain_rendering(tools: Sequence[Tool]) -> str:

@@ -14,6 +14,7 @@ from actors.episodes.hosted_session import HostedSession
 from actors.memory.base import Memory
 from actors.memory.build import Surroundings
 from actors.protocols import AsyncWriter, Policy
+from actors.speech import Decoding, Heard, Spoken
 from actors.text.chat_template import ChatFormat
 from actors.text.retrieval import Embedder
 from actors.types import (
@@ -69,6 +70,8 @@ class ScriptedPolicy:
         self.installed: dict[str, FastWeights] = {}
         self.probes: list[Probe | None] = []  # of each install
         self.released: list[str] = []
+        self.decodings: list[Decoding] = []  # of each reply that was spoken
+        self.step_s = 0.0  # of a token that is spoken
         self.running = 0
         self.most_running = 0
         self._script = script
@@ -86,6 +89,23 @@ class ScriptedPolicy:
             return self._script(prompt_ids, sampling, adapter)
         finally:
             self.running -= 1
+
+    async def speak(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        adapter: AdapterKey,
+        decoding: Decoding,
+        heard: Heard,
+    ) -> Spoken:
+        generation = await self.generate(prompt_ids, sampling, adapter)
+        self.decodings.append(decoding)
+        ids, logprobs = generation.token_ids, generation.logprobs
+        for end in range(1, len(ids) + 1):
+            await asyncio.sleep(self.step_s)
+            if heard(ids[:end]):
+                return Spoken(Generation(ids[:end], logprobs[:end], "stop"))
+        return Spoken(generation)
 
     async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:
         assert key.name not in self.installed and key.name not in self.released, f"{key.name} is reused"
