@@ -159,6 +159,11 @@ class AssistantConfig:
     max_saved_mib: float = 4096.0  # of all files in save_dir; a new conversation is refused where it is full
     max_body_kib: int = 256  # of one request to serve
     request_timeout_s: float = 300.0  # of one request to serve, with the wait for its turn
+    # what serve does with a resent history that is not what was said: return (go back to where it still was,
+    # with the fast weights of that time, and answer from there) or refuse (409)
+    edited_history: Literal["return", "refuse"] = "return"
+    # names by which clients may call serve, besides addresses, localhost and this machine's own name
+    hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         not_negative(self, "temperature")

@@ -35,14 +35,16 @@ SERVE_EXAMPLES = """examples:
   curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"conversation": "ada",
       "model": "quickstart-20260101-120000", "messages": [{"role": "user", "content": "My name is Ada."}]}'
 
-MODEL as for chat. Endpoints: GET /v1/models, POST /v1/chat/completions (with stream: true the answer comes in
-one piece), GET /health, GET and DELETE /v1/conversations/ID (show what it has written; forget it).
+MODEL as for chat. Context and replies are at least as long as in the configuration chat. Endpoints: POST
+/v1/chat/completions, /v1/responses and /v1/completions; GET /v1/models, /v1/conversations (with /ID what one
+has written; DELETE forgets it), /metrics (Prometheus) and /health. What is not supported is refused by name.
 
 The field "conversation" of a request, or its header X-Conversation-Id, names a conversation: letters, digits,
-. _ - (64 at most). Its context and what it wrote live here. So only the user turns after the last assistant
-turn of a request are new. The turns before them are read once, when the conversation begins. A request
-without a name is a conversation of its own, forgotten when it is answered. Anybody who knows a name can talk
-to it: set ENGRAM_API_KEY, and every request except /health must carry it as a bearer token.
+. _ - (64 at most). Its context and what it wrote live here. Send the new turns alone, or all of them each
+time: what is known is not read again, and an edited history goes back to where it was the same
+(assistant.edited_history). A request without a name goes on where its history was said, or is a new
+conversation. Anybody who knows a name can talk to it: set ENGRAM_API_KEY, and every request except /health
+must carry it as a bearer token.
 """
 MEMORY_EXAMPLES = """examples:
   engram memory ada
@@ -128,8 +130,14 @@ def serve(
     display = Display()
     with quiet(verbose):
         from cluster.assistant.serve import serve as listen
+        from cluster.assistant.serving_defaults import for_serving
 
-        listen(_opening(model, settings, config), host, port, display)
+        opening = _opening(model, settings, config)
+        if not config:
+            opening, changed = for_serving(opening, [*filter(None, [model]), *(settings or [])])
+            if changed:
+                display.say(f"larger than in the training: {changed}; a setting of yours stays as it is")
+        listen(opening, host, port, display)
 
 
 def memory(

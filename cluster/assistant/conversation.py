@@ -14,40 +14,37 @@ Not safe for concurrent calls: callers who share a conversation hold a lock arou
 
 from __future__ import annotations
 
+import asyncio
 import copy
-import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from actors.episodes.episode import EpisodeSpec, LiveActor, derived_seed
+from actors.environments.base import TurnRole
 from actors.memory.base import Agent
 from actors.memory.parametric import ParametricMemory, standing_cards
+from actors.protocols import EngineError, ReceiptError
+from actors.text.chat_template import ChatFormat
+from actors.text.context import Context
 from actors.text.split_text import split_text
+from actors.text.tools import Tool
 from actors.types import (
     AdapterKey,
     FastWeights,
     FinishReason,
     Flashcard,
-    Generation,
-    PolicyVersion,
     Probe,
-    Sampling,
-    SpanKind,
-    Task,
-    WriteExample,
     WriteRecord,
-    WriteRequest,
-    WriteResult,
 )
+from cluster.assistant.answering import Choice, Manner
+from cluster.assistant.known import Known
 from cluster.assistant.memory_file import SavedAdapter, SavedMemory, load_memory, save_memory
 from cluster.assistant.opening import AssistantError, Parts
+from cluster.assistant.speaker import Speaker
 from cluster.assistant.tending import NO_EDITS, Edits, Rebuilt, can_read, losses_of, remaining, written_anew
-
-# Numbers the episodes of this process, so that an adapter's name is never used twice in an engine.
-_EPISODE_NUMBERS = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +53,8 @@ class Reply:
 
     ``writes`` came before it, to make room. ``prompt_tokens`` is the context it was sampled from.
 
-    ``revision`` is that of the fast weights in force, 0 without Delta.
+    ``revision`` is that of the fast weights in force, 0 without Delta. ``choices`` are all that were asked
+    for, the first of them this one; ``reply_tokens`` counts the tokens of all.
     """
 
     text: str
@@ -65,94 +63,18 @@ class Reply:
     prompt_tokens: int
     reply_tokens: int
     writes: tuple[WriteRecord, ...]
+    choices: tuple[Choice, ...] = ()
 
 
-class _Speaker:
-    """The conversation's actors.memory.base.Actor.
+@dataclass(frozen=True, slots=True, eq=False)
+class Standing:
+    """Where a conversation stood: its context, its write log, and the Delta of that time."""
 
-    With ``delta`` off it answers as the base model does. It extracts and writes under Delta even then.
-    """
-
-    def __init__(self, parts: Parts, name: str) -> None:
-        self.delta = True
-        self.temperature = parts.opening.config.assistant.temperature
-        # Of the last sample: tokens of the prompt, tokens of the reply, and how it ended.
-        self.last_sample: tuple[int, int, FinishReason] = (0, 0, "stop")
-        self.probe: Probe | None = None
-        self._parts = parts
-        self._name = name
-        self._samples = 0
-        self._write_cut_off = False
-        self.episode_id, self._live = self._new_episode()
-
-    @property
-    def version(self) -> PolicyVersion:
-        return self._live.version
-
-    @property
-    def weights(self) -> FastWeights:
-        return self._live.weights
-
-    def revision_for(self, kind: SpanKind) -> int:
-        return self.weights.revision if self.delta or kind == "extract" else 0
-
-    async def sample(self, prompt_ids: Sequence[int], kind: SpanKind, max_tokens: int) -> Generation:
-        self._samples += 1
-        seed = derived_seed(self._parts.opening.config.seed, self._name, self._samples)
-        sampling = Sampling(self.temperature, max_tokens, seed, kind)
-        adapter = AdapterKey(self.version, self.episode_id, self.revision_for(kind))
-        generation = await self._parts.policy.generate(prompt_ids, sampling, adapter)
-        self.last_sample = (len(prompt_ids), len(generation.token_ids), generation.finish_reason)
-        return generation
-
-    async def learn(
-        self, examples: Sequence[WriteExample], cards: Sequence[Flashcard]
-    ) -> tuple[WriteRequest, WriteResult]:
-        if self._write_cut_off:
-            # The engine may have the next revision's name already: go on under a new episode's names.
-            await self.become(self.weights, self.probe)
-        self._write_cut_off = True
-        request, result = await self._live.learn(examples, cards)
-        self._write_cut_off = False
-        self.probe = result.probe or self.probe
-        # Nobody trains on a conversation, and it may be long: keep no old revisions.
-        self._live.revisions.clear()
-        return request, result
-
-    async def become(self, weights: FastWeights, probe: Probe | None) -> None:
-        """Continue under ``weights`` as a new episode.
-
-        Raises EngineError or ReceiptError; then nothing changed.
-        """
-        episode_id, live = self._new_episode()
-        if weights.revision > 0:
-            try:
-                await live.adopt(weights, probe)
-            except BaseException:
-                await live.close()
-                raise
-        live.revisions.clear()
-        before = self._live
-        self.episode_id, self._live, self.probe, self._write_cut_off = episode_id, live, probe, False
-        await before.close()
-
-    async def close(self) -> None:
-        await self._live.close()
-
-    def _new_episode(self) -> tuple[str, LiveActor]:
-        parts, config = self._parts, self._parts.opening.config
-        episode_id = f"{self._name}#{next(_EPISODE_NUMBERS)}"
-        spec = EpisodeSpec(
-            Task(episode_id, "conversation", {}, config.seed),
-            episode_id,
-            config.assistant.temperature,
-            config.sampling.max_answer_tokens,
-            config.rollout.max_turns,
-            config.seed,
-        )
-        return episode_id, LiveActor(
-            parts.policy, parts.writer, parts.preservation, spec, parts.opening.basis.id
-        )
+    chat: ChatFormat
+    context: Context
+    writes: tuple[WriteRecord, ...]
+    weights: FastWeights
+    probe: Probe | None
 
 
 class Conversation:
@@ -164,11 +86,12 @@ class Conversation:
     def __init__(self, parts: Parts, name: str, system_prompt: str) -> None:
         self._parts = parts
         config = parts.opening.config
-        self._speaker = _Speaker(parts, name)
+        self._speaker = Speaker(parts, name)
         self._memory = ParametricMemory(config.memory, config.write, config.engine.max_model_tokens)
         self._agent = Agent(self._speaker, parts.chat, system_prompt, "")
         self._name, self._wordings = name, config.memory.wordings
         self._saved: SavedAdapter | None = None  # of the last save or load
+        self.known = Known()
 
     # --- state ------------------------------------------------------------------------------------------
 
@@ -195,6 +118,15 @@ class Conversation:
         self._speaker.temperature = value
 
     @property
+    def manner(self) -> Manner:
+        """How answers are sampled, beside the temperature."""
+        return self._speaker.manner
+
+    @manner.setter
+    def manner(self, manner: Manner) -> None:
+        self._speaker.manner = manner
+
+    @property
     def revision(self) -> int:
         """Of the fast weights; 0 before the first write."""
         return self._speaker.weights.revision
@@ -213,6 +145,17 @@ class Conversation:
         return len(self._agent.context)
 
     @property
+    def thinks(self) -> bool:
+        """True where every reply begins inside a thought."""
+        return self._agent.chat.opens_thought
+
+    @property
+    def room(self) -> int:
+        """The tokens that turns have in an empty context, before a write: what its opening leaves of them."""
+        context = self._agent.context
+        return self._memory.max_context_tokens - (len(context) - len(context.after_opening))
+
+    @property
     def unwritten_tokens(self) -> int:
         """The context's tokens that would be lost if it were cleared now."""
         return len(self._agent.context.after_opening)
@@ -223,27 +166,38 @@ class Conversation:
 
     # --- turns ------------------------------------------------------------------------------------------
 
-    async def say(self, text: str, max_tokens: int) -> Reply:
+    def tell_tools(self, tools: Sequence[Tool]) -> None:
+        """Let the agent call ``tools``, and no others, from now on. Raises ChatTemplateError."""
+        agent, chat = self._agent, self._parts.chat.with_tools(tools)
+        if chat is agent.chat:
+            return
+        told, rest = agent.context.told, agent.context.after_opening
+        agent.chat = chat
+        agent.clear()  # the tools stand in the opening
+        agent.context.observe(rest)
+        agent.context.told = told
+
+    async def say(self, text: str, max_tokens: int, role: TurnRole = "user") -> Reply:
         """Answer ``text``. A text longer than the context is read in pieces; the last piece is answered."""
         before = len(self._agent.writes)
-        async with self._all_or_nothing():
+        async with self.all_or_nothing(), self._turn_of(role):
             *front, last = self._pieces(text)
             for piece in front:
                 await self._memory.read(self._agent, piece)
-            answer = await self._memory.answer(self._agent, last, max_tokens)
-        return self._reply(answer, before)
+            await self._memory.answer(self._agent, last, max_tokens)
+        return self._reply(before)
 
-    async def read(self, text: str) -> tuple[WriteRecord, ...]:
+    async def read(self, text: str, role: TurnRole = "user") -> tuple[WriteRecord, ...]:
         """Read ``text`` without answering it; returns the writes that made room for it."""
         before = len(self._agent.writes)
-        async with self._all_or_nothing():
+        async with self.all_or_nothing(), self._turn_of(role):
             await self._memory.read(self._agent, text)
         return tuple(self._agent.writes[before:])
 
     async def said(self, text: str) -> None:
         """Put ``text`` into the context as the agent's own reply, for a conversation that began elsewhere."""
-        chat = self._parts.chat
-        async with self._all_or_nothing():
+        chat = self._agent.chat
+        async with self.all_or_nothing():
             for piece in self._pieces(text):
                 ids = chat.reply(piece)
                 self._agent.context.tell(chat.assistant_open + ids + chat.assistant_close(ids))
@@ -256,15 +210,15 @@ class Conversation:
         The conversation's context does not change.
         """
         before = len(self._agent.writes)
-        async with self._all_or_nothing():
-            answer = await self._agent.aside(question, "act", max_tokens)
-        return self._reply(answer, before)
+        async with self.all_or_nothing():
+            await self._agent.aside(question, "act", max_tokens)
+        return self._reply(before)
 
     async def write(self) -> WriteRecord | None:
         """Write the context into the weights and clear it. Returns None if the context is empty."""
         if self._agent.context.is_fresh:
             return None
-        async with self._all_or_nothing():
+        async with self.all_or_nothing():
             await self._memory.relieve(self._agent, 0)
         return self._agent.writes[-1]
 
@@ -273,6 +227,7 @@ class Conversation:
         opening = self._parts.opening
         zero = FastWeights(opening.basis.id, 0, {})
         await self._become(SavedMemory(zero, opening.system_prompt, (), (), None))
+        self.known = Known()
 
     def save(self, folder: Path, overwrite: bool) -> None:
         """Save the conversation, see memory_file.py. Raises AssistantError.
@@ -312,7 +267,36 @@ class Conversation:
         """Release the adapter in the engine."""
         await self._speaker.close()
 
+    def standing(self) -> Standing:
+        """Where the conversation stands now, for ``return_to``."""
+        agent, speaker = self._agent, self._speaker
+        context, writes = copy.deepcopy(agent.context), tuple(agent.writes)
+        return Standing(agent.chat, context, writes, speaker.weights, speaker.probe)
+
+    async def return_to(self, standing: Standing) -> None:
+        """Go back to where the conversation stood. If the engine fails, nothing has changed."""
+        now = self._speaker.weights
+        if now is not standing.weights and (now.revision, standing.weights.revision) != (0, 0):
+            await self._speaker.become(standing.weights, standing.probe)
+        agent = self._agent
+        agent.chat, agent.context = standing.chat, copy.deepcopy(standing.context)
+        agent.writes = [*standing.writes]
+
     # --- helpers ----------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _turn_of(self, role: TurnRole) -> AsyncIterator[None]:
+        self._agent.turn_role = role
+        try:
+            yield
+        finally:
+            self._agent.turn_role = "user"
+
+    async def _undo(self, standing: Standing) -> None:
+        try:
+            await self.return_to(standing)
+        except (EngineError, ReceiptError):  # the engine is dead: the writes stay, what was read is in them
+            self._agent.clear()
 
     def _state(self) -> SavedMemory:
         agent, speaker = self._agent, self._speaker
@@ -335,7 +319,7 @@ class Conversation:
         parts, started = self._parts, time.perf_counter()
         keeps = not reason or can_read(memory, parts)
         context_ids, context = (memory.context_ids, memory.context) if keeps else ((), "")
-        speaker = _Speaker(parts, self._name)
+        speaker = Speaker(parts, self._name)
         try:
             writes = await written_anew(cards, memory.system_prompt, parts, self._memory, speaker)
             adapter = AdapterKey(speaker.version, speaker.episode_id, speaker.weights.revision)
@@ -355,33 +339,29 @@ class Conversation:
         self._agent = Agent(self._speaker, self._parts.chat, memory.system_prompt, "")
         self._agent.context.tell(memory.context_ids)
         self._agent.writes = list(memory.writes)
+        self.known = Known(from_the_beginning=False)
 
     def _pieces(self, text: str) -> list[str]:
         """``text`` in pieces that fit into the context as user turns."""
         chat = self._parts.chat
         return split_text(text, lambda piece: len(chat.user(piece)), self._memory.max_context_tokens)
 
-    def _reply(self, text: str, before: int) -> Reply:
-        prompt_tokens, reply_tokens, reason = self._speaker.last_sample
+    def _reply(self, before: int) -> Reply:
+        prompt_tokens, choices = self._speaker.last_answer
         writes = tuple(self._agent.writes[before:])
         revision = self._speaker.revision_for("act")
-        return Reply(text, reason, revision, prompt_tokens, reply_tokens, writes)
+        tokens = sum(len(choice.generation.token_ids) for choice in choices)
+        first = choices[0]
+        return Reply(first.text, first.finish_reason, revision, prompt_tokens, tokens, writes, choices)
 
     @asynccontextmanager
-    async def _all_or_nothing(self) -> AsyncIterator[None]:
-        """Undo the block's changes to the context if it fails.
-
-        If the block had written before it failed, the context is cleared instead: its old part is in the
-        weights.
-        """
-        agent, before, context = self._agent, len(self._agent.writes), copy.deepcopy(self._agent.context)
+    async def all_or_nothing(self) -> AsyncIterator[None]:
+        """Undo all of the block's changes if it fails or is cancelled, its writes too. It may be nested."""
+        agent, before, standing = self._agent, len(self._agent.writes), self.standing()
         try:
             yield
         except BaseException:
-            if len(agent.writes) == before:
-                agent.context = context
-            else:
-                agent.clear()
+            await _to_its_end(self._undo(standing))
             raise
         finally:
             agent.segments.clear()
@@ -389,3 +369,12 @@ class Conversation:
             agent.writes[before:] = [
                 replace(record, examples=(), preserved=()) for record in agent.writes[before:]
             ]
+
+
+async def _to_its_end(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Await ``coroutine`` even where the caller is cancelled again: half an undoing would be worse."""
+    task = asyncio.ensure_future(coroutine)
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    task.result()

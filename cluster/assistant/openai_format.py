@@ -1,86 +1,231 @@
-"""OpenAI's chat completions as ``serve`` speaks them, see actors/endpoint/ for what all endpoints share.
+"""OpenAI's chat completions as ``serve`` reads them, see actors/endpoint/ for what all endpoints share.
 
-    request:  JSON --> _Body --> ChatRequest        what the engine cannot do is refused by name
-    answer:   Answer --> JSON, or server-sent events
+    JSON --> _Body --> ChatRequest        what cannot be done is refused by name: the list of fields is closed
 
-Two additions are ours: the field ``conversation`` of a request, and the object ``engram`` of an answer.
+The field ``conversation`` is ours. A message that ``serve`` itself has sent is taken back as it was.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from actors.endpoint import answers
-from actors.endpoint.requests import Body, Role, Text, bad_value, checked, only
-from actors.types import WriteRecord
-from cluster.assistant.conversation import Reply
+from actors.endpoint import history
+from actors.endpoint.requests import Body, bad_value, checked, only
+from actors.speech import Decoding
+from actors.text.tools import Tool, written_calls
+from cluster.assistant.answering import Heard, Manner, unheard
+from cluster.assistant.known import Line
 from configs.schema import RunConfig
 
+MOST_CHOICES = 16
+_MOST_STOPS = 16
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_WRITE_FIELDS = (
-    "outcome", "reason", "revision", "steps", "seconds", "loss_before", "loss_after", "flashcards",
-)  # fmt: skip
 _NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or a digit"
+ANY_OBJECT = '{"type": "object"}'
+_NUMBER = "a number, {} to {}"
+_CLOSED = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-# --- requests -------------------------------------------------------------------------------------------
+# --- what a request may hold ----------------------------------------------------------------------------
 
 
-class Message(BaseModel):
-    """One message of a request."""
+class Message(history.Message):
+    """One message of a request. The last fields come back from our own answers, as the client kept them."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = _CLOSED
 
-    role: Role = Field(description="system, user or assistant")
-    content: Text = Field(pattern=r"\S", description="text that is not empty")
+    name: Annotated[object, only()] = None
+    refusal: Annotated[object, only()] = None
+    annotations: Annotated[object, only([])] = None
+    audio: Annotated[object, only()] = None
+    function_call: Annotated[object, only()] = None
 
 
-class _Body(Body):
-    messages: list[Message] = Field(min_length=1, description="a list with one message or more")
+class Function(BaseModel):
+    """A tool's function."""
+
+    model_config = _CLOSED
+
+    name: str = Field(min_length=1, description="a text")
+    description: str | None = Field(None, description="a text")
+    parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
+    strict: Annotated[object, only(False)] = None
+
+
+class _Tool(BaseModel):
+    model_config = _CLOSED
+
+    type: Literal["function"] = Field(description="function")
+    function: Function = Field(description="an object with name, description and parameters")
+
+
+class JsonSchema(BaseModel):
+    """A schema by name, as OpenAI has it."""
+
+    model_config = _CLOSED
+
+    name: str = Field(description="a text")
+    schema_: dict[str, Any] = Field(alias="schema", description="a JSON schema")
+    description: str | None = Field(None, description="a text")
+    strict: bool | None = Field(None, description="true or false")  # a reply always keeps to it
+
+
+class _ResponseFormat(BaseModel):
+    model_config = _CLOSED
+
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="text, json_object or json_schema"
+    )
+    json_schema: JsonSchema | None = Field(None, description="an object with name and schema")
+
+
+class StreamOptions(BaseModel):
+    """Of a request with stream: true."""
+
+    model_config = _CLOSED
+
+    include_usage: bool | None = Field(None, description="true or false")
+    include_obfuscation: Annotated[object, only(False)] = None
+
+
+class Sampled(Body):
+    """The sampling settings that every route takes. The last fields change nothing in an answer."""
+
+    model_config = _CLOSED
+
     conversation: object = None
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="a number, 0 to 2")
-    stop: Annotated[object, only([])] = None
+    temperature: Number | None = Field(None, ge=0, le=2, description=_NUMBER.format(0, 2))
+    top_p: Number | None = Field(None, gt=0, le=1, description="a number above 0, to 1")
+    top_k: int | None = Field(None, ge=-1, description="a whole number; -1 or 0 for all tokens")
+    min_p: Number | None = Field(None, ge=0, le=1, description=_NUMBER.format(0, 1))
+    presence_penalty: Number | None = Field(None, ge=-2, le=2, description=_NUMBER.format(-2, 2))
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2, description=_NUMBER.format(-2, 2))
+    repetition_penalty: Number | None = Field(None, gt=0, le=2, description="a number above 0, to 2")
+    logit_bias: dict[str, Number] | None = Field(None, description="an object of numbers by token id")
+    seed: int | None = Field(None, description="a whole number")
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES, description=f"a whole number, 1 to {MOST_CHOICES}")
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]] | None,
+        BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
+    ] = Field(
+        None,
+        max_length=_MOST_STOPS,
+        description=f"a text or a list of at most {_MOST_STOPS} texts, none of them empty",
+    )
+    user: object = None
+    metadata: object = None
+    service_tier: object = None
+    safety_identifier: object = None
+    prompt_cache_key: object = None
+    store: Annotated[object, only(False)] = None
+
+    def manner(
+        self, json_schema: str, top_logprobs: int, tools: Sequence[Tool], heard: Heard = unheard
+    ) -> Manner:
+        """Raises RequestError."""
+        decoding = Decoding(
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=tuple(_bias(token, value) for token, value in (self.logit_bias or {}).items()),
+            top_logprobs=top_logprobs,
+            json_schema=json_schema,
+        )
+        names = tuple(tool.name for tool in tools)
+        return Manner(decoding, tuple(self.stop or ()), self.seed, self.n or 1, names, heard)
+
+
+class _Body(Sampled):
+    messages: list[Message] = Field(min_length=1, description="a list with one message or more")
+    stream_options: StreamOptions | None = Field(None, description="an object")
+    logprobs: bool | None = Field(None, description="true or false")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="a whole number, 0 to 20")
+    response_format: _ResponseFormat | None = Field(None, description="an object with a type")
+    tools: list[_Tool] | None = Field(None, description="a list of functions")
+    tool_choice: Literal["auto", "none"] | None = Field(None, description="auto or none")
+    parallel_tool_calls: Annotated[object, only(True)] = None
+
+    @property
+    def usage_in_stream(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+# --- what a request asks --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
     """A request that can be answered.
 
-    ``turns`` are the user's new turns, one or more; ``history`` is what stands before them. ``system_prompt``
-    and ``conversation`` are None if the request has none.
+    ``turns`` are the user's or tools' new turns, one or more; ``history`` is what stands before them.
+    ``system_prompt`` and ``conversation`` are None if the request has none. ``asked_tokens``: its own bound,
+    where that is more than ``max_tokens``.
     """
 
     model: str
     conversation: str | None
     system_prompt: str | None
-    history: tuple[Message, ...]
-    turns: tuple[str, ...]
+    history: tuple[Line, ...]
+    turns: tuple[Line, ...]
+    tools: tuple[Tool, ...]
     max_tokens: int
+    asked_tokens: int | None
     temperature: float
+    manner: Manner
+    logprobs: bool
     stream: bool
     usage_in_stream: bool
 
 
 def parse_request(data: Mapping[str, Any], header: str | None, config: RunConfig) -> ChatRequest:
     """Check a request. ``header`` is X-Conversation-Id. Raises RequestError."""
-    body = checked(_Body, Message, data)
-    system_prompt, history, turns = _split(body.messages)
-    # Both bounds are 1 or more. A bound larger than ours changes nothing that is promised.
-    limit = config.sampling.max_answer_tokens
-    default_temperature = config.assistant.temperature
+    body = checked(_Body, data)
+    if body.top_logprobs and not body.logprobs:
+        raise bad_value("top_logprobs needs logprobs: true", "top_logprobs")
+    tools = tuple(as_tool(tool.function) for tool in body.tools or () if body.tool_choice != "none")
+    manner = body.manner(_schema(body.response_format), body.top_logprobs or 0, tools)
+    lines = [line for place, message in enumerate(body.messages) if (line := _line(message, place))]
+    return chat_request(body, header, config, lines, tools, manner, bool(body.logprobs))
+
+
+def chat_request(
+    body: Sampled,
+    header: str | None,
+    config: RunConfig,
+    lines: Sequence[Line | str],
+    tools: tuple[Tool, ...],
+    manner: Manner,
+    logprobs: bool,
+) -> ChatRequest:
+    """Put a request together. ``lines``: its messages in order, a system message as a plain text."""
+    conversation = _conversation(body.conversation, header)
+    if conversation is not None and manner.choices > 1:
+        raise bad_value("n must be 1 in a conversation: one reply goes on", "n")
+    system_prompt, history, turns = _split(lines)
+    limit, asked = config.sampling.max_answer_tokens, body.most_tokens
     return ChatRequest(
         model=body.model or "",
-        conversation=_conversation(body.conversation, header),
+        conversation=conversation,
         system_prompt=system_prompt,
         history=history,
         turns=turns,
-        max_tokens=min(body.most_tokens or limit, limit),
-        temperature=default_temperature if body.temperature is None else body.temperature,
+        tools=tools,
+        max_tokens=min(asked or limit, limit),
+        asked_tokens=asked if asked and asked > limit else None,
+        temperature=config.assistant.temperature if body.temperature is None else body.temperature,
+        manner=manner,
+        logprobs=logprobs,
         stream=body.stream or False,
         usage_in_stream=body.usage_in_stream,
     )
@@ -93,6 +238,19 @@ def check_name(name: object, param: str) -> str:
     return name
 
 
+def as_tool(function: Function) -> Tool:
+    return Tool(function.name, function.description or "", function.parameters or {})
+
+
+def replied(text: str, calls: Iterable[tuple[str, str]]) -> Line:
+    """A reply as it stands in a history; the calls are (name, arguments)."""
+    return Line("assistant", "\n".join([*filter(None, [text.strip()]), *written_calls(calls)]))
+
+
+def schema_text(schema: Mapping[str, Any]) -> str:
+    return json.dumps(schema, ensure_ascii=False)
+
+
 def _conversation(field: object, header: str | None) -> str | None:
     if isinstance(field, dict):  # as in OpenAI's Responses
         field = field.get("id")
@@ -102,58 +260,59 @@ def _conversation(field: object, header: str | None) -> str | None:
     return None if name is None else check_name(name, "conversation")
 
 
-def _split(messages: Sequence[Message]) -> tuple[str | None, tuple[Message, ...], tuple[str, ...]]:
-    """The system prompt, the history, and the user turns after the last assistant turn."""
-    system_prompt = messages[0].content if messages[0].role in ("system", "developer") else None
-    start = 0 if system_prompt is None else 1
-    for place, message in enumerate(messages[start:], start):
-        if message.role in ("system", "developer"):
-            where = f"messages[{place}]"
-            raise bad_value(f"{where}: a system message can only be the first", where)
-    new = len(messages)
-    while new > start and messages[new - 1].role == "user":
+def _line(message: Message, place: int) -> Line | str:
+    """A message as it is read; a system message is a plain text. "" for one that says nothing."""
+    text = message.content.strip()
+    match message.role:
+        case "system" | "developer":
+            return text
+        case "assistant":
+            calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+            return replied(text, calls)
+        case role:
+            if role == "user" and not text:
+                where = f"messages[{place}].content"
+                raise bad_value(f"{where} must be text that is not empty", where)
+            return Line(role, text)
+
+
+def _split(
+    lines: Sequence[Line | str],
+) -> tuple[str | None, tuple[Line, ...], tuple[Line, ...]]:
+    """The system prompt, the history, and the turns after the last assistant turn.
+
+    System messages at the beginning are one prompt. A template has no place for later ones: each is a turn of
+    the user's.
+    """
+    first = next((place for place, line in enumerate(lines) if isinstance(line, Line)), len(lines))
+    system_prompt = "\n\n".join(line for line in lines[:first] if isinstance(line, str) and line)
+    rest: list[Line] = []
+    for line in lines[first:]:
+        said = Line("user", line) if isinstance(line, str) else line
+        if rest and said.role == rest[-1].role == "assistant":  # some send a text and its calls apart
+            said = Line("assistant", f"{rest.pop().text}\n{said.text}".strip())
+        rest.append(said)
+    new = len(rest)
+    while new > 0 and rest[new - 1].role != "assistant":
         new -= 1
-    if new == len(messages):
-        raise bad_value("the last message must be the user's", "messages")
-    turns = tuple(message.content for message in messages[new:])
-    return system_prompt, tuple(messages[start:new]), turns
+    if new == len(rest):
+        raise bad_value("the last message must be the user's, or a tool's", "messages")
+    return system_prompt or None, tuple(rest[:new]), tuple(rest[new:])
 
 
-# --- answers --------------------------------------------------------------------------------------------
+def _schema(wanted: _ResponseFormat | None) -> str:
+    if wanted is None or wanted.type == "text":
+        return ""
+    if wanted.type == "json_object":
+        return ANY_OBJECT
+    if wanted.json_schema is None:
+        raise bad_value(
+            "response_format.json_schema must be an object with name and schema", "response_format"
+        )
+    return schema_text(wanted.json_schema.schema_)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a request brought. ``writes`` are all that it caused; ``new``: the conversation began with it."""
-
-    conversation: str | None
-    new: bool
-    reply: Reply
-    writes: tuple[WriteRecord, ...]
-
-
-def completion(model: str, answer: Answer) -> str:
-    """The answer as JSON."""
-    return answers.completion(model, answer.reply, _ours(answer))
-
-
-def completion_events(model: str, answer: Answer, with_usage: bool) -> Iterator[str]:
-    """Server-sent events, see actors/endpoint/answers.py."""
-    return answers.completion_events(model, answer.reply, with_usage, _ours(answer))
-
-
-def summarize(record: WriteRecord) -> dict[str, Any]:
-    """One write, for clients. In JSON the losses of a write that did not happen are null."""
-    return {name: getattr(record, name) for name in _WRITE_FIELDS}
-
-
-def _ours(answer: Answer) -> dict[str, Any]:
-    """Our addition to an answer. ``revision`` is that of the fast weights that answered."""
-    return {
-        "engram": {
-            "conversation": answer.conversation,
-            "new": answer.new,
-            "revision": answer.reply.revision,
-            "writes": [summarize(record) for record in answer.writes],
-        }
-    }
+def _bias(token: str, value: float) -> tuple[int, float]:
+    if not token.isascii() or not token.isdigit() or not -100 <= value <= 100:
+        raise bad_value("logit_bias must be numbers, -100 to 100, by token id", "logit_bias")
+    return int(token), value

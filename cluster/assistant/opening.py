@@ -19,7 +19,8 @@ import configs
 from actors.episodes.preservation import Preservation, preservation
 from actors.fast_weights.delta import Basis
 from actors.memory.window import require_window
-from actors.protocols import AsyncWriter, Policy
+from actors.protocols import AsyncWriter
+from actors.speech import SpeakingPolicy
 from actors.text.chat_template import ChatFormat, open_chat
 from actors.types import AdapterKey
 from cluster.runs.checkpoint import COMPANION, Checkpoint, list_checkpoints, load_checkpoint
@@ -71,8 +72,8 @@ class Opening:
         return name if is_hub_name(name) else str(self.model.path)
 
 
-class ScoringPolicy(Policy, Protocol):
-    """A policy that also says how well it knows a text: VLLMPolicy."""
+class ScoringPolicy(SpeakingPolicy, Protocol):
+    """A policy that speaks, and says how well it knows a text: VLLMPolicy."""
 
     async def score(self, token_ids: Sequence[int], adapter: AdapterKey) -> list[float]:
         """Log-probs of tokens 1..n-1, each given those before it. Raises EngineError."""
@@ -158,7 +159,15 @@ def parts_of(opening: Opening, slots: int) -> Iterator[Parts]:
     require_window(config, chat, ())
     engine = replace(config.engine, slots=slots)
     policy = VLLMPolicy(
-        path, config.model, engine, opening.basis, chat.stop_token_ids, 0, threads, config.seed
+        path,
+        config.model,
+        engine,
+        opening.basis,
+        chat.stop_token_ids,
+        0,
+        threads,
+        config.seed,
+        tokenizer=True,
     )
     try:
         kept = preservation(policy, None, chat, opening.system_prompt, config)

@@ -42,6 +42,14 @@ class SavedConversations:
             recover_folder(folder)  # a server was killed while it saved the conversation again
         return folder if folder.is_dir() else None
 
+    def names(self) -> list[str]:
+        """The conversations that are saved."""
+        if self._root is None or not self._root.is_dir():
+            return []
+        return sorted(
+            path.name for path in self._root.iterdir() if path.is_dir() and not path.name.startswith(".")
+        )
+
     def require_room(self, name: str, coming: int) -> None:
         """Raise FullError if the conversation ``name`` is new here, and the bounds leave no room for it.
 

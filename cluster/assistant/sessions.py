@@ -17,11 +17,12 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from cluster.assistant.conversation import Conversation
+from cluster.assistant.known import Line
 from cluster.assistant.opening import AssistantError, Parts
 from cluster.assistant.saved import SavedConversations
 
@@ -62,7 +63,13 @@ class Sessions:
         self._anonymous = itertools.count()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        """The conversations that have a name."""
+        return sum(not _is_anonymous(name) for name in self._entries)
+
+    def names(self) -> dict[str, bool]:
+        """The conversations that have a name, and whether each is in memory, or else on the disk alone."""
+        here = [name for name, entry in self._entries.items() if entry.begun and not _is_anonymous(name)]
+        return dict.fromkeys(self._saved.names(), False) | dict.fromkeys(here, True)
 
     @property
     def unsaved(self) -> dict[str, str]:
@@ -71,17 +78,18 @@ class Sessions:
 
     @asynccontextmanager
     async def turn(
-        self, name: str | None, system_prompt: str | None
+        self, name: str | None, system_prompt: str | None, history: Sequence[Line] = ()
     ) -> AsyncIterator[tuple[Conversation, bool]]:
         """Give the block the conversation for itself, and whether it is new.
 
-        Without a ``name`` the conversation is forgotten afterwards. A new conversation gets ``system_prompt``
-        (None: the model's own). If its first turn fails, it is dropped. Raises BusyError; FullError for a new
-        name where the bounds of ``save_dir`` leave no room; AssistantError for a damaged save, and if the
-        conversation that must make room cannot be saved.
+        Without a ``name`` it is the conversation in which ``history`` was said, or a new one. It is
+        forgotten when it is put away. A new conversation gets ``system_prompt`` (None: the model's own). If
+        its first turn fails, it is dropped. Raises BusyError; FullError for a new name where the bounds of
+        ``save_dir`` leave no room; AssistantError for a damaged save, and if the conversation that must make
+        room cannot be saved.
         """
         await self._put_away_idle()
-        key = f"~{next(self._anonymous)}" if name is None else name
+        key = name or self._going_on(system_prompt, history) or f"~{next(self._anonymous)}"
         if key not in self._entries:
             await self._make_room()
         if (entry := self._entries.get(key)) is None:  # another request may have opened it meanwhile
@@ -103,13 +111,20 @@ class Sessions:
         finally:
             entry.users -= 1
             entry.last_used = time.monotonic()
-            if entry.users == 0 and (name is None or not entry.begun):
+            if entry.users == 0 and not entry.begun:
                 await self._drop(key)
 
     def look(self, name: str) -> Conversation | None:
         """The conversation as it stands; None if it is not in memory."""
         entry = self._entries.get(name)
         return entry.conversation if entry is not None and entry.begun else None
+
+    async def open(self, name: str) -> Conversation | None:
+        """The conversation, from the disk if it is not in memory; None if it is nowhere."""
+        if self.look(name) is None and self._saved.find(name) is not None:
+            async with self.turn(name, None):
+                pass
+        return self.look(name)
 
     async def forget(self, name: str) -> bool:
         """Drop a conversation from memory and disk; False if there is none.
@@ -156,9 +171,18 @@ class Sessions:
             entry.problem = str(error)
 
     def _idle(self) -> list[str]:
-        """The conversations without a turn, the longest idle first."""
+        """The conversations without a turn: first those without a name, and of these the longest idle."""
         idle = (name for name, entry in self._entries.items() if entry.users == 0)
-        return sorted(idle, key=lambda name: self._entries[name].last_used)
+        return sorted(idle, key=lambda name: (not _is_anonymous(name), self._entries[name].last_used))
+
+    def _going_on(self, system_prompt: str | None, history: Sequence[Line]) -> str | None:
+        """The conversation without a name in which ``history`` was said. Only who knows it all finds it."""
+        prompt = self._parts.opening.system_prompt if system_prompt is None else system_prompt
+        for name, entry in self._entries.items():
+            idle = _is_anonymous(name) and entry.begun and entry.users == 0
+            if idle and entry.conversation.system_prompt == prompt and entry.conversation.known.has(history):
+                return name
+        return None
 
     async def _put_away_idle(self) -> None:
         for name in self._idle():
@@ -191,3 +215,7 @@ class Sessions:
 
     async def _drop(self, name: str) -> None:
         await self._entries.pop(name).conversation.close()
+
+
+def _is_anonymous(name: str) -> bool:
+    return name.startswith("~")

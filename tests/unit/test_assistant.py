@@ -1,7 +1,7 @@
 """Conversations without an engine.
 
-What a failed turn leaves behind; how memories are kept apart, saved and refused; the terminal and the
-endpoint.
+What a failed turn leaves behind; how memories are kept apart, saved and refused; the terminal. The endpoint
+is in test_serve.py.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from fastapi.testclient import TestClient
 from rich.console import Console
 
-from actors.endpoint.requests import RequestError
 from actors.episodes.rollout import WriteBatcher
 from actors.fast_weights.basis import make_basis
 from actors.fast_weights.delta import Basis
@@ -30,9 +28,7 @@ from actors.text.flashcards import render_flashcards
 from actors.types import AdapterKey, FastWeights, Flashcard, Generation, Probe, Sampling, WriteRequest
 from cluster.assistant.chat import Terminal, _shown
 from cluster.assistant.conversation import Conversation, Reply
-from cluster.assistant.openai_format import Answer, completion_events, parse_request
 from cluster.assistant.opening import AssistantError, Opening, Parts
-from cluster.assistant.serve import build_app
 from cluster.assistant.sessions import BusyError, Sessions
 from cluster.cli import main
 from cluster.common.display import Display
@@ -364,147 +360,6 @@ def test_any_request_puts_idle_conversations_away(parts: Parts) -> None:
             assert sessions.look("a") is None
 
     run(story())
-
-
-# --- behind HTTP ----------------------------------------------------------------------------------------
-
-
-def body(**changes: object) -> dict[str, object]:
-    return {"model": "tiny", "messages": [{"role": "user", "content": "Nora lives in Lisbon."}], **changes}
-
-
-def test_the_endpoint_speaks_openai(parts: Parts) -> None:
-    with TestClient(build_app(parts, Sessions(parts, 2), "")) as client:
-        assert client.get("/health").json() == {"status": "ok", "model": "tiny", "conversations": 0}
-        assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
-        first = client.post("/v1/chat/completions", json=body(conversation="a")).json()
-        choice = {"index": 0, "finish_reason": "stop", "logprobs": None}
-        assert first["choices"] == [{**choice, "message": {"role": "assistant", "content": "under 0"}}]
-        assert first["object"] == "chat.completion" and first["engram"]["new"]
-        history = [
-            {"role": "user", "content": "old " * 60},
-            {"role": "assistant", "content": "yes"},
-            {"role": "user", "content": "new?"},
-        ]
-        second = client.post(
-            "/v1/chat/completions", json=body(messages=history), headers={"X-Conversation-Id": "a"}
-        ).json()
-        # "a" has had turns: the request's history is its own and not read again.
-        assert second["engram"] == {"conversation": "a", "new": False, "revision": 0, "writes": []}
-        # A new conversation reads the history, and writes it.
-        fresh = client.post("/v1/chat/completions", json=body(messages=history)).json()["engram"]
-        assert fresh["new"] and fresh["revision"] > 0
-        assert fresh["writes"][0]["flashcards"] == [{"question": CARD.question, "answer": CARD.answer}]
-        assert client.get("/v1/conversations/a").json()["revision"] == 0
-        assert client.delete("/v1/conversations/a").json()["deleted"]
-        assert client.get("/v1/conversations/a").status_code == 404
-
-
-def test_a_stream_is_openais_chunks(parts: Parts) -> None:
-    with TestClient(build_app(parts, Sessions(parts, 2), "")) as client:
-        options = {"stream": True, "stream_options": {"include_usage": True}}
-        response = client.post("/v1/chat/completions", json=body(**options))
-    assert response.headers["content-type"].startswith("text/event-stream")
-    *events, end, nothing = response.text.split("\n\n")
-    assert (end, nothing) == ("data: [DONE]", "")
-    first, last, usage = (json.loads(event.removeprefix("data: ")) for event in events)
-    head = {
-        "object": "chat.completion.chunk",
-        "model": "tiny",
-        "id": first["id"],
-        "created": first["created"],
-    }
-    choice = {"index": 0, "delta": {"role": "assistant", "content": "under 0"}}
-    assert first == {**head, "choices": [{**choice, "finish_reason": None, "logprobs": None}]}
-    ended = {"index": 0, "delta": {}, "finish_reason": "stop", "logprobs": None}
-    addition = {"conversation": None, "new": True, "revision": 0, "writes": []}
-    assert last == {**head, "choices": [ended], "engram": addition}
-    counts = usage.pop("usage")
-    assert usage == {**head, "choices": []}
-    assert counts["total_tokens"] == counts["prompt_tokens"] + counts["completion_tokens"] > 0
-
-
-@pytest.mark.parametrize(
-    ("given", "status", "expected"),
-    [
-        ({"model": "other"}, 404, "'tiny' is"),
-        ({"messages": []}, 400, "messages must be a list"),
-        (
-            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
-            400,
-            "the last message must be the user's",
-        ),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role must be"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            400,
-            "messages[0].content must be text",
-        ),
-        ({"conversation": "../etc"}, 400, "conversation must be 1 to 64 letters"),
-        ({"max_tokens": 0}, 400, "max_tokens must be"),
-        ({"temperature": 3}, 400, "temperature must be"),
-        ({"n": 2}, 400, "n is not supported: leave it out, or give 1"),
-        ({"logprobs": 0}, 400, "logprobs is not supported: leave it out, or give false"),
-        ({"tools": [{}]}, 400, "tools is not supported: leave it out, or give []"),
-        ({"messages": [{"role": "user", "content": "x" * 2000}]}, 413, "the body is over 1024 bytes"),
-    ],
-)
-def test_a_bad_request_is_an_openai_error(
-    parts: Parts, given: dict[str, object], status: int, expected: str
-) -> None:
-    limited = with_limits(parts, max_body_kib=1)
-    with TestClient(build_app(limited, Sessions(limited, 2), "")) as client:
-        answer = client.post("/v1/chat/completions", json=body(**given))
-    error = answer.json()["error"]
-    assert answer.status_code == status and set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == "invalid_request_error" and expected in error["message"]
-
-
-def test_a_key_a_content_type_and_a_deadline_are_kept(parts: Parts, engine: Engine) -> None:
-    limited = with_limits(parts, request_timeout_s=0.05)
-    with TestClient(build_app(limited, Sessions(limited, 2), "secret")) as client:
-        assert client.get("/health").status_code == 200
-        assert client.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
-        client.headers["Authorization"] = "Bearer secret"
-        assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
-        assert client.post("/v1/chat/completions", content=json.dumps(body())).status_code == 415
-        engine._delay_s = 5.0
-        late = client.post("/v1/chat/completions", json=body(conversation="a"))
-        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
-        assert client.get("/health").json()["conversations"] == 0
-
-
-def test_an_event_is_one_line_for_every_reader() -> None:
-    reply = Reply("first\u2028second\x85third\nfourth", "stop", 0, 1, 1, ())
-    events = list(completion_events("tiny", Answer(None, True, reply, ()), with_usage=False))
-    assert [len(event.rstrip("\n").splitlines()) for event in events] == [1, 1, 1]
-    content = json.loads(events[0].removeprefix("data: "))["choices"][0]["delta"]["content"]
-    assert content == reply.text
-
-
-def test_the_temperature_of_a_request_reaches_the_engine(parts: Parts, engine: Engine) -> None:
-    with TestClient(build_app(parts, Sessions(parts, 2), "")) as client:
-        for wanted in ({"temperature": 0.5}, {}):
-            assert client.post("/v1/chat/completions", json=body(**wanted)).status_code == 200
-    assert [sampling.temperature for _, sampling, _ in engine.calls] == [0.5, 0.0]
-
-
-def test_a_dead_engine_is_named_by_every_route_that_needs_it(parts: Parts) -> None:
-    dead = replace(parts, failure=lambda: "out of memory")
-    with TestClient(build_app(dead, Sessions(dead, 2), "")) as client:
-        health = client.get("/health")
-        assert (health.status_code, health.json()["reason"]) == (503, "out of memory")
-        answer = client.post("/v1/chat/completions", json=body())
-    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
-    assert "the engine is dead (out of memory)" in answer.json()["error"]["message"]
-
-
-def test_numbers_that_are_bounds_are_cut_to_what_the_engine_has(opening: Opening) -> None:
-    request = parse_request(body(max_tokens=10**6), None, opening.config)
-    assert (request.max_tokens, request.temperature) == (8, 0.0)
-    assert (request.turns, request.history) == (("Nora lives in Lisbon.",), ())
-    with pytest.raises(RequestError, match="differ"):
-        parse_request(body(conversation="a"), "b", opening.config)
 
 
 # --- in the terminal ------------------------------------------------------------------------------------

@@ -1,0 +1,268 @@
+"""OpenAI's Responses, in the form that keeps nothing: a client sends its history with every request.
+
+    JSON --> _Body --> ChatRequest --> a turn as a chat completion's --> a response object, or its events
+
+What would ask the server to remember a response (previous_response_id, store) is refused: ``conversation``
+names a conversation that does.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from actors.endpoint.answers import SaidCall, SaidChoice, new_id
+from actors.endpoint.requests import bad_value, checked, only
+from cluster.assistant.known import Line
+from cluster.assistant.openai_answers import Answer
+from cluster.assistant.openai_format import (
+    ANY_OBJECT,
+    ChatRequest,
+    Function,
+    Sampled,
+    as_tool,
+    chat_request,
+    replied,
+    schema_text,
+)
+from cluster.assistant.routes import Service
+from cluster.assistant.streaming import Stream
+from configs.files import dump_json
+from configs.schema import RunConfig
+
+_CLOSED = ConfigDict(strict=True, frozen=True, extra="forbid")
+_TEXTS = ("input_text", "output_text", "text")
+
+
+def _joined(content: object) -> object:
+    """Text parts as one text, and half a surrogate pair replaced: no tokenizer takes it."""
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") in _TEXTS and isinstance(part.get("text"), str)
+        for part in content
+    ):
+        content = "\n".join(part["text"] for part in content)
+    return content.encode("utf-8", errors="replace").decode() if isinstance(content, str) else content
+
+
+_Said = Annotated[str, BeforeValidator(_joined)]
+
+
+class _Item(BaseModel):
+    """An item of the input: a message, a call that was answered, or a call's result."""
+
+    model_config = _CLOSED
+
+    type: Literal["message", "function_call", "function_call_output"] = Field(
+        "message", description="message, function_call or function_call_output"
+    )
+    role: Literal["system", "developer", "user", "assistant"] | None = Field(
+        None, description="system, developer, user or assistant"
+    )
+    content: _Said = Field("", description="text")
+    output: _Said = Field("", description="text")
+    name: str = Field("", description="a text")
+    arguments: str = Field("", description="JSON in a text")
+    call_id: object = None
+    id: object = None
+    status: object = None
+    phase: object = None
+
+    @property
+    def line(self) -> Line | str:
+        match self.type:
+            case "function_call":
+                return replied("", [(self.name, self.arguments)])
+            case "function_call_output":
+                return Line("tool", self.output.strip())
+        text = self.content.strip()
+        if self.role in ("system", "developer"):
+            return text
+        return Line("assistant" if self.role == "assistant" else "user", text)
+
+
+class _Format(BaseModel):
+    model_config = _CLOSED
+
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="text, json_object or json_schema"
+    )
+    name: str | None = Field(None, description="a text")
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="a JSON schema")
+    description: str | None = Field(None, description="a text")
+    strict: bool | None = Field(None, description="true or false")
+
+
+class _Text(BaseModel):
+    model_config = _CLOSED
+
+    format: _Format | None = Field(None, description="an object with a type")
+    verbosity: Annotated[object, only("medium")] = None
+
+
+class _Tool(Function):
+    type: Literal["function"] = Field(description="function")
+
+
+class _Body(Sampled):
+    input: str | list[_Item] = Field(description="a text, or a list of messages, calls and results")
+    instructions: str | None = Field(None, description="a text")
+    max_output_tokens: int | None = Field(None, ge=1, description="a whole number, 1 or more")
+    text: _Text | None = Field(None, description="an object with a format")
+    tools: list[_Tool] | None = Field(None, description="a list of functions")
+    tool_choice: Literal["auto", "none"] | None = Field(None, description="auto or none")
+    parallel_tool_calls: Annotated[object, only(True)] = None
+    n: Annotated[int | None, only(1)] = None
+    previous_response_id: Annotated[object, only()] = None
+    background: Annotated[object, only(False)] = None
+    truncation: Annotated[object, only("disabled")] = None
+    include: Annotated[object, only([])] = None
+    reasoning: Annotated[object, only({})] = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_output_tokens
+
+
+def add_responses(routes: APIRouter, service: Service) -> None:
+    @routes.post("/v1/responses")
+    async def respond(request: Request) -> Response:
+        asked, stream = await service.chat(request, _parse)
+        form = _Form(service.name)
+        if asked.stream:
+            return service.events(form.events(stream), stream)
+        answer = await stream.whole()
+        return Response(_json(form.response(answer)), media_type="application/json")
+
+
+def _parse(data: Mapping[str, Any], header: str | None, config: RunConfig) -> ChatRequest:
+    body = checked(_Body, data)
+    tools = tuple(as_tool(tool) for tool in body.tools or () if body.tool_choice != "none")
+    lines = [Line("user", body.input)] if isinstance(body.input, str) else [item.line for item in body.input]
+    for place, line in enumerate(lines):
+        if isinstance(line, Line) and line.role == "user" and not line.text.strip():
+            raise bad_value(f"input[{place}] must be text that is not empty", "input")
+    told = [body.instructions.strip()] if body.instructions else []
+    manner = body.manner(_schema(body.text), 0, tools)
+    return chat_request(body, header, config, [*told, *lines], tools, manner, logprobs=False)
+
+
+def _schema(text: _Text | None) -> str:
+    wanted = text.format if text else None
+    if wanted is None or wanted.type == "text":
+        return ""
+    if wanted.type == "json_object":
+        return ANY_OBJECT
+    if wanted.schema_ is None:
+        raise bad_value("text.format.schema must be a JSON schema", "text.format.schema")
+    return schema_text(wanted.schema_)
+
+
+class _Form:
+    """One answer in OpenAI's form: a message if something is said, and an item for each call."""
+
+    def __init__(self, model: str) -> None:
+        self._message_id = new_id("msg")
+        self._head = {"id": new_id("resp"), "object": "response", "created_at": int(time.time())} | {
+            "model": model, "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "error": None,
+            "instructions": None, "metadata": {}, "store": False,
+        }  # fmt: skip
+        self._events = 0
+
+    def response(self, answer: Answer) -> dict[str, Any]:
+        (choice,), reply = answer.said, answer.reply
+        cut = choice.finish_reason == "length"
+        status = "incomplete" if cut else "completed"
+        text = choice.content
+        said = [self._message(text, status)] if text or not choice.calls else []
+        usage = {
+            "input_tokens": reply.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": reply.reply_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": reply.prompt_tokens + reply.reply_tokens,
+        }
+        return self._head | {
+            "status": status,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "output": [*said, *map(_call, choice.calls)],
+            "usage": usage,
+            "engram": answer.engram,
+        }
+
+    async def events(self, stream: Stream[Answer]) -> AsyncIterator[str]:
+        """The answer as it comes."""
+        begun = self._head | {"status": "in_progress", "output": [], "incomplete_details": None}
+        yield self._event("response.created", response=begun)
+        yield self._event("response.in_progress", response=begun)
+        place = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
+        said = False
+        async for _, text in stream.pieces():
+            if not said:
+                said = True
+                for event in self._opening(place):
+                    yield event
+            yield self._event("response.output_text.delta", **place, delta=text, logprobs=[])
+        answer = await stream.whole()
+        (choice,), response = answer.said, self.response(answer)
+        if not said and not choice.calls:  # nothing was said at all: an empty message
+            said = True
+            for event in self._opening(place):
+                yield event
+        for event in self._closing(choice, response, place if said else None):
+            yield event
+        yield self._event(f"response.{response['status']}", response=response)
+
+    def _opening(self, place: Mapping[str, Any]) -> Iterator[str]:
+        item = self._message(None, "in_progress") | {"content": []}
+        yield self._event("response.output_item.added", output_index=0, item=item)
+        yield self._event("response.content_part.added", **place, part=_part(""))
+
+    def _closing(
+        self, choice: SaidChoice, response: Mapping[str, Any], place: Mapping[str, Any] | None
+    ) -> Iterator[str]:
+        text = choice.content or ""
+        if place is not None:
+            yield self._event("response.output_text.done", **place, text=text, logprobs=[])
+            yield self._event("response.content_part.done", **place, part=_part(text))
+            item = self._message(text, response["status"])
+            yield self._event("response.output_item.done", output_index=0, item=item)
+        for index, call in enumerate(choice.calls, int(place is not None)):
+            item = _call(call)
+            where = {"item_id": item["id"], "output_index": index}
+            begun = item | {"arguments": "", "status": "in_progress"}
+            yield self._event("response.output_item.added", output_index=index, item=begun)
+            kind, arguments = "response.function_call_arguments", call.arguments
+            yield self._event(f"{kind}.delta", **where, delta=arguments)
+            yield self._event(f"{kind}.done", **where, name=call.name, arguments=arguments)
+            yield self._event("response.output_item.done", output_index=index, item=item)
+
+    def _message(self, text: str | None, status: str) -> dict[str, Any]:
+        content = [_part(text or "")]
+        return {"id": self._message_id, "type": "message", "role": "assistant"} | {
+            "status": status,
+            "content": content,
+        }
+
+    def _event(self, kind: str, **fields: Any) -> str:
+        number, self._events = self._events, self._events + 1
+        return f"event: {kind}\ndata: {_json({'type': kind, 'sequence_number': number} | fields)}\n\n"
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": []}
+
+
+def _call(call: SaidCall) -> dict[str, Any]:
+    told = {"call_id": call.id, "name": call.name, "arguments": call.arguments}
+    return {"id": f"fc_{call.id}", "type": "function_call", "status": "completed"} | told
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    """ASCII, because some readers of events end a line at U+2028."""
+    return json.dumps(json.loads(dump_json(value, indent=None)), ensure_ascii=True)

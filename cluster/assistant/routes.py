@@ -1,0 +1,186 @@
+"""The routes of ``serve`` and their errors.
+
+    POST /v1/chat/completions            an answer in a conversation, whole or as it comes
+    POST /v1/responses, /v1/completions  in files of their own
+    GET  /v1/models, /v1/models/ID       the one model that is here
+    GET  /v1/conversations               those in memory and on the disk
+    GET, DELETE /v1/conversations/ID     one of them: show it, forget it
+
+All of them need the key, if there is one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from actors.endpoint.answers import error_body, model_body, models_body
+from actors.endpoint.requests import RequestError, read_json
+from cluster.assistant.metrics import Metrics
+from cluster.assistant.openai_answers import Answer, completion, completion_events, summarize
+from cluster.assistant.openai_format import ChatRequest, check_name, parse_request
+from cluster.assistant.opening import Parts
+from cluster.assistant.saved import FullError
+from cluster.assistant.sessions import BusyError, Sessions
+from cluster.assistant.streaming import GoneError, Hear, Stream, unless_gone
+from cluster.assistant.turns import FAILURES, answer
+from configs.files import dump_json
+from configs.schema import RunConfig
+
+_EVENTS = "text/event-stream"
+_GONE = 499
+"""The status of a request whose client did not wait: nobody receives it, the metrics count it."""
+
+T = TypeVar("T")
+Parse = Callable[[dict[str, Any], str | None, RunConfig], ChatRequest]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Service:
+    """What the routes share. ``name`` is the model's for clients."""
+
+    name: str
+    parts: Parts
+    sessions: Sessions
+    metrics: Metrics
+
+    async def read(self, request: Request) -> dict[str, Any]:
+        """The body of a request to the model. Raises RequestError."""
+        settings = self.parts.opening.config.assistant
+        kind, limit = request.headers.get("content-type", ""), settings.max_body_kib * 1024
+        async with asyncio.timeout(settings.request_timeout_s):
+            data = await read_json(kind, request.stream(), limit, "assistant.max_body_kib")
+        if (model := data.get("model")) != self.name:
+            message = f"the model {str(model)[:100]!r} is not served here; {self.name!r} is"
+            raise RequestError(404, message, "model", "model_not_found")
+        if failure := self.parts.failure():
+            message = f"the engine is dead ({failure}): start the server anew"
+            raise RequestError(503, message, None, "engine_dead")
+        return data
+
+    def events(self, events: AsyncIterator[str], stream: Stream[Any]) -> Response:
+        limit_s = self.parts.opening.config.assistant.request_timeout_s
+        return StreamingResponse(_guarded(events, stream, limit_s), media_type=_EVENTS)
+
+    async def chat(self, request: Request, parse: Parse) -> tuple[ChatRequest, Stream[Answer]]:
+        """Begin to answer a request, and wait until there is something to send."""
+        data = await self.read(request)
+        asked = parse(data, request.headers.get("x-conversation-id"), self.parts.opening.config)
+
+        def turn(hear: Hear) -> Coroutine[Any, Any, Answer]:
+            return answer(asked, self.parts, self.sessions, self.metrics, hear)
+
+        return asked, await self.begin(request, turn, asked.stream)
+
+    async def begin(
+        self, request: Request, work: Callable[[Hear], Coroutine[Any, Any, T]], streamed: bool | None
+    ) -> Stream[T]:
+        """Start ``work`` and wait for its first text, or for its end. It is given up if its client goes."""
+        stream = Stream(work)
+        try:
+            if streamed:
+                await unless_gone(request, stream.first())
+            else:
+                await unless_gone(request, stream.whole())
+        except BaseException:
+            stream.leave()
+            raise
+        return stream
+
+
+def add_models(routes: APIRouter, name: str) -> None:
+    @routes.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse(models_body(name))
+
+    @routes.get("/v1/models/{wanted:path}")
+    async def model(wanted: str) -> Response:
+        if wanted != name:
+            message = f"the model {wanted[:100]!r} is not served here; {name!r} is"
+            raise RequestError(404, message, "model", "model_not_found")
+        return JSONResponse(model_body(name))
+
+
+def add_chat(routes: APIRouter, service: Service) -> None:
+    @routes.post("/v1/chat/completions")
+    async def complete(request: Request) -> Response:
+        asked, stream = await service.chat(request, parse_request)
+        if asked.stream:
+            return service.events(completion_events(service.name, asked, stream), stream)
+        content = completion(service.name, await stream.whole())
+        return Response(content, media_type="application/json")
+
+
+def add_conversations(routes: APIRouter, sessions: Sessions) -> None:
+    @routes.get("/v1/conversations")
+    async def every() -> Response:
+        held = [{"id": name, "in_memory": here} for name, here in sorted(sessions.names().items())]
+        return JSONResponse({"object": "list", "data": held})
+
+    @routes.get("/v1/conversations/{name}")
+    async def look(name: str) -> Response:
+        conversation = await sessions.open(check_name(name, "conversation"))
+        if conversation is None:
+            raise RequestError(404, f"there is no conversation {name}", "conversation", "not_found")
+        state = {
+            "id": name,
+            "revision": conversation.revision,
+            "context_tokens": conversation.context_tokens,
+            "writes": [summarize(record) for record in conversation.writes],
+        }
+        return Response(dump_json(state, indent=None), media_type="application/json")
+
+    @routes.delete("/v1/conversations/{name}")
+    async def forget(name: str) -> Response:
+        if not await sessions.forget(check_name(name, "conversation")):
+            raise RequestError(404, f"there is no conversation {name}", "conversation", "not_found")
+        return JSONResponse({"id": name, "deleted": True})
+
+
+async def _guarded(events: AsyncIterator[str], stream: Stream[Any], limit_s: float) -> AsyncIterator[str]:
+    """The events of an answer. A failure is one more event; a client that goes away ends the turn."""
+    try:
+        async for event in events:
+            yield event
+    except (RequestError, *FAILURES) as error:
+        # The status is sent already.
+        status, message, param, code = _described(error, limit_s)
+        yield f"data: {dump_json(error_body(status, message, param, code), indent=None)}\n\n"
+    finally:
+        stream.leave()
+
+
+def add_errors(app: FastAPI, limit_s: float) -> None:
+    async def respond(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            message = f"{request.method} {request.url.path}: {error.detail}"
+            return JSONResponse(error_body(error.status_code, message, None, "not_found"), error.status_code)
+        status, message, param, code = _described(error, limit_s)
+        return JSONResponse(error_body(status, message, param, code), status)
+
+    for kind in (RequestError, HTTPException, GoneError, *FAILURES):
+        app.add_exception_handler(kind, respond)
+
+
+def _described(error: Exception, limit_s: float) -> tuple[int, str, str | None, str]:
+    """(status, message, param, code) of a failure."""
+    match error:
+        case RequestError(status=status, message=message, param=param, code=code):
+            return status, message, param, code
+        case GoneError():
+            return _GONE, "the client has gone", None, "client_gone"
+        case BusyError():
+            return 429, str(error), None, "too_many_conversations"
+        case FullError():
+            return 507, str(error), None, "no_room_for_conversations"
+        case TimeoutError():
+            message = f"no answer within {limit_s:g} s (assistant.request_timeout_s); the turn is undone"
+            return 504, message, None, "timeout"
+        case _:
+            return 500, " ".join(str(error).split())[:500], None, type(error).__name__
