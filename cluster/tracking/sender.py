@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 15.0  # it doubles with each failure
 _LAST_PAUSE_AT_END_S = 0.5  # while the run waits for us
-_UNSTEPPED = ("system/", "tracking/")  # their steps are no training steps
+_STEPS_OF_THEIR_OWN = ("system/", "tracking/", "warm_start/")
 _ENTITY_ATTEMPTS = 3  # while MLflow itself answers: a broken artifact store must not hold up the metrics
 _log = logging.getLogger(__name__)
 
@@ -53,10 +53,9 @@ class MlflowRun:
 
     @property
     def last_step(self) -> int:
-        """The last step of a training figure that MLflow holds; 0 without one."""
-        return max(
-            (step for key, (step, _) in self._last.items() if not key.startswith(_UNSTEPPED)), default=0
-        )
+        """The last training step of which MLflow holds a figure; 0 without one."""
+        steps = (step for key, (step, _) in self._last.items() if not key.startswith(_STEPS_OF_THEIR_OWN))
+        return max(steps, default=0)
 
     def ping(self) -> None:
         """Raise if MLflow does not answer."""

@@ -215,7 +215,7 @@ def _life(root: Path, saves: Saves, last: int, lot: random.Random) -> int:
         if how == "operation":
             _Striker(str(root), dies_at, _die).install()
         save = saves.begin(root)
-        for number in range(last + 1, last + (200 if how == "moment" else most + 1)):
+        for number in range(last + 1, last + (40 if how == "moment" else most + 1)):
             save(number)
             os.write(mouth, b"%08d" % number)
         _die()

@@ -62,6 +62,7 @@ def test_steps_that_a_resumed_run_makes_again_are_there_once(
     output_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = begin(output_dir)
+    first.log({"warm_start/loss": 1.0}, 50)  # these steps have numbers of their own
     log(first, 1, 1, 5)
     first.finish("KILLED")
     second = begin(output_dir, first.run_id, from_step=3)
