@@ -18,6 +18,7 @@ from rich.console import Console
 from cluster.common.display import Display
 from cluster.common.errors import AllFinished, ClusterError
 from cluster.common.folders import output_folder
+from cluster.runs import store
 from cluster.runs.checkpoint import START, Checkpoint, load_whole, newest_whole
 from cluster.runs.from_store import bring_named, local_copy
 from cluster.runs.mirror import files_of, mirrored
@@ -208,6 +209,7 @@ def test_a_copy_that_was_changed_is_not_believed(
         file.write(b"torn")
     found = Machine(server, tmp_path, "second").resumed()
     assert isinstance(found, Checkpoint) and found.state.step == 2
+    assert not (found.run_dir / "checkpoints" / "step-000004").exists()
     # a manifest that is cut off, with the highest number, is passed over
     with disk.open_output_stream(f"{there.root}/manifest-{manifest.number + 1:08d}.json") as file:
         file.write(b'{"number": 9, "files"')
@@ -381,6 +383,13 @@ def test_no_credential_is_in_anything(
     texts += [content.decode() for content in contents(tmp_path / "taken").values()]
     for secret in KEYS.values():
         assert not [text for text in texts if secret in text]
+
+
+def test_what_a_store_says_is_shown_without_the_key() -> None:
+    said = f"the key {KEYS['AWS_ACCESS_KEY_ID']} with {KEYS['AWS_SECRET_ACCESS_KEY']} is unknown"
+    shown = r"the key \(AWS_ACCESS_KEY_ID\) with \(AWS_SECRET_ACCESS_KEY\)"
+    with pytest.raises(StoreError, match=shown), store._asking("s3://bucket"):
+        raise OSError(said)
 
 
 def test_the_local_folder_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
