@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_is_not_put_there(server: S3Server, tmp_path: Path)
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + b"?")
     machine.put(run)
-    assert "step-000004 is not put into" in machine.said[0] and len(machine.said) == 2
+    assert len([line for line in machine.said if "step-000004 is not put into" in line]) == 1
     _, manifest = stored(machine, run)
     assert not [path for path in manifest.files if "step-000004" in path]
     assert [path for path in manifest.files if "step-000002" in path]
