@@ -31,6 +31,7 @@ from cluster.common.arguments import (
     required_config,
     split_seeds,
 )
+from cluster.common.printable import visible
 from cluster.common.quiet import Verbose, quiet
 from cluster.compare import command as compare
 from cluster.evaluation import command as evaluation
@@ -344,7 +345,7 @@ def _usage(error: typer.TyperException) -> str:
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {visible(' '.join(message.split()))}", file=sys.stderr)
     return status
 
 

@@ -48,6 +48,16 @@ def without_secret(url: str) -> bool:
     return "@" not in parts.netloc and not parts.query
 
 
+def has_password(address: str) -> bool:
+    """Whether a server's or a database's address holds a password. A user alone is none, but for http."""
+    try:
+        parts = urlsplit(address)
+        named = parts.password is not None or (parts.scheme in ("http", "https") and "@" in parts.netloc)
+    except ValueError:
+        return False
+    return named or re.search(r"(?:^|&)(?:password|token|api_key)=", parts.query, re.IGNORECASE) is not None
+
+
 def require_no_secret(key: str, url: str, cure: str) -> None:
     """Refuse an address that may hold a key, without showing it: settings are saved and logged."""
     require(without_secret(url), key, HIDDEN, "an address without user, password and query", cure)
@@ -89,6 +99,8 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         home_expanded(self, "uri")
+        cure = "set MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, instead"
+        require(not has_password(self.uri), "uri", HIDDEN, "an address without a password", cure)
         positive(self, "timeout_s")
         not_negative(self, "finish_timeout_s", "system_metrics_s")
         cure = "tracking.enabled=false turns tracking off"

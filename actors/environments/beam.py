@@ -34,7 +34,7 @@ _SYSTEM_PROMPT = (
     "chats, and do what they asked for in them. Where the chats do not tell the answer, or contradict "
     "themselves, say so."
 )
-_PLACE = re.compile(r"\s*->->\s*[\d,\s]*$")
+_PLACE = re.compile(r"[\d,\s]*")  # of a turn, behind an arrow at its end
 
 
 def _literal(value: object) -> object:
@@ -61,7 +61,9 @@ def _found(value: Any) -> Iterator[Message]:
         role, text = value["role"], message_text(value.get("content"))
         if role not in ("system", "user", "assistant") or not isinstance(text, str):
             raise invalid(f"A message's role is {str(role)[:80]!r}, it must be system, user or assistant")
-        text, when = _PLACE.sub("", text).strip(), value.get("time_anchor")
+        before, arrow, place = text.rpartition("->->")
+        text = (before if arrow and _PLACE.fullmatch(place) else text).strip()
+        when = value.get("time_anchor")
         if text:
             yield Message(role, f"[{when}] {text}" if isinstance(when, str) and when.strip() else text)
     elif isinstance(value, (list, dict)):

@@ -35,7 +35,6 @@ GRAMMAR = (
 _REGEX_SECONDS = 1.0
 _MAX_PATTERN_CHARACTERS = 1000
 _COUNT = re.compile(r"(at most|at least|exactly)\s+(\d{1,7})\s+(word|line|character)s?", re.IGNORECASE)
-_KEYED = re.compile(r"([a-z ]+?)\s*:\s*(.*)", re.IGNORECASE | re.DOTALL)
 
 
 class RuleError(ValueError):
@@ -67,13 +66,13 @@ def parse_rule(rubric: str) -> Rule:
         return _is_json
     if (count := _COUNT.fullmatch(text)) is not None:
         return _count_rule(count[1].lower(), int(count[2]), count[3].lower())
-    keyed = _KEYED.fullmatch(text)
-    build = _KEYED_RULES.get(" ".join(keyed[1].lower().split())) if keyed else None
-    if keyed is None or build is None:
+    key, colon, said = (part.strip() for part in text.partition(":"))
+    build = _KEYED_RULES.get(" ".join(key.lower().split())) if colon else None
+    if build is None:
         raise RuleError(f"is no rule; one of: {GRAMMAR}")
-    if not keyed[2].strip():
-        raise RuleError(f"says nothing after {keyed[1].strip()!r}; one of: {GRAMMAR}")
-    return build(keyed[2])
+    if not said:
+        raise RuleError(f"says nothing after {key!r}; one of: {GRAMMAR}")
+    return build(said)
 
 
 def _contains(text: str) -> Rule:

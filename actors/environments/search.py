@@ -54,7 +54,7 @@ SYSTEM_PROMPT = (
     "a few words for each question, in the order of the questions."
 )
 Scorer = Callable[[str, str], float]  # of a prediction and a right answer
-_REPLY = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+_OPENED = re.compile(r"<(search|answer)>")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MALFORMED = "Your last reply was neither a search nor an answer in the form that is asked for."
 _SHOWN_QUERY = 200  # characters
@@ -198,9 +198,8 @@ class SearchSession:
         text = visible_reply(text)
         self._turns += 1
         self._replies.append(text)
-        reply = _REPLY.search(text)
-        content = reply[2].strip() if reply else ""
-        if reply and reply[1] == "answer":
+        kind, content = _first_tag(text)
+        if kind == "answer":
             self._answer = content
         elif content:
             self._searches += 1
@@ -246,6 +245,21 @@ class SearchSession:
             f"[{number}] {passage.title}: {passage.text}" for number, passage in enumerate(passages, start=1)
         ]
         return "\n".join([f"Passages found for: {shown}", *lines])
+
+
+def _first_tag(text: str) -> tuple[str, str]:
+    """The first <search> or <answer> that is closed, and what it holds; "" without one.
+
+    A kind whose end is missing once is missing for all later ones: so a long reply is read once.
+    """
+    open_ended: set[str] = set()
+    for opened in _OPENED.finditer(text):
+        kind, start = opened[1], opened.end()
+        end = -1 if kind in open_ended else text.find(f"</{kind}>", start)
+        if end >= 0:
+            return kind, text[start:end].strip()
+        open_ended.add(kind)
+    return "", ""
 
 
 def _official_answer(replies: Sequence[str]) -> str | None:

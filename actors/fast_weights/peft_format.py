@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import regex
 import safetensors
 import safetensors.torch
 import torch
@@ -26,6 +26,7 @@ from actors.types import FastWeights
 from configs.files import dump_json, new_folder, read_json
 
 _PREFIX = "base_model.model."
+_PATTERN_S = 1.0
 _TENSORS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 _REVISION = "engram_revision"
@@ -98,9 +99,14 @@ class _Settings:
 
 
 def _by_pattern(pattern: Mapping[str, T] | None, module: str, default: T) -> T:
-    """PEFT's rule: the first key that matches the end of the module's name, as a regular expression."""
-    matches = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(matches, default)
+    """PEFT's rule: the first key that matches the end of the module's name, as a regular expression.
+
+    Raises TimeoutError: an adapter comes from outside, and such an expression may take for ever.
+    """
+    for key, value in (pattern or {}).items():
+        if regex.match(rf"(.*\.)?({key})$", module, timeout=_PATTERN_S):
+            return value
+    return default
 
 
 def from_peft(folder: str | os.PathLike[str], basis: Basis) -> FastWeights:
@@ -114,7 +120,7 @@ def from_peft(folder: str | os.PathLike[str], basis: Basis) -> FastWeights:
         settings = read_json(Path(folder) / _CONFIG, _Settings)
         scales = {module: settings.scaling(module) for module in basis.modules}
         ranks = {module: settings.rank(module) for module in basis.modules}
-    except (OSError, ValueError, ArithmeticError, re.error, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, ArithmeticError, regex.error, safetensors.SafetensorError) as error:
         raise BasisError(
             f"{folder}: cannot be read as an adapter ({error}); give a folder written by the export"
         ) from error

@@ -21,7 +21,8 @@ from typing import Any
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 CALL_MARK = "<tool_call>"
 _MARKS = ("<|python_tag|>", "[TOOL_CALLS]")
-_NAMED = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(\[ARGS\])?\s*(?={)")
+# possessive: a long run of blanks is read once, and not again for each of its parts
+_NAMED = re.compile(r"([\w.-]++)\s*+(?:\[CALL_ID\]\s*+\w++\s*+)?(\[ARGS\])?\s*+(?={)")
 _BETWEEN = " \t\r\n,;"
 _DECODER = json.JSONDecoder()
 

@@ -11,6 +11,7 @@ import typer
 from cluster.common.arguments import Settings, complete_config
 from cluster.common.quiet import Verbose, quiet
 from configs.bounds import ConfigError
+from configs.foreign import FLAG
 
 if TYPE_CHECKING:
     from cluster.assistant.opening import Opening
@@ -78,6 +79,9 @@ Model = Annotated[
     str | None,
     typer.Argument(metavar="MODEL", help="what to talk to", show_default=_DEFAULT_MODEL),
 ]
+AllowCode = Annotated[
+    bool, typer.Option(FLAG, help="run the code that the model's own settings name (trust_remote_code)")
+]
 Config = Annotated[
     str,
     typer.Option(
@@ -100,6 +104,7 @@ def chat(
             metavar="DIR", help="where the conversation lives: loaded, and saved again after every turn"
         ),
     ] = None,
+    allow_code: AllowCode = False,
     verbose: Verbose = False,
 ) -> int:
     """Talk to an agent that learns in the conversation."""
@@ -109,7 +114,7 @@ def chat(
     with quiet(verbose):
         from cluster.assistant.chat import chat as talk
 
-        failures = talk(_opening(model, settings, config), memory, sys.stdin, display)
+        failures = talk(_opening(model, settings, config, allow_code), memory, sys.stdin, display)
     return 1 if failures else 0
 
 
@@ -119,6 +124,7 @@ def serve(
     config: Config = "",
     host: Annotated[str, typer.Option(help="where to listen; 127.0.0.1 is this machine alone")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    allow_code: AllowCode = False,
     verbose: Verbose = False,
 ) -> None:
     """Serve an OpenAI-compatible endpoint.
@@ -132,7 +138,7 @@ def serve(
         from cluster.assistant.serve import serve as listen
         from cluster.assistant.serving_defaults import for_serving
 
-        opening = _opening(model, settings, config)
+        opening = _opening(model, settings, config, allow_code)
         if not config:
             opening, changed = for_serving(opening, [*filter(None, [model]), *(settings or [])])
             if changed:
@@ -198,6 +204,7 @@ def export(
         bool,
         typer.Option("--merge", help="of a run that trained a LoRA: write the whole model"),
     ] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Export a checkpoint, or a memory.
 
@@ -211,11 +218,11 @@ def export(
         from cluster.runs.from_store import local_copy
 
         found = local_copy(source, weights=True).expanduser()
-        what = write(found, target.expanduser(), model, merge)
+        what = write(found, target.expanduser(), model, merge, allow_code)
     Display().say(f"{target}: {what}")
 
 
-def _opening(model: str | None, settings: list[str] | None, config: str) -> Opening:
+def _opening(model: str | None, settings: list[str] | None, config: str, allow_code: bool) -> Opening:
     """The model to talk to. The first word may be a setting: then the model is the default one."""
     from cluster.assistant.opening import prepare_opening
     from configs.shipped import find_config
@@ -223,4 +230,4 @@ def _opening(model: str | None, settings: list[str] | None, config: str) -> Open
     overrides = settings or []
     if model is None or "=" in model:
         overrides, model = [*filter(None, [model]), *overrides], _DEFAULT_MODEL
-    return prepare_opening(model, find_config(config) if config else None, overrides)
+    return prepare_opening(model, find_config(config) if config else None, overrides, allow_code)

@@ -50,7 +50,7 @@ from configs.schema import ModelConfig
 from configs.tolerances import receipt_tolerance
 
 
-def export(source: Path, target: Path, model: str, merge: bool = False) -> str:
+def export(source: Path, target: Path, model: str, merge: bool = False, allow_code: bool = False) -> str:
     """Write ``target``, which must be new or empty; returns a description of what it holds.
 
     ``model`` names the weights that an episode was played on; "" finds them in its run. With ``merge`` a
@@ -64,7 +64,7 @@ def export(source: Path, target: Path, model: str, merge: bool = False) -> str:
     if model and not source.is_file():
         raise AssistantError(f"--model {model}: only an episode's record needs it; {source} is a folder")
     if source.is_file():
-        return _export_episode(source, target, model)
+        return _export_episode(source, target, model, allow_code)
     if (source / MEMORY_FILE).exists():
         return _export_conversation(source, target)
     if source.is_dir() and (checkpoint := find_checkpoint_of(source)) is not None:
@@ -121,7 +121,7 @@ def _export_conversation(source: Path, target: Path) -> str:
     return "a PEFT adapter: the memory of a conversation"
 
 
-def _export_episode(path: Path, target: Path, model: str) -> str:
+def _export_episode(path: Path, target: Path, model: str, allow_code: bool) -> str:
     record = load(path)
     if isinstance(record, FailureRecord):
         raise AssistantError(f"{path}: the episode failed ({record.boundary}), so it left no memory")
@@ -131,7 +131,7 @@ def _export_episode(path: Path, target: Path, model: str) -> str:
         raise AssistantError(
             f"{path}: none of the episode's {len(log)} writes was accepted, so it left no memory"
         )
-    opening = open_source(str(path), _source_of(path, record, model), None, ())
+    opening = open_source(str(path), _source_of(path, record, model), None, (), allow_code)
     if opening.basis.id != record.basis_id:
         raise AssistantError(
             f"{path}: was played on the basis {record.basis_id}, "

@@ -25,6 +25,7 @@ from actors.text.chat_template import ChatFormat, open_chat
 from actors.types import AdapterKey
 from cluster.runs.checkpoint import COMPANION, Checkpoint, list_checkpoints, load_checkpoint
 from cluster.runs.from_store import local_copy
+from configs.foreign import FLAG
 from configs.load import load_config
 from configs.mixture import environments
 from configs.models import ResolvedModel, resolve_model
@@ -124,18 +125,28 @@ def locate(model: str) -> Source:
     return Source(model, PRESET, None)
 
 
-def prepare_opening(model: str, config_path: Path | None, overrides: Sequence[str]) -> Opening:
-    """Locate and open ``model``; starts no engine.
+def prepare_opening(
+    model: str, config_path: Path | None, overrides: Sequence[str], allow_code: bool = False
+) -> Opening:
+    """Locate and open ``model``; starts no engine. The model's own settings run code if ``allow_code``.
 
     Raises ConfigError, ModelError, CheckpointError, BasisError or AssistantError, one line each.
     """
-    return open_source(model, locate(model), config_path, overrides)
+    return open_source(model, locate(model), config_path, overrides, allow_code)
 
 
-def open_source(title: str, source: Source, config_path: Path | None, overrides: Sequence[str]) -> Opening:
+def open_source(
+    title: str, source: Source, config_path: Path | None, overrides: Sequence[str], allow_code: bool
+) -> Opening:
     """Open ``source``; ``config_path`` replaces its own settings. Raises as ``prepare_opening`` does."""
     config = load_config(config_path or source.config_path, [*overrides, f"model.name={source.model}"])
     _check(config, source, overrides)
+    said = config_path is not None or any(word.startswith("model.trust_remote_code=") for word in overrides)
+    if config.model.trust_remote_code and not (allow_code or said):
+        raise AssistantError(
+            f"{title}: its settings say model.trust_remote_code=true, which runs code out of the model's "
+            f"folder; if you trust it, give {FLAG} or say so yourself, else model.trust_remote_code=false"
+        )
     model = resolve_model(config.model)
     system_prompt = config.assistant.system_prompt or _environment_prompt(config)
     return Opening(title, config, model, _basis(source, model.path, config), system_prompt)

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from cluster.common.printable import visible
+
 PLAIN_WIDTH = 160  # columns of a table, where there is no terminal
 _LONG_WORD = 24  # characters
 
@@ -46,8 +48,8 @@ class Display:
         self._work: dict[str, _Work] = {}
 
     def say(self, text: str) -> None:
-        """Print a line. Brackets in it are no markup."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        """Print a line. Brackets in it are no markup, and control characters are shown as their codes."""
+        self.console.print(visible(text), markup=False, soft_wrap=True)
 
     def expect(self, items: Mapping[str, int]) -> None:
         """Say how many items of each kind the whole run has. Progress then tells the time left for all."""
@@ -138,7 +140,7 @@ class StageCounter:
         place = f"{self._title} {self._done}/{self._total}"
         if detail:
             after = "" if self._bar else f", {left}"
-            self._console.print(f"{place}: {detail}{after}", markup=False, soft_wrap=True)
+            self._console.print(visible(f"{place}: {detail}{after}"), markup=False, soft_wrap=True)
         elif is_new_tenth and self._bar is None:
             self._console.print(f"{place}, {left}", markup=False, soft_wrap=True)
 

@@ -21,6 +21,8 @@ from typing import Annotated, TextIO
 
 import typer
 
+from cluster.common.printable import visible
+
 Verbose = Annotated[bool, typer.Option("--verbose", help="show what libraries print, too")]
 _OURS = ("cluster", "actors", "learner", "configs", "uvicorn")  # uvicorn tells of faults in ``serve``
 _DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -78,7 +80,15 @@ class _LastResort(logging.Handler):
     def __init__(self, terminal: TextIO, file: TextIO) -> None:
         super().__init__(logging.WARNING)
         self._ours, self._others = logging.StreamHandler(terminal), logging.StreamHandler(file)
+        self._ours.setFormatter(_Visible())
 
     def emit(self, record: logging.LogRecord) -> None:
         ours = record.name.partition(".")[0] in _OURS
         (self._ours if ours else self._others).emit(record)
+
+
+class _Visible(logging.Formatter):
+    """A warning may quote what a model or a file says: it does not write the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))

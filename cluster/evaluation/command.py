@@ -22,6 +22,7 @@ from cluster.common.arguments import (
 from cluster.common.quiet import Verbose, quiet
 from cluster.evaluation.plan import OWN, Request, plan_cells
 from configs.bounds import ConfigError
+from configs.foreign import FLAG, refuse_code
 from configs.shipped import shipped
 
 REQUEST_FILE = "request.json"  # in the folder of an evaluation
@@ -92,6 +93,9 @@ def evaluate(
             help="go on with this evaluation, with what it was asked for; auto: the newest",
         ),
     ] = "",
+    allow_code: Annotated[
+        bool, typer.Option(FLAG, help="with --resume alone: run the code that the folder's settings name")
+    ] = False,
     verbose: Verbose = False,
     print_config: PrintConfig = False,
     list_settings: ListSettings = False,
@@ -108,6 +112,9 @@ def evaluate(
     asked_for_more = any([config, rows, benchmarks, seeds, baseline, sweep, words])
     if resume and not asked_for_more:
         request = replace(saved_request(Path(resume)), resume=resume)
+        if not allow_code:
+            plan = plan_cells(request)
+            refuse_code(f"--resume {resume}", [plan.base, *(cell.config for cell in plan.cells)])
     else:
         path = _config_file(config)
         given = dict(word.partition("=")[::2] for word in words)

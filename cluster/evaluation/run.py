@@ -28,6 +28,7 @@ from cluster.tracking.registry import dataset_values
 from cluster.tracking.tracker import Tracker, start_tracking
 from cluster.train.run import ending
 from configs.files import write_text
+from configs.foreign import FLAG, code_in
 from configs.mixture import environments
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -175,7 +176,8 @@ def _resumable(comparison: Comparison, display: Display) -> Iterator[None]:
         yield
     except (ClusterError, KeyboardInterrupt, asyncio.CancelledError):
         display.say(f"what was measured is in {comparison.folder}")
-        display.say(f"to run what is missing: engram evaluate --resume {comparison.folder}")
+        flag = f" {FLAG}" if any(code_in(cell.config) for cell in comparison.plan.cells) else ""
+        display.say(f"to run what is missing: engram evaluate --resume {comparison.folder}{flag}")
         raise
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from cluster.common.printable import visible
 from cluster.inspection.compare import Compared
 from cluster.inspection.record import EpisodeRecord, FailureRecord, Passage, Record, WriteEntry
 from cluster.inspection.terminal import (
@@ -25,7 +26,6 @@ from cluster.inspection.terminal import (
     number_text,
     pieces,
     unshown,
-    visible,
 )
 
 _LONG = 1200  # characters of a passage that was read; a longer one is folded

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.common.display import keep_words
+from cluster.common.printable import visible
 from cluster.inspection.record import EpisodeRecord, FailureRecord, Record
-from cluster.inspection.terminal import MARKED, list_cells, mark, number_text, visible
+from cluster.inspection.terminal import MARKED, list_cells, mark, number_text
 
 _COLUMN = 26  # characters that an episode should have
 

@@ -9,7 +9,6 @@ The terminal prints them without control characters, since an escape sequence co
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.text import Text
 from actors.text.thoughts import visible_reply
 from actors.types import Answer
 from cluster.common.display import keep_words
+from cluster.common.printable import visible
 from cluster.inspection.compare import Compared
 from cluster.inspection.record import (
     EpisodeRecord,
@@ -237,16 +237,6 @@ def number_text(value: float) -> str:
 
 def scores_text(scores: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {number_text(value)}" for name, value in scores.items())
-
-
-def visible(text: str) -> str:
-    """Show control and format characters as their codes; line breaks and tabs stay."""
-    return "".join(
-        char
-        if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
-        else f"\\x{ord(char):02x}"
-        for char in text
-    )
 
 
 # --- in the terminal ---------------------------------------------------------------------------------------

@@ -44,9 +44,10 @@ from actors.types import (
     WriteRequest,
     WriteResult,
 )
+from cluster.common.printable import visible
 from cluster.common.quiet import quiet
 from cluster.common.tasks import TaskSource
-from cluster.inspection.terminal import number_text, scores_text, visible
+from cluster.inspection.terminal import number_text, scores_text
 from configs.bounds import ConfigError
 from configs.models import tokenizer_folder
 from configs.schema import RunConfig

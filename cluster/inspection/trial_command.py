@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from cluster.common.arguments import Settings, complete_config
+from cluster.common.printable import visible
 from configs.bounds import ConfigError
 
 EXAMPLES = """examples:
@@ -70,7 +71,7 @@ def try_environment(
     try:
         try_task(config, Trial(split, task, tokens), given, Console(highlight=False))
     except (TaskError, MemoryFault) as error:
-        typer.echo(f"fault: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"fault: {visible(' '.join(str(error).split()))}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.common.display import duration, keep_words
+from cluster.common.printable import visible
 from cluster.inspection.record import FOLDER, Record, RecordError, load
-from cluster.inspection.terminal import list_cells, visible
+from cluster.inspection.terminal import list_cells
 from cluster.runs.run_folders import finished_steps
 from cluster.runs.run_lock import is_held
 from cluster.tracking.figure_file import read_figures

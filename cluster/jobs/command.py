@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from configs.bounds import ConfigError
+from configs.services import has_password
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -188,8 +189,15 @@ def _submission(
         )
     environment = dict(_variable(text) for text in env)
     for forwarded in _FORWARDED:
-        if forwarded in os.environ:
-            environment.setdefault(forwarded, os.environ[forwarded])
+        value = os.environ.get(forwarded, "")
+        if forwarded not in environment and has_password(value):
+            problem = (
+                f"{forwarded} holds a password, and a job's environment is shown to all who see the cluster"
+            )
+            cure = f"set it on the nodes; --env {forwarded} sends it all the same"
+            raise ConfigError(f"{problem}: {cure}")
+        if value:
+            environment.setdefault(forwarded, value)
     _check(words, folder, environment)
     return Submission(words, folder, environment, name, git_commit(folder), grace_s)
 

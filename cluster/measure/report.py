@@ -21,6 +21,7 @@ import rich.table
 from rich.box import SIMPLE
 
 from cluster.common.display import Display
+from cluster.common.printable import visible
 from cluster.measure.scores import F1, REWARD, label, score_text
 from cluster.measure.statistics import Interval, PairedDifference
 from configs.files import dump_json, write_text
@@ -133,8 +134,8 @@ def _rich_table(table: Table) -> rich.table.Table:
 
 
 def _plain(text: str) -> str:
-    """``text`` as rich shows it unchanged: a bracket would begin markup."""
-    return text.replace("[", r"\[")
+    """``text`` as rich shows it unchanged: a bracket would begin markup, and a model may have written it."""
+    return visible(text).replace("[", r"\[")
 
 
 def _csv_text(lines: Sequence[Mapping[str, object]]) -> str:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 15.0  # it doubles with each failure
+_MOST_READ = 4000  # characters of an error, from its end
 _LAST_PAUSE_AT_END_S = 0.5  # while the run waits for us
 _STEPS_OF_THEIR_OWN = ("system/", "tracking/", "warm_start/")
 _ENTITY_ATTEMPTS = 3  # while MLflow itself answers: a broken artifact store must not hold up the metrics
@@ -183,7 +184,7 @@ class Sender(threading.Thread):
 def first_line(error: Exception) -> str:
     """Describe an error of MLflow in one short line without a password: an HTTP error by its cause."""
     line = str(error).splitlines()[0] if str(error) else type(error).__name__
-    cause = re.search(r"\(Caused by \w+\((.*)\)\)$", line)
+    cause = re.search(r"\(Caused by \w+\((.*)\)\)$", line[-_MOST_READ:])
     if cause is not None:
         line = cause[1].rpartition("): ")[2].strip("\"'")
     return shown(line if len(line) <= 300 else f"{line[:300]}...")

@@ -21,7 +21,7 @@ from actors.environments.recall_scoring import KINDS
 from actors.episodes.teacher import Teaching
 from actors.types import Boundary, CardUse, Flashcard, TrajectoryGroup
 from actors.worker import WorkerReport
-from cluster.cli import app
+from cluster.cli import app, main
 from cluster.fleet.fleet import ElasticFleet, FleetPlan, phase_seconds
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.stream import Batch
@@ -89,6 +89,26 @@ def test_commands_are_understood(doc: str, words: list[str]) -> None:
         load_config(path if path.is_file() else None, overrides)
     except ConfigError as error:  # without its file a setting may be out of bounds, but it must be a setting
         assert not path.is_file() and "is not allowed" in str(error), error
+
+
+RUN_AT_ONCE = [
+    words
+    for _, words in COMMANDS
+    if (words[0] in ("plan", "doctor", "try") or {"--settings", "--print-config"} & {*words})
+    and "my_" not in " ".join(words)  # of the reader's own module
+]
+
+
+@pytest.mark.parametrize("words", RUN_AT_ONCE, ids=_named)
+def test_commands_that_need_no_engine_run(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["model.name=smollm2-135m"] if words[0] == "plan" else []  # not the hub's: tests run without it
+    assert main([*words, *own]) == 0
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) > 5 and shown.err == ""
+
+
+def test_there_are_commands_to_run() -> None:
+    assert {words[0] for words in RUN_AT_ONCE} >= {"plan", "try", "train"}
 
 
 def test_commands_in_the_text_exist() -> None:

@@ -85,16 +85,19 @@ def test_a_folder_that_can_be_written_leaves_no_trace(tmp_path: Path) -> None:
         require_writable(tmp_path / ("x" * 300), "output_dir")
 
 
-def test_a_server_that_listens_passes_and_a_file_store_is_not_asked(tmp_path: Path) -> None:
+def test_a_server_that_listens_passes_and_a_file_store_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
         address = f"http://user:secret@127.0.0.1:{server.getsockname()[1]}"
-        require_server(TrackingConfig(uri=address), tmp_path)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        require_server(TrackingConfig(), tmp_path)
     with pytest.raises(TrackingError, match=r"http://\*\*\*@127\.0\.0\.1"):
-        require_server(TrackingConfig(uri=address), tmp_path)
+        require_server(TrackingConfig(), tmp_path)
     require_server(TrackingConfig(uri="sqlite:///nowhere.db"), tmp_path)
-    require_server(TrackingConfig(uri=address, enabled=False), tmp_path)
+    require_server(TrackingConfig(enabled=False), tmp_path)
 
 
 @pytest.mark.parametrize(

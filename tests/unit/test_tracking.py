@@ -288,8 +288,11 @@ def until(true: Callable[[], bool]) -> None:
     assert true()
 
 
-def test_an_unreachable_server_is_one_clear_error_within_seconds(output_dir: Path) -> None:
-    config = RunConfig(tracking=TrackingConfig(uri="http://somebody:secret@127.0.0.1:9"))
+def test_an_unreachable_server_is_one_clear_error_within_seconds(
+    output_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somebody:secret@127.0.0.1:9")
+    config = RunConfig()
     before = time.monotonic()
     with pytest.raises(
         TrackingError,

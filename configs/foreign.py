@@ -1,0 +1,56 @@
+"""Which settings run code that is not Engram's: asked where a configuration comes out of somebody's folder.
+
+CONFIG or a setting of the command line   --> the user says it, and it runs
+the settings of a run's or model's folder --> they run nothing, unless the command line has --allow-code
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from configs.bounds import ConfigError
+from configs.extensions import is_path
+from configs.mixture import environments
+from configs.schema import EnvironmentConfig, RunConfig
+
+FLAG = "--allow-code"
+
+
+def code_in(config: RunConfig) -> list[str]:
+    """The settings, as KEY=VALUE, by which ``config`` runs the code of a model, a module or a program."""
+    found = []
+    if config.model.trust_remote_code:
+        found.append("model.trust_remote_code=true")
+    if config.memory.policy == "custom":
+        found.append(f"memory.custom={config.memory.custom}")
+    if is_path(config.objective.advantage):
+        found.append(f"objective.advantage={config.objective.advantage}")
+    for environment in environments(config.environment):
+        found += [f"environment.{key}={value}" for key, value in _of_environment(environment)]
+    return list(dict.fromkeys(found))
+
+
+def refuse_code(folder: str, configs: Sequence[RunConfig]) -> None:
+    """Raise ConfigError where the settings of ``folder`` would run code."""
+    found = list(dict.fromkeys(setting for config in configs for setting in code_in(config)))
+    if found:
+        problem = f"{folder}: its settings run code that is not Engram's ({', '.join(found)[:300]})"
+        raise ConfigError(f"{problem}; if you trust it, give {FLAG}")
+
+
+def _of_environment(environment: EnvironmentConfig) -> Iterator[tuple[str, str]]:
+    name, harness = environment.name, environment.harness
+    if environment.reward:
+        yield "reward", environment.reward
+    if name == "custom":
+        yield "custom", environment.custom
+    elif name == "harness":
+        yield "harness", " ".join(harness.command) or harness.function
+    elif name == "mcp":
+        yield "mcp.servers", ", ".join(environment.mcp.servers)
+    elif name == "gymnasium":  # an id may name a module, and a package that registers it is imported
+        yield "gymnasium.id", environment.gymnasium.id
+    elif name == "verifiers":
+        yield "verifiers.id", environment.verifiers.id
+    elif name == "textarena" and environment.textarena.opponent:
+        yield "textarena.opponent", environment.textarena.opponent
