@@ -185,18 +185,29 @@ def memory_body(conversation: Conversation) -> dict[str, object]:
     return {"revision": conversation.revision, "unwritten_tokens": unwritten, "flashcards": cards}
 
 
-async def edit_memory(
-    conversation: Conversation, forget: Sequence[int], correct: Mapping[int, str]
-) -> dict[str, object]:
-    """Forget and correct cards of a conversation; returns its memory, with each card's loss and the notes.
+async def edit_memory(conversation: Conversation, data: object) -> dict[str, object]:
+    """Do what ``data`` asks: {"forget": [5], "correct": {"3": "in Porto"}}. Returns the memory afterwards.
 
-    The caller holds the conversation's lock. Raises as ``Conversation.tend`` does; then nothing changed.
+    Also each card's loss, how many were learnt, and the notes. The caller holds the conversation's lock.
+    Raises as ``Conversation.tend`` does; then nothing changed.
     """
-    rebuilt = await conversation.tend(Edits(tuple(forget), dict(correct)))
+    rebuilt = await conversation.tend(_asked(data))
     # JSON has no inf: a card that is too long to be asked has null.
     losses = [loss if math.isfinite(loss) else None for loss in rebuilt.losses]
     known = sum(loss <= KNOWN for loss in rebuilt.losses)
     return memory_body(conversation) | {"losses": losses, "learnt": known, "notes": list(rebuilt.remaining)}
+
+
+def _asked(data: object) -> Edits:
+    fields = data if isinstance(data, dict) else {}
+    forget, correct = fields.get("forget", []), fields.get("correct", {})
+    is_list = isinstance(forget, list) and all(type(number) is int for number in forget)
+    is_table = isinstance(correct, dict) and all(
+        str(number).isdecimal() and isinstance(answer, str) for number, answer in correct.items()
+    )
+    if not fields or not is_list or not is_table or {*fields} - {"forget", "correct"}:
+        raise AssistantError('the body must be like {"forget": [5], "correct": {"3": "in Porto"}}')
+    return Edits(tuple(forget), {int(number): answer for number, answer in correct.items()})
 
 
 def _answer(number: int, text: str) -> str:

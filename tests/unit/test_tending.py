@@ -380,7 +380,10 @@ def test_a_long_list_is_read_at_80_columns_and_without_escape_sequences() -> Non
 def test_a_route_can_tend_a_conversation(bench: Bench, tmp_path: Path) -> None:
     async def story() -> None:
         talk = await bench.written(tmp_path / "nora")
-        assert await edit_memory(talk, [1], {2: "a cat"}) == {
+        for wrong in (None, {}, {"forget": [True]}, {"correct": {"x": "y"}}, {"forget": [1], "all": True}):
+            with pytest.raises(AssistantError, match="the body must be like"):
+                await edit_memory(talk, wrong)
+        assert await edit_memory(talk, {"forget": [1], "correct": {"2": "a cat"}}) == {
             "revision": 1,
             "unwritten_tokens": 0,
             "flashcards": [{"number": 1, "question": PET.question, "answer": "a cat"}],
