@@ -38,10 +38,10 @@ class Merged(ScriptedPolicy):
 
         super().__init__(silent)
         self._basis = opening.basis
-        self._model = AutoModelForCausalLM.from_pretrained(opening.model.path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(opening.model.path, dtype=torch.float32)
+        self._model = model.requires_grad_(False)
         self._theta = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
 
-    @torch.no_grad()
     async def score(self, token_ids: Sequence[int], adapter: AdapterKey) -> list[float]:
         delta = self.installed[adapter.name].b if adapter.revision else {}
         for name, a in self._basis.a.items():
