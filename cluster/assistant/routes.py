@@ -5,6 +5,7 @@
     GET  /v1/models, /v1/models/ID       the one model that is here
     GET  /v1/conversations               those in memory and on the disk
     GET, DELETE /v1/conversations/ID     one of them: show it, forget it
+    GET, PATCH /v1/conversations/ID/memory  its flashcards: list them; correct or forget some
 
 All of them need the key, if there is one.
 """
@@ -21,14 +22,16 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from actors.endpoint.answers import error_body, model_body, models_body
-from actors.endpoint.requests import RequestError, read_json
+from actors.endpoint.requests import RequestError, bad_value, read_json
+from cluster.assistant.conversation import Conversation
 from cluster.assistant.metrics import Metrics
 from cluster.assistant.openai_answers import Answer, completion, completion_events, summarize
 from cluster.assistant.openai_format import ChatRequest, check_name, parse_request
-from cluster.assistant.opening import Parts
+from cluster.assistant.opening import AssistantError, Parts
 from cluster.assistant.saved import FullError
 from cluster.assistant.sessions import BusyError, Sessions
 from cluster.assistant.streaming import GoneError, Hear, Stream, unless_gone
+from cluster.assistant.tending import edit_memory, memory_body
 from cluster.assistant.turns import FAILURES, answer
 from configs.files import dump_json
 from configs.schema import RunConfig
@@ -115,6 +118,33 @@ def add_chat(routes: APIRouter, service: Service) -> None:
             return service.events(completion_events(service.name, asked, stream), stream)
         content = completion(service.name, await stream.whole())
         return Response(content, media_type="application/json")
+
+
+def add_memories(routes: APIRouter, service: Service) -> None:
+    sessions, settings = service.sessions, service.parts.opening.config.assistant
+
+    async def known(name: str) -> Conversation:
+        conversation = await sessions.open(check_name(name, "conversation"))
+        if conversation is None:
+            raise RequestError(404, f"there is no conversation {name}", "conversation", "not_found")
+        return conversation
+
+    @routes.get("/v1/conversations/{name}/memory")
+    async def memory(name: str) -> Response:
+        return JSONResponse({"id": name} | memory_body(await known(name)))
+
+    @routes.patch("/v1/conversations/{name}/memory")
+    async def tend(name: str, request: Request) -> Response:
+        kind, limit = request.headers.get("content-type", ""), settings.max_body_kib * 1024
+        async with asyncio.timeout(settings.request_timeout_s):
+            data = await read_json(kind, request.stream(), limit, "assistant.max_body_kib")
+            await known(name)
+            async with sessions.turn(name, None) as (conversation, _):
+                try:
+                    tended = await edit_memory(conversation, data)
+                except AssistantError as error:
+                    raise bad_value(str(error), None) from error
+        return JSONResponse({"id": name} | tended)
 
 
 def add_conversations(routes: APIRouter, sessions: Sessions) -> None:

@@ -26,7 +26,14 @@ from cluster.assistant.connections import HEADER_BYTES, HostCheck, Protocol
 from cluster.assistant.metrics import Counting, Metrics
 from cluster.assistant.opening import AssistantError, Opening, Parts, parts_of
 from cluster.assistant.responses import add_responses
-from cluster.assistant.routes import Service, add_chat, add_conversations, add_errors, add_models
+from cluster.assistant.routes import (
+    Service,
+    add_chat,
+    add_conversations,
+    add_errors,
+    add_memories,
+    add_models,
+)
 from cluster.assistant.sessions import Sessions
 from cluster.common.display import Display
 
@@ -104,6 +111,7 @@ def build_app(parts: Parts, sessions: Sessions, key: str, host: str = "127.0.0.1
     add_responses(protected, service)
     add_completions(protected, service)
     add_conversations(protected, sessions)
+    add_memories(protected, service)
     _add_state(app, protected, service)
     app.include_router(protected)
     add_errors(app, settings.request_timeout_s)

@@ -18,9 +18,16 @@ from cluster.assistant.sessions import Sessions
 from configs.schema import AssistantConfig
 from tests.unit.killed import killed_at
 from tests.unit.rollout_fakes import MODULE
-from tests.unit.test_assistant import body, chat, engine, opening, parts, run, with_limits
+from tests.unit.test_assistant import chat, engine, opening, parts, run, with_limits
 
 __all__ = ["chat", "engine", "opening", "parts"]  # fixtures
+
+LOCAL = "http://localhost"
+
+
+def body(conversation: str) -> dict[str, object]:
+    told = [{"role": "user", "content": "Nora lives in Lisbon."}]
+    return {"model": "tiny", "messages": told, "conversation": conversation}
 
 
 async def told(sessions: Sessions, name: str) -> None:
@@ -98,19 +105,20 @@ def test_a_turn_that_the_disk_refuses_is_answered_counted_and_saved_later(
     limited = with_limits(parts, save_dir=str(tmp_path / "saved"), idle_s=0.001)
     (tmp_path / "saved").write_text("a file where the folder should be")
     sessions = Sessions(limited, 2)
-    with TestClient(build_app(limited, sessions, "")) as client:
+    with TestClient(build_app(limited, sessions, ""), base_url=LOCAL) as client:
         assert client.post("/v1/chat/completions", json=body(conversation="a")).status_code == 200
         assert client.get("/health").json()["unsaved"] == 1
         assert client.post("/v1/chat/completions", json=body(conversation="b")).status_code == 200
         (tmp_path / "saved").unlink()
         assert client.post("/v1/chat/completions", json=body(conversation="b")).status_code == 200
-        assert client.get("/v1/conversations/a").status_code == 404, "it was idle, and could be put away"
+        held = client.get("/v1/conversations").json()["data"]
+        assert {"id": "a", "in_memory": False} in held, "it was idle, and could be put away"
     assert {path.name for path in (tmp_path / "saved").iterdir()} == {"a", "b"}
 
 
 def test_a_full_folder_is_an_error_of_its_own(parts: Parts, tmp_path: Path) -> None:
     limited = with_limits(parts, save_dir=str(tmp_path), max_saved=1)
-    with TestClient(build_app(limited, Sessions(limited, 2), "")) as client:
+    with TestClient(build_app(limited, Sessions(limited, 2), ""), base_url=LOCAL) as client:
         assert client.post("/v1/chat/completions", json=body(conversation="a")).status_code == 200
         refused = client.post("/v1/chat/completions", json=body(conversation="b"))
     assert (refused.status_code, refused.json()["error"]["code"]) == (507, "no_room_for_conversations")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 from rich.console import Console
 
 from actors.episodes.rollout import WriteBatcher
@@ -20,6 +21,8 @@ from cluster.assistant import tending_command
 from cluster.assistant.chat import Terminal
 from cluster.assistant.conversation import Conversation
 from cluster.assistant.opening import AssistantError, Opening, Parts
+from cluster.assistant.serve import build_app
+from cluster.assistant.sessions import Sessions
 from cluster.assistant.tending import Edits, card_lines, edit_memory
 from cluster.cli import main
 from cluster.common.display import Display
@@ -27,7 +30,7 @@ from configs.load import load_config
 from configs.models import resolve_model
 from configs.schema import ModelConfig
 from tests.unit.rollout_fakes import ScriptedWriter
-from tests.unit.test_assistant import SETTINGS, Engine, basis, run
+from tests.unit.test_assistant import SETTINGS, Engine, basis, run, with_limits
 
 HOME = Flashcard("Where does Nora live?", "Lisbon")
 CITY = Flashcard("In which city does Nora live?", "Lisbon")
@@ -393,6 +396,20 @@ def test_a_route_can_tend_a_conversation(bench: Bench, tmp_path: Path) -> None:
         }
 
     run(story())
+
+
+def test_a_server_lists_and_tends_a_memory_and_saves_it(nora: Path, bench: Bench) -> None:
+    kept = with_limits(bench.parts, save_dir=str(nora.parent))
+    with TestClient(build_app(kept, Sessions(kept, 2), ""), base_url="http://localhost") as client:
+        url = "/v1/conversations/nora/memory"
+        assert [card["answer"] for card in client.get(url).json()["flashcards"]] == ["Lisbon", "a parrot"]
+        tended = client.patch(url, json={"forget": [1]}).json()
+        assert (tended["id"], tended["learnt"], tended["revision"]) == ("nora", 1, 1)
+        assert "Lisbon" not in (nora / "memory.json").read_text()
+        assert client.patch(url, json={"forget": [9]}).json()["error"]["message"].startswith("there is no")
+        assert client.patch(url, json={"forget": [9]}).status_code == 400
+        for verb in (client.get, lambda url: client.patch(url, json={"forget": [1]})):
+            assert verb("/v1/conversations/omar/memory").status_code == 404
 
 
 # --- in the terminal ------------------------------------------------------------------------------------
