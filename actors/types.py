@@ -300,17 +300,6 @@ class Segment:
         if not np.array_equal(covered, self.action_mask):
             raise ValueError("a segment's action spans must cover exactly its masked tokens")
 
-    @property
-    def generations(self) -> tuple[tuple[ActionSpan, ...], ...]:
-        """The spans of each generation: several where the weights, or what its tokens served, changed."""
-        found: list[list[ActionSpan]] = []
-        for span in self.spans:
-            if found and found[-1][-1].kind == span.kind and found[-1][-1].end == span.start:
-                found[-1].append(span)
-            else:
-                found.append([span])
-        return tuple(map(tuple, found))
-
 
 @dataclass(frozen=True, slots=True)
 class Answer:

@@ -36,6 +36,17 @@ def attributed(trajectory: Trajectory, environment: Environment, chat: ChatForma
         return _Attribution(trajectory, environment, chat).made()
 
 
+def generations(segment: Segment) -> list[list[ActionSpan]]:
+    """The spans of each generation: several where the weights, or what its tokens served, changed."""
+    found: list[list[ActionSpan]] = []
+    for span in segment.spans:
+        if found and found[-1][-1].kind == span.kind and found[-1][-1].end == span.start:
+            found[-1].append(span)
+        else:
+            found.append([span])
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class _Sampled:
     """One generation: tokens [start, end) of a segment."""
@@ -56,7 +67,7 @@ class _Attribution:
         self._sampled = [
             _Sampled(place, spans[0].start, spans[-1].end, spans[0].kind)
             for place, segment in enumerate(trajectory.segments)
-            for spans in segment.generations
+            for spans in generations(segment)
         ]
         self._stretches: dict[_Sampled, list[Stretch]] = {}
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from actors.episodes.attribution import generations
 from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import unused_items
 from actors.types import (
@@ -192,7 +193,7 @@ def _segment(segment: Segment, chat: ChatFormat) -> SegmentRecord:
     ids = [int(token) for token in segment.token_ids]
     passages: list[Passage] = []
     place = 0
-    for spans in segment.generations:
+    for spans in generations(segment):
         start, end = spans[0].start, spans[-1].end
         passages += _turns(ids, place, start, chat)
         passages.append(Passage(spans[0].kind, start, end, chat.decode(ids[start:end])))

@@ -13,6 +13,7 @@ import pytest
 
 from actors.environments.base import Environment
 from actors.environments.recall import RecallEnvironment
+from actors.episodes.attribution import generations
 from actors.episodes.rollout import Rollout, RolloutRequest
 from actors.text.chat_template import ChatFormat
 from actors.types import AdapterKey, CardUse, Flashcard, Generation, Sampling, Task, TrajectoryGroup
@@ -135,7 +136,10 @@ def test_a_cards_tokens_served_its_own_question_and_what_the_extraction_forgot(
     text = cards(*written)
     (episode,) = play(chat, lambda session: text, PAIR, task=PAIR_TASK).trajectories
     segment, (*spans,) = next(
-        (part, spans) for part in episode.segments for spans in part.generations if spans[0].kind == "extract"
+        (part, spans)
+        for part in episode.segments
+        for spans in generations(part)
+        if spans[0].kind == "extract"
     )
     assert [span.serves for span in spans] == serves
     said = [chat.decode(segment.token_ids[span.start : span.end].tolist()) for span in spans]
