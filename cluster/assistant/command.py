@@ -165,7 +165,7 @@ def memory(
     config: Config = "",
     verbose: Verbose = False,
 ) -> None:
-    """Show what a saved conversation has written into its weights; correct or forget some of it."""
+    """Show what a conversation wrote into its weights; correct it, or forget it."""
     from cluster.common.display import Display
 
     display = Display()
