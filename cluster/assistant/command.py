@@ -165,7 +165,7 @@ def memory(
     config: Config = "",
     verbose: Verbose = False,
 ) -> None:
-    """Show what a conversation wrote into its weights; correct it, or forget it."""
+    """Show a conversation's flashcards, correct or forget some."""
     from cluster.common.display import Display
 
     display = Display()
