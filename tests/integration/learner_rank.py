@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
+import torch
 
 from actors.fast_weights.basis import compute_basis_from_checkpoint
 from configs.schema import FastWeightsConfig
@@ -48,3 +49,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # No rank leaves while the other still speaks to it, and none lets its threads be torn down as it ends.
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)

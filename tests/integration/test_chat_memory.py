@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from actors.text.flashcards import render_flashcards
 from actors.types import AdapterKey, Flashcard, Generation, Sampling
 from cluster.assistant.conversation import Conversation
 from cluster.assistant.opening import parts_of, prepare_opening
+from cluster.assistant.tending import Edits, Rebuilt
 from configs.shipped import shipped
 
 pytestmark = pytest.mark.engine_in_process
@@ -85,13 +87,16 @@ class GoldFlashcards:
         return Generation(ids, (0.0,) * len(ids), "stop")
 
 
-def test_four_facts_told_in_four_turns_are_known_in_other_words_and_left_alone_in_other_questions() -> None:
+def test_four_facts_told_in_four_turns_are_known_in_other_words_and_left_alone_in_other_questions(
+    tmp_path: Path,
+) -> None:
     opening = prepare_opening("smollm2-135m", shipped()["quickstart"], ["rollout.threads=2"])
     with parts_of(opening, slots=1) as parts:
         gold = replace(parts, policy=GoldFlashcards(parts.policy, parts.chat))  # type: ignore[arg-type]
-        said, strangers, without, writes = asyncio.run(
-            _converse(Conversation(gold, "c", opening.system_prompt))
-        )
+        conversation = Conversation(gold, "c", opening.system_prompt)
+        with asyncio.Runner() as runner:
+            said, strangers, without, writes = runner.run(_converse(conversation))
+            tended = runner.run(_tend(conversation, tmp_path / "memory"))
     assert writes == [1, 2, 3, 4], "one revision for each told fact"
     right = [_names(answer, fact[3]) for answer, fact in zip(said, FACTS, strict=True)]
     assert sum(right) >= 3, said
@@ -99,6 +104,33 @@ def test_four_facts_told_in_four_turns_are_known_in_other_words_and_left_alone_i
     leaked = [reply for reply in strangers if any(_names(reply, answer) for answer in answers)]
     assert len(leaked) <= 4, strangers  # six without write.preserve, three with it
     assert not any(_names(answer, fact[3]) for answer, fact in zip(without, FACTS, strict=True)), without
+    _check_tended(*tended)
+
+
+def _check_tended(rebuilt: Rebuilt, replies: list[str], again: list[str]) -> None:
+    """The forgotten fact is gone, the corrected one is right, and the two others are still known."""
+    elena, walter, *others = replies
+    assert not _names(elena, "April 10"), replies
+    assert _names(walter, "pilot") and not _names(walter, "dentist"), replies
+    assert sum(_names(reply, fact[3]) for reply, fact in zip(others, FACTS[2:], strict=True)) >= 1, replies
+    assert [card.answer for card in rebuilt.cards] == ["pilot"] * 2 + ["hedgehog"] * 2 + ["cello"] * 2
+    assert max(rebuilt.losses) < 0.5, rebuilt.losses  # by the engine, under the new Delta
+    assert again == replies, "saved and loaded"
+
+
+async def _tend(conversation: Conversation, folder: Path) -> tuple[Rebuilt, list[str], list[str]]:
+    """Forget Elena's birthday, correct Walter's job; then save and load."""
+    conversation.delta = True
+    rebuilt = await conversation.tend(Edits(forget=(1, 2), correct={3: "pilot", 4: "pilot"}))
+    answers: list[list[str]] = []
+    for _ in range(2):
+        replies = [await conversation.ask(fact[1], 8) for fact in FACTS]
+        answers.append([reply.text for reply in replies])
+        conversation.save(folder, overwrite=True)
+        assert await conversation.load(folder) is None
+    await conversation.close()
+    first, again = answers
+    return rebuilt, first, again
 
 
 async def _converse(conversation: Conversation) -> tuple[list[str], list[str], list[str], list[int]]:
@@ -110,7 +142,6 @@ async def _converse(conversation: Conversation) -> tuple[list[str], list[str], l
     strangers = [await conversation.ask(question, 8) for question in STRANGERS]
     conversation.delta = False
     without = [await conversation.ask(fact[4], 8) for fact in FACTS]
-    await conversation.close()
     return (*([reply.text for reply in replies] for replies in (said, strangers, without)), writes)
 
 

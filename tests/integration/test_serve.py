@@ -1,18 +1,26 @@
-"""A real server and the openai client: concurrent conversations answer as each does alone."""
+"""A real server and the openai client: what a request may set, streams, and conversations side by side."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
+from openai.types.chat.chat_completion import Choice
 
 from actors.types import Flashcard
 from cluster.assistant.memory_file import SavedMemory, load_memory, save_memory
@@ -58,15 +66,116 @@ def served(saved: tuple[Path, Path]) -> Iterator[tuple[str, subprocess.Popen[str
             process.kill()
 
 
+def client_of(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key="none", timeout=240, max_retries=0)
+
+
+def user(text: str) -> ChatCompletionMessageParam:
+    return {"role": "user", "content": text}
+
+
+def test_the_settings_of_a_request_reach_the_engine(served: tuple[str, subprocess.Popen[str]]) -> None:
+    client = client_of(served[0])
+    model = client.models.list().data[0].id
+    assert client.models.retrieve(model).id == model
+
+    def say(**given: Any) -> Choice:
+        asked = {"model": model, "messages": [user(QUESTION)], "max_tokens": 12, **given}
+        choice: Choice = client.chat.completions.create(**asked).choices[0]
+        return choice
+
+    plain = say(logprobs=True, top_logprobs=2)
+    text, tokens = plain.message.content or "", (plain.logprobs and plain.logprobs.content) or []
+    assert len(tokens) == 12 and plain.finish_reason == "length"
+    assert all(token.logprob == token.top_logprobs[0].logprob for token in tokens)  # greedy
+    stop = text[4:8]
+    assert say(stop=stop).message.content == text.partition(stop)[0]
+    hot = [say(temperature=1.0, seed=seed).message.content for seed in (1, 1, 2)]
+    assert hot[0] == hot[1] != hot[2]
+    for given in ({"top_p": 1e-6}, {"extra_body": {"top_k": 1}}, {"extra_body": {"min_p": 1.0}}):
+        assert say(temperature=1.0, seed=3, **given).message.content == text, given
+    # below 1 it says again what was said: this model does not repeat itself, so nothing else would show
+    again = {"presence_penalty": -2, "frequency_penalty": -2, "extra_body": {"repetition_penalty": 0.01}}
+    assert say(**again).message.content != text
+    first = client.completions.create(model=model, prompt="The sea", max_tokens=1, logprobs=1)
+    assert first.usage is not None and first.usage.completion_tokens == 1
+    choices = {"enum": ["Oslo", "Lisbon"]}
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "city", "schema": choices}}
+    kept = say(response_format=schema)
+    assert json.loads(kept.message.content or "") in choices["enum"] and kept.finish_reason == "stop"
+    for wrong in ({"type": "string", "pattern": "("}, {"type": "colour"}):
+        schema["json_schema"]["schema"] = wrong
+        with pytest.raises(openai.BadRequestError):
+            say(response_format=schema)
+    with pytest.raises(openai.BadRequestError, match="vLLM refuses"):
+        say(logit_bias={"999999": 1})
+    assert say().message.content == text  # the engine lives
+
+
+def test_a_stream_comes_as_it_is_sampled_and_a_client_that_goes_leaves_nothing(
+    served: tuple[str, subprocess.Popen[str]],
+) -> None:
+    client = client_of(served[0])
+    model = client.models.list().data[0].id
+    asked: Any = {"model": model, "messages": [user("Tell me a story.")], "max_tokens": 40, "stream": True}
+    times, texts = [], []
+    for chunk in client.chat.completions.create(**asked, stream_options={"include_usage": True}):
+        if chunk.choices and chunk.choices[0].delta.content:
+            times.append(time.perf_counter())
+            texts.append(chunk.choices[0].delta.content)
+        usage = chunk.usage
+    assert usage is not None and usage.completion_tokens == 40 and len(texts) > 20
+    assert times[1] - times[0] < (times[-1] - times[0]) / 2
+    whole = client.chat.completions.create(
+        **{**asked, "stream": False, "messages": [user("Tell me a story.")]}
+    )
+    assert whole.choices[0].message.content == "".join(texts)
+    spoken = client.responses.create(model=model, input="Tell me a story.", max_output_tokens=40)
+    assert spoken.output_text == "".join(texts) and spoken.status == "incomplete"
+    kinds = [event.type for event in client.responses.create(model=model, input="Hello.", stream=True)]
+    assert kinds[0] == "response.created" and kinds.count("response.output_text.delta") > 1
+
+    asked |= {"max_tokens": 192, "extra_body": {"conversation": "gone"}}
+    with client.chat.completions.create(**asked) as stream:
+        next(iter(stream))
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.2).chat.completions.create(**{**asked, "stream": False})
+    url = served[0].removesuffix("/v1")
+    deadline = time.monotonic() + 60
+    while "turns_running 0.0" not in (figures := httpx.get(f"{url}/metrics").text):
+        assert time.monotonic() < deadline, figures
+        time.sleep(0.1)
+    assert httpx.get(f"{served[0]}/conversations/gone").status_code == 404
+    assert 'status="499"' in figures and "engram:time_to_first_token_seconds_count" in figures
+
+
+def test_half_open_connections_and_foreign_hosts_stop_nobody(
+    served: tuple[str, subprocess.Popen[str]],
+) -> None:
+    host, port = served[0].removeprefix("http://").removesuffix("/v1").split(":")
+    half_open = [socket.create_connection((host, int(port))) for _ in range(600)]
+    try:
+        for connection in half_open:
+            with suppress(OSError):
+                connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nX-Slow: ")
+        assert httpx.get(f"http://{host}:{port}/health", timeout=30).status_code == 200
+    finally:
+        for connection in half_open:
+            connection.close()
+    assert httpx.get(f"http://{host}:{port}/health", headers={"Host": "evil.com"}).status_code == 421
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"http://{host}:{port}/health", headers={"X": "y" * 200_000}).raise_for_status()
+
+
 def test_conversations_own_their_memories_and_are_put_away_at_the_end(
     saved: tuple[Path, Path], served: tuple[str, subprocess.Popen[str]]
 ) -> None:
     url, process = served
-    client = openai.OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0)
+    client = client_of(url)
     model = client.models.list().data[0].id
 
     def ask(conversation: str, stream: bool = False) -> str:
-        messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": QUESTION}]
+        messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": QUESTION}]
         if not stream:
             answer = client.chat.completions.create(
                 model=model, messages=messages, extra_body={"conversation": conversation}

@@ -125,7 +125,8 @@ def test_a_run_of_many_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     first, last = uses[1], uses[-1]  # two checkpoints are kept: from the second on there are as many files
     assert last.objects - first.objects < 2000
     assert last.memory_mib - first.memory_mib < 32 + STEPS * 1e-4  # a reward a step stays: 100 bytes
-    assert (last.threads, last.files) == (first.threads, first.files)
-    assert abs(last.open_files - first.open_files) <= 2
+    assert last.files == first.files
+    # those of the process, in which other tests' threads may come and go
+    assert abs(last.threads - first.threads) <= 2 and abs(last.open_files - first.open_files) <= 2
     assert last.outbox_kib < 8192  # SQLite's log is written over from 4 MB on
     assert last.figures_kib / STEPS < 8  # grows with the steps: 2 KiB each

@@ -624,3 +624,16 @@ def test_serving_has_a_context_and_replies_of_its_own(opening: Opening) -> None:
     kept, told = for_serving(opening, ["memory.max_context_tokens=160"])
     assert kept.config.memory.max_context_tokens == 160 and "max_context" not in told
     assert for_serving(opening, ["engine.max_model_tokens=1500"]) == (opening, "")
+
+
+def test_a_run_with_a_small_window_is_served_with_a_larger_one(opening: Opening) -> None:
+    own = opening.config
+    memory = replace(own.memory, max_context_tokens=42, max_extract_tokens=128)
+    small = replace(own, memory=memory, engine=replace(own.engine, max_model_tokens=512))
+    served, told = for_serving(replace(opening, config=small), [])
+    assert served.config.memory.max_context_tokens == 768 and "engine.max_model_tokens=2048" in told
+    wide = replace(memory, max_extract_tokens=1500)
+    large = replace(
+        opening, config=replace(small, memory=wide, engine=replace(own.engine, max_model_tokens=1700))
+    )
+    assert for_serving(large, []) == (large, "")
