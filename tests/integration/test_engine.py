@@ -527,6 +527,7 @@ def test_a_refresh_takes_other_number_formats_and_keeps_nothing_of_the_senders_m
 # --- what actors/engine/vllm_internals assumes of vLLM 0.32 -------------------------------------------------
 
 
+@pytest.mark.cpu_paths
 def test_vllm_still_has_what_the_stand_ins_replace() -> None:
     import vllm
     from vllm.lora.layers import base_linear
@@ -568,6 +569,7 @@ def test_vllm_still_has_what_the_stand_ins_replace() -> None:
     assert parameters(logprobs.batched_count_greater_than) == ["x", "values"]
 
 
+@pytest.mark.cpu_paths
 def test_the_workers_own_objects_carry_the_stand_ins(policy: VLLMPolicy) -> None:
     from actors.engine.vllm_internals.lora import AdapterStore, SharedBasisDelta, StepAdapters, StepRoutes
     from actors.engine.vllm_internals.worker_extension import EngramWorker
@@ -714,6 +716,7 @@ def test_the_count_is_vllms_own() -> None:
     assert count_at_least(x, x[:, 1:2]).tolist() == original(x, x[:, 1:2]).tolist() == [2, 2]
 
 
+@pytest.mark.cpu_paths
 def test_every_tensor_of_the_checkpoint_has_a_place_in_vllms_model(
     policy: VLLMPolicy, tiny_model_path: Path
 ) -> None:

@@ -127,6 +127,7 @@ def test_writes_on_the_engines_weights_equal_those_on_a_checkpoint_also_after_a_
     asyncio.run(_install_and_act(policy, refreshed[0], "after"))
 
 
+@pytest.mark.cpu_paths
 def test_only_the_layers_under_delta_are_held_a_second_time_and_only_where_vllm_packs(
     policy: VLLMPolicy, tiny_model_path: Path
 ) -> None:
