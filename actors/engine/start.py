@@ -6,8 +6,8 @@ then):
 
     VLLM_ENABLE_V1_MULTIPROCESSING=0   the engine core and its worker live in this process
     VLLM_CPU_OMP_THREADS_BIND=nobind   no pinning: it would put all workers of a machine on its first cores
-    VLLM_USE_V2_MODEL_RUNNER=0         the runner whose log-probs the tests cover, on CPU and GPU alike. V2 wants
-                                       Triton, so no test on a CPU could cover it
+    VLLM_USE_V2_MODEL_RUNNER=0         the runner whose log-probs the tests cover, on CPU and GPU alike; V2
+                                       wants Triton, which the CPU install has not
     VLLM_NO_USAGE_STATS=1, DO_NOT_TRACK=1
     VLLM_LOGGING_LEVEL=WARNING         unless the user set it
     OMP_NUM_THREADS                    the worker's threads
