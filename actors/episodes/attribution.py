@@ -2,7 +2,8 @@
 
     flashcards of a write --Attributor--> CardUse each --> WriteRecord.uses
     an extraction   --> of each card's tokens: the questions that the card is about, and those that the
-                        context tells and no card is about; of its other tokens: the latter
+                        context tells and no card is about; of its other tokens: the latter, or all that
+                        the context tells where no question was forgotten
     the k-th answer --> the k-th question
                         --> ActionSpan.serves, from which the learner takes credit by question
 
@@ -108,7 +109,7 @@ class _Attribution:
         missed = set(told) - about
         rest = tuple(sorted(missed)) or told or tuple(sorted(about))
         if not any(own for _, own in items):
-            return [(sampled.end, tuple(sorted(about | missed)) or told)]
+            return [(sampled.end, tuple(sorted(about | missed)))]
         stretches: list[Stretch] = []
         text = self._raw(sampled, sampled.end)
         place = max(text.find(record.extraction), 0)
