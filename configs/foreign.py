@@ -1,7 +1,7 @@
-"""Which settings run code that is not Engram's: asked where a configuration comes out of somebody's folder.
+"""Which settings run code that is not Engram's, or send a key: asked of a configuration in a folder.
 
 CONFIG or a setting of the command line   --> the user says it, and it runs
-the settings of a run's or model's folder --> they run nothing, unless the command line has --allow-code
+the settings of a run's or model's folder --> they do neither, unless the command line has --allow-code
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ FLAG = "--allow-code"
 
 
 def code_in(config: RunConfig) -> list[str]:
-    """The settings, as KEY=VALUE, by which ``config`` runs the code of a model, a module or a program."""
+    """The settings, as KEY=VALUE, by which ``config`` runs the code of a model, a module or a program.
+
+    Also those by which it joins somebody's cluster, whose objects are unpickled, or sends them a key.
+    """
     found = []
+    if config.ray.address not in ("", "auto"):
+        found.append(f"ray.address={config.ray.address}")
     if config.model.trust_remote_code:
         found.append("model.trust_remote_code=true")
     if config.memory.policy == "custom":
@@ -34,7 +39,8 @@ def refuse_code(folder: str, configs: Sequence[RunConfig]) -> None:
     """Raise ConfigError where the settings of ``folder`` would run code."""
     found = list(dict.fromkeys(setting for config in configs for setting in code_in(config)))
     if found:
-        problem = f"{folder}: its settings run code that is not Engram's ({', '.join(found)[:300]})"
+        named = ", ".join(found)[:300]
+        problem = f"{folder}: its settings run code that is not Engram's, or send a key ({named})"
         raise ConfigError(f"{problem}; if you trust it, give {FLAG}")
 
 
@@ -54,3 +60,5 @@ def _of_environment(environment: EnvironmentConfig) -> Iterator[tuple[str, str]]
         yield "verifiers.id", environment.verifiers.id
     elif name == "textarena" and environment.textarena.opponent:
         yield "textarena.opponent", environment.textarena.opponent
+    elif name == "rubric" and environment.rubric.judge.url and environment.rubric.judge.api_key_env:
+        yield "rubric.judge.url", environment.rubric.judge.url

@@ -71,6 +71,8 @@ def _problem(name: str, kind: Kind, wait: float) -> str:
         return " ".join(str(error).split()) or type(error).__name__
     except HFValidationError:
         return ""  # no name of a repository; the library that reads it says so
+    except Exception as error:  # noqa: BLE001  whatever is at that address: a portal's page, half a mirror
+        return f"its answer cannot be read ({' '.join(str(error).split())[:200] or type(error).__name__})"
     return ""
 
 

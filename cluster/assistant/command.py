@@ -163,6 +163,7 @@ def memory(
         ),
     ] = "",
     config: Config = "",
+    allow_code: AllowCode = False,
     verbose: Verbose = False,
 ) -> None:
     """Show a conversation's flashcards, correct or forget some."""
@@ -177,7 +178,7 @@ def memory(
         edits = parse_edits(forget or (), correct or ())
         if edits or model:
             chosen = find_config(config) if config else None
-            change(folder.expanduser(), edits, model, chosen, settings or [], display)
+            change(folder.expanduser(), edits, model, chosen, settings or [], allow_code, display)
         elif settings:
             needs = "settings are for --correct, --forget and --model"
             raise ConfigError(f"argument {settings[0]!r}: {needs}; the list needs none")

@@ -31,7 +31,13 @@ def show(folder: Path, display: Display) -> None:
 
 
 def change(
-    folder: Path, edits: Edits, model: str, config: Path | None, settings: Sequence[str], display: Display
+    folder: Path,
+    edits: Edits,
+    model: str,
+    config: Path | None,
+    settings: Sequence[str],
+    allow_code: bool,
+    display: Display,
 ) -> None:
     """Write the flashcards anew, onto ``model`` ("": their own). The folder is replaced, or stays as it is.
 
@@ -40,7 +46,7 @@ def change(
     recover_folder(folder)
     content = _content(folder)
     edits.applied(content.cards)  # a wrong number is told before an engine starts
-    opening = prepare_opening(model or content.model, config, settings)
+    opening = prepare_opening(model or content.model, config, settings, allow_code)
     display.say(f"loading {opening.title} ...")
     with parts_of(opening, slots=1) as parts, asyncio.Runner() as runner:
         conversation = Conversation(parts, "memory", opening.system_prompt)

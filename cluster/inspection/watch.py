@@ -61,14 +61,15 @@ def look(run_dir: Path) -> Snapshot:
         if "reward/mean" in line.figures and line.step <= max(figures.get("reward/mean", {}), default=-1):
             figures = dict(_until(line.step, figures))
         for name, value in line.figures.items():
-            figures.setdefault(name, {})[line.step] = value
+            figures.setdefault(visible(name), {})[line.step] = value
     finished = finished_steps(run_dir) >= 0
     state = "running" if is_held(run_dir) else "finished" if finished else "not running"
     try:
         steps = load_config(run_dir / "config.yaml", []).train.steps
     except ConfigError:
         steps = 0
-    return Snapshot(run_dir.name, steps, state, figures, logged, tuple(_newest(run_dir)), _cells(run_dir))
+    newest, cells = tuple(_newest(run_dir)), visible(_cells(run_dir))
+    return Snapshot(visible(run_dir.name), steps, state, figures, logged, newest, cells)
 
 
 def _until(step: int, figures: Mapping[str, dict[int, float]]) -> Iterator[tuple[str, dict[int, float]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,23 @@ def test_every_look_up_ends_soon_and_says_why(
         with pytest.raises(ModelError, match=r"no answer in 0.5 s; HF_HUB_ETAG_TIMEOUT=30 waits longer"):
             look_up(ModelConfig(name=NAME))
     assert capfd.readouterr() == ("", "")  # a library prints each of its retries: 23 s for a model
+
+
+def test_an_answer_that_is_no_hubs_is_said(
+    silent_hub: socket.socket, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A portal answers every address with a page."""
+
+    def answer() -> None:
+        with silent_hub.accept()[0] as connection:
+            connection.recv(65536)
+            page = b"<html>Log in</html>"
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(page), page))
+
+    threading.Thread(target=answer, daemon=True).start()
+    with hub_or_cache(NAME) as silence:
+        assert silence.startswith("its answer cannot be read (") and "\n" not in silence
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_data_set_asks_once_too(silent_hub: socket.socket, capfd: pytest.CaptureFixture[str]) -> None:

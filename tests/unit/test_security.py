@@ -16,6 +16,7 @@ from cluster.cli import main
 from cluster.common.display import Display
 from cluster.common.quiet import quiet
 from cluster.evaluation.command import REQUEST_FILE
+from cluster.inspection.watch import look, view
 from cluster.measure.report import Document, Section, Table, show
 from cluster.tracking.figure_file import FigureFile
 from cluster.tracking.registry import dataset_values
@@ -106,6 +107,13 @@ def test_every_setting_that_names_code_is_known() -> None:
         ["memory.policy=custom", "memory.custom=evil:build"],
         ["objective.advantage=evil:advantage"],
         ["model.trust_remote_code=true"],
+        ["ray.address=evil:6379"],
+        [
+            "environment.name=rubric",
+            "environment.rubric.path=a.jsonl",
+            "environment.rubric.judge.url=http://evil/v1",
+            "environment.rubric.judge.model=m",
+        ],
     )
     for words in run:
         with pytest.raises(ConfigError, match=r"runs/x: its settings run code that is not Engram's"):
@@ -120,12 +128,15 @@ def _harmless(text: str) -> bool:
     return not set(text) & set("\x07\x9b\u202e") and "\x1b]" not in text and "\x1b[2J" not in text
 
 
-def test_what_is_shown_writes_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_shown_writes_no_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     output = io.StringIO()
     display = Display(Console(file=output, width=80, force_terminal=True))
     display.say(f"agent> {HOSTILE}")
     with display.counting("evaluation", 2) as counter:
         counter.advance(HOSTILE)
+    named = {f"timeline/worker_{HOSTILE}": 0.5, f"eval/{HOSTILE}/f1": 0.5}
+    (tmp_path / "figures.jsonl").write_text(json.dumps({"step": 1, "time": 0.0, "figures": named}) + "\n")
+    display.console.print(view(look(tmp_path), 80))
     table = Table("", ("row", "answer"), ((HOSTILE, HOSTILE),))
     show(Document("report", {}, (Section(HOSTILE, "", (table,), (HOSTILE,)),)), display)
     assert "abc" in output.getvalue() and _harmless(output.getvalue())

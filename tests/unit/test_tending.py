@@ -281,7 +281,7 @@ def on_fakes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """``engram memory`` with a scripted engine; returns the models that were opened."""
     opened: list[str] = []
 
-    def prepare(model: str, config: Path | None, settings: Sequence[str]) -> Opening:
+    def prepare(model: str, config: Path | None, settings: Sequence[str], allow_code: bool) -> Opening:
         opened.append(model)
         return (
             bench.parts.opening
