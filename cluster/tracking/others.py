@@ -45,7 +45,9 @@ class Sink(Protocol):
         """Say a fact of the run: which data it reads, where its checkpoint lies."""
         ...
 
-    def end(self, failed: bool) -> None: ...
+    def end(self, failed: bool, wait_s: float) -> None:
+        """End the run, in about ``wait_s`` seconds; wandb keeps the timeout that it began with."""
+        ...
 
 
 def require_others(tracking: TrackingConfig) -> None:
@@ -68,7 +70,7 @@ def open_others(tracking: TrackingConfig, folder: Path, params: Mapping[str, str
             sinks.append(kind(tracking, folder, params))
         except Exception as error:
             for sink in sinks:
-                sink.end(failed=True)
+                sink.end(failed=True, wait_s=tracking.finish_timeout_s)
             raise TrackingError(f"cannot use {name}: {first_line(error)}; mend it, or {_WITHOUT}") from error
     return sinks
 
@@ -120,7 +122,7 @@ class WandbRun:
     def note(self, name: str, value: str) -> None:
         self._run.summary[name] = value
 
-    def end(self, failed: bool) -> None:
+    def end(self, failed: bool, wait_s: float) -> None:
         self._run.finish(exit_code=int(failed))
 
 
@@ -132,7 +134,6 @@ class TrackioRun:
     def __init__(self, tracking: TrackingConfig, folder: Path, params: Mapping[str, str]) -> None:
         import trackio
 
-        self._wait_s = tracking.finish_timeout_s
         with redirect_stdout(sys.stderr):  # it prints what it does
             self._run = trackio.init(
                 project=tracking.experiment,
@@ -154,12 +155,12 @@ class TrackioRun:
     def note(self, name: str, value: str) -> None:
         """Nothing: a run's facts are given when it is opened."""
 
-    def end(self, failed: bool) -> None:
+    def end(self, failed: bool, wait_s: float) -> None:
         with redirect_stdout(sys.stderr):
             # It has no deadline of its own where a Space does not answer.
             ending = threading.Thread(target=self._run.finish, name="trackio", daemon=True)
             ending.start()
-            ending.join(max(self._wait_s, 1.0))
+            ending.join(max(wait_s, 1.0))
 
 
 def _wanted(tracking: TrackingConfig) -> list[str]:

@@ -14,7 +14,8 @@ _log = logging.getLogger(__name__)
 class SystemMetrics(threading.Thread):
     """Calls ``log`` with "system/..." metrics every ``interval_s``.
 
-    The step counts the intervals since ``began`` (s since 1970), so a resumed run continues the curves.
+    The step counts the seconds since ``began`` (s since 1970), so a resumed run continues the curves, also
+    with another interval.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class SystemMetrics(threading.Thread):
                 except Exception as error:  # noqa: BLE001  a GPU driver, a container's /proc: none ends the rest
                     _log.debug("system metrics: %s", error)
             figures = {f"system/{name}": float(value) for name, value in figures.items()}
-            self._log_metrics(figures, int((time.time() - self._began) / self._interval_s))
+            self._log_metrics(figures, int(time.time() - self._began))
 
     def end(self) -> None:
         self._ended.set()

@@ -94,15 +94,17 @@ class MlflowTracker(Tracker):
         self.location = f"{how} (run {self.run_id})"
         self._sender = Sender(outbox, run, uri)
         self._sender.start()
-        self._system = SystemMetrics(self.log, tracking.system_metrics_s, run.began)
+        self._system = SystemMetrics(self._append, tracking.system_metrics_s, run.began)
         if tracking.system_metrics_s > 0:
             self._system.start()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        spooled = {"tracking/spooled": len(self._outbox)} if self._sender.problem else {}
+        self._append({**metrics, **spooled}, step)
+
+    def _append(self, metrics: Mapping[str, float], step: int) -> None:
         now, lost = _now_ms(), self._outbox.lost
         points = [Point(mlflow_key(key), float(value), now, step) for key, value in metrics.items()]
-        if self._sender.problem:
-            points.append(Point("tracking/spooled", float(len(self._outbox)), now, step))
         self._outbox.append(points)
         if self._outbox.lost > lost == 0:
             _log.warning(
@@ -123,7 +125,7 @@ class MlflowTracker(Tracker):
     def finish(self, status: RunStatus) -> None:
         self._system.end()
         self._outbox.append([Status(status, _now_ms())])
-        wait = min(self._wait_s, _STOPPED_WAIT_S) if status == "KILLED" else self._wait_s
+        wait = _last_wait_s(self._wait_s, status)
         if not self._sender.drain(wait):
             _log.warning(
                 "warning: MLflow at %s did not take the last %d records within %g s (%s): "
@@ -140,8 +142,8 @@ class MlflowTracker(Tracker):
 class Relay(Tracker):
     """Hands each verb to ``first`` and to every sink. One that raises is left out from then on."""
 
-    def __init__(self, first: Tracker | None, sinks: Sequence[Sink]) -> None:
-        self._first, self._sinks = first or Tracker(), list(sinks)
+    def __init__(self, first: Tracker | None, sinks: Sequence[Sink], finish_timeout_s: float) -> None:
+        self._first, self._sinks, self._wait_s = first or Tracker(), list(sinks), finish_timeout_s
         self.run_id = self._first.run_id
         places = [] if first is None else [first.location]
         self.location = "; ".join([*places, *(sink.location for sink in sinks)])
@@ -165,8 +167,9 @@ class Relay(Tracker):
             self._each(partial(_note, f"checkpoint/{alias}", values["folder"]))
 
     def finish(self, status: RunStatus) -> None:
-        self._each(lambda sink: sink.end(failed=status != "FINISHED"))
         self._first.finish(status)
+        wait = _last_wait_s(self._wait_s, status)
+        self._each(lambda sink: sink.end(failed=status != "FINISHED", wait_s=wait))
 
     def _each(self, verb: Callable[[Sink], None]) -> None:
         for sink in list(self._sinks):
@@ -176,6 +179,11 @@ class Relay(Tracker):
                 self._sinks.remove(sink)
                 text = "warning: %s takes nothing more (%s): the run goes on without it"
                 _log.warning(text, sink.name, first_line(error))
+
+
+def _last_wait_s(finish_timeout_s: float, status: RunStatus) -> float:
+    """How long the end of a run may wait: the grace time of one that was told to stop is short."""
+    return min(finish_timeout_s, _STOPPED_WAIT_S) if status == "KILLED" else finish_timeout_s
 
 
 def _note(name: str, value: str, sink: Sink) -> None:
@@ -195,7 +203,7 @@ def start_tracking(
     ``resumed_run_id`` and ``from_step``: as in ``open_run``. Raises TrackingError.
     """
     tracker = open_run(config.tracking, output_dir, run_name, flatten(config), resumed_run_id, from_step)
-    if not resumed_run_id:
+    if tracker.run_id != resumed_run_id or not resumed_run_id:  # a new run, also where the earlier is gone
         tracker.artifact(config_file)
     return tracker
 
@@ -217,12 +225,12 @@ def open_run(
         return Tracker()
     sinks = open_others(tracking, output_dir / run_name, params)
     if not tracking.uses_mlflow:
-        return Relay(None, sinks)
+        return Relay(None, sinks, tracking.finish_timeout_s)
     try:
         mlflow = _open_mlflow(tracking, output_dir, run_name, params, resumed_run_id, from_step)
-        return Relay(mlflow, sinks) if sinks else mlflow
+        return Relay(mlflow, sinks, tracking.finish_timeout_s) if sinks else mlflow
     except TrackingError:
-        Relay(None, sinks).finish("FAILED")
+        Relay(None, sinks, tracking.finish_timeout_s).finish("FAILED")
         raise
 
 

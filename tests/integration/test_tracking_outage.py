@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cluster.tracking.tracker import start_tracking
+from cluster.tracking.tracker import MlflowTracker, start_tracking
 from configs.schema import RunConfig, TrackingConfig
 
 STARTS_WITHIN_S = 120.0  # of a shared machine; about 6 s of one core
@@ -150,12 +150,14 @@ def test_a_run_that_ends_while_the_server_hangs_is_completed_by_the_one_that_res
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tracker = start_tracking(config, tmp_path, "run", tmp_path / "config.yaml", "")
+    assert isinstance(tracker, MlflowTracker)
     tracker.log(figures(1), 1)
     client = MlflowClient(server.uri)
     until(lambda: len(steps(client, tracker.run_id, KEYS[0])) == 1, 30, "step 1 did not arrive")
-    monkeypatch.setenv(
-        "MLFLOW_HTTP_REQUEST_TIMEOUT", "1"
-    )  # the user's setting goes before tracking.timeout_s
+    # Its answer must be here too: that request has the long timeout, and would outlast the end of the run.
+    until(lambda: len(tracker._outbox) == 0, 30, "the answer to step 1 did not arrive")
+    # The user's setting goes before tracking.timeout_s.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     server.signal(signal.SIGSTOP)
     try:
         tracker.log(figures(2) | {"reward/mean": math.nan}, 2)

@@ -70,13 +70,13 @@ class _Sink:
     def note(self, name: str, value: str) -> None:
         self.got.append((name, value))
 
-    def end(self, failed: bool) -> None:
-        self.got.append(failed)
+    def end(self, failed: bool, wait_s: float) -> None:
+        self.got.append((failed, wait_s))
 
 
 def test_a_tracker_that_breaks_is_one_warning_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
     good, bad = _Sink("good"), _Sink("bad", breaks=True)
-    tracker = Relay(None, [bad, good])
+    tracker = Relay(None, [bad, good], finish_timeout_s=30.0)
     with caplog.at_level(logging.WARNING, logger="cluster"):
         for step in (1, 2, 3):
             tracker.log({"reward/mean": 0.5}, step)
@@ -87,7 +87,7 @@ def test_a_tracker_that_breaks_is_one_warning_and_the_others_go_on(caplog: pytes
     ]
     figures = [(step, {"reward/mean": 0.5}) for step in (1, 2, 3)]
     facts = [(f"checkpoint/{alias}", MODEL["folder"]) for alias in ("newest", "best")]
-    assert good.got == [*figures, *facts, True]
+    assert good.got == [*figures, *facts, (True, 5.0)]  # a stopped run has little time
     assert bad.got == figures[:1] and tracker.location == "at bad; at good"
 
 
