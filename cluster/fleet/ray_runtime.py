@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 import os
+import secrets
 import signal
 import uuid
 import warnings
@@ -118,8 +119,7 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
         else:
             # At 15, Ray's own, any other program on the machine starves the engines.
             os.environ.setdefault("RAY_worker_niceness", "0")
-            # Loopback only. Otherwise Ray would ask for a token that another Ray of this user left.
-            os.environ["RAY_AUTH_MODE"] = "disabled"
+            _lock_local()
             ray.init(
                 address="local",
                 namespace=namespace,
@@ -147,6 +147,20 @@ def ray_runtime(config: RunConfig, needed: Demand) -> Iterator[None]:
         raise
     finally:
         ray.shutdown()
+
+
+def _lock_local() -> None:
+    """Let nobody into the local Ray who lacks this process's random token.
+
+    GCS, raylet and workers listen on every interface, and would run anybody's code. Processes that Ray starts
+    inherit the token; it is in no file and no command line. One for each process: Ray reads it once.
+    """
+    from ray import _raylet
+
+    raylet: Any = _raylet
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    raylet.Config.initialize("")  # as Ray's own code does after a change of the mode (2.60)
 
 
 def _cluster_address(address: str) -> str:

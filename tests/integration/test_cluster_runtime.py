@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -63,6 +66,31 @@ def actor() -> Iterator[Any]:
     handle: Any = Actor.remote()  # type: ignore[attr-defined]
     yield handle
     ray.kill(handle)
+
+
+_STRANGER = """
+import sys
+from ray._raylet import GcsClient
+print(GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None, timeout=20))
+"""
+
+
+@pytest.mark.parametrize("token", [None, "f" * 64, "own"])
+def test_a_local_ray_answers_nobody_without_its_token(token: str | None) -> None:
+    """The GCS listens on every interface: whoever may ask it may run code here."""
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled" if token is None else "token"}
+    own = environment.pop("RAY_AUTH_TOKEN")
+    if token is not None:
+        environment["RAY_AUTH_TOKEN"] = own if token == "own" else token
+    command = [sys.executable, "-c", _STRANGER, ray.get_runtime_context().gcs_address]
+    stranger = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
+    assert (stranger.returncode == 0) == (token == "own"), stranger.stderr
+    assert token == "own" or "nauthenticated" in stranger.stderr.lower()
+    assert own not in " ".join(word for child in _children() for word in child.cmdline())
+
+
+def _children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
 
 
 def test_an_answer_in_time(actor: Any) -> None:
