@@ -48,6 +48,7 @@ from learner.advantage import estimator
 
 _log = logging.getLogger(__name__)
 BASIS_FILE = "basis.safetensors"  # in the folder of a run
+_BASIS = "computing the basis of the fast weights from the policy: up to a minute, once a run"
 _TRIED = 3  # training tasks: where none can be made, no other will
 KEPT = (
     "seed",
@@ -123,10 +124,12 @@ class Start:
     policy_path: Path
 
 
-def prepare_training(config: RunConfig, refused: Collection[Path] = ()) -> tuple[RunSpec, RunFolder, Start]:
+def prepare_training(
+    config: RunConfig, refused: Collection[Path] = (), say: Callable[[str], None] = lambda _: None
+) -> tuple[RunSpec, RunFolder, Start]:
     """Check everything, then create the run folder; one that is resumed is changed by ``write_config`` alone.
 
-    ``resume=auto`` passes over the checkpoints in ``refused``.
+    ``resume=auto`` passes over the checkpoints in ``refused``. ``say`` hears what takes long.
     Raises TaskError, ModelError, CheckpointError, InUseError, ValueError: one line each.
     """
     require_machine(config, demand(config, learner=True))
@@ -158,9 +161,10 @@ def prepare_training(config: RunConfig, refused: Collection[Path] = ()) -> tuple
         before = start.checkpoint.folder / "config.yaml"
     spec = replace(spec, config=with_day(config, chat, "" if before is None else day_in(before)))
     if folder is None:
-        folder = _create_folder(spec)
+        folder = _create_folder(spec, say)
     require_free(folder.path)
     if not folder.basis.exists() and start.checkpoint is None:
+        say(_BASIS)
         save_basis(run_basis(spec.model_path, spec.config), folder.basis)
     load_basis(folder.basis)  # of the weights that the run started from: a resumed run keeps its own
     return spec, folder, start
@@ -285,8 +289,9 @@ def _where_to_start(spec: RunSpec, refused: Collection[Path]) -> tuple[RunFolder
     return RunFolder(found.run_dir, (found.folder,)), Start(found, found.state, found.model)
 
 
-def _create_folder(spec: RunSpec) -> RunFolder:
+def _create_folder(spec: RunSpec, say: Callable[[str], None]) -> RunFolder:
     """Create the folder of a new run with config and basis."""
+    say(_BASIS)
     basis = run_basis(spec.model_path, spec.config)  # before the folder: a calibration text may be missing
     config, name = spec.config, spec.config.name
     folder = RunFolder(create_run(output_folder(config), name, newest_number(config, name)))

@@ -64,7 +64,7 @@ def train_config(config: RunConfig, display: Display) -> None:
     while True:
         try:
             with _told(display):
-                prepared = prepare_training(config, refused)
+                prepared = prepare_training(config, refused, display.say)
             asyncio.run(train(*prepared, display))
         except AllFinished as nothing:
             display.say(str(nothing))

@@ -277,7 +277,11 @@ def test_the_stage_stands_in_the_checkpoint_and_an_older_checkpoint_has_none(tmp
 def test_a_checkpoint_needs_the_stage_that_it_stands_in(tmp_path: Path, tiny_model_path: Path) -> None:
     settings = [f"model.name={tiny_model_path}", "fast_weights.basis=random", f"output_dir={tmp_path / 'r'}"]
     config = load_config(Path("tests/quickstart.yaml"), settings)
-    _, folder, _ = prepare_training(config)
+    said: list[str] = []
+    _, folder, _ = prepare_training(config, say=said.append)
+    assert [line.partition(":")[0] for line in said] == [
+        "computing the basis of the fast weights from the policy"
+    ]
 
     async def write(target: Path) -> None:
         (target / "model").mkdir(parents=True)

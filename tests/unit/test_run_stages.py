@@ -6,7 +6,7 @@ import asyncio
 import io
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -400,7 +400,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_passed_over_by_name(
     """With resume=auto the run goes on from the next one; a checkpoint that was named ends it."""
     damaged, asked = Path("/runs/x/checkpoints/step-000004"), list[list[Path]]()
 
-    def prepare(_: RunConfig, refused: list[Path]) -> tuple[str]:
+    def prepare(_: RunConfig, refused: list[Path], say: Callable[[str], None]) -> tuple[str]:
         asked.append(list(refused))
         return ("older",) if refused else ("newer",)
 
@@ -425,7 +425,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_passed_over_by_name(
 def test_where_all_runs_are_finished_it_says_so_and_is_no_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def nothing(_: RunConfig, refused: list[Path]) -> None:
+    def nothing(_: RunConfig, refused: list[Path], say: Callable[[str], None]) -> None:
         raise AllFinished("resume=auto: nothing is left to do")
 
     monkeypatch.setattr(run, "prepare_training", nothing)
