@@ -5,6 +5,7 @@ Both endpoints use it: ``serve`` sends text as it is sampled, the one of a user'
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 from pydantic import BaseModel
 
+from actors.text.encodable import encodable
+from actors.text.tools import ToolCall
 from actors.types import FinishReason
 
 
@@ -30,6 +33,12 @@ class SaidCall:
     id: str
     name: str
     arguments: str
+
+    @classmethod
+    def of(cls, id: str, call: ToolCall) -> SaidCall:
+        """A call that the model wrote. It may have spelt half a character, which no answer can hold."""
+        arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
+        return cls(id, encodable(call.name), encodable(arguments))
 
     @property
     def as_tool_call(self) -> dict[str, Any]:
@@ -156,12 +165,7 @@ class Chunks:
         return self._event({"choices": [choice]})
 
     def _event(self, change: Mapping[str, Any]) -> str:
-        return event(self._empty.model_copy(update=dict(change)))
-
-
-def event(content: BaseModel, name: str = "") -> str:
-    """One server-sent event."""
-    return f"{f'event: {name}' + chr(10) if name else ''}data: {to_json(content)}\n\n"
+        return f"data: {to_json(self._empty.model_copy(update=dict(change)))}\n\n"
 
 
 def to_json(content: BaseModel) -> str:

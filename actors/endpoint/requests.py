@@ -15,6 +15,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
+from starlette.requests import ClientDisconnect
+
+from actors.text.encodable import encodable_value
 
 
 class RequestError(Exception):
@@ -27,6 +30,11 @@ class RequestError(Exception):
 
 def bad_value(message: str, param: str | None) -> RequestError:
     return RequestError(400, message, param, "invalid_value")
+
+
+def client_gone() -> RequestError:
+    """Nobody receives this answer; the metrics count it."""
+    return RequestError(499, "the client has gone", None, "client_gone")
 
 
 def only(*neutral: object) -> AfterValidator:
@@ -46,16 +54,21 @@ def only(*neutral: object) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _text(content: object) -> object:
-    """Join a list of text parts. Replace half a surrogate pair: no tokenizer takes it."""
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        parts = [part.get("text", "") for part in content if part.get("type") == "text"]
-        if len(parts) == len(content) and all(isinstance(part, str) for part in parts):
-            content = "\n".join(parts)
-    return content.encode("utf-8", errors="replace").decode() if isinstance(content, str) else content
+def joined(*kinds: str) -> BeforeValidator:
+    """Take a list of text parts of these ``kinds`` as one text."""
+
+    def join(content: object) -> object:
+        if isinstance(content, list) and all(
+            isinstance(part, dict) and part.get("type") in kinds and isinstance(part.get("text"), str)
+            for part in content
+        ):
+            return "\n".join(part["text"] for part in content)
+        return content
+
+    return BeforeValidator(join)
 
 
-Text = Annotated[str, BeforeValidator(_text)]
+Text = Annotated[str, joined("text")]
 Neutral = Annotated[object, only()]
 
 
@@ -110,18 +123,22 @@ async def read_json(
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise RequestError(415, "the Content-Type must be application/json", None, "unsupported_media_type")
     body = bytearray()
-    async for piece in stream:
-        body += piece
-        if len(body) > limit:
-            message = f"the body is over {limit} bytes" + (f" ({setting})" if setting else "")
-            raise RequestError(413, message, None, "body_too_large")
+    try:
+        async for piece in stream:
+            body += piece
+            if len(body) > limit:
+                message = f"the body is over {limit} bytes" + (f" ({setting})" if setting else "")
+                raise RequestError(413, message, None, "body_too_large")
+    except ClientDisconnect:
+        raise client_gone() from None
     return parse_json(bytes(body))
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
-    """Raises RequestError unless ``content`` is a JSON object."""
+    """The object in ``content``, all its texts ``encodable``. Raises RequestError."""
     try:
-        data = json.loads(content)  # not pydantic's parser: it refuses half a surrogate pair
+        # not pydantic's parser: it refuses half a surrogate pair
+        data = encodable_value(json.loads(content))
     except (ValueError, RecursionError):
         raise bad_value("the body is not JSON", None) from None
     if not isinstance(data, dict):

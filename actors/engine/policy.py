@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from actors.engine.adapters import AdapterTable, as_tensors, check_receipt
-from actors.engine.sampling import Outputs, decoding_parameters, sampling_parameters
+from actors.engine.sampling import Outputs, parameters
 from actors.engine.start import (
     build_engine,
     load_weights,
@@ -67,6 +67,10 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 900.0
 REFRESH_TIMEOUT_S = 900.0
 CLOSE_TIMEOUT_S = 60.0
+
+_PLAINLY = Decoding()
+_SCORING = Sampling(0.0, 1, 0, "act")
+"""Of a request that scores its prompt: the one token that vLLM has to sample is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +172,8 @@ class VLLMPolicy:
         Raises EngineError for an adapter that is not installed, another policy version, token ids outside the
         vocabulary, a prompt that leaves no room in ``engine.max_model_tokens``, or a dead engine.
         """
-        parameters = sampling_parameters(
-            sampling.temperature, sampling.max_tokens, sampling.seed, self._stop, prompt_logprobs=False
-        )
-        output = await self._run(prompt_ids, parameters, adapter, sampling.kind)
+        plain = parameters(sampling, _PLAINLY, self._stop)
+        output = await self._run(prompt_ids, plain, adapter, sampling.kind)
         sampled = output.outputs[0]
         reason: FinishReason = "stop" if sampled.finish_reason == "stop" else "length"
         self._counters.generated_tokens += len(sampled.token_ids)
@@ -189,9 +191,9 @@ class VLLMPolicy:
         heard: Heard,
     ) -> Spoken:
         """Sample for a client, see actors/speech.py. Cancelling it aborts the request."""
-        parameters = decoding_parameters(sampling, decoding, self._stop)
+        asked = parameters(sampling, decoding, self._stop, as_it_comes=True)
         outputs = Outputs()
-        done = self._request(prompt_ids, parameters, adapter, sampling.kind, outputs.put)
+        done = self._request(prompt_ids, asked, adapter, sampling.kind, outputs.put)
         self._counters.prompt_tokens += len(prompt_ids)
         spoken = await outputs.listen(done, heard)
         self._counters.generated_tokens += len(spoken.generation.token_ids)
@@ -202,8 +204,8 @@ class VLLMPolicy:
 
         Raises EngineError as ``generate`` does.
         """
-        parameters = sampling_parameters(0.0, 1, 0, (), prompt_logprobs=True)
-        output = await self._run(token_ids, parameters, adapter, "receipt")
+        one_token = parameters(_SCORING, _PLAINLY, (), prompt_logprobs=True)
+        output = await self._run(token_ids, one_token, adapter, "receipt")
         return list(output.prompt_logprobs.logprobs)
 
     async def install(self, key: AdapterKey, weights: FastWeights, probe: Probe | None) -> None:

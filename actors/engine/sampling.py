@@ -14,46 +14,29 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from actors.protocols import EngineError
 from actors.speech import Decoding, Heard, RefusedError, Spoken
 from actors.types import FinishReason, Generation, Sampling
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
+_LEAST_LOGPROB = -9999.0
+"""Of a token that a mask leaves out: JSON has no -inf. vLLM's own server tells the same."""
 
-def sampling_parameters(
-    temperature: float, max_tokens: int, seed: int, stop_token_ids: tuple[int, ...], prompt_logprobs: bool
+
+def parameters(
+    sampling: Sampling,
+    decoding: Decoding,
+    stop_token_ids: tuple[int, ...],
+    *,
+    prompt_logprobs: bool = False,
+    as_it_comes: bool = False,
 ) -> SamplingParams:
-    """Plain sampling, ids in and ids out.
+    """vLLM's parameters, ids in and ids out. Raises RefusedError for values that vLLM does not take.
 
     ``prompt_logprobs`` turns the prefix cache off for the request: for receipts and tests only.
+    ``as_it_comes``: every step tells all tokens so far.
     """
-    from vllm import SamplingParams
-    from vllm.exceptions import VLLMClientError
-    from vllm.sampling_params import RequestOutputKind
-
-    try:
-        return SamplingParams(
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seed=seed % 2**63,
-            stop_token_ids=list(stop_token_ids),
-            ignore_eos=True,  # the stop tokens are ours alone
-            logprobs=0,
-            prompt_logprobs=0 if prompt_logprobs else None,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-    except (VLLMClientError, ValueError) as error:
-        raise EngineError(f"vLLM refuses the sampling settings: {error}") from error
-
-
-def decoding_parameters(
-    sampling: Sampling, decoding: Decoding, stop_token_ids: tuple[int, ...]
-) -> SamplingParams:
-    """vLLM's parameters for a client's reply. Raises RefusedError for values that vLLM does not take."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -75,9 +58,10 @@ def decoding_parameters(
             stop_token_ids=list(stop_token_ids),
             ignore_eos=True,  # the stop tokens are ours alone
             logprobs=decoding.top_logprobs,
+            prompt_logprobs=0 if prompt_logprobs else None,
             flat_logprobs=True,
             detokenize=False,
-            output_kind=RequestOutputKind.CUMULATIVE,
+            output_kind=RequestOutputKind.CUMULATIVE if as_it_comes else RequestOutputKind.FINAL_ONLY,
         )
     except (VLLMClientError, ValueError) as error:
         raise RefusedError(f"vLLM refuses the sampling settings: {error}") from error
@@ -117,9 +101,8 @@ class Outputs:
 def _spoken(ids: Sequence[int], flat: Any, reason: FinishReason) -> Spoken:
     """``flat``: vLLM's FlatLogprobs, at each place the sampled token first. It may be longer than ``ids``."""
     starts = flat.start_indices[: len(ids)]
-    generation = Generation(tuple(ids), tuple(flat.logprobs[start] for start in starts), reason)
+    told = [max(logprob, _LEAST_LOGPROB) for logprob in flat.logprobs]
+    generation = Generation(tuple(ids), tuple(told[start] for start in starts), reason)
     ranges = zip(starts, flat.end_indices, strict=False)
-    top = tuple(
-        tuple(zip(flat.token_ids[a + 1 : b], flat.logprobs[a + 1 : b], strict=True)) for a, b in ranges
-    )
+    top = tuple(tuple(zip(flat.token_ids[a + 1 : b], told[a + 1 : b], strict=True)) for a, b in ranges)
     return Spoken(generation, top)

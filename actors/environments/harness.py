@@ -13,7 +13,6 @@ The reward is what the harness gives at its end, or its answer against the task'
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -123,10 +122,7 @@ class HarnessSession:
         """The tool calls of a reply. Where one cannot be read, none: the harness gets the text as it is."""
         found = readable_calls(text, [tool.name for tool in self._tools]) if self._tools else ()
         start, self._called = self._called, self._called + len(found)
-        return tuple(
-            SaidCall(f"call_{number}", call.name, json.dumps(dict(call.arguments), ensure_ascii=False))
-            for number, call in enumerate(found, start)
-        )
+        return tuple(SaidCall.of(f"call_{number}", call) for number, call in enumerate(found, start))
 
     async def outcome(self) -> Outcome:
         """Wait for the harness's end, which comes soon: where it is not over yet, its turns are used up."""

@@ -55,7 +55,11 @@ class Protocol(H11Protocol):
         self._silent.pop(self.transport, None)  # so that the oldest comes first
         self._silent[self.transport] = self.loop.time() + HEADERS_S
         if len(self._silent) > MOST_SILENT:
-            next(iter(self._silent)).abort()
+            oldest = next(iter(self._silent))
+            del self._silent[
+                oldest
+            ]  # here, since its connection is lost only later: the next one counts them
+            oldest.abort()
         self.loop.call_later(HEADERS_S, self._close_if_late)
 
     def _close_if_late(self) -> None:

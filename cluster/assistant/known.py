@@ -56,11 +56,11 @@ class Known:
         self._lines: tuple[Line, ...] = ()
         self._standings: dict[int, Standing] = {}
 
-    def has(self, history: Sequence[Line]) -> bool:
-        """True for a history that is all of what was said, or ends where a kept turn began."""
+    def has(self, history: Sequence[Line], may_return: bool) -> bool:
+        """True for a history that is all of what was said, or that ends where one may return to."""
         size = len(history)
         is_known = self._whole and size > 0 and self._lines[:size] == tuple(history)
-        return is_known and (size == len(self._lines) or size in self._standings)
+        return is_known and (size == len(self._lines) or (may_return and size in self._standings))
 
     async def start(
         self,

@@ -45,7 +45,7 @@ class Metrics:
             "engram:request_seconds", "Time of an answered turn.", buckets=_SECONDS, registry=registry
         )
         self._running = Gauge("engram:turns_running", "Turns that run or wait.", registry=registry)
-        held = Gauge("engram:conversations", "Conversations in memory.", registry=registry)
+        held = Gauge("engram:conversations", "Conversations in memory that have a name.", registry=registry)
         held.set_function(conversations)
         up = Gauge("engram:engine_alive", "1 while the engine serves.", registry=registry)
         up.set_function(lambda: float(alive()))

@@ -5,7 +5,6 @@ The object ``engram`` of an answer is ours: which conversation, what was written
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -90,10 +89,7 @@ def summarize(record: WriteRecord) -> dict[str, Any]:
 
 def _said(request: ChatRequest, choice: Choice, chat: ChatFormat) -> SaidChoice:
     found = readable_calls(choice.text, request.manner.tools) if request.manner.tools else ()
-    calls = tuple(
-        SaidCall(new_id("call"), call.name, json.dumps(dict(call.arguments), ensure_ascii=False))
-        for call in found
-    )
+    calls = tuple(SaidCall.of(new_id("call"), call) for call in found)
     logprobs = _logprobs(choice, chat) if request.logprobs else None
     return SaidChoice(choice.text, choice.finish_reason, calls, logprobs)
 

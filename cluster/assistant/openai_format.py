@@ -27,9 +27,10 @@ MOST_CHOICES = 16
 _MOST_STOPS = 16
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or a digit"
-ANY_OBJECT = '{"type": "object"}'
+_ANY_OBJECT = '{"type": "object"}'
 _NUMBER = "a number, {} to {}"
-_CLOSED = ConfigDict(strict=True, frozen=True, extra="forbid")
+_TOKEN_ID = re.compile(r"[0-9]{1,9}")
+CLOSED = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -40,7 +41,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 class Message(history.Message):
     """One message of a request. The last fields come back from our own answers, as the client kept them."""
 
-    model_config = _CLOSED
+    model_config = CLOSED
 
     name: Annotated[object, only()] = None
     refusal: Annotated[object, only()] = None
@@ -52,7 +53,7 @@ class Message(history.Message):
 class Function(BaseModel):
     """A tool's function."""
 
-    model_config = _CLOSED
+    model_config = CLOSED
 
     name: str = Field(min_length=1, description="a text")
     description: str | None = Field(None, description="a text")
@@ -61,7 +62,7 @@ class Function(BaseModel):
 
 
 class _Tool(BaseModel):
-    model_config = _CLOSED
+    model_config = CLOSED
 
     type: Literal["function"] = Field(description="function")
     function: Function = Field(description="an object with name, description and parameters")
@@ -70,7 +71,7 @@ class _Tool(BaseModel):
 class JsonSchema(BaseModel):
     """A schema by name, as OpenAI has it."""
 
-    model_config = _CLOSED
+    model_config = CLOSED
 
     name: str = Field(description="a text")
     schema_: dict[str, Any] = Field(alias="schema", description="a JSON schema")
@@ -79,7 +80,7 @@ class JsonSchema(BaseModel):
 
 
 class _ResponseFormat(BaseModel):
-    model_config = _CLOSED
+    model_config = CLOSED
 
     type: Literal["text", "json_object", "json_schema"] = Field(
         description="text, json_object or json_schema"
@@ -90,7 +91,7 @@ class _ResponseFormat(BaseModel):
 class StreamOptions(BaseModel):
     """Of a request with stream: true."""
 
-    model_config = _CLOSED
+    model_config = CLOSED
 
     include_usage: bool | None = Field(None, description="true or false")
     include_obfuscation: Annotated[object, only(False)] = None
@@ -99,7 +100,7 @@ class StreamOptions(BaseModel):
 class Sampled(Body):
     """The sampling settings that every route takes. The last fields change nothing in an answer."""
 
-    model_config = _CLOSED
+    model_config = CLOSED
 
     conversation: object = None
     temperature: Number | None = Field(None, ge=0, le=2, description=_NUMBER.format(0, 2))
@@ -173,7 +174,6 @@ class ChatRequest:
     where that is more than ``max_tokens``.
     """
 
-    model: str
     conversation: str | None
     system_prompt: str | None
     history: tuple[Line, ...]
@@ -215,7 +215,6 @@ def chat_request(
     system_prompt, history, turns = _split(lines)
     limit, asked = config.sampling.max_answer_tokens, body.most_tokens
     return ChatRequest(
-        model=body.model or "",
         conversation=conversation,
         system_prompt=system_prompt,
         history=history,
@@ -247,7 +246,15 @@ def replied(text: str, calls: Iterable[tuple[str, str]]) -> Line:
     return Line("assistant", "\n".join([*filter(None, [text.strip()]), *written_calls(calls)]))
 
 
-def schema_text(schema: Mapping[str, Any]) -> str:
+def kept_schema(kind: str, schema: Mapping[str, Any] | None, place: str) -> str:
+    """The schema that a reply of this ``kind`` keeps to, as JSON; "" for any text. Raises RequestError."""
+    match kind:
+        case "text":
+            return ""
+        case "json_object":
+            return _ANY_OBJECT
+    if schema is None:
+        raise bad_value(f"{place} must be a JSON schema", place)
     return json.dumps(schema, ensure_ascii=False)
 
 
@@ -301,18 +308,13 @@ def _split(
 
 
 def _schema(wanted: _ResponseFormat | None) -> str:
-    if wanted is None or wanted.type == "text":
+    if wanted is None:
         return ""
-    if wanted.type == "json_object":
-        return ANY_OBJECT
-    if wanted.json_schema is None:
-        raise bad_value(
-            "response_format.json_schema must be an object with name and schema", "response_format"
-        )
-    return schema_text(wanted.json_schema.schema_)
+    schema = wanted.json_schema.schema_ if wanted.json_schema else None
+    return kept_schema(wanted.type, schema, "response_format.json_schema.schema")
 
 
 def _bias(token: str, value: float) -> tuple[int, float]:
-    if not token.isascii() or not token.isdigit() or not -100 <= value <= 100:
+    if not _TOKEN_ID.fullmatch(token) or not -100 <= value <= 100:
         raise bad_value("logit_bias must be numbers, -100 to 100, by token id", "logit_bias")
     return int(token), value

@@ -15,60 +15,67 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
 
 from actors.endpoint.answers import SaidCall, SaidChoice, new_id
-from actors.endpoint.requests import bad_value, checked, only
+from actors.endpoint.requests import Role, bad_value, checked, joined, only
 from cluster.assistant.known import Line
 from cluster.assistant.openai_answers import Answer
 from cluster.assistant.openai_format import (
-    ANY_OBJECT,
+    CLOSED,
     ChatRequest,
     Function,
     Sampled,
     as_tool,
     chat_request,
+    kept_schema,
     replied,
-    schema_text,
 )
-from cluster.assistant.routes import Service
+from cluster.assistant.routes import Service, named_by
 from cluster.assistant.streaming import Stream
 from configs.files import dump_json
 from configs.schema import RunConfig
 
-_CLOSED = ConfigDict(strict=True, frozen=True, extra="forbid")
-_TEXTS = ("input_text", "output_text", "text")
+
+def _of(*kinds: str) -> AfterValidator:
+    """Items of these ``kinds`` need the field, and no others may have it."""
+
+    def check(value: object, info: ValidationInfo) -> object:
+        kind = info.data.get("type")
+        if value is None and kind in kinds:
+            raise PydanticCustomError("missing", "is missing")
+        if value is not None and kind not in kinds:
+            raise PydanticCustomError("unsupported", f"is not a field of a {kind}: leave it out")
+        return value
+
+    return AfterValidator(check)
 
 
-def _joined(content: object) -> object:
-    """Text parts as one text, and half a surrogate pair replaced: no tokenizer takes it."""
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") in _TEXTS and isinstance(part.get("text"), str)
-        for part in content
-    ):
-        content = "\n".join(part["text"] for part in content)
-    return content.encode("utf-8", errors="replace").decode() if isinstance(content, str) else content
-
-
-_Said = Annotated[str, BeforeValidator(_joined)]
+_texts = joined("input_text", "output_text", "text")
 
 
 class _Item(BaseModel):
-    """An item of the input: a message, a call that was answered, or a call's result."""
+    """An item of the input: a message, a call that was answered, or a call's result.
 
-    model_config = _CLOSED
+    The last fields come back from our own answers.
+    """
+
+    model_config = ConfigDict(**CLOSED, validate_default=True)
 
     type: Literal["message", "function_call", "function_call_output"] = Field(
         "message", description="message, function_call or function_call_output"
     )
-    role: Literal["system", "developer", "user", "assistant"] | None = Field(
+    role: Annotated[Role | None, _of("message")] = Field(
         None, description="system, developer, user or assistant"
     )
-    content: _Said = Field("", description="text")
-    output: _Said = Field("", description="text")
-    name: str = Field("", description="a text")
-    arguments: str = Field("", description="JSON in a text")
-    call_id: object = None
+    content: Annotated[str | None, _texts, _of("message")] = Field(None, description="text")
+    name: Annotated[str | None, _of("function_call")] = Field(None, description="a text")
+    arguments: Annotated[str | None, _of("function_call")] = Field(None, description="JSON in a text")
+    call_id: Annotated[str | None, _of("function_call", "function_call_output")] = Field(
+        None, description="a text"
+    )
+    output: Annotated[str | None, _texts, _of("function_call_output")] = Field(None, description="text")
     id: object = None
     status: object = None
     phase: object = None
@@ -77,17 +84,17 @@ class _Item(BaseModel):
     def line(self) -> Line | str:
         match self.type:
             case "function_call":
-                return replied("", [(self.name, self.arguments)])
+                return replied("", [(self.name or "", self.arguments or "")])
             case "function_call_output":
-                return Line("tool", self.output.strip())
-        text = self.content.strip()
+                return Line("tool", (self.output or "").strip())
+        text = (self.content or "").strip()
         if self.role in ("system", "developer"):
             return text
         return Line("assistant" if self.role == "assistant" else "user", text)
 
 
 class _Format(BaseModel):
-    model_config = _CLOSED
+    model_config = CLOSED
 
     type: Literal["text", "json_object", "json_schema"] = Field(
         description="text, json_object or json_schema"
@@ -99,7 +106,7 @@ class _Format(BaseModel):
 
 
 class _Text(BaseModel):
-    model_config = _CLOSED
+    model_config = CLOSED
 
     format: _Format | None = Field(None, description="an object with a type")
     verbosity: Annotated[object, only("medium")] = None
@@ -110,7 +117,12 @@ class _Tool(Function):
 
 
 class _Body(Sampled):
-    input: str | list[_Item] = Field(description="a text, or a list of messages, calls and results")
+    input: Annotated[
+        list[_Item],
+        BeforeValidator(
+            lambda given: [{"role": "user", "content": given}] if isinstance(given, str) else given
+        ),
+    ] = Field(description="a text, or a list of messages, calls and results")
     instructions: str | None = Field(None, description="a text")
     max_output_tokens: int | None = Field(None, ge=1, description="a whole number, 1 or more")
     text: _Text | None = Field(None, description="an object with a format")
@@ -123,6 +135,7 @@ class _Body(Sampled):
     truncation: Annotated[object, only("disabled")] = None
     include: Annotated[object, only([])] = None
     reasoning: Annotated[object, only({})] = None
+    metadata: dict[str, str] | None = Field(None, description="an object of texts")
 
     @property
     def most_tokens(self) -> int | None:
@@ -132,21 +145,23 @@ class _Body(Sampled):
 def add_responses(routes: APIRouter, service: Service) -> None:
     @routes.post("/v1/responses")
     async def respond(request: Request) -> Response:
-        asked, stream = await service.chat(request, _parse)
-        form = _Form(service.name)
+        body = checked(_Body, await service.read(request))
+        asked = _asked(body, named_by(request), service.parts.opening.config)
+        stream = await service.chat(request, asked)
+        form = _Form(service.name, body)
         if asked.stream:
             return service.events(form.events(stream), stream)
         answer = await stream.whole()
         return Response(_json(form.response(answer)), media_type="application/json")
 
 
-def _parse(data: Mapping[str, Any], header: str | None, config: RunConfig) -> ChatRequest:
-    body = checked(_Body, data)
+def _asked(body: _Body, header: str | None, config: RunConfig) -> ChatRequest:
     tools = tuple(as_tool(tool) for tool in body.tools or () if body.tool_choice != "none")
-    lines = [Line("user", body.input)] if isinstance(body.input, str) else [item.line for item in body.input]
+    lines = [item.line for item in body.input]
     for place, line in enumerate(lines):
-        if isinstance(line, Line) and line.role == "user" and not line.text.strip():
-            raise bad_value(f"input[{place}] must be text that is not empty", "input")
+        if isinstance(line, Line) and line.role == "user" and not line.text:
+            where = f"input[{place}].content"
+            raise bad_value(f"{where} must be text that is not empty", where)
     told = [body.instructions.strip()] if body.instructions else []
     manner = body.manner(_schema(body.text), 0, tools)
     return chat_request(body, header, config, [*told, *lines], tools, manner, logprobs=False)
@@ -154,24 +169,27 @@ def _parse(data: Mapping[str, Any], header: str | None, config: RunConfig) -> Ch
 
 def _schema(text: _Text | None) -> str:
     wanted = text.format if text else None
-    if wanted is None or wanted.type == "text":
-        return ""
-    if wanted.type == "json_object":
-        return ANY_OBJECT
-    if wanted.schema_ is None:
-        raise bad_value("text.format.schema must be a JSON schema", "text.format.schema")
-    return schema_text(wanted.schema_)
+    return kept_schema(wanted.type, wanted.schema_, "text.format.schema") if wanted else ""
 
 
 class _Form:
     """One answer in OpenAI's form: a message if something is said, and an item for each call."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, body: _Body) -> None:
         self._message_id = new_id("msg")
-        self._head = {"id": new_id("resp"), "object": "response", "created_at": int(time.time())} | {
-            "model": model, "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "error": None,
-            "instructions": None, "metadata": {}, "store": False,
-        }  # fmt: skip
+        self._head = {
+            "id": new_id("resp"),
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": model,
+            "instructions": body.instructions,
+            "tools": [tool.model_dump() for tool in body.tools or ()],
+            "tool_choice": body.tool_choice or "auto",
+            "parallel_tool_calls": True,
+            "metadata": body.metadata or {},
+            "store": False,
+            "error": None,
+        }
         self._events = 0
 
     def response(self, answer: Answer) -> dict[str, Any]:

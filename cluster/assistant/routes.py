@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from actors.endpoint.answers import error_body, model_body, models_body
-from actors.endpoint.requests import RequestError, bad_value, read_json
+from actors.endpoint.requests import RequestError, bad_value, client_gone, read_json
 from cluster.assistant.conversation import Conversation
 from cluster.assistant.metrics import Metrics
 from cluster.assistant.openai_answers import Answer, completion, completion_events, summarize
@@ -34,14 +34,9 @@ from cluster.assistant.streaming import GoneError, Hear, Stream, unless_gone
 from cluster.assistant.tending import edit_memory, memory_body
 from cluster.assistant.turns import FAILURES, answer
 from configs.files import dump_json
-from configs.schema import RunConfig
 
 _EVENTS = "text/event-stream"
-_GONE = 499
-"""The status of a request whose client did not wait: nobody receives it, the metrics count it."""
-
 T = TypeVar("T")
-Parse = Callable[[dict[str, Any], str | None, RunConfig], ChatRequest]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,12 +48,27 @@ class Service:
     sessions: Sessions
     metrics: Metrics
 
+    def deadline(self) -> asyncio.Timeout:
+        """A context that ends with a TimeoutError when a request's time is over."""
+        return asyncio.timeout(self.parts.opening.config.assistant.request_timeout_s)
+
+    async def body(self, request: Request) -> dict[str, Any]:
+        """A JSON object that a client sends. Raises RequestError."""
+        limit = self.parts.opening.config.assistant.max_body_kib * 1024
+        kind = request.headers.get("content-type", "")
+        return await read_json(kind, request.stream(), limit, "assistant.max_body_kib")
+
+    async def find(self, name: str) -> Conversation:
+        """The conversation of a path, in memory or on the disk. Raises RequestError."""
+        conversation = await self.sessions.open(check_name(name, "conversation"))
+        if conversation is None:
+            raise _unknown(name)
+        return conversation
+
     async def read(self, request: Request) -> dict[str, Any]:
         """The body of a request to the model. Raises RequestError."""
-        settings = self.parts.opening.config.assistant
-        kind, limit = request.headers.get("content-type", ""), settings.max_body_kib * 1024
-        async with asyncio.timeout(settings.request_timeout_s):
-            data = await read_json(kind, request.stream(), limit, "assistant.max_body_kib")
+        async with self.deadline():
+            data = await self.body(request)
         if (model := data.get("model")) != self.name:
             message = f"the model {str(model)[:100]!r} is not served here; {self.name!r} is"
             raise RequestError(404, message, "model", "model_not_found")
@@ -71,15 +81,13 @@ class Service:
         limit_s = self.parts.opening.config.assistant.request_timeout_s
         return StreamingResponse(_guarded(events, stream, limit_s), media_type=_EVENTS)
 
-    async def chat(self, request: Request, parse: Parse) -> tuple[ChatRequest, Stream[Answer]]:
-        """Begin to answer a request, and wait until there is something to send."""
-        data = await self.read(request)
-        asked = parse(data, request.headers.get("x-conversation-id"), self.parts.opening.config)
+    async def chat(self, request: Request, asked: ChatRequest) -> Stream[Answer]:
+        """Begin to answer what is ``asked``, and wait until there is something to send."""
 
         def turn(hear: Hear) -> Coroutine[Any, Any, Answer]:
             return answer(asked, self.parts, self.sessions, self.metrics, hear)
 
-        return asked, await self.begin(request, turn, asked.stream)
+        return await self.begin(request, turn, asked.stream)
 
     async def begin(
         self, request: Request, work: Callable[[Hear], Coroutine[Any, Any, T]], streamed: bool | None
@@ -95,6 +103,11 @@ class Service:
             stream.leave()
             raise
         return stream
+
+
+def named_by(request: Request) -> str | None:
+    """The header that names a conversation."""
+    return request.headers.get("x-conversation-id")
 
 
 def add_models(routes: APIRouter, name: str) -> None:
@@ -113,7 +126,9 @@ def add_models(routes: APIRouter, name: str) -> None:
 def add_chat(routes: APIRouter, service: Service) -> None:
     @routes.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
-        asked, stream = await service.chat(request, parse_request)
+        data = await service.read(request)
+        asked = parse_request(data, named_by(request), service.parts.opening.config)
+        stream = await service.chat(request, asked)
         if asked.stream:
             return service.events(completion_events(service.name, asked, stream), stream)
         content = completion(service.name, await stream.whole())
@@ -121,25 +136,18 @@ def add_chat(routes: APIRouter, service: Service) -> None:
 
 
 def add_memories(routes: APIRouter, service: Service) -> None:
-    sessions, settings = service.sessions, service.parts.opening.config.assistant
-
-    async def known(name: str) -> Conversation:
-        conversation = await sessions.open(check_name(name, "conversation"))
-        if conversation is None:
-            raise RequestError(404, f"there is no conversation {name}", "conversation", "not_found")
-        return conversation
-
     @routes.get("/v1/conversations/{name}/memory")
     async def memory(name: str) -> Response:
-        return JSONResponse({"id": name} | memory_body(await known(name)))
+        async with service.deadline():
+            listed = memory_body(await service.find(name))
+        return JSONResponse({"id": name} | listed)
 
     @routes.patch("/v1/conversations/{name}/memory")
     async def tend(name: str, request: Request) -> Response:
-        kind, limit = request.headers.get("content-type", ""), settings.max_body_kib * 1024
-        async with asyncio.timeout(settings.request_timeout_s):
-            data = await read_json(kind, request.stream(), limit, "assistant.max_body_kib")
-            await known(name)
-            async with sessions.turn(name, None) as (conversation, _):
+        async with service.deadline():
+            data = await service.body(request)
+            await service.find(name)
+            async with service.sessions.turn(name, None) as (conversation, _):
                 try:
                     tended = await edit_memory(conversation, data)
                 except AssistantError as error:
@@ -147,7 +155,9 @@ def add_memories(routes: APIRouter, service: Service) -> None:
         return JSONResponse({"id": name} | tended)
 
 
-def add_conversations(routes: APIRouter, sessions: Sessions) -> None:
+def add_conversations(routes: APIRouter, service: Service) -> None:
+    sessions = service.sessions
+
     @routes.get("/v1/conversations")
     async def every() -> Response:
         held = [{"id": name, "in_memory": here} for name, here in sorted(sessions.names().items())]
@@ -155,9 +165,8 @@ def add_conversations(routes: APIRouter, sessions: Sessions) -> None:
 
     @routes.get("/v1/conversations/{name}")
     async def look(name: str) -> Response:
-        conversation = await sessions.open(check_name(name, "conversation"))
-        if conversation is None:
-            raise RequestError(404, f"there is no conversation {name}", "conversation", "not_found")
+        async with service.deadline():
+            conversation = await service.find(name)
         state = {
             "id": name,
             "revision": conversation.revision,
@@ -169,8 +178,12 @@ def add_conversations(routes: APIRouter, sessions: Sessions) -> None:
     @routes.delete("/v1/conversations/{name}")
     async def forget(name: str) -> Response:
         if not await sessions.forget(check_name(name, "conversation")):
-            raise RequestError(404, f"there is no conversation {name}", "conversation", "not_found")
+            raise _unknown(name)
         return JSONResponse({"id": name, "deleted": True})
+
+
+def _unknown(name: str) -> RequestError:
+    return RequestError(404, f"there is no conversation {name}", "conversation", "not_found")
 
 
 async def _guarded(events: AsyncIterator[str], stream: Stream[Any], limit_s: float) -> AsyncIterator[str]:
@@ -204,7 +217,7 @@ def _described(error: Exception, limit_s: float) -> tuple[int, str, str | None, 
         case RequestError(status=status, message=message, param=param, code=code):
             return status, message, param, code
         case GoneError():
-            return _GONE, "the client has gone", None, "client_gone"
+            return _described(client_gone(), limit_s)
         case BusyError():
             return 429, str(error), None, "too_many_conversations"
         case FullError():

@@ -110,7 +110,7 @@ def build_app(parts: Parts, sessions: Sessions, key: str, host: str = "127.0.0.1
     add_chat(protected, service)
     add_responses(protected, service)
     add_completions(protected, service)
-    add_conversations(protected, sessions)
+    add_conversations(protected, service)
     add_memories(protected, service)
     _add_state(app, protected, service)
     app.include_router(protected)

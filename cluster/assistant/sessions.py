@@ -78,15 +78,20 @@ class Sessions:
 
     @asynccontextmanager
     async def turn(
-        self, name: str | None, system_prompt: str | None, history: Sequence[Line] = ()
+        self,
+        name: str | None,
+        system_prompt: str | None,
+        history: Sequence[Line] = (),
+        looks_only: bool = False,
     ) -> AsyncIterator[tuple[Conversation, bool]]:
         """Give the block the conversation for itself, and whether it is new.
 
         Without a ``name`` it is the conversation in which ``history`` was said, or a new one. It is
         forgotten when it is put away. A new conversation gets ``system_prompt`` (None: the model's own). If
-        its first turn fails, it is dropped. Raises BusyError; FullError for a new name where the bounds of
-        ``save_dir`` leave no room; AssistantError for a damaged save, and if the conversation that must make
-        room cannot be saved.
+        its first turn fails, it is dropped. A block that ``looks_only`` is not saved.
+
+        Raises BusyError; FullError for a new name where the bounds of ``save_dir`` leave no room;
+        AssistantError for a damaged save, and if the conversation that must make room cannot be saved.
         """
         await self._put_away_idle()
         key = name or self._going_on(system_prompt, history) or f"~{next(self._anonymous)}"
@@ -101,12 +106,13 @@ class Sessions:
         entry.users += 1
         try:
             async with entry.lock, self._slots:
+                rebuilt = None
                 if not entry.begun and name is not None and (saved := self._saved.find(name)) is not None:
-                    await entry.conversation.load(saved)
+                    rebuilt = await entry.conversation.load(saved)
                     entry.begun = True
                 yield entry.conversation, not entry.begun
-                entry.begun = True
-                if name is not None:
+                entry.begun = entry.begun or not looks_only  # it may be deleted since it was seen
+                if name is not None and (rebuilt is not None or not looks_only):
                     self._save(name, entry)
         finally:
             entry.users -= 1
@@ -122,7 +128,7 @@ class Sessions:
     async def open(self, name: str) -> Conversation | None:
         """The conversation, from the disk if it is not in memory; None if it is nowhere."""
         if self.look(name) is None and self._saved.find(name) is not None:
-            async with self.turn(name, None):
+            async with self.turn(name, None, looks_only=True):
                 pass
         return self.look(name)
 
@@ -176,11 +182,16 @@ class Sessions:
         return sorted(idle, key=lambda name: (not _is_anonymous(name), self._entries[name].last_used))
 
     def _going_on(self, system_prompt: str | None, history: Sequence[Line]) -> str | None:
-        """The conversation without a name in which ``history`` was said. Only who knows it all finds it."""
+        """The conversation without a name in which ``history`` was said. Only who knows it all finds it.
+
+        Where no conversation may go back, it must be all of what was said.
+        """
+        may_return = self._settings.edited_history == "return"
         prompt = self._parts.opening.system_prompt if system_prompt is None else system_prompt
         for name, entry in self._entries.items():
             idle = _is_anonymous(name) and entry.begun and entry.users == 0
-            if idle and entry.conversation.system_prompt == prompt and entry.conversation.known.has(history):
+            talk = entry.conversation
+            if idle and talk.system_prompt == prompt and talk.known.has(history, may_return):
                 return name
         return None
 

@@ -297,6 +297,7 @@ def test_log_probs_are_those_of_the_reply_without_its_stop_token(parts: Parts, c
         ({"logprobs": 0}, 400, "logprobs must be true or false"),
         ({"top_logprobs": 2}, 400, "top_logprobs needs logprobs: true"),
         ({"logit_bias": {"x": 1}}, 400, "logit_bias must be numbers, -100 to 100, by token id"),
+        ({"logit_bias": {"9" * 10: 1}}, 400, "logit_bias must be numbers, -100 to 100, by token id"),
         ({"tools": [{}]}, 400, "tools[0]"),
         ({"tool_choice": "required"}, 400, "tool_choice must be auto or none"),
         (
@@ -304,7 +305,11 @@ def test_log_probs_are_those_of_the_reply_without_its_stop_token(parts: Parts, c
             400,
             "response_format.type must be text, json_object or json_schema",
         ),
-        ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema must be an object"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            400,
+            "response_format.json_schema.schema must be a JSON schema",
+        ),
         ({"functions": [{}]}, 400, "functions is not supported: leave it out, or give []"),
         ({"chat_template_kwargs": {}}, 400, "chat_template_kwargs is not supported: leave it out"),
         ({"best_of": 2}, 400, "best_of is not supported: leave it out"),
@@ -382,6 +387,64 @@ def test_tools_may_change_within_a_conversation(parts: Parts, engine: Engine) ->
         assert engine.asked.count("Where?") == 2
 
 
+# --- half a character -----------------------------------------------------------------------------------
+
+HALF = "Nora \ud83d lives"  # JSON can spell it; no tokenizer takes it, and no answer can hold it
+WHOLE = "Nora \ufffd lives"
+
+
+def half_a_call(text: str) -> dict[str, object]:
+    function = {"name": "price", "arguments": json.dumps({"item": text}, ensure_ascii=False)}
+    return {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+
+
+@pytest.mark.parametrize(
+    ("route", "given"),
+    [
+        (CHAT, body(HALF)),
+        (CHAT, body({"role": "user", "content": [{"type": "text", "text": HALF}]})),
+        (CHAT, body({"role": "system", "content": HALF}, "Who?")),
+        (CHAT, body("Who?", half_a_call(HALF), {"role": "tool", "content": "9", "tool_call_id": "1"})),
+        (CHAT, body(tools=[{"type": "function", "function": {**PRICE, "description": HALF}}])),
+        (CHAT, body(tools=[{"type": "function", "function": {**PRICE, "parameters": {HALF: [HALF]}}}])),
+        ("/v1/responses", {"model": "tiny", "input": HALF}),
+        ("/v1/responses", {"model": "tiny", "input": "Who?", "instructions": HALF}),
+        (
+            "/v1/responses",
+            {"model": "tiny", "input": "Who?", "tools": [{"type": "function", **PRICE, "description": HALF}]},
+        ),
+        ("/v1/completions", {"model": "tiny", "prompt": HALF}),
+    ],
+)
+def test_half_a_character_is_read_as_one_that_is_unknown(
+    parts: Parts, engine: Engine, route: str, given: dict[str, object]
+) -> None:
+    with serving(parts) as client:
+        answered = client.post(route, content=json.dumps(given), headers={"Content-Type": "application/json"})
+    assert answered.status_code == 200, answered.text
+    assert WHOLE in engine.asked
+
+
+def test_half_a_character_in_a_call_of_the_models_is_told_as_one_that_is_unknown(
+    parts: Parts, engine: Engine
+) -> None:
+    engine.text = '<tool_call>{"name": "price", "arguments": {"item": "é \\ud83d"}}</tool_call>'
+    with serving(parts) as client:
+        (choice,) = said(client, body(tools=TOOLS))["choices"]
+        _, given = streamed(client, body(tools=TOOLS))
+        tool = {"type": "function", **PRICE}
+        called = client.post("/v1/responses", json={"model": "tiny", "input": "Who?", "tools": [tool]})
+    told = [choice["message"]["tool_calls"][0]["function"]["arguments"]]
+    told += [
+        c["delta"]["tool_calls"][0]["function"]["arguments"]
+        for event in given
+        for c in event["choices"]
+        if "tool_calls" in c["delta"]
+    ]
+    told += [called.json()["output"][0]["arguments"]]
+    assert told == ['{"item": "é \ufffd"}'] * 3
+
+
 # --- what fails -----------------------------------------------------------------------------------------
 
 
@@ -431,6 +494,30 @@ def test_a_key_a_content_type_and_a_deadline_are_kept(parts: Parts, engine: Engi
         engine._delay_s, engine.step_s, engine.text = 0.0, 0.1, "one two three four"
         broken = client.post(CHAT, json=body(stream=True)).text
     assert json.loads(broken.strip().split("\n\n")[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+
+
+def test_a_client_that_goes_while_its_body_is_read_is_counted_as_gone(parts: Parts) -> None:
+    async def story() -> int:
+        async def receive() -> dict[str, Any]:
+            return next(received)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        received = iter(
+            ({"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"})
+        )
+        sent: list[dict[str, Any]] = []
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b""}
+        await app(scope, receive, send)
+        return int(sent[0]["status"])
+
+    app = build_app(parts, Sessions(parts, 2), "")
+    assert asyncio.run(story()) == 499
+    with TestClient(app, base_url="http://localhost") as client:
+        figures = client.get("/metrics").text
+    assert f'engram:requests_total{{route="{CHAT}",status="499"}} 1.0' in figures
 
 
 @pytest.mark.parametrize(
@@ -540,6 +627,55 @@ def test_an_edited_history_is_refused_where_that_is_wanted(parts: Parts) -> None
     assert again.status_code == 409 and "assistant.edited_history=return" in again.json()["error"]["message"]
 
 
+def test_where_edits_are_refused_a_request_that_names_nothing_begins_anew(
+    parts: Parts, engine: Engine
+) -> None:
+    with serving(limited(parts, edited_history="refuse")) as client:
+        for text, messages, new in (
+            ("Lisbon.", ["Where?"], True),
+            ("High up.", ["Where?", says("Lisbon."), "Where there?"], False),
+            ("By the river.", ["Where?", says("Lisbon."), "Where there?"], True),  # the newest turn again
+            ("Why?", ["Where?", says("Lisbon."), "Thanks."], True),  # another branch
+            ("Long.", ["Where?", says("Lisbon."), "Where there?", says("High up."), "How long?"], False),
+        ):
+            engine.text = text
+            assert said(client, body(*messages))["engram"]["new"] is new, messages
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_who_only_looks_saves_nothing_and_waits_no_longer_than_others(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*_: object) -> None:
+        await asyncio.sleep(60)
+
+    kept = limited(parts, save_dir=str(tmp_path), request_timeout_s=0.5)
+    with serving(kept) as client:
+        said(client, body("old " * 180, conversation="a"))
+    before = files_of(tmp_path)
+    for route in ("/v1/conversations/a", "/v1/conversations/a/memory"):
+        with serving(kept) as client:
+            assert client.get(route).json()["id"] == "a"
+            assert client.get(route.replace("/a", "/b")).status_code == 404
+        assert files_of(tmp_path) == before
+        with monkeypatch.context() as patched, serving(kept) as client:
+            patched.setattr(Conversation, "load", never)
+            assert client.get(route).json()["error"]["code"] == "timeout"
+
+
+def test_looking_for_a_conversation_does_not_begin_one(parts: Parts, tmp_path: Path) -> None:
+    async def story() -> None:
+        sessions = Sessions(limited(parts, save_dir=str(tmp_path)), 2)
+        async with sessions.turn("a", None, looks_only=True):  # as if it was deleted since it was seen
+            pass
+        assert sessions.look("a") is None and sessions.names() == {}
+
+    asyncio.run(story())
+
+
 def test_conversations_are_listed_read_and_deleted_on_the_disk_too(parts: Parts, tmp_path: Path) -> None:
     kept = limited(parts, save_dir=str(tmp_path))
     with serving(kept) as client:
@@ -593,6 +729,73 @@ def test_responses_are_openais(parts: Parts, engine: Engine) -> None:
         assert "9 euro" in engine.asked
         refused = respond(input="Who?", previous_response_id="resp_1")["error"]["message"]
     assert refused == "previous_response_id is not supported: leave it out"
+
+
+ITEMS = "message, function_call or function_call_output"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"input": 5}, "input must be a text, or a list of messages, calls and results"),
+        ({"input": [5]}, "input[0] must be an object"),
+        ({"input": " "}, "input[0].content must be text that is not empty"),
+        ({"input": [{"type": "reasoning"}]}, f"input[0].type must be {ITEMS}"),
+        ({"input": [{"content": "Who?"}]}, "input[0].role must be system, developer, user or assistant"),
+        ({"input": [{"role": "user"}]}, "input[0].content must be text"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "input[0].content must be text",
+        ),
+        (
+            {"input": [{"role": "user", "content": "x", "mood": 1}]},
+            "input[0].mood is not supported: leave it out",
+        ),
+        (
+            {"input": [{"role": "user", "content": "x", "output": "y"}]},
+            "input[0].output is not a field of a message: leave it out",
+        ),
+        (
+            {"input": [{"type": "function_call", "call_id": "1", "arguments": "{}"}]},
+            "input[0].name must be a text",
+        ),
+        (
+            {"input": [{"type": "function_call", "call_id": "1", "name": "price"}]},
+            "input[0].arguments must be JSON in a text",
+        ),
+        (
+            {"input": [{"type": "function_call", "name": "price", "arguments": "{}"}]},
+            "input[0].call_id must be a text",
+        ),
+        ({"input": [{"type": "function_call_output", "call_id": "1"}]}, "input[0].output must be text"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema must be a JSON schema"),
+        ({"metadata": {"a": 1}}, "metadata"),
+    ],
+)
+def test_a_bad_response_request_names_the_place(
+    parts: Parts, given: dict[str, object], expected: str
+) -> None:
+    with serving(parts) as client:
+        answered = client.post("/v1/responses", json={"model": "tiny", "input": "Who?", **given})
+    assert answered.status_code == 400 and answered.json()["error"]["message"].startswith(expected)
+
+
+def test_a_response_tells_what_was_asked_and_a_text_is_read_without_its_margins(
+    parts: Parts, engine: Engine
+) -> None:
+    tool = {"type": "function", **PRICE}
+    told = {"instructions": "Be kind.", "metadata": {"a": "b"}, "tool_choice": "none", "tools": [tool]}
+    with serving(parts) as client:
+        plain = client.post("/v1/responses", json={"model": "tiny", "input": " Who? \n"})
+        alike = engine.asked
+        listed = client.post(
+            "/v1/responses", json={"model": "tiny", "input": [{"role": "user", "content": "Who?"}]}
+        )
+        assert alike == engine.asked and listed.status_code == 200
+        answered = client.post("/v1/responses", json={"model": "tiny", "input": "Who?", **told}).json()
+    assert Response.model_validate(answered).metadata == {"a": "b"}
+    assert {name: answered[name] for name in told} == told | {"tools": [{**tool, "strict": None}]}
+    assert (plain.json()["tool_choice"], plain.json()["tools"], plain.json()["metadata"]) == ("auto", [], {})
 
 
 def test_completions_continue_a_plain_text(parts: Parts, engine: Engine) -> None:

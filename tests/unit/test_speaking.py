@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.outputs import LogprobsLists
 
-from actors.engine.sampling import Outputs, decoding_parameters
+from actors.engine.sampling import Outputs, parameters
 from actors.engine.step_loop import StepLoop
 from actors.speech import Decoding, RefusedError, Spoken
 from actors.types import Sampling
@@ -24,10 +25,14 @@ TOKENS = (11, 12, 13, 14)
 
 
 class Typist:
-    """An engine that gives one token of TOKENS a step, with the log-probs -0.1, -0.2, ..."""
+    """An engine that gives one token of TOKENS a step, with the log-probs -0.1, -0.2, ...
 
-    def __init__(self) -> None:
+    The runner-up is 99. ``masked``: nothing else may be said, so its log-prob is -inf.
+    """
+
+    def __init__(self, masked: bool = False) -> None:
         self.aborted: list[str] = []
+        self._other = float("-inf") if masked else -5.0
         self._said: dict[str, int] = {}
         self._processor = OutputProcessor(None, log_stats=False)
 
@@ -46,7 +51,7 @@ class Typist:
         for name, place in [*self._said.items()]:
             token, value = TOKENS[place], -0.1 * (place + 1)
             told = LogprobsLists(
-                np.array([[token, token, 99]]), np.array([[value, value, -5.0]]), np.array([1])
+                np.array([[token, token, 99]]), np.array([[value, value, self._other]]), np.array([1])
             )
             ended = place == len(TOKENS) - 1
             outputs.append(
@@ -67,7 +72,7 @@ class Typist:
 
 async def speak(engine: Typist, heard: list[tuple[int, ...]], end_after: int = 99) -> Spoken:
     loop: StepLoop[Typist] = StepLoop("the engine", lambda: engine, lambda _: None, start_timeout_s=30)
-    parameters = decoding_parameters(SAMPLING, Decoding(top_logprobs=2), (14,))
+    asked = parameters(SAMPLING, Decoding(top_logprobs=2), (14,), as_it_comes=True)
 
     def hear(ids: Sequence[int]) -> bool:
         heard.append(tuple(ids))
@@ -75,7 +80,7 @@ async def speak(engine: Typist, heard: list[tuple[int, ...]], end_after: int = 9
 
     try:
         outputs = Outputs()
-        done = loop.request("a", "x", "act", 2, lambda e: e.add("a", parameters), outputs.put)
+        done = loop.request("a", "x", "act", 2, lambda e: e.add("a", asked), outputs.put)
         return await outputs.listen(done, hear)
     finally:
         await asyncio.sleep(0)  # so that a cancelled wait reaches the step loop
@@ -91,6 +96,12 @@ def test_every_step_is_heard_and_the_whole_comes_at_the_end() -> None:
     assert (generation.token_ids, generation.finish_reason) == (TOKENS, "stop")
     assert generation.logprobs == pytest.approx((-0.1, -0.2, -0.3, -0.4))
     assert spoken.top[1] == ((12, pytest.approx(-0.2)), (99, -5.0))
+
+
+def test_what_a_mask_leaves_out_has_a_log_prob_that_json_can_hold() -> None:
+    spoken = asyncio.run(speak(Typist(masked=True), []))
+    assert [likely[1] for likely in spoken.top] == [(99, -9999.0)] * len(TOKENS)
+    json.dumps(spoken.top, allow_nan=False)
 
 
 def test_a_listener_that_has_heard_enough_ends_the_request() -> None:
@@ -120,7 +131,7 @@ def test_a_listener_that_is_cancelled_aborts_the_request() -> None:
 
 def test_every_setting_reaches_vllm() -> None:
     asked = Decoding(0.5, 7, 0.1, 0.2, 0.3, 1.2, ((17, -100.0),), 3, '{"type": "object"}')
-    given = decoding_parameters(SAMPLING, asked, (14,))
+    given = parameters(SAMPLING, asked, (14,))
     assert (given.temperature, given.max_tokens, given.seed) == (0.7, 16, 5)
     assert (given.top_p, given.top_k, given.min_p) == (0.5, 7, 0.1)
     penalties = (given.presence_penalty, given.frequency_penalty, given.repetition_penalty)
@@ -128,4 +139,4 @@ def test_every_setting_reaches_vllm() -> None:
     assert (given.logit_bias, given.logprobs, given.stop_token_ids) == ({17: -100.0}, 3, [14])
     assert given.structured_outputs is not None and given.structured_outputs.json == '{"type": "object"}'
     with pytest.raises(RefusedError, match="vLLM refuses"):
-        decoding_parameters(SAMPLING, Decoding(top_p=2.0), ())
+        parameters(SAMPLING, Decoding(top_p=2.0), ())
