@@ -172,7 +172,7 @@ class AssistantConfig:
     max_body_kib: int = 256  # of one request to serve
     request_timeout_s: float = 300.0  # of one request to serve, with the wait for its turn
     # what serve does with a resent history that is not what was said: return (go back to where it still was,
-    # with the fast weights of that time, and answer from there) or refuse (409)
+    # with the fast weights of that time, and answer from there) or refuse (409; without a name: begin anew)
     edited_history: Literal["return", "refuse"] = "return"
     # names by which clients may call serve, besides addresses, localhost and this machine's own name
     hosts: tuple[str, ...] = ()

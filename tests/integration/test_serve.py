@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from openai.types.chat import ChatCompletionMessageParam
 from openai.types.chat.chat_completion import Choice
 
 from actors.types import Flashcard
+from cluster.assistant.connections import MOST_SILENT
 from cluster.assistant.memory_file import SavedMemory, load_memory, save_memory
 from cluster.assistant.opening import prepare_opening
 from tests.integration.assistant_cases import write_cards, write_run
@@ -103,6 +105,8 @@ def test_the_settings_of_a_request_reach_the_engine(served: tuple[str, subproces
     schema: Any = {"type": "json_schema", "json_schema": {"name": "city", "schema": choices}}
     kept = say(response_format=schema)
     assert json.loads(kept.message.content or "") in choices["enum"] and kept.finish_reason == "stop"
+    least = say(response_format=schema, logprobs=True, top_logprobs=5).logprobs  # a mask leaves fewer than 5
+    assert least and min(top.logprob for token in least.content or () for top in token.top_logprobs) == -9999
     for wrong in ({"type": "string", "pattern": "("}, {"type": "colour"}):
         schema["json_schema"]["schema"] = wrong
         with pytest.raises(openai.BadRequestError):
@@ -149,6 +153,11 @@ def test_a_stream_comes_as_it_is_sampled_and_a_client_that_goes_leaves_nothing(
     assert 'status="499"' in figures and "engram:time_to_first_token_seconds_count" in figures
 
 
+def is_open(connection: socket.socket) -> bool:
+    """True if nothing can be read: neither an end nor an answer."""
+    return not select.select([connection], [], [], 0)[0]
+
+
 def test_half_open_connections_and_foreign_hosts_stop_nobody(
     served: tuple[str, subprocess.Popen[str]],
 ) -> None:
@@ -159,6 +168,9 @@ def test_half_open_connections_and_foreign_hosts_stop_nobody(
             with suppress(OSError):
                 connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nX-Slow: ")
         assert httpx.get(f"http://{host}:{port}/health", timeout=30).status_code == 200
+        still_open = [place for place, connection in enumerate(half_open) if is_open(connection)]
+        assert MOST_SILENT - 10 < len(still_open) <= MOST_SILENT, len(still_open)
+        assert still_open == [*range(600 - len(still_open), 600)]  # the oldest were closed
     finally:
         for connection in half_open:
             connection.close()

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import select
+import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import uvicorn
 from fastapi.testclient import TestClient
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
+from uvicorn.server import ServerState
 
 from actors.endpoint.answers import SaidChoice
 from actors.endpoint.requests import RequestError
@@ -26,6 +30,7 @@ from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import render_flashcards
 from actors.types import AdapterKey, Flashcard, Generation, Sampling
 from cluster.assistant.answering import Manner
+from cluster.assistant.connections import MOST_SILENT, Protocol
 from cluster.assistant.conversation import Conversation
 from cluster.assistant.metrics import Metrics
 from cluster.assistant.openai_answers import Chunks
@@ -534,6 +539,32 @@ def test_a_client_that_goes_while_its_body_is_read_is_counted_as_gone(parts: Par
 def test_a_host_that_a_web_page_could_rebind_is_refused(parts: Parts, host: str, status: int) -> None:
     with serving(limited(parts, hosts=("lab",))) as client:
         assert client.get("/health", headers={"Host": host}).status_code == status
+
+
+def test_of_many_connections_at_once_the_oldest_are_closed() -> None:
+    """All wait before the server looks, so that it takes them in one step of its loop."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("nobody has asked anything")
+
+    async def story() -> list[int]:
+        config = uvicorn.Config(app, lifespan="off", log_config=None)
+        config.load()
+        state, loop = ServerState(), asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0), backlog=1024) as listening, ExitStack() as clients:
+            silent = [
+                clients.enter_context(socket.create_connection(listening.getsockname()))
+                for _ in range(MOST_SILENT + 50)
+            ]
+            server = await loop.create_server(
+                lambda: Protocol(config, state, {}), sock=listening, backlog=1024
+            )
+            async with asyncio.timeout(30), server:
+                while len(state.connections) != MOST_SILENT or not select.select(silent[:1], [], [], 0)[0]:
+                    await asyncio.sleep(0.01)
+                return [place for place, one in enumerate(silent) if not select.select([one], [], [], 0)[0]]
+
+    assert asyncio.run(story()) == [*range(50, MOST_SILENT + 50)]
 
 
 def test_the_figures_are_prometheus(parts: Parts) -> None:
