@@ -359,7 +359,7 @@ def _status_of(error: Exception) -> int | None:
     from actors.text.chat_template import ChatTemplateError
     from cluster.assistant.opening import AssistantError
     from cluster.bench.values import BenchError
-    from cluster.common.errors import CheckpointError, ClusterError
+    from cluster.common.errors import AllFailed, CheckpointError, ClusterError, MachineError
     from cluster.inspection.record import RecordError
     from cluster.probe.values import ProbeError
     from cluster.runs.wanted_workers import ScaleError
@@ -368,8 +368,9 @@ def _status_of(error: Exception) -> int | None:
     from learner.types import LearnerError
 
     files = CheckpointError | RecordError
+    again = MachineError | AllFailed  # another start would meet it too: --supervise ends
     parts = TaskError | ModelError | ChatTemplateError | ExtensionError
-    if isinstance(error, files | parts | AssistantError | ProbeError | ScaleError):
+    if isinstance(error, files | again | parts | AssistantError | ProbeError | ScaleError):
         return EXIT_USAGE
     writes = EngineError | ReceiptError | WriterError
     failures = ClusterError | BasisError | writes | LearnerError | BenchError

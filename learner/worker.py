@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,8 @@ from learner.types import LearnerError, LearnerLost, StepReport, WarmStartReport
 
 if TYPE_CHECKING:
     from learner.learner import Learner
+
+_SLICE_S = 5.0  # of a wait
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class LearnerGroup:
 
         None: from the weights that the run began with. ``lost_versions``: see LearnerSpec.
         """
+        self._require_open()
         self._kill()
         self._spec = replace(self._spec, lost_versions=lost_versions)
         try:
@@ -175,6 +177,7 @@ class LearnerGroup:
             raise
 
     def _start(self) -> None:
+        self._require_open()  # where Ray has ended, put would start another one
         reference = ray.put(self._spec)
         with self._closing:  # another thread may close the group
             self._require_open()
@@ -252,7 +255,7 @@ class LearnerGroup:
     def _lost(self, groups: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> bool:
         """Return whether one of ``groups`` was lost with the node that held it."""
         calls = [actor.hold.remote(*groups) for actor in self._actors]
-        self._wait(calls, "hold", time.monotonic() + self._timeout, self._timeout)
+        self._wait(calls, "hold", self._timeout, raises=False)
         try:
             ray.get(calls, timeout=self._timeout)
         except RayTaskError as error:
@@ -263,10 +266,20 @@ class LearnerGroup:
             self._raise_failure(calls, "hold")
         return False
 
-    def _wait(self, calls: list[Any], verb: str, deadline: float, timeout: float) -> None:
-        _, pending = ray.wait(
-            calls, num_returns=len(calls), timeout=max(0.0, deadline - time.monotonic()), fetch_local=False
-        )
+    def _wait(self, calls: list[Any], verb: str, timeout: float, raises: bool) -> None:
+        """Wait until all ranks have answered. Raises LearnerLost after ``timeout`` of running time.
+
+        With ``raises`` the failure of a rank is raised at once: the others may wait for that rank. It waits
+        in slices: a driver that was stopped (Ctrl-Z, a paused machine) goes on with the time that was left.
+        """
+        pending, left = calls, timeout
+        while pending and left > 0:
+            part = min(_SLICE_S, left)
+            done, pending = ray.wait(pending, timeout=part, fetch_local=False)
+            if not done:
+                left -= part
+            if raises:
+                self._raise_failure(done, verb)
         if pending:
             late = [rank for rank, call in enumerate(calls) if call in pending]
             cluster = ray.cluster_resources()
@@ -277,12 +290,7 @@ class LearnerGroup:
             )
 
     def _get(self, calls: list[Any], verb: str, timeout: float) -> list[Any]:
-        deadline = time.monotonic() + timeout
-        # A rank that failed leaves the others waiting for it: raise its error before all have answered.
-        done, _ = ray.wait(calls, num_returns=1, timeout=timeout, fetch_local=False)
-        self._raise_failure(done, verb)
-        self._wait(calls, verb, deadline, timeout)
-        self._raise_failure(calls, verb)
+        self._wait(calls, verb, timeout, raises=True)
         return ray.get(calls, timeout=timeout)
 
     def _raise_failure(self, calls: list[Any], verb: str) -> None:

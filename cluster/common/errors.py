@@ -16,6 +16,10 @@ class StartupError(ClusterError):
     """Ray, a rollout worker or the learner did not start. Names what was asked for, and what there is."""
 
 
+class MachineError(StartupError):
+    """The run asks for more than this machine has, and will ask for it again."""
+
+
 class WorkerLost(ClusterError):
     """A rollout worker died, or did not answer within its deadline."""
 
@@ -26,6 +30,14 @@ class WorkerDied(WorkerLost):
     def __init__(self, message: str, whom: str) -> None:
         super().__init__(message)
         self.whom = whom
+
+
+class WeightsLost(ClusterError):
+    """The weights of ``version`` were lost with the learner's node. Nothing else has them."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"the weights of version {version} were lost with the learner's node")
+        self.version = version
 
 
 class FleetError(ClusterError):

@@ -23,7 +23,8 @@ from actors.engine.step_loop import PHASES
 from actors.types import PolicyVersion
 from actors.worker import WorkerReport
 from cluster.common.backoff import backoff_s
-from cluster.common.errors import ClusterError, FleetError
+from cluster.common.errors import ClusterError, FleetError, WeightsLost
+from cluster.common.patience import within
 from cluster.fleet.broadcast import ObjectStoreWeights
 from cluster.fleet.contract import GroupSource
 from cluster.fleet.state import SERVING, FleetState
@@ -84,6 +85,8 @@ class ElasticFleet(Generic[Worker]):
         self._workers = {worker.name: worker for worker in workers}
         self._turn = asyncio.Semaphore(plan.at_once)
         self._newest = newest
+        self._published = asyncio.Event()  # cleared while the newest weights are lost
+        self._published.set()
         self._background: set[asyncio.Task[None]] = set()
         self._rolls: dict[str, asyncio.Task[None]] = {}
         self.reports: dict[str, WorkerReport] = {}  # of each worker's last refresh
@@ -126,17 +129,21 @@ class ElasticFleet(Generic[Worker]):
     def begin(self, weights: ObjectStoreWeights) -> None:
         """Roll ``weights`` out in the background."""
         self._newest = weights
+        self._published.set()
         for name in list(self._workers):
             self._roll_out(name)
 
     async def finish(self) -> None:
         """Wait until every worker that serves has the newest version, or is lost.
 
-        Where none is left, wait until a new one serves: an evaluation may follow. Raises nothing: failures
-        have been handed to the stream, which ends the wait, and a start has its own deadline.
+        Where none is left, wait until a new one serves: an evaluation may follow. Raises WeightsLost. Other
+        failures have been handed to the stream, which ends the wait, and a start has its own deadline.
         """
         while rolls := [roll for roll in self._rolls.values() if not roll.done()]:
-            await asyncio.gather(*rolls, return_exceptions=True)
+            await asyncio.wait(rolls, timeout=0.1)
+            if not self._published.is_set():
+                assert self._newest is not None
+                raise WeightsLost(self._newest.version)
         while not self.workers and self.state.counts() & Counter(("starting", "refreshing")):
             if self._stream.has_failed:
                 return
@@ -160,6 +167,12 @@ class ElasticFleet(Generic[Worker]):
             self._counted[worker.name] = await worker.report()
         except ClusterError as error:
             self.lost(worker.name, error)
+
+    def _wait_for_weights(self, error: WeightsLost) -> None:
+        """The workers are whole, but there is nothing to load: the main loop must publish again."""
+        if self._newest is not None and error.version == self._newest.version:
+            self._published.clear()
+            self._stream.fail(error)
 
     # --- lost, missing and surplus workers ----------------------------------------------------------------
 
@@ -212,9 +225,15 @@ class ElasticFleet(Generic[Worker]):
             self.state.ready(name)
             served: ObjectStoreWeights | None = None
             while self._newest is not served:
+                await self._published.wait()
                 served = self._newest
                 assert served is not None
-                report = await worker.refresh(served)
+                try:
+                    report = await worker.refresh(served)
+                except WeightsLost as error:
+                    self._wait_for_weights(error)
+                    served = None
+                    continue
                 if self._workers.get(name) is not worker:  # a health check declared it lost meanwhile
                     return
                 self.reports[name] = report
@@ -261,9 +280,13 @@ class ElasticFleet(Generic[Worker]):
                     return
                 try:
                     served = await self._refresh(self._workers[name])
+                except WeightsLost as error:
+                    self.state.unrefreshed(name)
+                    self._wait_for_weights(error)
                 except ClusterError as error:
                     self.lost(name, error)
                     return
+            await self._published.wait()
 
     async def _refresh(self, worker: Worker) -> ObjectStoreWeights:
         """Bring the newest weights to a worker. Returns them."""
@@ -311,7 +334,7 @@ class ElasticFleet(Generic[Worker]):
     async def _check(self, worker: Worker) -> None:
         """Ask a worker for its report. It is lost when two checks in a row fail."""
         try:
-            await asyncio.wait_for(worker.report(), self._plan.health_s)
+            await within(self._plan.health_s, worker.report())
         except (ClusterError, TimeoutError) as error:
             if worker.name in self._workers and self.state.missed(worker.name):
                 late = f"{worker.name} did not answer two health checks of {self._plan.health_s:g} s"

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import configs
 from actors.protocols import TaskError
-from cluster.common.errors import StartupError, WorkerDied, WorkerLost
+from cluster.common.errors import MachineError, StartupError, WorkerDied, WorkerLost
+from cluster.common.patience import within
 from cluster.common.ray_job import current_job
 from cluster.fleet.ray_watch import RayDied, watched
 from cluster.sizing.machine import packed
@@ -81,7 +82,7 @@ def demand(config: RunConfig, learner: bool) -> Demand:
 
 
 def require_gpus(config: RunConfig, needed: Demand) -> None:
-    """Raise StartupError when this machine has too few GPUs for a local Ray, which never grows.
+    """Raise MachineError when this machine has too few GPUs for a local Ray, which never grows.
 
     A cluster may scale up; there the start-up deadline decides.
     """
@@ -246,7 +247,7 @@ async def answer(ref: ObjectRef[T], deadline_s: float, whom: str, doing: str) ->
     from ray.exceptions import RayActorError, RayError, RayTaskError
 
     try:
-        return await asyncio.wait_for(_value(ref), deadline_s)
+        return await within(deadline_s, _value(ref))
     except TimeoutError:
         raise WorkerLost(f"{whom} did not finish {doing} within {deadline_s:.0f} s") from None
     except RayTaskError as error:
@@ -294,7 +295,7 @@ async def _value(ref: ObjectRef[T]) -> T:
 
 
 def _check_resources(config: RunConfig, needed: Demand) -> None:
-    """Raise StartupError when a local Ray found fewer GPUs than ``require_gpus``."""
+    """Raise MachineError when a local Ray found fewer GPUs than ``require_gpus``."""
     import ray
 
     gpus = ray.cluster_resources().get("GPU", 0)
@@ -302,8 +303,8 @@ def _check_resources(config: RunConfig, needed: Demand) -> None:
         raise _too_few(needed, gpus)
 
 
-def _too_few(needed: Demand, gpus: float) -> StartupError:
-    return StartupError(
+def _too_few(needed: Demand, gpus: float) -> MachineError:
+    return MachineError(
         f"the run asks for {needed}, this machine has {gpus:g} GPU: "
         "lower rollout.gpus_per_worker, learner.gpus_per_worker or their workers; no share is split over two"
     )

@@ -13,12 +13,14 @@ import re
 from typing import Any
 
 import ray
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from actors.episodes.episode import derived_seed
 from actors.episodes.rollout import RolloutRequest
 from actors.peak_memory import PeakMemory
 from actors.types import Task, TrajectoryGroup
 from actors.worker import RolloutActor, WorkerReport, WorkerSpec
+from cluster.common.errors import WeightsLost, WorkerLost
 from cluster.fleet.broadcast import ObjectStoreWeights
 from cluster.fleet.contract import FinishedGroup
 from cluster.fleet.episode_journal import EpisodeJournal
@@ -119,11 +121,16 @@ class RemoteWorker:
         await answer(call, self._drain_s + REPORT_S, self.name, "its last groups before a refresh")
 
     async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
-        """Drain if need be, load ``weights``, go on."""
+        """Drain if need be, load ``weights``, go on. Raises WorkerLost, WeightsLost."""
         call = self._actor.refresh.remote(weights, self._drain_s)
-        report: WorkerReport = await answer(
-            call, self._drain_s + REFRESH_S, self.name, f"the refresh to version {weights.version}"
-        )
+        doing = f"the refresh to version {weights.version}"
+        try:
+            report: WorkerReport = await answer(call, self._drain_s + REFRESH_S, self.name, doing)
+        except WorkerLost as error:
+            failure = error.__cause__
+            if isinstance(failure, RayTaskError) and isinstance(failure.cause, ObjectLostError):
+                raise WeightsLost(weights.version) from error
+            raise
         return report
 
     async def report(self) -> WorkerReport:

@@ -82,6 +82,10 @@ class FleetState:
         """It stops serving to take newer weights."""
         self._move(name, "refreshing")
 
+    def unrefreshed(self, name: str) -> None:
+        """It got no newer weights, and serves what it served."""
+        self._move(name, "healthy")
+
     def refreshed(self, name: str, version: PolicyVersion) -> None:
         """It serves ``version``."""
         earlier = self.members[name].version

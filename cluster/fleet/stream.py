@@ -21,8 +21,9 @@ from functools import partial
 
 from actors.episodes.group_summary import GroupSummary
 from actors.types import PolicyVersion, Task
-from cluster.common.errors import ClusterError, StreamError
+from cluster.common.errors import ClusterError, StreamError, WeightsLost
 from cluster.common.failures import failure_text, most_common_failures
+from cluster.common.patience import within
 from cluster.fleet.contract import FinishedGroup, GroupSource, Lane, Openings, may_issue
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
 
@@ -225,6 +226,8 @@ class GroupStream:
                 self._ready.append(_Ready(entry.position, version - away, entry.group))
         self._kept, self._renamed[saved], self._version = kept, version, version
         self._taken, self._to_deliver = 0, steps * self._plan.per_step
+        if isinstance(self._error, WeightsLost):  # there are others now
+            self._error = None
 
     def fail(self, error: Exception) -> None:
         """Make ``take`` raise ``error``: something that the stream depends on broke."""
@@ -283,7 +286,7 @@ class GroupStream:
         self.raise_failure()
         self._changed.clear()
         try:
-            await asyncio.wait_for(self._changed.wait(), self._plan.stall_s)
+            await within(self._plan.stall_s, self._changed.wait())
         except TimeoutError:
             lanes = ", ".join(
                 f"{name} ({lane.outstanding} groups{'' if lane.admitting else ', refreshing'})"

@@ -116,6 +116,9 @@ def submit(
         if what != "train":
             cure = f"run the missing part of {what} again with its --resume"
             raise ConfigError(f"--retries {retries}: only train goes on by itself; {cure}")
+        for option in ("--seeds", "--sweep"):
+            if any(word.partition("=")[0] == option for word in words):
+                raise ConfigError(f"--retries {retries}: goes with one run, without {option}")
         words.append(f"--supervise={retries}")
     submission = _submission((what, *words), working_dir, env or [], name, grace)
     jobs = _connect(address, auth, deadline)

@@ -1,7 +1,7 @@
-"""Finds what ``resume`` means: a checkpoint by its folder, or (auto) the newest unfinished run of the name.
+"""Finds what ``resume`` means: a checkpoint or a run by its folder, or (auto) the newest unfinished run.
 
     auto: runs of this name, newest first --> finished? --> its newest whole checkpoint
-                                                        --> none yet: its folder, if the settings are the same
+    a run's folder: that one run     -----'             --> none yet: its folder, if the settings are the same
 
 A run without a checkpoint goes on in its folder, with the rows that it has measured and with its MLflow run.
 
@@ -11,7 +11,7 @@ A run without a checkpoint goes on in its folder, with the rows that it has meas
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -53,7 +53,31 @@ def find_unfinished(
     ``refused`` are checkpoints that could not be loaded. Raises AllFinished where nothing is left to do, and
     CheckpointError where all that is left is damaged.
     """
-    runs = runs_of(output_dir, config.name)
+    return _find(runs_of(output_dir, config.name), config, refused, str(output_dir))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is one of a run, and none of a checkpoint."""
+    return (folder / "config.yaml").is_file() and folder.parent.name != "checkpoints"
+
+
+def names_a_checkpoint(resume: str) -> bool:
+    """Whether ``resume`` is one checkpoint: not empty, not auto, and no run's folder."""
+    return resume not in ("", "auto") and not is_run(Path(resume).expanduser())
+
+
+def find_in_run(run_dir: Path, config: RunConfig, refused: Collection[Path] = ()) -> Checkpoint | Path:
+    """Find what the run in ``run_dir`` goes on from. Raises as ``find_unfinished`` does."""
+    found = _find([run_dir], config, refused, str(run_dir))
+    if found is None:
+        cure = "start anew (resume=)"
+        raise CheckpointError(f"{run_dir} has no checkpoint, and began with other settings: {cure}")
+    return found
+
+
+def _find(
+    runs: Sequence[Path], config: RunConfig, refused: Collection[Path], where: str
+) -> Checkpoint | Path | None:
     finished = [run for run in runs if finished_steps(run) >= config.train.steps]
     damaged = False
     for run_dir in runs:
@@ -68,12 +92,12 @@ def find_unfinished(
             return run_dir
     if damaged:
         raise CheckpointError(
-            f"no checkpoint of {config.name} in {output_dir} is whole: start anew (resume=), or put one back "
+            f"no checkpoint of {config.name} in {where} is whole: start anew (resume=), or put one back "
             "from a copy"
         )
     if finished:
         raise AllFinished(
-            f"resume=auto: nothing is left to do: every run of {config.name} in {output_dir} is "
+            f"resume=auto: nothing is left to do: every run of {config.name} in {where} is "
             f"finished, the newest is {finished[0].name}; start anew with resume=, or train on with "
             f"train.steps=N above {finished_steps(finished[0])}"
         )

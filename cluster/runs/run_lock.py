@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.common.errors import InUseError
-from configs.files import FileError, dump_json, parse_json
+from configs.files import FileError, dump_json, parse_json, read_json
 
 LOCK_FILE = ".lock"
 
@@ -60,6 +60,14 @@ def is_held(folder: Path) -> bool:
     finally:
         os.close(handle)
     return False
+
+
+def last_taken(folder: Path) -> tuple[int, int] | None:
+    """Who took the lock of ``folder`` last, and when: a pid, and ns since 1970. None where nobody did."""
+    try:
+        return read_json(folder / LOCK_FILE, _Holder).pid, (folder / LOCK_FILE).stat().st_mtime_ns
+    except (OSError, FileError):
+        return None
 
 
 def _take(folder: Path) -> int:

@@ -5,6 +5,7 @@ python -m cluster scale 4  -->  <run>/workers.json  --read each second by the dr
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,11 @@ def ask_for(run_dir: Path, workers: int) -> None:
     write_text(run_dir / _FILE, dump_json(_Request(workers)))
 
 
+def forget_wanted(run_dir: Path) -> None:
+    """Forget the number that was asked for in an earlier life: this one begins with its settings."""
+    (run_dir / _FILE).unlink(missing_ok=True)
+
+
 def newest_run(output_dir: Path) -> Path:
     """The run folder in ``output_dir`` that was written to last, of those at work if any is.
 
@@ -85,4 +91,12 @@ def newest_run(output_dir: Path) -> Path:
     if not runs:
         raise ScaleError(f"{output_dir} holds no run: name the run's folder")
     runs = [run_dir for run_dir in runs if is_held(run_dir)] or runs
-    return max(runs, key=lambda run_dir: max(path.stat().st_mtime_ns for path in run_dir.iterdir()))
+    return max(runs, key=_written_at)
+
+
+def _written_at(run_dir: Path) -> int:
+    times = [0]
+    for path in run_dir.iterdir():
+        with suppress(FileNotFoundError):  # a file that the run has just renamed
+            times.append(path.stat().st_mtime_ns)
+    return max(times)

@@ -40,6 +40,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.types import PolicyVersion, TrajectoryGroup
+from cluster.common.errors import WeightsLost
 from cluster.fleet.broadcast import Channel, WeightSource
 from cluster.fleet.contract import FinishedGroup
 from cluster.fleet.fleet import ElasticFleet
@@ -118,18 +119,20 @@ async def run_loop(parts: LoopParts, plan: TrainConfig, state: TrainState) -> Tr
     stream, fleet, progress = parts.stream, parts.fleet, _Progress(state, saved=state.step)
     try:
         await fleet.start(stream)
-        while progress.state.step < plan.steps:
+        while True:
             try:
+                if progress.state.step >= plan.steps:
+                    await fleet.finish()
+                    break
                 await _one_step(parts, plan, progress)
                 step = progress.state.step
                 if step % plan.checkpoint_every == 0 or step == plan.steps:
                     await parts.on_checkpoint(progress.state)
                     progress.saved = step
-            except LearnerLost as error:
+            except (LearnerLost, WeightsLost) as error:
                 progress.saved = progress.state.step  # without a learner there is nothing to save
                 unless_stopped(error)
-                await _start_again(parts, plan, progress, error)
-        await fleet.finish()
+                await _start_again(parts, plan, progress, as_learner_lost(error))
         _log_worker_timeline(parts, progress.state.step)
         stream.raise_failure()
         return progress.state
@@ -143,7 +146,12 @@ async def run_loop(parts: LoopParts, plan: TrainConfig, state: TrainState) -> Tr
         await stream.close()
 
 
-def unless_stopped(error: LearnerLost) -> None:
+def as_learner_lost(error: LearnerLost | WeightsLost) -> LearnerLost:
+    """Weights are lost with the node of rank 0, whether or not the learner was asked since."""
+    return error if isinstance(error, LearnerLost) else LearnerLost(str(error))
+
+
+def unless_stopped(error: Exception) -> None:
     """Go on being cancelled where the learner was lost on the way: a stop is not undone by a restart."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
@@ -172,6 +180,7 @@ async def _start_again(parts: LoopParts, plan: TrainConfig, progress: _Progress,
     while True:
         try:
             state, saved_version = await parts.recover(error, progress.state)
+            progress.state, progress.saved = state, state.step  # a second loss counts on from here
             weights = await asyncio.to_thread(parts.channel.publish, parts.trainer)
             break
         except LearnerLost as again:  # while it handed out its weights
@@ -179,7 +188,6 @@ async def _start_again(parts: LoopParts, plan: TrainConfig, progress: _Progress,
     await stream.settled()
     stream.rewind(state.ledger, saved_version, state.version, plan.steps - state.step)
     parts.curriculum.progress = state.curriculum
-    progress.state, progress.saved = state, state.step
     fleet.begin(weights)
     await fleet.finish()
     stream.release()

@@ -29,7 +29,7 @@ from cluster.common.tasks import TaskSource
 from cluster.fleet.ray_runtime import Demand, demand, require_gpus
 from cluster.runs.checkpoint import START, Checkpoint, TrainState
 from cluster.runs.from_store import bring_named, bring_unfinished, newest_number
-from cluster.runs.resume import find_checkpoint, find_unfinished, run_id_of
+from cluster.runs.resume import find_checkpoint, find_in_run, find_unfinished, is_run, run_id_of
 from cluster.runs.run_folders import create_run
 from cluster.runs.run_lock import require_free
 from cluster.runs.store import Store, StoreError
@@ -173,7 +173,7 @@ def prepare_training(
 def require_machine(config: RunConfig, needed: Demand) -> None:
     """Check what the run needs of this machine and its surroundings, in seconds.
 
-    Raises ConfigError for ``output_dir``, StartupError for GPUs, TrackingError for MLflow's server.
+    Raises ConfigError for ``output_dir``, MachineError for GPUs, TrackingError for MLflow's server.
     """
     output_dir = output_folder(config)
     require_writable(output_dir, "store.work_dir" if is_url(config.output_dir) else "output_dir")
@@ -271,7 +271,7 @@ def _require_attribution(config: RunConfig, environment: Environment) -> None:
 
 
 def _where_to_start(spec: RunSpec, refused: Collection[Path]) -> tuple[RunFolder | None, Start]:
-    """Choose a new run (no folder yet), a run without a checkpoint (resume=auto), or a checkpoint."""
+    """Choose a new run (no folder yet), a run without a checkpoint, or a checkpoint."""
     config, new = spec.config, Start(None, START, spec.model_path)
     if not config.resume:
         return None, new
@@ -280,7 +280,8 @@ def _where_to_start(spec: RunSpec, refused: Collection[Path]) -> tuple[RunFolder
             bring_unfinished(config)
         found = find_unfinished(output_folder(config), config, refused)
     else:
-        found = find_checkpoint(bring_named(config))
+        named = bring_named(config)
+        found = find_in_run(named, config, refused) if is_run(named) else find_checkpoint(named)
     if found is None:
         return None, new
     if isinstance(found, Path):

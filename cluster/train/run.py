@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.common.display import Display
-from cluster.common.errors import AllFinished, UnloadableError
+from cluster.common.errors import AllFinished, UnloadableError, WeightsLost
 from cluster.common.folders import output_folder
 from cluster.common.ray_job import current_job, note_run
 from cluster.fleet.ledger import ledger_line
@@ -33,15 +33,16 @@ from cluster.runs.checkpoint import (
     score_of,
 )
 from cluster.runs.mirror import mirrored
-from cluster.runs.resume import note_run_id
+from cluster.runs.resume import names_a_checkpoint, note_run_id
 from cluster.runs.run_folders import mark_finished, runs_of
 from cluster.runs.run_lock import held
+from cluster.runs.wanted_workers import forget_wanted
 from cluster.tracking.figure_file import FigureFile
 from cluster.tracking.registry import dataset_values
 from cluster.tracking.tracker import RunStatus, Tracker, start_tracking
 from cluster.train.build import TrainingCluster, build_demonstrations, build_loop, training_cluster
 from cluster.train.demonstrations import Demonstrations
-from cluster.train.loop import run_loop, unless_stopped
+from cluster.train.loop import as_learner_lost, run_loop, unless_stopped
 from cluster.train.prepare import RunFolder, RunSpec, Start, prepare_training, write_config
 from cluster.train.report import CONTROLS
 from cluster.train.scoreboard import EVALUATE, Observers, Scoreboard
@@ -56,7 +57,7 @@ _log = logging.getLogger(__name__)
 
 
 def train_config(config: RunConfig, display: Display) -> None:
-    """The command ``train``. With ``resume=auto`` a checkpoint that cannot be loaded is passed over by name.
+    """The command ``train``. A checkpoint that cannot be loaded is passed over, unless ``resume`` names it.
 
     Raises ClusterError and what ``prepare_training`` raises.
     """
@@ -70,9 +71,9 @@ def train_config(config: RunConfig, display: Display) -> None:
             display.say(str(nothing))
             _store_the_rest(config, display)
         except UnloadableError as error:
-            if config.resume != "auto":
+            if names_a_checkpoint(config.resume):
                 raise
-            display.say(f"resume=auto passes over a checkpoint: {error}")
+            display.say(f"resume={config.resume} passes over a checkpoint: {error}")
             refused.append(error.folder)
             continue
         return
@@ -93,6 +94,7 @@ async def train(spec: RunSpec, folder: RunFolder, start: Start, display: Display
     with held(folder.path), mirrored(spec.config, folder.path, display.say) as saved:
         folder = replace(folder, saved=saved)
         write_config(spec, folder)
+        forget_wanted(folder.path)
         with _told(display):
             tracker = _track(spec.config, folder, start)
         with (
@@ -136,8 +138,13 @@ async def _stages(
         state = await _warm_start(cluster, spec, folder, state, observers)
     if state.warm_steps > 0 and state.step == 0:
         await scores.measure("after_warm_start", 0, cluster.crew.seats)
+
+        async def served(state: TrainState) -> TrainState:
+            await _serve_newest(cluster)
+            return state
+
         # Empties the caches: a run that is resumed here, with its row measured, begins with empty ones too.
-        await _serve_newest(cluster)
+        state = await _recovered(cluster, served, state)
     state, workers = await _reinforce(cluster, spec, folder, state, observers)
     if state.step > 0:  # with train.steps=0 the row would measure the same weights again
         await scores.measure("after_rl", state.step, workers)
@@ -191,9 +198,9 @@ async def _recovered(
     while True:
         try:
             return await stage(state)
-        except LearnerLost as error:
+        except (LearnerLost, WeightsLost) as error:
             unless_stopped(error)
-            state, _ = await asyncio.to_thread(cluster.recovery.restart, error, state)
+            state, _ = await asyncio.to_thread(cluster.recovery.restart, as_learner_lost(error), state)
 
 
 async def _supervise(
@@ -273,7 +280,7 @@ def _begins_a_branch(config: RunConfig, folder: RunFolder, start: Start) -> bool
 
     Its steps get an MLflow run of their own: in the old one each step stays as it was logged first.
     """
-    if start.checkpoint is None or config.resume == "auto":
+    if start.checkpoint is None or not names_a_checkpoint(config.resume):
         return False
     newest = list_checkpoints(folder.path)[-1]
     if start.checkpoint.folder == newest:

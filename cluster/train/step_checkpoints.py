@@ -95,13 +95,16 @@ class StepCheckpoints:
     async def on_checkpoint(self, state: TrainState) -> None:
         """Save ``state``, and evaluate it if that is due. Raises SaveError.
 
-        A second call for a step does nothing: the run was stopped while it evaluated that step.
+        A second call for a step does nothing: the run was stopped while it evaluated that step. A run that is
+        told to stop saves and evaluates no more.
         """
         if state.step == self._saved:
             return
         self._saved = state.step
         await save_state(self._folder, self._spec.config, self._learner, state)
-        if self._is_evaluated(state.step):
+        task = asyncio.current_task()
+        is_stopping = task is not None and task.cancelling() > 0
+        if self._is_evaluated(state.step) and not is_stopping:
             await self._evaluate(state.step, state.version)
 
     def _is_evaluated(self, step: int) -> bool:
@@ -114,6 +117,7 @@ class StepCheckpoints:
         tasks = self._spec.eval_tasks[: config.train.evaluate_tasks]
         row = evaluation_rows(config)["after_rl"]
         row = replace(row, label=f"{row.label} at step {step}")
+        await self._stream.settled()  # in_flight refreshes leave groups of the last step running
         await self._fleet.finish()
         try:
             with display.counting(f"evaluate {row.label}", len(tasks)) as counter:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +28,11 @@ from cluster.common.folders import output_folder
 from cluster.common.processes import is_alive
 from cluster.runs.checkpoint import list_checkpoints
 from cluster.runs.from_store import named_here
-from cluster.runs.run_folders import runs_of
+from cluster.runs.resume import names_a_checkpoint
+from cluster.runs.run_folders import finished_steps, runs_of
+from cluster.runs.run_lock import last_taken
 from configs.schema import RunConfig
+from configs.store_url import is_url
 
 _DONE, _USAGE, _INTERRUPTED = 0, 2, 130
 _POLL_S = 0.1
@@ -48,11 +51,10 @@ class Supervisor:
     grace_s: float = 10.0  # for Ray's processes to notice by themselves that their driver is gone
     _child: subprocess.Popen[bytes] | None = None
     _stops: int = 0  # signals that asked for the end
-    _before: Path | None = field(init=False)
+    _run: Path | None = None  # the folder of our run, once a life had one
     _saved_before: list[Path] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._before = self._newest()
         self._saved_before = self._saved()
 
     def run(self) -> int:
@@ -60,6 +62,7 @@ class Supervisor:
         _adopt_orphans()
         with self._forwarding():
             for restart in range(self.restarts + 1):
+                before = self._locks()
                 status = self._live([*self.command, *(self._resuming() if restart else self.settings)])
                 _end_descendants(self.grace_s)
                 if self._stops:
@@ -67,6 +70,10 @@ class Supervisor:
                 if status in (_DONE, _USAGE, _INTERRUPTED):
                     return status
                 died = f"the training's process died ({_cause(status)})"
+                self._run = self._run_of_child(before) or self._run
+                if self._run is not None and self._is_done(self._run):
+                    self.say(f"{died} after its end: {self._run} is finished")
+                    return _DONE
                 if restart == self.restarts:
                     self.say(f"{died}, and {self.restarts} restart(s) were allowed: it is not started again")
                     return status if status > 0 else 128 - status
@@ -85,30 +92,39 @@ class Supervisor:
         return self._child.wait()
 
     def _resuming(self) -> list[str]:
-        """The settings of a life that goes on with the run of the one before."""
-        resume = "auto"
-        if self._names_a_checkpoint:  # auto would go on with a later run, or on another branch of this one
-            saved = self._saved()
-            if saved == self._saved_before:
-                return [*self.settings]  # it died before it saved anything
-            resume = str(saved[-1])
-        elif self._newest() == self._before and not self.config.resume:
-            return [*self.settings]  # it died before it had a folder
-        return [*(word for word in self.settings if not word.startswith("resume=")), f"resume={resume}"]
+        """The settings of a life that goes on with the run of the one before.
 
-    @property
-    def _names_a_checkpoint(self) -> bool:
-        return self.config.resume not in ("", "auto")
+        They name that run: auto might find another of its name, older and unfinished, or at work.
+        """
+        if self._run is None or (self._saved_before and self._saved() == self._saved_before):
+            return [*self.settings]  # it died before it had a folder, or saved anything beyond what is named
+        return [*(word for word in self.settings if not word.startswith("resume=")), f"resume={self._run}"]
 
     def _saved(self) -> list[Path]:
-        """The newest checkpoint of the run that ``resume`` names; empty where it names none."""
-        if not self._names_a_checkpoint:
+        """The newest checkpoint of the run in which ``resume`` names one; empty where it names none."""
+        if not names_a_checkpoint(self.config.resume):
             return []
         return list_checkpoints(named_here(self.config).parent.parent)[-1:]
 
-    def _newest(self) -> Path | None:
+    def _run_of_child(self, before: Mapping[Path, tuple[int, int] | None]) -> Path | None:
+        """The folder in which the last life worked, if it had one. ``before``: the locks of that time."""
+        for run, taken in self._locks().items():
+            # A pid alone may be that of a process of long ago.
+            if taken and self._child and taken[0] == self._child.pid and taken != before.get(run):
+                return run
+        return None
+
+    def _locks(self) -> dict[Path, tuple[int, int] | None]:
+        """Who took the lock of each run that may be ours."""
         runs = runs_of(output_folder(self.config), self.config.name)
-        return runs[0] if runs else None
+        if self.config.resume not in ("", "auto"):
+            named = named_here(self.config)
+            runs = [named, named.parent.parent, *runs]
+        return {run: last_taken(run) for run in runs}
+
+    def _is_done(self, run: Path) -> bool:
+        """Whether nothing is left to do for ``run``. What a store lacks of it, another life puts there."""
+        return finished_steps(run) >= self.config.train.steps and not is_url(self.config.output_dir)
 
     def _wait(self, seconds: float) -> bool:
         """Wait. Returns False where somebody asked for the end meanwhile."""

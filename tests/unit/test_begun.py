@@ -20,7 +20,14 @@ import pytest
 from cluster.common.errors import AllFinished, CheckpointError, InUseError, StartupError
 from cluster.fleet.ray_runtime import _cluster_address
 from cluster.runs.checkpoint import START, Checkpoint, save_checkpoint
-from cluster.runs.resume import find_checkpoint, find_unfinished, note_run_id, run_id_of
+from cluster.runs.resume import (
+    find_checkpoint,
+    find_in_run,
+    find_unfinished,
+    is_run,
+    note_run_id,
+    run_id_of,
+)
 from cluster.runs.run_folders import create_run, mark_finished, runs_of
 from cluster.runs.run_lock import held, require_free
 from configs.bounds import BoundError
@@ -193,6 +200,26 @@ def test_auto_takes_the_newest_unfinished_run_of_its_own_name(
     further = find_unfinished(tmp_path, more)
     assert isinstance(further, Checkpoint) and further.run_dir == runs[2]
     assert saved.exists() and not warnings(caplog)
+
+
+def test_a_runs_folder_means_that_run_alone(tmp_path: Path) -> None:
+    """What supervision resumes: neither an older run of the name, nor a newer one."""
+    run, other = create_run(tmp_path, "trial"), create_run(tmp_path, "trial")
+    for folder in (run, other):
+        (folder / "config.yaml").write_text(to_yaml(CONFIG))
+    assert is_run(run) and find_in_run(run, CONFIG) == run
+    saved, later = save(run, 2), save(run, 4)
+    save(other, 6)
+    assert not is_run(saved)
+    for refused, expected in (([], later), ([later], saved)):
+        found = find_in_run(run, CONFIG, refused)
+        assert isinstance(found, Checkpoint) and found.folder == expected
+    mark_finished(run, CONFIG.train.steps)
+    with pytest.raises(AllFinished, match="nothing is left to do"):
+        find_in_run(run, CONFIG)
+    changed = begin(tmp_path, CONFIG, "20260101-130000", "")
+    with pytest.raises(CheckpointError, match="has no checkpoint, and began with other settings: start anew"):
+        find_in_run(changed, replace(CONFIG, seed=CONFIG.seed + 1))
 
 
 def test_a_begun_run_of_other_settings_is_passed_over_by_name(

@@ -22,6 +22,7 @@ import pytest
 from typer.main import get_command
 
 from cluster.cli import app, main
+from cluster.common.errors import AllFailed, ClusterError, FleetError, MachineError
 from cluster.runs.run_lock import held
 from configs.load import load_config
 from configs.reference import settings
@@ -311,6 +312,23 @@ def test_a_full_disk_is_one_line_wherever_it_is_met(
     monkeypatch.setattr("cluster.runs.wanted_workers.newest_run", bug)
     with pytest.raises(FileNotFoundError):  # a mistake of ours keeps its traceback
         main(["scale", "3", "--output-dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("error", "status"), [(MachineError, 2), (AllFailed, 2), (FleetError, 1)])
+def test_what_another_start_would_meet_again_is_the_users_mistake(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[ClusterError],
+    status: int,
+) -> None:
+    """--supervise starts again on status 1 alone."""
+
+    def refuse(config: object, display: object) -> None:
+        raise error("the reason")
+
+    monkeypatch.setattr("cluster.train.run.train_config", refuse)
+    assert main(["train", str(ROOT / "tests" / "quickstart.yaml")]) == status
+    assert capsys.readouterr().err == "error: the reason\n"
 
 
 # --- Tab ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from pathlib import Path
 
@@ -14,7 +15,15 @@ from cluster.fleet.contract import Lane, Openings, may_issue
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.state import ALIVE, FleetState
 from cluster.runs.run_lock import held
-from cluster.runs.wanted_workers import ScaleError, WantedWorkers, ask_for, newest_run, read_wanted, scheduled
+from cluster.runs.wanted_workers import (
+    ScaleError,
+    WantedWorkers,
+    ask_for,
+    forget_wanted,
+    newest_run,
+    read_wanted,
+    scheduled,
+)
 from tests.unit.cluster_cases import ScriptedWorker
 
 
@@ -193,9 +202,20 @@ def test_the_number_of_workers_follows_config_schedule_and_person(tmp_path: Path
     with held(tmp_path / "run"):
         ask_for(newest_run(tmp_path), 7)
     assert wanted() == read_wanted(tmp_path / "run") == 7
+    forget_wanted(tmp_path / "run")  # the next life begins with its settings
+    assert wanted() == 4
     for damaged in ("{", "[]", '{"workers": 0}', '{"workers": true}', '{"workers": "7"}'):
         (tmp_path / "run" / "workers.json").write_text(damaged)
         assert wanted() == 4, damaged
+
+
+def test_a_file_that_a_run_renames_meanwhile_hides_no_run(tmp_path: Path) -> None:
+    for name in ("older", "newer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("")
+        (tmp_path / name / ".state.partial").symlink_to("gone")  # listed, and not there to look at
+    os.utime(tmp_path / "older" / "config.yaml", ns=(0, 0))
+    assert newest_run(tmp_path) == tmp_path / "newer"
 
 
 def test_asking_for_what_cannot_be_is_one_line(tmp_path: Path) -> None:

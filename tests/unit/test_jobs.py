@@ -134,6 +134,9 @@ def test_retries_supervise_the_training_on_the_cluster_and_nothing_else(
         capsys, "submit", "--retries", "4", "evaluate", str(QUICKSTART), "output_dir=/r", status=2
     )
     assert "only train goes on by itself" in refused
+    for several in (["--seeds", "0,1"], ["--sweep=train.steps=1,2"]):
+        refused = error(capsys, "submit", "--retries", "4", *words, *several, status=2)
+        assert f"goes with one run, without {several[0].partition('=')[0]}" in refused
 
 
 def test_submit_follow_shows_the_log_and_has_the_jobs_status(

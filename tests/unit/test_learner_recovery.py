@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from actors.types import PolicyVersion, Task, TrajectoryGroup
+from actors.worker import WorkerReport
 from cluster.common.backoff import backoff_s
-from cluster.common.errors import SaveError
+from cluster.common.errors import SaveError, WeightsLost
+from cluster.fleet.broadcast import ObjectStoreWeights
 from cluster.fleet.contract import FinishedGroup
 from cluster.fleet.fleet import FleetPlan
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
@@ -67,6 +69,11 @@ class Player(Worker):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.least, self.outdated = 0, list[int]()
+        self.lost: set[PolicyVersion] = set()  # weights that no longer exist
+
+    async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
+        self.refused = WeightsLost(weights.version) if weights.version in self.lost else None
+        return await super().refresh(weights)
 
     async def group(self, position: int, task: Task) -> FinishedGroup:
         if self.version < self.least:
@@ -83,6 +90,8 @@ class Bench:
         self.workers = [Player(f"worker-{number}") for number in range(workers)]
         self.ledger = Ledger(LedgerSnapshot())
         self.staleness: list[int] = []
+        self.stood: list[int] = []  # the step at each loss
+        self.in_flight = False
 
     def recovery(self, start: Checkpoint | None = None) -> LearnerRecovery:
         retries = self.plan.learner_retries
@@ -92,6 +101,7 @@ class Bench:
         recovery = self.recovery()
 
         async def recover(error: LearnerLost, state: TrainState) -> tuple[TrainState, PolicyVersion]:
+            self.stood.append(state.step)
             restored, saved = recovery.restart(error, state)
             for worker in self.workers:
                 worker.least = restored.version
@@ -103,7 +113,7 @@ class Bench:
         async def body() -> TrainState:
             self.loop, self.main = asyncio.get_running_loop(), asyncio.current_task()
             fleet_plan: FleetPlan[Worker] = FleetPlan(
-                None, lambda: len(self.workers), 0, 1, 60.0, self.said.append, in_flight=False
+                None, lambda: len(self.workers), 0, 1, 60.0, self.said.append, self.in_flight
             )
             parts = wire(
                 self.workers,
@@ -192,6 +202,31 @@ def test_the_loop_goes_on_when_the_weights_do_not_come_out(tmp_path: Path) -> No
     bench.learner.publish_fails = True
     state = bench.run()
     assert (state.step, state.learner_restarts) == (4, 1) and bench.ledger.settled == {"trained": 8}
+
+
+def test_a_second_loss_on_the_way_back_is_counted_too(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, plan())
+    bench.learner.deadly = {4}
+    bench.learner.dying = lambda: setattr(bench.learner, "publish_fails", True)
+    state = bench.run()
+    assert len(bench.learner.restarts) == 2 and (state.step, state.learner_restarts) == (4, 2)
+    assert bench.stood == [3, 2]  # the second time it is at the checkpoint: no progress goes back twice
+    assert bench.ledger.settled == {"trained": 8} and bench.ledger.balanced
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_weights_lost_with_their_node_are_published_again_and_no_worker_is_blamed(
+    tmp_path: Path, in_flight: bool
+) -> None:
+    bench = Bench(tmp_path, plan(max_staleness=1), workers=2)
+    bench.in_flight = in_flight
+    for worker in bench.workers:
+        worker.lost, worker.in_flight = {2}, in_flight
+    state = bench.run()
+    assert (state.step, state.learner_restarts) == (4, 1) and len(bench.learner.restarts) == 1
+    assert "the weights of version 2 were lost with the learner's node" in bench.said[0]
+    assert not any("worker-" in line for line in bench.said) and bench.ledger.balanced
+    assert {worker.version for worker in bench.workers} == {state.version}
 
 
 def test_retries_are_bounded_where_no_checkpoint_comes_and_begin_anew_behind_one(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from actors.types import Task, TrajectoryGroup
 from cluster.common.display import Display
-from cluster.common.errors import AllFinished, ClusterError, UnloadableError, WorkerLost
+from cluster.common.errors import AllFinished, ClusterError, UnloadableError, WeightsLost, WorkerLost
 from cluster.measure.rows import EvaluationRow, load_row
 from cluster.runs.checkpoint import START, TrainState, list_checkpoints, load_checkpoint, score_of
 from cluster.train import run
@@ -26,13 +26,23 @@ from cluster.train.prepare import RunFolder, RunSpec, Start
 from cluster.train.scoreboard import Observers, Scoreboard, evaluation_rows
 from cluster.train.step_checkpoints import StepCheckpoints, save_state
 from configs.schema import EvaluationConfig, MemoryConfig, RunConfig, TrainConfig, WarmStartConfig
-from learner.types import WarmStartReport
+from learner.types import LearnerLost, WarmStartReport
 from tests.unit.cluster_cases import group, task_at
 from tests.unit.loop_cases import Recorder
 from tests.unit.test_killed_saves import checkpoint
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, rl_steps: int) -> list[tuple[str, int, str]]:
+async def no_warm_start(*parts: object) -> TrainState:
+    return START
+
+
+def measured(
+    monkeypatch: pytest.MonkeyPatch,
+    rl_steps: int,
+    warm_start: Callable[..., Any] = no_warm_start,
+    reinforce: Callable[..., Any] | None = None,
+    recovery: Any = None,
+) -> list[tuple[str, int, str]]:
     rows: list[tuple[str, int, str]] = []
 
     class Board:
@@ -48,16 +58,13 @@ def measured(monkeypatch: pytest.MonkeyPatch, rl_steps: int) -> list[tuple[str, 
 
         def report(self, rewards: tuple[float, ...]) -> None: ...
 
-    async def warm_start(*parts: object) -> TrainState:
-        return START
-
-    async def reinforce(*parts: object) -> tuple[TrainState, str]:
+    async def reinforced(*parts: object) -> tuple[TrainState, str]:
         return replace(START, step=rl_steps), "those left"
 
     monkeypatch.setattr(run, "Scoreboard", Board)
     monkeypatch.setattr(run, "_warm_start", warm_start)
-    monkeypatch.setattr(run, "_reinforce", reinforce)
-    cluster: Any = SimpleNamespace(crew=SimpleNamespace(seats="the first"))
+    monkeypatch.setattr(run, "_reinforce", reinforce or reinforced)
+    cluster: Any = SimpleNamespace(crew=SimpleNamespace(seats="the first"), recovery=recovery)
     observers: Any = SimpleNamespace(tracker=SimpleNamespace(run_id="run"), display=Display())
     nothing: Any = None
     spec: Any = SimpleNamespace(config=RunConfig(warm_start=WarmStartConfig(steps=0)))
@@ -80,6 +87,34 @@ def test_without_an_rl_step_no_row_says_after_rl(monkeypatch: pytest.MonkeyPatch
         "oracle",
         "other_cards",
     ]
+
+
+def test_a_learner_lost_while_a_row_was_measured_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is noticed when its weights are asked for, before RL."""
+    lost: list[Exception] = [LearnerLost("learner weights: a rank's process died"), WeightsLost(3)]
+    restarted: list[str] = []
+
+    async def serve(cluster: Any) -> None:
+        if lost:
+            raise lost.pop(0)
+
+    def restart(error: LearnerLost, state: TrainState) -> tuple[TrainState, int]:
+        restarted.append(str(error))
+        return replace(state, version=9), 1
+
+    async def warm_start(*parts: object) -> TrainState:
+        return replace(START, warm_steps=2)
+
+    begun: list[TrainState] = []
+
+    async def reinforce(*parts: Any) -> tuple[TrainState, str]:
+        begun.append(parts[3])
+        return parts[3], ""
+
+    monkeypatch.setattr(run, "_serve_newest", serve)
+    measured(monkeypatch, 0, warm_start, reinforce, SimpleNamespace(restart=restart))
+    assert restarted == ["learner weights: a rank's process died", str(WeightsLost(3))]
+    assert [state.version for state in begun] == [9] and begun[0].warm_steps == 2
 
 
 # --- the control that goes on with supervised steps --------------------------------------------------------
@@ -172,6 +207,9 @@ class Seat:
     def release(self) -> None:
         self.calls.append("release")
 
+    async def settled(self) -> None:
+        self.calls.append("settled")
+
     async def finish(self) -> None:
         self.calls.append("finish")
 
@@ -221,11 +259,29 @@ def test_an_evaluated_step_is_a_barrier_and_leaves_workers_as_a_new_start_would(
     built, tracker, output = checkpoints(tmp_path, seat)
     run_to(built, 1, 2)
     label = "TMEM after RL at step 2"
-    evaluation = ["finish", f"t0: {label}", f"t1: {label}", "load again", "release"]
+    evaluation = ["settled", "finish", f"t0: {label}", f"t1: {label}", "load again", "release"]
     assert seat.calls == ["save", "hold", "save", *evaluation]
     assert [score_of(folder) for folder in list_checkpoints(tmp_path)] == [None, ("f1", 0.5)]
     assert list(tracker.steps) == [2] and tracker.steps[2]["eval/held_out/f1"] == 0.5
     assert "step 2: held-out F1 50.0 % of 2 tasks (the best so far: kept)" in output.getvalue()
+
+
+def test_a_run_that_is_told_to_stop_saves_the_step_and_evaluates_nothing(tmp_path: Path) -> None:
+    """The evaluation may last an hour, and whoever asked for the end kills the run before."""
+    seat = Seat()
+    built, _, _ = checkpoints(tmp_path, seat)
+
+    async def body() -> None:
+        built.on_step(2)
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.sleep(0)  # as the loop does, which then saves
+        await built.on_checkpoint(replace(START, step=2, version=2))
+
+    asyncio.run(body())
+    assert seat.calls == ["hold", "save"]
 
 
 def test_a_step_is_saved_and_evaluated_once(tmp_path: Path) -> None:
@@ -393,11 +449,14 @@ def test_a_user_who_goes_back_by_name_gets_a_new_mlflow_run(
     assert len(said) == (run_id == "")
 
 
-@pytest.mark.parametrize("resume", ["auto", "/runs/x/checkpoints/step-000004"])
+@pytest.mark.parametrize("resume", ["auto", "its run", "/runs/x/checkpoints/step-000004"])
 def test_a_checkpoint_that_cannot_be_loaded_is_passed_over_by_name(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], resume: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], resume: str, tmp_path: Path
 ) -> None:
-    """With resume=auto the run goes on from the next one; a checkpoint that was named ends it."""
+    """With auto or a run the run goes on from the next one; a checkpoint that was named ends it."""
+    if resume == "its run":
+        (tmp_path / "config.yaml").write_text("")
+        resume = str(tmp_path)
     damaged, asked = Path("/runs/x/checkpoints/step-000004"), list[list[Path]]()
 
     def prepare(_: RunConfig, refused: list[Path], say: Callable[[str], None]) -> tuple[str]:
@@ -411,7 +470,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_passed_over_by_name(
     monkeypatch.setattr(run, "prepare_training", prepare)
     monkeypatch.setattr(run, "train", train)
     config = RunConfig(resume=resume)
-    if resume == "auto":
+    if "checkpoints" not in resume:
         run.train_config(config, Display())
         assert asked == [[], [damaged]]
         assert (

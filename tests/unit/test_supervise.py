@@ -18,17 +18,24 @@ from cluster.train.supervise import this_command
 TRAINING = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
+from configs.schema import RunConfig
 folder = Path(sys.argv[1])
 acts = json.loads((folder / "acts.json").read_text())
 (folder / "acts.json").write_text(json.dumps(acts[1:]))
 with (folder / "lives").open("a") as lives:
     lives.write(json.dumps(sys.argv[2:]) + "\\n")
-if len(sys.argv) > 2 and acts[0] != "before its folder":
-    (folder / "runs" / "name-20260101-000000").mkdir(parents=True, exist_ok=True)
+run = folder / "runs" / "name-20260101-000000"
 if str(acts[0]).startswith("saves "):
     saved = Path(acts[0].removeprefix("saves "))
+    run = saved.parent.parent
+if len(sys.argv) > 2 and acts[0] != "before its folder":
+    run.mkdir(parents=True, exist_ok=True)
+    (run / ".lock").write_text(json.dumps({"pid": os.getpid(), "host": "here"}))
+if str(acts[0]).startswith("saves "):
     saved.mkdir(parents=True)
     (saved / "state.json").write_text("{}")
+if acts[0] == "finishes":
+    (run / "finished").write_text(str(RunConfig().train.steps))
 if acts[0] == "leaves a process":
     left = subprocess.Popen(["sleep", "600"], start_new_session=True)
     (folder / "left").write_text(str(left.pid))
@@ -73,7 +80,7 @@ def supervised(folder: Path, restarts: int, acts: list[object], *settings: str) 
 
 def test_a_training_that_dies_goes_on_from_what_it_saved_until_it_is_done(tmp_path: Path) -> None:
     ended = supervised(tmp_path, 5, ["before its folder", "killed", 1, 0], "train.steps=3")
-    resumed = ["train.steps=3", "resume=auto"]
+    resumed = ["train.steps=3", f"resume={tmp_path}/runs/name-20260101-000000"]
     # before it had a folder there was nothing to go on from, perhaps but a stranger's run of the name
     assert ended.lives == [["train.steps=3"], ["train.steps=3"], resumed, resumed] and ended.status == 0
     assert ended.said == [
@@ -87,6 +94,19 @@ def test_a_training_that_dies_goes_on_from_what_it_saved_until_it_is_done(tmp_pa
 def test_what_ended_by_itself_is_not_started_again(tmp_path: Path, status: int) -> None:
     ended = supervised(tmp_path, 3, [status], "resume=auto")
     assert (ended.status, len(ended.lives), ended.said) == (status, 1, [])
+
+
+def test_it_goes_on_with_its_own_run_whatever_else_has_its_name(tmp_path: Path) -> None:
+    """The older was given up, the newer is at work: auto would train the first, or fail at the other."""
+    output_dir = tmp_path / "runs"
+    older, newer = create_run(output_dir, "name"), create_run(output_dir, "name")
+    for stranger in (older, newer):
+        (stranger / ".lock").write_text('{"pid": 1, "host": "here"}')
+    ended = supervised(tmp_path, 2, ["killed", "finishes"], "seed=0")
+    own = output_dir / "name-20260101-000000"
+    assert ended.lives == [["seed=0"], ["seed=0", f"resume={own}"]] and ended.status == 0
+    died = f"the training's process died (SIGKILL) after its end: {own} is finished"
+    assert ended.said[-1] == died  # with auto, the run that was given up would be trained now
 
 
 def test_restarts_are_bounded_and_what_a_dead_training_left_is_ended(tmp_path: Path) -> None:
@@ -108,7 +128,7 @@ def test_a_named_checkpoint_is_gone_on_from_in_its_own_run(tmp_path: Path) -> No
     older, _ = create_run(output_dir, "name"), create_run(output_dir, "name")
     saved = older / "checkpoints" / "step-000002"
     ended = supervised(tmp_path, 1, [f"saves {saved}", 0], f"resume={older}/checkpoints/step-000001")
-    assert ended.lives[1] == [f"resume={saved}"]
+    assert ended.lives[1] == [f"resume={older}"]
 
 
 def test_a_life_that_saved_nothing_begins_again_where_it_was_told_to(tmp_path: Path) -> None:
