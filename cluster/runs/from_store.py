@@ -1,6 +1,7 @@
 """Takes runs from a store: what ``resume=auto`` goes on with on an empty machine, and runs to be looked at.
 
     the runs of the name, newest first --> finished? --> further than the folder here? --> taken down, checked
+                                                     --> as far? --> what was measured elsewhere is added
 
 What is here and did not go as far is set aside, not deleted: <run>.aside-1.
 """
@@ -15,9 +16,9 @@ from pathlib import Path
 
 from cluster.common.errors import AllFinished, CheckpointError
 from cluster.common.folders import cache_of, output_folder
-from cluster.runs.mirror import Standing, outline, standing
+from cluster.runs.run_files import Standing, files_of, outline, standing
 from cluster.runs.run_folders import finished_steps, is_run_of, number_of, runs_of
-from cluster.runs.run_lock import require_free
+from cluster.runs.run_lock import held, require_free
 from cluster.runs.store import DamagedError, Manifest, Store, StoredRun, StoreError, checkpoint_of
 from configs.bounds import ConfigError
 from configs.files import FileError, dump_json, make_folder, read_json, remove_folder, write_text
@@ -65,6 +66,8 @@ def bring_unfinished(config: RunConfig) -> None:
         ahead = one.standing > standing(here) or not (here / "config.yaml").exists()
         if ahead and (unfinished or here.exists()):
             _take(one, here)
+        elif unfinished and one.standing == standing(here):
+            _add(one, here)
         if unfinished:
             return
     if found and not _has_unfinished(config):
@@ -119,10 +122,15 @@ def bring_all(config: RunConfig) -> None:
 
 
 def bring_newest(config: RunConfig, name: str) -> None:
-    """Take down the newest run of ``name``, an evaluation, where it is not here. Raises StoreError."""
+    """Take down what is not here of the newest run of ``name``, an evaluation.
+
+    Raises StoreError, and InUseError where a process works in the run's folder.
+    """
     for one in _find(config, name)[:1]:
-        if not (output_folder(config) / one.name).exists():
-            _take(one, output_folder(config) / one.name)
+        if (here := output_folder(config) / one.name).exists():
+            _add(one, here)
+        else:
+            _take(one, here)
 
 
 def newest_number(config: RunConfig, name: str) -> int | None:
@@ -222,6 +230,42 @@ def _take(one: _Found, here: Path) -> None:
         here.rename(aside)
         _log.warning("what was in %s is in %s", here, aside)
     fresh.rename(here)
+
+
+def _add(one: _Found, here: Path) -> None:
+    """Take down what another machine added to a run that is here too. Checkpoints are not looked at.
+
+    A file that is here stays, but one that only grows (*.jsonl): it is taken where it is this one, grown.
+    Where the store does not give them, a warning says it. Raises InUseError, OSError.
+    """
+    present = files_of(here)
+
+    def wanted(path: str) -> bool:
+        if checkpoint_of(path) or (path in present and not path.endswith(".jsonl")):
+            return False
+        return path not in present or one.manifest.files[path].size > present[path][0]
+
+    if not any(map(wanted, one.manifest.files)):
+        return
+    with held(here):
+        fresh = here.with_name(f"{here.name}.new")
+        remove_folder(fresh)
+        try:
+            one.run.take(one.manifest, fresh, wanted)
+        except (StoreError, DamagedError) as error:
+            _log.warning("warning: what another machine added to %s is not taken: %s", here, error)
+            return
+        added = [path for path in files_of(fresh) if _is_more(fresh / path, here / path)]
+        for path in added:
+            make_folder((here / path).parent)
+            (fresh / path).rename(here / path)
+        remove_folder(fresh)
+    if added:
+        _log.warning("%s has files that were not here: %d are added to %s", one.run.url, len(added), here)
+
+
+def _is_more(fresh: Path, known: Path) -> bool:
+    return not known.exists() or fresh.read_bytes().startswith(known.read_bytes())
 
 
 def _mib(manifest: Manifest, wanted: Callable[[str], bool]) -> float:

@@ -4,29 +4,32 @@
                                    first rows, config, figures; then each checkpoint, the newest first
 
 Every file in a run's folder is whole as soon as it has its name (configs/files.py), or only grows. So a look
-at the folder is enough. What was pruned here is deleted there, after what replaces it is there.
+at the folder is enough. What was pruned here is deleted there, after what replaces it is there. Files that
+another machine put there are kept.
 
 Every wait, and its bound:
     saved       none: it only wakes the thread
-    a request   store.timeout_s without a byte; then a pause, and again, as long as the run lasts
-    close       store.finish_timeout_s; a few seconds where the run was told to stop and the store is away
+    a request   a few store.timeout_s without a byte; then a pause, and again, as long as the run lasts
+    close       store.finish_timeout_s; where the run was told to stop, 5 s without an answer from the store
+    the end     of the process: until the request that is on its way meets its deadline
 
 The folder itself is the outbox. A store that is away costs one line, and another one when it is back.
 """
 
 from __future__ import annotations
 
-import tempfile
+import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.common.backoff import backoff_s
-from cluster.runs.checkpoint import Place, list_checkpoints, place_of
-from cluster.runs.run_folders import FINISHED, NUMBER, finished_steps
+from cluster.runs.checkpoint import list_checkpoints
+from cluster.runs.run_files import Stat, files_of, outline, standing, without
 from cluster.runs.store import (
     ChangedError,
     DamagedError,
@@ -45,11 +48,10 @@ from configs.schema import RunConfig
 from configs.store_url import is_url
 
 _AT_ONCE = 4  # files; a checkpoint has some large ones
-_STOPPED_WAIT_S = 5.0  # for a store that is away, where the run was told to stop
+_STOPPED_WAIT_S = 5.0  # for a store that does not answer, where the run was told to stop
 _CLOSING_PAUSE_S = 5.0
 _SAY_AFTER_S = 3.0
-Standing = tuple[int, Place]  # the steps after which a run was done, and its last checkpoint
-_Stat = tuple[int, int, int]
+_log = logging.getLogger(__name__)
 
 
 class _TakenOver(Exception):
@@ -63,10 +65,10 @@ class Mirror:
         self._run, self._run_dir, self._say = run, run_dir, say
         self._writer = uuid.uuid4().hex
         self._manifest: Manifest | None = None  # the last one, which is ours
-        self._there: set[str] = set()  # digests of the blobs that are surely whole
-        self._kept: dict[str, StoredFile] = {}  # checkpoints of another machine, which went further
-        self._digests: dict[str, tuple[_Stat, StoredFile]] = {}
-        self._damaged: dict[str, Mapping[str, _Stat]] = {}  # checkpoints that are not what their digests say
+        self._there: dict[str, int] = {}  # sizes of the blobs that are surely whole, by their digests
+        self._kept: dict[str, StoredFile] = {}  # what another machine put there
+        self._digests: dict[str, tuple[Stat, StoredFile]] = {}
+        self._damaged: dict[str, Mapping[str, Stat]] = {}  # checkpoints that are not what their digests say
         self._swept = False
         self._problem = ""
         self._complete = self._closing = self._given_up = self._taken_over = False
@@ -83,33 +85,71 @@ class Mirror:
 
     def close(self, seconds: float, stopped: bool = False) -> None:
         """Put the rest there, and say what is not. ``stopped``: the run was told to end. The last call."""
-        self._closing = True
-        self.saved()
+        begun, self._closing = time.monotonic(), True
+        try:
+            self.saved()
+            self._await(seconds, stopped)
+        finally:
+            self._given_up = True
+            self._say_end(time.monotonic() - begun)
+
+    def _await(self, seconds: float, stopped: bool) -> None:
+        """Wait until all is there. Where the run was told to stop, only while the store answers."""
+        end = time.monotonic() + seconds
+        answer = self._ask() if stopped else None
         self._thread.join(min(_SAY_AFTER_S, seconds))
-        if stopped and self._problem:
-            seconds = min(seconds, _STOPPED_WAIT_S)
-        if self._thread.is_alive() and seconds > _SAY_AFTER_S:
-            self._say(f"{self._waiting()}: they are put into {self._run.url} now, for {seconds:g} s at most")
-            self._thread.join(seconds - _SAY_AFTER_S)
-        self._given_up = True
+        if not self._thread.is_alive() or seconds <= _SAY_AFTER_S:
+            return
+        if answer is not None and not answer.wait(_STOPPED_WAIT_S - _SAY_AFTER_S):
+            self._problem = self._problem or f"no answer within {_STOPPED_WAIT_S:g} s"
+            return
+        self._tell(f"{self._waiting()}: they are put into {self._run.url} now, for {seconds:g} s at most")
+        while self._thread.is_alive() and (left := end - time.monotonic()) > 0:
+            lost = stopped and bool(self._problem)
+            self._thread.join(min(left, _STOPPED_WAIT_S if lost else 0.5))
+            if lost and self._problem:
+                return
+
+    def _ask(self) -> threading.Event:
+        """Ask the store something small. The event is set once it answers; a store may hang for long."""
+        answered = threading.Event()
+
+        def ask() -> None:
+            with suppress(StoreError):
+                self._run.numbers()
+                answered.set()
+
+        threading.Thread(target=ask, name="store asked", daemon=True).start()
+        return answered
+
+    def _say_end(self, waited_s: float) -> None:
         if self._complete:
-            self._say(f"stored:   {self._run.url} ({_amount(self._files.values())})")
+            self._tell(f"stored:   {self._run.url} ({_amount(self._files.values())})")
         elif not self._taken_over:
-            why = self._problem or f"it took more than {seconds:g} s"
-            self._say(
-                f"warning: {self._waiting()} and are not in {self._run.url} ({why}); the same command with "
-                "resume=auto on this machine puts them there"
+            late = f"it took more than {waited_s:.0f} s" if self._thread.is_alive() else "it was given up"
+            self._tell(
+                f"warning: {self._waiting()} and are not in {self._run.url} ({self._problem or late}); "
+                "the same command with resume=auto on this machine puts them there"
             )
 
     def _waiting(self) -> str:
         """What is here and not there, for a message."""
         there = self._manifest.files if self._manifest is not None else {}
+        try:
+            here = files_of(self._run_dir)
+        except OSError as error:
+            return f"files, which cannot be listed ({error}), wait in {self._run_dir}"
         waiting = [
-            StoredFile("0" * 64, stat[0])
-            for path, stat in files_of(self._run_dir).items()
-            if (known := self._digests.get(path)) is None or known[0] != stat or there.get(path) != known[1]
+            StoredFile("0" * 64, found[0])
+            for path, found in here.items()
+            if (known := self._digests.get(path)) is None or known[0] != found or there.get(path) != known[1]
         ]
         return f"{_amount(waiting)}, wait in {self._run_dir}"
+
+    def _tell(self, text: str) -> None:
+        """Say it, where somebody still listens: a closed pipe does not end the copying."""
+        with suppress(OSError, ValueError):
+            self._say(text)
 
     # --- the thread ---------------------------------------------------------------------------------------
 
@@ -119,43 +159,58 @@ class Mirror:
             self._wake.clear()
             try:
                 self._round()
-                failures = 0
-                self._solved()
             except _TakenOver:
                 return
-            except (StoreError, OSError) as error:  # of the disk too: it is full, or broken
+            except Exception as error:  # noqa: BLE001  a store, a disk, a fault of ours: none may end the thread
                 failures += 1
-                self._failed(" ".join(str(error).split()))
+                self._failed(error)
+            else:
+                failures = 0
+                self._solved()
             if not self._wake.is_set():
                 if self._closing and not failures:
                     return
                 longest = _CLOSING_PAUSE_S if self._closing else backoff_s(failures + 1)
                 self._wake.wait(min(longest, backoff_s(failures + 1)) if failures else None)
 
-    def _failed(self, problem: str) -> None:
+    def _failed(self, error: Exception) -> None:
+        _log.debug("a round of the copying failed", exc_info=True)
+        expected = isinstance(error, StoreError | OSError)  # of the disk too: it is full, or broken
+        problem = " ".join(f"{'' if expected else f'{type(error).__name__}: '}{error}".split())
         if not self._problem and not self._given_up:
-            self._say(f"warning: {problem}: the run goes on; {self._waiting()} and are tried again")
+            goes_on = f"the run goes on; {self._waiting()} and are tried again"
+            self._tell(f"warning: {problem}: {'it is tried again' if self._closing else goes_on}")
         self._problem = problem
 
     def _solved(self) -> None:
         if self._problem and not self._given_up:
-            self._say(f"{self._run.url} answers again: all of {self._run_dir} is there")
+            self._tell(f"{self._run.url} answers again: all of {self._run_dir} is there")
         self._problem = ""
         self._complete = not self._wake.is_set()
 
     def _round(self) -> None:
         if self._manifest is None:
             self._claim()
-        here = files_of(self._run_dir)
-        units: dict[str, dict[str, _Stat]] = {"": {}}
-        for path, stat in here.items():
-            units.setdefault(checkpoint_of(path), {})[path] = stat
         newest = [f"checkpoints/{folder.name}" for folder in reversed(list_checkpoints(self._run_dir))]
+        if not (here := files_of(self._run_dir)):  # a disk that is not mounted any longer, say
+            raise FileNotFoundError(f"{self._run_dir} has no files any longer")
+        units: dict[str, dict[str, Stat]] = {"": {}}
+        for path, found in here.items():
+            units.setdefault(checkpoint_of(path), {})[path] = found
+        self._kept = without(self._kept, here, newest)
         goal = dict(self._kept)
+        missing = {*newest}
         for unit in ("", *newest):
-            entries = self._put(unit, units.get(unit, {}))
-            goal |= entries
-            self._write({**self._files, **entries})
+            if entries := self._put(unit, units.get(unit, {})):
+                others = {path: known for path, known in self._files.items() if checkpoint_of(path) != unit}
+                self._write({**(others if unit else self._files), **entries})
+                goal |= entries
+                missing.discard(unit)
+        # The copy of one that is damaged here stays; so do all while what replaces them is not there.
+        all_stay = not newest or newest[0] in missing
+        for path, known in self._files.items():
+            if (unit := checkpoint_of(path)) and (all_stay or unit in missing):
+                goal[path] = known
         self._write(goal)  # without what is gone here
         self._sweep()
 
@@ -165,15 +220,20 @@ class Mirror:
         return self._manifest.files
 
     def _claim(self) -> None:
-        """Go on from what is there, and mark it as ours."""
+        """Go on from what is there, and mark it as ours.
+
+        Files that are not here are another machine's: they are kept. So are the checkpoints of one that went
+        further; others were pruned here.
+        """
         number, newest = max(self._run.numbers(), default=0), self._run.newest()
         files = {} if newest is None else newest.files
-        if newest is not None and self._is_ahead(newest):
-            here = {f"checkpoints/{folder.name}" for folder in list_checkpoints(self._run_dir)}
-            self._kept = {path: files[path] for path in files if checkpoint_of(path) not in {"", *here}}
+        ahead = newest is not None and self._is_ahead(newest)
+        here = {f"checkpoints/{folder.name}" for folder in list_checkpoints(self._run_dir)}
+        self._kept = without(files, files_of(self._run_dir), here if ahead else map(checkpoint_of, files))
         manifest = Manifest(number + 1, self._writer, files)
         self._run.write(manifest)
-        self._there = {content.sha256 for content in files.values()} & self._run.blobs()
+        blobs = self._run.blobs()
+        self._there = {known.sha256: known.size for known in files.values() if known.sha256 in blobs}
         self._manifest = manifest
 
     def _is_ahead(self, there: Manifest) -> bool:
@@ -183,15 +243,15 @@ class Mirror:
         except DamagedError:  # what is here is put there again
             return False
 
-    def _put(self, unit: str, stats: Mapping[str, _Stat]) -> dict[str, StoredFile]:
+    def _put(self, unit: str, stats: Mapping[str, Stat]) -> dict[str, StoredFile]:
         """Put the files of a checkpoint, or ("") all others. Returns what is there then.
 
-        A checkpoint that was pruned meanwhile, or is damaged, is none at all.
+        A checkpoint that is damaged, or did not stay as it was all the while, is none at all.
         """
         if unit and self._damaged.get(unit) == stats:
             return {}
         try:
-            entries = dict(self._entries(unit, stats))
+            entries = self._entries(unit, stats)
             missing = {
                 content.sha256: (self._run_dir / path, content)
                 for path, content in entries.items()
@@ -199,32 +259,42 @@ class Mirror:
             }
             with ThreadPoolExecutor(_AT_ONCE) as pool:
                 list(pool.map(self._put_one, missing.values()))
+            problem = None
         except (FileNotFoundError, ChangedError, FileError) as error:
-            if not unit:  # replaced while it was read: it is new again
-                self._wake.set()
-                return {path: content for path, content in self._files.items() if path in stats}
-            if not isinstance(error, FileNotFoundError):
-                self._damaged[unit] = dict(stats)
-                self._say(f"warning: {self._run_dir / unit} is not put into {self._run.url}: {error}")
+            problem = error
+        if not unit and problem is not None:  # replaced while it was read: it is new again
+            self._wake.set()
+            return {path: content for path, content in self._files.items() if path in stats}
+        if unit and (not stats or files_of(self._run_dir, unit) != stats):  # pruned, replaced, scored
+            self._wake.set()
+            return {}
+        if problem is not None:
+            self._damaged[unit] = dict(stats)
+            self._tell(f"warning: {self._run_dir / unit} is not put into {self._run.url}: {problem}")
             return {}
         return entries
 
     def _put_one(self, item: tuple[Path, StoredFile]) -> None:
         path, content = item
         self._run.put(path, content, lambda: not self._given_up)
-        self._there.add(content.sha256)
+        self._there[content.sha256] = content.size
 
-    def _entries(self, unit: str, stats: Mapping[str, _Stat]) -> Iterator[tuple[str, StoredFile]]:
+    def _entries(self, unit: str, stats: Mapping[str, Stat]) -> dict[str, StoredFile]:
         """The files by content. A checkpoint says itself what its files hold; they are checked on the way."""
-        folder = self._run_dir / unit
+        folder, entries = self._run_dir / unit, {}
         sealed = read_digests(folder) if unit and (folder / DIGESTS).exists() else {}
-        for path, stat in stats.items():
+        if missing := {f"{unit}/{name}" for name in sealed} - stats.keys():
+            raise FileError(f"it is incomplete: {min(missing)} is missing")
+        for path, found in stats.items():
             known = self._digests.get(path)
-            if known is None or known[0] != stat:
+            if known is None or known[0] != found:
                 said = sealed.get(path.removeprefix(f"{unit}/"))
-                content = StoredFile(said, stat[0]) if said else digest_of(self._run_dir / path, stat[0])
-                known = self._digests[path] = (stat, content)
-            yield path, known[1]
+                content = StoredFile(said, found[0]) if said else digest_of(self._run_dir / path, found[0])
+                if self._there.get(content.sha256, content.size) != content.size:
+                    raise FileError(f"it is damaged: {path} is not as it was written")
+                known = self._digests[path] = (found, content)
+            entries[path] = known[1]
+        return entries
 
     def _write(self, files: Mapping[str, StoredFile]) -> None:
         """Write the next manifest where something differs, and nobody else has written one."""
@@ -237,7 +307,7 @@ class Mirror:
             if other is not None and other.writer != self._writer:
                 self._taken_over = True
                 self._complete = False
-                self._say(
+                self._tell(
                     f"warning: another machine goes on with this run in {self._run.url}: this one puts "
                     f"nothing more there, and works on in {self._run_dir}"
                 )
@@ -250,9 +320,9 @@ class Mirror:
     def _sweep(self) -> None:
         """Delete blobs that the last manifest does not name; the first time also those of killed writers."""
         needed = {content.sha256 for content in self._files.values()}
-        found = self._there if self._swept else self._there | self._run.blobs()
+        found = {*self._there} if self._swept else {*self._there} | self._run.blobs()
         self._run.delete(found - needed)
-        self._there &= needed
+        self._there = {digest: size for digest, size in self._there.items() if digest in needed}
         self._swept = True
 
 
@@ -274,46 +344,6 @@ def mirrored(config: RunConfig, run_dir: Path, say: Callable[[str], None]) -> It
         stopped = False
     finally:
         mirror.close(config.store.finish_timeout_s, stopped)
-
-
-def files_of(run_dir: Path) -> dict[str, _Stat]:
-    """(size, time, inode) of each file of a run that belongs into a store, by its path in the folder.
-
-    Hidden ones are not whole, or locks. MLflow's outbox is of this machine; figures.jsonl has the figures.
-    """
-    found = {}
-    for path in sorted(run_dir.rglob("*")):
-        relative = path.relative_to(run_dir)
-        if any(part.startswith(".") for part in relative.parts) or ".sqlite" in path.name:
-            continue
-        try:
-            stat = path.stat()
-        except FileNotFoundError:  # pruned meanwhile
-            continue
-        if path.is_file():
-            found[str(relative)] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    return found
-
-
-def standing(run_dir: Path) -> Standing:
-    """How far the run in a folder went."""
-    places = [place_of(folder) for folder in list_checkpoints(run_dir)]
-    return finished_steps(run_dir), max(places, default=(-1, -1))
-
-
-@contextmanager
-def outline(run: StoredRun, manifest: Manifest) -> Iterator[Path]:
-    """A folder with those small files of a stored run that say which run it is, and how far it went.
-
-    Raises StoreError, DamagedError.
-    """
-
-    def says(path: str) -> bool:
-        return path in (NUMBER, FINISHED) or path == f"{checkpoint_of(path)}/state.json"
-
-    with tempfile.TemporaryDirectory() as folder:
-        run.take(manifest, Path(folder) / "run", says)
-        yield Path(folder) / "run"
 
 
 def _amount(contents: Iterable[StoredFile]) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from cluster.common.folders import output_folder
 from cluster.runs.checkpoint import START, Checkpoint, save_checkpoint
 from cluster.runs.from_store import bring_unfinished, newest_number
-from cluster.runs.mirror import Mirror, files_of
+from cluster.runs.mirror import Mirror
 from cluster.runs.resume import find_unfinished
+from cluster.runs.run_files import files_of
 from cluster.runs.run_folders import create_run
 from cluster.runs.store import Manifest, Store, StoredRun
 from configs.files import write_text
@@ -98,12 +99,33 @@ class S3Server:
         return self.process.stdout.readline().strip()
 
 
+class Disk:
+    """A mounted disk as a store."""
+
+    def __init__(self, folder: Path) -> None:
+        self.url = f"file://{folder}"
+
+
+class Silent:
+    """A store that takes connections and says nothing, until it is closed."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.url = (
+            f"s3://{BUCKET}/runs?endpoint_override=127.0.0.1:{self._listener.getsockname()[1]}&scheme=http"
+        )
+
+    def close(self) -> None:
+        """All that waits for it fails now."""
+        self._listener.close()
+
+
 class Machine:
     """A machine with a disk of its own; all machines of a test use one folder of the store."""
 
-    def __init__(self, server: S3Server, tmp_path: Path, name: str) -> None:
-        place, options = server.url.split("?")
-        self.url = f"{place}/{tmp_path.name}?{options}"
+    def __init__(self, server: S3Server | Disk | Silent, tmp_path: Path, name: str) -> None:
+        place, mark, options = server.url.partition("?")
+        self.url = f"{place}/{tmp_path.name}{mark}{options}"
         work = f"store.work_dir={tmp_path / name}"
         words = ["name=trial", "train.steps=10", f"output_dir={self.url}", work, "store.timeout_s=20"]
         self.config: RunConfig = load_config(Path("tests/quickstart.yaml"), words)
@@ -113,9 +135,8 @@ class Machine:
     def stored(self) -> Store:
         return Store(self.url, 20.0)
 
-    def begin(self) -> Path:
-        number = newest_number(self.config, "trial")
-        run = create_run(output_folder(self.config), "trial", number)
+    def begin(self, name: str = "trial") -> Path:
+        run = create_run(output_folder(self.config), name, newest_number(self.config, name))
         write_text(run / "config.yaml", to_yaml(self.config))
         (run / "evaluation").mkdir()
         write_text(run / "evaluation" / "before.json", "a row")

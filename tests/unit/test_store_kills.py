@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.runs.checkpoint import newest_whole
-from cluster.runs.mirror import files_of
+from cluster.runs.run_files import files_of
 from configs.files import write_text
 from tests.unit.store_cases import ENVIRONMENT, Machine, S3Server, save, stored
 
