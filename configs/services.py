@@ -122,7 +122,8 @@ class StoreConfig:
     # the local folder of the runs; with several machines one that all of them see. Empty: in ENGRAM_CACHE, or
     # else ~/.cache/engram
     work_dir: str = ""
-    timeout_s: float = 30.0  # without a byte from the store, until a request is given up and tried again
+    # without a byte from the store, until a request is given up and tried again (gs://: two minutes at least)
+    timeout_s: float = 30.0
     # how long the end of a run waits for the store; what is not there by then stays in the local folder
     finish_timeout_s: float = 600.0
 

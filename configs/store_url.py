@@ -10,7 +10,7 @@ None of them holds a credential: settings are saved and logged.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from configs.bounds import HIDDEN, BoundError
 
@@ -19,7 +19,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "gs": ("scheme", "endpoint_override"),
     "file": (),
 }
-_BOUND = (
+BOUND = (
     "a folder, or s3://bucket/path, gs://bucket/path, or file:// and a path; behind ? s3 takes region, "
     "scheme and endpoint_override, gs the last two; credentials come from the environment, never from an "
     "address"
@@ -35,18 +35,19 @@ def store_url(config: object, *names: str) -> None:
     """Require that the named fields are folders, or addresses of stores. A refused address is not shown."""
     for name in names:
         text = str(getattr(config, name))
-        if is_url(text) and not _is_allowed(text):
-            raise BoundError(name, HIDDEN, _BOUND)
+        if is_url(text) and not is_allowed(text):
+            raise BoundError(name, HIDDEN, BOUND)
 
 
-def _is_allowed(text: str) -> bool:
+def is_allowed(text: str) -> bool:
+    """Whether an address is one of a store, and has no credential in it."""
     try:
         parts = urlsplit(text)
         options = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
     except ValueError:
         return False
     known = OPTIONS.get(parts.scheme)
-    if known is None or "@" in text or parts.fragment or not text.isprintable():
+    if known is None or "@" in unquote(text) or parts.fragment or not text.isprintable():
         return False
     folders = parts.path.strip("/").split("/") if parts.path.strip("/") else []
     place = not parts.netloc and folders if parts.scheme == "file" else parts.netloc

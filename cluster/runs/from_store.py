@@ -9,21 +9,22 @@ What is here and did not go as far is set aside, not deleted: <run>.aside-1.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
-from cluster.common.errors import AllFinished, CheckpointError
+from cluster.common.errors import CheckpointError
 from cluster.common.folders import cache_of, output_folder
 from cluster.runs.run_files import Standing, files_of, outline, standing
-from cluster.runs.run_folders import finished_steps, is_run_of, number_of, runs_of
+from cluster.runs.run_folders import finished_steps, is_run_of, nothing_left, number_of, runs_of
 from cluster.runs.run_lock import held, require_free
 from cluster.runs.store import DamagedError, Manifest, Store, StoredRun, StoreError, checkpoint_of
-from configs.bounds import ConfigError
+from configs.bounds import HIDDEN, ConfigError
 from configs.files import FileError, dump_json, make_folder, read_json, remove_folder, write_text
 from configs.schema import RunConfig
-from configs.store_url import is_url
+from configs.store_url import BOUND, is_allowed, is_url
 
 _TIMEOUT_S = 30.0  # where no configuration says it
 _log = logging.getLogger(__name__)
@@ -71,11 +72,7 @@ def bring_unfinished(config: RunConfig) -> None:
         if unfinished:
             return
     if found and not _has_unfinished(config):
-        raise AllFinished(
-            f"resume=auto: nothing is left to do: every run of {config.name} in {config.output_dir} is "
-            f"finished, the newest is {found[0].name}; start anew with resume=, or train on with "
-            f"train.steps=N above {found[0].standing[0]}"
-        )
+        raise nothing_left(config.name, config.output_dir, found[0].name, found[0].standing[0])
 
 
 def _has_unfinished(config: RunConfig) -> bool:
@@ -106,7 +103,7 @@ def bring_named(config: RunConfig) -> Path:
     folder = named_here(config)
     if is_url(config.resume) and not folder.is_dir():
         name, _, inside = str(folder.relative_to(output_folder(config))).partition("/")
-        found = list(_outlines(Store(config.output_dir, config.store.timeout_s), [name]))
+        found = list(_outlines(_begun(config, lambda folder: folder == name)))
         if not any(path.startswith(f"{inside}/") for one in found for path in one.manifest.files):
             raise CheckpointError(f"resume={config.resume}: is not in the store")
         _take(found[0], output_folder(config) / name)
@@ -137,24 +134,27 @@ def newest_number(config: RunConfig, name: str) -> int | None:
     """The highest number of the runs of ``name`` in the store; None where ``output_dir`` is a folder."""
     if not is_url(config.output_dir):
         return None
-    try:
-        return max((one.number for one in _find(config, name)), default=0)
-    except StoreError:
-        return 0  # it was said when the store was tried
+    highest = 0
+    with suppress(StoreError):  # it was said when the store was tried
+        for run, manifest in _begun(config, lambda folder: is_run_of(folder, name)):
+            with suppress(DamagedError), outline(run, manifest, only_number=True) as folder:
+                highest = max(highest, number_of(folder))
+    return highest
 
 
 def local_copy(text: str, weights: bool) -> Path:
     """``text`` as a path. Of an address the run is taken into the cache, checkpoints only with ``weights``.
 
-    The address may be of a run, or of something in it. Raises StoreError, CheckpointError.
+    The address may be of a run, or of something in it. Raises ConfigError, StoreError, CheckpointError.
     """
     if not is_url(text):
         return Path(text)
+    if not is_allowed(text):
+        raise ConfigError(f"the address {HIDDEN} is not allowed: it must be {BOUND}")
     address, options, rest = text.partition("?")
     parts = address.rstrip("/").split("/")
-    for inner in range(4):  # itself, up to RUN/checkpoints/step-000050/learner
-        if len(parts) - inner < 5:  # scheme, "", bucket, a folder, the run
-            break
+    shortest = 5 if text.startswith("file:") else 4  # scheme, "", bucket (file: "" and a folder), the run
+    for inner in range(min(5, len(parts) - shortest + 1)):  # up to RUN/checkpoints/step-000050/learner/model
         above = "/".join(parts[: len(parts) - inner - 1]) + options + rest
         run = Store(above, _TIMEOUT_S).run(parts[len(parts) - inner - 1])
         if (manifest := run.newest()) is not None:
@@ -171,37 +171,39 @@ def _cached(run: StoredRun, manifest: Manifest, within: str, weights: bool) -> P
     kind = (only.rpartition("/")[2] or "whole") if weights else "no-weights"
     target = cache_of("fetched", run.url) / kind / run.root.rpartition("/")[2]
     mark = target.with_name(f"{target.name}.manifest")
-    try:
-        if target.is_dir() and read_json(mark, Manifest) == manifest:
-            return target
-    except (FileNotFoundError, FileError):
-        pass
 
     def wanted(path: str) -> bool:
         unit = checkpoint_of(path)
         return not unit or (weights and only in ("", unit))
 
+    files = {path: content for path, content in manifest.files.items() if wanted(path)}
+    with suppress(FileNotFoundError, FileError):
+        if target.is_dir() and read_json(mark, Manifest).files == files:
+            return target
     _log.warning("taking %s into %s (%.0f MiB)", run.url, target, _mib(manifest, wanted))
     remove_folder(target)
     make_folder(target.parent)
-    run.take(manifest, target, wanted)
-    write_text(mark, dump_json(manifest))
+    taken = run.take(manifest, target, wanted)
+    write_text(mark, dump_json(replace(manifest, files=taken)))
     return target
 
 
 def _find(config: RunConfig, name: str = "") -> list[_Found]:
     """The stored runs of the name that can be believed, the newest first."""
-    store, name = Store(config.output_dir, config.store.timeout_s), name or config.name
-    found = list(_outlines(store, [run for run in store.runs() if is_run_of(run, name)]))
-    return sorted(found, key=lambda one: (one.number, one.name), reverse=True)
+    runs = _begun(config, lambda folder: is_run_of(folder, name or config.name))
+    return sorted(_outlines(runs), key=lambda one: (one.number, one.name), reverse=True)
 
 
-def _outlines(store: Store, names: list[str]) -> Iterator[_Found]:
-    for name in names:
-        run = store.run(name)
-        manifest = run.newest()
-        if manifest is None or "config.yaml" not in manifest.files:  # it died before anything was there
-            continue
+def _begun(config: RunConfig, chosen: Callable[[str], bool]) -> Iterator[tuple[StoredRun, Manifest]]:
+    """The stored runs whose names are ``chosen``; one that died before anything was there is none."""
+    store = Store(config.output_dir, config.store.timeout_s)
+    for run in [store.run(name) for name in store.runs() if chosen(name)]:
+        if (manifest := run.newest()) is not None and "config.yaml" in manifest.files:
+            yield run, manifest
+
+
+def _outlines(runs: Iterable[tuple[StoredRun, Manifest]]) -> Iterator[_Found]:
+    for run, manifest in runs:
         try:
             with outline(run, manifest) as folder:
                 found = _Found(run, manifest, number_of(folder), standing(folder))

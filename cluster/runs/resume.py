@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from cluster.common.errors import AllFinished, CheckpointError, InUseError
+from cluster.common.errors import CheckpointError, InUseError
 from cluster.runs.checkpoint import (
     Checkpoint,
     list_checkpoints,
@@ -23,7 +23,7 @@ from cluster.runs.checkpoint import (
     newest_whole,
     recover_checkpoints,
 )
-from cluster.runs.run_folders import finished_steps, runs_of
+from cluster.runs.run_folders import finished_steps, nothing_left, runs_of
 from cluster.runs.run_lock import held
 from configs.files import write_text
 from configs.load import ConfigError, flatten, load_config
@@ -96,11 +96,7 @@ def _find(
             "from a copy"
         )
     if finished:
-        raise AllFinished(
-            f"resume=auto: nothing is left to do: every run of {config.name} in {where} is "
-            f"finished, the newest is {finished[0].name}; start anew with resume=, or train on with "
-            f"train.steps=N above {finished_steps(finished[0])}"
-        )
+        raise nothing_left(config.name, where, finished[0].name, finished_steps(finished[0]))
     return None
 
 

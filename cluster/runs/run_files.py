@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from stat import S_ISREG
 
-from cluster.runs.checkpoint import Place, list_checkpoints, place_of
+from cluster.runs.checkpoint import STATE_FILE, Place, list_checkpoints, place_of
 from cluster.runs.run_folders import FINISHED, NUMBER, finished_steps
 from cluster.runs.store import Manifest, StoredFile, StoredRun, checkpoint_of
 
@@ -63,14 +63,16 @@ def standing(run_dir: Path) -> Standing:
 
 
 @contextmanager
-def outline(run: StoredRun, manifest: Manifest) -> Iterator[Path]:
+def outline(run: StoredRun, manifest: Manifest, only_number: bool = False) -> Iterator[Path]:
     """A folder with those small files of a stored run that say which run it is, and how far it went.
 
     Raises StoreError, DamagedError.
     """
 
     def says(path: str) -> bool:
-        return path in (NUMBER, FINISHED) or path == f"{checkpoint_of(path)}/state.json"
+        if only_number:
+            return path == NUMBER
+        return path in (NUMBER, FINISHED) or path == f"{checkpoint_of(path)}/{STATE_FILE}"
 
     with tempfile.TemporaryDirectory() as folder:
         run.take(manifest, Path(folder) / "run", says)

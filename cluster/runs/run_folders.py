@@ -15,6 +15,7 @@ import time
 from itertools import chain, count
 from pathlib import Path
 
+from cluster.common.errors import AllFinished
 from cluster.common.turn import in_turn
 from configs.files import sync, write_text
 
@@ -61,6 +62,14 @@ def mark_finished(run_dir: Path, steps: int) -> None:
 def finished_steps(run_dir: Path) -> int:
     """The ``train.steps`` after which the run was done; -1 for a run that is not."""
     return _number(run_dir, FINISHED, missing=-1)
+
+
+def nothing_left(name: str, place: Path | str, newest: str, steps: int) -> AllFinished:
+    """The error for runs of ``name`` that are all finished, the newest of them after ``steps``."""
+    return AllFinished(
+        f"resume=auto: nothing is left to do: every run of {name} in {place} is finished, "
+        f"the newest is {newest}; start anew with resume=, or train on with train.steps=N above {steps}"
+    )
 
 
 def number_of(run_dir: Path) -> int:

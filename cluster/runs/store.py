@@ -6,27 +6,31 @@
 A manifest names only what was put before it. A writer that is killed leaves the one before, and blobs that
 nobody names. A reader compares each file with its digest. So a torn upload is never believed. A new manifest
 has the next number and the mark of its writer: a machine that is taken for dead, and is not, sees another's.
+Readers hold no lock. Where a run goes on, and deletes what a reader still wants, the reader begins again with
+the newest manifest.
 
-pyarrow.fs speaks to the stores. Every request has a deadline; errors are one line, without a credential.
+Every request has a deadline (filesystems.py). Errors are one line, without a credential.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, NonNegativeInt
 
 from cluster.common.errors import ClusterError
+from cluster.runs.filesystems import open_filesystem
 from configs.bounds import ConfigError
 from configs.files import FileError, dump_json, new_folder, parse_json
 
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
 _CHUNK = 8 * 2**20
+_READS = 3  # of the newest manifest, while the run goes on
 _BLOBS = "blobs"
 _MANIFEST = re.compile(r"manifest-(\d{8})\.json")
 _SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -52,6 +57,7 @@ _REFUSALS = (
     "Read-only",
     "Not a directory",
 )
+_log = logging.getLogger(__name__)
 
 
 class StoreError(ClusterError):
@@ -138,31 +144,8 @@ class Store:
 
     @cached_property
     def filesystem(self) -> FileSystem:
-        """The way to the store. A region that nobody named is asked for: raises OSError."""
-        from pyarrow import fs
-
-        parts = urlsplit(self.url)
-        options = dict(parse_qsl(parts.query))
-        if parts.scheme != "s3":
-            filesystem, _ = fs.FileSystem.from_uri(self.url)
-            return filesystem
-        endpoint = options.get("endpoint_override") or _of_environment(
-            "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"
-        )
-        scheme, _, host = endpoint.rpartition("://")
-        region = options.get("region") or _of_environment("AWS_REGION", "AWS_DEFAULT_REGION")
-        if not region and not host:
-            region = fs.resolve_s3_region(parts.netloc)
-        return fs.S3FileSystem(
-            region=region or None,
-            endpoint_override=host.rstrip("/") or None,
-            scheme=options.get("scheme") or scheme or "https",
-            connect_timeout=self.timeout_s,
-            request_timeout=self.timeout_s,
-            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=2),
-            allow_delayed_open=True,  # a small file is one request
-            background_writes=False,  # else parts of a large file pile up in memory before a slow store
-        )
+        """The way to the store. Raises OSError."""
+        return open_filesystem(self.url, self.timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,14 +164,18 @@ class StoredRun:
 
     def newest(self) -> Manifest | None:
         """The newest whole manifest; None where there is none."""
-        for number in self.numbers():
-            place = self._manifest(number)
-            with (
-                _asking(self.url),
-                suppress(FileNotFoundError, FileError),
-                self.store.filesystem.open_input_stream(place) as file,
-            ):
-                return parse_json(file.read(), Manifest)
+        for _ in range(_READS):
+            numbers = self.numbers()
+            for number in numbers:
+                place = self._manifest(number)
+                with (
+                    _asking(self.url),
+                    suppress(FileNotFoundError, FileError),
+                    self.store.filesystem.open_input_stream(place) as file,
+                ):
+                    return parse_json(file.read(), Manifest)
+            if not numbers or self.numbers() == numbers:  # else a newer one has come, and they are deleted
+                break
         return None
 
     def blobs(self) -> set[str]:
@@ -209,7 +196,7 @@ class StoredRun:
                     raise OSError("no more time")
                 blob.write(chunk)
 
-            copied = _copied(file, write, content.size)
+            copied = _copied(file.read, write, content.size)
         if copied != content:
             self.delete({content.sha256})
             raise ChangedError(f"{path} changed while it was read")
@@ -232,35 +219,80 @@ class StoredRun:
 
     def take(
         self, manifest: Manifest, target: Path, wanted: Callable[[str], bool] = lambda path: True
-    ) -> None:
+    ) -> dict[str, StoredFile]:
         """Fill the new folder ``target`` with the ``wanted`` files, each compared with its digest.
 
-        Of a checkpoint with a damaged file none is taken. Raises DamagedError for any other, and OSError.
+        Where one is missing and there is a newer manifest, that one is taken. Of a checkpoint with a damaged
+        file none is taken, and a warning names it. Raises DamagedError for any other, and OSError. Returns
+        what was taken.
         """
-        bad: set[str] = set()
+        taken: dict[str, StoredFile] = {}
         with new_folder(target) as partial:
-            for path, content in manifest.files.items():
-                unit = checkpoint_of(path)
-                if not wanted(path) or unit in bad:
-                    continue
-                try:
-                    self._take(content, partial / path)
-                except DamagedError as error:
-                    if not unit:
-                        raise DamagedError(f"{self.url}: {path} {error}") from None
-                    bad.add(unit)
-                    shutil.rmtree(partial / unit, ignore_errors=True)
+            for reads in range(1, _READS + 1):
+                files = {path: content for path, content in manifest.files.items() if wanted(path)}
+                damaged = self._fill(partial, files, taken)
+                newest = self.newest() if damaged and reads < _READS else None
+                if newest is None or newest == manifest:
+                    break
+                manifest = newest
+            for path, problem in damaged.items():
+                if not (unit := checkpoint_of(path)):
+                    raise DamagedError(f"{self.url}: {path} {problem}")
+                _log.warning("warning: %s: %s is passed over: %s %s", self.url, unit, path, problem)
+        return taken
+
+    def _fill(
+        self, folder: Path, files: Mapping[str, StoredFile], taken: dict[str, StoredFile]
+    ) -> dict[str, str]:
+        """Take what is not ``taken`` yet, forget what is none of ``files``, and say what is damaged, and how.
+
+        It ends at the first damaged file outside checkpoints, and looks at one of each checkpoint.
+        """
+        for path in [path for path, content in taken.items() if files.get(path) != content]:
+            _forget(folder, taken, path)
+        damaged: dict[str, str] = {}
+        for path, content in files.items():
+            unit = checkpoint_of(path)
+            if path in taken or (unit and any(checkpoint_of(other) == unit for other in damaged)):
+                continue
+            try:
+                self._take(content, folder / path)
+                taken[path] = content
+            except DamagedError as error:
+                damaged[path] = str(error)
+                _forget(folder, taken, path)
+                if not unit:
+                    break
+        return damaged
 
     def _take(self, content: StoredFile, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file, _asking(self.url):
-            try:
-                with self.store.filesystem.open_input_stream(self._blob(content.sha256)) as blob:
-                    copied = _copied(blob, file.write, content.size + 1)
-            except FileNotFoundError:
-                raise DamagedError("is missing there") from None
+        with self._reading(content.sha256):
+            blob = self.store.filesystem.open_input_stream(self._blob(content.sha256))
+
+        def read(size: int) -> bytes:
+            with self._reading(content.sha256):
+                chunk: bytes = blob.read(size)
+                return chunk
+
+        with blob, path.open("wb") as file:
+            copied = _copied(read, file.write, content.size + 1)
         if copied != content:
             raise DamagedError("is not what was put there")
+
+    @contextmanager
+    def _reading(self, digest: str) -> Iterator[None]:
+        """Raise DamagedError where the blob is not there, also where it was deleted while it was read."""
+        from pyarrow import ArrowException
+        from pyarrow.fs import FileType
+
+        with _asking(self.url):
+            try:
+                yield
+            except (OSError, ArrowException):
+                if self.store.filesystem.get_file_info(self._blob(digest)).type is FileType.NotFound:
+                    raise DamagedError("is missing there") from None
+                raise
 
     def _manifest(self, number: int) -> str:
         return f"{self.root}/manifest-{number:08d}.json"
@@ -275,10 +307,21 @@ def checkpoint_of(path: str) -> str:
     return f"{parts[0]}/{parts[1]}" if parts[0] == "checkpoints" and len(parts) > 2 else ""
 
 
+def _forget(folder: Path, taken: dict[str, StoredFile], path: str) -> None:
+    """Delete a file that was taken, or in part; of a checkpoint all of it, as it is none any more."""
+    unit = checkpoint_of(path)
+    if unit:
+        shutil.rmtree(folder / unit, ignore_errors=True)
+    else:
+        (folder / path).unlink(missing_ok=True)
+    for other in [other for other in taken if other == path or (unit and checkpoint_of(other) == unit)]:
+        del taken[other]
+
+
 def digest_of(path: Path, size: int) -> StoredFile:
     """The first ``size`` bytes of a file. Raises OSError."""
     with path.open("rb") as file:
-        return _copied(file, lambda chunk: None, size)
+        return _copied(file.read, lambda chunk: None, size)
 
 
 @contextmanager
@@ -290,10 +333,10 @@ def opened(filesystem: FileSystem, place: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def _copied(source: BinaryIO, write: Callable[[bytes], object], size: int) -> StoredFile:
-    """Hand at most ``size`` bytes of ``source`` on, and say what they were."""
+def _copied(read: Callable[[int], bytes], write: Callable[[bytes], object], size: int) -> StoredFile:
+    """Hand at most ``size`` bytes on, and say what they were."""
     digest, left = hashlib.sha256(), size
-    while left and (chunk := source.read(min(left, _CHUNK))):
+    while left and (chunk := read(min(left, _CHUNK))):
         write(chunk)
         digest.update(chunk)
         left -= len(chunk)
@@ -304,10 +347,6 @@ def _listed(filesystem: FileSystem, place: str) -> list[FileInfo]:
     from pyarrow.fs import FileSelector
 
     return filesystem.get_file_info(FileSelector(place, allow_not_found=True))
-
-
-def _of_environment(*names: str) -> str:
-    return next((value for name in names if (value := os.environ.get(name))), "")
 
 
 @contextmanager

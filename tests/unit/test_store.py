@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -24,7 +26,7 @@ from cluster.runs.from_store import bring_named, local_copy
 from cluster.runs.mirror import mirrored
 from cluster.runs.run_files import files_of
 from cluster.runs.run_folders import mark_finished
-from cluster.runs.store import DamagedError, Store, StoreError
+from cluster.runs.store import DamagedError, Store, StoredFile, StoreError
 from cluster.tracking.tracker import Tracker
 from cluster.train import run as run_module
 from cluster.train.prepare import RunFolder, RunSpec, Start
@@ -192,6 +194,20 @@ def test_commands_take_an_address(server: S3Server, tmp_path: Path, monkeypatch:
         local_copy(f"{place}/nothing?{options}", weights=True)
 
 
+def test_a_run_may_lie_in_the_bucket_itself(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
+    machine = Machine(server, tmp_path, "first")
+    run = machine.begin()
+    machine.url = f"s3://{BUCKET}?{machine.url.partition('?')[2]}"
+    machine.put(run)
+    address, _, options = machine.url.partition("?")
+    assert contents(local_copy(f"{address}/{run.name}?{options}", weights=True)) == contents(run)
+    inside = local_copy(f"{address}/{run.name}/evaluation/before.json?{options}", weights=False)
+    assert inside.read_text() == "a row"
+
+
 # --- nothing torn is believed -------------------------------------------------------------------------------
 
 
@@ -205,12 +221,15 @@ def test_a_copy_that_was_changed_is_not_believed(
     machine.put(run)
     there, manifest = stored(machine, run)
     disk, place = machine.stored.filesystem, f"{there.root}/blobs"
-    blob = manifest.files["checkpoints/step-000004/learner/optimizer.safetensors"].sha256
+    optimizer = "checkpoints/step-000004/learner/optimizer.safetensors"
+    blob = manifest.files[optimizer].sha256
     with disk.open_output_stream(f"{place}/{blob}") as file:
         file.write(b"torn")
     found = Machine(server, tmp_path, "second").resumed()
     assert isinstance(found, Checkpoint) and found.state.step == 2
     assert not (found.run_dir / "checkpoints" / "step-000004").exists()
+    said = f"checkpoints/step-000004 is passed over: {optimizer} is not what was put there"
+    assert caplog.text.count(said) == 1
     # a manifest that is cut off, with the highest number, is passed over
     with disk.open_output_stream(f"{there.root}/manifest-{manifest.number + 1:08d}.json") as file:
         file.write(b'{"number": 9, "files"')
@@ -218,6 +237,29 @@ def test_a_copy_that_was_changed_is_not_believed(
     disk.delete_file(f"{place}/{manifest.files['config.yaml'].sha256}")
     with pytest.raises(DamagedError, match=r"config\.yaml is missing there"):
         Machine(server, tmp_path, "third").resumed()
+
+
+def test_a_file_that_is_deleted_while_it_is_read(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 has no word for it that pyarrow knows: it is missing, and no store that refuses."""
+    machine = Machine(server, tmp_path, "first")
+    run = machine.begin()
+    machine.put(run)
+    there, manifest = stored(machine, run)
+    real = store._copied
+
+    def copied(read: Callable[[int], bytes], write: Callable[[bytes], object], size: int) -> StoredFile:
+        def deleted(number: int) -> bytes:
+            chunk = read(5)
+            there.delete({content.sha256 for content in manifest.files.values()})
+            return chunk
+
+        return real(deleted, write, size)
+
+    monkeypatch.setattr(store, "_copied", copied)
+    with pytest.raises(DamagedError, match="is missing there"):
+        there.take(manifest, tmp_path / "taken")
 
 
 def test_a_manifest_cannot_lead_out_of_the_folder(server: S3Server, tmp_path: Path) -> None:
@@ -305,6 +347,14 @@ def test_resume_without_an_answer(server: S3Server, tmp_path: Path, caplog: pyte
         Store(other, 20.0).require_writable()
 
 
+def test_googles_store_is_given_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")  # nobody there either
+    begun = time.monotonic()
+    with pytest.raises(StoreError, match="does not answer"):
+        Store("gs://bucket/runs?scheme=http&endpoint_override=127.0.0.1:9", 1.0).runs()
+    assert time.monotonic() - begun < 60  # Google's client tries for 15 minutes
+
+
 def test_two_machines_with_one_run(server: S3Server, tmp_path: Path) -> None:
     """The one that was taken for dead sees the other, and puts nothing more there."""
     first, second = (Machine(server, tmp_path, name) for name in ("first", "second"))
@@ -352,6 +402,8 @@ def test_going_on_from_an_old_copy_keeps_what_others_did(server: S3Server, tmp_p
         "s3://bucket/runs?access_key=s3cr3t",
         "gs://bucket/runs?access_token=s3cr3t",
         "abfs://s3cr3t@host/x",
+        "s3://AKIA%3As3cr3t%40bucket/runs",
+        "s3://bucket/runs?endpoint_override=AKIA:s3cr3t%40host",
         "s3://bucket/../s3cr3t",
         "file://s3cr3t/x",
         "http://s3cr3t/x",
@@ -362,6 +414,18 @@ def test_an_address_with_a_credential_is_refused_and_not_shown(address: str) -> 
     with pytest.raises((BoundError, ConfigError)) as caught:
         load_config(Path("tests/quickstart.yaml"), [f"output_dir={address}"])
     assert "s3cr3t" not in str(caught.value) and "output_dir" in str(caught.value)
+    with pytest.raises(
+        ConfigError, match=r"the address \(hidden\) is not allowed.*never from an address"
+    ) as caught:
+        local_copy(address, weights=False)
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_a_command_does_not_show_a_credential() -> None:
+    words = [sys.executable, "-m", "cluster", "inspect", "s3://AKIA:s3cr3t@bucket/runs/trial"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "(hidden) is not allowed" in done.stderr
+    assert "s3cr3t" not in done.stdout + done.stderr
 
 
 def test_no_credential_is_in_anything(

@@ -14,7 +14,7 @@ import pytest
 from cluster.common.folders import output_folder
 from cluster.runs import mirror as mirror_module
 from cluster.runs.checkpoint import Checkpoint, newest_whole
-from cluster.runs.from_store import bring_newest
+from cluster.runs.from_store import bring_newest, local_copy, newest_number
 from cluster.runs.mirror import Mirror, mirrored
 from cluster.runs.run_files import files_of
 from cluster.runs.store import Manifest, StoredFile, StoredRun, checkpoint_of
@@ -196,6 +196,87 @@ def test_a_training_takes_the_rows_of_another_machine(tmp_path: Path) -> None:
     again = first.resumed()
     assert isinstance(again, Checkpoint) and again.run_dir == run and again.state.step == 2
     assert (run / "evaluation" / "after_rl.json").read_text() == "a row of the second"
+
+
+# --- readers of a run that goes on --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["listed", "number", "state.json", "before.json", "model.safetensors"])
+def test_a_reader_of_a_live_run(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run goes on while it is taken, and deletes what is taken: the newest is taken instead."""
+    first, second = (Machine(Disk(tmp_path / "disk"), tmp_path, name) for name in ("first", "second"))
+    run = first.begin()
+    save(run, 2)
+    first.put(run)
+    moments = [moment]
+    real_take, real_numbers = StoredRun._take, StoredRun.numbers
+
+    def goes_on(now: str) -> None:
+        if [now] == moments:
+            moments.clear()
+            write_text(run / "evaluation" / "before.json", "another row")
+            write_text(run / "number", "1 \\n")
+            save(run, 4, keep=1)
+            first.put(run)
+
+    def numbers(self: StoredRun) -> list[int]:
+        found = real_numbers(self)
+        goes_on("listed")
+        return found
+
+    def take(self: StoredRun, content: StoredFile, path: Path) -> None:
+        goes_on(path.name)
+        real_take(self, content, path)
+
+    monkeypatch.setattr(StoredRun, "numbers", numbers)
+    monkeypatch.setattr(StoredRun, "_take", take)
+    found = second.resumed()
+    assert not moments and isinstance(found, Checkpoint) and found.state.step == 4
+    assert contents(found.run_dir) == contents(run)
+    assert "passed over" not in caplog.text and "missing" not in caplog.text
+
+
+def test_what_is_in_the_cache_is_not_taken_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
+    machine = Machine(Disk(tmp_path / "disk"), tmp_path, "first")
+    run = machine.begin()
+    save(run, 2)
+    machine.put(run)
+    address = f"{machine.url}/{run.name}"
+    light = local_copy(address, weights=False)
+    inode = (light / "number").stat().st_ino
+    save(run, 4)
+    machine.put(run)
+    assert (local_copy(address, weights=False) / "number").stat().st_ino == inode  # no weights are wanted
+    _, manifest = stored(machine, run)
+    state = manifest.files["checkpoints/step-000004/state.json"].sha256
+    (tmp_path / "disk" / tmp_path.name / run.name / "blobs" / state).write_text("torn")
+    for times in (1, 2):  # it is said each time
+        copy = local_copy(address, weights=True)
+        assert (found := newest_whole(copy)) is not None and found.state.step == 2
+        assert caplog.text.count("step-000004 is passed over") == times
+
+
+def test_the_number_of_a_new_run_costs_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(Disk(tmp_path / "disk"), tmp_path, "first")
+    for step in (2, 4):
+        run = machine.begin()
+        save(run, step)
+        machine.put(run)
+    taken: list[str] = []
+    real = StoredRun._take
+
+    def take(self: StoredRun, content: StoredFile, path: Path) -> None:
+        taken.append(path.name)
+        real(self, content, path)
+
+    monkeypatch.setattr(StoredRun, "_take", take)
+    assert newest_number(machine.config, "trial") == 2
+    assert taken == ["number", "number"]
 
 
 # --- the thread and its end ---------------------------------------------------------------------------------
