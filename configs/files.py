@@ -8,6 +8,7 @@ read_json      bytes --> pydantic --> a frozen dataclass, or one line: file, pla
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
@@ -53,8 +54,10 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
 
     ``target`` must not exist, or be empty. With ``replace`` an earlier folder keeps its name until the new
     one is on the disk; a process that is killed between the two renames leaves it to ``recover_folder``.
-    Raises OSError.
+    Raises OSError, as ``require_replaceable`` does before anything else.
     """
+    target = _real(target)
+    require_replaceable(target)
     partial, old = _aside(target, "partial"), _aside(target, "old")
     recover_folder(target)
     shutil.rmtree(partial, ignore_errors=True)
@@ -75,6 +78,17 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def require_replaceable(target: Path) -> None:
+    """Raise OSError for a file, which is the user's own, and for the folder that this process works in.
+
+    Whoever stands in a folder that is replaced stands in a deleted one: the user's shell too.
+    """
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "it is a file, and no folder", str(target))
+    if target.is_dir() and target.samefile("."):
+        raise OSError(errno.EBUSY, "it is the working directory: go to another one", str(target))
+
+
 def _open_to_readers(folder: Path) -> None:
     """Give all in ``folder`` the rights that the user's umask grants: safetensors makes files of mode 0600.
 
@@ -91,18 +105,21 @@ def recover_folder(target: Path) -> None:
 
     Only for the one process that writes there: another one's replacement may be on its way.
     """
+    target = _real(target)
     old = _aside(target, "old")
-    if target.exists():
+    if target.is_dir():
         shutil.rmtree(old, ignore_errors=True)
     elif old.exists():
         old.rename(target)
 
 
 def remove_folder(target: Path) -> None:
-    """Delete a folder. It disappears at once: no reader finds a part of it. Raises OSError.
+    """Delete a folder. It disappears at once: no reader finds a part of it.
 
-    What a killed process left beside it goes too.
+    What a killed process left beside it goes too. Raises OSError, also for a file or a link: it stays.
     """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise NotADirectoryError(errno.ENOTDIR, "it is a file or a link, and no folder", str(target))
     gone = _aside(target, "gone")
     for leftover in (_aside(target, "old"), _aside(target, "partial"), gone):
         if leftover.exists():
@@ -120,8 +137,14 @@ def make_folder(path: Path) -> None:
         sync(path.parent)
 
 
+def _real(target: Path) -> Path:
+    """``target`` without links: "." has no name of its own, and a link would be replaced by what it names."""
+    return Path(os.path.realpath(target))
+
+
 def _aside(target: Path, role: str) -> Path:
-    return target.with_name(f".{target.name}.{role}")
+    target = target.absolute()
+    return target.parent / f".{target.name}.{role}"
 
 
 def read_json(path: Path, kind: type[T]) -> T:

@@ -16,10 +16,10 @@ from typing import Any, TextIO, TypeVar
 from actors.protocols import EngineError, ReceiptError, WriterError
 from actors.types import WriteRecord
 from cluster.assistant.conversation import Conversation, Reply
+from cluster.assistant.memory_file import load_memory, require_place
 from cluster.assistant.opening import AssistantError, Opening, parts_of
-from cluster.assistant.tending import Edits, Rebuilt, card_lines
+from cluster.assistant.tending import Edits, card_lines
 from cluster.common.display import Display
-from configs.files import recover_folder
 
 T = TypeVar("T")
 
@@ -43,14 +43,17 @@ _LONGER = {"sampling.max_answer_tokens": 256, "engine.max_model_tokens": 4096}
 def chat(opening: Opening, memory: Path | None, source: TextIO, display: Display) -> int:
     """Talk until /quit or the end of ``source``; returns how many turns and commands failed.
 
-    Raises EngineError if no engine starts, AssistantError if ``memory`` cannot be loaded.
+    Raises EngineError if no engine starts, AssistantError if ``memory`` cannot be loaded and saved there.
     """
+    home = None if memory is None else memory.expanduser()
+    if home is not None and require_place(home):
+        load_memory(home, opening)  # what is wrong with it is told before an engine starts
     display.say(f"loading {opening.title} ...")
     with parts_of(opening, slots=1) as parts, asyncio.Runner() as runner:
         conversation = Conversation(parts, "chat", opening.system_prompt)
         terminal = Terminal(conversation, opening, runner, display)
-        if memory is not None:
-            terminal.live_in(memory.expanduser())
+        if home is not None:
+            terminal.live_in(home)
         window = opening.config.memory.max_context_tokens
         display.say(f"ready: a context of {window} tokens; /help lists the commands, /quit ends")
         terminal.converse(source)
@@ -96,9 +99,8 @@ class Terminal:
 
     def live_in(self, folder: Path) -> None:
         """Go on from the memory in ``folder``, if there is one; from now on save there after every turn."""
-        recover_folder(folder)  # a chat was killed while it saved
-        if folder.is_dir() and any(folder.iterdir()):
-            self._load(str(folder))
+        if require_place(folder):
+            self._go_on_from(folder)
         else:
             self._note(f"{folder}: a new memory")
         self._home = folder
@@ -106,11 +108,19 @@ class Terminal:
         self._note(f"saved in {folder} after every turn")
 
     def _load(self, argument: str) -> None:
+        folder = self._folder(argument, "load")
+        if self._home is not None:
+            raise AssistantError(
+                f"/load would replace the memory that lives in {self._home}; "
+                f"start a chat with --memory {argument}, or one without --memory"
+            )
+        self._go_on_from(folder)
+
+    def _go_on_from(self, folder: Path) -> None:
         conversation = self._conversation
-        rebuilt = self._wait(conversation.load(self._folder(argument, "load")), limited=False)
+        self._wait(conversation.load(folder), limited=False)
         cards = _plural(len(conversation.cards), "flashcard")
-        self._note(f"loaded {argument}: {cards}, revision {conversation.revision}")
-        self._show_rebuilt(rebuilt)
+        self._note(f"loaded {folder}: {cards}, revision {conversation.revision}")
 
     # --- turns and commands -----------------------------------------------------------------------------
 
@@ -193,7 +203,8 @@ class Terminal:
         self._tend(Edits(forget=tuple(map(int, numbers))))
 
     def _tend(self, edits: Edits) -> None:
-        self._show_rebuilt(self._wait(self._conversation.tend(edits), limited=False))
+        for line in self._wait(self._conversation.tend(edits), limited=False).lines():
+            self._note(line)
         self._status("")
 
     def _tell(self, argument: str) -> None:
@@ -261,10 +272,6 @@ class Terminal:
         for record in writes:
             for line in describe_write(record):
                 self._note(line)
-
-    def _show_rebuilt(self, rebuilt: Rebuilt | None) -> None:
-        for line in rebuilt.lines() if rebuilt is not None else ():
-            self._note(line)
 
     def _folder(self, argument: str, command: str) -> Path:
         if not argument:

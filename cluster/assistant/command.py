@@ -58,7 +58,7 @@ Without options it lists the flashcards in the weights of a saved conversation; 
 --correct and --forget name them by their numbers. The model is loaded, and Delta is written anew from the
 flashcards that remain, since nothing takes one out of the weights. It says how many of them were learnt, and
 which did not take. The folder is replaced at the end, or stays as it is. --model writes them onto another
-model, as chat and serve do by themselves when a saved conversation is not one of their model.
+model, which chat and serve never do: they refuse a saved conversation that is not one of their model.
 
 Do not change a memory that a chat or a server has open: it is saved there again after its next turn.
 """

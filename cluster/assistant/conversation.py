@@ -44,7 +44,7 @@ from cluster.assistant.known import Known
 from cluster.assistant.memory_file import SavedAdapter, SavedMemory, load_memory, save_memory
 from cluster.assistant.opening import AssistantError, Parts
 from cluster.assistant.speaker import Speaker
-from cluster.assistant.tending import NO_EDITS, Edits, Rebuilt, can_read, losses_of, remaining, written_anew
+from cluster.assistant.tending import Edits, Rebuilt, losses_of, remaining, written_anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,31 +237,45 @@ class Conversation:
         earlier, self._saved = self._saved, None  # what a save that fails leaves is not known
         self._saved = save_memory(self._state(), self._parts.opening, folder, overwrite, earlier)
 
-    async def load(self, folder: Path, edits: Edits = NO_EDITS) -> Rebuilt | None:
-        """Replace this conversation by the one in ``folder``, with ``edits`` of its flashcards.
+    async def load(self, folder: Path) -> None:
+        """Replace this conversation by the one in ``folder``.
 
-        Its Delta is loaded if it is one of this model and no card changes: then returns None. Otherwise the
-        cards are written anew. Raises AssistantError too; then nothing changed.
+        Raises AssistantError too, ForeignMemory for one of another model; then nothing changed.
         """
-        memory, foreign = load_memory(folder, self._parts.opening)
-        cards = edits.applied(memory.cards)
-        if foreign or cards != memory.cards:
-            return await self._rebuild(memory, cards, foreign)
+        memory = load_memory(folder, self._parts.opening)
         await self._become(memory)
         with suppress(OSError):
             self._saved = SavedAdapter.of(folder, memory.weights)
-        return None
 
     async def tend(self, edits: Edits) -> Rebuilt:
         """Correct and forget flashcards: Delta is rebuilt from those that remain.
 
         Raises AssistantError too; then nothing changed.
         """
-        memory = self._state()
-        cards = edits.applied(memory.cards)
-        if cards == memory.cards:
+        memory, before = self._state(), self.cards
+        cards = edits.applied(before)
+        if cards == before:
             raise AssistantError("nothing changes: the flashcards say that already")
-        return await self._rebuild(memory, cards, "")
+        return await self.rebuild(memory, before, cards)
+
+    async def rebuild(
+        self, memory: SavedMemory, before: Sequence[Flashcard], cards: tuple[Flashcard, ...]
+    ) -> Rebuilt:
+        """Continue with ``memory``, and with a Delta that is made of ``cards`` alone, and not of ``before``.
+
+        It is made under an episode of its own: if anything fails, this conversation stays as it is. Raises
+        AssistantError too.
+        """
+        parts, started = self._parts, time.perf_counter()
+        speaker = Speaker(parts, self._name)
+        try:
+            writes = await written_anew(cards, memory.system_prompt, parts, self._memory, speaker)
+            adapter = AdapterKey(speaker.version, speaker.episode_id, speaker.weights.revision)
+            losses = await losses_of(cards, memory.system_prompt, parts, adapter)
+            await self._become(replace(memory, weights=speaker.weights, writes=writes, probe=speaker.probe))
+        finally:
+            await speaker.close()
+        return Rebuilt(cards, losses, time.perf_counter() - started, remaining(before, cards, memory.context))
 
     async def close(self) -> None:
         """Release the adapter in the engine."""
@@ -310,29 +324,6 @@ class Conversation:
             self._parts.chat.decode(unwritten),
             self._wordings,
         )
-
-    async def _rebuild(self, memory: SavedMemory, cards: tuple[Flashcard, ...], reason: str) -> Rebuilt:
-        """Continue with ``memory``, and with a Delta that is made of ``cards`` alone.
-
-        It is made under an episode of its own, so that a failure leaves this conversation as it is.
-        """
-        parts, started = self._parts, time.perf_counter()
-        keeps = not reason or can_read(memory, parts)
-        context_ids, context = (memory.context_ids, memory.context) if keeps else ((), "")
-        speaker = Speaker(parts, self._name)
-        try:
-            writes = await written_anew(cards, memory.system_prompt, parts, self._memory, speaker)
-            adapter = AdapterKey(speaker.version, speaker.episode_id, speaker.weights.revision)
-            losses = await losses_of(cards, memory.system_prompt, parts, adapter)
-            weights, probe = speaker.weights, speaker.probe
-            await self._become(
-                replace(memory, weights=weights, context_ids=context_ids, writes=writes, probe=probe)
-            )
-        finally:
-            await speaker.close()
-        left_out = len(memory.context_ids) - len(context_ids)
-        notes = remaining(memory.cards, cards, context)
-        return Rebuilt(cards, losses, time.perf_counter() - started, reason, left_out, notes)
 
     async def _become(self, memory: SavedMemory) -> None:
         await self._speaker.become(memory.weights, memory.probe)

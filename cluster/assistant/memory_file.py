@@ -5,7 +5,7 @@
 
 The folder appears whole or not at all, and an earlier one stays until then. An adapter folder without
 memory.json loads too if it is on the same basis. Nothing is ever unpickled. A folder that cannot be used is
-one line: AssistantError.
+one line: AssistantError. One that another model made is a ForeignMemory: only ``engram memory`` replaces it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -24,7 +25,16 @@ from actors.fast_weights.peft_format import export_peft, from_peft
 from actors.memory.parametric import standing_cards
 from actors.types import FastWeights, Flashcard, Probe, WriteRecord
 from cluster.assistant.opening import AssistantError, Opening
-from configs.files import FileError, Measured, dump_json, new_folder, read_json, write_text
+from configs.files import (
+    FileError,
+    Measured,
+    dump_json,
+    new_folder,
+    read_json,
+    recover_folder,
+    require_replaceable,
+    write_text,
+)
 
 MEMORY_FILE = "memory.json"
 _ADAPTER = "adapter_model.safetensors"
@@ -86,6 +96,38 @@ class MemoryContent:
     def cards(self) -> tuple[Flashcard, ...]:
         return tuple(standing_cards(self.writes, self.wordings))
 
+    def memory(self, weights: FastWeights) -> SavedMemory:
+        """The whole memory, with its Delta."""
+        probe = self.probe[0] if self.probe else None
+        return SavedMemory(
+            weights, self.system_prompt, self.context_ids, self.writes, probe, self.context, self.wordings
+        )
+
+
+class ForeignMemory(AssistantError):
+    """A folder holds a memory whose Delta is not one of the model here.
+
+    ``content`` is what it tells, ``reason`` why. ``same_weights``: it is of this model, on another basis.
+    """
+
+    def __init__(self, folder: Path, content: MemoryContent, opening: Opening) -> None:
+        self.content = content
+        self.same_weights = content.fingerprint == opening.model.fingerprint
+        title, settings = opening.title, ""
+        if self.same_weights:
+            self.reason = f"it is on the basis {content.basis_id!r}, here it is {opening.basis.id!r}"
+            settings = ", with the settings that are given here,"
+        elif content.model == _model_name(opening):
+            self.reason = f"it is a memory of earlier weights of the model {title!r}"
+        else:
+            self.reason = (
+                f"it is a memory of the model {content.model!r}, whose weights are not those of {title!r}"
+            )
+        command = f"engram memory {quote(str(folder))} --model {quote(title)}"
+        super().__init__(
+            f"{folder}: {self.reason}; `{command}`{settings} writes its flashcards onto this model"
+        )
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SavedAdapter:
@@ -124,17 +166,9 @@ def save_memory(
     else. Where the ``earlier`` adapter is this memory's and still there, memory.json alone is replaced.
     Raises AssistantError if it cannot be written.
     """
-    try:
-        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        held.discard(f".{MEMORY_FILE}.partial")  # of a process that was killed
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-    if not overwrite and (held or (folder.exists() and not folder.is_dir())):
+    held = _held(folder)
+    if held and not overwrite:
         raise AssistantError(f"{folder}: already holds something; name a new folder")
-    if other := held - _FILES:
-        raise AssistantError(
-            f"{folder}: holds {min(other)!r}, which is no part of a memory; name a new folder"
-        )
     content = MemoryContent(
         format="engram-memory-1",
         model=_model_name(opening),
@@ -161,30 +195,55 @@ def save_memory(
         raise _cannot_write(folder, error) from error
 
 
-def load_memory(folder: Path, opening: Opening) -> tuple[SavedMemory, str]:
-    """Read what ``save_memory`` wrote; also says why its Delta is not one of ``opening``, "" if it is.
+def require_place(folder: Path) -> bool:
+    """Whether something is in ``folder``, where a conversation is to live. Undoes a save that was cut off.
 
-    A memory of other weights, or of another basis, comes with its flashcards and with Delta = 0: they must be
-    written anew. Raises AssistantError for a folder that is no memory, or is damaged.
+    For the one process that saves there. Raises AssistantError where nothing can be saved.
+    """
+    try:
+        recover_folder(folder)
+        require_replaceable(folder)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return bool(_held(folder))
+
+
+def _held(folder: Path) -> set[str]:
+    """The files of the memory in ``folder``. Raises AssistantError for others, which are the user's own."""
+    try:
+        require_replaceable(folder)
+        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    held.discard(f".{MEMORY_FILE}.partial")  # of a process that was killed
+    if other := held - _FILES:
+        raise AssistantError(
+            f"{folder}: holds {min(other)!r}, which is no part of a memory; name a new folder"
+        )
+    return held
+
+
+def load_memory(folder: Path, opening: Opening) -> SavedMemory:
+    """Read what ``save_memory`` wrote.
+
+    Raises AssistantError for a folder that is no memory, or is damaged; ForeignMemory for one whose Delta
+    another model has, or another basis.
     """
     content = read_content(folder)
-    if content is not None and (foreign := _foreign(content, opening)):
-        zero = FastWeights(opening.basis.id, 0, {})
-        return _memory(content, zero, None), foreign
-    if content is not None and (fault := _fault(content, opening)):
-        raise AssistantError(f"{folder / MEMORY_FILE}: damaged: {fault}; {_CURE}")
+    if content is not None:
+        _require_own(folder, content, opening)
     try:
         weights = from_peft(folder, opening.basis)
     except BasisError as error:
         raise AssistantError(str(error)) from error
     if content is None:
-        return SavedMemory(weights, opening.system_prompt, (), (), None), ""
+        return SavedMemory(weights, opening.system_prompt, (), (), None)
     if content.revision != weights.revision:
         raise AssistantError(
             f"{folder}: {MEMORY_FILE} is of revision {content.revision}, "
             f"the adapter of {weights.revision}; {_CURE}"
         )
-    return _memory(content, weights, content.probe[0] if content.probe else None), ""
+    return content.memory(weights)
 
 
 def read_content(folder: Path) -> MemoryContent | None:
@@ -205,18 +264,6 @@ def _model_name(opening: Opening) -> str:
     return str(path.absolute()) if path.is_dir() else opening.title
 
 
-def _memory(content: MemoryContent, weights: FastWeights, probe: Probe | None) -> SavedMemory:
-    return SavedMemory(
-        weights,
-        content.system_prompt,
-        content.context_ids,
-        content.writes,
-        probe,
-        content.context,
-        content.wordings,
-    )
-
-
 def _cannot_write(folder: Path, error: Exception) -> AssistantError:
     reason = getattr(error, "strerror", None) or error
     return AssistantError(f"{folder}: cannot be written ({reason}); name another place")
@@ -226,33 +273,41 @@ def _as_saved(record: WriteRecord) -> _Write:
     return _Write(*(getattr(record, field.name) for field in fields(WriteRecord)))
 
 
-def _foreign(content: MemoryContent, opening: Opening) -> str:
-    """Why Delta does not fit ``opening``, "" if it does. A run's checkpoints share the basis alone."""
-    if content.fingerprint != opening.model.fingerprint:
-        return (
-            f"it is a memory of the model {content.model!r}, whose weights are not those of {opening.title!r}"
-        )
-    if content.basis_id != opening.basis.id:
-        return f"it is on the basis {content.basis_id!r}, here it is {opening.basis.id!r}"
-    return ""
+def _require_own(folder: Path, content: MemoryContent, opening: Opening) -> None:
+    """Raise AssistantError for another model's memory, and for what the engine would refuse much later.
+
+    A run's checkpoints share the basis alone.
+    """
+    same_weights = content.fingerprint == opening.model.fingerprint
+    if same_weights and (fault := _fault(content, opening)):
+        raise AssistantError(f"{folder / MEMORY_FILE}: damaged: {fault}; {_CURE}")
+    if not same_weights or content.basis_id != opening.basis.id:
+        raise ForeignMemory(folder, content, opening)
+    texts = (content.context_ids, *(probe.token_ids for probe in content.probe))
+    require_fits(folder, max(map(len, texts)), opening)
+
+
+def require_fits(folder: Path, tokens: int, opening: Opening) -> None:
+    """Raise AssistantError where the longest text of a memory does not fit into the engine's window."""
+    window = opening.config.engine.max_model_tokens
+    if tokens >= window:
+        fits = f"does not fit into engine.max_model_tokens={window}"
+        raise AssistantError(f"{folder}: has a text of {tokens} tokens, which {fits}; set a larger one")
 
 
 def _fault(content: MemoryContent, opening: Opening) -> str:
-    """What is wrong with values of the right type, "" if nothing: the engine would refuse them much later."""
-    window, most = opening.config.engine.max_model_tokens, opening.model.vocab_size - 1
+    """What is wrong with values of the right type, "" if nothing."""
+    most = opening.model.vocab_size - 1
 
     def are_token_ids(ids: Sequence[int]) -> bool:
         return all(0 <= token_id <= most for token_id in ids)
 
-    if len(content.context_ids) >= window:
-        tokens = len(content.context_ids)
-        return f"context_ids: {tokens} tokens do not fit into engine.max_model_tokens={window}"
     if not are_token_ids(content.context_ids):
         return f"context_ids: expected token ids, 0 to {most}"
     for probe in content.probe:
         if not are_token_ids(probe.token_ids):
             return f"probe.token_ids: expected token ids, 0 to {most}"
         finite = all(math.isfinite(value) for value in (*probe.before, *probe.after))
-        if not (finite and 0 < len(probe.after) == len(probe.before) < len(probe.token_ids) < window):
+        if not (finite and 0 < len(probe.after) == len(probe.before) < len(probe.token_ids)):
             return "probe: expected a finite log-prob before and after for each of its last tokens"
     return ""

@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from actors.endpoint.answers import error_body, model_body, models_body
 from actors.endpoint.requests import RequestError, bad_value, client_gone, read_json
 from cluster.assistant.conversation import Conversation
+from cluster.assistant.memory_file import ForeignMemory
 from cluster.assistant.metrics import Metrics
 from cluster.assistant.openai_answers import Answer, completion, completion_events, summarize
 from cluster.assistant.openai_format import ChatRequest, check_name, parse_request
@@ -220,6 +221,8 @@ def _described(error: Exception, limit_s: float) -> tuple[int, str, str | None, 
             return _described(client_gone(), limit_s)
         case BusyError():
             return 429, str(error), None, "too_many_conversations"
+        case ForeignMemory():
+            return 409, str(error), "conversation", "foreign_memory"
         case FullError():
             return 507, str(error), None, "no_room_for_conversations"
         case TimeoutError():

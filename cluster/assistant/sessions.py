@@ -91,7 +91,8 @@ class Sessions:
         its first turn fails, it is dropped. A block that ``looks_only`` is not saved.
 
         Raises BusyError; FullError for a new name where the bounds of ``save_dir`` leave no room;
-        AssistantError for a damaged save, and if the conversation that must make room cannot be saved.
+        AssistantError for a damaged save (ForeignMemory for another model's), and if the conversation that
+        must make room cannot be saved.
         """
         await self._put_away_idle()
         key = name or self._going_on(system_prompt, history) or f"~{next(self._anonymous)}"

@@ -11,6 +11,7 @@ import asyncio
 import math
 import re
 import textwrap
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -46,15 +47,12 @@ class Edits:
                 raise AssistantError(f"there is no flashcard {number}: {listed}")
         if both := sorted({*self.forget} & {*self.correct}):
             raise AssistantError(f"flashcard {both[0]} is to be forgotten and corrected: choose one")
-        answers = {number: _answer(number, text) for number, text in self.correct.items()}
+        forget, answers = {*self.forget}, {n: _answer(n, text) for n, text in self.correct.items()}
         return tuple(
             Flashcard(card.question, answers.get(number, card.answer))
             for number, card in enumerate(cards, start=1)
-            if number not in self.forget
+            if number not in forget
         )
-
-
-NO_EDITS = Edits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +60,17 @@ class Rebuilt:
     """What became of a Delta that was written anew.
 
     losses: of each card in nats per answer token, by the engine under the new Delta; inf for a card that is
-    too long to be asked. reason: why all had to be written, "" where a person changed them. left_out: tokens
-    of the context that another tokenizer made. remaining: what still tells a changed or forgotten answer.
+    too long to be asked. remaining: what still tells a changed or forgotten answer.
     """
 
     cards: tuple[Flashcard, ...]
     losses: tuple[float, ...]
     seconds: float
-    reason: str
-    left_out: int
     remaining: tuple[str, ...]
 
     def lines(self) -> list[str]:
         """The report, for people."""
-        lines = [f"{self.reason}: its flashcards were written anew"] if self.reason else []
+        lines: list[str] = []
         unknown = [number for number, loss in enumerate(self.losses) if not loss <= KNOWN]
         count = len(self.cards)
         if count:
@@ -86,8 +81,6 @@ class Rebuilt:
         if unknown:
             lines.append(f"{len(unknown)} did not take, by their loss:")
             lines += [f"  {self.losses[i]:6.2f}  {_told(self.cards[i])}" for i in unknown]
-        if self.left_out:
-            lines.append(f"{_plural(self.left_out, 'token')} of context are another tokenizer's: left out")
         return [*lines, *self.remaining]
 
 
@@ -127,21 +120,20 @@ async def losses_of(
 
 
 def can_read(memory: SavedMemory, parts: Parts) -> bool:
-    """Whether this model's tokenizer and window take the context of another model's memory."""
-    opening, ids = parts.opening, memory.context_ids
-    is_small = len(ids) < opening.config.engine.max_model_tokens
-    in_vocabulary = all(0 <= token_id < opening.model.vocab_size for token_id in ids)
-    return is_small and in_vocabulary and parts.chat.decode(ids) == memory.context
+    """Whether the context of another model's memory says the same in this model's tokens."""
+    ids, size = memory.context_ids, parts.opening.model.vocab_size
+    return all(0 <= token_id < size for token_id in ids) and parts.chat.decode(ids) == memory.context
 
 
 def remaining(before: Sequence[Flashcard], after: Sequence[Flashcard], context: str) -> tuple[str, ...]:
     """Lines about what still tells an answer of ``before`` that is not in its card of ``after`` any more."""
     lines: list[str] = []
-    for answer in dict.fromkeys(card.answer for card in before if card not in after):
-        same = [n for n, card in enumerate(after, start=1) if card.answer.casefold() == answer.casefold()]
-        if same:
-            numbers = ", ".join(map(str, same))
-            lines.append(f"note: {answer!r} is still the answer of flashcard {numbers}")
+    stay, saying = {*after}, defaultdict[str, list[str]](list)
+    for number, card in enumerate(after, start=1):
+        saying[card.answer.casefold()].append(str(number))
+    for answer in dict.fromkeys(card.answer for card in before if card not in stay):
+        if same := saying.get(answer.casefold()):
+            lines.append(f"note: {answer!r} is still the answer of flashcard {', '.join(same)}")
         if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", context, re.IGNORECASE):
             lines.append(
                 f"note: {answer!r} also stands in what is not written yet, and may come back with the next "
@@ -171,6 +163,10 @@ def parse_edits(forget: Sequence[int], correct: Sequence[str]) -> Edits:
         number, equals, answer = text.partition("=")
         if not equals or not number.strip().isdecimal():
             raise AssistantError(f"--correct {text}: must be N=ANSWER, e.g. --correct '3=in Porto'")
+        if int(number) in answers:
+            raise AssistantError(
+                f"--correct {text}: flashcard {int(number)} is corrected twice: choose one answer"
+            )
         answers[int(number)] = answer
     return Edits(tuple(forget), answers)
 
@@ -207,7 +203,10 @@ def _asked(data: object) -> Edits:
     )
     if not fields or not is_list or not is_table or {*fields} - {"forget", "correct"}:
         raise AssistantError('the body must be like {"forget": [5], "correct": {"3": "in Porto"}}')
-    return Edits(tuple(forget), {int(number): answer for number, answer in correct.items()})
+    answers = {int(number): answer for number, answer in correct.items()}
+    if len(answers) < len(correct):  # "3" and "03"
+        raise AssistantError("correct: a flashcard is corrected twice: choose one answer")
+    return Edits(tuple(forget), answers)
 
 
 def _answer(number: int, text: str) -> str:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from actors.text.flashcards import clean
+from actors.types import FastWeights
 from cluster.assistant.conversation import Conversation
-from cluster.assistant.memory_file import MEMORY_FILE, MemoryContent, read_content
-from cluster.assistant.opening import AssistantError, parts_of, prepare_opening
-from cluster.assistant.tending import Edits, card_lines
+from cluster.assistant.memory_file import (
+    MEMORY_FILE,
+    ForeignMemory,
+    MemoryContent,
+    load_memory,
+    read_content,
+    require_fits,
+    require_place,
+)
+from cluster.assistant.opening import AssistantError, Opening, parts_of, prepare_opening
+from cluster.assistant.tending import Edits, can_read, card_lines
 from cluster.common.display import Display
-from configs.files import recover_folder
 
 _MOST_COLUMNS = 110
 
@@ -43,20 +52,42 @@ def change(
 
     Raises AssistantError, EngineError, WriterError, ReceiptError, and as ``prepare_opening`` does.
     """
-    recover_folder(folder)
+    require_place(folder)
     content = _content(folder)
-    edits.applied(content.cards)  # a wrong number is told before an engine starts
+    before = content.cards
+    cards = edits.applied(before)  # a wrong number is told before an engine starts
     opening = prepare_opening(model or content.model, config, settings, allow_code)
+    foreign = _foreign(folder, opening)
+    if foreign is not None and not model:
+        raise foreign
+    if foreign is None and cards == before:
+        raise AssistantError(f"{folder}: nothing changes: it says that already, on this model")
     display.say(f"loading {opening.title} ...")
     with parts_of(opening, slots=1) as parts, asyncio.Runner() as runner:
+        memory = content.memory(FastWeights(opening.basis.id, 0, {}))
+        left_out = 0
+        if not (foreign is None or foreign.same_weights or can_read(memory, parts)):
+            memory, left_out = replace(memory, context_ids=(), context=""), len(memory.context_ids)
+        require_fits(folder, len(memory.context_ids), opening)
         conversation = Conversation(parts, "memory", opening.system_prompt)
-        rebuilt = runner.run(conversation.load(folder, edits))
-        if rebuilt is None:
-            raise AssistantError(f"{folder}: nothing changes: it says that already, on this model")
+        rebuilt = runner.run(conversation.rebuild(memory, before, cards))
         conversation.save(folder, overwrite=True)
+    if foreign is not None:
+        display.say(f"{foreign.reason}: its flashcards were written anew")
     for line in rebuilt.lines():
         display.say(line)
+    if left_out:
+        display.say(f"{left_out} tokens of context are another tokenizer's: left out")
     display.say(f"{folder}: saved")
+
+
+def _foreign(folder: Path, opening: Opening) -> ForeignMemory | None:
+    """Why the Delta in ``folder`` is not one of ``opening``; None if it is. Raises AssistantError."""
+    try:
+        load_memory(folder, opening)
+    except ForeignMemory as error:
+        return error
+    return None
 
 
 def _content(folder: Path) -> MemoryContent:

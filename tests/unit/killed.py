@@ -26,7 +26,6 @@ from typing import NoReturn
 
 Work = Callable[[Path], None]
 _DIED, _FAILED = 9, 1
-_FILLING = ("open", "os.mkdir", "os.rename")  # a full disk still deletes
 
 
 def _is_write(flags: object) -> bool:

@@ -258,7 +258,7 @@ def _cut(folder: Path) -> None:
         (_changed(format="other"), "memory.json cannot be used: format: Input should be 'engram-memory-1'"),
         (_changed(revision=7), "is of revision 7, the adapter of 1"),
         (_changed(context_ids=[1, 10**6]), "context_ids: expected token ids, 0 to 49151"),
-        (_changed(context_ids=[1] * 5000), "context_ids: 5000 tokens do not fit"),
+        (_changed(context_ids=[1] * 5000), "has a text of 5000 tokens, which does not fit into engine.max"),
         (
             _changed(probe=[{"token_ids": [1], "before": [0.0], "after": [0.0]}]),
             "probe: expected a finite log-prob",

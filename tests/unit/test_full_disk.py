@@ -82,9 +82,9 @@ def test_a_checkpoint_and_its_score(tmp_path: Path) -> None:
 def test_a_conversation(tmp_path: Path) -> None:
     def check(root: Path) -> None:
         recover_folder(root / "ada")
-        assert load_memory(root / "ada", opening_at(root))[0].context_ids in ((1,), (2,))
+        assert load_memory(root / "ada", opening_at(root)).context_ids in ((1,), (2,))
         memory(root, 3)
-        assert load_memory(root / "ada", opening_at(root))[0].context_ids == (3,)
+        assert load_memory(root / "ada", opening_at(root)).context_ids == (3,)
 
     work = partial(memory, number=2)
     assert fill_everywhere(tmp_path, partial(memory, number=1), work, AssistantError, check) >= 6
@@ -200,7 +200,7 @@ def test_a_disk_that_is_really_full(
         save_it(disk, 2000)
     assert "\n" not in str(raised.value)
     assert theta(disk) == (4, "old")
-    assert load_memory(disk / "ada", opening_at(disk))[0].context_ids == (1,)
+    assert load_memory(disk / "ada", opening_at(disk)).context_ids == (1,)
     assert load_row(disk / "evaluation" / "before.json").label == "old"
     used = os.statvfs(disk)
     assert used.f_bavail * used.f_bsize >= left  # nothing half-written is left

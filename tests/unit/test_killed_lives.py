@@ -76,7 +76,7 @@ def test_conversations(tmp_path: Path) -> None:
         recover_folder(root / "ada")
         if not (root / "ada").exists():
             return 0
-        memory, _ = load_memory(root / "ada", opening)
+        memory = load_memory(root / "ada", opening)
         number = memory.context_ids[0]
         assert memory.weights.revision == number
         assert memory.weights.b[MODULE].tolist() == [[float(number)] * 2] * 4

@@ -107,7 +107,7 @@ def test_forgetting_writes_the_other_cards_anew_from_nothing_and_keeps_no_word_o
         talk.save(tmp_path / "nora", overwrite=True)
         assert "Lisbon" not in (tmp_path / "nora" / "memory.json").read_text()
         other = Conversation(bench.parts, "other", "s")
-        assert await other.load(tmp_path / "nora") is None
+        await other.load(tmp_path / "nora")
         assert other.cards == (PET,)
 
     run(story())
@@ -221,53 +221,6 @@ def test_an_edit_that_cannot_be_made_is_one_line(
     run(story())
 
 
-# --- onto another model ---------------------------------------------------------------------------------
-
-
-def test_a_memory_of_another_model_is_written_anew_and_says_what_did_not_take(
-    opening: Opening, chat: ChatFormat, tmp_path: Path
-) -> None:
-    async def story() -> None:
-        talk = await Bench(opening, chat, (HOME, RIDDLE)).written(tmp_path / "nora")
-        await talk.read("She likes figs.")
-        talk.save(tmp_path / "nora", overwrite=True)
-        newer = replace(
-            opening, title="newer", basis=basis(1.0), model=replace(opening.model, fingerprint="f")
-        )
-        bench = Bench(newer, chat, ())
-        other = Conversation(bench.parts, "other", "s")
-        rebuilt = await other.load(tmp_path / "nora")
-        assert rebuilt is not None and other.cards == (HOME, RIDDLE) and other.system_prompt == "Be brief."
-        assert [request.weights.basis_id for request in bench.requests] == [newer.basis.id]
-        assert rebuilt.lines() == [
-            "it is a memory of the model 'tiny', whose weights are not those of 'newer': "
-            "its flashcards were written anew",
-            f"1 of 2 flashcards learnt (a loss of at most 0.01 nats a token) in {rebuilt.seconds:.1f} s",
-            "1 did not take, by their loss:",
-            "    1.50  What is Nora's riddle? -> the sea",
-        ]
-        assert other.unwritten_tokens == talk.unwritten_tokens, "the tokenizer is the same"
-        other.save(tmp_path / "nora", overwrite=True)
-        assert await Conversation(bench.parts, "again", "s").load(tmp_path / "nora") is None
-
-    run(story())
-
-
-def test_a_context_of_another_tokenizer_is_left_out_and_counted(bench: Bench, tmp_path: Path) -> None:
-    async def story() -> None:
-        talk = await bench.written(tmp_path / "nora")
-        await talk.read("She likes figs.")
-        talk.save(tmp_path / "nora", overwrite=True)
-        changed(tmp_path / "nora", fingerprint="0", context="in other tokens")
-        rebuilt = await talk.load(tmp_path / "nora")
-        assert rebuilt is not None and rebuilt.left_out > 3 and talk.unwritten_tokens == 0
-        assert (
-            rebuilt.lines()[-1] == f"{rebuilt.left_out} tokens of context are another tokenizer's: left out"
-        )
-
-    run(story())
-
-
 def changed(folder: Path, **changes: object) -> None:
     content = json.loads((folder / "memory.json").read_text())
     (folder / "memory.json").write_text(json.dumps({**content, **changes}))
@@ -324,7 +277,12 @@ def test_the_command_lists_corrects_forgets_and_writes_onto_another_model(
     assert lines[0] == "loading tiny ..." and lines[1].startswith("1 of 1 flashcard learnt ")
     assert lines[2] == f"{nora}: saved"
     assert said()[2:] == ["1  Where does Nora live? -> in Porto = Oporto"]
-    assert said("--model", "newer")[1].startswith("it is a memory of the model 'tiny', whose weights")
+    lines = said("--model", "newer")
+    assert lines[1] == (
+        "it is a memory of the model 'tiny', whose weights are not those of 'newer': "
+        "its flashcards were written anew"
+    )
+    assert lines[2].startswith("1 of 1 flashcard learnt ")
     assert on_fakes == ["tiny", "newer"] and said()[1] == "model: newer"
 
 
@@ -332,6 +290,7 @@ def test_the_command_lists_corrects_forgets_and_writes_onto_another_model(
     ("words", "expected"),
     [
         (["--forget", "7"], "there is no flashcard 7: there are 1 to 2"),
+        (["--correct", "1=a", "--correct", "1=b"], "--correct 1=b: flashcard 1 is corrected twice"),
         (["--correct", "Porto"], "--correct Porto: must be N=ANSWER, e.g. --correct '3=in Porto'"),
         (["--model", "tiny"], "nothing changes: it says that already, on this model"),
         (["write.epochs=3"], "settings are for --correct, --forget and --model"),
@@ -386,6 +345,8 @@ def test_a_route_can_tend_a_conversation(bench: Bench, tmp_path: Path) -> None:
         for wrong in (None, {}, {"forget": [True]}, {"correct": {"x": "y"}}, {"forget": [1], "all": True}):
             with pytest.raises(AssistantError, match="the body must be like"):
                 await edit_memory(talk, wrong)
+        with pytest.raises(AssistantError, match="a flashcard is corrected twice"):
+            await edit_memory(talk, {"correct": {"1": "Porto", "01": "Oslo"}})
         assert await edit_memory(talk, {"forget": [1], "correct": {"2": "a cat"}}) == {
             "revision": 1,
             "unwritten_tokens": 0,
