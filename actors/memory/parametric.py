@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
 
 from actors.memory.base import Agent, ContextMemory, turns_of
 from actors.memory.controls import OWN_CARDS, WriteControl
+from actors.memory.standing import StandingCards, standing_cards
 from actors.memory.summary import Summary
 from actors.text.chat_template import ChatFormat, Ids
 from actors.text.flashcards import (
@@ -23,7 +23,7 @@ from actors.text.flashcards import (
 )
 from actors.text.grounded import is_told
 from actors.text.split_text import split_text
-from actors.types import Flashcard, WriteRecord
+from actors.types import Flashcard
 from configs.schema import MemoryConfig, WriteConfig
 
 _LEAST_PIECE = 16  # tokens of a turn in a window that is too small
@@ -72,7 +72,9 @@ class Flashcards:
     ) -> None:
         """Write ``cards``, of which at least one fits, and log the write with the agent's own ``text``."""
         limit = self._write.max_example_tokens
-        earlier = _not_outdated(self._written(agent), cards, self._config.wordings)
+        standing = StandingCards(agent.writes, self._config.wordings)
+        standing.outdate(cards)
+        earlier = standing.cards()
         rehearsed = earlier[max(0, len(earlier) - self._write.rehearsal) :]
         system_prompt, chat, depths = agent.system_prompt, agent.chat, self._write.depths
         examples = write_examples([*cards, *rehearsed], earlier, system_prompt, chat, depths, limit)
@@ -237,31 +239,6 @@ class HybridMemory(FlashcardMemory):
     def reserve(self, agent: Agent, full: bool = False) -> int:
         cards = self._flashcards.reserve(agent, full) if self._flashcards is not None else 0
         return self._summary.reserve(agent, full) + cards
-
-
-def standing_cards(writes: Sequence[WriteRecord], wordings: int) -> list[Flashcard]:
-    """Return the cards that ``writes`` have written and not answered anew since, oldest first."""
-    standing: list[Flashcard] = []
-    for record in writes:
-        if record.outcome == "accepted":
-            standing = [*_not_outdated(standing, record.flashcards, wordings), *record.flashcards]
-    return standing
-
-
-def _not_outdated(earlier: Sequence[Flashcard], cards: Sequence[Flashcard], wordings: int) -> list[Flashcard]:
-    """Return the ``earlier`` cards whose question ``cards`` do not answer anew.
-
-    With two wordings of each fact, a new answer to one of them outdates the other too: the neighbour with
-    the same old answer.
-    """
-    anew = {card.question: card.answer for card in cards}
-    outdated = {card.question for card in earlier if card.question in anew}
-    if wordings > 1:
-        changed = {card for card in earlier if anew.get(card.question, card.answer) != card.answer}
-        for one, next_one in pairwise(earlier):
-            if one.answer == next_one.answer and (one in changed or next_one in changed):
-                outdated |= {one.question, next_one.question}
-    return [card for card in earlier if card.question not in outdated]
 
 
 def _newest(cards: Sequence[Flashcard], chat: ChatFormat, limit: int) -> list[Flashcard]:

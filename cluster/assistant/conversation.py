@@ -25,7 +25,8 @@ from typing import Any
 
 from actors.environments.base import TurnRole
 from actors.memory.base import Agent
-from actors.memory.parametric import ParametricMemory, standing_cards
+from actors.memory.parametric import ParametricMemory
+from actors.memory.standing import standing_cards
 from actors.protocols import EngineError, ReceiptError
 from actors.text.chat_template import ChatFormat
 from actors.text.context import Context

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from actors.fast_weights.delta import BasisError
 from actors.fast_weights.peft_format import export_peft, from_peft
-from actors.memory.parametric import standing_cards
+from actors.memory.standing import standing_cards
 from actors.types import FastWeights, Flashcard, Probe, WriteRecord
 from cluster.assistant.opening import AssistantError, Opening
 from configs.files import (
