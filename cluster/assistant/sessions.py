@@ -107,13 +107,12 @@ class Sessions:
         entry.users += 1
         try:
             async with entry.lock, self._slots:
-                rebuilt = None
                 if not entry.begun and name is not None and (saved := self._saved.find(name)) is not None:
-                    rebuilt = await entry.conversation.load(saved)
+                    await entry.conversation.load(saved)
                     entry.begun = True
                 yield entry.conversation, not entry.begun
                 entry.begun = entry.begun or not looks_only  # it may be deleted since it was seen
-                if name is not None and (rebuilt is not None or not looks_only):
+                if name is not None and not looks_only:
                     self._save(name, entry)
         finally:
             entry.users -= 1
