@@ -72,7 +72,9 @@ def estimator(config: ObjectiveConfig) -> Estimator:
 def shuffled(group: TrajectoryGroup, seed: int) -> TrajectoryGroup:
     """Return the group with its siblings' outcomes exchanged by lot: the control of ``train.control``.
 
-    Each permutation is equally likely, so the expected advantage of an episode is 0 whatever it did.
+    Each permutation is equally likely, so an episode's expected advantage is the same whatever it did: 0 of
+    an estimator that is centred, more than 0 of "positive". Answers move with their reward: siblings were
+    asked the same questions, so with credit by question this holds of each.
     """
     outcomes = [trajectory.outcome for trajectory in group.trajectories]
     random.Random(f"{seed}/{group.task.id}/{group.policy_version}").shuffle(outcomes)
