@@ -100,7 +100,7 @@ def rows_of(scored: Sequence[ScoredTrajectory], aggregate: Aggregate, skip_zero_
     rows: list[Row] = []
     empty = skipped = extract = 0
     for episode, tokens in zip(scored, sampled, strict=True):
-        if skip_zero_advantage and not episode.has_signal:
+        if skip_zero_advantage and not has_signal(episode):
             skipped += 1
             continue
         for segment in episode.trajectory.segments:
@@ -114,6 +114,12 @@ def rows_of(scored: Sequence[ScoredTrajectory], aggregate: Aggregate, skip_zero_
             rows.append(Row(segment, episode.trajectory.weights_of(segment), advantage, scale))
             extract += sum(span.end - span.start for span in segment.spans if span.kind == "extract")
     return RowSet(tuple(rows), empty, skipped, extract)
+
+
+def has_signal(episode: ScoredTrajectory) -> bool:
+    """Whether a sampled token of the episode has an advantage."""
+    acting = (segment for segment in episode.trajectory.segments if segment.action_mask.any())
+    return any(np.any(_advantage(episode, segment)) for segment in acting)
 
 
 def _advantage(episode: ScoredTrajectory, segment: Segment) -> float | NDArray[np.float32]:

@@ -28,7 +28,7 @@ from actors.types import PolicyVersion, Segment, Trajectory, TrajectoryGroup
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner import checkpoint
 from learner.advantage import estimator, score, shuffled
-from learner.batch import RowSet, as_objective_sees, pack, pad, rows_of, split, supervised_rows
+from learner.batch import RowSet, as_objective_sees, has_signal, pack, pad, rows_of, split, supervised_rows
 from learner.engine import TrainingEngine
 from learner.lora import whole_policy
 from learner.model import PolicyModel, load_model, load_reference
@@ -45,7 +45,7 @@ class Minibatch:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it holds no row to learn from. Every rank finds the same."""
+        """Whether no row has an advantage, so that none was kept. Every rank finds the same."""
         return not self.rows.rows
 
 
@@ -108,8 +108,9 @@ class Learner:
     def step(self, groups: Sequence[TrajectoryGroup]) -> StepReport:
         """Make one RL step on ``groups``.
 
-        Where no row has an advantage and there is no KL term, there is nothing to learn: weights, Adam's
-        state and version stay. A step of Adam would move the weights by its momentum alone.
+        Where no trained token has an advantage, there is nothing to learn: weights, Adam's state and version
+        stay, with a KL term too. A step of Adam would move the weights by its momentum more than by that
+        term. The same holds for each minibatch.
 
         Raises ValueError for a reward that is not finite, and LearnerError. Weights and version are then as
         before, with one exception: when minibatch k > 1 has a gradient that is not finite, the k - 1 before
@@ -117,16 +118,18 @@ class Learner:
         run must resume from a checkpoint; undoing would need a second copy of theta and Adam.
         """
         started = time.perf_counter()
-        seen = [shuffled(group, self._seed) for group in groups] if self._shuffle_rewards else groups
-        scored_groups = [score(group, self._estimate, self._objective.credit) for group in seen]
-        scored = [episode for group in scored_groups for episode in group]
+        paid = [shuffled(group, self._seed) for group in groups] if self._shuffle_rewards else groups
+        finished = [score(group, self._estimate, self._objective.credit) for group in paid]
+        scored = [episode for group in finished for episode in group]
         segments = (segment for episode in scored for segment in episode.trajectory.segments)
         if not any(segment.action_mask.any() for segment in segments):
             raise LearnerError(
                 f"nothing to learn from: {len(groups)} groups hold {len(scored)} finished episodes "
                 "and no sampled token"
             )
-        minibatches = self._plan(scored)
+        greedy = self._answer_temperature == 0
+        scored_groups = [as_objective_sees(group, self._objective, greedy) for group in finished]
+        minibatches = self._plan([episode for group in scored_groups for episode in group])
         if all(minibatch.is_idle for minibatch in minibatches):
             seconds = time.perf_counter() - started
             return self._report(scored_groups, minibatches, TokenStatistics.none(), [], 0.0, seconds)
@@ -216,12 +219,11 @@ class Learner:
 
     def _plan(self, scored: Sequence[ScoredTrajectory]) -> list[Minibatch]:
         objective, ranks, budget = self._objective, self._engine.world_size, self._config.microbatch_tokens
-        # with a KL term an episode of advantage 0 has a gradient too
-        skip = objective.kl_coefficient == 0
         plan = []
         for part in split(scored, objective.minibatches, (self._seed, self._counters.version)):
-            seen = as_objective_sees(part, objective, greedy_answers=self._answer_temperature == 0)
-            rows = rows_of(seen, objective.aggregate, skip_zero_advantage=skip)
+            # with a KL term an episode of advantage 0 has a gradient too, beside one that teaches
+            skip = objective.kl_coefficient == 0 or not any(map(has_signal, part))
+            rows = rows_of(part, objective.aggregate, skip_zero_advantage=skip)
             packed = pack(rows.rows, budget, ranks, self._temperature, self._answer_temperature)
             plan.append(Minibatch(rows, packed))
         return plan
@@ -343,14 +345,15 @@ class Learner:
         row_sets = [minibatch.rows for minibatch in minibatches]
         segments = [row.segment for row_set in row_sets for row in row_set.rows]
         microbatches = [microbatch for one in minibatches for rank in one.ranks for microbatch in rank]
-        used = sum(any(episode.has_signal for episode in group) for group in scored_groups)
+        used = sum(any(map(has_signal, group)) for group in scored_groups)
         episodes = [episode for group in scored_groups for episode in group]
         advantages = [abs(one) for episode in episodes for one in episode.by_question or (episode.advantage,)]
         tokens = sum(len(segment.token_ids) for segment in segments)
         places = sum(microbatch.token_ids.size for microbatch in microbatches)
         policy_loss = kl = math.nan  # no forward: no signal
         if statistics.tokens:
-            policy_loss, kl = statistics.policy_loss / len(minibatches), statistics.kl / len(minibatches)
+            # an idle minibatch has a policy loss of 0, and a KL that nobody measured
+            policy_loss, kl = statistics.policy_loss / len(minibatches), statistics.kl / len(norms)
         return StepReport(
             version=self.version,
             optimizer_steps=len(norms),

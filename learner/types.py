@@ -43,10 +43,6 @@ class ScoredTrajectory:
     advantage: float
     by_question: tuple[float, ...] = ()  # empty: credit by episode
 
-    @property
-    def has_signal(self) -> bool:
-        return self.advantage != 0 or any(self.by_question)
-
     def advantage_of(self, span: ActionSpan) -> float:
         """The advantage of the tokens in ``span``; 0 where they served no question."""
         if not self.by_question or span.serves is None:
@@ -122,7 +118,7 @@ class StepReport:
     optimizer_steps: int  # 0: no signal, so weights, Adam's state and version stayed
     loss: float  # policy_loss + kl_coefficient * kl
     policy_loss: float  # weighted like the loss, as is kl
-    kl: float
+    kl: float  # of the minibatches that made an optimizer step
     ratio_mean: float  # learner over engine probability
     ratio_min: float
     ratio_max: float
@@ -140,8 +136,8 @@ class StepReport:
     microbatches: int
     segments_without_actions: int  # dropped
     trajectories: int
-    trajectories_skipped: int  # advantage 0: no forward, but still in the denominator
-    groups_used: int
+    trajectories_skipped: int  # no trained token has an advantage: no forward, but still in the denominator
+    groups_used: int  # with an episode of which a trained token has an advantage
     groups_without_signal: int
     mean_advantage_abs: float  # over episodes, or over their questions with credit by question
     seconds: float

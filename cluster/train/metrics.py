@@ -138,7 +138,7 @@ def reward_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
         "reward/mean": _mean(flat),
         "reward/std": float(np.std(flat)) if flat else math.nan,
         "reward/best_sibling": _mean([max(group) for group in rewards if group]),
-        "reward/groups_without_signal": float(sum(_without_signal(group) for group in groups)),
+        "reward/groups_of_equal_reward": float(sum(_of_equal_reward(group) for group in groups)),
     }
     parts: dict[str, list[float]] = {}
     for episode in _episodes(groups):
@@ -267,8 +267,8 @@ def _episodes(groups: Sequence[GroupSummary]) -> list[EpisodeSummary]:
     return [episode for group in groups for episode in group.episodes]
 
 
-def _without_signal(group: GroupSummary) -> bool:
-    """Whether all siblings have the same reward."""
+def _of_equal_reward(group: GroupSummary) -> bool:
+    """Whether all siblings have the same reward. With credit by question they may teach all the same."""
     rewards = [episode.outcome.reward for episode in group.episodes]
     return bool(rewards) and max(rewards) - min(rewards) < 1e-9
 

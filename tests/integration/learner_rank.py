@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -17,7 +17,7 @@ import torch
 
 from actors.fast_weights.basis import compute_basis_from_checkpoint
 from configs.schema import FastWeightsConfig
-from tests.unit.learner_cases import free, group, learner
+from tests.unit.learner_cases import UNWEIGHTED, free, group, learner
 
 
 def main() -> None:
@@ -45,6 +45,12 @@ def main() -> None:
         safetensors.torch.save_file(
             made.weights(trainable_only=False), out / f"grown-{zero_stage}-{rank}.safetensors"
         )
+    tied = replace(UNWEIGHTED, kl_coefficient=0.5, minibatches=2)
+    made = learner(model_path, basis, free(zero_stage=3), tied, rank=rank, world_size=2)
+    made.step(groups)
+    made.save(out / "tied")
+    made.step([group(basis, (0.5, 0.5))])
+    made.save(out / "idle")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,12 @@ def test_two_ranks_equal_one(two: TwoRanks, zero_stage: int) -> None:
         assert reports[2]["loss"] == reports[1]["loss"]  # after load, the same step to the bit
 
 
+def test_a_step_without_signal_moves_no_rank_with_a_kl_term(two: TwoRanks) -> None:
+    saved = [*(f"optimizer/{name}.safetensors" for name in OPTIMIZER), "model/model.safetensors"]
+    for file in ("learner.json", *saved):
+        assert (two.out / "tied" / file).read_bytes() == (two.out / "idle" / file).read_bytes(), file
+
+
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_a_checkpoint_of_one_rank_goes_on_with_two(two: TwoRanks, zero_stage: int) -> None:
     """Two ranks load what one rank saved, to the bit. Their next step is the same up to summation order."""

@@ -122,6 +122,7 @@ def test_a_step_without_a_card_that_could_be_trained_has_no_signal(llama: Path, 
     made = learner(llama, llama_basis, free(), replace(UNWEIGHTED, tokens="cards"))
     report = made.step([replace(whole, trajectories=tuple(answers))])
     assert (report.optimizer_steps, report.version, report.action_tokens) == (0, 0, 0)
+    assert (report.groups_used, report.groups_without_signal, report.trajectories_skipped) == (0, 1, 2)
 
 
 def test_a_step_with_shuffled_rewards_is_that_of_the_exchanged_outcomes(

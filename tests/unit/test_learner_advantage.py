@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,11 +107,10 @@ def asked(*scores: tuple[float, ...]) -> TrajectoryGroup:
 def test_credit_by_question_compares_each_answer_with_its_siblings() -> None:
     estimate = estimator(ObjectiveConfig(advantage="grpo", normalize_by_std=False))
     group = asked((1.0, 0.0), (0.0, 1.0), (0.5, 0.5))
-    assert not any(one.has_signal for one in score(group, estimate)), "the rewards are equal"
+    assert not any(one.advantage for one in score(group, estimate)), "the rewards are equal"
     scored = score(group, estimate, "question")
     assert [one.by_question for one in scored] == [(0.5, -0.5), (-0.5, 0.5), (0.0, 0.0)]
     assert [one.advantage for one in scored] == [0.0] * 3
-    assert [one.has_signal for one in scored] == [True, True, False]
     first = scored[0]
     serves: list[tuple[int, ...] | None] = [(0,), (1,), (0, 1), (), None]
     found = [first.advantage_of(ActionSpan(0, 1, "act", serves=served)) for served in serves]
@@ -122,14 +122,23 @@ def test_shuffled_rewards_are_the_siblings_own_and_say_nothing_of_an_episode() -
     outcomes = [one.outcome for one in group.trajectories]
     first, again = ([one.outcome for one in shuffled(group, 3).trajectories] for _ in range(2))
     assert first == again
-    estimate, sums = estimator(ObjectiveConfig(normalize_by_std=False)), [0.0] * 4
+    centred, positive = (
+        estimator(ObjectiveConfig(advantage=name, normalize_by_std=False)) for name in ("grpo", "positive")
+    )
+    found: list[list[float]] = []  # of each draw: by reward, by question, and at least 0
     for version in range(3000):
         seen = shuffled(replace(group, policy_version=version), 0)
         assert sorted(one.outcome.reward for one in seen.trajectories) == [0.0, 0.5, 0.5, 1.0]
         assert [one.episode_id for one in seen.trajectories] == [one.episode_id for one in group.trajectories]
         assert all(one.outcome in outcomes for one in seen.trajectories), "reward and answers stay together"
-        sums = [total + one.advantage for total, one in zip(sums, score(seen, estimate), strict=True)]
-    assert all(abs(total) / 3000 < 0.03 for total in sums)  # of advantages of 0.5 at most
+        scored, raised = score(seen, centred, "question"), score(seen, positive)
+        found.append(
+            [one.advantage for one in scored]
+            + [advantage for one in scored for advantage in one.by_question]
+            + [one.advantage for one in raised]
+        )
+    means = np.mean(found, axis=0)  # of advantages of 0.5 at most
+    assert means == pytest.approx([0.0] * 12 + [0.125] * 4, abs=0.05)
 
 
 def test_credit_by_question_needs_the_same_questions() -> None:

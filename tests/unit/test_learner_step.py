@@ -120,23 +120,39 @@ def test_equal_rewards_move_nothing_and_are_counted(llama: Path, llama_basis: Ba
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.5])
 def test_a_step_without_signal_leaves_what_adam_has_gathered(
-    llama: Path, llama_basis: Basis, groups: list[TrajectoryGroup], tmp_path: Path
+    llama: Path,
+    llama_basis: Basis,
+    groups: list[TrajectoryGroup],
+    tmp_path: Path,
+    kl_coefficient: float,
+    minibatches: int,
 ) -> None:
-    """Adam's momentum would move the weights without a gradient, and weight decay would shrink them."""
-    made = learner(llama, llama_basis, free(weight_decay=0.1, warmup_steps=4))
-    assert made.step(groups).optimizer_steps == 1
+    """Adam's momentum would move the weights without a gradient, and weight decay would shrink them.
+
+    A KL term alone is no reason for a step: it would be that momentum's, under a new version.
+    """
+    objective = replace(UNWEIGHTED, kl_coefficient=kl_coefficient, minibatches=minibatches)
+    made = learner(llama, llama_basis, free(weight_decay=0.1, warmup_steps=4), objective)
+    assert made.step(groups).optimizer_steps == minibatches
     made.save(tmp_path / "before")
     report = made.step([group(llama_basis, (0.5, 0.5))])
     assert (report.optimizer_steps, report.version, report.learning_rate) == (0, 1, 0.0)
+    assert (report.tokens, report.trajectories_skipped, report.groups_without_signal) == (0, 2, 1)
     made.save(tmp_path / "after")
     for name in ("learner.json", "model/model.safetensors", "optimizer/exp_avg.safetensors"):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
     assert made.step(groups).learning_rate == pytest.approx(free().learning_rate * 2 / 4)
 
 
-def test_a_minibatch_without_signal_is_no_optimizer_step(llama: Path, llama_basis: Basis) -> None:
-    made = learner(llama, llama_basis, free(), replace(UNWEIGHTED, minibatches=2, advantage="positive"))
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.5])
+def test_a_minibatch_without_signal_is_no_optimizer_step(
+    llama: Path, llama_basis: Basis, kl_coefficient: float
+) -> None:
+    objective = replace(UNWEIGHTED, minibatches=2, advantage="positive", kl_coefficient=kl_coefficient)
+    made = learner(llama, llama_basis, free(), objective)
     report = made.step([group(llama_basis, (1.0, 0.0))])  # only the better one has an advantage
     assert (report.optimizer_steps, report.version) == (1, 1) and report.grad_norm > 0
 
@@ -197,9 +213,9 @@ def test_minibatches_use_the_old_policy_and_kl_pulls_back(
     first, second = tied.step(groups), tied.step(groups)
     assert first.kl == pytest.approx(0, abs=1e-9) and second.kl > 1e-3
     assert second.loss == pytest.approx(second.policy_loss + second.kl)
-    # without an advantage an episode still pulls back to the reference
-    equal = tied.step([group(llama_basis, (0.5, 0.5))])
-    assert equal.trajectories_skipped == 0 and equal.kl > 1e-3 and equal.grad_norm > 0
+    # beside episodes with an advantage, those without pull back to the reference too
+    equal = tied.step([group(llama_basis, (0.5, 0.5)), *groups])
+    assert equal.trajectories_skipped == 0 and equal.tokens > second.tokens and equal.groups_used == 1
 
 
 def test_each_step_shuffles_its_minibatches_anew(
