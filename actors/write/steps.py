@@ -3,7 +3,8 @@
     a step of an episode:  a minibatch of its examples   mean cross-entropy of the answer tokens
                            some preserved replies        + write.preserve.weight x KL(without Delta || now)
 
-Minibatches are drawn anew at every epoch, in an order of the episode's seed. Preserved replies come in turn.
+Minibatches are drawn anew at every epoch, in an order of the episode's seed. Preserved replies come in turn,
+from a place of that seed: a write has few steps, and all of the pool must come in some writes.
 An episode ends after its epochs, when it diverges, or when all it learns is known (``write.known_loss``).
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from actors.fast_weights.delta import StackedWeights
 from actors.fast_weights.sensitivity import Sensitivity
+from actors.types import WriteExample, WriteRequest
 from actors.write.lower_layers import Row
 from actors.write.optimizers import make_optimizer
 from actors.write.upper_layers import Chunk, UpperLayers
@@ -30,7 +32,10 @@ OnStep = Callable[[StackedWeights], None]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one episode learns: numbers of rows. ``seed`` orders its minibatches."""
+    """What one episode learns: numbers of rows. ``seed`` orders its minibatches.
+
+    ``preserved``: as many for each step, in the order of steps (``preserved_in_turn``).
+    """
 
     taught: Sequence[int]
     preserved: Sequence[int]
@@ -133,20 +138,39 @@ def minibatches(taught: Sequence[int], size: int, seed: int, epoch: int) -> list
     return [taught[start : start + size] for start in range(0, len(taught), size)]
 
 
+def step_count(examples: int, config: WriteConfig) -> int:
+    """How many steps a write of so many examples takes, unless it ends early."""
+    return config.epochs * math.ceil(examples / config.batch_size)
+
+
+def preserved_in_turn(request: WriteRequest, config: WriteConfig) -> list[WriteExample]:
+    """The replies that the steps of a write preserve, step by step, as many each.
+
+    A step begins where the one before it ended. The first begins at a place of the request's seed that is a
+    multiple of a step's size: the order of the replies may say what belongs into one step.
+    """
+    count, steps = len(request.preserved), step_count(len(request.examples), config)
+    if not count:
+        return []
+    size = min(config.preserve.per_step, count)
+    start = request.seed % (count // size) * size
+    return [request.preserved[(start + i) % count] for i in range(steps * size)]
+
+
 class _Schedule:
     """The steps of one episode, one after the other."""
 
     def __init__(self, plan: Plan, config: WriteConfig) -> None:
         self._plan, self._config = plan, config
-        self.batches = math.ceil(len(plan.taught) / config.batch_size)
-        self.steps = config.epochs * self.batches
+        self.steps = step_count(len(plan.taught), config)
+        self.batches = self.steps // config.epochs
 
     def step(self, number: int) -> Step:
         plan, config = self._plan, self._config
         epoch, place = divmod(number, self.batches)
         batch = minibatches(plan.taught, config.batch_size, plan.seed, epoch)[place]
-        count, size = len(plan.preserved), min(config.preserve.per_step, len(plan.preserved))
-        return Step(batch, [plan.preserved[(number * size + i) % count] for i in range(size)])
+        size = len(plan.preserved) // self.steps
+        return Step(batch, plan.preserved[number * size : (number + 1) * size])
 
 
 def train(

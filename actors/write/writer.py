@@ -33,7 +33,7 @@ from actors.types import FastWeights, Probe, WriteExample, WriteRequest, WriteRe
 from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.lower_layers import LowerLayers
 from actors.write.preserved import PreservedReplies
-from actors.write.steps import OnStep, Plan, Rows, Trained, by_episode, mean_loss, train
+from actors.write.steps import OnStep, Plan, Rows, Trained, by_episode, mean_loss, preserved_in_turn, train
 from actors.write.upper_layers import UpperLayers
 from configs.schema import WriteConfig
 
@@ -112,10 +112,9 @@ class BatchedWriter:
         for request in requests:
             self._check(request)
         owned = [(e, example) for e, request in enumerate(requests) for example in request.examples]
+        in_turn = [preserved_in_turn(request, self._config) for request in requests]
         # The same reply may come several times, so that it is preserved more often.
-        kept = [
-            (e, reply) for e, request in enumerate(requests) for reply in dict.fromkeys(request.preserved)
-        ]
+        kept = [(e, reply) for e, replies in enumerate(in_turn) for reply in dict.fromkeys(replies)]
         probed = [_probe_of(request.examples) for request in requests]
         # Each probe is there twice, for the old weights and for the new, so that one pass scores both.
         output, probe_output = self._lower.read(
@@ -127,7 +126,7 @@ class BatchedWriter:
         places = [[i for i, (owner, _) in enumerate(owned) if owner == e] for e in range(len(requests))]
         numbers = {pair: number for number, pair in enumerate(kept, start=len(owned))}
         plans = [
-            Plan(places[e], [numbers[e, reply] for reply in request.preserved], request.seed)
+            Plan(places[e], [numbers[e, reply] for reply in in_turn[e]], request.seed)
             for e, request in enumerate(requests)
         ]
         weights = [request.weights for request in requests]

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from actors.fast_weights.delta import Basis
 from actors.types import WriteExample, WriteRequest
-from actors.write.steps import minibatches
+from actors.write.steps import minibatches, preserved_in_turn
 from configs.schema import WriteConfig
 
 WrittenB = Mapping[str, NDArray[np.float32]]
@@ -63,13 +63,14 @@ class PeftLoop:
             parameter.data.zero_()
         kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
         optimizer = kind(list(self._b.values()), lr=config.learning_rate)
-        step = 0
+        in_turn, step = preserved_in_turn(request, config), 0
         for epoch in range(config.epochs):
             for places in minibatches(range(len(examples)), config.batch_size, request.seed, epoch):
                 optimizer.zero_grad()
                 loss = self._loss(self._batch([examples[place] for place in places]))
                 if request.preserved:
-                    replies = _in_turn(request.preserved, config.preserve.per_step, step)
+                    size = min(config.preserve.per_step, len(request.preserved))
+                    replies = in_turn[step * size : (step + 1) * size]
                     loss = loss + config.preserve.weight * self._kl(replies)
                 loss.backward()
                 optimizer.step()
@@ -120,8 +121,3 @@ class PeftLoop:
             "labels": pad_sequence(labels, batch_first=True, padding_value=_IGNORED),
         }
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
-
-
-def _in_turn(preserved: Sequence[WriteExample], per_step: int, step: int) -> list[WriteExample]:
-    size = min(per_step, len(preserved))
-    return [preserved[(step * size + i) % len(preserved)] for i in range(size)]

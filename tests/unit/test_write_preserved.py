@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from actors.episodes.preservation import in_turn
 from actors.fast_weights.delta import DeltaInjector, stack, zero
 from actors.protocols import WriterError
 from actors.types import FastWeights, WriteExample, WriteRequest
 from actors.write.kernels import kl_pass
-from actors.write.steps import minibatches
+from actors.write.lower_layers import LowerLayers, LowerOutput
+from actors.write.steps import minibatches, preserved_in_turn
 from actors.write.writer import BatchedWriter
+from configs.load import load_config
 from configs.schema import PreserveConfig, WriteConfig
+from configs.shipped import shipped
 from tests.unit.test_natural_write import sensitive
 from tests.unit.write_cases import basis_of, examples, frozen, ragged_requests, tiny_model, write
 from tests.unit.write_reference import largest_difference, mean_kl, reference
@@ -146,6 +151,39 @@ def test_a_write_goes_on_while_it_harms_what_it_preserves() -> None:
     assert max(light.steps, without.steps) < 40, "a light weight makes no harm that counts"
     heavy = replace(config, preserve=PreserveConfig(weight=1.0))
     assert BatchedWriter(frozen(model), basis, heavy).write(requests)[1].steps == 40
+
+
+@pytest.mark.parametrize("name", ["recall_rl", "recall_asking", "quickstart"])
+def test_writes_of_few_steps_use_the_whole_pool_among_them(name: str) -> None:
+    config = load_config(shipped()[name], []).write
+    preserve = config.preserve
+    pool, beside = examples(3, preserve.questions + preserve.extractions + preserve.everyday), examples(4, 2)
+    order = in_turn(pool, beside, preserve.per_step)
+    request = WriteRequest("a", FastWeights("basis", 0, {}), examples(1, 4), order)
+    writes = [preserved_in_turn(replace(request, seed=seed), config) for seed in range(100)]
+    assert {reply for write in writes for reply in write} == {*pool, *beside}
+    assert writes[7] == preserved_in_turn(replace(request, seed=7), config), "a replay preserves the same"
+    for replies in writes:
+        steps = [replies[i : i + preserve.per_step] for i in range(0, len(replies), preserve.per_step)]
+        assert len(steps) == config.epochs and all(len(step) == preserve.per_step for step in steps)
+        own = [sum(reply in beside for reply in step) for step in steps]
+        assert own == [preserve.per_step // 2] * len(steps), "each step has its share of what is beside"
+
+
+def test_what_no_step_of_a_write_preserves_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool has more replies than a write of few steps takes: the rest costs no pass."""
+    basis, read = basis_of(tiny_model()), []
+
+    def reading(self: LowerLayers, *parts: Sequence[tuple[int, WriteExample]]) -> tuple[LowerOutput, ...]:
+        read.extend(example for _, example in parts[0])
+        return lowest(self, *parts)
+
+    lowest = LowerLayers.read
+    monkeypatch.setattr(LowerLayers, "read", reading)
+    pool, cards = examples(8, 9), examples(1, 2)
+    config = replace(SGD, epochs=2)  # two steps of two replies
+    write([WriteRequest("a", zero(basis), cards, pool, seed=5)], config)
+    assert read == [*cards, *pool[2:6]]  # from place 5 % 4 of the four that the pool has
 
 
 def test_minibatches_are_drawn_anew_by_the_seed() -> None:

@@ -41,9 +41,11 @@ def mean_kl(model: nn.Module, untouched: nn.Module, replies: Sequence[WriteExamp
 
 
 def preserved_at(request: WriteRequest, config: WriteConfig, step: int) -> list[WriteExample]:
-    """The replies of a step, which come in turn."""
-    size = config.preserve.per_step
-    return [request.preserved[(step * size + i) % len(request.preserved)] for i in range(size)]
+    """The replies of a step, which come in turn, from a place of the seed."""
+    count = len(request.preserved)
+    size = min(config.preserve.per_step, count)
+    start = request.seed % (count // size) * size
+    return [request.preserved[(start + step * size + i) % count] for i in range(size)]
 
 
 def reference(
