@@ -185,7 +185,7 @@ class WriteRequest:
     """Asks the writer for the revision after ``weights``, trained on ``examples`` (at least one).
 
     ``preserved``: replies of the policy without Delta that the write must leave as they are, to the first
-    tokens of each. ``seed`` orders the minibatches.
+    tokens of each. ``seed`` orders the minibatches, and says which replies come first.
     """
 
     episode_id: str
@@ -246,7 +246,7 @@ class WriteRecord:
     outcome: WriteOutcome
     reason: str
     preserved: tuple[WriteExample, ...] = ()  # what the write left as it was, see WriteRequest
-    seed: int = 0  # of the minibatches' order
+    seed: int = 0  # of the order of minibatches and preserved replies
     preserved_kl: float = 0.0  # see WriteResult
     uses: tuple[CardUse, ...] = ()  # of each of ``flashcards``; empty where the environment cannot say
     repaired_flashcards: int = 0  # read from the extraction although they were no JSON, or had other keys

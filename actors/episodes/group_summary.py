@@ -17,6 +17,7 @@ from actors.types import (
     Timings,
     Trajectory,
     TrajectoryGroup,
+    WriteExample,
     WriteRecord,
 )
 
@@ -27,7 +28,7 @@ class EpisodeSummary:
 
     episode_id: str
     outcome: Outcome
-    writes: tuple[WriteRecord, ...]  # without their examples
+    writes: tuple[WriteRecord, ...]  # without examples; of preserved replies the number alone
     stop_reason: StopReason
     timings: Timings
     segments: int
@@ -39,13 +40,21 @@ class EpisodeSummary:
         return EpisodeSummary(
             episode_id=trajectory.episode_id,
             outcome=trajectory.outcome,
-            writes=tuple(replace(record, examples=()) for record in trajectory.writes),
+            writes=tuple(_without_tokens(record) for record in trajectory.writes),
             stop_reason=trajectory.stop_reason,
             timings=trajectory.timings,
             segments=len(trajectory.segments),
             tokens=sum(len(segment.token_ids) for segment in trajectory.segments),
             sampled_tokens=sum(int(segment.action_mask.sum()) for segment in trajectory.segments),
         )
+
+
+_NO_TOKENS = WriteExample((), ())
+
+
+def _without_tokens(record: WriteRecord) -> WriteRecord:
+    """``preserved_kl`` says something where replies were preserved, so their number is kept."""
+    return replace(record, examples=(), preserved=(_NO_TOKENS,) * len(record.preserved))
 
 
 @dataclass(frozen=True, slots=True)

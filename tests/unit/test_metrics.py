@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from cluster.train.metrics import (
     rollout_metrics,
     step_metrics,
     worker_timeline,
+    write_metrics,
 )
 from learner.types import StepReport
 from tests.unit.cluster_cases import finished_group, group, task_at, trajectory
@@ -78,3 +79,15 @@ def test_a_figure_that_a_step_does_not_have_is_left_out() -> None:
     figures = step_metrics(report, Batch((0,), groups, (0,), 0), StepSeconds(1.0, 1.0, 1.0, 4.0), ledger)
     assert figures["fast_weights/writes"] == 0.0 and "fast_weights/loss_before" not in figures
     assert all(math.isfinite(value) for value in figures.values())
+
+
+def test_a_summary_has_no_tokens_and_the_same_figures_of_writes() -> None:
+    """It travels to the controller with every group: preserved replies alone were more than all the rest."""
+    written = trajectory(task_at(0), 0, 0.5, writes=("accepted", "rolled_back"))
+    (reply,) = written.writes[0].preserved
+    long = replace(reply, prompt_ids=tuple(range(1000, 2000)))
+    records = tuple(replace(record, examples=(long,), preserved=(long,) * 30) for record in written.writes)
+    summary = EpisodeSummary.of(replace(written, writes=records))
+    assert "1001" not in repr(summary), "a token of a reply"
+    assert write_metrics(summary.writes) == write_metrics(records)
+    assert write_metrics(records)["fast_weights/preserved_kl"] == 0.25
