@@ -5,7 +5,7 @@ Nothing heavy is imported at the top: ``--help`` and Tab answer at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -90,6 +90,15 @@ def split_names(option: str, text: str) -> tuple[str, ...]:
     if not all(names):
         raise ConfigError(f"argument {option}: {text!r} has an empty name: write a,b,c")
     return names
+
+
+def require_distinct(sweeps: Sequence[str]) -> None:
+    """Raise ConfigError where two ``--sweep`` have the same key: the later would replace the earlier."""
+    keys = [sweep.partition("=")[0] for sweep in sweeps]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        values = [sweep.partition("=")[2] for sweep in sweeps if sweep.partition("=")[0] == twice]
+        raise ConfigError(f"--sweep {twice} is given twice: write {twice}={','.join(values)}")
 
 
 def split_seeds(option: str, text: str) -> tuple[int, ...]:

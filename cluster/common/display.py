@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +22,8 @@ from cluster.common.printable import visible
 
 PLAIN_WIDTH = 160  # columns of a table, where there is no terminal
 _LONG_WORD = 24  # characters
+_LONG_CELL = 40  # characters: a longer one is prose, and may be wrapped between its words
+_UNBOUNDED = 100_000  # columns
 
 
 @dataclass(slots=True)
@@ -175,9 +178,57 @@ def duration(seconds: float) -> str:
 def keep_words(table: Table) -> None:
     """Make no column narrower than its words. Only a word longer than ``_LONG_WORD`` may still be cut."""
     for column in table.columns:
-        words = " ".join(map(_plain, (column.header, *column.cells))).split()
+        words = " ".join(_plain(cell).plain for cell in (column.header, *column.cells)).split()
         column.min_width = min(_LONG_WORD, max(map(len, words), default=0))
 
 
-def _plain(cell: object) -> str:
-    return cell.plain if isinstance(cell, Text) else str(cell)
+def keep_cells(table: Table) -> None:
+    """Make no column narrower than its cells, and the words of its header."""
+    for column in table.columns:
+        cells = [_plain(cell).plain for cell in column.cells]
+        whole = [part for cell in cells for part in ([cell] if len(cell) <= _LONG_CELL else cell.split())]
+        words = [*_plain(column.header).plain.split(), *whole]
+        column.min_width, column.overflow = max(map(len, words), default=0), "fold"
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A table; where its columns are too wide for the terminal, a block for each row instead.
+
+    Rich would cut the cells. Their columns' least widths are those of ``keep_words`` or ``keep_cells``.
+    """
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unbounded = options.update(max_width=_UNBOUNDED)
+        if Measurement.get(console, unbounded, self.table).minimum <= options.max_width:
+            yield self.table
+            return
+        if self.table.title:
+            yield _plain(self.table.title)
+        headers = [_plain(column.header).plain for column in self.table.columns]
+        for row in zip(*(column.cells for column in self.table.columns), strict=True):
+            yield from _block(headers, [_plain(cell) for cell in row], options.max_width)
+
+
+def _block(headers: Sequence[str], row: Sequence[Text], width: int) -> Iterator[Text]:
+    """The first cell, then lines of "header cell", indented. A cell is not divided, unless it is too long."""
+    first = row[0].copy()
+    first.stylize("bold")
+    yield first
+    line = Text("  ")
+    for header, cell in zip(headers[1:], row[1:], strict=True):
+        if not cell.plain:
+            continue
+        part = Text.assemble((header, "dim"), " " * bool(header), cell)
+        if line.plain.strip() and line.cell_len + len(" · ") + part.cell_len > width:
+            yield line
+            line = Text("  ")
+        line = Text.assemble(line, " · " if line.plain.strip() else "", part)
+    if line.plain.strip():
+        yield line
+
+
+def _plain(cell: object) -> Text:
+    return cell if isinstance(cell, Text) else Text.from_markup(str(cell))

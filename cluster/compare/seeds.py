@@ -23,6 +23,7 @@ from itertools import product
 from pathlib import Path
 
 import configs
+from cluster.common.arguments import require_distinct
 from cluster.common.display import Display
 from cluster.common.errors import ClusterError
 from cluster.common.folders import output_folder
@@ -62,6 +63,7 @@ def wanted_runs(path: Path, words: Sequence[str], seeds: Sequence[int], sweep: S
     for word in words:
         if word.startswith(tuple(f"{key}=" for key in _OWN if key != "name")):
             raise ConfigError(f"argument {word!r}: --seeds sets it for each run; leave it out")
+    require_distinct(sweep)
     axes = [_axis(path, argument, words) for argument in sweep]
     base = load_config(path, job_overrides(path, words, os.environ))
     runs = []

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cluster.common.arguments import require_distinct
 from configs.load import ConfigError, Layer, load_config
 from configs.memory import CARD_WRITING, SUMMARIZING
 from configs.reference import settings
@@ -115,6 +116,7 @@ def plan_cells(request: Request) -> Plan:
     _check_overrides(request)
     first = _benchmarks(request)[0]
     base = load_config(request.config, request.overrides, first.layers)
+    require_distinct(request.sweep)
     sweep = [_swept(argument, request) for argument in request.sweep]
     rows = _rows(request, base)
     cells: list[Cell] = []

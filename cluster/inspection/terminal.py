@@ -22,7 +22,7 @@ from rich.text import Text
 
 from actors.text.thoughts import visible_reply
 from actors.types import Answer
-from cluster.common.display import keep_words
+from cluster.common.display import Fitted, keep_words
 from cluster.common.printable import visible
 from cluster.inspection.compare import Compared
 from cluster.inspection.record import (
@@ -285,7 +285,7 @@ def show_list(run: Path, paths: Sequence[Path], console: Console) -> None:
             cells = [Text(""), Text(visible(str(error)), style="red"), *(Text("") for _ in columns[3:])]
         table.add_row(str(number), *cells[: len(shown) - 1])
     keep_words(table)
-    console.print(table)
+    console.print(Fitted(table))
 
 
 def list_cells(record: Record) -> tuple[str, ...]:

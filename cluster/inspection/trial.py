@@ -49,10 +49,11 @@ from cluster.common.quiet import quiet
 from cluster.common.tasks import TaskSource
 from cluster.inspection.terminal import number_text, scores_text
 from configs.bounds import ConfigError
+from configs.memory import CARD_WRITING, SUMMARIZING
 from configs.models import tokenizer_folder
 from configs.schema import RunConfig
 
-_CARD_MEMORIES = ("parametric", "hybrid")
+_ASKING = (*CARD_WRITING, *SUMMARIZING, "custom")  # memories whose request may hold the task's question
 _DIM, _HEADING = "dim", "bold cyan"
 _TITLES = {"system": "system prompt", "user": "told or asked", "assistant": "reply (not its own)"}
 
@@ -187,7 +188,7 @@ class TriedActor:
 
     def _extraction(self, prompt_ids: Sequence[int]) -> tuple[str, str]:
         config, environment = self._config, self._environment
-        writes_cards = config.memory.policy in _CARD_MEMORIES
+        writes_cards = config.memory.policy in CARD_WRITING
         if writes_cards and isinstance(environment, Demonstrator):
             context = self._chat.decode(prompt_ids)
             cards = gold_flashcards(environment, self._task, context, config.memory)
@@ -207,6 +208,10 @@ class View:
     def __init__(self, chat: ChatFormat, config: RunConfig, trial: Trial, console: Console) -> None:
         self._chat, self._trial, self._console = chat, trial, console
         self._policy, self._most = config.memory.policy, config.memory.max_context_tokens
+        self._question_title = "question"
+        if config.memory.policy in _ASKING:
+            hidden = config.memory.question_blind
+            self._question_title += ", hidden from the extraction" if hidden else " that an extraction is shown"
         self._seen: Ids = ()
         self._contexts = self._extractions = self._tokens = 0
 
@@ -214,7 +219,7 @@ class View:
         self._print(f"{task.environment} · task {task.id} ({self._trial.split})", "bold")
         self._print(f"memory {self._policy}, a context is full at {self._most} tokens (L_max)", _DIM)
         if session.question:
-            self._print(f"question that an extraction is shown: {session.question}", _DIM)
+            self._print(f"{self._question_title}: {session.question}", _DIM)
 
     def see(self, ids: Ids, asked: bool = False) -> None:
         """Print what is new in a context. ``asked``: its last turn asks for a text to the memory."""
@@ -234,7 +239,8 @@ class View:
         if len(ids) > start:
             self._tokens += len(ids) - start
             self._every_token(ids[start:])
-            self._print(f"  context: {len(ids)} of {self._most} tokens", _DIM)
+            bound = "" if asked else f" of {self._most}"  # the request comes on top of a full context
+            self._print(f"  context: {len(ids)}{bound} tokens", _DIM)
 
     def said(self, kind: SpanKind, ids: Ids, origin: str) -> None:
         """Print what the agent says behind what it has seen."""

@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.common.display import duration, keep_words
+from cluster.common.display import Fitted, duration, keep_words
 from cluster.common.printable import visible
 from cluster.inspection.record import FOLDER, Record, RecordError, load
 from cluster.inspection.terminal import list_cells
@@ -62,13 +62,13 @@ def look(run_dir: Path) -> Snapshot:
             figures = dict(_until(line.step, figures))
         for name, value in line.figures.items():
             figures.setdefault(visible(name), {})[line.step] = value
-    finished = finished_steps(run_dir) >= 0
+    newest, cells = tuple(_newest(run_dir)), visible(_cells(run_dir))
+    finished = (run_dir / "report" / "report.json").is_file() if cells else finished_steps(run_dir) >= 0
     state = "running" if is_held(run_dir) else "finished" if finished else "not running"
     try:
         steps = load_config(run_dir / "config.yaml", []).train.steps
     except ConfigError:
         steps = 0
-    newest, cells = tuple(_newest(run_dir)), visible(_cells(run_dir))
     return Snapshot(visible(run_dir.name), steps, state, figures, logged, newest, cells)
 
 
@@ -143,9 +143,8 @@ def _progress(shown: Snapshot, width: int) -> Iterator[Text]:
     elif warm := shown.figures.get("warm_start/loss"):
         line = spark([warm[step] for step in sorted(warm)], max(10, width - 40))
         yield Text.assemble("warm start, loss ", (line, "magenta"), f" {shown.last('warm_start/loss'):.3f}")
-    rows = {name.split("/")[1]: shown.last(name) for name in shown.figures if name.endswith("/f1")}
-    if rows:
-        yield Text(f"held-out  {', '.join(f'{row} F1 {100 * value:.1f} %' for row, value in rows.items())}")
+    if rows := [*_held_out(shown)]:
+        yield Text(f"held-out  {', '.join(rows)}")
     counts = [(name, shown.last(f"fast_weights/{name}")) for name in ("accepted", "empty", "rolled_back")]
     if not all(math.isnan(count) for _, count in counts):
         outcomes = ", ".join(f"{count:.0f} {name.replace('_', ' ')}" for name, count in counts)
@@ -154,6 +153,17 @@ def _progress(shown: Snapshot, width: int) -> Iterator[Text]:
     if leak := [(name, shown.last(name)) for name in _LEAK if name in shown.figures]:
         figures = ", ".join(f"{name.removeprefix('reward/')} {value:.3f}" for name, value in leak)
         yield Text(f"leak      {figures}")
+
+
+def _held_out(shown: Snapshot) -> Iterator[str]:
+    """Each row with its score: F1, or the reward where nothing was answered."""
+    names = [name.split("/") for name in shown.figures if name.startswith("eval/")]
+    for row in dict.fromkeys(parts[1] for parts in names):
+        f1, reward = shown.last(f"eval/{row}/f1"), shown.last(f"eval/{row}/reward")
+        if not math.isnan(f1):
+            yield f"{row} F1 {100 * f1:.1f} %"
+        elif not math.isnan(reward):
+            yield f"{row} reward {reward:.3f}"
 
 
 def _timeline(shown: Snapshot, width: int) -> Iterator[Text]:
@@ -188,7 +198,7 @@ def _episodes(shown: Snapshot) -> Iterator[RenderableType]:
     for record in shown.newest:
         table.add_row(*(Text(visible(cell)) for cell in list_cells(record)[: len(columns)]))
     keep_words(table)
-    yield table
+    yield Fitted(table)
 
 
 def spark(values: Sequence[float], width: int) -> str:

@@ -24,6 +24,9 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _QUIET_S = 20.0  # after so long without a line of log, look whether the job is still there
 _POLL_S = 0.5
 _TYPE = "SUBMISSION"  # Ray also lists drivers that nobody submitted
+_TOKEN_PLACES = (
+    "put the cluster's token into RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
+)
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # seconds from SIGTERM to SIGKILL; Ray's job supervisor reads it
 
 
@@ -168,16 +171,26 @@ class Jobs:
 
 
 def connect(endpoint: Endpoint) -> Jobs:
-    """Connect to a cluster. Raises JobsError where none answers, or where it refuses."""
+    """Connect to a cluster. Raises JobsError where none answers or it refuses, or a token is not here."""
     if not endpoint.address.startswith(("http://", "https://")):
         raise JobsError(
             f"--address {endpoint.address} is not allowed: "
             "give the address of the cluster's dashboard, e.g. http://head-node:8265"
         )
+    if endpoint.auth == "token" and not _has_token():
+        raise JobsError(f"--auth token: no token is here; {_TOKEN_PLACES}")
     os.environ["RAY_AUTH_MODE"] = endpoint.auth  # Ray reads it when it is imported
     os.environ["RAY_API_SERVER_ADDRESS"] = endpoint.address  # it overrules the argument below
     with one_line(endpoint):
         return Jobs(_timed_client(endpoint), endpoint)
+
+
+def _has_token() -> bool:
+    """Whether one of Ray's three places has a token. Without one its client fails before it asks anybody."""
+    if os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return True
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return file.is_file() and file.stat().st_size > 0
 
 
 def _timed_client(where: Endpoint) -> JobSubmissionClient:
@@ -205,9 +218,7 @@ def one_line(endpoint: Endpoint, name: str = "") -> Iterator[None]:
         raise
     except AuthenticationError:
         raise JobsError(
-            f"the cluster at {where} refuses (auth is {endpoint.auth}): "
-            "give --auth token, with its token in RAY_AUTH_TOKEN, "
-            "in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
+            f"the cluster at {where} refuses (auth is {endpoint.auth}): give --auth token; {_TOKEN_PLACES}"
         ) from None
     except (OSError, ClientError):  # requests' own errors are OSErrors
         raise JobsError(

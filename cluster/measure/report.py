@@ -20,7 +20,7 @@ from typing import Any, Literal
 import rich.table
 from rich.box import SIMPLE
 
-from cluster.common.display import Display
+from cluster.common.display import Display, Fitted, keep_cells
 from cluster.common.printable import visible
 from cluster.measure.scores import F1, REWARD, label, score_text
 from cluster.measure.statistics import Interval, PairedDifference
@@ -76,7 +76,7 @@ def show(document: Document, display: Display) -> None:
     for section, table in tables:
         title = ": ".join(part for part in (section.title, table.title) if part)
         display.say(title or document.title)  # not the table's own title: a narrow table would wrap it
-        display.console.print(_rich_table(table))
+        display.console.print(Fitted(_rich_table(table)))
     legends = dict.fromkeys(table.legend for _, table in tables if table.legend)
     for line in (*legends, *(note for section in document.sections for note in section.notes)):
         display.say(line)
@@ -130,6 +130,7 @@ def _rich_table(table: Table) -> rich.table.Table:
         shown.add_column(_plain(name), justify="right" if number else "left", no_wrap=number == 0)
     for row in table.rows:
         shown.add_row(*map(_plain, row))
+    keep_cells(shown)
     return shown
 
 

@@ -28,6 +28,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, NonNegativeInt, PositiveInt
 from pydantic_core import PydanticCustomError
 
+from cluster.common.arguments import require_distinct
 from cluster.probe.values import SUPERVISIONS, Cell, ProbeError, Supervision
 from configs import yaml_scalars
 from configs.files import FileError, parse_json
@@ -49,6 +50,7 @@ def load_grid(
                 f"argument {argument!r}: a probe's cells differ in write.*, fast_weights.* and supervision; "
                 "set it for all of them before --sweep"
             )
+    require_distinct(sweeps)
     axes = [[f"{key}={value}" for value in values] for key, values in map(_axis, sweeps)]
     grid: dict[tuple[str, ...], Cell] = {}
     for together in cells or [()]:

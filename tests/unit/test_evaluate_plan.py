@@ -279,6 +279,10 @@ def test_a_custom_memory_may_use_every_setting(tmp_path: Path) -> None:
         (request(seeds=(1, 1)), "twice"),
         (request(rows=("tmem",), baseline="raw"), "--baseline raw: no such row here; there are tmem"),
         (request(sweep=("write.epochs",)), "--sweep write.epochs: write key=value,value"),
+        (
+            request(sweep=("write.epochs=1", "write.epochs=2,3")),
+            "--sweep write.epochs is given twice: write write.epochs=1,2,3",
+        ),
         (request(sweep=("write.epochs=1,,2",)), "write key=value,value"),
         (request(sweep=("write.epoch=1,2",)), "did you mean write.epochs?"),
         (request(sweep=("engine.slots=1,2",)), "engine.slots cannot be swept"),

@@ -289,6 +289,24 @@ def test_a_server_that_accepts_and_never_answers_is_given_up(monkeypatch: pytest
             connect(Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}", "disabled", 0.3))
 
 
+@pytest.mark.parametrize("command", ["status", "logs", "stop"])
+def test_without_a_token_no_cluster_is_said_to_refuse(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody listens there. With a token it is asked, and does not answer."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("RAY_AUTH_MODE", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.setenv(name, "disabled")  # restored afterwards: connect sets them
+    words = (command, "monday", "--auth", "token", "--deadline", "1", "--address", "http://127.0.0.1:9")
+    said = error(capsys, *words, status=1)
+    assert "no token is here; put the cluster's token into RAY_AUTH_TOKEN" in said and "refuses" not in said
+    (tmp_path / "token").write_text("a" * 32)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert "no Ray cluster answers at http://127.0.0.1:9" in error(capsys, *words, status=1)
+
+
 def test_an_address_without_http_is_refused() -> None:
     with pytest.raises(JobsError, match="give the address of the cluster's dashboard"):
         connect(Endpoint("127.0.0.1:6379", "disabled", 1))

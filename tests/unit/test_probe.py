@@ -207,6 +207,11 @@ def test_a_bad_sweep_is_a_config_error(sweep: str, part: str) -> None:
         load_grid(QUICKSTART, [], [], [sweep])
 
 
+def test_a_key_that_is_swept_twice_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="write.epochs is given twice: write write.epochs=1,2"):
+        load_grid(QUICKSTART, [], [], ["write.epochs=1", "write.epochs=2"])
+
+
 def test_what_is_written_of_the_same_facts_is_a_setting_of_the_grid(tiny: SimpleNamespace) -> None:
     _, grid = load_grid(QUICKSTART, [], [], ["supervision=flashcards,summary,raw"])
     supervisions = [cell.supervision for cell in grid]

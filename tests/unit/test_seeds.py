@@ -146,6 +146,10 @@ def test_an_interrupted_run_of_other_settings_is_refused_before_any_run(
         (["--sweep", "seed=0,1"], "seeds are given by --seeds"),
         (["--sweep", "write.epoch=1,2"], "did you mean write.epochs"),
         (["write.epochs=3", "--sweep", "write.epochs=1,2"], "is also given as an argument"),
+        (
+            ["--sweep", "train.steps=1", "--sweep", "write.epochs=3", "--sweep", "train.steps=2"],
+            "--sweep train.steps is given twice: write train.steps=1,2",
+        ),
         (["--sweep", "write.epochs=1,1"], "two values give runs of the same name"),
     ],
 )

@@ -153,6 +153,23 @@ def test_a_document_on_the_terminal() -> None:
     assert "Alone" in file.getvalue()
 
 
+@pytest.mark.parametrize("width", [80, 40, 160])
+def test_no_terminal_is_too_narrow_for_a_cell(width: int) -> None:
+    """A table that does not fit is a block for each row. Prose alone is divided, between its words."""
+    header = ("row", "tasks", "failed", "F1 [95 %]", "EM [95 %]", "official [95 %]", "reward", "said")
+    figures = ("16", "0", "82.3 [69.7, 91.2]", "50.1 [40.2, 60.3]", "12.5 [1.4, 20.6]", "+0.123")
+    rows = (("before", *figures, "page in 3, " * 6), ("epochs=5 basis=svd", *figures, ""))
+    file = io.StringIO()
+    scores = Table("Scores", header, rows)
+    show(Document("x", {}, (Section("", tables=(scores,)),)), Display(Console(file=file, width=width)))
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    for cell in {cell for row in rows for cell in row[:-1]}:
+        assert cell in text, text
+    assert text.count("page") == 6 and all(word in text for name in header[1:] for word in name.split())
+    assert ("─" in text) == (width == 160)
+
+
 def test_the_files_of_a_document_hold_no_nan(tmp_path: Path) -> None:
     lines = [{"case": "a, b", "value": 0.5}, {"case": "c", "value": math.nan}]
     paths = save_document(DOCUMENT, tmp_path / "new", {"lines": lines}, lines, name="pool")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -117,10 +118,31 @@ def test_a_full_context_shows_what_is_extracted_and_counts_its_tokens(
     assert len(cards) == 2 and sum("the environment's own 1 flashcard(s)" in line for line in lines) == 2
     assert out.count("--- a write would train 1 example(s)") == 2
     assert "392 tokens in 4 context(s), 2 extraction(s), 2 write(s)" in out
+    assert "question that an extraction is shown: " in out
+    sizes = [int(size) for size in re.findall(r"context: (\d+) of 40 tokens", out)]
+    assert sizes and max(sizes) <= 40 and len(re.findall(r"context: \d+ tokens", out)) == 2
     # each token is printed once
     assert sum(line.count(":'") for line in lines if line.startswith("  1:'<|im_start|>'")) > 0
     printed = [piece for line in lines for piece in line.split() if piece.partition(":")[0].isdecimal()]
     assert len([piece for piece in printed if piece.partition(":")[2].startswith(("'", '"'))]) == 392
+
+
+@pytest.mark.parametrize(
+    ("setting", "title"),
+    [
+        ("memory.question_blind=true", "question, hidden from the extraction: "),
+        ("memory.policy=truncation", "question: "),
+    ],
+)
+def test_a_question_that_no_extraction_is_shown_is_not_said_to_be(
+    setting: str, title: str, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["recall", tokenizer, setting, "memory.max_context_tokens=40", "--reply", "Poland"]
+    status, out, _ = _tried(capsys, words)
+    question = next(line for line in out.splitlines() if line.startswith(title)).removeprefix(title)
+    assert status == 0 and "an extraction is shown" not in out
+    requests = out.split("request of the memory")[1:]
+    assert not [request for request in requests if question in request.split("context:")[0]]
 
 
 def test_typed_replies_come_from_the_standard_input_and_nothing_heavy_is_loaded(

@@ -113,6 +113,25 @@ def test_an_evaluation_tells_its_cells(run: Path) -> None:
     (run / "cells" / "recall--tmem--seed0.jsonl").write_text("{}\n{}\n{}\n")
     text = shown(run)
     assert "cells     1 finished, recall--tmem--seed0 at 2 tasks" in text and "step 3 of 40" not in text
+    assert "r-1 · not running" in text
+    (run / "report").mkdir()
+    (run / "report" / "report.json").write_text("{}")
+    assert "r-1 · finished" in shown(run)
+
+
+def test_held_out_scores_are_those_of_rows_and_not_of_the_training(run: Path) -> None:
+    """A training step has an F1 among its reward's parts. Environments without answers have no F1."""
+    figures = FigureFile(Tracker(), run)
+    figures.log({"reward/f1": 0.9, "eval/before/reward": 0.2, "eval/after_rl/f1_home": 0.7}, 3)
+    figures.log({"eval/after_rl/reward": 0.625}, 3)
+    assert "held-out  before F1 12.5 %, after_rl reward 0.625\n" in shown(run)
+
+
+def test_newest_episodes_stay_whole_in_a_narrow_terminal(run: Path) -> None:
+    text = shown(run, width=30)
+    for cell in ("recall-0-1", "F1 0.5", "writes 0/0/0"):
+        assert cell in text
+    assert max(map(len, text.splitlines())) <= 30
 
 
 def test_the_command_shows_the_newest_run_once_where_there_is_no_terminal(
