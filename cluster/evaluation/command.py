@@ -90,7 +90,7 @@ def evaluate(
         str,
         typer.Option(
             metavar="FOLDER",
-            help="go on with this evaluation, with what it was asked for; auto: the newest",
+            help="go on with this evaluation, with what it was asked for; auto: the newest in runs",
         ),
     ] = "",
     allow_code: Annotated[
@@ -111,6 +111,7 @@ def evaluate(
     words = settings or []
     asked_for_more = any([config, rows, benchmarks, seeds, baseline, sweep, words])
     if resume and not asked_for_more:
+        resume = str(_newest_evaluation(Path("runs"))) if resume == "auto" else resume
         request = replace(saved_request(Path(resume)), resume=resume)
         if not allow_code:
             plan = plan_cells(request)
@@ -164,6 +165,17 @@ def saved_request(folder: Path) -> Request:
         raise ConfigError(f"--resume {folder}: {problem}") from None
     except FileError as error:
         raise ConfigError(f"{error}; give the whole command with --resume") from None
+
+
+def _newest_evaluation(output_dir: Path) -> Path:
+    """The folder of the evaluation in ``output_dir`` that began last. Raises ConfigError."""
+    from cluster.runs.run_folders import number_of
+
+    folders = [file.parent for file in output_dir.glob(f"*/{REQUEST_FILE}")]
+    if not folders:
+        cure = "give its folder; or auto beside CONFIG and the settings, with their output_dir"
+        raise ConfigError(f"--resume auto: {output_dir} holds no evaluation; {cure}")
+    return max(folders, key=number_of)
 
 
 def _config_file(config: str) -> Path:

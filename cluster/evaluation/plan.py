@@ -128,7 +128,7 @@ def plan_cells(request: Request) -> Plan:
                 cells += [Cell(name, variant, replace(config, seed=seed)) for seed in seeds]
     _check_unique([cell.key for cell in cells])
     variants = list(dict.fromkeys(cell.variant for cell in cells))
-    return Plan(base, tuple(cells), tuple(_baselines(variants, request.baseline)))
+    return Plan(base, tuple(cells), tuple(_baselines(variants, _baseline(request, base))))
 
 
 def slug(text: str) -> str:
@@ -247,6 +247,12 @@ def _check_unique(keys: Sequence[str]) -> None:
         row = twice.split("--")[1]
         options = "--rows, --benchmarks, --seeds or --sweep"
         raise ConfigError(f"{options} name {row!r} twice (cell {twice}); each needs its own name")
+
+
+def _baseline(request: Request, base: RunConfig) -> str:
+    """The wanted baseline's name in the tables: a row ``config`` has that of its memory."""
+    named = request.baseline == OWN and (OWN in request.rows or not request.rows)
+    return base.memory.policy if named else request.baseline
 
 
 def _baselines(variants: Sequence[Variant], wanted: str) -> list[tuple[str, str]]:

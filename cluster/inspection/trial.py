@@ -211,7 +211,9 @@ class View:
         self._question_title = "question"
         if config.memory.policy in _ASKING:
             hidden = config.memory.question_blind
-            self._question_title += ", hidden from the extraction" if hidden else " that an extraction is shown"
+            self._question_title += (
+                ", hidden from the extraction" if hidden else " that an extraction is shown"
+            )
         self._seen: Ids = ()
         self._contexts = self._extractions = self._tokens = 0
 

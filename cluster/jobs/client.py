@@ -25,7 +25,7 @@ _QUIET_S = 20.0  # after so long without a line of log, look whether the job is 
 _POLL_S = 0.5
 _TYPE = "SUBMISSION"  # Ray also lists drivers that nobody submitted
 _TOKEN_PLACES = (
-    "put the cluster's token into RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
+    "set RAY_AUTH_TOKEN, or put it into the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
 )
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # seconds from SIGTERM to SIGKILL; Ray's job supervisor reads it
 

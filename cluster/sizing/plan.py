@@ -46,14 +46,19 @@ class Process:
     @property
     def gib(self) -> float:
         """At its peak, with what libraries take on its device."""
-        return peak(self.parts) / GIB + (CONTEXT_GIB if self.gpu else EMPTY_GIB)
+        return peak(self.parts) / GIB + self._libraries_gib
+
+    @property
+    def _libraries_gib(self) -> float:
+        return CONTEXT_GIB if self.gpu else EMPTY_GIB
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """What each holds, then what it holds for a moment beside it."""
         where = "GPU" if self.gpu else "CPU"
         yield (
             f"{self.name} x{self.count}",
-            f"{self.gib:6.1f} GiB each, on {where}: {self._named(passing=False)}",
+            f"{self.gib:6.1f} GiB each, on {where}: {self._named(passing=False)}, "
+            f"libraries {self._libraries_gib:.1f}",
         )
         yield "", f"           at the peak also {self._named(passing=True)}"
 
@@ -188,10 +193,13 @@ def _gpu_shortages(
 ) -> Iterator[str]:
     if len(gpus) > machine.gpus:
         asked = sum(process.count * process.gpu for process in processes)
-        said = f"the run asks for {asked:g} GPUs"
+        said = f"the run asks for {asked:g} GPU{'s' if asked != 1 else ''}"
         if asked <= machine.gpus:
             said = f"these shares need {len(gpus)} GPUs, as none is split over two"
         cure = "lower rollout.workers, learner.workers or their gpus_per_worker"
+        if not machine.gpus:
+            cure = "name the machine that is to run it: engram plan --gpus N --gpu-gib GIB; "
+            cure += "for this one: rollout.gpus_per_worker=0 learner.gpus_per_worker=0"
         yield f"{said}, there are {machine.gpus}; {cure}"
     if not machine.gpu_gib:
         if gpus and machine.gpus:
@@ -206,24 +214,38 @@ def _gpu_shortages(
         need, names = sum(process.gib for process in on), tuple(process.name for process in on)
         if need > room and names not in seen:
             seen.add(names)  # eight GPUs with the same load are one shortage
-            cure = " or ".join(_cure(process, config, process.gib - (need - room)) for process in on)
+            free = machine.gpus > len(gpus)
+            cure = " or ".join(_cure(process, config, process.gib - (need - room), free) for process in on)
             yield (
                 f"GPU {number} needs {need:.1f} GiB and has {machine.gpu_gib:g}, less {FRAGMENTS:.0%} for "
                 f"fragments; {cure}"
             )
 
 
-def _cure(process: Process, config: RunConfig, room: float) -> str:
-    """What makes ``process`` smaller. ``room``: GiB that there are for it."""
+def _cure(process: Process, config: RunConfig, room: float, free: bool) -> str:
+    """What makes ``process`` smaller. ``room``: GiB that there are for it; ``free``: a GPU has no process."""
+    learner = config.learner
     if process.name == "worker":
         sized = config.engine.kv_cache_gib is not None
         return f"lower engine.{'kv_cache_gib' if sized else 'gpu_memory_utilization'}"
     without_pass = tuple(part for part in process.parts if part.name != "activations")
     if peak(without_pass) / GIB + CONTEXT_GIB < room:
-        checkpoints = "" if config.learner.gradient_checkpointing else "learner.gradient_checkpointing=true, "
+        checkpoints = "" if learner.gradient_checkpointing else "learner.gradient_checkpointing=true, "
         return f"{checkpoints}a smaller learner.microbatch_tokens"
-    ranks = "more learner.workers with learner.zero_stage=3"
-    return f"learner.trainable=lora or last_layers, {ranks}, a smaller model"
+    cures = [_fewer_trained(config), "a smaller model"]
+    if free:
+        cures.insert(
+            1, f"more learner.workers{'' if learner.zero_stage == 3 else ' with learner.zero_stage=3'}"
+        )
+    elif learner.workers > 1 and learner.zero_stage < 3:
+        cures.insert(1, "learner.zero_stage=3")
+    return ", ".join(filter(None, cures))
+
+
+def _fewer_trained(config: RunConfig) -> str:
+    """The settings that train less than now; "" where none does."""
+    less = {"full": "learner.trainable=lora or last_layers", "last_layers": "learner.trainable=lora"}
+    return less.get(config.learner.trainable, "")
 
 
 def _cache_shortages(
@@ -262,9 +284,9 @@ def _host_shortages(
         largest = max(processes, key=lambda process: 0 if process.gpu else process.gib * process.count)
         cure = "rollout.workers or engine.kv_cache_gib"
         if largest.name == "learner":
-            cure = (
-                "learner.microbatch_tokens or learner.workers, or train learner.trainable=lora or last_layers"
-            )
+            fewer = _fewer_trained(config)
+            ranks = " or learner.workers" if config.learner.workers > 1 else ""
+            cure = f"learner.microbatch_tokens{ranks}{f', or set {fewer}' if fewer else ''}"
         yield f"the run needs {gib:.1f} GiB of memory, there are {machine.memory_gib:.1f}; lower {cure}"
 
 

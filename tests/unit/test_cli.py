@@ -23,6 +23,8 @@ from typer.main import get_command
 
 from cluster.cli import app, main
 from cluster.common.errors import AllFailed, ClusterError, FleetError, MachineError
+from cluster.evaluation.command import save_request
+from cluster.evaluation.plan import Request
 from cluster.runs.run_lock import held
 from configs.load import load_config
 from configs.reference import settings
@@ -274,6 +276,23 @@ def test_what_to_go_on_with_needs_a_folder(capsys: pytest.CaptureFixture[str]) -
     assert "or --resume FOLDER alone" in failure(capsys, "evaluate")
     assert "or --resume FOLDER alone" in failure(capsys, "evaluate", "--resume", "runs/x", "--rows", "tmem")
     assert "runs/x: is no folder of an evaluation" in failure(capsys, "evaluate", "--resume", "runs/x")
+
+
+def test_auto_alone_goes_on_with_the_newest_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = failure(capsys, "evaluate", "--resume", "auto")
+    assert "--resume auto: runs holds no evaluation; give its folder; or auto beside CONFIG" in said
+    for number, seed in ((2, 7), (10, 8), (9, 6)):
+        folder = tmp_path / "runs" / f"other-evaluate-202601{20 - number}-120000"
+        folder.mkdir(parents=True)
+        config = find_config("quickstart")
+        save_request(Request(config, (f"seed={seed}",), None, (), (), (), "", (), ""), folder)
+        (folder / "number").write_text(f"{number}\n")
+    (tmp_path / "runs" / "quickstart-20260202-120000").mkdir()
+    assert main(["evaluate", "--resume", "auto", "--print-config"]) == 0
+    assert "\nseed: 8\n" in capsys.readouterr().out
 
 
 def test_scale_asks_the_newest_run_and_refuses_what_is_none(

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import typer
@@ -38,7 +38,7 @@ from cluster.train.metrics import (
 from cluster.train.report import STAGES
 from cluster.train.step_checkpoints import METRICS
 from configs.curriculum import stages
-from configs.load import ConfigError, load_config
+from configs.load import ConfigError, Layer, load_config
 from configs.reference import PATH, reference, settings
 from configs.shipped import shipped
 from learner.types import StepReport, WarmStartReport
@@ -139,6 +139,33 @@ def test_settings_that_are_named_exist() -> None:
         keys = {key for key in named if key.split(".")[0] in sections and not key.endswith(files)}
         known = {key for key in keys if any(setting.startswith(key.rstrip(".")) for setting in settings())}
         assert keys - known == set(), doc
+
+
+def test_values_that_are_named_are_allowed() -> None:
+    """Of settings with a list of values."""
+    checked = 0
+    for doc in DOCS:
+        if doc.name in ("CHANGELOG.md", PATH.name):  # former values; the settings themselves
+            continue
+        for key, value in re.findall(r"`([a-z_]+\.[a-z_.]+)=([a-z_]+)[` ]", doc.read_text(encoding="utf-8")):
+            if key in settings() and get_origin(settings()[key].kind) is Literal:
+                assert value in get_args(settings()[key].kind), (doc, key)
+                checked += 1
+    assert checked > 10
+
+
+def test_memory_rows_are_given_with_their_policies() -> None:
+    text = (ROOT / "actors" / "README.md").read_text(encoding="utf-8")
+    table = text.split("| row (`configs/rows/`) | `memory.policy` |")[1].split("\n\n")[0]
+    cells = [
+        [re.findall(r"`(\w+)`", cell) for cell in line.split("|")[1:3]] for line in table.splitlines()[2:]
+    ]
+    pairs = [pair for rows, policies in cells for pair in zip(rows, policies, strict=True)]
+    allowed = ("memory.", "write.", "fast_weights.")
+    for row, policy in pairs:
+        layer = Layer(shipped("rows")[row], "row", allowed)
+        assert load_config(None, [], [layer]).memory.policy == policy, row
+    assert len(pairs) == 13
 
 
 def _zeros(kind: type[Any], **values: Any) -> Any:

@@ -317,6 +317,15 @@ def test_a_row_may_set_its_memory_only(tmp_path: Path) -> None:
     )
 
 
+def test_the_baseline_has_the_name_that_rows_give_it() -> None:
+    """``config`` is the configuration's own memory; the tables have the name of its policy."""
+    rows = ("truncation", "config")
+    assert plan_cells(request(rows=rows, baseline="config")).baselines == (("truncation", "parametric"),)
+    assert plan_cells(request(baseline="config")).baselines == (("truncation", "parametric"),)
+    said = refused(request(rows=("truncation", "tmem"), baseline="config"))
+    assert said == "--baseline config: no such row here; there are truncation, tmem"
+
+
 def test_a_request_survives_its_file(tmp_path: Path) -> None:
     asked = request(
         "write.epochs=3",

@@ -301,7 +301,7 @@ def test_without_a_token_no_cluster_is_said_to_refuse(
         monkeypatch.setenv(name, "disabled")  # restored afterwards: connect sets them
     words = (command, "monday", "--auth", "token", "--deadline", "1", "--address", "http://127.0.0.1:9")
     said = error(capsys, *words, status=1)
-    assert "no token is here; put the cluster's token into RAY_AUTH_TOKEN" in said and "refuses" not in said
+    assert "no token is here; set RAY_AUTH_TOKEN" in said and "refuses" not in said
     (tmp_path / "token").write_text("a" * 32)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     assert "no Ray cluster answers at http://127.0.0.1:9" in error(capsys, *words, status=1)

@@ -208,7 +208,7 @@ def test_a_bad_sweep_is_a_config_error(sweep: str, part: str) -> None:
 
 
 def test_a_key_that_is_swept_twice_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="write.epochs is given twice: write write.epochs=1,2"):
+    with pytest.raises(ConfigError, match=r"write\.epochs is given twice: write write\.epochs=1,2"):
         load_grid(QUICKSTART, [], [], ["write.epochs=1", "write.epochs=2"])
 
 

@@ -303,6 +303,49 @@ def test_shares_that_ray_can_never_place_do_not_fit(shape_of: Callable[[str], Mo
     assert planned(shape, "one_gpu", named_machine(3, 79), *settings)[1] == ()
 
 
+@pytest.mark.parametrize(("name", "machine"), [("quickstart", MACHINE), ("node_8gpu", named_machine(8, 80))])
+def test_the_parts_of_a_process_sum_to_its_total(name: str, machine: Machine) -> None:
+    """What is held, and the largest of what comes at the peak; each is rounded to a digit."""
+    text, _ = planned(model_shape(ModelConfig()), name, machine)
+    shown = re.findall(r"x\d+ +([\d.]+) GiB each, on \w+: (.*)\n +at the peak also (.*)", text)
+    assert len(shown) == 2
+    for total, held_parts, passing in shown:
+        sizes = [float(size) for size in re.findall(r"\d+\.\d", held_parts)]
+        most = max(float(size) for size in re.findall(r"\d+\.\d", passing))
+        assert "libraries" in held_parts and sum(sizes) + most == pytest.approx(float(total), abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "cure"),
+    [
+        (1, [], "learner.trainable=lora or last_layers, a smaller model"),
+        (1, ["learner.trainable=last_layers"], "learner.trainable=lora, a smaller model"),
+        (1, ["learner.trainable=lora"], "a smaller model"),
+        (4, ["learner.trainable=lora"], "more learner.workers with learner.zero_stage=3, a smaller model"),
+        (4, ["learner.trainable=lora", "learner.zero_stage=3"], "more learner.workers, a smaller model"),
+        (
+            2,
+            ["learner.workers=2", "learner.gpus_per_worker=1", "rollout.gpus_per_worker=0"],
+            "learner.trainable=lora or last_layers, learner.zero_stage=3, a smaller model",
+        ),
+    ],
+)
+def test_a_cure_is_nothing_that_is_set_already_and_no_gpu_that_is_not_there(
+    gpus: int, settings: list[str], cure: str, shape_of: Callable[[str], ModelShape]
+) -> None:
+    """A 4B model does not fit into 6 GiB, however it is trained."""
+    _, shortages = planned(shape_of("Qwen/Qwen3-4B"), "one_gpu", named_machine(gpus, 6), *settings)
+    (short,) = (short for short in shortages if short.startswith("GPU 0 needs"))
+    assert short.partition("fragments; ")[2].partition(" or lower")[0] == cure
+
+
+def test_a_machine_without_gpus_is_asked_for_the_one_that_has_them() -> None:
+    _, (short,) = planned(model_shape(ModelConfig()), "one_gpu", MACHINE)
+    assert (
+        "the run asks for 1 GPU, there are 0; name the machine" in short and "--gpus N --gpu-gib GIB" in short
+    )
+
+
 def test_gpus_of_unknown_memory_are_asked_for(shape_of: Callable[[str], ModelShape]) -> None:
     machine = replace(MACHINE, gpus=1)
     text, (short,) = planned(shape_of("Qwen/Qwen3-0.6B"), "one_gpu", machine)

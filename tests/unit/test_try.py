@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -97,6 +98,20 @@ def test_an_environment_of_ones_own_is_played_with_scripted_replies(
         "fault: task eval-0: the environment shop's act: ValueError: "
         f"invalid literal for int() with base 10: '' (my_shop.py:{shop})\n"
     )
+
+
+def test_the_example_of_the_readme_is_played(
+    tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[2] / "actors" / "README.md").read_text(encoding="utf-8")
+    module = re.search(r"```python\n(.*?)```", text.split("## Your own parts")[1], re.DOTALL)
+    command = re.search(r"^engram try (my_tasks:.*)$", text, re.MULTILINE)
+    assert module is not None and command is not None
+    (tmp_path / "my_tasks.py").write_text(module[1], encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_tasks", raising=False)
+    status, out, err = _tried(capsys, [*shlex.split(command[1]), tokenizer])
+    assert (status, err) == (0, "") and "lamps came in" in out and "reward" in out
 
 
 def test_a_fault_has_the_users_file_and_line_and_exit_status_1(
