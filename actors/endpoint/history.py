@@ -34,7 +34,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    role: Role | Literal["tool"] = Field(description="system, user, assistant or tool")
+    role: Literal[Role, "tool"] = Field(description="system, user, assistant or tool")
     content: Annotated[Text, BeforeValidator(lambda content: "" if content is None else content)] = Field(
         "", description="text"
     )

@@ -138,12 +138,17 @@ def parse_json(content: bytes) -> dict[str, Any]:
     """The object in ``content``, all its texts ``encodable``. Raises RequestError."""
     try:
         # not pydantic's parser: it refuses half a surrogate pair
-        data = encodable_value(json.loads(content))
+        data = encodable_value(json.loads(content, parse_constant=_refuse))
     except (ValueError, RecursionError):
         raise bad_value("the body is not JSON", None) from None
     if not isinstance(data, dict):
         raise bad_value("the body must be a JSON object", None)
     return data
+
+
+def _refuse(constant: str) -> None:
+    """NaN and the infinities are no JSON, though Python's parser takes them."""
+    raise ValueError(constant)
 
 
 def checked(kind: type[B], data: Mapping[str, Any]) -> B:
@@ -163,8 +168,9 @@ def _refusal(error: ValidationError, kind: type[BaseModel]) -> RequestError:
         if isinstance(part, int):
             place = f"{place}[{part}]"
             rule = "an object" if model else rule
-        elif part.isidentifier() or part.isdigit():  # else it names one of several types
-            place = f"{place}.{part}" if place else part
+        else:
+            name = part[:100]  # a client's, of any length
+            place = f"{place}.{name}" if place else name
             known = _field(model, part)
             if known is not None:
                 model, rule = _model_in(known.annotation), known.description or ""

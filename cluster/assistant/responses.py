@@ -183,7 +183,7 @@ class _Form:
             "created_at": int(time.time()),
             "model": model,
             "instructions": body.instructions,
-            "tools": [tool.model_dump() for tool in body.tools or ()],
+            "tools": [dict(tool) for tool in body.tools or ()],
             "tool_choice": body.tool_choice or "auto",
             "parallel_tool_calls": True,
             "metadata": body.metadata or {},
@@ -210,7 +210,7 @@ class _Form:
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": [*said, *map(_call, choice.calls)],
             "usage": usage,
-            "engram": answer.engram,
+            "engram": json.loads(dump_json(answer.engram, indent=None)),
         }
 
     async def events(self, stream: Stream[Answer]) -> AsyncIterator[str]:
@@ -283,4 +283,4 @@ def _call(call: SaidCall) -> dict[str, Any]:
 
 def _json(value: Mapping[str, Any]) -> str:
     """ASCII, because some readers of events end a line at U+2028."""
-    return json.dumps(json.loads(dump_json(value, indent=None)), ensure_ascii=True)
+    return json.dumps(value, ensure_ascii=True)

@@ -318,6 +318,8 @@ def test_log_probs_are_those_of_the_reply_without_its_stop_token(parts: Parts, c
         ({"functions": [{}]}, 400, "functions is not supported: leave it out, or give []"),
         ({"chat_template_kwargs": {}}, 400, "chat_template_kwargs is not supported: leave it out"),
         ({"best_of": 2}, 400, "best_of is not supported: leave it out"),
+        ({"best-of": 2}, 400, "best-of is not supported: leave it out"),
+        ({"metadata": {"a": float("nan")}}, 400, "the body is not JSON"),
         ({"stream_options": {"every": 3}}, 400, "stream_options.every is not supported: leave it out"),
         ({"store": True}, 400, "store is not supported: leave it out, or give false"),
         (body("x" * 2000), 413, "the body is over 1024 bytes"),
@@ -827,6 +829,22 @@ def test_a_response_tells_what_was_asked_and_a_text_is_read_without_its_margins(
     assert Response.model_validate(answered).metadata == {"a": "b"}
     assert {name: answered[name] for name in told} == told | {"tools": [{**tool, "strict": None}]}
     assert (plain.json()["tool_choice"], plain.json()["tools"], plain.json()["metadata"]) == ("auto", [], {})
+
+
+def test_a_tool_with_a_deep_schema_is_told_again(parts: Parts, engine: Engine) -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(150):  # pydantic writes no more than 255 levels
+        schema = {"a": [schema]}
+    config = parts.opening.config
+    memory = replace(config.memory, max_context_tokens=1200)
+    wide = replace(parts, opening=replace(parts.opening, config=replace(config, memory=memory)))
+    tool = {"type": "function", "name": "price", "parameters": schema}
+    with serving(wide) as client:
+        for stream in (False, True):
+            asked = {"model": "tiny", "input": "Who?", "tools": [tool], "stream": stream}
+            answered = client.post("/v1/responses", json=asked)
+            assert answered.status_code == 200, answered.text
+            assert json.dumps(schema) in answered.text
 
 
 def test_completions_continue_a_plain_text(parts: Parts, engine: Engine) -> None:
