@@ -20,11 +20,12 @@ they raise fails that one episode, with the file and line (actors/episodes/hoste
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from actors.protocols import TaskError
 from actors.text.thoughts import visible_reply
@@ -66,7 +67,11 @@ class Observation:
     role: TurnRole = "user"
 
     def __post_init__(self) -> None:
-        most, stop = self.max_tokens, self.stop
+        most, stop, roles = self.max_tokens, self.stop, get_args(TurnRole)
+        if self.role not in roles:
+            raise ValueError(f"role={self.role!r} must be one of {', '.join(roles)}")
+        if self.role == "assistant" and self.wants_action:
+            raise ValueError("role='assistant' is a reply: it wants no action, wants_action must be False")
         if most is not None and (not isinstance(most, int) or most < 1):
             raise ValueError(f"max_tokens={most!r} must be a whole number, 1 or more, or None")
         if not isinstance(stop, tuple) or not all(isinstance(text, str) and text for text in stop):
@@ -74,7 +79,7 @@ class Observation:
 
 
 class Session(Protocol):
-    """One episode's view of a task. A property ``system_prompt`` goes before the environment's."""
+    """One episode's view of a task. A ``system_prompt`` of its own goes before the environment's."""
 
     @property
     def question(self) -> str:
@@ -120,6 +125,18 @@ class ToolUser(Protocol):
 
     @property
     def tools(self) -> Sequence[Tool]: ...
+
+
+_MISSING = object()
+
+
+def part_of(session: object, name: str, default: object) -> Any:
+    """An optional part of a session, of its class or set by its constructor.
+
+    A ``__getattr__`` of the user's is not asked: it may have any name, or wait for a network.
+    """
+    has = inspect.getattr_static(session, name, _MISSING) is not _MISSING
+    return getattr(session, name) if has else default
 
 
 @runtime_checkable

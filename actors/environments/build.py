@@ -23,6 +23,7 @@ from actors.environments.base import (
     Rephraser,
     Session,
     Split,
+    part_of,
     prepare,
 )
 from actors.environments.user_calls import CallThread, Raised, run_apart
@@ -256,11 +257,11 @@ class _RewardedSession:
 
     @property
     def system_prompt(self) -> Any:
-        return self.inner.system_prompt if hasattr(type(self.inner), "system_prompt") else ""
+        return part_of(self.inner, "system_prompt", "")
 
     @property
     def tools(self) -> Any:
-        return self.inner.tools if hasattr(type(self.inner), "tools") else ()
+        return part_of(self.inner, "tools", ())
 
     def observe(self) -> Any:
         return self.inner.observe()

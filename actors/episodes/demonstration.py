@@ -82,16 +82,13 @@ def demonstrate(
     """
 
     async def demonstrated() -> list[Segment]:
-        session = HostedSession(environment, task, limit_s)
-        try:
+        async with HostedSession(environment, task, limit_s) as session:
             await session.start()
             actor = ShownActor(chat, task.id)
             agent = Agent(actor, session.told_tools(chat), session.system_prompt, session.question)
             remembering = ParametricMemory(memory, write, window_tokens, ShownCards(actor, cards_of))
             await play(agent, session, remembering, max_answer_tokens=1, max_turns=max_turns)
             return list(agent.finish())  # an empty answer leaves no trace, so each segment has an extraction
-        finally:
-            await session.close()
 
     return run_blocking(demonstrated())
 

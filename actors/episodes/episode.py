@@ -252,7 +252,7 @@ async def play(
             if not isinstance(reply, str):
                 raise TypeError(f"its answer is {type(reply).__name__}, it must be a text")
         if observation.heard is not None:
-            observation.heard(Reply(reply, *agent.last_act))
+            await session.heard(observation.heard, Reply(reply, *agent.last_act))
         await session.act(reply)
         turns += 1
     return "done"

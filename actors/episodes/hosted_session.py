@@ -9,18 +9,21 @@ becomes one too, and says whom it waited for. Text that cannot be encoded is cle
 from __future__ import annotations
 
 import asyncio
+import inspect
+import json
 import math
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
-from actors.environments.base import Environment, Observation, Session
+from actors.environments.base import Environment, Observation, Reply, Session, part_of
 from actors.environments.build import answers_at_once
 from actors.environments.mixture import playing
 from actors.environments.user_calls import CallThread, Raised, close_late, run_apart
 from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat, ChatTemplateError
-from actors.text.encodable import encodable
+from actors.text.encodable import encodable, encodable_value
+from actors.text.tools import Tool
 from actors.types import Answer, Outcome, Task
 from configs.user_code import fault, owned, place
 
@@ -31,7 +34,11 @@ CLOSING_S = 30.0
 
 
 class HostedSession:
-    """One session of one episode. Single-use: ``start``, then the calls of a session, then ``close``."""
+    """One session of one episode. Single-use: ``start``, then the calls of a session, then ``close``.
+
+    Inside ``async with`` it is closed at the end. A fault of its ``close`` hides no other: the first is the
+    one to know.
+    """
 
     def __init__(self, environment: Environment, task: Task, limit_s: float) -> None:
         self.cleaned = 0  # texts of the environment that could not be encoded
@@ -43,6 +50,17 @@ class HostedSession:
         self._at_once = False  # whether its calls need no thread
         self._thread = CallThread(f"session of {task.id}")
         self._session: Session | None = None
+        self._tools: tuple[Tool, ...] = ()
+
+    async def __aenter__(self) -> HostedSession:
+        return self
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        try:
+            await self.close()
+        except TaskError:
+            if error is None:
+                raise
 
     async def start(self) -> None:
         """Start the session. Raises TaskError."""
@@ -64,16 +82,18 @@ class HostedSession:
         self.system_prompt = self.own_prompt or self._text("system_prompt", prompt)
         if task.member:  # the mixture's prompt is another one
             self.own_prompt = self.system_prompt
+        tools = await self._ask("tools", lambda: part_of(session, "tools", ()))
+        with owned(self._whom("tools"), TaskError, _giver(session, "tools")):  # a sequence of their own
+            self._tools = self._checked_tools(tools)
 
     def told_tools(self, chat: ChatFormat) -> ChatFormat:
         """``chat`` with the session's tools in its prompt, if it has some. Raises TaskError."""
-        with owned(self._whom("tools"), TaskError):
-            session: Any = self._session  # of its class: a __getattr__ of theirs may have any name
-            tools = session.tools if hasattr(type(session), "tools") else ()
-        try:
-            return chat.with_tools(tools)
-        except ChatTemplateError as error:
-            raise TaskError(f"{self._whom('tools')}: {error}") from error
+        whom = self._whom("tools", _giver(self._session, "tools"))
+        with owned(whom, TaskError):  # a template is the model's, and may stumble over a schema
+            try:
+                return chat.with_tools(self._tools)
+            except ChatTemplateError as error:
+                raise TaskError(f"{whom}: {error}") from error
 
     async def observe(self) -> Observation | None:
         """The next observation, None when the episode is over. Raises TaskError."""
@@ -85,6 +105,10 @@ class HostedSession:
             self._refuse("observe", type(observation).__name__, "an Observation or None", observe)
         text = self._text("observe", observation.text)
         return observation if text is observation.text else replace(observation, text=text)
+
+    async def heard(self, call: Callable[[Reply], object], reply: Reply) -> None:
+        """Tell the session how the reply was sampled, by the call of its observation. Raises TaskError."""
+        await self._ask("heard", call, reply)
 
     async def act(self, text: str) -> None:
         """Give the agent's reply to the session. Raises TaskError."""
@@ -177,6 +201,30 @@ class HostedSession:
         self.cleaned += text is not value
         return text
 
+    def _checked_tools(self, tools: object) -> tuple[Tool, ...]:
+        if tools is None:
+            return ()
+        if not isinstance(tools, Sequence):
+            self._refuse_tools(type(tools).__name__, "a sequence of Tool")
+        return tuple(self._tool(tool) for tool in tools)
+
+    def _tool(self, tool: object) -> Tool:
+        """``tool`` as a prompt can hold it."""
+        if not isinstance(tool, Tool):
+            self._refuse_tools(type(tool).__name__, "a Tool(name, description, parameters)")
+        if not (isinstance(tool.name, str) and isinstance(tool.description, str)):
+            self._refuse_tools("a name or a description that is none", "a text")
+        try:
+            parameters = json.loads(json.dumps(dict(tool.parameters)))
+        except (TypeError, ValueError, RecursionError) as error:
+            self._refuse_tools(f"parameters of {tool.name} that are no JSON ({error})", "a JSON schema")
+        clean = encodable_value(parameters)
+        self.cleaned += clean != parameters
+        return Tool(self._text("tools", tool.name), self._text("tools", tool.description), clean)
+
+    def _refuse_tools(self, gave: str, wanted: str) -> NoReturn:
+        self._refuse("tools", gave, wanted, _giver(self._session, "tools"))
+
     def _checked(self, outcome: Outcome) -> Outcome:
         """``outcome`` with Python's own floats and texts, so that it can be stored as JSON.
 
@@ -219,6 +267,10 @@ class HostedSession:
 
 
 def _texts_of(session: Any, environment: Environment) -> tuple[object, object, object]:
-    # of the class: a __getattr__ of the user's is asked for what every session has, and for no more
-    own = session.system_prompt if hasattr(type(session), "system_prompt") else ""
-    return own, session.question, environment.system_prompt
+    return part_of(session, "system_prompt", ""), session.question, environment.system_prompt
+
+
+def _giver(session: object, name: str) -> object:
+    """The user's function that a part of a session comes from: a property, or else the constructor."""
+    prop = inspect.getattr_static(session, name, None)
+    return prop.fget if isinstance(prop, property) else getattr(type(session), "__init__", None)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -264,17 +263,12 @@ class Rollout:
     ) -> Trajectory | FailedEpisode:
         """Play and score one episode, then close its session, however it ended. Raises Diverged."""
         environment = self._environments[spec.task.stage]
-        session = HostedSession(environment, spec.task, self._rollout.environment_timeout_s)
-        playing = partial(self._play, spec, session, request, number, recovery, past)
+        result: Trajectory | FailedEpisode | None = None
         try:
-            result = await self._finish(spec, session, playing)
-        except BaseException:
-            with suppress(TaskError):  # the first error is the one to know
-                await session.close()
-            raise
-        try:
-            await session.close()
-        except TaskError as error:
+            async with HostedSession(environment, spec.task, self._rollout.environment_timeout_s) as session:
+                playing = partial(self._play, spec, session, request, number, recovery, past)
+                result = await self._finish(spec, session, playing)
+        except TaskError as error:  # of the close: what _finish meets is a FailedEpisode already
             return result if isinstance(result, FailedEpisode) else _failed(spec, "environment", str(error))
         return result
 

@@ -124,8 +124,7 @@ async def _played(
     window = config.engine.max_model_tokens
     around = surroundings(window, config.sampling.max_answer_tokens, config.embedder)
     memory = build_memory(config.memory, config.write, around)
-    session = HostedSession(environment, task, config.rollout.environment_timeout_s)
-    try:
+    async with HostedSession(environment, task, config.rollout.environment_timeout_s) as session:
         await session.start()
         view.begin(task, session)
         actor = TriedActor(config, environment, task, chat, replies, view)
@@ -137,8 +136,6 @@ async def _played(
         finally:
             view.see(agent.context.ids)  # what was read since the last reply, also before a fault
         outcome = await session.outcome()
-    finally:
-        await session.close()
     view.end(agent, stop, outcome, session.cleaned, memory.events)
 
 

@@ -59,14 +59,16 @@ import verifiers as vf
 from datasets import Dataset
 from gymnasium.spaces import Box, Text
 
-closed = []
+closed, stubborn = [], []
 
 class Broken(gymnasium.Env):
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         return ["no text"] if (options or {}).get("list") else "Go.", {}
     def step(self, action): return "On.", 1 / (len(action) - 4), False, False, {}
-    def close(self): closed.append(self)
+    def close(self):
+        closed.append(self)
+        if stubborn: raise OSError("the window is gone")
 
 class Pictures(Broken):
     observation_space = Box(0, 1, (2, 2))
@@ -214,6 +216,9 @@ def test_gymnasiums_faults_have_an_owner_and_everything_is_closed(chat: ChatForm
         _failure(_play(chat, lists, _first(lists), lambda _: "on")),
     )
     assert len(my_worse.closed) == 5, "two siblings twice, and the look at the spaces"
+    my_worse.stubborn.append(True)
+    assert "gave an observation of type list" in _failure(_play(chat, lists, _first(lists), lambda _: "on"))
+    assert len(my_worse.closed) == 7 and not my_worse.stubborn.clear()
 
 
 @pytest.mark.parametrize(

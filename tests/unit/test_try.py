@@ -42,6 +42,12 @@ class Session:
         self.sum += int(text)
         self.left -= 1
     def outcome(self): return Outcome(float(self.sum), {"sum": float(self.sum)}, ())
+
+class Wanting(Session):
+    def close(self): raise OSError("the till is locked")
+
+class Till(Shop):
+    def start(self, task): return Wanting(task, 1)
 """
 
 
@@ -120,6 +126,15 @@ def test_a_fault_has_the_users_file_and_line_and_exit_status_1(
     status, out, err = _tried(capsys, ["my_shop:Shop", tokenizer, "--reply", "many"])
     assert status == 1 and "  many" in out and "reward" not in out
     assert f"'many' (my_shop.py:{shop})" in err and err.count("\n") == 1
+
+
+def test_a_fault_of_close_is_told_where_it_is_the_only_one(
+    shop: int, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = _tried(capsys, ["my_shop:Till", tokenizer, "--reply", "many"])
+    assert status == 1 and f"'many' (my_shop.py:{shop})" in err and "locked" not in err
+    status, _, err = _tried(capsys, ["my_shop:Till", tokenizer, "--reply", "1"])
+    assert status == 1 and "close: OSError: the till is locked (my_shop.py:" in err
 
 
 def test_a_full_context_shows_what_is_extracted_and_counts_its_tokens(

@@ -21,6 +21,7 @@ from actors.environments.build import build_environment
 from actors.episodes.rollout import Rollout, RolloutRequest
 from actors.protocols import EngineError, TaskError
 from actors.text.chat_template import ChatFormat
+from actors.text.tools import Tool
 from actors.types import AdapterKey, Generation, Sampling, Task, TrajectoryGroup
 from cluster.common.errors import AllFailed
 from cluster.common.tasks import TaskSource
@@ -203,6 +204,38 @@ class Quits(TruncationMemory):
         return await super().answer(agent, text, max_tokens)
 
 def quits(config, write, around): return Quits(40)
+
+class Tells(Session):
+    given = ()
+    @property
+    def tools(self): return self.given() if callable(self.given) else self.given  # line 170
+
+def lost(self): raise LookupError("no such toolbox")  # line 172
+
+class Hears(Session):
+    def observe(self): return Observation("How many?", True, heard=self.hear) if self.turns else None
+    def hear(self, reply): {}[reply.text]  # line 176
+
+class HearsLate(Hears):
+    async def hear(self, reply): await asyncio.sleep(20)  # line 179
+
+class Role(Session):
+    role = "system"
+    def observe(self): return Observation("How many?", True, role=self.role)  # line 183
+
+from actors.text.tools import Tool
+
+class Sets(Session):
+    def __init__(self, task):
+        super().__init__(task)
+        self.system_prompt, self.tools = "Count lamps alone.", [Tool("shelf", "What is on it?", {})]
+
+class BothFail(Session):
+    def act(self, text): int(text)  # line 193
+    def close(self): raise OSError("the sandbox is gone")
+
+class TeachesNothing(Teaches):
+    session = BothFail
 """
 REQUEST = RolloutRequest(
     Task("shop-0", "shop", {}, 0), "g", 3, MemoryConfig(policy="truncation"), 1.0, 8, seed=1
@@ -265,6 +298,96 @@ def test_a_fault_of_the_environment_is_one_failed_episode_with_its_line(
     assert group.failed[0].message == f"task shop-0: the environment shop's {said}"
     assert len(group.trajectories) == 2 and group.trajectories[0].outcome.reward == 0.5
     assert session == "Leaves" or mine.closed == ["shop-0"] * 3
+
+
+OPENAI_TOOL = {"type": "function", "function": {"name": "shelf", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([OPENAI_TOOL], "gave dict, it must be a Tool(name, description, parameters)"),
+        (7, "gave int, it must be a sequence of Tool"),
+        ([Tool("shelf", None, {})], "gave a name or a description that is none, it must be a text"),  # type: ignore[arg-type]
+        (
+            [Tool("shelf", "What is on it?", {"enum": {"lamp"}})],
+            "gave parameters of shelf that are no JSON (Object of type set is not JSON serializable), "
+            "it must be a JSON schema",
+        ),
+        ("lost", "LookupError: no such toolbox (my_env.py:172)"),
+    ],
+)
+def test_a_fault_of_a_sessions_tools_is_its_own(
+    mine: Any, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch, given: Any, said: str
+) -> None:
+    monkeypatch.setattr(mine.Tells, "given", mine.lost if given == "lost" else given)
+    group = _play(chat, _shop("Tells"))
+    whom = "task shop-0: the environment shop's tools"
+    where = ": " if given == "lost" else " (my_env.py:169) "
+    assert {failed.message for failed in group.failed} == {f"{whom}{where}{said}"}
+    assert [failed.boundary for failed in group.failed] == ["environment"] * 3
+    assert mine.closed == ["shop-0"] * 3
+
+
+def test_a_tools_half_characters_are_cleaned_and_counted(
+    mine: Any, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = Tool("shelf\udc00", "caf\ud83d", {"properties": {"lamp\udc00": {"enum": ["\ud83d"]}}})
+    monkeypatch.setattr(mine.Tells, "given", (tool,))
+    (trajectory,) = _play(chat, _shop("Tells"), replace(REQUEST, group_size=1)).trajectories
+    prompt = chat.decode(trajectory.segments[0].token_ids.tolist())
+    assert all(text in prompt for text in ("shelf\ufffd", "caf\ufffd", "lamp\ufffd", '["\ufffd"]'))
+    assert trajectory.memory_events["cleaned_texts"] == 3
+
+
+def test_how_a_reply_was_sampled_is_heard_by_the_session_under_its_own_name(
+    mine: Any, chat: ChatFormat
+) -> None:
+    group = _play(chat, _shop("Hears"))
+    said = "task shop-0: the environment shop's heard: KeyError: 'three' (my_env.py:176)"
+    assert [failed.message for failed in group.failed] == [said] * 3
+    late = _play(chat, _shop("HearsLate"), environment_timeout_s=0.5)
+    assert {failed.boundary for failed in late.failed} == {"environment"}
+    assert (
+        "heard (my_env.py:179) did not answer within rollout.environment_timeout_s" in late.failed[0].message
+    )
+
+
+@pytest.mark.parametrize(
+    ("role", "said"),
+    [
+        ("system", "role='system' must be one of user, tool, assistant"),
+        ("assistant", "role='assistant' is a reply: it wants no action, wants_action must be False"),
+    ],
+)
+def test_a_role_that_cannot_be_played_is_refused(
+    mine: Any, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch, role: str, said: str
+) -> None:
+    monkeypatch.setattr(mine.Role, "role", role)
+    message = _play(chat, _shop("Role")).failed[0].message
+    assert message == f"task shop-0: the environment shop's observe: ValueError: {said} (my_env.py:183)"
+
+
+@pytest.mark.parametrize("reward", ["", "slow_reward"])
+def test_a_session_may_set_its_prompt_and_its_tools_where_it_is_made(
+    mine: Any, chat: ChatFormat, reward: str
+) -> None:
+    (trajectory,) = _play(chat, _shop("Sets", reward=reward), replace(REQUEST, group_size=1)).trajectories
+    prompt = chat.turns(trajectory.segments[0].token_ids.tolist())[0].text
+    assert prompt.startswith("Count lamps alone.") and "What is on it?" in prompt
+
+
+def test_a_fault_of_close_hides_no_other(mine: Any, chat: ChatFormat, model_path: Path) -> None:
+    said = "act: ValueError: invalid literal for int() with base 10: '{}' (my_env.py:193)"
+    played = _play(chat, _shop("BothFail")).failed[0].message
+    assert played == f"task shop-0: the environment shop's {said.format('three')}"
+    config = RunConfig(
+        environment=EnvironmentConfig(name="custom", custom="my_env:TeachesNothing"),
+        warm_start=WarmStartConfig(steps=1, tasks_per_step=1),
+    )
+    teacher: Any = build_environment(config.environment, EmbedderConfig())
+    with pytest.raises(TaskError, match=re.escape(said.format(""))):
+        Demonstrations(config, teacher, model_path).of_step(0)
 
 
 def test_a_fault_of_looking_for_close_is_the_sessions_own(mine: Any, chat: ChatFormat) -> None:

@@ -15,7 +15,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from actors.environments.base import Split
-from actors.environments.ecosystem.stepped import SteppedSession, as_text, package, seeded_tasks
+from actors.environments.ecosystem.stepped import (
+    SteppedSession,
+    as_text,
+    closed_after_a_fault,
+    package,
+    seeded_tasks,
+)
 from actors.protocols import TaskError
 from actors.text.thoughts import visible_reply
 from actors.types import Task
@@ -41,10 +47,9 @@ class GymnasiumEnvironment:
         self._whom = f"environment.gymnasium.id={config.id}"
         with owned(self._whom, TaskError):
             env = self._make()
-            try:
+            with closed_after_a_fault(env.close):
                 spaces = {kind: getattr(env, f"{kind}_space", None) for kind in _CURES}
-            finally:
-                env.close()
+            env.close()
         for kind, space in spaces.items():
             # an environment may leave its spaces out; then its first observation tells
             if isinstance(space, self._gymnasium.Space) and not isinstance(
@@ -57,12 +62,9 @@ class GymnasiumEnvironment:
 
     def start(self, task: Task) -> GymnasiumSession:
         env = self._make()
-        try:
+        with closed_after_a_fault(env.close):
             first, _ = env.reset(seed=task.seed, options=dict(self._config.reset) or None)
             return GymnasiumSession(env, as_text(self._whom, first, _CURES["observation"]), self._whom)
-        except BaseException:
-            env.close()
-            raise
 
     def _make(self) -> Any:
         # the checker only warns, of texts with characters that a Text space does not list

@@ -21,7 +21,13 @@ from functools import partial
 from typing import Any
 
 from actors.environments.base import Split
-from actors.environments.ecosystem.stepped import SteppedSession, as_text, package, seeded_tasks
+from actors.environments.ecosystem.stepped import (
+    SteppedSession,
+    as_text,
+    closed_after_a_fault,
+    package,
+    seeded_tasks,
+)
 from actors.protocols import TaskError
 from actors.text.thoughts import visible_reply
 from actors.types import Task
@@ -92,11 +98,8 @@ class OpenEnvSession(SteppedSession):
         self._opened = ExitStack()
         with owned(whom, TaskError):
             self._socket = self._opened.enter_context(connect())
-        try:
+        with closed_after_a_fault(self.close):
             super().__init__(self._read(self._ask("reset", {"seed": seed, **config.reset})))
-        except BaseException:
-            self.close()
-            raise
         self.parts["refused"] = 0.0
 
     def act(self, text: str) -> None:

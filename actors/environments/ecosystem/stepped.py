@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from actors.environments.base import Observation, Split, task_seed
@@ -33,6 +34,17 @@ def as_text(whom: str, value: object, cure: str) -> str:
     if isinstance(value, str):
         return str(value)
     raise TaskError(f"{whom} gave an observation of type {type(value).__name__}, it must be a text: {cure}")
+
+
+@contextmanager
+def closed_after_a_fault(close: Callable[[], object]) -> Iterator[None]:
+    """Call ``close`` where the block raises. A fault of its own is not told: the first is the one to know."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception, SystemExit):  # the user's code
+            close()
+        raise
 
 
 class SteppedSession:

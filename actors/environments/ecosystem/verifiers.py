@@ -23,7 +23,7 @@ import inspect
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
@@ -78,7 +78,8 @@ class VerifiersEnvironment:
         try:
             await session.begin()
         except BaseException:
-            await session.close()
+            with suppress(Exception):  # a cleanup of theirs: the first fault is the one to know
+                await session.close()
             raise
         return session
 
