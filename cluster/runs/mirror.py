@@ -248,7 +248,7 @@ class Mirror:
 
         A checkpoint that is damaged, or did not stay as it was all the while, is none at all.
         """
-        if unit and self._damaged.get(unit) == stats:
+        if unit and (not stats or self._damaged.get(unit) == stats):  # no files: pruned just now, or a link
             return {}
         try:
             entries = self._entries(unit, stats)
@@ -265,7 +265,7 @@ class Mirror:
         if not unit and problem is not None:  # replaced while it was read: it is new again
             self._wake.set()
             return {path: content for path, content in self._files.items() if path in stats}
-        if unit and (not stats or files_of(self._run_dir, unit) != stats):  # pruned, replaced, scored
+        if unit and files_of(self._run_dir, unit) != stats:  # pruned, replaced, scored
             self._wake.set()
             return {}
         if problem is not None:

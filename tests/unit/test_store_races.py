@@ -128,6 +128,17 @@ def test_a_folder_that_is_away_deletes_nothing(machine: Machine) -> None:
     assert stored(machine, run)[1].files == before.files
 
 
+def test_a_checkpoint_on_another_disk_is_left_out(machine: Machine) -> None:
+    """A link is not followed. It costs no other checkpoint, and no endless look."""
+    run = machine.begin()
+    save(run, 2)
+    machine.put(run)
+    moved = save(run, 4).rename(run.with_name("another disk"))
+    (run / "checkpoints" / "step-000004").symlink_to(moved, target_is_directory=True)
+    machine.put(run)
+    assert {checkpoint_of(path) for path in stored(machine, run)[1].files} == {"", "checkpoints/step-000002"}
+
+
 def test_files_that_vanish_under_the_look(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     run = machine.begin()
     real = os.scandir
