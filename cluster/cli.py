@@ -12,13 +12,13 @@ import asyncio
 import errno
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 from typer.main import get_command
 
 from cluster.assistant import command as assistant
@@ -29,8 +29,10 @@ from cluster.common.arguments import (
     PrintConfig,
     Settings,
     required_config,
+    setting_words,
     split_seeds,
 )
+from cluster.common.help_text import EXAMPLE_COLUMNS, Command, epilog
 from cluster.common.printable import visible
 from cluster.common.quiet import Verbose, quiet
 from cluster.compare import command as compare
@@ -50,49 +52,53 @@ _TRAIN_EXAMPLES = """examples:
   engram train quickstart train.steps=4 rollout.workers=2
   engram train locomo environment.conversation.path=locomo10.json
   engram train quickstart resume=auto
-  engram train quickstart --seeds 0,1,2            three runs one after another, then their comparison
+  engram train quickstart --seeds 0,1,2     three runs, then their comparison
   engram train quickstart --seeds 0,1,2 --sweep objective.advantage=grpo,rloo
-  engram train quickstart --supervise 5           a process that dies is started again, with what it had saved
+  engram train quickstart --supervise 5     goes on where its process died
   engram train quickstart train.steps=4 --print-config
 """
 _SCALE_EXAMPLES = """examples:
-  engram scale 4                                   the newest run in runs/ gets four rollout workers
+  engram scale 4                the newest run in runs/ gets four workers
   engram scale 2 --run /shared/runs/paper-20260101-120000
 
 New workers load the current weights before they get a task. Workers that go finish what they have. The run's
 folder must be the one that the driver writes to (on a cluster: a shared one). rollout.schedule=[10:4,50:2]
 does the same by training step.
 """
+_BENCH_LIST = [
+    textwrap.fill(f"  {name:11s} {about}", EXAMPLE_COLUMNS - 2, subsequent_indent=" " * 14)
+    for name, about in ABOUT.items()
+]
 _BENCH_EXAMPLES = f"""benchmarks:
-{chr(10).join(f"  {name:11s} {about}" for name, about in ABOUT.items())}
+{chr(10).join(_BENCH_LIST)}
 
 examples:
-  engram bench                          every benchmark: hours on two cores
-  engram bench writer learner           some of them
+  engram bench                  every benchmark: hours on two cores
+  engram bench writer learner   some of them
   engram bench rollout --repeats 9 --threads 1
-  engram bench --quick                  only whether they run; the figures mean nothing
+  engram bench --quick          only whether they run; figures mean nothing
 """
 _EXAMPLES = """examples:
-  engram train quickstart                         train on this machine, no service needed
-  engram train quickstart --seeds 0,1,2           three runs, pooled over their seeds
-  engram plan one_gpu --gpus 1 --gpu-gib 24       what of it fits, before anything starts
-  engram doctor                                   what this machine has, and what would stop a run
-  engram evaluate quickstart                      held-out tasks, memory off and on
-  engram probe quickstart --cards recall:12       what a write is worth: recall, paraphrases, damage
-  engram try my_shop:Shop                         play a task of an environment yourself, without a model
-  engram watch                                    the newest run while it goes on
-  engram inspect runs/quickstart-...              what an agent read, wrote into its weights, and answered
-  engram compare runs/tmem-* runs/memory-off-*    training runs over seeds, side by side
-  engram scale 4                                  more or fewer rollout workers while a run goes on
-  engram submit train quickstart output_dir=/shared/runs       the same as a job on a Ray cluster
-  engram chat runs/quickstart-...                 talk to what was trained; it learns in the conversation
-  engram serve runs/quickstart-...                the same behind an OpenAI-compatible endpoint
-  engram memory ada                               what a conversation has learnt; correct it, or forget some
-  engram export runs/quickstart-... exported      a plain Hugging Face folder, or a memory as a PEFT adapter
-  engram bench                                    every seam against a named baseline
-  engram train --settings                         every setting with its default and what is allowed
-  engram COMMAND --help                           more about a command
-  engram --install-completion                     complete commands, configurations and settings with Tab
+  engram train quickstart                      train here, no service needed
+  engram train quickstart --seeds 0,1,2        three runs, pooled over seeds
+  engram plan one_gpu --gpus 1 --gpu-gib 24    what of it fits
+  engram doctor                                what would stop a run here
+  engram evaluate quickstart                   tasks, memory off and on
+  engram probe quickstart --cards recall:12    recall of a write, and damage
+  engram try my_shop:Shop                      play a task without a model
+  engram watch                                 the newest run as it goes on
+  engram inspect runs/quickstart-...           what an agent read and wrote
+  engram compare runs/tmem-* runs/off-*        runs over seeds, side by side
+  engram scale 4                               more or fewer rollout workers
+  engram submit train quickstart output_dir=/shared/runs    on a Ray cluster
+  engram chat runs/quickstart-...              talk to what was trained
+  engram serve runs/quickstart-...             an OpenAI-compatible endpoint
+  engram memory ada                            what a conversation has learnt
+  engram export runs/quickstart-... exported   a plain Hugging Face folder
+  engram bench                                 every seam beside a baseline
+  engram train --settings                      every setting
+  engram COMMAND --help                        more about a command
+  engram --install-completion                  complete words with Tab
 
 In a checkout python -m cluster is the same command.
 """
@@ -150,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(
     config: Config = "",
-    settings: Settings = None,
+    settings: Annotated[Settings, setting_words("train.steps=20")] = None,
     seeds: Annotated[
         str,
         typer.Option(
@@ -290,25 +296,32 @@ def bench(
 # --- all commands, in the order of --help ------------------------------------------------------------------
 
 
-def _verbatim(text: str) -> str:
-    """Mark each paragraph with click's sign for text that must not be wrapped."""
-    return "\n\n".join(f"\b\n{paragraph}" for paragraph in text.strip().split("\n\n"))
-
-
-class _SubmitCommand(TyperCommand):
+class _SubmitCommand(Command):
     """Submit's own options stand before the command that it submits; all words behind are that command's."""
 
     allow_interspersed_args = False
 
 
-def _add(
-    function: Callable[..., Any], examples: str, kind: type[TyperCommand] = TyperCommand, name: str = ""
+def _add(function: Callable[..., Any], examples: str, kind: type[Command] = Command, name: str = "") -> None:
+    app.command(name or None, cls=kind, epilog=epilog(examples))(function)
+
+
+def _show_version(wanted: bool) -> None:
+    """Print Engram's version and end the command."""
+    if wanted:
+        from cluster.sizing.doctor import own_version
+
+        typer.echo(f"engram {own_version()}")
+        raise typer.Exit
+
+
+@app.callback(epilog=epilog(_EXAMPLES))
+def _engram(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="show the version and stop", callback=_show_version, is_eager=True),
+    ] = False,
 ) -> None:
-    app.command(name or None, cls=kind, epilog=_verbatim(examples))(function)
-
-
-@app.callback(epilog=_verbatim(_EXAMPLES))
-def _engram() -> None:
     """Train and evaluate agents that write their own weights in mid-episode."""
 
 

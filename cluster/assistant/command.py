@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.common.arguments import Settings, complete_config
+from cluster.common.arguments import Settings, complete_config, setting_words
 from cluster.common.quiet import Verbose, quiet
 from configs.bounds import ConfigError
 from configs.foreign import FLAG
@@ -20,9 +20,10 @@ _DEFAULT_MODEL = "smollm2-135m"
 CHAT_EXAMPLES = """examples:
   engram chat
   engram chat runs/quickstart-20260101-120000
-  engram chat runs/quickstart-20260101-120000/checkpoints/step-000005 memory.max_context_tokens=256
+  engram chat runs/quickstart-20260101-120000/checkpoints/step-000005
   engram chat Qwen/Qwen3-1.7B model.dtype=bfloat16 --memory ada
-  printf '%s\\n' '/tell Ada moved to Oslo.' /write '/compare Where is Ada?' '/save ada' | engram chat runs/...
+  printf '%s\\n' '/tell Ada moved to Oslo.' /write '/compare Where is Ada?' \\
+      '/save ada' | engram chat runs/quickstart-20260101-120000
 
 MODEL is smollm2-135m (the default, comes with the install), a run's folder, one of its checkpoints, an
 exported model, any Hugging Face folder, or a hub name. A run brings its own settings. Other models take those
@@ -31,10 +32,12 @@ the chat says so.
 """
 SERVE_EXAMPLES = """examples:
   engram serve runs/quickstart-20260101-120000
-  engram serve smollm2-135m --port 8123 assistant.save_dir=conversations assistant.max_conversations=32
+  engram serve smollm2-135m --port 8123 assistant.save_dir=conversations
   engram serve runs/quickstart-20260101-120000 --host 0.0.0.0
-  curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"conversation": "ada",
-      "model": "quickstart-20260101-120000", "messages": [{"role": "user", "content": "My name is Ada."}]}'
+  curl localhost:8000/v1/chat/completions \\
+      -H 'Content-Type: application/json' \\
+      -d '{"model": "quickstart-20260101-120000", "conversation": "ada",
+           "messages": [{"role": "user", "content": "My name is Ada."}]}'
 
 MODEL as for chat. Context and replies are at least as long as in the configuration chat. Endpoints: POST
 /v1/chat/completions, /v1/responses and /v1/completions; GET /v1/models, /v1/conversations (with /ID what one
@@ -64,9 +67,10 @@ Do not change a memory that a chat or a server has open: it is saved there again
 """
 EXPORT_EXAMPLES = """examples:
   engram export runs/quickstart-20260101-120000 exported
-  engram export runs/quickstart-20260101-120000/episodes/step-000005--train-19.0.json adapter
+  engram export runs/.../episodes/step-000005--train-19.0.json adapter
   engram export ada adapter
-  vllm serve exported --enable-lora --max-lora-rank 8 --lora-modules episode=adapter
+  vllm serve exported --enable-lora --max-lora-rank 8 \\
+      --lora-modules episode=adapter
 
 A run (its newest checkpoint) or a checkpoint becomes a Hugging Face folder. Where it trained a LoRA
 (learner.trainable=lora) it becomes a PEFT adapter of the base model, or with --merge the folder.
@@ -96,7 +100,7 @@ Config = Annotated[
 
 def chat(
     model: Model = None,
-    settings: Settings = None,
+    settings: Annotated[Settings, setting_words("memory.max_context_tokens=512")] = None,
     config: Config = "",
     memory: Annotated[
         Path | None,
@@ -120,10 +124,12 @@ def chat(
 
 def serve(
     model: Model = None,
-    settings: Settings = None,
+    settings: Annotated[Settings, setting_words("assistant.max_conversations=32")] = None,
     config: Config = "",
-    host: Annotated[str, typer.Option(help="where to listen; 127.0.0.1 is this machine alone")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    host: Annotated[
+        str, typer.Option(metavar="HOST", help="where to listen; 127.0.0.1 is this machine alone")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="PORT", help="0 takes a free one")] = 8000,
     allow_code: AllowCode = False,
     verbose: Verbose = False,
 ) -> None:
@@ -148,7 +154,7 @@ def serve(
 
 def memory(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="that /save, --memory or serve wrote")],
-    settings: Settings = None,
+    settings: Annotated[Settings, setting_words("write.epochs=20")] = None,
     correct: Annotated[
         list[str] | None,
         typer.Option(metavar="N=ANSWER", help="give flashcard N the right answer; can be repeated"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -59,15 +59,19 @@ Config = Annotated[
         show_default=False,
     ),
 ]
-Settings = Annotated[
-    list[str] | None,
-    typer.Argument(
+
+
+def setting_words(example: str) -> Any:
+    """The argument of a command's settings. ``example``: one that its user may want."""
+    return typer.Argument(
         metavar="key=value",
-        help="settings that differ from the file, e.g. train.steps=20",
+        help=f"settings to change, e.g. {example}",
         autocompletion=complete_setting,
         show_default=False,
-    ),
-]
+    )
+
+
+Settings = list[str] | None
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="print the resolved configuration and stop")
 ]

@@ -9,7 +9,8 @@ import typer
 
 EXAMPLES = """examples:
   engram train quickstart name=tmem --seeds 0,1,2
-  engram train quickstart name=memory-off memory.policy=truncation --seeds 0,1,2
+  engram train quickstart name=memory-off memory.policy=truncation \\
+      --seeds 0,1,2
   engram compare runs/tmem-* runs/memory-off-* --output runs/compared
 
 Runs with the same name= are one group. They may differ only in seed, in model.name (the policy that a seed

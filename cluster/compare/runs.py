@@ -124,7 +124,10 @@ def _load(folder: Path) -> Run:
         raise CheckpointError(f"{folder}: {missing}; go on with resume={folder}")
     try:
         report = read_json(folder / "report" / "report.json", _Report)
-    except (FileNotFoundError, FileError) as error:
+    except FileNotFoundError:
+        missing = "its run has not finished (no report/report.json)"
+        raise CheckpointError(f"{folder}: {missing}; go on with resume={folder}") from None
+    except FileError as error:
         raise CheckpointError(f"{error}; go on with resume={folder}") from None
     return Run(folder, config, rows, report.rewards)
 

@@ -16,6 +16,7 @@ from cluster.common.arguments import (
     PrintConfig,
     Settings,
     required_config,
+    setting_words,
     split_names,
     split_seeds,
 )
@@ -28,12 +29,15 @@ from configs.shipped import shipped
 REQUEST_FILE = "request.json"  # in the folder of an evaluation
 _NOT_SETTINGS = ("checkpoint", "resume")  # they are written as key=value, and mean the evaluation itself
 EXAMPLES = """examples:
-  engram evaluate quickstart                                       memory off and on
+  engram evaluate quickstart                              memory off and on
   engram evaluate quickstart --rows truncation,tmem,hybrid --seeds 0,1,2
-  engram evaluate quickstart --rows tmem --sweep fast_weights.basis=svd,random --sweep write.epochs=1,5
-  engram evaluate locomo environment.conversation.path=locomo10.json --rows full_context,truncation,tmem
-  engram evaluate quickstart checkpoint=runs/quickstart-.../checkpoints/step-000020 evaluation.tasks=256
-  engram evaluate --resume runs/quickstart-evaluate-...            run what is missing
+  engram evaluate quickstart --rows tmem \\
+      --sweep fast_weights.basis=svd,random --sweep write.epochs=1,5
+  engram evaluate locomo environment.conversation.path=locomo10.json \\
+      --rows full_context,truncation,tmem
+  engram evaluate quickstart evaluation.tasks=256 \\
+      checkpoint=runs/quickstart-.../checkpoints/step-000020
+  engram evaluate --resume runs/quickstart-evaluate-...   what is missing
 """
 
 
@@ -47,7 +51,7 @@ def complete_benchmark(incomplete: str) -> list[str]:
 
 def evaluate(
     config: Config = "",
-    settings: Settings = None,
+    settings: Annotated[Settings, setting_words("evaluation.tasks=64")] = None,
     rows: Annotated[
         str,
         typer.Option(

@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from cluster.inspection.record import Record
 
 EXAMPLES = """examples:
-  engram inspect runs/quickstart-20260101-120000                      the episodes that the run kept
-  engram inspect runs/quickstart-20260101-120000 --episode 3          the third of them
-  engram inspect runs/quickstart-20260101-120000 --episode train-44.1 --html episode.html
-  engram inspect runs/quickstart-20260101-120000 --task recall-eval-0-0    its siblings and rows side by side
+  engram inspect runs/quickstart-20260101-120000               what was kept
+  engram inspect runs/quickstart-20260101-120000 --episode 3   the third one
+  engram inspect runs/quickstart-20260101-120000 --episode 3 --html page.html
+  engram inspect runs/quickstart-20260101-120000 --task recall-eval-0-0
   engram inspect runs/.../episodes/step-000012--train-44.1.json --compare
 
-episodes.per_step, episodes.per_evaluation and episodes.failed set how many episodes a run keeps. --compare
-loads the model, rebuilds the fast weights from the episode's write log, and answers again with them and
-without.
+episodes.per_step, episodes.per_evaluation and episodes.failed set how many episodes a run keeps. --task shows
+the siblings and rows of a task side by side. --compare loads the model, rebuilds the fast weights from the
+episode's write log, and answers again with them and without.
 """
 
 WATCH_EXAMPLES = """examples:
-  engram watch                                        the newest run in runs/, until it ends
+  engram watch                                          the newest run
   engram watch runs/quickstart-20260101-120000
-  engram watch runs/quickstart-20260101-120000 --once       one look, for a log
+  engram watch runs/quickstart-20260101-120000 --once   one look, for a log
 
 It reads the run's folder (figures.jsonl, episodes/), so it works wherever that is seen. Ctrl-C ends it, and
 leaves the run as it is.

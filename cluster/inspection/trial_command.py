@@ -7,16 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from cluster.common.arguments import Settings, complete_config
+from cluster.common.arguments import Settings, complete_config, setting_words
 from cluster.common.printable import visible
 from configs.bounds import ConfigError
 
 EXAMPLES = """examples:
   engram try recall --reply Lisbon --reply "a baker"
-  engram try my_shop:Shop --replies replies.txt           a class or function of your own, in my_shop.py
-  engram try my_shop:Shop environment.options.items=3     your replies are typed, one a line
-  engram try quickstart --task 7 --tokens                 a configuration; each token with its id
-  engram try records environment.records.path=my.jsonl memory.max_context_tokens=200 --reply Oslo
+  engram try my_shop:Shop --replies replies.txt         yours, in my_shop.py
+  engram try my_shop:Shop environment.options.items=3   replies are typed
+  engram try quickstart --task 7 --tokens               with each token's id
+  engram try records environment.records.path=my.jsonl --reply Oslo
 
 Prints each context as the agent would see it, with its tokens, where it would be full and what is extracted
 then, and at the end answers and reward. It needs a tokenizer, and neither Ray nor weights. A file of replies
@@ -39,7 +39,7 @@ def try_environment(
             show_default=False,
         ),
     ],
-    settings: Settings = None,
+    settings: Annotated[Settings, setting_words("memory.max_context_tokens=200")] = None,
     reply: Annotated[
         list[str] | None,
         typer.Option("--reply", metavar="TEXT", help="what the agent says; again for each reply"),
@@ -48,7 +48,9 @@ def try_environment(
         Path | None, typer.Option(metavar="FILE", help="the same from a file, a reply a line")
     ] = None,
     task: Annotated[int, typer.Option(min=0, metavar="N", help="which task of the split")] = 0,
-    split: Annotated[Literal["train", "eval"], typer.Option(help="training or held-out tasks")] = "train",
+    split: Annotated[
+        Literal["train", "eval"], typer.Option(metavar="train|eval", help="training or held-out tasks")
+    ] = "train",
     tokens: Annotated[bool, typer.Option("--tokens", help="also print every token with its id")] = False,
 ) -> None:
     """Play one task of an environment with replies of your own.

@@ -31,30 +31,31 @@ A cluster with a token (RAY_AUTH_MODE=token) wants --auth token, and the token i
 that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token. Never put it on the command line.
 """
 SUBMIT_EXAMPLES = f"""examples:
-  engram submit train configs/quickstart.yaml output_dir=/shared/runs resume=auto
-  engram submit --retries 5 train configs/quickstart.yaml output_dir=/shared/runs
-  engram submit --follow --address http://head:8265 train configs/node_8gpu.yaml output_dir=/shared/runs \\
-      resume=auto train.steps=400
-  engram submit --name monday --env HF_HOME=/shared/hf evaluate quickstart output_dir=/shared/runs \\
-      --rows truncation,tmem
+  engram submit train quickstart output_dir=/shared/runs resume=auto
+  engram submit --retries 5 train quickstart output_dir=/shared/runs
+  engram submit --follow --address http://head:8265 \\
+      train configs/node_8gpu.yaml output_dir=/shared/runs train.steps=400
+  engram submit --name monday --env HF_HOME=/shared/hf \\
+      evaluate quickstart output_dir=/shared/runs --rows truncation,tmem
 
 Options of submit stand before the command; what follows is the command's. The working directory is sent as it
 is, with changes, without files that git ignores. Data and models must lie where every node sees them. With
 resume=auto the same submission again goes on where the last one ended. MLFLOW_TRACKING_URI is passed on where
 it is set here. Without this command, from a checkout:
 
-  ray job submit --working-dir . -- python -m cluster train quickstart output_dir=/shared/runs resume=auto
+  ray job submit --working-dir . -- python -m cluster train quickstart \\
+      output_dir=/shared/runs resume=auto
 {_CONNECTION}"""
 STATUS_EXAMPLES = f"""examples:
-  engram status                                all jobs of the cluster on this machine
+  engram status                 all jobs of the cluster on this machine
   engram status monday --address http://head:8265
 {_CONNECTION}"""
 LOGS_EXAMPLES = f"""examples:
   engram logs monday
-  engram logs monday --follow                  until the job ends; Ctrl-C leaves the job running
+  engram logs monday --follow   until the job ends; Ctrl-C leaves it running
 {_CONNECTION}"""
 STOP_EXAMPLES = f"""examples:
-  engram stop monday                           the running step ends and is saved; submit again to go on
+  engram stop monday            the running step ends and is saved
   engram stop monday --timeout 1200
 {_CONNECTION}"""
 
@@ -63,10 +64,11 @@ Address = Annotated[
     typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="the cluster's dashboard"),
 ]
 Auth = Annotated[
-    Literal["disabled", "token"], typer.Option(envvar="RAY_AUTH_MODE", help="how the cluster authenticates")
+    Literal["disabled", "token"],
+    typer.Option(metavar="disabled|token", envvar="RAY_AUTH_MODE", help="how the cluster authenticates"),
 ]
 Deadline = Annotated[int, typer.Option(min=1, metavar="S", help="of each request to the cluster, in seconds")]
-JobName = Annotated[str, typer.Argument(metavar="JOB")]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="a job's name, as status lists it")]
 _ADDRESS = "http://127.0.0.1:8265"
 
 
@@ -129,7 +131,7 @@ def submit(
 
 
 def status(
-    job: Annotated[str, typer.Argument(metavar="[JOB]", help="one job", show_default="all")] = "",
+    job: Annotated[str, typer.Argument(metavar="JOB", help="one job", show_default="all")] = "",
     address: Address = _ADDRESS,
     auth: Auth = "disabled",
     deadline: Deadline = 30,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from cluster.common.arguments import (
     Config,
@@ -16,8 +15,10 @@ from cluster.common.arguments import (
     PrintConfig,
     Settings,
     required_config,
+    setting_words,
     split_seeds,
 )
+from cluster.common.help_text import Command
 from cluster.common.quiet import Verbose, quiet
 from configs.bounds import ConfigError
 from configs.shipped import shipped
@@ -26,24 +27,29 @@ _GREEDY = ("--cell", "--sweep")
 _BETWEEN = "\0"  # between the words of one option; no argument of a process can hold it
 EXAMPLES = """examples:
   engram probe quickstart --cards recall:12
-  engram probe quickstart --cards cards.jsonl --unrelated novel.txt --each-step
+  engram probe quickstart --cards cards.jsonl --unrelated a.txt --each-step
   engram probe quickstart --cards recall:12 --seeds 0,1,2 \\
       --sweep fast_weights.basis=svd,random write.learning_rate=5e-4,2e-3
-  engram probe quickstart --cards recall:12 --cell write.optimizer=sgd write.epochs=5 \\
+  engram probe quickstart --cards recall:12 \\
+      --cell write.optimizer=sgd write.epochs=5 \\
       --cell write.optimizer=adam write.learning_rate=1e-3 write.epochs=20
-  engram probe quickstart --cards recall:12 --sweep supervision=raw,summary,flashcards
+  engram probe quickstart --cards recall:12 \\
+      --sweep supervision=raw,summary,flashcards
   engram probe quickstart --study write
-  engram probe quickstart --cards recall:64 --writes 16 --sweep write.rehearsal=0,4
+  engram probe quickstart --cards recall:64 --writes 16 \\
+      --sweep write.rehearsal=0,4
 
-cards: a JSON or JSONL file of {"question", "answer"[, "paraphrases": [...]][, "telling"]}, or recall:N for N
-       made-up facts with paraphrases (recall:train:N: other people and answers, to tune on; Nx2: each fact is
-       written in two wordings)
-grid:  settings of write.* and fast_weights.*, and supervision=flashcards|summary|raw: what of the facts a
-       write trains on (write.rehearsal works with flashcards only)
+cards: a JSON or JSONL file of {"question", "answer"[, "paraphrases": [...]]
+       [, "telling"]}, or recall:N for N made-up facts with paraphrases
+       (recall:train:N: other people and answers, to tune on; Nx2: each fact
+       is written in two wordings)
+grid:  settings of write.* and fast_weights.*, and supervision=flashcards,
+       summary or raw: what of the facts a write trains on (write.rehearsal
+       works with flashcards only)
 """
 
 
-class ProbeCommand(TyperCommand):
+class ProbeCommand(Command):
     """The command's class. ``--cell a=1 b=2`` takes all words up to the next option, as ``--sweep`` does."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -67,7 +73,7 @@ def complete_study(incomplete: str) -> list[str]:
 
 def probe(
     config: Config = "",
-    settings: Settings = None,
+    settings: Annotated[Settings, setting_words("write.epochs=20")] = None,
     study: Annotated[
         str,
         typer.Option(

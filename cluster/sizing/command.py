@@ -6,14 +6,15 @@ from typing import Annotated
 
 import typer
 
-from cluster.common.arguments import Config, Settings, required_config
+from cluster.common.arguments import Config, Settings, required_config, setting_words
 from cluster.common.quiet import Verbose, quiet
 from configs.bounds import ConfigError
 
 PLAN_EXAMPLES = """examples:
-  engram plan quickstart                          on this machine
-  engram plan one_gpu --gpus 1 --gpu-gib 24       on another: one card of 24 GiB
-  engram plan paper --gpus 8 --gpu-gib 80 environment.conversation.path=locomo10.json
+  engram plan quickstart                       on this machine
+  engram plan one_gpu --gpus 1 --gpu-gib 24    on another: a card of 24 GiB
+  engram plan paper --gpus 8 --gpu-gib 80 \\
+      environment.conversation.path=locomo10.json
   engram plan one_gpu model.name=./my-model learner.microbatch_tokens=4096
 
 It reads the model's config.json and loads no weights. The status is 1 where something does not fit.
@@ -27,7 +28,7 @@ The status is 1 where something would stop a run.
 
 def plan(
     config: Config = "",
-    settings: Settings = None,
+    settings: Annotated[Settings, setting_words("learner.workers=2")] = None,
     gpus: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="GPUs of the machine", show_default="this one's")
     ] = None,

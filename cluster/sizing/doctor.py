@@ -40,6 +40,7 @@ def examine() -> tuple[Finding, ...]:
     """Look at everything, in the order of the report."""
     gpus = find_gpus()
     return (
+        Finding("Engram", own_version()),
         python(sys.version_info[:2]),
         *packages(installed, pins()),
         *graphics(gpus, installed),
@@ -56,6 +57,11 @@ def installed(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def own_version() -> str:
+    """Engram's own version, as it is installed."""
+    return installed(PROJECT) or "not installed (a checkout)"
 
 
 def pins() -> dict[str, str]:

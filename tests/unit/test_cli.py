@@ -26,6 +26,7 @@ from cluster.common.errors import AllFailed, ClusterError, FleetError, MachineEr
 from cluster.evaluation.command import save_request
 from cluster.evaluation.plan import Request
 from cluster.runs.run_lock import held
+from cluster.sizing.doctor import Finding, examine, own_version
 from configs.load import load_config
 from configs.reference import settings
 from configs.shipped import find_config, shipped
@@ -57,6 +58,41 @@ def test_help_has_examples_as_they_are_typed(command: str, capsys: pytest.Captur
     assert text.startswith(f"Usage: engram {command} ")
     examples = text.split("examples:\n")[1]
     assert re.search(rf"^    engram {command}\b|; do engram {command}\b", examples, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_a_terminal_of_80_columns_and_speaks_no_python(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A longer example would be broken in a word. Every argument and option says what it is."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*filter(None, [command]), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if len(line) > 79] == []
+    named = text.partition("\n  examples:")[0]
+    assert re.findall(r"<[a-z]|\[\[|list\[|int range", named) == []
+    words = re.findall(r"^  (\S+(?: \S+)*)(?:$|  +(.*)$)", named.partition("\nArguments:")[2], re.MULTILINE)
+    assert [name for name, about in words if about.startswith("[")] == []
+
+
+def test_settings_of_help_are_those_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    given = {}
+    for command in COMMANDS:
+        assert main([command, "--help"]) == 0
+        example = re.search(r"settings to change, e\.g\.\s+(\S+)", capsys.readouterr().out)
+        if example is not None:
+            load_config(None, [example[1]])
+            given[command] = example[1]
+    assert (
+        len(given) == 8 and given["serve"].startswith("assistant.") and given["memory"].startswith("write.")
+    )
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"engram {own_version()}\n"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", own_version())
+    assert Finding("Engram", own_version()) in examine()
 
 
 def test_help_lists_the_commands_in_full(capsys: pytest.CaptureFixture[str]) -> None:

@@ -305,12 +305,15 @@ def test_what_does_not_belong_together_is_refused_in_one_line(
     first = save_run(tmp_path, "tmem", 0, done)
     damaged = save_run(tmp_path, "damaged", 0, done)
     (damaged / "report" / "report.json").write_text('{"rewards": ["0.1"]}')
+    killed = save_run(tmp_path, "killed", 0, done)  # between its last row and its report
+    (killed / "report" / "report.json").unlink()
     again, longer = (save_run(tmp_path, "tmem", seed, done, ["train.steps=9"]) for seed in (0, 1))
     second = save_run(tmp_path, "tmem", 1, done)
     unfinished = save_run(tmp_path, "unfinished", 0, {"before": [0.0]})
     cases = [
         ([tmp_path / "nowhere"], "holds no config.yaml"),
         ([unfinished], "its run has not finished"),
+        ([killed], r"killed.*: its run has not finished \(no report/report\.json\); go on with resume="),
         ([damaged], r"report\.json cannot be used: rewards.0: .*; go on with resume="),
         ([first, again], "is a second run of name=tmem seed=0"),
         ([first, second, again], "is a second run of name=tmem seed=0"),
