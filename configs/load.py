@@ -200,8 +200,10 @@ def _from_argument(argument: str) -> _Assignment:
     if kind is str and text[:1] not in ("'", '"'):
         return _Assignment(source, key, text)
     if kind == tuple[str, ...] and (listed := re.fullmatch(r"\[([^\[\]]*)\]", text)):
-        items = [item.strip().strip("'\"") for item in listed[1].split(",") if item.strip()]
-        return _Assignment(source, key, items)
+        items = [item.strip() for item in listed[1].split(",") if item.strip()]
+        # a quoted text may hold a comma: that list is YAML's
+        if not any(item.startswith(("'", '"')) for item in items):
+            return _Assignment(source, key, items)
     return _Assignment(source, key, _value(text, key, argument))
 
 
@@ -337,7 +339,11 @@ def _resolved(assignments: Sequence[_Assignment]) -> dict[str, object]:
 
 def _refused(assignment: _Assignment) -> ConfigError:
     value, allowed = shown(assignment.value), settings()[assignment.key].allowed
-    return ConfigError(f"{assignment.source}: {assignment.key}={value} is not allowed: it must be {allowed}")
+    given = assignment.value if isinstance(assignment.value, dict) else {}
+    numbers = [key for key in given if not isinstance(key, str)]
+    cure = f"; its key {numbers[0]} must be a text: put it in quotes" if numbers else ""
+    problem = f"{assignment.key}={value} is not allowed: it must be {allowed}{cure}"
+    return ConfigError(f"{assignment.source}: {problem}")
 
 
 def _build(section: Any, prefix: str, values: Mapping[str, object]) -> Any:

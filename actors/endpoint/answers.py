@@ -21,8 +21,7 @@ from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 from pydantic import BaseModel
 
-from actors.text.encodable import encodable
-from actors.text.tools import ToolCall
+from actors.text.tools import ToolCall, before_calls
 from actors.types import FinishReason
 
 
@@ -36,9 +35,8 @@ class SaidCall:
 
     @classmethod
     def of(cls, id: str, call: ToolCall) -> SaidCall:
-        """A call that the model wrote. It may have spelt half a character, which no answer can hold."""
-        arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
-        return cls(id, encodable(call.name), encodable(arguments))
+        """A call that the model wrote."""
+        return cls(id, call.name, json.dumps(dict(call.arguments), ensure_ascii=False))
 
     @property
     def as_tool_call(self) -> dict[str, Any]:
@@ -91,8 +89,7 @@ class SaidChoice:
         """What is said beside the calls. In the forms without a mark nothing stands before a call."""
         if not self.calls:
             return self.text
-        before, mark, _ = self.text.partition("<tool_call>")
-        return (before.strip() if mark else "") or None
+        return before_calls(self.text).strip() or None
 
     @property
     def reason(self) -> Literal["stop", "length", "tool_calls"]:

@@ -9,6 +9,7 @@ episode's context as it was sampled, or is in its memory already. Only the new t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -63,7 +64,16 @@ class Said:
 
 
 def _written(calls: Sequence[SaidCall]) -> str:
-    return "\n".join(f"{call.id} {call.name} {call.arguments}" for call in calls)
+    return "\n".join(f"{call.id} {call.name} {_canonical(call.arguments)}" for call in calls)
+
+
+def _canonical(arguments: str) -> str:
+    """The same text for the same arguments: clients read them, and write them anew in a form of their own."""
+    try:
+        # all numbers as floats: JavaScript writes 3.0 as 3
+        return json.dumps(json.loads(arguments, parse_int=float, parse_float=float), sort_keys=True)
+    except (ValueError, RecursionError):
+        return arguments
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.text.encodable import encodable_value
+
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 CALL_MARK = "<tool_call>"
 _MARKS = ("<|python_tag|>", "[TOOL_CALLS]")
@@ -124,11 +126,20 @@ def _values(text: str) -> Iterator[Any]:
             place += 1
             continue
         try:
-            value, place = _DECODER.raw_decode(text, place)
+            value, place = _decoded(text, place)
         except (ValueError, RecursionError):
             return
         found += value if isinstance(value, list) else [value]
     yield from (value for value in found if isinstance(value, dict))
+
+
+def _decoded(text: str, place: int) -> tuple[Any, int]:
+    """The JSON value at ``place`` and where it ends. Raises ValueError, RecursionError.
+
+    A model may spell half of a character ("\\ud83d"). Neither a tool server nor an answer can hold it.
+    """
+    value, end = _DECODER.raw_decode(text, place)
+    return encodable_value(value), end
 
 
 def _is_call(value: Mapping[str, Any]) -> bool:
@@ -156,7 +167,7 @@ def _named(text: str, names: Collection[str]) -> tuple[ToolCall, ...]:
     place = 0
     while match := _NAMED.match(text, place):
         try:
-            arguments, place = _DECODER.raw_decode(text, match.end())
+            arguments, place = _decoded(text, match.end())
         except (ValueError, RecursionError):
             return (*calls, ToolCall(match[1], {}, "the arguments are not JSON")) if match[2] else ()
         if not match[2] and match[1] not in names:

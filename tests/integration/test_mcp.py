@@ -175,7 +175,8 @@ async def _opened(environment: Any, task: Task) -> Any:
 
 def test_a_model_without_tools_plays_too(folder: Path, chat: ChatFormat) -> None:
     config = _config(folder, _stdio(folder, tools=["price"]), repeat_question=False, max_turns=2)
-    replies = iter([_says("price", item="stool"), _says("price", item="lamp")])
+    # half a character is a thing that the shop does not have, and no end of its server
+    replies = iter([_says("price", item="stool \ud83d"), _says("price", item="lamp")])
     trajectory = _one(_play(config, chat, lambda prompt: next(replies)))
     parts = trajectory.outcome.reward_parts
     assert (parts["tool_errors"], parts["unanswered"], trajectory.outcome.reward) == (1, 1, 0)

@@ -179,6 +179,15 @@ def test_arguments_are_read_as_files_are() -> None:
     assert (config.train.steps, config.tracking.enabled) == (0, False)
 
 
+def test_a_list_of_texts_may_quote_its_items() -> None:
+    def command(text: str) -> tuple[str, ...]:
+        return load_config(None, [f"environment.harness.command={text}"]).environment.harness.command
+
+    assert command('[python, -c, "print(1, 2)"]') == ("python", "-c", "print(1, 2)")
+    assert command("['python', 'a, b.py']") == ("python", "a, b.py")
+    assert command('[python, it\'s, a.py, say "hi"]') == ("python", "it's", "a.py", 'say "hi"')
+
+
 PATHS = (
     "output_dir",
     "store.work_dir",
@@ -311,7 +320,7 @@ def test_a_bad_override_is_one_line_that_names_it(override: str, expected: str) 
         (b"train: 4\n", ": train is a section"),
         (b"train:\n  steps: {a: 1}\n", ": train.steps={'a': 1} is not allowed"),
         (b"fast_weights: {projections: {a: 1}}", ": fast_weights.projections={'a': 1} is not allowed"),
-        (b"environment: {options: {1: a}}", ": environment.options={1: 'a'} is not allowed"),
+        (b"environment: {options: {1: a}}", "its key 1 must be a text: put it in quotes"),
         (b"environment: {options: {a: '???'}}", "Missing mandatory value: a"),
         (b"learner: {zero_stage: true}", ": learner.zero_stage=True is not allowed: it must be one of 0, 1"),
         (b"train:\n  steps: -2\n", ": train.steps=-2 is not allowed: it must be 0 or more"),

@@ -108,6 +108,26 @@ async def shops(base_url, api_key, task):
     seen["answer"] = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     return 1.0
 
+def anew(base_url, api_key, task):
+    """Keeps its history as another program's objects, and so writes the calls' arguments anew."""
+    client = client_of(base_url, api_key)
+    tool = {"type": "function", "function": {"name": "price", "parameters": PRICE}}
+    messages = [{"role": "user", "content": "What does a lamp cost?"}]
+    def ask():
+        answer = client.chat.completions.create(model="m", messages=messages, tools=[tool])
+        return answer.choices[0].message
+    (call,) = ask().tool_calls
+    arguments = json.loads(call.function.arguments)
+    seen["arguments"] = arguments
+    edited = seen.get("edit", {})
+    turned = {name: arguments[name] for name in reversed(arguments)} | {"most": 3} | edited
+    function = {"name": "price", "arguments": json.dumps(turned, separators=(",", ":"))}
+    calls = [{"id": call.id, "type": "function", "function": function}]
+    messages.append({"role": "assistant", "content": None, "tool_calls": calls})
+    messages.append({"role": "tool", "tool_call_id": call.id, "content": "7 dollars"})
+    seen["anew"] = ask().content
+    return 1.0
+
 class SameShop:
     name, system_prompt = "harness", SYSTEM
     def __init__(self, options): pass
@@ -345,6 +365,17 @@ def test_tools_stand_in_the_prompt_and_calls_come_back_in_the_protocols_form(
     (one,), (other,) = mine.segments, theirs.segments
     assert np.array_equal(one.token_ids, other.token_ids) and one.spans == other.spans
     assert "Of an item" in chat.decode(one.token_ids.tolist())
+
+
+def test_a_call_may_be_sent_again_in_a_form_of_the_clients_own(chat: ChatFormat, user: ModuleType) -> None:
+    call = '{"name": "price", "arguments": {"item": "caf\\u00e9 \\ud83d", "most": 3.0}}'
+    says = [f"<tool_call>{call}</tool_call>", "Seven dollars."]
+    only(play(chat, function("anew", "bare"), context=500, says=says))
+    assert user.seen["arguments"] == {"item": "caf\u00e9 \ufffd", "most": 3.0}
+    assert user.seen["anew"] == "Seven dollars."
+    user.seen["edit"] = {"most": 4}
+    said = fault(play(chat, function("anew", "bare"), context=500, says=says))
+    assert "409" in said and "messages[1] is not what was said in this episode" in said
 
 
 def test_replies_that_were_not_sampled_are_context(chat: ChatFormat, user: ModuleType) -> None:

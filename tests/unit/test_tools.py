@@ -120,6 +120,19 @@ def test_every_familys_form_of_a_call_is_read(reply: str) -> None:
     assert calls_in(reply, ["price"]) == (ToolCall("price", LAMP),)
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '<tool_call>{"name": "pri\\ud83dce", "arguments": {"\\udc00": ["\\ud83d"]}}</tool_call>',
+        '{"name": "pri\\ud83dce", "arguments": "{\\"\\\\udc00\\": [\\"\\\\ud83d\\"]}"}',
+        '[TOOL_CALLS][{"name": "pri\\ud83dce", "arguments": {"\\udc00": ["\\ud83d"]}}]',
+    ],
+)
+def test_half_a_character_in_a_call_is_one_that_is_unknown(reply: str) -> None:
+    assert calls_in(reply, ["price"]) == (ToolCall("pri\ufffdce", {"\ufffd": ["\ufffd"]}),)
+    assert calls_in('price{"item": "\\ud83d"}', ["price"]) == (ToolCall("price", {"item": "\ufffd"}),)
+
+
 def test_several_calls_of_one_reply() -> None:
     both = (ToolCall("price", LAMP), ToolCall("stock", {}))
     block = '<tool_call>{"name": "price", "arguments": {"item": "lamp"}}</tool_call>'
