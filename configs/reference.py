@@ -88,24 +88,23 @@ def settings() -> dict[str, Setting]:
     return {setting.key: setting for section in sections() for setting in section.settings}
 
 
-def help_table() -> RenderableType:
-    """The settings as rich tables, one for each section, under the section's docstring."""
+def settings_help() -> RenderableType:
+    """Each section with its docstring; below it each setting with its default, then what is allowed.
+
+    No table: beside the longest keys a terminal of 80 columns has no room for what is allowed.
+    """
     from rich.console import Group
     from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
     parts: list[RenderableType] = []
     for section in filled_sections():
-        table = Table(box=None, pad_edge=False, show_header=False)
-        table.add_column(style="cyan", no_wrap=True)
-        table.add_column(style="green", no_wrap=True)
-        table.add_column()
+        parts += [Text(section.key or "the run", style="bold"), Text(section.title, style="dim")]
         for setting in section.settings:
             note = f"{setting.allowed}; {setting.help}" if setting.help else setting.allowed
-            table.add_row(Text(setting.key), Text(setting.default_text), Text(note))
-        title = Text(section.key or "the run", style="bold")
-        parts += [title, Text(section.title, style="dim"), Padding(table, (0, 0, 1, 2))]
+            name = Text.assemble((setting.key, "cyan"), "  ", (setting.default_text, "green"))
+            parts += [Padding(name, (0, 0, 0, 2)), Padding(Text(note), (0, 0, 0, 6))]
+        parts.append(Text())
     return Group(*parts)
 
 

@@ -44,9 +44,9 @@ def show_settings(wanted: bool) -> None:
     if wanted:
         from rich.console import Console
 
-        from configs.reference import help_table
+        from configs.reference import settings_help
 
-        Console().print(help_table())
+        Console().print(settings_help())
         raise typer.Exit
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from configs import environments, learning, memory, schema, yaml_scalars
 from configs.load import ConfigError, flatten, load_config, to_yaml
-from configs.reference import help_table
 from configs.reference import settings as all_settings
+from configs.reference import settings_help
 from configs.schema import EnvironmentConfig, LearnerConfig, RecordsConfig, RunConfig, TrackingConfig
 from configs.shipped import find_config, shipped
 
@@ -415,16 +415,19 @@ def test_a_config_is_a_shipped_name_or_a_path(tmp_path: Path, monkeypatch: pytes
 # --- help ---------------------------------------------------------------------------------------------------
 
 
-def test_help_has_every_setting_with_its_default_and_allowed_values() -> None:
+@pytest.mark.parametrize("width", [80, 200])
+def test_help_has_every_setting_with_its_default_and_allowed_values(width: int) -> None:
     from rich.console import Console
 
-    console = Console(width=200, file=io.StringIO())
+    console = Console(width=width, file=io.StringIO())
     with console.capture() as captured:
-        console.print(help_table())
+        console.print(settings_help())
     text = captured.get()
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
     assert len(all_settings()) > 80
     for setting in all_settings().values():
         assert f" {setting.key} " in text and setting.allowed
+        assert setting.allowed.split()[-1] in text
     assert "one of recall, conversation" in text
     assert "nats per token" in text  # a field's comment
     assert "dropped and counted" in text  # a section's docstring
