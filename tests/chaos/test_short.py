@@ -1,4 +1,6 @@
-"""The short form of chaos: a run is struck again and again, scaled, loses its learner, and is resumed.
+"""The short form of chaos: a run is struck again and again, scaled, loses learner, driver and Ray.
+
+It is resumed then.
 
 `make chaos` plays each fault by itself, at seeded random times (trials.py). Real parts: Ray, vLLM, the
 writer, DeepSpeed, MLflow, on a tiny model.
@@ -14,7 +16,17 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
-from tests.chaos.harness import LEARNER, WORKER, Books, Run, check_finished, checkpoint_state, stored
+from tests.chaos.harness import (
+    GCS,
+    LEARNER,
+    WORKER,
+    Books,
+    Run,
+    check_finished,
+    checkpoint_state,
+    children,
+    stored,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -34,9 +46,7 @@ def story(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     settings = [f"model.name={tiny_model_path}", "rollout.recover_episodes=true"]
     struck = resumed = None
     try:
-        struck = Run(
-            folder, [*settings, "train.steps=1000", "train.checkpoint_every=1", "train.learner_retries=0"]
-        )
+        struck = Run(folder, [*settings, "train.steps=1000", "train.checkpoint_every=1", "--supervise=1"])
         status = _strike(struck)
         steps = checkpoint_state(folder)["step"] + 2
         resumed = Run(folder, [*settings, f"train.steps={steps}", "resume=auto"])
@@ -49,45 +59,70 @@ def story(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def _strike(run: Run) -> int:
+    run.wait_for("^evaluate TMEM before: 1 to do")
+    run.kill(WORKER)
     run.wait_for("^train step 1/")
     assert main(["scale", "2", "--output-dir", str(run.folder / "runs")]) == 0
     run.inflict("nan_write")
     # Two steps: the group with this write is trained on before a group is lost.
     trained = run.wait_for("^train step", run.wait_for("^train step", len(run.lines)))
     run.inflict("nan_reward")
-    served = run.wait_for("^worker-1 serves version")
+    served = run.wait_for("^worker-2 serves version")
     run.wait_for("^train step", trained)
     os.kill(run.processes(WORKER)[0], 9)
     run.inflict("engine")  # of the other worker: for a moment none is left
-    for worker in ("worker-2", "worker-3"):
+    for worker in ("worker-3", "worker-4"):
         run.wait_for(f"^{worker} serves version", served)
     assert main(["scale", "1", "--output-dir", str(run.folder / "runs")]) == 0
     ended = run.wait_for("has ended: 1 workers are wanted", served)
     # Two steps: then the checkpoint of the first is complete, the losses included.
     run.wait_for("^train step", run.wait_for("^train step", ended))
     run.kill(LEARNER)
+    back = run.wait_for(r"^the learner is lost \(")
+    # The third step: that of the restored weights, and then one whose groups were sampled under new ones.
+    for _ in range(3):
+        back = run.wait_for("^train step", back)
+    (driver,) = children(run.process.pid)
+    os.kill(driver, 9)
+    again = run.wait_for("^train step", run.wait_for(r"^the training's process died \(SIGKILL\)", back))
+    run.kill(GCS)
+    run.wait_for("and 1 restart.* were allowed", again)
     return run.end()
 
 
 def test_lost_workers_are_replaced_and_the_fleet_scales_while_training(story: Story) -> None:
     """One was killed, the other's engine failed."""
     lines = story.struck.lines
-    lost = [line for line in lines if " is lost (" in line]
-    assert len(lost) == 2
+    learner = next(place for place, line in enumerate(lines) if line.startswith("the learner is lost"))
+    of_workers = lines[:learner]
+    lost = [line for line in of_workers if " is lost (" in line]
+    assert len(lost) == 3  # the first one in the evaluation before training
     assert any("chaos: the engine's step fails" in line for line in lost)
     assert any("died during" in line for line in lost)
     assert "2 rollout workers are wanted, there were 1" in lines
     assert "1 rollout workers are wanted, there were 2" in lines
-    assert sum(" serves version" in line for line in lines) == 3
+    assert sum(line.startswith("worker-") and " serves" in line for line in of_workers) == 4
     assert story.books.reissued >= 2
     assert story.books.recovered + story.books.restarted >= 2, "the siblings of a lost group"
 
 
-def test_a_learner_that_may_not_start_again_ends_the_run_with_one_line_that_says_how_to_go_on(
-    story: Story,
-) -> None:
+def test_a_learner_that_is_killed_starts_again_while_the_workers_stay_up(story: Story) -> None:
+    lines = story.struck.lines
+    lost = next(place for place, line in enumerate(lines) if line.startswith("the learner is lost"))
+    died = next(place for place, line in enumerate(lines) if line.startswith("the training's process died"))
+    assert "a rank's process died" in lines[lost] and "it starts again from " in lines[lost]
+    assert [line for line in lines[lost + 1 : died] if not line.startswith("train step")] == []
+    state = checkpoint_state(story.resumed.folder)
+    assert state["learner_restarts"] == 1 and state["lost_versions"] >= 1
+    figures, _ = stored(story.resumed.folder / "runs" / "mlflow.db")
+    assert {0.0, 1.0} == {*figures["learner/restarts"]}
+
+
+def test_a_driver_that_is_killed_is_started_again_and_a_dead_gcs_is_one_line(story: Story) -> None:
+    """The second death is the last: one restart was allowed."""
     assert story.status == 1
-    assert "a rank's process died" in story.struck.one_line()
+    assert "restart 1 of 1 in 1 s" in "".join(story.struck.lines)
+    assert "Ray's GCS at " in story.struck.one_line() and "died" in story.struck.one_line()
     assert any(line.startswith("to go on: engram train") for line in story.struck.lines)
 
 
