@@ -13,7 +13,7 @@ import torch
 
 from actors.fast_weights.delta import Basis
 from configs.schema import LearnerConfig
-from learner.types import LearnerError
+from learner.types import LearnerError, LearnerLost
 from learner.worker import LearnerGroup, LearnerSpec
 from tests.unit.learner_cases import UNWEIGHTED, free, group, learner, segments_of
 
@@ -80,9 +80,24 @@ def test_a_rank_that_cannot_be_placed_is_named(cluster: None, llama: Path, llama
         LearnerGroup(spec(llama, llama_basis, free(cpus_per_worker=64)), start_timeout_s=3)
 
 
-def test_a_rank_that_died_is_said_to_have_died(cluster: None, llama: Path, llama_basis: Basis) -> None:
+def test_a_rank_that_died_is_said_to_have_died_and_starts_again_from_a_checkpoint(
+    cluster: None, llama: Path, llama_basis: Basis, tmp_path: Path
+) -> None:
     remote = LearnerGroup(spec(llama, llama_basis, free()), start_timeout_s=300)
+    groups = [ray.put(group(llama_basis, (1.0, 0.0)))]
+    remote.step(groups)
+    remote.save(str(tmp_path / "c"))
+    expected = remote.step(groups)
     ray.kill(remote._actors[0])
-    with pytest.raises(LearnerError, match="a rank's process died"):
-        remote.step([ray.put(group(llama_basis, (1.0, 0.0)))])
+    with pytest.raises(LearnerLost, match="a rank's process died"):
+        remote.step(groups)
+    with pytest.raises(LearnerLost, match="learner weights: a rank's process died"):
+        remote.weights_ref(trainable_only=False)
+    remote.restart(str(tmp_path / "c"), lost_versions=2)
+    assert remote.version == 1 + 2
+    again = remote.step(groups)
+    assert again.version == 2 + 2
+    assert replace(again, version=2, seconds=0) == replace(expected, seconds=0)
     remote.close()
+    with pytest.raises(LearnerError, match="the learner was closed"):
+        remote.restart(None, 0)
