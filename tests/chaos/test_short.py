@@ -117,7 +117,7 @@ def test_a_learner_that_is_killed_starts_again_while_the_workers_stay_up(story: 
     ] == []  # no worker, and no second time
     state = checkpoint_state(story.resumed.folder)
     assert state["learner_restarts"] == 1 and state["lost_versions"] >= 1
-    figures, _ = stored(story.resumed.folder / "runs" / "mlflow.db")
+    figures, _, _ = stored(story.resumed.folder / "runs" / "mlflow.db")
     assert {0.0, 1.0} == {*figures["learner/restarts"]}
 
 
