@@ -80,10 +80,10 @@ def trained(settings: list[str]) -> Iterator[Trained]:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         output = io.StringIO()
         config = load_config(Path("tests/quickstart.yaml"), settings)
-        yield asyncio.run(_train(*prepare_training(config), output))
+        yield asyncio.run(train(*prepare_training(config), output))
 
 
-async def _train(spec: RunSpec, folder: RunFolder, start: Start, output: io.StringIO) -> Trained:
+async def train(spec: RunSpec, folder: RunFolder, start: Start, output: io.StringIO) -> Trained:
     display = Display(Console(file=output, width=160))
     tracker = start_tracking(spec.config, folder.path.parent, "test", folder.config, "")
     async with training_cluster(spec, folder, start) as cluster:
