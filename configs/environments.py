@@ -160,9 +160,9 @@ class HarnessConfig:
 
     command: tuple[str, ...] = ()  # a program and its arguments, e.g. [python, my_agent.py]
     function: str = ""  # package.module:name of a function of base_url, api_key and task, async or not
-    # required with environment.name=harness: a .jsonl file, each line the payload of a task; or
-    # package.module:name of a function from train or eval to a list of these. A task with an answer is scored
-    # by it where the harness gives no reward
+    # required with environment.name=harness: a .jsonl file, each line the payload of a task; or hub:org/name;
+    # or package.module:name of a function from train or eval to a list of these. A task with an answer is
+    # scored by it where the harness gives no reward
     tasks: str = ""
     eval_fraction: float = 0.1  # of the tasks of a file, held out
     # fields of the harness's calls that the run's own sampling replaces, e.g. [temperature, top_p]; others
@@ -265,8 +265,9 @@ class EnvironmentConfig:
         require(one, "harness.command", harness.command, bound)
         named = harness.function == "" or is_path(harness.function)
         require(named, "harness.function", harness.function, f"{FORM}, or empty")
-        readable = self.name != "harness" or is_path(harness.tasks) or harness.tasks.endswith(".jsonl")
-        bound = f"a .jsonl file or {FORM} where environment.name is harness"
+        given = is_path(harness.tasks) or harness.tasks.endswith(".jsonl") or harness.tasks.startswith("hub:")
+        readable = self.name != "harness" or given
+        bound = f"a .jsonl file, hub:org/name, or {FORM} where environment.name is harness"
         require(readable, "harness.tasks", harness.tasks, bound)
         for name, path in (("records", self.records.path), ("mcp", self.mcp.path)):
             readable = self.name != name or _is_records(path)

@@ -37,6 +37,7 @@ _SHOWN_FAULT = 300  # characters: a file's own keys stand in a fault's place, an
 _SHOWN_NAME = 80  # characters
 _DEPTH = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
 _TO_BRACE = re.compile(rb"[^}]*}|[^}]+")
+_EXACT = 2**53  # every whole number below it is a float of its own
 _LONGEST_ESCAPE = 6  # bytes, of "\\ud83d"
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape of half a character
 _ESCAPE = re.compile(
@@ -65,7 +66,9 @@ def text_or_number(value: object) -> str:
         raise invalid("Input should be a text or a number")
     if isinstance(value, float) and not math.isfinite(value):
         raise invalid(f"Input should be a text or a number, not {value}")
-    return str(value)
+    # 3.0 and 1e3 are 3 and 1000 to whoever answers: Arrow makes floats of whole numbers beside a null
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
+    return str(int(value) if whole else value)
 
 
 def text_or_nothing(value: object) -> object:

@@ -22,6 +22,7 @@ from actors.endpoint.loopback import Call, Channel, Loopback
 from actors.environments.base import Observation, Reply, Split, TurnRole, held_out, passes, task_seed
 from actors.environments.data_file import DataFile
 from actors.environments.harness_process import Command, Ended, Function, Harness, Running, Visit
+from actors.environments.hub_data import is_hub
 from actors.environments.scoring import plain_em, plain_f1
 from actors.protocols import TaskError
 from actors.text.tools import Tool, readable_calls
@@ -174,12 +175,13 @@ class HarnessSession:
 def _tasks(config: HarnessConfig) -> dict[Split, list[Mapping[str, Any]]]:
     """The payloads of each split. Raises TaskError, ExtensionError."""
     setting = "environment.harness.tasks"
-    if is_path(config.tasks):
+    if is_path(config.tasks) and not is_hub(config.tasks):
         function = load_extension(setting, config.tasks)
         with owned(f"{setting}={config.tasks}", TaskError, function):
             given = {split: _payloads(function(split)) for split in ("train", "eval")}
     else:
-        file = DataFile(config.tasks, setting, "a .jsonl file with a JSON object for each task")
+        what = "a .jsonl file, or hub:org/name, with an object for each task"
+        file = DataFile(config.tasks, setting, what)
         rows = {str(number): row for number, row in file.lines(dict[str, Any])}
         out = held_out(list(rows), config.eval_fraction)
         given = {

@@ -71,7 +71,7 @@ class Command:
     """A program with its arguments."""
 
     def __init__(self, words: Sequence[str]) -> None:
-        self._words = tuple(words)
+        self._words = tuple(map(os.path.expanduser, words))  # as a shell would
 
     def start(self, visit: Visit, ended: Callable[[Ended], None]) -> Running:
         """Raises TaskError if the program cannot be started."""

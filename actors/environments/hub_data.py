@@ -4,13 +4,14 @@
         --> datasets (its own cache) --> JSON lines or a JSON list in Engram's cache, once for each content
 
 So every reader works as with a file of its own: line 3 is the third row. A field that is null counts as
-absent, since Arrow gives each row all fields.
+absent, since Arrow gives each row all fields. Sound and pictures are left out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from typing import Any
 from actors.protocols import TaskError
 from configs.embedded import cache_folder
 from configs.hub import hub_or_cache
+
+_log = logging.getLogger(__name__)
 
 MARK = "hub:"
 _FORM = "hub:org/name, hub:org/name:CONFIG@SPLIT, or hub:FOLDER"
@@ -37,7 +40,7 @@ def local_copy(path: str, as_list: bool) -> Path:
     name, _, split = path.removeprefix(MARK).partition("@")
     if not name:
         raise TaskError(f"{path}: names no data set: write {_FORM}")
-    rows = _rows(path, name, split)
+    rows = _readable(path, _rows(path, name, split))
     identity = f"{rows._fingerprint}/{as_list}"  # datasets' own: it changes with the content
     folder = cache_folder() / "datasets"
     target = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json{'' if as_list else 'l'}"
@@ -46,9 +49,12 @@ def local_copy(path: str, as_list: bool) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=folder, prefix=".")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(_written(rows, as_list))
-        Path(aside).replace(target)  # whole or absent: several workers may do it at once
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.writelines(_written(path, rows, as_list))
+            Path(aside).replace(target)  # whole or absent: several workers may do it at once
+        finally:
+            Path(aside).unlink(missing_ok=True)
     except OSError as error:
         cure = "set ENGRAM_CACHE to a folder with room"
         raise TaskError(f"{path}: {folder} cannot be written ({error.strerror or error}): {cure}") from None
@@ -69,9 +75,7 @@ def _rows(path: str, name: str, split: str) -> Any:
         try:
             found = _opened(datasets, name)
         except Exception as error:  # noqa: BLE001  a loader raises what it likes: network, hub, its file formats
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            if silence:
-                reason = f"not in the local cache, and the hub: {silence}"
+            reason = f"not in the local cache, and the hub: {silence}" if silence else _reason(error)
             raise TaskError(f"{path}: datasets cannot load it ({reason}): write {_FORM}") from None
     if not isinstance(found, dict):
         if split:
@@ -92,13 +96,33 @@ def _opened(datasets: Any, name: str) -> Any:
     return datasets.load_dataset(repository, config or None)
 
 
-def _written(rows: Any, as_list: bool) -> Iterator[str]:
+def _readable(path: str, rows: Any) -> Any:
+    """``rows`` without the columns of sound and pictures: to decode them needs packages of their own."""
+    from datasets.features.features import require_decoding
+
+    lost = [name for name, feature in rows.features.items() if require_decoding(feature)]
+    if lost:
+        _log.warning("%s: columns of sound or pictures are left out: %s", path, ", ".join(lost))
+    return rows.remove_columns(lost) if lost else rows
+
+
+def _written(path: str, rows: Any, as_list: bool) -> Iterator[str]:
+    """Raises TaskError for a row that cannot be read: its OSError is no fault of the cache."""
     between = ",\n" if as_list else "\n"
     yield "[" if as_list else ""
-    for number, row in enumerate(rows):
-        # default: a date becomes its text; what has no text fails in the reader, which names the field
-        yield (between if number else "") + json.dumps(_present(row), ensure_ascii=False, default=str)
+    done = 0
+    try:
+        for row in rows:
+            # default: a date becomes its text; what has no text fails in the reader, which names the field
+            yield (between if done else "") + json.dumps(_present(row), ensure_ascii=False, default=str)
+            done += 1
+    except Exception as error:  # noqa: BLE001  as in _rows
+        raise TaskError(f"{path}: datasets cannot read row {done + 1} ({_reason(error)})") from None
     yield "]\n" if as_list else "\n"
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _present(value: Any) -> Any:

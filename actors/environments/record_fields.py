@@ -6,6 +6,7 @@
     aliases, answer_aliases   more right answers
     messages, prompt          [{"role": "user", "content": ...}, ...]: told in turn, and the last one is asked
     context                   [{"title": ..., "text": ...}, ...]; context.sentences: lists of sentences
+                              [["Ed Wood (film)", ["sentence", ...]], ...] (HotpotQA, 2WikiMultihopQA)
     answerable: false, is_impossible: true    the texts do not tell the answer
 
 A configured name is looked up as it stands, then as a path. The other names are tried where the setting has
@@ -112,12 +113,26 @@ def _and(texts: Any, told: list[Any]) -> Any:
 
 def _texts(value: Any) -> Any:
     if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
-        return ["".join(map(str, item)) for item in value]
+        return [_paragraph(item) for item in value]
     if isinstance(value, list):
         # a turn in which nothing was said is left out
         said = (item for item in value if not _is_message(item) or str(message_text(item["content"])).strip())
         return [_text(item) for item in said]
     return _text(value)
+
+
+def _paragraph(parts: list[Any]) -> Any:
+    """Sentences as one text, a title as its first line; ``parts`` where they are neither."""
+    match parts:
+        case [str(title), [*sentences]] if all(isinstance(sentence, str) for sentence in sentences):
+            return f"{title}\n{_joined(sentences)}".strip()
+    return _joined(parts) if all(isinstance(part, str) for part in parts) else parts
+
+
+def _joined(sentences: list[str]) -> str:
+    """Some data sets keep the blank between two sentences, and some do not."""
+    spaced = any(sentence != sentence.strip() for sentence in sentences)
+    return "".join(sentences) if spaced else " ".join(sentences)
 
 
 def _text(value: Any) -> Any:

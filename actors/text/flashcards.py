@@ -10,7 +10,6 @@ card it says why. The wording of the prompt is our own.
 from __future__ import annotations
 
 import json
-import math
 import random
 import re
 import unicodedata
@@ -319,7 +318,10 @@ def _card(item: str) -> Flashcard | None:
         return None
     try:
         # strict=False: a model breaks lines inside strings
-        value = json.loads(item, strict=False, object_pairs_hook=_each_key_once)
+        # numbers as they were written: 12.50 is a price
+        value = json.loads(
+            item, strict=False, object_pairs_hook=_each_key_once, parse_float=str, parse_int=str
+        )
     except ValueError:
         return None
     return _flashcard(_side(value, _QUESTION_KEYS), _side(value, _ANSWER_KEYS))
@@ -362,9 +364,8 @@ def _flashcard(question: str, answer: str) -> Flashcard | None:
 def _side(value: dict[str, object], keys: Sequence[str]) -> str:
     for key in keys:
         side = value.get(key)
-        is_number = isinstance(side, (int, float)) and not isinstance(side, bool) and math.isfinite(side)
-        if isinstance(side, str) or is_number:
-            text = clean(str(side))
+        if isinstance(side, str):
+            text = clean(side)
             return text if len(text) <= MAX_SIDE_CHARACTERS else ""
     return ""
 

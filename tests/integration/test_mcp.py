@@ -173,8 +173,12 @@ async def _opened(environment: Any, task: Task) -> Any:
     return session
 
 
-def test_a_model_without_tools_plays_too(folder: Path, chat: ChatFormat) -> None:
-    config = _config(folder, _stdio(folder, tools=["price"]), repeat_question=False, max_turns=2)
+def test_a_model_without_tools_plays_too(
+    folder: Path, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    server = {"command": [sys.executable, "~/shop.py"], "tools": ["price"]}
+    config = _config(folder, server, repeat_question=False, max_turns=2)
     # half a character is a thing that the shop does not have, and no end of its server
     replies = iter([_says("price", item="stool \ud83d"), _says("price", item="lamp")])
     trajectory = _one(_play(config, chat, lambda prompt: next(replies)))

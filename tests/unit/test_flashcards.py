@@ -40,6 +40,8 @@ OBJECT = '{"instruction": "a", "output": "b"}'
             0,
         ),  # brackets and quotes in strings
         ('[{"instruction": "year?", "output": 2022}]', (Flashcard("year?", "2022"),), 0),
+        ('[{"instruction": "price?", "output": 12.50}]', (Flashcard("price?", "12.50"),), 0),
+        ('[{"instruction": "x", "output": -Infinity}]', (), 1),
         ('[{"instruction": "x", "output": [["b"]]}]', (), 1),
         ('[{"instruction": "x", "output": {"text": "b"}}]', (), 1),
         ('[{"instruction": "x", "output": null}]', (), 1),

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -645,6 +646,15 @@ def test_a_command_that_fails_is_one_failed_episode(
     assert re.search(message, fault(play(chat, command(tmp_path, mode), limit_s=200.0)))
 
 
+def test_the_home_folder_stands_for_a_tilde_in_a_command(
+    chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = command(tmp_path, "json")
+    harness = replace(config.harness, command=(sys.executable, "~/agent.py", "json"))
+    assert only(play(chat, replace(config, harness=harness), limit_s=200.0)).outcome.reward == 0.75
+
+
 def test_a_command_that_is_not_there_is_named(chat: ChatFormat, tmp_path: Path) -> None:
     config = command(tmp_path, "json")
     harness = HarnessConfig(command=("no-such-agent", "-x"), tasks=config.harness.tasks)
@@ -678,7 +688,7 @@ def test_settings_that_make_no_harness() -> None:
         ),
         (
             ["environment.name=harness", "environment.harness.command=[python,a.py]"],
-            "environment.harness.tasks=.* a .jsonl file or package.module:name",
+            "environment.harness.tasks=.* a .jsonl file, hub:org/name, or package.module:name",
         ),
     ):
         with pytest.raises(ConfigError, match=message):

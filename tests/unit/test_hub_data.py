@@ -85,6 +85,50 @@ def test_every_reader_of_files_reads_data_sets(tmp_path: Path) -> None:
     assert [passage.title for passage in read_corpus(corpus)] == ["Nora"]
 
 
+def test_sound_and_pictures_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bytes_of = {"bytes": b"no picture", "path": None}
+    rows = datasets.Dataset.from_list(
+        [{**record, "photo": bytes_of, "voice": bytes_of} for record in RECORDS]
+    )
+    rows = rows.cast_column("photo", datasets.Image()).cast_column("voice", datasets.Audio())
+    rows.save_to_disk(str(tmp_path / "saved"))
+    path = f"hub:{tmp_path / 'saved'}"
+    records = read_records(RecordsConfig(path=path))
+    assert [record.answers for record in records] == [("Lisbon",), ("Oslo",), ("Cairo",)]
+    assert f"{path}: columns of sound or pictures are left out: photo, voice" in caplog.text
+
+
+def test_a_row_that_cannot_be_read_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _saved(tmp_path / "saved", RECORDS)
+    real = datasets.load_from_disk
+
+    def broken(folder: str) -> Any:
+        def fails(batch: Any) -> Any:  # runs where a row is read
+            raise OSError("the shard is\n damaged")
+
+        rows = real(folder)
+        rows.set_transform(fails)
+        return rows
+
+    monkeypatch.setattr(datasets, "load_from_disk", broken)
+    with pytest.raises(TaskError) as caught:
+        read_records(RecordsConfig(path=path))
+    assert str(caught.value) == f"{path}: datasets cannot read row 1 (the shard is damaged)"
+    assert list((tmp_path / "cache" / "datasets").iterdir()) == []
+
+
+def test_a_harness_takes_its_tasks_from_a_data_set(tmp_path: Path) -> None:
+    settings = [
+        "environment.name=harness",
+        "environment.harness.command=[true]",
+        f"environment.harness.tasks={_saved(tmp_path / 'saved', RECORDS)}",
+    ]
+    built = build_environment(load_config(None, settings).environment, EmbedderConfig())
+    assert len(list(built.tasks("eval", 0, 0))) == 1
+
+
 def test_a_bad_row_is_named_as_a_line(tmp_path: Path) -> None:
     path = _saved(tmp_path / "saved", [*RECORDS, RECORDS[0] | {"question": " "}])
     with pytest.raises(TaskError, match=rf"^{path}: line 4: question: Input should be a text that is not"):

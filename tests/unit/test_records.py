@@ -103,6 +103,7 @@ MESSAGES = [
     {"role": "assistant", "content": None},
     {"role": "user", "content": "Where does Nora live?"},
 ]
+QUESTION = "Where does Nora live?"
 TOLD = ("[Instructions]\nBe brief.", "[User]\nNora moved to Lisbon.")
 
 
@@ -148,6 +149,16 @@ def test_right_answers_in_the_shapes_of_public_data(
             ("A.", "B."),
         ),
         (
+            {"context": [["Ed Wood", ["He directs.", "He acts."]], ["Oslo", []]], "query": QUESTION},
+            {},
+            ("Ed Wood\nHe directs. He acts.", "Oslo"),
+        ),
+        (
+            {"context": [["Ed Wood", ["He directs.", " He acts."]]], "query": QUESTION},
+            {},
+            ("Ed Wood\nHe directs. He acts.",),
+        ),
+        (
             {"paragraphs": [{"paragraph_text": "A."}], "q": {"text": "Where does Nora live?"}},
             {"question_field": "q.text"},
             ("A.",),
@@ -160,6 +171,18 @@ def test_texts_and_questions_in_the_shapes_of_public_data(
     path = _lines(tmp_path, [{"answer": "Lisbon"} | record])
     (read,) = read_records(RecordsConfig(path=str(path), **settings))  # type: ignore[arg-type]
     assert (read.texts, read.question, read.answers) == (texts, "Where does Nora live?", ("Lisbon",))
+
+
+@pytest.mark.parametrize("write", [_lines, _table])
+@pytest.mark.parametrize(
+    ("given", "answer"), [(3.0, "3"), (1e3, "1000"), (2.5, "2.5"), (-4.0, "-4"), (1e300, "1e+300")]
+)
+def test_a_whole_number_is_a_text_without_a_point(
+    tmp_path: Path, write: Any, given: float, answer: str
+) -> None:
+    path = write(tmp_path, [{"texts": "A text.", "question": "How many?", "answer": given}])
+    (record,) = read_records(RecordsConfig(path=str(path)))
+    assert record.answers == (answer,)
 
 
 def test_where_the_texts_do_not_tell_it_is_right_to_say_so(tmp_path: Path) -> None:
@@ -213,6 +236,10 @@ def test_an_answer_that_is_no_number_is_refused(tmp_path: Path, write: Any, answ
             "line 1: texts: Input should have at least one entry",
         ),
         ({"texts": ["a", 3], "question": "q", "answer": "a"}, "line 1: texts.1: Input should be a text"),
+        (
+            {"context": [["Ed Wood", ["He acts.", 3]]], "question": "q", "answer": "a"},
+            "line 1: context.0: Input should be a text",
+        ),
         ({"texts": " ", "question": "q", "answer": "a"}, "line 1: texts: Input should be a text"),
         ({"texts": ["a"], "question": " ", "answer": "a"}, "line 1: question: Input should be a text"),
         (

@@ -34,7 +34,7 @@ from actors.types import Task
 from configs.schema import OpenEnvConfig
 from configs.user_code import owned
 
-_ANSWERS_IN_S = 10.0  # the server, before anything starts
+_ANSWERS_IN_S = 4.0  # the server, before anything starts
 _REFUSED = "VALIDATION_ERROR"
 _CURE = "name a text field with environment.openenv.observation_field"
 
