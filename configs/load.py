@@ -283,7 +283,8 @@ def _typed_values(assignments: Sequence[_Assignment]) -> dict[str, object]:
 def _typed(assignment: _Assignment) -> object:
     """The value as its setting's type. A value that refers to others is checked and left as it is."""
     value, kind = assignment.value, settings()[assignment.key].kind
-    if kind in _NUMBERS and any(map(_LEADING_ZERO.match, _texts_in(value))):
+    items = value if isinstance(value, list) else [value]
+    if kind in _NUMBERS and any(isinstance(item, str) and _LEADING_ZERO.match(item) for item in items):
         problem = f"{assignment.key}={shown(value)} is not allowed: write it without the leading zero"
         raise ConfigError(f"{assignment.source}: {problem}, which may mean base 8 or 10")
     if value == MISSING:  # OmegaConf's mark for "not given"
@@ -295,10 +296,6 @@ def _typed(assignment: _Assignment) -> object:
     except (OmegaConfBaseException, ValueError, TypeError):
         raise _refused(assignment) from None
     return value if _needs_others(value) else OmegaConf.to_object(merged).value  # type: ignore[union-attr]
-
-
-def _texts_in(value: object) -> list[str]:
-    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
 
 
 @cache
@@ -339,9 +336,8 @@ def _resolved(assignments: Sequence[_Assignment]) -> dict[str, object]:
 
 def _refused(assignment: _Assignment) -> ConfigError:
     value, allowed = shown(assignment.value), settings()[assignment.key].allowed
-    given = assignment.value if isinstance(assignment.value, dict) else {}
-    numbers = [key for key in given if not isinstance(key, str)]
-    cure = f"; its key {numbers[0]} must be a text: put it in quotes" if numbers else ""
+    keys = assignment.value if isinstance(assignment.value, dict) else ()
+    cure = next((f"; write its key {key} in quotes" for key in keys if not isinstance(key, str)), "")
     problem = f"{assignment.key}={value} is not allowed: it must be {allowed}{cure}"
     return ConfigError(f"{assignment.source}: {problem}")
 
@@ -398,9 +394,6 @@ def flatten(config: object, prefix: str = "") -> dict[str, str]:
     """A nested dataclass as dotted keys: {"train.steps": "200", ...}."""
     flat: dict[str, str] = {}
     for field in fields(config):  # type: ignore[arg-type]
-        value: Any = getattr(config, field.name)
-        if is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{field.name}.")
-        else:
-            flat[prefix + field.name] = str(value)
+        key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        flat |= flatten(value, f"{key}.") if is_dataclass(value) else {key: str(value)}
     return flat

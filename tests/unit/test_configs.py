@@ -320,7 +320,7 @@ def test_a_bad_override_is_one_line_that_names_it(override: str, expected: str) 
         (b"train: 4\n", ": train is a section"),
         (b"train:\n  steps: {a: 1}\n", ": train.steps={'a': 1} is not allowed"),
         (b"fast_weights: {projections: {a: 1}}", ": fast_weights.projections={'a': 1} is not allowed"),
-        (b"environment: {options: {1: a}}", "its key 1 must be a text: put it in quotes"),
+        (b"environment: {options: {1: a}}", "write its key 1 in quotes"),
         (b"environment: {options: {a: '???'}}", "Missing mandatory value: a"),
         (b"learner: {zero_stage: true}", ": learner.zero_stage=True is not allowed: it must be one of 0, 1"),
         (b"train:\n  steps: -2\n", ": train.steps=-2 is not allowed: it must be 0 or more"),
