@@ -122,7 +122,9 @@ def _written(path: str, rows: Any, as_list: bool) -> Iterator[str]:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """What was raised, and why: datasets wraps what a file's own reader says."""
+    told = [error, error.__cause__] if error.__cause__ else [error]
+    return ": ".join(" ".join(str(each).split()) or type(each).__name__ for each in told)[:300]
 
 
 def _present(value: Any) -> Any:

@@ -6,7 +6,8 @@
     aliases, answer_aliases   more right answers
     messages, prompt          [{"role": "user", "content": ...}, ...]: told in turn, and the last one is asked
     context                   [{"title": ..., "text": ...}, ...]; context.sentences: lists of sentences
-                              [["Ed Wood (film)", ["sentence", ...]], ...] (HotpotQA, 2WikiMultihopQA)
+                              [["Ed Wood (film)", ["sentence", ...]], ...] (HotpotQA, 2WikiMultihopQA), or
+                              {"title": [...], "sentences": [[...], ...]} (the same on the hub)
     answerable: false, is_impossible: true    the texts do not tell the answer
 
 A configured name is looked up as it stands, then as a path. The other names are tried where the setting has
@@ -112,6 +113,9 @@ def _and(texts: Any, told: list[Any]) -> Any:
 
 
 def _texts(value: Any) -> Any:
+    match value:
+        case {"title": [*titles], "sentences": [*bodies]} if len(titles) == len(bodies):
+            value = [list(pair) for pair in zip(titles, bodies, strict=True)]
     if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
         return [_paragraph(item) for item in value]
     if isinstance(value, list):

@@ -119,6 +119,14 @@ def test_a_row_that_cannot_be_read_is_one_line_and_leaves_nothing(
     assert list((tmp_path / "cache" / "datasets").iterdir()) == []
 
 
+def test_why_a_file_of_a_data_set_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.json").write_text('{"question": "Who?"}\n{"question": ', encoding="utf-8")
+    with pytest.raises(TaskError, match=r"while generating the dataset: .*JSON") as caught:
+        read_records(RecordsConfig(path=f"hub:{tmp_path / 'mine'}"))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_harness_takes_its_tasks_from_a_data_set(tmp_path: Path) -> None:
     settings = [
         "environment.name=harness",

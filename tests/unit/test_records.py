@@ -154,6 +154,14 @@ def test_right_answers_in_the_shapes_of_public_data(
             ("Ed Wood\nHe directs. He acts.", "Oslo"),
         ),
         (
+            {
+                "context": {"title": ["Ed Wood"], "sentences": [["He directs.", " He acts."]]},
+                "query": QUESTION,
+            },
+            {},
+            ("Ed Wood\nHe directs. He acts.",),
+        ),
+        (
             {"context": [["Ed Wood", ["He directs.", " He acts."]]], "query": QUESTION},
             {},
             ("Ed Wood\nHe directs. He acts.",),
