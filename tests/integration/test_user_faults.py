@@ -66,7 +66,7 @@ def _train(tiny_model_path: Path, folder: Path, fails: bool) -> subprocess.Compl
 
 def test_all_failing_alike_ends_the_run_with_that_line(tiny_model_path: Path, tmp_path: Path) -> None:
     ended = _train(tiny_model_path, tmp_path, fails=True)
-    assert ended.returncode == 1, ended.stdout[-1500:] + ended.stderr[-3000:]
+    assert ended.returncode == 2, ended.stdout[-1500:] + ended.stderr[-3000:]
     lines = ended.stderr.strip().splitlines()
     assert len(lines) == 1, ended.stderr
     line = lines[0]
