@@ -4,8 +4,12 @@
     w      = min(pi_{theta_old + sg(Delta)}(y) / pi_engine(y), cap)         truncated importance sampling, a
                                                                             constant: rounding and staleness
     policy = -w * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A)
-    kl     = exp(log ref - log pi) - (log ref - log pi) - 1                 the k3 estimate (Schulman 2020)
+    kl     = w * rho * (ref / pi - log(ref / pi) - 1)                       the k3 estimate (Schulman 2020)
     loss   = sum over tokens of scale * (policy + kl_coefficient * kl)
+
+``rho`` makes the estimate and its gradient those of KL(pi || ref) under tokens of theta_old (DeepSeek-V3.2,
+arXiv 2512.02556, eq. 7). Without it one token that theta has left, in a second minibatch or from stale
+weights, counts exp(its gap): thousands of nats, and after the norm's clip the only gradient.
 
 Delta is a constant in all of it: the log-probs come from a model whose Delta carries no gradient. ``ref`` has
 the same Delta. The paper does not publish clip, KL and w: they are our choices.
@@ -103,7 +107,7 @@ def policy_objective(batch: TokenBatch, config: ObjectiveConfig) -> tuple[Tensor
     kl = torch.zeros_like(policy)
     if batch.reference_logp is not None:
         gap = (batch.reference_logp - batch.logp).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-        kl = batch.scale * (gap.exp() - gap - 1)
+        kl = batch.scale * weight * rho * (gap.exp() - gap - 1)
     loss = policy.sum() + config.kl_coefficient * kl.sum()
     # where the bounded branch is the smaller one, min takes it, and the clip removes the gradient
     return loss, _statistics(batch, policy, kl, bounded < free, truncated)

@@ -88,7 +88,8 @@ def test_truncated_importance_by_hand() -> None:
 
 
 def test_k3_by_hand() -> None:
-    # reference over policy 2: k3 = 2 - ln 2 - 1; its gradient with respect to log pi is 1 - 2
+    # reference over policy 2: k3 = 2 - ln 2 - 1. Its gradient with respect to log pi is 1 - 2, and that of
+    # the ratio k3: together -ln 2, which is what KL(pi || ref) has for a token of pi
     logp = torch.tensor(logs(0.1), requires_grad=True)
     reference = torch.tensor(logs(0.2))
     config = ObjectiveConfig(importance="none", kl_coefficient=0.5)
@@ -97,7 +98,34 @@ def test_k3_by_hand() -> None:
     assert loss.item() == pytest.approx(0.5 * statistics.kl, rel=1e-5)
     loss.backward()
     assert logp.grad is not None
-    assert logp.grad.tolist() == pytest.approx([0.5 * 0.25 * -1], rel=1e-5)
+    assert logp.grad.tolist() == pytest.approx([0.5 * 0.25 * -math.log(2)], rel=1e-5)
+
+
+def test_the_kl_is_that_of_the_present_policy_whoever_sampled_the_tokens() -> None:
+    """Each token of a vocabulary once, weighted by how often the old policy samples it: the exact mean."""
+    draw = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(12, generator=draw)).requires_grad_()
+    old, reference = (torch.randn(12, generator=draw).log_softmax(0) for _ in range(2))
+    logp = logits.log_softmax(0)
+    exact = (logp.exp() * (logp - reference)).sum()
+    nothing = torch.zeros(12)
+    values = TokenBatch(logp, old, old, reference, nothing, nothing, scale=old.exp())
+    loss, statistics = policy_objective(values, ObjectiveConfig(kl_coefficient=1.0))
+    assert statistics.kl == pytest.approx(exact.item(), rel=1e-5)
+    (found,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (expected,) = torch.autograd.grad(exact, logits)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_token_that_the_policy_has_left_does_not_rule_the_kl() -> None:
+    """It was likely when it was sampled, and is for the reference: exp(15) nats without the ratio."""
+    logp = torch.tensor([-15.0, -0.1], requires_grad=True)
+    config = ObjectiveConfig(kl_coefficient=1.0)
+    reference = torch.tensor([-0.1, -0.1])
+    loss, statistics = policy_objective(batch(logp, [-0.1, -0.1], [-0.1, -0.1], [0, 0], reference), config)
+    loss.backward()
+    assert logp.grad is not None
+    assert 0 < statistics.kl < 0.3 and logp.grad.abs().max() < 0.1
 
 
 def test_on_policy_gradient_is_the_vanilla_policy_gradient() -> None:
