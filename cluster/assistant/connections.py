@@ -56,9 +56,7 @@ class Protocol(H11Protocol):
         self._silent[self.transport] = self.loop.time() + HEADERS_S
         if len(self._silent) > MOST_SILENT:
             oldest = next(iter(self._silent))
-            del self._silent[
-                oldest
-            ]  # here, since its connection is lost only later: the next one counts them
+            del self._silent[oldest]  # now: its connection is lost only later, and the next one counts them
             oldest.abort()
         self.loop.call_later(HEADERS_S, self._close_if_late)
 

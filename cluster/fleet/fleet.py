@@ -169,7 +169,10 @@ class ElasticFleet(Generic[Worker]):
             self.lost(worker.name, error)
 
     def _wait_for_weights(self, error: WeightsLost) -> None:
-        """The workers are whole, but there is nothing to load: the main loop must publish again."""
+        """The workers are whole, but there is nothing to load.
+
+        They wait for ``begin``, or for ``close``: the main loop is told, and publishes again or ends.
+        """
         if self._newest is not None and error.version == self._newest.version:
             self._published.clear()
             self._stream.fail(error)
