@@ -29,7 +29,7 @@ from cluster.common.processes import is_alive
 from cluster.runs.checkpoint import list_checkpoints
 from cluster.runs.from_store import named_here
 from cluster.runs.resume import names_a_checkpoint
-from cluster.runs.run_folders import finished_steps, runs_of
+from cluster.runs.run_folders import FINISHED, finished_steps, runs_of
 from cluster.runs.run_lock import last_taken
 from configs.schema import RunConfig
 from configs.store_url import is_url
@@ -94,11 +94,16 @@ class Supervisor:
     def _resuming(self) -> list[str]:
         """The settings of a life that goes on with the run of the one before.
 
-        They name that run: auto might find another of its name, older and unfinished, or at work.
+        They name that run: auto might find another of its name, older and unfinished, or at work. Where the
+        user went back to a checkpoint, they name the newest: the run may have been finished before.
         """
-        if self._run is None or (self._saved_before and self._saved() == self._saved_before):
-            return [*self.settings]  # it died before it had a folder, or saved anything beyond what is named
-        return [*(word for word in self.settings if not word.startswith("resume=")), f"resume={self._run}"]
+        resume = self._run
+        if names_a_checkpoint(self.config.resume):
+            saved = self._saved()
+            resume = saved[0] if saved != self._saved_before else None
+        if resume is None:  # it died before it had a folder, or saved anything beyond what is named
+            return [*self.settings]
+        return [*(word for word in self.settings if not word.startswith("resume=")), f"resume={resume}"]
 
     def _saved(self) -> list[Path]:
         """The newest checkpoint of the run in which ``resume`` names one; empty where it names none."""
@@ -123,8 +128,14 @@ class Supervisor:
         return {run: last_taken(run) for run in runs}
 
     def _is_done(self, run: Path) -> bool:
-        """Whether nothing is left to do for ``run``. What a store lacks of it, another life puts there."""
-        return finished_steps(run) >= self.config.train.steps and not is_url(self.config.output_dir)
+        """Whether the last life finished ``run``. What a store lacks of it, another life puts there."""
+        taken = last_taken(run)
+        return (
+            not is_url(self.config.output_dir)
+            and finished_steps(run) >= self.config.train.steps
+            and taken is not None
+            and (run / FINISHED).stat().st_mtime_ns >= taken[1]  # else an earlier training did
+        )
 
     def _wait(self, seconds: float) -> bool:
         """Wait. Returns False where somebody asked for the end meanwhile."""

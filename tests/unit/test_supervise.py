@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
-from cluster.runs.run_folders import create_run
+from cluster.runs.run_folders import create_run, mark_finished
 from cluster.train.supervise import this_command
+from configs.schema import RunConfig
 
 # Each life does the next act: it takes what `acts.json` holds first. Its words are noted.
 TRAINING = """
@@ -123,12 +124,14 @@ def test_a_stop_ends_both(tmp_path: Path) -> None:
 
 
 def test_a_named_checkpoint_is_gone_on_from_in_its_own_run(tmp_path: Path) -> None:
-    """With resume=auto a later run of the name would be taken."""
+    """With resume=auto a later run of the name would be taken. That it was finished once says nothing."""
     output_dir = tmp_path / "runs"
     older, _ = create_run(output_dir, "name"), create_run(output_dir, "name")
+    (older / ".lock").write_text('{"pid": 1, "host": "here"}')
+    mark_finished(older, RunConfig().train.steps)
     saved = older / "checkpoints" / "step-000002"
     ended = supervised(tmp_path, 1, [f"saves {saved}", 0], f"resume={older}/checkpoints/step-000001")
-    assert ended.lives[1] == [f"resume={older}"]
+    assert ended.lives[1] == [f"resume={saved}"]
 
 
 def test_a_life_that_saved_nothing_begins_again_where_it_was_told_to(tmp_path: Path) -> None:
