@@ -34,6 +34,7 @@ T = TypeVar("T")
 SLOTS = 4
 LIMIT = 512
 STOP = 2
+ROUNDING = 1e-5  # nats, float32: what the same weights may differ by in a batch of another size
 EXACT = 1e-3  # nats, float32: what engine and transformers may differ by
 SIZE = 0.02  # of B: moves the tiny model's log-probs by tenths of a nat
 
@@ -420,7 +421,10 @@ def test_refresh_serves_the_new_weights_and_forgets_the_old_adapters(
         with pytest.raises(EngineError, match="drain the worker"):
             await policy.refresh(1, new, complete=True)
         running.cancel()
-        assert policy.version == 0 and await policy.generate(ids, greedy(4), base(policy)) == before
+        # The cancelled request may still be in the batch, and a batch of two rounds otherwise than one alone.
+        after = await policy.generate(ids, greedy(4), base(policy))
+        assert policy.version == 0 and after.token_ids == before.token_ids
+        assert distance(after.logprobs, before.logprobs) < ROUNDING
 
         # Version 2 is left out: a worker may miss a publication.
         for version, tensors in ((1, new), (3, tied)):
