@@ -143,6 +143,9 @@ class WarmStartConfig:
     # of each step: so many questions that nothing told is answered by "I don't know.", and the same questions
     # answered behind a text that tells the answer; few are enough, with many it says so of what it knows
     unknown: int = 0
+    # by_lot: each card asks its own question or one beside it, drawn by lot: the form is taught, and what to
+    # ask is left to RL (for an environment with questions beside a card, as recall)
+    asking: Literal["gold", "by_lot"] = "gold"
     # a JSON lines file of texts and of the flashcards to write of them (actors/README.md shows the format)
     demonstrations: str = ""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

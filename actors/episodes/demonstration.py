@@ -1,7 +1,8 @@
 """What an ideal agent would write as flashcards: supervised segments for the warm start.
 
     CardsOf: from a full context to the cards to write of it
-        the environment's own (gold_cards)    a teacher (teacher.py)    a file (written_demonstrations.py)
+        the environment's own (gold_cards, asked_by_lot)    a teacher's (teacher.py)
+        of a file (written_demonstrations.py)
 
 A demonstration runs the loop, trigger, prompts and chat pieces of a real episode (episode.play,
 ParametricMemory). Only the actor differs: it extracts those cards and answers nothing. So the taught text has
@@ -13,11 +14,12 @@ A demonstrated exchange teaches an answer: the one to a question that nothing to
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from actors.environments.base import Demonstrator, Environment, Exchange, Rephraser
+from actors.environments.base import Demonstrator, Environment, Exchange, Questioner, Rephraser
 from actors.environments.user_calls import run_blocking
 from actors.episodes.episode import play
 from actors.episodes.hosted_session import HostedSession
@@ -133,18 +135,55 @@ def gold_flashcards(
 
     With memory.wordings=2 a fact's second card comes right behind its first, where the environment has one.
     """
-    whom, show = f"task {task.id}: the environment {task.environment}'s", demonstrator.demonstrate_flashcards
-    with owned(f"{whom} demonstrate_flashcards", TaskError, show):
+    return _in_wordings(demonstrator, task, _shown(demonstrator, task, text_in_context, memory), memory)
+
+
+def asked_by_lot(demonstrator: Demonstrator, task: Task, memory: MemoryConfig) -> CardsOf:
+    """The gold answers, each behind its own question or one beside it, drawn by lot of the task.
+
+    They teach the form of a card, and that it speaks of the person: not what to ask. An environment without
+    questions beside a card gives its gold cards.
+    """
+
+    def cards_of(extraction: Extraction) -> tuple[Flashcard, ...]:
+        cards = _shown(demonstrator, task, extraction.context, memory)
+        if isinstance(demonstrator, Questioner):
+            lot, known = random.Random(f"asked by lot/{task.id}"), [card.question for card in cards]
+            with owned(_whose(task, "questions_beside"), TaskError, demonstrator.questions_beside):
+                beside = [demonstrator.questions_beside(card, known) for card in cards]
+                cards = tuple(
+                    Flashcard(encodable(lot.choice((card.question, *others))), card.answer)
+                    for card, others in zip(cards, beside, strict=True)
+                )
+        return _in_wordings(demonstrator, task, cards, memory)
+
+    return cards_of
+
+
+def _shown(
+    demonstrator: Demonstrator, task: Task, text_in_context: str, memory: MemoryConfig
+) -> tuple[Flashcard, ...]:
+    show = demonstrator.demonstrate_flashcards
+    with owned(_whose(task, "demonstrate_flashcards"), TaskError, show):
         shown = show(task, text_in_context, memory.question_blind)
-        cards = tuple(Flashcard(encodable(card.question), encodable(card.answer)) for card in shown)
+        return tuple(Flashcard(encodable(card.question), encodable(card.answer)) for card in shown)
+
+
+def _in_wordings(
+    demonstrator: Demonstrator, task: Task, cards: tuple[Flashcard, ...], memory: MemoryConfig
+) -> tuple[Flashcard, ...]:
     if memory.wordings == 1 or not isinstance(demonstrator, Rephraser):
         return cards
-    with owned(f"{whom} wordings", TaskError, demonstrator.wordings):
+    with owned(_whose(task, "wordings"), TaskError, demonstrator.wordings):
         return tuple(
             Flashcard(encodable(question), card.answer)
             for card in cards
             for question in demonstrator.wordings(card.question)
         )
+
+
+def _whose(task: Task, method: str) -> str:
+    return f"task {task.id}: the environment {task.environment}'s {method}"
 
 
 class ShownActor:

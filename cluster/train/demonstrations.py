@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from actors.environments.base import Abstainer, Environment, Rephraser, passes, prepare
+from actors.environments.base import Abstainer, Environment, Questioner, Rephraser, passes, prepare
 from actors.environments.mixture import playing
 from actors.episodes.demonstration import (
     CardsOf,
     DemonstratingEnvironment,
+    asked_by_lot,
     demonstrate,
     demonstrate_exchange,
     gold_cards,
@@ -131,7 +132,8 @@ class Demonstrations:
         if self._teacher:
             return partial(self._flashcards, task, self._teacher.cards_of)
         assert can_demonstrate(self._environment), "`require_demonstrations` has checked"
-        return partial(self._flashcards, task, gold_cards(self._environment, task, self._config.memory))
+        cards = asked_by_lot if self._config.warm_start.asking == "by_lot" else gold_cards
+        return partial(self._flashcards, task, cards(self._environment, task, self._config.memory))
 
     def _flashcards(self, task: Task, cards_of: CardsOf) -> list[Segment]:
         config, rollout = self._config, self._config.rollout
@@ -228,6 +230,15 @@ def require_demonstrations(config: RunConfig, environment: Environment) -> None:
         raise TaskError(
             f"warm_start.unknown={warm.unknown} is not possible: {name} demonstrates no question that "
             "nobody told the answer of; set warm_start.unknown=0"
+        )
+    if warm.asking == "by_lot" and not (by_itself and isinstance(environment, Questioner)):
+        why = (
+            f"{name} has no questions beside a card"
+            if by_itself
+            else "cards of a file or a teacher have none"
+        )
+        raise TaskError(
+            f"warm_start.asking=by_lot is not possible: {why} to draw from; set warm_start.asking=gold"
         )
     if by_itself and config.memory.wordings > 1 and not isinstance(environment, Rephraser):
         raise TaskError(

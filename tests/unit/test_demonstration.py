@@ -11,7 +11,15 @@ import pytest
 
 from actors.environments.base import Exchange
 from actors.environments.recall import RecallEnvironment
-from actors.episodes.demonstration import demonstrate, demonstrate_exchange, gold_cards
+from actors.environments.recall_questions import subject_of
+from actors.environments.recall_words import RELATIONS
+from actors.episodes.demonstration import (
+    Extraction,
+    asked_by_lot,
+    demonstrate,
+    demonstrate_exchange,
+    gold_cards,
+)
 from actors.episodes.episode import EpisodeSpec
 from actors.episodes.rollout import WriteBatcher
 from actors.memory.build import build_memory
@@ -64,6 +72,31 @@ def test_two_wordings_are_two_cards_a_fact_side_by_side(chat: ChatFormat) -> Non
     cards = parse_flashcards(chat.decode(aware[0].token_ids[aware[0].action_mask]), 32).cards
     asked = {question["question"] for question in task.payload["questions"]}
     assert cards and all(card.question in asked for card in cards[::2])
+
+
+def test_by_lot_a_card_keeps_its_person_and_answer_and_asks_any_of_the_nine_relations() -> None:
+    memory, own, asked = MemoryConfig(question_blind=True), 0, set()
+    tasks = list(itertools.islice(ENVIRONMENT.tasks("train", 1, 0), 60))
+    for task in tasks:
+        extraction = Extraction(task.payload["sessions"][0], "", "")
+        gold, drawn = (source(ENVIRONMENT, task, memory)(extraction) for source in (gold_cards, asked_by_lot))
+        assert drawn == asked_by_lot(ENVIRONMENT, task, memory)(extraction)  # the lot is the task's
+        assert [card.answer for card in drawn] == [card.answer for card in gold]
+        for card, other in zip(gold, drawn, strict=True):
+            subject, of_other = subject_of(card.question), subject_of(other.question)
+            assert subject is not None and of_other is not None and of_other.person == subject.person
+            own += of_other == subject
+            asked.add(of_other.relation.name)
+    assert len(asked) == len(RELATIONS) == 9
+    assert 0.05 < own / (4 * len(tasks)) < 0.2  # a ninth
+
+
+def test_by_lot_the_second_wording_asks_what_the_first_asks() -> None:
+    memory, task = MemoryConfig(question_blind=True, wordings=2), TASKS[0]
+    drawn = asked_by_lot(ENVIRONMENT, task, memory)(Extraction(task.payload["sessions"][0], "", ""))
+    assert len(drawn) == 8
+    for card, other in zip(drawn[::2], drawn[1::2], strict=True):
+        assert subject_of(other.question) == subject_of(card.question) and other.question != card.question
 
 
 def test_an_exchange_teaches_its_last_answer_only(chat: ChatFormat) -> None:

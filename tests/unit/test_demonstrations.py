@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from actors.environments.recall import RecallEnvironment
 from actors.environments.records import RecordsEnvironment
 from actors.episodes.demonstration import demonstrate, gold_cards
 from actors.episodes.written_demonstrations import WrittenDemonstrations
@@ -229,6 +230,27 @@ def test_a_teacher_that_is_not_there_and_secrets_in_settings_are_refused_at_once
 def test_without_a_source_the_cure_is_named(config: RunConfig) -> None:
     with pytest.raises(TaskError, match=r"records has no demonstrations; .*warm_start\.teacher\.url"):
         require_demonstrations(config, RecordsEnvironment(config.environment.records))
+
+
+def test_questions_by_lot_need_questions_beside_a_card(tmp_path: Path) -> None:
+    by_lot = "warm_start.asking=by_lot"
+    recall = load_config(None, ["environment.name=recall", "warm_start.steps=1", by_lot])
+    environment = RecallEnvironment(recall.environment.recall)
+    require_demonstrations(recall, environment)
+
+    class NoQuestioner:
+        name = "mine"
+        demonstrate_flashcards = environment.demonstrate_flashcards
+
+    with pytest.raises(
+        TaskError, match=r"by_lot is not possible: mine has no questions beside a card .*=gold"
+    ):
+        require_demonstrations(recall, NoQuestioner())  # type: ignore[arg-type]
+    filed = _config(
+        tmp_path, f"warm_start.demonstrations={_file(tmp_path, {'told': 'x', 'cards': []})}", by_lot
+    )
+    with pytest.raises(TaskError, match="by_lot is not possible: cards of a file or a teacher"):
+        require_demonstrations(filed, environment)
 
 
 def test_a_context_that_never_fills_is_said(
