@@ -24,15 +24,17 @@ from typer.main import get_command
 from cluster.assistant import command as assistant
 from cluster.bench.suite import ABOUT
 from cluster.common.arguments import (
+    EXAMPLE_COLUMNS,
+    Command,
     Config,
     ListSettings,
     PrintConfig,
     Settings,
+    epilog,
     required_config,
     setting_words,
     split_seeds,
 )
-from cluster.common.help_text import EXAMPLE_COLUMNS, Command, epilog
 from cluster.common.printable import visible
 from cluster.common.quiet import Verbose, quiet
 from cluster.compare import command as compare
@@ -376,8 +378,8 @@ def _status_of(error: Exception) -> int | None:
     from cluster.inspection.record import RecordError
     from cluster.probe.values import ProbeError
     from cluster.runs.wanted_workers import ScaleError
-    from configs.extensions import ExtensionError
     from configs.models import ModelError
+    from configs.user_code import ExtensionError
     from learner.types import LearnerError
 
     files = CheckpointError | RecordError

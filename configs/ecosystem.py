@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from configs.bounds import fraction, positive, require
-from configs.extensions import FORM, is_path
 from configs.services import require_no_secret
+from configs.user_code import FORM, is_path
 
 ADAPTERS = ("gymnasium", "textarena", "openenv", "verifiers")
 """Values of ``environment.name`` whose environment is another project's. Their names are their sections'."""

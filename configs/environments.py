@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from configs.bounds import fraction, home_expanded, not_negative, positive, require
 from configs.ecosystem import ADAPTERS, GymnasiumConfig, OpenEnvConfig, TextArenaConfig, VerifiersConfig
-from configs.extensions import FORM, is_path
 from configs.services import EndpointConfig
 from configs.tool_servers import tool_servers
+from configs.user_code import FORM, is_path
 
 REPLACEABLE = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty")
 """Fields of a harness's calls whose place the run's own sampling may take."""

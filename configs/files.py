@@ -3,21 +3,30 @@
 write_text     aside --> fsync --> rename      a reader sees the old file or the new one, never a part
 new_folder     the same for a folder of files, which may replace an earlier one
 remove_folder  a reader sees the folder or none, never a part
+write_digests  a line a file in <folder>/SHA256SUMS, as ``sha256sum --check`` reads it: what a disk or a copy
+               changes is found, also where no size differs
 read_json      bytes --> pydantic --> a frozen dataclass, or one line: file, place, what is wrong
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
+
+DIGESTS = "SHA256SUMS"
+_THREADS = 4  # hashlib releases the interpreter's lock; a disk is read faster by a few
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 T = TypeVar("T")
 Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
@@ -202,3 +211,50 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     if kind not in _ADAPTERS:
         _ADAPTERS[kind] = TypeAdapter(kind)
     return _ADAPTERS[kind]
+
+
+def write_digests(folder: Path) -> None:
+    """Write the digests of all files that are below ``folder`` now. Raises OSError."""
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        digests = pool.map(_digest, (folder / name for name in names))
+        lines = [f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)]
+    # The last line covers those before it: a list that was cut off, or changed, is no list.
+    body = "".join(lines)
+    (folder / DIGESTS).write_text(f"{body}# {hashlib.sha256(body.encode()).hexdigest()}\n", encoding="utf-8")
+
+
+def check_digests(folder: Path) -> None:
+    """Raise FileError, in one line, for the first file that is missing or not as it was written."""
+    names = read_digests(folder)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            present = list(pool.map(_digest, (folder / name for name in names)))
+        except FileNotFoundError as error:
+            missing = Path(str(error.filename)).relative_to(folder)
+            raise FileError(f"{folder} is incomplete: {missing} is missing") from None
+        except OSError as error:
+            raise FileError(f"{folder} cannot be read: {error}") from None
+    for (name, digest), found in zip(names.items(), present, strict=True):
+        if found != digest:
+            raise FileError(f"{folder} is damaged: {name} is not as it was written")
+
+
+def read_digests(folder: Path) -> dict[str, str]:
+    """The digest of each file by its name. Raises FileError for a list that is not as it was written."""
+    try:
+        text = (folder / DIGESTS).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileError(f"{folder} is incomplete: {DIGESTS} is missing") from None
+    except (OSError, ValueError) as error:
+        raise FileError(f"{folder} is damaged: {DIGESTS} cannot be read ({error})") from None
+    body, _, seal = text.rpartition("# ")
+    matches = [_LINE.fullmatch(line) for line in body.splitlines()]
+    if seal.strip() != hashlib.sha256(body.encode()).hexdigest():
+        raise FileError(f"{folder} is damaged: {DIGESTS} is not as it was written")
+    return {match[2]: match[1] for match in matches if match is not None}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from configs.bounds import ConfigError
-from configs.extensions import is_path
 from configs.mixture import environments
 from configs.schema import EnvironmentConfig, RunConfig
+from configs.user_code import is_path
 
 FLAG = "--allow-code"
 

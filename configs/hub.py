@@ -1,4 +1,4 @@
-"""Asks the Hugging Face hub one short question before its libraries work for minutes.
+"""Asks a host one short question before a library works on it for minutes: the Hugging Face hub, or any.
 
     the hub answers      --> the libraries work as they always do
     it does not answer   --> they look into their local cache alone: no retries, no lines of theirs
@@ -11,11 +11,16 @@ have no setting of their own. Checked on huggingface_hub 2.4.0, whose `is_offlin
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+_CONNECT_S = 3.0  # to a server that answers at all
 
 Kind = Literal["model", "dataset"]
 WAIT_S = 5.0
@@ -81,3 +86,19 @@ def _wait() -> float:
         return float(os.environ.get(_WAIT_NAME) or WAIT_S)
     except ValueError:
         return WAIT_S
+
+
+def unreachable(url: str) -> str:
+    """Why nobody can be reached at ``url`` (http or https); "" where somebody listens. Sends nothing.
+
+    Also "" behind a proxy, which knows the way to hosts that this machine does not.
+    """
+    try:
+        address = urlsplit(url)
+        host, port = address.hostname or "", address.port or (443 if address.scheme == "https" else 80)
+        if address.scheme in getproxies() and not proxy_bypass(host):
+            return ""
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "strerror", None) or error)
+    return ""

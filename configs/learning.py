@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from configs.bounds import custom_resource, home_expanded, not_negative, positive, require
-from configs.extensions import FORM, is_path
 from configs.services import EndpointConfig
+from configs.user_code import FORM, is_path
 
 ADVANTAGES = ("grpo", "positive", "rloo")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from configs.bounds import fraction, home_expanded, not_negative, positive, require
-from configs.extensions import FORM, is_path
+from configs.user_code import FORM, is_path
 
 
 @dataclass(frozen=True)

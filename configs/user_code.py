@@ -1,4 +1,6 @@
-"""Names the owner of a fault: what a user's own code raised, with the file and line of theirs, in one line.
+"""Loads the user's own parts, and names the owner of a fault: their file and line, in one line.
+
+    environment.custom=my_tasks:build -> load_extension("environment.custom", "my_tasks:build")
 
     with owned("the environment shop, act", TaskError):
         session.act(text)
@@ -9,6 +11,7 @@ Why: a fault of the user's code fails one episode and is counted. It is no lost 
 
 from __future__ import annotations
 
+import importlib
 import sys
 import sysconfig
 import traceback
@@ -16,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+FORM = "package.module:name"
 
 _ROOT = Path(__file__).resolve().parents[1]
 _OURS = tuple(f"{_ROOT / name}/" for name in ("actors", "cluster", "configs", "learner"))
@@ -110,3 +115,50 @@ def _short(file: str) -> str:
     roots = [str(_ROOT), str(Path.cwd()), *sys.path]
     inside = [root for root in roots if root and file.startswith(f"{root.rstrip('/')}/")]
     return file.removeprefix(f"{max(inside, key=len).rstrip('/')}/") if inside else file
+
+
+class ExtensionError(RuntimeError):
+    """The user's own object is missing, or is not what its setting asks for. One line."""
+
+
+def is_path(text: str) -> bool:
+    """True if ``text`` has the form package.module:name."""
+    module, colon, name = text.partition(":")
+    return colon == ":" and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def load_extension(setting: str, path: str) -> Callable[..., Any]:
+    """The callable that ``setting`` names. Raises ExtensionError, also for what its module raises."""
+    if not is_path(path):
+        cure = f"write {FORM}, e.g. my_tasks:build for `build` in my_tasks.py"
+        raise ExtensionError(f"{setting}={path!r} is not allowed: {cure}")
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            problem = f"{module_name} imports {error.name}, which is not installed here"
+        else:
+            cure = "start from the folder that holds it, or install it, also on the cluster's nodes"
+            problem = f"there is no module {error.name}: {cure}"
+        raise ExtensionError(f"{setting}={path}: {problem}") from error
+    except (Exception, SystemExit) as error:
+        raise ExtensionError(f"{setting}={path}: importing {module_name}: {described(error)}") from error
+    value: Callable[..., Any] | None = getattr(module, name, None)
+    if callable(value):
+        return value
+    public = sorted(key for key, other in vars(module).items() if callable(other) and not key.startswith("_"))
+    has = ", ".join(public) or "nothing"
+    raise ExtensionError(
+        f"{setting}={path}: {module_name} has no function or class {name}; it has {has}"[:500]
+    )
+
+
+def require_members(setting: str, path: str, made: object, members: tuple[str, ...], protocol: str) -> None:
+    """Require that ``made``, which the user's function returned, has all of ``protocol``.
+
+    Raises ExtensionError.
+    """
+    if missing := [member for member in members if not hasattr(made, member)]:
+        kind = type(made).__name__
+        raise ExtensionError(f"{setting}={path} returned {kind} without {', '.join(missing)}: see {protocol}")

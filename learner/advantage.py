@@ -13,8 +13,8 @@ from functools import partial
 from typing import Literal
 
 from actors.types import TrajectoryGroup
-from configs.extensions import load_extension
 from configs.schema import ObjectiveConfig
+from configs.user_code import load_extension
 from learner.types import LearnerError, ScoredTrajectory
 
 Credit = Literal["episode", "question"]

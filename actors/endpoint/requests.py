@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 
-from actors.text.encodable import encodable_value
+from actors.text.plain_text import encodable_value
 
 
 class RequestError(Exception):

@@ -30,9 +30,8 @@ from actors.environments.user_calls import CallThread, Raised, run_apart
 from actors.protocols import TaskError
 from actors.types import CardUse, Flashcard, Outcome, Task
 from configs.ecosystem import ADAPTERS
-from configs.extensions import ExtensionError, load_extension, require_members
 from configs.schema import EmbedderConfig, EnvironmentConfig
-from configs.user_code import owned
+from configs.user_code import ExtensionError, load_extension, owned, require_members
 
 Reward = Callable[[Task, Outcome], Any]  # a number or named parts, or an awaitable of these
 _AT_ONCE = ("recall", "records")  # shipped environments whose sessions only compute

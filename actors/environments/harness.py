@@ -27,9 +27,8 @@ from actors.environments.scoring import plain_em, plain_f1
 from actors.protocols import TaskError
 from actors.text.tools import Tool, readable_calls
 from actors.types import Answer, Outcome, Task
-from configs.extensions import is_path, load_extension
 from configs.schema import HarnessConfig
-from configs.user_code import owned
+from configs.user_code import is_path, load_extension, owned
 
 _GOLD = ("answer", "answers", "golden_answers")  # fields of a task with its right answers
 

@@ -8,7 +8,7 @@ from actors.environments.base import Demonstrator, Environment, Questioner
 from actors.episodes.demonstration import gold_flashcards
 from actors.memory.controls import OWN_CARDS, GoldCards, OtherQuestions, WriteControl
 from actors.protocols import TaskError
-from actors.text.encodable import encodable
+from actors.text.plain_text import encodable
 from actors.types import Task
 from configs.schema import MemoryConfig
 from configs.user_code import owned

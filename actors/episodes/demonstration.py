@@ -29,8 +29,8 @@ from actors.memory.parametric import ParametricMemory
 from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat, Ids
 from actors.text.context import Context
-from actors.text.encodable import encodable
 from actors.text.flashcards import render_flashcards
+from actors.text.plain_text import encodable
 from actors.types import (
     FastWeights,
     Flashcard,

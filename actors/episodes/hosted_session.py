@@ -22,7 +22,7 @@ from actors.environments.mixture import playing
 from actors.environments.user_calls import CallThread, Raised, close_late, run_apart
 from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat, ChatTemplateError
-from actors.text.encodable import encodable, encodable_value
+from actors.text.plain_text import encodable, encodable_value
 from actors.text.tools import Tool
 from actors.types import Answer, Outcome, Task
 from configs.user_code import fault, owned, place

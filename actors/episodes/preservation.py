@@ -23,8 +23,8 @@ from math import ceil
 from actors.environments.base import Environment, Questioner, Rephraser
 from actors.protocols import Policy, TaskError
 from actors.text.chat_template import ChatFormat, Ids
-from actors.text.encodable import encodable
 from actors.text.flashcards import extraction_prompt
+from actors.text.plain_text import encodable
 from actors.types import AdapterKey, Flashcard, PolicyVersion, Sampling, WriteExample
 from configs.schema import PreserveConfig, RunConfig
 from configs.user_code import owned

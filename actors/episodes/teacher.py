@@ -24,8 +24,7 @@ from actors.environments.judge.cached_endpoint import (
 )
 from actors.episodes.demonstration import Extraction
 from actors.text.chat_template import ChatFormat
-from actors.text.flashcards import parse_flashcards, render_flashcards
-from actors.text.grounded import is_told
+from actors.text.flashcards import is_told, parse_flashcards, render_flashcards
 from actors.types import Flashcard
 from configs.schema import MemoryConfig, TeacherConfig, WriteConfig
 

@@ -28,8 +28,7 @@ from actors.memory.base import Agent
 from actors.memory.parametric import Flashcards
 from actors.text.chat_template import ChatFormat
 from actors.text.context import Context
-from actors.text.flashcards import parse_flashcards, render_flashcards
-from actors.text.grounded import is_told
+from actors.text.flashcards import is_told, parse_flashcards, render_flashcards
 from actors.types import Flashcard, Segment
 from configs.schema import MemoryConfig, WriteConfig
 

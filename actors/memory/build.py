@@ -14,8 +14,8 @@ from actors.memory.parametric import HybridMemory, ParametricMemory
 from actors.memory.summary import StateMemory, SummaryMemory
 from actors.memory.supervised import ImplicationsMemory, RawMemory, SummaryWriteMemory
 from actors.text.retrieval import Embedder, load_embedder
-from configs.extensions import load_extension
 from configs.schema import EmbedderConfig, MemoryConfig, MemoryPolicy, WriteConfig
+from configs.user_code import load_extension
 
 _REPLY_OPENING = 16  # the chat template's tokens in front of a reply, with room to spare
 

@@ -12,22 +12,23 @@ from collections.abc import Sequence
 from actors.memory.base import Agent, ContextMemory, turns_of
 from actors.memory.controls import OWN_CARDS, WriteControl
 from actors.memory.standing import StandingCards, standing_cards
-from actors.memory.summary import Summary
+from actors.memory.summary import Summary, rewrite_prompt
 from actors.text.chat_template import ChatFormat, Ids
 from actors.text.flashcards import (
     example_tokens,
     extraction_prompt,
+    is_told,
     parse_flashcards,
     write_example,
     write_examples,
 )
-from actors.text.grounded import is_told
 from actors.text.split_text import split_text
 from actors.types import Flashcard
-from configs.schema import MemoryConfig, WriteConfig
+from configs.bounds import require
+from configs.schema import MemoryConfig, RunConfig, WriteConfig
 
 _LEAST_PIECE = 16  # tokens of a turn in a window that is too small
-_CARD = Flashcard("q", "a")
+_CARD = Flashcard("q", "a")  # so that the prompt has its line of saved cards
 
 
 class Flashcards:
@@ -253,3 +254,35 @@ def _newest(cards: Sequence[Flashcard], chat: ChatFormat, limit: int) -> list[Fl
             break
         kept.append(card)
     return kept[::-1]
+
+
+def require_window(config: RunConfig, chat: ChatFormat, questions: Sequence[str]) -> None:
+    """Raise BoundError where the largest extraction does not fit ``engine.max_model_tokens``.
+
+    ``questions``: those of the tasks, as far as they are known. Memories without flashcards always pass.
+
+    A text that is read adds nothing: it comes in pieces that fit. A turn of more than
+    memory.max_context_tokens that wants an answer may need more: then its episode fails, and says so.
+    """
+    memory, window = config.memory, config.engine.max_model_tokens
+    if memory.policy not in ("parametric", "hybrid") or config.write.epochs == 0:
+        return
+    asked = () if memory.question_blind else questions
+    question = max(asked, key=lambda text: len(chat.encode(text)), default="")
+    reply = len(chat.assistant_open) + len(chat.assistant_close(()))
+    answer = config.sampling.max_answer_tokens + reply
+    prompt = len(chat.user(extraction_prompt(question, [_CARD], memory.wordings))) + reply
+    summary = 0
+    if memory.policy == "hybrid":
+        summary = memory.max_summary_tokens
+        prompt += len(chat.user(rewrite_prompt(question))) + reply
+    least = memory.max_context_tokens + answer + prompt + 2 * memory.max_extract_tokens + summary
+    parts = [
+        f"memory.max_context_tokens={memory.max_context_tokens}",
+        f"{answer} for an answer",
+        f"{prompt} for the memory-writing prompt",
+        f"saved and new flashcards of memory.max_extract_tokens={memory.max_extract_tokens} each",
+        *([f"memory.max_summary_tokens={summary}"] if summary else []),
+    ]
+    cure = "raise it, or lower the others"
+    require(window >= least, "engine.max_model_tokens", window, f"{least} or more: {', '.join(parts)}", cure)

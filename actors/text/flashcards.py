@@ -374,3 +374,16 @@ def clean(text: str) -> str:
     """Make it one line, without control characters and lone surrogates: no tokenizer encodes a surrogate."""
     kept = "".join(char if unicodedata.category(char) not in ("Cc", "Cs") else " " for char in text)
     return " ".join(kept.split())
+
+
+def is_told(answer: str, told: str) -> bool:
+    """Whether all words of ``answer`` are among those of ``told``.
+
+    Chinese, Japanese or Thai puts no blanks between words, so there a word may stand within a longer run.
+    """
+    words = set(_words(told))
+    return all(word in words or (not word.isascii() and word in told.casefold()) for word in _words(answer))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())

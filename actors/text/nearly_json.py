@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from actors.text.encodable import encodable
+from actors.text.plain_text import encodable
 
 Value = str | list["Value"] | dict[str, "Value"] | None
 

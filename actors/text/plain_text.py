@@ -2,6 +2,7 @@
 
 A tokenizer matches its added tokens before all else. Some of them are control tokens although it does not
 call them special: Qwen's <tool_call> and </think>. A user's text that spells one must stay ordinary text.
+Nor can a tokenizer or a file take lone surrogates, the halves of a character.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import json
 import re
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 Encoder = Callable[[str], list[int]]
 _HARMLESS = re.compile(r"\w+|\s+")  # a word or a run of blanks may be an added token too: it controls nothing
@@ -70,3 +72,28 @@ def _without_added(tokenizer: PreTrainedTokenizerBase) -> Encoder | None:
         return list(bare.encode(text, add_special_tokens=False).ids)
 
     return encode
+
+
+def encodable(text: str) -> str:
+    """``text`` with each character that UTF-8 cannot hold replaced by U+FFFD; usually ``text`` itself.
+
+    Why: JSON can spell half of a character ("\\ud83d"), and every encoder refuses it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # utf-16 joins two halves that stand side by side, as JSON means them
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def encodable_value(value: Any) -> Any:
+    """A JSON value with all its texts made ``encodable``, the names of its fields too."""
+    match value:
+        case str():
+            return encodable(value)
+        case list():
+            return [encodable_value(item) for item in value]
+        case dict():
+            return {encodable(name): encodable_value(item) for name, item in value.items()}
+    return value

@@ -141,8 +141,8 @@ def serve(
 
     display = Display()
     with quiet(verbose):
+        from cluster.assistant.opening import for_serving
         from cluster.assistant.serve import serve as listen
-        from cluster.assistant.serving_defaults import for_serving
 
         opening = _opening(model, settings, config, allow_code)
         if not config:
@@ -177,8 +177,7 @@ def memory(
 
     display = Display()
     with quiet(verbose):
-        from cluster.assistant.tending import parse_edits
-        from cluster.assistant.tending_command import change, show
+        from cluster.assistant.tending import change, parse_edits, show
         from configs.shipped import find_config
 
         edits = parse_edits(forget or (), correct or ())

@@ -5,6 +5,8 @@
 smollm2-135m | folder | hub name            settings of configs/chat.yaml (or --config); the basis is computed
 a run's folder | one of its checkpoints     its own config.yaml and basis
 a folder that ``export`` wrote              the settings and the basis that export put into it
+
+``serve`` gets a context and replies of its own (``for_serving``): a run may have been trained with 54 tokens.
 """
 
 from __future__ import annotations
@@ -13,23 +15,33 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import configs
 from actors.episodes.preservation import Preservation, preservation
 from actors.fast_weights.delta import Basis
-from actors.memory.window import require_window
+from actors.memory.parametric import require_window
 from actors.protocols import AsyncWriter
 from actors.speech import SpeakingPolicy
 from actors.text.chat_template import ChatFormat, open_chat
 from actors.types import AdapterKey
 from cluster.runs.checkpoint import COMPANION, Checkpoint, list_checkpoints, load_checkpoint
 from cluster.runs.from_store import local_copy
+from configs.bounds import BoundError
 from configs.foreign import FLAG
 from configs.load import load_config
 from configs.mixture import environments
 from configs.models import ResolvedModel, resolve_model
 from configs.schema import RunConfig
+
+_WINDOW = "engine.max_model_tokens"
+_KEYS = (
+    "memory.max_context_tokens",
+    "memory.max_extract_tokens",
+    "sampling.max_answer_tokens",
+    _WINDOW,
+    "engine.kv_cache_gib",
+)
 
 PRESET = Path(configs.__file__).parent / "chat.yaml"
 # The names of these two files in a run's folder, and in the companion folder of an exported model.
@@ -230,3 +242,35 @@ def _environment_prompt(config: RunConfig) -> str:
     environment = environments(config.environment)[0]
     configured = getattr(getattr(environment, environment.name, None), "system_prompt", "")
     return configured or prompts.get(environment.name, recall.SYSTEM_PROMPT)
+
+
+def for_serving(opening: Opening, overrides: Sequence[str]) -> tuple[Opening, str]:
+    """``opening`` with at least the sizes of configs/chat.yaml, and a line about what that changed, or "".
+
+    Nothing changes where the model's window is smaller than that, where the user sets the window, or where
+    the larger sizes do not fit beside those that stay.
+    """
+    floor, own = load_config(PRESET, []), opening.config
+    given = {argument.partition("=")[0] for argument in overrides}
+    window = opening.model.max_positions
+    if _WINDOW in given or window < floor.engine.max_model_tokens:
+        return opening, ""
+    sections: dict[str, dict[str, float]] = {}
+    changed = []
+    for key in _KEYS:
+        was, least = _value(own, key), _value(floor, key)
+        if key not in given and was is not None and least is not None and was < least:
+            section, _, name = key.partition(".")
+            sections.setdefault(section, {})[name] = least
+            changed.append(f"{key}={least:g} (trained with {was:g})")
+    try:  # all at once: a larger context alone may not fit into the window as it was
+        larger: dict[str, Any] = {name: replace(getattr(own, name), **new) for name, new in sections.items()}
+        return replace(opening, config=replace(own, **larger)), ", ".join(changed)
+    except BoundError:
+        return opening, ""
+
+
+def _value(config: RunConfig, key: str) -> float | None:
+    section, _, name = key.partition(".")
+    value: float | None = getattr(getattr(config, section), name)
+    return value

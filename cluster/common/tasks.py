@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from actors.environments.base import Environment, Split
 from actors.protocols import TaskError
-from actors.text.encodable import encodable
+from actors.text.plain_text import encodable
 from actors.types import Task
 from configs.user_code import owned
 

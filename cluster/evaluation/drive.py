@@ -24,7 +24,7 @@ from cluster.fleet.ray_runtime import Demand, cancel_on_sigterm, demand, ray_run
 from cluster.fleet.remote_worker import RemoteWorker
 from cluster.measure.rows import EpisodeSource, EvaluationRow, TaskResult, run_episodes
 from cluster.train.build import worker_set, worker_specs
-from configs.extensions import ExtensionError
+from configs.user_code import ExtensionError
 
 ATTEMPTS = 2
 

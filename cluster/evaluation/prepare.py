@@ -17,7 +17,7 @@ from actors.episodes.controls import require_control
 from actors.fast_weights.basis import load_basis, save_basis
 from actors.fast_weights.delta import Basis
 from actors.memory.build import custom_memory
-from actors.memory.window import require_window
+from actors.memory.parametric import require_window
 from actors.text.chat_template import ChatFormat, open_chat
 from actors.types import PolicyVersion, Task
 from cluster.common.day import day_in, with_day

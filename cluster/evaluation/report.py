@@ -14,7 +14,6 @@ from pathlib import Path
 from cluster.common.failures import most_common_failures
 from cluster.evaluation.plan import L_MAX, slug
 from cluster.evaluation.summary import Cost, Difference, RowSummary, primary_of
-from cluster.measure.answer_kinds import kinds_table
 from cluster.measure.card_counts import cards_table
 from cluster.measure.collapse import HEADER as COLLAPSE_HEADER
 from cluster.measure.collapse import LEGEND as COLLAPSE_LEGEND
@@ -31,9 +30,10 @@ from cluster.measure.report import (
     percent,
     save_document,
     save_plot,
+    save_rows_plot,
 )
+from cluster.measure.row_metrics import kinds_table
 from cluster.measure.rows import OUTCOMES, answer_groups, failed_as_zero, has_own_reward
-from cluster.measure.rows_plot import save_rows_plot
 from cluster.measure.scores import F1, REWARD, label, number_text, score_order, score_text, unit
 from cluster.measure.statistics import Interval
 

@@ -22,9 +22,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from actors.engine.step_loop import PHASES
 from actors.types import PolicyVersion
 from actors.worker import WorkerReport
-from cluster.common.backoff import backoff_s
 from cluster.common.errors import ClusterError, FleetError, WeightsLost
-from cluster.common.patience import within
+from cluster.common.patience import backoff_s, within
 from cluster.fleet.broadcast import ObjectStoreWeights
 from cluster.fleet.contract import GroupSource
 from cluster.fleet.state import SERVING, FleetState

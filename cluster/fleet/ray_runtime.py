@@ -29,9 +29,9 @@ from cluster.common.ray_job import current_job
 from cluster.fleet.ray_watch import RayDied, watched
 from cluster.sizing.machine import packed
 from cluster.sizing.memory import object_store_gib
-from configs.extensions import ExtensionError
 from configs.models import model_shape
 from configs.schema import RunConfig
+from configs.user_code import ExtensionError
 
 if TYPE_CHECKING:
     from ray import ObjectRef

@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from actors.types import FailedEpisode, PolicyVersion, Task, TrajectoryGroup
-from cluster.common.backoff import backoff_s
 from cluster.common.errors import FleetError, StartupError, WorkerDied, WorkerLost
+from cluster.common.patience import backoff_s
 from cluster.fleet.broadcast import ObjectStoreWeights
 from cluster.fleet.fleet import ElasticFleet, ElasticWorker
 from cluster.fleet.ledger import MOST_LOSSES

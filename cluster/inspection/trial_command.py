@@ -79,8 +79,8 @@ def try_environment(
 
 def _configuration(environment: str, settings: list[str]) -> tuple[Path | None, list[str]]:
     """The file and the settings of what is tried. Raises ConfigError."""
-    from configs.extensions import is_path
     from configs.shipped import find_config
+    from configs.user_code import is_path
 
     if is_path(environment):
         return None, ["environment.name=custom", f"environment.custom={environment}", *settings]

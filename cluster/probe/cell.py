@@ -3,6 +3,9 @@
 Delta = 0 --write 1--> B_1 --write 2--> B_2 ...   after each write all cards written so far are asked again:
               |                                   the forgetting curve
               step 1, 2, ... of the same run      measured too, if asked for (BatchedWriter.trace)
+
+The teacher's reader replies where an episode asks its engine (actors/episodes/preservation.py); the prompts
+and their order are the same.
 """
 
 from __future__ import annotations
@@ -13,12 +16,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from actors.environments.base import Questioner
 from actors.episodes.episode import derived_seed
+from actors.episodes.preservation import Prompt, PromptMaker, in_turn
 from actors.fast_weights.delta import Basis, zero
-from actors.types import FastWeights, WriteRequest, WriteResult
+from actors.text.chat_template import ChatFormat
+from actors.types import FastWeights, WriteExample, WriteRequest, WriteResult
 from actors.write.writer import BatchedWriter
+from cluster.probe.cards import examples_of, flashcards_of
 from cluster.probe.examiner import Examiner
-from cluster.probe.teaching import Teacher
+from cluster.probe.reading import Reader
 from cluster.probe.values import Card, Cell, CellRun, Point, WriteLine
 
 
@@ -113,3 +120,55 @@ def _line(result: WriteResult, cpu_s: float) -> WriteLine:
 def _is_finite(weights: FastWeights) -> bool:
     matrices = (*weights.b.values(), *weights.a.values())
     return all(bool(torch.isfinite(torch.from_numpy(matrix)).all()) for matrix in matrices)
+
+
+class Teacher:
+    """Makes the material of the writes of ``groups``.
+
+    Remembers the replies: all cells have the same base model.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        chat: ChatFormat,
+        system_prompt: str,
+        groups: Sequence[Sequence[Card]],
+        questioner: Questioner | None,
+        seed: int,
+    ) -> None:
+        self._reader, self._chat, self._system_prompt = reader, chat, system_prompt
+        self._groups, self._questioner, self._seed = groups, questioner, seed
+        self._replies: dict[Prompt, WriteExample] = {}
+
+    def examples(self, number: int, cell: Cell, earlier: Sequence[Card]) -> tuple[WriteExample, ...]:
+        """What write ``number`` (from 1) learns, after the accepted cards ``earlier``, oldest first."""
+        cards = self._groups[number - 1]
+        return examples_of(cell.supervision, cards, earlier, self._system_prompt, self._chat, cell.write)
+
+    def preserved(self, number: int, cell: Cell, earlier: Sequence[Card]) -> tuple[WriteExample, ...]:
+        """What write ``number`` leaves as it was."""
+        config = cell.write.preserve
+        if config.weight == 0:
+            return ()
+        maker = PromptMaker(self._chat, self._system_prompt, self._questioner, config)
+        # An episode that writes other texts than cards has no card to ask beside.
+        cards = [*earlier, *self._groups[number - 1]] if cell.supervision == "flashcards" else []
+        written = flashcards_of(cards)
+        pool, beside = maker.unanswered(maker.pool(self._seed), written), maker.beside(written)
+        return in_turn(self._all(pool), self._all(beside), config.per_step)
+
+    def _all(self, prompts: Sequence[Prompt]) -> list[WriteExample]:
+        for tokens in {prompt.tokens for prompt in prompts if prompt not in self._replies}:
+            self._ask([p for p in prompts if p.tokens == tokens and p not in self._replies], tokens)
+        return [self._replies[prompt] for prompt in prompts]
+
+    def _ask(self, prompts: Sequence[Prompt], tokens: int) -> None:
+        """Greedy replies of the model without Delta, cut at ``tokens``."""
+        draft = self._chat.stop_token_ids[:1]
+        layers = self._reader.model.layers
+        asked = [WriteExample(prompt.ids, draft) for prompt in prompts]
+        for block in self._reader.prepare(asked, 0, answered=True):
+            said = self._reader.answer(block, self._reader.read(block, layers), layers, tokens)
+            for place, reply in zip(block.numbers, said, strict=True):
+                self._replies[prompts[place]] = WriteExample(prompts[place].ids, reply)

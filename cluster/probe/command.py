@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.common.arguments import (
+    Command,
     Config,
     ListSettings,
     PrintConfig,
@@ -18,7 +19,6 @@ from cluster.common.arguments import (
     setting_words,
     split_seeds,
 )
-from cluster.common.help_text import Command
 from cluster.common.quiet import Verbose, quiet
 from configs.bounds import ConfigError
 from configs.shipped import shipped

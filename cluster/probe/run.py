@@ -30,12 +30,10 @@ from cluster.common.folders import output_folder, require_writable
 from cluster.common.git import git_commit
 from cluster.measure.report import show
 from cluster.probe.cards import cards_of, examples_of, unrelated_pieces
-from cluster.probe.cell import in_writes, points_of, run_cell
-from cluster.probe.examiner import Examiner
+from cluster.probe.cell import Teacher, in_writes, points_of, run_cell
+from cluster.probe.examiner import Examiner, Stray, questioner_of, strays_of
 from cluster.probe.reading import Reader
 from cluster.probe.report import ProbeReport, metrics, save_report
-from cluster.probe.strays import Stray, questioner_of, strays_of
-from cluster.probe.teaching import Teacher
 from cluster.probe.values import LEAKS, Card, Cell, CellRun, Point, ProbeError, TextPiece
 from cluster.tracking.tracker import RunStatus, Tracker, open_run, require_server
 from configs.files import FileError, dump_json, read_json, write_text

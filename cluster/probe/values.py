@@ -93,7 +93,7 @@ class CardScore:
 
 @dataclass(frozen=True, slots=True)
 class LeakScore:
-    """A question that has no right answer among those of other cards (strays.py), and what was ``said``.
+    """A question that has no right answer among those of other cards (examiner.py), and what was ``said``.
 
     leaked: 1 if the greedy answer names an answer that was written for another question, else 0. An
     ``other_card`` is a card's own question: there its own answer is right.

@@ -32,15 +32,16 @@ from pydantic import FiniteFloat, NonNegativeInt
 
 from cluster.common.errors import CheckpointError, SaveError
 from cluster.fleet.ledger import LedgerSnapshot
-from configs.digests import check_digests, write_digests
 from configs.files import (
     FileError,
+    check_digests,
     dump_json,
     new_folder,
     read_json,
     recover_folder,
     remove_folder,
     sync_tree,
+    write_digests,
     write_text,
 )
 from configs.schema import RunConfig

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cluster.common.backoff import backoff_s
+from cluster.common.patience import backoff_s
 from cluster.runs.checkpoint import list_checkpoints
 from cluster.runs.run_files import Stat, files_of, outline, standing, without
 from cluster.runs.store import (
@@ -41,9 +41,7 @@ from cluster.runs.store import (
     checkpoint_of,
     digest_of,
 )
-from configs.digests import FILE as DIGESTS
-from configs.digests import read_digests
-from configs.files import FileError
+from configs.files import DIGESTS, FileError, read_digests
 from configs.schema import RunConfig
 from configs.store_url import is_url
 

@@ -23,7 +23,7 @@ from typing import Protocol
 from cluster.common.errors import TrackingError
 from cluster.tracking.sender import first_line
 from configs.files import write_text
-from configs.reachable import unreachable
+from configs.hub import unreachable
 from configs.schema import TrackingConfig
 
 OTHERS = ("wandb", "trackio")

@@ -43,8 +43,8 @@ from cluster.tracking.others import Sink, open_others, require_others
 from cluster.tracking.outbox import Entity, Outbox, Point, Status
 from cluster.tracking.sender import MlflowRun, Sender, first_line, shown
 from cluster.tracking.system_metrics import SystemMetrics
+from configs.hub import unreachable
 from configs.load import flatten
-from configs.reachable import unreachable
 from configs.schema import RunConfig, TrackingConfig
 
 if TYPE_CHECKING:

@@ -3,17 +3,19 @@
     position --> one of the sources in turn --> demonstration --> segments     (tasks_per_step of them a step)
 
 A file or a teacher takes the place of the environment's own demonstrations, so that any environment has a
-start. What a teacher gives is checked, counted and kept (actors/episodes/teacher.py).
+start. What a teacher gives is checked, counted and kept (actors/episodes/teacher.py). The tasks come from the
+train split under another seed: an unlimited environment never gives them to the RL stage again.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 from actors.environments.base import Abstainer, Environment, Questioner, Rephraser, passes, prepare
 from actors.environments.mixture import playing
@@ -33,8 +35,11 @@ from actors.text.chat_template import ChatFormat, open_chat
 from actors.types import Segment, Task
 from cluster.common.folders import output_folder
 from cluster.common.tasks import TaskSource
+from cluster.tracking.tracker import Tracker
+from cluster.train.metrics import warm_start_metrics
 from configs.schema import RunConfig
 from configs.user_code import owned
+from learner.types import WarmStartReport
 
 _TEACHERS_FOLDER = "teacher"  # in output_dir: runs share what a teacher said
 Job = Callable[[], list[Segment]]
@@ -260,3 +265,32 @@ def require_sources(config: RunConfig, environment: Environment, chat: ChatForma
 def is_supervised(config: RunConfig) -> bool:
     """Whether the run has supervised steps."""
     return config.warm_start.steps > 0 or config.train.control == "supervised"
+
+
+class SupervisedTrainer(Protocol):
+    """What the stage asks of the learner."""
+
+    def warm_start_step(self, segments: Sequence[Segment], learning_rate: float) -> WarmStartReport:
+        """Blocks, with a deadline of its own."""
+        ...
+
+
+async def warm_start(
+    demonstrations: Demonstrations,
+    trainer: SupervisedTrainer,
+    config: RunConfig,
+    tracker: Tracker,
+    on_step: Callable[[str], None],
+    steps: range,
+    logged_from: int = 0,
+) -> None:
+    """Make the ``steps``; ``on_step`` is given a line for each. Raises LearnerError, TaskError.
+
+    Tasks that cannot be demonstrated are counted and said. ``logged_from``: the step of the tracker's figures
+    before the first of all.
+    """
+    for step in steps:
+        segments = await asyncio.to_thread(demonstrations.of_step, step)
+        report = await asyncio.to_thread(trainer.warm_start_step, segments, config.warm_start.learning_rate)
+        tracker.log(warm_start_metrics(report, demonstrations.figures()), logged_from + step + 1)
+        on_step(", ".join(filter(None, (f"loss {report.loss:.3f} nats a token", demonstrations.note()))))

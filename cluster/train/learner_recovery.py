@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from actors.types import PolicyVersion
-from cluster.common.backoff import backoff_s
+from cluster.common.patience import backoff_s
 from cluster.runs.checkpoint import (
     START,
     Checkpoint,

@@ -18,7 +18,7 @@ from actors.environments.build import build_environment
 from actors.fast_weights.basis import compute_basis_from_checkpoint, load_basis, save_basis
 from actors.fast_weights.delta import Basis
 from actors.memory.build import custom_memory
-from actors.memory.window import require_window
+from actors.memory.parametric import require_window
 from actors.protocols import TaskError
 from actors.text.chat_template import open_chat
 from actors.types import Task

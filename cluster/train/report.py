@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from cluster.common.failures import most_common_failures
-from cluster.measure.answer_kinds import kinds_table
 from cluster.measure.card_counts import cards_table
 from cluster.measure.collapse import HEADER as COLLAPSE_HEADER
 from cluster.measure.collapse import LEGEND as COLLAPSE_LEGEND
@@ -29,7 +28,9 @@ from cluster.measure.report import (
     running_mean,
     save_document,
     save_plot,
+    save_rows_plot,
 )
+from cluster.measure.row_metrics import kinds_table
 from cluster.measure.rows import (
     RowResult,
     answer_groups,
@@ -38,7 +39,6 @@ from cluster.measure.rows import (
     failed_as_zero,
     primary_score,
 )
-from cluster.measure.rows_plot import save_rows_plot
 from cluster.measure.scores import F1, REWARD, label, number_text, score_order, score_text, unit
 from cluster.measure.statistics import Interval, PairedDifference, adjusted_p_values
 

@@ -41,13 +41,12 @@ from cluster.tracking.figure_file import FigureFile
 from cluster.tracking.registry import dataset_values
 from cluster.tracking.tracker import RunStatus, Tracker, start_tracking
 from cluster.train.build import TrainingCluster, build_demonstrations, build_loop, training_cluster
-from cluster.train.demonstrations import Demonstrations
+from cluster.train.demonstrations import Demonstrations, warm_start
 from cluster.train.loop import as_learner_lost, run_loop, unless_stopped
 from cluster.train.prepare import RunFolder, RunSpec, Start, prepare_training, write_config
 from cluster.train.report import CONTROLS
 from cluster.train.scoreboard import EVALUATE, Observers, Scoreboard
 from cluster.train.step_checkpoints import save_state
-from cluster.train.warm_start import warm_start
 from configs.mixture import environments
 from configs.schema import RunConfig
 from learner.types import LearnerLost

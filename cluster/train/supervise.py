@@ -23,8 +23,8 @@ from types import FrameType
 
 import psutil
 
-from cluster.common.backoff import backoff_s
 from cluster.common.folders import output_folder
+from cluster.common.patience import backoff_s
 from cluster.common.processes import is_alive
 from cluster.runs.checkpoint import list_checkpoints
 from cluster.runs.from_store import named_here

@@ -95,7 +95,7 @@ def test_the_command_runs_from_any_folder(binaries: Path, crowded: Path) -> None
 def test_a_module_of_the_users_folder_is_found_behind_all_others(binaries: Path, crowded: Path) -> None:
     code = """
 import cluster.cli, configs.shipped, sys
-from configs.extensions import load_extension
+from configs.user_code import load_extension
 build = lambda: load_extension("environment.custom", "my_tasks:build")
 cluster.cli.main = lambda: print(build()(3), configs.shipped.FOLDER)
 sys.path = [path for path in sys.path if path]  # as in the script, which stands in another folder

@@ -18,8 +18,8 @@ from cluster.measure.collapse import (
     count_extractions,
     total,
 )
+from cluster.measure.report import save_rows_plot
 from cluster.measure.rows import TaskResult, failed_as_zero, load_row, save_row
-from cluster.measure.rows_plot import save_rows_plot
 from cluster.measure.statistics import Interval
 from tests.unit.cluster_cases import group, task_at
 from tests.unit.test_tables import row

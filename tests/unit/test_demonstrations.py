@@ -20,8 +20,7 @@ from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import parse_flashcards
 from actors.types import Flashcard, Segment
-from cluster.train.demonstrations import Demonstrations, require_demonstrations, require_sources
-from cluster.train.warm_start import warm_start
+from cluster.train.demonstrations import Demonstrations, require_demonstrations, require_sources, warm_start
 from configs.bounds import ConfigError
 from configs.load import flatten, load_config, to_yaml
 from configs.schema import FastWeightsConfig, MemoryConfig, RunConfig, WriteConfig

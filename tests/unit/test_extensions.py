@@ -15,10 +15,10 @@ from actors.environments.build import build_environment
 from actors.memory.build import build_memory, surroundings
 from actors.protocols import TaskError
 from actors.types import Flashcard
-from configs.extensions import ExtensionError, load_extension
 from configs.learning import ADVANTAGES
 from configs.load import ConfigError, load_config, to_yaml
 from configs.schema import EmbedderConfig, EnvironmentConfig, MemoryConfig, ObjectiveConfig, WriteConfig
+from configs.user_code import ExtensionError, load_extension
 from learner.advantage import estimator, score
 from learner.types import LearnerError
 from tests.unit.cluster_cases import group, task_at

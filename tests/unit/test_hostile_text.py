@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 
 from actors.environments.beam import _found
-from actors.environments.judge.prompt import judge_prompt, parse_verdict
+from actors.environments.judge.judge import judge_prompt, parse_verdict
 from actors.environments.recall_questions import subject_of
 from actors.environments.recall_scoring import abstains, recall_scores
 from actors.environments.rubric_rules import parse_rule
@@ -17,8 +17,7 @@ from actors.environments.scoring import mem1_f1, official_f1, plain_f1
 from actors.environments.search import _first_tag
 from actors.memory.note_text import parse_attributes, parse_mentions
 from actors.memory.paging_tools import parse_call
-from actors.text.flashcards import parse_flashcards
-from actors.text.grounded import is_told
+from actors.text.flashcards import is_told, parse_flashcards
 from actors.text.nearly_json import objects
 from actors.text.split_text import split_text
 from actors.text.thoughts import visible_reply

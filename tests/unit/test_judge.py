@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from actors.environments.judge import cached_endpoint
 from actors.environments.judge.cached_endpoint import Cost, MalformedReplyError
-from actors.environments.judge.judge import EndpointJudge
-from actors.environments.judge.prompt import judge_prompt, parse_verdict
+from actors.environments.judge.judge import EndpointJudge, judge_prompt, parse_verdict
 from actors.protocols import TaskError
 from configs.bounds import BoundError
 from configs.schema import JudgeConfig

@@ -13,8 +13,8 @@ import pytest
 
 from actors.types import PolicyVersion, Task, TrajectoryGroup
 from actors.worker import WorkerReport
-from cluster.common.backoff import backoff_s
 from cluster.common.errors import SaveError, WeightsLost
+from cluster.common.patience import backoff_s
 from cluster.fleet.broadcast import ObjectStoreWeights
 from cluster.fleet.contract import FinishedGroup
 from cluster.fleet.fleet import FleetPlan

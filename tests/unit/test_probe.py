@@ -36,13 +36,11 @@ from cluster.probe.cards import (
     recall_cards,
     unrelated_pieces,
 )
-from cluster.probe.cell import in_writes, points_of, run_cell
-from cluster.probe.examiner import RUN_ON, Examiner
+from cluster.probe.cell import Teacher, in_writes, points_of, run_cell
+from cluster.probe.examiner import RUN_ON, Examiner, Stray
 from cluster.probe.grid import load_grid
 from cluster.probe.reading import Reader, merged_layers
 from cluster.probe.report import ProbeReport, metrics, save_report
-from cluster.probe.strays import Stray
-from cluster.probe.teaching import Teacher
 from cluster.probe.values import SUPERVISIONS, Cell, CellRun, Point, ProbeError, Supervision, TextPiece
 from configs.files import dump_json, parse_json
 from configs.load import ConfigError

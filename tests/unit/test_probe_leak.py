@@ -21,11 +21,9 @@ from actors.types import WriteRequest, WriteResult
 from actors.write.frozen_llama import read_model
 from actors.write.writer import BatchedWriter
 from cluster.probe.cards import cards_of
-from cluster.probe.cell import run_cell
-from cluster.probe.examiner import Examiner
+from cluster.probe.cell import Teacher, run_cell
+from cluster.probe.examiner import FEWEST, Examiner, HeldApart, Stray, answers, questioner_of, strays_of
 from cluster.probe.reading import Reader
-from cluster.probe.strays import FEWEST, HeldApart, Stray, answers, questioner_of, strays_of
-from cluster.probe.teaching import Teacher
 from cluster.probe.values import Card, Cell, ProbeError
 from configs.schema import FastWeightsConfig, PreserveConfig, WriteConfig
 

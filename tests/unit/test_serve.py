@@ -35,9 +35,8 @@ from cluster.assistant.conversation import Conversation
 from cluster.assistant.metrics import Metrics
 from cluster.assistant.openai_answers import Chunks
 from cluster.assistant.openai_format import parse_request
-from cluster.assistant.opening import Opening, Parts
+from cluster.assistant.opening import Opening, Parts, for_serving
 from cluster.assistant.serve import build_app
-from cluster.assistant.serving_defaults import for_serving
 from cluster.assistant.sessions import Sessions
 from cluster.assistant.turns import answer
 from configs.load import load_config

@@ -26,8 +26,7 @@ from actors.types import AdapterKey, Generation, Sampling, Task, TrajectoryGroup
 from cluster.common.errors import AllFailed
 from cluster.common.tasks import TaskSource
 from cluster.measure.rows import EvaluationRow, TaskResult, run_episodes
-from cluster.train.warm_start import Demonstrations
-from configs.extensions import ExtensionError, load_extension
+from cluster.train.demonstrations import Demonstrations
 from configs.schema import (
     EmbedderConfig,
     EnvironmentConfig,
@@ -37,6 +36,7 @@ from configs.schema import (
     WarmStartConfig,
     WriteConfig,
 )
+from configs.user_code import ExtensionError, load_extension
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
 MODULE = """

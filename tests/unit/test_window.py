@@ -15,7 +15,7 @@ from actors.environments.base import Observation, ReadThenAsk, Session
 from actors.episodes.episode import EpisodeSpec
 from actors.episodes.rollout import WriteBatcher
 from actors.memory.build import build_memory
-from actors.memory.window import require_window
+from actors.memory.parametric import require_window
 from actors.text.chat_template import ChatFormat
 from actors.types import AdapterKey, Generation, Outcome, Sampling, Task
 from configs.load import load_config

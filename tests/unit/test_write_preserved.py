@@ -107,7 +107,7 @@ def test_the_base_is_remembered_and_a_full_store_changes_nothing(monkeypatch: py
     (request, *_) = preserving(ragged_requests(basis))
     writer = BatchedWriter(frozen(model), basis, SGD)
     first, again = writer.write([request])[0], writer.write([request])[0]
-    monkeypatch.setattr("actors.write.preserved._KEPT_TOKENS", 2)
+    monkeypatch.setattr("actors.write.writer._KEPT_TOKENS", 2)
     small = BatchedWriter(frozen(model), basis, SGD)
     small.write([request])
     forgetful = small.write([request])[0]

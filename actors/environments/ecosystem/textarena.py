@@ -24,9 +24,8 @@ from actors.environments.ecosystem.stepped import SteppedSession, as_text, packa
 from actors.protocols import TaskError
 from actors.text.thoughts import visible_reply
 from actors.types import Task
-from configs.extensions import load_extension
 from configs.schema import TextArenaConfig
-from configs.user_code import owned
+from configs.user_code import load_extension, owned
 
 Opponent = Callable[[str], str]
 _GLOBAL_RANDOM = threading.Lock()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from actors.protocols import TaskError
-from configs.reachable import unreachable
+from configs.hub import unreachable
 from configs.schema import EndpointConfig
 
 if TYPE_CHECKING:
