@@ -30,7 +30,14 @@ from actors.environments.conversation_files import (
     read_longmemeval,
 )
 from actors.environments.memoryagentbench import read_memoryagentbench, rule_score
-from actors.environments.scoring import official_f1, plain_em, plain_f1, says_not_mentioned, says_unknown
+from actors.environments.scoring import (
+    official_f1,
+    plain_em,
+    plain_f1,
+    says_not_mentioned,
+    says_unknown,
+    scored,
+)
 from actors.protocols import TaskError
 from actors.types import Answer, Outcome, Task
 from configs.schema import ConversationConfig
@@ -131,11 +138,7 @@ class ConversationSession(ReadThenAsk):
         self._scorer = config.scorer
 
     def outcome(self) -> Outcome:
-        answers = tuple(map(self._answer, self._questions, self.answers))
-        parts = {
-            name: sum(answer.scores[name] for answer in answers) / len(answers) for name in answers[0].scores
-        }
-        return Outcome(reward=parts["f1"], reward_parts=parts, answers=answers)
+        return scored(tuple(map(self._answer, self._questions, self.answers)))
 
     def _answer(self, question: Question, prediction: str) -> Answer:
         right = (question.answer, *question.aliases) if question.answer else ()

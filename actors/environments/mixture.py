@@ -136,7 +136,9 @@ class _Draw:
 
     def _next(self) -> int | None:
         """The next member: by lot among those that lag behind their shares, and the more the more."""
-        while open_ones := [m for m in range(len(self._members)) if not self._has_ended(m)]:
+        while open_ones := [
+            m for m in range(len(self._members)) if self._split == "train" or m not in self._sizes
+        ]:
             drawn = 1 + sum(self._counts[m] for m in open_ones)
             whole = sum(self._members[m].share for m in open_ones)
             lags = [self._members[m].share / whole * drawn - self._counts[m] for m in open_ones]
@@ -145,9 +147,6 @@ class _Draw:
                 return member
             self._sizes[member] = self._counts[member]
         return None
-
-    def _has_ended(self, member: int) -> bool:
-        return self._split == "eval" and member in self._sizes
 
     def _size(self, member: int, beyond: int) -> int:
         """How many tasks a finite member has, fewer than ``beyond`` + 1. Raises TaskError for none."""

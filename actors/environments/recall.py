@@ -21,10 +21,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from actors.environments.base import Exchange, ReadThenAsk, Split
-from actors.environments.recall_questions import Subject, other_subjects, stable_hash, subject_of
-from actors.environments.recall_scoring import SAME_PERSON, STRANGER, UNKNOWN, recall_scores
+from actors.environments.recall_questions import (
+    SAME_PERSON,
+    STRANGER,
+    UNKNOWN,
+    Subject,
+    other_subjects,
+    recall_scores,
+    stable_hash,
+    subject_of,
+)
 from actors.environments.recall_words import FILLERS, MORE_PEOPLE, MORE_VALUES, PEOPLE, RELATIONS
-from actors.environments.scoring import plain_em
+from actors.environments.scoring import plain_em, scored
 from actors.protocols import TaskError
 from actors.types import Answer, CardUse, Flashcard, Outcome, Task
 from configs.schema import RecallConfig
@@ -238,11 +246,7 @@ class RecallSession(ReadThenAsk):
         self._told = {fact["answer"] for fact in _field(task, "facts")}
 
     def outcome(self) -> Outcome:
-        answers = tuple(map(self._answer, self._questions, self.answers))
-        parts = {
-            name: sum(answer.scores[name] for answer in answers) / len(answers) for name in answers[0].scores
-        }
-        return Outcome(reward=parts["f1"], reward_parts=parts, answers=answers)
+        return scored(tuple(map(self._answer, self._questions, self.answers)))
 
     def _answer(self, question: dict[str, str], prediction: str) -> Answer:
         gold, unknown = question["answer"], question.get("unknown")

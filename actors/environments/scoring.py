@@ -13,10 +13,12 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 
 import regex
+
+from actors.types import Answer, Outcome
 
 MULTI_HOP, TEMPORAL, OPEN_DOMAIN, SINGLE_HOP, ADVERSARIAL = 1, 2, 3, 4, 5
 CATEGORY_NAMES = {
@@ -35,6 +37,14 @@ _UNKNOWN = re.compile(
     r"|never mentioned|(?:do|does|did)(?: not|n't) (?:know|say|tell|mention|state|specify)"
     r"|(?:can ?not|can't) be determined)\b|n't enough information\b"
 )
+
+
+def scored(answers: Sequence[Answer]) -> Outcome:
+    """The mean of each score over the ``answers``; the reward is F1."""
+    parts = {
+        name: sum(answer.scores[name] for answer in answers) / len(answers) for name in answers[0].scores
+    }
+    return Outcome(reward=parts["f1"], reward_parts=parts, answers=tuple(answers))
 
 
 def plain_f1(prediction: str, gold: str) -> float:

@@ -125,7 +125,7 @@ class FlashcardMemory(ContextMemory):
             await super().read(agent, text)
             return
         whole = agent.turn(text)
-        if not self._has_room(agent, len(whole)) and self._fits_alone(agent, len(whole)):
+        if not self._has_room(agent, len(whole)) and len(whole) <= self._free(agent):
             await self.relieve(agent, len(whole))
         for turn in [whole] if self._has_room(agent, len(whole)) else self._pieces(agent, text):
             if not agent.context.is_fresh and not self._has_room(agent, len(turn)):
@@ -154,9 +154,6 @@ class FlashcardMemory(ContextMemory):
         """Return whether an extraction still fits the window behind ``incoming`` more tokens."""
         tokens = len(agent.context) + incoming
         return tokens <= self.max_context_tokens or tokens + self.reserve(agent) <= self._window_tokens
-
-    def _fits_alone(self, agent: Agent, incoming: int) -> bool:
-        return incoming <= self._free(agent)
 
     def _free(self, agent: Agent) -> int:
         """Return the tokens that a fresh context may take in before its extraction has no room."""

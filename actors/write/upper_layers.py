@@ -212,7 +212,7 @@ class UpperLayers:
 
     def _shrink(self, number: int, x: Tensor, a: Mapping[str, Tensor], batch: FlatBatch) -> dict[str, Tensor]:
         """A x of the adapted ones among gate and up: one matmul for both where all groups share A."""
-        names = self._gate_and_up(number)
+        names = [name for name in GATE_AND_UP if key_of(number, name) in self._a]
         if not names:
             return {}
         if a:
@@ -220,9 +220,6 @@ class UpperLayers:
             return {name: shrink_grouped(x, a[key_of(number, name)], offsets) for name in names}
         together = times_frozen(x, torch.cat([self._a[key_of(number, name)] for name in names]), None)
         return dict(zip(names, together.split(self._rank, dim=-1), strict=True))
-
-    def _gate_and_up(self, number: int) -> list[str]:
-        return [name for name in GATE_AND_UP if key_of(number, name) in self._a]
 
     def _offsets(self, number: int, batch: FlatBatch) -> tuple[int, ...]:
         return batch.answer_offsets if number == self._last else batch.offsets

@@ -20,6 +20,7 @@ from cluster.assistant.memory_file import load_memory, require_place
 from cluster.assistant.opening import AssistantError, Opening, parts_of
 from cluster.assistant.tending import Edits, card_lines
 from cluster.common.display import Display
+from cluster.common.printable import plural
 
 T = TypeVar("T")
 
@@ -119,7 +120,7 @@ class Terminal:
     def _go_on_from(self, folder: Path) -> None:
         conversation = self._conversation
         self._wait(conversation.load(folder), limited=False)
-        cards = _plural(len(conversation.cards), "flashcard")
+        cards = plural(len(conversation.cards), "flashcard")
         self._note(f"loaded {folder}: {cards}, revision {conversation.revision}")
 
     # --- turns and commands -----------------------------------------------------------------------------
@@ -227,7 +228,7 @@ class Terminal:
     def _save(self, argument: str) -> None:
         conversation = self._conversation
         conversation.save(self._folder(argument, "save"), overwrite=False)
-        unwritten = _plural(conversation.unwritten_tokens, "token")
+        unwritten = plural(conversation.unwritten_tokens, "token")
         self._note(
             f"saved {argument}: revision {conversation.revision}, "
             f"{unwritten} of context not yet in the weights"
@@ -240,7 +241,7 @@ class Terminal:
     def _status(self, argument: str) -> None:
         conversation = self._conversation
         delta = "on" if conversation.delta else "off (answers are the base model's)"
-        cards = _plural(len(conversation.cards), "flashcard")
+        cards = plural(len(conversation.cards), "flashcard")
         self._note(
             f"context {conversation.context_tokens} of {self._window} tokens; "
             f"revision {conversation.revision}, {cards}; Delta {delta}"
@@ -295,14 +296,14 @@ def describe_write(record: WriteRecord) -> list[str]:
             f"nothing written: {record.reason}; asked for flashcards the agent said: {extraction}",
             "the context is empty now",
         ]
-    count = _plural(len(record.flashcards), "flashcard")
+    count = plural(len(record.flashcards), "flashcard")
     cards = [f"  {card.question} -> {card.answer}" for card in record.flashcards]
     if record.outcome == "rolled_back":
         return [f"rolled back {count}: {record.reason}", *cards]
     losses = f"loss {record.loss_before:.2f} -> {record.loss_after:.2f} nats a token"
-    effort = f"{_plural(record.steps, 'step')}, {record.seconds:.1f} s"
+    effort = f"{plural(record.steps, 'step')}, {record.seconds:.1f} s"
     unusable = (
-        f"; {_plural(record.rejected_flashcards, 'item')} unusable" if record.rejected_flashcards else ""
+        f"; {plural(record.rejected_flashcards, 'item')} unusable" if record.rejected_flashcards else ""
     )
     repaired = f"; {record.repaired_flashcards} repaired" if record.repaired_flashcards else ""
     written = f"wrote {count} into revision {record.revision}: {losses} in {effort}{unusable}{repaired}"
@@ -315,9 +316,5 @@ def _shown(reply: Reply, most: int) -> str:
     if reply.finish_reason == "stop":
         return text
     key = "sampling.max_answer_tokens" if reply.reply_tokens >= most else "engine.max_model_tokens"
-    cut = f"cut off at {_plural(reply.reply_tokens, 'token')}"
+    cut = f"cut off at {plural(reply.reply_tokens, 'token')}"
     return f"{text} ({cut}; for longer answers start with a larger {key}, e.g. {key}={_LONGER[key]})"
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"

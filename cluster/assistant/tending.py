@@ -34,6 +34,7 @@ from cluster.assistant.memory_file import (
 )
 from cluster.assistant.opening import AssistantError, Opening, Parts, parts_of, prepare_opening
 from cluster.common.display import Display
+from cluster.common.printable import plural
 
 if TYPE_CHECKING:
     from actors.memory.parametric import ParametricMemory
@@ -87,7 +88,7 @@ class Rebuilt:
         unknown = [number for number, loss in enumerate(self.losses) if not loss <= KNOWN]
         count = len(self.cards)
         if count:
-            known = f"{count - len(unknown)} of {_plural(count, 'flashcard')} learnt"
+            known = f"{count - len(unknown)} of {plural(count, 'flashcard')} learnt"
             lines.append(f"{known} (a loss of at most {KNOWN:g} nats a token) in {self.seconds:.1f} s")
         else:
             lines.append("no flashcards remain: Delta is 0")
@@ -233,16 +234,11 @@ def _told(card: Flashcard) -> str:
     return clean(f"{card.question} -> {card.answer}")
 
 
-def _plural(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"
-
-
 def show(folder: Path, display: Display) -> None:
     """List the flashcards. Raises AssistantError."""
     content = _content(folder)
     cards = content.cards
-    count = f"{len(cards)} flashcard{'' if len(cards) == 1 else 's'}"
-    display.say(f"{folder}: {count} in revision {content.revision}")
+    display.say(f"{folder}: {plural(len(cards), 'flashcard')} in revision {content.revision}")
     display.say(f"model: {clean(content.model)}")
     if content.context_ids:
         display.say(f"not written yet: {len(content.context_ids)} tokens of conversation")

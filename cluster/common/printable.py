@@ -1,4 +1,4 @@
-"""Shows text that a model or a file wrote, without letting it write the terminal."""
+"""Text for a terminal: counts in words, and what a model or a file wrote, which must not steer it."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def visible(text: str) -> str:
         else f"\\x{ord(char):02x}"
         for char in text
     )
+
+
+def plural(count: int, word: str) -> str:
+    """ "1 step", "2 steps"."""
+    return f"{count} {word}{'' if count == 1 else 's'}"

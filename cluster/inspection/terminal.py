@@ -21,7 +21,6 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.text.thoughts import visible_reply
-from actors.types import Answer
 from cluster.common.display import Fitted, keep_words
 from cluster.common.printable import visible
 from cluster.inspection.compare import Compared
@@ -99,17 +98,14 @@ def pieces(record: EpisodeRecord) -> Iterator[Piece]:
         yield Piece("context", _context_line(number, segment))
         for passage in segment.passages:
             scored: Mark = ""
-            if passage.kind == "act" and answers and _is_answer(passage, answers[0]):
+            said = visible_reply(passage.text).strip()
+            if passage.kind == "act" and answers and said == answers[0].prediction.strip():
                 scored = mark(answers.pop(0).scores)
             title = f"{_TITLES[passage.kind]} ({passage.tokens} tokens)"
             yield Piece("passage", f"{title}, {scored}" if scored else title, passage, mark=scored)
         yield from _writes(record, number)
         if number < len(record.segments) - 1:
             yield Piece("cleared", _cleared_line(segment, record.segments[number + 1]))
-
-
-def _is_answer(passage: Passage, answer: Answer) -> bool:
-    return visible_reply(passage.text).strip() == answer.prediction.strip()
 
 
 def _writes(record: EpisodeRecord, number: int) -> Iterator[Piece]:

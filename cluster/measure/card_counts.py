@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from actors.environments.recall_scoring import UNTOLD
+from actors.environments.recall_questions import UNTOLD
 from actors.types import Answer, WriteRecord
 from cluster.measure.report import Table, percent
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from actors.environments.recall_scoring import KINDS, UNTOLD
+from actors.environments.recall_questions import KINDS, UNTOLD
 from actors.types import Answer
 from cluster.measure.collapse import collapse_figures
 from cluster.measure.report import Table, interval_text, percent

@@ -4,7 +4,7 @@
           --> TaskResult, EpisodeScore --> RowResult --> means, intervals, metrics
 
 A training run measures its rows with ``evaluate_row``. The command evaluate keeps each task as it ends
-(evaluation/drive.py). An episode that failed is counted and left out of the means; a paired comparison takes
+(evaluation/run.py). An episode that failed is counted and left out of the means; a paired comparison takes
 only the tasks that both rows finished. ``failed_as_zero`` says what the means would be if it counted as 0.
 """
 
@@ -21,7 +21,7 @@ from typing import Protocol, get_args
 
 import numpy as np
 
-from actors.environments.recall_scoring import UNTOLD
+from actors.environments.recall_questions import UNTOLD
 from actors.types import Answer, PolicyVersion, Task, Trajectory, TrajectoryGroup, WriteOutcome
 from cluster.common.errors import AllFailed, CheckpointError, SaveError
 from cluster.common.failures import failure_text, one_cause

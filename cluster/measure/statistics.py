@@ -61,6 +61,11 @@ class PairedDifference:
 # --- over tasks -------------------------------------------------------------------------------------------
 
 
+def mean(values: Sequence[float]) -> float:
+    """NaN without values."""
+    return sum(values) / len(values) if values else math.nan
+
+
 def mean_interval(values: Sequence[float], bounds: Bounds = SCORE) -> Interval:
     """The mean of one score per task, with the interval of Korn and Graubard (1998).
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from cluster.measure.report import Curve, Panel, Style, save_plot
+from cluster.measure.statistics import mean
 from cluster.probe.values import CellRun, LeakKind, Point
 
 _SHARES = (-4.0, 104.0)  # the y axis of percent, with room for the marks at 0 and 100
@@ -78,12 +79,12 @@ def _curve(
     label: str,
     style: Style,
 ) -> Curve:
-    means = [_mean([value(point) for point in column]) for column in columns]
+    means = [mean([value(point) for point in column]) for column in columns]
     return Curve(range(len(means)), means, series, label, style)
 
 
 def _recall(point: Point, reworded: bool) -> float:
-    return 100 * _mean(list(point.recall(reworded, "em").values()))
+    return 100 * mean(list(point.recall(reworded, "em").values()))
 
 
 def _written(point: Point) -> float:
@@ -95,7 +96,7 @@ def _reworded(point: Point) -> float:
 
 
 def _leak(point: Point, kind: LeakKind) -> float:
-    return 100 * _mean(list(point.leak(kind).values()))
+    return 100 * mean(list(point.leak(kind).values()))
 
 
 def _strangers(point: Point) -> float:
@@ -108,7 +109,3 @@ def _same_person(point: Point) -> float:
 
 def _damage(point: Point) -> float:
     return point.text("text", "damage")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")

@@ -26,7 +26,7 @@ from cluster.measure.report import (
     save_document,
 )
 from cluster.measure.rows import OUTCOMES
-from cluster.measure.statistics import DIFFERENCE, SCORE, Bounds, Interval, nested_interval
+from cluster.measure.statistics import DIFFERENCE, SCORE, Bounds, Interval, mean, nested_interval
 from cluster.probe.plots import save_plots
 from cluster.probe.values import LEAKS, Card, CellRun, LeakKind, Point
 
@@ -135,7 +135,7 @@ class ProbeReport:
         first, last = [run.after[0] for run in runs], [run.after[-1] for run in runs]
         writes = [line for run in runs for line in run.writes]
         losses = [
-            f"{_mean([p.loss(reworded) for p in first]):.2f}→{_mean([p.loss(reworded) for p in last]):.2f}"
+            f"{mean([p.loss(reworded) for p in first]):.2f}→{mean([p.loss(reworded) for p in last]):.2f}"
             for reworded in (False, True)
         ]
         recalls = [
@@ -147,8 +147,8 @@ class ProbeReport:
             *losses,
             *recalls,
             *leaks,
-            *(_short(_mean([point.text(kind, figure) for point in last])) for kind, figure in _TEXT_FIGURES),
-            f"{_mean([line.cpu_s for line in writes]):.1f}",
+            *(_short(mean([point.text(kind, figure) for point in last])) for kind, figure in _TEXT_FIGURES),
+            f"{mean([line.cpu_s for line in writes]):.1f}",
             "/".join(str(sum(line.outcome == outcome for line in writes)) for outcome in OUTCOMES),
         )
 
@@ -167,9 +167,9 @@ class ProbeReport:
                 label,
                 str(write),
                 str(sum(len(point.cards) for point in points)),
-                *(percent(_mean(values), 0) for values in recalls),
+                *(percent(mean(values), 0) for values in recalls),
                 *(percent(value, 0) for value in _leaks(points)),
-                *(_short(_mean([point.text(kind, "kl") for point in points])) for kind in _KINDS),
+                *(_short(mean([point.text(kind, "kl") for point in points])) for kind in _KINDS),
                 str(refused),
             )
 
@@ -177,17 +177,20 @@ class ProbeReport:
         """Paired over the cards of each seed."""
         cells = self.by_label
         for label in others:
-            pair = [self._differences(cells[label], cells[last], reworded) for reworded in (False, True)]
+            pair = [
+                _less(self._recalled(cells[label], reworded), self._recalled(cells[last], reworded))
+                for reworded in (False, True)
+            ]
             shown = pair[1] if any(pair[1]) else pair[0]
-            by_seed = [f"{100 * _mean(list(cards.values())):+.0f}" for cards in shown if cards]
+            by_seed = [f"{100 * mean(list(cards.values())):+.0f}" for cards in shown if cards]
             times = [
                 _ratio(
-                    [_mean([run.after[-1].text(kind, "kl") for run in cells[name]]) for name in (last, label)]
+                    [mean([run.after[-1].text(kind, "kl") for run in cells[name]]) for name in (last, label)]
                 )
                 for kind in _KINDS
             ]
             seconds = [
-                _mean([line.cpu_s for run in cells[name] for line in run.writes]) for name in (last, label)
+                mean([line.cpu_s for run in cells[name] for line in run.writes]) for name in (last, label)
             ]
             strangers = [self._leaked(cells[name], "stranger") for name in (label, last)]
             yield (
@@ -198,12 +201,6 @@ class ProbeReport:
                 *times,
                 _ratio(seconds),
             )
-
-    def _differences(
-        self, before: Sequence[CellRun], after: Sequence[CellRun], reworded: bool
-    ) -> list[dict[str, float]]:
-        """EM of ``after`` minus ``before``, by seed, by card."""
-        return _less(self._recalled(before, reworded), self._recalled(after, reworded))
 
     def _recalled(self, runs: Sequence[CellRun], reworded: bool) -> list[dict[str, float]]:
         """EM after the last write, by seed, by the card's question."""
@@ -219,7 +216,7 @@ class ProbeReport:
 
     def _interval(self, by_seed: Sequence[Mapping[str, float]], bounds: Bounds = SCORE) -> Interval:
         if all(set(values) == set(by_seed[0]) for values in by_seed):
-            by_seed = [{item: _mean([values[item] for values in by_seed]) for item in by_seed[0]}]
+            by_seed = [{item: mean([values[item] for values in by_seed]) for item in by_seed[0]}]
         groups = [list(values.values()) for values in by_seed]
         return nested_interval(groups, self.samples, self.seed, bounds)
 
@@ -234,7 +231,7 @@ def _less(
 
 def _leaks(points: Sequence[Point]) -> list[float]:
     """The share of each kind over all questions of ``points``; NaN where none was asked."""
-    return [_mean([leaked for point in points for leaked in point.leak(kind).values()]) for kind in LEAKS]
+    return [mean([leaked for point in points for leaked in point.leak(kind).values()]) for kind in LEAKS]
 
 
 def recall_by_age(points: Sequence[Point]) -> tuple[list[float], list[float]]:
@@ -245,9 +242,7 @@ def recall_by_age(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 def figures(point: Point) -> dict[str, float]:
     """The point in single numbers; NaN where there is nothing to average."""
-    recalled = {
-        name: _mean(list(point.recall(reworded, score).values())) for name, reworded, score in FIGURES
-    }
+    recalled = {name: mean(list(point.recall(reworded, score).values())) for name, reworded, score in FIGURES}
     leaks = {f"leak_{kind}": share for kind, share in zip(LEAKS, _leaks([point]), strict=True)}
     texts = {f"{figure}_{kind}": point.text(kind, figure) for kind, figure in _TEXT_FIGURES}
     losses = {"loss_written": point.loss(False), "loss_paraphrased": point.loss(True)}
@@ -293,10 +288,6 @@ def _csv_lines(runs: Sequence[CellRun]) -> Iterator[dict[str, Any]]:
 def _ratio(pair: Sequence[float]) -> str:
     above, below = pair
     return f"{above / below:.2f}" if below > 0 and math.isfinite(above / below) else "-"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
 
 
 def _short(value: float) -> str:

@@ -16,7 +16,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from cluster.common.errors import AllFinished
-from cluster.common.turn import in_turn
+from cluster.common.folders import in_turn
 from configs.files import sync, write_text
 
 NUMBER, FINISHED = "number", "finished"

@@ -36,9 +36,9 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, urlsplit
 
 from cluster.common.errors import TrackingError
+from cluster.common.folders import in_turn
 from cluster.common.git import git_commit
 from cluster.common.ray_job import current_job
-from cluster.common.turn import in_turn
 from cluster.tracking.others import Sink, open_others, require_others
 from cluster.tracking.outbox import Entity, Outbox, Point, Status
 from cluster.tracking.sender import MlflowRun, Sender, first_line, shown

@@ -150,7 +150,8 @@ def prepare_training(
     spec = RunSpec(config, environment, model.path, eval_tasks, of_stages)
     chat = open_chat(spec.model_path, config.model)
     questions = questions_of(config, environment, eval_tasks)
-    questions += [question for each in of_stages for question in _first_questions(config, each)]
+    for each in of_stages:
+        questions += questions_of(config, each, TaskSource(each, "train", config.seed).first(_TRIED))
     require_window(config, chat, questions)
     folder, start = _where_to_start(spec, refused)
     _require_stage(config, start)
@@ -244,10 +245,6 @@ def _open_stages(config: RunConfig) -> Iterator[Environment]:
         except TaskError as error:
             raise TaskError(f"curriculum.stages[{place}]: {error}") from error
         yield environment
-
-
-def _first_questions(config: RunConfig, environment: Environment) -> list[str]:
-    return questions_of(config, environment, TaskSource(environment, "train", config.seed).first(_TRIED))
 
 
 def _require_stage(config: RunConfig, start: Start) -> None:

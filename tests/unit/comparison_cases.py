@@ -15,10 +15,10 @@ from actors.peak_memory import PeakMemory
 from actors.types import Answer, Task, TrajectoryGroup
 from actors.worker import WorkerSpec
 from cluster.common.errors import StartupError, WorkerLost
-from cluster.evaluation import drive
-from cluster.evaluation.drive import Hooks
+from cluster.evaluation import run as evaluation_run
 from cluster.evaluation.plan import Plan, Request, plan_cells
 from cluster.evaluation.prepare import Comparison
+from cluster.evaluation.run import Hooks
 from cluster.evaluation.store import CellResult, CellStore
 from cluster.measure.rows import EpisodeScore, EvaluationRow, RowResult
 from configs.models import ResolvedModel
@@ -125,9 +125,9 @@ class Stage:
         self.starts = 0
         self.told: list[str] = []
         self._fatal, self._broken, self._failing = fatal, broken_starts, failing or {}
-        monkeypatch.setattr(drive, "worker_set", self._workers)
-        monkeypatch.setattr(drive, "ray_runtime", _no_ray)
-        monkeypatch.setattr(drive, "cancel_on_sigterm", lambda: None)
+        monkeypatch.setattr(evaluation_run, "worker_set", self._workers)
+        monkeypatch.setattr(evaluation_run, "ray_runtime", _no_ray)
+        monkeypatch.setattr(evaluation_run, "cancel_on_sigterm", lambda: None)
 
     @asynccontextmanager
     async def _workers(self, specs: Sequence[WorkerSpec]) -> AsyncIterator[tuple[object, ...]]:

@@ -17,7 +17,7 @@ from typer.main import get_command
 
 from actors.engine.policy import EngineStats
 from actors.engine.step_loop import PHASES
-from actors.environments.recall_scoring import KINDS
+from actors.environments.recall_questions import KINDS
 from actors.episodes.teacher import Teaching
 from actors.types import Boundary, CardUse, Flashcard, TrajectoryGroup
 from actors.worker import WorkerReport

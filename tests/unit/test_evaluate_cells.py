@@ -15,8 +15,8 @@ import pytest
 
 from actors.peak_memory import PeakMemory
 from cluster.common.errors import CheckpointError, SaveError
-from cluster.evaluation.drive import run_cells
 from cluster.evaluation.plan import Cell, Request, plan_cells
+from cluster.evaluation.run import run_cells
 from cluster.evaluation.store import CellStore, Journal, worst
 from cluster.measure.rows import TaskResult
 from tests.unit.cluster_cases import group, task_at

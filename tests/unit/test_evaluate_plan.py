@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cluster.evaluation.command import save_request, saved_request
-from cluster.evaluation.drive import batches
 from cluster.evaluation.plan import Request, plan_cells
+from cluster.evaluation.run import batches
 from configs.load import ConfigError
 from configs.shipped import shipped
 

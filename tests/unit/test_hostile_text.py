@@ -10,8 +10,7 @@ import pytest
 
 from actors.environments.beam import _found
 from actors.environments.judge.judge import judge_prompt, parse_verdict
-from actors.environments.recall_questions import subject_of
-from actors.environments.recall_scoring import abstains, recall_scores
+from actors.environments.recall_questions import abstains, recall_scores, subject_of
 from actors.environments.rubric_rules import parse_rule
 from actors.environments.scoring import mem1_f1, official_f1, plain_f1
 from actors.environments.search import _first_tag

@@ -10,8 +10,14 @@ from typing import Literal
 import pytest
 
 from actors.environments.recall import RecallEnvironment
-from actors.environments.recall_questions import subject_of
-from actors.environments.recall_scoring import KINDS, SAME_PERSON, STRANGER, abstains, recall_scores
+from actors.environments.recall_questions import (
+    KINDS,
+    SAME_PERSON,
+    STRANGER,
+    abstains,
+    recall_scores,
+    subject_of,
+)
 from actors.environments.recall_words import MORE_PEOPLE, PEOPLE, RELATIONS
 from actors.types import Flashcard, Task
 from configs.bounds import BoundError

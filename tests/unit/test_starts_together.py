@@ -10,8 +10,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from cluster.common.errors import InUseError
-from cluster.common.folders import require_writable
-from cluster.common.turn import in_turn
+from cluster.common.folders import in_turn, require_writable
 from cluster.runs.run_folders import create_run, runs_of
 from cluster.tracking.tracker import open_run
 from configs.schema import TrackingConfig
