@@ -177,7 +177,8 @@ def memory(
 
     display = Display()
     with quiet(verbose):
-        from cluster.assistant.tending import change, parse_edits, show
+        from cluster.assistant.tending import parse_edits
+        from cluster.assistant.tending_command import change, show
         from configs.shipped import find_config
 
         edits = parse_edits(forget or (), correct or ())

@@ -29,7 +29,8 @@ from cluster.assistant.metrics import Metrics
 from cluster.assistant.openai_answers import Answer, completion, completion_events, summarize
 from cluster.assistant.openai_format import ChatRequest, check_name, parse_request
 from cluster.assistant.opening import AssistantError, Parts
-from cluster.assistant.sessions import BusyError, FullError, Sessions
+from cluster.assistant.saved import FullError
+from cluster.assistant.sessions import BusyError, Sessions
 from cluster.assistant.streaming import GoneError, Hear, Stream, unless_gone
 from cluster.assistant.tending import edit_memory, memory_body
 from cluster.assistant.turns import FAILURES, answer

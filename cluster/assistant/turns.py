@@ -20,7 +20,8 @@ from cluster.assistant.metrics import Metrics
 from cluster.assistant.openai_answers import Answer, said_choices
 from cluster.assistant.openai_format import ChatRequest, replied
 from cluster.assistant.opening import AssistantError, Parts
-from cluster.assistant.sessions import BusyError, FullError, Sessions
+from cluster.assistant.saved import FullError
+from cluster.assistant.sessions import BusyError, Sessions
 from cluster.assistant.streaming import Hear
 
 LEAST_ROOM = 16

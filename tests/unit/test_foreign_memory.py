@@ -16,7 +16,7 @@ from actors.episodes.rollout import WriteBatcher
 from actors.text.chat_template import ChatFormat
 from cluster.assistant import chat as chat_module
 from cluster.assistant import opening as opening_module
-from cluster.assistant import tending
+from cluster.assistant import tending_command
 from cluster.assistant.conversation import Conversation
 from cluster.assistant.memory_file import ForeignMemory, load_memory
 from cluster.assistant.opening import AssistantError, Opening, Parts
@@ -92,9 +92,9 @@ def opened(monkeypatch: pytest.MonkeyPatch, opening: Opening, chat: ChatFormat) 
             parts = Bench(wanted, chat, (PET,)).parts
             yield replace(parts, writer=WriteBatcher(ScriptedWriter()))
 
-        for module in (opening_module, tending):
+        for module in (opening_module, tending_command):
             monkeypatch.setattr(module, "prepare_opening", prepare)
-        for module in (chat_module, tending):
+        for module in (chat_module, tending_command):
             monkeypatch.setattr(module, "parts_of", parts_of)
         return started
 

@@ -12,8 +12,9 @@ from fastapi.testclient import TestClient
 from actors.types import FastWeights
 from cluster.assistant.memory_file import SavedAdapter, SavedMemory, load_memory, save_memory
 from cluster.assistant.opening import Opening, Parts
+from cluster.assistant.saved import FullError, SavedConversations
 from cluster.assistant.serve import build_app
-from cluster.assistant.sessions import FullError, SavedConversations, Sessions
+from cluster.assistant.sessions import Sessions
 from configs.schema import AssistantConfig
 from tests.unit.killed import killed_at
 from tests.unit.rollout_fakes import MODULE

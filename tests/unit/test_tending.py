@@ -17,7 +17,7 @@ from rich.console import Console
 from actors.episodes.rollout import WriteBatcher
 from actors.text.chat_template import ChatFormat
 from actors.types import Flashcard, WriteRequest
-from cluster.assistant import tending
+from cluster.assistant import tending_command
 from cluster.assistant.chat import Terminal
 from cluster.assistant.conversation import Conversation
 from cluster.assistant.opening import AssistantError, Opening, Parts
@@ -248,8 +248,8 @@ def on_fakes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def fake_parts(opening: Opening, slots: int) -> Iterator[Parts]:
         yield replace(bench.parts, opening=opening, writer=WriteBatcher(ScriptedWriter(bench._outcome)))
 
-    monkeypatch.setattr(tending, "prepare_opening", prepare)
-    monkeypatch.setattr(tending, "parts_of", fake_parts)
+    monkeypatch.setattr(tending_command, "prepare_opening", prepare)
+    monkeypatch.setattr(tending_command, "parts_of", fake_parts)
     return opened
 
 
