@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import socket
 import threading
 from collections.abc import AsyncIterator
@@ -18,19 +17,12 @@ from ray.exceptions import AuthenticationError
 from rich.console import Console
 
 from cluster import cli
-from cluster.common.ray_job import JOIN, current_job, job_overrides, require_lasting
 from cluster.jobs import client as client_module
 from cluster.jobs.client import Endpoint, Jobs, JobsError, Submission, connect
 from cluster.jobs.command import job_table, jobs_table
-from configs.load import ConfigError, load_config
 
 QUICKSTART = Path("tests/quickstart.yaml")
 ENDPOINT = Endpoint("http://head:8265", "disabled", 2)
-IN_JOB = {
-    "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(
-        {"runtime_env": {}, "metadata": {"job_submission_id": "monday", "commit": "abc123"}}
-    )
-}
 
 
 class FakeClient:
@@ -310,73 +302,6 @@ def test_without_a_token_no_cluster_is_said_to_refuse(
 def test_an_address_without_http_is_refused() -> None:
     with pytest.raises(JobsError, match="give the address of the cluster's dashboard"):
         connect(Endpoint("127.0.0.1:6379", "disabled", 1))
-
-
-# --- inside a job -------------------------------------------------------------------------------------------
-
-
-def test_a_process_knows_its_job() -> None:
-    job = current_job(IN_JOB)
-    assert job is not None and (job.submission_id, job.commit) == ("monday", "abc123")
-    for other in (
-        {},
-        {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{"},
-        {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {}}'},
-    ):
-        assert current_job(other) is None
-
-
-def test_a_job_joins_its_cluster_and_others_do_not() -> None:
-    given = ["output_dir=/shared/runs", "resume=auto"]
-    assert job_overrides(QUICKSTART, given, {}) == given
-    inside = job_overrides(QUICKSTART, given, IN_JOB)
-    assert inside == [JOIN, *given]
-    assert load_config(QUICKSTART, inside).ray.address == "auto"
-    chosen = job_overrides(QUICKSTART, ["output_dir=/r", "ray.address=10.0.0.1:6379"], IN_JOB)
-    assert load_config(QUICKSTART, chosen).ray.address == "10.0.0.1:6379"
-    with_checkpoint = job_overrides(QUICKSTART, ["output_dir=/r", "checkpoint=/r/x"], IN_JOB)
-    assert with_checkpoint[-1] == "checkpoint=/r/x"  # evaluate takes it, and it is no setting
-
-
-def test_in_a_job_outputs_that_would_vanish_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", IN_JOB["RAY_JOB_CONFIG_JSON_ENV_VAR"])
-    for command in ("train", "evaluate", "probe"):
-        message = error(capsys, command, str(QUICKSTART), status=2)
-        assert (
-            "output_dir=runs is relative, and a Ray job runs in a temporary copy" in message
-            and "give output_dir=/shared/runs" in message
-        )
-    with pytest.raises(ConfigError, match="resume=runs/x is relative"):
-        job_overrides(QUICKSTART, ["output_dir=/r", "resume=runs/x"], IN_JOB)
-
-
-@pytest.mark.parametrize(
-    ("uri", "lasts"),
-    [
-        ("", True),  # below output_dir
-        ("http://mlflow:5000", True),
-        ("postgresql://mlflow@db/mlflow", True),
-        ("databricks", True),
-        ("sqlite:////shared/mlflow.db", True),
-        ("sqlite:///mlflow.db", False),
-        ("file:///shared/mlruns", True),
-        ("file:mlruns", False),
-        ("mlruns", False),
-    ],
-)
-def test_a_store_that_would_vanish_is_refused(uri: str, lasts: bool) -> None:
-    for settings, environ in (([f"tracking.uri={uri}"], {}), ([], {"MLFLOW_TRACKING_URI": uri})):
-        config = load_config(QUICKSTART, ["output_dir=/shared/runs", *settings])
-        if lasts:
-            require_lasting(config, environ)
-        else:
-            with pytest.raises(ConfigError, match=r"(tracking\.uri|MLFLOW_TRACKING_URI)=.* is relative"):
-                require_lasting(config, environ)
-        require_lasting(
-            load_config(QUICKSTART, ["output_dir=/r", "tracking.enabled=false", *settings]), environ
-        )
 
 
 def test_the_submissions_of_help_are_accepted(

@@ -12,38 +12,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from actors.environments.recall import SYSTEM_PROMPT
-from actors.environments.recall_words import PEOPLE, RELATIONS
 from actors.fast_weights.basis import compute_basis_from_checkpoint
-from actors.fast_weights.delta import Basis, DeltaInjector, stack, zero
+from actors.fast_weights.delta import zero
 from actors.text.chat_template import ChatFormat
-from actors.text.flashcards import write_example
-from actors.types import FastWeights, Flashcard, WriteExample, WriteRequest, WriteResult
+from actors.types import FastWeights, WriteRequest, WriteResult
 from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.writer import BatchedWriter
 from cluster.cli import main
 from cluster.measure.report import colour
 from cluster.probe import run as probe_run
 from cluster.probe.cards import (
-    PARAPHRASES,
-    cards_of,
-    examples_of,
-    flashcards_of,
     read_cards,
     recall_cards,
-    unrelated_pieces,
 )
-from cluster.probe.cell import Teacher, in_writes, points_of, run_cell
-from cluster.probe.examiner import RUN_ON, Examiner, Stray
-from cluster.probe.grid import load_grid
-from cluster.probe.reading import Reader, merged_layers
+from cluster.probe.cell import Teacher, points_of, run_cell
+from cluster.probe.examiner import Examiner, Stray
+from cluster.probe.reading import Reader
 from cluster.probe.report import ProbeReport, metrics, save_report
-from cluster.probe.values import SUPERVISIONS, Cell, CellRun, Point, ProbeError, Supervision, TextPiece
+from cluster.probe.values import SUPERVISIONS, Cell, CellRun, Supervision, TextPiece
 from configs.files import dump_json, parse_json
-from configs.load import ConfigError
 from configs.schema import FastWeightsConfig, WriteConfig
 
 DATA = Path("tests/data/probe_cards.jsonl")
@@ -62,213 +52,7 @@ STRAYS = (
 )
 
 
-# --- cards ----------------------------------------------------------------------------------------------
-
-
-def test_a_file_of_cards_in_either_wording_and_form(tmp_path: Path) -> None:
-    cards = read_cards(DATA)
-    assert [len(card.paraphrases) for card in cards] == [2, 1, 0, 1]
-    assert cards[1].question == "On which shelf does Jonas keep the maps?"
-    assert cards[1].answer == "the top shelf"
-    assert cards[2].answer == "14"
-    whole = tmp_path / "cards.json"
-    whole.write_text(json.dumps([json.loads(line) for line in DATA.read_text().splitlines()]))
-    assert read_cards(whole) == cards
-    assert cards_of(str(DATA), 0) == cards
-    assert sorted(cards_of(str(DATA), 1), key=str) == sorted(cards, key=str)
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ('{"question": "a?", "answer": "b"}\n{"question": "a', ["line 2", "Invalid JSON"]),
-        ('{"question": "a?"}', ["line 1", "answer: Field required"]),
-        ('{"question": "", "answer": "b"}', ["line 1", "question: ", "not empty"]),
-        ('{"question": "a?", "answer": null}', ["line 1", "answer: ", "a text that is not empty"]),
-        (
-            '{"question": "a?", "answer": "b", "paraphrases": "c?"}',
-            ["line 1", "paraphrases: ", "a valid array"],
-        ),
-        ('{"question": "a?", "answer": "b", "paraphrases": [3, []]}', ["line 1", "paraphrases.1: "]),
-        ('[{"question": "a?", "answer": "b"}, 7]', ["item 2", "an object"]),
-        ('[{"question": "a?", "answer": "b"},]', ["Invalid JSON"]),
-        (
-            '{"question": "a?", "answer": "b"}\n{"question": "a?", "answer": "c"}',
-            ["line 2", "was there before"],
-        ),
-        ("\n", ["holds no card"]),
-    ],
-)
-def test_a_bad_card_is_named_with_its_line_and_field(text: str, parts: list[str], tmp_path: Path) -> None:
-    path = tmp_path / "cards.jsonl"
-    path.write_text(text)
-    with pytest.raises(ProbeError) as error:
-        read_cards(path)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
-    assert [part for part in parts if part not in str(error.value)] == []
-
-
-def test_made_up_facts_are_seeded_unique_and_held_out() -> None:
-    cards = recall_cards(60, "eval", 3)
-    assert cards == cards_of("recall:60", 3)
-    assert cards != cards_of("recall:60", 4)
-    assert len({card.question for card in cards}) == 60
-    tuning = cards_of("recall:train:60", 3)
-    names = {split: set(PEOPLE[split]) for split in ("train", "eval")}
-    for own, other, made in (("eval", "train", cards), ("train", "eval", tuning)):
-        words = {word for card in made for word in card.question.replace("'s", "").replace("?", "").split()}
-        assert words & names[own]
-        assert not words & names[other]
-
-
-def test_paraphrases_are_wordings_that_are_never_written_or_told() -> None:
-    assert set(PARAPHRASES) == {relation.name for relation in RELATIONS}
-    for relation in RELATIONS:
-        wordings = [*relation.tellings, *relation.questions, *PARAPHRASES[relation.name]]
-        assert len(set(wordings)) == len(wordings)
-    for card in recall_cards(100, "train", 0):
-        assert len(card.paraphrases) == 3
-        assert not any(card.answer in asked for asked in (card.question, *card.paraphrases))
-
-
-def test_a_fact_is_written_in_two_wordings_where_the_source_says_so() -> None:
-    once, twice = cards_of("recall:5", 1), cards_of("recall:5x2", 1)
-    assert once == cards_of("recall:5x1", 1)
-    for card, reworded in zip(once, twice, strict=True):
-        assert (card.question, card.answer) == (reworded.question, reworded.answer)
-        assert (reworded.also, reworded.paraphrases) == (card.paraphrases[:1], card.paraphrases[1:])
-    written = flashcards_of(twice)
-    assert [(card.question, card.answer) for card in written[:2]] == [
-        (twice[0].question, twice[0].answer),
-        (twice[0].also[0], twice[0].answer),
-    ]
-    assert len(written) == 10
-
-
-@pytest.mark.parametrize(
-    "source",
-    ["recall:0", "recall:", "recall:test:4", "recall:9999", "nowhere.jsonl", "recall:4x3", "recall:4x"],
-)
-def test_a_source_without_cards_is_refused(source: str) -> None:
-    with pytest.raises(ProbeError, match=f"--cards {source}|--cards asks for 9999 facts"):
-        cards_of(source, 0)
-
-
-def test_unrelated_text_is_shipped_or_a_users(tmp_path: Path) -> None:
-    shipped = unrelated_pieces(None)
-    assert {piece.kind for piece in shipped} == {"text", "reply"}
-    told = {
-        value for relation in RELATIONS for split in ("train", "eval") for value in relation.values[split]
-    }
-    assert not {piece.text for piece in shipped} & told
-    path = tmp_path / "novel.txt"
-    path.write_text("It was a\nlong day.\n\n\nThen came the night.\n\nEnd")
-    assert [piece.text for piece in unrelated_pieces(path)] == ["It was a long day.", "Then came the night."]
-    assert {piece.kind for piece in unrelated_pieces(DATA)} == {"reply"}
-    path.write_text("\n \n")
-    with pytest.raises(ProbeError, match="no text"):
-        unrelated_pieces(path)
-
-
-# --- the grid -------------------------------------------------------------------------------------------
-
-
-def test_the_grid_is_every_value_with_every_other_for_each_cell() -> None:
-    cells = [["write.optimizer=sgd", "write.epochs=5"], ["write.optimizer=adam"]]
-    sweeps = ["fast_weights.basis=svd,random", "fast_weights.projections=[down_proj],[up_proj,gate_proj]"]
-    _, grid = load_grid(QUICKSTART, ["write.batch_size=3"], cells, sweeps)
-    assert len(grid) == 8
-    assert {cell.write.batch_size for cell in grid} == {3}
-    first = [
-        (cell.write.optimizer, cell.fast_weights.basis, len(cell.fast_weights.projections))
-        for cell in grid[:5]
-    ]
-    sgd = [("sgd", "svd", 1), ("sgd", "svd", 2), ("sgd", "random", 1), ("sgd", "random", 2)]
-    assert first == [*sgd, ("adam", "svd", 1)]
-    assert len({cell.label for cell in grid}) == 8
-    assert load_grid(QUICKSTART, [], [], [])[1][0].label == "as configured"
-
-
-@pytest.mark.parametrize(
-    ("sweep", "part"),
-    [
-        ("train.steps=1,2", "write.*, fast_weights.* and supervision"),
-        ("supervision=raw,all", "'supervision=all': must be one of flashcards, summary, raw"),
-        ("write.epochs", "key=value1,value2"),
-        ("write.epochs=2,x", "whole number"),
-        ("write.epoch=2", "write.epochs"),
-    ],
-)
-def test_a_bad_sweep_is_a_config_error(sweep: str, part: str) -> None:
-    with pytest.raises(ConfigError, match=part.replace("*", r"\*")):
-        load_grid(QUICKSTART, [], [], [sweep])
-
-
-def test_a_key_that_is_swept_twice_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match=r"write\.epochs is given twice: write write\.epochs=1,2"):
-        load_grid(QUICKSTART, [], [], ["write.epochs=1", "write.epochs=2"])
-
-
-def test_what_is_written_of_the_same_facts_is_a_setting_of_the_grid(tiny: SimpleNamespace) -> None:
-    _, grid = load_grid(QUICKSTART, [], [], ["supervision=flashcards,summary,raw"])
-    supervisions = [cell.supervision for cell in grid]
-    assert [cell.label for cell in grid] == [f"supervision={name}" for name in supervisions]
-    cards, chat = recall_cards(4, "eval", 0), tiny.chat
-    write = WriteConfig()
-    examples = {name: examples_of(name, cards, (), SYSTEM_PROMPT, chat, write) for name in supervisions}
-    opening = chat.system(SYSTEM_PROMPT)
-
-    answers = [chat.decode(example.answer_ids).strip() for example in examples["flashcards"]]
-    assert answers == [card.answer for card in cards]
-    (summary,) = examples["summary"]
-    assert chat.decode(summary.answer_ids).strip() == " ".join(card.telling for card in cards)
-    (raw,) = examples["raw"]
-    text = chat.decode(raw.answer_ids)
-    assert raw.prompt_ids == opening and all(card.telling in text for card in cards)
-    assert text.count(".") == 8, "as many sentences about nothing"
-    assert not any(card.question in text for card in cards)
-
-    small = WriteConfig(max_example_tokens=len(opening) + 20)
-    pieces = examples_of("raw", cards, (), SYSTEM_PROMPT, chat, small)
-    assert len(pieces) > 1 and sum((piece.answer_ids for piece in pieces), ()) == raw.answer_ids
-
-
-def test_cards_are_dealt_to_writes_and_measurements_counted() -> None:
-    assert [len(places) for places in in_writes(10, 4)] == [2, 3, 2, 3]
-    assert [place for places in in_writes(10, 4) for place in places] == list(range(10))
-    cell = Cell((), FAST, ADAM)
-    assert points_of(cell, [3, 5], each_step=False) == 2
-    assert points_of(cell, [3, 5], each_step=True) == 3 * 2 + 3 * 3
-    assert points_of(Cell((), FAST, replace(ADAM, epochs=0)), [3, 3], each_step=True) == 2
-
-
 # --- measurements, against transformers -----------------------------------------------------------------
-
-
-class Reference:
-    """The same model in transformers, one text at a time. Hooks add Delta."""
-
-    def __init__(self, path: Path, basis: Basis) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        self._injector, self._basis = DeltaInjector(self._model, basis), basis
-
-    def table(self, ids: tuple[int, ...], weights: FastWeights) -> Tensor:
-        with torch.no_grad(), self._injector.use(stack([weights], self._basis)):
-            return self._model(torch.tensor([ids])).logits[0].log_softmax(-1)
-
-    def of(self, example: WriteExample, weights: FastWeights) -> Tensor:
-        """Log-probs [answer, vocabulary]."""
-        ids = (*example.prompt_ids, *example.answer_ids[:-1])
-        return self.table(ids, weights)[len(example.prompt_ids) - 1 :]
-
-    def greedy(
-        self, prompt: tuple[int, ...], weights: FastWeights, stop: tuple[int, ...], most: int
-    ) -> tuple[int, ...]:
-        said: tuple[int, ...] = ()
-        while len(said) < most and (not said or said[-1] not in stop):
-            said = (*said, int(self.table(prompt + said, weights)[-1].argmax()))
-        return said
 
 
 @pytest.fixture(scope="module")
@@ -298,64 +82,6 @@ def tiny(tiny_model_path: Path) -> SimpleNamespace:
         teacher=Teacher(reader, chat, SYSTEM_PROMPT, groups, None, 0),
         weights=FastWeights(basis.id, 1, b),
     )
-
-
-def test_an_examination_is_what_transformers_says(tiny: SimpleNamespace) -> None:
-    reference = Reference(tiny.path, tiny.basis)
-    point: Point = tiny.examiner.examine(tiny.basis, tiny.weights, 2, 1)
-    assert [(card.card, card.write) for card in point.cards] == [(0, 1), (1, 1), (2, 2), (3, 2)]
-    for score, card in zip(point.cards, tiny.cards, strict=True):
-        ways = zip((score.written, *score.paraphrased), (card.question, *card.paraphrases), strict=True)
-        for asked, question in ways:
-            example = write_example(Flashcard(question, card.answer), SYSTEM_PROMPT, tiny.chat)
-            target = torch.tensor(example.answer_ids)[:, None]
-            logprobs = reference.of(example, tiny.weights).gather(1, target)
-            assert asked.loss == pytest.approx(-float(logprobs.mean()), abs=1e-4)
-            group = tiny.cards[(score.write - 1) * 2 :][:2]
-            most = max(len(tiny.chat.reply(other.answer)) for other in group) + RUN_ON
-            said = reference.greedy(example.prompt_ids, tiny.weights, tiny.chat.stop_token_ids, most)
-            assert asked.said == tiny.chat.decode(said).strip()
-    text = tiny.chat.encode(PIECES[0].text)
-    reply = write_example(Flashcard(PIECES[1].prompt, PIECES[1].text), SYSTEM_PROMPT, tiny.chat)
-    for score, example in zip(point.texts, (WriteExample(text[:1], text[1:]), reply), strict=True):
-        base, now = (reference.of(example, weights) for weights in (zero(tiny.basis), tiny.weights))
-        target = torch.tensor(example.answer_ids)[:, None]
-        assert score.damage == pytest.approx(float((base - now).gather(1, target).mean()), abs=1e-4)
-        assert score.kl == pytest.approx(float((base.exp() * (base - now)).sum(-1).mean()), abs=1e-4)
-        assert score.kl > 1e-3
-
-
-def test_decoding_goes_on_where_the_draft_was_wrong(tiny: SimpleNamespace) -> None:
-    """The drafts are right in part, as a whole and not at all. The greedy tokens are the same."""
-    reference = Reference(tiny.path, tiny.basis)
-    layers = merged_layers(tiny.model, tiny.basis, tiny.weights)
-    prompts = [tiny.chat.encode(text) for text in ("The third of many", "One", "Nobody knew that the")]
-    right = [reference.greedy(prompt, tiny.weights, (), 6) for prompt in prompts]
-    drafts = [(*right[0][:3], 11, 12), right[1], (7, 8, 9)]
-    examples = [WriteExample(prompt, draft) for prompt, draft in zip(prompts, drafts, strict=True)]
-    said: dict[int, tuple[int, ...]] = {}
-    for block in tiny.reader.prepare(examples, tiny.basis.first_layer, answered=True):
-        answers = Reader(tiny.model, ()).answer(block, tiny.reader.read(block, layers), layers, 6)
-        said.update(zip(block.numbers, answers, strict=True))
-    assert [said[i] for i in range(3)] == right
-
-
-def test_delta_zero_does_no_damage_to_the_bit(tiny: SimpleNamespace) -> None:
-    other = FastWeightsConfig(last_layers=6, projections=("down_proj",))
-    for basis in (tiny.basis, compute_basis_from_checkpoint(tiny.path, other, seed=0)):
-        point = tiny.examiner.examine(basis, zero(basis), 0, 0)
-        assert len(point.cards) == 4
-        assert [(text.damage, text.kl) for text in point.texts] == [(0.0, 0.0), (0.0, 0.0)]
-
-
-def test_an_a_of_its_own_is_merged_too(tiny: SimpleNamespace) -> None:
-    basis = compute_basis_from_checkpoint(tiny.path, replace(FAST, train_a=True), seed=0)
-    twice = FastWeights(basis.id, 1, tiny.weights.b, {name: 2 * a.numpy() for name, a in basis.a.items()})
-    doubled = FastWeights(tiny.basis.id, 1, {name: 2 * b for name, b in tiny.weights.b.items()})
-    own_a = tiny.examiner.examine(basis, twice, 2, 1)
-    scaled_b = tiny.examiner.examine(tiny.basis, doubled, 2, 1)
-    assert [card.written.said for card in own_a.cards] == [card.written.said for card in scaled_b.cards]
-    assert own_a.loss(False) == pytest.approx(scaled_b.loss(False), abs=1e-5)
 
 
 # --- cells ----------------------------------------------------------------------------------------------

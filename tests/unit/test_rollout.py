@@ -40,8 +40,6 @@ RECALL = RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sente
 ENVIRONMENT = RecallEnvironment(RECALL)
 TASK = next(ENVIRONMENT.tasks("train", 0, 0))
 MEMORY = MemoryConfig(max_context_tokens=50)
-
-
 Script = Callable[[Sequence[int], Sampling, AdapterKey], Generation]
 
 

@@ -382,9 +382,8 @@ def test_real_questions(hotpotqa_path: Path) -> None:
             found, wanted = found + len(gold[question.text] & shown), wanted + len(gold[question.text])
         session.act(f"<answer>{'; '.join(question.answers[0] for question in session._questions)}</answer>")
         assert session.outcome().reward_parts["em"] == 1
-    assert (
-        found / wanted > 0.5
-    )  # asking the index the question itself finds most of the passages that answer it
+    # asking the index the question itself finds most of the passages that answer it
+    assert found / wanted > 0.5
 
 
 def _questions(tmp_path: Path, change: Callable[[Any], object]) -> Path:

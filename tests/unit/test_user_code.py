@@ -8,10 +8,9 @@ import asyncio
 import importlib
 import re
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,10 @@ import pytest
 
 from actors.environments.build import build_environment
 from actors.episodes.rollout import Rollout, RolloutRequest
-from actors.protocols import EngineError, TaskError
+from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat
 from actors.text.tools import Tool
-from actors.types import AdapterKey, Generation, Sampling, Task, TrajectoryGroup
-from cluster.common.errors import AllFailed
-from cluster.common.tasks import TaskSource
-from cluster.measure.rows import EvaluationRow, TaskResult, run_episodes
+from actors.types import Generation, Task, TrajectoryGroup
 from cluster.train.demonstrations import Demonstrations
 from configs.schema import (
     EmbedderConfig,
@@ -36,7 +32,6 @@ from configs.schema import (
     WarmStartConfig,
     WriteConfig,
 )
-from configs.user_code import ExtensionError, load_extension
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, sampled
 
 MODULE = """
@@ -237,9 +232,8 @@ class BothFail(Session):
 class TeachesNothing(Teaches):
     session = BothFail
 """
-REQUEST = RolloutRequest(
-    Task("shop-0", "shop", {}, 0), "g", 3, MemoryConfig(policy="truncation"), 1.0, 8, seed=1
-)
+TASK = Task("shop-0", "shop", {}, 0)
+REQUEST = RolloutRequest(TASK, "g", 3, MemoryConfig(policy="truncation"), 1.0, 8, seed=1)
 
 
 @pytest.fixture
@@ -404,229 +398,3 @@ def test_a_session_that_starts_too_late_is_closed_all_the_same(mine: Any, chat: 
     while len(mine.closed) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-@pytest.mark.parametrize("session", ["Late", "LateAsync"])
-def test_a_call_has_a_deadline_that_says_whom_it_waited_for(
-    mine: Any, chat: ChatFormat, session: str
-) -> None:
-    group = _play(chat, _shop(session), environment_timeout_s=1.0)
-    late = re.compile(
-        r"task shop-0: the environment shop's act \(my_env\.py:7\d\) did not answer within "
-        r"rollout\.environment_timeout_s=1 s: raise it, or give the call a limit of its own"
-    )
-    assert all(late.fullmatch(failed.message) for failed in group.failed) and len(group.failed) == 3
-    assert {failed.boundary for failed in group.failed} == {"environment"}
-    assert mine.closed == ["shop-0"] * 3  # also where the session's own thread still hangs
-    group = _play(chat, _shop(session), episode_timeout_s=1.0)
-    assert {failed.boundary for failed in group.failed} == {"timeout"}
-    assert "waiting for task shop-0: the environment shop's act (my_env.py:7" in group.failed[0].message
-    assert len(mine.closed) == 6
-    mine.gate.set()
-
-
-@pytest.mark.parametrize("session", ["Meets", "MeetsAsync"])
-def test_siblings_wait_at_the_same_time(mine: Any, chat: ChatFormat, session: str) -> None:
-    group = _play(chat, _shop(session), replace(REQUEST, group_size=64))
-    assert group.failed == () and len(group.trajectories) == 64
-
-
-def test_an_async_call_that_blocks_stops_no_worker(mine: Any, chat: ChatFormat) -> None:
-    async def play() -> TrajectoryGroup:
-        running = asyncio.create_task(
-            _rollout(chat, _shop("Blocks"), ScriptedPolicy(_says(chat))).group(REQUEST)
-        )
-        await asyncio.sleep(0.05)
-        mine.gate.set()  # never reached where the call holds this loop
-        return await running
-
-    assert len(asyncio.run(play()).trajectories) == 3
-
-
-def test_all_calls_of_a_session_come_from_one_thread(mine: Any, chat: ChatFormat) -> None:
-    _play(chat, _shop(), replace(REQUEST, group_size=1))
-    assert len(mine.threads) == 6 and len(set(mine.threads)) == 1
-    assert mine.threads[0] != threading.get_ident()
-
-
-def test_a_cancelled_group_closes_its_sessions(mine: Any, chat: ChatFormat) -> None:
-    async def play() -> None:
-        policy = ScriptedPolicy(_says(chat), delay_s=60)
-        running = asyncio.create_task(_rollout(chat, _shop(), policy).group(REQUEST))
-        while policy.running < 3:
-            await asyncio.sleep(0.01)
-        running.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await running
-
-    asyncio.run(play())
-    assert mine.closed == ["shop-0"] * 3
-
-
-def test_an_episode_that_the_engine_fails_closes_its_session(mine: Any, chat: ChatFormat) -> None:
-    def fails(prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
-        raise EngineError("no room")
-
-    group = asyncio.run(_rollout(chat, _shop(), ScriptedPolicy(fails)).group(REQUEST))
-    assert {failed.boundary for failed in group.failed} == {"engine"} and mine.closed == ["shop-0"] * 3
-
-
-@pytest.mark.parametrize(
-    ("custom", "failed", "said"),
-    [
-        ("forgets", 1, "task shop-0: the memory Forgets: KeyError: 'three' (my_env.py:132)"),
-        ("quits", 1, "task shop-0: the memory Quits: SystemExit: 4 (my_env.py:162)"),
-        ("no_memory", 3, "task shop-0: memory.policy=custom: RuntimeError: no disk (my_env.py:135)"),
-    ],
-)
-def test_a_fault_of_a_users_memory_is_the_memorys(
-    mine: Any, chat: ChatFormat, custom: str, failed: int, said: str
-) -> None:
-    memory = MemoryConfig(policy="custom", custom=f"my_env:{custom}")
-    group = _play(chat, _shop(), replace(REQUEST, memory=memory))
-    assert [(failure.boundary, failure.message) for failure in group.failed] == [("memory", said)] * failed
-    assert len(mine.closed) == 3 - (custom == "no_memory") * 3
-
-
-def test_an_error_of_the_engine_below_a_users_memory_is_the_engines(mine: Any, chat: ChatFormat) -> None:
-    memory = MemoryConfig(policy="custom", custom="my_env:forgets")
-
-    def fails(error: Exception) -> Callable[..., Generation]:
-        def script(prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
-            raise error
-
-        return script
-
-    rollout = _rollout(chat, _shop(), ScriptedPolicy(fails(EngineError("no room"))))
-    group = asyncio.run(rollout.group(replace(REQUEST, memory=memory)))
-    assert {failed.boundary for failed in group.failed} == {"engine"}
-    rollout = _rollout(chat, _shop(), ScriptedPolicy(fails(KeyError("a typo of ours"))))
-    with pytest.raises(KeyError, match="a typo of ours"):
-        asyncio.run(rollout.group(replace(REQUEST, memory=memory)))
-
-
-def test_a_users_reward_may_be_async_and_its_fault_has_its_line(mine: Any, chat: ChatFormat) -> None:
-    group = _play(chat, _shop("Scores", reward="slow_reward"), replace(REQUEST, group_size=2))
-    assert [trajectory.outcome.reward for trajectory in group.trajectories] == [0.25]
-    assert [failed.message for failed in group.failed] == [
-        "task shop-0: the environment shop's outcome: ZeroDivisionError: division by zero (my_env.py:65)"
-    ]
-    group = _play(chat, _shop(reward="reward"))
-    said = "task shop-0: environment.reward=my_env:reward: KeyError: 'price' (my_env.py:136)"
-    assert [failed.message for failed in group.failed] == [said] * 3
-    assert mine.closed == ["shop-0"] * 5
-
-
-def test_what_cannot_be_encoded_is_cleaned_and_counted(mine: Any, chat: ChatFormat) -> None:
-    group = _play(chat, _shop("Halves"), replace(REQUEST, group_size=1))
-    (trajectory,) = group.trajectories
-    assert trajectory.memory_events["cleaned_texts"] == 3
-    assert "caf\ufffd" in chat.decode(trajectory.segments[0].token_ids.tolist())
-
-
-def test_a_task_may_bring_its_own_system_prompt(mine: Any, chat: ChatFormat) -> None:
-    def prompt(task: Task) -> str:
-        (trajectory,) = _play(chat, _shop(), replace(REQUEST, group_size=1, task=task)).trajectories
-        return chat.turns(trajectory.segments[0].token_ids.tolist())[0].text
-
-    assert prompt(REQUEST.task) == "Count."
-    assert prompt(replace(REQUEST.task, system_prompt="Count in dozens.")) == "Count in dozens."
-
-
-# --- tasks, and what is built ------------------------------------------------------------------------------
-
-
-def test_a_tasks_own_system_prompt_can_be_encoded(mine: Any) -> None:
-    (task,) = TaskSource(_shop(kind="Prompts"), "train", 0).first(1)
-    assert task.system_prompt == "Count\ufffd."
-
-
-def test_a_task_that_cannot_be_made_is_a_failed_task(mine: Any, chat: ChatFormat) -> None:
-    fault = "the environment shop's tasks: LookupError: no such shelf (my_env.py:102)"
-    tasks = TaskSource(_shop(kind="Shops"), "train", 0)
-    assert [(task.id, task.fault) for task in tasks.first(4)] == [
-        ("shop-0", ""),
-        ("shop-train-0-1", fault),
-        ("shop-2", ""),
-        ("shop-3", ""),
-    ]
-    assert [tasks.at(position).fault for position in (0, 1, 4, 5)] == ["", fault, fault, ""]
-    assert tasks.at(6).id == "shop-0" and tasks.at(10).fault == fault  # the split repeats
-    group = _play(chat, _shop(kind="Shops"), replace(REQUEST, task=tasks.at(1)))
-    assert [(failed.boundary, failed.message) for failed in group.failed] == [("environment", fault)] * 3
-
-
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ("Unsent", r"shop's tasks: TypeError: cannot pickle '_thread\.lock' object \(my_env\.py:106\)"),
-        ("Dicts", r"TypeError: it gave dict, not a Task of actors/types\.py \(my_env\.py:109\)"),
-    ],
-)
-def test_where_no_task_can_be_made_nothing_starts(mine: Any, kind: str, said: str) -> None:
-    with pytest.raises(TaskError, match=said):
-        TaskSource(_shop(kind=kind), "train", 0).first(3)
-
-
-def test_an_environment_that_cannot_be_built_has_its_line(mine: Any) -> None:
-    with pytest.raises(TaskError, match=r"environment\.custom=my_env:Broken: KeyError: 'shelves' \(my_env"):
-        _shop(kind="Broken")
-    with pytest.raises(ExtensionError, match=r"importing my_typo: SyntaxError: .*\(my_typo\.py:2\)"):
-        load_extension("environment.custom", "my_typo:Shop")
-
-
-# --- rows and stages ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """A worker that plays episodes in this process."""
-
-    rollout: Rollout
-    name: str = "worker-0"
-
-    async def episode(self, position: int, task: Task, row: EvaluationRow) -> TrajectoryGroup:
-        return await self.rollout.group(replace(REQUEST, task=task, group_id=task.id, group_size=1))
-
-
-def _measure(chat: ChatFormat, session: str, tasks: int) -> tuple[list[TaskResult], str]:
-    """Play a row; return what was kept, and the error that ended it."""
-    kept: list[TaskResult] = []
-    source = _Source(_rollout(chat, _shop(session), ScriptedPolicy(_says(chat))))
-    row = EvaluationRow("TMEM before", MemoryConfig(policy="truncation"), 0)
-    played = list(enumerate(TaskSource(_shop(), "eval", 0).first(tasks)))
-    try:
-        asyncio.run(run_episodes(row, played, [source], 2, kept.append))
-    except AllFailed as error:
-        return kept, str(error)
-    return kept, ""
-
-
-def test_a_row_goes_on_after_a_fault_and_ends_where_all_fail_alike(mine: Any, chat: ChatFormat) -> None:
-    kept, error = _measure(chat, "Parses", 8)
-    assert error == "" and sum(len(task.failed) for task in kept) == 1 and len(kept) == 8
-    kept, error = _measure(chat, "AlwaysParses", 8)
-    assert len(kept) < 8
-    assert re.fullmatch(
-        r"TMEM before: all \d episodes failed alike: environment: task shop-\d: the environment shop's act: "
-        r"ValueError: invalid literal for int\(\) with base 10: 'three' \(my_env\.py:\d+\)",
-        error,
-    )
-
-
-def test_a_warm_start_counts_tasks_that_fail_and_ends_where_all_do(mine: Any, model_path: Path) -> None:
-    config = RunConfig(
-        environment=EnvironmentConfig(name="custom", custom="my_env:Teaches"),
-        memory=MemoryConfig(max_context_tokens=20, question_blind=True),
-        warm_start=WarmStartConfig(steps=1, tasks_per_step=3),
-    )
-    teacher: Any = build_environment(config.environment, EmbedderConfig())
-    demonstrations = Demonstrations(config, teacher, model_path)
-    assert len(demonstrations.of_step(0)) == 2
-    (fault,) = demonstrations.faults
-    assert fault.startswith("task shop-0: the environment shop's demonstrate_flashcards: IndexError: ")
-    teacher.lost = True
-    with pytest.raises(
-        TaskError, match=r"all 3 tasks of a warm start's step failed, the first: .*my_env\.py"
-    ):
-        demonstrations.of_step(1)
