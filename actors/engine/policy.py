@@ -47,15 +47,7 @@ from actors.engine.writer import EngineWeights, EngineWriter
 from actors.fast_weights.delta import Basis, BasisError, check
 from actors.protocols import EngineError, ReceiptError
 from actors.speech import Decoding, Heard, RefusedError, Spoken
-from actors.types import (
-    AdapterKey,
-    FastWeights,
-    FinishReason,
-    Generation,
-    PolicyVersion,
-    Probe,
-    Sampling,
-)
+from actors.types import AdapterKey, FastWeights, FinishReason, Generation, PolicyVersion, Probe, Sampling
 from configs.schema import EngineConfig, ModelConfig, WriteConfig
 from configs.tolerances import receipt_tolerance
 

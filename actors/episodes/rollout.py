@@ -26,14 +26,7 @@ from actors.environments.base import Environment
 from actors.environments.mixture import playing
 from actors.episodes.attribution import attributed
 from actors.episodes.controls import write_control
-from actors.episodes.episode import (
-    PASSING,
-    EpisodeSpec,
-    Played,
-    derived_seed,
-    play_episode,
-    score_episode,
-)
+from actors.episodes.episode import PASSING, EpisodeSpec, Played, derived_seed, play_episode, score_episode
 from actors.episodes.hosted_session import HostedSession
 from actors.episodes.in_flight import InFlightPolicy, dated
 from actors.episodes.preservation import Preservation

@@ -32,14 +32,7 @@ from actors.text.chat_template import ChatFormat
 from actors.text.context import Context
 from actors.text.split_text import split_text
 from actors.text.tools import Tool
-from actors.types import (
-    AdapterKey,
-    FastWeights,
-    FinishReason,
-    Flashcard,
-    Probe,
-    WriteRecord,
-)
+from actors.types import AdapterKey, FastWeights, FinishReason, Flashcard, Probe, WriteRecord
 from cluster.assistant.answering import Choice, Manner
 from cluster.assistant.known import Known
 from cluster.assistant.memory_file import SavedAdapter, SavedMemory, load_memory, save_memory

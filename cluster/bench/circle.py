@@ -23,13 +23,7 @@ from cluster.fleet.stream import Batch
 from cluster.measure.report import Table
 from cluster.runs.checkpoint import TrainState
 from cluster.tracking.tracker import Tracker
-from cluster.train.build import (
-    TrainingCluster,
-    build_curriculum,
-    build_fleet,
-    build_stream,
-    training_cluster,
-)
+from cluster.train.build import TrainingCluster, build_curriculum, build_fleet, build_stream, training_cluster
 from cluster.train.loop import LoopParts, run_loop
 from cluster.train.metrics import StepSummary
 from cluster.train.prepare import RunFolder, RunSpec, Start, prepare_training

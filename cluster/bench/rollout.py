@@ -24,13 +24,7 @@ import torch
 from actors.episodes.demonstration import DemonstratingEnvironment
 from actors.text.chat_template import ChatFormat
 from actors.text.flashcards import render_flashcards
-from actors.types import (
-    AdapterKey,
-    Sampling,
-    SpanKind,
-    Task,
-    TrajectoryGroup,
-)
+from actors.types import AdapterKey, Sampling, SpanKind, Task, TrajectoryGroup
 from cluster.bench.harness import child, in_turns, timed
 from cluster.bench.scripted import QUICKSTART, ScriptedSide, read_chat
 from cluster.bench.values import BenchError, Case, Context, Goal, Outcome, Spread, Timing

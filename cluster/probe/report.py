@@ -17,14 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.measure.report import (
-    Document,
-    Section,
-    Table,
-    interval_text,
-    percent,
-    save_document,
-)
+from cluster.measure.report import Document, Section, Table, interval_text, percent, save_document
 from cluster.measure.rows import OUTCOMES
 from cluster.measure.statistics import DIFFERENCE, SCORE, Bounds, Interval, mean, nested_interval
 from cluster.probe.plots import save_plots

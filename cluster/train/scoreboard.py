@@ -18,14 +18,7 @@ from cluster.common.errors import CheckpointError
 from cluster.inspection.recorder import EpisodeRecorder
 from cluster.measure.report import show
 from cluster.measure.row_metrics import row_metrics, summary_metrics
-from cluster.measure.rows import (
-    EpisodeSource,
-    EvaluationRow,
-    RowResult,
-    evaluate_row,
-    load_row,
-    save_row,
-)
+from cluster.measure.rows import EpisodeSource, EvaluationRow, RowResult, evaluate_row, load_row, save_row
 from cluster.runs.checkpoint import TrainState
 from cluster.tracking.tracker import Tracker
 from cluster.train.prepare import RunFolder, RunSpec

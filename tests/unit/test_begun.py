@@ -20,14 +20,7 @@ import pytest
 from cluster.common.errors import AllFinished, CheckpointError, InUseError, StartupError
 from cluster.fleet.ray_runtime import _cluster_address
 from cluster.runs.checkpoint import START, Checkpoint, save_checkpoint
-from cluster.runs.resume import (
-    find_checkpoint,
-    find_in_run,
-    find_unfinished,
-    is_run,
-    note_run_id,
-    run_id_of,
-)
+from cluster.runs.resume import find_checkpoint, find_in_run, find_unfinished, is_run, note_run_id, run_id_of
 from cluster.runs.run_folders import create_run, mark_finished, runs_of
 from cluster.runs.run_lock import held, require_free
 from configs.bounds import BoundError

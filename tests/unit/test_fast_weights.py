@@ -14,12 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.fast_weights.basis import (
-    compute_basis,
-    load_basis,
-    make_basis,
-    save_basis,
-)
+from actors.fast_weights.basis import compute_basis, load_basis, make_basis, save_basis
 from actors.fast_weights.delta import Basis, BasisError, DeltaInjector, StackedWeights, add_delta, stack, zero
 from actors.fast_weights.peft_format import export_peft, from_peft, to_peft
 from actors.types import FastWeights

@@ -17,9 +17,7 @@ from actors.text.chat_template import ChatFormat
 from actors.types import Task
 from cluster.fleet.episode_journal import GroupJournal
 from configs.load import ConfigError, load_config
-from configs.schema import (
-    EmbedderConfig,
-)
+from configs.schema import EmbedderConfig
 from tests.unit.rollout_fakes import SURROUNDINGS
 from tests.unit.test_harness import MODULE, fault, function, only, play, request_of, rollout_in, user
 

@@ -16,11 +16,7 @@ import pytest
 from actors.environments.build import build_environment
 from actors.text.chat_template import ChatFormat
 from configs.load import ConfigError, load_config
-from configs.schema import (
-    EmbedderConfig,
-    EnvironmentConfig,
-    HarnessConfig,
-)
+from configs.schema import EmbedderConfig, EnvironmentConfig, HarnessConfig
 from tests.unit.test_harness import fault, only, play, request_of, rollout_in
 
 PROGRAM = """

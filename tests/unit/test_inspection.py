@@ -22,15 +22,7 @@ from actors.episodes.episode import EpisodeSpec
 from actors.episodes.rollout import WriteBatcher
 from actors.memory.build import build_memory
 from actors.text.chat_template import ChatFormat
-from actors.types import (
-    AdapterKey,
-    Answer,
-    FailedEpisode,
-    Flashcard,
-    Generation,
-    Sampling,
-    Trajectory,
-)
+from actors.types import AdapterKey, Answer, FailedEpisode, Flashcard, Generation, Sampling, Trajectory
 from cluster import cli
 from cluster.inspection.compare import Compared
 from cluster.inspection.page import render

@@ -20,13 +20,7 @@ from cluster.fleet.broadcast import ObjectStoreWeights
 from cluster.fleet.fleet import FleetPlan
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.stream import Batch
-from cluster.runs.checkpoint import (
-    START,
-    TrainState,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from cluster.runs.checkpoint import START, TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from cluster.runs.resume import find_checkpoint
 from cluster.train.loop import run_loop
 from cluster.train.metrics import StepSeconds, StepSummary, step_line, summarize

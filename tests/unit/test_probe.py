@@ -24,10 +24,7 @@ from actors.write.writer import BatchedWriter
 from cluster.cli import main
 from cluster.measure.report import colour
 from cluster.probe import run as probe_run
-from cluster.probe.cards import (
-    read_cards,
-    recall_cards,
-)
+from cluster.probe.cards import read_cards, recall_cards
 from cluster.probe.cell import Teacher, points_of, run_cell
 from cluster.probe.examiner import Examiner, Stray
 from cluster.probe.reading import Reader

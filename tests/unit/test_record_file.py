@@ -10,12 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.inspection.page import render
-from cluster.inspection.record import (
-    EpisodeRecord,
-    RecordError,
-    load,
-    save,
-)
+from cluster.inspection.record import EpisodeRecord, RecordError, load, save
 from tests.unit.test_inspection import chat, play, record, well_formed
 
 __all__ = ["chat", "play", "record"]  # fixtures

@@ -12,21 +12,11 @@ import pytest
 
 from actors.episodes.group_summary import GroupSummary
 from actors.text.chat_template import ChatFormat
-from actors.types import (
-    FailedEpisode,
-    Trajectory,
-    TrajectoryGroup,
-)
+from actors.types import FailedEpisode, Trajectory, TrajectoryGroup
 from cluster.fleet.contract import FinishedGroup
 from cluster.fleet.stream import Batch
 from cluster.inspection.background import Background
-from cluster.inspection.record import (
-    FOLDER,
-    EpisodeRecord,
-    Record,
-    list_records,
-    load,
-)
+from cluster.inspection.record import FOLDER, EpisodeRecord, Record, list_records, load
 from cluster.inspection.recorder import EpisodeRecorder
 from cluster.measure.rows import EvaluationRow
 from configs.schema import EpisodesConfig, MemoryConfig, RunConfig

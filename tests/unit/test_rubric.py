@@ -18,12 +18,7 @@ from hypothesis import strategies as st
 from actors.environments.build import build_environment
 from actors.environments.judge.cached_endpoint import Cost
 from actors.environments.judge.judge import Verdict
-from actors.environments.rubric import (
-    RubricEnvironment,
-    RubricSession,
-    read_rubric_items,
-    split_request,
-)
+from actors.environments.rubric import RubricEnvironment, RubricSession, read_rubric_items, split_request
 from actors.episodes.rollout import Rollout, RolloutRequest
 from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat

@@ -14,9 +14,7 @@ import pytest
 from actors.protocols import EngineError
 from actors.text.chat_template import ChatFormat
 from actors.types import AdapterKey, Generation, Sampling, Task, TrajectoryGroup
-from configs.schema import (
-    MemoryConfig,
-)
+from configs.schema import MemoryConfig
 from tests.unit.rollout_fakes import ScriptedPolicy
 from tests.unit.test_user_code import REQUEST, _play, _rollout, _says, _shop, mine
 

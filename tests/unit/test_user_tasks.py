@@ -19,13 +19,7 @@ from cluster.common.errors import AllFailed
 from cluster.common.tasks import TaskSource
 from cluster.measure.rows import EvaluationRow, TaskResult, run_episodes
 from cluster.train.demonstrations import Demonstrations
-from configs.schema import (
-    EmbedderConfig,
-    EnvironmentConfig,
-    MemoryConfig,
-    RunConfig,
-    WarmStartConfig,
-)
+from configs.schema import EmbedderConfig, EnvironmentConfig, MemoryConfig, RunConfig, WarmStartConfig
 from configs.user_code import ExtensionError, load_extension
 from tests.unit.rollout_fakes import ScriptedPolicy
 from tests.unit.test_user_code import REQUEST, _play, _rollout, _says, _shop, mine

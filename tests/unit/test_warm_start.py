@@ -14,13 +14,7 @@ from actors.text.chat_template import ChatFormat
 from actors.types import Segment
 from cluster.train.demonstrations import Demonstrations
 from cluster.train.prepare import prepare_training
-from configs.schema import (
-    EnvironmentConfig,
-    MemoryConfig,
-    RecallConfig,
-    RunConfig,
-    WarmStartConfig,
-)
+from configs.schema import EnvironmentConfig, MemoryConfig, RecallConfig, RunConfig, WarmStartConfig
 
 CONFIG = RunConfig(
     environment=EnvironmentConfig(recall=RecallConfig(sessions=1, facts_per_session=2, questions=1)),

@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from actors.fast_weights.basis import make_basis
 from actors.fast_weights.delta import Basis, BasisError, DeltaInjector, stack, zero
