@@ -9,10 +9,11 @@ UV_VERSION  := 0.13.9
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 LOCK  := infra/locks/$(VARIANT).lock
 STAMP := .venv/.set-up-$(VARIANT)-$(firstword $(shell cksum < $(LOCK)))
+TRITON := .triton/.set-up-$(firstword $(shell cksum < infra/locks/gpu.lock))
 BIN   := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all proof check fuzz bench chaos gpu-smoke dist reference lock clean
+.PHONY: help setup train test test-all proof check fuzz bench chaos gpu-smoke triton dist reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,12 +56,23 @@ chaos: $(STAMP) ## strike 20 training runs at random times, and print what becam
 gpu-smoke: $(STAMP) ## first contact with a GPU: one JSON line a stage (VARIANT=gpu, ARGS='slots learner')
 	@$(BIN)/python -m tests.gpu.smoke $(ARGS)
 
+triton: $(TRITON) ## Triton beside the CPU's packages (.triton, 700 MB), to interpret the LoRA kernels of GPUs
+
+# Not in .venv: vLLM for CPUs takes other paths where Triton can be imported.
+$(TRITON): $(STAMP)
+	@rm -rf .triton && mkdir .triton
+	@awk '/^[^ #]/ {on = /^triton==/} on' infra/locks/gpu.lock > .triton/requirements.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
+		--target .triton -r .triton/requirements.txt
+	@touch $@
+
 # pip fetches torch, and uv the rest: where one of several indexes cannot be reached pip only warns, uv gives up. pip
 # also heeds PIP_FIND_LINKS. --no-deps everywhere: the lock is complete, and what it excludes
 # (infra/locks/exclude*.txt) must not come back through a dependency. Compiled bytecode halves `import vllm`.
 $(STAMP): $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "Engram needs Python 3.11 to 3.13 (the locks are made for 3.11); give one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@[ ! -L .venv ] || { echo ".venv is a link, and setting it up would empty $$(readlink .venv): run make where it leads to"; exit 1; }
 	@echo "setting up .venv from $(LOCK) (once; a few minutes, 3 GB on CPU)"
 	@$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
 	@rm -f .venv/.set-up-*
@@ -89,5 +101,5 @@ lock: $(STAMP) ## recompile both locks after a change of dependencies (ARGS=--up
 		--excludes infra/locks/exclude-gpu.txt -o infra/locks/gpu.lock $(ARGS)
 
 clean: ## remove .venv and caches (runs/ and the model cache stay)
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache dist
+	rm -rf .venv .triton .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,13 +1,17 @@
 #!/bin/sh
 # The third tier of proof, `make proof`: what takes hours. It can be stopped and started again.
-#   infra/proof.sh [FOLDER [STAGE...]]      FOLDER: runs/proof      stages: quickstart chat kills chaos studies rl
+#   infra/proof.sh [FOLDER [STAGE...]]      FOLDER: runs/proof      stages: kernels quickstart chat kills chaos studies rl
 # A stage that ended well leaves FOLDER/STAGE.done with commit and seconds, and is not run again.
 set -eu
 folder=${1:-runs/proof}
 [ $# -gt 0 ] && shift
-[ $# -gt 0 ] || set -- quickstart chat kills chaos studies rl
+[ $# -gt 0 ] || set -- kernels quickstart chat kills chaos studies rl
 studies="write addressed neighbours supervision basis steps sensitivity capacity capacity_writes forgetting"
 
+kernels() { # vLLM's LoRA kernels for GPUs, in Triton's interpreter
+    make -s triton
+    python -m pytest -n 0 tests/integration/test_gpu_kernels.py
+}
 quickstart() {
     python -m cluster train configs/quickstart.yaml name=quickstart output_dir="$folder" resume=auto
 }
@@ -49,8 +53,8 @@ rl() {
 mkdir -p "$folder"
 for stage in "$@"; do
     case $stage in
-    quickstart | chat | kills | chaos | studies | rl) ;;
-    *) echo "stage $stage is not known: quickstart, chat, kills, chaos, studies or rl" >&2 && exit 2 ;;
+    kernels | quickstart | chat | kills | chaos | studies | rl) ;;
+    *) echo "stage $stage is not known: kernels, quickstart, chat, kills, chaos, studies or rl" >&2 && exit 2 ;;
     esac
     if [ -e "$folder/$stage.done" ]; then
         echo "proof: $stage was done before: $(cat "$folder/$stage.done")"

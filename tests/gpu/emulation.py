@@ -59,10 +59,10 @@ def take_vllms_slots() -> None:
 
     worker_extension.current_platform = SimpleNamespace(is_cpu=lambda: False)
     sampler.batched_count_greater_than = worker_extension.count_at_least  # vLLM's takes 20 s to compile
-    punica_cpu.PunicaWrapperCPU = _gpu_wrapper()
+    punica_cpu.PunicaWrapperCPU = gpu_wrapper()
 
 
-def _gpu_wrapper() -> type:
+def gpu_wrapper() -> type:
     """vLLM's PunicaWrapperGPU, whose kernels are loops in torch over the same metadata."""
     from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
