@@ -13,6 +13,7 @@ Every wait, and who ends it:
     drain and refresh, for      the deadlines of their episodes and scores; at the latest ``drain_s``
       the running groups
     refresh, for its weights    FETCH_S
+    receive, for its peers      its own deadline; a refresh never waits for it
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -31,6 +33,7 @@ from actors.episodes.group_summary import GroupSummary
 from actors.episodes.recovery import Recovered, Recovery
 from actors.peak_memory import PeakMemory, take_peak
 from actors.types import PolicyVersion, TrajectoryGroup
+from actors.weight_transfer import Receiver, Rendezvous
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -61,8 +64,17 @@ class PublishedWeights(Protocol):
         """
         ...
 
+    @property
+    def transfer(self) -> str:
+        """The collective transfer that brought the tensors to the workers that took part; "": none."""
+        ...
+
     def fetch(self, timeout_s: float) -> Mapping[str, Tensor]:
         """Tensors by Hugging Face name. Blocks at most ``timeout_s``."""
+        ...
+
+    def formed(self, received: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What ``fetch`` would return, from what ``transfer`` brought."""
         ...
 
 
@@ -115,6 +127,8 @@ class RolloutWorker:
         self._drain_s = self._fetch_s = self._load_s = 0.0
         self._broken = ""
         self._in_flight = spec.config.rollout.refresh == "in_flight"
+        self._receiver = Receiver()
+        self._receiving = ThreadPoolExecutor(1, "weights")  # the loop's own threads may be busy for long
 
     async def group(self, request: RolloutRequest) -> TrajectoryGroup:
         """See Rollout.group. Waits first while a refresh runs.
@@ -181,7 +195,7 @@ class RolloutWorker:
         try:
             began = time.perf_counter()
             # the weights travel while the last groups end
-            fetching = asyncio.create_task(asyncio.to_thread(weights.fetch, FETCH_S))
+            fetching = asyncio.create_task(asyncio.to_thread(self._fetch, weights))
             await self.drain(drain_s)
             drained = time.perf_counter()
             tensors = await fetching
@@ -193,6 +207,16 @@ class RolloutWorker:
             return self.report()
         finally:
             self._gate.set()  # also when broken: the groups at the gate must raise, not wait
+
+    async def receive(self, meeting: Rendezvous, rank: int, transfer: str, deadline_s: float) -> None:
+        """Take part in a collective transfer, beside the episodes. Its tensors wait for ``refresh``.
+
+        Raises TransferError: the refresh then fetches them.
+        """
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(
+            self._receiving, self._receiver.receive, meeting, rank, transfer, deadline_s
+        )
 
     def report(self) -> WorkerReport:
         return WorkerReport(
@@ -209,6 +233,11 @@ class RolloutWorker:
 
     def close(self) -> None:
         self._policy.close()
+
+    def _fetch(self, weights: PublishedWeights) -> Mapping[str, Tensor]:
+        """The tensors that were received already, or those of the object store."""
+        received = self._receiver.take(weights.transfer)
+        return weights.fetch(FETCH_S) if received is None else weights.formed(received)
 
     async def _load(self, weights: PublishedWeights, tensors: Mapping[str, Tensor]) -> None:
         try:
@@ -261,6 +290,9 @@ class _RolloutActor:
 
     async def refresh(self, weights: PublishedWeights, drain_s: float) -> WorkerReport:
         return await self._worker.refresh(weights, drain_s)
+
+    async def receive(self, meeting: Rendezvous, rank: int, transfer: str, deadline_s: float) -> None:
+        await self._worker.receive(meeting, rank, transfer, deadline_s)
 
     async def report(self) -> WorkerReport:
         return self._worker.report()

@@ -82,6 +82,10 @@ class LearnerConfig:
     lora_targets: tuple[str, ...] = LORA_TARGETS  # with trainable=lora: the matrices of every layer
     gradient_checkpointing: bool = False
     step_timeout_s: float = 1800.0
+    # how new weights come to the workers: through Ray's object store, or broadcast to all at once (NCCL where
+    # learner and workers have GPUs, gloo elsewhere), with the object store for those that it does not reach.
+    # NCCL has not run on a GPU yet.
+    weight_transfer: Literal["object_store", "collective"] = "object_store"
 
     def __post_init__(self) -> None:
         positive(self, "learning_rate", "max_grad_norm", "workers", "threads", "microbatch_tokens")

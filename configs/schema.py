@@ -361,6 +361,12 @@ class RunConfig:
         """Whether a learner's rank may stand on an engine's GPU: both ask for a part of one."""
         return 0 < self.rollout.gpus_per_worker < 1 and 0 < self.learner.gpus_per_worker < 1
 
+    @property
+    def transfer_backend(self) -> Literal["gloo", "nccl"]:
+        """Of learner.weight_transfer=collective."""
+        on_gpus = self.rollout.gpus_per_worker > 0 and self.learner.gpus_per_worker > 0
+        return "nccl" if on_gpus else "gloo"
+
     def _require_gpus(self) -> None:
         """What vLLM and the learner can do with GPUs."""
         for section, process in (("rollout", "an engine"), ("learner", "a rank of the learner")):
@@ -370,6 +376,10 @@ class RunConfig:
         share, alone = self.learner.gpus_per_worker, self.learner.workers == 1
         bound, cure = "0 or 1 with several learner.workers", "NCCL takes one rank a GPU"
         require(alone or share in (0, 1), "learner.gpus_per_worker", share, bound, cure)
+        broadcasts = self.learner.weight_transfer == "collective" and self.transfer_backend == "nccl"
+        whole = self.rollout.gpus_per_worker == self.learner.gpus_per_worker == 1
+        bound, cure = "object_store where processes share a GPU", "NCCL takes one process a GPU"
+        require(whole or not broadcasts, "learner.weight_transfer", "collective", bound, cure)
         fits = self.rollout.gpus_per_worker == 0 or self.model.dtype != "float32"
         cure = "vLLM's adapters on a GPU take 16-bit numbers only"
         require(fits, "model.dtype", self.model.dtype, "bfloat16 with rollout.gpus_per_worker above 0", cure)

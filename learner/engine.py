@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -118,14 +119,18 @@ class TrainingEngine:
         Without ``copy`` they may be the parameters' own memory, which the next step overwrites. Collective
         under ZeRO-3: all ranks iterate to the end, and a rank that wants none copies none.
         """
+        for name, tensor in self.full_values(parameters):
+            if wanted:
+                yield name, tensor.to("cpu", copy=copy or self.zero_stage == 3).contiguous()
+
+    def full_values(self, parameters: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the full values where they are, each to be read before the next is asked for.
+
+        Collective under ZeRO-3: all ranks iterate to the end.
+        """
         for name, param in parameters:
-            if self.zero_stage == 3:
-                with deepspeed.zero.GatheredParameters([param]):
-                    tensor = param.detach().to("cpu", copy=True) if wanted else None
-            else:
-                tensor = param.detach().to("cpu", copy=copy) if wanted else None
-            if tensor is not None:
-                yield name, tensor.contiguous()
+            with deepspeed.zero.GatheredParameters([param]) if self.zero_stage == 3 else nullcontext():
+                yield name, param.detach()
 
     @torch.no_grad()
     def load_tensors(self, parameters: list[tuple[str, nn.Parameter]], tensors: Mapping[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from actors.fast_weights.delta import Basis, DeltaInjector, StackedWeights, stack
 from actors.types import PolicyVersion, Segment, Trajectory, TrajectoryGroup
+from actors.weight_transfer import Sender
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner import checkpoint
 from learner.advantage import estimator, score, shuffled
@@ -203,6 +204,20 @@ class Learner:
         if trainable_only:
             return dict(self._engine.full_tensors(self._model.by_name(trainable_only=True), copy, wanted))
         return dict(whole_policy(self._engine, self._model, copy, wanted=wanted))
+
+    def send(self, sender: Sender | None, transfer: str, trainable_only: bool, deadline_s: float) -> str:
+        """Broadcast what ``weights`` would return. Return "", or how that failed. Collective.
+
+        ``sender``: None on a rank that only helps to gather.
+        """
+        named = self._model.by_name(trainable_only)
+        tensors = self._engine.full_values(named)
+        if sender is None:
+            for _ in tensors:
+                pass
+            return ""
+        manifest = [(name, one.dtype, tuple(getattr(one, "ds_shape", one.shape))) for name, one in named]
+        return sender.send(transfer, manifest, tensors, deadline_s)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Save everything; see ``learner.checkpoint``. Raises LearnerError."""

@@ -14,7 +14,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from actors.fast_weights.delta import Basis
 from actors.types import PolicyVersion, Segment, TrajectoryGroup
+from actors.weight_transfer import Rendezvous, Sender
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner.types import LearnerError, LearnerLost, StepReport, WarmStartReport
 
@@ -54,6 +55,7 @@ class LearnerActor:
 
     def __init__(self, spec: LearnerSpec, rank: int) -> None:
         self._spec, self._rank = spec, rank
+        self._sender: Sender | None = None
 
     @ray.method
     def address(self) -> tuple[str, int]:
@@ -107,6 +109,25 @@ class LearnerActor:
         """
         weights = self._learner.weights(trainable_only, copy=False, wanted=self._rank == 0)
         return weights, self._learner.version
+
+    @ray.method
+    def open_transfer(self, size: int, backend: Literal["gloo", "nccl"]) -> Rendezvous:
+        """Make this rank the root of a new group of ``size``. Rank 0 is asked."""
+        if self._sender is not None:
+            self._sender.close()
+        try:
+            self._sender = Sender(ray.util.get_node_ip_address(), size, backend)
+        except RuntimeError as error:
+            raise LearnerError(f"no group can meet at the learner's node: {_first_line(error)}") from error
+        return self._sender.meeting
+
+    @ray.method
+    def send_weights(self, transfer: str, trainable_only: bool, deadline_s: float) -> str:
+        """Return "" once the weights are out, or how that failed. Collective."""
+        fault = self._learner.send(self._sender, transfer, trainable_only, deadline_s)
+        if self._rank == 0 and self._sender is None:
+            return "the learner has started again and has no group"
+        return fault
 
     @ray.method
     def save(self, folder: str) -> PolicyVersion:
@@ -218,15 +239,32 @@ class LearnerGroup:
         self._version = report.version
         return report
 
-    def weights_ref(self, trainable_only: bool) -> ray.ObjectRef[dict[str, Tensor]]:
-        """Return a reference to rank 0's full weights in the object store, ready when this returns.
+    def weights_ref(self, trainable_only: bool, wait: bool = True) -> ray.ObjectRef[dict[str, Tensor]]:
+        """Return a reference to rank 0's full weights in the object store.
 
         They never pass through the driver: their versions do, which are the sign that the ranks were whole.
+        Without ``wait`` they are written after this returns, and before the next step.
         """
         calls = [actor.weights.remote(trainable_only) for actor in self._actors]
-        self._get([version for _, version in calls], "weights", self._timeout)
+        if wait:
+            self._get([version for _, version in calls], "weights", self._timeout)
         reference: ray.ObjectRef[dict[str, Tensor]] = calls[0][0]
         return reference
+
+    def open_transfer(self, size: int, backend: Literal["gloo", "nccl"]) -> Rendezvous:
+        """Open a group for ``send_weights``, in the place of the last one. ``size`` counts rank 0 too."""
+        call = self._actors[0].open_transfer.remote(size, backend)
+        meeting: Rendezvous = self._get([call], "open_transfer", self._timeout)[0]
+        return meeting
+
+    def send_weights(self, transfer: str, trainable_only: bool, deadline_s: float) -> str:
+        """Broadcast rank 0's weights to its group. Return "", or how that failed within ``deadline_s``.
+
+        After a failure the group is closed. The learner is whole.
+        """
+        calls = [actor.send_weights.remote(transfer, trainable_only, deadline_s) for actor in self._actors]
+        fault: str = self._get(calls, "send_weights", deadline_s + self._timeout)[0]
+        return fault
 
     def save(self, folder: str) -> None:
         self._get([actor.save.remote(folder) for actor in self._actors], "save", self._timeout)

@@ -3,7 +3,7 @@
     learner rank 0 --> object store --(shared memory on a node, network between nodes)--> workers
 
 A published version is a small handle; the tensors never pass through the driver. Ray's object store works on
-any hardware. Another transport (NCCL, CUDA IPC) is another pair of classes with these two verbs.
+any hardware. collective.py brings them to the workers before they fetch, and the store is its fallback.
 Invariant: a handle's tensors are those of its version, whenever they are fetched.
 """
 
@@ -39,8 +39,12 @@ class Channel(Protocol):
     def publish(self, source: WeightSource) -> ObjectStoreWeights:
         """Make the source's present weights available under its version.
 
-        Blocks until the tensors are out of the learner.
+        The source may go on when this returns: what it does next does not change them.
         """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What a step logs about the way of its weights."""
         ...
 
 
@@ -49,12 +53,14 @@ class ObjectStoreWeights:
     """A published version (actors.worker.PublishedWeights). Dropping the last handle frees the tensors.
 
     ``base``: the tensors are the factors of a LoRA on it; None where they are the weights themselves.
+    ``transfer``: the collective transfer that brought them to some workers already; "": none did.
     """
 
     version: PolicyVersion
     complete: bool
     ref: ObjectRef[dict[str, Tensor]]
     base: LoraBase | None = None
+    transfer: str = ""
 
     def fetch(self, timeout_s: float) -> Mapping[str, Tensor]:
         """The tensors, read-only views of shared memory, or formed from such views when asked for.
@@ -65,7 +71,11 @@ class ObjectStoreWeights:
         import ray
 
         tensors: dict[str, Tensor] = ray.get(self.ref, timeout=timeout_s)
-        return tensors if self.base is None else self.base.with_factors(tensors)
+        return self.formed(tensors)
+
+    def formed(self, received: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What ``fetch`` would return, from ``received``: tensors that came another way."""
+        return received if self.base is None else self.base.with_factors(received)
 
 
 class ObjectStoreChannel:
@@ -76,10 +86,18 @@ class ObjectStoreChannel:
     """
 
     def __init__(self, trainable_only: bool, base: LoraBase | None = None) -> None:
-        self._trainable_only, self._base = trainable_only, base
+        self.trainable_only, self._base = trainable_only, base
         self.newest: ObjectStoreWeights | None = None
 
     def publish(self, source: WeightSource) -> ObjectStoreWeights:
-        weights = source.weights_ref(self._trainable_only)
-        self.newest = ObjectStoreWeights(source.version, not self._trainable_only, weights, self._base)
+        return self.hold(source.version, source.weights_ref(self.trainable_only))
+
+    def hold(
+        self, version: PolicyVersion, ref: ObjectRef[dict[str, Tensor]], transfer: str = ""
+    ) -> ObjectStoreWeights:
+        """Make the tensors behind ``ref`` the newest version."""
+        self.newest = ObjectStoreWeights(version, not self.trainable_only, ref, self._base, transfer)
         return self.newest
+
+    def metrics(self) -> dict[str, float]:
+        return {}

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import math
 import re
+from concurrent.futures import Future
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors.episodes.episode import derived_seed
 from actors.episodes.rollout import RolloutRequest
 from actors.peak_memory import PeakMemory
 from actors.types import Task, TrajectoryGroup
+from actors.weight_transfer import Rendezvous
 from actors.worker import RolloutActor, WorkerReport, WorkerSpec
 from cluster.common.errors import WeightsLost, WorkerLost
 from cluster.fleet.broadcast import ObjectStoreWeights
@@ -66,6 +68,7 @@ class RemoteWorker:
         self._config = spec.config
         self._drain_s = spec.config.train.group_timeout_s
         self._actor = actor
+        self._ended = False
         self.started: ray.ObjectRef[str] = actor.start.remote(spec)
 
     async def ready(self) -> None:
@@ -120,6 +123,16 @@ class RemoteWorker:
         call = self._actor.drain.remote(self._drain_s)
         await answer(call, self._drain_s + REPORT_S, self.name, "its last groups before a refresh")
 
+    @property
+    def is_up(self) -> bool:
+        """Whether it has started, and was not ended."""
+        return not self._ended and bool(ray.wait([self.started], timeout=0, fetch_local=False)[0])
+
+    def receive(self, meeting: Rendezvous, rank: int, transfer: str, deadline_s: float) -> Future[None]:
+        """Take part in a collective transfer of weights, without waiting. See RolloutWorker.receive."""
+        answered: Future[None] = self._actor.receive.remote(meeting, rank, transfer, deadline_s).future()
+        return answered
+
     async def refresh(self, weights: ObjectStoreWeights) -> WorkerReport:
         """Drain if need be, load ``weights``, go on. Raises WorkerLost, WeightsLost."""
         call = self._actor.refresh.remote(weights, self._drain_s)
@@ -128,7 +141,9 @@ class RemoteWorker:
             report: WorkerReport = await answer(call, self._drain_s + REFRESH_S, self.name, doing)
         except WorkerLost as error:
             failure = error.__cause__
-            if isinstance(failure, RayTaskError) and isinstance(failure.cause, ObjectLostError):
+            # The two others: the learner failed while it wrote them, of which ``publish`` may not have heard.
+            lost = (ObjectLostError, RayActorError, RayTaskError)
+            if isinstance(failure, RayTaskError) and isinstance(failure.cause, lost):
                 raise WeightsLost(weights.version) from error
             raise
         return report
@@ -147,6 +162,7 @@ class RemoteWorker:
 
     def kill(self) -> None:
         """End the process. Engine and episodes go with it."""
+        self._ended = True
         ray.kill(self._actor)
 
     async def _answer(self, reference: ray.ObjectRef[Any], task: Task) -> Any:

@@ -25,6 +25,7 @@ from cluster.common.display import StageCounter
 from cluster.common.errors import UnloadableError
 from cluster.common.tasks import TaskSource
 from cluster.fleet.broadcast import ObjectStoreChannel
+from cluster.fleet.collective import CollectiveChannel
 from cluster.fleet.episode_journal import start_journal
 from cluster.fleet.fleet import ElasticFleet, FleetPlan
 from cluster.fleet.ledger import Ledger
@@ -59,7 +60,7 @@ class TrainingCluster:
     launch: Callable[[str], RemoteWorker]
     launch_version: PolicyVersion
     learner: LearnerGroup
-    channel: ObjectStoreChannel
+    channel: ObjectStoreChannel | CollectiveChannel
     recovery: LearnerRecovery
 
     @property
@@ -93,8 +94,8 @@ async def training_cluster(
             numbers = [int(worker.name.rpartition("-")[2]) for worker in launched]
             return launch(f"worker-{max(numbers, default=-1) + 1}")
 
-        channel = _channel(spec)
-        crew = Crew[RemoteWorker]((), launch_next, lambda: channel.newest, say)
+        store = _store(spec)
+        crew = Crew[RemoteWorker]((), launch_next, lambda: store.newest, say)
         starting = asyncio.create_task(asyncio.to_thread(_start_learner, spec, folder, start))
         try:
             # On a shared GPU an engine that starts would count what the learner takes meanwhile as its own.
@@ -105,6 +106,7 @@ async def training_cluster(
             learner = await asyncio.shield(starting)
             retries = config.train.learner_retries
             recovery = LearnerRecovery(learner, folder.path, start.checkpoint, retries, say)
+            channel = _channel(config, store, learner, launched, say)
             yield TrainingCluster(crew, launch, version, learner, channel, recovery)
         finally:
             await crew.close()
@@ -116,7 +118,7 @@ async def training_cluster(
                 starting.result().close()
 
 
-def _channel(spec: RunSpec) -> ObjectStoreChannel:
+def _store(spec: RunSpec) -> ObjectStoreChannel:
     """What of the policy travels to the workers: all, the trained layers, or the factors of a LoRA."""
     from actors.policy_lora import LoraBase
 
@@ -125,6 +127,23 @@ def _channel(spec: RunSpec) -> ObjectStoreChannel:
         base = LoraBase(str(spec.model_path), learner.dtype, learner.lora_scale)
         return ObjectStoreChannel(trainable_only=True, base=base)
     return ObjectStoreChannel(trainable_only=learner.trainable == "last_layers")
+
+
+def _channel(
+    config: RunConfig,
+    store: ObjectStoreChannel,
+    learner: LearnerGroup,
+    launched: Sequence[RemoteWorker],
+    say: Callable[[str], None],
+) -> ObjectStoreChannel | CollectiveChannel:
+    """The way of new weights. ``launched``: all workers, also those that start later and those that ended."""
+    if config.learner.weight_transfer == "object_store":
+        return store
+
+    def up() -> list[RemoteWorker]:
+        return [worker for worker in list(launched) if worker.is_up]
+
+    return CollectiveChannel(store, learner, up, config.transfer_backend, say)
 
 
 def _start_learner(spec: RunSpec, folder: RunFolder, start: Start) -> LearnerGroup:

@@ -215,7 +215,7 @@ async def _learn(
     seconds = StepSeconds(taken - began, learned - taken, published - learned, time.monotonic() - began)
     summary = summarize(step, report, batch, seconds)
     figures = step_metrics(report, batch, seconds, stream.ledger, state.learner_restarts)
-    figures |= worker_metrics(list(fleet.reports.values())) | fleet.metrics()
+    figures |= worker_metrics(list(fleet.reports.values())) | fleet.metrics() | parts.channel.metrics()
     # No wait since ``begin``: no task of the next step was issued yet.
     figures |= parts.curriculum.after_step(step, figures, batch.positions)
     parts.tracker.log(figures, step)
