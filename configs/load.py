@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs import yaml_scalars
 from configs.bounds import HIDDEN, BoundError, ConfigError, shown
-from configs.reference import settings
+from configs.reference import absent, settings
 from configs.schema import EnvironmentConfig, RunConfig
 from configs.shipped import hint
 
@@ -248,8 +248,8 @@ def _check_key(source: str, key: str) -> None:
     if _in_section(key):
         inside = [known for known in settings() if known.startswith(f"{key}.")]
         raise ConfigError(f"{source}: {key} is a section, not a setting; set one of {', '.join(inside)}")
-    guesses = _similar(key)
-    hint = f"did you mean {' or '.join(guesses)}?" if guesses else "--settings lists all of them"
+    guesses = " or ".join(_similar(key))
+    hint = absent(key) or (f"did you mean {guesses}?" if guesses else "--settings lists all of them")
     raise ConfigError(f"{source}: {shown(key)} is no setting; {hint}")
 
 

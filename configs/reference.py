@@ -38,6 +38,18 @@ The folders `rows/` and `benchmarks/` hold what `engram evaluate` lays over them
 """
 
 
+_ABSENT = {
+    "tensor_parallel": "an engine runs on one GPU (no tensor parallelism): raise rollout.workers",
+    "pipeline_parallel": "an engine runs on one GPU (no pipeline parallelism): raise rollout.workers",
+}
+
+
+def absent(key: str) -> str:
+    """What to do without a setting that other projects have; "" where ``key`` is no such name."""
+    name = key.rpartition(".")[2].replace("-", "_").replace("model_", "").removesuffix("_size")
+    return _ABSENT.get(name, "")
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One leaf of the configuration.

@@ -97,7 +97,7 @@ def make_plan(config: RunConfig, shape: ModelShape, machine: Machine) -> Plan:
         ("object store", _store_line(config, shape)),
         *_slow_store_lines(config, shape, machine),
         ("host memory", _host_line(_host_gib(processes, config, shape), machine)),
-        ("refresh", f"{refresh_seconds(shape, config):6.1f} s, about, for new weights into a worker"),
+        ("refresh", _refresh_line(config, shape)),
         *_episode_lines(processes, config, shape),
     ]
     shortages = (
@@ -159,6 +159,20 @@ def _slow_store_lines(config: RunConfig, shape: ModelShape, machine: Machine) ->
         )
 
 
+def _refresh_line(config: RunConfig, shape: ModelShape) -> str:
+    """How long, by which way, and why by this one."""
+    seconds = refresh_seconds(shape, config)
+    if config.learner.weight_transfer == "object_store":
+        return f"{seconds:6.1f} s, about, for new weights into a worker, through Ray's object store"
+    backend = config.transfer_backend
+    on_gpu = backend == "nccl"
+    name, why = ("NCCL", "both sides have GPUs") if on_gpu else ("gloo", "not both sides have GPUs")
+    return (
+        f"{seconds:6.1f} s at most, through Ray's object store; less by the broadcast before it "
+        f"({name}, as {why}){', which has not run on a GPU yet' if on_gpu else ''}"
+    )
+
+
 def _host_line(gib: float, machine: Machine) -> str:
     has = "" if machine.named else f" of {machine.memory_gib:.1f}"
     return f"{gib:6.1f}{has} GiB: processes, object store, driver and Ray"
@@ -179,10 +193,15 @@ def _cache(worker: Process) -> float:
 
 
 def _host_gib(processes: tuple[Process, ...], config: RunConfig, shape: ModelShape) -> float:
-    """Of the processes on GPUs only their libraries, and rank 0's copy of the weights that it publishes."""
+    """Of the processes on GPUs only their libraries, and rank 0's copy of the weights that it publishes.
+
+    With learner.weight_transfer=collective each worker holds a copy too, until it loads it.
+    """
     gib = sum(process.count * (EMPTY_GIB if process.gpu else process.gib) for process in processes)
-    copies = published_bytes(shape, config.learner) / GIB if processes[0].gpu else 0.0
-    return gib + copies + object_store_gib(config, shape) + 2 * _DRIVER_GIB
+    published = published_bytes(shape, config.learner) / GIB
+    copies = published if processes[0].gpu else 0.0
+    received = config.rollout.workers * published if config.learner.weight_transfer == "collective" else 0.0
+    return gib + copies + received + object_store_gib(config, shape) + 2 * _DRIVER_GIB
 
 
 # --- shortages --------------------------------------------------------------------------------------------

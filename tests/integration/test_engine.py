@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from actors.fast_weights.basis import compute_basis_from_checkpoint
 from actors.fast_weights.delta import Basis
 from actors.protocols import EngineError, ReceiptError
 from actors.types import AdapterKey, FastWeights, Generation, Probe, Sampling
+from actors.weight_transfer import Receiver, Sender
 from configs.schema import EngineConfig, FastWeightsConfig, ModelConfig
 from configs.tolerances import RECEIPT
 from tests.integration.engine_reference import Reference, distance, prompt, written
@@ -457,6 +459,32 @@ def test_a_refreshed_engine_is_a_fresh_one_to_the_bit(
         for version, tensors in ((11, other), (12, start)):
             await policy.refresh(version, tensors, complete=True)
         assert await policy.score(prompt(15, 120), base(policy)) == fresh_scores
+
+    run(story())
+
+
+def test_weights_that_were_broadcast_serve_as_those_of_the_object_store_to_the_bit(
+    policy: VLLMPolicy, tiny_model_path: Path
+) -> None:
+    start = load_file(tiny_model_path / "model.safetensors")
+    sent = {name: 1.01 * tensor for name, tensor in start.items()}
+    root, receiver = Sender("127.0.0.1", 2, "gloo"), Receiver()
+    with ThreadPoolExecutor(1) as pool:
+        receiving = pool.submit(receiver.receive, root.meeting, 1, "1.1", 60)
+        manifest = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sent.items()]
+        assert root.send("1.1", manifest, sent.items(), 60) == ""
+        receiving.result(60)
+    received = receiver.take("1.1")
+    assert received is not None
+    version = policy.version
+
+    async def story() -> None:
+        scores = []
+        for later, tensors in enumerate((sent, start, received), 1):
+            await policy.refresh(version + later, tensors, complete=True)
+            scores.append(await policy.score(prompt(15, 120), base(policy)))
+        assert scores[0] == scores[2] != scores[1]
+        await policy.refresh(version + 4, start, complete=True)
 
     run(story())
 

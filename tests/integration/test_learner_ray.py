@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
-from dataclasses import replace
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
+from torch import Tensor
 
 from actors.fast_weights.delta import Basis
+from actors.weight_transfer import Receiver, Rendezvous, TorchCollective
+from cluster.fleet.broadcast import ObjectStoreChannel, ObjectStoreWeights
+from cluster.fleet.collective import CollectiveChannel
 from configs.schema import LearnerConfig
 from learner.types import LearnerError, LearnerLost
 from learner.worker import LearnerGroup, LearnerSpec
@@ -101,3 +108,96 @@ def test_a_rank_that_died_is_said_to_have_died_and_starts_again_from_a_checkpoin
     remote.close()
     with pytest.raises(LearnerError, match="the learner was closed"):
         remote.restart(None, 0)
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class Engine:
+    """A worker that records what it loads; one that ``dies`` does so at its second broadcast."""
+
+    def __init__(self, dies: bool) -> None:
+        self._receiver = Receiver(Dying if dies else TorchCollective)
+
+    def receive(self, meeting: Rendezvous, rank: int, transfer: str, deadline_s: float) -> None:
+        self._receiver.receive(meeting, rank, transfer, deadline_s)
+
+    def refresh(self, weights: ObjectStoreWeights) -> tuple[str, dict[str, Tensor]]:
+        received = self._receiver.take(weights.transfer)
+        if received is None:
+            return "store", dict(weights.fetch(60))
+        return "broadcast", dict(weights.formed(received))
+
+
+class Dying(TorchCollective):
+    _joined = False
+
+    def broadcast(self, flat: Tensor, deadline: float) -> None:
+        if self._joined:
+            os._exit(1)
+        self._joined = True
+        super().broadcast(flat, deadline)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """The driver's view of an Engine (cluster.fleet.collective.Member)."""
+
+    name: str
+    actor: Any
+
+    def receive(self, meeting: Rendezvous, rank: int, transfer: str, deadline_s: float) -> Future[None]:
+        answered: Future[None] = self.actor.receive.remote(meeting, rank, transfer, deadline_s).future()
+        return answered
+
+    def refresh(self, weights: ObjectStoreWeights) -> tuple[str, dict[str, Tensor]]:
+        loaded: tuple[str, dict[str, Tensor]] = ray.get(self.actor.refresh.remote(weights), timeout=120)
+        return loaded
+
+
+def test_two_ranks_broadcast_to_two_engines_of_which_one_dies_and_one_comes_late(
+    cluster: None, llama: Path, llama_basis: Basis
+) -> None:
+    """Under ZeRO-3 both ranks gather what rank 0 sends."""
+
+    def engine(number: int, dies: bool = False) -> Worker:
+        return Worker(f"worker-{number}", Engine.remote(dies))  # type: ignore[attr-defined]
+
+    ranks = free(zero_stage=3, workers=2, cpus_per_worker=0)
+    learner = LearnerGroup(spec(llama, llama_basis, ranks), start_timeout_s=300)
+    workers, said = [engine(0), engine(1)], list[str]()
+    channel = CollectiveChannel(
+        ObjectStoreChannel(trainable_only=False), learner, lambda: workers, "gloo", said.append
+    )
+    groups = [ray.put(group(llama_basis, (1.0, 0.0)))]
+
+    def publish() -> tuple[ObjectStoreWeights, dict[str, Tensor]]:
+        learner.step(groups)
+        weights = channel.publish(learner)
+        return weights, ray.get(weights.ref, timeout=120)
+
+    def check(worker: Worker, weights: ObjectStoreWeights, stored: dict[str, Tensor], way: str) -> None:
+        came, loaded = worker.refresh(weights)
+        assert came == way and loaded.keys() == stored.keys()
+        assert all(torch.equal(loaded[name], stored[name]) for name in stored)
+
+    try:
+        weights, stored = publish()
+        late = engine(2, dies=True)
+        check(late, weights, stored, "store")
+        for worker in workers:
+            check(worker, weights, stored, "broadcast")
+        assert said == []
+        workers.append(late)  # it belongs to the next group, and dies in its first broadcast
+        weights, stored = publish()
+        assert "worker-2: " in said[0] and "from the object store" in said[0]
+        for worker in workers[:2]:
+            _, loaded = worker.refresh(weights)  # whole, whichever way it came
+            assert all(torch.equal(loaded[name], stored[name]) for name in stored)
+        del workers[2]
+        weights, stored = publish()
+        for worker in workers:
+            check(worker, weights, stored, "broadcast")
+        assert len(said) == 1 and learner.version == weights.version == 3
+    finally:
+        learner.close()
+        for worker in [*workers, late]:
+            ray.kill(worker.actor)

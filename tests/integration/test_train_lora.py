@@ -1,5 +1,7 @@
 """The circle with learner.trainable=lora: factors travel, workers form the sum, a checkpoint goes on.
 
+They travel through the object store in the first life, and by a broadcast (gloo) in the second.
+
 As in test_train_loop.py the tiny model earns no reward, so its advantages are made up. The second life starts
 its worker from the checkpoint, whose weights are a sum already: what it serves afterwards tells whether it
 adds to that sum, or to the base weights.
@@ -21,7 +23,7 @@ from cluster.assistant.export import export
 from cluster.runs.checkpoint import load_whole
 from cluster.train.prepare import prepare_training
 from configs.load import load_config
-from tests.integration.test_train_loop import SETTINGS, Trained, largest_difference, train
+from tests.integration.test_train_loop import SETTINGS, Trained, largest_difference, tracked_run, train
 
 LORA = (
     "learner.trainable=lora",
@@ -44,7 +46,8 @@ def lives(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         first = live("train.steps=1")
-        return first, live("train.steps=2", f"resume={first.checkpoint.folder}")
+        more = ("train.steps=2", f"resume={first.checkpoint.folder}", "learner.weight_transfer=collective")
+        return first, live(*more)
 
 
 def test_workers_serve_the_sum_of_base_and_factors_in_both_lives(lives: tuple[Trained, Trained]) -> None:
@@ -54,6 +57,9 @@ def test_workers_serve_the_sum_of_base_and_factors_in_both_lives(lives: tuple[Tr
         assert largest_difference(life.episode, life.checkpoint.model) <= 1e-3
         assert largest_difference(life.episode, life.spec.model_path) > 0.05  # no longer the base model's
     assert largest_difference(lives[1].episode, lives[0].checkpoint.model) > 0.01
+    first, second = (tracked_run(life).data.metrics for life in lives)
+    assert "sync/collective_received" not in first  # through the object store
+    assert (second["sync/collective_received"], second["sync/collective_missed"]) == (1, 0)
 
 
 def test_the_checkpoint_is_exported_as_an_adapter_and_merged(

@@ -70,6 +70,26 @@ WITH_GPUS = [file for file in shipped().values() if "gpus_per_worker" in file.re
             "learner.gpus_per_worker=0.5 is not allowed: it must be 0 or 1 with several learner.workers; "
             "NCCL takes one rank a GPU",
         ),
+        (
+            [
+                "learner.weight_transfer=collective",
+                "learner.gpus_per_worker=1",
+                "rollout.gpus_per_worker=0.5",
+                "model.dtype=bfloat16",
+            ],
+            "learner.weight_transfer='collective' is not allowed: it must be object_store where processes "
+            "share a GPU; NCCL takes one process a GPU",
+        ),
+        (
+            ["engine.tensor_parallel=2"],
+            "'engine.tensor_parallel' is no setting; an engine runs on one GPU (no tensor parallelism): "
+            "raise rollout.workers",
+        ),
+        (
+            ["engine.tensor-parallel-size=2"],
+            "'engine.tensor-parallel-size' is no setting; an engine runs on one GPU (no tensor parallelism): "
+            "raise rollout.workers",
+        ),
     ],
 )
 def test_what_a_gpu_cannot_do_is_refused_in_one_line(settings: list[str], said: str) -> None:

@@ -273,6 +273,25 @@ def test_the_shipped_configurations_for_gpus_fit_theirs_and_say_that_they_were_n
     assert "Not run yet" in shipped()[name].read_text(encoding="utf-8").replace("\n# ", " ")
 
 
+def test_the_plan_says_which_way_new_weights_take_and_counts_what_waits(
+    shape_of: Callable[[str], ModelShape],
+) -> None:
+    shape, machine = shape_of("Qwen/Qwen3-4B"), named_machine(8, 80)
+    stored, _ = planned(shape, "paper", machine)
+    assert "for new weights into a worker, through Ray's object store" in stored
+    sent, _ = planned(shape, "paper", machine, "learner.weight_transfer=collective")
+    why = "the broadcast before it (NCCL, as both sides have GPUs), which has not run on a GPU yet"
+    assert f"s at most, through Ray's object store; less by {why}" in sent
+
+    def host(text: str) -> float:
+        (line,) = (line for line in text.splitlines() if line.startswith("host memory"))
+        return float(line.split()[2])
+
+    config = run_config("paper")
+    received = config.rollout.workers * published_bytes(shape, config.learner) / GIB
+    assert host(sent) - host(stored) == pytest.approx(received, abs=0.11)
+
+
 def test_a_small_machine_is_said_to_be_short_of_memory_and_of_shared_memory() -> None:
     shape = model_shape(ModelConfig())
     _, shortages = planned(shape, "quickstart", replace(MACHINE, memory_gib=4.0, shared_gib=0.06))
