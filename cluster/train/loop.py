@@ -15,7 +15,8 @@ Every wait, and who unblocks it:
                       train.group_timeout_s without any event; then the learner's nodes having the groups, or
                       learner.step_timeout_s
     learner.step      the learner, or learner.step_timeout_s
-    channel.publish   the learner handing out its weights, or learner.step_timeout_s
+    channel.publish   the learner handing out its weights, or learner.step_timeout_s; a broadcast before that,
+                      or its own deadline (fleet/collective.py)
     refreshing        in the background, awaited after the last step: each worker drains and loads under
                       train.group_timeout_s and the refresh deadline
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -16,12 +15,13 @@ import torch
 from torch import Tensor
 
 from actors.fast_weights.delta import Basis
-from actors.weight_transfer import Receiver, Rendezvous, TorchCollective
+from actors.weight_transfer import Rendezvous
 from cluster.fleet.broadcast import ObjectStoreChannel, ObjectStoreWeights
 from cluster.fleet.collective import CollectiveChannel
 from configs.schema import LearnerConfig
 from learner.types import LearnerError, LearnerLost
 from learner.worker import LearnerGroup, LearnerSpec
+from tests.integration.scripted_engine import Engine
 from tests.unit.learner_cases import UNWEIGHTED, free, group, learner, segments_of
 
 
@@ -108,33 +108,6 @@ def test_a_rank_that_died_is_said_to_have_died_and_starts_again_from_a_checkpoin
     remote.close()
     with pytest.raises(LearnerError, match="the learner was closed"):
         remote.restart(None, 0)
-
-
-@ray.remote(num_cpus=0, max_restarts=0)
-class Engine:
-    """A worker that records what it loads; one that ``dies`` does so at its second broadcast."""
-
-    def __init__(self, dies: bool) -> None:
-        self._receiver = Receiver(Dying if dies else TorchCollective)
-
-    def receive(self, meeting: Rendezvous, rank: int, transfer: str, deadline_s: float) -> None:
-        self._receiver.receive(meeting, rank, transfer, deadline_s)
-
-    def refresh(self, weights: ObjectStoreWeights) -> tuple[str, dict[str, Tensor]]:
-        received = self._receiver.take(weights.transfer)
-        if received is None:
-            return "store", dict(weights.fetch(60))
-        return "broadcast", dict(weights.formed(received))
-
-
-class Dying(TorchCollective):
-    _joined = False
-
-    def broadcast(self, flat: Tensor, deadline: float) -> None:
-        if self._joined:
-            os._exit(1)
-        self._joined = True
-        super().broadcast(flat, deadline)
 
 
 @dataclass(frozen=True)
