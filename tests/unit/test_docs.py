@@ -22,6 +22,8 @@ from actors.episodes.teacher import Teaching
 from actors.types import Boundary, CardUse, Flashcard, TrajectoryGroup
 from actors.worker import WorkerReport
 from cluster.cli import app, main
+from cluster.fleet.broadcast import ObjectStoreChannel
+from cluster.fleet.collective import CollectiveChannel
 from cluster.fleet.fleet import ElasticFleet, FleetPlan, phase_seconds
 from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.stream import Batch
@@ -190,6 +192,7 @@ def _logged() -> set[str]:
     stats = _zeros(EngineStats, seconds=dict.fromkeys(PHASES, 1.0))
     worker = _zeros(WorkerReport, name="worker-0", engine=stats)
     fleet = ElasticFleet((), FleetPlan(None, lambda: 0, 0, 1, 1.0, lambda text: None, in_flight=False), None)
+    nobody: Any = None
     row = RowResult("row", 0, (score_episode(episode),), ())
     batch = Batch((0,), (finished_group(groups),), (0,), 0)
     figures = [
@@ -197,6 +200,7 @@ def _logged() -> set[str]:
         worker_metrics([worker]),
         worker_timeline(phase_seconds({}, {"worker-0": worker})),
         fleet.metrics(),
+        CollectiveChannel(ObjectStoreChannel(False), nobody, list, "gloo", print).metrics(),
         warm_start_metrics(
             _zeros(WarmStartReport), {f"teacher_{name}": 0.0 for name in Teaching().figures()}
         ),
