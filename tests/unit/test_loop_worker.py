@@ -19,7 +19,6 @@ from actors.episodes.group_summary import GroupSummary
 from actors.episodes.rollout import SCORING_S, RolloutRequest
 from actors.protocols import EngineError
 from actors.types import PolicyVersion, TrajectoryGroup
-from actors.weight_transfer import Sender
 from actors.worker import RolloutWorker, WorkerError, WorkerSpec
 from cluster.fleet.remote_worker import EPISODE_GRACE_S, RemoteWorker, credits_per_worker
 from cluster.measure.rows import EvaluationRow
@@ -297,27 +296,6 @@ def test_the_engine_is_given_what_was_published_and_told_whether_it_is_all(
         weights.complete = complete
         await bench.worker.refresh(weights, 5)
         assert bench.policy.complete is complete and list(bench.policy.tensors) == ["trained"]
-
-    asyncio.run(body())
-
-
-def test_received_weights_are_loaded_once_and_others_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = {"w": torch.full((3,), 7.0)}
-
-    async def body() -> None:
-        bench, root = Bench(monkeypatch), Sender("127.0.0.1", 2, "gloo")
-        receiving = asyncio.create_task(bench.worker.receive(root.meeting, 1, "1.1", 60))
-        manifest = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sent.items()]
-        assert await asyncio.to_thread(root.send, "1.1", manifest, sent.items(), 60) == ""
-        await receiving
-        weights = Weights(1)
-        weights.transfer = "1.1"
-        await bench.worker.refresh(weights, 5)
-        assert torch.equal(bench.policy.tensors["formed.w"], sent["w"])
-        weights = Weights(2, {"fetched": torch.ones(2)})
-        weights.transfer = "1.2"  # this one it did not receive
-        await bench.worker.refresh(weights, 5)
-        assert list(bench.policy.tensors) == ["fetched"]
 
     asyncio.run(body())
 

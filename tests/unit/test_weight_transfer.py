@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch._C._distributed_c10d import HashStore, Store
 
 from actors import weight_transfer
 from actors.weight_transfer import Manifest, Receiver, Rendezvous, Sender, TorchCollective, TransferError
+from tests.unit.test_loop_worker import Bench, Weights
 
 PATIENCE_S = 60.0
 
@@ -150,6 +152,26 @@ def test_a_root_that_is_gone_is_an_error_of_the_transfer(pool: ThreadPoolExecuto
     with pytest.raises(TransferError):
         receiver.receive(meeting, 1, "1.2", 2.0)
     assert receiver.take("1.1") is None, "it was given up for the next one"
+
+
+def test_received_weights_are_loaded_once_and_others_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = {"w": torch.full((3,), 7.0)}
+
+    async def body() -> None:
+        bench, root = Bench(monkeypatch), Sender("127.0.0.1", 2, "gloo")
+        receiving = asyncio.create_task(bench.worker.receive(root.meeting, 1, "1.1", 60))
+        assert await asyncio.to_thread(root.send, "1.1", manifest(sent), sent.items(), 60) == ""
+        await receiving
+        weights = Weights(1)
+        weights.transfer = "1.1"
+        await bench.worker.refresh(weights, 5)
+        assert torch.equal(bench.policy.tensors["formed.w"], sent["w"])
+        weights = Weights(2, {"fetched": torch.ones(2)})
+        weights.transfer = "1.2"  # this one it did not receive
+        await bench.worker.refresh(weights, 5)
+        assert list(bench.policy.tensors) == ["fetched"]
+
+    asyncio.run(body())
 
 
 def test_a_gpu_group_is_nccls_and_its_watchdog_does_not_end_the_process() -> None:
