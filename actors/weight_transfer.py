@@ -39,6 +39,7 @@ Manifest = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
 
 _POLL_S = 2e-4
 _LISTEN_S = 60.0
+_HOST = torch.device("cpu")
 
 
 class TransferError(RuntimeError):
@@ -86,7 +87,7 @@ class TorchCollective:
             self.device = torch.device("cuda", 0)  # Ray shows each process its own GPU alone
             self._group: Any = _nccl_group(store, rank, meeting.size)
         else:
-            self.device = torch.device("cpu")
+            self.device = _HOST
             self._group = ProcessGroupGloo(store, rank, meeting.size, _left(deadline))
 
     def broadcast(self, flat: Tensor, deadline: float) -> None:
@@ -242,23 +243,20 @@ class Receiver:
         assert self._store is not None, "the group was joined there"
         self._store.wait([transfer], _left(deadline))
         manifest = json.loads(self._store.get(transfer))
-        on_cpu = group.device.type == "cpu"
-        # From a GPU only into pinned memory at full speed.
+        in_place = group.device == _HOST
         tensors = {
-            name: torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=not on_cpu)
+            # A GPU copies into pinned memory at full speed.
+            name: torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=torch.cuda.is_available())
             for name, dtype, shape in manifest
         }
-        largest = max((tensor.nbytes for tensor in tensors.values()), default=0)
-        scratch = torch.empty(
-            0 if on_cpu else min(SLICE_BYTES, largest), dtype=torch.uint8, device=group.device
-        )
+        largest = 0 if in_place else max((tensor.nbytes for tensor in tensors.values()), default=0)
+        scratch = torch.empty(min(SLICE_BYTES, largest), dtype=torch.uint8, device=group.device)
         for tensor in tensors.values():
             for part in _bytes_of(tensor).split(SLICE_BYTES):
-                if on_cpu:
-                    group.broadcast(part, deadline)
-                else:
-                    group.broadcast(scratch[: len(part)], deadline)
-                    part.copy_(scratch[: len(part)])
+                arriving = part if in_place else scratch[: len(part)]
+                group.broadcast(arriving, deadline)
+                if not in_place:
+                    part.copy_(arriving)
         return tensors
 
 

@@ -109,7 +109,7 @@ class CollectiveChannel:
         trainable_only = self._store.trainable_only
         # Workers that have them need not wait until the store has them too.
         ref = self._learner.weights_ref(trainable_only, wait=received == 0)
-        return self._store.hold(source.version, ref, transfer if received else "")
+        return self._store.hold(source.version, ref, transfer)
 
     def metrics(self) -> dict[str, float]:
         """Workers that had a version by a broadcast, and those that it should have reached; so far."""

@@ -91,6 +91,26 @@ class Mortal:
         self._inner.close()
 
 
+class Elsewhere(TorchCollective):
+    """A membership whose device is not the host's memory, as a GPU is not."""
+
+    def __init__(self, meeting: Rendezvous, store: Store, rank: int, deadline: float) -> None:
+        super().__init__(meeting, store, rank, deadline)
+        self.device = torch.device("cpu", 0)
+
+    def broadcast(self, flat: Tensor, deadline: float) -> None:
+        assert flat.untyped_storage().nbytes() <= 1000, "it arrives in one slice's memory"
+        super().broadcast(flat, deadline)
+
+
+def test_what_arrives_in_a_devices_memory_is_copied_slice_by_slice(pool: ThreadPoolExecutor) -> None:
+    root, receiver, sent = sender(1), Receiver(Elsewhere), weights(1)
+    calls = start(pool, root, [receiver], "1.1")
+    assert root.send("1.1", manifest(sent), sent.items(), PATIENCE_S) == ""
+    calls[0].result(PATIENCE_S)
+    assert equal(receiver.take("1.1"), sent)
+
+
 def test_one_group_brings_several_versions_to_the_bit(pool: ThreadPoolExecutor) -> None:
     root, receivers = sender(2), [Receiver(), Receiver()]
     for version in (1, 2):
