@@ -2,8 +2,7 @@
 
     <run>/checkpoints/step-000050/
         learner/          theta (a Hugging Face folder), optimizer, RNG of every rank; the learner writes it
-        state.json        step, generation, policy version, task ledger, MLflow run id, rewards,
-                          the curriculum's stage
+        state.json        step, generation, policy version, ledger, MLflow run, rewards, curriculum's stage
         config.yaml       the resolved configuration
         SHA256SUMS        a digest of each file above, as ``sha256sum --check`` reads it
         evaluation.json   mean held-out score, where train.evaluate_every measured it
