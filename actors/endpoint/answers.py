@@ -115,7 +115,7 @@ def completion_events(
     model: str, choice: SaidChoice, counted: CompletionUsage | None, extra: Mapping[str, Any]
 ) -> Iterator[str]:
     """Server-sent events: the answer in one piece, then how it ended. ``counted``: where it is asked for."""
-    chunks = Chunks(model)
+    chunks = Chunks(model, counted is not None)
     yield chunks.begin(0, choice.content or "", choice.calls)
     yield chunks.end(0, choice, extra)
     if counted is not None:
@@ -129,10 +129,15 @@ DONE = "data: [DONE]\n\n"
 class Chunks:
     """The server-sent events of one answer, as OpenAI's chunks. Each choice has a beginning and an end."""
 
-    def __init__(self, model: str) -> None:
-        created = int(time.time())
+    def __init__(self, model: str, counted: bool = False) -> None:
+        """``counted``: a last event will count the tokens; the others then say that they do not."""
         self._empty = ChatCompletionChunk(
-            id=new_id("chatcmpl"), object="chat.completion.chunk", created=created, model=model, choices=[]
+            id=new_id("chatcmpl"),
+            object="chat.completion.chunk",
+            created=int(time.time()),
+            model=model,
+            choices=[],
+            **({"usage": None} if counted else {}),
         )
 
     def begin(self, index: int, text: str, calls: Sequence[SaidCall] = ()) -> str:

@@ -160,8 +160,12 @@ def checked(kind: type[B], data: Mapping[str, Any]) -> B:
 
 
 def _refusal(error: ValidationError, kind: type[BaseModel]) -> RequestError:
-    """The first fault as one line, e.g. "messages[0].role must be system, user or assistant"."""
-    first = error.errors(include_url=False)[0]
+    """The first fault as one line, e.g. "messages[0].role must be system, user or assistant".
+
+    A wrong ``type`` comes first: all other fields of its object are those of another type.
+    """
+    faults = error.errors(include_url=False)
+    first = min(faults, key=lambda fault: fault["loc"][-1:] != ("type",))
     place, rule = "", ""
     model: type[BaseModel] | None = kind
     for part in first["loc"]:

@@ -56,11 +56,12 @@ class Manner:
 class Choice:
     """One reply to a turn. ``generation`` ends with its stop token or stop text; ``text`` has neither.
 
-    ``top``: see actors.speech.Spoken.
+    ``told``: how many of its tokens come before a stop text. ``top``: see actors.speech.Spoken.
     """
 
     text: str
     generation: Generation
+    told: int
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
     @property
@@ -95,8 +96,14 @@ async def answers(
             spoken = await policy.speak(prompt_ids, own, adapter, manner.decoding, heard)
         whole = said(spoken.generation.token_ids)
         generation, text = ended_at(manner.stop, spoken.generation, whole, said)
+        ids = generation.token_ids
+        told = len(ids)
+        while text != whole and told and said(ids[: told - 1]).startswith(text):
+            told -= 1  # it says nothing but the stop text
+        if generation.finish_reason == "length":
+            text = text.rstrip(_HALF_A_CHARACTER)  # the other half is behind the bound
         telling.end(text)
-        return Choice(text, generation, spoken.top[: len(generation.token_ids)])
+        return Choice(text, generation, told, spoken.top[: len(ids)])
 
     tasks = [asyncio.create_task(one(number)) for number in range(manner.choices)]
     try:

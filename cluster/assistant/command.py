@@ -55,6 +55,7 @@ MEMORY_EXAMPLES = """examples:
   engram memory ada --correct '3=in Porto' --forget 5 --forget 6
   engram memory ada --model runs/quickstart-20260101-120000
   engram memory conversations/ada --forget 2 write.epochs=20
+  engram memory conversations --model runs/quickstart-20260101-120000
 
 Without options it lists the flashcards in the weights of a saved conversation; no model is loaded.
 
@@ -62,6 +63,10 @@ Without options it lists the flashcards in the weights of a saved conversation; 
 flashcards that remain, since nothing takes one out of the weights. It says how many of them were learnt, and
 which did not take. The folder is replaced at the end, or stays as it is. --model writes them onto another
 model, which chat and serve never do: they refuse a saved conversation that is not one of their model.
+
+FOLDER may also hold conversations, as a server's assistant.save_dir does. Without options they are listed.
+With --model all of them are moved, with the model loaded once. One that fails stays as it was (status 1); the
+same command again moves the rest.
 
 Do not change a memory that a chat or a server has open: it is saved there again after its next turn.
 """
@@ -153,7 +158,9 @@ def serve(
 
 
 def memory(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="that /save, --memory or serve wrote")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="that /save, --memory or serve wrote; or a save_dir")
+    ],
     settings: Annotated[Settings, setting_words("write.epochs=20")] = None,
     correct: Annotated[
         list[str] | None,
@@ -171,8 +178,11 @@ def memory(
     config: Config = "",
     allow_code: AllowCode = False,
     verbose: Verbose = False,
-) -> None:
-    """Show a conversation's flashcards, correct or forget some."""
+) -> int:
+    """Show a conversation's flashcards, correct or forget some.
+
+    Or write them onto another model: those of one conversation, or of a folder of them.
+    """
     from cluster.common.display import Display
 
     display = Display()
@@ -184,12 +194,13 @@ def memory(
         edits = parse_edits(forget or (), correct or ())
         if edits or model:
             chosen = find_config(config) if config else None
-            change(folder.expanduser(), edits, model, chosen, settings or [], allow_code, display)
-        elif settings:
+            where = folder.expanduser()
+            return int(change(where, edits, model, chosen, settings or [], allow_code, display) > 0)
+        if settings:
             needs = "settings are for --correct, --forget and --model"
             raise ConfigError(f"argument {settings[0]!r}: {needs}; the list needs none")
-        else:
-            show(folder.expanduser(), display)
+        show(folder.expanduser(), display)
+    return 0
 
 
 def export(

@@ -6,9 +6,10 @@ JSON --> _Body --> the prompt's tokens under revision 0 --> a text, whole or as 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -22,6 +23,7 @@ from actors.speech import RefusedError
 from actors.text.chat_template import ChatFormat
 from actors.types import AdapterKey, Sampling
 from cluster.assistant.answering import Choice, answers, unheard
+from cluster.assistant.calling import Calling
 from cluster.assistant.openai_format import Sampled, StreamOptions
 from cluster.assistant.routes import Service
 from cluster.assistant.streaming import Hear, Stream
@@ -46,6 +48,8 @@ class _Body(Sampled):
 
 
 def add_completions(routes: APIRouter, service: Service) -> None:
+    numbers = itertools.count()
+
     @routes.post("/v1/completions")
     async def complete(request: Request) -> Response:
         body = checked(_Body, await service.read(request))
@@ -55,18 +59,23 @@ def add_completions(routes: APIRouter, service: Service) -> None:
             most = config.engine.max_model_tokens - 2
             message = f"prompt has {len(ids)} tokens, at most {most} fit (engine.max_model_tokens)"
             raise bad_value(message, "prompt")
-        stream = await service.begin(request, lambda hear: _answer(service, body, ids, hear), body.stream)
+        # the same request again is another sample, unless it has a seed
+        seed = derived_seed(config.seed, "completion", body.prompt, next(numbers))
+
+        def work(hear: Hear) -> Coroutine[Any, Any, Answered]:
+            return _answer(service, body, ids, seed, hear)
+
+        stream = await service.begin(request, work, body.stream)
         form = _Form(service.name, body, service.parts.chat)
         if body.stream:
             return service.events(form.events(stream), stream)
         return Response(_json(form.whole(await stream.whole())), media_type="application/json")
 
 
-async def _answer(service: Service, body: _Body, ids: Sequence[int], hear: Hear) -> Answered:
+async def _answer(service: Service, body: _Body, ids: Sequence[int], seed: int, hear: Hear) -> Answered:
     parts, config = service.parts, service.parts.opening.config
     limit = config.sampling.max_answer_tokens
     temperature = config.assistant.temperature if body.temperature is None else body.temperature
-    seed = derived_seed(config.seed, "completion", body.prompt)
     sampling = Sampling(temperature, min(body.most_tokens or limit, limit), seed, "act")
     adapter = AdapterKey(parts.policy.version, "", 0)
     with service.metrics.timer() as timer:
@@ -75,7 +84,8 @@ async def _answer(service: Service, body: _Body, ids: Sequence[int], hear: Hear)
             timer.first_token()
             hear(choice, text)
 
-        manner = body.manner("", body.logprobs or 0, (), heard if body.stream else unheard)
+        plain = Calling((), "", forced=False)
+        manner = body.manner(plain, body.logprobs or 0, heard if body.stream else unheard)
         try:
             async with asyncio.timeout(config.assistant.request_timeout_s):
                 choices = await answers(parts.policy, parts.chat.plainly, ids, sampling, adapter, manner)
@@ -92,6 +102,7 @@ class _Form:
         self._body, self._chat = body, chat
         created = int(time.time())
         self._head = {"id": new_id("cmpl"), "object": "text_completion", "created": created, "model": model}
+        self._counts = body.stream_options is not None and bool(body.stream_options.include_usage)
 
     def whole(self, answered: Answered) -> dict[str, Any]:
         tokens, choices = answered
@@ -108,8 +119,7 @@ class _Form:
         tokens, choices = await stream.whole()
         for index, choice in enumerate(choices):
             yield self._event([self._choice(index, "", choice.finish_reason, choice)])
-        options = self._body.stream_options
-        if options is not None and options.include_usage:
+        if self._counts:
             yield self._event([], usage=_usage(tokens, choices))
         yield DONE
 
@@ -120,7 +130,7 @@ class _Form:
 
     def _logprobs(self, choice: Choice) -> dict[str, Any]:
         """By token; ``text_offset`` counts from the beginning of the reply."""
-        ids = choice.generation.token_ids
+        ids = choice.generation.token_ids[: choice.told]
         ids = ids[:-1] if ids and ids[-1] in self._chat.stop_token_ids else ids
         tokens = [self._chat.decode([token_id]) for token_id in ids]
         offsets = [0]
@@ -135,7 +145,8 @@ class _Form:
         }
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        return f"data: {_json(self._head | {'choices': choices} | more)}\n\n"
+        usage = {"usage": None} if self._counts else {}  # OpenAI's other events say that they count nothing
+        return f"data: {_json(self._head | {'choices': choices} | usage | more)}\n\n"
 
 
 def _tokens(choices: Sequence[Choice]) -> int:

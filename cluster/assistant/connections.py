@@ -88,6 +88,18 @@ class HostCheck:
             return name in self._allowed or name.endswith(".localhost")
 
 
+class HeadAsGet:
+    """Answers HEAD as GET: health checks send it. The server leaves the body out (H11Protocol)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
 def _without_port(host: str) -> str:
     name, colon, port = host.rpartition(":")
     return name if colon and port.isdigit() else host

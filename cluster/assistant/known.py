@@ -7,14 +7,13 @@
     u1 a1       | u4              another branch: back to where u2 began, with the Delta of that time
     u1 b1 u2 a2 | u3              an edited history: back to where u1 began, and read from there
 
-What cannot be recognised, or lies further back than the kept turns, is refused (409): a conversation never
-mixes two histories.
+What cannot be recognised is refused (409): a conversation never mixes two histories.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -25,15 +24,23 @@ if TYPE_CHECKING:
     from cluster.assistant.conversation import Conversation, Standing
 
 KEPT_TURNS = 8
-"""The newest turns that can be gone back to. Each holds a context, and shares the Delta of its time."""
+"""So many of the newest turns are kept as they began. Each holds a context, and shares the Delta of its time.
+
+Of older ones ever fewer are kept, and always the first. So one goes back any distance: what lies between
+the turn that was kept and the edit is read, and written, again.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What one side has said. A tool's result is said by "tool", the calls before it stand in a text."""
+    """What one side has said. A tool's result is said by "tool", the calls before it stand in a text.
+
+    ``place``: where it stands in its request, e.g. messages[3].
+    """
 
     role: TurnRole
     text: str
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,18 +87,17 @@ class Known:
         if not self._whole or (same == 0 and not resent):
             raise _conflict(
                 "the messages before the last turn are not this conversation's: send the new turns "
-                "alone, or name a new conversation"
+                "alone, or name a new conversation",
+                turns,
             )
         if not may_return:
+            first = (*history, *turns)[same]
             raise _conflict(
-                f"messages[{same}] is not what was said then, or was answered already: append to the "
-                "conversation, or start the server with assistant.edited_history=return"
+                f"{first.place} is not what was said then, or was answered already: append to the "
+                "conversation, or start the server with assistant.edited_history=return",
+                turns,
             )
-        at = max((size for size in self._standings if size <= same), default=None)
-        if at is None:
-            raise _conflict(
-                f"the history differs more than {KEPT_TURNS} turns back: name a new conversation for it"
-            )
+        at = max(size for size in self._standings if size <= same)  # the first turn's is always there
         await conversation.return_to(self._standings[at])
         return Start(at, history[at:], conversation.standing())
 
@@ -99,8 +105,7 @@ class Known:
         """Take in a turn that has ended: its unread history, its turns and the reply."""
         self._standings = {at: kept for at, kept in self._standings.items() if at < start.at}
         self._standings[start.at] = start.standing
-        for outdated in sorted(self._standings)[:-KEPT_TURNS]:
-            del self._standings[outdated]
+        self._standings = {at: self._standings[at] for at in _kept(sorted(self._standings))}
         self._lines = (*self._lines[: start.at], *lines)
 
 
@@ -108,5 +113,17 @@ def _ends_with(lines: tuple[Line, ...], end: tuple[Line, ...]) -> bool:
     return len(end) <= len(lines) and lines[len(lines) - len(end) :] == end
 
 
-def _conflict(message: str) -> RequestError:
-    return RequestError(409, message, "messages", "history_conflict")
+def _kept(places: Sequence[int]) -> list[int]:
+    """The newest KEPT_TURNS of ``places``, and of older ones the first of each doubling of their distance.
+
+    Example: of 0, 2, 4, ... 98 there remain 0, 36, 68, and 84 to 98
+    """
+    older: dict[int, int] = {}
+    for place in places[:-KEPT_TURNS]:
+        older.setdefault((places[-1] - place).bit_length(), place)
+    return [*older.values(), *places[-KEPT_TURNS:]]
+
+
+def _conflict(message: str, turns: Sequence[Line]) -> RequestError:
+    field = turns[0].place.partition("[")[0] if turns else ""
+    return RequestError(409, message, field or "messages", "history_conflict")

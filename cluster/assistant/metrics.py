@@ -81,7 +81,7 @@ class Counting:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                path = getattr(scope.get("route"), "path", "other")
+                path = getattr(scope.get("route"), "path", "other").replace(":path}", "}")
                 self._metrics.request(path, message["status"])
             await send(message)
 

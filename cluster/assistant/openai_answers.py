@@ -44,7 +44,7 @@ class Answer:
     def engram(self) -> dict[str, Any]:
         """Our addition to an answer. ``revision`` is that of the fast weights that answered."""
         request = self.request
-        cut = {"max_tokens": {"asked": request.asked_tokens, "most": request.max_tokens}}
+        cut = {request.places.limit: {"asked": request.asked_tokens, "most": request.max_tokens}}
         return {
             "conversation": request.conversation,
             "new": self.new,
@@ -67,7 +67,7 @@ def completion(model: str, answer: Answer) -> str:
 
 async def completion_events(model: str, request: ChatRequest, stream: Stream[Answer]) -> AsyncIterator[str]:
     """The answer as it comes, as server-sent events. One that fails half-way ends with an error."""
-    chunks = Chunks(model)
+    chunks = Chunks(model, request.usage_in_stream)
     for index in range(request.manner.choices):
         yield chunks.begin(index, "")
     async for index, text in stream.pieces():
@@ -95,9 +95,9 @@ def _said(request: ChatRequest, choice: Choice, chat: ChatFormat) -> SaidChoice:
 
 
 def _logprobs(choice: Choice, chat: ChatFormat) -> ChoiceLogprobs:
-    """Those of every sampled token, of thoughts too, but not of the stop token."""
+    """Those of every sampled token, of thoughts too, but not of the stop token or a stop text."""
     generation = choice.generation
-    ids = generation.token_ids
+    ids = generation.token_ids[: choice.told]
     ended = bool(ids) and ids[-1] in chat.stop_token_ids
     kept = len(ids) - ended
     top = choice.top or ((),) * len(ids)

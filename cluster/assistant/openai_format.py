@@ -13,13 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from actors.endpoint import history
 from actors.endpoint.requests import Body, bad_value, checked, only
 from actors.speech import Decoding
 from actors.text.tools import Tool, written_calls
 from cluster.assistant.answering import Heard, Manner, unheard
+from cluster.assistant.calling import CHOICES, CLOSED, Calling, Choice, Function, calling
 from cluster.assistant.known import Line
 from configs.schema import RunConfig
 
@@ -30,7 +31,6 @@ _NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or a 
 _ANY_OBJECT = '{"type": "object"}'
 _NUMBER = "a number, {} to {}"
 _TOKEN_ID = re.compile(r"[0-9]{1,9}")
-CLOSED = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -48,17 +48,6 @@ class Message(history.Message):
     annotations: Annotated[object, only([])] = None
     audio: Annotated[object, only()] = None
     function_call: Annotated[object, only()] = None
-
-
-class Function(BaseModel):
-    """A tool's function."""
-
-    model_config = CLOSED
-
-    name: str = Field(min_length=1, description="a text")
-    description: str | None = Field(None, description="a text")
-    parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
-    strict: Annotated[object, only(False)] = None
 
 
 class _Tool(BaseModel):
@@ -128,9 +117,7 @@ class Sampled(Body):
     prompt_cache_key: object = None
     store: Annotated[object, only(False)] = None
 
-    def manner(
-        self, json_schema: str, top_logprobs: int, tools: Sequence[Tool], heard: Heard = unheard
-    ) -> Manner:
+    def manner(self, calling: Calling, top_logprobs: int, heard: Heard = unheard) -> Manner:
         """Raises RequestError."""
         decoding = Decoding(
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -141,9 +128,9 @@ class Sampled(Body):
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             logit_bias=tuple(_bias(token, value) for token, value in (self.logit_bias or {}).items()),
             top_logprobs=top_logprobs,
-            json_schema=json_schema,
+            json_schema=calling.json_schema,
         )
-        names = tuple(tool.name for tool in tools)
+        names = tuple(tool.name for tool in calling.tools)
         return Manner(decoding, tuple(self.stop or ()), self.seed, self.n or 1, names, heard)
 
 
@@ -154,8 +141,8 @@ class _Body(Sampled):
     top_logprobs: int | None = Field(None, ge=0, le=20, description="a whole number, 0 to 20")
     response_format: _ResponseFormat | None = Field(None, description="an object with a type")
     tools: list[_Tool] | None = Field(None, description="a list of functions")
-    tool_choice: Literal["auto", "none"] | None = Field(None, description="auto or none")
-    parallel_tool_calls: Annotated[object, only(True)] = None
+    tool_choice: Choice = Field(None, description=CHOICES)
+    parallel_tool_calls: bool | None = Field(None, description="true or false")
 
     @property
     def usage_in_stream(self) -> bool:
@@ -163,6 +150,16 @@ class _Body(Sampled):
 
 
 # --- what a request asks --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """What a route calls the fields that a later error names, or an answer."""
+
+    messages: str = "messages"
+    system: str = "messages"
+    schema: str = "response_format"
+    limit: str = "max_tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +183,7 @@ class ChatRequest:
     logprobs: bool
     stream: bool
     usage_in_stream: bool
+    places: Places
 
 
 def parse_request(data: Mapping[str, Any], header: str | None, config: RunConfig) -> ChatRequest:
@@ -193,10 +191,16 @@ def parse_request(data: Mapping[str, Any], header: str | None, config: RunConfig
     body = checked(_Body, data)
     if body.top_logprobs and not body.logprobs:
         raise bad_value("top_logprobs needs logprobs: true", "top_logprobs")
-    tools = tuple(as_tool(tool.function) for tool in body.tools or () if body.tool_choice != "none")
-    manner = body.manner(_schema(body.response_format), body.top_logprobs or 0, tools)
+    functions = {f"tools[{place}].function": tool.function for place, tool in enumerate(body.tools or ())}
+    parallel, schema = body.parallel_tool_calls, _schema(body.response_format)
+    called = calling(functions, body.tool_choice, parallel, schema)
+    manner = body.manner(called, body.top_logprobs or 0)
     lines = [line for place, message in enumerate(body.messages) if (line := _line(message, place))]
-    return chat_request(body, header, config, lines, tools, manner, bool(body.logprobs))
+    places = Places(
+        schema="tool_choice" if called.forced else "response_format",
+        limit="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
+    )
+    return chat_request(body, header, config, lines, called.tools, manner, bool(body.logprobs), places)
 
 
 def chat_request(
@@ -207,12 +211,13 @@ def chat_request(
     tools: tuple[Tool, ...],
     manner: Manner,
     logprobs: bool,
+    places: Places,
 ) -> ChatRequest:
     """Put a request together. ``lines``: its messages in order, a system message as a plain text."""
     conversation = _conversation(body.conversation, header)
     if conversation is not None and manner.choices > 1:
         raise bad_value("n must be 1 in a conversation: one reply goes on", "n")
-    system_prompt, history, turns = _split(lines)
+    system_prompt, history, turns = _split(lines, places)
     limit, asked = config.sampling.max_answer_tokens, body.most_tokens
     return ChatRequest(
         conversation=conversation,
@@ -227,6 +232,7 @@ def chat_request(
         logprobs=logprobs,
         stream=body.stream or False,
         usage_in_stream=body.usage_in_stream,
+        places=places,
     )
 
 
@@ -237,13 +243,9 @@ def check_name(name: object, param: str) -> str:
     return name
 
 
-def as_tool(function: Function) -> Tool:
-    return Tool(function.name, function.description or "", function.parameters or {})
-
-
-def replied(text: str, calls: Iterable[tuple[str, str]]) -> Line:
+def replied(text: str, calls: Iterable[tuple[str, str]], place: str = "") -> Line:
     """A reply as it stands in a history; the calls are (name, arguments)."""
-    return Line("assistant", "\n".join([*filter(None, [text.strip()]), *written_calls(calls)]))
+    return Line("assistant", "\n".join([*filter(None, [text.strip()]), *written_calls(calls)]), place)
 
 
 def kept_schema(kind: str, schema: Mapping[str, Any] | None, place: str) -> str:
@@ -269,22 +271,21 @@ def _conversation(field: object, header: str | None) -> str | None:
 
 def _line(message: Message, place: int) -> Line | str:
     """A message as it is read; a system message is a plain text. "" for one that says nothing."""
-    text = message.content.strip()
+    text, where = message.content.strip(), f"messages[{place}]"
     match message.role:
         case "system" | "developer":
             return text
         case "assistant":
             calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
-            return replied(text, calls)
+            return replied(text, calls, where)
         case role:
             if role == "user" and not text:
-                where = f"messages[{place}].content"
-                raise bad_value(f"{where} must be text that is not empty", where)
-            return Line(role, text)
+                raise bad_value(f"{where}.content must be text that is not empty", f"{where}.content")
+            return Line(role, text, where)
 
 
 def _split(
-    lines: Sequence[Line | str],
+    lines: Sequence[Line | str], places: Places
 ) -> tuple[str | None, tuple[Line, ...], tuple[Line, ...]]:
     """The system prompt, the history, and the turns after the last assistant turn.
 
@@ -297,13 +298,14 @@ def _split(
     for line in lines[first:]:
         said = Line("user", line) if isinstance(line, str) else line
         if rest and said.role == rest[-1].role == "assistant":  # some send a text and its calls apart
-            said = Line("assistant", f"{rest.pop().text}\n{said.text}".strip())
+            before = rest.pop()
+            said = Line("assistant", f"{before.text}\n{said.text}".strip(), before.place)
         rest.append(said)
     new = len(rest)
     while new > 0 and rest[new - 1].role != "assistant":
         new -= 1
     if new == len(rest):
-        raise bad_value("the last message must be the user's, or a tool's", "messages")
+        raise bad_value("the last message must be the user's, or a tool's", places.messages)
     return system_prompt or None, tuple(rest[:new]), tuple(rest[new:])
 
 

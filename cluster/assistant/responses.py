@@ -20,14 +20,13 @@ from pydantic_core import PydanticCustomError
 
 from actors.endpoint.answers import SaidCall, SaidChoice, new_id
 from actors.endpoint.requests import Role, bad_value, checked, joined, only
+from cluster.assistant.calling import CHOICES, CLOSED, Choice, Function, ToolChoice, calling
 from cluster.assistant.known import Line
 from cluster.assistant.openai_answers import Answer
 from cluster.assistant.openai_format import (
-    CLOSED,
     ChatRequest,
-    Function,
+    Places,
     Sampled,
-    as_tool,
     chat_request,
     kept_schema,
     replied,
@@ -80,17 +79,19 @@ class _Item(BaseModel):
     status: object = None
     phase: object = None
 
-    @property
-    def line(self) -> Line | str:
+    def line(self, place: str) -> Line | str:
+        """The item as it is read; a system message is a plain text. Raises RequestError."""
         match self.type:
             case "function_call":
-                return replied("", [(self.name or "", self.arguments or "")])
+                return replied("", [(self.name or "", self.arguments or "")], place)
             case "function_call_output":
-                return Line("tool", (self.output or "").strip())
+                return Line("tool", (self.output or "").strip(), place)
         text = (self.content or "").strip()
         if self.role in ("system", "developer"):
             return text
-        return Line("assistant" if self.role == "assistant" else "user", text)
+        if self.role == "user" and not text:
+            raise bad_value(f"{place}.content must be text that is not empty", f"{place}.content")
+        return Line("assistant" if self.role == "assistant" else "user", text, place)
 
 
 class _Format(BaseModel):
@@ -112,6 +113,12 @@ class _Text(BaseModel):
     verbosity: Annotated[object, only("medium")] = None
 
 
+class _StreamOptions(BaseModel):
+    model_config = CLOSED
+
+    include_obfuscation: Annotated[object, only(False)] = None
+
+
 class _Tool(Function):
     type: Literal["function"] = Field(description="function")
 
@@ -122,13 +129,16 @@ class _Body(Sampled):
         BeforeValidator(
             lambda given: [{"role": "user", "content": given}] if isinstance(given, str) else given
         ),
-    ] = Field(description="a text, or a list of messages, calls and results")
+    ] = Field(min_length=1, description="a text, or a list of messages, calls and results")
     instructions: str | None = Field(None, description="a text")
     max_output_tokens: int | None = Field(None, ge=1, description="a whole number, 1 or more")
     text: _Text | None = Field(None, description="an object with a format")
     tools: list[_Tool] | None = Field(None, description="a list of functions")
-    tool_choice: Literal["auto", "none"] | None = Field(None, description="auto or none")
-    parallel_tool_calls: Annotated[object, only(True)] = None
+    tool_choice: Choice = Field(None, description=CHOICES)
+    parallel_tool_calls: bool | None = Field(None, description="true or false")
+    stream_options: _StreamOptions | None = Field(None, description="an object")
+    max_tokens: Annotated[object, only()] = None  # type: ignore[assignment]
+    max_completion_tokens: Annotated[object, only()] = None  # type: ignore[assignment]
     n: Annotated[int | None, only(1)] = None
     previous_response_id: Annotated[object, only()] = None
     background: Annotated[object, only(False)] = None
@@ -156,15 +166,18 @@ def add_responses(routes: APIRouter, service: Service) -> None:
 
 
 def _asked(body: _Body, header: str | None, config: RunConfig) -> ChatRequest:
-    tools = tuple(as_tool(tool) for tool in body.tools or () if body.tool_choice != "none")
-    lines = [item.line for item in body.input]
-    for place, line in enumerate(lines):
-        if isinstance(line, Line) and line.role == "user" and not line.text:
-            where = f"input[{place}].content"
-            raise bad_value(f"{where} must be text that is not empty", where)
+    functions: dict[str, Function] = {f"tools[{place}]": tool for place, tool in enumerate(body.tools or ())}
+    called = calling(functions, body.tool_choice, body.parallel_tool_calls, _schema(body.text))
+    lines = [item.line(f"input[{place}]") for place, item in enumerate(body.input)]
     told = [body.instructions.strip()] if body.instructions else []
-    manner = body.manner(_schema(body.text), 0, tools)
-    return chat_request(body, header, config, [*told, *lines], tools, manner, logprobs=False)
+    places = Places(
+        messages="input",
+        system="instructions" if told else "input",
+        schema="tool_choice" if called.forced else "text.format",
+        limit="max_output_tokens",
+    )
+    manner = body.manner(called, 0)
+    return chat_request(body, header, config, [*told, *lines], called.tools, manner, False, places)
 
 
 def _schema(text: _Text | None) -> str:
@@ -184,8 +197,8 @@ class _Form:
             "model": model,
             "instructions": body.instructions,
             "tools": [dict(tool) for tool in body.tools or ()],
-            "tool_choice": body.tool_choice or "auto",
-            "parallel_tool_calls": True,
+            "tool_choice": _told(body.tool_choice),
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "metadata": body.metadata or {},
             "store": False,
             "error": None,
@@ -270,6 +283,12 @@ class _Form:
     def _event(self, kind: str, **fields: Any) -> str:
         number, self._events = self._events, self._events + 1
         return f"event: {kind}\ndata: {_json({'type': kind, 'sequence_number': number} | fields)}\n\n"
+
+
+def _told(choice: ToolChoice | None) -> str | dict[str, str]:
+    if choice is None:
+        return "auto"
+    return {"type": "function", "name": choice.name} if choice.name else choice.mode
 
 
 def _part(text: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ All of them need the key, if there is one.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -56,6 +57,9 @@ class Service:
     async def body(self, request: Request) -> dict[str, Any]:
         """A JSON object that a client sends. Raises RequestError."""
         limit = self.parts.opening.config.assistant.max_body_kib * 1024
+        if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+            message = f"the Content-Encoding {coding[:100]!r} is not read here: send the body as it is"
+            raise RequestError(415, message, None, "unsupported_media_type")
         kind = request.headers.get("content-type", "")
         return await read_json(kind, request.stream(), limit, "assistant.max_body_kib")
 
@@ -70,8 +74,10 @@ class Service:
         """The body of a request to the model. Raises RequestError."""
         async with self.deadline():
             data = await self.body(request)
-        if (model := data.get("model")) != self.name:
-            message = f"the model {str(model)[:100]!r} is not served here; {self.name!r} is"
+        if not isinstance(model := data.get("model"), str):
+            raise bad_value(f"model must be a text: {self.name!r} is served here", "model")
+        if model != self.name:
+            message = f"the model {model[:100]!r} is not served here; {self.name!r} is"
             raise RequestError(404, message, "model", "model_not_found")
         if failure := self.parts.failure():
             message = f"the engine is dead ({failure}): start the server anew"
@@ -160,9 +166,18 @@ def add_conversations(routes: APIRouter, service: Service) -> None:
     sessions = service.sessions
 
     @routes.get("/v1/conversations")
-    async def every() -> Response:
-        held = [{"id": name, "in_memory": here} for name, here in sorted(sessions.names().items())]
-        return JSONResponse({"object": "list", "data": held})
+    async def every(request: Request) -> Response:
+        limit, after = request.query_params.get("limit", ""), request.query_params.get("after", "")
+        if not re.fullmatch(r"[1-9][0-9]{0,8}|", limit):
+            raise bad_value("limit must be a whole number, 1 or more", "limit")
+        behind = [(name, here) for name, here in sorted(sessions.names().items()) if name > after]
+        page = behind[: int(limit or len(behind))]
+        held = [{"id": name, "in_memory": here} for name, here in page]
+        ends = (
+            {"first_id": page[0][0], "last_id": page[-1][0]} if page else {"first_id": None, "last_id": None}
+        )
+        more = {"has_more": len(page) < len(behind)}
+        return JSONResponse({"object": "list", "data": held, **ends, **more})
 
     @routes.get("/v1/conversations/{name}")
     async def look(name: str) -> Response:
@@ -204,12 +219,23 @@ def add_errors(app: FastAPI, limit_s: float) -> None:
     async def respond(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             message = f"{request.method} {request.url.path}: {error.detail}"
-            return JSONResponse(error_body(error.status_code, message, None, "not_found"), error.status_code)
+            allowed = _methods(app, request) if error.status_code == 405 else ()
+            told = {"Allow": ", ".join(allowed)} if allowed else {}
+            code = "method_not_allowed" if allowed else "not_found"
+            body = error_body(error.status_code, message, None, code)
+            return JSONResponse(body, error.status_code, told)
         status, message, param, code = _described(error, limit_s)
         return JSONResponse(error_body(status, message, param, code), status)
 
     for kind in (RequestError, HTTPException, GoneError, *FAILURES):
         app.add_exception_handler(kind, respond)
+
+
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """What may be done at the path of a request."""
+    found = (getattr(route, "methods", None) for route in app.routes if route.matches(request.scope)[0].value)
+    methods = {method for some in found for method in some or ()}
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
 
 def _described(error: Exception, limit_s: float) -> tuple[int, str, str | None, str]:

@@ -8,6 +8,7 @@ would take away what somebody else had told.
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,11 +45,7 @@ class SavedConversations:
 
     def names(self) -> list[str]:
         """The conversations that are saved."""
-        if self._root is None or not self._root.is_dir():
-            return []
-        return sorted(
-            path.name for path in self._root.iterdir() if path.is_dir() and not path.name.startswith(".")
-        )
+        return [] if self._root is None else names_in(self._root)
 
     def require_room(self, name: str, coming: int) -> None:
         """Raise FullError if the conversation ``name`` is new here, and the bounds leave no room for it.
@@ -83,6 +80,13 @@ class SavedConversations:
                 reason = error.strerror or error
                 raise AssistantError(f"{folder}: cannot be deleted ({reason}); delete it by hand") from error
         return found
+
+
+def names_in(root: Path) -> list[str]:
+    """The conversations in ``root``, also one whose save was cut off: ``find`` recovers it."""
+    names = {path.name for path in root.iterdir() if path.is_dir()} if root.is_dir() else set()
+    cut_off = {match[1] for name in names if (match := re.fullmatch(r"\.(.+)\.old", name))}
+    return sorted({name for name in names if not name.startswith(".")} | cut_off)
 
 
 def _usage(root: Path) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from actors.endpoint.requests import RequestError
 from cluster.assistant.completions import add_completions
-from cluster.assistant.connections import HEADER_BYTES, HostCheck, Protocol
+from cluster.assistant.connections import HEADER_BYTES, HeadAsGet, HostCheck, Protocol
 from cluster.assistant.metrics import Counting, Metrics
 from cluster.assistant.opening import AssistantError, Opening, Parts, parts_of
 from cluster.assistant.responses import add_responses
@@ -116,6 +116,7 @@ def build_app(parts: Parts, sessions: Sessions, key: str, host: str = "127.0.0.1
     app.include_router(protected)
     add_errors(app, settings.request_timeout_s)
     app.add_middleware(Counting, metrics=metrics)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(HostCheck, allowed=(host, *settings.hosts))
     return app
 

@@ -79,10 +79,11 @@ def _begin(conversation: Conversation, request: ChatRequest) -> None:
     """Raises RequestError where the request does not fit the conversation."""
     if request.system_prompt is not None and request.system_prompt != conversation.system_prompt.strip():
         message = "the conversation began with another system message: leave it out, or name a new one"
-        raise RequestError(409, message, "messages", "history_conflict")
+        raise RequestError(409, message, request.places.system, "history_conflict")
     if request.manner.decoding.json_schema and conversation.thinks:
-        message = "response_format cannot be kept by a model that thinks first: model.enable_thinking=false"
-        raise bad_value(message, "response_format")
+        asked = request.places.schema
+        message = f"{asked} cannot be kept by a model that thinks first: model.enable_thinking=false"
+        raise bad_value(message, asked)
     conversation.temperature = request.temperature
     _tell_tools(conversation, request.tools)
     if conversation.room < LEAST_ROOM:
@@ -90,7 +91,7 @@ def _begin(conversation: Conversation, request: ChatRequest) -> None:
             f"the system message and the tools leave {conversation.room} tokens of the context for turns, "
             f"{LEAST_ROOM} are needed: shorten them, or serve with a larger memory.max_context_tokens"
         )
-        raise bad_value(message, "messages")
+        raise bad_value(message, request.places.system)
 
 
 def _tell_tools(conversation: Conversation, tools: tuple[Tool, ...]) -> None:

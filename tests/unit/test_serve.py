@@ -171,7 +171,7 @@ def test_a_stream_tells_the_reply_token_by_token(parts: Parts, engine: Engine) -
     assert given[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     ended = {"index": 0, "delta": {}, "finish_reason": "stop", "logprobs": None}
     addition = {"conversation": None, "new": True, "revision": 0, "writes": []}
-    assert given[-2] == {**head, "choices": [ended], "engram": addition}
+    assert given[-2] == {**head, "choices": [ended], "engram": addition, "usage": None}
     assert given[-1]["choices"] == [] and given[-1]["usage"]["completion_tokens"] == len(engine.calls) + (
         len(parts.chat.reply(engine.text)) - 1
     )
@@ -303,7 +303,7 @@ def test_log_probs_are_those_of_the_reply_without_its_stop_token(parts: Parts, c
         ({"logit_bias": {"x": 1}}, 400, "logit_bias must be numbers, -100 to 100, by token id"),
         ({"logit_bias": {"9" * 10: 1}}, 400, "logit_bias must be numbers, -100 to 100, by token id"),
         ({"tools": [{}]}, 400, "tools[0]"),
-        ({"tool_choice": "required"}, 400, "tool_choice must be auto or none"),
+        ({"tool_choice": "all"}, 400, "tool_choice must be auto, none, required, or a function by its name"),
         (
             {"response_format": {"type": "xml"}},
             400,
@@ -492,6 +492,7 @@ def test_a_key_a_content_type_and_a_deadline_are_kept(parts: Parts, engine: Engi
         assert client.get("/metrics").status_code == 401
         client.headers["Authorization"] = "Bearer secret"
         assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
+        assert client.post(CHAT, json={"messages": []}).json()["error"]["message"].startswith("model must be")
         assert client.post(CHAT, content=json.dumps(body())).status_code == 415
         engine._delay_s = 5.0
         late = client.post(CHAT, json=body(conversation="a"))
@@ -622,7 +623,7 @@ def test_a_known_history_without_a_name_is_not_read_again(parts: Parts, engine: 
         other = said(client, body("old " * 180, says("Other."), "And?"))["engram"]
         assert other["new"] and other["writes"]
         assert client.get("/health").json()["conversations"] == 0
-        assert client.get("/v1/conversations").json() == {"object": "list", "data": []}
+        assert client.get("/v1/conversations").json()["data"] == []
 
 
 def test_an_edited_history_goes_back_with_the_delta_of_that_time(parts: Parts, engine: Engine) -> None:
