@@ -210,7 +210,8 @@ class WriteResult:
     """What the writer answers. ``weights`` is the new revision, or the request's own after a roll-back.
 
     ``probe`` is None unless the write was accepted. Losses are mean nats per answer token. preserved_kl: mean
-    nats a token from the preserved replies, at the last step's; 0 where nothing is preserved.
+    nats a token from the preserved replies, at the last step's; 0 where nothing is preserved. preserved_used:
+    how many of the request's replies the steps preserved; short writes do not come to all.
     """
 
     weights: FastWeights
@@ -222,6 +223,7 @@ class WriteResult:
     outcome: WriteOutcome
     reason: str  # empty for an accepted write, else why it was not accepted
     preserved_kl: float = 0.0
+    preserved_used: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,11 +247,12 @@ class WriteRecord:
     seconds: float
     outcome: WriteOutcome
     reason: str
-    preserved: tuple[WriteExample, ...] = ()  # what the write left as it was, see WriteRequest
+    preserved: tuple[WriteExample, ...] = ()  # what the write was to leave as it is, see WriteRequest
     seed: int = 0  # of the order of minibatches and preserved replies
     preserved_kl: float = 0.0  # see WriteResult
     uses: tuple[CardUse, ...] = ()  # of each of ``flashcards``; empty where the environment cannot say
     repaired_flashcards: int = 0  # read from the extraction although they were no JSON, or had other keys
+    preserved_used: int = 0  # see WriteResult; 0 in older records
 
 
 # --- one episode -------------------------------------------------------------------------------------------

@@ -185,6 +185,7 @@ class Agent:
             seed=request.seed,
             preserved_kl=result.preserved_kl,
             repaired_flashcards=repaired,
+            preserved_used=result.preserved_used,
         )
         self.writes.append(record)
 

@@ -157,6 +157,12 @@ def preserved_in_turn(request: WriteRequest, config: WriteConfig) -> list[WriteE
     return [request.preserved[(start + i) % count] for i in range(steps * size)]
 
 
+def preserved_by(plan: Plan, steps: int, config: WriteConfig) -> int:
+    """How many different replies the first ``steps`` steps of a plan preserve."""
+    size = len(plan.preserved) // step_count(len(plan.taught), config)
+    return len({*plan.preserved[: steps * size]})
+
+
 class _Schedule:
     """The steps of one episode, one after the other."""
 

@@ -34,7 +34,17 @@ from actors.protocols import WriterError
 from actors.types import FastWeights, Probe, WriteExample, WriteRequest, WriteResult
 from actors.write.frozen_llama import FrozenLlama, read_model
 from actors.write.lower_layers import LowerLayers, Row
-from actors.write.steps import OnStep, Plan, Rows, Trained, by_episode, mean_loss, preserved_in_turn, train
+from actors.write.steps import (
+    OnStep,
+    Plan,
+    Rows,
+    Trained,
+    by_episode,
+    mean_loss,
+    preserved_by,
+    preserved_in_turn,
+    train,
+)
 from actors.write.upper_layers import UpperLayers
 from configs.schema import WriteConfig
 
@@ -146,7 +156,7 @@ class BatchedWriter:
             for probe, old, new in zip(probed, probes[: len(probed)], probes[len(probed) :], strict=True)
         ]
         return [
-            self._result(request, trained, e, after[e], proofs[e], seconds)
+            self._result(request, plans[e], trained, e, after[e], proofs[e], seconds)
             for e, request in enumerate(requests)
         ]
 
@@ -178,6 +188,7 @@ class BatchedWriter:
     def _result(
         self,
         request: WriteRequest,
+        plan: Plan,
         trained: Trained,
         e: int,
         after: Sequence[Tensor],
@@ -192,9 +203,8 @@ class BatchedWriter:
             return WriteResult(
                 request.weights, None, loss_before, loss_after, steps, seconds, "rolled_back", reason
             )
-        return WriteResult(
-            weights, probe, loss_before, loss_after, steps, seconds, "accepted", "", trained.kls[e]
-        )
+        kl, used = trained.kls[e], preserved_by(plan, steps, self._config)
+        return WriteResult(weights, probe, loss_before, loss_after, steps, seconds, "accepted", "", kl, used)
 
     def _weights_of(self, stacked: StackedWeights, e: int, revision: int) -> FastWeights:
         b, a = (

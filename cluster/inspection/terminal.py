@@ -148,7 +148,8 @@ def write_line(write: WriteEntry) -> str:
         return f"Nothing was written: {log.reason}"
     losses = f"loss {number_text(log.loss_before)} -> {number_text(log.loss_after)}"
     if log.preserved:
-        losses += f", {number_text(log.preserved_kl)} nats from {len(log.preserved)} preserved replies"
+        used = f"{log.preserved_used} of" if log.preserved_used else "up to"  # older records do not know
+        losses += f", {number_text(log.preserved_kl)} nats from {used} {len(log.preserved)} offered replies"
     cost = (
         f"{log.steps} steps, {log.seconds:.2f} s, "
         f"{len(log.examples)} examples of {log.prompt_tokens} + {log.answer_tokens} tokens"

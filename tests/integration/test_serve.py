@@ -107,10 +107,6 @@ def test_the_settings_of_a_request_reach_the_engine(served: tuple[str, subproces
     assert json.loads(kept.message.content or "") in choices["enum"] and kept.finish_reason == "stop"
     least = say(response_format=schema, logprobs=True, top_logprobs=5).logprobs  # a mask leaves fewer than 5
     assert least and min(top.logprob for token in least.content or () for top in token.top_logprobs) == -9999
-    arguments = {"type": "object", "properties": {"of": choices}, "required": ["of"]}
-    weather = {"type": "function", "function": {"name": "map", "parameters": arguments}}
-    (call,) = say(tools=[weather], tool_choice="required", max_tokens=96).message.tool_calls or ()
-    assert call.type == "function" and json.loads(call.function.arguments)["of"] in choices["enum"]
     for wrong in ({"type": "string", "pattern": "("}, {"type": "colour"}):
         schema["json_schema"]["schema"] = wrong
         with pytest.raises(openai.BadRequestError):

@@ -22,7 +22,16 @@ from actors.episodes.episode import EpisodeSpec
 from actors.episodes.rollout import WriteBatcher
 from actors.memory.build import build_memory
 from actors.text.chat_template import ChatFormat
-from actors.types import AdapterKey, Answer, FailedEpisode, Flashcard, Generation, Sampling, Trajectory
+from actors.types import (
+    AdapterKey,
+    Answer,
+    FailedEpisode,
+    Flashcard,
+    Generation,
+    Sampling,
+    Trajectory,
+    WriteExample,
+)
 from cluster import cli
 from cluster.inspection.compare import Compared
 from cluster.inspection.page import render
@@ -36,7 +45,7 @@ from cluster.inspection.record import (
     load,
     save,
 )
-from cluster.inspection.terminal import mark, show, show_list
+from cluster.inspection.terminal import mark, show, show_list, write_line
 from configs.schema import MemoryConfig, MemoryPolicy, RecallConfig, WriteConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, run_episode, sampled
 
@@ -293,6 +302,16 @@ def test_the_terminal_shows_the_same(record: EpisodeRecord) -> None:
     failure = describe_failure(FailedEpisode("t1", "train-4.1", "engine", "it died"), 3, ORIGIN)
     show(failure, [], Console(file=failed, width=200))
     assert "failed at" in failed.getvalue() and "it died" in failed.getvalue()
+
+
+@pytest.mark.parametrize(("used", "told"), [(6, "6 of 26"), (0, "up to 26")])  # 0: an older record
+def test_of_preserved_replies_those_are_told_that_a_write_came_to(
+    record: EpisodeRecord, used: int, told: str
+) -> None:
+    entry = next(entry for entry in record.writes if entry.log.outcome == "accepted")
+    offered = (WriteExample((1,), (2,)),) * 26
+    log = replace(entry.log, preserved=offered, preserved_kl=0.25, preserved_used=used)
+    assert f"0.25 nats from {told} offered replies" in write_line(replace(entry, log=log))
 
 
 @pytest.fixture

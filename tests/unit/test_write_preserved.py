@@ -88,9 +88,22 @@ def test_what_is_preserved_changes_less(optimizer: str) -> None:
         (result,) = writer.write([request])
         assert result.loss_after < 0.9 * result.loss_before
         harms.append(kl_of(model, result.weights, basis, kept))
+        assert result.preserved_used == 6
         # measured before the last step, which moves little
         assert result.preserved_kl == pytest.approx(harms[-1], rel=0.2)
     assert harms[1] < 0.75 * harms[0], harms
+
+
+@pytest.mark.parametrize(("epochs", "per_step", "used"), [(1, 2, 2), (2, 2, 4), (5, 2, 6), (1, 9, 6)])
+def test_a_short_write_does_not_come_to_all_of_the_offered_replies(
+    epochs: int, per_step: int, used: int
+) -> None:
+    model = tiny_model()
+    basis, kept = basis_of(model), examples(21, 6)
+    config = replace(SGD, epochs=epochs, preserve=PreserveConfig(weight=1.0, per_step=per_step))
+    request = WriteRequest("a", zero(basis), examples(1, 3), kept)
+    (result,) = BatchedWriter(frozen(model), basis, config).write([request])
+    assert (result.outcome, result.preserved_used) == ("accepted", used)
 
 
 def kl_of(model: nn.Module, weights: FastWeights, basis, kept) -> float:  # type: ignore[no-untyped-def]
