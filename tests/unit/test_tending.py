@@ -31,6 +31,7 @@ from configs.models import resolve_model
 from configs.schema import ModelConfig
 from tests.unit.rollout_fakes import ScriptedWriter
 from tests.unit.test_assistant import SETTINGS, Engine, basis, run, with_limits
+from tests.unit.test_docs import COMMANDS
 
 HOME = Flashcard("Where does Nora live?", "Lisbon")
 CITY = Flashcard("In which city does Nora live?", "Lisbon")
@@ -284,6 +285,23 @@ def test_the_command_lists_corrects_forgets_and_writes_onto_another_model(
     )
     assert lines[2].startswith("1 of 1 flashcard learnt ")
     assert on_fakes == ["tiny", "newer"] and said()[1] == "model: newer"
+
+
+def test_the_commands_of_the_readme_do_what_they_say(
+    on_fakes: list[str], bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in (tmp_path / "ada", tmp_path / "conversations" / "omar"):
+        run(saved(bench, folder))
+        writes = json.loads((folder / "memory.json").read_text())["writes"]
+        cards = [{"question": f"Question {n}?", "answer": f"answer {n}"} for n in range(1, 7)]
+        changed(folder, writes=[{**writes[0], "flashcards": cards}])
+    monkeypatch.chdir(tmp_path)
+    commands = [words for doc, words in COMMANDS if doc == "README.md" and words[0] == "memory"]
+    assert len(commands) >= 5
+    for words in commands:
+        assert main(words) == 0, words
+    for folder in (tmp_path / "ada", tmp_path / "conversations" / "omar"):
+        assert json.loads((folder / "memory.json").read_text())["model"] == on_fakes[-1] != "tiny"
 
 
 def test_one_command_moves_all_conversations_of_a_server_and_the_same_again_moves_the_rest(
