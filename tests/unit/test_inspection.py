@@ -48,7 +48,6 @@ from cluster.inspection.record import (
 from cluster.inspection.terminal import mark, show, show_list, write_line
 from configs.schema import MemoryConfig, MemoryPolicy, RecallConfig, WriteConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, run_episode, sampled
-from tests.unit.test_docs import COMMANDS
 
 ENVIRONMENT = RecallEnvironment(
     RecallConfig(sessions=2, facts_per_session=4, questions=2, filler_sentences=1)
@@ -332,20 +331,6 @@ def test_the_command_lists_picks_and_writes_a_page(run_dir: Path, capsys: pytest
     assert cli.main(["inspect", str(list_records(run_dir)[0]), "--html", str(page)]) == 0
     well_formed(page.read_text())
     assert [file.name for file in page.parent.iterdir()] == ["episode.html"]
-
-
-def test_the_commands_of_the_readme_show_episodes(
-    run_dir: Path, record: EpisodeRecord, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(replace(record, episode_id="train-6.1", origin=replace(ORIGIN, step=14)), run_dir / FOLDER)
-    monkeypatch.chdir(run_dir)
-    named = [words for doc, words in COMMANDS if doc == "README.md" and words[0] == "inspect"]
-    commands = [words for words in named if "--compare" not in words]  # this one loads a model
-    assert len(commands) >= 4
-    places = {"runs/quickstart-...": str(run_dir), "recall-eval-0-0": record.task_id}
-    for words in commands:
-        assert cli.main([places.get(word, word) for word in words]) == 0, words
-    well_formed((run_dir / "e.html").read_text())
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,22 @@
-"""The file of an episode's record: a wrong value is refused by its field."""
+"""The file of an episode's record: a wrong value is refused by its field; ``engram inspect`` shows it."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster import cli
 from cluster.inspection.page import render
-from cluster.inspection.record import EpisodeRecord, RecordError, load, save
-from tests.unit.test_inspection import chat, play, record, well_formed
+from cluster.inspection.record import FOLDER, EpisodeRecord, RecordError, load, save
+from tests.unit.test_docs import COMMANDS
+from tests.unit.test_inspection import ORIGIN, chat, play, record, run_dir, well_formed
 
-__all__ = ["chat", "play", "record"]  # fixtures
+__all__ = ["chat", "play", "record", "run_dir"]  # fixtures
 
 
 @pytest.mark.parametrize(
@@ -73,3 +76,17 @@ def test_a_record_with_one_wrong_value_is_refused_by_its_field_or_harmless(
         assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
     else:
         well_formed(render(changed, ()))
+
+
+def test_the_commands_of_the_readme_show_episodes(
+    run_dir: Path, record: EpisodeRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(replace(record, episode_id="train-6.1", origin=replace(ORIGIN, step=14)), run_dir / FOLDER)
+    monkeypatch.chdir(run_dir)
+    named = [words for doc, words in COMMANDS if doc == "README.md" and words[0] == "inspect"]
+    commands = [words for words in named if "--compare" not in words]  # this one loads a model
+    assert len(commands) >= 4
+    places = {"runs/quickstart-...": str(run_dir), "recall-eval-0-0": record.task_id}
+    for words in commands:
+        assert cli.main([places.get(word, word) for word in words]) == 0, words
+    well_formed((run_dir / "e.html").read_text())
