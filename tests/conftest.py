@@ -39,6 +39,7 @@ RAY_FILES = {
     "test_evaluate",
     "test_learner_ray",
     "test_lost_node",
+    "test_mixed_training",
     "test_ray_job",
     "test_resume",
     "test_short",

@@ -1,5 +1,7 @@
 """Reads users' data files: JSON lists item by item, JSON Lines line by line. pydantic checks each item.
 
+Where JSON Lines are wanted, a list of the same objects is read too. gzip, bzip2 and xz are unpacked.
+
     file = DataFile("talks.json", "environment.conversation.path", "a LoCoMo file (a list of conversations)")
     for place, talk in file.items(Talk, "sample_id"): ...
 
@@ -11,16 +13,21 @@ what is allowed. "talks.json: item 3 ('harbour'): qa.1.answer: Input should be a
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
 import json
 import logging
+import lzma
 import math
 import re
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import ijson
 from pydantic import BeforeValidator
@@ -33,6 +40,7 @@ from configs.files import FileError, parse_json
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 _CHUNK = 1 << 16  # bytes
+_HEAD = 8  # bytes
 _SHOWN_FAULT = 300  # characters: a file's own keys stand in a fault's place, and they may be long
 _SHOWN_NAME = 80  # characters
 _DEPTH = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
@@ -45,6 +53,20 @@ _ESCAPE = re.compile(
     re.DOTALL,
 )
 _ASCII = bytes(code if code < 0x80 else ord("?") for code in range(256))
+_PACKED: Mapping[bytes, Callable[[BinaryIO], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+}
+PARQUET = b"PAR1"
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive (or a spreadsheet): unpack it, or save it as JSON lines",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it",
+    codecs.BOM_UTF16_LE: "UTF-16: save it as UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16: save it as UTF-8",
+    PARQUET: "a Parquet file, and JSON is read here: save it as JSON lines, or name it hub:FOLDER",
+}
+_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _PARSER_REASON = re.compile(r"error: ([^\\\n]+)")  # the rest of its message draws the place on two more lines
 
 
@@ -136,16 +158,36 @@ class DataFile:
     what: str
     listed: bool = False  # how a data set of the hub is read: as a JSON list, or as JSON lines
 
-    def open(self) -> BinaryIO:
-        """Open the file, or the copy of a data set, for reading."""
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Open the file, or the copy of a data set, for reading. What cannot be read in the block is told."""
+        head = self.head()
+        if (kind := next((_FOREIGN[mark] for mark in _FOREIGN if head.startswith(mark)), None)) is not None:
+            raise self.fault("", f"it is {kind}; {self.setting} wants {self.what}")
+        unpack = next((_PACKED[mark] for mark in _PACKED if head.startswith(mark)), None)
+        try:
+            with self._file.open("rb") as file:
+                yield file if unpack is None else unpack(file)
+        except _UNREADABLE as error:
+            raise self._unreadable(error) from error
+
+    def head(self) -> bytes:
+        """The first bytes of the file, as they lie on the disk."""
         if not self.path:
             raise TaskError(f"{self.setting} is empty: give the path of {self.what}")
-        path = local_copy(self.path, self.listed) if is_hub(self.path) else Path(self.path)
         try:
-            return path.open("rb")
+            with self._file.open("rb") as file:
+                return file.read(_HEAD)
         except OSError as error:
-            cause = f"{self.path}: cannot be read ({error.strerror})"
-            raise TaskError(f"{cause}: give {self.setting} the path of {self.what}") from error
+            raise self._unreadable(error) from error
+
+    @property
+    def _file(self) -> Path:
+        return local_copy(self.path, self.listed) if is_hub(self.path) else Path(self.path)
+
+    def _unreadable(self, error: Exception) -> TaskError:
+        cause = f"{self.path}: cannot be read ({getattr(error, 'strerror', None) or error})"
+        return TaskError(f"{cause}: give {self.setting} the path of {self.what}")
 
     def read(self) -> bytes:
         """The whole file."""
@@ -159,7 +201,11 @@ class DataFile:
         return self._value(cleaned, kind, lambda: name)
 
     def lines(self, kind: type[T]) -> Iterator[tuple[int, T]]:
-        """(line number from 1, value) of each line that is not blank."""
+        """(line number from 1, value) of each line that is not blank; of a JSON list, of each item."""
+        if self._is_list():
+            for number, (_, value) in enumerate(self.items(kind, ""), start=1):
+                yield number, value
+            return
         replaced = 0
         with self.open() as file:
             for number, line in enumerate(file, start=1):
@@ -168,6 +214,18 @@ class DataFile:
                 if content.strip():
                     yield number, self._value(content, kind, partial("line {}".format, number))
         self._warn(replaced)
+
+    def named_lines(self, kind: type[T]) -> Iterator[tuple[str, T]]:
+        """(what messages call it, value) of each of ``lines``: "line 3", or "item 2" of a list."""
+        is_list = self._is_list()
+        for number, value in self.lines(kind):
+            yield f"item {number - 1}" if is_list else f"line {number}", value
+
+    def _is_list(self) -> bool:
+        """Whether the file holds one JSON list, and not a line for each value."""
+        with self.open() as file:
+            start = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
+        return start.startswith(b"[")
 
     def items(self, kind: type[T], id_field: str) -> Iterator[tuple[Place, T]]:
         """Each item of a JSON list of objects. Messages name an item by its number and its ``id_field``.

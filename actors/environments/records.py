@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from actors.environments.base import ReadThenAsk, Split, held_out, passes, task_seed
-from actors.environments.data_file import DataFile, Text, TextOrNumber, Texts, TextsOrNumbers
+from actors.environments.data_file import PARQUET, DataFile, Text, TextOrNumber, Texts, TextsOrNumbers
 from actors.environments.record_fields import columns_of, found_in
 from actors.environments.scoring import plain_em, plain_f1, says_unknown
 from actors.protocols import TaskError
@@ -126,11 +126,10 @@ def read_records(
 ) -> list[Record]:
     """All records, in the file's order: at least one. Raises TaskError."""
     setting = f"environment.{environment}.path"
-    file = DataFile(config.path, setting, "a file of records (.jsonl or .parquet)")
-    if config.path.endswith(".parquet"):
+    file = DataFile(config.path, setting, "a file of records (.jsonl, .json or .parquet)")
+    rows: Iterator[tuple[str, dict[str, Any]]] = file.named_lines(dict[str, Any])
+    if config.path.endswith(".parquet") or file.head().startswith(PARQUET):
         rows = ((f"row {number}", row) for number, row in enumerate(_rows(file, columns_of(config))))
-    else:
-        rows = ((f"line {number}", row) for number, row in file.lines(dict[str, Any]))
     records = [_record(file, name, row, config, needs_texts) for name, row in rows]
     if not records:
         raise file.empty("records")
@@ -166,7 +165,7 @@ def _rows(file: DataFile, wanted: Collection[str]) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    file.open().close()  # says why a file cannot be read
+    file.head()  # says why a file cannot be read
     try:
         table = parquet.ParquetFile(Path(file.path))
         columns = [name for name in table.schema_arrow.names if name in wanted]

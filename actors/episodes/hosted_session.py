@@ -231,9 +231,6 @@ class HostedSession:
         A user's environment may count in NumPy or torch.
         """
         reward = self._number("the reward", outcome.reward)
-        # A failed episode, not a reward of 0: the siblings would be compared with it.
-        if not math.isfinite(reward):
-            raise TaskError(f"{self._gave} the reward {reward}, it must be a finite number")
         parts = self._numbers("reward part", outcome.reward_parts)
         return Outcome(reward, parts, tuple(map(self._answer, outcome.answers)))
 
@@ -259,11 +256,19 @@ class HostedSession:
         }
 
     def _number(self, name: str, value: float) -> float:
+        """``value`` as Python's own float. Raises TaskError where it is none, or not finite.
+
+        A failed episode, not a value of 0 or none: the siblings would be compared with it, and a mean over
+        them would be lost.
+        """
         try:
-            return float(value)
-        except (TypeError, ValueError, RuntimeError):  # the last is raised by a tensor of several numbers
+            number = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several numbers
             # name the type: the repr of an array would be many lines
             raise TaskError(f"{self._gave} {name} as {type(value).__name__}, it must be one number") from None
+        if not math.isfinite(number):
+            raise TaskError(f"{self._gave} {name} {number}, it must be a finite number")
+        return number
 
 
 def _texts_of(session: Any, environment: Environment) -> tuple[object, object, object]:

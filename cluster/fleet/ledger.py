@@ -21,7 +21,8 @@ class LedgerSnapshot:
     """What a checkpoint keeps of a ledger.
 
     ``pending`` tasks were issued but not settled: they are issued again. ``settled`` counts tasks by fate,
-    ``failures`` failed episodes by boundary, ``reissued`` the times that a task went back because its
+    ``failures`` failed episodes by boundary, ``failed_members`` by environment of environment.mix,
+    ``reissued`` the times that a task went back because its
     worker was lost, ``recovered`` the episodes that another worker took over.
     """
 
@@ -31,6 +32,7 @@ class LedgerSnapshot:
     failures: Mapping[str, NonNegativeInt] = field(default_factory=dict)
     reissued: NonNegativeInt = 0
     recovered: Mapping[str, NonNegativeInt] = field(default_factory=dict)
+    failed_members: Mapping[str, NonNegativeInt] = field(default_factory=dict)
 
 
 class Ledger:
@@ -43,6 +45,7 @@ class Ledger:
         self._losses: Counter[int] = Counter()  # by position
         self.settled: Counter[str] = Counter(dict(snapshot.settled))
         self.failures: Counter[str] = Counter(dict(snapshot.failures))
+        self.failed_members: Counter[str] = Counter(dict(snapshot.failed_members))
         self.issued = sum(self.settled.values())
         self.reissued = snapshot.reissued
         self.recovered: Counter[str] = Counter(dict(snapshot.recovered))
@@ -105,9 +108,11 @@ class Ledger:
         self.issued += 1
         return True
 
-    def count_failures(self, boundaries: Sequence[Boundary]) -> None:
-        """Count failed episodes by the boundary that failed."""
+    def count_failures(self, boundaries: Sequence[Boundary], member: str = "") -> None:
+        """Count failed episodes by the boundary that failed. ``member``: of environment.mix, their own."""
         self.failures.update(boundaries)
+        if member and boundaries:
+            self.failed_members[member] += len(boundaries)
 
     def count_recovered(self, continued: int, restarted: int) -> None:
         """Count episodes of a finished group that a lost worker had begun, by how they went on."""
@@ -124,7 +129,13 @@ class Ledger:
     def snapshot(self) -> LedgerSnapshot:
         pending = tuple(sorted([*self._pending, *self._again]))
         return LedgerSnapshot(
-            self._next, pending, dict(self.settled), dict(self.failures), self.reissued, dict(self.recovered)
+            next_position=self._next,
+            pending=pending,
+            settled=dict(self.settled),
+            failures=dict(self.failures),
+            reissued=self.reissued,
+            recovered=dict(self.recovered),
+            failed_members=dict(self.failed_members),
         )
 
 
@@ -138,7 +149,9 @@ def ledger_line(ledger: Ledger) -> str:
         else ""
     )
     boundaries = ", ".join(f"{count} {boundary}" for boundary, count in sorted(ledger.failures.items()))
+    members = ", ".join(f"{count} of {name}" for name, count in sorted(ledger.failed_members.items()))
     failed = f"; failed episodes: {boundaries}" if boundaries else ""
+    failed += f" ({members})" if members else ""
     problem = "" if ledger.balanced else " THE LEDGER DOES NOT BALANCE: a task was lost or counted twice"
     return (
         f"tasks: {ledger.issued} issued: {fates or 'none settled'}, {ledger.in_flight} in flight; "

@@ -373,7 +373,8 @@ class GroupStream:
 
         Fewer than two finished siblings cannot be compared: that group fails, and the next task replaces it.
         """
-        self.ledger.count_failures([failure.boundary for failure in group.summary.failed])
+        boundaries = [failure.boundary for failure in group.summary.failed]
+        self.ledger.count_failures(boundaries, group.summary.member)
         if group.summary.failed:
             self._calls.on_failures(group.summary)
         self.ledger.count_recovered(group.summary.recovered.continued, group.summary.recovered.restarted)

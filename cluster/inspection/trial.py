@@ -26,7 +26,7 @@ from actors.environments.build import build_environment
 from actors.episodes.demonstration import gold_flashcards
 from actors.episodes.episode import play
 from actors.episodes.hosted_session import HostedSession
-from actors.memory.base import Agent
+from actors.memory.base import Agent, Memory
 from actors.memory.build import build_memory, surroundings
 from actors.protocols import TaskError
 from actors.text.chat_template import ChatFormat, Ids, open_chat
@@ -113,17 +113,24 @@ def try_task(config: RunConfig, trial: Trial, replies: Replies, console: Console
         raise TaskError(str(error)) from error
     prepare(environment)
     task = TaskSource(environment, trial.split, config.seed).at(trial.position)
-    asyncio.run(_played(config, environment, task, chat, replies, View(chat, config, trial, console)))
-
-
-async def _played(
-    config: RunConfig, environment: Environment, task: Task, chat: ChatFormat, replies: Replies, view: View
-) -> None:
-    if replies.are_typed:  # asyncio's own handler waits for the loop, which waits for a line
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     window = config.engine.max_model_tokens
     around = surroundings(window, config.sampling.max_answer_tokens, config.embedder)
     memory = build_memory(config.memory, config.write, around)
+    view = View(chat, config, trial, memory, console)
+    asyncio.run(_played(config, environment, task, chat, replies, memory, view))
+
+
+async def _played(
+    config: RunConfig,
+    environment: Environment,
+    task: Task,
+    chat: ChatFormat,
+    replies: Replies,
+    memory: Memory,
+    view: View,
+) -> None:
+    if replies.are_typed:  # asyncio's own handler waits for the loop, which waits for a line
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     async with HostedSession(environment, task, config.rollout.environment_timeout_s) as session:
         await session.start()
         view.begin(task, session)
@@ -202,9 +209,14 @@ class TriedActor:
 class View:
     """Prints the contexts of an episode as they grow."""
 
-    def __init__(self, chat: ChatFormat, config: RunConfig, trial: Trial, console: Console) -> None:
+    def __init__(
+        self, chat: ChatFormat, config: RunConfig, trial: Trial, memory: Memory, console: Console
+    ) -> None:
         self._chat, self._trial, self._console = chat, trial, console
-        self._policy, self._most = config.memory.policy, config.memory.max_context_tokens
+        self._policy = config.memory.policy
+        # the limit of a user's own memory is its own affair
+        own = config.memory.max_context_tokens if self._policy != "custom" else None
+        self._most: int | None = getattr(memory, "max_context_tokens", own)
         self._question_title = "question"
         if config.memory.policy in _ASKING:
             hidden = config.memory.question_blind
@@ -216,7 +228,9 @@ class View:
 
     def begin(self, task: Task, session: HostedSession) -> None:
         self._print(f"{task.environment} · task {task.id} ({self._trial.split})", "bold")
-        self._print(f"memory {self._policy}, a context is full at {self._most} tokens (L_max)", _DIM)
+        limit = "L_max" if self._policy != "full" else "engine.max_model_tokens less an answer"
+        full = f", a context is full at {self._most} tokens ({limit})" if self._most is not None else ""
+        self._print(f"memory {self._policy}{full}", _DIM)
         if session.question:
             self._print(f"{self._question_title}: {session.question}", _DIM)
 
@@ -232,13 +246,16 @@ class View:
                 self._extractions += 1
                 title = "request of the memory"
                 held = turn.start - len(self._chat.user_open)
-                self.note(f"full: {held} tokens and the next turn are over {self._most}: the memory asks")
+                over = f"full: {held} tokens and the next turn are over {self._most}: "
+                self.note(f"{over if self._most is not None else ''}the memory asks")
             self._print(f"{title}, {turn.end - max(start, turn.start)} tokens", _DIM)
             self._indented(turn.text, "")
         if len(ids) > start:
             self._tokens += len(ids) - start
             self._every_token(ids[start:])
-            bound = "" if asked else f" of {self._most}"  # the request comes on top of a full context
+            bound = (
+                "" if asked or self._most is None else f" of {self._most}"
+            )  # the request comes on top of a full context
             self._print(f"  context: {len(ids)}{bound} tokens", _DIM)
 
     def said(self, kind: SpanKind, ids: Ids, origin: str) -> None:

@@ -97,7 +97,7 @@ def step_metrics(
         | rollout_metrics(episodes)
         | write_metrics([record for episode in episodes for record in episode.writes])
         | card_metrics(episodes)
-        | mix_metrics(groups)
+        | mix_metrics(groups, ledger.failed_members)
     )
     metrics[f"{SUMMARY}/reward"] = metrics["reward/mean"]
     metrics |= episode_timeline(episodes) | learner_timeline(seconds)
@@ -151,18 +151,23 @@ def reward_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
     }
 
 
-def mix_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
-    """Figures of each environment of environment.mix apart; none without it."""
+def mix_metrics(groups: Sequence[GroupSummary], failed: Mapping[str, int]) -> dict[str, float]:
+    """Figures of each environment of environment.mix apart; none without it.
+
+    ``failed``: episodes of the whole run, also of groups that failed and so are in no batch.
+    """
     metrics: dict[str, float] = {}
-    for member in sorted({group.member for group in groups if group.member}):
+    for member in sorted({*failed, *(group.member for group in groups if group.member)}):
         own = [group for group in groups if group.member == member]
-        figures = {key.removeprefix("reward/"): value for key, value in reward_metrics(own).items()}
-        figures |= {
+        counts = {
             "groups": float(len(own)),
             "episodes": float(len(_episodes(own))),
-            "failed_episodes": float(sum(len(group.failed) for group in own)),
+            "failed_episodes": float(failed.get(member, 0)),
         }
-        metrics |= {f"mix/{member}_{name}": value for name, value in figures.items()}
+        rewards = {key.removeprefix("reward/"): value for key, value in reward_metrics(own).items()}
+        # a part may be called as one of the counts
+        rewards = {f"part_{name}" if name in counts else name: value for name, value in rewards.items()}
+        metrics |= {f"mix/{member}_{name}": value for name, value in (rewards | counts).items()}
     return metrics
 
 

@@ -59,7 +59,9 @@ def hidden(run_dir: Path) -> list[str]:
 
 def test_a_checkpoint_gives_back_the_whole_state(tmp_path: Path) -> None:
     """Each field has a value of its own, so that none can be left out, or take another's place."""
-    ledger = LedgerSnapshot(9, (3, 5), {"trained": 4, "stale": 1}, {"engine": 2}, 6, {"continued": 7})
+    ledger = LedgerSnapshot(
+        9, (3, 5), {"trained": 4, "stale": 1}, {"engine": 2}, 6, {"continued": 7}, {"a": 2}
+    )
     state = TrainState(11, 12, 13, ledger, "run", (0.25, 1.0))
     defaults = LedgerSnapshot()
     assert all(getattr(ledger, item.name) != getattr(defaults, item.name) for item in fields(ledger))

@@ -76,7 +76,7 @@ class Pictures(Broken):
 gymnasium.register("Broken-v0", Broken)
 gymnasium.register("Pictures-v0", Pictures)
 
-def moves(text): return random.choice("abc")
+def moves(text): return [][0] if stubborn else random.choice("abc")
 
 class Steps(vf.MultiTurnEnv):
     ended = []
@@ -96,14 +96,13 @@ def price(answer, info): return {"dear": 2.0}[answer] if answer in ("dear", "che
 def nothing(state): return None
 def group(completions): return [0.0 for _ in completions]
 
-def load_environment(answers="a b c", rubric="turns", tools=False):
+def load_environment(answers="a b c", rubric="turns"):
     if answers == "none": raise KeyError("answers")
     rows = [{"question": f"Say {answer}.", "answer": answer, "info": {"n": 1}} for answer in answers.split()]
     functions = {"turns": [turns], "price": [turns, price], "group": [group], "nothing": [nothing]}[rubric]
-    tool = [vf.Tool(name="look", description="", parameters={})]
     rubric = vf.Rubric(funcs=functions, weights=[0.5, 1.0][:len(functions)])
     data = {"dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(rows)}
-    return Steps(max_turns=4, rubric=rubric, tool_defs=tool if tools else None, **data)
+    return Steps(max_turns=4, rubric=rubric, **data)
 """
 
 
@@ -138,6 +137,7 @@ def _play(
     reply: Callable[[str], str],
     siblings: int = 2,
     max_turns: int = 12,
+    context: int = 400,
 ) -> TrajectoryGroup:
     """A group whose agent answers the last turn of its prompt with ``reply``."""
 
@@ -150,7 +150,7 @@ def _play(
     rollout = Rollout(
         policy, writer, environment, chat, WriteConfig(), config, 8, SURROUNDINGS, "basis", "worker-0"
     )
-    memory = MemoryConfig(max_context_tokens=400)
+    memory = MemoryConfig(max_context_tokens=context)
     request = RolloutRequest(task, "g", siblings, memory, temperature=1.0, max_answer_tokens=64, seed=1)
     return asyncio.run(rollout.group(request))
 
@@ -282,6 +282,25 @@ def test_textarenas_own_opponent_moves_first_and_an_unfinished_game_gives_nothin
     environment = _build(EnvironmentConfig(name="textarena", textarena=config))
     (episode,) = _ended(_play(chat, environment, _first(environment), lambda _: "[A C]", 1, max_turns=1))
     assert episode.outcome.reward == 0.0 and episode.outcome.reward_parts["finished"] == 0.0
+
+
+def test_textarenas_game_is_closed_also_where_its_first_turn_raises(
+    chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import my_worse
+    from textarena.envs.TicTacToe.env import TicTacToeEnv  # type: ignore[import-untyped]
+
+    config = TextArenaConfig(game="TicTacToe-v0", players=2, seat=1, opponent="my_worse:moves")
+    environment = _build(EnvironmentConfig(name="textarena", textarena=config))
+    closed: list[object] = []
+    monkeypatch.setattr(TicTacToeEnv, "close", lambda game: closed.append(game))
+    monkeypatch.setattr(my_worse, "stubborn", [True])
+    message = _failure(_play(chat, environment, _first(environment), str))
+    assert re.search(r"start.*: IndexError: list index out of range \(my_worse\.py:\d+\)$", message)
+    assert len(closed) == 2, "the opponent has raised"
+    monkeypatch.setattr(TicTacToeEnv, "reset", lambda *_, **__: 1 / 0)
+    assert "ZeroDivisionError" in _failure(_play(chat, environment, _first(environment), str))
+    assert len(closed) == 4, "the game itself has"
 
 
 def test_a_game_that_is_none_and_seats_that_do_not_fit_are_said_at_once() -> None:
@@ -465,14 +484,12 @@ def test_a_session_of_verifiers_that_is_closed_early_cleans_up() -> None:
     asyncio.run(play())
 
 
-def test_what_verifiers_needs_beyond_texts_is_said_at_once() -> None:
+def test_what_verifiers_cannot_give_is_said_at_once() -> None:
     import signal
 
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(TaskError, match=r"verifiers\.id=my_worse: its rubric scores the siblings"):
         _worse("a", rubric="group")
-    with pytest.raises(TaskError, match=r"verifiers\.id=my_worse: it gives the agent tools"):
-        _worse("a", tools=True)
     with pytest.raises(TaskError, match=r"verifiers\.id=my_worse: KeyError: 'answers' \(my_worse\.py:\d+\)"):
         _worse("none")
     with pytest.raises(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -247,12 +248,21 @@ def test_each_task_is_played_by_its_own_environment(two: RunConfig, chat: ChatFo
         assert ("Only say more." in shown) is mine
         assert (first.outcome.reward == 2.0) is mine
 
-    metrics = mix_metrics([GroupSummary.of(group) for group in groups])
+    summaries = [GroupSummary.of(group) for group in groups]
+    metrics = mix_metrics(summaries, {"mine": 3, "gone": 2})
     assert (metrics["mix/mine_mean"], metrics["mix/mine_style"], metrics["mix/mine_groups"]) == (2.0, 0.5, 2)
     assert metrics["mix/recall_episodes"] == 12 and metrics["mix/recall_mean"] < 1
-    assert (
-        mix_metrics([GroupSummary.of(replace(group, task=Task("a", "b", {}, 0))) for group in groups]) == {}
-    )
+    failed = {name: value for name, value in metrics.items() if name.endswith("failed_episodes")}
+    assert failed == {"mix/mine_failed_episodes": 3, "mix/recall_failed_episodes": 0} | {
+        "mix/gone_failed_episodes": 2  # an environment whose groups all fail is in no batch, and is told
+    }
+    assert (metrics["mix/gone_groups"], math.isnan(metrics["mix/gone_mean"])) == (0, True)
+    assert mix_metrics([replace(summary, member="") for summary in summaries], {}) == {}
+    odd = replace(summaries[0].episodes[0].outcome, reward_parts={"groups": 7.0})
+    named = replace(summaries[0], episodes=(replace(summaries[0].episodes[0], outcome=odd),))
+    figures = mix_metrics([named], {})
+    member = summaries[0].member
+    assert (figures[f"mix/{member}_groups"], figures[f"mix/{member}_part_groups"]) == (1.0, 7.0)
 
 
 def test_an_evaluation_shows_each_environment_and_all_together(two: RunConfig, chat: ChatFormat) -> None:

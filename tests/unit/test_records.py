@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import gzip
 import itertools
 import json
+import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +259,7 @@ def test_an_answer_that_is_no_number_is_refused(tmp_path: Path, write: Any, answ
             {"texts": ["a"], "question": "q", "answer": True},
             "line 1: answer: Input should be a text or a number",
         ),
-        (["a"], "line 1: Input should be an object"),
+        (["a"], "item 0: Input should be an object"),
     ],
 )
 def test_a_bad_record_is_named(record: Any, said: str, tmp_path: Path) -> None:
@@ -285,3 +290,43 @@ def test_the_config_builds_it(tmp_path: Path) -> None:
         ValueError, match=r"records\.path='a\.csv' is not allowed: it must be a \.jsonl or \.parquet file"
     ):
         EnvironmentConfig(name="records", records=RecordsConfig(path="a.csv"))
+
+
+def test_a_json_list_and_packed_files_give_the_same_tasks(tmp_path: Path) -> None:
+    lines = _lines(tmp_path, RECORDS)
+    wanted = list(itertools.islice(_environment(lines).tasks("train", 3, 0), 12))
+    compact = json.dumps(RECORDS).encode()
+    spread = codecs.BOM_UTF8 + json.dumps(RECORDS, indent=1).replace("\n", "\r\n").encode()
+    table = _table(tmp_path, RECORDS).read_bytes()
+    contents = [compact, spread, table, gzip.compress(lines.read_bytes()), bz2.compress(compact)]
+    contents += [lzma.compress(lines.read_bytes())]
+    for number, content in enumerate(contents):
+        path = tmp_path / f"file-{number}"  # what a file is called says nothing
+        path.write_bytes(content)
+        assert list(itertools.islice(_environment(path).tasks("train", 3, 0), 12)) == wanted, number
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            json.dumps([*RECORDS, {"texts": "Hm.", "answer": "x"}]).encode(),
+            "item 10: question: Field required",
+        ),
+        (b'[{"question": ', "item 0: not JSON"),
+        (b"[1, 2]", "item 0: Input should be an object"),
+        (gzip.compress(b'{"question": "?"}\n' * 99)[:-9], "cannot be read (Compressed file ended before"),
+        (b"\x1f\x8b\x08\x00garbage", "cannot be read ("),
+        (b"PK\x03\x04rest", "it is a zip archive (or a spreadsheet): unpack it"),
+        ("[]".encode("utf-16"), "it is UTF-16: save it as UTF-8; environment.records.path wants a file of"),
+        (b"[]", "it has no records"),
+    ],
+)
+def test_a_list_and_a_packed_file_that_are_damaged_are_said_in_one_line(
+    content: bytes, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "records.jsonl.gz"
+    path.write_bytes(content)
+    with pytest.raises(TaskError, match=rf"^{re.escape(str(path))}: {re.escape(said)}") as raised:
+        _environment(path)
+    assert "\n" not in str(raised.value)

@@ -178,11 +178,24 @@ def test_an_environment_error_fails_one_episode(chat: ChatFormat) -> None:
     assert re.fullmatch(r"task t: field x is missing \(tests/unit/test_rollout\.py:\d+\)", failed.message)
 
 
-@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
-def test_a_reward_that_is_no_number_fails_the_episode(chat: ChatFormat, reward: float) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda outcome: replace(outcome, reward=float("nan")), "the reward nan"),
+        (lambda outcome: replace(outcome, reward=-np.inf), "the reward -inf"),
+        (lambda outcome: replace(outcome, reward_parts={"f1": np.float32("nan")}), "the reward part f1 nan"),
+        (
+            lambda outcome: replace(outcome, answers=(replace(outcome.answers[0], scores={"em": np.inf}),)),
+            "the score em inf",
+        ),
+    ],
+)
+def test_a_number_that_is_not_finite_fails_its_own_episode(
+    chat: ChatFormat, change: Callable[[Outcome], Outcome], said: str
+) -> None:
     class Broken(RecallSession):
         def outcome(self) -> Outcome:
-            return replace(super().outcome(), reward=reward)
+            return change(super().outcome())
 
     class Trap(RecallEnvironment):
         def start(self, task: Task) -> RecallSession:
@@ -190,7 +203,7 @@ def test_a_reward_that_is_no_number_fails_the_episode(chat: ChatFormat, reward: 
 
     starts = iter(range(9))
     group = _group_in(chat, Trap(RECALL))
-    message = f"task {TASK.id}: the environment recall gave the reward {reward}, it must be a finite number"
+    message = f"task {TASK.id}: the environment recall gave {said}, it must be a finite number"
     assert [(failed.boundary, failed.message) for failed in group.failed] == [("environment", message)]
     assert len(group.trajectories) == _request().group_size - 1
 
@@ -227,6 +240,7 @@ def test_scores_in_numpys_numbers_are_kept_like_pythons_own(chat: ChatFormat) ->
     ("change", "said"),
     [
         (lambda outcome: replace(outcome, reward="high"), "the reward as str"),
+        (lambda outcome: replace(outcome, reward=10**400), "the reward as int"),
         (lambda outcome: replace(outcome, reward=torch.zeros(2)), "the reward as Tensor"),
         (
             lambda outcome: replace(outcome, reward_parts={"f1": np.zeros(2000)}),

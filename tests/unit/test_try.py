@@ -231,3 +231,36 @@ def test_a_mistake_is_one_line(
     own = [*words[:1], tokenizer, *words[1:]]
     given, out, err = _tried(capsys, own)
     assert given == status and said in err and err.count("\n") == 1 and out == ""
+
+
+def test_the_whole_window_is_the_limit_of_full_context_and_ones_own_memory_has_its_own(
+    tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [
+        "engine.max_model_tokens=1200",
+        "sampling.max_answer_tokens=84",
+        "memory.max_context_tokens=40",
+    ]
+    status, out, _ = _tried(
+        capsys, ["recall", tokenizer, "memory.policy=full", *settings, "--reply", "Poland"]
+    )
+    assert (
+        status == 0 and "memory full, a context is full at 1100 tokens (engine.max_model_tokens less" in out
+    )
+    assert "of 1100 tokens" in out and "L_max" not in out and "of 40 " not in out
+    code = """
+class Nothing:
+    events = {}
+    async def read(self, agent, text): agent.context.tell(agent.turn(text))
+    async def answer(self, agent, text, max_tokens):
+        agent.context.tell(agent.turn(text))
+        return await agent.reply("act", max_tokens)
+
+def build(memory, write, around): return Nothing()
+"""
+    (tmp_path / "my_memory.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_memory", raising=False)
+    custom = ["memory.policy=custom", "memory.custom=my_memory:build", "--reply", "Poland"]
+    status, out, _ = _tried(capsys, ["recall", tokenizer, *settings, *custom])
+    assert status == 0 and "memory custom\n" in out and " of 40 " not in out and "L_max" not in out

@@ -17,10 +17,17 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from actors.environments.base import Split
-from actors.environments.ecosystem.stepped import SteppedSession, as_text, package, seeded_tasks
+from actors.environments.ecosystem.stepped import (
+    SteppedSession,
+    as_text,
+    closed_after_a_fault,
+    package,
+    seeded_tasks,
+)
 from actors.protocols import TaskError
 from actors.text.thoughts import visible_reply
 from actors.types import Task
@@ -56,8 +63,10 @@ class TextArenaEnvironment:
         chance = _Chance(task.seed)
         with chance:
             game = self._textarena.make(self._config.game, **self._config.make)
-            game.reset(num_players=self._config.players, seed=task.seed)
-        return TextArenaSession(game, self._whom, self._config.seat, opponent, chance)
+        with closed_after_a_fault(partial(_close, game, chance)):
+            with chance:
+                game.reset(num_players=self._config.players, seed=task.seed)
+            return TextArenaSession(game, self._whom, self._config.seat, opponent, chance)
 
 
 class TextArenaSession(SteppedSession):
@@ -81,8 +90,7 @@ class TextArenaSession(SteppedSession):
             self._end()
 
     def close(self) -> None:
-        with self._chance:
-            self._game.close()
+        _close(self._game, self._chance)
 
     def _until_our_turn(self) -> str | None:
         """Let the others move; what our seat reads then, None where the game is over."""
@@ -123,6 +131,11 @@ class _Chance:
         self._state = random.getstate()
         random.setstate(self._others)
         _GLOBAL_RANDOM.release()
+
+
+def _close(game: Any, chance: _Chance) -> None:
+    with chance:
+        game.close()
 
 
 def _innermost(game: Any) -> Any:
