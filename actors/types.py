@@ -208,10 +208,8 @@ class Probe:
 @dataclass(frozen=True, slots=True, eq=False)
 class WriteResult:
     """What the writer answers. ``weights`` is the new revision, or the request's own after a roll-back.
-
     ``probe`` is None unless the write was accepted. Losses are mean nats per answer token. preserved_kl: mean
-    nats a token from the preserved replies, at the last step's; 0 where nothing is preserved. preserved_used:
-    how many of the request's replies the steps preserved; short writes do not come to all.
+    nats a token from the replies that the last step preserved; preserved_used: how many all steps came to.
     """
 
     weights: FastWeights
@@ -229,7 +227,6 @@ class WriteResult:
 @dataclass(frozen=True, slots=True)
 class WriteRecord:
     """One line of an episode's write log. Replaying the accepted records on the same base rebuilds Delta.
-
     Example: one flashcard was written and one was malformed. The write took 5 steps from 5.4 to 3.9 nats:
     revision 1, examples (1 new, 2 rehearsed), flashcards (1), rejected_flashcards 1, outcome "accepted"
     """
