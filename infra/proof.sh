@@ -8,9 +8,10 @@ folder=${1:-runs/proof}
 [ $# -gt 0 ] || set -- kernels quickstart chat kills chaos studies rl
 studies="write addressed neighbours supervision basis steps sensitivity capacity capacity_writes forgetting"
 
-kernels() { # vLLM's LoRA kernels for GPUs, in Triton's interpreter
+kernels() { # vLLM's LoRA kernels for GPUs, in Triton's interpreter; the stages of the smoke test, RL step and all
     make -s triton
     python -m pytest -n 0 tests/integration/test_gpu_kernels.py
+    python -m tests.gpu.smoke environment writer eager learner rl
 }
 quickstart() {
     python -m cluster train configs/quickstart.yaml name=quickstart output_dir="$folder" resume=auto

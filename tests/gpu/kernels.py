@@ -5,20 +5,23 @@
 
 The layers are vLLM's own, with their slots as ``from_layer`` makes them: q, k and v (slices of two widths),
 gate and up (of one), down (a single one). The batches have several adapters, and tokens of the base model
-between. ``python -m tests.gpu.interpreted`` runs it in Triton's interpreter.
+between. ``python -m tests.gpu.interpreted`` runs it in Triton's interpreter, the stage "kernels" on a GPU.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cluster.bench.harness import timed
 
 RANK, WIDTH = 6, 8  # of Engram's adapters, and of vLLM's slots
 ADAPTERS = (31, 12, 23)  # their numbers; adapters are found by slot, not by number
@@ -45,6 +48,7 @@ class Sizes:
 
 
 SMALL = Sizes(hidden=64, head=16, heads=6, kv_heads=2, mlp=96)
+QWEN3_4B = Sizes(hidden=2560, head=128, heads=32, kv_heads=8, mlp=9728)
 
 
 class WrongDelta(Exception):
@@ -82,6 +86,33 @@ def check(wrapper: type, device: torch.device, dtype: torch.dtype, sizes: Sizes)
             for batch, tokens in BATCHES.items():
                 errors[f"{name}, {batch}"] = _error(routes, adapted, tokens, dtype, draw, f"{name}, {batch}")
     return errors
+
+
+def microseconds(wrapper: type, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> dict[str, float]:
+    """Of gate_up's adapters, and of the layer's own matmul beside it."""
+    draw = torch.Generator().manual_seed(0)
+    found: dict[str, float] = {}
+    with _vllm_is_set_up():
+        routes, adapted = _routes(wrapper, device, dtype), _layers(sizes, device, dtype, draw)["gate_up"]
+        matrix = torch.randn(adapted.d_out, adapted.d_in, generator=draw).to(device, dtype)
+        for batch in ("decode", "prefill"):
+            _route(routes, BATCHES[batch])
+            x = torch.randn(len(BATCHES[batch]), adapted.d_in, generator=draw).to(device, dtype)
+            y = x @ matrix.T
+            found[f"adapters, {batch}: us"] = _clock(partial(_apply, routes, adapted, x, y))
+            found[f"matmul, {batch}: us"] = _clock(partial(torch.matmul, x, matrix.T))
+    return found
+
+
+def _clock(work: Callable[[], object], times: int = 50) -> float:
+    """Microseconds of one call of ``work``, without its first ones: those compile."""
+
+    def repeat() -> None:
+        for _ in range(times):
+            work()
+
+    repeat()
+    return timed(repeat).wall_s / times * 1e6
 
 
 def _error(

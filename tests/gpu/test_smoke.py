@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.smoke import STAGES, make_model, run_stage
+from tests.gpu.parts import make_model
+from tests.gpu.smoke import STAGES, run_stage
 
 pytestmark = pytest.mark.gpu
 

@@ -14,6 +14,8 @@ import torch
 
 from tests.gpu.emulation import gpu_wrapper
 from tests.gpu.kernels import ADAPTERS, BATCHES, SMALL, WrongDelta, check
+from tests.gpu.parts import Report
+from tests.gpu.stages import kernels
 
 ROOT = Path(__file__).parents[2]
 TRITON = Path(os.environ.get("ENGRAM_TRITON") or ROOT / ".triton")
@@ -44,8 +46,12 @@ def test_vllms_kernels_give_each_token_its_adapter_in_tritons_interpreter() -> N
     assert len(report) == 3 * len(BATCHES) and max(report.values()) > 0
 
 
-def test_the_stand_in_of_the_emulation_does_what_the_kernels_do() -> None:
-    assert len(_checked(gpu_wrapper())) == 3 * len(BATCHES)
+def test_the_stage_of_the_smoke_test_compares_and_times_the_emulations_stand_in(tmp_path: Path) -> None:
+    report: Report = {}
+    kernels(tmp_path, report)
+    assert report["kernels"] == "tests.gpu.emulation"
+    assert sum(name.startswith(("small: ", "large: ")) for name in report) == 2 * 3 * len(BATCHES)
+    assert report["adapters, decode: us"] > 0 and report["matmul, prefill: us"] > 0
 
 
 class _Wrong:
