@@ -11,6 +11,7 @@ Why: a fault of the user's code fails one episode and is counted. It is no lost 
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 import sysconfig
@@ -27,6 +28,7 @@ _OURS = tuple(f"{_ROOT / name}/" for name in ("actors", "cluster", "configs", "l
 _PATHS = sysconfig.get_paths()
 _STANDARD = tuple(f"{_PATHS[name]}/" for name in ("stdlib", "platstdlib"))
 _INSTALLED = tuple(f"{_PATHS[name]}/" for name in ("purelib", "platlib"))
+_MOST_NAMES = 20  # of a module, in a message
 _MOST = 500  # characters of a message: a user's exception may hold a whole page
 
 
@@ -148,7 +150,8 @@ def load_extension(setting: str, path: str) -> Callable[..., Any]:
     if callable(value):
         return value
     public = sorted(key for key, other in vars(module).items() if callable(other) and not key.startswith("_"))
-    has = ", ".join(public) or "nothing"
+    close = difflib.get_close_matches(name, public, n=_MOST_NAMES, cutoff=0)
+    has = ", ".join(public if len(public) <= _MOST_NAMES else [*close, "and more"]) or "nothing"
     raise ExtensionError(
         f"{setting}={path}: {module_name} has no function or class {name}; it has {has}"[:500]
     )

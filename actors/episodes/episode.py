@@ -10,12 +10,13 @@ episode needs no engine slot any more (rollout.py).
 from __future__ import annotations
 
 import hashlib
+import inspect
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from actors.environments.base import Reply
 from actors.episodes.hosted_session import HostedSession
@@ -50,6 +51,8 @@ from actors.types import (
     WriteResult,
 )
 from configs.user_code import fault, owned
+
+T = TypeVar("T")
 
 PASSING = (TaskError, EngineError, ReceiptError, WriterError, Diverged)
 """Errors with an owner of their own: a memory that meets one has not caused it."""
@@ -210,8 +213,7 @@ async def score_episode(played: Played) -> Trajectory:
     """Ask the session for its outcome. Raises TaskError, MemoryFault."""
     spec, actor, agent, memory = played.spec, played.actor, played.agent, played.memory
     outcome = await played.session.outcome()
-    with owned(_memory_of(spec.task.id, memory), MemoryFault):
-        events = {name: int(count) for name, count in memory.events.items()}
+    events = events_of(memory, spec.task.id)
     if played.session.cleaned:
         events[CLEANED] = played.session.cleaned
     total = time.perf_counter() - played.started
@@ -240,15 +242,15 @@ async def play(
     while (observation := await session.observe()) is not None:
         agent.turn_role = observation.role
         if not observation.wants_action:
-            with _owned_by(memory, agent, session.task.id):
-                await memory.read(agent, observation.text)
+            with _owned_by(memory, memory.read, agent, session.task.id):
+                await _async("read", memory.read(agent, observation.text))
             continue
         if turns == max_turns:
             return "max_turns"
         agent.turn_tells, agent.turn_stop = observation.tells, observation.stop
         most = min(max_answer_tokens, observation.max_tokens or max_answer_tokens)
-        with _owned_by(memory, agent, session.task.id):
-            reply = await memory.answer(agent, observation.text, most)
+        with _owned_by(memory, memory.answer, agent, session.task.id):
+            reply = await _async("answer", memory.answer(agent, observation.text, most))
             if not isinstance(reply, str):
                 raise TypeError(f"its answer is {type(reply).__name__}, it must be a text")
         if observation.heard is not None:
@@ -258,8 +260,21 @@ async def play(
     return "done"
 
 
+def events_of(memory: Memory, task_id: str) -> dict[str, int]:
+    """What the memory counted. Raises MemoryFault."""
+    with owned(_memory_of(task_id, memory), MemoryFault):
+        return {name: int(count) for name, count in memory.events.items()}
+
+
+def _async(verb: str, given: Awaitable[T]) -> Awaitable[T]:
+    """``given`` by a memory, which may be a user's. Raises TypeError where it cannot be awaited."""
+    if not inspect.isawaitable(given):
+        raise TypeError(f"its {verb} gave {type(given).__name__}, it must be an async function")
+    return given
+
+
 @contextmanager
-def _owned_by(memory: Memory, agent: Agent, task_id: str) -> Iterator[None]:
+def _owned_by(memory: Memory, function: Callable[..., object], agent: Agent, task_id: str) -> Iterator[None]:
     """Make a MemoryFault of what the memory raises. What the actor raises below it goes through."""
     actor = type(agent.actor)
     try:
@@ -270,7 +285,7 @@ def _owned_by(memory: Memory, agent: Agent, task_id: str) -> Iterator[None]:
         codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
         if codes & {actor.sample.__code__, actor.learn.__code__}:
             raise
-        raise fault(_memory_of(task_id, memory), error, MemoryFault) from error
+        raise fault(_memory_of(task_id, memory), error, MemoryFault, function) from error
 
 
 def _memory_of(task_id: str, memory: Memory) -> str:

@@ -76,7 +76,8 @@ class HostedSession:
                 if not hasattr(type(session), member) and not hasattr(session, member):
                     gave = f"{type(session).__name__} without {member}"
                     self._refuse("start", gave, "a Session", environment.start)
-        own, question, prompt = await self._ask("question", lambda: _texts_of(session, environment))
+        question = await self._ask("question", lambda: session.question)
+        own, prompt = await self._ask("system_prompt", lambda: _prompts_of(session, environment))
         self.question = self._text("question", question)
         self.own_prompt = self._text("system_prompt", task.system_prompt or own or "")
         self.system_prompt = self.own_prompt or self._text("system_prompt", prompt)
@@ -193,10 +194,10 @@ class HostedSession:
 
     # --- what the user's code gave ------------------------------------------------------------------------
 
-    def _text(self, verb: str, value: object) -> str:
-        """``value`` as it can be encoded; anything but a text is refused."""
+    def _text(self, verb: str, value: object, what: str = "its text") -> str:
+        """``value`` as it can be encoded; anything but a text is refused. ``what``: its name in a message."""
         if not isinstance(value, str):
-            self._refuse(verb, f"{type(value).__name__} as its text", "a text", None)
+            self._refuse(verb, f"{type(value).__name__} as {what}", "a text", None)
         text = encodable(value)
         self.cleaned += text is not value
         return text
@@ -232,26 +233,39 @@ class HostedSession:
         """
         reward = self._number("the reward", outcome.reward)
         parts = self._numbers("reward part", outcome.reward_parts)
-        return Outcome(reward, parts, tuple(map(self._answer, outcome.answers)))
+        answers = self._listed("answers", outcome.answers, "a tuple of Answer")
+        return Outcome(reward, parts, tuple(map(self._answer, answers)))
 
-    def _answer(self, answer: Answer) -> Answer:
+    def _answer(self, answer: object) -> Answer:
+        if not isinstance(answer, Answer):
+            self._refuse_outcome(f"an answer as {type(answer).__name__}", "an Answer")
         gold: object = answer.gold
-        texts = (gold,) if isinstance(gold, str) else answer.gold
+        texts = (gold,) if isinstance(gold, str) else self._listed("gold", gold, "a tuple of texts")
         return Answer(
-            self._text("outcome", answer.question),
-            tuple(self._text("outcome", text) for text in texts),
-            self._text("outcome", answer.prediction),
-            self._text("outcome", answer.category),
+            self._text("outcome", answer.question, "an answer's question"),
+            tuple(self._text("outcome", text, "a gold answer") for text in texts),
+            self._text("outcome", answer.prediction, "a prediction"),
+            self._text("outcome", answer.category, "an answer's category"),
             self._numbers("score", answer.scores),
         )
+
+    def _listed(self, name: str, value: object, wanted: str) -> Sequence[object]:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            self._refuse_outcome(f"{name} as {type(value).__name__}", wanted)
+        return value
+
+    def _refuse_outcome(self, gave: str, wanted: str) -> NoReturn:
+        raise TaskError(f"{self._gave} {gave}, it must be {wanted}")
 
     @property
     def _gave(self) -> str:
         return f"task {self.task.id}: the environment {self.task.environment} gave"
 
     def _numbers(self, kind: str, values: Mapping[str, float]) -> dict[str, float]:
+        if not isinstance(values, Mapping):
+            self._refuse_outcome(f"the {kind}s as {type(values).__name__}", "a mapping of names to numbers")
         return {
-            self._text("outcome", name): self._number(f"the {kind} {name}", value)
+            self._text("outcome", name, f"the name of a {kind}"): self._number(f"the {kind} {name}", value)
             for name, value in values.items()
         }
 
@@ -271,8 +285,8 @@ class HostedSession:
         return number
 
 
-def _texts_of(session: Any, environment: Environment) -> tuple[object, object, object]:
-    return part_of(session, "system_prompt", ""), session.question, environment.system_prompt
+def _prompts_of(session: Any, environment: Environment) -> tuple[object, object]:
+    return part_of(session, "system_prompt", ""), environment.system_prompt
 
 
 def _giver(session: object, name: str) -> object:

@@ -13,10 +13,12 @@ from actors.memory.paging import PagingMemory
 from actors.memory.parametric import HybridMemory, ParametricMemory
 from actors.memory.summary import StateMemory, SummaryMemory
 from actors.memory.supervised import ImplicationsMemory, RawMemory, SummaryWriteMemory
+from actors.protocols import MemoryFault
 from actors.text.retrieval import Embedder, load_embedder
 from configs.schema import EmbedderConfig, MemoryConfig, MemoryPolicy, WriteConfig
-from configs.user_code import load_extension
+from configs.user_code import load_extension, owned
 
+_MEMBERS = ("events", "read", "answer")
 _REPLY_OPENING = 16  # the chat template's tokens in front of a reply, with room to spare
 
 
@@ -39,11 +41,21 @@ def surroundings(window_tokens: int, answer_tokens: int, embedder: EmbedderConfi
 def build_memory(
     config: MemoryConfig, write: WriteConfig, around: Surroundings, control: WriteControl = OWN_CARDS
 ) -> Memory:
-    """Build the memory of one episode. Raises ExtensionError if a custom memory cannot be loaded."""
+    """Build the memory of one episode.
+
+    Raises ExtensionError if a custom memory cannot be loaded, MemoryFault if its function fails.
+    """
     if (writes_cards := _CARD_MEMORIES.get(config.policy)) is not None:
         return writes_cards(config, write, around.window_tokens, control)
-    builder = custom_memory(config) if config.policy == "custom" else _BUILDERS[config.policy]
-    return builder(config, write, around)
+    if config.policy != "custom":
+        return _BUILDERS[config.policy](config, write, around)
+    builder, whom = custom_memory(config), f"memory.custom={config.custom}"
+    with owned(whom, MemoryFault, builder):
+        memory = builder(config, write, around)
+    if missing := [member for member in _MEMBERS if not hasattr(memory, member)]:
+        lacks = f"{type(memory).__name__} without {', '.join(missing)}"
+        raise MemoryFault(f"{whom} returned {lacks}: see Memory in actors/memory/base.py")
+    return memory
 
 
 def custom_memory(config: MemoryConfig) -> Builder:

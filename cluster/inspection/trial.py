@@ -24,7 +24,7 @@ from rich.text import Text
 from actors.environments.base import Demonstrator, Environment, Split, prepare
 from actors.environments.build import build_environment
 from actors.episodes.demonstration import gold_flashcards
-from actors.episodes.episode import play
+from actors.episodes.episode import events_of, play
 from actors.episodes.hosted_session import HostedSession
 from actors.memory.base import Agent, Memory
 from actors.memory.build import build_memory, surroundings
@@ -143,7 +143,7 @@ async def _played(
         finally:
             view.see(agent.context.ids)  # what was read since the last reply, also before a fault
         outcome = await session.outcome()
-    view.end(agent, stop, outcome, session.cleaned, memory.events)
+    view.end(agent, stop, outcome, session.cleaned, events_of(memory, task.id))
 
 
 class TriedActor:

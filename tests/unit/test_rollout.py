@@ -261,6 +261,41 @@ def test_a_score_that_is_no_number_is_named(
     assert {(failed.boundary, failed.message) for failed in group.failed} == {("environment", message)}
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda outcome: replace(outcome, reward_parts=None),
+            "the reward parts as NoneType, it must be a mapping of names to numbers",
+        ),
+        (lambda outcome: replace(outcome, answers=None), "answers as NoneType, it must be a tuple of Answer"),
+        (lambda outcome: replace(outcome, answers=({},)), "an answer as dict, it must be an Answer"),
+        (
+            lambda outcome: replace(outcome, answers=(replace(outcome.answers[0], gold=7),)),
+            "gold as int, it must be a tuple of texts",
+        ),
+        (
+            lambda outcome: replace(outcome, answers=(replace(outcome.answers[0], scores=[1.0]),)),
+            "the scores as list, it must be a mapping of names to numbers",
+        ),
+    ],
+)
+def test_an_outcome_of_another_shape_is_said_in_the_users_words(
+    chat: ChatFormat, change: Callable[[Outcome], Outcome], said: str
+) -> None:
+    group = _group_in(chat, _with_outcome(change))
+    message = f"task {TASK.id}: the environment recall gave {said}"
+    assert {failed.message.partition(" (")[0] for failed in group.failed} == {message}
+
+
+def test_a_number_as_a_gold_answer_is_named(chat: ChatFormat) -> None:
+    group = _group_in(
+        chat,
+        _with_outcome(lambda outcome: replace(outcome, answers=(replace(outcome.answers[0], gold=(3,)),))),
+    )
+    assert "outcome gave int as a gold answer, it must be a text" in group.failed[0].message
+
+
 def test_a_late_episode_is_a_timeout_and_its_slot_is_free_again(chat: ChatFormat) -> None:
     async def play() -> None:
         policy = ScriptedPolicy(_talk(chat), delay_s=60)

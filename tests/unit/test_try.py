@@ -264,3 +264,57 @@ def build(memory, write, around): return Nothing()
     custom = ["memory.policy=custom", "memory.custom=my_memory:build", "--reply", "Poland"]
     status, out, _ = _tried(capsys, ["recall", tokenizer, *settings, *custom])
     assert status == 0 and "memory custom\n" in out and " of 40 " not in out and "L_max" not in out
+
+
+_MEMORIES = """
+class Fine:
+    events = {}
+    async def read(self, agent, text): agent.context.tell(agent.turn(text))
+    async def answer(self, agent, text, max_tokens): return "Oslo"
+
+class Sync(Fine):
+    def read(self, agent, text): pass  # line 8
+
+class Counting(Fine):
+    events = None
+
+def fine(memory, write, around): return Fine()
+def sync(memory, write, around): return Sync()
+def counting(memory, write, around): return Counting()
+def raising(memory, write, around): return memory.options["tokens"]  # line 16
+def none(memory, write, around): return None
+def short(memory): return Fine()  # line 18
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("sync", r"the memory Sync: TypeError: its read gave NoneType, it must be an async function \(my_"),
+        ("counting", r"the memory Counting: AttributeError: 'NoneType' object has no attribute 'items'"),
+        ("raising", r"memory\.custom=my_memories:raising: KeyError: 'tokens' \(my_memories\.py:16\)$"),
+        (
+            "none",
+            r"memory\.custom=my_memories:none returned NoneType without events, read, answer: see",
+        ),
+        (
+            "short",
+            r"memory\.custom=my_memories:short: TypeError: short\(\) takes 1.*\(my_memories\.py:18\)$",
+        ),
+    ],
+)
+def test_a_memory_of_ones_own_that_is_broken_is_one_line_with_its_place(
+    name: str,
+    said: str,
+    tokenizer: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "my_memories.py").write_text(_MEMORIES, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_memories", raising=False)
+    words = ["memory.policy=custom", f"memory.custom=my_memories:{name}", "--reply", "Poland"]
+    status, _, err = _tried(capsys, ["recall", tokenizer, *words])
+    assert status == 1 and err.startswith("fault: ") and len(err.splitlines()) == 1
+    assert re.search(said, err.strip()), err
