@@ -25,7 +25,8 @@ from cluster.assistant.sessions import Sessions
 from cluster.cli import main
 from tests.unit.rollout_fakes import ScriptedWriter
 from tests.unit.test_assistant import basis, run, with_limits
-from tests.unit.test_tending import HOME, PET, RIDDLE, Bench, changed, chat, opening, terminal_of
+from tests.unit.test_tending import HOME, PET, RIDDLE, Bench, changed, chat, opening
+from tests.unit.test_tending_chat import terminal_of
 
 __all__ = ["chat", "opening"]  # fixtures
 

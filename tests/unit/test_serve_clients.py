@@ -41,10 +41,10 @@ from tests.unit.test_serve import (
     opening,
     parts,
     said,
-    says,
     serving,
     streamed,
 )
+from tests.unit.test_serve_history import says
 
 __all__ = ["chat", "engine", "opening", "parts"]  # fixtures
 

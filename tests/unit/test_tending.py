@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,20 +10,17 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from rich.console import Console
 
 from actors.episodes.rollout import WriteBatcher
 from actors.text.chat_template import ChatFormat
 from actors.types import Flashcard, WriteRequest
 from cluster.assistant import tending_command
-from cluster.assistant.chat import Terminal
 from cluster.assistant.conversation import Conversation
 from cluster.assistant.opening import AssistantError, Opening, Parts
 from cluster.assistant.serve import build_app
 from cluster.assistant.sessions import Sessions
 from cluster.assistant.tending import Edits, card_lines, edit_memory
 from cluster.cli import main
-from cluster.common.display import Display
 from configs.load import load_config
 from configs.models import resolve_model
 from configs.schema import ModelConfig
@@ -371,63 +366,3 @@ def test_a_server_lists_and_tends_a_memory_and_saves_it(nora: Path, bench: Bench
         assert client.patch(url, json={"forget": [9]}).status_code == 400
         for verb in (client.get, lambda url: client.patch(url, json={"forget": [1]})):
             assert verb("/v1/conversations/omar/memory").status_code == 404
-
-
-# --- in the terminal ------------------------------------------------------------------------------------
-
-
-def terminal_of(bench: Bench, runner: asyncio.Runner) -> tuple[Terminal, io.StringIO]:
-    out = io.StringIO()
-    talk = Conversation(bench.parts, "chat", bench.parts.opening.system_prompt)
-    return Terminal(talk, bench.parts.opening, runner, Display(Console(file=out, width=80))), out
-
-
-def test_a_chat_that_lives_in_a_folder_is_there_after_every_turn(bench: Bench, tmp_path: Path) -> None:
-    folder = tmp_path / "nora"
-
-    def on_disk() -> tuple[int, int]:
-        content = json.loads((folder / "memory.json").read_text())
-        return content["revision"], len(content["context_ids"])
-
-    seen: list[tuple[int, int]] = []
-
-    def lines() -> Iterator[str]:
-        for line in ("Nora lives in Lisbon.", "/write", "/forget 1", "/correct 1 a cat", "/cards", "/new"):
-            yield line
-            seen.append(on_disk())
-
-    class Source(io.StringIO):
-        def __iter__(self) -> Iterator[str]:
-            return lines()
-
-    with asyncio.Runner() as runner:
-        terminal, out = terminal_of(bench, runner)
-        terminal.live_in(folder)
-        assert on_disk() == (0, 0)
-        terminal.converse(Source())
-        text = out.getvalue()
-        assert terminal.failures == 0, text
-        assert seen[0][0] == 0 and seen[0][1] > 5
-        assert seen[1:] == [(1, 0), (1, 0), (1, 0), (1, 0), (0, 0)]
-        assert "  ~ 1 of 1 flashcard learnt " in text and "  ~ 1  What pet does Nora have? -> a cat" in text
-        terminal, out = terminal_of(bench, runner)
-        terminal.live_in(folder)
-        assert f"loaded {folder}: 0 flashcards, revision 0" in out.getvalue()
-
-
-def test_a_wrong_number_in_the_terminal_is_one_line(bench: Bench, tmp_path: Path) -> None:
-    with asyncio.Runner() as runner:
-        terminal, out = terminal_of(bench, runner)
-        terminal.converse(io.StringIO("/forget\n/forget one\n/correct 1\n/forget 1\n"))
-    assert terminal.failures == 4 and "error: there is no flashcard 1: there are none" in out.getvalue()
-
-
-def test_a_folder_with_other_files_is_never_replaced(bench: Bench, tmp_path: Path) -> None:
-    async def story() -> None:
-        talk = await bench.written(tmp_path / "nora")
-        (tmp_path / "nora" / "thesis.txt").write_text("mine")
-        with pytest.raises(AssistantError, match=r"holds 'thesis\.txt', which is no part of a memory"):
-            talk.save(tmp_path / "nora", overwrite=True)
-        assert (tmp_path / "nora" / "thesis.txt").read_text() == "mine"
-
-    run(story())
