@@ -302,7 +302,7 @@ class RunConfig:
 
     name: str = "engram"
     seed: int = 0
-    # checkpoints, tables, plots; one folder for each run. Also the address of a store, s3://, gs:// or file://,
+    # checkpoints, tables, plots; one folder for each run. Also the address of a store (s3://, gs://, file://)
     # so that a run outlives its machine (store.*)
     output_dir: str = "runs"
     resume: str = ""

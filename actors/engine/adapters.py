@@ -1,6 +1,6 @@
 """The adapters of an engine, the names under which vLLM knows them, and the receipt that proves one.
 
-    AdapterKey(3, "episode-7", 2)  ->  LoRARequest(name "v3/episode-7@2", a fresh int id, "mem://v3/episode-7@2")
+    AdapterKey(3, "episode-7", 2)  ->  LoRARequest(name "v3/episode-7@2", an int id, "mem://v3/episode-7@2")
 
     install --> AdapterTable.put --> the worker's store
             --> score the probe under the adapter --> check_receipt: does it act as the writer computed?

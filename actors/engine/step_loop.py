@@ -233,7 +233,7 @@ class StepLoop(Generic[E]):
     def _run(self, build: Callable[[], E], teardown: Callable[[E], None], started: Future[None]) -> None:
         try:
             engine = build()
-        except BaseException as error:  # noqa: BLE001  (a thread's boundary: every failure goes to the callers)
+        except BaseException as error:  # noqa: BLE001  every failure goes to the callers
             self._die(_one_line(error))
             if not isinstance(error, EngineError):
                 error = EngineError(f"{self._name} did not start: {_one_line(error)}")

@@ -74,7 +74,7 @@ def _rows(path: str, name: str, split: str) -> Any:
     with hub_or_cache(name.partition(":")[0], "dataset") as silence:
         try:
             found = _opened(datasets, name)
-        except Exception as error:  # noqa: BLE001  a loader raises what it likes: network, hub, its file formats
+        except Exception as error:  # noqa: BLE001  a loader raises what it likes
             reason = f"not in the local cache, and the hub: {silence}" if silence else _reason(error)
             raise TaskError(f"{path}: datasets cannot load it ({reason}): write {_FORM}") from None
     if not isinstance(found, dict):

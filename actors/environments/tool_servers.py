@@ -154,7 +154,8 @@ async def _connected(server: ToolServer, log: IO[str], timeout_s: float, stack: 
         http = await stack.enter_async_context(httpx2.AsyncClient(headers=headers, timeout=timeout_s))
         transport = streamable_http_client(_filled(server, server.url), http_client=http)
         return await stack.enter_async_context(Client(transport, read_timeout_seconds=timeout_s))
-    command, *arguments = (_filled(server, os.path.expanduser(part)) for part in server.command)  # noqa: PTH111
+    expanded = map(os.path.expanduser, server.command)
+    command, *arguments = (_filled(server, part) for part in expanded)
     parameters = StdioServerParameters(
         command=command,
         args=arguments,

@@ -289,7 +289,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     """All tensors of a file, and its metadata. Raises OSError, SafetensorError."""
     with safetensors.safe_open(path, framework="pt") as reader:
         metadata: dict[str, str] = reader.metadata() or {}
-        return {name: reader.get_tensor(name) for name in reader.keys()}, metadata  # noqa: SIM118  (no mapping)
+        return {name: reader.get_tensor(name) for name in reader.keys()}, metadata  # noqa: SIM118
 
 
 def _unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Basis:

@@ -328,7 +328,7 @@ def read_tensors(folder: Path, *prefixes: str) -> dict[str, Tensor]:
     try:
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as reader:
-                names = [name for name in reader.keys() if name.startswith(prefixes)]  # noqa: SIM118  (no mapping)
+                names = [name for name in reader.keys() if name.startswith(prefixes)]  # noqa: SIM118
                 tensors.update({name: reader.get_tensor(name) for name in names})
     except (OSError, SafetensorError) as error:
         raise WriterError(

@@ -53,7 +53,7 @@ class Background(Generic[T]):
             try:
                 self._work(item)
                 self.done += 1
-            except Exception as error:  # noqa: BLE001  a full disk, a lost object, any store: none may end the thread
+            except Exception as error:  # noqa: BLE001  no fault may end the thread
                 self._lose(self._explain(error))
 
     def _lose(self, problem: str, count: int = 1) -> None:

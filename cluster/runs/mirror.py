@@ -159,7 +159,7 @@ class Mirror:
                 self._round()
             except _TakenOver:
                 return
-            except Exception as error:  # noqa: BLE001  a store, a disk, a fault of ours: none may end the thread
+            except Exception as error:  # noqa: BLE001  no fault may end the thread
                 failures += 1
                 self._failed(error)
             else:

@@ -34,7 +34,7 @@ class SystemMetrics(threading.Thread):
                     monitor.collect_metrics()
                     figures |= monitor.aggregate_metrics()
                     monitor.clear_metrics()
-                except Exception as error:  # noqa: BLE001  a GPU driver, a container's /proc: none ends the rest
+                except Exception as error:  # noqa: BLE001  none ends the rest
                     _log.debug("system metrics: %s", error)
             figures = {f"system/{name}": float(value) for name, value in figures.items()}
             self._log_metrics(figures, int(time.time() - self._began))

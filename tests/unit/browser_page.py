@@ -14,7 +14,10 @@ import sys
 os.environ |= {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_DISABLE_SANDBOX": "1"}
 
 from PySide6.QtCore import QTimer, QUrl  # type: ignore[import-not-found]
-from PySide6.QtWebEngineCore import QWebEnginePage, QWebEngineUrlRequestInterceptor  # type: ignore[import-not-found]
+from PySide6.QtWebEngineCore import (  # type: ignore[import-not-found]
+    QWebEnginePage,
+    QWebEngineUrlRequestInterceptor,
+)
 from PySide6.QtWebEngineWidgets import QWebEngineView  # type: ignore[import-not-found]
 from PySide6.QtWidgets import QApplication  # type: ignore[import-not-found]
 

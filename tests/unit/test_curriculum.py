@@ -139,7 +139,10 @@ def test_a_stage_that_only_its_environment_can_refuse_is_refused_before_a_run(
 
 
 def curriculum_of(config: RunConfig, progress: StageProgress, said: list[str]) -> Curriculum:
-    places = [lambda position, n=n: replace(task_at(position), id=f"s{n}-t{position}") for n in (1, 2, 3)]  # type: ignore[misc]
+    places = [
+        lambda position, n=n: replace(task_at(position), id=f"s{n}-t{position}")  # type: ignore[misc]
+        for n in (1, 2, 3)
+    ]
     return Curriculum(task_at, stages(config), places, progress, said.append)
 
 

@@ -195,7 +195,8 @@ def test_the_log_and_the_metrics_show_what_the_teacher_gave(
     lines: list[str] = []
     config = _taught_by(server, tmp_path)
     demonstrations = _demonstrations(config, model_path)
-    asyncio.run(warm_start(demonstrations, Trainer(), config, tracker, lines.append, range(2)))  # type: ignore[arg-type]
+    trainer: Any = Trainer()
+    asyncio.run(warm_start(demonstrations, trainer, config, tracker, lines.append, range(2)))
     assert len(lines) == 2 and "4 dropped: their answer is not in their text" in lines[0]
     assert tracker.logged[1]["warm_start/teacher_ungrounded"] == 8
     assert tracker.logged[1]["warm_start/teacher_cards"] == 8

@@ -165,7 +165,8 @@ def test_rows_with_an_a_of_their_own_act_under_it(tmp_path: Path) -> None:
     for row, one in enumerate(weights):
         merged.load_state_dict(model.state_dict())
         for name, b in one.b.items() if one is not None else ():
-            merged.get_submodule(name).weight.data += torch.from_numpy(b) @ torch.from_numpy(one.a[name])  # type: ignore[union-attr]
+            change = torch.from_numpy(b) @ torch.from_numpy(one.a[name])
+            merged.get_submodule(name).weight.data += change  # type: ignore[union-attr]
         expected = logits(merged)
         assert torch.allclose(got[row], expected[row], atol=2e-4)
         if row == 0:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -113,7 +114,8 @@ def test_a_run_of_many_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         fleet = FleetPlan(
             lambda name: Forgetful(name), lambda: 2, 0, 1, 60.0, lambda text: None, in_flight=False
         )
-        parts = wire(workers, fleet, ForgetfulTrainer(), tracker, ledger, plan, START, on_step, save)  # type: ignore[arg-type]
+        trainer: Any = ForgetfulTrainer()
+        parts = wire(workers, fleet, trainer, tracker, ledger, plan, START, on_step, save)
         return await run_loop(parts, plan, START)
 
     state = asyncio.run(train())

@@ -111,7 +111,8 @@ def test_what_an_environment_prepares_is_there_when_the_worker_is_up(
         def writer(self, config: object) -> None: ...
 
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    monkeypatch.setitem(sys.modules, "actors.engine.policy", SimpleNamespace(VLLMPolicy=Engine))  # type: ignore[arg-type]
+    module: Any = SimpleNamespace(VLLMPolicy=Engine)
+    monkeypatch.setitem(sys.modules, "actors.engine.policy", module)
     monkeypatch.setattr("actors.fast_weights.basis.load_basis", lambda path: SimpleNamespace(id="basis"))
     monkeypatch.setattr(
         "actors.environments.build.build_environment",

@@ -207,7 +207,8 @@ def test_a_basis_keeps_its_sensitivity_in_its_file(tmp_path: Path) -> None:
             torch.equal(part, loaded.sensitivity[name].parts()[key]) for key, part in one.parts().items()
         )
     with safetensors.safe_open(path, framework="pt") as reader:
-        metadata, tensors = reader.metadata(), {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118  (no mapping)
+        metadata = reader.metadata()
+        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
     for damage, message in (
         ({f"sensitivity.read.{basis.modules[0]}": torch.zeros(2, 2)}, "does not fit"),
         ({f"sensitivity.read.{basis.modules[0]}": torch.full((3, 3), torch.nan)}, "not finite"),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,8 @@ def test_the_recorder_keeps_what_the_settings_say(
     play: Callable[..., Trajectory], chat: ChatFormat, tmp_path: Path
 ) -> None:
     group = group_of(play, 4)
-    batch = Batch((4, 5), (FinishedGroup(GroupSummary.of(group), group),) * 2, (0, 0), 0)  # type: ignore[arg-type]
+    finished: Any = FinishedGroup(GroupSummary.of(group), group)
+    batch = Batch((4, 5), (finished, finished), (0, 0), 0)
     keeping = recorder(tmp_path, chat, EpisodesConfig(per_step=1, per_evaluation=1, failed=2))
     config = RunConfig()
     for step in (1, 2):
@@ -75,7 +77,7 @@ def test_siblings_are_kept_before_other_tasks(
     play: Callable[..., Trajectory], chat: ChatFormat, tmp_path: Path
 ) -> None:
     tasks = [group_of(play, version) for version in (4, 5, 6)]
-    finished = tuple(FinishedGroup(GroupSummary.of(group), group) for group in tasks)  # type: ignore[arg-type]
+    finished: Any = tuple(FinishedGroup(GroupSummary.of(group), group) for group in tasks)
     siblings = len(tasks[0].trajectories)
     keeping = recorder(tmp_path, chat, EpisodesConfig(per_step=siblings))
     keeping.on_batch(RunConfig(), 1, Batch((4, 5, 6), finished, (0, 0, 0), 0))

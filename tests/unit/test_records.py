@@ -72,7 +72,8 @@ def test_a_session_reads_then_asks_and_the_best_right_answer_counts() -> None:
         "answers": ["the red house", "red"],
         "category": "colour",
     }
-    session = RecordsEnvironment.start(None, Task("t", "records", payload, 0))  # type: ignore[arg-type]  # it keeps nothing of the environment
+    nobody: Any = None  # a session keeps nothing of its environment
+    session = RecordsEnvironment.start(nobody, Task("t", "records", payload, 0))
     turns = []
     while (observation := session.observe()) is not None:
         turns.append((observation.text, observation.wants_action))

@@ -28,6 +28,19 @@ def test_no_file_outgrows_its_job() -> None:
     assert {file: lines for file, lines in lengths.items() if lines > MAX_LINES} == {}
 
 
+def test_no_line_of_code_is_over_the_columns() -> None:
+    """The linter does not count a trailing pragma; a reader does."""
+    files = [*product_files(), *(ROOT / "tests").rglob("*.py")]
+    wide = [
+        f"{file.relative_to(ROOT)}:{number}"
+        for file in files
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > MAX_COLUMNS
+    ]
+    assert len(files) > 400
+    assert wide == []
+
+
 def test_the_readmes_are_short_and_narrow() -> None:
     """The root README stays short. A line of prose fits the columns; tables and code may be wider."""
     readmes = [

@@ -282,7 +282,8 @@ def test_search_by_meaning_finds_what_shares_no_word() -> None:
     session.act("<search>trains and tracks</search>")
     observation = session.observe()
     assert observation is not None and "[1] Velde Line: " in observation.text
-    assert load_embedder(EmbedderConfig()) is environment._embedder  # type: ignore[attr-defined]  # one for the whole process
+    # one for the whole process
+    assert load_embedder(EmbedderConfig()) is environment._embedder  # type: ignore[attr-defined]
 
 
 def test_a_corpus_is_embedded_by_prepare_and_by_no_episode() -> None:

@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,7 +155,8 @@ def test_evaluation_runs_every_task_once_in_order_within_its_lanes() -> None:
     worker, done = _Worker(), []
     tasks = [task_at(position) for position in range(8)]
     row = EvaluationRow("TMEM", MemoryConfig(), 0)
-    result = asyncio.run(evaluate_row(row, tasks, [worker], 3, lambda: done.append(1)))  # type: ignore[list-item]
+    workers: Any = [worker]
+    result = asyncio.run(evaluate_row(row, tasks, workers, 3, lambda: done.append(1)))
     finished = [position for position in range(8) if position != 3]
     assert [episode.task_id for episode in result.episodes] == [f"t{position}" for position in finished]
     assert result.episodes[4].mean("f1") == 0.5

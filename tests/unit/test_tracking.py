@@ -165,7 +165,9 @@ class CountingClient(MlflowClient):
         super().__init__(uri)
         self.appended: list[int] = []
 
-    def log_batch(self, run_id, metrics=(), params=(), tags=(), synchronous=None):  # type: ignore[no-untyped-def]
+    def log_batch(  # type: ignore[no-untyped-def]
+        self, run_id, metrics=(), params=(), tags=(), synchronous=None
+    ):
         self.appended += [metric.step for metric in metrics]
         return super().log_batch(run_id, metrics, params, tags, synchronous)
 

@@ -302,7 +302,10 @@ OPENAI_TOOL = {"type": "function", "function": {"name": "shelf", "parameters": {
     [
         ([OPENAI_TOOL], "gave dict, it must be a Tool(name, description, parameters)"),
         (7, "gave int, it must be a sequence of Tool"),
-        ([Tool("shelf", None, {})], "gave a name or a description that is none, it must be a text"),  # type: ignore[arg-type]
+        (
+            [Tool("shelf", None, {})],  # type: ignore[arg-type]
+            "gave a name or a description that is none, it must be a text",
+        ),
         (
             [Tool("shelf", "What is on it?", {"enum": {"lamp"}})],
             "gave parameters of shelf that are no JSON (Object of type set is not JSON serializable), "

@@ -77,7 +77,8 @@ def test_what_is_preserved_changes_less(optimizer: str) -> None:
     """Of two writes of the same cards, the one with the term ends nearer to the untouched model."""
     model = tiny_model(head_scale=2)
     basis = sensitive(model)
-    config = WriteConfig(optimizer=optimizer, learning_rate={"sgd": 0.05}.get(optimizer, 4e-3), epochs=15)  # type: ignore[arg-type]
+    rate = {"sgd": 0.05}.get(optimizer, 4e-3)
+    config = WriteConfig(optimizer=optimizer, learning_rate=rate, epochs=15)  # type: ignore[arg-type]
     kept = examples(21, 6)
     request = WriteRequest("a", zero(basis), examples(1, 3), kept)
     harms = []
