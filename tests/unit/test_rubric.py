@@ -361,7 +361,7 @@ def test_a_malformed_file_gives_line_field_and_expectation(
         (b'{"messages": [}', "line 1: Invalid JSON: .* column 15"),
         (b"", "it has no items"),
         (b"\n \n", "it has no items"),
-        (b"[\xff]", "line 1: Invalid JSON"),
+        (b"[\xff]", "item 0: not JSON"),  # a list of items
     ],
 )
 def test_a_file_that_is_something_else(tmp_path: Path, content: bytes, message: str) -> None:

@@ -91,7 +91,7 @@ def test_an_episode_that_the_engine_fails_closes_its_session(mine: Any, chat: Ch
     [
         ("forgets", 1, "task shop-0: the memory Forgets: KeyError: 'three' (my_env.py:132)"),
         ("quits", 1, "task shop-0: the memory Quits: SystemExit: 4 (my_env.py:162)"),
-        ("no_memory", 3, "task shop-0: memory.policy=custom: RuntimeError: no disk (my_env.py:135)"),
+        ("no_memory", 3, "memory.custom=my_env:no_memory: RuntimeError: no disk (my_env.py:135)"),
     ],
 )
 def test_a_fault_of_a_users_memory_is_the_memorys(
