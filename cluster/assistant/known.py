@@ -6,6 +6,7 @@
     u1 a1       | u2              the newest turn again: back to where it began, then answered anew
     u1 a1       | u4              another branch: back to where u2 began, with the Delta of that time
     u1 b1 u2 a2 | u3              an edited history: back to where u1 began, and read from there
+    u1 a1 .. u9 | u10             long, with a gap far back: refused, a client has trimmed it
 
 What cannot be recognised is refused (409): a conversation never mixes two histories.
 """
@@ -97,9 +98,24 @@ class Known:
                 "conversation, or start the server with assistant.edited_history=return",
                 turns,
             )
+        if self._leaves_out(history, same):
+            raise _conflict(
+                f"{history[same].place} is not what was said then, more than {KEPT_TURNS} turns back, and "
+                "others are left out: send the new turns alone, or name a new conversation",
+                turns,
+            )
         at = max(size for size in self._standings if size <= same)  # the first turn's is always there
         await conversation.return_to(self._standings[at])
         return Start(at, history[at:], conversation.standing())
+
+    def _leaves_out(self, history: tuple[Line, ...], same: int) -> bool:
+        """Whether a client has trimmed or summed up its history: to go back for that would lose the memory.
+
+        Nearer than KEPT_TURNS it is taken for an edit. A branch ends where it was the same, and an edit in
+        place has as many lines as before.
+        """
+        far_back = same < sorted(self._standings)[-KEPT_TURNS:][0]
+        return far_back and same < len(history) < len(self._lines)
 
     def went_on(self, start: Start, lines: Sequence[Line]) -> None:
         """Take in a turn that has ended: its unread history, its turns and the reply."""

@@ -166,6 +166,26 @@ def test_one_can_go_back_any_distance_and_what_lies_between_is_read_again(
             assert f"Answer {place - 1}." in engine.asked  # the newest that it knows
 
 
+def test_a_history_that_a_client_trimmed_or_summed_up_loses_no_memory(parts: Parts, engine: Engine) -> None:
+    with serving(parts) as client:
+        sent: list[Any] = []
+        for number in range(2 * KEPT_TURNS + 2):
+            engine.text = f"Answer {number}."
+            sent.append(f"Fact {number} is told.")
+            said(client, body(*sent, conversation="a"))
+            sent.append(says(engine.text))
+        trimmed = [*sent[:2], *sent[-6:], "And this?"]
+        summed_up = [sent[0], says("A summary."), "And this?"]
+        for history in (trimmed, summed_up):
+            response = client.post("/v1/chat/completions", json=body(*history, conversation="a"))
+            assert response.status_code == 409, response.text
+            assert "others are left out" in response.json()["error"]["message"]
+        assert said(client, body(*sent, "And this?", conversation="a"))["engram"]["new"] is False
+        sent += ["And this?", says(engine.text)]
+        edited = [*sent[:2], "Another fact is told.", *sent[3:], "What now?"]  # as long as before
+        assert said(client, body(*edited, conversation="a"))["engram"]["new"] is False
+
+
 def test_of_older_turns_ever_fewer_are_kept_and_always_the_first() -> None:
     places: list[int] = []
     for turn in range(2000):
