@@ -95,10 +95,10 @@ def read_beam_items(path: str) -> list[RubricItem]:
             messages=row.chat,
             request=question.question,
             rubrics=tuple(question.rubric),
-            line=number,
+            place=item,
             system_prompt=_SYSTEM_PROMPT,
         )
-        for number, row in file.lines(_Row)
+        for number, (item, row) in enumerate(file.named_lines(_Row), 1)
         for name in [f"{row.conversation_id or 'chat'}-{number}"]
         for ability, questions in row.probing_questions.items()
         for place, question in enumerate(questions)

@@ -176,6 +176,8 @@ class DataFile:
         if not self.path:
             raise TaskError(f"{self.setting} is empty: give the path of {self.what}")
         try:
+            if self._file.is_fifo():  # what is read of a pipe is gone, so it is taken for what is wanted
+                return b""
             with self._file.open("rb") as file:
                 return file.read(_HEAD)
         except OSError as error:
@@ -222,7 +224,9 @@ class DataFile:
             yield f"item {number - 1}" if is_list else f"line {number}", value
 
     def _is_list(self) -> bool:
-        """Whether the file holds one JSON list, and not a line for each value."""
+        """Whether the file holds one JSON list, and not a line for each value. A pipe holds lines."""
+        if self.path and self._file.is_fifo():
+            return False
         with self.open() as file:
             start = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
         return start.startswith(b"[")

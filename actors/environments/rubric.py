@@ -163,6 +163,6 @@ def _check_rules(path: str, items: list[RubricItem]) -> None:
                 parse_rule(rubric)
             except RuleError as error:
                 shown = rubric if len(rubric) < _SHOWN_RUBRIC else f"{rubric[: _SHOWN_RUBRIC - 4]}..."
-                where = f"{path}: line {item.line}: rubrics.{number}"
+                where = f"{path}: {item.place}: rubrics.{number}"
                 message = f"{where}: {shown!r} {error}; or take environment.rubric.checker=judge"
                 raise TaskError(" ".join(message.split())) from None

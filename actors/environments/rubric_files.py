@@ -20,7 +20,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class RubricItem:
-    """One task: ``messages``, none of them blank, then ``request``. ``line`` is its line, counted from 1."""
+    """One task: ``messages``, none of them blank, then ``request``.
+
+    ``place``: what messages call it, "line 3", or "item 2" of a JSON list.
+    """
 
     id: str
     context_id: str
@@ -28,7 +31,7 @@ class RubricItem:
     messages: tuple[Message, ...]
     request: str
     rubrics: tuple[str, ...]
-    line: int
+    place: str
     system_prompt: str = ""  # empty: the environment's
 
 
@@ -57,19 +60,19 @@ class _Line:
     rubrics: Annotated[tuple[Text, ...], AfterValidator(_not_empty)]
     metadata: _Metadata = _Metadata()
 
-    def as_item(self, number: int) -> RubricItem:
+    def as_item(self, place: str) -> RubricItem:
         task_id, context_id, category = (
             (value or "").strip()
             for value in (self.metadata.task_id, self.metadata.context_id, self.metadata.context_category)
         )
         return RubricItem(
-            id=task_id or f"line-{number}",
-            context_id=context_id or task_id or f"line-{number}",
+            id=task_id or place.replace(" ", "-"),
+            context_id=context_id or task_id or place.replace(" ", "-"),
             category=category or _NO_CATEGORY,
             messages=tuple(message for message in self.messages[:-1] if message.content.strip()),
             request=self.messages[-1].content,
             rubrics=tuple(rubric.strip() for rubric in self.rubrics),
-            line=number,
+            place=place,
         )
 
 
@@ -80,13 +83,13 @@ def read_rubric_items(path: str) -> list[RubricItem]:
         "environment.rubric.path",
         "a file of JSON lines with messages, rubrics and metadata (CL-Bench's schema)",
     )
-    items = [line.as_item(number) for number, line in file.lines(_Line)]
+    items = [line.as_item(place) for place, line in file.named_lines(_Line)]
     if not items:
         raise file.empty("items")
-    lines: dict[str, int] = {}
+    places: dict[str, str] = {}
     for item in items:
-        if item.id in lines:
-            fault = f"metadata.task_id {item.id!r} stands in line {lines[item.id]} already"
-            raise file.fault(f"line {item.line}", fault)
-        lines[item.id] = item.line
+        if item.id in places:
+            fault = f"metadata.task_id {item.id!r} stands in {places[item.id]} already"
+            raise file.fault(item.place, fault)
+        places[item.id] = item.place
     return items

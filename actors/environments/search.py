@@ -359,4 +359,4 @@ def read_corpus(path: str) -> list[Passage]:
 
 
 def _is_lines(path: str) -> bool:
-    return is_hub(path) or path.endswith(".jsonl")
+    return is_hub(path) or re.search(r"\.jsonl(\.(gz|bz2|xz))?$", path) is not None

@@ -12,7 +12,7 @@ import asyncio
 import inspect
 import json
 import math
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
@@ -250,9 +250,10 @@ class HostedSession:
         )
 
     def _listed(self, name: str, value: object, wanted: str) -> Sequence[object]:
-        if isinstance(value, str) or not isinstance(value, Sequence):
+        """``value`` as a tuple: users also give arrays, sets and generators."""
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
             self._refuse_outcome(f"{name} as {type(value).__name__}", wanted)
-        return value
+        return tuple(value)
 
     def _refuse_outcome(self, gave: str, wanted: str) -> NoReturn:
         raise TaskError(f"{self._gave} {gave}, it must be {wanted}")

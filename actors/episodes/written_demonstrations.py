@@ -46,7 +46,7 @@ class Turn:
 class Written:
     """One line of the file."""
 
-    line: int  # from 1
+    place: str  # "line 3", or "item 2" of a JSON list
     turns: tuple[Turn, ...]
     cards: tuple[Flashcard, ...]
     questions: tuple[tuple[str, str], ...]  # with their answers
@@ -60,12 +60,12 @@ class WrittenDemonstrations:
         """Reads and checks the file. Raises TaskError: it names file, line and field."""
         self._file = DataFile(path, SETTING, _WHAT)
         self._memory, self._write, self._system_prompt = memory, write, system_prompt
-        self.lines = [_written(number, line) for number, line in self._file.lines(_Line)]
+        self.lines = [_written(place, line) for place, line in self._file.named_lines(_Line)]
         if not self.lines:
             raise self._file.empty("demonstrations")
         for written in self.lines:
             if fault := self._fault(written):
-                raise self._file.fault(f"line {written.line}", fault)
+                raise self._file.fault(written.place, fault)
 
     def segments(self, written: Written, chat: ChatFormat, window_tokens: int) -> list[Segment]:
         """The extraction, then an answer for each question. Raises TaskError where one has no room."""
@@ -80,11 +80,11 @@ class WrittenDemonstrations:
         if longest > window_tokens:
             problem = f"it has {longest} tokens with its request and cards, and the engine's window "
             cure = f"{window_tokens} (engine.max_model_tokens): split it into lines"
-            raise self._file.fault(f"line {written.line}", problem + cure)
+            raise self._file.fault(written.place, problem + cure)
         taught, most = int(segments[0].action_mask.sum()), self._memory.max_extract_tokens
         if taught > most:
             problem = f"its cards have {taught} tokens, more than memory.max_extract_tokens={most}"
-            raise self._file.fault(f"line {written.line}", f"{problem}: split it, or raise that")
+            raise self._file.fault(written.place, f"{problem}: split it, or raise that")
         return segments
 
     def require_room(self, chat: ChatFormat, window_tokens: int) -> None:
@@ -93,7 +93,7 @@ class WrittenDemonstrations:
             self.segments(written, chat, window_tokens)
 
     def _extraction(self, written: Written, system_prompt: str, chat: ChatFormat) -> Segment:
-        actor = ShownActor(chat, f"line {written.line}")
+        actor = ShownActor(chat, written.place)
         question = " ".join(question for question, _ in written.questions)
         agent = Agent(actor, chat, system_prompt, question)
         _tell(agent.context, written, chat)
@@ -170,9 +170,9 @@ class _Line(BaseModel):
     id: TextOrNumber = ""
 
 
-def _written(number: int, line: _Line) -> Written:
+def _written(place: str, line: _Line) -> Written:
     return Written(
-        number,
+        place,
         tuple(line.told),
         tuple(Flashcard(_one_line(card.question), _one_line(card.answer)) for card in line.cards),
         tuple((item.question, item.answer) for item in line.questions),

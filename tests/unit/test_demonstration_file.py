@@ -78,7 +78,7 @@ def test_texts_and_messages_are_told_as_turns(tmp_path: Path, chat: ChatFormat) 
     assert taught == ("assistant", '[{"instruction": "Where does Nora live?", "output": "Lisbon"}]')
     turns = [(turn.role, turn.text) for turn in chat.turns(answer.token_ids.tolist())]
     assert turns == [*expected, ("user", "What do I do?"), ("assistant", "bake")]
-    assert [line.line for line in written.lines] == [1, 3]
+    assert [line.place for line in written.lines] == ["line 1", "line 3"]
     (nothing,) = written.segments(written.lines[1], chat, WINDOW)
     assert chat.decode(nothing.token_ids[nothing.action_mask]) == "[]"
 

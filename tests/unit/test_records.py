@@ -8,7 +8,9 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +307,16 @@ def test_a_json_list_and_packed_files_give_the_same_tasks(tmp_path: Path) -> Non
         path = tmp_path / f"file-{number}"  # what a file is called says nothing
         path.write_bytes(content)
         assert list(itertools.islice(_environment(path).tasks("train", 3, 0), 12)) == wanted, number
+
+
+@pytest.mark.timeout(120)
+def test_a_pipe_gives_its_lines_once(tmp_path: Path) -> None:
+    lines, pipe = _lines(tmp_path, RECORDS), tmp_path / "pipe"
+    wanted = list(itertools.islice(_environment(lines).tasks("train", 3, 0), 12))
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(lines.read_bytes(),), daemon=True)
+    writer.start()
+    assert list(itertools.islice(_environment(pipe).tasks("train", 3, 0), 12)) == wanted
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -286,6 +287,19 @@ def test_an_outcome_of_another_shape_is_said_in_the_users_words(
     group = _group_in(chat, _with_outcome(change))
     message = f"task {TASK.id}: the environment recall gave {said}"
     assert {failed.message.partition(" (")[0] for failed in group.failed} == {message}
+
+
+@pytest.mark.parametrize("listed", [list, set, np.array, iter])
+def test_answers_and_gold_may_be_any_collection(
+    chat: ChatFormat, listed: Callable[[Sequence[str]], Any]
+) -> None:
+    def change(outcome: Outcome) -> Outcome:
+        answers = (replace(answer, gold=listed(["Oslo"])) for answer in outcome.answers)
+        return replace(outcome, answers=answers)  # type: ignore[arg-type]
+
+    group = _group_in(chat, _with_outcome(change))
+    assert not group.failed
+    assert {answer.gold for one in group.trajectories for answer in one.outcome.answers} == {("Oslo",)}
 
 
 def test_a_number_as_a_gold_answer_is_named(chat: ChatFormat) -> None:

@@ -294,7 +294,13 @@ def test_blank_lines_and_blank_earlier_messages_are_passed_over(tmp_path: Path) 
     path = _file(tmp_path, items)
     path.write_text("\n\n" + path.read_text().replace("\n", "\r\n"))
     first = read_rubric_items(str(path))[0]
-    assert first.messages == () and first.line == 3
+    assert first.messages == () and first.place == "line 3"
+
+
+def test_a_fault_in_a_json_list_is_named_by_its_item(tmp_path: Path) -> None:
+    path = tmp_path / "items.json"
+    path.write_text(json.dumps([_lines()[0], _lines()[0]], indent=1))
+    _refused(path, "item 1: metadata.task_id .* stands in item 0 already")
 
 
 def test_a_messages_content_may_be_null_or_a_list_of_parts(tmp_path: Path) -> None:

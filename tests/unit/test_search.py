@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import copy
+import gzip
 import itertools
 import json
+import lzma
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -248,6 +251,19 @@ def test_right_answers_under_other_names(tmp_path: Path, fields: dict[str, Any])
     path.write_text("\ufeff" + "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     one, two = read_questions(str(path))
     assert (one.answers, two.answers) == (("1968",), ("1968", "in 1968"))
+
+
+@pytest.mark.parametrize(
+    ("end", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
+)
+def test_json_lines_may_be_packed(tmp_path: Path, end: str, pack: Callable[[bytes], bytes]) -> None:
+    questions, corpus = tmp_path / f"questions.jsonl.{end}", tmp_path / f"corpus.jsonl.{end}"
+    questions.write_bytes(
+        pack(b'{"question": "When?", "answer": "1968"}\n{"question": "Who?", "answer": "I"}\n')
+    )
+    corpus.write_bytes(pack(b'{"title": "Sea", "text": "Wet."}\n{"title": "Land", "text": "Dry."}\n'))
+    assert [question.text for question in read_questions(str(questions))] == ["When?", "Who?"]
+    assert [passage.title for passage in read_corpus(str(corpus))] == ["Sea", "Land"]
 
 
 def test_position_and_seed_alone_determine_a_task() -> None:
