@@ -107,7 +107,8 @@ def _move_all(root: Path, names: Sequence[str], opening: Opening, display: Displ
                     lines = _rewrite(root / name, Edits(), found, parts, runner)
                 except (AssistantError, ReceiptError, WriterError) as error:
                     failed += 1
-                    display.say(f"error: {root / name}: {error}")
+                    place = f"{root / name}: "
+                    display.say(f"error: {place}{str(error).removeprefix(place)}")
                     continue
                 display.say(f"{name}: {lines[1]}")
                 for line in lines[2:]:
@@ -157,7 +158,7 @@ def _show_all(root: Path, names: Sequence[str], display: Display) -> None:
     display.say(f"{root}: {len(names)} saved conversation{'' if len(names) == 1 else 's'}")
     for name in names:
         try:
-            content = _content(root / name)
+            content = _content(_kept(root, name))
             display.say(f"{name}: {_count(content)}, of {clean(content.model)}")
         except AssistantError as error:
             display.say(f"error: {error}")
@@ -173,7 +174,13 @@ def _conversations(folder: Path) -> list[str]:
     if (folder / MEMORY_FILE).exists():
         return []
     names = names_in(folder)
-    return names if any((folder / name / MEMORY_FILE).exists() for name in names) else []
+    return names if any((_kept(folder, name) / MEMORY_FILE).exists() for name in names) else []
+
+
+def _kept(root: Path, name: str) -> Path:
+    """The folder of a conversation; where its save was cut off, the one that is set aside meanwhile."""
+    folder = root / name
+    return folder if folder.exists() else root / f".{name}.old"
 
 
 def _foreign(folder: Path, opening: Opening) -> ForeignMemory | None:

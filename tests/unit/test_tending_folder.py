@@ -53,7 +53,8 @@ def test_one_command_moves_all_conversations_of_a_server_and_the_same_again_move
 
     listed = said()
     assert listed[:2] == [f"{root}: 5 saved conversations", "ada: 2 flashcards in revision 1, of tiny"]
-    assert [line.startswith("error: ") for line in listed[2:]] == [False, False, True, True]
+    assert [line.startswith("error: ") for line in listed[2:]] == [False, False, True, False]
+    assert listed[-1] == "zoe: 2 flashcards in revision 1, of tiny"  # where its save was cut off
     lines = said("--model", "newer", status=1)
     assert models() == ["newer", "newer", "newer", "tiny"] and on_fakes == ["newer"]
     assert lines[1] == "loading newer ..." and lines.count("loading newer ...") == 1
@@ -74,3 +75,15 @@ def test_one_command_moves_all_conversations_of_a_server_and_the_same_again_move
     ]
     assert main(["memory", str(root), "--forget", "1"]) == 2
     assert f"holds 5 conversations; name one of them, e.g. {root}/ada" in capsys.readouterr().err
+
+
+def test_a_save_that_was_cut_off_is_found_where_it_is_the_only_one(
+    on_fakes: list[str], bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "saved"
+    run(saved(bench, root / "zoe"))
+    (root / "zoe").rename(root / ".zoe.old")
+    assert main(["memory", str(root)]) == 0
+    assert "zoe: 2 flashcards" in capsys.readouterr().out
+    assert main(["memory", str(root), "--model", "newer"]) == 0
+    assert json.loads((root / "zoe" / "memory.json").read_text())["model"] == "newer"
