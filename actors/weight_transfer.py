@@ -12,13 +12,15 @@ that dies would leave the model half loaded, and all engines must stop together.
 the engine until its worker has drained. Then they go in by vLLM's weight-transfer interface
 (engine/vllm_internals/transfer.py), as those from the object store do.
 
-Checked with gloo on a CPU (tests/unit/test_weight_transfer.py). The NCCL way has not run on a GPU yet.
+Checked with gloo on a CPU (tests/unit/test_weight_transfer.py). The NCCL way has not run on a GPU yet. Its
+first broadcast connects the group, and waits without a deadline for a peer that dies in these milliseconds.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,11 +90,12 @@ class TorchCollective:
             self._group: Any = _nccl_group(store, rank, meeting.size)
         else:
             self.device = _HOST
-            self._group = ProcessGroupGloo(store, rank, meeting.size, _left(deadline))
+            self._group = _gloo_group(meeting, store, rank, deadline)
 
     def broadcast(self, flat: Tensor, deadline: float) -> None:
         options = BroadcastOptions()
         options.rootRank = options.rootTensor = 0
+        options.timeout = _left(deadline)  # gloo counts the group's own anew for each broadcast
         work = self._group.broadcast([flat], options)
         # Asked again and again: a wait for a peer that died in NCCL would never end.
         try:
@@ -116,13 +119,22 @@ class Sender:
     """
 
     def __init__(self, host: str, size: int, backend: Literal["gloo", "nccl"]) -> None:
-        # The system chooses a free port.
+        try:  # TCPStore by itself would listen on every interface
+            listening = socket.create_server((host, 0), family=_family(host))
+        except OSError as error:
+            raise RuntimeError(f"cannot listen at {host} ({error})") from error
+        port = listening.getsockname()[1]
         self._store = TCPStore(
-            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=_LISTEN_S)
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=_LISTEN_S),
+            master_listen_fd=listening.detach(),
         )
-        self.meeting = Rendezvous(host, self._store.port, size, backend)
+        self.meeting = Rendezvous(host, port, size, backend)
         self._group: Collective | None = None
-        self._last = ""
+        self._used: list[str] = []  # the store's keys of the last transfer
         self._closed = False
 
     def send(
@@ -164,11 +176,14 @@ class Sender:
             raise TransferError("its group has failed before")
         if self._group is None:
             self._group = TorchCollective(self.meeting, self._store, 0, deadline)
-        if self._last:
-            self._store.delete_key(self._last)
-        self._last = transfer
+        for key in self._used:
+            self._store.delete_key(key)
+        ready = [_ready(transfer, rank) for rank in range(1, self.meeting.size)]
+        self._used = [transfer, *ready]
         named = [(name, str(dtype).removeprefix("torch."), shape) for name, dtype, shape in manifest]
         self._store.set(transfer, json.dumps(named))
+        # NCCL would wait without end for a receiver that found no memory.
+        self._store.wait(ready, _left(deadline))
         return self._group
 
     def _failed(self, error: RuntimeError) -> str:
@@ -201,7 +216,8 @@ class Receiver:
         deadline = time.monotonic() + deadline_s
         self._keep(None)
         try:
-            self._keep((transfer, self._receive(self._joined(meeting, rank, deadline), transfer, deadline)))
+            group = self._joined(meeting, rank, deadline)
+            self._keep((transfer, self._receive(group, rank, transfer, deadline)))
         except RuntimeError as error:
             self.leave()
             raise TransferError(_first_line(error)) from error
@@ -239,18 +255,16 @@ class Receiver:
         self._meeting = meeting
         return self._group
 
-    def _receive(self, group: Collective, transfer: str, deadline: float) -> dict[str, Tensor]:
+    def _receive(self, group: Collective, rank: int, transfer: str, deadline: float) -> dict[str, Tensor]:
         assert self._store is not None, "the group was joined there"
         self._store.wait([transfer], _left(deadline))
         manifest = json.loads(self._store.get(transfer))
         in_place = group.device == _HOST
-        tensors = {
-            # A GPU copies into pinned memory at full speed.
-            name: torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=torch.cuda.is_available())
-            for name, dtype, shape in manifest
-        }
+        # Not pinned: torch rounds pinned memory up to powers of two, and never gives it back.
+        tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in manifest}
         largest = 0 if in_place else max((tensor.nbytes for tensor in tensors.values()), default=0)
         scratch = torch.empty(min(SLICE_BYTES, largest), dtype=torch.uint8, device=group.device)
+        self._store.set(_ready(transfer, rank), "")
         for tensor in tensors.values():
             for part in _bytes_of(tensor).split(SLICE_BYTES):
                 arriving = part if in_place else scratch[: len(part)]
@@ -258,6 +272,11 @@ class Receiver:
                 if not in_place:
                     part.copy_(arriving)
         return tensors
+
+
+def _ready(transfer: str, rank: int) -> str:
+    """The key that says that a receiver has the memory for a transfer."""
+    return f"{transfer}/{rank}"
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
@@ -276,6 +295,24 @@ def _left(deadline: float) -> timedelta:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _gloo_group(meeting: Rendezvous, store: Store, rank: int, deadline: float) -> Any:
+    """A group that listens where this process reaches the meeting, not where the host's name points."""
+    left = _left(deadline)
+    try:
+        with socket.create_connection((meeting.host, meeting.port), left.total_seconds()) as way:
+            here = way.getsockname()[0]
+    except OSError as error:
+        raise TransferError(f"the meeting at {meeting.host}:{meeting.port} is gone ({error})") from error
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [ProcessGroupGloo.create_device(hostname=here)]
+    options._timeout = left
+    return ProcessGroupGloo(store, rank, meeting.size, options)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.getaddrinfo(host, None)[0][0]
 
 
 def _nccl_group(store: Store, rank: int, size: int) -> Any:

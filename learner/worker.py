@@ -168,6 +168,7 @@ class LearnerGroup:
             runtime_env={"env_vars": environment},
         )
         self._actors: list[Any] = []
+        self._unseen: list[Any] = []  # the versions of weights that nobody has waited for
         self._closing = threading.Lock()
         self._closed = False
         self._version: PolicyVersion = 0
@@ -225,6 +226,7 @@ class LearnerGroup:
         Each group is an argument of its own. Ray brings arguments to the rank before the call. A list of
         references would make the rank a co-owner of each.
         """
+        self._see_weights()  # they were to be written before it
         report: StepReport = self._get(
             [actor.step.remote(*groups) for actor in self._actors], "step", self._timeout
         )[0]
@@ -243,13 +245,20 @@ class LearnerGroup:
         """Return a reference to rank 0's full weights in the object store.
 
         They never pass through the driver: their versions do, which are the sign that the ranks were whole.
-        Without ``wait`` they are written after this returns, and before the next step.
+        Without ``wait`` they are written after this returns. The next step raises what failed then.
         """
+        self._see_weights()
         calls = [actor.weights.remote(trainable_only) for actor in self._actors]
+        self._unseen = [version for _, version in calls]
         if wait:
-            self._get([version for _, version in calls], "weights", self._timeout)
+            self._see_weights()
         reference: ray.ObjectRef[dict[str, Tensor]] = calls[0][0]
         return reference
+
+    def _see_weights(self) -> None:
+        """Raise what failed while the last weights were written to the object store."""
+        unseen, self._unseen = self._unseen, []
+        self._get(unseen, "weights", self._timeout)
 
     def open_transfer(self, size: int, backend: Literal["gloo", "nccl"]) -> Rendezvous:
         """Open a group for ``send_weights``, in the place of the last one. ``size`` counts rank 0 too."""
@@ -288,7 +297,7 @@ class LearnerGroup:
     def _kill(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
-        self._actors = []
+        self._actors, self._unseen = [], []
 
     def _lost(self, groups: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> bool:
         """Return whether one of ``groups`` was lost with the node that held it."""

@@ -29,6 +29,7 @@ from tests.gpu.engine_stages import eager, graphs, slots
 from tests.gpu.parts import Report, make_model
 from tests.gpu.stages import ROOT, environment, kernels, learner, rl, writer
 
+COMMAND = (sys.executable, "-m", "tests.gpu.smoke")
 TOTAL_S = 600.0  # of all stages
 STAGE_S = 240.0  # of one; vLLM compiles in some
 LEAST_S = 10.0  # a stage that has less is not started
@@ -40,7 +41,7 @@ STAGES: Mapping[str, Callable[[Path, Report], None]] = {
 def run_stage(name: str, folder: Path, limit_s: float = STAGE_S) -> Report:
     """Run a stage in a process of its own. Its report, with an "error" where it failed or took too long."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "tests.gpu.smoke", "--here", name, str(folder)]
+    command = [*COMMAND, "--here", name, str(folder)]
     # A file, not a pipe: what a stage has started may outlive it and hold a pipe open.
     output, errors = folder / f"{name}.json", folder / f"{name}.log"
     output.unlink(missing_ok=True)
@@ -48,26 +49,28 @@ def run_stage(name: str, folder: Path, limit_s: float = STAGE_S) -> Report:
         process = subprocess.Popen(
             [*command, str(output)], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
         )
+        late = False
         try:
             process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            _end(process)
+            late = True
+        _end(process)
     report: Report = json.loads(output.read_text()) if output.exists() else {}
-    if process.returncode < 0 or not output.exists():
-        late = time.perf_counter() - began >= limit_s
+    if late or process.returncode < 0 or not output.exists():
         why = f"not done within {limit_s:.0f} s" if late else f"ended with {process.returncode}"
         report["error"] = f"{why}: {errors.read_text(errors='replace')[-2000:]}"
     return {"stage": name, "seconds": round(time.perf_counter() - began, 1), **report}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a stage with what it has started. Ray's processes end with their driver."""
-    for kind in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, kind)
+    """End a stage, which writes what it has measured, and all that it has started."""
+    if process.poll() is None:
+        process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(10)
-            return
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_here(name: str, folder: Path, output: Path) -> None:
@@ -86,6 +89,7 @@ def run_here(name: str, folder: Path, output: Path) -> None:
 
 def main(words: list[str]) -> int:
     if words[:1] == ["--here"]:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
         run_here(words[1], Path(words[2]), Path(words[3]))
     if unknown := set(words) - set(STAGES):
         print(f"no stage {min(unknown)}; there are {', '.join(STAGES)}", file=sys.stderr)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +89,51 @@ def test_a_stage_that_fails_keeps_the_figures_before_it(
 def test_a_stage_that_takes_too_long_is_ended_and_says_so(tmp_path: Path) -> None:
     report = smoke.run_stage("eager", tmp_path, limit_s=0.2)
     assert report["stage"] == "eager" and report["error"].startswith("not done within 0 s")
+
+
+SLOW = """
+import subprocess, sys, time
+from pathlib import Path
+from tests.gpu import smoke
+
+def slow(folder, report):
+    report["start_s"] = 1.0
+    child = subprocess.Popen([sys.executable, "-c", IGNORES])
+    (folder / "child").write_text(str(child.pid))
+    time.sleep(600)
+
+IGNORES = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+smoke.STAGES = {"slow": slow}
+smoke.main(sys.argv[1:])
+"""
+
+
+def test_a_stage_that_is_cut_off_keeps_its_figures_and_leaves_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smoke, "COMMAND", (sys.executable, "-c", SLOW))
+    wait = subprocess.Popen.wait
+
+    def once_it_has_begun(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        end = time.monotonic() + 120  # its imports take what they take
+        while timeout == 0.5 and not (tmp_path / "child").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", once_it_has_begun)
+    report = smoke.run_stage("slow", tmp_path, limit_s=0.5)
+    assert report["start_s"] == 1.0 and report["error"].startswith("not done within 0 s")
+    child, end = int((tmp_path / "child").read_text()), time.monotonic() + 60
+    while _lives(child):
+        assert time.monotonic() < end, "what the stage started lives on"
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
 
 
 def _reports(*words: str, run: Callable[..., Report], capsys: pytest.CaptureFixture[str]) -> list[Report]:

@@ -152,6 +152,8 @@ def test_two_ranks_broadcast_to_two_engines_of_which_one_dies_and_one_comes_late
         assert came == way and loaded.keys() == stored.keys()
         assert all(torch.equal(loaded[name], stored[name]) for name in stored)
 
+    # the start of a process is no part of a broadcast's deadline
+    ray.get([worker.actor.__ray_ready__.remote() for worker in workers], timeout=300)
     try:
         weights, stored = publish()
         late = engine(2, dies=True)

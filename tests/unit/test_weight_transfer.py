@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -159,6 +161,50 @@ def test_a_member_that_never_comes_ends_with_the_deadline(pool: ThreadPoolExecut
     with pytest.raises(TransferError):
         calls[0].result(PATIENCE_S)
     assert receiver.take("1.1") is None
+
+
+class Hanging(TorchCollective):
+    """A membership that stands still in its second transfer until it is let go."""
+
+    go = threading.Event()
+    whole = 0  # broadcasts of the first transfer
+
+    def broadcast(self, flat: Tensor, deadline: float) -> None:
+        Hanging.whole -= 1
+        if Hanging.whole < 0:
+            self.go.wait(PATIENCE_S)
+        super().broadcast(flat, deadline)
+
+
+def test_a_member_that_hangs_costs_the_transfers_deadline_and_not_the_groups(
+    pool: ThreadPoolExecutor,
+) -> None:
+    root, receiver, sent = sender(1), Receiver(Hanging), weights(1)
+    Hanging.whole = sum(-(-tensor.nbytes // 1000) for tensor in sent.values())
+    calls = start(pool, root, [receiver], "1.1")
+    assert root.send("1.1", manifest(sent), sent.items(), PATIENCE_S) == ""
+    calls[0].result(PATIENCE_S)
+    calls = start(pool, root, [receiver], "1.2", deadline_s=1.0)
+    began = time.monotonic()
+    # more than the sockets take in while nobody reads
+    large = {"large": torch.zeros(5_000_000)}
+    try:
+        assert root.send("1.2", manifest(large), large.items(), 1.0) != ""
+        assert time.monotonic() - began < PATIENCE_S / 2, "it waited for the deadline at which the group met"
+    finally:
+        Hanging.go.set()
+    with pytest.raises(TransferError):
+        calls[0].result(PATIENCE_S)
+
+
+def test_the_meeting_is_open_at_its_own_address_alone() -> None:
+    root = sender(1)
+    with socket.create_connection(("127.0.0.1", root.meeting.port), timeout=PATIENCE_S):
+        pass
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", root.meeting.port), timeout=PATIENCE_S)
+    with pytest.raises(RuntimeError, match=r"cannot listen at 198\.51\.100\.7"):
+        Sender("198.51.100.7", 2, "gloo")
 
 
 def test_a_root_that_is_gone_is_an_error_of_the_transfer(pool: ThreadPoolExecutor) -> None:
