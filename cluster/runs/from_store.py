@@ -63,7 +63,7 @@ def bring_unfinished(config: RunConfig) -> None:
         return
     for one in found:
         here = output_dir / one.name
-        unfinished = one.standing[0] < config.train.steps
+        unfinished = one.standing.finished < config.train.steps
         ahead = one.standing > standing(here) or not (here / "config.yaml").exists()
         if ahead and (unfinished or here.exists()):
             _take(one, here)
@@ -72,7 +72,7 @@ def bring_unfinished(config: RunConfig) -> None:
         if unfinished:
             return
     if found and not _has_unfinished(config):
-        raise nothing_left(config.name, config.output_dir, found[0].name, found[0].standing[0])
+        raise nothing_left(config.name, config.output_dir, found[0].name, found[0].standing.finished)
 
 
 def _has_unfinished(config: RunConfig) -> bool:

@@ -8,13 +8,21 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from stat import S_ISREG
+from typing import NamedTuple
 
 from cluster.runs.checkpoint import STATE_FILE, Place, list_checkpoints, place_of
-from cluster.runs.run_folders import FINISHED, NUMBER, finished_steps
+from cluster.runs.run_folders import FINISHED, NUMBER, finished_steps, returns
 from cluster.runs.store import Manifest, StoredFile, StoredRun, checkpoint_of
 
 Stat = tuple[int, int, int]  # size, time, inode
-Standing = tuple[int, Place]  # the steps after which a run was done, and its last checkpoint
+
+
+class Standing(NamedTuple):
+    """How far a run went. Of two copies of a run the greater went further."""
+
+    returns: int
+    finished: int  # the steps after which it was done; -1: it is not
+    newest: Place  # of its checkpoints
 
 
 def files_of(run_dir: Path, below: str = "") -> dict[str, Stat]:
@@ -59,7 +67,7 @@ def without(
 def standing(run_dir: Path) -> Standing:
     """How far the run in a folder went."""
     places = [place_of(folder) for folder in list_checkpoints(run_dir)]
-    return finished_steps(run_dir), max(places, default=(-1, -1))
+    return Standing(returns(run_dir), finished_steps(run_dir), max(places, default=(-1, -1)))
 
 
 @contextmanager

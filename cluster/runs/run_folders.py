@@ -2,7 +2,8 @@
 
     <output_dir>/<name>-<date>-<time>[-2]/
         number      which run of the output folder this is, from 1 on: the order, wherever the clock stands
-        finished    the train.steps after which it was done, written behind its report
+        finished    the train.steps after which it was done, written behind its report; and how often it was
+                    gone back in since, by a checkpoint's name (-1: it is at work again, or was killed)
 
 A name is taken by making its folder: of two runs that begin in one second, each gets its own.
 """
@@ -56,12 +57,26 @@ def is_run_of(folder: str, name: str) -> bool:
 
 def mark_finished(run_dir: Path, steps: int) -> None:
     """Note that the run is done, up to its report. Raises OSError."""
-    write_text(run_dir / FINISHED, f"{steps}\n")
+    write_text(run_dir / FINISHED, f"{steps} {returns(run_dir)}\n")
+
+
+def mark_unfinished(run_dir: Path) -> None:
+    """Note that a run goes on; else one that was finished would count as done if it is killed now.
+
+    Raises OSError.
+    """
+    if finished_steps(run_dir) >= 0:
+        write_text(run_dir / FINISHED, f"-1 {returns(run_dir) + 1}\n")
 
 
 def finished_steps(run_dir: Path) -> int:
     """The ``train.steps`` after which the run was done; -1 for a run that is not."""
     return _number(run_dir, FINISHED, missing=-1)
+
+
+def returns(run_dir: Path) -> int:
+    """How often the run went on after it had been finished. So it tells the older of two copies."""
+    return _number(run_dir, FINISHED, place=1)
 
 
 def nothing_left(name: str, place: Path | str, newest: str, steps: int) -> AllFinished:
@@ -87,9 +102,9 @@ def _folders(output_dir: Path) -> list[Path]:
     return [entry for entry in output_dir.iterdir() if entry.is_dir()] if output_dir.is_dir() else []
 
 
-def _number(folder: Path, file: str, missing: int = 0) -> int:
-    """The number in a small file; ``missing`` where there is none, as in runs of older versions."""
+def _number(folder: Path, file: str, missing: int = 0, place: int = 0) -> int:
+    """One of the numbers in a small file; ``missing`` where it is not there, as in runs of older versions."""
     try:
-        return int((folder / file).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return int((folder / file).read_text(encoding="utf-8").split()[place])
+    except (OSError, ValueError, IndexError):
         return missing

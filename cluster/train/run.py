@@ -34,7 +34,7 @@ from cluster.runs.checkpoint import (
 )
 from cluster.runs.mirror import mirrored
 from cluster.runs.resume import names_a_checkpoint, note_run_id
-from cluster.runs.run_folders import mark_finished, runs_of
+from cluster.runs.run_folders import mark_finished, mark_unfinished, runs_of
 from cluster.runs.run_lock import held
 from cluster.runs.wanted_workers import forget_wanted
 from cluster.tracking.figure_file import FigureFile
@@ -92,6 +92,7 @@ async def train(spec: RunSpec, folder: RunFolder, start: Start, display: Display
     """
     with held(folder.path), mirrored(spec.config, folder.path, display.say) as saved:
         folder = replace(folder, saved=saved)
+        mark_unfinished(folder.path)
         write_config(spec, folder)
         forget_wanted(folder.path)
         with _told(display):
