@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = ("test_engine.py", "test_engine_writer.py", "test_in_flight.py", "test_parity.py")
+FILES = (
+    "test_engine.py",
+    "test_engine_refresh.py",
+    "test_engine_stand_ins.py",
+    "test_engine_writer.py",
+    "test_in_flight.py",
+    "test_parity.py",
+)
 pytestmark = pytest.mark.slow
 
 

@@ -7,8 +7,8 @@ Why: the search stumbles over objects that answer oddly when asked for their ``_
 of its library (numba, so bm25s) gives a C function, Flask's ``request`` (MLflow's server) raises. The engine
 then does not start. Here is the same search, without the stumbling.
 
-Checked on vLLM 0.32 (vllm/triton_utils/dispatcher.py). test_engine.py fails when vLLM changes: it starts an
-engine after both imports (test_the_engine_starts_after_modules_that_answer_oddly).
+Checked on vLLM 0.32 (vllm/triton_utils/dispatcher.py). test_engine_stand_ins.py fails when vLLM changes: it
+starts an engine after both imports (test_the_engine_starts_after_modules_that_answer_oddly).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ fresh one to the bit.
 
 Why: vLLM's own loader cannot write into a running CPU engine, as the matrices that it would fill are packed
 away. Checked on vLLM 0.32, tensor parallelism 1.
-Test: test_engine.py, test_every_tensor_of_the_checkpoint_has_a_place_in_vllms_model and those of refresh.
+Test: test_engine_refresh.py.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
                                       tensors.py: find the places, check, then load
 
 Why: vLLM's own backends reload layer by layer through temporary copies of every tensor, in twice the time on
-CPU. Checked on vLLM 0.32 (CPU build). tests/integration/test_engine.py fails when vLLM changes underneath:
-the tests of refresh compare the engine with transformers, and with a fresh engine to the bit.
+CPU. Checked on vLLM 0.32 (CPU build). tests/integration/test_engine_refresh.py fails when vLLM changes:
+it compares the engine with transformers, and with a fresh engine to the bit.
 """
 
 from __future__ import annotations

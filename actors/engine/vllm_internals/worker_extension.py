@@ -1,8 +1,8 @@
 """Adds Engram's part to vLLM's worker, and puts the stand-ins in place.
 
 With lora.py, tensors.py, transfer.py and kernels.py this is all that reaches into vLLM's internals. Checked
-on vLLM 0.32 (CPU build). Each reach has a test in tests/integration/test_engine.py that fails when vLLM
-changes underneath; test_vllm_still_has_what_the_stand_ins_replace checks the signatures of all.
+on vLLM 0.32 (CPU build). Each reach has a test in tests/integration (test_engine*.py) that fails when
+vLLM changes underneath; test_vllm_still_has_what_the_stand_ins_replace checks all signatures.
 
 1. ``AdapterStore.load`` replaces the worker's adapter loader.
    Why: a revision is installed many times a second from memory; vLLM reads adapters from files only. vLLM
