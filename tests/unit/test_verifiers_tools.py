@@ -26,7 +26,7 @@ from actors.text.tools import Tool
 from actors.types import Trajectory
 from configs.schema import EnvironmentConfig, VerifiersConfig
 from tests.unit import tokenizer_families as families
-from tests.unit.test_ecosystem import MODULES, _build, _ended, _failure, _first, _play
+from tests.unit.ecosystem_cases import MODULES, build, ended, failure, first_task, play
 
 TILL = '''
 import sys, threading
@@ -101,7 +101,7 @@ def _schema(function: Callable[..., object]) -> SimpleNamespace:
 
 def _environment(name: str, **args: object) -> Environment:
     config = VerifiersConfig(id=name, args=args)
-    return _build(EnvironmentConfig(name="verifiers", verifiers=config))
+    return build(EnvironmentConfig(name="verifiers", verifiers=config))
 
 
 def _says(name: str, **arguments: object) -> str:
@@ -109,7 +109,7 @@ def _says(name: str, **arguments: object) -> str:
 
 
 async def _tools(environment: Any) -> tuple[Tool, ...]:
-    session = await environment.start(_first(environment))
+    session = await environment.start(first_task(environment))
     await session.close()
     tools: tuple[Tool, ...] = session.tools
     return tools
@@ -117,14 +117,14 @@ async def _tools(environment: Any) -> tuple[Tool, ...]:
 
 def _one(chat: ChatFormat, environment: Environment, replies: list[str]) -> Trajectory:
     said = iter(replies)
-    task = _first(environment)
-    (episode,) = _ended(_play(chat, environment, task, lambda _: next(said), siblings=1, context=4000))
+    task = first_task(environment)
+    (episode,) = ended(play(chat, environment, task, lambda _: next(said), siblings=1, context=4000))
     return episode
 
 
 def test_the_worked_example_is_told_called_and_scored(qwen: ChatFormat) -> None:
     environment = _environment("my_prices")
-    answer = _first(environment).payload["answer"]
+    answer = first_task(environment).payload["answer"]
     item = {"12 crowns": "lamp", "30 crowns": "stool"}[str(answer)]
     episode = _one(qwen, environment, [_says("price", item=item), _says("price", item="bed"), str(answer)])
     assert episode.outcome.reward == 1.0
@@ -164,17 +164,17 @@ def test_siblings_wait_for_slow_tools_at_the_same_time(chat: ChatFormat) -> None
     def reply(last: str) -> str:
         return "done" if "they came" in last else _says("wait")
 
-    episodes = _ended(_play(chat, environment, _first(environment), reply, siblings=3))
+    episodes = ended(play(chat, environment, first_task(environment), reply, siblings=3))
     assert {episode.outcome.reward_parts["wait_calls"] for episode in episodes} == {1.0}
     assert threading.active_count() <= before + 1, "each call's thread has ended; the loop of all stays"
 
 
 def test_tools_that_end_the_program_or_change_fail_their_own_episode(chat: ChatFormat) -> None:
     environment = _environment("my_till")
-    message = _failure(_play(chat, environment, _first(environment), lambda _: _says("leave")))
+    message = failure(play(chat, environment, first_task(environment), lambda _: _says("leave")))
     assert re.search(r"verifiers\.id=my_till: SystemExit: 7 \(my_till\.py:\d+\)$", message)
     episode = _one(chat, environment, [_says("add", a=1), "done"])  # the loop of all sessions goes on
     assert episode.outcome.reward_parts["num_turns"] == 2.0
     grows = _environment("my_till", answer="grows")
-    message = _failure(_play(chat, grows, _first(grows), lambda _: _says("add", a=1)))
+    message = failure(play(chat, grows, first_task(grows), lambda _: _says("add", a=1)))
     assert "it changes its tools in mid-episode" in message
