@@ -40,14 +40,28 @@ class Function(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """``name``: of the function that must be called, "" where any will do."""
+    """``name``: of the function that must be called, "" where any will do.
+
+    ``allowed``: the names of those that there are for this turn; None for all.
+    """
 
     mode: Mode
     name: str = ""
+    allowed: tuple[str, ...] | None = None
+
+    @property
+    def as_of_responses(self) -> str | dict[str, Any]:
+        if self.allowed is not None:
+            tools = [{"type": "function", "name": name} for name in self.allowed]
+            return {"type": "allowed_tools", "mode": self.mode, "tools": tools}
+        return {"type": "function", "name": self.name} if self.name else self.mode
 
 
 def _read_choice(given: object) -> ToolChoice | None:
-    """``{"type": "function", "function": {"name": "price"}}``; Responses have the name beside the type."""
+    """``{"type": "function", "function": {"name": "price"}}``; Responses have the name beside the type.
+
+    ``{"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [...]}}`` likewise.
+    """
     match given:
         case None | ToolChoice():
             return given
@@ -57,11 +71,19 @@ def _read_choice(given: object) -> ToolChoice | None:
             return ToolChoice("required", name)
         case {"type": "function", "name": str(name), **more} if not more:
             return ToolChoice("required", name)
+        case {"type": "allowed_tools", "allowed_tools": dict(deeper), **more} if not more:
+            return _read_choice({"type": "allowed_tools", **deeper})
+        case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(tools), **more} if (
+            not more
+        ):
+            names = [tool.name for tool in map(_read_choice, tools) if tool]
+            if all(names):
+                return ToolChoice(mode, allowed=tuple(names))
     raise PydanticCustomError("tool_choice", "not a choice")
 
 
 Choice = Annotated[ToolChoice | None, BeforeValidator(_read_choice)]
-CHOICES = f"{', '.join(get_args(Mode))}, or a function by its name"
+CHOICES = f"{', '.join(get_args(Mode))}, a function by its name, or allowed_tools"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +105,12 @@ def calling(
 
     Raises RequestError.
     """
-    mode, name = (choice.mode, choice.name) if choice else ("auto", "")
+    choice = choice or ToolChoice("auto")
+    mode, name = choice.mode, choice.name
     if mode == "none":
         return Calling((), answer, forced=False)
+    if choice.allowed is not None:
+        functions = _only(functions, choice.allowed)
     tools = tuple(function.tool for function in functions.values())
     called = [tool for tool in tools if name in ("", tool.name)]
     forced = mode == "required"
@@ -97,6 +122,16 @@ def calling(
         _require_loose(functions, parallel)
         return Calling(tools, answer, forced=False)
     return Calling(tools, _schema_of(called, "" if forced else answer), forced)
+
+
+def _only(functions: Mapping[str, Function], allowed: Sequence[str]) -> Mapping[str, Function]:
+    """Those of ``functions`` that are allowed. Raises RequestError for a name that is none of theirs."""
+    known = {function.name for function in functions.values()}
+    for name in allowed:
+        if name not in known:
+            message = f"tool_choice allows the function {name[:100]!r}, which is not in tools"
+            raise bad_value(message, "tool_choice")
+    return {place: function for place, function in functions.items() if function.name in allowed}
 
 
 def _require_loose(functions: Mapping[str, Function], parallel: bool | None) -> None:

@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from actors.endpoint.answers import SaidCall, SaidChoice, new_id
 from actors.endpoint.requests import Role, bad_value, checked, joined, only
-from cluster.assistant.calling import CHOICES, CLOSED, Choice, Function, ToolChoice, calling
+from cluster.assistant.calling import CHOICES, CLOSED, Choice, Function, calling
 from cluster.assistant.known import Line
 from cluster.assistant.openai_answers import Answer
 from cluster.assistant.openai_format import (
@@ -197,7 +197,7 @@ class _Form:
             "model": model,
             "instructions": body.instructions,
             "tools": [dict(tool) for tool in body.tools or ()],
-            "tool_choice": _told(body.tool_choice),
+            "tool_choice": body.tool_choice.as_of_responses if body.tool_choice else "auto",
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "metadata": body.metadata or {},
             "store": False,
@@ -283,12 +283,6 @@ class _Form:
     def _event(self, kind: str, **fields: Any) -> str:
         number, self._events = self._events, self._events + 1
         return f"event: {kind}\ndata: {_json({'type': kind, 'sequence_number': number} | fields)}\n\n"
-
-
-def _told(choice: ToolChoice | None) -> str | dict[str, str]:
-    if choice is None:
-        return "auto"
-    return {"type": "function", "name": choice.name} if choice.name else choice.mode
 
 
 def _part(text: str) -> dict[str, Any]:

@@ -37,6 +37,12 @@ def keeps(engine: Engine, reply: str) -> bool:
     return bool(accepts(grammar, reply))
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    """OpenAI's choice of some of the tools, as chat completions have it."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 # --- a call that is asked for ---------------------------------------------------------------------------
 
 
@@ -46,6 +52,8 @@ def keeps(engine: Engine, reply: str) -> bool:
         ("required", [CALLED, BOUGHT]),
         ({"type": "function", "function": {"name": "price"}}, [CALLED]),
         ({"type": "function", "function": {"name": "buy"}}, [BOUGHT]),
+        (allowed("required", "buy"), [BOUGHT]),
+        (allowed("required", "buy", "price"), [CALLED, BOUGHT]),
     ],
 )
 def test_a_call_that_is_asked_for_is_the_only_reply_that_can_come(
@@ -77,11 +85,22 @@ def test_a_call_that_is_asked_for_is_the_only_reply_that_can_come(
     assert final.choices[0].message.content == "Nine." and not final.model_dump()["engram"]["new"]
 
 
+def test_the_model_hears_of_the_allowed_tools_alone(client: openai.OpenAI, engine: Engine) -> None:
+    """One that is not allowed is no tool of this turn: its call is text."""
+    asked: Any = {"model": "tiny", "messages": ASKED, "tools": BOTH}
+    for text, called in ((CALLED, True), (BOUGHT, False)):
+        engine.text = text
+        choice: Any = allowed("auto", "price")
+        message = client.chat.completions.create(**asked, tool_choice=choice).choices[0].message
+        assert bool(message.tool_calls) is called and message.content == (None if called else BOUGHT)
+
+
 def test_a_response_can_be_a_call_that_is_asked_for(client: openai.OpenAI, engine: Engine) -> None:
     engine.text = CALLED
     tools: Any = [{"type": "function", "strict": True, **tool["function"]} for tool in BOTH]
     named: Any = {"type": "function", "name": "price"}
-    for choice, told in (("required", "required"), (named, named)):
+    some: Any = {"type": "allowed_tools", "mode": "required", "tools": [named]}
+    for choice, told in (("required", "required"), (named, named), (some, some)):
         answered = client.responses.create(
             model="tiny", input="What?", tools=tools, tool_choice=choice, parallel_tool_calls=False
         )
@@ -109,6 +128,9 @@ def test_beside_an_answer_in_a_form_a_tool_can_be_called(client: openai.OpenAI, 
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "sell"}}, "tools": TOOLS}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools"}, "tools": TOOLS}, "tool_choice"),
+        ({"tool_choice": allowed("auto", "sell"), "tools": TOOLS}, "tool_choice"),
+        ({"tool_choice": allowed("none", "price"), "tools": TOOLS}, "tool_choice"),
+        ({"tool_choice": allowed("required"), "tools": TOOLS}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "price", "x": 1}, "tools": TOOLS}, "tool_choice"),
         ({"parallel_tool_calls": False, "tools": TOOLS}, "parallel_tool_calls"),
         (
