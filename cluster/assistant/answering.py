@@ -16,7 +16,7 @@ from itertools import takewhile
 
 from actors.memory.base import ended_at
 from actors.speech import Decoding, SpeakingPolicy, Spoken
-from actors.text.tools import before_calls, overlap, readable_calls, surely_text
+from actors.text.tools import ToolCall, before_calls, overlap, readable_calls, surely_text
 from actors.types import AdapterKey, FinishReason, Generation, Sampling
 
 _HALF_A_CHARACTER = "\ufffd"
@@ -50,6 +50,11 @@ class Manner:
     @property
     def is_plain(self) -> bool:
         return self.decoding == PLAINLY and not self.stop and self.heard is unheard
+
+    def calls_in(self, text: str) -> tuple[ToolCall, ...]:
+        """The calls in a visible reply. One of a tool that the request does not allow makes it a text."""
+        found = readable_calls(text, self.tools) if self.tools else ()
+        return found if all(call.name in self.tools for call in found) else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +140,7 @@ class _Telling:
 
     def end(self, text: str) -> None:
         """Take the whole text."""
-        calls = self._manner.tools and readable_calls(text, self._manner.tools)
-        self._tell(before_calls(text) if calls else text)
+        self._tell(before_calls(text) if self._manner.calls_in(text) else text)
 
     def _tell(self, text: str) -> None:
         # A thought that only its end shows to be one (an orphan </think>) may have been told already.

@@ -15,7 +15,6 @@ from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenL
 from actors.endpoint import answers
 from actors.endpoint.answers import DONE, Chunks, SaidCall, SaidChoice, new_id
 from actors.text.chat_template import ChatFormat
-from actors.text.tools import readable_calls
 from actors.types import WriteRecord
 from cluster.assistant.answering import Choice
 from cluster.assistant.conversation import Reply
@@ -88,8 +87,7 @@ def summarize(record: WriteRecord) -> dict[str, Any]:
 
 
 def _said(request: ChatRequest, choice: Choice, chat: ChatFormat) -> SaidChoice:
-    found = readable_calls(choice.text, request.manner.tools) if request.manner.tools else ()
-    calls = tuple(SaidCall.of(new_id("call"), call) for call in found)
+    calls = tuple(SaidCall.of(new_id("call"), call) for call in request.manner.calls_in(choice.text))
     logprobs = _logprobs(choice, chat) if request.logprobs else None
     return SaidChoice(choice.text, choice.finish_reason, calls, logprobs)
 
