@@ -290,7 +290,11 @@ def test_log_probs_are_those_of_the_reply_without_its_stop_token(parts: Parts, c
         ({"logit_bias": {"x": 1}}, 400, "logit_bias must be numbers, -100 to 100, by token id"),
         ({"logit_bias": {"9" * 10: 1}}, 400, "logit_bias must be numbers, -100 to 100, by token id"),
         ({"tools": [{}]}, 400, "tools[0]"),
-        ({"tool_choice": "all"}, 400, "tool_choice must be auto, none, required, or a function by its name"),
+        (
+            {"tool_choice": "all"},
+            400,
+            "tool_choice must be auto, none, required, a function by its name, or allowed_tools",
+        ),
         (
             {"response_format": {"type": "xml"}},
             400,
