@@ -21,7 +21,6 @@ MLflow is away, "tracking/spooled" is the number of records that it has not take
 
 from __future__ import annotations
 
-import getpass
 import logging
 import os
 import re
@@ -29,7 +28,7 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -37,10 +36,9 @@ from urllib.parse import quote, urlsplit
 
 from cluster.common.errors import TrackingError
 from cluster.common.folders import in_turn
-from cluster.common.git import git_commit
-from cluster.common.ray_job import current_job
 from cluster.tracking.others import Sink, open_others, require_others
 from cluster.tracking.outbox import Entity, Outbox, Point, Status
+from cluster.tracking.run_tags import run_tags
 from cluster.tracking.sender import MlflowRun, Sender, first_line, shown
 from cluster.tracking.system_metrics import SystemMetrics
 from configs.hub import unreachable
@@ -301,7 +299,8 @@ def _in_mlflow(
         # Artifacts of our own store lie beside it, wherever the run was started.
         artifacts = output_dir / "mlflow-artifacts" if uri == _own_store(output_dir) else None
         experiment = _experiment(client, tracking.experiment, artifacts)
-        run = client.create_run(experiment, run_name=run_name, tags=_tags())
+        tags = run_tags(params, output_dir / run_name)
+        run = client.create_run(experiment, run_name=run_name, tags=tags)
         logged = [Param(mlflow_key(key), text[:_LONGEST_PARAM]) for key, text in params.items()]
         client.log_batch(run.info.run_id, params=logged)
         return MlflowRun(client, run, once)
@@ -356,23 +355,6 @@ def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> str:
     # Without this tag MLflow's UI takes it for an LLM application, because of the episodes' traces.
     kind = {"mlflow.experimentKind": "custom_model_development"}
     return str(client.create_experiment(name, artifacts and artifacts.as_uri(), tags=kind))
-
-
-def _tags() -> dict[str, str]:
-    """The run's origin. A Ray job works in a copy without its repository: its submission names the commit."""
-    job = current_job(os.environ)
-    user = ""
-    with suppress(OSError, KeyError):  # a container's user may have no name
-        user = getpass.getuser()
-    commit = git_commit(Path(__file__).parent) or (job.commit if job is not None else "")
-    tags = {
-        "mlflow.user": user,
-        "mlflow.source.name": "engram",
-        "mlflow.source.type": "LOCAL" if job is None else "JOB",
-        "mlflow.source.git.commit": commit,
-        "ray_job": "" if job is None else job.submission_id,
-    }
-    return {name: value for name, value in tags.items() if value}
 
 
 def _now_ms() -> int:

@@ -58,6 +58,9 @@ def test_a_run_holds_config_metrics_artifacts_and_its_end(output_dir: Path) -> N
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "first"
     assert run.data.params["train.steps"] == "3"
+    grouped = {"config": "engram", "environment": "recall", "memory": "parametric", "seed": "0"}
+    assert grouped.items() <= run.data.tags.items() and run.data.tags["mlflow.user"]
+    assert f"engram watch {output_dir / 'first'}" in run.data.tags["mlflow.note.content"]
     assert run.data.params["fast_weights.projections"] == "('gate_proj', 'up_proj', 'down_proj')"
     history = store.get_metric_history(tracker.run_id, "reward/mean")
     assert [(point.step, point.value) for point in history] == [(1, 0.1), (2, 0.2)]
