@@ -67,18 +67,25 @@ def _read_choice(given: object) -> ToolChoice | None:
             return given
         case "auto" | "none" | "required":
             return ToolChoice(given)
+        case {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools, **deeper}, **more}:
+            return _allowed(mode, tools, {**deeper, **more})
+        case {"type": "allowed_tools", "mode": mode, "tools": tools, **more}:
+            return _allowed(mode, tools, more)
+    return ToolChoice("required", _function_name(given))
+
+
+def _allowed(mode: object, tools: object, more: Mapping[str, object]) -> ToolChoice:
+    if isinstance(tools, list) and not more and (mode == "auto" or mode == "required"):
+        return ToolChoice(mode, allowed=tuple(map(_function_name, tools)))
+    raise PydanticCustomError("tool_choice", "not a choice")
+
+
+def _function_name(given: object) -> str:
+    match given:
         case {"type": "function", "function": {"name": str(name), **deeper}, **more} if not (deeper or more):
-            return ToolChoice("required", name)
+            return name
         case {"type": "function", "name": str(name), **more} if not more:
-            return ToolChoice("required", name)
-        case {"type": "allowed_tools", "allowed_tools": dict(deeper), **more} if not more:
-            return _read_choice({"type": "allowed_tools", **deeper})
-        case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(tools), **more} if (
-            not more
-        ):
-            names = [tool.name for tool in map(_read_choice, tools) if tool]
-            if all(names):
-                return ToolChoice(mode, allowed=tuple(names))
+            return name
     raise PydanticCustomError("tool_choice", "not a choice")
 
 
