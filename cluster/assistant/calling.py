@@ -75,8 +75,9 @@ def _read_choice(given: object) -> ToolChoice | None:
 
 
 def _allowed(mode: object, tools: object, more: Mapping[str, object]) -> ToolChoice:
-    if isinstance(tools, list) and not more and (mode == "auto" or mode == "required"):
-        return ToolChoice(mode, allowed=tuple(map(_function_name, tools)))
+    match mode, tools:
+        case ("auto" | "required" as known, list(listed)) if not more:
+            return ToolChoice(known, allowed=tuple(map(_function_name, listed)))
     raise PydanticCustomError("tool_choice", "not a choice")
 
 
