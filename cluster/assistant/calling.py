@@ -74,7 +74,7 @@ def _read_choice(given: object) -> ToolChoice | None:
     return ToolChoice("required", _function_name(given))
 
 
-def _allowed(mode: object, tools: object, more: Mapping[str, object]) -> ToolChoice:
+def _allowed(mode: object, tools: object, more: Mapping[Any, Any]) -> ToolChoice:
     match mode, tools:
         case ("auto" | "required" as known, list(listed)) if not more:
             return ToolChoice(known, allowed=tuple(map(_function_name, listed)))
