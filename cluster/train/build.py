@@ -37,6 +37,7 @@ from cluster.runs.checkpoint import TrainState
 from cluster.runs.wanted_workers import WantedWorkers
 from cluster.train.curriculum import Curriculum
 from cluster.train.demonstrations import Demonstrations
+from cluster.train.idle_steps import IdleSteps
 from cluster.train.learner_recovery import LearnerRecovery
 from cluster.train.loop import LoopParts, delivery
 from cluster.train.metrics import StepSummary, step_line
@@ -196,12 +197,14 @@ def build_loop(
     curriculum = build_curriculum(spec, state, observers.display.say)
     stream = build_stream(spec, cluster, state, fleet, curriculum.task_at, on_failures)
     checkpoints = StepCheckpoints(spec, folder, cluster.learner, stream, fleet, observers)
+    idle = IdleSteps(observers.display.say)
 
     def on_step(summary: StepSummary, batch: Batch) -> None:
         wanted.step = summary.step
         recorder.on_batch(config, summary.step, batch)
         checkpoints.on_step(summary.step)
         counter.advance(step_line(summary))
+        idle.after_step(summary)
 
     async def recover(error: LearnerLost, stood: TrainState) -> tuple[TrainState, PolicyVersion]:
         restored, saved_version = await asyncio.to_thread(cluster.recovery.restart, error, stood)

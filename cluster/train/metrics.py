@@ -45,6 +45,7 @@ class StepSeconds:
 class StepSummary:
     """A step as the progress line shows it. ``staleness`` is the batch's mean in policy versions.
 
+    ``writes`` are the accepted ones, ``empty`` the extractions without a flashcard.
     ``without_signal``: the learner made no optimizer step, since no token had an advantage.
     """
 
@@ -54,6 +55,7 @@ class StepSummary:
     staleness: float
     episodes: int
     writes: int
+    empty: int
     failed: int
     without_signal: bool
     seconds: float
@@ -70,13 +72,15 @@ class StepSummary:
 def summarize(step: int, report: StepReport, batch: Batch, seconds: StepSeconds) -> StepSummary:
     groups = [group.summary for group in batch.groups]
     episodes = _episodes(groups)
+    written = Counter(record.outcome for episode in episodes for record in episode.writes)
     return StepSummary(
         step=step,
         version=report.version,
         reward=_mean([episode.outcome.reward for episode in episodes]),
         staleness=_mean(batch.staleness),
         episodes=len(episodes),
-        writes=sum(len(episode.writes) for episode in episodes),
+        writes=written["accepted"],
+        empty=written["empty"],
         failed=sum(len(group.failed) for group in groups),
         without_signal=report.optimizer_steps == 0,
         seconds=seconds.total,
@@ -289,10 +293,11 @@ def _mean(values: Sequence[float] | Sequence[int]) -> float:
 
 def step_line(summary: StepSummary) -> str:
     """A training step for people: "reward 0.412  staleness 0.0  1.2 episodes/s  3.6 writes/s"."""
+    empty = f"  {summary.empty} without a card" if summary.empty else ""
     failed = f"  {summary.failed} failed" if summary.failed else ""
     idle = "  no signal, so no optimizer step" if summary.without_signal else ""
     speed = f"{summary.episodes_per_second:.2f} episodes/s  {summary.writes_per_second:.2f} writes/s"
     return (
         f"version {summary.version}  reward {summary.reward:.3f}  staleness {summary.staleness:.1f}  "
-        f"{speed}{failed}{idle}"
+        f"{speed}{empty}{failed}{idle}"
     )

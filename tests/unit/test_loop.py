@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from actors.types import PolicyVersion
+from actors.types import PolicyVersion, WriteOutcome
 from actors.worker import WorkerReport
 from cluster.common.errors import CheckpointError, SaveError, WorkerLost
 from cluster.fleet.broadcast import ObjectStoreWeights
@@ -22,11 +22,12 @@ from cluster.fleet.ledger import Ledger, LedgerSnapshot
 from cluster.fleet.stream import Batch
 from cluster.runs.checkpoint import START, TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from cluster.runs.resume import find_checkpoint
+from cluster.train.idle_steps import IdleSteps
 from cluster.train.loop import run_loop
 from cluster.train.metrics import StepSeconds, StepSummary, step_line, summarize
 from configs.schema import TrainConfig
 from learner.types import LearnerError
-from tests.unit.cluster_cases import finished_group, group, task_at
+from tests.unit.cluster_cases import finished_group, group, task_at, trajectory
 from tests.unit.loop_cases import Lab, Recorder, Trainer, Worker, wire
 
 
@@ -207,6 +208,34 @@ def test_a_step_without_signal_is_said(said: bool) -> None:
     summary = summarize(1, trainer.step([]), batch, StepSeconds(1.0, 1.0, 1.0, 3.0))
     assert summary.without_signal is said
     assert ("no signal, so no optimizer step" in step_line(summary)) is said
+
+
+def _step_of(writes: Sequence[WriteOutcome], without_signal: bool = False) -> StepSummary:
+    """A step of two siblings that made ``writes`` each."""
+    siblings = tuple(trajectory(task_at(0), 0, 0.25, writes) for _ in range(2))
+    batch = Batch((0,), (finished_group(replace(group(task_at(0), 0), trajectories=siblings)),), (0,), 0)
+    trainer = Trainer()
+    trainer.idle = {1} if without_signal else set()
+    return summarize(1, trainer.step([]), batch, StepSeconds(1.0, 1.0, 1.0, 4.0))
+
+
+def test_extractions_without_a_card_are_no_writes() -> None:
+    line = step_line(_step_of(["accepted", "empty", "empty", "rolled_back"]))
+    assert "0.50 writes/s  4 without a card" in line
+    assert "without a card" not in step_line(_step_of(["accepted"]))
+
+
+def test_steps_in_a_row_that_taught_nothing_are_said_once_with_the_ways_out() -> None:
+    said: list[str] = []
+    idle = IdleSteps(said.append)
+    for without_signal in (True, True, False, True, True):
+        idle.after_step(_step_of(["empty"], without_signal))
+    assert not said
+    for _ in range(3):
+        idle.after_step(_step_of(["empty"], without_signal=True))
+    (line,) = said
+    assert "3 steps in a row taught nothing" in line and "2 extractions gave no flashcard" in line
+    assert "reward 0.250" in line and "resume=" in line and "sampling.temperature" in line
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
