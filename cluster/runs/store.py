@@ -114,9 +114,13 @@ class Store:
     def runs(self) -> list[str]:
         """The names of the folders there."""
         with _asking(self.url):
-            return sorted(
-                entry.base_name for entry in _listed(self.filesystem, self.root) if not entry.is_file
-            )
+            if self.filesystem.type_name == "gcs":
+                # pyarrow lists no folders: there are none, but what the names of files begin with
+                files = _listed(self.filesystem, self.root, recursive=True)
+                names = (entry.path.removeprefix(f"{self.root}/").partition("/") for entry in files)
+                return sorted({name for name, slash, _ in names if slash})
+            folders = _listed(self.filesystem, self.root)
+            return sorted(folder.base_name for folder in folders if not folder.is_file)
 
     def run(self, name: str) -> StoredRun:
         address, options, rest = self.url.partition("?")
@@ -343,10 +347,10 @@ def _copied(read: Callable[[int], bytes], write: Callable[[bytes], object], size
     return StoredFile(digest.hexdigest(), size - left)
 
 
-def _listed(filesystem: FileSystem, place: str) -> list[FileInfo]:
+def _listed(filesystem: FileSystem, place: str, recursive: bool = False) -> list[FileInfo]:
     from pyarrow.fs import FileSelector
 
-    return filesystem.get_file_info(FileSelector(place, allow_not_found=True))
+    return filesystem.get_file_info(FileSelector(place, allow_not_found=True, recursive=recursive))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from cluster.common.folders import output_folder
 from cluster.runs.checkpoint import START, Checkpoint, save_checkpoint
@@ -120,10 +121,17 @@ class Silent:
         self._listener.close()
 
 
+class HasUrl(Protocol):
+    """A store."""
+
+    @property
+    def url(self) -> str: ...
+
+
 class Machine:
     """A machine with a disk of its own; all machines of a test use one folder of the store."""
 
-    def __init__(self, server: S3Server | Disk | Silent, tmp_path: Path, name: str) -> None:
+    def __init__(self, server: HasUrl, tmp_path: Path, name: str) -> None:
         place, mark, options = server.url.partition("?")
         self.url = f"{place}/{tmp_path.name}{mark}{options}"
         work = f"store.work_dir={tmp_path / name}"
