@@ -147,15 +147,21 @@ class RecallEnvironment:
         return tuple(other.wordings[(first + place) % 2] for place, other in enumerate(others))
 
     def use_of(self, task: Task, card: Flashcard) -> CardUse:
-        """By person and relation, in any of the relation's wordings, and by the words of the answer."""
+        """By person and relation, in any of the relation's wordings, and by the words of the answer.
+
+        A card with a fact's person and answer was meant for it, whatever it asks. So it also counts for the
+        questions about the fact: these pay for asking amiss, and no other card does.
+        """
         subject = subject_of(card.question)
         if subject is None:
             return CardUse((), right=False)
-        right = any(
-            subject_of(fact["plain_question"]) == subject and plain_em(card.answer, fact["answer"]) == 1
+        facts = (
+            subject_of(fact["plain_question"])
             for fact in _field(task, "facts")
+            if plain_em(card.answer, fact["answer"]) == 1
         )
-        return CardUse(_places(task, {subject}), right)
+        meant = {fact for fact in facts if fact is not None and fact.person == subject.person}
+        return CardUse(_places(task, {subject, *meant}), right=subject in meant)
 
     def questions_told(self, task: Task, text: str) -> tuple[int, ...]:
         """The questions about the facts whose sentences stand in ``text``."""

@@ -13,6 +13,7 @@ import pytest
 
 from actors.environments.base import Environment
 from actors.environments.recall import RecallEnvironment
+from actors.environments.recall_questions import subject_of
 from actors.episodes.attribution import generations
 from actors.episodes.rollout import Rollout, RolloutRequest
 from actors.text.chat_template import ChatFormat
@@ -207,7 +208,12 @@ def test_recall_knows_a_card_by_person_and_relation_in_any_wording(place: int) -
         assert use == CardUse((PLACES[place],), right=True)
     assert ENVIRONMENT.use_of(TASK, Flashcard(fact["question"], "x")) == CardUse((PLACES[place],), False)
     other = ENVIRONMENT.questions_beside(Flashcard(fact["question"], "x"), ())[0]
-    assert ENVIRONMENT.use_of(TASK, Flashcard(other, fact["answer"])) == CardUse((), False)
+    meant = CardUse((PLACES[place],), False)  # it asks amiss for this fact
+    assert ENVIRONMENT.use_of(TASK, Flashcard(other, fact["answer"])) == meant
+    subject = subject_of(fact["plain_question"])
+    assert subject is not None
+    stranger = replace(subject, person="Zoe").wordings[0]
+    assert ENVIRONMENT.use_of(TASK, Flashcard(stranger, fact["answer"])) == CardUse((), False)
     assert ENVIRONMENT.use_of(TASK, Flashcard("What is up?", fact["answer"])) == CardUse((), False)
     assert ENVIRONMENT.questions_told(TASK, f"So: {fact['sentence']} Yes.") == (PLACES[place],)
     assert ENVIRONMENT.questions_told(TASK, "Nothing.") == ()
