@@ -44,7 +44,7 @@ from cluster.inspection import trial_command as trial
 from cluster.jobs import command as jobs
 from cluster.probe import command as probing
 from cluster.sizing import command as sizing
-from configs.bounds import ConfigError
+from configs.bounds import BoundError, ConfigError
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.ESTALE)
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int | None = get_command(app).main(words, prog_name="engram", standalone_mode=False)
     except typer.TyperException as error:
         return _complain(_usage(error), EXIT_USAGE)
-    except ConfigError as error:
+    except (ConfigError, BoundError) as error:
         return _complain(str(error), EXIT_USAGE)
     except asyncio.CancelledError:  # a job's stop (SIGTERM) cancels the run, which has said what was saved
         status = EXIT_INTERRUPTED

@@ -24,7 +24,7 @@ from actors.endpoint.requests import RequestError
 from cluster.assistant.completions import add_completions
 from cluster.assistant.connections import HEADER_BYTES, HeadAsGet, HostCheck, Protocol
 from cluster.assistant.metrics import Counting, Metrics
-from cluster.assistant.opening import AssistantError, Opening, Parts, parts_of
+from cluster.assistant.opening import AssistantError, Opening, Parts, is_hub_name, parts_of
 from cluster.assistant.responses import add_responses
 from cluster.assistant.routes import (
     Service,
@@ -84,7 +84,7 @@ def serve(opening: Opening, host: str, port: int, display: Display) -> None:
 def model_name(opening: Opening) -> str:
     """The name for clients: a hub's name, else the last part of the path."""
     title = opening.title.rstrip("/")
-    return title if title == opening.base_model else title.rpartition("/")[2]
+    return title if is_hub_name(title) else title.rpartition("/")[2]
 
 
 def build_app(parts: Parts, sessions: Sessions, key: str, host: str = "127.0.0.1") -> FastAPI:

@@ -24,6 +24,7 @@ ABOUT = {
     "learner": "a step with per-segment Deltas against the same step without; memory of the head; padding",
     "rollout": "the quickstart's rollout side against raw vLLM that emits the same tokens without writes",
     "agentic": "a turn of 64 siblings that wait for a tool of 1 s, against one tool call beside the engine",
+    "serve": "64 conversations at once, each under its own Delta, against stock vLLM's server with one LoRA",
     "controller": "one controller over 1 to 1,000 virtual rollout workers, against their ideal throughput",
     "circle": "the quickstart's real RL steps with staleness 1 against staleness 0, all on this machine",
     "cost": "memory and seconds per episode against the length of the history: full context beside TMEM",

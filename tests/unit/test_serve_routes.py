@@ -149,3 +149,10 @@ def test_completions_continue_a_plain_text(parts: Parts, engine: Engine) -> None
     assert "".join(event["choices"][0]["text"] for event in given) == "a river "
     assert refused == "echo is not supported: leave it out, or give false"
     assert long.status_code == 400 and "engine.max_model_tokens" in long.json()["error"]["message"]
+
+
+def test_a_model_is_called_by_its_folders_name(parts: Parts) -> None:
+    opening = replace(parts.opening, title=str(parts.opening.model.path))  # an absolute path
+    with serving(replace(parts, opening=opening)) as client:
+        (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == parts.opening.model.path.name

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from actors.memory.build import build_memory
 from actors.memory.parametric import require_window
 from actors.text.chat_template import ChatFormat
 from actors.types import AdapterKey, Generation, Outcome, Sampling, Task
+from cluster.cli import main
 from configs.load import load_config
 from configs.schema import RunConfig
 from tests.unit.rollout_fakes import SURROUNDINGS, ScriptedPolicy, ScriptedWriter, run_episode, sampled
@@ -105,3 +107,23 @@ def test_a_blind_prompt_has_no_question(chat: ChatFormat) -> None:
     settings = [f"memory.question_blind={value}" for value in ("false", "true")]
     seeing, blind = (_least(_config("parametric", setting), chat) for setting in settings)
     assert seeing - blind > len(chat.encode(QUESTION))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["serve", "MODEL", "engine.max_model_tokens=1024", "memory.max_context_tokens=512", "--port", "0"],
+        ["chat", "MODEL", "engine.max_model_tokens=1024", "memory.max_context_tokens=512"],
+        ["train", "quickstart", "engine.max_model_tokens=180", "output_dir=FOLDER"],
+    ],
+)
+def test_each_command_says_it_in_one_line(
+    words: list[str], tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"MODEL": str(tiny_model_path), "FOLDER": str(tmp_path)}
+    for name, place in places.items():
+        words = [word.replace(name, place) for word in words]
+    assert main(words) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(r"error: engine\.max_model_tokens=\d+ is not allowed: it must be \d+ or more: ", said)
+    assert not list(tmp_path.iterdir())  # nothing was begun
