@@ -48,7 +48,8 @@ GOAL = Goal("at least", 0.85)
 START_S, ANSWER_S = 600.0, 300.0
 WINDOW = 1536
 STATIC = "static"
-FIRST, SECOND = "My sister moved to Lisbon and works as a baker.", "Tell me a story about her day."
+# Conversations differ from their first word on: with one LoRA for all, what they share would be read once.
+FIRST, SECOND = "{} is the number of my house in Lisbon.", "Tell me a story about somebody who lives there."
 DELTA_STD = 0.003  # of B: another model, and still one that speaks
 _POLL_S = 0.2
 
@@ -113,6 +114,10 @@ def _delta(basis: Basis, seed: int) -> FastWeights:
     return FastWeights(basis.id, 1, b)
 
 
+def _said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
 def _name(round_: int, number: int) -> str:
     return f"round-{round_}-{number}"
 
@@ -143,24 +148,26 @@ class _Rounds:
         client = AsyncOpenAI(
             base_url=f"{self.server.url}/v1", api_key=self.server.key, timeout=ANSWER_S, max_retries=0
         )
-        begin = [{"role": "system", "content": self.system}, {"role": "user", "content": FIRST}]
+        system = _said("system", self.system)
+        told = [[system, _said("user", FIRST.format(number))] for number in range(len(names))]
         try:
             async with client:
-                turns = (self._turn(client, name, begin, self.sizes.first_tokens) for name in names)
-                said = [text for text, _ in await asyncio.gather(*turns)]
-                later = (
-                    [*begin, {"role": "assistant", "content": text}, {"role": "user", "content": SECOND}]
-                    for text in said
-                )
+                said = await self._turns(client, names, told, self.sizes.first_tokens)
+                for messages, (text, _) in zip(told, said, strict=True):
+                    messages += [_said("assistant", text), _said("user", SECOND)]
                 began = time.perf_counter()
-                pairs = zip(names, later, strict=True)
-                turns = (self._turn(client, name, told, self.sizes.tokens) for name, told in pairs)
-                answers = await asyncio.gather(*turns)
+                answers = await self._turns(client, names, told, self.sizes.tokens)
         except OpenAIError as error:
             raise BenchError(f"{self.server.url}: {error}") from error
         seconds = time.perf_counter() - began
         self.tokens_per_s.append(self.sizes.tokens * len(names) / seconds)
         self.first_s.append(median(first for _, first in answers))
+
+    async def _turns(
+        self, client: AsyncOpenAI, names: Sequence[str], told: Sequence[Sequence[Any]], tokens: int
+    ) -> list[tuple[str, float]]:
+        pairs = zip(names, told, strict=True)
+        return await asyncio.gather(*(self._turn(client, *pair, tokens) for pair in pairs))
 
     async def _turn(
         self, client: AsyncOpenAI, name: str, messages: Sequence[Any], tokens: int
