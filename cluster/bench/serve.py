@@ -215,7 +215,11 @@ def _engram_command(context: Context, place: Path, sizes: _Sizes) -> list[str]:
     return [
         *(sys.executable, "-m", "cluster", "serve", str(context.model_path)),
         *("model.dtype=float32", f"rollout.threads={context.threads}"),
-        *(f"engine.max_model_tokens={WINDOW}", "engine.kv_cache_gib=1"),
+        *(
+            f"engine.max_model_tokens={WINDOW}",
+            "engine.kv_cache_gib=1",
+            f"engine.slots={sizes.conversations}",
+        ),
         *(f"memory.max_context_tokens={WINDOW // 3}", "write.preserve.weight=0"),
         *(f"assistant.save_dir={place / 'saved'}", f"assistant.max_conversations={sizes.conversations}"),
         *(f"assistant.request_timeout_s={ANSWER_S}",),
