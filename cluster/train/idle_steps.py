@@ -24,5 +24,6 @@ class IdleSteps:
                 f"warning: {_MANY} steps in a row taught nothing: the siblings of each task earn alike, "
                 f"reward {summary.reward:.3f}{empty}. Where the reward has fallen, go back to an earlier "
                 "checkpoint (resume=) with a smaller learner.learning_rate; where it never rose, warm-start "
-                "longer, take easier tasks, or raise sampling.temperature or train.group_size"
+                "longer, take easier tasks, or raise sampling.temperature or train.group_size; where all is "
+                "solved, take harder tasks"
             )
