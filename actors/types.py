@@ -222,6 +222,7 @@ class WriteResult:
     reason: str  # empty for an accepted write, else why it was not accepted
     preserved_kl: float = 0.0
     preserved_used: int = 0
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +345,8 @@ class Trajectory:
     """A finished episode; the worked example at the top of this file shows one.
 
     ``memory_events`` counts what the memory policy did, by its own names, e.g. {"summaries": 3}, and as
-    "cleaned_texts" the environment's texts that could not be encoded.
+    "cleaned_texts" the environment's texts that could not be encoded, and as "shared_writes" the writes that
+    were computed for a sibling.
     """
 
     task: Task

@@ -15,6 +15,8 @@ from configs.user_code import FORM, is_path
 REPLACEABLE = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty")
 """Fields of a harness's calls whose place the run's own sampling may take."""
 
+RECALL_RELATIONS = ("home", "job", "pet", "birthday", "instrument", "dish", "purchase", "holiday", "hobby")
+
 
 @dataclass(frozen=True)
 class RecallConfig:
@@ -29,6 +31,8 @@ class RecallConfig:
     filler_sentences: int = 1  # small talk in each session
     # of training; small has 11 to 22 answers a relation, which a long training learns by heart
     vocabulary: Literal["small", "wide"] = "small"
+    # what is told and asked of people: two or more of RECALL_RELATIONS; empty: all nine
+    relations: tuple[str, ...] = ()
     # further questions whose answer nobody told: half about strangers, half about told people
     unknown_questions: int = 0
     # of held-out tasks; other: always in a wording that no demonstrated flashcard has
@@ -37,6 +41,9 @@ class RecallConfig:
     def __post_init__(self) -> None:
         positive(self, "sessions", "facts_per_session", "questions")
         not_negative(self, "unknown_questions", "filler_sentences")
+        known = len(self.relations) == len(set(self.relations) & set(RECALL_RELATIONS)) != 1
+        allowed = f"two or more of {', '.join(RECALL_RELATIONS)}, each once, or none for all"
+        require(known, "relations", list(self.relations), allowed)
         asked, told = self.questions, self.sessions * self.facts_per_session
         require(asked <= told, "questions", asked, "at most sessions * facts_per_session")
 

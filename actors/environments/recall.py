@@ -31,7 +31,7 @@ from actors.environments.recall_questions import (
     stable_hash,
     subject_of,
 )
-from actors.environments.recall_words import FILLERS, MORE_PEOPLE, MORE_VALUES, PEOPLE, RELATIONS
+from actors.environments.recall_words import FILLERS, MORE_PEOPLE, MORE_VALUES, PEOPLE, RELATIONS, Relation
 from actors.environments.scoring import plain_em, scored
 from actors.protocols import TaskError
 from actors.types import Answer, CardUse, Flashcard, Outcome, Task
@@ -79,12 +79,14 @@ class RecallEnvironment:
                 f"recall.sessions * recall.facts_per_session={facts} is not allowed: "
                 f"it must be at most {most}, one person a fact"
             )
-        unknown, left = config.unknown_questions, min(most - facts, facts * (len(RELATIONS) - 1))
+        self._relations = tuple(r for r in RELATIONS if not config.relations or r.name in config.relations)
+        others = facts * (len(self._relations) - 1)
+        unknown, left = config.unknown_questions, min(most - facts, others)
         if (unknown + 1) // 2 > left:
             raise ValueError(
                 f"recall.unknown_questions={unknown} is not allowed: it must be at most {2 * left}, "
                 f"since {facts} facts leave {most - facts} people untold and "
-                f"{facts * (len(RELATIONS) - 1)} other relations of told people"
+                f"{others} other relations of told people"
             )
         if config.filler_sentences > len(FILLERS):
             raise ValueError(
@@ -130,7 +132,7 @@ class RecallEnvironment:
     def other_questions(self, count: int, seed: int) -> tuple[str, ...]:
         """At most ``count`` questions about training people, each about another subject."""
         rng = random.Random(f"recall/other questions/{seed}")
-        pairs = list(itertools.product(self._words["train"].people, RELATIONS))
+        pairs = list(itertools.product(self._words["train"].people, self._relations))
         chosen = rng.sample(pairs, min(count, len(pairs)))
         return tuple(rng.choice(Subject(*pair).wordings) for pair in chosen)
 
@@ -142,7 +144,7 @@ class RecallEnvironment:
         subject = subject_of(card.question)
         if subject is None:
             return ()
-        others = other_subjects(subject, known, card.question)
+        others = other_subjects(subject, self._relations, known, card.question)
         first = stable_hash(card.question)
         return tuple(other.wordings[(first + place) % 2] for place, other in enumerate(others))
 
@@ -203,7 +205,7 @@ class RecallEnvironment:
         rng = random.Random(f"recall/{split}/{seed}/{position}")
         words = self._words[split]
         people = rng.sample(words.people, config.sessions * size)
-        facts = _facts(rng, words, people)
+        facts = _facts(rng, words, people, self._relations)
         chunks = [facts[place : place + size] for place in range(0, len(facts), size)]
         sessions = []
         for chunk in chunks:
@@ -235,7 +237,8 @@ class RecallEnvironment:
     ) -> list[dict[str, str]]:
         """``unknown`` is the question's category. ``other``: in the wording that no card has."""
         questions = []
-        for kind, subject in _unknown_subjects(rng, words, told, self._config.unknown_questions):
+        count, relations = self._config.unknown_questions, self._relations
+        for kind, subject in _unknown_subjects(rng, words, told, relations, count):
             written, relation = rng.choice(subject.wordings), subject.relation
             question = subject.ask(relation.unwritten_question) if other else written
             about = {"question": question, "answer": UNKNOWN, "relation": relation.name}
@@ -287,7 +290,11 @@ def _in_other_words(fact: _Fact) -> dict[str, str]:
 
 
 def _unknown_subjects(
-    rng: random.Random, words: Vocabulary, told: Mapping[str, _Fact], count: int
+    rng: random.Random,
+    words: Vocabulary,
+    told: Mapping[str, _Fact],
+    relations: Sequence[Relation],
+    count: int,
 ) -> list[tuple[str, Subject]]:
     """``count`` subjects that nobody told of, by their category: half strangers, half told people."""
     strangers = count // 2 + (rng.randrange(2) if count % 2 else 0)
@@ -295,11 +302,11 @@ def _unknown_subjects(
     others = [
         Subject(person, relation)
         for person, fact in told.items()
-        for relation in RELATIONS
+        for relation in relations
         if relation.name != fact.relation
     ]
     return [
-        *((STRANGER, Subject(person, rng.choice(RELATIONS))) for person in people),
+        *((STRANGER, Subject(person, rng.choice(relations))) for person in people),
         *((SAME_PERSON, subject) for subject in rng.sample(others, count - strangers)),
     ]
 
@@ -314,12 +321,14 @@ def _exchange(texts: tuple[str, ...], questions: Sequence[tuple[str, _Fact | Non
     return Exchange(texts, tuple(turns))
 
 
-def _facts(rng: random.Random, words: Vocabulary, people: list[str]) -> list[_Fact]:
+def _facts(
+    rng: random.Random, words: Vocabulary, people: list[str], relations: Sequence[Relation]
+) -> list[_Fact]:
     """One fact a person, so a question has one right answer. Answers repeat when their list is used up."""
     facts: list[_Fact] = []
     used: set[str] = set()
     for person in people:
-        relation = rng.choice(RELATIONS)
+        relation = rng.choice(relations)
         values = words.values[relation.name]
         value = rng.choice([value for value in values if value not in used] or values)
         used.add(value)

@@ -78,10 +78,12 @@ def subject_of(question: str) -> Subject | None:
     return None
 
 
-def other_subjects(subject: Subject, known: Collection[str], order: str) -> list[Subject]:
-    """The same person's other relations that no question in ``known`` asks for, shuffled by ``order``."""
+def other_subjects(
+    subject: Subject, relations: Collection[Relation], known: Collection[str], order: str
+) -> list[Subject]:
+    """The same person's other ``relations`` that no question in ``known`` asks for, shuffled by ``order``."""
     asked = {found for question in known if (found := subject_of(question)) is not None} | {subject}
-    others = (Subject(subject.person, relation) for relation in RELATIONS)
+    others = (Subject(subject.person, relation) for relation in relations)
     return sorted(
         (other for other in others if other not in asked),
         # not Random: sorting by a hash leaves the order of the rest alone when one subject is known

@@ -60,6 +60,9 @@ PASSING = (TaskError, EngineError, ReceiptError, WriterError, Diverged)
 CLEANED = "cleaned_texts"
 """The event under which an episode counts the environment's texts that could not be encoded."""
 
+SHARED = "shared_writes"
+"""The event under which an episode counts its writes that were computed for a sibling."""
+
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSpec:
@@ -121,6 +124,7 @@ class LiveActor:
         self._spec = spec
         self._events = 0  # generations so far: each has its own seed
         self._writes = 0  # so far: each has its own seed
+        self.shared_writes = 0
         self._preservation = preservation
         self._installed: list[AdapterKey] = []
 
@@ -144,12 +148,14 @@ class LiveActor:
     ) -> tuple[WriteRequest, WriteResult]:
         """Raises WriterError, EngineError, ReceiptError."""
         started = time.perf_counter()
-        seed = derived_seed(self._spec.seed, "write", self._writes)
+        # The task's seed: siblings who write the same then get the same, and what differs is what they wrote.
+        seed = derived_seed(self._spec.task.seed, "write", self._writes)
         self._writes += 1
         preserving = self._preservation
         preserved = await preserving.replies(cards, self.own_prompt) if preserving else ()
         request = WriteRequest(self._spec.episode_id, self.weights, tuple(examples), preserved, seed)
         result = await self._writer.write(request)
+        self.shared_writes += result.shared
         written = time.perf_counter()
         self.seconds["write"] += written - started
         if result.outcome == "accepted":
@@ -216,6 +222,8 @@ async def score_episode(played: Played) -> Trajectory:
     events = events_of(memory, spec.task.id)
     if played.session.cleaned:
         events[CLEANED] = played.session.cleaned
+    if actor.shared_writes:
+        events[SHARED] = actor.shared_writes
     total = time.perf_counter() - played.started
     return Trajectory(
         task=spec.task,

@@ -3,6 +3,8 @@
     group(request) --> siblings 0..n-1, each:
         wait for a slot --> play_episode --> free the slot --> score_episode --> Trajectory | FailedEpisode
                                  |
+        SharedWrites: what siblings ask for twice is written once (shared_writes.py)
+                                 |
         WriteBatcher: pending writes of all episodes --> writer.write in a thread, one call at a time
 
 Every wait, and who ends it:
@@ -40,8 +42,10 @@ from actors.episodes.recovery import (
     Recovered,
     Recovery,
 )
+from actors.episodes.shared_writes import SharedWrites
 from actors.memory.build import Surroundings, build_memory
 from actors.protocols import (
+    AsyncWriter,
     EngineError,
     FastWeightWriter,
     MemoryFault,
@@ -146,6 +150,15 @@ class WriteBatcher:
                     future.set_result(results[place])
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What siblings have in common."""
+
+    request: RolloutRequest
+    recovery: Recovery
+    writer: AsyncWriter
+
+
 class Rollout:
     """All episodes of one worker. Concurrent calls of ``group`` share ``slots`` places.
 
@@ -201,10 +214,11 @@ class Rollout:
         An episode with progress on the present policy version is continued from there.
         """
         version = self._policy.version
+        together = _Group(request, recovery, SharedWrites(self._writer))
         try:
             async with asyncio.TaskGroup() as siblings:
                 running = [
-                    siblings.create_task(self._sibling(request, number, recovery))
+                    siblings.create_task(self._sibling(together, number))
                     for number in range(request.group_size)
                 ]
         except BaseExceptionGroup as errors:
@@ -221,13 +235,12 @@ class Rollout:
         continued = sum(continued for _, continued in finished)
         return group, Recovered(continued, len(trajectories) - continued if recovery.reissued else 0)
 
-    async def _sibling(
-        self, request: RolloutRequest, number: int, recovery: Recovery
-    ) -> tuple[Trajectory | FailedEpisode, bool]:
+    async def _sibling(self, group: _Group, number: int) -> tuple[Trajectory | FailedEpisode, bool]:
         """Play and score one episode. Also return whether it finished and was continued from its progress.
 
         It starts anew where there is no progress on this policy version, or it does not follow it.
         """
+        request = group.request
         spec = EpisodeSpec(
             task=request.task,
             episode_id=f"{request.group_id}.{number}",
@@ -237,29 +250,24 @@ class Rollout:
             seed=derived_seed(request.seed, number),
             answer_temperature=request.answer_temperature,
         )
-        progress = recovery.progress.get(number)
+        progress = group.recovery.progress.get(number)
         if progress is not None and progress.version == self._policy.version:
             try:
-                result = await self._episode(spec, request, number, recovery, progress.events)
+                result = await self._episode(spec, group, number, progress.events)
                 return result, isinstance(result, Trajectory)
             except Diverged as error:
                 _log.warning("%s: episode %s starts anew: %s", self._worker_name, spec.episode_id, error)
-        return await self._episode(spec, request, number, recovery, ()), False
+        return await self._episode(spec, group, number, ()), False
 
     async def _episode(
-        self,
-        spec: EpisodeSpec,
-        request: RolloutRequest,
-        number: int,
-        recovery: Recovery,
-        past: tuple[Event, ...],
+        self, spec: EpisodeSpec, group: _Group, number: int, past: tuple[Event, ...]
     ) -> Trajectory | FailedEpisode:
         """Play and score one episode, then close its session, however it ended. Raises Diverged."""
         environment = self._environments[spec.task.stage]
         result: Trajectory | FailedEpisode | None = None
         try:
             async with HostedSession(environment, spec.task, self._rollout.environment_timeout_s) as session:
-                playing = partial(self._play, spec, session, request, number, recovery, past)
+                playing = partial(self._play, spec, session, group, number, past)
                 result = await self._finish(spec, session, playing)
         except TaskError as error:  # of the close: what _finish meets is a FailedEpisode already
             return result if isinstance(result, FailedEpisode) else _failed(spec, "environment", str(error))
@@ -302,11 +310,11 @@ class Rollout:
         self,
         spec: EpisodeSpec,
         session: HostedSession,
-        request: RolloutRequest,
+        group: _Group,
         number: int,
-        recovery: Recovery,
         past: tuple[Event, ...],
     ) -> Played:
+        request = group.request
         whom = f"task {spec.task.id}: memory.policy={request.memory.policy}"
         with owned(whom, MemoryFault, passing=PASSING):
             environment = playing(self._environments[spec.task.stage], spec.task)
@@ -314,11 +322,14 @@ class Rollout:
             memory = build_memory(request.memory, self._write, self._surroundings, control)
         common = (self._chat, memory, self._basis_id, self._preservation)
         if self._in_flight:
+            # Not shared: a sibling that asks after a refresh must not get a write on the older weights.
             living = InFlightPolicy(self._policy, self._writer)
             return await play_episode(spec, session, living, living, *common)
-        log = EpisodeLog(partial(recovery.journal.note, request.group_id, number, self._policy.version), past)
+        log = EpisodeLog(
+            partial(group.recovery.journal.note, request.group_id, number, self._policy.version), past
+        )
         policy = RecordedPolicy(self._policy, log)
-        writer = RecordedWriter(self._writer, log, recovery.tolerance)
+        writer = RecordedWriter(group.writer, log, group.recovery.tolerance)
         played = await play_episode(spec, session, policy, writer, *common)
         log.flush()  # the replies after the last write: a worker may die while the episode is scored
         return played

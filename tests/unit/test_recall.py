@@ -10,10 +10,13 @@ import pytest
 
 from actors.environments.build import build_environment
 from actors.environments.recall import RecallEnvironment, vocabulary
+from actors.environments.recall_questions import subject_of
 from actors.environments.recall_words import FILLERS, PEOPLE, RELATIONS
 from actors.protocols import TaskError
-from actors.types import Task
+from actors.types import Flashcard, Task
 from cluster.probe.cards import PARAPHRASES
+from configs.bounds import BoundError
+from configs.environments import RECALL_RELATIONS
 from configs.schema import EmbedderConfig, EnvironmentConfig, RecallConfig
 
 ENVIRONMENT = RecallEnvironment(
@@ -44,6 +47,27 @@ def test_questions_are_spread_over_the_sessions() -> None:
         facts = [fact["question"] in asked for fact in task.payload["facts"]]
         per_session = [sum(facts[place : place + 2]) for place in range(0, 6, 2)]
         assert sum(per_session) == 4 and min(per_session) >= 1  # four questions, three sessions
+
+
+def test_relations_name_all_that_is_told_asked_and_drawn_by_lot() -> None:
+    config = RecallConfig(1, 2, 2, 1, relations=("pet", "home"), unknown_questions=2)
+    few = RecallEnvironment(config)
+    told, asked = set(), set()
+    for task in itertools.islice(few.tasks("eval", 0, 0), 40):
+        told |= {fact["relation"] for fact in task.payload["facts"]}
+        asked |= {question["relation"] for question in task.payload["questions"]}
+    assert told == asked == {"pet", "home"}
+    others = {subject.relation.name for text in few.other_questions(60, 0) if (subject := subject_of(text))}
+    assert others == {"pet", "home"}
+    beside = map(subject_of, few.questions_beside(Flashcard("What pet does Nora have?", "dog"), ()))
+    assert [subject.relation.name for subject in beside if subject] == ["home"]
+    assert tuple(relation.name for relation in RELATIONS) == RECALL_RELATIONS
+
+
+@pytest.mark.parametrize("names", [("pets", "home"), ("pet",), ("pet", "pet")])
+def test_relations_are_two_or_more_of_the_known_ones(names: tuple[str, ...]) -> None:
+    with pytest.raises(BoundError, match=r"relations.* must be two or more of home, job, .*, or none"):
+        RecallConfig(relations=names)
 
 
 def test_a_task_is_the_same_in_another_process() -> None:
