@@ -85,6 +85,19 @@ class RowSet:
     extract_tokens: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Minibatch:
+    """What one optimizer step consumes."""
+
+    rows: RowSet  # of all ranks
+    ranks: list[list[Microbatch]]  # by rank
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no row has an advantage, so that none was kept. Every rank finds the same."""
+        return not self.rows.rows
+
+
 def rows_of(scored: Sequence[ScoredTrajectory], aggregate: Aggregate, skip_zero_advantage: bool) -> RowSet:
     """Return one row per segment with sampled tokens, under its own revision, with its tokens' advantages.
 

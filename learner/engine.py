@@ -80,9 +80,15 @@ class TrainingEngine:
         self._materialize()
 
     def forward(
-        self, token_ids: Tensor, loss_mask: Tensor, temperature: float | Tensor
+        self,
+        token_ids: Tensor,
+        loss_mask: Tensor,
+        temperature: float | Tensor,
+        below: Tensor | None = None,
+        layers_below: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        logp, entropy = self.engine(token_ids, loss_mask, temperature)
+        """See PolicyModel.forward."""
+        logp, entropy = self.engine(token_ids, loss_mask, temperature, below, layers_below)
         return logp, entropy
 
     def backward(self, loss: Tensor) -> None:

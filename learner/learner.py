@@ -11,7 +11,6 @@ for each other, inside torch.distributed.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -29,25 +28,14 @@ from actors.weight_transfer import Sender
 from configs.schema import LearnerConfig, ObjectiveConfig
 from learner import checkpoint
 from learner.advantage import estimator, score, shuffled
-from learner.batch import RowSet, as_objective_sees, has_signal, pack, pad, rows_of, split, supervised_rows
+from learner.batch import Minibatch, as_objective_sees, has_signal, pack, pad, rows_of, split, supervised_rows
 from learner.engine import TrainingEngine
+from learner.frozen_layers import FrozenLayers
 from learner.lora import whole_policy
 from learner.model import PolicyModel, load_model, load_reference
 from learner.objective import TokenBatch, TokenStatistics, policy_objective
+from learner.report import Done, step_report
 from learner.types import LearnerError, Microbatch, Row, ScoredTrajectory, StepReport, WarmStartReport
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Minibatch:
-    """What one optimizer step consumes."""
-
-    rows: RowSet  # of all ranks
-    ranks: list[list[Microbatch]]  # by rank
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no row has an advantage, so that none was kept. Every rank finds the same."""
-        return not self.rows.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +79,7 @@ class Learner:
         self._model = load_model(model_path, config, seed)
         self._injector = DeltaInjector(self._model.base, basis)
         self._engine = TrainingEngine(self._model, config, rank, world_size)
+        self._frozen = FrozenLayers(self._model, config, basis)
         self._reference: _Reference | None = None
         if objective.kl_coefficient > 0:
             reference = load_reference(model_path, config).to(self._engine.device)
@@ -133,23 +122,15 @@ class Learner:
         minibatches = self._plan([episode for group in scored_groups for episode in group])
         if all(minibatch.is_idle for minibatch in minibatches):
             seconds = time.perf_counter() - started
-            return self._report(scored_groups, minibatches, TokenStatistics.none(), [], 0.0, seconds)
+            done = Done(TokenStatistics.none(), [], 0.0, seconds)
+            return step_report(self.version, self._objective, scored_groups, minibatches, done)
         self._begin_rl()
         rate = self._learning_rate()
-        # all of them before the first optimizer step: they are of the weights before it
-        old = [self._old_logprobs(minibatch) if len(minibatches) > 1 else None for minibatch in minibatches]
-        norms: list[float] = []
-        statistics = TokenStatistics.none()
-        for place, (minibatch, old_logprobs) in enumerate(zip(minibatches, old, strict=True)):
-            if not minibatch.is_idle:
-                statistics = statistics.merge(self._accumulate(minibatch, old_logprobs))
-                norms.append(self._optimize(rate, place, len(minibatches), applied=len(norms)))
+        statistics, norms = self._minibatches(minibatches, rate)
         self._count(version=1, rl_steps=1)
         sums, maxima = self._engine.sums(statistics.sums), self._engine.maxima(statistics.maxima)
-        seconds = time.perf_counter() - started
-        return self._report(
-            scored_groups, minibatches, TokenStatistics.of(sums, maxima), norms, rate, seconds
-        )
+        done = Done(TokenStatistics.of(sums, maxima), norms, rate, time.perf_counter() - started)
+        return step_report(self.version, self._objective, scored_groups, minibatches, done)
 
     def warm_start_step(self, segments: Sequence[Segment], learning_rate: float) -> WarmStartReport:
         """Make one supervised step: mean cross-entropy on the masked tokens, Delta = 0, temperature 1.
@@ -243,6 +224,22 @@ class Learner:
             plan.append(Minibatch(rows, packed))
         return plan
 
+    def _minibatches(
+        self, minibatches: Sequence[Minibatch], rate: float
+    ) -> tuple[TokenStatistics, list[float]]:
+        """Make an optimizer step on each that is not idle. Return statistics, and the norms of gradients."""
+        busy = [(place, minibatch) for place, minibatch in enumerate(minibatches) if not minibatch.is_idle]
+        # All of them before the first optimizer step: they are of the weights before it. The first
+        # minibatch trains at these weights, so its own pass shows them.
+        norms: list[float] = []
+        statistics = TokenStatistics.none()
+        with self._frozen.remembered(len(busy) > 1 or self._reference is not None):
+            old = [None, *(self._old_logprobs(minibatch) for _, minibatch in busy[1:])]
+            for (place, minibatch), old_logprobs in zip(busy, old, strict=True):
+                statistics = statistics.merge(self._accumulate(minibatch, old_logprobs))
+                norms.append(self._optimize(rate, place, len(minibatches), applied=len(norms)))
+        return statistics, norms
+
     def _accumulate(self, minibatch: Minibatch, old_logprobs: list[Tensor] | None) -> TokenStatistics:
         """Forward and backward of this rank's microbatches."""
         statistics = TokenStatistics.none()
@@ -306,10 +303,13 @@ class Learner:
             return None  # Delta = 0 costs nothing
         return stack(microbatch.weights, self._basis, self._model.base.dtype, self._engine.device)
 
-    def _inputs(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, float | Tensor]:
+    def _inputs(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, float | Tensor, Tensor | None, int]:
+        """See PolicyModel.forward."""
         sampled_at = microbatch.temperature
         heat = self._tensor(sampled_at) if isinstance(sampled_at, np.ndarray) else sampled_at
-        return self._tensor(microbatch.token_ids), self._tensor(microbatch.loss_mask), heat
+        token_ids = self._tensor(microbatch.token_ids)
+        below = self._frozen.states(microbatch, token_ids)
+        return token_ids, self._tensor(microbatch.loss_mask), heat, below, self._frozen.count
 
     def _per_token(self, microbatch: Microbatch, per_row: NDArray[np.float32]) -> Tensor:
         return self._tensor(per_row[microbatch.row_of_token])
@@ -320,7 +320,7 @@ class Learner:
     def _share(self, ranks: list[list[Microbatch]]) -> list[Microbatch]:
         return ranks[self._engine.rank]
 
-    # --- counters and report -------------------------------------------------------------------------------
+    # --- counters ----------------------------------------------------------------------------------------
 
     def _begin_rl(self) -> None:
         """After a warm start: fresh moments, and the present weights as the KL term's reference."""
@@ -347,54 +347,3 @@ class Learner:
         """Return the rate of this step: linear warm-up over ``warmup_steps`` RL steps, then constant."""
         rate, warmup = self._config.learning_rate, self._config.warmup_steps
         return rate if warmup == 0 else rate * min(1.0, (self._counters.rl_steps + 1) / warmup)
-
-    def _report(
-        self,
-        scored_groups: Sequence[Sequence[ScoredTrajectory]],
-        minibatches: Sequence[Minibatch],
-        statistics: TokenStatistics,
-        norms: Sequence[float],
-        rate: float,
-        seconds: float,
-    ) -> StepReport:
-        row_sets = [minibatch.rows for minibatch in minibatches]
-        segments = [row.segment for row_set in row_sets for row in row_set.rows]
-        microbatches = [microbatch for one in minibatches for rank in one.ranks for microbatch in rank]
-        used = sum(any(map(has_signal, group)) for group in scored_groups)
-        episodes = [episode for group in scored_groups for episode in group]
-        advantages = [abs(one) for episode in episodes for one in episode.by_question or (episode.advantage,)]
-        tokens = sum(len(segment.token_ids) for segment in segments)
-        places = sum(microbatch.token_ids.size for microbatch in microbatches)
-        policy_loss = kl = math.nan  # no forward: no signal
-        if statistics.tokens:
-            # an idle minibatch has a policy loss of 0, and a KL that nobody measured
-            policy_loss, kl = statistics.policy_loss / len(minibatches), statistics.kl / len(norms)
-        return StepReport(
-            version=self.version,
-            optimizer_steps=len(norms),
-            loss=policy_loss + self._objective.kl_coefficient * kl,
-            policy_loss=policy_loss,
-            kl=kl,
-            ratio_mean=statistics.mean(statistics.ratio),
-            ratio_min=statistics.ratio_min if statistics.tokens else math.nan,
-            ratio_max=statistics.ratio_max if statistics.tokens else math.nan,
-            clip_fraction=statistics.mean(statistics.clipped),
-            truncated_fraction=statistics.mean(statistics.truncated),
-            entropy=statistics.mean(statistics.entropy),
-            engine_logprob_diff_mean=statistics.mean(statistics.difference),
-            engine_logprob_diff_max=statistics.difference_max if statistics.tokens else math.nan,
-            grad_norm=sum(norms) / len(norms) if norms else math.nan,
-            learning_rate=rate,
-            tokens=tokens,
-            action_tokens=sum(int(segment.action_mask.sum()) for segment in segments),
-            extract_tokens=sum(row_set.extract_tokens for row_set in row_sets),
-            padding_fraction=1 - tokens / places if tokens else 0.0,
-            microbatches=len(microbatches),
-            segments_without_actions=sum(row_set.segments_without_actions for row_set in row_sets),
-            trajectories=len(episodes),
-            trajectories_skipped=sum(row_set.trajectories_skipped for row_set in row_sets),
-            groups_used=used,
-            groups_without_signal=len(scored_groups) - used,
-            mean_advantage_abs=sum(advantages) / len(advantages),
-            seconds=seconds,
-        )

@@ -5,7 +5,8 @@ Delta is not here: ``actors.fast_weights.delta.DeltaInjector`` adds it to the pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,20 +34,39 @@ class PolicyModel(nn.Module):
         self.base = base
 
     def forward(
-        self, token_ids: Tensor, loss_mask: Tensor, temperature: float | Tensor
+        self,
+        token_ids: Tensor,
+        loss_mask: Tensor,
+        temperature: float | Tensor,
+        below: Tensor | None = None,
+        layers_below: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Return log-prob (with gradient) and entropy (without) of each sampled token, float32 [K].
 
         token_ids int64 [n, T], loss_mask bool [n, T], temperature a number or float32 [K]. K counts the mask,
         in row-major order. Rows are padded on the right and attention is causal. So no token sees padding,
         and no attention mask is needed (SDPA's fast path).
+        ``below``: the states [n, T, d] behind the first ``layers_below`` layers, which are not run again.
         """
-        hidden: Tensor = self.base.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state
+        decoder = self.base.get_decoder()
+        if below is None:
+            hidden: Tensor = decoder(input_ids=token_ids, use_cache=False).last_hidden_state
+        else:
+            with _part(decoder, slice(layers_below, None), decoder.norm):
+                hidden = decoder(inputs_embeds=below, use_cache=False).last_hidden_state
         # the state at one position predicts the token at the next
         states = hidden[:, :-1][loss_mask[:, 1:]]
         targets = token_ids[:, 1:][loss_mask[:, 1:]]
         result: tuple[Tensor, Tensor] = self.base.get_output_embeddings()(states, targets, temperature)
         return result
+
+    @torch.no_grad()
+    def states_behind(self, layers: int, token_ids: Tensor) -> Tensor:
+        """Return the states [n, T, d] of ``token_ids`` behind the first ``layers`` layers."""
+        decoder = self.base.get_decoder()
+        with _part(decoder, slice(layers), nn.Identity()):
+            states: Tensor = decoder(input_ids=token_ids, use_cache=False).last_hidden_state
+        return states
 
     def by_name(self, trainable_only: bool) -> list[tuple[str, nn.Parameter]]:
         """Return parameters under their Hugging Face names, e.g. "model.layers.0.mlp.up_proj.weight".
@@ -65,6 +85,17 @@ class PolicyModel(nn.Module):
         parameters = dict(self.by_name(trainable_only=False))
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
+
+
+@contextmanager
+def _part(decoder: Any, layers: slice, norm: nn.Module) -> Iterator[None]:
+    """Run only ``layers`` of the decoder, and ``norm`` behind them."""
+    whole = decoder.layers, decoder.norm
+    decoder.layers, decoder.norm = decoder.layers[layers], norm
+    try:
+        yield
+    finally:
+        decoder.layers, decoder.norm = whole
 
 
 def load_model(model_path: str, config: LearnerConfig, seed: int = 0) -> PolicyModel:
