@@ -251,6 +251,7 @@ class WriteRecord:
     uses: tuple[CardUse, ...] = ()  # of each of ``flashcards``; empty where the environment cannot say
     repaired_flashcards: int = 0  # read from the extraction although they were no JSON, or had other keys
     preserved_used: int = 0  # see WriteResult; 0 in older records
+    shared: bool = False  # see WriteResult
 
 
 # --- one episode -------------------------------------------------------------------------------------------
@@ -345,8 +346,7 @@ class Trajectory:
     """A finished episode; the worked example at the top of this file shows one.
 
     ``memory_events`` counts what the memory policy did, by its own names, e.g. {"summaries": 3}, and as
-    "cleaned_texts" the environment's texts that could not be encoded, and as "shared_writes" the writes that
-    were computed for a sibling.
+    "cleaned_texts" the environment's texts that could not be encoded.
     """
 
     task: Task

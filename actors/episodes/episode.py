@@ -60,9 +60,6 @@ PASSING = (TaskError, EngineError, ReceiptError, WriterError, Diverged)
 CLEANED = "cleaned_texts"
 """The event under which an episode counts the environment's texts that could not be encoded."""
 
-SHARED = "shared_writes"
-"""The event under which an episode counts its writes that were computed for a sibling."""
-
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSpec:
@@ -124,7 +121,6 @@ class LiveActor:
         self._spec = spec
         self._events = 0  # generations so far: each has its own seed
         self._writes = 0  # so far: each has its own seed
-        self.shared_writes = 0
         self._preservation = preservation
         self._installed: list[AdapterKey] = []
 
@@ -155,7 +151,6 @@ class LiveActor:
         preserved = await preserving.replies(cards, self.own_prompt) if preserving else ()
         request = WriteRequest(self._spec.episode_id, self.weights, tuple(examples), preserved, seed)
         result = await self._writer.write(request)
-        self.shared_writes += result.shared
         written = time.perf_counter()
         self.seconds["write"] += written - started
         if result.outcome == "accepted":
@@ -222,8 +217,6 @@ async def score_episode(played: Played) -> Trajectory:
     events = events_of(memory, spec.task.id)
     if played.session.cleaned:
         events[CLEANED] = played.session.cleaned
-    if actor.shared_writes:
-        events[SHARED] = actor.shared_writes
     total = time.perf_counter() - played.started
     return Trajectory(
         task=spec.task,

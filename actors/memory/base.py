@@ -186,6 +186,7 @@ class Agent:
             preserved_kl=result.preserved_kl,
             repaired_flashcards=repaired,
             preserved_used=result.preserved_used,
+            shared=result.shared,
         )
         self.writes.append(record)
 

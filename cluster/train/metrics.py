@@ -54,7 +54,8 @@ class StepSummary:
     reward: float
     staleness: float
     episodes: int
-    writes: int
+    writes: int  # accepted ones, and computed: not those that a sibling's write served
+    shared: int
     empty: int
     failed: int
     without_signal: bool
@@ -72,15 +73,16 @@ class StepSummary:
 def summarize(step: int, report: StepReport, batch: Batch, seconds: StepSeconds) -> StepSummary:
     groups = [group.summary for group in batch.groups]
     episodes = _episodes(groups)
-    written = Counter(record.outcome for episode in episodes for record in episode.writes)
+    records = [record for episode in episodes for record in episode.writes]
     return StepSummary(
         step=step,
         version=report.version,
         reward=_mean([episode.outcome.reward for episode in episodes]),
         staleness=_mean(batch.staleness),
         episodes=len(episodes),
-        writes=written["accepted"],
-        empty=written["empty"],
+        writes=sum(record.outcome == "accepted" for record in records if not record.shared),
+        shared=sum(record.shared for record in records),
+        empty=sum(record.outcome == "empty" for record in records),
         failed=sum(len(group.failed) for group in groups),
         without_signal=report.optimizer_steps == 0,
         seconds=seconds.total,
@@ -96,10 +98,11 @@ def step_metrics(
     """
     groups = [group.summary for group in batch.groups]
     episodes = _episodes(groups)
+    records = [record for episode in episodes for record in episode.writes]
     metrics = (
         reward_metrics(groups)
         | rollout_metrics(episodes)
-        | write_metrics([record for episode in episodes for record in episode.writes])
+        | write_metrics(records)
         | card_metrics(episodes)
         | mix_metrics(groups, ledger.failed_members)
     )
@@ -122,7 +125,7 @@ def step_metrics(
         "timing_s/learner": seconds.learn,
         "perf/episodes_per_s": len(episodes) / seconds.total,
         "perf/trained_tokens_per_s": report.tokens / seconds.total,
-        "perf/writes_per_s": sum(len(episode.writes) for episode in episodes) / seconds.total,
+        "perf/writes_per_s": sum(map(_is_computed, records)) / seconds.total,
         "rollout/tasks_issued": float(ledger.issued),
         "rollout/tasks_in_flight": float(ledger.in_flight),
         "rollout/tasks_failed": float(ledger.settled["failed"]),
@@ -190,6 +193,11 @@ def rollout_metrics(episodes: Sequence[EpisodeSummary]) -> dict[str, float]:
     return metrics
 
 
+def _is_computed(record: WriteRecord) -> bool:
+    """Whether the writer had work with it."""
+    return record.outcome != "empty" and not record.shared
+
+
 def write_metrics(records: Sequence[WriteRecord]) -> dict[str, float]:
     outcomes = Counter(record.outcome for record in records)
     trained = [record for record in records if record.outcome != "empty"]
@@ -198,6 +206,7 @@ def write_metrics(records: Sequence[WriteRecord]) -> dict[str, float]:
         "fast_weights/accepted": float(outcomes["accepted"]),
         "fast_weights/empty": float(outcomes["empty"]),
         "fast_weights/rolled_back": float(outcomes["rolled_back"]),
+        "fast_weights/shared": float(sum(record.shared for record in records)),
         "fast_weights/flashcards_per_write": _mean([len(record.flashcards) for record in records]),
         "fast_weights/rejected_flashcards_per_write": _mean(
             [record.rejected_flashcards for record in records]
@@ -296,7 +305,8 @@ def step_line(summary: StepSummary) -> str:
     empty = f"  {summary.empty} without a card" if summary.empty else ""
     failed = f"  {summary.failed} failed" if summary.failed else ""
     idle = "  no signal, so no optimizer step" if summary.without_signal else ""
-    speed = f"{summary.episodes_per_second:.2f} episodes/s  {summary.writes_per_second:.2f} writes/s"
+    shared = f" and {summary.shared} shared" if summary.shared else ""
+    speed = f"{summary.episodes_per_second:.2f} episodes/s  {summary.writes_per_second:.2f} writes/s{shared}"
     return (
         f"version {summary.version}  reward {summary.reward:.3f}  staleness {summary.staleness:.1f}  "
         f"{speed}{empty}{failed}{idle}"

@@ -21,7 +21,9 @@ from cluster.train.metrics import (
     episode_timeline,
     learner_timeline,
     rollout_metrics,
+    step_line,
     step_metrics,
+    summarize,
     worker_timeline,
     write_metrics,
 )
@@ -91,3 +93,19 @@ def test_a_summary_has_no_tokens_and_the_same_figures_of_writes() -> None:
     assert "1001" not in repr(summary), "a token of a reply"
     assert write_metrics(summary.writes) == write_metrics(records)
     assert write_metrics(records)["fast_weights/preserved_kl"] == 0.25
+
+
+def test_a_write_that_served_a_sibling_is_counted_apart() -> None:
+    written = trajectory(task_at(0), 0, 0.5, writes=("accepted", "rolled_back", "empty"))
+    served = replace(written, writes=tuple(replace(record, shared=True) for record in written.writes[:1]))
+    batch = Batch(
+        (0,), (finished_group(replace(group(task_at(0), 0), trajectories=(written, served))),), (0,), 0
+    )
+    values: dict[str, Any] = {field.name: 0 for field in fields(StepReport)} | {"tokens": 10}
+    report, seconds = StepReport(**values), StepSeconds(1.0, 1.0, 1.0, 4.0)
+    figures = step_metrics(report, batch, seconds, Ledger(LedgerSnapshot()))
+    assert figures["fast_weights/writes"] == 4.0 and figures["fast_weights/shared"] == 1.0
+    assert figures["perf/writes_per_s"] == 2 / 4.0  # neither the empty one nor the shared
+    summary = summarize(1, report, batch, seconds)
+    assert (summary.writes, summary.shared, summary.empty) == (1, 1, 1)
+    assert "0.25 writes/s and 1 shared  1 without a card" in step_line(summary)

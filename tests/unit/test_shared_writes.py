@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 
-from actors.episodes.episode import SHARED
 from actors.episodes.rollout import WriteBatcher
 from actors.episodes.shared_writes import SharedWrites
 from actors.fast_weights.delta import zero
@@ -29,8 +28,7 @@ def test_siblings_with_the_same_flashcards_write_once(chat: ChatFormat) -> None:
     group = asyncio.run(rollout_of(chat, policy, writer).group(request()))
     assert [len(batch) for batch in writer.batches] == [1, 1]  # two writes an episode, four siblings
     assert [[weights.revision for weights in each.revisions] for each in group.trajectories] == [[1, 2]] * 4
-    first, *others = (dict(each.memory_events).get(SHARED, 0) for each in group.trajectories)
-    assert first + sum(others) == 6
+    assert sum(write.shared for each in group.trajectories for write in each.writes) == 6
 
 
 def _each_its_own(chat: ChatFormat, differing: int) -> Script:
