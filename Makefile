@@ -10,10 +10,11 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 LOCK  := infra/locks/$(VARIANT).lock
 STAMP := .venv/.set-up-$(VARIANT)-$(firstword $(shell cksum < $(LOCK)))
 TRITON := .triton/.set-up-$(firstword $(shell cksum < infra/locks/gpu.lock))
+TRACKERS := .trackers/.set-up-$(firstword $(shell cksum < infra/locks/trackers.lock))
 BIN   := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all proof check fuzz bench chaos gpu-smoke triton dist reference lock clean
+.PHONY: help setup train test test-all proof check fuzz bench chaos gpu-smoke triton trackers dist reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,7 +33,7 @@ test: $(STAMP) ## the tests of every change, ten minutes (ARGS='-k name' for som
 
 # Engines, clusters and servers share two cores here: one late answer in 3,600 tests must not hide what the rest say.
 # A test that fails is tried once more, and the summary names it (RERUN): it is a fault of the test, to be mended.
-test-all: $(STAMP) ## these and the slow ones, what CI runs: half an hour
+test-all: $(STAMP) $(TRACKERS) ## these and the slow ones, what CI runs: half an hour
 	@$(PYTEST) --reruns 1 --reruns-delay 2 --rerun-show-tracebacks -r aR $(ARGS)
 
 proof: $(STAMP) ## what takes hours, resumable: quickstart, chat, kills, chaos, studies, RL over seeds (ARGS='runs/proof chaos')
@@ -66,6 +67,14 @@ $(TRITON): $(STAMP)
 		--target .triton -r .triton/requirements.txt
 	@touch $@
 
+trackers: $(TRACKERS) ## wandb and trackio beside .venv (.trackers, 80 MB), for the tests of these trackers
+
+$(TRACKERS): $(STAMP)
+	@rm -rf .trackers && mkdir .trackers
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
+		--target .trackers -r infra/locks/trackers.lock
+	@touch $@
+
 # pip fetches torch, and uv the rest: where one of several indexes cannot be reached pip only warns, uv gives up. pip
 # also heeds PIP_FIND_LINKS. --no-deps everywhere: the lock is complete, and what it excludes
 # (infra/locks/exclude*.txt) must not come back through a dependency. Compiled bytecode halves `import vllm`.
@@ -94,11 +103,20 @@ reference: $(STAMP) ## write configs/REFERENCE.md from the schema
 # The CPU lock sees torch's CPU wheels, the GPU lock must not: it would take them silently.
 COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml -q --extra dev --python-version 3.11 \
 	--generate-hashes --no-emit-find-links --no-emit-index-url --overrides infra/locks/overrides.txt
-lock: $(STAMP) ## recompile both locks after a change of dependencies (ARGS=--upgrade for newer ones)
+# What .venv does not have of them: pins of the CPU lock are kept, and its packages left out.
+LOCK_BESIDE = names=$$(sed -n 's/^\([a-z0-9.-]*\)==.*/\1/p' infra/locks/cpu.lock) && \
+	sed -n 's/^\([a-z0-9.-]*==[^ ]*\).*/\1/p' infra/locks/cpu.lock | grep -v '^pillow==\|^torch==' > .venv/pins.txt && \
+	env -u PIP_FIND_LINKS -u UV_FIND_LINKS UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile -q \
+		infra/locks/trackers.in --python-version 3.11 --generate-hashes --no-emit-find-links --no-emit-index-url \
+		--no-annotate -c .venv/pins.txt $(ARGS) | awk -v names="$$names" 'BEGIN {split(names, list, "\n"); \
+		for (i in list) held[list[i]]} /^[^ \#]/ {split($$1, part, "=="); on = !(part[1] in held)} on || /^\#/' \
+		> infra/locks/trackers.lock
+lock: $(STAMP) ## recompile the locks after a change of dependencies (ARGS=--upgrade for newer ones)
 	@$(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)",UV_EXTRA_INDEX_URL=$(TORCH_INDEX) UV_INDEX_STRATEGY=unsafe-best-match) \
 		$(COMPILE) --extra cpu --excludes infra/locks/exclude.txt -o infra/locks/cpu.lock $(ARGS)
 	@env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(COMPILE) --extra gpu --python-platform x86_64-manylinux_2_28 \
 		--excludes infra/locks/exclude-gpu.txt -o infra/locks/gpu.lock $(ARGS)
+	@$(LOCK_BESIDE)
 
 clean: ## remove .venv and caches (runs/ and the model cache stay)
 	rm -rf .venv .triton .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache dist

@@ -64,7 +64,6 @@ class Task:
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How one action is sampled. Temperature 0 is greedy.
-
     Log-probs are those of softmax(z / temperature), or of softmax(z) when greedy. ``kind`` does not change
     what is sampled; the engine accounts its time by it. Example: Sampling(1.0, max_tokens=64, seed=5, "act")
     """
@@ -222,7 +221,7 @@ class WriteResult:
     reason: str  # empty for an accepted write, else why it was not accepted
     preserved_kl: float = 0.0
     preserved_used: int = 0
-    shared: bool = False
+    shared: bool = False  # a sibling asked for the same write before, and it was computed once
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +259,6 @@ class WriteRecord:
 @dataclass(frozen=True, slots=True)
 class ActionSpan:
     """Sampled tokens [start, end) of a segment.
-
     ``version`` is the policy version that sampled them. None means the version of the segment; other versions
     occur only when a refresh comes in mid-episode (actors/episodes/in_flight.py). ``serves``: places in
     ``Outcome.answers`` of the questions that they answered or prepared; None where nobody can say, so that

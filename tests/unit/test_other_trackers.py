@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from cluster.tracking import others
 from cluster.tracking.tracker import Relay, open_run, require_server
 from configs.load import ConfigError, load_config
 from configs.schema import TrackingConfig
+
+# Behind .venv's own packages: trackio runs with the newer pillow that vLLM needs.
+sys.path.append(str(Path(__file__).parents[2] / ".trackers"))
 
 SECRET = "k" * 40
 PARAMS = {"train.steps": "7", "name": "tmem"}
@@ -98,7 +102,7 @@ def _written(folder: Path) -> bytes:
 def test_wandb_offline_keeps_figures_files_and_facts_and_no_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    pytest.importorskip("wandb", reason="wandb is not installed: make trackers")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setattr("sys.argv", ["engram", "train", f"tracking.uri=http://ada:{SECRET}@host"])
@@ -121,7 +125,7 @@ def test_wandb_offline_keeps_figures_files_and_facts_and_no_key(
 
 
 def test_a_resumed_run_is_the_same_one_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    pytest.importorskip("wandb", reason="wandb is not installed: make trackers")
     monkeypatch.setenv("WANDB_MODE", "offline")
     tracking = TrackingConfig(trackers=("wandb",), system_metrics_s=0)
     for _life in range(2):
@@ -133,7 +137,7 @@ def test_a_resumed_run_is_the_same_one_at_wandb(tmp_path: Path, monkeypatch: pyt
 
 
 def test_wandb_without_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: make trackers")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     tracking = TrackingConfig(trackers=("wandb",))
@@ -150,7 +154,7 @@ def test_trackio_keeps_figures_and_params(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at its first import
-    trackio = pytest.importorskip("trackio", reason="the extra trackio is not installed")
+    trackio = pytest.importorskip("trackio", reason="trackio is not installed: make trackers")
     tracking = TrackingConfig(trackers=("trackio",), experiment="engram-test")
     require_server(tracking, tmp_path)
     for life in range(2):
