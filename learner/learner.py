@@ -51,9 +51,9 @@ class Learner:
 
     ``temperature`` is that of the sampled log-probs (``sampling.temperature``), ``answer_temperature`` that
     of answers where it differs. With one minibatch the old log-probs of PPO's ratio are the current ones,
-    detached: one step per batch, ratio 1. With more, a pass without gradient computes them at the start of
-    the step. The KL reference is the policy as RL begins: ``model_path``, loaded a second time when
-    ``kl_coefficient > 0``, or what the warm start made of it. ``shuffle_rewards``: a control, see
+    detached: one step per batch, ratio 1. With more, a pass without gradient computes those of the others at
+    the start of the step. The KL reference is the policy as RL begins: ``model_path``, loaded a second time
+    when ``kl_coefficient > 0``, or what the warm start made of it. ``shuffle_rewards``: a control, see
     ``advantage.shuffled``.
     """
 
