@@ -56,6 +56,13 @@ def test_a_folder_that_wandb_made_is_not_the_package(tmp_path: Path, monkeypatch
         require_server(TrackingConfig(trackers=("wandb",)), tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def _own_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take back what wandb puts in the place of Python's own: later tests ask who ended the program."""
+    monkeypatch.setattr(sys, "exit", sys.exit)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
 class _Sink:
     """Remembers what it gets; ``breaks`` from the second step on."""
 
