@@ -119,5 +119,5 @@ lock: $(STAMP) ## recompile the locks after a change of dependencies (ARGS=--upg
 	@$(LOCK_BESIDE)
 
 clean: ## remove .venv and caches (runs/ and the model cache stay)
-	rm -rf .venv .triton .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache dist
+	rm -rf .venv .triton .trackers .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

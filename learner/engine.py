@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 from configs.schema import LearnerConfig
+from learner.model import Inputs
 from learner.types import LearnerError
 
 _REDUCE_BUCKET = 2**25  # elements; DeepSpeed's default of 5e8 would allocate 2 GB on a CPU machine
@@ -79,16 +80,9 @@ class TrainingEngine:
         )[0]
         self._materialize()
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        loss_mask: Tensor,
-        temperature: float | Tensor,
-        below: Tensor | None = None,
-        layers_below: int = 0,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See PolicyModel.forward."""
-        logp, entropy = self.engine(token_ids, loss_mask, temperature, below, layers_below)
+        logp, entropy = self.engine(*inputs)
         return logp, entropy
 
     def backward(self, loss: Tensor) -> None:

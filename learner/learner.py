@@ -32,7 +32,7 @@ from learner.batch import Minibatch, as_objective_sees, has_signal, pack, pad, r
 from learner.engine import TrainingEngine
 from learner.frozen_layers import FrozenLayers
 from learner.lora import whole_policy
-from learner.model import PolicyModel, load_model, load_reference
+from learner.model import Inputs, PolicyModel, load_model, load_reference
 from learner.objective import TokenBatch, TokenStatistics, policy_objective
 from learner.report import Done, step_report
 from learner.types import LearnerError, Microbatch, Row, ScoredTrajectory, StepReport, WarmStartReport
@@ -291,7 +291,7 @@ class Learner:
         return logp
 
     def _forward(self, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-        return self._engine.forward(*self._inputs(microbatch))
+        return self._engine.forward(self._inputs(microbatch))
 
     @contextmanager
     def _delta(self, microbatch: Microbatch) -> Iterator[None]:
@@ -303,13 +303,12 @@ class Learner:
             return None  # Delta = 0 costs nothing
         return stack(microbatch.weights, self._basis, self._model.base.dtype, self._engine.device)
 
-    def _inputs(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, float | Tensor, Tensor | None, int]:
-        """See PolicyModel.forward."""
+    def _inputs(self, microbatch: Microbatch) -> Inputs:
         sampled_at = microbatch.temperature
         heat = self._tensor(sampled_at) if isinstance(sampled_at, np.ndarray) else sampled_at
         token_ids = self._tensor(microbatch.token_ids)
         below = self._frozen.states(microbatch, token_ids)
-        return token_ids, self._tensor(microbatch.loss_mask), heat, below, self._frozen.count
+        return Inputs(token_ids, self._tensor(microbatch.loss_mask), heat, below, self._frozen.count)
 
     def _per_token(self, microbatch: Microbatch, per_row: NDArray[np.float32]) -> Tensor:
         return self._tensor(per_row[microbatch.row_of_token])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,16 @@ from learner.lora import add_factors, plain_name
 from learner.types import LearnerError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Inputs(NamedTuple):
+    """What ``PolicyModel.forward`` takes, in its order."""
+
+    token_ids: Tensor
+    loss_mask: Tensor
+    temperature: float | Tensor
+    below: Tensor | None = None
+    layers_below: int = 0
 
 
 class PolicyModel(nn.Module):

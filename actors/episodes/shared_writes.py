@@ -33,7 +33,7 @@ class SharedWrites:
         key = (_identity(request.weights), request.examples, request.preserved, request.seed)
         if key in self._asked:
             return replace(await self._result(key), shared=True)
-        writing = asyncio.create_task(_written(self._writer, request))
+        writing = asyncio.create_task(self._writer.write(request))
         writing.add_done_callback(_seen)
         self._asked[key] = (request, writing)
         return await self._result(key)
@@ -45,10 +45,6 @@ class SharedWrites:
 def _identity(weights: FastWeights) -> Hashable:
     """Equal for the same fast weights. Siblings that shared a write hold the same object."""
     return weights.basis_id if weights.revision == 0 else id(weights)
-
-
-async def _written(writer: AsyncWriter, request: WriteRequest) -> WriteResult:
-    return await writer.write(request)
 
 
 def _seen(writing: asyncio.Task[WriteResult]) -> None:

@@ -31,21 +31,21 @@ def test_siblings_with_the_same_flashcards_write_once(chat: ChatFormat) -> None:
     assert sum(write.shared for each in group.trajectories for write in each.writes) == 6
 
 
-def _each_its_own(chat: ChatFormat, differing: int) -> Script:
-    """Every ``differing``-th extraction tells of another person."""
+def _two_in_turn(chat: ChatFormat) -> Script:
+    """Every second extraction tells of another person."""
     numbers = itertools.count()
 
     def script(prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterKey) -> Generation:
         if sampling.kind != "extract":
             return sampled(chat.reply("Lisbon"))
-        name = "Nora" if next(numbers) % differing else "Omar"
+        name = "Nora" if next(numbers) % 2 else "Omar"
         return sampled(chat.reply(f'[{{"instruction": "Who moved?", "output": "{name}"}}]'))
 
     return script
 
 
 def test_siblings_with_other_flashcards_write_for_themselves(chat: ChatFormat) -> None:
-    policy, writer = ScriptedPolicy(_each_its_own(chat, 2)), ScriptedWriter()
+    policy, writer = ScriptedPolicy(_two_in_turn(chat)), ScriptedWriter()
     asyncio.run(rollout_of(chat, policy, writer).group(request()))
     first = writer.batches[0]
     assert len(first) == 2 and len({each.examples for each in first}) == 2
